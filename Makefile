@@ -1,0 +1,44 @@
+# Each target is enough on a fresh machine with Python 3.11 or newer and an internet connection.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint clean
+
+help:
+	@echo "make demo       train a small CNN on four 4000x4000 images under a memory budget (minutes)"
+	@echo "make test       the complete CPU tests"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make lint       ruff, mypy and the import contracts"
+
+# torch goes in first and alone: whatever depends on it then takes the build that is there.
+# Resolved together with them, another one of several gigabytes may be downloaded.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/streamcnn demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What enforces a budget and measures what was used."""

@@ -1,0 +1,226 @@
+"""The ceiling on host memory: the kernel refuses what goes past the budget, and keeps the peak.
+
+Two different numbers, both the kernel's own. The *limit* counts the data segment: every private
+writable page that was asked for, touched or not, and thread stacks at full length. The *peak*
+counts resident memory: pages that were touched, those of library code that runs for the first time
+among them (some 10 MB for a first convolution), so it may pass the budget by that much. Memory from
+``calloc`` that nobody wrote to is refused by the first and unknown to the second. Memory that the
+heap holds free is handed out again without the kernel being asked, so at most the larger of the
+budget and of what the heap held free at the baseline can be taken.
+
+How much is too much is not decided here; see ``streamcnn.ceiling.allocator`` for what makes the
+process fit to be limited.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from streamcnn.ceiling.allocator import free_heap_bytes, start_thread_pool, tame_allocator, trim_heap
+from streamcnn.errors import StreamError
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER = "5"
+
+_OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",  # a tensor, on Linux
+    "DefaultCPUAllocator: not enough memory",  # the same elsewhere
+    "std::bad_alloc",  # any other memory of PyTorch or oneDNN, such as packed bfloat16 weights
+    "could not create a memory object",  # oneDNN: a reordered tensor
+    "can't start new thread",  # Python: a thread's stack
+)
+_ONEDNN_PRIMITIVE = "could not create a primitive"
+"""oneDNN: code or scratch memory of an operator. Longer texts that begin so mean *not supported*."""
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the process held at one moment; the ceilings of one update count from it.
+
+    Forward and backward of one update share a baseline, since what the forward pass keeps counts
+    against the backward pass too.
+    """
+
+    data_bytes: int | None
+    """Data segment less what the heap holds free, which counts as taken only when it is handed out
+    again; None if unknown."""
+    resident_bytes: int | None
+    """Resident memory; None if unknown."""
+
+    @classmethod
+    def now(cls) -> Baseline:
+        """What the process holds now, PyTorch's threads started and the heap's free pages given back."""
+        start_thread_pool()
+        trim_heap()
+        data, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
+        return cls(None if data is None else data - free_heap_bytes(), resident)
+
+
+class DataLimit:
+    """A ``with`` block in which the process may take ``budget`` bytes beyond a baseline.
+
+    An allocation past the ceiling fails as it would on a full machine, and ``is_out_of_memory``
+    knows the errors; the process lives on. Blocks may be nested: the lowest ceiling holds, and each
+    block has its own peak. The ceiling is the whole process's, whichever thread allocates. A thread
+    whose first parallel PyTorch operator runs inside the block needs stacks for a thread pool of its
+    own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that thread first.
+    The kernel's high-water mark is reset on entry, for everybody who reads it.
+
+    Parameters
+    ----------
+    budget
+        Bytes; None measures only.
+    baseline
+        Where budget and peak count from; what the process holds on entry if None.
+
+    Raises
+    ------
+    StreamError
+        On entry, if there is a budget and the kernel here does not enforce it.
+    """
+
+    def __init__(self, budget: int | None, *, baseline: Baseline | None = None) -> None:
+        self._budget = budget
+        self._given_baseline = baseline
+        self._baseline = Baseline(None, None)
+        self._previous_soft_limit: int | None = None
+        self._reads_high_water = False
+        self._peak: int | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most resident memory above the baseline since entry, in bytes; None if unknown."""
+        if self in _active:
+            self._note_peak()
+        return self._peak
+
+    @property
+    def reading(self) -> str:
+        """Name of the kernel's counter behind ``peak_bytes``, or "unknown"."""
+        return "VmHWM" if self._reads_high_water else "unknown"
+
+    def __enter__(self) -> Self:
+        if self._budget is not None:
+            tame_allocator()
+        self._baseline = Baseline.now() if self._given_baseline is None else self._given_baseline
+        for outer in _active:
+            outer._note_peak()
+        self._reads_high_water = self._baseline.resident_bytes is not None and _reset_high_water()
+        if self._budget is not None:
+            self._previous_soft_limit = _lower_soft_limit(self._ceiling(self._budget))
+        _active.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._previous_soft_limit is not None:
+            _set_soft_limit(self._previous_soft_limit)
+            self._previous_soft_limit = None
+        self._note_peak()
+        _active.remove(self)
+
+    def _ceiling(self, budget: int) -> int:
+        """Bytes of data segment up to which the process may grow."""
+        if self._baseline.data_bytes is None:
+            raise _not_enforced()
+        return self._baseline.data_bytes + budget
+
+    def _note_peak(self) -> None:
+        """Bring the peak up to date, before another block resets the high-water mark."""
+        if not self._reads_high_water:
+            return
+        mark, resident = _status_bytes("VmHWM"), self._baseline.resident_bytes
+        assert mark is not None
+        assert resident is not None
+        self._peak = max(self._peak or 0, mark - resident)
+
+
+_active: list[DataLimit] = []
+"""Blocks entered and not left, outermost first; the limit and the mark are the process's, not theirs."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is what Python, NumPy, PyTorch or oneDNN raise when an allocation is refused."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        text == _ONEDNN_PRIMITIVE or any(known in text for known in _OUT_OF_MEMORY_TEXTS)
+    )
+
+
+def _status_bytes(name: str) -> int | None:
+    """One counter of ``/proc/self/status`` in bytes; None where there is none."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in lines:
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _reset_high_water() -> bool:
+    """Start the high-water mark anew at what is resident now; False where that is not allowed."""
+    try:
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER)
+    except OSError:
+        return False
+    return _status_bytes("VmHWM") is not None
+
+
+def _lower_soft_limit(ceiling: int) -> int:
+    """Set the soft limit on the data segment to ``ceiling`` unless it is lower; returns what it was."""
+    if sys.platform != "linux":
+        raise _not_enforced()
+    import resource
+
+    previous, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if previous == resource.RLIM_INFINITY or ceiling < previous:
+        _set_soft_limit(ceiling)
+        if not _is_refused(ceiling):
+            _set_soft_limit(previous)
+            raise _not_enforced()
+    return previous
+
+
+def _set_soft_limit(soft: int) -> None:
+    """Set the soft limit on the data segment; the hard limit stays."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _is_refused(nbytes: int) -> bool:
+    """Whether the kernel refuses a mapping of ``nbytes``; old and emulated ones ignore the limit."""
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return True
+    mapping.close()
+    return False
+
+
+def _not_enforced() -> StreamError:
+    return StreamError(
+        f"budget= cannot be enforced for host memory on this platform ({sys.platform}): that needs a "
+        "Linux kernel with /proc and RLIMIT_DATA; run on Linux or on a GPU, or pass budget=None to "
+        "run without a ceiling"
+    )

@@ -1,0 +1,93 @@
+"""Where to cut stretches of local operators that have no barrier.
+
+Every operator with a window adds to the halo that a tile of its phase needs; a cut stores a map and starts
+the halo anew. Cuts are put where the least has to be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from streamcnn.axis_maps import AxisMap
+from streamcnn.program import Kind, Program
+from streamcnn.regions import Interval
+from streamcnn.staging import assign_levels
+
+_PROBE = 64
+"""Output positions over which an operator's reach is measured."""
+
+
+def choose_cuts(program: Program, limit: float) -> frozenset[str]:
+    """Nodes after which to cut so that no phase piles up more halo than ``limit`` input pixels.
+
+    An operator that needs more on its own is left as it is.
+    """
+    crossing = _crossing_bytes(program)
+    cuts: set[str] = set()
+    while True:
+        levels = assign_levels(program, cuts)
+        place = _next_cut(program, levels, crossing, limit, cuts)
+        if place is None:
+            return frozenset(cuts)
+        cuts.add(place)
+
+
+def _next_cut(
+    program: Program, levels: Mapping[str, int], crossing: Mapping[str, int], limit: float, cuts: Collection[str]
+) -> str | None:
+    """The best place before the first operator whose phase has piled up too much, or ``None``."""
+    reach = _reaches(program, levels)
+    before: list[str] = []
+    for node in program.nodes.values():
+        if node.kind is not Kind.LOCAL:
+            continue
+        if reach[node.name] > limit:
+            places = [n for n in before if levels[n] == levels[node.name] and n not in cuts]
+            # Not so early that hardly any halo is saved.
+            places = [n for n in places if reach[n] >= limit / 3] or [n for n in places if reach[n] > 0]
+            if places:
+                return min(reversed(places), key=lambda n: crossing[n])
+        before.append(node.name)
+    return None
+
+
+def _reaches(program: Program, levels: Mapping[str, int]) -> dict[str, float]:
+    """Halo piled up within each local operator's phase, both sides together, in input pixels."""
+    image = program.nodes[program.image].size
+    reach: dict[str, float] = {}
+    for node in program.nodes.values():
+        if node.local is None:
+            continue
+        widest = 0.0
+        for name, link in node.local.links.items():
+            operand = program.nodes[name]
+            inherited = reach.get(name, 0.0) if levels[name] == levels[node.name] else 0.0
+            for axis, axis_map in enumerate(link):
+                pixel = image[axis] / operand.size[axis]
+                grown = _growth(axis_map, node.size[axis], operand.size[axis]) * pixel
+                widest = max(widest, inherited + grown)
+        reach[node.name] = widest
+    return reach
+
+
+def _growth(axis_map: AxisMap, num_out: int, size: int) -> float:
+    """Operand positions that a run of outputs reads beyond its even share."""
+    if axis_map.pointwise:
+        return 0.0
+    probe = min(_PROBE, num_out)
+    middle = (num_out - probe) // 2
+    return max(axis_map.window(Interval(middle, middle + probe), size).size - probe * size / num_out, 0.0)
+
+
+def _crossing_bytes(program: Program) -> dict[str, int]:
+    """Bytes of local maps made up to each node and read after it."""
+    order = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
+    last = {node.name: index for index, node in enumerate(order)}
+    for index, node in enumerate(order):
+        for name in node.operands:
+            if name in last:
+                last[name] = index
+    return {
+        node.name: sum(other.nbytes for other in order[: index + 1] if last[other.name] > index)
+        for index, node in enumerate(order)
+    }

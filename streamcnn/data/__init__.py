@@ -1,0 +1,1 @@
+"""Images: sources that are read region by region, and generated ones for the demo."""

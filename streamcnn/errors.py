@@ -1,0 +1,31 @@
+"""Everything that streamcnn raises for what a user can change.
+
+Each error also inherits the built-in that a caller would catch. Broken invariants of our own
+are plain assertions instead.
+"""
+
+from __future__ import annotations
+
+
+class StreamError(Exception):
+    """Base of all errors raised by streamcnn."""
+
+
+class PlanDoesNotFit(StreamError, MemoryError):
+    """No plan stays within the budget; raised before the first allocation."""
+
+
+class BudgetExceeded(StreamError, MemoryError):
+    """An allocation went past the budget while a plan was carried out."""
+
+
+class UnsupportedModel(StreamError, NotImplementedError):
+    """The model does something that cannot be streamed exactly."""
+
+
+class CorruptImage(StreamError, OSError):
+    """An image cannot be read, or holds values no image has."""
+
+
+class DatasetMismatch(StreamError, ValueError):
+    """Data differs from what the model, the manifest or the other images say."""

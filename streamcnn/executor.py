@@ -1,0 +1,422 @@
+"""Carry out a plan: forward tile by tile, then backward phase by phase.
+
+Forward, per phase and tile: read the inputs' regions, run the operators without autograd, write the
+tile's own part of each checkpoint, add to the reductions' partial results. Backward, phases in reverse:
+recompute the tile with autograd on, differentiate it given the gradients of its own parts, and add the
+results to the gradient maps of its inputs, where overlapping halos add up.
+
+Everything that is decided is in the plan; nothing of the user's module is changed here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streamcnn.interpreter import TileRun, cut
+from streamcnn.ops.reductions import Parts, Reduction
+from streamcnn.plan import Home, Phase, Plan
+from streamcnn.program import Axes, Kind, Node, Program
+from streamcnn.regions import Region
+from streamcnn.small_graph import Results, SmallGraph
+from streamcnn.stores import Store, StoreSpec
+
+
+class ImageReader(Protocol):
+    """Hands out regions of the batch of images, ready for the model."""
+
+    device: torch.device
+    """Where the pixels are delivered."""
+
+    def read(self, region: Region) -> Tensor:
+        """The pixels of ``region``, (N, C, h, w) in the model's dtype on the compute device."""
+
+
+OpenStore = Callable[[StoreSpec, Home, tuple[int, int]], Store]
+"""Opens an empty store, given a tile's extents as a hint for chunking."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """What one pass over one phase took."""
+
+    level: int
+    direction: str
+    num_tiles: int
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+
+
+class Execution:
+    """One forward pass of a plan and, if it records, the backward pass that belongs to it."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        states: Mapping[str, Tensor],
+        image: ImageReader,
+        open_store: OpenStore,
+    ) -> None:
+        self.program = program
+        self.plan = plan
+        self.image = image
+        self.small = SmallGraph(program, states, plan.differentiated)
+        self.reports: list[PhaseReport] = []
+        self._open_store = open_store
+        self.device = image.device
+        self.autocast = _autocast_state(image.device)
+        self._phases = {phase.level: phase for phase in plan.phases}
+        self._segments = {segment.level: segment for segment in plan.segments}
+        self._levels = sorted({0, *self._phases, *self._segments})
+        self._checkpoints: dict[str, Store] = {}
+        self._gradients: dict[str, Store] = {}
+        self._finished: dict[str, Results] = {}
+        self._reduction_gradients: dict[str, tuple[Tensor | None, ...]] = {}
+
+    # --- forward -------------------------------------------------------------------------------------
+
+    def forward(self) -> dict[str, Tensor]:
+        """Run every phase and segment; the small values by name, the model's outputs among them."""
+        try:
+            for level in self._levels:
+                if level in self._phases:
+                    with self._timed(self._phases[level], "forward"):
+                        self._forward_phase(self._phases[level])
+                if level in self._segments:
+                    with _autocast(self.device, self.autocast):
+                        self.small.run(self._segments[level], self._barrier, record=self.plan.training)
+                self._free_checkpoints(level)
+        except BaseException:
+            self.close()
+            raise
+        return self.small.values
+
+    def _forward_phase(self, phase: Phase) -> None:
+        for name in phase.stored:
+            self._checkpoints[name] = self._open(name, self.plan.stores[name].home)
+        feeds = _feeds(self.program, phase)
+        parts: dict[str, Parts] = {}
+        with torch.no_grad(), _autocast(self.device, self.autocast):
+            for row in range(len(phase.rows)):
+                for col in range(len(phase.cols)):
+                    self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
+        for name in phase.reductions:
+            node = self.program.nodes[name]
+            assert node.reduction is not None
+            dtype = self.program.nodes[node.operands[0]].tensor.dtype
+            self._finished[name] = node.reduction.finish(parts[name], dtype)
+
+    def _forward_tile(
+        self, tile: TileRun, feeds: Mapping[str, tuple[str, ...]], parts: dict[str, Parts]
+    ) -> None:
+        phase = tile.phase
+
+        def observe(name: str, value: Tensor) -> Tensor:
+            if name in phase.stored or name in feeds:
+                own = phase.own(tile.row, tile.col, name)
+                share = cut(value, self.axes(name), phase.needed(tile.row, tile.col, name), own)
+                if name in phase.stored:
+                    self._checkpoints[name].write(own, share)
+                for reduction in feeds.get(name, ()):
+                    self._add_partial(reduction, share, own, parts)
+            return value
+
+        for name in feeds:
+            if name in phase.inputs:
+                observe(name, self.fetch(name, phase.needed(tile.row, tile.col, name)))
+        tile.run(self.fetch, self.small.values, observe)
+
+    def _add_partial(self, name: str, share: Tensor, own: Region, parts: dict[str, Parts]) -> None:
+        reduction = self._reduction(name)
+        partial = reduction.partial(share, own)
+        parts[name] = reduction.merge(parts[name], partial) if name in parts else partial
+
+    def _barrier(self, node: Node) -> Results:
+        """The results of a reduction, or the whole of a gathered map."""
+        if node.kind is Kind.REDUCTION:
+            return self._finished.pop(node.name)
+        source = self.program.nodes[node.operands[0]]
+        return (self.fetch(source.name, Region.whole(source.size)),)
+
+    def _free_checkpoints(self, level: int) -> None:
+        for name in [n for n in self._checkpoints if self.plan.stores[n].last_reader <= level]:
+            if not self.plan.stores[name].kept:
+                self._checkpoints.pop(name).close()
+
+    # --- backward ------------------------------------------------------------------------------------
+
+    def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the states and of the image by node name, given those of the model's outputs."""
+        try:
+            for name, gradient in gradients.items():
+                self.small.accumulate(name, gradient)
+            for level in reversed(self._levels):
+                self._backward_segment(level)
+                if level in self._phases and self._phases[level].differentiated:
+                    with self._timed(self._phases[level], "backward"):
+                        self._backward_phase(self._phases[level])
+                self._free_level(level)
+            found = {name: g for name, g in self.small.gradients.items() if name in self.program.states}
+            if self.program.image in self._gradients:
+                found[self.program.image] = self._whole_gradient(self.program.image)
+            return found
+        finally:
+            self.close()
+
+    def _backward_segment(self, level: int) -> None:
+        for name in [n for n in self._gradients if self.program.nodes[n].kind is Kind.PROMOTED]:
+            source = self.program.nodes[name].operands[0]
+            if self.plan.levels[source] == level:
+                self.small.accumulate(source, self._whole_gradient(name))
+        with _autocast(self.device, None):
+            barriers = self.small.backward(level)
+        for name, grads in barriers.items():
+            node = self.program.nodes[name]
+            if node.kind is Kind.REDUCTION:
+                self._reduction_gradients[name] = grads
+            elif grads[0] is not None:
+                source = node.operands[0]
+                whole = Region.whole(self.program.nodes[source].size)
+                self._gradient_store(source).add(whole, grads[0])
+
+    def _backward_phase(self, phase: Phase) -> None:
+        leaves = self.small.leaves(_small_operands(self.program, phase))
+        feeds = _feeds(self.program, phase)
+        for row in range(len(phase.rows)):
+            for col in range(len(phase.cols)):
+                tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
+                _BackwardTile(self, tile, feeds, leaves).run()
+
+    def share_gradient(
+        self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
+    ) -> Tensor | None:
+        """What arrives at a tile's own part of ``name``: its gradient map's and its reductions'."""
+        total: Tensor | None = None
+        if name in phase.stored and name in self._gradients:
+            total = self._gradients[name].read(own)
+        for reduction in reductions:
+            grads = self._reduction_gradients.get(reduction)
+            if grads is None:
+                continue
+            values = self._checkpoints[name].read(own) if name in phase.stored else share.detach()
+            part = self._reduction(reduction).gradient(values, own, self.small.results[reduction], grads)
+            total = part.expand_as(share) if total is None else total + part
+        return total
+
+    def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:
+        """Add to the gradient map of an input."""
+        self._gradient_store(name).add(part, gradient)
+
+    def _gradient_store(self, name: str) -> Store:
+        if name not in self._gradients:
+            planned = self.plan.stores.get(name)
+            self._gradients[name] = self._open(name, planned.gradient_home if planned else Home.MEMORY)
+        return self._gradients[name]
+
+    def _whole_gradient(self, name: str) -> Tensor:
+        store = self._gradients.pop(name)
+        gradient = store.read(Region.whole(self.program.nodes[name].size)).clone()
+        store.close()
+        return gradient
+
+    def _free_level(self, level: int) -> None:
+        """Drop the checkpoints of a level and their gradients: its phase was their last reader."""
+        phase = self._phases.get(level)
+        for name in phase.stored if phase is not None else ():
+            for stores in (self._checkpoints, self._gradients):
+                if name in stores:
+                    stores.pop(name).close()
+
+    # --- shared --------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free every store. Closing again does nothing."""
+        for stores in (self._checkpoints, self._gradients):
+            while stores:
+                stores.popitem()[1].close()
+
+    def fetch(self, name: str, part: Region) -> Tensor:
+        """A region of one of a phase's inputs; not to be written to."""
+        node = self.program.nodes[name]
+        if node.kind is Kind.IMAGE:
+            return self.image.read(part)
+        if node.kind is Kind.PROMOTED:
+            value: Tensor = self.small.values[node.operands[0]]
+            return cut(value, self.axes(name), Region.whole(node.size), part)
+        return self._checkpoints[name].read(part)
+
+    def _open(self, name: str, home: Home) -> Store:
+        node = self.program.nodes[name]
+        spec = StoreSpec(node.tensor.shape, node.tensor.dtype, self.axes(name))
+        planned = self.plan.stores.get(name)
+        return self._open_store(spec, home, planned.tile if planned else node.size)
+
+    def axes(self, name: str) -> Axes:
+        """Spatial axes of a map."""
+        axes = self.program.nodes[name].axes
+        assert axes is not None
+        return axes
+
+    def _reduction(self, name: str) -> Reduction:
+        reduction = self.program.nodes[name].reduction
+        assert reduction is not None
+        return reduction
+
+    @contextmanager
+    def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
+        before = self._bytes_moved()
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        read, written = (now - then for now, then in zip(self._bytes_moved(), before, strict=True))
+        self.reports.append(PhaseReport(phase.level, direction, phase.num_tiles, seconds, read, written))
+
+    def _bytes_moved(self) -> tuple[int, int]:
+        stores = [*self._checkpoints.values(), *self._gradients.values()]
+        return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
+
+
+class _BackwardTile:
+    """One tile of a phase, recomputed with autograd and differentiated."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        tile: TileRun,
+        feeds: Mapping[str, tuple[str, ...]],
+        small: Mapping[str, Tensor],
+    ) -> None:
+        self.execution = execution
+        self.tile = tile
+        self.feeds = feeds
+        self.small = small
+        self.leaves: dict[tuple[str, Region], Tensor] = {}
+        self.roots: list[tuple[Tensor, Tensor]] = []
+        self.num_pending = 0
+        """Taps whose gradient has not been added yet."""
+
+    def run(self) -> None:
+        """Recompute, differentiate and hand out the gradients."""
+        execution, phase = self.execution, self.tile.phase
+        device, autocast = execution.device, execution.autocast
+        with torch.enable_grad(), _autocast(device, autocast, cache=False):
+            for name in self.feeds:
+                if name in phase.inputs:
+                    self._root(name, self._fetch(name, phase.own(self.tile.row, self.tile.col, name)))
+            self.tile.run(self._fetch, self.small, self._observe)
+        small = {name: leaf for name, leaf in self.small.items() if leaf.requires_grad}
+        maps = {key: leaf for key, leaf in self.leaves.items() if leaf.requires_grad}
+        inputs = [*small.values(), *maps.values()]
+        if not self.roots or not inputs:
+            return
+        outputs, gradients = zip(*self.roots, strict=True)
+        with _autocast(device, None):
+            found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        assert self.num_pending == 0, "a stored map's gradient did not reach the tile's graph"
+        for name, gradient in zip(small, found, strict=False):
+            execution.small.accumulate(name, gradient)
+        for (name, part), gradient in zip(maps, found[len(small) :], strict=True):
+            if gradient is not None:
+                execution.add_gradient(name, part, gradient)
+
+    def _fetch(self, name: str, part: Region) -> Tensor:
+        """A leaf per input and region: a slice inside the graph would cost a zero-filled copy."""
+        if (name, part) not in self.leaves:
+            leaf = self.execution.fetch(name, part).detach()
+            wanted = name in self.execution.plan.differentiated and leaf.is_floating_point()
+            self.leaves[name, part] = leaf.requires_grad_(wanted)
+        return self.leaves[name, part]
+
+    def _observe(self, name: str, value: Tensor) -> Tensor:
+        phase = self.tile.phase
+        if (name not in phase.stored and name not in self.feeds) or not value.requires_grad:
+            return value
+        if name not in phase.consumed:
+            self._root(name, value)
+            return value
+        own = phase.own(self.tile.row, self.tile.col, name)
+        needed = phase.needed(self.tile.row, self.tile.col, name)
+        axes = self.execution.axes(name)
+        self.num_pending += 1
+
+        def add(gradient: Tensor) -> Tensor:
+            self.num_pending -= 1
+            part = self._share_gradient(name, cut(value, axes, needed, own))
+            if part is None:
+                return gradient
+            # The engine may hand the same tensor to another consumer, so it is not changed in place.
+            total = gradient.clone()
+            cut(total, axes, needed, own).add_(part)
+            return total
+
+        tapped: Tensor = _Tap.apply(value, add)
+        return tapped
+
+    def _root(self, name: str, value: Tensor) -> None:
+        if not value.requires_grad:
+            return
+        gradient = self._share_gradient(name, value)
+        if gradient is None and self.num_pending:
+            # Taps upstream are only reached through some root.
+            gradient = torch.zeros((), dtype=value.dtype, device=value.device).expand_as(value)
+        if gradient is not None:
+            self.roots.append((value, gradient))
+
+    def _share_gradient(self, name: str, share: Tensor) -> Tensor | None:
+        own = self.tile.phase.own(self.tile.row, self.tile.col, name)
+        reductions = self.feeds.get(name, ())
+        return self.execution.share_gradient(self.tile.phase, own, name, reductions, share)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward adds what arrives at the value from outside the tile's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.add = add
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.add(grads[0]), None
+
+
+def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:
+    """The reductions fed by each map of the phase."""
+    feeds: dict[str, list[str]] = {}
+    for name in phase.reductions:
+        feeds.setdefault(program.nodes[name].operands[0], []).append(name)
+    return {name: tuple(reductions) for name, reductions in feeds.items()}
+
+
+def _small_operands(program: Program, phase: Phase) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for name in phase.nodes:
+        node = program.nodes[name]
+        assert node.local is not None
+        names.update(dict.fromkeys(n for n in node.operands if n not in node.local.links))
+    return tuple(names)
+
+
+def _autocast_state(device: torch.device) -> torch.dtype | None:
+    """The ambient autocast dtype for ``device``, or ``None`` if autocast is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+@contextmanager
+def _autocast(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> Iterator[None]:
+    """Autocast as it was when the pass began, whatever it is now.
+
+    Without the cache where tiles are differentiated one by one: a cached cast would keep the graph of
+    the tile that made it.
+    """
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache):
+        yield

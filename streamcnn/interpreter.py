@@ -1,0 +1,142 @@
+"""Run one phase's operators on one tile.
+
+Nothing here is global and nothing is decided: which operators run on which regions is read from the
+plan. The same code runs forward (without autograd) and backward (with it); what differs is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamcnn.ops.convolution import stored_convolve
+from streamcnn.plan import Phase
+from streamcnn.program import Axes, Link, Local, Node, Program, substitute
+from streamcnn.regions import Interval, Region
+
+Fetch = Callable[[str, Region], Tensor]
+"""Reads a region of one of the phase's input maps."""
+Observe = Callable[[str, Tensor], Tensor]
+"""Sees each operator's value on the tile and returns what its consumers shall read."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileRun:
+    """One tile of one phase."""
+
+    program: Program
+    phase: Phase
+    row: int
+    col: int
+    skipped: frozenset[str] = frozenset()
+    """Convolutions whose value is stored and read by no operator of the phase."""
+
+    def run(self, fetch: Fetch, small: Mapping[str, Any], observe: Observe) -> None:
+        """Evaluate the phase's operators in order, dropping each value after its last use."""
+        values: dict[str, Tensor] = {}
+        for name in self.phase.nodes:
+            value = self._evaluate(self.program.nodes[name], values, fetch, small)
+            values[name] = observe(name, value)
+            del value
+            for dead in self.phase.releases.get(name, ()):
+                del values[dead]
+
+    def _evaluate(
+        self, node: Node, values: Mapping[str, Tensor], fetch: Fetch, small: Mapping[str, Any]
+    ) -> Tensor:
+        local = node.local
+        assert local is not None and node.target is not None and node.axes is not None
+        out = self.phase.needed(self.row, self.col, node.name)
+        at_hand: dict[str, Region] = {}
+
+        def value_of(name: str) -> Any:
+            link = local.links.get(name)
+            if link is None:
+                return small[name]
+            operand, at_hand[name] = self._operand(name, link, out, values, fetch)
+            if local.fill is None:
+                return operand
+            return padded(operand, self._axes(name), at_hand[name], self._window(name, link, out), local.fill)
+
+        args = substitute(node.args, value_of)
+        kwargs = substitute(dict(node.kwargs), value_of)
+        if local.positional:
+            kwargs.update(out=out, origin=next(iter(at_hand.values())))
+        result = _result_region(local, at_hand, out)
+        if node.name in self.skipped:
+            shape = _with_extents(node.tensor.shape, node.axes, result.size)
+            value = stored_convolve(shape, node.tensor.dtype, node.target, args)
+        else:
+            value = node.target(*args, **kwargs)
+        return value if result == out else placed(value, node.axes, result, out)
+
+    def _operand(
+        self, name: str, link: Link, out: Region, values: Mapping[str, Tensor], fetch: Fetch
+    ) -> tuple[Tensor, Region]:
+        size = self.program.nodes[name].size
+        part = Region(link.rows.required(out.rows, size[0]), link.cols.required(out.cols, size[1]))
+        if name not in values:
+            return fetch(name, part), part
+        return cut(values[name], self._axes(name), self.phase.needed(self.row, self.col, name), part), part
+
+    def _window(self, name: str, link: Link, out: Region) -> Region:
+        size = self.program.nodes[name].size
+        return Region(link.rows.window(out.rows, size[0]), link.cols.window(out.cols, size[1]))
+
+    def _axes(self, name: str) -> Axes:
+        axes = self.program.nodes[name].axes
+        assert axes is not None
+        return axes
+
+
+def _result_region(local: Local, at_hand: Mapping[str, Region], out: Region) -> Region:
+    """What the target yields for the operands at hand: more than asked for where blocks do not align."""
+    if local.fill is not None or local.positional:
+        return out
+    name, part = next(iter(at_hand.items()))
+    link = local.links[name]
+    return Region(link.rows.result(part.rows, out.rows), link.cols.result(part.cols, out.cols))
+
+
+def _with_extents(shape: tuple[int, ...], axes: Axes, extents: tuple[int, int]) -> tuple[int, ...]:
+    result = list(shape)
+    result[axes[0]], result[axes[1]] = extents
+    return tuple(result)
+
+
+def cut(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
+    """The view of ``x``, which covers one region, on a part of it."""
+    for axis, outer, inner in zip(axes, covered, part, strict=True):
+        if outer != inner:
+            x = x.narrow(axis, inner.start - outer.start, inner.size)
+    return x
+
+
+def padded(x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) -> Tensor:
+    """``x``, which covers one region, extended by ``fill`` to a window that reaches outside the map."""
+    if covered == window:
+        return x
+    if any(not _overlap(outer, inner) for outer, inner in zip(window, covered, strict=True)):
+        # The window lies wholly in the padding: nothing of the map is in it.
+        return x.new_full(_with_extents(tuple(x.shape), axes, window.size), fill)
+    pads = [0] * (2 * x.dim())
+    for axis, outer, inner in zip(axes, window, covered, strict=True):
+        place = 2 * (x.dim() - 1 - axis)
+        pads[place : place + 2] = [inner.start - outer.start, outer.stop - inner.stop]
+    return torch.nn.functional.pad(x, pads, value=fill)
+
+
+def placed(x: Tensor, axes: Axes, covered: Region, out: Region) -> Tensor:
+    """``x``, which covers one region, cut or extended by zeros to another."""
+    kept = Region(*(a.intersect(b) for a, b in zip(covered, out, strict=True)))
+    if 0 in kept.size:
+        return x.new_zeros(_with_extents(tuple(x.shape), axes, out.size))
+    return padded(cut(x, axes, covered, kept), axes, kept, out, 0.0)
+
+
+def _overlap(a: Interval, b: Interval) -> bool:
+    return a.intersect(b).size > 0

@@ -1,0 +1,100 @@
+"""The model that a name on the command line stands for: a timm model or the user's own factory."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from streamcnn.extras import require
+
+# Schemas live as long as this object does.
+_torchvision_schemas: torch.library.Library | None = None
+
+
+def load_model(name: str, **kwargs: object) -> nn.Module:
+    """A new model, not yet trained.
+
+    Parameters
+    ----------
+    name : a timm name such as ``"resnet18"``, or ``"package.module:factory"``
+        The factory is any callable that returns a module; its module is imported as by Python,
+        so its folder must be on ``sys.path``.
+    **kwargs
+        Passed on to timm's ``create_model`` or to the factory.
+
+    Raises
+    ------
+    ValueError
+        If there is no timm model, module or factory of that name, or it returns no module.
+    MissingExtra
+        If it is a timm name and timm is not installed.
+    """
+    model = _call_factory(name, kwargs) if ":" in name else _create_with_timm(name, kwargs)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returned a {type(model).__name__}: allowed is a torch.nn.Module")
+    return model
+
+
+def _call_factory(name: str, kwargs: dict[str, object]) -> object:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module missing inside the user's own file is a bug there and keeps its traceback.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"no module {error.name!r} for model {name!r}: allowed is package.module:factory; "
+            "add its folder to PYTHONPATH"
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ValueError(f"{module_name} has no callable {attribute!r}: allowed is package.module:factory")
+    return factory(**kwargs)
+
+
+def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
+    _define_torchvision_schemas()
+    timm = require("timm", extra="zoo")
+    if not timm.is_model(name):
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "none"
+        raise ValueError(
+            f"no timm model {name!r} (similar: {close}): allowed is a timm name, "
+            "see timm.list_models(), or package.module:factory"
+        )
+    return timm.create_model(name, **kwargs)
+
+
+def _define_torchvision_schemas() -> None:
+    """Let torchvision be imported where its compiled operators do not fit this PyTorch.
+
+    Its import attaches shape rules to two of them and fails when they do not exist, although
+    no classification model calls either.
+    """
+    global _torchvision_schemas
+    if _has_compiled_operators() or _torchvision_schemas is not None:
+        return
+    _torchvision_schemas = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    for operator in ("nms", "qnms"):
+        schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        _torchvision_schemas.define(schema)  # type: ignore[no-untyped-call]
+
+
+def _has_compiled_operators() -> bool:
+    """Whether torchvision's operators are defined, after trying to load them as torchvision would.
+
+    Loading comes first because a library may not define schemas that exist already.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is not None and spec.origin is not None and not hasattr(torch.ops.torchvision, "nms"):
+        for library in Path(spec.origin).parent.glob("_C*"):
+            try:
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+            except OSError:
+                continue  # built for another PyTorch
+    return hasattr(torch.ops.torchvision, "nms")

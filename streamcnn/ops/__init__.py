@@ -1,0 +1,20 @@
+"""Operator families. Importing this package fills the registry of rules."""
+
+from streamcnn.ops import (
+    convolution,
+    dropout,
+    normalization,
+    pointwise,
+    pooling,
+    reductions,
+    resampling,
+    shape,
+)
+from streamcnn.ops.rules import Sample
+
+FAMILIES = (convolution, dropout, normalization, pointwise, pooling, reductions, resampling, shape)
+
+
+def samples() -> tuple[Sample, ...]:
+    """Small modules that together use every rule."""
+    return tuple(sample for family in FAMILIES for sample in family.SAMPLES)

@@ -1,0 +1,220 @@
+"""Convolution and transposed convolution.
+
+The interpreter pads with zeros only where a tile's window leaves the true map, so the convolutions
+recorded here have no padding of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.axis_maps import Sliding, Transposed
+from streamcnn.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
+from streamcnn.program import Link, Ref
+
+aten = torch.ops.aten
+
+
+@rule(aten.conv2d.default, aten.conv2d.padding)
+def conv2d(tracer: Tracer, call: Call) -> Ref | Decline:
+    """2-D convolution: any kernel, stride, dilation, groups and padding, ``same`` included."""
+    ref, weight, bias, stride, padding, dilation, groups = call.bind(
+        "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    )
+    if tracer.axes(ref) != (2, 3) or tracer.axes(weight) is not None:
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    kernel = tracer.spec(weight).shape[2:]
+    stride, dilation = as_pair(stride), as_pair(dilation)
+    low = _padding_before(padding, kernel, dilation)
+    rows, cols = (
+        Sliding(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True)
+    )
+    return tracer.local(
+        convolve,
+        (ref, weight, bias, stride, dilation, groups),
+        like=tracer.fake(call),
+        axes=(2, 3),
+        links={ref.name: Link(rows, cols)},
+        fill=0.0,
+        heavy=True,
+    )
+
+
+def _padding_before(
+    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Padding rows above and columns left; what lies below and right follows from the output's size."""
+    if padding == "valid":
+        return (0, 0)
+    if padding == "same":
+        rows, cols = (d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+        return (rows, cols)
+    assert not isinstance(padding, str)
+    return as_pair(padding)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """The unpadded convolution of a window ``x`` (N, C, h, w)."""
+    return torch.conv2d(x, weight, bias, stride, 0, dilation, groups)
+
+
+@rule(aten.conv_transpose2d.input)
+def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
+    """2-D transposed convolution, output padding included."""
+    ref, weight, bias, stride, padding, dilation, groups = call.bind(
+        "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    )
+    if tracer.axes(ref) != (2, 3) or tracer.axes(weight) is not None:
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    kernel = tracer.spec(weight).shape[2:]
+    stride, dilation, low = as_pair(stride), as_pair(dilation), as_pair(padding)
+    rows, cols = (
+        Transposed(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True)
+    )
+    like = tracer.fake(call)
+    result = tracer.local(
+        convolve_transposed,
+        (ref, weight, stride, dilation, groups),
+        like=like,
+        axes=(2, 3),
+        links={ref.name: Link(rows, cols)},
+        heavy=True,
+    )
+    if bias is None:
+        return result
+    # The bias also reaches positions of output padding, which no input position reaches.
+    column = tracer.small(torch.Tensor.reshape, bias, (1, -1, 1, 1))
+    return tracer.local(torch.add, (result, column), like=like, axes=(2, 3), links={result.name: Link()})
+
+
+def convolve_transposed(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> Tensor:
+    """The uncropped transposed convolution of a window ``x`` (N, C, h, w)."""
+    return torch.conv_transpose2d(x, weight, None, stride, 0, 0, groups, dilation)
+
+
+class StoredConvolution(torch.autograd.Function):
+    """A convolution whose result is stored already: backward without computing it again.
+
+    Forward returns a tensor of the right shape and no memory, which must not be read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        shape, dtype, stride, dilation, groups, transposed = options
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = (dtype, stride, dilation, groups, transposed)
+        return x.new_empty((), dtype=dtype).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        dtype, stride, dilation, groups, transposed = ctx.options
+        # Under autocast the operands were cast to the result's dtype; the gradients are cast back.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad.to(dtype),
+            x.to(dtype),
+            weight.to(dtype),
+            ctx.bias_sizes,
+            list(stride),
+            [0, 0],
+            list(dilation),
+            transposed,
+            [0, 0],
+            groups,
+            [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]],
+        )
+        return (
+            _cast(grad_x, x.dtype),
+            _cast(grad_weight, weight.dtype),
+            _cast(grad_bias, ctx.bias_dtype),
+            *(None,) * 6,
+        )
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if tensor is None or dtype is None else tensor.to(dtype)
+
+
+def is_convolution(target: object) -> bool:
+    """Whether a target can be skipped when its value is stored."""
+    return target is convolve or target is convolve_transposed
+
+
+def stored_convolve(
+    shape: tuple[int, ...], dtype: torch.dtype, target: Any, args: Sequence[Any]
+) -> Tensor:
+    """Stand-in for ``target(*args)`` whose value is stored already."""
+    if target is convolve:
+        x, weight, bias, stride, dilation, groups = args
+    else:
+        x, weight, stride, dilation, groups = args
+        bias = None
+    options = (shape, dtype, stride, dilation, groups, target is convolve_transposed)
+    result: Tensor = StoredConvolution.apply(x, weight, bias, *options)
+    return result
+
+
+class _Chain(nn.Module):
+    """Layers in a row, then something whose gradient differs at every position."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return (y * torch.tanh(y)).mean((2, 3))
+
+
+def chain(*layers: nn.Module) -> nn.Module:
+    """A test module: ``layers`` in a row and a curved spatial mean."""
+    return _Chain(*layers)
+
+
+def _mixed() -> nn.Module:
+    return chain(
+        nn.Conv2d(3, 4, (1, 7), padding=(0, 3)),
+        nn.Conv2d(4, 6, 4, stride=3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(6, 6, 2, padding="same", groups=3),
+        nn.Conv2d(6, 5, (4, 1), stride=(2, 1), padding=(5, 1)),
+    )
+
+
+def _transposed() -> nn.Module:
+    return chain(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.ConvTranspose2d(4, 6, 2, stride=2),
+        nn.ConvTranspose2d(6, 4, 3, stride=3, padding=1, output_padding=2, groups=2),
+        nn.ConvTranspose2d(4, 2, (4, 3), stride=(1, 2), padding=(3, 0), dilation=(2, 1), bias=False),
+    )
+
+
+SAMPLES = (
+    Sample("asymmetric, dilated, strided, grouped, same padding", _mixed),
+    Sample("transposed with output padding", _transposed),
+    *(
+        Sample(
+            f"padding mode {mode}",
+            lambda mode=mode: chain(  # type: ignore[misc]
+                nn.Conv2d(3, 4, 5, padding=(2, 1), padding_mode=mode), nn.Conv2d(4, 3, 3, stride=2)
+            ),
+        )
+        for mode in ("reflect", "replicate", "circular")
+    ),
+)

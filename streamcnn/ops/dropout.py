@@ -1,0 +1,114 @@
+"""Dropout on maps, the same for every tiling and on recomputation.
+
+The mask is a hash of a seed drawn once per forward pass, the node and the element's absolute position
+(a counter-based generator, Salmon et al. 2011, with the mixing function of SplitMix64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.ops.pointwise import pointwise
+from streamcnn.ops.rules import Call, Sample, Tracer, rule
+from streamcnn.program import Axes, Link, Ref
+from streamcnn.regions import Region
+
+aten = torch.ops.aten
+
+_BITS = 24
+"""Resolution of the drawn uniform numbers."""
+
+
+@rule(aten.dropout.default)
+def dropout(tracer: Tracer, call: Call) -> Ref:
+    """Dropout of single elements."""
+    ref, probability, train = call.bind("input", "p", "train")
+    axes = tracer.axes(ref)
+    if axes is None:
+        small: Ref = tracer.small(call.target, *call.args, **call.kwargs)
+        return small
+    if not train or probability == 0:
+        return pointwise(tracer, Call(aten.alias.default, (ref,), {}))  # type: ignore[return-value]
+    seed = tracer.small(draw_seed)
+    shape = tracer.spec(ref).shape
+    return tracer.local(
+        drop_elements,
+        (ref, seed, probability, shape, axes),
+        like=tracer.fake(call),
+        axes=axes,
+        links={ref.name: Link()},
+        positional=True,
+    )
+
+
+@rule(aten.feature_dropout.default)
+def feature_dropout(tracer: Tracer, call: Call) -> Ref:
+    """Dropout of whole channels: a small mask, drawn once."""
+    ref, probability, train = call.bind("input", "p", "train")
+    spec = tracer.spec(ref)
+    if tracer.axes(ref) is None:
+        small: Ref = tracer.small(call.target, *call.args, **call.kwargs)
+        return small
+    if not train or probability == 0:
+        return pointwise(tracer, Call(aten.alias.default, (ref,), {}))  # type: ignore[return-value]
+    shape = (*spec.shape[:2], *(1,) * (len(spec.shape) - 2))
+    mask = tracer.small(draw_channel_mask, shape, probability, dtype=spec.dtype)
+    return pointwise(tracer, Call(aten.mul.Tensor, (ref, mask), {}))  # type: ignore[return-value]
+
+
+def draw_seed() -> Tensor:
+    """A seed from PyTorch's generator, shape ()."""
+    return torch.randint(2**62, ())
+
+
+def draw_channel_mask(shape: tuple[int, ...], probability: float, *, dtype: torch.dtype) -> Tensor:
+    """Kept channels as ``1 / (1 - probability)``, dropped ones as 0."""
+    kept = torch.empty(shape, dtype=dtype).bernoulli_(1 - probability)
+    return kept / (1 - probability) if probability < 1 else kept
+
+
+def drop_elements(
+    x: Tensor,
+    seed: Tensor,
+    probability: float,
+    shape: tuple[int, ...],
+    axes: Axes,
+    *,
+    out: Region,
+    origin: Region,
+) -> Tensor:
+    """A tile ``x`` that covers ``out`` of a map of ``shape``, with elements dropped."""
+    position = torch.zeros((), dtype=torch.int64, device=x.device)
+    for dim, extent in enumerate(shape):
+        start, stop = 0, extent
+        if dim in axes:
+            interval = out[axes.index(dim)]
+            start, stop = interval.start, interval.stop
+        index = torch.arange(start, stop, device=x.device)
+        position = position * extent + index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    uniform = mix(position + seed.to(x.device)) & (2**_BITS - 1)
+    kept = uniform >= round(probability * 2**_BITS)
+    return x * (kept.to(x.dtype) / max(1 - probability, 2.0**-_BITS))
+
+
+def mix(counter: Tensor) -> Tensor:
+    """SplitMix64's finaliser: well mixed 64-bit integers from consecutive ones."""
+    value = counter * -7046029254386353131
+    value = (value ^ _shifted(value, 30)) * -4658895280553007687
+    value = (value ^ _shifted(value, 27)) * -7723592293110705685
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Shift right without copying the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+SAMPLES: tuple[Sample, ...] = (
+    Sample(
+        "dropout in eval mode",
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Dropout2d(0.3), nn.AdaptiveAvgPool2d(1)),
+        train=False,
+    ),
+)

@@ -1,0 +1,269 @@
+"""Batch, instance, group and whole-image layer norm: a barrier for the statistics, then one local pass.
+
+The local pass is ATen's own fused eval-mode batch norm with the image's statistics in place of the
+running ones; its backward also gives the gradients of mean and variance, which go on to the reduction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from streamcnn.ops.convolution import chain
+from streamcnn.ops.pointwise import per_position, pointwise, trailing_norm
+from streamcnn.ops.reductions import Moments
+from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.program import Link, Ref
+
+aten = torch.ops.aten
+
+
+class _Normalize(torch.autograd.Function):
+    """``(x - mean) / sqrt(variance + eps) * weight + bias`` with gradients for every tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, variance, weight)
+        ctx.eps = eps
+        return torch.batch_norm(
+            x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, variance, weight = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
+            grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        slope = torch.rsqrt(variance + ctx.eps)
+        scale = slope if weight is None else slope * weight
+        # The sums over the tile are those that the affine parameters need already.
+        grad_mean = -scale * grad_bias
+        grad_variance = -0.5 * scale * slope * grad_weight
+        return (
+            grad_x,
+            grad_mean,
+            grad_variance,
+            None if weight is None else grad_weight,
+            grad_bias if ctx.needs_input_grad[4] else None,
+            None,
+        )
+
+
+def normalize(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``x`` (N, C, h, w) normalised by statistics (C,), or by (N*C,) ones of each image."""
+    shape = x.shape
+    if mean.numel() != shape[1]:
+        x = x.reshape(1, -1, *shape[2:])
+    result: Tensor = _Normalize.apply(x, mean, variance, weight, bias, eps)
+    return result.reshape(shape)
+
+
+def _normalized(tracer: Tracer, ref: Ref, *parameters: Any) -> Ref:
+    like = torch.empty(tracer.spec(ref).shape, dtype=tracer.spec(ref).dtype, device="meta")
+    return tracer.local(normalize, (ref, *parameters), like=like, axes=(2, 3), links={ref.name: Link()})
+
+
+@rule(aten.batch_norm.default)
+def batch_norm(tracer: Tracer, call: Call) -> Any:
+    """Batch norm with the statistics of the whole batch of images, or the running ones."""
+    ref, weight, bias, running_mean, running_var, training, momentum, eps = call.bind(
+        "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"
+    )
+    if training and tracer.axes(ref) is None:
+        return _small_batch_norm(tracer, ref, weight, bias, running_mean, running_var, momentum, eps)
+    if tracer.axes(ref) is None:
+        return tracer.small(call.target, *call.args, **call.kwargs)
+    if tracer.axes(ref) != (2, 3):
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    if not training:
+        return per_position(tracer, call, ref)
+    moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
+    mean, variance = tracer.reduce(moments, ref)
+    if running_mean is not None:
+        rate = _rate(tracer, running_mean, momentum)
+        _update_running(tracer, running_mean, mean, rate, 1.0)
+        unbiased = moments.count / max(moments.count - 1, 1)
+        _update_running(tracer, running_var, variance, rate, unbiased)
+    return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+
+
+def _rate(tracer: Tracer, running: Ref, momentum: float) -> Any:
+    """The weight of the new statistics; a cumulative average reads the module's counter."""
+    if not math.isnan(momentum):
+        return momentum
+    counter = tracer.sibling(running, "num_batches_tracked")
+    assert counter is not None
+    return tracer.small(cumulative_rate, counter)
+
+
+def cumulative_rate(counter: Tensor) -> Tensor:
+    """One over the number of batches seen, this one included."""
+    return counter.double().reciprocal()
+
+
+def _update_running(tracer: Tracer, running: Ref, value: Ref, rate: Any, factor: float) -> None:
+    tracer.update(running, tracer.small(mixed, running, value, rate, factor))
+
+
+def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -> Tensor:
+    """``(1 - rate) * running + rate * factor * value``, in the running value's dtype, without gradient."""
+    fresh = value.detach().to(running.dtype) * factor
+    return running * (1 - rate) + fresh * rate
+
+
+def _small_batch_norm(
+    tracer: Tracer,
+    ref: Ref,
+    weight: Ref | None,
+    bias: Ref | None,
+    running_mean: Ref | None,
+    running_var: Ref | None,
+    momentum: float,
+    eps: float,
+) -> Ref:
+    """Train-mode batch norm of a small value, with its buffers' new values as results."""
+    if running_mean is None:
+        small: Ref = tracer.small(
+            torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False
+        )
+        return small
+    assert running_var is not None
+    rate = _rate(tracer, running_mean, momentum)
+    result, new_mean, new_var = tracer.small(
+        functional_batch_norm, ref, weight, bias, running_mean, running_var, rate, eps
+    )
+    tracer.update(running_mean, new_mean)
+    tracer.update(running_var, new_var)
+    return result  # type: ignore[no-any-return]
+
+
+def functional_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train-mode batch norm that returns the new running statistics and changes nothing."""
+    mean, var = running_mean.clone(), running_var.clone()
+    momentum = 0.0 if isinstance(rate, FakeTensor) else float(rate)
+    enabled = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
+
+
+@rule(aten.instance_norm.default)
+def instance_norm(tracer: Tracer, call: Call) -> Any:
+    """Instance norm with each image's own statistics, or the running ones."""
+    ref, weight, bias, running_mean, running_var, own_statistics, momentum, eps = call.bind(
+        "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"
+    )
+    if tracer.axes(ref) != (2, 3):
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    if not own_statistics:
+        return per_position(tracer, call, ref)
+    num_images = tracer.spec(ref).shape[0]
+    moments = Moments(tracer.spec(ref).shape, (2, 3), False)
+    mean, variance = tracer.reduce(moments, ref)
+    if running_mean is not None:
+        unbiased = moments.count / max(moments.count - 1, 1)
+        _update_running(tracer, running_mean, tracer.small(torch.mean, mean, 0), momentum, 1.0)
+        _update_running(tracer, running_var, tracer.small(torch.mean, variance, 0), momentum, unbiased)
+    weight, bias = (tracer.small(repeated, p, num_images) if p is not None else None for p in (weight, bias))
+    mean, variance = (tracer.small(torch.flatten, value) for value in (mean, variance))
+    return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+
+
+def repeated(parameter: Tensor, times: int) -> Tensor:
+    """A per-channel parameter (C,) for each of ``times`` images, (times * C,)."""
+    return parameter.repeat(times)
+
+
+@rule(aten.group_norm.default)
+def group_norm(tracer: Tracer, call: Call) -> Any:
+    """Group norm over each image's groups of channels."""
+    ref, num_groups, weight, bias, eps = call.bind("input", "num_groups", "weight", "bias", "eps")
+    if tracer.axes(ref) != (2, 3):
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    return _grouped(tracer, ref, num_groups, weight, bias, eps)
+
+
+def _grouped(
+    tracer: Tracer, ref: Ref, num_groups: int, weight: Ref | None, bias: Ref | None, eps: float
+) -> Ref:
+    spec = tracer.spec(ref)
+    num_images, channels = spec.shape[:2]
+    split = (num_images, num_groups, channels // num_groups, *spec.shape[2:])
+    grouped = tracer.local(
+        split_channels,
+        (ref, num_groups),
+        like=torch.empty(split, dtype=spec.dtype, device="meta"),
+        axes=(3, 4),
+        links={ref.name: Link()},
+    )
+    statistics = tracer.reduce(Moments(split, (2, 3, 4), False), grouped)
+    mean, variance = (tracer.small(per_channel, value, channels) for value in statistics)
+    weight, bias = (tracer.small(repeated, p, num_images) if p is not None else None for p in (weight, bias))
+    return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+
+
+def split_channels(x: Tensor, num_groups: int) -> Tensor:
+    """``x`` (N, C, h, w) as (N, G, C/G, h, w)."""
+    return x.reshape(x.shape[0], num_groups, -1, *x.shape[2:])
+
+
+def per_channel(statistic: Tensor, channels: int) -> Tensor:
+    """A statistic per group (N, G) as one per channel (N*C,)."""
+    return statistic.repeat_interleave(channels // statistic.shape[1], dim=1).flatten()
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(tracer: Tracer, call: Call) -> Any:
+    """Layer norm over trailing axes: per position if they are channels, else over each whole image."""
+    ref, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps")
+    if tracer.axes(ref) != (2, 3) or len(shape) != 3:
+        return trailing_norm(tracer, call)
+    result = _grouped(tracer, ref, 1, None, None, eps)
+    for target, parameter in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if parameter is not None:
+            result = pointwise(tracer, Call(target, (result, parameter), {}))  # type: ignore[assignment]
+    return result
+
+
+def _instance() -> nn.Module:
+    return chain(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.Conv2d(4, 3, 3))
+
+
+def _batch() -> nn.Module:
+    return chain(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6, affine=False),
+        nn.Conv2d(6, 4, 1),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
+
+
+SAMPLES = (
+    *(Sample(f"batch norm, train={train}", _batch, train=train) for train in (True, False)),
+    *(Sample(f"instance norm, train={train}", _instance, train=train) for train in (True, False)),
+    Sample("group norm", lambda: chain(nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6), nn.Conv2d(6, 3, 3))),
+    Sample("layer norm over the image", lambda: chain(nn.Conv2d(3, 4, 3), nn.LayerNorm((4, 41, 35)))),
+)

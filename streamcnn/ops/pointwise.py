@@ -1,0 +1,201 @@
+"""Operators that treat every position alike: activations, arithmetic, casts, per-pixel normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+
+from streamcnn.axis_maps import Broadcast, Same
+from streamcnn.ops.rules import Call, Decline, Rule, Sample, Tracer, rule
+from streamcnn.program import Axes, Link, Ref, refs_in, substitute
+
+aten = torch.ops.aten
+
+# Pointwise by definition, but without ATen's own tag because they are composed of others.
+_UNTAGGED = (
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.expand_as.default,
+    aten.hardswish.default,
+    aten.lift_fresh_copy.default,
+    aten.log_sigmoid.default,
+    aten.masked_fill.Tensor,
+    aten.rsub.Tensor,
+    aten.special_expit.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.true_divide.Scalar,
+    aten.type_as.default,
+    aten.where.Scalar,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+)
+
+
+def pointwise_rule(target: object) -> Rule | None:
+    """The pointwise rule if ATen says that ``target`` is pointwise and deterministic."""
+    if not isinstance(target, OpOverload):
+        return None
+    tags = target.tags
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+        return pointwise
+    return None
+
+
+@rule(*_UNTAGGED)
+def pointwise(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Each result position from the same position of every operand, with broadcasting."""
+    like = tracer.fake(call)
+    if not isinstance(like, torch.Tensor):
+        return Decline("it returns several tensors")
+    axes = common_axes(tracer, call, like.dim())
+    if axes is None:
+        return Decline("its operands have their spatial axes at different places")
+    call, links = align_operands(tracer, call, like, axes)
+    return tracer.local(call.target, call.args, call.kwargs, like=like, axes=axes, links=links)
+
+
+def common_axes(tracer: Tracer, call: Call, ndim: int) -> Axes | None:
+    """Spatial axes of the broadcast result, or ``None`` if the maps disagree about them."""
+    found = set()
+    for name in refs_in((call.args, dict(call.kwargs))):
+        axes = tracer.axes(Ref(name))
+        if axes is not None:
+            shift = ndim - len(tracer.spec(Ref(name)).shape)
+            found.add((axes[0] + shift, axes[1] + shift))
+    return found.pop() if len(found) == 1 else None
+
+
+def align_operands(
+    tracer: Tracer, call: Call, like: torch.Tensor, axes: Axes
+) -> tuple[Call, dict[str, Link]]:
+    """The call with small values of spatial extent promoted to maps, and the links of its maps."""
+    renamed: dict[str, Ref] = {}
+    links: dict[str, Link] = {}
+    for name in refs_in((call.args, dict(call.kwargs))):
+        operand = Ref(name)
+        shape = tracer.spec(operand).shape
+        local_axes = (axes[0] - like.dim() + len(shape), axes[1] - like.dim() + len(shape))
+        extents = tuple(shape[axis] if axis >= 0 else 1 for axis in local_axes)
+        if tracer.axes(operand) is None:
+            if extents == (1, 1):
+                continue
+            if min(local_axes) < 0:
+                operand = tracer.small(torch.Tensor.reshape, operand, (1,) * (like.dim() - len(shape)) + shape)
+                local_axes = axes
+            renamed[name] = operand = tracer.promote(operand, local_axes)
+        rows, cols = (
+            Same() if extent == like.shape[axis] else Broadcast() for extent, axis in zip(extents, axes, strict=True)
+        )
+        links[operand.name] = Link(rows, cols)
+    return rename(call, renamed), links
+
+
+def rename(call: Call, renamed: dict[str, Ref]) -> Call:
+    """``call`` reading other nodes in place of those named."""
+    if not renamed:
+        return call
+
+    def replace(name: str) -> Ref:
+        return renamed.get(name, Ref(name))
+
+    return Call(call.target, substitute(call.args, replace), substitute(dict(call.kwargs), replace))
+
+
+def per_position(tracer: Tracer, call: Call, ref: Ref, *, heavy: bool = False) -> Ref:
+    """Record a call that mixes other axes than the spatial ones and leaves the axes where they are."""
+    axes = tracer.axes(ref)
+    assert axes is not None
+    like = tracer.fake(call)
+    return tracer.local(
+        call.target, call.args, call.kwargs, like=like, axes=axes, links={ref.name: Link()}, heavy=heavy
+    )
+
+
+@rule(aten.linear.default)
+def linear(tracer: Tracer, call: Call) -> Ref | Decline:
+    """A linear layer on the last axis, where that is not a spatial one."""
+    ref, weight = call.bind("input", "weight")
+    axes = tracer.axes(ref)
+    ndim = len(tracer.spec(ref).shape)
+    if axes is None or tracer.axes(weight) is not None:
+        return Decline("its weight depends on the position")
+    if ndim - 1 in axes:
+        return Decline("it mixes positions: the layer is applied along a spatial axis")
+    return per_position(tracer, call, ref, heavy=True)
+
+
+@rule(aten.prelu.default)
+def prelu(tracer: Tracer, call: Call) -> Ref | Decline:
+    """PReLU, whose slopes belong to axis 1 whatever the broadcasting rules say."""
+    ref, slopes = call.bind("self", "weight")
+    if tracer.axes(slopes) is not None or 1 in (tracer.axes(ref) or ()):
+        return Decline("its slopes depend on the position")
+    return per_position(tracer, call, ref)
+
+
+@rule(aten.rms_norm.default)
+def trailing_norm(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Layer norm over trailing axes that are not spatial (channels last)."""
+    ref, shape = call.bind("input", "normalized_shape")
+    axes = tracer.axes(ref)
+    if axes is None or max(axes) >= len(tracer.spec(ref).shape) - len(shape):
+        return Decline("it normalises over space and has an affine part that depends on the position")
+    return per_position(tracer, call, ref)
+
+
+@rule(aten.softmax.int, aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
+def along_channels(tracer: Tracer, call: Call) -> Ref | Decline:
+    """An operator along one axis that is not spatial."""
+    ref, dim = call.args[0], call.bind("dim")[0]
+    axes = tracer.axes(ref)
+    if axes is None or dim % len(tracer.spec(ref).shape) in axes:
+        return Decline("it runs along a spatial axis")
+    return per_position(tracer, call, ref)
+
+
+@rule(
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+def from_metadata(tracer: Tracer, call: Call) -> Ref:
+    """A new tensor that takes only dtype and device from its operand."""
+    like = tracer.fake(call)
+    value: Any = call.bind("fill_value")[0] if call.target is aten.new_full.default else 0.0
+    if call.target is aten.new_ones.default:
+        value = 1.0
+    created: Ref = tracer.small(
+        torch.full, tuple(like.shape), value, dtype=like.dtype, device=torch.device(like.device)
+    )
+    return created
+
+
+class _LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, padding=1)
+        self.norm = nn.LayerNorm(5)
+        self.mix = nn.Linear(5, 5)
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, 5))
+        self.prelu = nn.PReLU(5)
+        self.position = nn.Parameter(torch.linspace(-1, 1, 43 * 37).reshape(1, 1, 43, 37))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.prelu(self.conv(x)) + self.position
+        y = self.mix(self.norm(x.permute(0, 2, 3, 1))) * self.gamma
+        y = y.permute(0, 3, 1, 2) + torch.softmax(x, dim=1)
+        return (x * torch.sigmoid(y)).mean((2, 3))
+
+
+SAMPLES = (Sample("layer scale, PReLU, per-pixel linear, position", _LayerScale),)

@@ -1,0 +1,131 @@
+"""Max and average pooling, with ceil mode, dilation and both divisor rules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.axis_maps import Broadcast, Same, Sliding
+from streamcnn.ops.convolution import chain
+from streamcnn.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
+from streamcnn.program import Link, Ref
+
+aten = torch.ops.aten
+
+
+@rule(aten.max_pool2d.default)
+def max_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Max pooling; what lies outside the map is minus infinity."""
+    ref, kernel, stride, padding, dilation = call.bind("self", "kernel_size", "stride", "padding", "dilation")
+    if tracer.axes(ref) != (2, 3):
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    kernel, dilation = as_pair(kernel), as_pair(dilation)
+    stride = as_pair(stride or kernel)
+    rows, cols = (
+        Sliding(k, s, p, d) for k, s, p, d in zip(kernel, stride, as_pair(padding), dilation, strict=True)
+    )
+    return tracer.local(
+        max_pool,
+        (ref, kernel, stride, dilation),
+        like=tracer.fake(call),
+        axes=(2, 3),
+        links={ref.name: Link(rows, cols)},
+        fill=-math.inf,
+        heavy=True,
+    )
+
+
+def max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    """Unpadded max pooling of a window ``x`` (N, C, h, w)."""
+    return torch.max_pool2d(x, kernel, stride, 0, dilation)
+
+
+@rule(aten.avg_pool2d.default)
+def avg_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Average pooling: sums of windows, then a divisor per row and per column."""
+    ref, kernel, stride, padding, ceil_mode, count_padding, divisor = call.bind(
+        "self", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    )
+    if tracer.axes(ref) != (2, 3):
+        return Decline("it is not applied to a map of shape (N, C, H, W)")
+    like = tracer.fake(call)
+    kernel, padding = as_pair(kernel), as_pair(padding)
+    stride = as_pair(stride or kernel)
+    axis_maps = [Sliding(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True)]
+    uniform = divisor is not None or (not ceil_mode and (count_padding or padding == (0, 0)))
+    pooled = tracer.local(
+        avg_pool,
+        (ref, kernel, stride, divisor if uniform else 1),
+        like=like,
+        axes=(2, 3),
+        links={ref.name: Link(*axis_maps)},
+        fill=0.0,
+        heavy=True,
+    )
+    if uniform:
+        return pooled
+    for axis in (0, 1):
+        size = tracer.spec(ref).shape[axis + 2]
+        counts = _window_counts(axis_maps[axis], like.shape[axis + 2], size, count_padding)
+        shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
+        factor = tracer.small(_reciprocal, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device))
+        mapped = tracer.promote(factor, (2, 3))
+        links = {pooled.name: Link(), mapped.name: _only(axis)}
+        pooled = tracer.local(torch.mul, (pooled, mapped), like=like, axes=(2, 3), links=links)
+    return pooled
+
+
+def avg_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], divisor: int | None) -> Tensor:
+    """Unpadded average pooling of a window ``x`` (N, C, h, w)."""
+    return torch.nn.functional.avg_pool2d(x, kernel, stride, divisor_override=divisor)
+
+
+def _window_counts(axis_map: Sliding, num_out: int, size: int, count_padding: bool) -> list[int]:
+    """Positions that each window along one axis counts, by ATen's rule."""
+    counts = []
+    for index in range(num_out):
+        first = index * axis_map.stride - axis_map.padding
+        last = min(first + axis_map.kernel, size + axis_map.padding)
+        counts.append(last - first if count_padding else min(last, size) - max(first, 0))
+    return counts
+
+
+def _reciprocal(
+    counts: tuple[int, ...], shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return (1.0 / torch.tensor(counts, dtype=torch.float64, device=device)).to(dtype).reshape(shape)
+
+
+def _only(axis: int) -> Link:
+    """Read along one spatial axis, broadcast along the other."""
+    return Link(Same(), Broadcast()) if axis == 0 else Link(Broadcast(), Same())
+
+
+SAMPLES = (
+    Sample(
+        "max pooling: ceil mode, dilation, padding",
+        lambda: chain(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+            nn.MaxPool2d((2, 3), (1, 2), (1, 1), dilation=(2, 1)),
+        ),
+    ),
+    *(
+        Sample(
+            f"average pooling: ceil mode {ceil}, count padding {count}",
+            lambda ceil=ceil, count=count: chain(  # type: ignore[misc]
+                nn.Conv2d(3, 4, 3, padding=1),
+                nn.AvgPool2d((3, 2), 2, (1, 0), ceil_mode=ceil, count_include_pad=count),
+                nn.AvgPool2d(3, 1, 1, ceil_mode=ceil, count_include_pad=count),
+            ),
+        )
+        for ceil in (False, True)
+        for count in (False, True)
+    ),
+    Sample(
+        "average pooling: own divisor",
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, 2, 1, divisor_override=7)),
+    ),
+)

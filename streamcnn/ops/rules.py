@@ -1,0 +1,148 @@
+"""What streaming knows about operators: one rule per ATen overload, kept in a registry.
+
+A rule sees a captured call and records, through a :class:`Tracer`, the nodes that carry it out:
+local operators with their windows, reductions, small values. It answers :class:`Decline` with a reason
+when it cannot, and the operator then runs resident, on whole maps. An overload without a rule is
+resident too: unknown is never assumed pointwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch._ops import OpOverload
+
+from streamcnn.program import Axes, Link, Ref, TensorSpec
+
+if TYPE_CHECKING:
+    from streamcnn.ops.reductions import Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """A rule's answer when the call cannot be streamed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One captured call with its arguments' nodes already recorded."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def bind(self, *names: str) -> list[Any]:
+        """Values of the schema's arguments ``names``, defaults filled in."""
+        assert isinstance(self.target, OpOverload)
+        values = {}
+        for position, argument in enumerate(self.target._schema.arguments):
+            if position < len(self.args):
+                values[argument.name] = self.args[position]
+            elif argument.name in self.kwargs:
+                values[argument.name] = self.kwargs[argument.name]
+            else:
+                values[argument.name] = argument.default_value
+        return [values[name] for name in names]
+
+
+class Tracer(Protocol):
+    """What rules may ask about operands and record."""
+
+    def spec(self, ref: Ref) -> TensorSpec:
+        """Shape and dtype of a recorded value."""
+
+    def axes(self, ref: Ref) -> Axes | None:
+        """Spatial axes of a map; ``None`` for a small value."""
+
+    def fake(self, call: Call) -> Any:
+        """The call's result on fake tensors, for its shape and dtype."""
+
+    def small(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Record a call on small values; a tuple of refs if the target returns several tensors."""
+
+    def local(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        like: torch.Tensor,
+        axes: Axes,
+        links: Mapping[str, Link],
+        fill: float | None = None,
+        positional: bool = False,
+        heavy: bool = False,
+    ) -> Ref:
+        """Record a local operator whose whole result would be like the fake tensor ``like``."""
+
+    def reduce(self, reduction: Reduction, ref: Ref) -> Any:
+        """Record a reduction of a map; a tuple of refs if it has several results."""
+
+    def promote(self, ref: Ref, axes: Axes) -> Ref:
+        """Record that a small value with spatial extent is read as a map."""
+
+    def update(self, state: Ref, value: Ref) -> None:
+        """Record that the buffer ``state`` takes ``value`` once the forward pass has succeeded."""
+
+    def sibling(self, state: Ref, attribute: str) -> Ref | None:
+        """The present value of another buffer or parameter of the same submodule."""
+
+
+Rule = Callable[[Tracer, Call], Any]
+
+_RULES: dict[OpOverload, Rule] = {}
+
+
+def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
+    """Decorate a rule with the exact overloads it covers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        At import, for a key that is no overload or has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for overload in overloads:
+            if not isinstance(overload, OpOverload):
+                raise TypeError(f"a rule's key must be an OpOverload, found {overload!r}")
+            if overload in _RULES:
+                raise ValueError(f"{overload} has a rule already")
+            _RULES[overload] = function
+        return function
+
+    return register
+
+
+def rule_for(target: object) -> Rule | None:
+    """The rule of an overload, or ``None``."""
+    return _RULES.get(target) if isinstance(target, OpOverload) else None
+
+
+def supported() -> tuple[OpOverload, ...]:
+    """All overloads with a rule of their own."""
+    return tuple(_RULES)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A small module and an image shape on which a family shows that it streams exactly."""
+
+    name: str
+    build: Callable[[], torch.nn.Module]
+    shape: tuple[int, int, int, int] = (2, 3, 43, 37)
+    resident: bool = False
+    """Whether an operator is expected to run on a whole map."""
+    train: bool = True
+
+
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """An integer or a sequence of one or two as (rows, columns)."""
+    if isinstance(value, int):
+        return (value, value)
+    return (value[0], value[-1])

@@ -1,0 +1,259 @@
+"""Operators that move values without computing: permute, reshape, concat, slices of channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.axis_maps import Sliding
+from streamcnn.ops.pointwise import per_position
+from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.program import Axes, Link, Ref
+from streamcnn.regions import Region
+
+aten = torch.ops.aten
+
+
+def _axes(tracer: Tracer, ref: Ref) -> Axes:
+    axes = tracer.axes(ref)
+    assert axes is not None
+    return axes
+
+
+@rule(aten.permute.default)
+def permute(tracer: Tracer, call: Call) -> Ref:
+    """Axes in another order."""
+    ref, dims = call.bind("self", "dims")
+    return _reordered(tracer, call, ref, [dim % len(dims) for dim in dims])
+
+
+@rule(aten.transpose.int)
+def transpose(tracer: Tracer, call: Call) -> Ref:
+    """Two axes exchanged."""
+    ref, first, second = call.bind("self", "dim0", "dim1")
+    dims = list(range(len(tracer.spec(ref).shape)))
+    dims[first], dims[second] = dims[second], dims[first]
+    return _reordered(tracer, call, ref, dims)
+
+
+def _reordered(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int]) -> Ref:
+    rows, cols = (dims.index(axis) for axis in _axes(tracer, ref))
+    links = {ref.name: Link()}
+    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=(rows, cols), links=links)
+
+
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.expand.default,
+)
+def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Another grouping of the axes that leaves both spatial axes whole and in order."""
+    ref = call.args[0]
+    like = tracer.fake(call)
+    axes = _reshaped_axes(tracer.spec(ref).shape, like.shape, _axes(tracer, ref), call.target is aten.expand.default)
+    if axes is None:
+        return Decline("it merges a spatial axis with another")
+    target = expanded if call.target is aten.expand.default else reshaped
+    return tracer.local(
+        target,
+        (ref, tuple(like.shape), axes),
+        like=like,
+        axes=axes,
+        links={ref.name: Link()},
+        positional=True,
+    )
+
+
+def _reshaped_axes(
+    before: Sequence[int], after: Sequence[int], axes: Axes, expands: bool
+) -> Axes | None:
+    """Where the spatial axes went, or ``None`` if they were merged or split."""
+    if expands:
+        shift = len(after) - len(before)
+        return (axes[0] + shift, axes[1] + shift) if _same_extents(before, after, axes, shift) else None
+    found = []
+    for axis in axes:
+        matches = [
+            place
+            for place in range(len(after))
+            if after[place] == before[axis] and math.prod(after[:place]) == math.prod(before[:axis])
+        ]
+        matches = [place for place in matches if not found or place > found[-1]]
+        if not matches:
+            return None
+        found.append(matches[0])
+    return (found[0], found[1])
+
+
+def _same_extents(before: Sequence[int], after: Sequence[int], axes: Axes, shift: int) -> bool:
+    return all(before[axis] == after[axis + shift] for axis in axes)
+
+
+def _tile_shape(shape: tuple[int, ...], axes: Axes, out: Region) -> list[int]:
+    extents = list(shape)
+    extents[axes[0]], extents[axes[1]] = out.size
+    return extents
+
+
+def reshaped(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, origin: Region) -> Tensor:
+    """The tile's part of ``x.reshape(shape)``."""
+    return x.reshape(_tile_shape(shape, axes, out))
+
+
+def expanded(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, origin: Region) -> Tensor:
+    """The tile's part of ``x.expand(shape)``."""
+    return x.expand(_tile_shape(shape, axes, out))
+
+
+@rule(aten.cat.default, aten.concat.default, aten.stack.default)
+def concatenate(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Maps of one size side by side along another axis than the spatial ones."""
+    refs, dim = call.bind("tensors", "dim")
+    if any(tracer.axes(ref) is None for ref in refs):
+        refs = [_as_map(tracer, ref, refs) for ref in refs]
+    like = tracer.fake(call)
+    all_axes = {tracer.axes(ref) for ref in refs}
+    if None in all_axes or len(all_axes) != 1:
+        return Decline("its operands have their spatial axes at different places")
+    rows, cols = _axes(tracer, refs[0])
+    dim = dim % like.dim()
+    if call.target is aten.stack.default:
+        rows, cols = rows + (dim <= rows), cols + (dim <= cols)
+    if dim in (rows, cols):
+        return Decline("it joins maps along a spatial axis")
+    links = {ref.name: Link() for ref in refs}
+    return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), links=links)
+
+
+def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
+    """A small value among maps, as a map."""
+    if tracer.axes(ref) is not None:
+        return ref
+    axes = next(axes for other in refs if (axes := tracer.axes(other)) is not None)
+    return tracer.promote(ref, axes)
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+def split(tracer: Tracer, call: Call) -> tuple[Ref, ...] | Decline:
+    """Consecutive ranges of channels."""
+    ref, dim = call.bind("self", "dim")
+    parts = tracer.fake(call)
+    dim = dim % parts[0].dim()
+    if dim in _axes(tracer, ref):
+        return Decline("it splits a spatial axis")
+    sizes = [part.shape[dim] for part in parts]
+    starts = [0, *accumulate(sizes)]
+    return tuple(
+        _slice_channels(tracer, ref, dim, start, start + size, 1)
+        for start, size in zip(starts, sizes, strict=False)
+    )
+
+
+def _slice_channels(tracer: Tracer, ref: Ref, dim: int, start: int, stop: int, step: int) -> Ref:
+    call = Call(aten.slice.Tensor, (ref, dim, start, stop, step), {})
+    return per_position(tracer, call, ref)
+
+
+@rule(aten.unbind.int)
+def unbind(tracer: Tracer, call: Call) -> tuple[Ref, ...] | Decline:
+    """Each entry of an axis that is not spatial."""
+    ref, dim = call.bind("self", "dim")
+    shape = tracer.spec(ref).shape
+    dim = dim % len(shape)
+    if dim in _axes(tracer, ref):
+        return Decline("it splits a spatial axis")
+    return tuple(_entry(tracer, ref, dim, index) for index in range(shape[dim]))
+
+
+@rule(aten.select.int)
+def select(tracer: Tracer, call: Call) -> Ref | Decline:
+    """One entry of an axis that is not spatial."""
+    ref, dim, index = call.bind("self", "dim", "index")
+    dim = dim % len(tracer.spec(ref).shape)
+    if dim in _axes(tracer, ref):
+        return Decline("it takes one row or column of a map")
+    return _entry(tracer, ref, dim, index)
+
+
+def _entry(tracer: Tracer, ref: Ref, dim: int, index: int) -> Ref:
+    call = Call(aten.select.int, (ref, dim, index), {})
+    rows, cols = (axis - (dim < axis) for axis in _axes(tracer, ref))
+    links = {ref.name: Link()}
+    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=(rows, cols), links=links)
+
+
+@rule(aten.slice.Tensor, aten.narrow.default)
+def slice_axis(tracer: Tracer, call: Call) -> Ref:
+    """A range along any axis; along a spatial one it shifts and strides the window."""
+    like = tracer.fake(call)
+    ref, dim = call.args[0], call.bind("dim")[0] % like.dim()
+    axes = _axes(tracer, ref)
+    if dim not in axes:
+        return per_position(tracer, call, ref)
+    if call.target is aten.narrow.default:
+        (start,), step = call.bind("start"), 1
+    else:
+        start, step = call.bind("start", "step")
+    size = tracer.spec(ref).shape[dim]
+    first = max(start + size, 0) if (start or 0) < 0 else start or 0
+    along = Sliding(1, step, -first)
+    link = Link(rows=along) if dim == axes[0] else Link(cols=along)
+    return tracer.local(strided, (ref, dim, step), like=like, axes=axes, links={ref.name: link})
+
+
+def strided(x: Tensor, dim: int, step: int) -> Tensor:
+    """Every ``step``-th entry of ``x`` along ``dim``."""
+    return x if step == 1 else aten.slice.Tensor(x, dim, 0, None, step)  # type: ignore[no-any-return]
+
+
+@rule(aten.channel_shuffle.default, aten.index_select.default, aten.flip.default, aten.repeat.default)
+def rearrange_channels(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Channels in another order or more than once."""
+    ref = call.args[0]
+    axes = _axes(tracer, ref)
+    if call.target is aten.index_select.default and call.bind("dim")[0] % len(tracer.spec(ref).shape) in axes:
+        return Decline("it selects rows or columns")
+    if call.target is aten.flip.default and {d % len(tracer.spec(ref).shape) for d in call.args[1]} & set(axes):
+        return Decline("it mirrors a spatial axis")
+    if call.target is aten.repeat.default:
+        repeats = call.args[1]
+        if len(repeats) != len(tracer.spec(ref).shape) or any(repeats[axis] != 1 for axis in axes):
+            return Decline("it repeats a map along space")
+    return per_position(tracer, call, ref)
+
+
+
+
+class _Rearranged(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = x.chunk(3, 1)
+        stacked = torch.stack((first, second * 2, third.sin()), 1).sum(1)
+        n, c, h, w = x.shape
+        shuffled = x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w)
+        cropped = x[:, 1:4, 3:-2:2, 1::3]
+        turned = x.permute(3, 0, 2, 1).cos().permute(1, 3, 2, 0)
+        joined = torch.cat((stacked, shuffled, turned, x[:, :, :, :]), 1)
+        return torch.cat((joined.mean((2, 3)), (cropped * cropped).sum((2, 3))), 1)
+
+
+def _sample() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=2), nn.ChannelShuffle(2), _Rearranged())
+
+
+SAMPLES: tuple[Any, ...] = (
+    Sample("chunk, stack, shuffle, permute, spatial slices", _sample),
+    Sample("flatten over space", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5740, 3)), resident=True),
+)

@@ -1,0 +1,211 @@
+"""The plan: everything that is decided about a pass, as frozen data.
+
+It is the only message from planning to running. Names are those of the program's nodes; sizes are bytes;
+nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+from streamcnn.errors import PlanDoesNotFit
+from streamcnn.regions import Interval, Region
+from streamcnn.units import format_bytes
+
+
+class Home(str, Enum):
+    """Where a stored map lives."""
+
+    MEMORY = "memory"
+    """The compute device's memory."""
+    HOST = "host"
+    """Host RAM, where that is not the compute device's memory."""
+    DISK = "disk"
+    """A chunked zarr array."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisStep:
+    """One tile's share along one spatial axis."""
+
+    own: Mapping[str, Interval]
+    """The part of each output that this tile alone is responsible for."""
+    needed: Mapping[str, Interval]
+    """The part of every node and input of the phase that this tile computes or reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of local operators between barriers, carried out tile by tile."""
+
+    level: int
+    nodes: tuple[str, ...]
+    """Local operators to run, in order."""
+    inputs: tuple[str, ...]
+    """Maps read from stores."""
+    stored: tuple[str, ...]
+    """Maps written to stores."""
+    reductions: tuple[str, ...]
+    """Reductions fed by this phase."""
+    rows: tuple[AxisStep, ...]
+    cols: tuple[AxisStep, ...]
+    releases: Mapping[str, tuple[str, ...]]
+    """For each operator, the values that nothing after it reads."""
+    consumed: frozenset[str]
+    """Operators whose value another operator of the phase reads."""
+    skipped: tuple[str, ...]
+    """Convolutions that the backward pass need not compute again, since only their stored value is used."""
+    differentiated: bool
+    """Whether the backward pass visits the phase."""
+    halo: tuple[int, int]
+    """The most rows and columns of an input that a tile needs beyond its even share."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Steps per pass over the phase."""
+        return len(self.rows) * len(self.cols)
+
+    def own(self, row: int, col: int, name: str) -> Region:
+        """The part of output ``name`` that tile (row, col) is responsible for."""
+        return Region(self.rows[row].own[name], self.cols[col].own[name])
+
+    def needed(self, row: int, col: int, name: str) -> Region:
+        """The part of ``name`` that tile (row, col) computes or reads."""
+        return Region(self.rows[row].needed[name], self.cols[col].needed[name])
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Small values computed at one level, after the phase of that level."""
+
+    level: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlan:
+    """A stored map: where, how large, and when it can go."""
+
+    home: Home
+    gradient_home: Home
+    nbytes: int
+    kept: bool
+    """Whether the backward pass needs it."""
+    last_reader: int
+    """Level of the last phase or segment that reads it in the forward pass."""
+    tile: tuple[int, int]
+    """Extents of a tile in the map's own positions, a hint for chunking."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTerm:
+    """One named term of the projected bytes."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one image shape is run; see :meth:`explain`."""
+
+    image_shape: tuple[int, int, int, int]
+    dtype: str
+    training: bool
+    tile: tuple[int, int]
+    """Largest edge (h, w) of a tile in input pixels."""
+    phases: tuple[Phase, ...]
+    segments: tuple[Segment, ...]
+    stores: Mapping[str, StorePlan]
+    levels: Mapping[str, int]
+    """Level of every node of the program."""
+    differentiated: frozenset[str]
+    """Nodes whose gradient is wanted or passed on."""
+    budget: int | None
+    terms: tuple[MemoryTerm, ...]
+    """Projected bytes of the worst step, term by term."""
+    worst: str
+    """The step that needs most."""
+    plain_bytes: int
+    """Projected bytes of plain PyTorch on the whole image: activations kept for backward."""
+    num_resident: int
+    """Operators in the resident tail."""
+    residents: tuple[str, ...] = ()
+    """Operators run on whole maps for want of a rule, with the reason."""
+
+    @property
+    def projected_bytes(self) -> int:
+        """Projected peak over the baseline of a loaded model, bytes."""
+        return sum(term.nbytes for term in self.terms)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the projected bytes stay within the budget."""
+        return self.budget is None or self.projected_bytes <= self.budget
+
+    @property
+    def digest(self) -> str:
+        """A short fingerprint: equal plans have equal digests."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def validate(self) -> None:
+        """Check that the plan fits.
+
+        Raises
+        ------
+        PlanDoesNotFit
+            If it does not, naming the worst step, its largest terms and what to change.
+        """
+        if self.fits:
+            return
+        assert self.budget is not None
+        largest = sorted(self.terms, key=lambda term: -term.nbytes)[:3]
+        named = ", ".join(f"{term.name} {format_bytes(term.nbytes)}" for term in largest)
+        raise PlanDoesNotFit(
+            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the closest "
+            f"needs {format_bytes(self.projected_bytes)} with tiles of {self.tile[0]}x{self.tile[1]} pixels, "
+            f"in {self.worst} (largest terms: {named}). Raise budget= to at least "
+            f"{format_bytes(self.projected_bytes)}, or use a smaller batch, a narrower model or fewer "
+            "resident operators."
+        )
+
+    def explain(self) -> str:
+        """The plan in words, one line per phase."""
+        from streamcnn.explain import explain_plan
+
+        return explain_plan(self)
+
+    def to_json(self) -> str:
+        """The plan as one JSON object; sizes in bytes, intervals left out."""
+        phases = [
+            {
+                "level": phase.level,
+                "tiles": [len(phase.rows), len(phase.cols)],
+                "halo": list(phase.halo),
+                "nodes": list(phase.nodes),
+                "inputs": list(phase.inputs),
+                "stored": list(phase.stored),
+                "reductions": list(phase.reductions),
+            }
+            for phase in self.phases
+        ]
+        fields = {
+            "image_shape": list(self.image_shape),
+            "dtype": self.dtype,
+            "training": self.training,
+            "tile": list(self.tile),
+            "budget": self.budget,
+            "projected_bytes": self.projected_bytes,
+            "plain_bytes": self.plain_bytes,
+            "worst": self.worst,
+            "terms": {term.name: term.nbytes for term in self.terms},
+            "num_resident": self.num_resident,
+            "residents": list(self.residents),
+            "stores": {name: asdict(store) for name, store in self.stores.items()},
+            "phases": phases,
+        }
+        return json.dumps(fields)

@@ -1,0 +1,215 @@
+"""The planner: tile, stores, cuts and resident tail for one image shape under a budget.
+
+Candidates are few and explicit: tile edges, and for each the fewest maps on disk that let it fit. Of the
+candidates that fit, the one with the least projected time is taken. If none fits, the one that comes
+closest is returned; it can be read, and running it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from streamcnn.cost_model import projected_seconds
+from streamcnn.cuts import choose_cuts
+from streamcnn.memory_model import worst_moment
+from streamcnn.plan import Home, Phase, Plan, Segment, StorePlan
+from streamcnn.program import Kind, Program
+from streamcnn.staging import Staging, divide
+from streamcnn.tiling import cut, grid
+
+TILE_EDGES = (2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
+"""Tile edges that the planner tries, in input pixels."""
+DEFAULT_EDGE = 512
+"""Tile edge where neither a budget nor a tile is given."""
+HALO_SHARE = 0.25
+"""A stretch without a barrier is cut when its halo exceeds this share of the tile's edge."""
+
+Retrace = Callable[[str | None], Program]
+"""The program with everything from the named captured call on resident; ``None`` for no tail."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What the planner is asked for."""
+
+    image_shape: tuple[int, int, int, int]
+    dtype: str
+    leaves: frozenset[str]
+    """States and image whose gradients are wanted; empty for inference."""
+    budget: int | None = None
+    """Bytes above the baseline; ``None`` for no ceiling."""
+    tile: tuple[int, int] | None = None
+    """Tile edges in input pixels; ``None`` leaves them to the planner."""
+    spill_home: Home = Home.DISK
+    """Where stored maps go that the budget has no room for."""
+    tail: bool = True
+    """Whether what is left at the end may run whole once that takes no more than a tile does."""
+
+
+def make_plan(
+    retrace: Retrace, request: PlanRequest, differentiate: Callable[[Program], frozenset[str]]
+) -> tuple[Program, Plan]:
+    """The best plan found and the program it is for; check :attr:`Plan.fits` before running it."""
+    program = retrace(None)
+    plan = _best(program, request, differentiate(program), 0)
+    if not request.tail:
+        return program, plan
+    start, length = _tail(program, plan)
+    if start is None:
+        return program, plan
+    shorter = retrace(start)
+    with_tail = _best(shorter, request, differentiate(shorter), length)
+    if with_tail.fits or with_tail.projected_bytes <= plan.projected_bytes:
+        return shorter, with_tail
+    return program, plan
+
+
+def _tail(program: Program, plan: Plan) -> tuple[str | None, int]:
+    """The captured call from which on all maps together take no more than the worst step does.
+
+    A tail lives when no tile does: after the last forward step and before the first backward one.
+    """
+    allowed = sum(term.nbytes for term in plan.terms if term.name in _STEP_TERMS)
+    total, start, length = 0, None, 0
+    for node in reversed(program.nodes.values()):
+        if node.kind is not Kind.LOCAL:
+            continue
+        total += 2 * node.nbytes
+        if total > allowed:
+            break
+        start, length = node.name.partition(".")[0], length + 1
+    return start, length
+
+
+_STEP_TERMS = frozenset(
+    {
+        "input regions",
+        "input regions and their gradients",
+        "live activations",
+        "autograd graph of a tile",
+        "gradients of activations",
+        "operator workspace",
+    }
+)
+
+
+def _best(
+    program: Program, request: PlanRequest, differentiated: frozenset[str], num_resident: int
+) -> Plan:
+    """The fitting candidate with the least projected time, or the one that comes closest to fitting."""
+    candidates = [
+        _fitted(program, request, differentiated, tile, num_resident) for tile in _tiles(program, request)
+    ]
+    fitting = [plan for plan in candidates if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: projected_seconds(program, plan))
+    return min(candidates, key=lambda plan: plan.projected_bytes)
+
+
+def _tiles(program: Program, request: PlanRequest) -> Iterator[tuple[int, int]]:
+    height, width = program.nodes[program.image].size
+    if request.tile is not None:
+        yield (min(request.tile[0], height), min(request.tile[1], width))
+        return
+    edges = TILE_EDGES if request.budget is not None else (DEFAULT_EDGE,)
+    seen = set()
+    for edge in edges:
+        tile = (min(edge, height), min(edge, width))
+        if tile not in seen:
+            seen.add(tile)
+            yield tile
+
+
+def _fitted(
+    program: Program,
+    request: PlanRequest,
+    differentiated: frozenset[str],
+    tile: tuple[int, int],
+    num_resident: int,
+) -> Plan:
+    """The plan for one tile with the fewest stored maps spilled, the largest first."""
+    staging = divide(program, choose_cuts(program, HALO_SHARE * min(tile)))
+    phases = tuple(cut(program, stage, grid(program, stage, tile), differentiated) for stage in staging.stages)
+    order = sorted(staging.stored, key=lambda name: (-program.nodes[name].nbytes, name))
+
+    def with_spilled(count: int) -> Plan:
+        spilled = frozenset(order[:count])
+        stores = _stores(program, staging, phases, request, differentiated, spilled)
+        return _plan(program, request, staging, phases, stores, differentiated, tile, num_resident)
+
+    low, high = 0, len(order)
+    if with_spilled(0).fits or not with_spilled(high).fits:
+        return with_spilled(0) if with_spilled(0).fits else with_spilled(high)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if with_spilled(middle).fits else (middle + 1, high)
+    return with_spilled(high)
+
+
+def _stores(
+    program: Program,
+    staging: Staging,
+    phases: tuple[Phase, ...],
+    request: PlanRequest,
+    differentiated: frozenset[str],
+    spilled: frozenset[str],
+) -> dict[str, StorePlan]:
+    last = {name: staging.levels[name] for name in staging.stored}
+    kept: set[str] = set()
+    for phase in phases:
+        for name in phase.inputs:
+            last[name] = max(last.get(name, 0), phase.level)
+        if phase.differentiated:
+            kept.update(phase.inputs, phase.stored)
+    for node in program.nodes.values():
+        if node.kind is Kind.GATHER:
+            last[node.operands[0]] = max(last.get(node.operands[0], 0), staging.levels[node.name])
+    grids = {name: phase for phase in phases for name in phase.stored}
+    return {
+        name: StorePlan(
+            home=request.spill_home if name in spilled else Home.MEMORY,
+            gradient_home=request.spill_home if name in spilled else Home.MEMORY,
+            nbytes=program.nodes[name].nbytes,
+            kept=name in kept,
+            last_reader=last[name],
+            tile=_share(program.nodes[name].size, grids[name]),
+        )
+        for name in program.nodes
+        if name in staging.stored
+    }
+
+
+def _share(size: tuple[int, int], phase: Phase) -> tuple[int, int]:
+    return (math.ceil(size[0] / len(phase.rows)), math.ceil(size[1] / len(phase.cols)))
+
+
+def _plan(
+    program: Program,
+    request: PlanRequest,
+    staging: Staging,
+    phases: tuple[Phase, ...],
+    stores: dict[str, StorePlan],
+    differentiated: frozenset[str],
+    tile: tuple[int, int],
+    num_resident: int,
+) -> Plan:
+    worst = worst_moment(program, staging, phases, stores, differentiated)
+    return Plan(
+        image_shape=request.image_shape,
+        dtype=request.dtype,
+        training=bool(request.leaves),
+        tile=tile,
+        phases=phases,
+        segments=tuple(Segment(level, names) for level, names in staging.segments.items()),
+        stores=stores,
+        levels=dict(staging.levels),
+        differentiated=differentiated,
+        budget=request.budget,
+        terms=worst.terms,
+        worst=worst.name,
+        plain_bytes=program.plain_bytes,
+        num_resident=num_resident,
+        residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
+    )

@@ -1,0 +1,208 @@
+"""A captured model as plain data: one list of operations over maps and small values.
+
+A :class:`Program` is what planning and running share. It holds no tensor: parameters, buffers and
+constants are named and looked up in the user's module when a pass starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from streamcnn.axis_maps import AxisMap, Same
+
+if TYPE_CHECKING:
+    from streamcnn.ops.reductions import Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for the value of another node among a node's arguments."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a dense tensor."""
+        return self.numel * self.dtype.itemsize
+
+
+class Kind(Enum):
+    """What a node produces, and how it is carried out."""
+
+    IMAGE = "image"
+    """The map that the user passes in."""
+    LOCAL = "local"
+    """A map, computed tile by tile."""
+    PROMOTED = "promoted"
+    """A small value with spatial extent, read as a map."""
+    REDUCTION = "reduction"
+    """A small value that needs every position of a map."""
+    GATHER = "gather"
+    """A whole map taken as a small value, for an operator that must be resident."""
+    SMALL = "small"
+    """A small value computed once from small values."""
+    STATE = "state"
+    """A parameter, buffer or constant of the user's module."""
+
+
+Axes = tuple[int, int]
+"""Positions of the spatial axes (H, W) in a map's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How a local operator reads one of its map operands, per axis (rows, columns)."""
+
+    rows: AxisMap = field(default_factory=Same)
+    cols: AxisMap = field(default_factory=Same)
+
+    def __iter__(self) -> Iterator[AxisMap]:
+        return iter((self.rows, self.cols))
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """How a local operator runs on a tile.
+
+    The interpreter cuts each map operand to the window its link asks for, pads with ``fill`` what lies
+    outside the operand, and calls the node's target. With ``fill=None`` the operand is only cut, and
+    the target's result is cut or zero-padded to the region wanted.
+    """
+
+    links: Mapping[str, Link]
+    fill: float | None = None
+    positional: bool = False
+    """The target also takes ``out`` (the region wanted) and ``origin`` (that of its first map operand)."""
+    heavy: bool = False
+    """Does more than a few operations per element, so recomputing it is not free."""
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output position reads the same position only, at little cost."""
+        return not self.heavy and all(axis.pointwise for link in self.links.values() for axis in link)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation, in the order of execution."""
+
+    name: str
+    kind: Kind
+    target: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    spec: TensorSpec | tuple[TensorSpec, ...]
+    axes: Axes | None = None
+    local: Local | None = None
+    reduction: Reduction | None = None
+    source: str = ""
+    """Where in the user's model it comes from."""
+    note: str = ""
+    """Why an operator is resident."""
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the nodes it reads, each once."""
+        return refs_in((self.args, dict(self.kwargs)))
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The spec of a node with a single result."""
+        assert isinstance(self.spec, TensorSpec), self.name
+        return self.spec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all results."""
+        specs = self.spec if isinstance(self.spec, tuple) else (self.spec,)
+        return sum(spec.nbytes for spec in specs)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the value is a map."""
+        return self.kind in (Kind.IMAGE, Kind.LOCAL, Kind.PROMOTED)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Spatial extents (H, W) of a map."""
+        assert self.axes is not None, self.name
+        return (self.tensor.shape[self.axes[0]], self.tensor.shape[self.axes[1]])
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A model captured at one input shape and mode."""
+
+    nodes: Mapping[str, Node]
+    """In topological order, the image and the states first."""
+    image: str
+    states: Mapping[str, str]
+    """Node name to qualified name in the user's module."""
+    outputs: Any
+    """The model's result with a :class:`Ref` for each tensor."""
+    updates: Mapping[str, str]
+    """Qualified buffer name to the node that holds its new value."""
+    constants: Mapping[str, torch.Tensor]
+    """Node name to a tensor that the capture made itself."""
+    plain_bytes: int
+    """Bytes of all tensors that plain PyTorch makes in one forward pass; training keeps most of them."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Nodes that the user's result refers to, each once."""
+        return refs_in(self.outputs)
+
+    @property
+    def residents(self) -> tuple[Node, ...]:
+        """Operators that run on a whole map because no rule covers them."""
+        return tuple(node for node in self.nodes.values() if node.note)
+
+
+def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
+    """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
+    found = set(leaves)
+    for node in program.nodes.values():
+        specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
+        if any(spec.dtype.is_floating_point for spec in specs) and not found.isdisjoint(node.operands):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def refs_in(structure: Any) -> tuple[str, ...]:
+    """Names referred to in nested lists, tuples and dicts, each once, in order."""
+    leaves = pytree.tree_leaves(structure, is_leaf=lambda value: isinstance(value, Ref))
+    return tuple(dict.fromkeys(leaf.name for leaf in leaves if isinstance(leaf, Ref)))
+
+
+def substitute(structure: Any, value_of: Callable[[str], Any]) -> Any:
+    """``structure`` with each :class:`Ref` replaced by ``value_of(name)``."""
+    if isinstance(structure, Ref):
+        return value_of(structure.name)
+    if isinstance(structure, (list, tuple)):
+        # Plain recursion: it runs once per node and tile, where a general tree walk is too slow.
+        return type(structure)(substitute(item, value_of) for item in structure)
+    if isinstance(structure, dict):
+        return {key: substitute(item, value_of) for key, item in structure.items()}
+    return structure

@@ -1,0 +1,87 @@
+"""Integer geometry: half-open intervals on one spatial axis and regions on two.
+
+A region names positions of one map, rows then columns, in that map's own coordinates.
+Nothing here knows about tensors, so every rule can be checked by brute force.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Interval:
+    """The integers ``start <= i < stop``; never negative in length."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.stop < self.start:
+            raise ValueError(f"interval [{self.start}, {self.stop}) ends before it starts")
+
+    @property
+    def size(self) -> int:
+        """Number of integers in the interval."""
+        return self.stop - self.start
+
+    def hull(self, other: Interval) -> Interval:
+        """The smallest interval that holds both."""
+        return Interval(min(self.start, other.start), max(self.stop, other.stop))
+
+    def intersect(self, other: Interval) -> Interval:
+        """The common part; of size 0 where there is none."""
+        start = max(self.start, other.start)
+        return Interval(start, max(start, min(self.stop, other.stop)))
+
+    def contains(self, other: Interval) -> bool:
+        """Whether every integer of ``other`` lies in this interval."""
+        return self.start <= other.start and other.stop <= self.stop
+
+    def shift(self, offset: int) -> Interval:
+        """The interval moved by ``offset``."""
+        return Interval(self.start + offset, self.stop + offset)
+
+    def slice_in(self, outer: Interval) -> slice:
+        """The slice that cuts this interval out of an array which covers ``outer``."""
+        return slice(self.start - outer.start, self.stop - outer.start)
+
+
+class Region(NamedTuple):
+    """One interval per spatial axis, rows (H) then columns (W)."""
+
+    rows: Interval
+    cols: Interval
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> Region:
+        """The region that covers a map of ``size`` (H, W)."""
+        return cls(Interval(0, size[0]), Interval(0, size[1]))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Extents (H, W)."""
+        return (self.rows.size, self.cols.size)
+
+    def hull(self, other: Region) -> Region:
+        """The smallest region that holds both."""
+        return Region(self.rows.hull(other.rows), self.cols.hull(other.cols))
+
+    def contains(self, other: Region) -> bool:
+        """Whether ``other`` lies inside."""
+        return self.rows.contains(other.rows) and self.cols.contains(other.cols)
+
+
+def split_evenly(size: int, num_parts: int) -> tuple[Interval, ...]:
+    """``num_parts`` disjoint intervals that cover ``[0, size)`` in order, sizes differing by one.
+
+    Raises
+    ------
+    ValueError
+        If there are more parts than positions, since every part must hold at least one.
+    """
+    if not 1 <= num_parts <= size:
+        raise ValueError(f"cannot cut {size} positions into {num_parts} parts: allowed are 1 to {size}")
+    cuts = [i * size // num_parts for i in range(num_parts + 1)]
+    return tuple(Interval(a, b) for a, b in zip(cuts, cuts[1:], strict=False))

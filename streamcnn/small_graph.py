@@ -1,0 +1,139 @@
+"""The small values of a pass: evaluated once, differentiated segment by segment.
+
+A segment holds the small values of one level. Within it ordinary autograd runs; what enters it from
+elsewhere is a leaf, so that in the backward pass a segment can be differentiated as soon as all later
+phases have delivered their gradients, and before any earlier one has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamcnn.plan import Segment
+from streamcnn.program import Kind, Node, Program, substitute
+
+Results = tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class _Record:
+    """A segment's autograd graph between forward and backward."""
+
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    """Small values from earlier segments and states, by name."""
+    barriers: dict[str, Results] = field(default_factory=dict)
+    """Results of reductions and gathered maps, by name."""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class SmallGraph:
+    """Values and gradients of all small values of one pass."""
+
+    def __init__(
+        self, program: Program, states: Mapping[str, Tensor], differentiated: frozenset[str]
+    ) -> None:
+        self.program = program
+        self.differentiated = differentiated
+        self.values: dict[str, Any] = {name: tensor.detach() for name, tensor in states.items()}
+        """Detached values by node name; states included."""
+        self.gradients: dict[str, Tensor] = {}
+        self.results: dict[str, Results] = {}
+        """Finished reductions by node name."""
+        self._records: dict[int, _Record] = {}
+
+    def run(
+        self, segment: Segment, barrier: Callable[[Node], Results], *, record: bool
+    ) -> None:
+        """Evaluate a segment; ``barrier`` gives the results of its reductions and gathers."""
+        current = _Record()
+        with torch.set_grad_enabled(record):
+            for name in segment.nodes:
+                node = self.program.nodes[name]
+                current.values[name] = self._evaluate(node, current, barrier)
+        for name, value in current.values.items():
+            if isinstance(value, Tensor):
+                self.values[name] = value.detach()
+        if record:
+            self._records[segment.level] = current
+
+    def _evaluate(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Any:
+        if node.kind is not Kind.SMALL:
+            results = tuple(self._leaf(node.name, tensor) for tensor in barrier(node))
+            current.barriers[node.name] = results
+            if node.kind is Kind.GATHER:
+                return results[0]
+            self.results[node.name] = tuple(tensor.detach() for tensor in results)
+            return results
+        assert node.target is not None
+
+        def value_of(name: str) -> Any:
+            if name in current.values:
+                return current.values[name]
+            if name not in current.leaves:
+                current.leaves[name] = self._leaf(name, self.values[name])
+            return current.leaves[name]
+
+        return node.target(*substitute(node.args, value_of), **substitute(dict(node.kwargs), value_of))
+
+    def _leaf(self, name: str, tensor: Tensor) -> Tensor:
+        leaf = tensor.detach()
+        wanted = name in self.differentiated and leaf.is_floating_point() and torch.is_grad_enabled()
+        return leaf.requires_grad_(wanted)
+
+    def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values by name, each a fresh leaf that asks for a gradient if it is differentiated."""
+        with torch.enable_grad():
+            return {name: self._leaf(name, self.values[name]) for name in names}
+
+    def accumulate(self, name: str, gradient: Tensor | None) -> None:
+        """Add to the gradient of a small value."""
+        if gradient is None:
+            return
+        known = self.gradients.get(name)
+        self.gradients[name] = gradient if known is None else known + gradient
+
+    def backward(self, level: int) -> dict[str, tuple[Tensor | None, ...]]:
+        """Differentiate the segment of ``level``; the gradients of its barriers' results by name."""
+        record = self._records.pop(level, None)
+        if record is None:
+            return {}
+        for name in record.values:
+            # All readers are later phases and segments, which are done.
+            self.values.pop(name, None)
+        ends = [
+            (value, self.gradients.pop(name))
+            for name, value in record.values.items()
+            if name in self.gradients and value.requires_grad
+        ]
+        flat = [(name, leaf) for name, leaf in record.leaves.items() if leaf.requires_grad]
+        barriers = [
+            (name, index, leaf)
+            for name, results in record.barriers.items()
+            for index, leaf in enumerate(results)
+            if leaf.requires_grad
+        ]
+        inputs = [leaf for _, leaf in flat] + [leaf for *_, leaf in barriers]
+        if not ends or not inputs:
+            return {}
+        outputs, gradients = zip(*ends, strict=True)
+        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        for (name, _), gradient in zip(flat, found, strict=False):
+            self.accumulate(name, gradient)
+        return _by_barrier(record, barriers, found[len(flat) :])
+
+
+def _by_barrier(
+    record: _Record, barriers: list[tuple[str, int, Tensor]], found: tuple[Tensor | None, ...]
+) -> dict[str, tuple[Tensor | None, ...]]:
+    grouped: dict[str, list[Tensor | None]] = {}
+    for (name, index, _), gradient in zip(barriers, found, strict=True):
+        slots = grouped.setdefault(name, [None] * len(record.barriers[name]))
+        slots[index] = gradient
+    return {
+        name: tuple(slots) for name, slots in grouped.items() if any(g is not None for g in slots)
+    }

@@ -1,0 +1,166 @@
+"""Staging: which maps are stored, and which operators run in which phase.
+
+Every node gets a level. A map that uses a reduction's result is one level above it, since every position
+of the reduced map must have been seen first; what a level's maps need is a phase, and the small values of
+a level are computed after it. A cut raises the level for every later map, so that long stretches without
+a barrier do not pile up halo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from streamcnn.program import Kind, Node, Program
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The operators of one phase, before tiles are cut."""
+
+    level: int
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    stored: tuple[str, ...]
+    reductions: tuple[str, ...]
+
+    def owned(self, program: Program) -> tuple[str, ...]:
+        """Maps of which each tile owns a part: those stored and those reduced, each once."""
+        reduced = (program.nodes[name].operands[0] for name in self.reductions)
+        return tuple(dict.fromkeys((*self.stored, *reduced)))
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A program divided into phases and segments of small values."""
+
+    levels: Mapping[str, int]
+    stored: frozenset[str]
+    """Local maps that are checkpoints."""
+    stages: tuple[Stage, ...]
+    segments: Mapping[int, tuple[str, ...]]
+    """Small values, reductions and gathers by level."""
+
+
+def divide(program: Program, cuts: Collection[str] = ()) -> Staging:
+    """Divide ``program`` into phases; a new one starts after each node named in ``cuts``."""
+    levels = assign_levels(program, cuts)
+    stored = choose_checkpoints(program, levels)
+    stages = tuple(
+        stage
+        for level in sorted({levels[n.name] for n in program.nodes.values() if n.kind is not Kind.STATE})
+        if (stage := _stage(program, levels, stored, level)) is not None
+    )
+    segments: dict[int, list[str]] = {}
+    for node in program.nodes.values():
+        if node.kind in (Kind.SMALL, Kind.REDUCTION, Kind.GATHER):
+            segments.setdefault(levels[node.name], []).append(node.name)
+    return Staging(levels, stored, stages, {level: tuple(names) for level, names in sorted(segments.items())})
+
+
+def assign_levels(program: Program, cuts: Collection[str] = ()) -> dict[str, int]:
+    """The level of every node, in topological order."""
+    levels: dict[str, int] = {}
+    floor = highest = 1
+    for node in program.nodes.values():
+        level = _level(program, node, levels)
+        if node.kind is Kind.LOCAL:
+            level = max(level, floor)
+            highest = max(highest, level)
+        levels[node.name] = level
+        if node.name in cuts:
+            floor = highest + 1
+    return levels
+
+
+def _level(program: Program, node: Node, levels: Mapping[str, int]) -> int:
+    operands = [(program.nodes[name].kind, levels[name]) for name in node.operands]
+    if node.kind is Kind.LOCAL:
+        # A small value or a promoted one is ready only after its own level's phase.
+        return max((level + (kind is not Kind.LOCAL) for kind, level in operands), default=1)
+    if node.kind is Kind.REDUCTION:
+        kind, level = operands[0]
+        return level + (kind is not Kind.LOCAL)
+    return max((level for _, level in operands), default=0)
+
+
+def choose_checkpoints(program: Program, levels: Mapping[str, int]) -> frozenset[str]:
+    """The local maps that a later phase or a resident operator reads from a store.
+
+    A cheap pointwise function of maps that are stored already is recomputed instead, if reading those
+    moves no more bytes than reading it would.
+    """
+    late, gathered = _used_late(program, levels), _gathered(program)
+    stored: set[str] = set()
+    bases: dict[str, frozenset[str]] = {}
+    for node in program.nodes.values():
+        if not node.is_map:
+            continue
+        found = _bases(program, node, bases) if node.kind is Kind.LOCAL else frozenset({node.name})
+        keeps = node.name in late and not _worth_recomputing(program, node, found)
+        if node.name in gathered or keeps:
+            stored.add(node.name)
+            found = frozenset({node.name})
+        if found is not None:
+            bases[node.name] = found
+    return frozenset(name for name in stored if program.nodes[name].kind is Kind.LOCAL)
+
+
+def _used_late(program: Program, levels: Mapping[str, int]) -> set[str]:
+    return {
+        name
+        for node in program.nodes.values()
+        if node.kind in (Kind.LOCAL, Kind.REDUCTION)
+        for name in node.operands
+        if program.nodes[name].is_map and levels[name] < levels[node.name]
+    }
+
+
+def _gathered(program: Program) -> set[str]:
+    return {node.operands[0] for node in program.nodes.values() if node.kind is Kind.GATHER}
+
+
+def _bases(program: Program, node: Node, bases: Mapping[str, frozenset[str]]) -> frozenset[str] | None:
+    """The stored maps from which ``node`` can be recomputed cheaply, or ``None``."""
+    assert node.local is not None
+    if not node.local.pointwise or any(name not in bases for name in node.local.links):
+        return None
+    return frozenset().union(*(bases[name] for name in node.local.links))
+
+
+def _worth_recomputing(program: Program, node: Node, bases: frozenset[str] | None) -> bool:
+    if bases is None:
+        return False
+    return sum(program.nodes[name].nbytes for name in bases) <= node.nbytes
+
+
+def _stage(
+    program: Program, levels: Mapping[str, int], stored: Collection[str], level: int
+) -> Stage | None:
+    kept = tuple(name for name in program.nodes if name in stored and levels[name] == level)
+    reductions = tuple(
+        n.name for n in program.nodes.values() if n.kind is Kind.REDUCTION and levels[n.name] == level
+    )
+    if not kept and not reductions:
+        return None
+    pending = [*kept, *(program.nodes[name].operands[0] for name in reductions)]
+    inside: set[str] = set()
+    inputs: set[str] = set()
+    while pending:
+        name = pending.pop()
+        node = program.nodes[name]
+        at_hand = name in stored and levels[name] < level
+        if node.kind is not Kind.LOCAL or at_hand:
+            inputs.add(name)
+        elif name not in inside:
+            inside.add(name)
+            assert node.local is not None
+            pending.extend(node.local.links)
+    order = tuple(program.nodes)
+    return Stage(
+        level=level,
+        nodes=tuple(name for name in order if name in inside),
+        inputs=tuple(name for name in order if name in inputs),
+        stored=kept,
+        reductions=reductions,
+    )

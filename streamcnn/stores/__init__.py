@@ -1,0 +1,7 @@
+"""Where checkpoints and gradient maps live between phases."""
+
+from streamcnn.stores.base import Store as Store
+from streamcnn.stores.base import StoreSpec as StoreSpec
+from streamcnn.stores.memory import MemoryStore as MemoryStore
+from streamcnn.stores.spill import SpillFolder as SpillFolder
+from streamcnn.stores.zarr import ZarrStore as ZarrStore

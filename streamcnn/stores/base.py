@@ -1,0 +1,154 @@
+"""What a store promises: the contract that every place for a map keeps.
+
+A store holds one map, a checkpoint or a gradient map, and hands out and takes regions of it. It
+knows nothing of phases or tiles; who reads what, and when a store may go, is the executor's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from streamcnn.regions import Region
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """Shape and element type of one map."""
+
+    shape: tuple[int, ...]
+    """Extents of the whole map, spatial axes included, such as (N, C, H, W)."""
+    dtype: torch.dtype
+    """Element type that is kept; tiles of another type are converted when they are written."""
+    axes: tuple[int, int]
+    """Positions of H and of W in ``shape``."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Spatial extents (H, W)."""
+        return (self.shape[self.axes[0]], self.shape[self.axes[1]])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole map."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tile_shape(self, region: Region) -> tuple[int, ...]:
+        """``shape`` with the spatial extents of ``region``."""
+        extents = list(self.shape)
+        extents[self.axes[0]], extents[self.axes[1]] = region.size
+        return tuple(extents)
+
+    def tile_nbytes(self, region: Region) -> int:
+        """Bytes of the map inside ``region``."""
+        return math.prod(self.tile_shape(region)) * self.dtype.itemsize
+
+
+class Store(ABC):
+    """One map, read and written by regions.
+
+    Positions never written read as zero, and count as zero when something is added to them.
+    Calls on regions that do not overlap may come from different threads at the same time; calls on
+    overlapping regions, and ``close``, must be ordered by the caller.
+
+    Attributes
+    ----------
+    spec
+        Shape and element type of the map.
+    bytes_read, bytes_written
+        Bytes of the map handed out and taken in so far, in the store's element type; what a medium
+        moves beyond that is not counted. ``add`` counts as both.
+    """
+
+    def __init__(self, spec: StoreSpec) -> None:
+        self.spec = spec
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._closed = False
+        self._counting = Lock()
+
+    def read(self, region: Region) -> Tensor:
+        """The values inside ``region``, on the compute device.
+
+        Returns
+        -------
+        Tensor
+            Shape ``spec.tile_shape(region)``, type ``spec.dtype``. It may share the store's memory:
+            the caller must not write to it, and must be done with it before the region is written.
+
+        Raises
+        ------
+        ValueError
+            If the store is closed.
+        """
+        self._check(region)
+        tile = self._read(region)
+        self._count(read=self.spec.tile_nbytes(region))
+        return tile
+
+    def write(self, region: Region, tile: Tensor) -> None:
+        """Replace the values inside ``region`` by ``tile``, converted to ``spec.dtype``.
+
+        Raises
+        ------
+        ValueError
+            If the store is closed.
+        """
+        self._check(region, tile)
+        self._write(region, tile.detach())
+        self._count(written=self.spec.tile_nbytes(region))
+
+    def add(self, region: Region, tile: Tensor) -> None:
+        """Add ``tile``, converted to ``spec.dtype`` first, to the values inside ``region``.
+
+        Raises
+        ------
+        ValueError
+            If the store is closed.
+        """
+        self._check(region, tile)
+        self._add(region, tile.detach())
+        nbytes = self.spec.tile_nbytes(region)
+        self._count(read=nbytes, written=nbytes)
+
+    def close(self) -> None:
+        """Free memory and files. Closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    @abstractmethod
+    def _read(self, region: Region) -> Tensor:
+        """The values inside ``region``."""
+
+    @abstractmethod
+    def _write(self, region: Region, tile: Tensor) -> None:
+        """Replace the values inside ``region``."""
+
+    @abstractmethod
+    def _add(self, region: Region, tile: Tensor) -> None:
+        """Accumulate into ``region``."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Let go of everything; called once."""
+
+    def _check(self, region: Region, tile: Tensor | None = None) -> None:
+        if self._closed:
+            raise ValueError(f"the store of a {self.spec.shape} map is closed: it cannot be used any more")
+        # Slices clip and tensors broadcast without a word, so a wrong region would become wrong values.
+        assert Region.whole(self.spec.size).contains(region), f"{region} is not inside {self.spec.size}"
+        if tile is not None:
+            expected = self.spec.tile_shape(region)
+            assert tuple(tile.shape) == expected, f"tile of shape {tuple(tile.shape)}, expected {expected}"
+
+    def _count(self, *, read: int = 0, written: int = 0) -> None:
+        # One thread reads while another writes, and an increment of an attribute is not atomic.
+        with self._counting:
+            self.bytes_read += read
+            self.bytes_written += written

@@ -1,0 +1,90 @@
+"""A map kept whole in memory: on the compute device, or in host RAM beside it."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamcnn.regions import Region
+from streamcnn.stores.base import Store, StoreSpec
+
+_ALIGNMENT = 64
+"""Bytes; what PyTorch's own host allocator gives, and the width of the widest vector loads."""
+
+
+class MemoryStore(Store):
+    """One tensor that holds the whole map, allocated when something is first written.
+
+    Parameters
+    ----------
+    spec
+        The map.
+    device
+        Where the tensor lives. Host RAM is pinned when the compute device is a GPU; PyTorch rounds
+        a pinned allocation up to a power of two bytes.
+    compute_device
+        Where tiles are read to. If it is ``device``, reading returns a view and copies nothing.
+
+    Notes
+    -----
+    Unpinned host RAM comes zeroed from the kernel page by page as it is touched, so a map that is
+    written in part costs what was written. A limit on the data segment counts all of it at once.
+    Transfers to a GPU are enqueued on the current stream; a write or add from a GPU waits for it.
+    """
+
+    def __init__(self, spec: StoreSpec, device: torch.device, compute_device: torch.device) -> None:
+        super().__init__(spec)
+        self._device = device
+        self._compute_device = compute_device
+        self._map: Tensor | None = None
+        self._allocating = Lock()
+
+    def _read(self, region: Region) -> Tensor:
+        if self._map is None:
+            return torch.zeros(
+                self.spec.tile_shape(region), dtype=self.spec.dtype, device=self._compute_device
+            )
+        return self._view(self._map, region).to(self._compute_device, non_blocking=True)
+
+    def _write(self, region: Region, tile: Tensor) -> None:
+        self._view(self._allocated(), region).copy_(tile)
+
+    def _add(self, region: Region, tile: Tensor) -> None:
+        self._view(self._allocated(), region).add_(tile.to(self._device, self.spec.dtype))
+
+    def _free(self) -> None:
+        self._map = None
+
+    def _allocated(self) -> Tensor:
+        with self._allocating:
+            if self._map is None:
+                self._map = _zeros(self.spec, self._device, pinned=self._compute_device.type == "cuda")
+            return self._map
+
+    def _view(self, whole: Tensor, region: Region) -> Tensor:
+        rows, cols = region
+        tall = whole.narrow(self.spec.axes[0], rows.start, rows.size)
+        return tall.narrow(self.spec.axes[1], cols.start, cols.size)
+
+
+def _zeros(spec: StoreSpec, device: torch.device, *, pinned: bool) -> Tensor:
+    """A zeroed tensor for the whole map."""
+    if device.type != "cpu":
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    if pinned:
+        return torch.zeros(spec.shape, dtype=spec.dtype, pin_memory=True)
+    return _lazy_zeros(spec)
+
+
+def _lazy_zeros(spec: StoreSpec) -> Tensor:
+    """Host zeros whose pages are not touched yet.
+
+    ``torch.zeros`` writes every page (1.07 GB became resident for a tensor of 2**30 bytes);
+    NumPy's calls ``calloc``, which leaves pages fresh from the kernel alone.
+    """
+    buffer = np.zeros(spec.nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(buffer[start : start + spec.nbytes]).view(spec.dtype).view(spec.shape)

@@ -1,0 +1,76 @@
+"""Temporary folders that do not outlive their owner."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+def remove_with(owner: object, folder: Path) -> weakref.finalize[[Path, int], Any]:
+    """A call that removes ``folder``; made at the latest when ``owner`` or the process ends.
+
+    A forked child inherits the owner, not the folder: its end removes nothing.
+    """
+    return weakref.finalize(owner, _remove_tree, folder, os.getpid())
+
+
+def _remove_tree(folder: Path, owner_process: int) -> None:
+    # The folder around it may have been removed before.
+    if os.getpid() == owner_process and folder.exists():
+        shutil.rmtree(folder)
+
+
+class SpillFolder:
+    """A temporary folder with a sub-folder per store, removed with everything in it.
+
+    Removed on ``close``, at the end of a ``with`` block, when collected and when the interpreter
+    exits, whichever comes first. Folders that were there before stay.
+
+    Parameters
+    ----------
+    parent
+        Existing folder to create it in; the system's temporary folder if None.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be created.
+    """
+
+    def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="streamcnn-", dir=parent)).absolute()
+        self._numbers = itertools.count()
+        self._remove = remove_with(self, self.path)
+
+    def new_folder(self) -> Path:
+        """A path inside that was never handed out before; nothing exists there yet.
+
+        Raises
+        ------
+        ValueError
+            If the folder is closed.
+        """
+        if not self._remove.alive:
+            raise ValueError(f"the spill folder {self.path} is closed: it takes no new stores")
+        return self.path / f"map-{next(self._numbers):06d}"
+
+    def close(self) -> None:
+        """Remove the folder and all in it. Closing again does nothing."""
+        self._remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

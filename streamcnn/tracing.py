@@ -1,0 +1,308 @@
+"""From a captured graph to a :class:`Program`: every call lowered by its rule and classified.
+
+The trace carries fake tensors along, under the autocast state that the model will run in, so every
+node's shape and dtype is what running it would give. A call with a map among its operands is given to
+its rule; without one, or if the rule declines, the maps are gathered and the call becomes a small value.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import streamcnn.ops  # noqa: F401  fills the registry
+from streamcnn.capture import RawGraph, RawNode
+from streamcnn.errors import UnsupportedModel
+from streamcnn.ops.pointwise import pointwise_rule
+from streamcnn.ops.reductions import Reduction
+from streamcnn.ops.rules import Call, Decline, rule_for
+from streamcnn.program import Axes, Kind, Link, Local, Node, Program, Ref, TensorSpec, refs_in, substitute
+from streamcnn.regions import Region
+
+# Rules that also lower calls without any map, because their ATen form changes buffers.
+_ALWAYS_LOWERED = frozenset({torch.ops.aten.batch_norm.default})
+
+
+def trace(
+    graph: RawGraph,
+    states: Mapping[str, Tensor],
+    image: Tensor,
+    *,
+    tail: str | None = None,
+) -> Program:
+    """The program of ``graph`` for an image like the (meta) tensor ``image`` (N, C, H, W).
+
+    Parameters
+    ----------
+    states
+        The module's parameters and buffers by qualified name; only shape, dtype and device are used.
+    tail
+        Name of the captured call from which on everything runs resident, on whole maps.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        tracer = _Tracer(mode)
+        tracer.add_image(graph.image, image)
+        for name, qualified in graph.states.items():
+            tracer.add_state(name, qualified, states[qualified])
+        for name, constant in graph.constants.items():
+            tracer.add_state(name, name, constant)
+        for raw in graph.nodes:
+            tracer.resident = tracer.resident or raw.name == tail
+            tracer.record(raw)
+        return tracer.program(graph)
+
+
+class _Tracer:
+    """Records nodes; see :class:`streamcnn.ops.rules.Tracer` for what rules may call."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.nodes: dict[str, Node] = {}
+        self.fakes: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
+        """Captured node name to a ref, a tuple of refs, or a plain value."""
+        self.states: dict[str, str] = {}
+        self.by_state: dict[str, Ref] = {}
+        """Qualified name to the ref of a buffer's present value."""
+        self.updates: dict[str, Ref] = {}
+        self.gathered: dict[str, Ref] = {}
+        self.promoted: dict[tuple[str, Axes], Ref] = {}
+        self.raw: RawNode | None = None
+        self.note = ""
+        self.resident = False
+        self.plain_bytes = 0
+
+    # --- recording -----------------------------------------------------------------------------------
+
+    def add_image(self, name: str, image: Tensor) -> None:
+        fake = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        self.values[name] = self._add(name, fake, kind=Kind.IMAGE, axes=(2, 3))
+
+    def add_state(self, name: str, qualified: str, tensor: Tensor) -> None:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        ref = self._add(name, fake, kind=Kind.STATE)
+        self.values[name] = self.by_state[qualified] = ref
+        self.states[name] = qualified
+
+    def record(self, raw: RawNode) -> None:
+        """Lower one captured call."""
+        self.raw = raw
+        args = substitute(raw.args, self._value)
+        kwargs = substitute(raw.kwargs, self._value)
+        if raw.target is operator.getitem:
+            self.values[raw.name] = self._item(raw, *args)
+            return
+        self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
+        if raw.allocates and isinstance(result, Ref):
+            self.plain_bytes += self.spec(result).nbytes
+
+    def _value(self, name: str) -> Any:
+        return self.values[name]
+
+    def _item(self, raw: RawNode, value: Any, index: int) -> Any:
+        if isinstance(value, tuple) and index < len(value):
+            return value[index]
+        raise UnsupportedModel(
+            f"result {index} of an operator in {raw.source or 'the model'} has no streamed form: "
+            f"allowed are results 0 to {len(value) - 1 if isinstance(value, tuple) else 0}"
+        )
+
+    def _lower(self, call: Call) -> Any:
+        operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
+        if any(self.axes(ref) is not None for ref in operands):
+            result = self._stream(call)
+            if not isinstance(result, Decline):
+                return result
+            self.note = result.reason
+            call = self._gather_maps(call)
+        rule = rule_for(call.target) if call.target in _ALWAYS_LOWERED else None
+        result = rule(self, call) if rule else self.small(call.target, *call.args, **call.kwargs)
+        self.note = ""
+        return result
+
+    def _stream(self, call: Call) -> Any:
+        if self.resident:
+            return Decline("")
+        rule = rule_for(call.target) or pointwise_rule(call.target)
+        if rule is None:
+            return Decline("it has no rule")
+        return rule(self, call)
+
+    def _gather_maps(self, call: Call) -> Call:
+        def whole(name: str) -> Ref:
+            return self.gather(Ref(name)) if self.axes(Ref(name)) is not None else Ref(name)
+
+        return Call(call.target, substitute(call.args, whole), substitute(dict(call.kwargs), whole))
+
+    def gather(self, ref: Ref) -> Ref:
+        """The whole of a map as a small value, recorded once."""
+        if ref.name not in self.gathered:
+            node = self.nodes[ref.name]
+            if node.kind is Kind.PROMOTED:
+                self.gathered[ref.name] = node.args[0]
+            else:
+                fake = self.fakes[ref.name]
+                self.gathered[ref.name] = self._add(f"whole_{ref.name}", fake, kind=Kind.GATHER, args=(ref,))
+        return self.gathered[ref.name]
+
+    # --- what rules may ask and record ---------------------------------------------------------------
+
+    def spec(self, ref: Ref) -> TensorSpec:
+        return self.nodes[ref.name].tensor
+
+    def axes(self, ref: Ref) -> Axes | None:
+        node = self.nodes[ref.name]
+        return node.axes if node.is_map else None
+
+    def fake(self, call: Call) -> Any:
+        def fake_of(name: str) -> Any:
+            return self.fakes[name]
+
+        return call.target(*substitute(call.args, fake_of), **substitute(dict(call.kwargs), fake_of))
+
+    def small(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = self.fake(Call(target, args, kwargs))
+        if not isinstance(result, (tuple, list)):
+            return self._add(self._fresh(), result, kind=Kind.SMALL, target=target, args=args, kwargs=kwargs)
+        whole = self._add(self._fresh(), tuple(result), kind=Kind.SMALL, target=target, args=args, kwargs=kwargs)
+        return self._items(whole)
+
+    def _items(self, whole: Ref) -> tuple[Ref, ...]:
+        count = len(self.fakes[whole.name])
+        return tuple(self.small(operator.getitem, whole, index) for index in range(count))
+
+    def local(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        like: Tensor,
+        axes: Axes,
+        links: Mapping[str, Link],
+        fill: float | None = None,
+        positional: bool = False,
+        heavy: bool = False,
+    ) -> Ref:
+        fake = torch.empty(like.shape, dtype=like.dtype, device=self._device())
+        local = Local(dict(links), fill, positional, heavy)
+        return self._add(
+            self._fresh(),
+            fake,
+            kind=Kind.LOCAL,
+            target=target,
+            args=tuple(args),
+            kwargs=dict(kwargs or {}),
+            axes=axes,
+            local=local,
+        )
+
+    def reduce(self, reduction: Reduction, ref: Ref) -> tuple[Ref, ...]:
+        node = self.nodes[ref.name]
+        parts = reduction.partial(self.fakes[ref.name], Region.whole(node.size))
+        results = reduction.finish(parts, node.tensor.dtype)
+        whole = self._add(self._fresh(), results, kind=Kind.REDUCTION, args=(ref,), reduction=reduction)
+        return self._items(whole)
+
+    def promote(self, ref: Ref, axes: Axes) -> Ref:
+        if (ref.name, axes) not in self.promoted:
+            fake = self.fakes[ref.name]
+            name = f"map_of_{ref.name}" if f"map_of_{ref.name}" not in self.nodes else self._fresh()
+            self.promoted[ref.name, axes] = self._add(name, fake, kind=Kind.PROMOTED, args=(ref,), axes=axes)
+        return self.promoted[ref.name, axes]
+
+    def update(self, state: Ref, value: Ref) -> None:
+        qualified = self.states[state.name]
+        self.updates[qualified] = self.by_state[qualified] = value
+
+    def sibling(self, state: Ref, attribute: str) -> Ref | None:
+        owner = self.states[state.name].rpartition(".")[0]
+        return self._present(f"{owner}.{attribute}" if owner else attribute)
+
+    def _present(self, qualified: str) -> Ref | None:
+        return self.by_state.get(qualified)
+
+    # --- nodes ---------------------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        return next(fake.device for fake in self.fakes.values() if isinstance(fake, Tensor))
+
+    def _fresh(self) -> str:
+        base = self.raw.name if self.raw is not None else "value"
+        name, count = base, 0
+        while name in self.nodes:
+            count += 1
+            name = f"{base}.{count}"
+        return name
+
+    def _add(self, name: str, fake: Any, *, kind: Kind, **fields: Any) -> Ref:
+        spec = tuple(map(_spec_of, fake)) if isinstance(fake, tuple) else _spec_of(fake)
+        defaults: dict[str, Any] = {"target": None, "args": (), "kwargs": {}}
+        source = self.raw.source if self.raw is not None else ""
+        note = self.note if kind is Kind.SMALL else ""
+        if note:
+            note = f"{_target_name(self.raw)}: {note}"
+            self.note = ""
+        self.nodes[name] = Node(
+            name=name, kind=kind, spec=spec, source=source, note=note, **{**defaults, **fields}
+        )
+        self.fakes[name] = fake
+        return Ref(name)
+
+    def program(self, graph: RawGraph) -> Program:
+        """The recorded program, without nodes that nothing needs."""
+        for qualified, name in graph.updates.items():
+            value = self.values[name]
+            if qualified not in self.updates:
+                self.updates[qualified] = value
+        outputs = substitute(graph.outputs, self._final)
+        updates = {qualified: ref.name for qualified, ref in self.updates.items()}
+        needed = _needed(self.nodes, (*refs_in(outputs), *updates.values(), graph.image))
+        states = {name: qualified for name, qualified in self.states.items() if name in needed}
+        return Program(
+            nodes={name: node for name, node in self.nodes.items() if name in needed},
+            image=graph.image,
+            states={name: q for name, q in states.items() if name not in graph.constants},
+            outputs=outputs,
+            updates=updates,
+            constants={name: c for name, c in graph.constants.items() if name in needed},
+            plain_bytes=self.plain_bytes,
+        )
+
+    def _final(self, name: str) -> Any:
+        """A result of the model, whole."""
+        value = self.values[name]
+        if isinstance(value, tuple):
+            return tuple(self.gather(ref) if self.axes(ref) is not None else ref for ref in value)
+        if isinstance(value, Ref) and self.axes(value) is not None:
+            return self.gather(value)
+        return value
+
+
+def _target_name(raw: RawNode | None) -> str:
+    target = raw.target if raw is not None else None
+    return str(target.overloadpacket) if isinstance(target, OpOverload) else str(target)
+
+
+def _spec_of(value: Any) -> TensorSpec:
+    assert isinstance(value, Tensor), f"expected a tensor, found {type(value).__name__}"
+    return TensorSpec(tuple(value.shape), value.dtype)
+
+
+def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
+    needed: set[str] = set()
+    pending = list(roots)
+    while pending:
+        name = pending.pop()
+        if name not in needed:
+            needed.add(name)
+            pending.extend(nodes[name].operands)
+    return needed
+

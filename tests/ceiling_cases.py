@@ -1,0 +1,168 @@
+"""What happens under a ceiling on host memory, one process per case: ``python ceiling_cases.py``.
+
+A limit left behind, or a heap full of another case's holes, would decide the next case. Each runs in
+a child forked before PyTorch has started any thread, which saves importing PyTorch every time.
+Prints one JSON object: what each case returned, null where its process died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamcnn.ceiling import allocator
+from streamcnn.ceiling.cpu import Baseline, DataLimit, is_out_of_memory
+
+MB = 10**6
+
+
+def soft_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_DATA)[0]
+
+
+def error_of(action: Callable[[], object]) -> tuple[bool, str] | None:
+    """What ``action`` raises, and whether that is known as out of memory; None if nothing."""
+    try:
+        action()
+    except Exception as error:
+        return is_out_of_memory(error), repr(error)
+    return None
+
+
+def refusals() -> Any:
+    image, weight = torch.randn(1, 16, 1024, 1024), torch.randn(16, 16, 3, 3)
+    # Code that runs for the first time is read in, and would count as resident.
+    torch.nn.functional.conv2d(image[..., :128, :128], weight)
+    before = soft_limit()
+    with DataLimit(30 * MB) as limit:
+        inside = soft_limit()
+        errors = {
+            "tensor": error_of(lambda: torch.ones(10 * MB)),
+            "numpy": error_of(lambda: np.ones(10 * MB)),
+            "bytes": error_of(lambda: bytearray(40 * MB)),
+            "untouched": error_of(lambda: np.zeros(40 * MB, np.uint8)),
+            "convolution": error_of(lambda: torch.nn.functional.conv2d(image, weight)),
+        }
+        smaller = torch.ones(6 * MB)
+    restored = soft_limit()
+    larger = torch.ones(20 * MB)
+    return {
+        "errors": errors,
+        "limits": [before, inside, restored],
+        "peak": limit.peak_bytes,
+        "sums": [smaller.sum().item(), larger.sum().item()],
+    }
+
+
+def peaks() -> Any:
+    with DataLimit(None) as measured:
+        kept = torch.ones(12 * MB)
+        freed = torch.ones(13 * MB)
+        del freed
+        at_work = measured.peak_bytes
+    unlimited = soft_limit()
+    with DataLimit(300 * MB) as limited:
+        torch.zeros(5 * MB)
+        untouched = np.zeros(100 * MB, np.uint8)
+    with DataLimit(300 * MB) as idle:
+        pass
+    return {
+        "at work": at_work,
+        "measured": measured.peak_bytes,
+        "limited": limited.peak_bytes,
+        "idle": idle.peak_bytes,
+        "readings": [measured.reading, limited.reading],
+        "unlimited": unlimited == soft_limit(),
+        "alive": [len(kept), len(untouched)],
+    }
+
+
+def shared_baseline() -> Any:
+    before = soft_limit()
+    baseline = Baseline.now()
+    with DataLimit(100 * MB, baseline=baseline) as forward:
+        checkpoint = torch.ones(15 * MB)
+    with DataLimit(100 * MB, baseline=baseline) as backward:
+        past_both = error_of(lambda: torch.ones(12 * MB))
+        within = error_of(lambda: torch.ones(8 * MB))
+    with DataLimit(100 * MB):
+        own_baseline = error_of(lambda: torch.ones(20 * MB))
+    after = soft_limit()
+    return {
+        "peaks": [forward.peak_bytes, backward.peak_bytes],
+        "errors": [past_both is not None, within, own_baseline],
+        "restored": before == after,
+        "alive": len(checkpoint),
+    }
+
+
+def nested() -> Any:
+    before = soft_limit()
+    resource.setrlimit(resource.RLIMIT_DATA, (2**40, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with DataLimit(400 * MB) as outer:
+        torch.ones(25 * MB)
+        at_outer = soft_limit()
+        try:
+            with DataLimit(80 * MB) as inner:
+                torch.ones(10 * MB)
+                raise KeyError("stop")
+        except KeyError:
+            after_error = soft_limit()
+        with DataLimit(4000 * MB):
+            looser = soft_limit()
+    return {
+        "limits": [at_outer, after_error, looser],
+        "own limit": soft_limit() == 2**40 != before,
+        "peaks": [inner.peak_bytes, outer.peak_bytes],
+    }
+
+
+def first_parallel_operator() -> Any:
+    torch.set_num_threads(2)
+    with DataLimit(2 * MB):
+        return torch.empty(MB, dtype=torch.uint8).fill_(3)[-1].item()
+
+
+def heap() -> Any:
+    tamed = [allocator.tame_allocator(), allocator.tame_allocator()]
+    blocks = [bytearray(200_000) for _ in range(500)]
+    above_them = bytearray(200_000)
+    free_before = allocator.free_heap_bytes()
+    del blocks
+    free_after = allocator.free_heap_bytes()
+    with DataLimit(150 * MB) as limit:
+        kept: list[torch.Tensor] = []
+        errors = [error_of(lambda: kept.append(torch.ones(10 * MB))) for _ in range(5)]
+    return {
+        "tamed": tamed,
+        "freed": free_after - free_before,
+        "errors": errors,
+        "peak": limit.peak_bytes,
+        "alive": len(above_them),
+    }
+
+
+def in_a_child(case: Callable[[], Any]) -> Any:
+    """What ``case`` returns in a forked process; None if that dies."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, json.dumps(case()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else None
+
+
+CASES = (refusals, peaks, shared_baseline, nested, first_parallel_operator, heap)
+
+if __name__ == "__main__":
+    print(json.dumps({case.__name__: in_a_child(case) for case in CASES}))

@@ -1,0 +1,179 @@
+"""The ceiling on host memory: what happens under it is in ``ceiling_cases.py``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamcnn.ceiling import allocator, cpu
+from streamcnn.ceiling.cpu import DataLimit, is_out_of_memory
+from streamcnn.errors import StreamError
+
+MB = 10**6
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    """What each of ``ceiling_cases.py`` returned."""
+    folder = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, folder / "ceiling_cases.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(folder.parent)},
+    )
+    assert run.returncode == 0, run.stderr
+    print(run.stderr)
+    return json.loads(run.stdout)
+
+
+@linux_only
+def test_what_goes_past_the_budget_is_refused_and_the_process_lives_on(results: Any) -> None:
+    result = results["refusals"]
+    for what, error in result["errors"].items():
+        assert error is not None, f"{what} was not refused"
+        assert error[0], f"{what}: not known as out of memory: {error}"
+    before, inside, restored = result["limits"]
+    assert before == restored != inside
+    # Up to 10 MB are library code: that of raising errors has not run before.
+    assert 0.9 * 24 * MB <= result["peak"] <= 30 * MB + 10 * MB
+    assert result["sums"] == [6 * MB, 20 * MB]
+
+
+@linux_only
+def test_the_peak_is_what_was_touched(results: Any) -> None:
+    result = results["peaks"]
+    assert 0.9 * 100 * MB <= result["at work"] <= result["measured"] <= 1.3 * 100 * MB
+    # calloc'd pages that nobody wrote to count for the limit, not for the peak.
+    assert 0.9 * 20 * MB <= result["limited"] <= 1.3 * 20 * MB
+    assert result["idle"] < 5 * MB
+    assert result["readings"] == ["VmHWM", "VmHWM"]
+    assert result["unlimited"]
+
+
+@linux_only
+def test_what_forward_keeps_counts_against_backward(results: Any) -> None:
+    result = results["shared_baseline"]
+    assert result["errors"] == [True, None, None]
+    forward, backward = result["peaks"]
+    assert 0.9 * 60 * MB <= forward <= 1.3 * 60 * MB
+    assert 0.9 * 92 * MB <= backward <= 100 * MB
+    assert result["restored"]
+
+
+@linux_only
+def test_nested_blocks_keep_the_lowest_ceiling_and_their_own_peaks(results: Any) -> None:
+    result = results["nested"]
+    assert len(set(result["limits"])) == 1
+    assert result["own limit"]
+    inner, outer = result["peaks"]
+    assert 0.9 * 40 * MB <= inner <= 1.3 * 40 * MB
+    assert 0.9 * 100 * MB <= outer <= 1.3 * 100 * MB
+
+
+@linux_only
+def test_threads_are_there_before_the_limit(results: Any) -> None:
+    # OpenMP ends the process where it gets no stack for a thread.
+    assert results["first_parallel_operator"] == 3
+
+
+@linux_only
+def test_what_the_heap_holds_free_is_part_of_the_budget(results: Any) -> None:
+    result = results["heap"]
+    assert result["tamed"] == [True, True]
+    assert 95 * MB <= result["freed"] <= 105 * MB
+    # Five tensors of 40 MB: two find room in the heap, the kernel refuses those past the budget.
+    assert 0 < sum(error is not None for error in result["errors"]) < 5
+    assert 100 * MB <= result["peak"] <= 150 * MB
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("could not create a memory object"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_is_recognised(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("could not create a primitive descriptor for the convolution forward propagation"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("std::bad_alloc"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_other_errors_are_not_out_of_memory(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_no_proc_means_unknown_and_no_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "_STATUS", tmp_path / "missing")
+    with DataLimit(None) as limit:
+        np.ones(MB)
+    assert (limit.peak_bytes, limit.reading) == (None, "unknown")
+    with pytest.raises(StreamError, match=r"budget= cannot be enforced .* pass budget=None"), DataLimit(MB):
+        pass
+    assert cpu._active == []
+
+
+def test_a_mark_that_cannot_be_reset_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    with DataLimit(None) as limit:
+        np.ones(MB)
+    assert (limit.peak_bytes, limit.reading) == (None, "unknown")
+
+
+@linux_only
+def test_a_kernel_that_ignores_the_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr(cpu, "_is_refused", lambda nbytes: False)
+    with pytest.raises(StreamError, match="cannot be enforced"), DataLimit(1000 * MB):
+        pass
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_libc", lambda: None)
+    assert allocator.tame_allocator.__wrapped__() is False
+    assert allocator.free_heap_bytes() == 0
+    allocator.trim_heap()
+
+
+@pytest.mark.parametrize(("present", "expected"), [(None, "1"), ("0", "0")])
+def test_huge_pages_are_asked_for_unless_the_user_decided(
+    monkeypatch: pytest.MonkeyPatch, present: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if present is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", present)
+    allocator.request_huge_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")

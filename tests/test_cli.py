@@ -1,0 +1,190 @@
+"""The command line: what it parses, what it prints where, and its exit status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamcnn
+from streamcnn import cli, models
+from streamcnn.data.sources import write_zarr_image
+from streamcnn.errors import PlanDoesNotFit
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line with arguments; its exit status, standard output and standard error."""
+
+    def run_with(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["streamcnn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, output.out, output.err
+
+    return run_with
+
+
+@dataclass
+class FakePlan:
+    """Says with what it was made."""
+
+    made_with: dict[str, Any]
+
+    def explain(self) -> str:
+        return f"plan {self.made_with}"
+
+    def to_json(self) -> str:
+        return json.dumps(self.made_with)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine's place, something that repeats what it is asked."""
+
+    class Model:
+        def __init__(self, net: object, **options: object) -> None:
+            self.options = options
+
+        def plan(self, shape: tuple[int, ...]) -> FakePlan:
+            return FakePlan({"shape": shape, **self.options})
+
+    @dataclass
+    class Report:
+        max_error: float
+        errors: dict[str, float]
+
+        def explain(self) -> str:
+            return f"largest error {self.max_error}"
+
+    def verify(net: float, shape: tuple[int, ...], *, tile: object) -> Report:
+        return Report(net, {"output": net})
+
+    monkeypatch.setattr(streamcnn, "StreamingModel", Model, raising=False)
+    monkeypatch.setattr(streamcnn, "verify", verify, raising=False)
+    monkeypatch.setattr(models, "load_model", float)
+
+
+def test_version_and_help(run: Run) -> None:
+    status, out, err = run("--version")
+    assert (status, err) == (0, "")
+    assert out.startswith("streamcnn")
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("demo", "plan", "verify", "info"):
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["plan"], "Missing argument 'MODEL'"),
+        (["plan", "x", "--bogus"], "No such option: --bogus"),
+        (["plan", "x", "--batch", "0"], "Invalid value for '--batch'"),
+        (
+            ["plan", "x", "--budget", "banana"],
+            "--budget: cannot read 'banana' as a number of bytes: allowed is",
+        ),
+        (["plan", "x", "--size", "0"], "--size: cannot read '0' as pixels: allowed is"),
+        (["plan", "x", "--size", "4000x"], "--size: cannot read '4000x' as pixels"),
+        (["plan", "x", "--tile", "-5"], "--tile: cannot read '-5' as pixels"),
+        (["verify", "x", "--size", "a"], "--size: cannot read 'a' as pixels"),
+        (["verify", "no_such_package:net"], "MODEL: no module 'no_such_package'"),
+        (["demo", "--budget", "0"], "--budget: cannot read '0' as a number of bytes"),
+        (["demo", "--size", "10"], "Invalid value for '--size'"),
+    ],
+)
+def test_wrong_usage_is_status_2(run: Run, arguments: list[str], message: str) -> None:
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_info_prints_what_the_file_says(run: Run, tmp_path: Path) -> None:
+    write_zarr_image(tmp_path / "a.zarr", torch.zeros(3, 70, 50, dtype=torch.uint8), chunk=32)
+    status, out, err = run("info", tmp_path / "a.zarr")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == ["shape   3 x 70 x 50", "dtype   uint8", "chunks  3 x 32 x 32"]
+    _, out, _ = run("info", tmp_path / "a.zarr", "--json")
+    assert json.loads(out) == {"shape": [3, 70, 50], "dtype": "uint8", "chunks": [3, 32, 32]}
+
+
+def test_a_failed_run_is_one_line_and_status_1(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("info", tmp_path / "gone.zarr")
+    assert (status, out) == (1, "")
+    assert err.startswith("streamcnn: error: no zarr array at ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("engine")
+def test_plan_hands_over_what_it_parsed(run: Run) -> None:
+    arguments = (
+        "plan",
+        "1",
+        "--size",
+        "4000x3000",
+        "--batch",
+        2,
+        "--channels",
+        1,
+        "--budget",
+        "1GiB",
+        "--tile",
+        512,
+    )
+    made_with = {"shape": (2, 1, 4000, 3000), "budget": 2**30, "tile": (512, 512)}
+    assert run(*arguments) == (0, f"plan {made_with}\n", "")
+    status, out, _ = run(*arguments, "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads(json.dumps(made_with))
+
+
+@pytest.mark.usefixtures("engine")
+def test_plan_leaves_what_is_not_given_to_the_planner(run: Run) -> None:
+    made_with = {"shape": (1, 3, 4000, 4000), "budget": None, "tile": None}
+    assert run("plan", "1") == (0, f"plan {made_with}\n", "")
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_budget_that_is_too_small_is_status_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(plan: FakePlan) -> str:
+        raise PlanDoesNotFit("projected 3 GiB, allowed 1 GiB")
+
+    monkeypatch.setattr(FakePlan, "explain", refuse)
+    assert run("plan", "1") == (1, "", "streamcnn: error: projected 3 GiB, allowed 1 GiB\n")
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(("error", "expected"), [("1e-9", 0), ("0.5", 1), ("nan", 1)])
+def test_verify_fails_beyond_the_tolerance(run: Run, error: str, expected: int) -> None:
+    status, out, err = run("verify", error)
+    assert (status, out) == (expected, f"largest error {float(error)}\n")
+    assert ("is beyond" in err) == bool(expected)
+
+
+@pytest.mark.usefixtures("engine")
+def test_verify_prints_json(run: Run) -> None:
+    status, out, _ = run("verify", "1e-9", "--json")
+    assert status == 0
+    assert json.loads(out) == {"max_error": 1e-9, "errors": {"output": 1e-9}}
+
+
+def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise AssertionError("an invariant")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(AssertionError, match="an invariant"):
+        cli.main()

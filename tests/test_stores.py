@@ -1,0 +1,376 @@
+"""One contract for all stores, and what is particular to the one on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streamcnn.regions import Interval, Region
+from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+from streamcnn.stores.chunks import ChunkGrid
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+TILE_HINT = (24, 20)
+
+# All extents differ, so that a swapped axis cannot hide; none is a multiple of a chunk.
+NCHW = StoreSpec((2, 3, 61, 47), torch.float32, (2, 3))
+NHWC = StoreSpec((2, 61, 47, 3), torch.float32, (1, 2))
+SPECS = [
+    dataclasses.replace(spec, dtype=dtype)
+    for spec in (NCHW, NHWC)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64)
+]
+
+
+def region(top: int, bottom: int, left: int, right: int) -> Region:
+    return Region(Interval(top, bottom), Interval(left, right))
+
+
+def at(spec: StoreSpec, where: Region) -> tuple[slice, ...]:
+    """The index of ``where`` in a dense tensor."""
+    index = [slice(None)] * len(spec.shape)
+    index[spec.axes[0]] = slice(where.rows.start, where.rows.stop)
+    index[spec.axes[1]] = slice(where.cols.start, where.cols.stop)
+    return tuple(index)
+
+
+def random_tile(spec: StoreSpec, where: Region, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(spec.tile_shape(where), generator=generator).to(spec.dtype)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0)
+
+
+MakeStore = Callable[[StoreSpec], Store]
+
+
+def make_on_disk(spill: SpillFolder, compute_device: torch.device, spec: StoreSpec) -> ZarrStore:
+    return ZarrStore(spec, spill.new_folder(), TILE_HINT, compute_device)
+
+
+@pytest.fixture
+def spill(tmp_path: Path) -> Iterator[SpillFolder]:
+    with SpillFolder(tmp_path) as folder:
+        yield folder
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        "disk",
+        pytest.param("device", marks=pytest.mark.gpu),
+        pytest.param("pinned", marks=pytest.mark.gpu),
+        pytest.param("disk to device", marks=pytest.mark.gpu),
+    ]
+)
+def make_store(request: pytest.FixtureRequest, spill: SpillFolder) -> MakeStore:
+    makers: dict[str, MakeStore] = {
+        "memory": lambda spec: MemoryStore(spec, CPU, CPU),
+        "disk": partial(make_on_disk, spill, CPU),
+        "device": lambda spec: MemoryStore(spec, CUDA, CUDA),
+        "pinned": lambda spec: MemoryStore(spec, CPU, CUDA),
+        "disk to device": partial(make_on_disk, spill, CUDA),
+    }
+    return makers[request.param]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+class TestContract:
+    def test_never_written_reads_as_zero(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store = make_store(spec)
+        for inside in (region(10, 33, 5, 40), region(13, 61, 0, 47)):
+            assert_same(store.read(inside), torch.zeros(spec.tile_shape(inside), dtype=spec.dtype))
+            store.write(region(12, 13, 6, 7), random_tile(spec, region(12, 13, 6, 7)))
+
+    def test_tiles_cover_the_map(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, whole = make_store(spec), Region.whole(spec.size)
+        expected = random_tile(spec, whole)
+        for top in range(0, 61, 24):
+            for left in range(0, 47, 20):
+                tile = region(top, min(top + 24, 61), left, min(left + 20, 47))
+                store.write(tile, expected[at(spec, tile)])
+        assert_same(store.read(whole), expected)
+        with_halo = region(23, 49, 19, 41)
+        assert_same(store.read(with_halo), expected[at(spec, with_halo)])
+
+    def test_write_replaces_and_add_accumulates(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, expected = make_store(spec), torch.zeros(spec.shape, dtype=spec.dtype)
+        first, second = region(3, 50, 2, 31), region(20, 61, 15, 47)
+        for seed, where in enumerate((first, second, first)):
+            tile = random_tile(spec, where, seed)
+            store.add(where, tile)
+            expected[at(spec, where)] += tile
+        assert_same(store.read(Region.whole(spec.size)), expected)
+        replacement = random_tile(spec, second, 7)
+        store.write(second, replacement)
+        expected[at(spec, second)] = replacement
+        assert_same(store.read(Region.whole(spec.size)), expected)
+
+    def test_tiles_of_another_type_are_converted(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, where = make_store(spec), region(1, 30, 4, 46)
+        tile = random_tile(dataclasses.replace(spec, dtype=torch.float64), where)
+        store.write(where, tile)
+        store.add(where, tile.half())
+        assert_same(store.read(where), tile.to(spec.dtype) + tile.half().to(spec.dtype))
+
+    def test_tiles_may_have_any_strides_and_gradients(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, where = make_store(spec), region(0, 25, 22, 47)
+        tile = random_tile(spec, where).transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
+        store.write(where, tile)
+        store.add(where, tile)
+        read = store.read(where)
+        assert not read.requires_grad
+        assert_same(read, tile.detach() * 2)
+
+    def test_bytes_are_counted(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, where = make_store(spec), region(5, 12, 30, 41)
+        nbytes = 2 * 3 * 7 * 11 * spec.dtype.itemsize
+        store.write(where, random_tile(spec, where))
+        store.add(where, random_tile(spec, where))
+        store.read(where)
+        assert (store.bytes_read, store.bytes_written) == (2 * nbytes, 2 * nbytes)
+
+    def test_use_after_close_raises(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, where = make_store(spec), region(0, 2, 0, 2)
+        store.write(where, random_tile(spec, where))
+        store.close()
+        store.close()
+        with pytest.raises(ValueError, match="is closed"):
+            store.read(where)
+        for change in (store.write, store.add):
+            with pytest.raises(ValueError, match="is closed"):
+                change(where, random_tile(spec, where))
+
+    def test_wrong_regions_and_tiles_are_refused(self, make_store: MakeStore, spec: StoreSpec) -> None:
+        store, where = make_store(spec), region(0, 62, 0, 2)
+        with pytest.raises(AssertionError, match="is not inside"):
+            store.read(where)
+        with pytest.raises(AssertionError, match="expected"):
+            store.write(region(0, 4, 0, 2), random_tile(spec, region(0, 1, 0, 2)))
+
+
+@st.composite
+def regions_of(draw: st.DrawFn, size: tuple[int, int]) -> Region:
+    spans = []
+    for extent in size:
+        start = draw(st.integers(0, extent - 1))
+        spans.append(Interval(start, draw(st.integers(start + 1, extent))))
+    return Region(*spans)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[StoreSpec, tuple[int, int], list[tuple[str, Region]]]:
+    """A map, a tile hint and what is done to it."""
+    spec = draw(st.sampled_from(SPECS))
+    hint = (draw(st.integers(1, 70)), draw(st.integers(1, 200)))
+    step = st.tuples(st.sampled_from(["write", "add", "read"]), regions_of(spec.size))
+    return spec, hint, draw(st.lists(step, max_size=12))
+
+
+def assert_like_dense(store: Store, steps: list[tuple[str, Region]]) -> None:
+    """Run ``steps`` on the store and on a plain tensor."""
+    spec = store.spec
+    dense = torch.zeros(spec.shape, dtype=spec.dtype)
+    for seed, (action, where) in enumerate(steps):
+        index, tile = at(spec, where), random_tile(spec, where, seed)
+        if action == "write":
+            store.write(where, tile)
+            dense[index] = tile
+        elif action == "add":
+            store.add(where, tile)
+            dense[index] += tile
+        else:
+            assert_same(store.read(where), dense[index])
+    assert_same(store.read(Region.whole(spec.size)), dense)
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories())
+def test_any_history_is_a_dense_tensors(history: tuple[Any, ...]) -> None:
+    spec, hint, steps = history
+    assert_like_dense(MemoryStore(spec, CPU, CPU), steps)
+    with SpillFolder() as spill:
+        assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, CPU), steps)
+
+
+class TestMemoryStore:
+    def test_reading_where_it_lives_copies_nothing(self) -> None:
+        store = MemoryStore(NCHW, CPU, CPU)
+        store.write(region(0, 9, 0, 9), random_tile(NCHW, region(0, 9, 0, 9)))
+        view, again = store.read(region(2, 5, 3, 7)), store.read(region(2, 5, 3, 7))
+        assert view.data_ptr() == again.data_ptr()
+        assert store.read(region(0, 1, 0, 1)).data_ptr() % 64 == 0
+
+
+class TestZarrStore:
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
+    def test_zarr_reads_the_folder(self, spill: SpillFolder, spec: StoreSpec) -> None:
+        folder = spill.new_folder()
+        store = ZarrStore(spec, folder, TILE_HINT, CPU)
+        where = region(7, 55, 13, 47)
+        store.write(where, random_tile(spec, where))
+        array = torch.from_numpy(zarr.open_array(folder, mode="r")[...])
+        whole = Region.whole(spec.size)
+        assert_same(array.view(spec.dtype) if spec.dtype == torch.bfloat16 else array, store.read(whole))
+
+    def test_regions_never_touched_have_no_files(self, spill: SpillFolder) -> None:
+        store = make_on_disk(spill, CPU, NCHW)
+        store.write(region(0, 1, 0, 1), random_tile(NCHW, region(0, 1, 0, 1)))
+        store.read(Region.whole(NCHW.size))
+        assert sorted(path.name for path in (spill.path / "map-000000").iterdir()) == [
+            "c.0.0.0.0",
+            "zarr.json",
+        ]
+
+    def test_close_leaves_no_files(self, spill: SpillFolder) -> None:
+        store = make_on_disk(spill, CPU, NCHW)
+        store.write(region(0, 61, 0, 47), random_tile(NCHW, region(0, 61, 0, 47)))
+        store.close()
+        assert list(spill.path.iterdir()) == []
+
+    def test_garbage_leaves_no_files(self, spill: SpillFolder) -> None:
+        store = make_on_disk(spill, CPU, NCHW)
+        store.write(region(0, 9, 0, 9), random_tile(NCHW, region(0, 9, 0, 9)))
+        del store
+        gc.collect()
+        assert list(spill.path.iterdir()) == []
+
+    def test_a_folder_in_use_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("keep")
+        with pytest.raises(FileExistsError):
+            ZarrStore(NCHW, tmp_path, TILE_HINT, CPU)
+        gc.collect()
+        assert (tmp_path / "mine").read_text() == "keep"
+
+    def test_a_type_zarr_lacks_is_refused(self, spill: SpillFolder) -> None:
+        with pytest.raises(
+            ValueError, match=r"complex64 cannot be kept on disk; possible are torch\.float64"
+        ):
+            make_on_disk(spill, CPU, dataclasses.replace(NCHW, dtype=torch.complex64))
+
+    def test_a_shortened_chunk_is_an_error(self, spill: SpillFolder) -> None:
+        store, where = make_on_disk(spill, CPU, NCHW), region(0, 20, 0, 10)
+        store.write(where, random_tile(NCHW, where))
+        os.truncate(spill.path / "map-000000" / "c.0.0.0.0", 100)
+        with pytest.raises(OSError, match="bytes early"):
+            store.read(where)
+
+    def test_a_refused_write_propagates_and_can_be_repeated(self, spill: SpillFolder) -> None:
+        store, where = make_on_disk(spill, CPU, NCHW), region(0, 20, 0, 10)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                store.add(where, random_tile(NCHW, where))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        store.add(where, random_tile(NCHW, where))
+        assert_same(store.read(where), random_tile(NCHW, where))
+
+    def test_reader_and_writer_may_share_chunks(self, spill: SpillFolder) -> None:
+        store, mine, other = make_on_disk(spill, CPU, NCHW), region(0, 61, 0, 23), region(0, 61, 23, 47)
+        expected = random_tile(NCHW, mine)
+        store.write(mine, expected)
+
+        def write_beside() -> None:
+            for seed in range(40):
+                store.write(other, random_tile(NCHW, other, seed))
+
+        writer = threading.Thread(target=write_beside)
+        writer.start()
+        while writer.is_alive():
+            assert_same(store.read(mine), expected)
+        writer.join()
+        assert_same(store.read(other), random_tile(NCHW, other, 39))
+
+
+class TestChunks:
+    @pytest.mark.parametrize(
+        ("shape", "axes", "tile", "chunk"),
+        [
+            ((1, 64, 4000, 4000), (2, 3), (256, 256), (1, 64, 128, 32)),
+            ((1, 4000, 4000, 64), (1, 2), (256, 256), (1, 128, 32, 64)),
+            ((2, 16, 4000, 4000), (2, 3), (1024, 1024), (2, 16, 128, 64)),
+            ((4, 2048, 125, 125), (2, 3), (32, 32), (1, 1024, 16, 16)),
+            ((1, 3, 7, 5), (2, 3), (256, 256), (1, 3, 7, 5)),
+        ],
+    )
+    def test_chunks_suit_maps_and_tiles(
+        self, shape: tuple[int, ...], axes: tuple[int, int], tile: tuple[int, int], chunk: tuple[int, ...]
+    ) -> None:
+        grid = ChunkGrid.suited(StoreSpec(shape, torch.float32, axes), tile)
+        assert grid.chunk == chunk
+        assert grid.nbytes <= 2**20
+
+    @given(st.tuples(*[st.integers(1, 3000)] * 4), st.tuples(st.integers(1, 2000), st.integers(1, 2000)))
+    def test_chunks_are_never_large(self, shape: tuple[int, ...], tile: tuple[int, int]) -> None:
+        grid = ChunkGrid.suited(StoreSpec(shape, torch.float64, (2, 3)), tile)
+        # An axis cut into equal whole parts overshoots by less than one position per part.
+        assert grid.nbytes <= 2 * 2**20
+        assert all(1 <= part <= extent for part, extent in zip(grid.chunk, shape, strict=True))
+
+
+class TestSpillFolder:
+    def test_removes_only_what_it_made(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("keep")
+        spill = SpillFolder(tmp_path)
+        stores = [make_on_disk(spill, CPU, NCHW) for _ in range(2)]
+        spill.close()
+        spill.close()
+        stores[0].close()
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+        with pytest.raises(ValueError, match="is closed"):
+            spill.new_folder()
+
+    def test_garbage_leaves_no_files(self, tmp_path: Path) -> None:
+        spill = SpillFolder(tmp_path)
+        spill.new_folder().mkdir()
+        del spill
+        gc.collect()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_forked_childs_end_removes_nothing(self, spill: SpillFolder) -> None:
+        child = os.fork()
+        if child == 0:
+            spill.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert spill.path.exists()
+
+    @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise RuntimeError('stop')"])
+    def test_the_interpreters_end_leaves_no_files(self, tmp_path: Path, end: str) -> None:
+        # Only this module: importing PyTorch would take seconds.
+        source = Path(sys.modules[SpillFolder.__module__].__file__ or "")
+        script = f"""
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("spill", {str(source)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+spill = module.SpillFolder({str(tmp_path)!r})
+spill.new_folder().mkdir()
+print(json.dumps(spill.path.exists()), flush=True)
+{end}
+"""
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert json.loads(run.stdout) is True
+        assert list(tmp_path.iterdir()) == []
