@@ -32,11 +32,12 @@ _ALWAYS_LOWERED = frozenset({torch.ops.aten.batch_norm.default})
 def trace(
     graph: RawGraph,
     states: Mapping[str, Tensor],
-    image: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
     *,
     tail: str | None = None,
 ) -> Program:
-    """The program of ``graph`` for an image like the (meta) tensor ``image`` (N, C, H, W).
+    """The program of ``graph`` for an image of ``dtype`` on ``device``.
 
     Parameters
     ----------
@@ -48,7 +49,7 @@ def trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         tracer = _Tracer(mode)
-        tracer.add_image(graph.image, image)
+        tracer.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
         for name, qualified in graph.states.items():
             tracer.add_state(name, qualified, states[qualified])
         for name, constant in graph.constants.items():
@@ -82,8 +83,7 @@ class _Tracer:
     # --- recording -----------------------------------------------------------------------------------
 
     def add_image(self, name: str, image: Tensor) -> None:
-        fake = torch.empty(image.shape, dtype=image.dtype, device=image.device)
-        self.values[name] = self._add(name, fake, kind=Kind.IMAGE, axes=(2, 3))
+        self.values[name] = self._add(name, image, kind=Kind.IMAGE, axes=(2, 3))
 
     def add_state(self, name: str, qualified: str, tensor: Tensor) -> None:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

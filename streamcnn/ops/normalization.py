@@ -254,9 +254,9 @@ def _batch() -> nn.Module:
     return chain(
         nn.Conv2d(3, 4, 3, bias=False),
         nn.BatchNorm2d(4, momentum=None),
-        nn.Conv2d(4, 6, 3, stride=2),
+        nn.Conv2d(4, 6, 3, stride=2, bias=False),
         nn.BatchNorm2d(6, affine=False),
-        nn.Conv2d(6, 4, 1),
+        nn.Conv2d(6, 4, 1, bias=False),
         nn.BatchNorm2d(4, track_running_stats=False),
     )
 

@@ -1,0 +1,101 @@
+"""Regions of a batch of images, ready for the model: read, checked, preprocessed, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from streamcnn.data.sources import ImageSource, as_sources
+from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.regions import Interval, Region
+
+Preprocess = Callable[[Tensor], Tensor]
+"""A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes."""
+Image = Tensor | ImageSource | Sequence[ImageSource]
+
+
+class BatchReader:
+    """A batch of images of one shape, read region by region.
+
+    Attributes
+    ----------
+    shape
+        (N, C, H, W) as the model sees it, after ``preprocess``.
+    dtype
+        Floating-point type that the model sees.
+
+    Raises
+    ------
+    DatasetMismatch
+        If the images are no batch of (N, C, H, W) maps, or would not be floating point.
+    """
+
+    def __init__(self, image: Image, device: torch.device, preprocess: Preprocess | None = None) -> None:
+        self._tensor = image.detach() if isinstance(image, Tensor) else None
+        self._sources = [] if isinstance(image, Tensor) else as_sources(image)
+        self._preprocess = preprocess
+        self.device = device
+        stored = self._stored_shape()
+        probe = self._prepared(torch.zeros((*stored[:2], 1, 1), dtype=self._stored_dtype()))
+        if not probe.is_floating_point():
+            raise DatasetMismatch(
+                f"the model would get an image of {probe.dtype}: allowed are floating-point images; give "
+                "preprocess= a function that turns a tile into floats, such as lambda tile: tile / 255"
+            )
+        self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
+        self.dtype = probe.dtype
+
+    def _stored_shape(self) -> tuple[int, int, int, int]:
+        if self._tensor is None:
+            return (len(self._sources), *self._sources[0].shape)
+        if self._tensor.dim() != 4 or 0 in self._tensor.shape:
+            raise DatasetMismatch(
+                f"image tensor has shape {tuple(self._tensor.shape)}: allowed is (N, C, H, W) with no empty axis; "
+                "add the batch axis with image[None]"
+            )
+        n, c, h, w = self._tensor.shape
+        return (n, c, h, w)
+
+    def _stored_dtype(self) -> torch.dtype:
+        return self._sources[0].dtype if self._tensor is None else self._tensor.dtype
+
+    def _prepared(self, tile: Tensor) -> Tensor:
+        shape = tile.shape
+        if self._preprocess is not None:
+            tile = self._preprocess(tile)
+        if tile.dim() != 4 or tile.shape[0] != shape[0] or tile.shape[2:] != shape[2:]:
+            raise DatasetMismatch(
+                f"preprocess= turned a tile of shape {tuple(shape)} into {tuple(tile.shape)}: allowed is a "
+                "pointwise function, which keeps N, h and w"
+            )
+        return tile
+
+    def read(self, region: Region) -> Tensor:
+        """The pixels of ``region``, (N, C, h, w), on the device; not to be written to.
+
+        Raises
+        ------
+        CorruptImage
+            If pixels cannot be read, or are NaN or infinite.
+        """
+        tile = self._prepared(self._stored(region)).to(self.device)
+        # One pass over the sum finds any NaN or infinity without a mask of the tile's size.
+        if not torch.isfinite(tile.sum()) and not torch.isfinite(tile).all():
+            raise CorruptImage(
+                f"the image holds NaN or infinite values in rows {_span(region.rows)}, columns "
+                f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
+            )
+        return tile
+
+    def _stored(self, region: Region) -> Tensor:
+        if self._tensor is not None:
+            rows, cols = (slice(axis.start, axis.stop) for axis in region)
+            return self._tensor[:, :, rows, cols]
+        tiles = [source.read(region) for source in self._sources]
+        return tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
+
+
+def _span(interval: Interval) -> str:
+    return f"{interval.start}..{interval.stop - 1}"

@@ -1,0 +1,43 @@
+"""What a pass took, as measured: the streamed model's ``last_report``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamcnn.executor import PhaseReport
+from streamcnn.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Measured bytes and seconds of the last forward pass and its backward pass, if it has run."""
+
+    budget: int | None
+    """Bytes allowed above the baseline; ``None`` for no ceiling."""
+    projected_bytes: int
+    measured_bytes: int | None
+    """Peak above the baseline, taken when the forward pass began; ``None`` if it cannot be read."""
+    reading: str
+    """Which counter ``measured_bytes`` comes from."""
+    seconds: float
+    phases: tuple[PhaseReport, ...]
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes read from and written to stores."""
+        return sum(phase.bytes_read + phase.bytes_written for phase in self.phases)
+
+    def explain(self) -> str:
+        """The report as text, one line per phase and direction."""
+        measured = "unknown" if self.measured_bytes is None else format_bytes(self.measured_bytes)
+        budget = "no ceiling" if self.budget is None else f"budget {format_bytes(self.budget)}"
+        lines = [
+            f"peak {measured} ({self.reading}), projected {format_bytes(self.projected_bytes)}, {budget}",
+            f"{self.seconds:.2f} s, {format_bytes(self.bytes_moved)} moved through stores",
+        ]
+        lines.extend(
+            f"  phase {phase.level:<4} {phase.direction:<9}{phase.num_tiles:>5} tiles {phase.seconds:8.3f} s  "
+            f"read {format_bytes(phase.bytes_read):>10}, written {format_bytes(phase.bytes_written):>10}"
+            for phase in self.phases
+        )
+        return "\n".join(lines)

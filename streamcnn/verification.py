@@ -1,0 +1,132 @@
+"""Check a model: streamed against plain PyTorch, in float64, everything that training reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from streamcnn.streaming_model import StreamingModel
+
+FLOOR = 1e-6
+"""Share of the model's largest norm below which a value counts as noise: a bias before batch norm has a
+true gradient of zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Errors of a streamed pass against the plain one, each ``|a - b| / max(|b|, FLOOR * largest)``."""
+
+    errors: Mapping[str, float]
+    """By name: ``output``, ``image gradient``, ``gradient of <parameter>``, ``buffer <name>``."""
+    num_tiles: int
+    """Tiles of the most finely cut phase."""
+    num_phases: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_error(self) -> float:
+        """The largest error."""
+        return max(self.errors.values())
+
+    def explain(self) -> str:
+        """The verdict and the worst few entries as text."""
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
+        lines = [
+            f"streamed in {self.num_phases} phases of up to {self.num_tiles} tiles against plain PyTorch: "
+            f"largest error {self.max_error:.2e} over {len(self.errors)} comparisons",
+            *(f"  {error:.2e}  {name}" for name, error in worst),
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def verify(
+    net: nn.Module,
+    shape: tuple[int, int, int, int],
+    *,
+    tile: int | tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Verification:
+    """Compare a streamed pass of a copy of ``net`` with the plain one on a random image.
+
+    Every local operator is streamed, the last ones too. Dropout layers are switched off, since plain and
+    streamed passes draw different masks from the same seed.
+
+    Parameters
+    ----------
+    net
+        Any module, in the mode that is to be checked; it is not changed.
+    shape
+        (N, C, H, W) of the image.
+    tile
+        As for ``StreamingModel``.
+    dtype
+        Type to compare in; float64 shows errors of the method, float32 those of rounding as well.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the module cannot be captured at this shape.
+    """
+    plain = copy.deepcopy(net).to(dtype)
+    dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
+    for module in dropped:
+        module.p = 0.0
+    streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
+    streamed._resident_tail = False
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(shape, generator=generator, dtype=dtype).to(streamed._device())
+    expected, found = (_everything(model, image, seed) for model in (plain, streamed))
+    plan = streamed.plan(shape, dtype)
+    return Verification(
+        errors=_errors(expected, found),
+        num_tiles=max((phase.num_tiles for phase in plan.phases), default=0),
+        num_phases=len(plan.phases),
+        notes=(f"{len(dropped)} dropout layers were switched off",) if dropped else (),
+    )
+
+
+def _everything(model: nn.Module, image: Tensor, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Outputs, gradients and buffers after one forward and backward pass."""
+    image = image.clone().requires_grad_()
+    torch.manual_seed(seed)
+    outputs: Any = [out for out in pytree.tree_leaves(model(image)) if isinstance(out, Tensor)]
+    generator = torch.Generator().manual_seed(seed + 1)
+    arriving = [torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in outputs]
+    pairs = [(out, g) for out, g in zip(outputs, arriving, strict=True) if out.requires_grad]
+    torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    gradients["image gradient"] = image.grad
+    return {
+        "output": {f"output {index}": out.detach() for index, out in enumerate(outputs)},
+        "gradient": {name: grad for name, grad in gradients.items() if grad is not None},
+        "buffer": {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()},
+    }
+
+
+def _errors(
+    expected: Mapping[str, Mapping[str, Tensor]], found: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for kind, references in expected.items():
+        norms = {name: _norm(value) for name, value in references.items()}
+        floor = max(FLOOR * max(norms.values(), default=0.0), torch.finfo(torch.float64).tiny)
+        for name, reference in references.items():
+            value = found[kind].get(name)
+            distance = norms[name] if value is None else _norm(value.double() - reference.double())
+            errors[name] = distance / max(norms[name], floor)
+        for name in found[kind].keys() - references.keys():
+            errors[name] = float("inf") if _norm(found[kind][name]) > 0 else 0.0
+    return errors
+
+
+def _norm(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value.double()))
