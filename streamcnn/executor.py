@@ -318,6 +318,8 @@ class _BackwardTile:
         if not self.roots or not inputs:
             return
         outputs, gradients = zip(*self.roots, strict=True)
+        # The taps' graph nodes know this object: let go of the graph, or only the collector would free it.
+        self.roots.clear()
         with _autocast(device, None):
             found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
         assert self.num_pending == 0, "a stored map's gradient did not reach the tile's graph"
@@ -345,11 +347,12 @@ class _BackwardTile:
         own = phase.own(self.tile.row, self.tile.col, name)
         needed = phase.needed(self.tile.row, self.tile.col, name)
         axes = self.execution.axes(name)
+        share = cut(value.detach(), axes, needed, own)
         self.num_pending += 1
 
         def add(gradient: Tensor) -> Tensor:
             self.num_pending -= 1
-            part = self._share_gradient(name, cut(value, axes, needed, own))
+            part = self._share_gradient(name, share)
             if part is None:
                 return gradient
             # The engine may hand the same tensor to another consumer, so it is not changed in place.
@@ -386,7 +389,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.add(grads[0]), None
+        add, ctx.add = ctx.add, None
+        return add(grads[0]), None
 
 
 def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:

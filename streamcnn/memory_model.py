@@ -25,6 +25,10 @@ REDUCTION_COPIES = 2
 """Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
 
 
+TAIL_COPIES = 2
+"""Bytes that a resident operator takes, in copies of its result: the value and its gradient."""
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """Projected bytes at one point of a pass."""
@@ -107,6 +111,12 @@ def stored_bytes(
     return (MemoryTerm("stored maps", maps), MemoryTerm("gradient maps", gradients))
 
 
+def step_bytes(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) -> int:
+    """Bytes of the largest step of ``phase``, in whichever direction takes more."""
+    terms = backward_step if phase.differentiated else forward_step
+    return sum(term.nbytes for term in terms(program, phase, stores))
+
+
 def forward_step(
     program: Program, phase: Phase, stores: Mapping[str, StorePlan]
 ) -> tuple[MemoryTerm, ...]:
@@ -152,7 +162,8 @@ def backward_step(
         MemoryTerm("gradients of activations", flow),
         MemoryTerm("operator workspace", workspace),
         MemoryTerm("arriving gradients", (1 + REDUCTION_COPIES) * own),
-        MemoryTerm("a tile's parameter gradients", 2 * weights),
+        # The tile's own, and its copies in the layouts that convolutions work in.
+        MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from streamcnn.cost_model import projected_seconds
 from streamcnn.cuts import choose_cuts
-from streamcnn.memory_model import worst_moment
+from streamcnn.memory_model import TAIL_COPIES, step_bytes, worst_moment
 from streamcnn.plan import Home, Phase, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
-from streamcnn.staging import Staging, divide
+from streamcnn.staging import Stage, Staging, divide
 from streamcnn.tiling import cut, grid
 
 TILE_EDGES = (2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
@@ -67,32 +67,20 @@ def make_plan(
 
 
 def _tail(program: Program, plan: Plan) -> tuple[str | None, int]:
-    """The captured call from which on all maps together take no more than the worst step does.
+    """The captured call from which on all maps together take no more than the largest step does.
 
     A tail lives when no tile does: after the last forward step and before the first backward one.
     """
-    allowed = sum(term.nbytes for term in plan.terms if term.name in _STEP_TERMS)
+    allowed = max((step_bytes(program, phase, plan.stores) for phase in plan.phases), default=0)
     total, start, length = 0, None, 0
     for node in reversed(program.nodes.values()):
         if node.kind is not Kind.LOCAL:
             continue
-        total += 2 * node.nbytes
+        total += TAIL_COPIES * node.nbytes
         if total > allowed:
             break
         start, length = node.name.partition(".")[0], length + 1
     return start, length
-
-
-_STEP_TERMS = frozenset(
-    {
-        "input regions",
-        "input regions and their gradients",
-        "live activations",
-        "autograd graph of a tile",
-        "gradients of activations",
-        "operator workspace",
-    }
-)
 
 
 def _best(
@@ -132,6 +120,8 @@ def _fitted(
     """The plan for one tile with the fewest stored maps spilled, the largest first."""
     staging = divide(program, choose_cuts(program, HALO_SHARE * min(tile)))
     phases = tuple(cut(program, stage, grid(program, stage, tile), differentiated) for stage in staging.stages)
+    if request.tile is None:
+        phases = _coarsened(program, staging, phases, differentiated)
     order = sorted(staging.stored, key=lambda name: (-program.nodes[name].nbytes, name))
 
     def with_spilled(count: int) -> Plan:
@@ -146,6 +136,33 @@ def _fitted(
         middle = (low + high) // 2
         low, high = (low, middle) if with_spilled(middle).fits else (middle + 1, high)
     return with_spilled(high)
+
+
+def _coarsened(
+    program: Program, staging: Staging, phases: tuple[Phase, ...], differentiated: frozenset[str]
+) -> tuple[Phase, ...]:
+    """The same phases in as few tiles as take no more bytes than the largest step of them all.
+
+    Deep maps are small: the tile that early phases need would cut them into crumbs.
+    """
+    allowed = max((step_bytes(program, phase, {}) for phase in phases), default=0)
+    return tuple(
+        _coarsest(program, stage, phase, differentiated, allowed)
+        for stage, phase in zip(staging.stages, phases, strict=True)
+    )
+
+
+def _coarsest(
+    program: Program, stage: Stage, phase: Phase, differentiated: frozenset[str], allowed: int
+) -> Phase:
+    rows, cols = len(phase.rows), len(phase.cols)
+    for divisor in (16, 8, 6, 4, 3, 2):
+        parts = (math.ceil(rows / divisor), math.ceil(cols / divisor))
+        if parts != (rows, cols):
+            coarse = cut(program, stage, parts, differentiated)
+            if step_bytes(program, coarse, {}) <= allowed:
+                return coarse
+    return phase
 
 
 def _stores(

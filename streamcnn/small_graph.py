@@ -44,6 +44,8 @@ class SmallGraph:
         self.gradients: dict[str, Tensor] = {}
         self.results: dict[str, Results] = {}
         """Finished reductions by node name."""
+        self._summed: set[str] = set()
+        """Names whose gradient is a sum made here."""
         self._records: dict[int, _Record] = {}
 
     def run(
@@ -95,7 +97,14 @@ class SmallGraph:
         if gradient is None:
             return
         known = self.gradients.get(name)
-        self.gradients[name] = gradient if known is None else known + gradient
+        if known is None:
+            self.gradients[name] = gradient
+        elif name in self._summed:
+            known.add_(gradient)
+        else:
+            # The first one may be shared with whoever handed it over, so it is not added to in place.
+            self.gradients[name] = known + gradient
+            self._summed.add(name)
 
     def backward(self, level: int) -> dict[str, tuple[Tensor | None, ...]]:
         """Differentiate the segment of ``level``; the gradients of its barriers' results by name."""

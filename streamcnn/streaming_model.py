@@ -34,6 +34,15 @@ from streamcnn.units import format_bytes, parse_bytes
 
 _CACHED_PLANS = 8
 """Captured graphs and plans kept, the most recently used ones."""
+_SHARED_REGISTRIES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class StreamingModel(nn.Module):
@@ -59,7 +68,7 @@ class StreamingModel(nn.Module):
     Raises
     ------
     ValueError
-        If an option has no meaning; the text says what is allowed.
+        If an argument has no meaning; the text says what is allowed.
 
     Examples
     --------
@@ -98,8 +107,10 @@ class StreamingModel(nn.Module):
 
     def _adopt(self, net: nn.Module) -> None:
         """Share the module's registries, so that names, keys and moves are its own."""
+        if not isinstance(net, nn.Module):
+            raise ValueError(f"net is {net!r}: allowed is a torch.nn.Module")
         object.__setattr__(self, "net", net)
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for registry in _SHARED_REGISTRIES:
             object.__setattr__(self, registry, getattr(net, registry))
 
     def train(self, mode: bool = True) -> StreamingModel:
@@ -144,16 +155,16 @@ class StreamingModel(nn.Module):
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool
     ) -> tuple[Program, Plan]:
         states = self._states()
-        trainable = frozenset(q for q, p in self.net.named_parameters() if p.requires_grad)
+        trainable = frozenset(name for name, state in states.items() if state.requires_grad)
         wanted = trainable if torch.is_grad_enabled() else frozenset()
         device = self._device()
         casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        modes = tuple(module.training for module in self.net.modules())
-        key = (shape, dtype, device, modes, casts, wanted, image_gradient, self.budget, self.tile)
+        settings = (device, _settings(self.net), _specs(states))
+        key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, self.tile)
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
-        graph = self._captured(shape, dtype, (device, modes))
+        graph = self._captured(shape, dtype, settings)
         found = _find_plan(graph, states, dtype, device, _Wish(shape, wanted, image_gradient, self))
         self._plans[key] = found
         if len(self._plans) > _CACHED_PLANS:
@@ -169,7 +180,9 @@ class StreamingModel(nn.Module):
         return self._graphs[key]
 
     def _states(self) -> dict[str, Tensor]:
-        return {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+        """Parameters and buffers under all their names: tied ones have several."""
+        parameters = self.net.named_parameters(remove_duplicate=False)
+        return {**dict(parameters), **dict(self.net.named_buffers(remove_duplicate=False))}
 
     def _device(self) -> torch.device:
         first = next(iter(self._states().values()), None)
@@ -216,7 +229,7 @@ class StreamingModel(nn.Module):
 def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if tile is None:
         return None
-    edges = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    edges = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
     if len(edges) != 2 or any(not isinstance(e, int) or isinstance(e, bool) or e < 1 for e in edges):
         raise ValueError(f"tile={tile!r}: allowed are a positive whole number of pixels or a pair (h, w) of them")
     return (edges[0], edges[1])
@@ -229,6 +242,24 @@ def _as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
     if not folder.is_dir():
         raise ValueError(f"spill={str(spill)!r} is no folder: create it, or pass None for the temporary one")
     return folder
+
+
+def _settings(net: nn.Module) -> tuple[Any, ...]:
+    """What a captured graph has taken in besides states: each module's class and plain attributes."""
+    return tuple(
+        (name, type(module), *(item for item in vars(module).items() if _is_plain(item[1])))
+        for name, module in net.named_modules()
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _specs(states: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    return tuple((name, state.shape, state.dtype) for name, state in states.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,14 +313,14 @@ class _Run:
         self.baseline = Baseline.now()
         self.seconds = 0.0
         self.peak: int | None = None
-        self._spill: SpillFolder | None = None
-        self.execution = Execution(program, plan, self.states, reader, self._open_store)
+        self.stores = _Stores(model.spill, reader.device)
+        self.execution = Execution(program, plan, self.states, reader, self.stores.open)
 
     def forward(self) -> dict[str, Any]:
         """Run forward and, if that succeeds, give the module's buffers their new values."""
         with self._ceiling("forward"), _random_state_kept(self.execution.device):
             values = self.execution.forward()
-        buffers = dict(self.model.net.named_buffers())
+        buffers = self.model._states()
         with torch.no_grad():
             for qualified, name in self.program.updates.items():
                 buffers[qualified].copy_(values[name])
@@ -305,20 +336,21 @@ class _Run:
         finally:
             self.close()
 
+    def recomputed_from(self) -> list[Tensor]:
+        """States without a gradient that the backward pass reads once more."""
+        read = {
+            operand
+            for phase in self.plan.phases
+            if phase.differentiated
+            for name in phase.nodes
+            for operand in self.program.nodes[name].operands
+        }
+        return [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
+
     def close(self) -> None:
         """Free all stores and their folder."""
         self.execution.close()
-        if self._spill is not None:
-            self._spill.close()
-            self._spill = None
-
-    def _open_store(self, spec: StoreSpec, home: Home, tile: tuple[int, int]) -> Store:
-        device = self.execution.device
-        if home is Home.DISK:
-            if self._spill is None:
-                self._spill = SpillFolder(self.model.spill)
-            return ZarrStore(spec, self._spill.new_folder(), tile, device)
-        return MemoryStore(spec, torch.device("cpu") if home is Home.HOST else device, device)
+        self.stores.close()
 
     @contextmanager
     def _ceiling(self, direction: str) -> Iterator[None]:
@@ -355,6 +387,28 @@ class _Run:
         )
 
 
+class _Stores:
+    """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
+
+    def __init__(self, spill: Path | None, device: torch.device) -> None:
+        self._parent = spill
+        self._device = device
+        self._folder: SpillFolder | None = None
+
+    def open(self, spec: StoreSpec, home: Home, tile: tuple[int, int]) -> Store:
+        """An empty store in ``home``."""
+        if home is Home.DISK:
+            self._folder = self._folder or SpillFolder(self._parent)
+            return ZarrStore(spec, self._folder.new_folder(), tile, self._device)
+        return MemoryStore(spec, torch.device("cpu") if home is Home.HOST else self._device, self._device)
+
+    def close(self) -> None:
+        """Remove the folder on disk, if there is one."""
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+
 @contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:
     """Put the random state back if the pass fails."""
@@ -376,12 +430,14 @@ class _Streamed(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, *anchors: Tensor) -> tuple[Tensor, ...]:
         values = run.forward()
         names = run.program.output_names
-        # Saved only so that autograd notices a parameter that is changed before backward.
-        ctx.save_for_backward(*anchors)
+        # Saved only so that autograd notices a state or the image being changed before backward.
+        ctx.save_for_backward(*anchors, *run.recomputed_from())
         ctx.run = run
-        ctx.mark_non_differentiable(*(values[n] for n in names if n not in run.plan.differentiated))
+        # Aliases: the run keeps its values, and autograd makes an output keep the run.
+        outputs = {name: values[name].detach() for name in names}
+        ctx.mark_non_differentiable(*(outputs[n] for n in names if n not in run.plan.differentiated))
         ctx.set_materialize_grads(False)
-        return tuple(values[name] for name in names)
+        return tuple(outputs.values())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -392,8 +448,12 @@ class _Streamed(torch.autograd.Function):
                 "this streamed output has been differentiated already and its stores are freed: "
                 "run the forward pass again for another backward()"
             )
-        _ = ctx.saved_tensors
         ctx.run = None
+        try:
+            _ = ctx.saved_tensors
+        except RuntimeError:
+            run.close()
+            raise
         arriving = {n: g for n, g in zip(run.program.output_names, grads, strict=True) if g is not None}
         found = run.backward(arriving)
         image = (run.program.image,) if run.program.image in run.plan.differentiated else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Verification:
     @property
     def max_error(self) -> float:
         """The largest error."""
-        return max(self.errors.values())
+        return max(self.errors.values(), default=0.0)
 
     def explain(self) -> str:
         """The verdict and the worst few entries as text."""
@@ -77,6 +78,8 @@ def verify(
         If the module cannot be captured at this shape.
     """
     plain = copy.deepcopy(net).to(dtype)
+    # The copy's, left from an earlier pass: they would dilute the errors of those compared.
+    plain.zero_grad(set_to_none=True)
     dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
     for module in dropped:
         module.p = 0.0
@@ -84,8 +87,10 @@ def verify(
     streamed._resident_tail = False
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(shape, generator=generator, dtype=dtype).to(streamed._device())
-    expected, found = (_everything(model, image, seed) for model in (plain, streamed))
-    plan = streamed.plan(shape, dtype)
+    devices = [image.device] if image.is_cuda else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        expected, found = (_everything(model, image, seed) for model in (plain, streamed))
+        plan = streamed.plan(shape, dtype)
     return Verification(
         errors=_errors(expected, found),
         num_tiles=max((phase.num_tiles for phase in plan.phases), default=0),
@@ -120,12 +125,20 @@ def _errors(
         norms = {name: _norm(value) for name, value in references.items()}
         floor = max(FLOOR * max(norms.values(), default=0.0), torch.finfo(torch.float64).tiny)
         for name, reference in references.items():
-            value = found[kind].get(name)
-            distance = norms[name] if value is None else _norm(value.double() - reference.double())
-            errors[name] = distance / max(norms[name], floor)
+            errors[name] = _distance(found[kind].get(name), reference) / max(norms[name], floor)
         for name in found[kind].keys() - references.keys():
-            errors[name] = float("inf") if _norm(found[kind][name]) > 0 else 0.0
+            errors[name] = 0.0 if _norm(found[kind][name]) == 0 else math.inf
     return errors
+
+
+def _distance(value: Tensor | None, reference: Tensor) -> float:
+    """``|value - reference|``; infinite where that cannot be said, so that no maximum hides it."""
+    if value is None:
+        return _norm(reference)
+    if value.shape != reference.shape:
+        return math.inf
+    distance = _norm(value.double() - reference.double())
+    return math.inf if math.isnan(distance) else distance
 
 
 def _norm(value: Tensor) -> float:

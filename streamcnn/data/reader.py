@@ -38,7 +38,8 @@ class BatchReader:
         self._preprocess = preprocess
         self.device = device
         stored = self._stored_shape()
-        probe = self._prepared(torch.zeros((*stored[:2], 1, 1), dtype=self._stored_dtype()))
+        where = None if self._tensor is None else self._tensor.device
+        probe = self._prepared(torch.zeros((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=where))
         if not probe.is_floating_point():
             raise DatasetMismatch(
                 f"the model would get an image of {probe.dtype}: allowed are floating-point images; give "
@@ -62,9 +63,14 @@ class BatchReader:
         return self._sources[0].dtype if self._tensor is None else self._tensor.dtype
 
     def _prepared(self, tile: Tensor) -> Tensor:
-        shape = tile.shape
+        shape, version = tile.shape, tile._version
         if self._preprocess is not None:
-            tile = self._preprocess(tile)
+            stored, tile = tile, self._preprocess(tile)
+            if stored._version != version:
+                raise ValueError(
+                    "preprocess= changed its tile in place, which may be the image's own memory: allowed is a "
+                    "function that returns a new tensor, such as lambda tile: tile / 255"
+                )
         if tile.dim() != 4 or tile.shape[0] != shape[0] or tile.shape[2:] != shape[2:]:
             raise DatasetMismatch(
                 f"preprocess= turned a tile of shape {tuple(shape)} into {tuple(tile.shape)}: allowed is a "
