@@ -44,6 +44,10 @@ class RawNode:
     source: str
     allocates: bool
     """Whether plain PyTorch makes a new tensor here, rather than a view or a change in place."""
+    in_place: Callable[..., Any] | None = None
+    """The call as the user's model has it, if that overwrites its first argument."""
+    buffer: str | None = None
+    """Qualified name of the buffer that takes the result, if the model changes one here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,21 +196,23 @@ class _Functionalizer:
         if _is_check(target):
             return
         assert callable(target)
-        if isinstance(target, OpOverload) and target._schema.is_mutable and _writes_first(target):
+        if _overwrites(target):
+            assert isinstance(target, OpOverload)
             self._in_place(node, target)
             return
         self._append(node, target)
 
-    def _append(self, node: FxNode, target: Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
-        arguments = {key: self._resolve(value) for key, value in node.kwargs.items()}
+    def _append(self, node: FxNode, target: Callable[..., Any], buffer: str | None = None) -> None:
         self.nodes.append(
             RawNode(
                 name=node.name,
                 target=target,
                 args=tuple(self._resolve(value) for value in node.args),
-                kwargs=arguments if kwargs is None else {**arguments, **kwargs},
+                kwargs={key: self._resolve(value) for key, value in node.kwargs.items()},
                 source=_source_of(node),
-                allocates=not (_is_view(node) or isinstance(node.target, OpOverload) and _writes_first(node.target)),
+                allocates=not (_is_view(node) or _overwrites(node.target)),
+                in_place=node.target if _overwrites(node.target) else None,
+                buffer=buffer,
             )
         )
 
@@ -214,15 +220,15 @@ class _Functionalizer:
         written = node.args[0]
         assert isinstance(written, FxNode)
         self._refuse_shared_memory(node, written)
-        self._append(node, functional_of(target, node))
+        buffer = self.states.get(self._root(written).name)
+        self._append(node, functional_of(target, node), buffer)
         self.current[written] = node
-        root = self._root(written)
-        if root.name in self.states:
-            self.updates[self.states[root.name]] = node.name
+        if buffer is not None:
+            self.updates[buffer] = node.name
 
     def _root(self, node: FxNode) -> FxNode:
         """The placeholder or call whose memory in-place operators have been changing."""
-        while isinstance(node.target, OpOverload) and _writes_first(node.target):
+        while _overwrites(node.target):
             previous = node.args[0]
             assert isinstance(previous, FxNode)
             node = previous
@@ -231,7 +237,9 @@ class _Functionalizer:
     def _refuse_shared_memory(self, node: FxNode, written: FxNode) -> None:
         """An in-place change is only functional if no other name for the memory is read later."""
         for other in _same_memory(written):
-            if other is not written and any(self.position[user] > self.position[node] for user in other.users):
+            if other is not written and any(
+                self.position[user] > self.position[node] for user in other.users
+            ):
                 raise UnsupportedModel(
                     f"'{node.name}' ({_source_of(node)}) changes a tensor in place that is also read through "
                     f"the view '{other.name}'; use the operator that returns a new tensor instead"
@@ -243,7 +251,9 @@ class _Functionalizer:
         return Ref(node.name)
 
     def _resolve(self, value: Any) -> Any:
-        return torch.fx.node.map_aggregate(value, lambda leaf: self._ref(leaf) if isinstance(leaf, FxNode) else leaf)
+        return torch.fx.node.map_aggregate(
+            value, lambda leaf: self._ref(leaf) if isinstance(leaf, FxNode) else leaf
+        )
 
 
 def functional_of(target: OpOverload, node: FxNode) -> Callable[..., Any]:
@@ -278,9 +288,11 @@ def _is_check(target: object) -> bool:
     return isinstance(target, OpOverload) and "_assert" in target._schema.name
 
 
-def _writes_first(target: OpOverload) -> bool:
-    arguments = target._schema.arguments
-    alias = arguments[0].alias_info if arguments else None
+def _overwrites(target: object) -> bool:
+    """Whether an operator writes its result into its first argument."""
+    if not isinstance(target, OpOverload) or not target._schema.arguments:
+        return False
+    alias = target._schema.arguments[0].alias_info
     return alias is not None and alias.is_write
 
 

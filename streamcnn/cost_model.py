@@ -17,6 +17,8 @@ ELEMENTS_PER_SECOND = 1e9
 DISK_BYTES_PER_SECOND = 5e8
 SECONDS_PER_OPERATOR = 2e-4
 """Overhead of one operator on one tile."""
+FRESH_PAGES = 1.4
+"""Factor on computing where every tile's memory comes from the kernel anew and is zeroed first."""
 DISK_PASSES = 4
 """Times a spilled map and its gradient are moved: written, read with halo, gradient added, gradient read."""
 
@@ -26,7 +28,8 @@ def projected_seconds(program: Program, plan: Plan) -> float:
     passes = 3 if plan.training else 1
     computing = sum(_phase_seconds(program, phase) for phase in plan.phases)
     spilled = sum(store.nbytes for store in plan.stores.values() if store.home is Home.DISK)
-    return passes * computing + DISK_PASSES * spilled / DISK_BYTES_PER_SECOND
+    slower = 1.0 if plan.reuses_heap else FRESH_PAGES
+    return slower * passes * computing + DISK_PASSES * spilled / DISK_BYTES_PER_SECOND
 
 
 def _phase_seconds(program: Program, phase: Phase) -> float:

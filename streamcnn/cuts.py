@@ -33,7 +33,11 @@ def choose_cuts(program: Program, limit: float) -> frozenset[str]:
 
 
 def _next_cut(
-    program: Program, levels: Mapping[str, int], crossing: Mapping[str, int], limit: float, cuts: Collection[str]
+    program: Program,
+    levels: Mapping[str, int],
+    crossing: Mapping[str, int],
+    limit: float,
+    cuts: Collection[str],
 ) -> str | None:
     """The best place before the first operator whose phase has piled up too much, or ``None``."""
     reach = _reaches(program, levels)

@@ -19,13 +19,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamcnn.interpreter import TileRun, cut
+from streamcnn.interpreter import TileRun
 from streamcnn.ops.reductions import Parts, Reduction
 from streamcnn.plan import Home, Phase, Plan
 from streamcnn.program import Axes, Kind, Node, Program
 from streamcnn.regions import Region
 from streamcnn.small_graph import Results, SmallGraph
 from streamcnn.stores import Store, StoreSpec
+from streamcnn.windows import cut
 
 
 class ImageReader(Protocol):
@@ -208,7 +209,11 @@ class Execution:
                 continue
             values = self._checkpoints[name].read(own) if name in phase.stored else share.detach()
             part = self._reduction(reduction).gradient(values, own, self.small.results[reduction], grads)
-            total = part.expand_as(share) if total is None else total + part
+            if total is None:
+                total = part.expand_as(share)
+            else:
+                # A formula's result as large as the tile is its own; one that broadcasts is not.
+                total = part.add_(total) if part.shape == share.shape else total + part
         return total
 
     def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from streamcnn.ops.convolution import stored_convolve
 from streamcnn.plan import Phase
 from streamcnn.program import Axes, Link, Local, Node, Program, substitute
-from streamcnn.regions import Interval, Region
+from streamcnn.regions import Region
+from streamcnn.windows import cut, padded, placed, with_extents
 
 Fetch = Callable[[str, Region], Tensor]
 """Reads a region of one of the phase's input maps."""
@@ -49,7 +49,8 @@ class TileRun:
         self, node: Node, values: Mapping[str, Tensor], fetch: Fetch, small: Mapping[str, Any]
     ) -> Tensor:
         local = node.local
-        assert local is not None and node.target is not None and node.axes is not None
+        assert local is not None
+        assert node.axes is not None
         out = self.phase.needed(self.row, self.col, node.name)
         at_hand: dict[str, Region] = {}
 
@@ -68,10 +69,12 @@ class TileRun:
             kwargs.update(out=out, origin=next(iter(at_hand.values())))
         result = _result_region(local, at_hand, out)
         if node.name in self.skipped:
-            shape = _with_extents(node.tensor.shape, node.axes, result.size)
+            shape = with_extents(node.tensor.shape, node.axes, result.size)
             value = stored_convolve(shape, node.tensor.dtype, node.target, args)
         else:
-            value = node.target(*args, **kwargs)
+            target = node.in_place if node.name in self.phase.in_place else node.target
+            assert target is not None
+            value = target(*args, **kwargs)
         return value if result == out else placed(value, node.axes, result, out)
 
     def _operand(
@@ -100,43 +103,3 @@ def _result_region(local: Local, at_hand: Mapping[str, Region], out: Region) -> 
     name, part = next(iter(at_hand.items()))
     link = local.links[name]
     return Region(link.rows.result(part.rows, out.rows), link.cols.result(part.cols, out.cols))
-
-
-def _with_extents(shape: tuple[int, ...], axes: Axes, extents: tuple[int, int]) -> tuple[int, ...]:
-    result = list(shape)
-    result[axes[0]], result[axes[1]] = extents
-    return tuple(result)
-
-
-def cut(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
-    """The view of ``x``, which covers one region, on a part of it."""
-    for axis, outer, inner in zip(axes, covered, part, strict=True):
-        if outer != inner:
-            x = x.narrow(axis, inner.start - outer.start, inner.size)
-    return x
-
-
-def padded(x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) -> Tensor:
-    """``x``, which covers one region, extended by ``fill`` to a window that reaches outside the map."""
-    if covered == window:
-        return x
-    if any(not _overlap(outer, inner) for outer, inner in zip(window, covered, strict=True)):
-        # The window lies wholly in the padding: nothing of the map is in it.
-        return x.new_full(_with_extents(tuple(x.shape), axes, window.size), fill)
-    pads = [0] * (2 * x.dim())
-    for axis, outer, inner in zip(axes, window, covered, strict=True):
-        place = 2 * (x.dim() - 1 - axis)
-        pads[place : place + 2] = [inner.start - outer.start, outer.stop - inner.stop]
-    return torch.nn.functional.pad(x, pads, value=fill)
-
-
-def placed(x: Tensor, axes: Axes, covered: Region, out: Region) -> Tensor:
-    """``x``, which covers one region, cut or extended by zeros to another."""
-    kept = Region(*(a.intersect(b) for a, b in zip(covered, out, strict=True)))
-    if 0 in kept.size:
-        return x.new_zeros(_with_extents(tuple(x.shape), axes, out.size))
-    return padded(cut(x, axes, covered, kept), axes, kept, out, 0.0)
-
-
-def _overlap(a: Interval, b: Interval) -> bool:
-    return a.intersect(b).size > 0

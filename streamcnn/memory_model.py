@@ -15,8 +15,8 @@ from streamcnn.plan import AxisStep, Home, MemoryTerm, Phase, StorePlan
 from streamcnn.program import Kind, Node, Program
 from streamcnn.staging import Staging
 
-ALLOCATOR_WASTE = 0.08
-"""Share of a step's bytes that the allocator is assumed to lose to fragmentation."""
+ALLOCATOR_WASTE = {True: 3.0, False: 0.1}
+"""What the C allocator loses to holes, as a share of the largest step, if it keeps freed blocks or not."""
 RUNTIME_BYTES = 32 * 2**20
 """Threads' buffers, compiled kernels and the interpreter's own growth during a first pass."""
 READ_COPIES = {Home.MEMORY: 1, Home.HOST: 1, Home.DISK: 2}
@@ -48,21 +48,28 @@ def worst_moment(
     phases: Iterable[Phase],
     stores: Mapping[str, StorePlan],
     differentiated: frozenset[str],
+    *,
+    reuses_heap: bool,
 ) -> Moment:
     """The moment of a pass, forward and (if anything is differentiated) backward, that takes most."""
+    phases = tuple(phases)
     last = max(staging.segments, default=0)
     small = small_values(program, staging, differentiated, before=last)
     tail = small_values(program, staging, differentiated, before=last + 1)
+    largest = max((step_bytes(program, phase, stores) for phase in phases), default=0)
+    waste = MemoryTerm("allocator waste", int(ALLOCATOR_WASTE[reuses_heap] * largest))
+    always = (RUNTIME, waste)
     stored = stored_bytes(stores, staging.levels, last, backward=bool(differentiated))
-    moments = [Moment("the resident tail", (RUNTIME, *stored, *tail))]
+    moments = [Moment("the resident tail", (*always, *stored, *tail))]
     for phase in phases:
         at = f"phase {phase.level}"
         live = stored_bytes(stores, staging.levels, phase.level, backward=False)
-        moments.append(Moment(f"{at}, forward", (RUNTIME, *small, *live, *forward_step(program, phase, stores))))
+        terms = (*always, *small, *live, *forward_step(program, phase, stores))
+        moments.append(Moment(f"{at}, forward", terms))
         if phase.differentiated:
             live = stored_bytes(stores, staging.levels, phase.level, backward=True)
-            step = backward_step(program, phase, stores)
-            moments.append(Moment(f"{at}, backward", (RUNTIME, *small, *live, *step)))
+            terms = (*always, *small, *live, *backward_step(program, phase, stores))
+            moments.append(Moment(f"{at}, backward", terms))
     return max(moments, key=lambda moment: moment.nbytes)
 
 
@@ -99,7 +106,8 @@ def stored_bytes(
     maps = sum(
         store.nbytes
         for store in made.values()
-        if store.home is not Home.DISK and (store.kept if backward else store.kept or store.last_reader >= level)
+        if store.home is not Home.DISK
+        and (store.kept if backward else store.kept or store.last_reader >= level)
     )
     if not backward:
         return (MemoryTerm("stored maps", maps),)
@@ -117,15 +125,13 @@ def step_bytes(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) 
     return sum(term.nbytes for term in terms(program, phase, stores))
 
 
-def forward_step(
-    program: Program, phase: Phase, stores: Mapping[str, StorePlan]
-) -> tuple[MemoryTerm, ...]:
+def forward_step(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) -> tuple[MemoryTerm, ...]:
     """One tile of ``phase`` without autograd: values live from their operator to their last use."""
     tile = _LargestTile(program, phase)
     live = peak = workspace = 0
     alive: dict[str, int] = {}
     for name in phase.nodes:
-        alive[name] = tile.nbytes(name)
+        alive[name] = tile.made(name)
         live = sum(alive.values()) + tile.padded(name)
         needs = tile.workspace(name)
         if live + needs > peak + workspace:
@@ -133,7 +139,7 @@ def forward_step(
         for dead in phase.releases.get(name, ()):
             del alive[dead]
     own = max((tile.own(name) for name in tile.owned), default=0)
-    return _with_waste(
+    return (
         MemoryTerm("input regions", tile.reads(stores)),
         MemoryTerm("live activations", peak),
         MemoryTerm("operator workspace", workspace),
@@ -141,12 +147,10 @@ def forward_step(
     )
 
 
-def backward_step(
-    program: Program, phase: Phase, stores: Mapping[str, StorePlan]
-) -> tuple[MemoryTerm, ...]:
-    """One tile of ``phase`` with autograd: every value is kept, gradients flow back one operator at a time."""
+def backward_step(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) -> tuple[MemoryTerm, ...]:
+    """One tile of ``phase`` with autograd: values are kept, gradients flow back operator by operator."""
     tile = _LargestTile(program, phase)
-    values = sum(tile.nbytes(name) + tile.padded(name) for name in phase.nodes if name not in phase.skipped)
+    values = sum(tile.made(name) + tile.padded(name) for name in phase.nodes if name not in phase.skipped)
     values += sum(tile.padded(name) for name in phase.skipped)
     flow = workspace = 0
     for name in phase.nodes:
@@ -156,7 +160,7 @@ def backward_step(
     own = sum(tile.own(name) for name in tile.owned)
     parameters = {n for name in phase.nodes for n in program.nodes[name].operands}
     weights = sum(program.nodes[n].nbytes for n in parameters if program.nodes[n].kind is Kind.STATE)
-    return _with_waste(
+    return (
         MemoryTerm("input regions and their gradients", 2 * tile.reads(stores)),
         MemoryTerm("autograd graph of a tile", values),
         MemoryTerm("gradients of activations", flow),
@@ -165,11 +169,6 @@ def backward_step(
         # The tile's own, and its copies in the layouts that convolutions work in.
         MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
-
-
-def _with_waste(*terms: MemoryTerm) -> tuple[MemoryTerm, ...]:
-    waste = int(ALLOCATOR_WASTE * sum(term.nbytes for term in terms))
-    return (*terms, MemoryTerm("allocator waste", waste))
 
 
 class _LargestTile:
@@ -185,6 +184,10 @@ class _LargestTile:
     def nbytes(self, name: str) -> int:
         """Bytes of what a tile needs of a map."""
         return self._area(name, self.rows.needed[name].size, self.cols.needed[name].size)
+
+    def made(self, name: str) -> int:
+        """Bytes that an operator's value adds: none if it overwrites its operand."""
+        return 0 if name in self.phase.in_place else self.nbytes(name)
 
     def own(self, name: str) -> int:
         """Bytes of a tile's own part of an output."""

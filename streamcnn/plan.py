@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.regions import Interval, Region
 from streamcnn.units import format_bytes
 
 
-class Home(str, Enum):
+class Home(StrEnum):
     """Where a stored map lives."""
 
     MEMORY = "memory"
@@ -59,6 +59,8 @@ class Phase:
     """Operators whose value another operator of the phase reads."""
     skipped: tuple[str, ...]
     """Convolutions that the backward pass need not compute again, since only their stored value is used."""
+    in_place: frozenset[str]
+    """Operators that overwrite their first operand, which nothing else reads."""
     differentiated: bool
     """Whether the backward pass visits the phase."""
     halo: tuple[int, int]
@@ -126,6 +128,8 @@ class Plan:
     differentiated: frozenset[str]
     """Nodes whose gradient is wanted or passed on."""
     budget: int | None
+    reuses_heap: bool
+    """Whether the C library may keep freed blocks for reuse, which is faster and wastes memory."""
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str
@@ -166,8 +170,8 @@ class Plan:
         largest = sorted(self.terms, key=lambda term: -term.nbytes)[:3]
         named = ", ".join(f"{term.name} {format_bytes(term.nbytes)}" for term in largest)
         raise PlanDoesNotFit(
-            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the closest "
-            f"needs {format_bytes(self.projected_bytes)} with tiles of {self.tile[0]}x{self.tile[1]} pixels, "
+            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: "
+            f"the closest needs {format_bytes(self.projected_bytes)} with tiles of {self.tile[0]}x{self.tile[1]} pixels, "
             f"in {self.worst} (largest terms: {named}). Raise budget= to at least "
             f"{format_bytes(self.projected_bytes)}, or use a smaller batch, a narrower model or fewer "
             "resident operators."
@@ -199,6 +203,7 @@ class Plan:
             "training": self.training,
             "tile": list(self.tile),
             "budget": self.budget,
+            "reuses_heap": self.reuses_heap,
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,

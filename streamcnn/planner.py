@@ -73,7 +73,7 @@ def _tail(program: Program, plan: Plan) -> tuple[str | None, int]:
     """
     allowed = max((step_bytes(program, phase, plan.stores) for phase in plan.phases), default=0)
     total, start, length = 0, None, 0
-    for node in reversed(program.nodes.values()):
+    for node in reversed(tuple(program.nodes.values())):
         if node.kind is not Kind.LOCAL:
             continue
         total += TAIL_COPIES * node.nbytes
@@ -83,12 +83,12 @@ def _tail(program: Program, plan: Plan) -> tuple[str | None, int]:
     return start, length
 
 
-def _best(
-    program: Program, request: PlanRequest, differentiated: frozenset[str], num_resident: int
-) -> Plan:
+def _best(program: Program, request: PlanRequest, differentiated: frozenset[str], num_resident: int) -> Plan:
     """The fitting candidate with the least projected time, or the one that comes closest to fitting."""
     candidates = [
-        _fitted(program, request, differentiated, tile, num_resident) for tile in _tiles(program, request)
+        plan
+        for tile in _tiles(program, request)
+        for plan in _fitted(program, request, differentiated, tile, num_resident)
     ]
     fitting = [plan for plan in candidates if plan.fits]
     if fitting:
@@ -116,26 +116,29 @@ def _fitted(
     differentiated: frozenset[str],
     tile: tuple[int, int],
     num_resident: int,
-) -> Plan:
-    """The plan for one tile with the fewest stored maps spilled, the largest first."""
+) -> Iterator[Plan]:
+    """Plans for one tile, the heap reused or not, with the fewest stored maps spilled, largest first."""
     staging = divide(program, choose_cuts(program, HALO_SHARE * min(tile)))
-    phases = tuple(cut(program, stage, grid(program, stage, tile), differentiated) for stage in staging.stages)
+    stages = staging.stages
+    phases = tuple(cut(program, stage, grid(program, stage, tile), differentiated) for stage in stages)
     if request.tile is None:
         phases = _coarsened(program, staging, phases, differentiated)
     order = sorted(staging.stored, key=lambda name: (-program.nodes[name].nbytes, name))
+    for reuses_heap in (True, False):
+        frame = _Frame(program, request, staging, phases, differentiated, tile, num_resident, reuses_heap)
+        spilled = _fewest(len(order), lambda count, f=frame: f.plan(frozenset(order[:count])).fits)  # type: ignore[misc]
+        yield frame.plan(frozenset(order[:spilled]))
 
-    def with_spilled(count: int) -> Plan:
-        spilled = frozenset(order[:count])
-        stores = _stores(program, staging, phases, request, differentiated, spilled)
-        return _plan(program, request, staging, phases, stores, differentiated, tile, num_resident)
 
-    low, high = 0, len(order)
-    if with_spilled(0).fits or not with_spilled(high).fits:
-        return with_spilled(0) if with_spilled(0).fits else with_spilled(high)
-    while low < high:
+def _fewest(most: int, fits: Callable[[int], bool]) -> int:
+    """The smallest count up to ``most`` that fits, given that more always fit better; else ``most``."""
+    if fits(0):
+        return 0
+    low, high = 0, most
+    while low + 1 < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if with_spilled(middle).fits else (middle + 1, high)
-    return with_spilled(high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def _coarsened(
@@ -165,12 +168,51 @@ def _coarsest(
     return phase
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A candidate but for which stored maps are spilled."""
+
+    program: Program
+    request: PlanRequest
+    staging: Staging
+    phases: tuple[Phase, ...]
+    differentiated: frozenset[str]
+    tile: tuple[int, int]
+    num_resident: int
+    reuses_heap: bool
+
+    def plan(self, spilled: frozenset[str]) -> Plan:
+        """The plan with ``spilled`` maps and their gradients away from the device's memory."""
+        program, request, staging = self.program, self.request, self.staging
+        stores = _stores(program, staging, self.phases, request.spill_home, spilled)
+        worst = worst_moment(
+            program, staging, self.phases, stores, self.differentiated, reuses_heap=self.reuses_heap
+        )
+        return Plan(
+            image_shape=request.image_shape,
+            dtype=request.dtype,
+            training=bool(request.leaves),
+            tile=self.tile,
+            phases=self.phases,
+            segments=tuple(Segment(level, names) for level, names in staging.segments.items()),
+            stores=stores,
+            levels=dict(staging.levels),
+            differentiated=self.differentiated,
+            budget=request.budget,
+            reuses_heap=self.reuses_heap,
+            terms=worst.terms,
+            worst=worst.name,
+            plain_bytes=program.plain_bytes,
+            num_resident=self.num_resident,
+            residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
+        )
+
+
 def _stores(
     program: Program,
     staging: Staging,
     phases: tuple[Phase, ...],
-    request: PlanRequest,
-    differentiated: frozenset[str],
+    spill_home: Home,
     spilled: frozenset[str],
 ) -> dict[str, StorePlan]:
     last = {name: staging.levels[name] for name in staging.stored}
@@ -186,8 +228,8 @@ def _stores(
     grids = {name: phase for phase in phases for name in phase.stored}
     return {
         name: StorePlan(
-            home=request.spill_home if name in spilled else Home.MEMORY,
-            gradient_home=request.spill_home if name in spilled else Home.MEMORY,
+            home=spill_home if name in spilled else Home.MEMORY,
+            gradient_home=spill_home if name in spilled else Home.MEMORY,
             nbytes=program.nodes[name].nbytes,
             kept=name in kept,
             last_reader=last[name],
@@ -200,33 +242,3 @@ def _stores(
 
 def _share(size: tuple[int, int], phase: Phase) -> tuple[int, int]:
     return (math.ceil(size[0] / len(phase.rows)), math.ceil(size[1] / len(phase.cols)))
-
-
-def _plan(
-    program: Program,
-    request: PlanRequest,
-    staging: Staging,
-    phases: tuple[Phase, ...],
-    stores: dict[str, StorePlan],
-    differentiated: frozenset[str],
-    tile: tuple[int, int],
-    num_resident: int,
-) -> Plan:
-    worst = worst_moment(program, staging, phases, stores, differentiated)
-    return Plan(
-        image_shape=request.image_shape,
-        dtype=request.dtype,
-        training=bool(request.leaves),
-        tile=tile,
-        phases=phases,
-        segments=tuple(Segment(level, names) for level, names in staging.segments.items()),
-        stores=stores,
-        levels=dict(staging.levels),
-        differentiated=differentiated,
-        budget=request.budget,
-        terms=worst.terms,
-        worst=worst.name,
-        plain_bytes=program.plain_bytes,
-        num_resident=num_resident,
-        residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
-    )

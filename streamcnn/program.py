@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from streamcnn.axis_maps import AxisMap, Same
+from streamcnn.windows import Axes as Axes
 
 if TYPE_CHECKING:
     from streamcnn.ops.reductions import Reduction
@@ -67,10 +68,6 @@ class Kind(Enum):
     """A parameter, buffer or constant of the user's module."""
 
 
-Axes = tuple[int, int]
-"""Positions of the spatial axes (H, W) in a map's shape."""
-
-
 @dataclass(frozen=True, slots=True)
 class Link:
     """How a local operator reads one of its map operands, per axis (rows, columns)."""
@@ -121,6 +118,8 @@ class Node:
     """Where in the user's model it comes from."""
     note: str = ""
     """Why an operator is resident."""
+    in_place: Callable[..., Any] | None = None
+    """The form of ``target`` that overwrites its first operand, where the user's model has that."""
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Nothing here knows about tensors, so every rule can be checked by brute force.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -84,4 +85,4 @@ def split_evenly(size: int, num_parts: int) -> tuple[Interval, ...]:
     if not 1 <= num_parts <= size:
         raise ValueError(f"cannot cut {size} positions into {num_parts} parts: allowed are 1 to {size}")
     cuts = [i * size // num_parts for i in range(num_parts + 1)]
-    return tuple(Interval(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+    return tuple(Interval(a, b) for a, b in pairwise(cuts))

@@ -36,8 +36,8 @@ class Report:
             f"{self.seconds:.2f} s, {format_bytes(self.bytes_moved)} moved through stores",
         ]
         lines.extend(
-            f"  phase {phase.level:<4} {phase.direction:<9}{phase.num_tiles:>5} tiles {phase.seconds:8.3f} s  "
-            f"read {format_bytes(phase.bytes_read):>10}, written {format_bytes(phase.bytes_written):>10}"
+            f"  phase {phase.level:<4} {phase.direction:<9}{phase.num_tiles:>5} tiles {phase.seconds:8.3f} s"
+            f"  read {format_bytes(phase.bytes_read):>10}, written {format_bytes(phase.bytes_written):>10}"
             for phase in self.phases
         )
         return "\n".join(lines)

@@ -48,9 +48,7 @@ class SmallGraph:
         """Names whose gradient is a sum made here."""
         self._records: dict[int, _Record] = {}
 
-    def run(
-        self, segment: Segment, barrier: Callable[[Node], Results], *, record: bool
-    ) -> None:
+    def run(self, segment: Segment, barrier: Callable[[Node], Results], *, record: bool) -> None:
         """Evaluate a segment; ``barrier`` gives the results of its reductions and gathers."""
         current = _Record()
         with torch.set_grad_enabled(record):
@@ -143,6 +141,4 @@ def _by_barrier(
     for (name, index, _), gradient in zip(barriers, found, strict=True):
         slots = grouped.setdefault(name, [None] * len(record.barriers[name]))
         slots[index] = gradient
-    return {
-        name: tuple(slots) for name, slots in grouped.items() if any(g is not None for g in slots)
-    }
+    return {name: tuple(slots) for name, slots in grouped.items() if any(g is not None for g in slots)}

@@ -134,9 +134,7 @@ def _worth_recomputing(program: Program, node: Node, bases: frozenset[str] | Non
     return sum(program.nodes[name].nbytes for name in bases) <= node.nbytes
 
 
-def _stage(
-    program: Program, levels: Mapping[str, int], stored: Collection[str], level: int
-) -> Stage | None:
+def _stage(program: Program, levels: Mapping[str, int], stored: Collection[str], level: int) -> Stage | None:
     kept = tuple(name for name in program.nodes if name in stored and levels[name] == level)
     reductions = tuple(
         n.name for n in program.nodes.values() if n.kind is Kind.REDUCTION and levels[n.name] == level

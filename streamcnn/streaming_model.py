@@ -79,6 +79,8 @@ class StreamingModel(nn.Module):
     torch.Size([1, 8, 1, 1])
     """
 
+    net: nn.Module
+
     def __init__(
         self,
         net: nn.Module,
@@ -147,9 +149,7 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        parameter = next(self.net.parameters(), None)
-        default = torch.get_default_dtype() if parameter is None else parameter.dtype
-        return self._planned(shape, dtype or default, image_gradient=False)[1]
+        return self._planned(shape, dtype or self._dtype(), image_gradient=False)[1]
 
     def _planned(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool
@@ -164,15 +164,16 @@ class StreamingModel(nn.Module):
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
-        graph = self._captured(shape, dtype, settings)
+        # Casts are left out of the capture, so it must be at a type that the module takes without them.
+        graph = self._captured(shape, dtype if casts is None else self._dtype(), settings)
         found = _find_plan(graph, states, dtype, device, _Wish(shape, wanted, image_gradient, self))
         self._plans[key] = found
         if len(self._plans) > _CACHED_PLANS:
             self._plans.popitem(last=False)
         return found
 
-    def _captured(self, shape: tuple[int, int, int, int], dtype: torch.dtype, key: Any) -> RawGraph:
-        key = (shape, dtype, key)
+    def _captured(self, shape: tuple[int, int, int, int], dtype: torch.dtype, settings: Any) -> RawGraph:
+        key = (shape, dtype, settings)
         if key not in self._graphs:
             self._graphs[key] = capture(self.net, shape, dtype)
             if len(self._graphs) > _CACHED_PLANS:
@@ -187,6 +188,10 @@ class StreamingModel(nn.Module):
     def _device(self) -> torch.device:
         first = next(iter(self._states().values()), None)
         return torch.device("cpu") if first is None else first.device
+
+    def _dtype(self) -> torch.dtype:
+        first = next(self.net.parameters(), None)
+        return torch.get_default_dtype() if first is None else first.dtype
 
     # --- running -------------------------------------------------------------------------------------
 
@@ -221,7 +226,7 @@ class StreamingModel(nn.Module):
             if image_gradient:
                 assert isinstance(image, Tensor)
                 anchors.append(image)
-            outputs = _Streamed.apply(run, *anchors)
+            outputs = _Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
 
@@ -231,7 +236,9 @@ def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
         return None
     edges = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
     if len(edges) != 2 or any(not isinstance(e, int) or isinstance(e, bool) or e < 1 for e in edges):
-        raise ValueError(f"tile={tile!r}: allowed are a positive whole number of pixels or a pair (h, w) of them")
+        raise ValueError(
+            f"tile={tile!r}: allowed are a positive whole number of pixels or a pair (h, w) of them"
+        )
     return (edges[0], edges[1])
 
 
@@ -356,18 +363,20 @@ class _Run:
     def _ceiling(self, direction: str) -> Iterator[None]:
         """Enforce the budget, measure, and name the budget in an out-of-memory error."""
         start = time.perf_counter()
-        limit = DataLimit(self.plan.budget if self.on_cpu else None, baseline=self.baseline)
+        budget = self.plan.budget if self.on_cpu else None
+        limit = DataLimit(budget, baseline=self.baseline, reuse_heap=self.plan.reuses_heap)
         try:
             with limit:
                 yield
         except BaseException as error:
             self.close()
-            if self.plan.budget is not None and is_out_of_memory(error):
+            plan = self.plan
+            if plan.budget is not None and is_out_of_memory(error):
                 raise BudgetExceeded(
-                    f"an allocation in the {direction} pass was refused: budget "
-                    f"{format_bytes(self.plan.budget)}, projected {format_bytes(self.plan.projected_bytes)} with "
-                    f"tiles of {self.plan.tile[0]}x{self.plan.tile[1]} pixels. Nothing was changed; raise budget= "
-                    "or set a smaller tile="
+                    f"an allocation in the {direction} pass was refused: budget {format_bytes(plan.budget)}, "
+                    f"projected {format_bytes(plan.projected_bytes)} with tiles of "
+                    f"{plan.tile[0]}x{plan.tile[1]} pixels. Nothing was changed; raise budget= or set a "
+                    "smaller tile="
                 ) from error
             raise
         finally:
@@ -440,13 +449,17 @@ class _Streamed(torch.autograd.Function):
         return tuple(outputs.values())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run | None = ctx.run
         if run is None:
             raise RuntimeError(
                 "this streamed output has been differentiated already and its stores are freed: "
                 "run the forward pass again for another backward()"
+            )
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a streamed pass can only be differentiated once: call backward() or grad() without "
+                "create_graph=True"
             )
         ctx.run = None
         try:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 
-from streamcnn.ops.convolution import is_convolution
+import torch
+from torch._ops import OpOverload
+
+from streamcnn.ops.convolution import convolve, is_convolution
+from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase
-from streamcnn.program import Program
+from streamcnn.program import Program, Ref
 from streamcnn.regions import Interval, split_evenly
 from streamcnn.staging import Stage
 
@@ -51,6 +55,7 @@ def cut(
             for name in stage.stored
             if name not in consumed and is_convolution(program.nodes[name].target)
         ),
+        in_place=frozenset(name for name in stage.nodes if _overwrites(program, stage, name, rows, cols)),
         differentiated=any(name in differentiated for name in (*stage.stored, *stage.reductions)),
         halo=(_halo(program, stage, rows, 0), _halo(program, stage, cols, 1)),
     )
@@ -76,6 +81,39 @@ def _axis_step(program: Program, stage: Stage, axis: int, own: dict[str, Interva
             part = axis_map.required(needed[name], program.nodes[operand].size[axis])
             needed[operand] = needed[operand].hull(part) if operand in needed else part
     return AxisStep(own=own, needed=needed)
+
+
+def _overwrites(
+    program: Program, stage: Stage, name: str, rows: tuple[AxisStep, ...], cols: tuple[AxisStep, ...]
+) -> bool:
+    """Whether an operator may overwrite its first operand, as the user's model does.
+
+    It may if that operand is made in this phase, for this operator alone, on the same region, and no
+    store or reduction looks at it.
+    """
+    node = program.nodes[name]
+    if node.in_place is None or not isinstance(node.args[0], Ref):
+        return False
+    operand = node.args[0].name
+    readers = [n for n in stage.nodes if operand in program.nodes[n].operands]
+    steps = (*rows, *cols)
+    return (
+        operand in stage.nodes
+        and operand not in stage.owned(program)
+        and readers == [name]
+        and program.nodes[operand].tensor == node.tensor
+        and _is_own_tensor(program.nodes[operand].target)
+        and all(step.needed[operand] == step.needed[name] for step in steps)
+    )
+
+
+def _is_own_tensor(target: object) -> bool:
+    """Whether a target surely returns new memory: a view would reach its operand's."""
+    return target in (convolve, normalize, torch.add) or (
+        isinstance(target, OpOverload)
+        and all(r.alias_info is None for r in target._schema.returns)
+        and torch.Tag.pointwise in target.tags
+    )
 
 
 def _releases(program: Program, stage: Stage) -> dict[str, tuple[str, ...]]:

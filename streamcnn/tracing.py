@@ -100,6 +100,8 @@ class _Tracer:
             self.values[raw.name] = self._item(raw, *args)
             return
         self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
+        if raw.buffer is not None:
+            self.by_state[raw.buffer] = result
         if raw.allocates and isinstance(result, Ref):
             self.plain_bytes += self.spec(result).nbytes
 
@@ -171,7 +173,9 @@ class _Tracer:
         result = self.fake(Call(target, args, kwargs))
         if not isinstance(result, (tuple, list)):
             return self._add(self._fresh(), result, kind=Kind.SMALL, target=target, args=args, kwargs=kwargs)
-        whole = self._add(self._fresh(), tuple(result), kind=Kind.SMALL, target=target, args=args, kwargs=kwargs)
+        whole = self._add(
+            self._fresh(), tuple(result), kind=Kind.SMALL, target=target, args=args, kwargs=kwargs
+        )
         return self._items(whole)
 
     def _items(self, whole: Ref) -> tuple[Ref, ...]:
@@ -193,6 +197,8 @@ class _Tracer:
     ) -> Ref:
         fake = torch.empty(like.shape, dtype=like.dtype, device=self._device())
         local = Local(dict(links), fill, positional, heavy)
+        raw = self.raw
+        in_place = raw.in_place if raw is not None and target is raw.target and local.pointwise else None
         return self._add(
             self._fresh(),
             fake,
@@ -202,6 +208,7 @@ class _Tracer:
             kwargs=dict(kwargs or {}),
             axes=axes,
             local=local,
+            in_place=in_place,
         )
 
     def reduce(self, reduction: Reduction, ref: Ref) -> tuple[Ref, ...]:
@@ -222,12 +229,12 @@ class _Tracer:
         qualified = self.states[state.name]
         self.updates[qualified] = self.by_state[qualified] = value
 
+    def present(self, state: Ref) -> Ref:
+        return self.by_state[self.states[state.name]]
+
     def sibling(self, state: Ref, attribute: str) -> Ref | None:
         owner = self.states[state.name].rpartition(".")[0]
-        return self._present(f"{owner}.{attribute}" if owner else attribute)
-
-    def _present(self, qualified: str) -> Ref | None:
-        return self.by_state.get(qualified)
+        return self.by_state.get(f"{owner}.{attribute}" if owner else attribute)
 
     # --- nodes ---------------------------------------------------------------------------------------
 
@@ -305,4 +312,3 @@ def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
             needed.add(name)
             pending.extend(nodes[name].operands)
     return needed
-

@@ -105,7 +105,9 @@ def _everything(model: nn.Module, image: Tensor, seed: int) -> dict[str, dict[st
     torch.manual_seed(seed)
     outputs: Any = [out for out in pytree.tree_leaves(model(image)) if isinstance(out, Tensor)]
     generator = torch.Generator().manual_seed(seed + 1)
-    arriving = [torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in outputs]
+    arriving = [
+        torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in outputs
+    ]
     pairs = [(out, g) for out, g in zip(outputs, arriving, strict=True) if out.requires_grad]
     torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
@@ -125,20 +127,21 @@ def _errors(
         norms = {name: _norm(value) for name, value in references.items()}
         floor = max(FLOOR * max(norms.values(), default=0.0), torch.finfo(torch.float64).tiny)
         for name, reference in references.items():
-            errors[name] = _distance(found[kind].get(name), reference) / max(norms[name], floor)
+            error = _distance(found[kind].get(name), reference) / max(norms[name], floor)
+            # A maximum would pass over NaN.
+            errors[name] = math.inf if math.isnan(error) else error
         for name in found[kind].keys() - references.keys():
             errors[name] = 0.0 if _norm(found[kind][name]) == 0 else math.inf
     return errors
 
 
 def _distance(value: Tensor | None, reference: Tensor) -> float:
-    """``|value - reference|``; infinite where that cannot be said, so that no maximum hides it."""
+    """``|value - reference|``: all of the reference where there is no value, infinite for another shape."""
     if value is None:
         return _norm(reference)
     if value.shape != reference.shape:
         return math.inf
-    distance = _norm(value.double() - reference.double())
-    return math.inf if math.isnan(distance) else distance
+    return _norm(value.double() - reference.double())
 
 
 def _norm(value: Tensor) -> float:

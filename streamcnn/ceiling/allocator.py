@@ -10,7 +10,9 @@ import sys
 import torch
 
 _M_MMAP_THRESHOLD = -3
-_MMAP_THRESHOLD = 2**20
+_FRUGAL_THRESHOLD = 2**20
+_REUSING_THRESHOLD = 2**25
+"""The largest that glibc takes."""
 _PARALLEL_GRAIN = 2**15
 """Elements from which PyTorch runs a pointwise operator on several threads."""
 
@@ -36,9 +38,10 @@ class _MallInfo2(ctypes.Structure):
     fordblks: int
 
 
-@functools.cache
-def tame_allocator() -> bool:
-    """Have blocks of 1 MiB and more come from the kernel and go back to it; True if that took effect.
+def tame_allocator(*, reuse: bool = False) -> bool:
+    """Have large blocks come from the kernel and go back to it; True if that took effect.
+
+    Large are 1 MiB and more, or with ``reuse`` 32 MiB and more: smaller ones then stay in the heap.
 
     glibc does so from 128 KiB on at first, but raises that threshold to the size of any such block
     that is freed, up to 32 MiB. Tiles' tensors then come from its heap, whose holes fit the next
@@ -54,11 +57,12 @@ def tame_allocator() -> bool:
     =========  ======  =======  =======  =======  ======  ======
 
     The time is the kernel's, which zeroes every page of a new block (2.7 million page faults instead
-    of 0.2); ``request_huge_pages`` brings it to about 1.2. Trim threshold, top padding and the number
-    of arenas made no difference. The setting is the process's and stays; other C libraries ignore it.
+    of 0.2); ``request_huge_pages`` brings it to about 1.2. Trim threshold and the number of arenas
+    made no difference. The setting is the process's and stays; other C libraries ignore it.
     """
     libc = _libc()
-    return libc is not None and libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) == 1
+    threshold = _REUSING_THRESHOLD if reuse else _FRUGAL_THRESHOLD
+    return libc is not None and libc.mallopt(_M_MMAP_THRESHOLD, threshold) == 1
 
 
 def request_huge_pages() -> None:

@@ -81,6 +81,8 @@ class DataLimit:
         Bytes; None measures only.
     baseline
         Where budget and peak count from; what the process holds on entry if None.
+    reuse_heap
+        Whether the C library may keep blocks of up to 32 MiB for reuse: faster, and wasteful.
 
     Raises
     ------
@@ -88,8 +90,11 @@ class DataLimit:
         On entry, if there is a budget and the kernel here does not enforce it.
     """
 
-    def __init__(self, budget: int | None, *, baseline: Baseline | None = None) -> None:
+    def __init__(
+        self, budget: int | None, *, baseline: Baseline | None = None, reuse_heap: bool = False
+    ) -> None:
         self._budget = budget
+        self._reuse_heap = reuse_heap
         self._given_baseline = baseline
         self._baseline = Baseline(None, None)
         self._previous_soft_limit: int | None = None
@@ -110,7 +115,7 @@ class DataLimit:
 
     def __enter__(self) -> Self:
         if self._budget is not None:
-            tame_allocator()
+            tame_allocator(reuse=self._reuse_heap)
         self._baseline = Baseline.now() if self._given_baseline is None else self._given_baseline
         for outer in _active:
             outer._note_peak()

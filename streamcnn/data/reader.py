@@ -30,6 +30,8 @@ class BatchReader:
     ------
     DatasetMismatch
         If the images are no batch of (N, C, H, W) maps, or would not be floating point.
+    ValueError
+        If ``preprocess`` changes its argument.
     """
 
     def __init__(self, image: Image, device: torch.device, preprocess: Preprocess | None = None) -> None:
@@ -39,7 +41,13 @@ class BatchReader:
         self.device = device
         stored = self._stored_shape()
         where = None if self._tensor is None else self._tensor.device
-        probe = self._prepared(torch.zeros((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=where))
+        pixel = torch.ones((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=where)
+        probe = self._prepared(pixel)
+        if (pixel != 1).any():
+            raise ValueError(
+                "preprocess= changed its tile in place, which may be the image's own memory: allowed is a "
+                "function that returns a new tensor, such as lambda tile: tile / 255"
+            )
         if not probe.is_floating_point():
             raise DatasetMismatch(
                 f"the model would get an image of {probe.dtype}: allowed are floating-point images; give "
@@ -53,8 +61,8 @@ class BatchReader:
             return (len(self._sources), *self._sources[0].shape)
         if self._tensor.dim() != 4 or 0 in self._tensor.shape:
             raise DatasetMismatch(
-                f"image tensor has shape {tuple(self._tensor.shape)}: allowed is (N, C, H, W) with no empty axis; "
-                "add the batch axis with image[None]"
+                f"image tensor has shape {tuple(self._tensor.shape)}: allowed is (N, C, H, W) with no empty "
+                "axis; add the batch axis with image[None]"
             )
         n, c, h, w = self._tensor.shape
         return (n, c, h, w)
@@ -63,14 +71,9 @@ class BatchReader:
         return self._sources[0].dtype if self._tensor is None else self._tensor.dtype
 
     def _prepared(self, tile: Tensor) -> Tensor:
-        shape, version = tile.shape, tile._version
+        shape = tile.shape
         if self._preprocess is not None:
-            stored, tile = tile, self._preprocess(tile)
-            if stored._version != version:
-                raise ValueError(
-                    "preprocess= changed its tile in place, which may be the image's own memory: allowed is a "
-                    "function that returns a new tensor, such as lambda tile: tile / 255"
-                )
+            tile = self._preprocess(tile)
         if tile.dim() != 4 or tile.shape[0] != shape[0] or tile.shape[2:] != shape[2:]:
             raise DatasetMismatch(
                 f"preprocess= turned a tile of shape {tuple(shape)} into {tuple(tile.shape)}: allowed is a "

@@ -30,9 +30,7 @@ def conv2d(tracer: Tracer, call: Call) -> Ref | Decline:
     kernel = tracer.spec(weight).shape[2:]
     stride, dilation = as_pair(stride), as_pair(dilation)
     low = _padding_before(padding, kernel, dilation)
-    rows, cols = (
-        Sliding(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True)
-    )
+    rows, cols = (Sliding(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True))
     return tracer.local(
         convolve,
         (ref, weight, bias, stride, dilation, groups),
@@ -79,9 +77,7 @@ def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
         return Decline("it is not applied to a map of shape (N, C, H, W)")
     kernel = tracer.spec(weight).shape[2:]
     stride, dilation, low = as_pair(stride), as_pair(dilation), as_pair(padding)
-    rows, cols = (
-        Transposed(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True)
-    )
+    rows, cols = (Transposed(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True))
     like = tracer.fake(call)
     result = tracer.local(
         convolve_transposed,
@@ -156,9 +152,7 @@ def is_convolution(target: object) -> bool:
     return target is convolve or target is convolve_transposed
 
 
-def stored_convolve(
-    shape: tuple[int, ...], dtype: torch.dtype, target: Any, args: Sequence[Any]
-) -> Tensor:
+def stored_convolve(shape: tuple[int, ...], dtype: torch.dtype, target: Any, args: Sequence[Any]) -> Tensor:
     """Stand-in for ``target(*args)`` whose value is stored already."""
     if target is convolve:
         x, weight, bias, stride, dilation, groups = args

@@ -108,7 +108,9 @@ def _shifted(value: Tensor, bits: int) -> Tensor:
 SAMPLES: tuple[Sample, ...] = (
     Sample(
         "dropout in eval mode",
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Dropout2d(0.3), nn.AdaptiveAvgPool2d(1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Dropout2d(0.3), nn.AdaptiveAvgPool2d(1)
+        ),
         train=False,
     ),
 )

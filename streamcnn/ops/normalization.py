@@ -18,6 +18,7 @@ from streamcnn.ops.pointwise import per_position, pointwise, trailing_norm
 from streamcnn.ops.reductions import Moments
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Link, Ref
+from streamcnn.windows import dense
 
 aten = torch.ops.aten
 
@@ -69,7 +70,7 @@ def normalize(
     shape = x.shape
     if mean.numel() != shape[1]:
         x = x.reshape(1, -1, *shape[2:])
-    result: Tensor = _Normalize.apply(x, mean, variance, weight, bias, eps)
+    result: Tensor = _Normalize.apply(dense(x), mean, variance, weight, bias, eps)
     return result.reshape(shape)
 
 
@@ -117,7 +118,7 @@ def cumulative_rate(counter: Tensor) -> Tensor:
 
 
 def _update_running(tracer: Tracer, running: Ref, value: Ref, rate: Any, factor: float) -> None:
-    tracer.update(running, tracer.small(mixed, running, value, rate, factor))
+    tracer.update(running, tracer.small(mixed, tracer.present(running), value, rate, factor))
 
 
 def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -> Tensor:
@@ -138,15 +139,12 @@ def _small_batch_norm(
 ) -> Ref:
     """Train-mode batch norm of a small value, with its buffers' new values as results."""
     if running_mean is None:
-        small: Ref = tracer.small(
-            torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False
-        )
+        small: Ref = tracer.small(torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False)
         return small
     assert running_var is not None
     rate = _rate(tracer, running_mean, momentum)
-    result, new_mean, new_var = tracer.small(
-        functional_batch_norm, ref, weight, bias, running_mean, running_var, rate, eps
-    )
+    present = tracer.present(running_mean), tracer.present(running_var)
+    result, new_mean, new_var = tracer.small(functional_batch_norm, ref, weight, bias, *present, rate, eps)
     tracer.update(running_mean, new_mean)
     tracer.update(running_var, new_var)
     return result  # type: ignore[no-any-return]
@@ -247,13 +245,16 @@ def layer_norm(tracer: Tracer, call: Call) -> Any:
 
 
 def _instance() -> nn.Module:
-    return chain(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.Conv2d(4, 3, 3))
+    return chain(
+        nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.Conv2d(4, 3, 3)
+    )
 
 
 def _batch() -> nn.Module:
     return chain(
         nn.Conv2d(3, 4, 3, bias=False),
         nn.BatchNorm2d(4, momentum=None),
+        nn.SiLU(),
         nn.Conv2d(4, 6, 3, stride=2, bias=False),
         nn.BatchNorm2d(6, affine=False),
         nn.Conv2d(6, 4, 1, bias=False),

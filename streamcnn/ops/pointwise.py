@@ -38,7 +38,23 @@ _UNTAGGED = (
     aten.where.ScalarSelf,
     aten.zeros_like.default,
     aten.ones_like.default,
+    aten.full_like.default,
 )
+
+# Other names and spellings of pointwise operators, which lack the tag too.
+_ALIASES = (
+    *("__and__", "__or__", "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2"),
+    *("arctanh", "divide", "fix", "greater", "greater_equal", "isclose", "isreal", "less", "less_equal"),
+    *("multiply", "negative", "not_equal", "special_digamma", "special_erf", "special_erfc"),
+    *("special_erfinv", "special_exp2", "special_expm1", "special_gammaln", "special_log1p"),
+    *("special_logit", "special_ndtr", "special_sinc", "special_xlogy", "subtract"),
+)
+
+
+def _overloads(name: str) -> list[OpOverload]:
+    """The overloads of an operator that return a new tensor."""
+    packet = getattr(aten, name)
+    return [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
 
 
 def pointwise_rule(target: object) -> Rule | None:
@@ -51,7 +67,7 @@ def pointwise_rule(target: object) -> Rule | None:
     return None
 
 
-@rule(*_UNTAGGED)
+@rule(*_UNTAGGED, *(overload for name in _ALIASES for overload in _overloads(name)))
 def pointwise(tracer: Tracer, call: Call) -> Ref | Decline:
     """Each result position from the same position of every operand, with broadcasting."""
     like = tracer.fake(call)
@@ -90,11 +106,14 @@ def align_operands(
             if extents == (1, 1):
                 continue
             if min(local_axes) < 0:
-                operand = tracer.small(torch.Tensor.reshape, operand, (1,) * (like.dim() - len(shape)) + shape)
+                operand = tracer.small(
+                    torch.Tensor.reshape, operand, (1,) * (like.dim() - len(shape)) + shape
+                )
                 local_axes = axes
             renamed[name] = operand = tracer.promote(operand, local_axes)
         rows, cols = (
-            Same() if extent == like.shape[axis] else Broadcast() for extent, axis in zip(extents, axes, strict=True)
+            Same() if extent == like.shape[axis] else Broadcast()
+            for extent, axis in zip(extents, axes, strict=True)
         )
         links[operand.name] = Link(rows, cols)
     return rename(call, renamed), links

@@ -37,9 +37,16 @@ def max_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
     )
 
 
-def max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+def max_pool(
+    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
     """Unpadded max pooling of a window ``x`` (N, C, h, w)."""
-    return torch.max_pool2d(x, kernel, stride, 0, dilation)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return torch.max_pool2d(x, kernel, stride, 0, dilation)
+    # ATen's kernel for channels last is vectorised and ten times as fast, which pays for reordering
+    # there and back.
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.max_pool2d(x, kernel, stride, 0, dilation).contiguous()
 
 
 @rule(aten.avg_pool2d.default)
@@ -70,7 +77,9 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
         size = tracer.spec(ref).shape[axis + 2]
         counts = _window_counts(axis_maps[axis], like.shape[axis + 2], size, count_padding)
         shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
-        factor = tracer.small(_reciprocal, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device))
+        factor = tracer.small(
+            _reciprocal, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device)
+        )
         mapped = tracer.promote(factor, (2, 3))
         links = {pooled.name: Link(), mapped.name: _only(axis)}
         pooled = tracer.local(torch.mul, (pooled, mapped), like=like, axes=(2, 3), links=links)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.ops.convolution import chain
-from streamcnn.ops.pointwise import along_channels, per_position
+from streamcnn.ops.pointwise import per_position, pointwise
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
 from streamcnn.regions import Region
+from streamcnn.windows import dense
 
 aten = torch.ops.aten
 
@@ -28,8 +29,8 @@ Parts = tuple[Tensor, ...]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics of a map: float32 at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """The dtype of statistics of a map: float32 at least, and exact for whole numbers."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class Moments(Reduction):
             # One fused pass: batch norm in eval mode is slope * (x - mean) + offset.
             one = torch.ones_like(mean).flatten()
             parameters = (slope.flatten(), offset.flatten(), mean.flatten(), one)
-            return torch.batch_norm(x, *parameters, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+            return torch.batch_norm(dense(x), *parameters, False, 0.0, 0.0, torch.backends.cudnn.enabled)
         slope, offset, mean = (self._broadcast(value, mean.dtype) for value in (slope, offset, mean))
         return ((x - mean) * slope + offset).to(x.dtype)
 
@@ -263,7 +264,9 @@ def without_space(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int], kee
     )
 
 
-def _reduce_or_local(tracer: Tracer, call: Call, dims: Sequence[int] | None, keepdim: bool, build: Any) -> Any:
+def _reduce_or_local(
+    tracer: Tracer, call: Call, dims: Sequence[int] | None, keepdim: bool, build: Any
+) -> Any:
     ref = call.args[0]
     chosen = spatial_dims(tracer, ref, dims)
     if isinstance(chosen, Decline):
@@ -286,6 +289,11 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
 
     if call.bind("dtype")[0] is not None:
         return Decline("it converts to another dtype while reducing")
+    like = tracer.fake(call)
+    if like.dtype != tracer.spec(call.args[0]).dtype:
+        # A sum of whole numbers or of a mask is a whole number.
+        counted = pointwise(tracer, Call(aten.to.dtype, (call.args[0], like.dtype), {}))
+        call = Call(call.target, (counted, *call.args[1:]), call.kwargs)
     result = _reduce_or_local(tracer, call, dims, keepdim, build)
     return result[0] if isinstance(result, tuple) else result
 
@@ -366,8 +374,36 @@ def adaptive_pool(tracer: Tracer, call: Call) -> Any:
     return tracer.reduce(FirstMaximum(shape, axes, True, axes), ref)
 
 
-# A maximum along channels is local; along space it returns positions and is resident.
-rule(aten.max.dim, aten.min.dim)(along_channels)
+@rule(aten.max.dim, aten.min.dim)
+def extremum_and_position(tracer: Tracer, call: Call) -> Any:
+    """Largest or smallest channel and which it is; its gradient goes to that one alone, unlike ``amax``'s."""
+    ref, dim, keepdim = call.bind("self", "dim", "keepdim")
+    if spatial_dims(tracer, ref, (dim,)) is not None:
+        return Decline("it runs along a spatial axis")
+    parts = (Call(_result, (call.target, index, ref, dim, keepdim), {}) for index in (0, 1))
+    return tuple(without_space(tracer, part, ref, (dim,), keepdim) for part in parts)
+
+
+def _result(target: Any, index: int, x: Tensor, dim: int, keepdim: bool) -> Tensor:
+    result: Tensor = target(x, dim, keepdim)[index]
+    return result
+
+
+@rule(
+    aten.logsumexp.default,
+    aten.prod.dim_int,
+    aten.any.dim,
+    aten.all.dim,
+    aten.argmax.default,
+    aten.argmin.default,
+)
+def over_channels(tracer: Tracer, call: Call) -> Ref | Decline:
+    """A reduction that is streamed over channels only."""
+    ref, dims, keepdim = call.bind("self", "dim", "keepdim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if spatial_dims(tracer, ref, dims) is not None:
+        return Decline("it reduces spatial axes, for which it has no partial results")
+    return without_space(tracer, call, ref, dims, keepdim)
 
 
 class _Reductions(nn.Module):

@@ -48,7 +48,11 @@ def pad(tracer: Tracer, call: Call) -> Ref | Decline:
     value = call.bind("value")[0] or 0.0
     like, axes = tracer.fake(call), tracer.axes(ref)
     before = _before(pads, like.dim())
-    if axes is None or any(b for axis, b in enumerate(before) if axis not in axes) or _pads_channels(pads, like, axes):
+    if (
+        axes is None
+        or any(b for axis, b in enumerate(before) if axis not in axes)
+        or _pads_channels(pads, like, axes)
+    ):
         return Decline("it pads other axes than the spatial ones")
     if mode == "constant":
         rows, cols = (Sliding(padding=before[axis]) for axis in axes)
@@ -122,7 +126,9 @@ def gather_positions(
         if weights is None:
             x = _take(x, axis, first)
             continue
-        share = torch.tensor(weights[place][out[place].start : out[place].stop], dtype=x.dtype, device=x.device)
+        share = torch.tensor(
+            weights[place][out[place].start : out[place].stop], dtype=x.dtype, device=x.device
+        )
         share = share.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
         x = _take(x, axis, first) * (1 - share) + _take(x, axis, second) * share
     return x
@@ -147,10 +153,12 @@ def upsample_nearest(tracer: Tracer, call: Call) -> Ref | Decline:
         return Decline("it is not applied to a map of shape (N, C, H, W)")
     like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
     factors = _whole_factors(like.shape[2:], sizes)
-    if factors is not None:
+    steps = _steps(call)
+    if factors is not None and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, repeat_nearest, 0)
-    steps = _steps(call, like.shape[2:], sizes)
-    sources = [_nearest_sources(n, size, step) for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)]
+    sources = [
+        _nearest_sources(n, size, step) for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
+    ]
     return _gathered(tracer, ref, like, (2, 3), [(source, source) for source in sources], None)
 
 
@@ -174,7 +182,12 @@ def repeat_nearest(x: Tensor, factors: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(x, size, mode="nearest")
 
 
-def _steps(call: Call, after: Sequence[int], before: Sequence[int]) -> list[float | None]:
+def _are_exact(steps: Sequence[float | None], factors: Sequence[int]) -> bool:
+    """Whether the scale factors handed to ATen, if any, are those of the sizes: 2.03 may give 2 times as many."""
+    return all(step is None or step == factor for step, factor in zip(steps, factors, strict=True))
+
+
+def _steps(call: Call) -> list[float | None]:
     """The scale factors handed to ATen, which decide the step where they are given."""
     names = [a.name for a in call.target._schema.arguments]  # type: ignore[attr-defined]
     if "scale_factors" in names:
@@ -186,8 +199,8 @@ def _steps(call: Call, after: Sequence[int], before: Sequence[int]) -> list[floa
 def _nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int, ...]:
     """Source positions, read off ATen's own kernel so that its rounding is ours."""
     with unset_fake_temporarily():
-        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size)
-        picked = aten.upsample_nearest1d.default(places, [num_out], scale)
+        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size, 1)
+        picked = aten.upsample_nearest2d.default(places, [num_out, 1], scale, None)
         return tuple(int(place) for place in picked.flatten())
 
 
@@ -199,9 +212,8 @@ def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | Decline:
         return Decline("it is not applied to a map of shape (N, C, H, W)")
     like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
     factors = _whole_factors(like.shape[2:], sizes)
-    steps = _steps(call, like.shape[2:], sizes)
-    plain = steps == [None, None] or steps == list(map(float, factors or ()))
-    if factors is not None and not align_corners and plain:
+    steps = _steps(call)
+    if factors is not None and not align_corners and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, repeat_bilinear, 1)
     axes = [
         _bilinear_sources(n, size, step, align_corners)
@@ -220,7 +232,9 @@ def _bilinear_sources(
     num_out: int, size: int, scale: float | None, align_corners: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
     """Both source positions of each output and the weight of the second, by ATen's formula."""
-    if align_corners:
+    if num_out == size:
+        places = [float(index) for index in range(size)]
+    elif align_corners:
         step = (size - 1) / (num_out - 1) if num_out > 1 else 0.0
         places = [index * step for index in range(num_out)]
     else:
@@ -231,7 +245,9 @@ def _bilinear_sources(
     return first, second, tuple(min(max(p - f, 0.0), 1.0) for p, f in zip(places, first, strict=True))
 
 
-def _resized(size: tuple[int, int] | None, factor: float | None, mode: str, corners: bool | None) -> nn.Module:
+def _resized(
+    size: tuple[int, int] | None, factor: float | None, mode: str, corners: bool | None
+) -> nn.Module:
     return chain(
         nn.Conv2d(3, 4, 3, stride=2),
         nn.Upsample(size=size, scale_factor=factor, mode=mode, align_corners=corners),
@@ -251,7 +267,10 @@ _RESIZES: tuple[tuple[tuple[int, int] | None, float | None, str, bool | None], .
 
 SAMPLES = (
     *(
-        Sample(f"resize to {size or factor}, {mode}, corners {corners}", lambda case=(size, factor, mode, corners): _resized(*case))  # type: ignore[misc]
+        Sample(
+            f"resize to {size or factor}, {mode}, corners {corners}",
+            lambda case=(size, factor, mode, corners): _resized(*case),
+        )  # type: ignore[misc]
         for size, factor, mode, corners in _RESIZES
     ),
     Sample(

@@ -89,6 +89,9 @@ class Tracer(Protocol):
     def update(self, state: Ref, value: Ref) -> None:
         """Record that the buffer ``state`` takes ``value`` once the forward pass has succeeded."""
 
+    def present(self, state: Ref) -> Ref:
+        """The present value of the buffer ``state``, which a call before this one may have changed."""
+
     def sibling(self, state: Ref, attribute: str) -> Ref | None:
         """The present value of another buffer or parameter of the same submodule."""
 

@@ -25,26 +25,26 @@ def _axes(tracer: Tracer, ref: Ref) -> Axes:
     return axes
 
 
-@rule(aten.permute.default)
+@rule(
+    aten.permute.default,
+    aten.transpose.int,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+)
 def permute(tracer: Tracer, call: Call) -> Ref:
     """Axes in another order."""
-    ref, dims = call.bind("self", "dims")
-    return _reordered(tracer, call, ref, [dim % len(dims) for dim in dims])
-
-
-@rule(aten.transpose.int)
-def transpose(tracer: Tracer, call: Call) -> Ref:
-    """Two axes exchanged."""
-    ref, first, second = call.bind("self", "dim0", "dim1")
-    dims = list(range(len(tracer.spec(ref).shape)))
-    dims[first], dims[second] = dims[second], dims[first]
-    return _reordered(tracer, call, ref, dims)
-
-
-def _reordered(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int]) -> Ref:
-    rows, cols = (dims.index(axis) for axis in _axes(tracer, ref))
+    ref = call.args[0]
+    # Axis d of the probe has d + 1 positions, so the result's shape tells where each axis went.
+    probe = torch.empty(tuple(range(1, len(tracer.spec(ref).shape) + 1)), device="meta")
+    moved = call.target(probe, *call.args[1:], **call.kwargs).shape
+    rows, cols = (moved.index(axis + 1) for axis in _axes(tracer, ref))
     links = {ref.name: Link()}
-    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=(rows, cols), links=links)
+    like = tracer.fake(call)
+    return tracer.local(call.target, call.args, call.kwargs, like=like, axes=(rows, cols), links=links)
 
 
 @rule(
@@ -58,15 +58,21 @@ def _reordered(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int]) -> Ref
     aten.squeeze.dims,
     aten.squeeze.default,
     aten.expand.default,
+    aten.broadcast_to.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
 )
 def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
     """Another grouping of the axes that leaves both spatial axes whole and in order."""
     ref = call.args[0]
     like = tracer.fake(call)
-    axes = _reshaped_axes(tracer.spec(ref).shape, like.shape, _axes(tracer, ref), call.target is aten.expand.default)
+    if tracer.axes(ref) is None:
+        return Decline("it gives a small value the shape of a map")
+    expands = call.target in (aten.expand.default, aten.broadcast_to.default)
+    axes = _reshaped_axes(tracer.spec(ref).shape, like.shape, _axes(tracer, ref), expands)
     if axes is None:
         return Decline("it merges a spatial axis with another")
-    target = expanded if call.target is aten.expand.default else reshaped
+    target = expanded if expands else reshaped
     return tracer.local(
         target,
         (ref, tuple(like.shape), axes),
@@ -77,9 +83,7 @@ def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
     )
 
 
-def _reshaped_axes(
-    before: Sequence[int], after: Sequence[int], axes: Axes, expands: bool
-) -> Axes | None:
+def _reshaped_axes(before: Sequence[int], after: Sequence[int], axes: Axes, expands: bool) -> Axes | None:
     """Where the spatial axes went, or ``None`` if they were merged or split."""
     if expands:
         shift = len(after) - len(before)
@@ -118,7 +122,7 @@ def expanded(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, orig
     return x.expand(_tile_shape(shape, axes, out))
 
 
-@rule(aten.cat.default, aten.concat.default, aten.stack.default)
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
 def concatenate(tracer: Tracer, call: Call) -> Ref | Decline:
     """Maps of one size side by side along another axis than the spatial ones."""
     refs, dim = call.bind("tensors", "dim")
@@ -146,7 +150,14 @@ def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
     return tracer.promote(ref, axes)
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+@rule(
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
 def split(tracer: Tracer, call: Call) -> tuple[Ref, ...] | Decline:
     """Consecutive ranges of channels."""
     ref, dim = call.bind("self", "dim")
@@ -219,22 +230,32 @@ def strided(x: Tensor, dim: int, step: int) -> Tensor:
     return x if step == 1 else aten.slice.Tensor(x, dim, 0, None, step)  # type: ignore[no-any-return]
 
 
-@rule(aten.channel_shuffle.default, aten.index_select.default, aten.flip.default, aten.repeat.default)
+@rule(
+    aten.channel_shuffle.default,
+    aten.index_select.default,
+    aten.flip.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+)
 def rearrange_channels(tracer: Tracer, call: Call) -> Ref | Decline:
     """Channels in another order or more than once."""
     ref = call.args[0]
     axes = _axes(tracer, ref)
     if call.target is aten.index_select.default and call.bind("dim")[0] % len(tracer.spec(ref).shape) in axes:
         return Decline("it selects rows or columns")
-    if call.target is aten.flip.default and {d % len(tracer.spec(ref).shape) for d in call.args[1]} & set(axes):
+    if call.target is aten.repeat_interleave.self_int:
+        dim = call.bind("dim")[0]
+        if dim is None or dim % len(tracer.spec(ref).shape) in axes:
+            return Decline("it repeats rows or columns")
+    if call.target is aten.flip.default and {d % len(tracer.spec(ref).shape) for d in call.args[1]} & set(
+        axes
+    ):
         return Decline("it mirrors a spatial axis")
     if call.target is aten.repeat.default:
         repeats = call.args[1]
         if len(repeats) != len(tracer.spec(ref).shape) or any(repeats[axis] != 1 for axis in axes):
             return Decline("it repeats a map along space")
     return per_position(tracer, call, ref)
-
-
 
 
 class _Rearranged(nn.Module):
@@ -255,5 +276,9 @@ def _sample() -> nn.Module:
 
 SAMPLES: tuple[Any, ...] = (
     Sample("chunk, stack, shuffle, permute, spatial slices", _sample),
-    Sample("flatten over space", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5740, 3)), resident=True),
+    Sample(
+        "flatten over space",
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5740, 3)),
+        resident=True,
+    ),
 )

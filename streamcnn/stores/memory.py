@@ -10,6 +10,8 @@ from torch import Tensor
 
 from streamcnn.regions import Region
 from streamcnn.stores.base import Store, StoreSpec
+from streamcnn.stores.frontier import Frontier
+from streamcnn.windows import cut
 
 _ALIGNMENT = 64
 """Bytes; what PyTorch's own host allocator gives, and the width of the widest vector loads."""
@@ -41,6 +43,7 @@ class MemoryStore(Store):
         self._compute_device = compute_device
         self._map: Tensor | None = None
         self._allocating = Lock()
+        self._frontier = Frontier(spec.size)
 
     def _read(self, region: Region) -> Tensor:
         if self._map is None:
@@ -51,9 +54,17 @@ class MemoryStore(Store):
 
     def _write(self, region: Region, tile: Tensor) -> None:
         self._view(self._allocated(), region).copy_(tile)
+        # No questions are asked of what write and add leave together: all of it may hold something.
+        for _ in self._frontier.split(region):
+            pass
 
     def _add(self, region: Region, tile: Tensor) -> None:
-        self._view(self._allocated(), region).add_(tile.to(self._device, self.spec.dtype))
+        tile = tile.to(self._device, self.spec.dtype)
+        whole = self._allocated()
+        for part, holds in self._frontier.split(region):
+            share = cut(tile, self.spec.axes, region, part)
+            target = self._view(whole, part)
+            target.add_(share) if holds else target.copy_(share)
 
     def _free(self) -> None:
         self._map = None
@@ -65,9 +76,7 @@ class MemoryStore(Store):
             return self._map
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
-        rows, cols = region
-        tall = whole.narrow(self.spec.axes[0], rows.start, rows.size)
-        return tall.narrow(self.spec.axes[1], cols.start, cols.size)
+        return cut(whole, self.spec.axes, Region.whole(self.spec.size), region)
 
 
 def _zeros(spec: StoreSpec, device: torch.device, *, pinned: bool) -> Tensor:

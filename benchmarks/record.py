@@ -1,0 +1,50 @@
+"""One result as one JSON line: what ran, where, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's with its number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return platform.processor()
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with a mark if files differ from it."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def append(name: str, command: str, **fields: Any) -> str:
+    """Append a result to ``results/<name>.jsonl`` and return the line."""
+    record = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "command": command,
+        **fields,
+    }
+    line = json.dumps(record)
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    return line

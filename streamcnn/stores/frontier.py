@@ -1,0 +1,35 @@
+"""Which part of a gradient map has been written, when tiles arrive in row order.
+
+Adding to a position that holds nothing yet is a copy, which saves reading it. What has been written is
+kept as one height per column: everything above it counts as written. Tiles in row order, halos included,
+are described exactly; any other order only makes the answer careful, since adding to a zero is right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from streamcnn.regions import Interval, Region
+
+
+class Frontier:
+    """The written part of a map of ``size`` (H, W)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._heights = np.zeros(size[1], np.int64)
+
+    def split(self, region: Region) -> Iterator[tuple[Region, bool]]:
+        """``region`` in disjoint parts, each with whether it may hold something; then all of it does."""
+        rows, cols = region
+        heights = self._heights[cols.start : cols.stop]
+        edges = np.flatnonzero(np.diff(heights)) + 1
+        for start, stop in zip([0, *edges], [*edges, cols.size], strict=True):
+            part = Interval(cols.start + int(start), cols.start + int(stop))
+            seam = min(max(int(heights[start]), rows.start), rows.stop)
+            if seam > rows.start:
+                yield Region(Interval(rows.start, seam), part), True
+            if seam < rows.stop:
+                yield Region(Interval(seam, rows.stop), part), False
+        np.maximum(heights, rows.stop, out=heights)

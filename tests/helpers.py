@@ -1,0 +1,117 @@
+"""The reference harness: a module streamed and plain, in float64, everything that training reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from streamcnn import StreamingModel, verification
+from streamcnn.plan import Plan
+from streamcnn.program import Program
+from streamcnn.verification import FLOOR, Verification
+
+TOLERANCE = 1e-9
+"""Largest error allowed; rounding in float64 stays three digits below it."""
+
+Shape = tuple[int, int, int, int]
+
+
+def assert_streamed_equals_plain(
+    module: nn.Module,
+    shape: Shape,
+    *,
+    tile: int | tuple[int, int],
+    tolerance: float = TOLERANCE,
+    resident: bool | None = False,
+    one_tile: bool = False,
+    zero_gradients: bool = False,
+) -> Verification:
+    """Raise unless outputs, gradients and buffers of the streamed ``module`` are those of the plain one.
+
+    An error is ``|a - b| / max(|b|, 1e-6 * largest)`` of norms, see :func:`streamcnn.verify`.
+
+    Parameters
+    ----------
+    module
+        In the mode to be checked; it is not changed.
+    shape
+        (N, C, H, W) of the image.
+    resident
+        Whether some operator must run on a whole map: yes, no, or ``None`` for no matter.
+    one_tile
+        Whether no phase needs to have more than one tile.
+    zero_gradients
+        Whether most gradients may vanish.
+    """
+    if not zero_gradients:
+        assert_gradients_exist(module, shape)
+    found, residents = _verified(module, shape, tile)
+    wrong = {name: error for name, error in found.errors.items() if not error <= tolerance}
+    assert not wrong, f"{len(wrong)} of {len(found.errors)} errors exceed {tolerance}:\n{found.explain()}"
+    assert one_tile or found.num_tiles > 1, f"nothing was cut:\n{found.explain()}"
+    if resident is not None:
+        assert bool(residents) is resident, f"resident operators: {residents}"
+    return found
+
+
+def _verified(
+    module: nn.Module, shape: Shape, tile: int | tuple[int, int]
+) -> tuple[Verification, tuple[str, ...]]:
+    """The errors, and the operators that ran on whole maps."""
+    made: list[StreamingModel] = []
+
+    def make(net: nn.Module, **options: Any) -> StreamingModel:
+        made.append(StreamingModel(net, **options))
+        return made[-1]
+
+    # Its own model knows the plan already: to capture it again would take as long as all the rest.
+    with patch.object(verification, "StreamingModel", make):
+        found = verification.verify(module, shape, tile=tile)
+    return found, made[0].plan(shape, torch.float64).residents
+
+
+def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:
+    """Raise if most parameters, or the image, have a gradient that is zero: comparing it shows nothing.
+
+    Not all must have one: a bias before batch norm has none.
+    """
+    plain = copy.deepcopy(module).double()
+    image = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    outputs = [out for out in pytree.tree_leaves(plain(image)) if isinstance(out, torch.Tensor)]
+    roots = [(out * torch.randn_like(out)).sum() for out in outputs if out.requires_grad]
+    assert roots, "no output depends on the image or a parameter"
+    sum(roots[1:], roots[0]).backward()
+    leaves = [image, *(parameter for parameter in plain.parameters() if parameter.requires_grad)]
+    norms = [0.0 if leaf.grad is None else float(leaf.grad.norm()) for leaf in leaves]
+    known = sum(norm > FLOOR * max(norms) for norm in norms)
+    assert norms[0] > 0, "the image has no gradient"
+    assert 2 * known > len(norms), f"only {known} of {len(norms)} gradients are not zero"
+
+
+def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int]) -> tuple[Program, Plan]:
+    """The program and plan by which :func:`streamcnn.verify` runs ``module``: no resident tail."""
+    model = StreamingModel(copy.deepcopy(module).double(), tile=tile)
+    model._resident_tail = False
+    return model._planned(shape, torch.float64, image_gradient=True)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """``module`` with every vector of its state moved away from the 0 or 1 that it starts at.
+
+    Zero-initialised scales would switch off whole branches, and zero running means hide their use.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.numel() == max(parameter.shape, default=1):
+                parameter.add_(torch.empty_like(parameter).uniform_(0.1, 0.5))
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.3)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.7, 1.4)
+    return module

@@ -1,0 +1,354 @@
+"""Every axis map against the operators it stands for.
+
+What an output really reads is found by putting a NaN at one input position at a time. Whether the rule is
+enough is found by running the operator on what it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from streamcnn.axis_maps import AxisMap, Broadcast, Gathered, Repeated, Same, Sliding, Transposed, reflected
+from streamcnn.ops.resampling import _bilinear_sources, _nearest_sources
+from streamcnn.regions import Interval, Region
+from streamcnn.windows import padded, placed
+
+Operator = Callable[[Tensor], Tensor]
+AXES = (2, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An axis map and what it describes, along the last axis of (N, C, 1, size)."""
+
+    axis_map: AxisMap
+    whole: Operator
+    """The operator on the whole axis, with its own padding."""
+    size: int
+    part: Operator | None = None
+    """What runs on a tile; ``None`` where only the dependence is compared."""
+    fill: float | None = None
+    """The padding that the interpreter adds before ``part`` runs, if it adds any."""
+    exact: bool = True
+    """Whether nothing more is required than what is read; else it is a hull."""
+    channels: int = 1
+
+    def image(self, batch: int = 1) -> Tensor:
+        return torch.randn(batch, self.channels, 1, self.size, dtype=torch.float64)
+
+
+def positions_read(case: Case) -> list[set[int]]:
+    """For each output position, the input positions that it reads."""
+    image = case.image(batch=case.size)
+    image[range(case.size), :, :, range(case.size)] = torch.nan
+    reached = case.whole(image).isnan().any(2).any(1)
+    return [set(column.nonzero().flatten().tolist()) for column in reached.unbind(1)]
+
+
+def all_intervals(size: int) -> list[Interval]:
+    return [Interval(a, b) for a in range(size) for b in range(a + 1, size + 1)]
+
+
+def assert_required(case: Case) -> None:
+    """Raise unless what the rule requires holds all that is read, and no more where it is exact."""
+    reads = positions_read(case)
+    for out in all_intervals(len(reads)):
+        read = set[int]().union(*reads[out.start : out.stop])
+        required = case.axis_map.required(out, case.size)
+        assert 0 <= required.start < required.stop <= case.size, (out, required)
+        assert read <= set(range(required.start, required.stop)), (out, required, read)
+        if case.exact:
+            hull = (
+                Interval(min(read), max(read) + 1) if read else Interval(required.start, required.start + 1)
+            )
+            assert required == hull, (out, required, read)
+
+
+def assert_runs(case: Case) -> None:
+    """Raise unless the operator, run on what the rule requires, gives its part of the whole result."""
+    assert case.part is not None
+    image = case.image(batch=2)
+    whole = case.whole(image)
+    rows, out_rows = Interval(0, 1), Interval(0, whole.shape[2])
+    for out in all_intervals(whole.shape[3]):
+        required = case.axis_map.required(out, case.size)
+        x = image[..., required.start : required.stop]
+        if case.fill is not None:
+            window = case.axis_map.window(out, case.size)
+            found = case.part(padded(x, AXES, Region(rows, required), Region(rows, window), case.fill))
+        else:
+            result = case.axis_map.result(required, out)
+            found = placed(case.part(x), AXES, Region(out_rows, result), Region(out_rows, out))
+        torch.testing.assert_close(found, whole[..., out.start : out.stop], rtol=1e-12, atol=1e-12)
+
+
+def assert_right(case: Case) -> None:
+    assert_required(case)
+    if case.part is not None:
+        assert_runs(case)
+
+
+# --- sliding windows ----------------------------------------------------------------------------------
+
+sizes = st.integers(1, 9)
+kernels, strides, dilations = st.integers(1, 4), st.integers(1, 4), st.integers(1, 3)
+
+
+def convolution(kernel: int, stride: int, padding: int, dilation: int, size: int) -> Case:
+    weight = torch.rand(1, 1, 1, kernel, dtype=torch.float64) + 0.5
+
+    def run(x: Tensor, pads: int) -> Tensor:
+        return F.conv2d(x, weight, None, (1, stride), (0, pads), (1, dilation))
+
+    return Case(
+        Sliding(kernel, stride, padding, dilation),
+        lambda x: run(x, padding),
+        size,
+        lambda x: run(x, 0),
+        fill=0.0,
+        # Gaps between what is read may reach over the edge, where the rule asks up to the edge.
+        exact=dilation == 1 and stride <= kernel,
+    )
+
+
+def max_pooling(kernel: int, stride: int, padding: int, dilation: int, ceil: bool, size: int) -> Case:
+    def run(x: Tensor, pads: int, ceil_mode: bool) -> Tensor:
+        return F.max_pool2d(x, (1, kernel), (1, stride), (0, pads), (1, dilation), ceil_mode)
+
+    return Case(
+        Sliding(kernel, stride, padding, dilation),
+        lambda x: run(x, padding, ceil),
+        size,
+        lambda x: run(x, 0, False),
+        fill=-torch.inf,
+        exact=dilation == 1 and stride <= kernel,
+    )
+
+
+def average_pooling(kernel: int, stride: int, padding: int, ceil: bool, size: int) -> Case:
+    def run(x: Tensor, pads: int, ceil_mode: bool) -> Tensor:
+        return F.avg_pool2d(x, (1, kernel), (1, stride), (0, pads), ceil_mode, divisor_override=3)
+
+    return Case(
+        Sliding(kernel, stride, padding),
+        lambda x: run(x, padding, ceil),
+        size,
+        lambda x: run(x, 0, False),
+        fill=0.0,
+        exact=stride <= kernel,
+    )
+
+
+@given(kernels, strides, st.integers(0, 7), dilations, sizes)
+def test_convolution(kernel: int, stride: int, padding: int, dilation: int, size: int) -> None:
+    assume(size + 2 * padding > dilation * (kernel - 1))
+    assert_right(convolution(kernel, stride, padding, dilation, size))
+
+
+@given(kernels, strides, st.integers(0, 2), dilations, st.booleans(), sizes)
+def test_max_pooling(kernel: int, stride: int, padding: int, dilation: int, ceil: bool, size: int) -> None:
+    assume(2 * padding <= kernel and size + 2 * padding > dilation * (kernel - 1))
+    assert_right(max_pooling(kernel, stride, padding, dilation, ceil, size))
+
+
+@given(kernels, strides, st.integers(0, 2), st.booleans(), sizes)
+def test_average_pooling(kernel: int, stride: int, padding: int, ceil: bool, size: int) -> None:
+    assume(2 * padding <= kernel and size + 2 * padding >= kernel)
+    assert_right(average_pooling(kernel, stride, padding, ceil, size))
+
+
+@given(st.integers(0, 4), strides, sizes)
+def test_strided_slice(start: int, step: int, size: int) -> None:
+    assume(start < size)
+    axis_map = Sliding(1, step, -start)
+    part = Case(axis_map, lambda x: x[..., start::step], size, lambda x: x[..., ::step], exact=step == 1)
+    assert_right(part)
+
+
+@given(st.integers(-3, 7), st.integers(-3, 7), sizes)
+def test_constant_padding(before: int, after: int, size: int) -> None:
+    assume(size + before + after > 0 and size + before > 0 and size + after > 0)
+    case = Case(
+        Sliding(padding=before), lambda x: F.pad(x, (before, after), value=0.5), size, lambda x: x, fill=0.5
+    )
+    assert_right(case)
+
+
+@given(st.integers(1, 4), st.integers(1, 3))
+def test_pixel_unshuffle(factor: int, num_blocks: int) -> None:
+    def run(x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x.expand(-1, -1, factor, -1), factor)
+
+    assert_right(Case(Sliding(factor, factor), run, factor * num_blocks, run))
+
+
+# --- finer grids --------------------------------------------------------------------------------------
+
+
+def transposed(kernel: int, stride: int, padding: int, dilation: int, output_padding: int, size: int) -> Case:
+    weight = torch.rand(1, 1, 1, kernel, dtype=torch.float64) + 0.5
+
+    def run(x: Tensor, pads: int, extra: int) -> Tensor:
+        return F.conv_transpose2d(x, weight, None, (1, stride), (0, pads), (0, extra), 1, (1, dilation))
+
+    return Case(
+        Transposed(kernel, stride, padding, dilation),
+        lambda x: run(x, padding, output_padding),
+        size,
+        lambda x: run(x, 0, 0),
+        # Between the positions that an input reaches there are others where windows are dilated.
+        exact=dilation == 1,
+    )
+
+
+@given(kernels, strides, st.integers(0, 3), dilations, st.integers(0, 3), sizes)
+def test_transposed_convolution(
+    kernel: int, stride: int, padding: int, dilation: int, output_padding: int, size: int
+) -> None:
+    assume(output_padding < max(stride, dilation))
+    assume((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1 > 0)
+    assert_right(transposed(kernel, stride, padding, dilation, output_padding, size))
+
+
+@given(st.integers(1, 4), sizes)
+def test_pixel_shuffle(factor: int, size: int) -> None:
+    def run(x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x, factor)
+
+    assert_right(Case(Repeated(factor), run, size, run, channels=factor * factor))
+
+
+@given(st.integers(1, 4), sizes)
+def test_nearest_upsampling_by_whole_factors(factor: int, size: int) -> None:
+    def run(x: Tensor) -> Tensor:
+        return F.interpolate(x, (1, x.shape[3] * factor))
+
+    assert_right(Case(Repeated(factor), run, size, run))
+
+
+@given(st.integers(2, 5), sizes)
+def test_bilinear_upsampling_by_whole_factors(factor: int, size: int) -> None:
+    def run(x: Tensor) -> Tensor:
+        return F.interpolate(x, (1, x.shape[3] * factor), mode="bilinear")
+
+    # One position more than is read is asked for on one side, so that a tile is interpolated as the whole.
+    assert_right(Case(Repeated(factor, 1), run, size, run, exact=False))
+
+
+# --- listed sources -----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 9), st.integers(0, 9), sizes, st.sampled_from(["reflect", "replicate", "circular"]))
+def test_padding_by_the_maps_own_values(before: int, after: int, size: int, mode: str) -> None:
+    assume(mode == "replicate" or max(before, after) < size)
+    source_of = {
+        "reflect": lambda place: reflected(place, size),
+        "replicate": lambda place: min(max(place, 0), size - 1),
+        "circular": lambda place: place % size,
+    }[mode]
+    sources = tuple(source_of(place) for place in range(-before, size + after))
+
+    def run(x: Tensor) -> Tensor:
+        return F.pad(x, (before, after, 0, 0), mode=mode)
+
+    assert_required(Case(Gathered(sources, sources), run, size))
+    x = torch.arange(float(size)).reshape(1, 1, 1, size)
+    assert run(x).flatten().tolist() == list(sources)
+
+
+@given(st.integers(1, 20), sizes)
+def test_nearest_resampling_to_a_size(num_out: int, size: int) -> None:
+    sources = _nearest_sources(num_out, size, None)
+
+    def run(x: Tensor) -> Tensor:
+        return F.interpolate(x, (1, num_out))
+
+    assert_required(Case(Gathered(sources, sources), run, size))
+
+
+@given(st.integers(1, 20), sizes, st.booleans())
+def test_bilinear_resampling_to_a_size(num_out: int, size: int, corners: bool) -> None:
+    first, last, _ = _bilinear_sources(num_out, size, None, corners)
+
+    def run(x: Tensor) -> Tensor:
+        return F.interpolate(x, (1, num_out), mode="bilinear", align_corners=corners)
+
+    # Where a place falls on a position, ATen may or may not read the next one with a weight of zero.
+    assert_required(Case(Gathered(first, last), run, size, exact=False))
+
+
+@given(st.integers(1, 7), st.integers(1, 12))
+def test_reflection_stays_inside(size: int, distance: int) -> None:
+    assert all(0 <= reflected(place, size) < size for place in range(-distance, size + distance))
+
+
+# --- pointwise ----------------------------------------------------------------------------------------
+
+
+@given(sizes)
+def test_same_position(size: int) -> None:
+    assert Same().pointwise
+    assert_right(Case(Same(), torch.sin, size, torch.sin))
+
+
+@given(sizes)
+def test_broadcast_position(size: int) -> None:
+    assert Broadcast().pointwise
+    assert_required(Case(Broadcast(), lambda x: x.expand(-1, -1, -1, size), 1))
+
+
+@pytest.mark.parametrize("axis_map", [Sliding(), Transposed(1, 1, 0, 1), Repeated(1), Gathered((0,), (0,))])
+def test_what_may_move_positions_is_not_pointwise(axis_map: AxisMap) -> None:
+    assert not axis_map.pointwise
+
+
+# --- the tests themselves -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Narrowed(AxisMap):
+    """A rule that asks for too little on one side."""
+
+    right: AxisMap
+    before: int
+    after: int
+
+    def window(self, out: Interval, size: int) -> Interval:
+        window = self.right.window(out, size)
+        start = window.start + self.before
+        return Interval(start, max(window.stop - self.after, start))
+
+    def result(self, at_hand: Interval, out: Interval) -> Interval:
+        return self.right.result(at_hand, out)
+
+
+FIVE = (0, 1, 2, 3, 4)
+CASES: dict[str, Case] = {
+    "convolution": convolution(3, 1, 1, 1, 5),
+    "even kernel": convolution(4, 2, 1, 1, 7),
+    "dilated": convolution(2, 1, 2, 3, 6),
+    "max pooling": max_pooling(3, 2, 1, 1, True, 6),
+    "transposed": transposed(3, 2, 1, 1, 1, 4),
+    "bilinear": Case(Repeated(2, 1), lambda x: F.interpolate(x, (1, 10), mode="bilinear"), 5, exact=False),
+    "pixel shuffle": Case(Repeated(2), lambda x: F.pixel_shuffle(x, 2), 5, channels=4),
+    "gathered": Case(Gathered(FIVE, FIVE), torch.sin, 5),
+    "same": Case(Same(), torch.sin, 5),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 1)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_window_too_small_is_noticed(case: Case, before: int, after: int) -> None:
+    assert_required(case)
+    fields: dict[str, Any] = {**case.__dict__, "axis_map": Narrowed(case.axis_map, before, after)}
+    with pytest.raises(AssertionError):
+        assert_required(Case(**fields))

@@ -1,0 +1,204 @@
+"""A model under its ceiling on host memory, in a process of its own: ``python test_ceiling_model.py``.
+
+What happened is printed as one JSON object, which the tests read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamcnn import BudgetExceeded, StreamingModel
+from streamcnn.interpreter import TileRun
+
+MB = 10**6
+SHAPE = (1, 3, 640, 600)
+PLAIN_BYTES = 3 * 16 * SHAPE[2] * SHAPE[3] * 4
+"""The first three maps, which plain PyTorch makes."""
+BUDGET = 70 * MB
+TOO_SMALL = 15 * MB
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def soft_limit() -> int:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_DATA)[0]
+
+
+def states_of(model: nn.Module) -> dict[str, Tensor]:
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {**model.state_dict(), **gradients, "random state": torch.get_rng_state()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def within(model: StreamingModel, image: Tensor) -> dict[str, Any]:
+    """All that a budget which fits promises."""
+    limits = [soft_limit()]
+    output = model(image)
+    limits.append(soft_limit())
+    # Between the passes the process may take what it likes.
+    between = torch.ones(2 * BUDGET // 4)
+    del between
+    output.sum().backward()
+    limits.append(soft_limit())
+    assert model.last_report is not None
+    training = model.last_report
+    with torch.no_grad():
+        model(image)
+    limits.append(soft_limit())
+    plan = model.plan(SHAPE)
+    return {
+        "limits": limits,
+        "measured": [training.measured_bytes, model.last_report.measured_bytes],
+        "reading": training.reading,
+        "projected": plan.projected_bytes,
+        "homes": sorted({store.home.value for store in plan.stores.values()}),
+        "digest": plan.digest,
+    }
+
+
+def limit_inside(model: StreamingModel, image: Tensor) -> list[int]:
+    """The limit while a tile is computed, and after an error there."""
+    seen = []
+    original = TileRun._evaluate
+
+    def stop(*args: Any) -> Tensor:
+        seen.append(soft_limit())
+        raise KeyError("stop")
+
+    loss = model(image).sum()
+    TileRun._evaluate = stop
+    for action in (loss.backward, lambda: model(image)):
+        try:
+            action()
+        except KeyError:
+            seen.append(soft_limit())
+    TileRun._evaluate = original
+    return seen
+
+
+def refused(model: StreamingModel, image: Tensor) -> list[Any]:
+    """What a plan does that promises too much: in forward, and in backward alone."""
+    results = []
+    planned = model._planned
+
+    def optimistic(*args: Any, **kwargs: Any) -> Any:
+        program, plan = planned(*args, **kwargs)
+        return program, dataclasses.replace(plan, budget=TOO_SMALL, terms=())
+
+    for fails_forward in (True, False):
+        before = states_of(model)
+        model._planned = optimistic
+        try:
+            if fails_forward:
+                model(image)
+            else:
+                model._planned = planned
+                output = model(image)
+                before = states_of(model)
+                node = output.grad_fn
+                node.run.plan = dataclasses.replace(node.run.plan, budget=TOO_SMALL)
+                output.sum().backward()
+        except BudgetExceeded as error:
+            results.append([str(error), identical(before, states_of(model)), soft_limit()])
+        finally:
+            model._planned = planned
+    return results
+
+
+def cases() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        model = StreamingModel(make_net(), BUDGET, spill=folder)
+        at_first = states_of(model)
+        results: dict[str, Any] = {"within": within(model, image)}
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results["inside"] = limit_inside(model, image)
+        results["refused"] = refused(model, image)
+        results["left"] = os.listdir(folder)
+        model.load_state_dict({name: at_first[name] for name in model.state_dict()})
+        model.zero_grad()
+        model(image).sum().backward()
+        again = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**results, "works after it": identical(gradients, again)}
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", __file__],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_a_budget_that_fits_is_kept(results: Any) -> None:
+    within = results["within"]
+    assert BUDGET < PLAIN_BYTES
+    assert within["projected"] <= BUDGET
+    assert within["reading"] == "VmHWM"
+    assert all(0 < measured <= BUDGET for measured in within["measured"]), within["measured"]
+    assert "disk" in within["homes"]
+    assert results["left"] == []
+
+
+def test_nothing_is_enforced_outside_of_a_pass(results: Any) -> None:
+    (limit,) = set(results["within"]["limits"])
+    in_backward, after_backward, in_forward, after_forward = results["inside"]
+    assert after_backward == after_forward == limit
+    assert in_backward != limit
+    assert in_forward != limit
+
+
+def test_an_allocation_that_the_kernel_refuses_changes_nothing(results: Any) -> None:
+    (limit,) = set(results["within"]["limits"])
+    assert len(results["refused"]) == 2
+    for direction, (text, unchanged, after) in zip(("forward", "backward"), results["refused"], strict=True):
+        assert f"an allocation in the {direction} pass was refused: budget 14.3 MiB" in text
+        assert unchanged
+        assert after == limit
+    assert results["works after it"]
+
+
+def test_another_process_makes_the_same_plan(results: Any) -> None:
+    assert StreamingModel(make_net(), BUDGET).plan(SHAPE).digest == results["within"]["digest"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(cases()))

@@ -1,0 +1,491 @@
+"""What goes wrong leaves everything as it was, and says what to do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zarr
+from torch import Tensor, nn
+
+from streamcnn import (
+    BudgetExceeded,
+    CorruptImage,
+    DatasetMismatch,
+    PlanDoesNotFit,
+    StreamingModel,
+    TensorSource,
+    UnsupportedModel,
+    ZarrSource,
+)
+from streamcnn.data.reader import BatchReader
+from streamcnn.executor import Execution
+from streamcnn.interpreter import TileRun
+from streamcnn.small_graph import SmallGraph
+from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
+
+SHAPE = (2, 3, 37, 45)
+TOLERANCE = 1e-9
+
+
+def make_net() -> nn.Sequential:
+    """Two convolutions and a batch norm in float64; dropout makes every pass draw random numbers."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(5, 3),
+    ]
+    return nn.Sequential(*layers).double()
+
+
+def make_image() -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def make_model(spill: Path | None = None, **options: Any) -> StreamingModel:
+    model = StreamingModel(make_net(), tile=16, spill=spill, **options)
+    model._resident_tail = False
+    return model
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan every stored map and its gradient onto the disk."""
+    from streamcnn import planner
+
+    original = planner._stores
+
+    def spilled(program: Any, staging: Any, phases: Any, request: Any, wanted: Any, _: Any) -> Any:
+        return original(program, staging, phases, request, wanted, staging.stored)
+
+    monkeypatch.setattr(planner, "_stores", spilled)
+
+
+def everything_of(model: nn.Module) -> dict[str, Any]:
+    """A copy of all that a failed pass must not touch."""
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    found = {**model.state_dict(), **gradients, "random state": torch.get_rng_state()}
+    return {name: None if value is None else value.detach().clone() for name, value in found.items()}
+
+
+def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if value is None:
+            assert after[name] is None, name
+        else:
+            assert torch.equal(value, after[name]), name
+
+
+def update(model: nn.Module, seed: int = 7) -> None:
+    """One pass in both directions with a fixed seed."""
+    torch.manual_seed(seed)
+    model(make_image()).square().sum().backward()
+
+
+def assert_works_as_if_new(model: StreamingModel, reference: nn.Module) -> None:
+    """The next pass gives what plain PyTorch gives."""
+    for module in (model, reference):
+        update(module)
+    largest = max(float(p.grad.norm()) for p in reference.parameters() if p.grad is not None)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        floor = max(float(q.grad.norm()), 1e-6 * largest)
+        assert float((p.grad - q.grad).norm()) <= TOLERANCE * floor, name
+    for (name, a), b in zip(model.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=0, msg=name)
+
+
+class Injected(Exception):
+    """Raised on purpose."""
+
+
+@contextmanager
+def failing(owner: type, method: str, error: BaseException, call: int) -> Iterator[None]:
+    """Let the given call of ``method`` (0 is the first) raise ``error``."""
+    original: Callable[..., Any] = getattr(owner, method)
+    calls = 0
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call + 1:
+            raise error
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, replacement)
+        yield
+    assert calls > call, f"{owner.__name__}.{method} was called {calls} times only"
+
+
+FORWARD = [
+    (BatchReader, "read", 0),
+    (BatchReader, "read", 5),
+    (ZarrStore, "write", 0),
+    (ZarrStore, "write", 4),
+    (ZarrStore, "read", 3),
+    (ZarrStore, "__init__", 0),
+    (SpillFolder, "__init__", 0),
+    (TileRun, "_evaluate", 10),
+    (SmallGraph, "run", 1),
+    (SmallGraph, "_evaluate", 6),
+    (Execution, "_barrier", 1),
+]
+BACKWARD = [
+    (BatchReader, "read", 2),
+    (ZarrStore, "read", 2),
+    (ZarrStore, "add", 0),
+    (ZarrStore, "add", 3),
+    (TileRun, "_evaluate", 4),
+    (SmallGraph, "backward", 0),
+    (SmallGraph, "backward", 1),
+    (SmallGraph, "accumulate", 3),
+    (Execution, "share_gradient", 3),
+]
+
+
+def _named(places: list[tuple[type, str, int]]) -> list[Any]:
+    return [pytest.param(*place, id=f"{place[0].__name__}.{place[1]}-{place[2]}") for place in places]
+
+
+def error_at(call: int) -> BaseException:
+    """At half of the places it is the user who stops the pass."""
+    return KeyboardInterrupt() if call % 2 else Injected("stop")
+
+
+@pytest.mark.usefixtures("on_disk")
+@pytest.mark.parametrize(("owner", "method", "call"), _named(FORWARD))
+def test_a_failed_forward_pass_changes_nothing(owner: type, method: str, call: int, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    reference = copy.deepcopy(model.net)
+    for module in (model, reference):
+        update(module)
+    before = everything_of(model)
+    error = error_at(call)
+    with failing(owner, method, error, call), pytest.raises(type(error)) as caught:
+        model(make_image())
+    assert caught.value is error
+    assert_unchanged(before, everything_of(model))
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
+    assert_works_as_if_new(model, reference)
+
+
+@pytest.mark.usefixtures("on_disk")
+@pytest.mark.parametrize(("owner", "method", "call"), _named(BACKWARD))
+def test_a_failed_backward_pass_changes_nothing(owner: type, method: str, call: int, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    reference = copy.deepcopy(model.net)
+    losses = []
+    for module in (model, reference):
+        update(module)
+        torch.manual_seed(3)
+        losses.append(module(make_image()).square().sum())
+    before = everything_of(model)
+    error = error_at(call)
+    with failing(owner, method, error, call), pytest.raises(type(error)):
+        losses[0].backward(retain_graph=True)
+    assert_unchanged(before, everything_of(model))
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="run the forward pass again"):
+        losses[0].backward()
+    assert_works_as_if_new(model, reference)
+
+
+def test_a_failed_forward_pass_does_not_free_another_one() -> None:
+    model = make_model()
+    reference = copy.deepcopy(model.net)
+    losses = []
+    for module in (model, reference):
+        torch.manual_seed(3)
+        losses.append(module(make_image()).square().sum())
+    with failing(MemoryStore, "write", Injected("stop"), 5), pytest.raises(Injected):
+        model(make_image())
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=TOLERANCE, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"])
+def test_a_refused_allocation_names_the_budget(text: str) -> None:
+    model = make_model(budget="1GiB")
+    before = everything_of(model)
+    message = (
+        r"allocation in the {} pass was refused: budget 1.00 GiB, projected .* MiB with tiles of 16x16 "
+        r"pixels. Nothing was changed; raise budget= or set a smaller tile="
+    )
+    with failing(TileRun, "_evaluate", RuntimeError(text), 3):
+        with pytest.raises(BudgetExceeded, match=message.format("forward")):
+            model(make_image())
+    assert_unchanged(before, everything_of(model))
+    loss = model(make_image()).sum()
+    before = everything_of(model)
+    with failing(MemoryStore, "add", MemoryError(), 0):
+        with pytest.raises(MemoryError, match=message.format("backward")):
+            loss.backward()
+    assert_unchanged(before, everything_of(model))
+
+
+def test_without_a_budget_an_out_of_memory_error_stays_what_it_is() -> None:
+    model = make_model()
+    error = RuntimeError("std::bad_alloc")
+    with failing(TileRun, "_evaluate", error, 3), pytest.raises(RuntimeError) as caught:
+        model(make_image())
+    assert caught.value is error
+
+
+# --- wrong use -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"budget": "banana"}, r"cannot read 'banana' as a number of bytes: allowed is .* '11GB'"),
+        ({"budget": -5}, r"cannot read -5 as a number of bytes: allowed is a positive int"),
+        ({"budget": "-5GB"}, r"cannot read '-5GB'"),
+        ({"budget": 1.5}, r"cannot read 1.5"),
+        ({"tile": 0}, r"tile=0: allowed are a positive whole number of pixels or a pair \(h, w\)"),
+        ({"tile": "x"}, r"tile='x': allowed are a positive"),
+        ({"tile": (8, -1)}, r"tile=\(8, -1\): allowed"),
+        ({"tile": (8, 8, 8)}, r"tile=\(8, 8, 8\): allowed"),
+        ({"tile": 1.5}, r"tile=1.5: allowed"),
+        ({"tile": True}, r"tile=True: allowed"),
+        ({"spill": "/no/such/folder"}, r"spill='/no/such/folder' is no folder: create it, or pass None"),
+    ],
+    ids=str,
+)
+def test_an_option_without_meaning(options: dict[str, Any], text: str) -> None:
+    net = make_net()
+    before = everything_of(net)
+    with pytest.raises(ValueError, match=text):
+        StreamingModel(net, **options)
+    assert_unchanged(before, everything_of(net))
+
+
+@pytest.mark.parametrize("net", ["resnet18", nn.Conv2d], ids=str)
+def test_a_net_that_is_no_module(net: Any) -> None:
+    with pytest.raises(ValueError, match=r"net is .*: allowed is a torch.nn.Module"):
+        StreamingModel(net)
+
+
+def test_a_spill_folder_that_has_gone(on_disk: None, tmp_path: Path) -> None:
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    model = make_model(folder)
+    folder.rmdir()
+    before = everything_of(model)
+    with pytest.raises(FileNotFoundError, match="spill"):
+        model(make_image())
+    assert_unchanged(before, everything_of(model))
+
+
+def _with_pixel(value: float) -> Tensor:
+    image = make_image()
+    image[1, 2, 20, 33] = value
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "text"),
+    [
+        (make_image()[0], DatasetMismatch, r"shape \(3, 37, 45\): allowed is \(N, C, H, W\).* image\[None\]"),
+        (make_image()[:, :, :0], DatasetMismatch, r"shape \(2, 3, 0, 45\): .* no empty axis"),
+        (
+            _with_pixel(math.nan),
+            CorruptImage,
+            r"NaN or infinite values in rows 1?\d..\d+, columns \d+..\d+: ",
+        ),
+        (_with_pixel(math.inf), CorruptImage, r"NaN or infinite .* let preprocess= do it"),
+        (_with_pixel(-math.inf), CorruptImage, r"NaN or infinite"),
+        (make_image().to(torch.uint8), DatasetMismatch, r"image of torch.uint8: .* preprocess= a function"),
+        ([TensorSource(make_image()[0].byte())], DatasetMismatch, r"image of torch.uint8"),
+        (make_image()[:, :2], UnsupportedModel, r"shape \(2, 2, 37, 45\): .*to have 3 channels, but got 2"),
+        (make_image()[:, :, :2, :2], UnsupportedModel, r"shape \(2, 3, 2, 2\): .* plain model accepts"),
+        (
+            make_image().float(),
+            UnsupportedModel,
+            r"Input type \(float\) and .* \(double\) should be the same",
+        ),
+        ([make_image()[0]], TypeError, r"image 0 of the batch is a Tensor: .* wrap a tensor in TensorSource"),
+        ([], DatasetMismatch, r"a batch of 0 images"),
+        (
+            [TensorSource(make_image()[0]), TensorSource(make_image()[0, :, 1:])],
+            DatasetMismatch,
+            r"image 1 of the batch is \(3, 36, 45\) .*, image 0 is \(3, 37, 45\)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_image_that_cannot_be_used(image: Any, error: type[Exception], text: str) -> None:
+    model = make_model()
+    before = everything_of(model)
+    with pytest.raises(error, match=text):
+        model(image)
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_zarr_array_of_wrong_rank(tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "a.zarr", shape=(2, 3, 8, 8), dtype="u1")
+    with pytest.raises(
+        DatasetMismatch, match=r"has 4 axes \(2, 3, 8, 8\): allowed are \(H, W\), \(C, H, W\)"
+    ):
+        ZarrSource(tmp_path / "a.zarr")
+
+
+def _shrinking(tile: Tensor) -> Tensor:
+    return tile.double()[:, :, ::2] if tile.shape[2] > 1 else tile.double()
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "error", "text"),
+    [
+        (
+            lambda tile: tile.double()[0],
+            DatasetMismatch,
+            r"turned a tile of shape \(2, 3, 1, 1\) into \(3, 1",
+        ),
+        (lambda tile: tile.double()[:1], DatasetMismatch, r"pointwise function, which keeps N, h and w"),
+        (_shrinking, DatasetMismatch, r"preprocess= turned a tile of shape \(2, 3, \d+, \d+\) into"),
+        (lambda tile: tile // 2, DatasetMismatch, r"image of torch.uint8"),
+        (lambda tile: tile.sub_(1).double(), ValueError, r"preprocess= changed its tile in place"),
+        (lambda tile: tile.double() / 0, CorruptImage, r"NaN or infinite"),
+    ],
+    ids=["3-D", "batch", "size", "integer", "in place", "infinite"],
+)
+def test_a_preprocess_that_cannot_be_used(preprocess: Any, error: type[Exception], text: str) -> None:
+    model = make_model(preprocess=preprocess)
+    before = everything_of(model)
+    image = (make_image() * 20 + 128).byte()
+    kept = image.clone()
+    with pytest.raises(error, match=text):
+        model(image)
+    assert torch.equal(image, kept)
+    assert_unchanged(before, everything_of(model))
+
+
+def test_an_image_gradient_through_preprocess() -> None:
+    model = make_model(preprocess=lambda tile: tile * 2)
+    with pytest.raises(ValueError, match=r"requires a gradient and preprocess= is set: .* or detach it"):
+        model(make_image().requires_grad_())
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x.mean() if x.mean() > 0 else x.amax()
+
+
+class TwoInputs(Branching):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv(x) + y
+
+
+class Failing(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("my own error")
+
+
+@pytest.mark.parametrize(
+    ("net", "text"),
+    [
+        (Branching(), r"cannot be captured for an image of shape \(2, 3, 37, 45\): .*does not branch"),
+        (TwoInputs(), r"cannot be captured .*'y'.* takes one image tensor"),
+        (Failing(), r"cannot be captured .*my own error"),
+    ],
+    ids=["branch", "two inputs", "error"],
+)
+def test_a_model_that_cannot_be_captured(net: nn.Module, text: str) -> None:
+    model = StreamingModel(net)
+    before = everything_of(model)
+    with pytest.raises(NotImplementedError, match=text) as caught:
+        model(make_image())
+    assert isinstance(caught.value, UnsupportedModel)
+    assert len(str(caught.value)) < 500
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_second_backward_pass() -> None:
+    model = make_model()
+    output = model(make_image())
+    output.sum().backward(retain_graph=True)
+    before = everything_of(model)
+    with pytest.raises(RuntimeError, match=r"differentiated already .* run the forward pass again"):
+        output.sum().backward()
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_gradient_of_a_gradient() -> None:
+    model = make_model()
+    image = make_image().requires_grad_()
+    # Autograd would take the gradient for a constant, and a penalty on it for nothing.
+    with pytest.raises(RuntimeError, match=r"differentiated once: .* without create_graph=True"):
+        torch.autograd.grad(model(image).sum(), image, create_graph=True)
+
+
+@pytest.mark.usefixtures("on_disk")
+@pytest.mark.parametrize("name", ["0.weight", "3.weight", "7.bias", "1.running_var", "image"])
+def test_what_backward_needs_is_changed_after_forward(name: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    # In eval mode batch norm's buffers are operands like any other; a frozen layer's weight is, too.
+    model.eval()
+    model.net[3].requires_grad_(False)
+    image = make_image().requires_grad_()
+    output = model(image)
+    changed = {**model.state_dict(), "image": image.detach()}[name]
+    changed.mul_(2)
+    before = everything_of(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    assert_unchanged(before, everything_of(model))
+    assert not list(tmp_path.iterdir())
+
+
+# --- budgets ---------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = StreamingModel(make_net(), budget=10**6, spill=tmp_path)
+    plan = model.plan(SHAPE)
+    assert not plan.fits
+    opened = []
+    for kind in (MemoryStore, ZarrStore, SpillFolder):
+        monkeypatch.setattr(kind, "__init__", lambda *args: opened.append(args))
+    monkeypatch.setattr(BatchReader, "read", lambda *args: opened.append(args))
+    before = everything_of(model)
+    with pytest.raises(MemoryError) as caught:
+        model(make_image())
+    assert isinstance(caught.value, PlanDoesNotFit)
+    text = str(caught.value)
+    assert text.startswith("no plan for an image of shape (2, 3, 37, 45) fits in 977 KiB: the closest needs ")
+    assert f"with tiles of {plan.tile[0]}x{plan.tile[1]} pixels, in {plan.worst} (largest terms: " in text
+    assert all(term.name in text for term in sorted(plan.terms, key=lambda term: -term.nbytes)[:3])
+    assert "Raise budget= to at least " in text
+    assert opened == []
+    assert os.listdir(tmp_path) == []
+    assert model.last_report is None
+    assert_unchanged(before, everything_of(model))
+    gc.collect()

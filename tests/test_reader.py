@@ -1,0 +1,87 @@
+"""Regions of a batch, ready for the model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamcnn.data.reader import BatchReader
+from streamcnn.data.sources import TensorSource
+from streamcnn.errors import CorruptImage
+from streamcnn.regions import Interval, Region
+
+CPU = torch.device("cpu")
+IMAGE = torch.arange(2 * 3 * 11 * 13, dtype=torch.float32).reshape(2, 3, 11, 13)
+REGION = Region(Interval(2, 9), Interval(5, 12))
+PART = IMAGE[:, :, 2:9, 5:12]
+
+
+@pytest.mark.parametrize(
+    "image", [IMAGE, [TensorSource(image) for image in IMAGE], IMAGE.clone().requires_grad_()], ids=[0, 1, 2]
+)
+def test_a_region_of_a_batch(image: Tensor | list[TensorSource]) -> None:
+    reader = BatchReader(image, CPU)
+    assert reader.shape == IMAGE.shape
+    assert reader.dtype == torch.float32
+    tile = reader.read(REGION)
+    assert torch.equal(tile, PART)
+    assert not tile.requires_grad
+
+
+def test_one_source_is_a_batch_of_one() -> None:
+    reader = BatchReader(TensorSource(IMAGE[1]), CPU)
+    assert reader.shape == (1, 3, 11, 13)
+    assert torch.equal(reader.read(REGION), PART[1:])
+
+
+def test_a_tensors_region_is_not_copied() -> None:
+    assert BatchReader(IMAGE, CPU).read(REGION).data_ptr() == PART.data_ptr()
+
+
+def test_preprocess_sees_tiles_as_stored_and_decides_type_and_channels() -> None:
+    seen = []
+
+    def to_grey(tile: Tensor) -> Tensor:
+        seen.append((tuple(tile.shape), tile.dtype))
+        return tile.double().mean(1, keepdim=True)
+
+    stored = IMAGE.to(torch.int16)
+    reader = BatchReader(stored, CPU, to_grey)
+    assert reader.shape == (2, 1, 11, 13)
+    assert reader.dtype == torch.float64
+    torch.testing.assert_close(reader.read(REGION), PART.double().mean(1, keepdim=True))
+    # One pixel tells what the model will get; then only what was asked for is touched.
+    assert seen == [((2, 3, 1, 1), torch.int16), ((2, 3, 7, 7), torch.int16)]
+
+
+def test_the_images_of_a_batch_may_be_bool() -> None:
+    reader = BatchReader(IMAGE > 100, CPU, lambda tile: tile.float())
+    assert torch.equal(reader.read(REGION), (PART > 100).float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_values_that_no_image_has_are_found_where_they_are(value: float, dtype: torch.dtype) -> None:
+    image = (IMAGE / 100).to(dtype)
+    image[1, 0, 8, 5] = value
+    reader = BatchReader(image, CPU)
+    with pytest.raises(
+        CorruptImage, match=r"NaN or infinite values in rows 2\.\.8, columns 5\.\.11: allowed"
+    ):
+        reader.read(REGION)
+    reader.read(Region(Interval(2, 8), Interval(5, 12)))
+
+
+def test_infinities_of_both_signs_do_not_cancel() -> None:
+    image = IMAGE.clone()
+    image[0, 0, 3, 6], image[0, 0, 4, 6] = math.inf, -math.inf
+    with pytest.raises(CorruptImage, match="NaN or infinite"):
+        BatchReader(image, CPU).read(REGION)
+
+
+def test_a_sum_that_overflows_is_no_corrupt_image() -> None:
+    image = torch.full((1, 3, 11, 13), 60000.0, dtype=torch.float16)
+    assert torch.equal(BatchReader(image, CPU).read(REGION), image[:, :, 2:9, 5:12])

@@ -1,0 +1,176 @@
+"""verify(): it sees what is wrong, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamcnn import StreamingModel, verify
+from streamcnn.executor import Execution
+from streamcnn.interpreter import TileRun
+from streamcnn.verification import Verification, _errors
+
+SHAPE = (2, 3, 25, 29)
+TILE = 12
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3),
+        nn.Dropout2d(0.3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    )
+
+
+def check(net: nn.Module | None = None, **options: Any) -> Verification:
+    return verify(make_net() if net is None else net, SHAPE, tile=TILE, **options)
+
+
+def test_right_results_have_small_errors() -> None:
+    found = check()
+    assert found.max_error < 1e-9
+    assert set(found.errors) == {
+        "output 0",
+        "image gradient",
+        *(f"gradient of {name}" for name, _ in make_net().named_parameters()),
+        *(f"buffer {name}" for name, _ in make_net().named_buffers()),
+    }
+    assert found.num_phases == 2
+    assert found.num_tiles == 9
+    assert found.notes == ("1 dropout layers were switched off",)
+    assert check(make_net().eval()).notes == ()
+
+
+def test_float32_shows_rounding() -> None:
+    assert 1e-9 < check(dtype=torch.float32).errors["output 0"] < 1e-5
+
+
+def test_explain_names_the_worst_first() -> None:
+    text = Verification(
+        {"a": 0.5, "b": 2e-16, "c": 1.0}, num_tiles=4, num_phases=2, notes=("a note",)
+    ).explain()
+    assert text == (
+        "streamed in 2 phases of up to 4 tiles against plain PyTorch: "
+        "largest error 1.00e+00 over 3 comparisons\n"
+        "  1.00e+00  c\n"
+        "  5.00e-01  a\n"
+        "  2.00e-16  b\n"
+        "a note"
+    )
+
+
+def shifted(*args: Any) -> Tensor:
+    value: Tensor = ORIGINAL_EVALUATE(*args)
+    return value + 1e-6
+
+
+def zeroed(*args: Any) -> Tensor | None:
+    return None
+
+
+ORIGINAL_EVALUATE = TileRun._evaluate
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "wrong", "names"),
+    [
+        (TileRun, "_evaluate", shifted, {"output 0"}),
+        (Execution, "share_gradient", zeroed, {"gradient of 0.weight", "image gradient"}),
+        (Execution, "add_gradient", zeroed, {"gradient of 0.weight", "image gradient"}),
+    ],
+    ids=["values", "reduction gradients", "map gradients"],
+)
+def test_wrong_results_are_seen(
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, wrong: Any, names: set[str]
+) -> None:
+    monkeypatch.setattr(owner, method, wrong)
+    errors = check().errors
+    assert all(errors[name] > 1e-9 for name in names), errors
+
+
+def test_wrong_buffers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StreamingModel._states
+
+    def without_running_mean(model: StreamingModel) -> dict[str, Tensor]:
+        found = original(model)
+        return {**found, "1.running_mean": found["1.running_mean"].clone()}
+
+    monkeypatch.setattr(StreamingModel, "_states", without_running_mean)
+    assert check().errors["buffer 1.running_mean"] == pytest.approx(1)
+
+
+def errors_of(expected: Tensor, found: Tensor) -> float:
+    return _errors({"output": {"x": expected}}, {"output": {"x": found}})["x"]
+
+
+def test_errors_that_a_maximum_would_hide() -> None:
+    ones, nan = torch.ones(3), torch.tensor([1.0, math.nan, 1.0])
+    assert errors_of(ones, nan) == math.inf
+    assert errors_of(nan, ones) == math.inf
+    assert errors_of(ones, torch.ones(1)) == math.inf
+    assert errors_of(ones, torch.ones(3, 3)) == math.inf
+    assert errors_of(ones, 2 * ones) == pytest.approx(1)
+    missing = _errors({"gradient": {"x": ones}}, {"gradient": {}})
+    surplus = _errors({"gradient": {}}, {"gradient": {"x": ones, "zero": 0 * ones, "nan": nan}})
+    assert missing == {"x": 1.0}
+    assert surplus == {"x": math.inf, "zero": 0.0, "nan": math.inf}
+    net = make_net()
+    with torch.no_grad():
+        net[7].weight[0, 0] = math.nan
+    assert check(net).max_error == math.inf
+
+
+def test_gradients_that_were_there_do_not_hide_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 1e12)
+    monkeypatch.setattr(Execution, "add_gradient", zeroed)
+    assert check(net).errors["gradient of 0.weight"] > 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_the_model_and_the_random_state_stay_as_they_were(training: bool, context: Any) -> None:
+    net = make_net().train(training)
+    net[0].requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    identities = [id(tensor) for tensor in (*net.parameters(), *net.buffers())]
+    states = {name: value.clone() for name, value in net.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with context():
+        found = check(net)
+    assert "gradient of 3.weight" in found.errors
+    assert "gradient of 0.weight" not in found.errors
+    assert [id(tensor) for tensor in (*net.parameters(), *net.buffers())] == identities
+    assert all(torch.equal(value, states[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters() if p.grad is not None)
+    assert [p.requires_grad for p in net.parameters()].count(False) == 2
+    assert all(module.training is training for module in net.modules())
+    assert net[4].p == 0.3
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_random_state_is_put_back_after_an_error() -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x if x.sum() > 0 else -x
+
+    branching, other = Branching(nn.Conv2d(3, 4, 3)), nn.Conv2d(5, 4, 3)
+    random_state = torch.get_rng_state()
+    with pytest.raises(NotImplementedError, match="cannot be captured"):
+        verify(branching, SHAPE)
+    with pytest.raises(RuntimeError, match="to have 5 channels, but got 3"):
+        verify(other, SHAPE)
+    assert torch.equal(torch.get_rng_state(), random_state)

@@ -1,0 +1,160 @@
+"""Whole networks, streamed and plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import assert_streamed_equals_plain, randomized
+from torch import Tensor, nn
+
+from streamcnn.models import load_model
+
+# timm asks for a deprecated annotation when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+SIZE = (331, 287)
+SIZES = {"hrnet_w18_small": (352, 288)}
+"""Sizes of networks that take no odd ones."""
+
+
+class _Twice(nn.Sequential):
+    """Two convolutions with batch norm."""
+
+    def __init__(self, before: int, after: int) -> None:
+        layers: list[nn.Module] = []
+        for width in (before, after):
+            layers += [
+                nn.Conv2d(width, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """Three scales with skips; the result is as large as the image, whatever its size."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 3 * width, 4 * width)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.down = nn.ModuleList(_Twice(a, b) for a, b in zip((3, *widths), widths, strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
+        self.join = nn.ModuleList(_Twice(2 * a, a) for a in widths[:-1])
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores (N, 2, H, W) of an image (N, 3, H, W)."""
+        skips: list[Tensor] = []
+        for block in self.down:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        for skip, up, join in zip(reversed(skips[:-1]), reversed(self.up), reversed(self.join), strict=True):
+            x = up(x)[..., : skip.shape[2], : skip.shape[3]]
+            x = join(torch.cat((skip, x), dim=1))
+        return self.head(x)
+
+
+class GatedAttentionPooling(nn.Module):
+    """Attention-based pooling of the positions of a feature map (Ilse et al. 2018)."""
+
+    def __init__(self, features: nn.Module, channels: int, hidden: int = 16) -> None:
+        super().__init__()
+        self.features = features
+        self.value = nn.Linear(channels, hidden)
+        self.gate = nn.Linear(channels, hidden)
+        self.score = nn.Linear(hidden, 1)
+        self.classifier = nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores (N, 3) of an image (N, 3, H, W)."""
+        bag = self.features(x).flatten(2).transpose(1, 2)
+        score = self.score(torch.tanh(self.value(bag)) * torch.sigmoid(self.gate(bag)))
+        return self.classifier((torch.softmax(score, dim=1) * bag).sum(1))
+
+
+def _mil(name: str = "resnet18") -> nn.Module:
+    features = load_model(name, num_classes=0, global_pool="")
+    return GatedAttentionPooling(features, features.num_features)
+
+
+def _timm(name: str, **options: object) -> Callable[[], nn.Module]:
+    return lambda: load_model(name, num_classes=5, **options)
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    **{
+        name: _timm(name)
+        for name in (
+            "resnet18",
+            "resnet50",
+            "efficientnet_b0",
+            "mobilenetv3_large_100",
+            "convnext_tiny",
+            "convnextv2_atto",
+            "densenet121",
+            "regnety_008",
+            "inception_v3",
+            "hrnet_w18_small",
+            "resnest50d",
+            "res2net50_26w_4s",
+        )
+    },
+    # Its own head turns a map of 7 x 7 positions into a vector, which no larger image gives.
+    "vgg16_bn": lambda: nn.Sequential(
+        load_model("vgg16_bn", features_only=True, out_indices=(5,)), _Pooled(512)
+    ),
+    "unet": UNet,
+    "resnet18 and gated attention": _mil,
+}
+
+
+class _Pooled(nn.Module):
+    """Global average pooling and a linear layer, for the last of a list of maps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(channels, 5)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.classifier(maps[-1].mean((2, 3)))
+
+
+def _assert_streams(name: str, size: tuple[int, int], *, tile: int, batch: int, train: bool) -> float:
+    net = randomized(NETS[name]()).train(train)
+    resident = True if "attention" in name else None
+    found = assert_streamed_equals_plain(net, (batch, 3, *size), tile=tile, resident=resident)
+    return found.max_error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("tile", "batch", "train"),
+    [(160, 1, False), (160, 1, True), (97, 3, True), (97, 1, False), (64, 3, False), (64, 1, True)],
+)
+@pytest.mark.parametrize("name", NETS)
+def test_network(
+    name: str, tile: int, batch: int, train: bool, record_property: Callable[[str, object], None]
+) -> None:
+    error = _assert_streams(name, SIZES.get(name, SIZE), tile=tile, batch=batch, train=train)
+    record_property("error", error)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tile", "batch", "train"),
+    [
+        ("resnet18", (99, 75), 33, 2, True),
+        ("mobilenetv3_large_100", (75, 99), 40, 2, True),
+        ("convnextv2_atto", (99, 75), 40, 1, True),
+        ("unet", (53, 61), 24, 2, True),
+        ("resnet18 and gated attention", (75, 67), 32, 1, False),
+    ],
+)
+def test_network_at_a_small_size(
+    name: str, size: tuple[int, int], tile: int, batch: int, train: bool
+) -> None:
+    _assert_streams(name, size, tile=tile, batch=batch, train=train)
