@@ -12,7 +12,6 @@ The window decides what is padding; whether a tile is "the first one" never does
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -148,8 +147,3 @@ def reflected(index: int, size: int) -> int:
     period = max(2 * (size - 1), 1)
     folded = index % period
     return min(folded, period - folded) if size > 1 else 0
-
-
-def nearest_source(index: int, scale: float, size: int) -> int:
-    """Source of output ``index`` under nearest-neighbour resampling with input step ``scale``."""
-    return min(math.floor(index * scale), size - 1)

@@ -14,7 +14,7 @@ def explain_plan(plan: Plan) -> str:
     lines = [
         f"image {shape} {plan.dtype}, {'training' if plan.training else 'inference'}, {budget}",
         f"projected peak {format_bytes(plan.projected_bytes)} ({verdict}), in {plan.worst}",
-        f"plain PyTorch makes {format_bytes(plan.plain_bytes)} of activations",
+        f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
         *(f"  {term.name:<36}{format_bytes(term.nbytes):>12}" for term in plan.terms if term.nbytes),
         f"tile {plan.tile[0]}x{plan.tile[1]} pixels, {len(plan.phases)} phases, {_stored(plan)}",
         *(_phase_line(plan, phase) for phase in plan.phases),

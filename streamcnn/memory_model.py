@@ -76,6 +76,20 @@ def worst_moment(
 RUNTIME = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
 
 
+def plain_bytes(program: Program, differentiated: frozenset[str]) -> int:
+    """Projected peak of plain PyTorch on the whole image.
+
+    Training keeps every tensor of the forward pass; backward adds gradients of the largest one's operands
+    and result, and the copies that a convolution works on.
+    """
+    image = program.nodes[program.image].nbytes
+    largest = max((node.nbytes for node in program.nodes.values() if node.kind is Kind.LOCAL), default=0)
+    if not differentiated:
+        return image + 3 * largest
+    states = sum(program.nodes[name].nbytes for name in program.states if name in differentiated)
+    return program.plain_bytes + image + states + 4 * largest
+
+
 def small_values(
     program: Program, staging: Staging, differentiated: frozenset[str], *, before: int
 ) -> tuple[MemoryTerm, ...]:

@@ -135,7 +135,7 @@ class Plan:
     worst: str
     """The step that needs most."""
     plain_bytes: int
-    """Projected bytes of plain PyTorch on the whole image: activations kept for backward."""
+    """Projected peak of plain PyTorch on the whole image at once."""
     num_resident: int
     """Operators in the resident tail."""
     residents: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from streamcnn.cost_model import projected_seconds
 from streamcnn.cuts import choose_cuts
-from streamcnn.memory_model import TAIL_COPIES, step_bytes, worst_moment
+from streamcnn.memory_model import TAIL_COPIES, plain_bytes, step_bytes, worst_moment
 from streamcnn.plan import Home, Phase, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
 from streamcnn.staging import Stage, Staging, divide
@@ -202,7 +202,7 @@ class _Frame:
             reuses_heap=self.reuses_heap,
             terms=worst.terms,
             worst=worst.name,
-            plain_bytes=program.plain_bytes,
+            plain_bytes=plain_bytes(program, self.differentiated),
             num_resident=self.num_resident,
             residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
         )

@@ -462,11 +462,7 @@ class _Streamed(torch.autograd.Function):
                 "create_graph=True"
             )
         ctx.run = None
-        try:
-            _ = ctx.saved_tensors
-        except RuntimeError:
-            run.close()
-            raise
+        _ = ctx.saved_tensors
         arriving = {n: g for n, g in zip(run.program.output_names, grads, strict=True) if g is not None}
         found = run.backward(arriving)
         image = (run.program.image,) if run.program.image in run.plan.differentiated else ()

@@ -78,8 +78,6 @@ def verify(
         If the module cannot be captured at this shape.
     """
     plain = copy.deepcopy(net).to(dtype)
-    # The copy's, left from an earlier pass: they would dilute the errors of those compared.
-    plain.zero_grad(set_to_none=True)
     dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
     for module in dropped:
         module.p = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -32,6 +33,12 @@ def make_net() -> nn.Sequential:
     )
 
 
+@functools.cache
+def some_plan() -> Plan:
+    """A plan whose fields are of no matter."""
+    return StreamingModel(make_net(), tile=40).plan(SHAPE)
+
+
 def make_phase(level: int, **changes: Any) -> Phase:
     steps = tuple(
         AxisStep(
@@ -54,7 +61,7 @@ def make_phase(level: int, **changes: Any) -> Phase:
         "differentiated": True,
         "halo": (2, 1),
     }
-    return Phase(**{**fields, **changes})
+    return dataclasses.replace(some_plan().phases[0], **{**fields, **changes})
 
 
 def make_plan(**changes: Any) -> Plan:
@@ -84,7 +91,7 @@ def make_plan(**changes: Any) -> Plan:
         "num_resident": 3,
         "residents": ("aten.foo: it has no rule (body.3 (Foo))", "aten.foo: it has no rule (body.3 (Foo))"),
     }
-    return Plan(**{**fields, **changes})
+    return dataclasses.replace(some_plan(), **{**fields, **changes})
 
 
 def test_a_plan_is_frozen() -> None:
@@ -105,7 +112,7 @@ def test_explain() -> None:
     assert make_plan().explain() == (
         "image 1x3x8x4 float32, training, budget 1.00 MiB\n"
         "projected peak 462 KiB (fits), in phase 2, backward\n"
-        "plain PyTorch makes 2.00 MiB of activations\n"
+        "plain PyTorch would need 2.00 MiB\n"
         "  stored maps                              300 KiB\n"
         "  live activations                         100 KiB\n"
         "  workspace                               50.0 KiB\n"
@@ -127,12 +134,15 @@ def test_explain_of_a_network() -> None:
     model._resident_tail = False
     # The bytes are the memory model's; here are the words.
     plan = dataclasses.replace(
-        model.plan(SHAPE), terms=(MemoryTerm("stored maps", 3 * KIB),), worst="phase 1, forward"
+        model.plan(SHAPE),
+        terms=(MemoryTerm("stored maps", 3 * KIB),),
+        worst="phase 1, forward",
+        plain_bytes=6 * KIB,
     )
     assert plan.explain() == (
         "image 2x3x61x47 float32, training, no ceiling\n"
         "projected peak 3.00 KiB (fits), in phase 1, forward\n"
-        "plain PyTorch makes 323 KiB of activations\n"
+        "plain PyTorch would need 6.00 KiB\n"
         "  stored maps                             3.00 KiB\n"
         "tile 32x24 pixels, 2 phases, 1 stored maps in memory (89.6 KiB)\n"
         "  phase 1    2x2 tiles, halo 1x1              stores conv2d; reduces 1\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import os
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, TensorSource, ZarrSource
+from streamcnn import StreamingModel, TensorSource, ZarrSource, streaming_model
 from streamcnn.data.sources import ImageSource, write_zarr_image
-from streamcnn.plan import Home
-from streamcnn.planner import PlanRequest
+from streamcnn.plan import Home, Plan
+from streamcnn.program import Program
 from streamcnn.regions import Region
 from streamcnn.streaming_model import _Run
 
@@ -385,18 +386,16 @@ def test_autocast_is_as_close_to_exact_as_plain_autocast(dtype: torch.dtype) -> 
         assert error_of(buffers[name], buffer) <= 1e-3, name
 
 
-def test_autocast_ends_before_backward() -> None:
-    """Backward runs with the casts of its forward pass, whatever holds when it is called."""
+@pytest.mark.parametrize("enabled", [True, False])
+def test_backward_casts_as_its_forward_pass_did(enabled: bool) -> None:
     results = []
     for inside in (True, False):
-        model = StreamingModel(make_net().float(), tile=TILE)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, _ = streamed_and_plain()
+        model.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             output = model(make_image().float())
-            loss = loss_of(output.double())
-            if inside:
-                loss.backward()
-        if not inside:
-            loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            output.backward(make_image(0, (2, 3)).to(output.dtype))
         results.append({name: p.grad for name, p in model.named_parameters()})
     assert_identical(results[0], results[1])
 
@@ -584,18 +583,17 @@ def test_distributed_data_parallel_averages_gradients_over_processes(tmp_path: P
 
 
 def test_the_same_pass_twice_is_the_same_bit_for_bit() -> None:
-    for dtype in (torch.float32, torch.float64):
-        passes = []
-        for _ in range(2):
-            model, _ = streamed_and_plain()
-            passes.append(everything(model.to(dtype), make_image().to(dtype)))
-        assert_identical(passes[0], passes[1])
-        assert_identical(everything(model, make_image().to(dtype)), passes[0])
+    image = make_image().float()
+    model, other = (streamed_and_plain()[0].float() for _ in range(2))
+    first = everything(model, image)
+    assert_identical(everything(other, image), first)
+    # In train mode the running statistics differ by now; they are not read.
+    assert_identical(everything(model, image), first)
 
 
 def test_tiles_do_not_change_the_result() -> None:
     reference = everything(make_net(), make_image())
-    for tile in (7, (16, 9), 200):
+    for tile in (11, (16, 9), 200):
         model = StreamingModel(make_net(), tile=tile)
         largest = max(float(value.norm()) for value in reference.values())
         for name, value in everything(model, make_image()).items():
@@ -678,15 +676,18 @@ def test_a_source_is_never_read_as_a_whole() -> None:
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan every stored map and its gradient onto the disk."""
-    from streamcnn import planner
+    """Put every stored map and its gradient on the disk."""
+    original = streaming_model.make_plan
 
-    original = planner._stores
+    def spilled(*args: Any) -> tuple[Program, Plan]:
+        program, plan = original(*args)
+        stores = {
+            name: dataclasses.replace(store, home=Home.DISK, gradient_home=Home.DISK)
+            for name, store in plan.stores.items()
+        }
+        return program, dataclasses.replace(plan, stores=stores)
 
-    def spilled(program: Any, staging: Any, phases: Any, request: PlanRequest, wanted: Any, _: Any) -> Any:
-        return original(program, staging, phases, request, wanted, staging.stored)
-
-    monkeypatch.setattr(planner, "_stores", spilled)
+    monkeypatch.setattr(streaming_model, "make_plan", spilled)
 
 
 @pytest.mark.usefixtures("on_disk")

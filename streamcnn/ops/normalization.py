@@ -67,11 +67,14 @@ def normalize(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """``x`` (N, C, h, w) normalised by statistics (C,), or by (N*C,) ones of each image."""
-    shape = x.shape
-    if mean.numel() != shape[1]:
-        x = x.reshape(1, -1, *shape[2:])
-    result: Tensor = _Normalize.apply(dense(x), mean, variance, weight, bias, eps)
-    return result.reshape(shape)
+    x = dense(x)
+    if mean.numel() == x.shape[1]:
+        # Not through a view: changing a view in place later would copy its whole gradient.
+        result: Tensor = _Normalize.apply(x, mean, variance, weight, bias, eps)
+        return result
+    per_image = x.reshape(1, -1, *x.shape[2:])
+    result = _Normalize.apply(per_image, mean, variance, weight, bias, eps)
+    return result.reshape(x.shape)
 
 
 def _normalized(tracer: Tracer, ref: Ref, *parameters: Any) -> Ref:

@@ -1,0 +1,106 @@
+"""Tiles of random programs: every output once, and all that it needs at hand."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import programs
+
+from streamcnn.plan import Phase
+from streamcnn.program import Program
+from streamcnn.regions import Interval
+from streamcnn.staging import Stage, divide
+from streamcnn.tiling import cut, grid
+
+some = settings(max_examples=60)
+tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+def phases(program: Program, tile: tuple[int, int]) -> list[tuple[Stage, Phase]]:
+    """Every stage and its phase."""
+    stages = divide(program).stages
+    return [(stage, cut(program, stage, grid(program, stage, tile))) for stage in stages]
+
+
+@some
+@given(programs(), tiles)
+def test_tiles_cover_every_output_once(program: Program, tile: tuple[int, int]) -> None:
+    for stage, phase in phases(program, tile):
+        for name in stage.owned(program):
+            height, width = program.nodes[name].size
+            shares = [
+                (row, col)
+                for i in range(len(phase.rows))
+                for j in range(len(phase.cols))
+                for row in positions(phase.own(i, j, name).rows)
+                for col in positions(phase.own(i, j, name).cols)
+            ]
+            assert sorted(shares) == [(row, col) for row in range(height) for col in range(width)]
+
+
+def positions(interval: Interval) -> range:
+    """The integers in an interval."""
+    return range(interval.start, interval.stop)
+
+
+@some
+@given(programs(), tiles)
+def test_a_tile_has_all_that_it_needs_and_no_more(program: Program, tile: tuple[int, int]) -> None:
+    for stage, phase in phases(program, tile):
+        for axis, steps in enumerate((phase.rows, phase.cols)):
+            for step in steps:
+                assert set(step.needed) == {*stage.nodes, *stage.inputs}
+                wanted = _wanted_by(program, stage, step.needed, axis)
+                for name in stage.owned(program):
+                    wanted[name].append(step.own[name])
+                for name, needed in step.needed.items():
+                    hull = Interval(min(w.start for w in wanted[name]), max(w.stop for w in wanted[name]))
+                    assert needed == hull
+                    assert Interval(0, program.nodes[name].size[axis]).contains(needed)
+
+
+def _wanted_by(
+    program: Program, stage: Stage, needed: dict[str, Interval], axis: int
+) -> dict[str, list[Interval]]:
+    """For each map, what every operator that reads it requires of it."""
+    wanted: dict[str, list[Interval]] = {name: [] for name in needed}
+    for reader in stage.nodes:
+        for name, link in program.nodes[reader].local.links.items():
+            axis_map = (link.rows, link.cols)[axis]
+            wanted[name].append(axis_map.required(needed[reader], program.nodes[name].size[axis]))
+    return wanted
+
+
+@some
+@given(programs(), tiles)
+def test_no_tile_is_larger_than_asked_for(program: Program, tile: tuple[int, int]) -> None:
+    image = program.nodes[program.image].size
+    for stage in divide(program).stages:
+        smallest = [min(program.nodes[n].size[axis] for n in stage.owned(program)) for axis in (0, 1)]
+        for extent, edge, most, parts in zip(image, tile, smallest, grid(program, stage, tile), strict=True):
+            assert parts == most or (parts * edge >= extent and (parts - 1) * edge < extent)
+            assert 1 <= parts <= most
+
+
+@some
+@given(programs(), tiles)
+def test_values_are_released_after_their_last_reader(program: Program, tile: tuple[int, int]) -> None:
+    for stage, phase in phases(program, tile):
+        alive: set[str] = set()
+        for name in stage.nodes:
+            read = {n for n in program.nodes[name].operands if n in stage.nodes}
+            assert read <= alive
+            assert read <= phase.consumed
+            alive.add(name)
+            alive -= set(phase.releases.get(name, ()))
+        assert not alive
+
+
+@some
+@given(programs(), tiles)
+def test_the_halo_is_what_a_tile_needs_beyond_its_share(program: Program, tile: tuple[int, int]) -> None:
+    for stage, phase in phases(program, tile):
+        for axis, steps in enumerate((phase.rows, phase.cols)):
+            for name in stage.inputs:
+                share = -(-program.nodes[name].size[axis] // len(steps))
+                assert all(step.needed[name].size <= share + phase.halo[axis] for step in steps)
