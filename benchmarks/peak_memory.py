@@ -31,7 +31,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def run(
     model: str,
-    sizes: Annotated[str, typer.Option(help="Edges of square images, separated by commas.")] = "2000,4000,8000",
+    sizes: Annotated[
+        str, typer.Option(help="Edges of square images, separated by commas.")
+    ] = "2000,4000,8000",
     budget: Annotated[str, typer.Option(help="Ceiling of forward and backward.")] = "1GiB",
     record: Annotated[bool, typer.Option(help="Append to results/peak_memory.jsonl.")] = True,
 ) -> None:
@@ -45,7 +47,10 @@ def run(
             done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
-        fields: dict[str, Any] = {"case": f"{model} {size}x{size}", **json.loads(done.stdout.splitlines()[-1])}
+        fields: dict[str, Any] = {
+            "case": f"{model} {size}x{size}",
+            **json.loads(done.stdout.splitlines()[-1]),
+        }
         print(append("peak_memory", command, **fields) if record else fields, flush=True)
 
 

@@ -185,7 +185,8 @@ class _Functionalizer:
         results = []
         for spec, value in zip(signature.output_specs, values, strict=True):
             if spec.kind.name == "BUFFER_MUTATION":
-                assert isinstance(value, FxNode) and spec.target is not None
+                assert isinstance(value, FxNode)
+                assert spec.target is not None
                 self.updates[spec.target] = self._ref(value).name
             else:
                 results.append(self._resolve(value))
@@ -211,7 +212,7 @@ class _Functionalizer:
                 kwargs={key: self._resolve(value) for key, value in node.kwargs.items()},
                 source=_source_of(node),
                 allocates=not (_is_view(node) or _overwrites(node.target)),
-                in_place=node.target if _overwrites(node.target) else None,
+                in_place=node.target if callable(node.target) and _overwrites(node.target) else None,
                 buffer=buffer,
             )
         )
@@ -251,9 +252,10 @@ class _Functionalizer:
         return Ref(node.name)
 
     def _resolve(self, value: Any) -> Any:
-        return torch.fx.node.map_aggregate(
-            value, lambda leaf: self._ref(leaf) if isinstance(leaf, FxNode) else leaf
-        )
+        def resolve(leaf: Any) -> Any:
+            return self._ref(leaf) if isinstance(leaf, FxNode) else leaf
+
+        return torch.fx.node.map_aggregate(value, resolve)
 
 
 def functional_of(target: OpOverload, node: FxNode) -> Callable[..., Any]:

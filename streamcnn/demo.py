@@ -40,9 +40,9 @@ class DemoSettings:
     size: int = 4000
     """Height and width of the images in pixels."""
     num_images: int = 4
-    epochs: int = 12
+    epochs: int = 10
     """Passes over all images, with one update per image."""
-    budget: int | str = "256MiB"
+    budget: int | str = "384MiB"
     """Bytes that the streamed step may hold, as `streamcnn.units.parse_bytes` reads them."""
     seed: int = 0
     """Of the images and of the network's first weights."""
@@ -191,7 +191,9 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
                 total += loss.item()
-                readings.append(model.last_report.measured_bytes)
+                report = model.last_report
+                assert report is not None
+                readings.append(report.measured_bytes)
                 progress.advance(progress.task_ids[0])
             losses.append(total / len(images))
             seconds = format_duration(time.perf_counter() - started)

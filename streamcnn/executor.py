@@ -365,7 +365,7 @@ class _BackwardTile:
             cut(total, axes, needed, own).add_(part)
             return total
 
-        tapped: Tensor = _Tap.apply(value, add)
+        tapped: Tensor = _Tap.apply(value, add)  # type: ignore[no-untyped-call]
         return tapped
 
     def _root(self, name: str, value: Tensor) -> None:

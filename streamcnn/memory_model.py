@@ -15,7 +15,7 @@ from streamcnn.plan import AxisStep, Home, MemoryTerm, Phase, StorePlan
 from streamcnn.program import Kind, Node, Program
 from streamcnn.staging import Staging
 
-ALLOCATOR_WASTE = {True: 3.0, False: 0.1}
+ALLOCATOR_WASTE = {True: 4.0, False: 0.1}
 """What the C allocator loses to holes, as a share of the largest step, if it keeps freed blocks or not."""
 RUNTIME_BYTES = 32 * 2**20
 """Threads' buffers, compiled kernels and the interpreter's own growth during a first pass."""

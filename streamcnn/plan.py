@@ -169,12 +169,12 @@ class Plan:
         assert self.budget is not None
         largest = sorted(self.terms, key=lambda term: -term.nbytes)[:3]
         named = ", ".join(f"{term.name} {format_bytes(term.nbytes)}" for term in largest)
+        needed = format_bytes(self.projected_bytes)
         raise PlanDoesNotFit(
-            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: "
-            f"the closest needs {format_bytes(self.projected_bytes)} with tiles of {self.tile[0]}x{self.tile[1]} pixels, "
-            f"in {self.worst} (largest terms: {named}). Raise budget= to at least "
-            f"{format_bytes(self.projected_bytes)}, or use a smaller batch, a narrower model or fewer "
-            "resident operators."
+            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the "
+            f"closest needs {needed} with tiles of {self.tile[0]}x{self.tile[1]} pixels, in {self.worst} (largest "
+            f"terms: {named}). Raise budget= to at least {needed}, leave tile= to the planner, or use a "
+            "smaller batch, a narrower model or fewer resident operators."
         )
 
     def explain(self) -> str:

@@ -46,7 +46,7 @@ def padded(x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) 
     if any(outer.intersect(inner).size == 0 for outer, inner in zip(window, covered, strict=True)):
         # The window lies wholly in the padding: nothing of the map is in it.
         return x.new_full(with_extents(tuple(x.shape), axes, window.size), fill)
-    result: Tensor = _Pad.apply(x, axes, covered, window, fill)
+    result: Tensor = _Pad.apply(x, axes, covered, window, fill)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -22,7 +22,7 @@ from streamcnn.data.sources import ImageSource, write_zarr_image
 from streamcnn.plan import Home, Plan
 from streamcnn.program import Program
 from streamcnn.regions import Region
-from streamcnn.streaming_model import _Run
+from streamcnn.streamed_pass import Pass
 
 SHAPE = (2, 3, 37, 45)
 TILE = 16
@@ -329,13 +329,13 @@ def test_inference_equals_plain_and_keeps_nothing(training: bool, context: Any, 
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Weak references to the passes that are made."""
     made: list[Any] = []
-    original = _Run.__init__
+    original = Pass.__init__
 
-    def init(self: _Run, *args: Any) -> None:
+    def init(self: Pass, *args: Any) -> None:
         original(self, *args)
         made.append(weakref.ref(self))
 
-    monkeypatch.setattr(_Run, "__init__", init)
+    monkeypatch.setattr(Pass, "__init__", init)
     return made
 
 

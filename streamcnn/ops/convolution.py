@@ -160,7 +160,7 @@ def stored_convolve(shape: tuple[int, ...], dtype: torch.dtype, target: Any, arg
         x, weight, stride, dilation, groups = args
         bias = None
     options = (shape, dtype, stride, dilation, groups, target is convolve_transposed)
-    result: Tensor = StoredConvolution.apply(x, weight, bias, *options)
+    result: Tensor = StoredConvolution.apply(x, weight, bias, *options)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -172,7 +172,7 @@ class _Chain(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layers(x)
+        y: Tensor = self.layers(x)
         return (y * torch.tanh(y)).mean((2, 3))
 
 

@@ -6,6 +6,8 @@ The mask is a hash of a seed drawn once per forward pass, the node and the eleme
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,40 +23,38 @@ _BITS = 24
 
 
 @rule(aten.dropout.default)
-def dropout(tracer: Tracer, call: Call) -> Ref:
-    """Dropout of single elements."""
+def dropout(tracer: Tracer, call: Call) -> Any:
+    """Dropout of single elements, of maps and of small values alike."""
     ref, probability, train = call.bind("input", "p", "train")
     axes = tracer.axes(ref)
-    if axes is None:
-        small: Ref = tracer.small(call.target, *call.args, **call.kwargs)
-        return small
     if not train or probability == 0:
-        return pointwise(tracer, Call(aten.alias.default, (ref,), {}))  # type: ignore[return-value]
-    seed = tracer.small(draw_seed)
-    shape = tracer.spec(ref).shape
-    return tracer.local(
-        drop_elements,
-        (ref, seed, probability, shape, axes),
-        like=tracer.fake(call),
-        axes=axes,
-        links={ref.name: Link()},
-        positional=True,
-    )
+        return _unchanged(tracer, ref)
+    # A seed per layer, drawn in program order: which layers are resident does not change a mask.
+    arguments = (ref, tracer.small(draw_seed), probability, tracer.spec(ref).shape)
+    if axes is None:
+        return tracer.small(drop_elements, *arguments)
+    like, links = tracer.fake(call), {ref.name: Link()}
+    return tracer.local(drop_elements, (*arguments, axes), like=like, axes=axes, links=links, positional=True)
 
 
 @rule(aten.feature_dropout.default)
-def feature_dropout(tracer: Tracer, call: Call) -> Ref:
+def feature_dropout(tracer: Tracer, call: Call) -> Any:
     """Dropout of whole channels: a small mask, drawn once."""
     ref, probability, train = call.bind("input", "p", "train")
     spec = tracer.spec(ref)
-    if tracer.axes(ref) is None:
-        small: Ref = tracer.small(call.target, *call.args, **call.kwargs)
-        return small
     if not train or probability == 0:
-        return pointwise(tracer, Call(aten.alias.default, (ref,), {}))  # type: ignore[return-value]
+        return _unchanged(tracer, ref)
     shape = (*spec.shape[:2], *(1,) * (len(spec.shape) - 2))
     mask = tracer.small(draw_channel_mask, shape, probability, dtype=spec.dtype)
-    return pointwise(tracer, Call(aten.mul.Tensor, (ref, mask), {}))  # type: ignore[return-value]
+    if tracer.axes(ref) is None:
+        return tracer.small(torch.mul, ref, mask)
+    return pointwise(tracer, Call(aten.mul.Tensor, (ref, mask), {}))
+
+
+def _unchanged(tracer: Tracer, ref: Ref) -> Any:
+    if tracer.axes(ref) is None:
+        return ref
+    return pointwise(tracer, Call(aten.alias.default, (ref,), {}))
 
 
 def draw_seed() -> Tensor:
@@ -73,23 +73,24 @@ def drop_elements(
     seed: Tensor,
     probability: float,
     shape: tuple[int, ...],
-    axes: Axes,
+    axes: Axes | None = None,
     *,
-    out: Region,
-    origin: Region,
+    out: Region | None = None,
+    origin: Region | None = None,
 ) -> Tensor:
-    """A tile ``x`` that covers ``out`` of a map of ``shape``, with elements dropped."""
+    """A tile ``x`` that covers ``out`` of a map of ``shape``, or the whole of it, with elements dropped."""
     position = torch.zeros((), dtype=torch.int64, device=x.device)
     for dim, extent in enumerate(shape):
         start, stop = 0, extent
-        if dim in axes:
+        if axes is not None and out is not None and dim in axes:
             interval = out[axes.index(dim)]
             start, stop = interval.start, interval.stop
         index = torch.arange(start, stop, device=x.device)
         position = position * extent + index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
     uniform = mix(position + seed.to(x.device)) & (2**_BITS - 1)
     kept = uniform >= round(probability * 2**_BITS)
-    return x * (kept.to(x.dtype) / max(1 - probability, 2.0**-_BITS))
+    dropped: Tensor = x * (kept.to(x.dtype) / max(1 - probability, 2.0**-_BITS))
+    return dropped
 
 
 def mix(counter: Tensor) -> Tensor:

@@ -70,10 +70,10 @@ def normalize(
     x = dense(x)
     if mean.numel() == x.shape[1]:
         # Not through a view: changing a view in place later would copy its whole gradient.
-        result: Tensor = _Normalize.apply(x, mean, variance, weight, bias, eps)
+        result: Tensor = _Normalize.apply(x, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
         return result
     per_image = x.reshape(1, -1, *x.shape[2:])
-    result = _Normalize.apply(per_image, mean, variance, weight, bias, eps)
+    result = _Normalize.apply(per_image, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
     return result.reshape(x.shape)
 
 
@@ -243,7 +243,7 @@ def layer_norm(tracer: Tracer, call: Call) -> Any:
     result = _grouped(tracer, ref, 1, None, None, eps)
     for target, parameter in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if parameter is not None:
-            result = pointwise(tracer, Call(target, (result, parameter), {}))  # type: ignore[assignment]
+            result = pointwise(tracer, Call(target, (result, parameter), {}))
     return result
 
 

@@ -342,6 +342,7 @@ def variance(tracer: Tracer, call: Call) -> Any:
     keepdim = False if name.endswith("default") else call.bind("keepdim")[0]
     chosen = spatial_dims(tracer, call.args[0], dims)
     if chosen is None and "_mean" not in name:
+        assert dims is not None
         return without_space(tracer, call, call.args[0], dims, keepdim)
     if not isinstance(chosen, tuple):
         return chosen or Decline("it returns several tensors per position")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _pads_channels(pads: Sequence[int], like: Tensor, axes: Axes) -> bool:
     return any(pads[2 * i + 1] for i in range(len(pads) // 2) if like.dim() - 1 - i not in axes)
 
 
-_PADDINGS = {
+_PADDINGS: dict[str, Callable[[int, int], int]] = {
     "reflect": reflected,
     "replicate": lambda place, size: min(max(place, 0), size - 1),
     "circular": lambda place, size: place % size,
@@ -183,7 +184,7 @@ def repeat_nearest(x: Tensor, factors: tuple[int, int]) -> Tensor:
 
 
 def _are_exact(steps: Sequence[float | None], factors: Sequence[int]) -> bool:
-    """Whether the scale factors handed to ATen, if any, are those of the sizes: 2.03 may give 2 times as many."""
+    """Whether the scale factors handed to ATen, if any, are those of the sizes: 2.03 may double a size."""
     return all(step is None or step == factor for step, factor in zip(steps, factors, strict=True))
 
 
@@ -269,8 +270,8 @@ SAMPLES = (
     *(
         Sample(
             f"resize to {size or factor}, {mode}, corners {corners}",
-            lambda case=(size, factor, mode, corners): _resized(*case),
-        )  # type: ignore[misc]
+            partial(_resized, size, factor, mode, corners),
+        )
         for size, factor, mode, corners in _RESIZES
     ),
     Sample(

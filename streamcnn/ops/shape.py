@@ -88,7 +88,7 @@ def _reshaped_axes(before: Sequence[int], after: Sequence[int], axes: Axes, expa
     if expands:
         shift = len(after) - len(before)
         return (axes[0] + shift, axes[1] + shift) if _same_extents(before, after, axes, shift) else None
-    found = []
+    found: list[int] = []
     for axis in axes:
         matches = [
             place
@@ -227,7 +227,7 @@ def slice_axis(tracer: Tracer, call: Call) -> Ref:
 
 def strided(x: Tensor, dim: int, step: int) -> Tensor:
     """Every ``step``-th entry of ``x`` along ``dim``."""
-    return x if step == 1 else aten.slice.Tensor(x, dim, 0, None, step)  # type: ignore[no-any-return]
+    return x if step == 1 else aten.slice.Tensor(x, dim, 0, None, step)
 
 
 @rule(

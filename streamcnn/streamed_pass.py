@@ -1,0 +1,194 @@
+"""One streamed pass: an execution under its ceiling, as one node of the user's autograd graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streamcnn.ceiling.cpu import Baseline, DataLimit, is_out_of_memory
+from streamcnn.data.reader import BatchReader
+from streamcnn.errors import BudgetExceeded
+from streamcnn.executor import Execution
+from streamcnn.plan import Home, Plan
+from streamcnn.program import Program
+from streamcnn.report import Report
+from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+from streamcnn.units import format_bytes
+
+
+class Host(Protocol):
+    """Whom a pass reports to, and where it may spill."""
+
+    spill: Path | None
+    last_report: Report | None
+
+
+class Pass:
+    """One pass: an execution under its ceiling, and the report of both directions."""
+
+    def __init__(
+        self, program: Program, plan: Plan, reader: BatchReader, states: Mapping[str, Tensor], host: Host
+    ) -> None:
+        self.host = host
+        self.known = states
+        self.program = program
+        self.plan = plan
+        self.states = {name: states[qualified] for name, qualified in program.states.items()}
+        self.states.update({name: c.to(reader.device) for name, c in program.constants.items()})
+        self.leaf_states = tuple(name for name in program.states if name in plan.differentiated)
+        self.on_cpu = reader.device.type == "cpu"
+        self.baseline = Baseline.now()
+        self.seconds = 0.0
+        self.peak: int | None = None
+        self.stores = _Stores(host.spill, reader.device)
+        self.execution = Execution(program, plan, self.states, reader, self.stores.open)
+
+    def forward(self) -> dict[str, Any]:
+        """Run forward and, if that succeeds, give the module's buffers their new values."""
+        with self._ceiling("forward"), _random_state_kept(self.execution.device):
+            values = self.execution.forward()
+        with torch.no_grad():
+            for qualified, name in self.program.updates.items():
+                self.known[qualified].copy_(values[name])
+        if not self.plan.training:
+            self.close()
+        return values
+
+    def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients by node name of the parameters and the image."""
+        try:
+            with self._ceiling("backward"):
+                return self.execution.backward(gradients)
+        finally:
+            self.close()
+
+    def recomputed_from(self) -> list[Tensor]:
+        """States without a gradient that the backward pass reads once more."""
+        read = {
+            operand
+            for phase in self.plan.phases
+            if phase.differentiated
+            for name in phase.nodes
+            for operand in self.program.nodes[name].operands
+        }
+        return [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
+
+    def close(self) -> None:
+        """Free all stores and their folder."""
+        self.execution.close()
+        self.stores.close()
+
+    @contextmanager
+    def _ceiling(self, direction: str) -> Iterator[None]:
+        """Enforce the budget, measure, and name the budget in an out-of-memory error."""
+        start = time.perf_counter()
+        budget = self.plan.budget if self.on_cpu else None
+        limit = DataLimit(budget, baseline=self.baseline, reuse_heap=self.plan.reuses_heap)
+        try:
+            with limit:
+                yield
+        except BaseException as error:
+            self.close()
+            plan = self.plan
+            if plan.budget is not None and is_out_of_memory(error):
+                raise BudgetExceeded(
+                    f"an allocation in the {direction} pass was refused: budget {format_bytes(plan.budget)}, "
+                    f"projected {format_bytes(plan.projected_bytes)} with tiles of "
+                    f"{plan.tile[0]}x{plan.tile[1]} pixels. Nothing was changed; raise budget= or set a "
+                    "smaller tile="
+                ) from error
+            raise
+        finally:
+            self.seconds += time.perf_counter() - start
+        self._note(limit)
+
+    def _note(self, limit: DataLimit) -> None:
+        if self.on_cpu and limit.peak_bytes is not None:
+            self.peak = max(self.peak or 0, limit.peak_bytes)
+        self.host.last_report = Report(
+            budget=self.plan.budget,
+            projected_bytes=self.plan.projected_bytes,
+            measured_bytes=self.peak,
+            reading=limit.reading if self.on_cpu else "unknown",
+            seconds=self.seconds,
+            phases=tuple(self.execution.reports),
+        )
+
+
+class _Stores:
+    """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
+
+    def __init__(self, spill: Path | None, device: torch.device) -> None:
+        self._parent = spill
+        self._device = device
+        self._folder: SpillFolder | None = None
+
+    def open(self, spec: StoreSpec, home: Home, tile: tuple[int, int]) -> Store:
+        """An empty store in ``home``."""
+        if home is Home.DISK:
+            self._folder = self._folder or SpillFolder(self._parent)
+            return ZarrStore(spec, self._folder.new_folder(), tile, self._device)
+        return MemoryStore(spec, torch.device("cpu") if home is Home.HOST else self._device, self._device)
+
+    def close(self) -> None:
+        """Remove the folder on disk, if there is one."""
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Put the random state back if the pass fails."""
+    state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, device)
+        raise
+
+
+class Streamed(torch.autograd.Function):
+    """A streamed pass as one node of the user's autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
+        values = run.forward()
+        names = run.program.output_names
+        # Saved only so that autograd notices a state or the image being changed before backward.
+        ctx.save_for_backward(*anchors, *run.recomputed_from())
+        ctx.run = run
+        # Aliases: the run keeps its values, and autograd makes an output keep the run.
+        outputs = {name: values[name].detach() for name in names}
+        ctx.mark_non_differentiable(*(outputs[n] for n in names if n not in run.plan.differentiated))
+        ctx.set_materialize_grads(False)
+        return tuple(outputs.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: Pass | None = ctx.run
+        if run is None:
+            raise RuntimeError(
+                "this streamed output has been differentiated already and its stores are freed: "
+                "run the forward pass again for another backward()"
+            )
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a streamed pass can only be differentiated once: call backward() or grad() without "
+                "create_graph=True"
+            )
+        ctx.run = None
+        _ = ctx.saved_tensors
+        arriving = {n: g for n, g in zip(run.program.output_names, grads, strict=True) if g is not None}
+        found = run.backward(arriving)
+        image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
+        return None, *(found.get(name) for name in (*run.leaf_states, *image))
