@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from streamcnn.autocast import autocast, autocast_state
+from streamcnn.backward_tile import BackwardTile
 from streamcnn.interpreter import TileRun
-from streamcnn.ops.reductions import Parts, Reduction
+from streamcnn.ops.reduction_types import Parts, Reduction
 from streamcnn.plan import Home, Phase, Plan
 from streamcnn.program import Axes, Kind, Node, Program
 from streamcnn.regions import Region
@@ -73,7 +75,7 @@ class Execution:
         self.reports: list[PhaseReport] = []
         self._open_store = open_store
         self.device = image.device
-        self.autocast = _autocast_state(image.device)
+        self.autocast = autocast_state(image.device)
         self._phases = {phase.level: phase for phase in plan.phases}
         self._segments = {segment.level: segment for segment in plan.segments}
         self._levels = sorted({0, *self._phases, *self._segments})
@@ -92,7 +94,7 @@ class Execution:
                     with self._timed(self._phases[level], "forward"):
                         self._forward_phase(self._phases[level])
                 if level in self._segments:
-                    with _autocast(self.device, self.autocast):
+                    with autocast(self.device, self.autocast):
                         self.small.run(self._segments[level], self._barrier, record=self.plan.training)
                 self._free_checkpoints(level)
         except BaseException:
@@ -105,7 +107,7 @@ class Execution:
             self._checkpoints[name] = self._open(name, self.plan.stores[name].home)
         feeds = _feeds(self.program, phase)
         parts: dict[str, Parts] = {}
-        with torch.no_grad(), _autocast(self.device, self.autocast):
+        with torch.no_grad(), autocast(self.device, self.autocast):
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
@@ -177,7 +179,7 @@ class Execution:
             source = self.program.nodes[name].operands[0]
             if self.plan.levels[source] == level:
                 self.small.accumulate(source, self._whole_gradient(name))
-        with _autocast(self.device, None):
+        with autocast(self.device, None):
             barriers = self.small.backward(level)
         for name, grads in barriers.items():
             node = self.program.nodes[name]
@@ -194,7 +196,7 @@ class Execution:
         for row in range(len(phase.rows)):
             for col in range(len(phase.cols)):
                 tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
-                _BackwardTile(self, tile, feeds, leaves).run()
+                BackwardTile(self, tile, feeds, leaves).run()
 
     def share_gradient(
         self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
@@ -289,115 +291,6 @@ class Execution:
         return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
 
 
-class _BackwardTile:
-    """One tile of a phase, recomputed with autograd and differentiated."""
-
-    def __init__(
-        self,
-        execution: Execution,
-        tile: TileRun,
-        feeds: Mapping[str, tuple[str, ...]],
-        small: Mapping[str, Tensor],
-    ) -> None:
-        self.execution = execution
-        self.tile = tile
-        self.feeds = feeds
-        self.small = small
-        self.leaves: dict[tuple[str, Region], Tensor] = {}
-        self.roots: list[tuple[Tensor, Tensor]] = []
-        self.num_pending = 0
-        """Taps whose gradient has not been added yet."""
-
-    def run(self) -> None:
-        """Recompute, differentiate and hand out the gradients."""
-        execution, phase = self.execution, self.tile.phase
-        device, autocast = execution.device, execution.autocast
-        with torch.enable_grad(), _autocast(device, autocast, cache=False):
-            for name in self.feeds:
-                if name in phase.inputs:
-                    self._root(name, self._fetch(name, phase.own(self.tile.row, self.tile.col, name)))
-            self.tile.run(self._fetch, self.small, self._observe)
-        small = {name: leaf for name, leaf in self.small.items() if leaf.requires_grad}
-        maps = {key: leaf for key, leaf in self.leaves.items() if leaf.requires_grad}
-        inputs = [*small.values(), *maps.values()]
-        if not self.roots or not inputs:
-            return
-        outputs, gradients = zip(*self.roots, strict=True)
-        # The taps' graph nodes know this object: let go of the graph, or only the collector would free it.
-        self.roots.clear()
-        with _autocast(device, None):
-            found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        assert self.num_pending == 0, "a stored map's gradient did not reach the tile's graph"
-        for name, gradient in zip(small, found, strict=False):
-            execution.small.accumulate(name, gradient)
-        for (name, part), gradient in zip(maps, found[len(small) :], strict=True):
-            if gradient is not None:
-                execution.add_gradient(name, part, gradient)
-
-    def _fetch(self, name: str, part: Region) -> Tensor:
-        """A leaf per input and region: a slice inside the graph would cost a zero-filled copy."""
-        if (name, part) not in self.leaves:
-            leaf = self.execution.fetch(name, part).detach()
-            wanted = name in self.execution.plan.differentiated and leaf.is_floating_point()
-            self.leaves[name, part] = leaf.requires_grad_(wanted)
-        return self.leaves[name, part]
-
-    def _observe(self, name: str, value: Tensor) -> Tensor:
-        phase = self.tile.phase
-        if (name not in phase.stored and name not in self.feeds) or not value.requires_grad:
-            return value
-        if name not in phase.consumed:
-            self._root(name, value)
-            return value
-        own = phase.own(self.tile.row, self.tile.col, name)
-        needed = phase.needed(self.tile.row, self.tile.col, name)
-        axes = self.execution.axes(name)
-        share = cut(value.detach(), axes, needed, own)
-        self.num_pending += 1
-
-        def add(gradient: Tensor) -> Tensor:
-            self.num_pending -= 1
-            part = self._share_gradient(name, share)
-            if part is None:
-                return gradient
-            # The engine may hand the same tensor to another consumer, so it is not changed in place.
-            total = gradient.clone()
-            cut(total, axes, needed, own).add_(part)
-            return total
-
-        tapped: Tensor = _Tap.apply(value, add)  # type: ignore[no-untyped-call]
-        return tapped
-
-    def _root(self, name: str, value: Tensor) -> None:
-        if not value.requires_grad:
-            return
-        gradient = self._share_gradient(name, value)
-        if gradient is None and self.num_pending:
-            # Taps upstream are only reached through some root.
-            gradient = torch.zeros((), dtype=value.dtype, device=value.device).expand_as(value)
-        if gradient is not None:
-            self.roots.append((value, gradient))
-
-    def _share_gradient(self, name: str, share: Tensor) -> Tensor | None:
-        own = self.tile.phase.own(self.tile.row, self.tile.col, name)
-        reductions = self.feeds.get(name, ())
-        return self.execution.share_gradient(self.tile.phase, own, name, reductions, share)
-
-
-class _Tap(torch.autograd.Function):
-    """Identity whose backward adds what arrives at the value from outside the tile's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.add = add
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        add, ctx.add = ctx.add, None
-        return add(grads[0]), None
-
-
 def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:
     """The reductions fed by each map of the phase."""
     feeds: dict[str, list[str]] = {}
@@ -413,19 +306,3 @@ def _small_operands(program: Program, phase: Phase) -> tuple[str, ...]:
         assert node.local is not None
         names.update(dict.fromkeys(n for n in node.operands if n not in node.local.links))
     return tuple(names)
-
-
-def _autocast_state(device: torch.device) -> torch.dtype | None:
-    """The ambient autocast dtype for ``device``, or ``None`` if autocast is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-@contextmanager
-def _autocast(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> Iterator[None]:
-    """Autocast as it was when the pass began, whatever it is now.
-
-    Without the cache where tiles are differentiated one by one: a cached cast would keep the graph of
-    the tile that made it.
-    """
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache):
-        yield

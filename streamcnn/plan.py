@@ -171,10 +171,10 @@ class Plan:
         named = ", ".join(f"{term.name} {format_bytes(term.nbytes)}" for term in largest)
         needed = format_bytes(self.projected_bytes)
         raise PlanDoesNotFit(
-            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the "
-            f"closest needs {needed} with tiles of {self.tile[0]}x{self.tile[1]} pixels, in {self.worst} (largest "
-            f"terms: {named}). Raise budget= to at least {needed}, leave tile= to the planner, or use a "
-            "smaller batch, a narrower model or fewer resident operators."
+            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: "
+            f"the closest needs {needed} with tiles of {self.tile[0]}x{self.tile[1]} pixels, in {self.worst} "
+            f"(largest terms: {named}). Raise budget= to at least {needed}, leave tile= to the planner, "
+            "or use a smaller batch, a narrower model or fewer resident operators."
         )
 
     def explain(self) -> str:

@@ -18,7 +18,7 @@ from streamcnn.axis_maps import AxisMap, Same
 from streamcnn.windows import Axes as Axes
 
 if TYPE_CHECKING:
-    from streamcnn.ops.reductions import Reduction
+    from streamcnn.ops.reduction_types import Reduction
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import streamcnn.ops  # noqa: F401  fills the registry
 from streamcnn.capture import RawGraph, RawNode
 from streamcnn.errors import UnsupportedModel
 from streamcnn.ops.pointwise import pointwise_rule
-from streamcnn.ops.reductions import Reduction
+from streamcnn.ops.reduction_types import Reduction
 from streamcnn.ops.rules import Call, Decline, rule_for
 from streamcnn.program import Axes, Kind, Link, Local, Node, Program, Ref, TensorSpec, refs_in, substitute
 from streamcnn.regions import Region

@@ -115,3 +115,20 @@ def randomized(module: nn.Module) -> nn.Module:
             elif name.endswith("running_var"):
                 buffer.uniform_(0.7, 1.4)
     return module
+
+
+def calibrated(module: nn.Module, shape: Shape) -> nn.Module:
+    """``module`` in eval mode, with the running statistics of one random image of ``shape``.
+
+    With statistics that do not fit, activations grow from layer to layer until gates saturate, and the
+    gradients answer to the last digit of the image.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        module.train()(torch.randn(shape))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return module.eval()

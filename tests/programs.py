@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from streamcnn.axis_maps import AxisMap, Broadcast, Repeated, Same, Sliding, Transposed
-from streamcnn.ops.reductions import Sum
+from streamcnn.ops.reduction_types import Sum
 from streamcnn.program import Kind, Link, Local, Node, Program, Ref, TensorSpec
 
 CHANNELS = 4

@@ -320,6 +320,7 @@ def test_same_position(size: int) -> None:
 @given(sizes)
 def test_broadcast_position(size: int) -> None:
     assert Broadcast().pointwise
+    assert Broadcast().window(Interval(size - 1, size + 1), 1) == Interval(0, 1)
     assert_required(Case(Broadcast(), lambda x: x.expand(-1, -1, -1, size), 1))
 
 

@@ -171,7 +171,8 @@ def test_a_plan_that_does_not_fit_is_refused_when_it_is_run() -> None:
     assert str(caught.value) == (
         "no plan for an image of shape (1, 3, 8, 4) fits in 462 KiB: the closest needs 462 KiB with tiles of "
         "4x4 pixels, in phase 2, backward (largest terms: stored maps 300 KiB, live activations 100 KiB, "
-        "workspace 50.0 KiB). Raise budget= to at least 462 KiB, or use a smaller batch, a narrower model or "
+        "workspace 50.0 KiB). Raise budget= to at least 462 KiB, leave tile= to the planner, or use a "
+        "smaller batch, a narrower model or "
         "fewer resident operators."
     )
 

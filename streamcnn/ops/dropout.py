@@ -24,11 +24,14 @@ _BITS = 24
 
 @rule(aten.dropout.default)
 def dropout(tracer: Tracer, call: Call) -> Any:
-    """Dropout of single elements, of maps and of small values alike."""
+    """Dropout of single elements, of maps, streamed or resident, and of small values."""
     ref, probability, train = call.bind("input", "p", "train")
     axes = tracer.axes(ref)
     if not train or probability == 0:
         return _unchanged(tracer, ref)
+    if axes is None and len(tracer.spec(ref).shape) < 4:
+        # The head's: drawn as plain PyTorch draws it.
+        return tracer.small(call.target, *call.args, **call.kwargs)
     # A seed per layer, drawn in program order: which layers are resident does not change a mask.
     arguments = (ref, tracer.small(draw_seed), probability, tracer.spec(ref).shape)
     if axes is None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.ops.convolution import chain
 from streamcnn.ops.pointwise import per_position, pointwise, trailing_norm
-from streamcnn.ops.reductions import Moments
+from streamcnn.ops.reduction_types import Moments
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Link, Ref
 from streamcnn.windows import dense

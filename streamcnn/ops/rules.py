@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from streamcnn.program import Axes, Link, Ref, TensorSpec
 
 if TYPE_CHECKING:
-    from streamcnn.ops.reductions import Reduction
+    from streamcnn.ops.reduction_types import Reduction
 
 
 @dataclass(frozen=True, slots=True)

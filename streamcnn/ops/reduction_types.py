@@ -1,0 +1,230 @@
+"""The kinds of reductions: small values that need every position of a map.
+
+Each is computed from partial results of disjoint tiles, merged in a fixed order and finished once; its
+gradient at a tile is a local formula of the tile's own values and the finished results. Partial results
+are merged in float64, whatever the map's dtype, so that the number of tiles does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamcnn.regions import Region
+from streamcnn.windows import Axes, dense
+
+Parts = tuple[Tensor, ...]
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of a map: float32 at least, and exact for whole numbers."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction(ABC):
+    """A reduction over ``dims``, both spatial axes among them."""
+
+    shape: tuple[int, ...]
+    """Shape of the whole map."""
+    dims: tuple[int, ...]
+    keepdim: bool
+
+    @property
+    def count(self) -> int:
+        """Elements behind each result."""
+        return math.prod(self.shape[dim] for dim in self.dims)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the gradient formula reads the map's values."""
+        return True
+
+    @abstractmethod
+    def partial(self, x: Tensor, region: Region) -> Parts:
+        """Partial results of a tile ``x`` that covers ``region``."""
+
+    @abstractmethod
+    def merge(self, first: Parts, second: Parts) -> Parts:
+        """Partial results of two disjoint tiles together."""
+
+    @abstractmethod
+    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The results for a map of ``dtype``."""
+
+    @abstractmethod
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        """The gradient at a tile, given those of the results; broadcasts to ``x``'s shape."""
+
+    def _result(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """A finished value with the reduced axes kept or not."""
+        kept = [1 if dim in self.dims else extent for dim, extent in enumerate(self.shape)]
+        left = [extent for dim, extent in enumerate(self.shape) if dim not in self.dims]
+        return value.reshape(kept if self.keepdim else left).to(dtype)
+
+    def _broadcast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """A result or its gradient, shaped to broadcast against the map."""
+        kept = [1 if dim in self.dims else extent for dim, extent in enumerate(self.shape)]
+        return value.reshape(kept).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Reduction):
+    """Sum times ``scale``; a mean with ``scale = 1 / count``."""
+
+    scale: float = 1.0
+
+    @property
+    def needs_values(self) -> bool:
+        return False
+
+    def partial(self, x: Tensor, region: Region) -> Parts:
+        return (x.sum(self.dims, dtype=statistics_dtype(x.dtype)).double(),)
+
+    def merge(self, first: Parts, second: Parts) -> Parts:
+        return (first[0] + second[0],)
+
+    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self._result(parts[0] * self.scale, dtype),)
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        return self._broadcast(grads[0] * self.scale, x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments(Reduction):
+    """Mean and biased variance, merged by the formula of Chan, Golub and LeVeque (1979).
+
+    The sum of squares is never formed without subtracting the tile's own mean first, since
+    ``E[x^2] - E[x]^2`` loses everything where the mean is large against the deviation.
+    """
+
+    def partial(self, x: Tensor, region: Region) -> Parts:
+        dtype = statistics_dtype(x.dtype)
+        mean = x.mean(self.dims, keepdim=True, dtype=dtype)
+        count = math.prod(x.shape[dim] for dim in self.dims)
+        spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
+        return (torch.full_like(spread, float(count)), mean.double().reshape(spread.shape), spread)
+
+    def merge(self, first: Parts, second: Parts) -> Parts:
+        (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
+        count = count_a + count_b
+        delta = mean_b - mean_a
+        mean = mean_a + delta * (count_b / count)
+        return (count, mean, spread_a + spread_b + delta.square() * (count_a * count_b / count))
+
+    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        count, mean, spread = parts
+        result_dtype = statistics_dtype(dtype)
+        return (self._result(mean, result_dtype), self._result(spread / count, result_dtype))
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        mean = results[0]
+        grad_mean, grad_variance = (
+            torch.zeros_like(mean) if grad is None else grad.to(mean.dtype) for grad in grads
+        )
+        slope, offset = grad_variance * (2 / self.count), grad_mean / self.count
+        if self.dims == (0, 2, 3):
+            # One fused pass: batch norm in eval mode is slope * (x - mean) + offset.
+            one = torch.ones_like(mean).flatten()
+            parameters = (slope.flatten(), offset.flatten(), mean.flatten(), one)
+            return torch.batch_norm(dense(x), *parameters, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+        slope, offset, mean = (self._broadcast(value, mean.dtype) for value in (slope, offset, mean))
+        return ((x - mean) * slope + offset).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Extremum(Reduction):
+    """Largest (or smallest) value; the gradient is shared equally among equal positions, as in ATen."""
+
+    sign: int = 1
+
+    def partial(self, x: Tensor, region: Region) -> Parts:
+        best = (x * self.sign).amax(self.dims, keepdim=True)
+        ties = (x * self.sign == best).sum(self.dims)
+        return (best.reshape(ties.shape).double(), ties)
+
+    def merge(self, first: Parts, second: Parts) -> Parts:
+        best = torch.maximum(first[0], second[0])
+        ties = torch.where(first[0] == best, first[1], 0) + torch.where(second[0] == best, second[1], 0)
+        return (best, ties)
+
+    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self._result(parts[0] * self.sign, dtype), self._result(parts[1], torch.float64))
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        best, ties = self._broadcast(results[0], x.dtype), self._broadcast(results[1], x.dtype)
+        return (x == best) * (self._broadcast(grads[0], x.dtype) / ties)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstMaximum(Reduction):
+    """Largest value per channel; the gradient goes to its first position in row order, as in max pooling."""
+
+    axes: Axes = (2, 3)
+
+    def _positions(self, x: Tensor, region: Region) -> Tensor:
+        rows = torch.arange(region.rows.start, region.rows.stop, device=x.device)
+        cols = torch.arange(region.cols.start, region.cols.stop, device=x.device)
+        return (rows[:, None] * self.shape[self.axes[1]] + cols).flatten()
+
+    def partial(self, x: Tensor, region: Region) -> Parts:
+        best, index = x.flatten(-2).max(-1)
+        return (best.double(), self._positions(x, region)[index])
+
+    def merge(self, first: Parts, second: Parts) -> Parts:
+        later = (second[0] > first[0]) | ((second[0] == first[0]) & (second[1] < first[1]))
+        return (torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1]))
+
+    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self._result(parts[0], dtype), self._result(parts[1], torch.int64))
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        positions = self._positions(x, region).reshape(region.size)
+        chosen = positions == self._broadcast(results[1], torch.int64)
+        return chosen * self._broadcast(grads[0], x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorNorm(Reduction):
+    """The p-norm, for finite p >= 1."""
+
+    power: float = 2.0
+
+    def partial(self, x: Tensor, region: Region) -> Parts:
+        norm = torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype))
+        return (norm.double().pow(self.power),)
+
+    def merge(self, first: Parts, second: Parts) -> Parts:
+        return (first[0] + second[0],)
+
+    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self._result(parts[0].pow(1 / self.power), dtype),)
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        norm = self._broadcast(results[0], x.dtype)
+        # Where the norm is 0 every element is, and ATen takes the zero subgradient.
+        safe = torch.where(norm == 0, 1, norm)
+        scaled = x / safe if self.power == 2 else x.sign() * (x.abs() / safe).pow(self.power - 1)
+        return scaled * self._broadcast(grads[0], x.dtype)
