@@ -9,10 +9,15 @@ import sys
 
 import torch
 
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _FRUGAL_THRESHOLD = 2**20
 _REUSING_THRESHOLD = 2**25
 """The largest that glibc takes."""
+_FRUGAL_TRIM = 2**17
+_REUSING_TRIM = 2**30
+"""Free bytes at the heap's end that are given back; glibc's 128 KiB would make reuse pointless, since
+nearly every block freed there would go back to the kernel at once."""
 _PARALLEL_GRAIN = 2**15
 """Elements from which PyTorch runs a pointwise operator on several threads."""
 
@@ -61,8 +66,10 @@ def tame_allocator(*, reuse: bool = False) -> bool:
     made no difference. The setting is the process's and stays; other C libraries ignore it.
     """
     libc = _libc()
-    threshold = _REUSING_THRESHOLD if reuse else _FRUGAL_THRESHOLD
-    return libc is not None and libc.mallopt(_M_MMAP_THRESHOLD, threshold) == 1
+    if libc is None:
+        return False
+    threshold, trim = (_REUSING_THRESHOLD, _REUSING_TRIM) if reuse else (_FRUGAL_THRESHOLD, _FRUGAL_TRIM)
+    return libc.mallopt(_M_MMAP_THRESHOLD, threshold) == libc.mallopt(_M_TRIM_THRESHOLD, trim) == 1
 
 
 def request_huge_pages() -> None:
