@@ -69,7 +69,7 @@ def tame_allocator(*, reuse: bool = False) -> bool:
     if libc is None:
         return False
     threshold, trim = (_REUSING_THRESHOLD, _REUSING_TRIM) if reuse else (_FRUGAL_THRESHOLD, _FRUGAL_TRIM)
-    return libc.mallopt(_M_MMAP_THRESHOLD, threshold) == libc.mallopt(_M_TRIM_THRESHOLD, trim) == 1
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold) and libc.mallopt(_M_TRIM_THRESHOLD, trim))
 
 
 def request_huge_pages() -> None:
