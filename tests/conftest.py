@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+from streamcnn import streaming_model
+from streamcnn.plan import Home, Plan
+from streamcnn.program import Program
 
 # Small tensors are slower on several threads, and tests may share the machine.
 if "OMP_NUM_THREADS" not in os.environ:
@@ -19,3 +25,19 @@ hypothesis.settings.load_profile("steady")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put every stored map and its gradient on the disk."""
+    original = streaming_model.make_plan
+
+    def spilled(*args: Any) -> tuple[Program, Plan]:
+        program, plan = original(*args)
+        stores = {
+            name: dataclasses.replace(store, home=Home.DISK, gradient_home=Home.DISK)
+            for name, store in plan.stores.items()
+        }
+        return program, dataclasses.replace(plan, stores=stores)
+
+    monkeypatch.setattr(streaming_model, "make_plan", spilled)

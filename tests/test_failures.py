@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import math
 import os
@@ -26,13 +25,10 @@ from streamcnn import (
     TensorSource,
     UnsupportedModel,
     ZarrSource,
-    streaming_model,
 )
 from streamcnn.data.reader import BatchReader
 from streamcnn.executor import Execution
 from streamcnn.interpreter import TileRun
-from streamcnn.plan import Home, Plan
-from streamcnn.program import Program
 from streamcnn.small_graph import SmallGraph
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
@@ -64,22 +60,6 @@ def make_model(spill: Path | None = None, **options: Any) -> StreamingModel:
     model = StreamingModel(make_net(), tile=16, spill=spill, **options)
     model._resident_tail = False
     return model
-
-
-@pytest.fixture
-def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put every stored map and its gradient on the disk."""
-    original = streaming_model.make_plan
-
-    def spilled(*args: Any) -> tuple[Program, Plan]:
-        program, plan = original(*args)
-        stores = {
-            name: dataclasses.replace(store, home=Home.DISK, gradient_home=Home.DISK)
-            for name, store in plan.stores.items()
-        }
-        return program, dataclasses.replace(plan, stores=stores)
-
-    monkeypatch.setattr(streaming_model, "make_plan", spilled)
 
 
 def everything_of(model: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import io
 import os
@@ -17,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, TensorSource, ZarrSource, streaming_model
+from streamcnn import StreamingModel, TensorSource, ZarrSource
 from streamcnn.data.sources import ImageSource, write_zarr_image
-from streamcnn.plan import Home, Plan
-from streamcnn.program import Program
+from streamcnn.plan import Home
 from streamcnn.regions import Region
 from streamcnn.streamed_pass import Pass
 
@@ -672,22 +670,6 @@ def test_a_source_is_never_read_as_a_whole() -> None:
 
 
 # --- stores ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put every stored map and its gradient on the disk."""
-    original = streaming_model.make_plan
-
-    def spilled(*args: Any) -> tuple[Program, Plan]:
-        program, plan = original(*args)
-        stores = {
-            name: dataclasses.replace(store, home=Home.DISK, gradient_home=Home.DISK)
-            for name, store in plan.stores.items()
-        }
-        return program, dataclasses.replace(plan, stores=stores)
-
-    monkeypatch.setattr(streaming_model, "make_plan", spilled)
 
 
 @pytest.mark.usefixtures("on_disk")

@@ -127,11 +127,6 @@ def rule_for(target: object) -> Rule | None:
     return _RULES.get(target) if isinstance(target, OpOverload) else None
 
 
-def supported() -> tuple[OpOverload, ...]:
-    """All overloads with a rule of their own."""
-    return tuple(_RULES)
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A small module and an image shape on which a family shows that it streams exactly."""
