@@ -1,0 +1,136 @@
+"""Augmentations that are functions of coordinates and pixels alone.
+
+An image is read tile by tile, several times, in an order that the plan decides. So an augmentation is drawn
+once for an image, and moves or changes each pixel in a way that does not depend on the tile it is read in:
+mirrored and turned images, inverted and scaled intensities. Anything that looks at neighbours (blur, elastic
+deformation, rotation by any angle) is not of this kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamcnn.data.sources import ImageSource
+from streamcnn.regions import Interval, Region
+
+Pixels = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What happens to one image: first mirrored, then turned, then its intensities."""
+
+    mirror: bool = False
+    """Left and right change places."""
+    quarter_turns: int = 0
+    """Turns by 90 degrees against the clock, 0 to 3."""
+    invert: bool = False
+    """Black and white change places: 255 - x for uint8, 1 - x for floats."""
+    gain: float = 1.0
+    """Factor of the distance from mid grey."""
+
+    def __post_init__(self) -> None:
+        if self.quarter_turns not in range(4):
+            raise ValueError(f"quarter_turns={self.quarter_turns}: allowed are 0, 1, 2 and 3")
+        if not self.gain > 0:
+            raise ValueError(f"gain={self.gain}: allowed are positive factors")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing happens."""
+        return self == Augmentation()
+
+
+@final
+class AugmentedSource(ImageSource):
+    """An image source seen through an augmentation; shape as augmented, dtype as stored."""
+
+    def __init__(self, source: ImageSource, augmentation: Augmentation) -> None:
+        channels, height, width = source.shape
+        turned = augmentation.quarter_turns % 2 == 1
+        super().__init__((channels, *((width, height) if turned else (height, width))), source.dtype)
+        self._source = source
+        self._augmentation = augmentation
+
+    def __reduce__(self) -> tuple[type[AugmentedSource], tuple[ImageSource, Augmentation]]:
+        return AugmentedSource, (self._source, self._augmentation)
+
+    def _read(self, region: Region) -> Tensor:
+        chosen = self._augmentation
+        # In NumPy, since PyTorch has no such operations on uint16.
+        pixels = self._source.read(self._stored_region(region)).numpy()
+        if chosen.mirror:
+            pixels = np.flip(pixels, 2)
+        pixels = np.rot90(pixels, chosen.quarter_turns, (1, 2))
+        pixels = _with_intensity(pixels, invert=chosen.invert, gain=chosen.gain)
+        return torch.from_numpy(np.ascontiguousarray(pixels))
+
+    def _stored_region(self, region: Region) -> Region:
+        """Where the pixels of ``region`` are in the image as stored."""
+        rows, cols = region
+        _, height, width = self.shape
+        # A turn against the clock took the pixel now at (row, col) from (col, height - 1 - row).
+        for _ in range(self._augmentation.quarter_turns):
+            rows, cols = cols, _reversed(rows, height)
+            height, width = width, height
+        if self._augmentation.mirror:
+            cols = _reversed(cols, width)
+        return Region(rows, cols)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomAugmentation:
+    """Which augmentations may happen; draws one for each image and epoch."""
+
+    mirrors: bool = False
+    """Mirror half of the images."""
+    turns: bool = False
+    """Turn by 0, 1, 2 or 3 quarters, each as likely."""
+    inversion: float = 0.0
+    """Share of images that are inverted."""
+    gains: tuple[float, float] = (1.0, 1.0)
+    """Range of the gain, drawn evenly on a logarithmic scale."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.inversion <= 1:
+            raise ValueError(f"inversion={self.inversion}: allowed are shares from 0 to 1")
+        low, high = self.gains
+        if not 0 < low <= high:
+            raise ValueError(f"gains={self.gains}: allowed is (low, high) with 0 < low <= high")
+
+    def draw(self, *, seed: int, epoch: int, index: int) -> Augmentation:
+        """The augmentation of an image in an epoch; a function of the arguments alone."""
+        key = hashlib.sha256(f"augmentation {seed} {epoch} {index}".encode()).digest()
+        mirror, turn, invert, gain = (int.from_bytes(key[at : at + 4], "little") for at in range(0, 16, 4))
+        low, high = self.gains
+        return Augmentation(
+            mirror=self.mirrors and mirror % 2 == 1,
+            quarter_turns=turn % 4 if self.turns else 0,
+            invert=invert < self.inversion * 2**32,
+            gain=float(low * (high / low) ** (gain / 2**32)),
+        )
+
+
+def _with_intensity(pixels: Pixels, *, invert: bool, gain: float) -> Pixels:
+    """``pixels`` inverted and with more or less contrast, in the range of their type."""
+    dtype = pixels.dtype
+    floating = np.issubdtype(dtype, np.floating)
+    whitest = 1.0 if floating else float(np.iinfo(dtype).max)
+    if invert:
+        pixels = dtype.type(whitest) - pixels
+    if gain == 1:
+        return pixels
+    scaled = (pixels.astype(np.float64) - whitest / 2) * gain + whitest / 2
+    return scaled.astype(dtype) if floating else scaled.round().clip(0, whitest).astype(dtype)
+
+
+def _reversed(interval: Interval, size: int) -> Interval:
+    """``interval`` counted from the other end of an axis."""
+    return Interval(size - interval.stop, size - interval.start)

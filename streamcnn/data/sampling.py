@@ -1,0 +1,159 @@
+"""Which images, and in which order: divisions of a set, balanced subsets, a sampler that can be resumed.
+
+All are functions of a seed and of the labels, on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence, Sized
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def divide(
+    labels: Sequence[Hashable], *, share: float = 0.1, seed: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions for training and for validation, every label divided in the same way.
+
+    Parameters
+    ----------
+    labels
+        Of all images.
+    share
+        Of the images that go to validation, as near as whole images of each label allow.
+
+    Raises
+    ------
+    ValueError
+        If ``share`` is no share.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share}: allowed are 0 and more, and less than 1")
+    validation: list[int] = []
+    due = 0.0
+    for label, positions in _by_label(labels).items():
+        # What rounding leaves over is passed on, so that labels with few images get their share in turn.
+        due += share * len(positions)
+        count = min(round(due), len(positions))
+        due -= count
+        validation += _shuffled(positions, f"divide {seed} {label!r}")[:count]
+    chosen = set(validation)
+    return tuple(p for p in range(len(labels)) if p not in chosen), tuple(sorted(chosen))
+
+
+def balanced_subset(labels: Sequence[Hashable], num_per_label: int, *, seed: int = 0) -> tuple[int, ...]:
+    """Positions of ``num_per_label`` images of each label.
+
+    Raises
+    ------
+    ValueError
+        If a label has fewer.
+    """
+    chosen: list[int] = []
+    for label, positions in _by_label(labels).items():
+        if len(positions) < num_per_label:
+            raise ValueError(
+                f"label {label!r} has {len(positions)} images, {num_per_label} of each are asked for: "
+                "take fewer, or make more images"
+            )
+        chosen += _shuffled(positions, f"subset {seed} {label!r}")[:num_per_label]
+    return tuple(sorted(chosen))
+
+
+class ResumableSampler(Sampler[int]):
+    """Positions of images in an order that is drawn anew each epoch, from where it was left.
+
+    Iterating gives the rest of the present epoch, then begins the next. ``state_dict`` may be taken at any
+    moment; it counts what has been handed out.
+
+    Parameters
+    ----------
+    data
+        Anything with a length.
+    seed
+        Of the orders.
+    shuffle
+        False keeps the order of the data.
+    labels
+        If given, each epoch takes as many images of every label as the rarest label has.
+    """
+
+    def __init__(
+        self, data: Sized, *, seed: int = 0, shuffle: bool = True, labels: Sequence[Hashable] | None = None
+    ) -> None:
+        if labels is not None and len(labels) != len(data):
+            raise ValueError(f"{len(labels)} labels for {len(data)} images: allowed is one label each")
+        self._length = len(data)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._labels = labels
+        self.epoch = 0
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Images in a whole epoch."""
+        if self._labels is None:
+            return self._length
+        groups = _by_label(self._labels)
+        return min(map(len, groups.values()), default=0) * len(groups)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.order(self.epoch)
+        while self.position < len(order):
+            self.position += 1
+            yield order[self.position - 1]
+        self.epoch += 1
+        self.position = 0
+
+    def order(self, epoch: int) -> list[int]:
+        """The order of an epoch."""
+        positions: Sequence[int] = range(self._length)
+        if self._labels is not None:
+            each = len(self) // max(1, len(_by_label(self._labels)))
+            positions = balanced_subset(self._labels, each, seed=_seed(f"epoch {self._seed} {epoch}"))
+        if not self._shuffle:
+            return list(positions)
+        return _shuffled(positions, f"order {self._seed} {epoch}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler is, and of what."""
+        return {"length": self._length, "seed": self._seed, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another sampler was.
+
+        Raises
+        ------
+        ValueError
+            If that one had other data or another seed.
+        """
+        mine = self.state_dict()
+        for key in ("length", "seed"):
+            if state[key] != mine[key]:
+                raise ValueError(
+                    f"the saved sampler has {key} {state[key]}, this one {mine[key]}: resume with the data "
+                    "and the seed that the run began with"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def _by_label(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """Positions by label, labels in the order in which they come."""
+    positions: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for position, label in enumerate(labels):
+        positions[label].append(position)
+    return positions
+
+
+def _shuffled(positions: Sequence[int], key: str) -> list[int]:
+    """``positions`` in an order that ``key`` decides, by raw words of a generator: they never change."""
+    words = np.random.Philox(_seed(key)).random_raw(max(1, len(positions)))
+    return [positions[at] for at in np.argsort(words[: len(positions)], kind="stable")]
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")

@@ -1,0 +1,187 @@
+"""Write one image as an OME-Zarr 0.5 folder of sharded arrays, shard by shard.
+
+A shard is the unit of writing and so of memory; the inner chunks are the unit of reading. Codec and chunk
+were chosen by ``benchmarks/tile_codecs.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore
+
+from streamcnn.data.sources import ImageSource, ZarrSource
+from streamcnn.data.tile_store.checks import record_shard
+from streamcnn.data.tile_store.format import ShardRecord
+from streamcnn.regions import Interval, Region
+
+CHUNK = 512
+"""Edge of an inner chunk in pixels."""
+SHARD_BYTES = 2**24
+"""Most pixels' bytes in one shard: a 4000x4000 image of one byte is one shard."""
+_SMALLEST_LEVEL = 1024
+"""Edge in pixels below which no further level is of use to a viewer."""
+_RGB = (("R", "FF0000"), ("G", "00FF00"), ("B", "0000FF"))
+
+ZarrArray = zarr.Array[Any]
+
+
+def num_levels(size: tuple[int, int]) -> int:
+    """How many resolutions of an image of ``size`` (H, W) a viewer has use for."""
+    return 1 + max(0, math.ceil(math.log2(max(size) / _SMALLEST_LEVEL)))
+
+
+def write_image(
+    folder: Path,
+    source: ImageSource,
+    *,
+    name: str,
+    levels: int,
+    on_shard: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write ``source`` and its smaller versions into the empty ``folder``.
+
+    Holds a few shards of ``SHARD_BYTES`` at a time, whatever the image's size. Each level halves the one
+    before by averaging 2x2 pixels. ``on_shard`` is told the pixels written so far and in all, of all levels.
+
+    Raises
+    ------
+    CorruptImage
+        If the source cannot be read.
+    OSError
+        If the disk is full, or the folder cannot be written to.
+    """
+    group = zarr.create_group(LocalStore(folder), attributes=_attributes(source, name, levels))
+    smaller, done, total = source, 0, sum(map(math.prod, _level_sizes(source, levels)))
+    for level, size in enumerate(_level_sizes(source, levels)):
+        array = _create(group, str(level), smaller)
+        for region in _shards(size, array):
+            rows, cols = region
+            array[:, rows.start : rows.stop, cols.start : cols.stop] = smaller.read(region).numpy()
+            done += math.prod(region.size)
+            if on_shard is not None:
+                on_shard(done, total)
+        smaller = _Halved(ZarrSource(array, channels_last=False))
+
+
+def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
+    """Height and width of each level."""
+    _, height, width = source.shape
+    return [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]
+
+
+def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
+    """SHA-256 of all metadata and the records of all shards of an image that was written."""
+    metadata: dict[str, str] = {}
+    shards: dict[str, ShardRecord] = {}
+    chunks = chunks_per_shard(zarr.open_group(LocalStore(folder, read_only=True), mode="r"))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        key = path.relative_to(folder).as_posix()
+        if path.name == "zarr.json":
+            metadata[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            shards[key] = record_shard(path, chunks[key.partition("/")[0]])
+    return metadata, shards
+
+
+def chunks_per_shard(group: zarr.Group) -> dict[str, int]:
+    """Number of inner chunks in a shard, by the path of the level."""
+    found = {}
+    for path, array in group.arrays():
+        assert array.shards is not None
+        found[path] = math.prod(
+            shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True)
+        )
+    return found
+
+
+def _create(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray:
+    shape = source.shape
+    dtype = np.dtype(str(source.dtype).removeprefix("torch."))
+    return group.create_array(
+        path,
+        shape=shape,
+        chunks=(shape[0], CHUNK, CHUNK),
+        shards=(shape[0], *shard_size(shape, dtype.itemsize)),
+        dtype=dtype,
+        compressors=(
+            BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
+            Crc32cCodec(),
+        ),
+        dimension_names=("c", "y", "x"),
+        # A black chunk is written like any other, so that a chunk that is not there is a lost one.
+        config={"write_empty_chunks": True},
+    )
+
+
+def shard_size(shape: tuple[int, int, int], itemsize: int) -> tuple[int, int]:
+    """Height and width of a shard: whole chunks, no more than the image needs and ``SHARD_BYTES`` holds."""
+    channels, height, width = shape
+    most = max(1, math.isqrt(SHARD_BYTES // (channels * itemsize * CHUNK**2)))
+    return min(most, math.ceil(height / CHUNK)) * CHUNK, min(most, math.ceil(width / CHUNK)) * CHUNK
+
+
+def _shards(size: tuple[int, int], array: ZarrArray) -> Iterator[Region]:
+    """The parts of an image of ``size`` (H, W) that are one shard each."""
+    assert array.shards is not None
+    for top in range(0, size[0], array.shards[1]):
+        for left in range(0, size[1], array.shards[2]):
+            rows = Interval(top, min(top + array.shards[1], size[0]))
+            yield Region(rows, Interval(left, min(left + array.shards[2], size[1])))
+
+
+class _Halved(ImageSource):
+    """An image at half the resolution: means of 2x2 pixels, of fewer at the far edges."""
+
+    def __init__(self, source: ImageSource) -> None:
+        channels, height, width = source.shape
+        super().__init__((channels, math.ceil(height / 2), math.ceil(width / 2)), source.dtype)
+        self._source = source
+
+    def _read(self, region: Region) -> Tensor:
+        _, height, width = self._source.shape
+        rows, cols = region
+        wanted = Region(
+            Interval(2 * rows.start, min(2 * rows.stop, height)),
+            Interval(2 * cols.start, min(2 * cols.stop, width)),
+        )
+        pixels = self._source.read(wanted).to(torch.float32)
+        means = torch.nn.functional.avg_pool2d(pixels, 2, ceil_mode=True)
+        return means.to(self.dtype) if self.dtype.is_floating_point else means.round().to(self.dtype)
+
+
+def _attributes(source: ImageSource, name: str, levels: int) -> dict[str, Any]:
+    """OME-Zarr 0.5 metadata: what napari, vizarr and others need to show the image."""
+    axes: list[Mapping[str, str]] = [
+        {"name": "c", "type": "channel"},
+        {"name": "y", "type": "space"},
+        {"name": "x", "type": "space"},
+    ]
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0**level, 2.0**level]}],
+        }
+        for level in range(levels)
+    ]
+    multiscale = {"name": name, "axes": axes, "datasets": datasets, "type": "mean"}
+    ome: dict[str, Any] = {"version": "0.5", "multiscales": [multiscale]}
+    if source.dtype == torch.uint8 and source.shape[0] in (1, 3):
+        ome["omero"] = {"channels": _channels(source.shape[0])}
+    return {"ome": ome}
+
+
+def _channels(count: int) -> list[dict[str, Any]]:
+    """How a viewer shows grey or red, green and blue."""
+    colours = _RGB if count == 3 else (("grey", "FFFFFF"),)
+    window = {"min": 0, "max": 255, "start": 0, "end": 255}
+    return [{"label": label, "color": colour, "active": True, "window": window} for label, colour in colours]

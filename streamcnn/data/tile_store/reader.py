@@ -1,0 +1,130 @@
+"""Read a tile store: its images as lazy sources, everything compared with the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.abc.codec import Codec
+from zarr.storage import LocalStore
+
+from streamcnn.data.sources import ImageSource, ZarrSource
+from streamcnn.data.tile_store.arrays import chunks_per_shard
+from streamcnn.data.tile_store.checks import CheckedStore, check_metadata, check_shard
+from streamcnn.data.tile_store.format import IMAGES, JOURNAL, ImageRecord, read_complete, read_manifest
+from streamcnn.errors import CorruptImage, DatasetMismatch
+
+
+class TileStore:
+    """The images of a complete tile store.
+
+    Parameters
+    ----------
+    folder
+        Of the store.
+
+    Attributes
+    ----------
+    head : Head
+        What the store is and what its images are a function of.
+    records : tuple of ImageRecord
+        One for each image, in the order of the manifest.
+
+    Raises
+    ------
+    CorruptImage
+        If there is no store, or its manifest was changed.
+    DatasetMismatch
+        If the store is not finished, or of a version that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        complete = read_complete(self.folder)
+        if complete is None:
+            raise _no_store(self.folder)
+        self.head, by_name = read_manifest(*complete)
+        self.records: tuple[ImageRecord, ...] = tuple(by_name.values())
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def path(self, record: ImageRecord) -> Path:
+        """The folder of an image, which any OME-Zarr reader opens."""
+        return self.folder / IMAGES / record.name
+
+    def source(self, record: ImageRecord, *, level: int = 0) -> ImageSource:
+        """An image as a lazy source whose every byte is compared with the manifest.
+
+        Raises
+        ------
+        CorruptImage
+            If its metadata is missing or was changed.
+        ValueError
+            If there is no such level.
+        """
+        if not 0 <= level < record.levels:
+            raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
+        folder = self.path(record)
+        for key, sha256 in record.metadata.items():
+            check_metadata(folder / key, sha256)
+        group = zarr.open_group(LocalStore(folder, read_only=True), mode="r")
+        store = CheckedStore(LocalStore(folder, read_only=True), record.shards, chunks_per_shard(group))
+        return ZarrSource(zarr.open_array(store, path=str(level), mode="r"), channels_last=False)
+
+    def codec(self) -> str | None:
+        """How pixels are compressed, from the first image; None in an empty store."""
+        if not self.records:
+            return None
+        array = zarr.open_array(LocalStore(self.path(self.records[0]), read_only=True), path="0", mode="r")
+        return ", ".join(
+            _codec_text(codec.to_dict()) for codec in array.compressors if isinstance(codec, Codec)
+        )
+
+    def split(self, name: str) -> tuple[ImageRecord, ...]:
+        """The images of one split."""
+        return tuple(record for record in self.records if record.split == name)
+
+    def label_counts(self, split: str) -> Counter[int | None]:
+        """Number of images with each label in a split."""
+        return Counter(record.label for record in self.split(split))
+
+    def verify(self) -> Iterator[tuple[ImageRecord, CorruptImage | None]]:
+        """Compare each image's files with the manifest, byte by byte; the error where they differ."""
+        for record in self.records:
+            try:
+                self._verify(record)
+            except CorruptImage as error:
+                yield record, error
+            else:
+                yield record, None
+
+    def _verify(self, record: ImageRecord) -> None:
+        folder = self.path(record)
+        for key, sha256 in record.metadata.items():
+            check_metadata(folder / key, sha256)
+        chunks = chunks_per_shard(zarr.open_group(LocalStore(folder, read_only=True), mode="r"))
+        for key, shard in record.shards.items():
+            try:
+                content = (folder / key).read_bytes()
+                check_shard(content, shard, chunks[key.partition("/")[0]], key)
+            except OSError as error:
+                reason = str(error) if isinstance(error, CorruptImage) else error.strerror
+                raise CorruptImage(f"{folder}: {reason}") from error
+
+
+def _codec_text(codec: Mapping[str, Any]) -> str:
+    """A codec's name and settings, as in ``blosc(cname=zstd, clevel=5)``."""
+    settings = codec.get("configuration") or {}
+    return f"{codec['name']}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+
+
+def _no_store(folder: Path) -> Exception:
+    if (folder / JOURNAL).exists():
+        return DatasetMismatch(
+            f"{folder} is not finished: start the command that writes it again, and it goes on where it was"
+        )
+    return CorruptImage(f"no tile store at {folder}: give the folder that holds its complete.json")

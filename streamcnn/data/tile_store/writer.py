@@ -1,0 +1,249 @@
+"""Write a tile store image by image, so that being killed at any moment loses one image at most.
+
+An image is written under a hidden name, flushed, renamed and only then noted in the journal. Started again,
+a writer goes on with what the journal lacks. Readers see nothing of it before ``finish``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from filelock import FileLock, Timeout
+
+from streamcnn.data.sources import ImageSource
+from streamcnn.data.tile_store.arrays import record_files, write_image
+from streamcnn.data.tile_store.format import (
+    COMPLETE,
+    IMAGES,
+    JOURNAL,
+    LOCK,
+    Head,
+    ImageRecord,
+    parse_head,
+    parse_record,
+    read_complete,
+    read_manifest,
+    write_manifest,
+)
+from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.() -]*(/[A-Za-z0-9_][A-Za-z0-9_.() -]*)*")
+
+
+class TileStoreWriter:
+    """A store that is made or added to; a ``with`` block that holds the folder's lock.
+
+    Parameters
+    ----------
+    folder
+        Of the store; made if it is not there.
+    head
+        What the store is. If the folder has images already, they must be of the same kind.
+
+    Raises
+    ------
+    DatasetMismatch
+        If the folder holds a store with another head, or something that is no store.
+    StreamError
+        If another process writes to the folder.
+    """
+
+    def __init__(self, folder: str | Path, head: Head) -> None:
+        self.folder = Path(folder)
+        self.head = head
+        self.records: dict[str, ImageRecord] = {}
+        self._lock: FileLock | None = None
+        self._journal: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        _refuse_foreign(self.folder)
+        (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
+        try:
+            self._resume()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def add(self, record: ImageRecord) -> None:
+        """Note an image whose folder ``write_image_folder`` has written."""
+        assert self._journal is not None
+        self.records[record.name] = record
+        self._journal.write(f"{record.to_json()}\n")
+        self._journal.flush()
+
+    def finish(self, order: Sequence[str] | None = None) -> None:
+        """Make the images visible to readers, by name in ``order`` (default: as they were added)."""
+        names = list(self.records) if order is None else order
+        write_manifest(self.folder, self.head, (self.records[name] for name in names))
+        (self.folder / JOURNAL).unlink()
+
+    def _resume(self) -> None:
+        """Read what is there already and open the journal behind its last whole line."""
+        path = self.folder / JOURNAL
+        complete = read_complete(self.folder)
+        if complete is not None:
+            head, self.records = read_manifest(*complete)
+            self._check_head(head, self.folder / COMPLETE)
+        whole = _whole_lines(path)
+        if whole:
+            self._check_head(parse_head(whole[0], path), path)
+            self.records |= {
+                record.name: record for record in (parse_record(line, path) for line in whole[1:])
+            }
+        self._journal = path.open("w")
+        self._journal.writelines(f"{line}\n" for line in whole or [self.head.to_json()])
+        self._journal.flush()
+
+    def _check_head(self, found: Head, path: Path) -> None:
+        """Refuse to mix images that are functions of different things."""
+        there, wanted = (_flat({"kind": h.kind, "provenance": h.provenance}) for h in (found, self.head))
+        differences = [
+            f"{key} is {there.get(key)!r}, asked for is {wanted.get(key)!r}"
+            for key in sorted(there.keys() | wanted.keys())
+            if there.get(key) != wanted.get(key)
+        ]
+        known = found.classes or ()
+        if (found.classes is None) != (self.head.classes is None) or known != (self.head.classes or ())[
+            : len(known)
+        ]:
+            differences.append(f"classes are {found.classes}, asked for are {self.head.classes}")
+        if differences:
+            raise DatasetMismatch(
+                f"{path.parent} holds a store that was made otherwise: {'; '.join(differences)}; give "
+                "another folder, or the settings that it was made with"
+            )
+
+    def _close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def write_image_folder(
+    store: Path,
+    source: ImageSource,
+    *,
+    name: str,
+    split: str,
+    label: int | None,
+    levels: int,
+    origin: Mapping[str, Any],
+    truth: Any = None,
+    on_shard: Callable[[int, int], None] | None = None,
+) -> ImageRecord:
+    """Write one image into ``store`` and return its record; any process may do it.
+
+    A folder of that name which the journal does not know is replaced. ``on_shard`` is told the pixels written
+    so far and in all.
+
+    Raises
+    ------
+    ValueError
+        If the name could not be a folder's on every system.
+    CorruptImage
+        If the source cannot be read.
+    StreamError
+        If it cannot be written, as on a full disk; nothing of the image is left.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"image name {name!r}: allowed are letters, digits, and _ . - ( ) and blanks after the first "
+            "character, in parts divided by /"
+        )
+    target = store / IMAGES / name
+    partial = target.with_name(f".{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
+        metadata, shards = record_files(partial)
+        _flush(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, CorruptImage):
+            raise StreamError(
+                f"cannot write {target}: {error.strerror or error}; make room or give another folder, then "
+                "start again: finished images are kept"
+            ) from error
+        raise
+    return ImageRecord(
+        name=name,
+        split=split,
+        label=label,
+        shape=source.shape,
+        dtype=str(source.dtype).removeprefix("torch."),
+        levels=levels,
+        metadata=metadata,
+        shards=shards,
+        origin=origin,
+        truth=truth,
+    )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder with things in it that no store has."""
+    if folder.is_dir():
+        entries = {entry.name for entry in folder.iterdir()}
+        if entries and not entries & {COMPLETE, JOURNAL, LOCK}:
+            raise DatasetMismatch(
+                f"{folder} is not empty and no tile store (it holds {min(entries)}): give a new folder"
+            )
+    elif folder.exists():
+        raise DatasetMismatch(f"{folder} is a file: give a folder")
+
+
+def _locked(folder: Path) -> FileLock:
+    """The folder's lock, held until it is released or the process ends."""
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StreamError(
+            f"{folder} is being written by another process: wait for it or give another folder"
+        ) from error
+    return lock
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a journal without one that was cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return lines[:-1]
+
+
+def _flush(folder: Path) -> None:
+    """Have all files of a folder on the disk before it gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
