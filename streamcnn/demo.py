@@ -152,7 +152,7 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
         f"{format_bytes(plan.plain_bytes)} in plain PyTorch, "
         f"the budget is {'none' if budget is None else format_bytes(budget)}"
     )
-    console.print(plan.explain(), markup=False, highlight=False)
+    console.print(plan.explain(), markup=False, highlight=False, soft_wrap=True)
     started = time.perf_counter()
     losses, measured = train(model, images, settings, console)
     seconds = time.perf_counter() - started

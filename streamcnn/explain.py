@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamcnn.plan import Home, Phase, Plan
-from streamcnn.units import format_bytes
+from streamcnn.units import format_bytes, plural
 
 
 def explain_plan(plan: Plan) -> str:
@@ -16,11 +16,11 @@ def explain_plan(plan: Plan) -> str:
         f"projected peak {format_bytes(plan.projected_bytes)} ({verdict}), in {plan.worst}",
         f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
         *(f"  {term.name:<36}{format_bytes(term.nbytes):>12}" for term in plan.terms if term.nbytes),
-        f"tile {plan.tile[0]}x{plan.tile[1]} pixels, {len(plan.phases)} phases, {_stored(plan)}",
+        f"tile {plan.tile[0]}x{plan.tile[1]} pixels, {plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *(_phase_line(plan, phase) for phase in plan.phases),
     ]
     if plan.num_resident:
-        lines.append(f"then {plan.num_resident} operators on whole maps (the resident tail)")
+        lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")
     lines.extend(f"resident: {reason}" for reason in dict.fromkeys(plan.residents))
     return "\n".join(lines)
 
@@ -31,7 +31,7 @@ def _stored(plan: Plan) -> str:
         maps = [store.nbytes for store in plan.stores.values() if store.home is home]
         if maps:
             place = {"memory": "in memory", "host": "in host RAM", "disk": "on disk"}[home.value]
-            parts.append(f"{len(maps)} stored maps {place} ({format_bytes(sum(maps))})")
+            parts.append(f"{plural(len(maps), 'stored map')} {place} ({format_bytes(sum(maps))})")
     return ", ".join(parts) or "no stored maps"
 
 

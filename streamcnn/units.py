@@ -61,6 +61,11 @@ def format_count(count: int | float) -> str:
     return f"{count:.3g}" if abs(count) < 999.5 else _scaled(count, 1000, tuple("kMGTP"))
 
 
+def plural(count: int, noun: str) -> str:
+    """``count`` and its noun: ``"1 map"``, ``"2 maps"``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_duration(seconds: float) -> str:
     """A duration in seconds as text: ``0.85 s``, ``42.0 s``, ``3 min 05 s``, ``2 h 07 min``."""
     if seconds < 59.95:

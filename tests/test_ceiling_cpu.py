@@ -165,15 +165,3 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert allocator.tame_allocator() is False
     assert allocator.free_heap_bytes() == 0
     allocator.trim_heap()
-
-
-@pytest.mark.parametrize(("present", "expected"), [(None, "1"), ("0", "0")])
-def test_huge_pages_are_asked_for_unless_the_user_decided(
-    monkeypatch: pytest.MonkeyPatch, present: str | None, expected: str
-) -> None:
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    if present is not None:
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", present)
-    allocator.request_huge_pages()
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")

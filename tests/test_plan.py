@@ -117,7 +117,7 @@ def test_explain() -> None:
         "  live activations                         100 KiB\n"
         "  workspace                               50.0 KiB\n"
         "  waste                                   12.0 KiB\n"
-        "tile 4x4 pixels, 2 phases, 1 stored maps in memory (300 KiB), 1 stored maps on disk (200 KiB)\n"
+        "tile 4x4 pixels, 2 phases, 1 stored map in memory (300 KiB), 1 stored map on disk (200 KiB)\n"
         "  phase 1    2x1 tiles, halo 2x1              stores conv; reduces 1\n"
         "  phase 2    2x1 tiles, halo 0x0              stores nothing; reduces 0\n"
         "then 3 operators on whole maps (the resident tail)\n"
@@ -144,7 +144,7 @@ def test_explain_of_a_network() -> None:
         "projected peak 3.00 KiB (fits), in phase 1, forward\n"
         "plain PyTorch would need 6.00 KiB\n"
         "  stored maps                             3.00 KiB\n"
-        "tile 32x24 pixels, 2 phases, 1 stored maps in memory (89.6 KiB)\n"
+        "tile 32x24 pixels, 2 phases, 1 stored map in memory (89.6 KiB)\n"
         "  phase 1    2x2 tiles, halo 1x1              stores conv2d; reduces 1\n"
         "  phase 2    2x2 tiles, halo 0x1              stores nothing; reduces 1"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 
 import torch
@@ -62,23 +61,14 @@ def tame_allocator(*, reuse: bool = False) -> bool:
     =========  ======  =======  =======  =======  ======  ======
 
     The time is the kernel's, which zeroes every page of a new block (2.7 million page faults instead
-    of 0.2); ``request_huge_pages`` brings it to about 1.2. Trim threshold and the number of arenas
-    made no difference. The setting is the process's and stays; other C libraries ignore it.
+    of 0.2). Trim threshold and the number of arenas made no difference. The setting is the process's and
+    stays; other C libraries ignore it.
     """
     libc = _libc()
     if libc is None:
         return False
     threshold, trim = (_REUSING_THRESHOLD, _REUSING_TRIM) if reuse else (_FRUGAL_THRESHOLD, _FRUGAL_TRIM)
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold) and libc.mallopt(_M_TRIM_THRESHOLD, trim))
-
-
-def request_huge_pages() -> None:
-    """Ask PyTorch for 2 MiB pages under large tensors, unless the user has asked for or against them.
-
-    That makes a quarter as many page faults. PyTorch looks when the process makes its first tensor,
-    so a later call has no effect.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def start_thread_pool() -> None:

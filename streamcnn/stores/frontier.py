@@ -32,4 +32,9 @@ class Frontier:
                 yield Region(Interval(rows.start, seam), part), True
             if seam < rows.stop:
                 yield Region(Interval(seam, rows.stop), part), False
-        np.maximum(heights, rows.stop, out=heights)
+        self.mark(region)
+
+    def mark(self, region: Region) -> None:
+        """All of ``region`` may hold something from now on."""
+        heights = self._heights[region.cols.start : region.cols.stop]
+        np.maximum(heights, region.rows.stop, out=heights)

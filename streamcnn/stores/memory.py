@@ -54,9 +54,7 @@ class MemoryStore(Store):
 
     def _write(self, region: Region, tile: Tensor) -> None:
         self._view(self._allocated(), region).copy_(tile)
-        # No questions are asked of what write and add leave together: all of it may hold something.
-        for _ in self._frontier.split(region):
-            pass
+        self._frontier.mark(region)
 
     def _add(self, region: Region, tile: Tensor) -> None:
         tile = tile.to(self._device, self.spec.dtype)
