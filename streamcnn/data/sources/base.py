@@ -1,0 +1,150 @@
+"""What an image source is, and what a fault in a file becomes.
+
+An `ImageSource` says what an image is without reading it and reads any region of it. It neither
+converts nor normalises pixels; that is the model's ``preprocess``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamcnn.data.sources.files import ProcessLock, reason
+from streamcnn.data.sources.layout import to_tensor
+from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
+from streamcnn.extras import MissingExtra
+from streamcnn.regions import Region
+
+
+class ImageSource(ABC):
+    """One image ``(C, H, W)`` that is read lazily.
+
+    Subclasses implement `_read`. A source may be read by several threads at once, in a process that
+    was forked from the one that made it, and can be pickled; a copy made by pickling opens its file
+    again and starts counting at zero.
+
+    Attributes
+    ----------
+    shape : tuple of three int
+        Channels, height and width in pixels.
+    dtype : torch.dtype
+        Type of the pixels as stored.
+    name : str
+        What messages call the image: its path, or what else it is.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    name: str
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, name: str | None = None) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.name = name if name is not None else f"an image of shape {shape}"
+        self._bytes_read = 0
+        self._count_lock = ProcessLock()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of pixels handed out so far, decoded; a pixel read twice counts twice."""
+        return self._bytes_read
+
+    @final
+    def read(self, region: Region) -> Tensor:
+        """The pixels of ``region`` for all channels.
+
+        Returns
+        -------
+        Tensor ``(C, h, w)`` of `dtype` on the CPU
+            It may share the source's memory: copy it before writing to it.
+
+        Raises
+        ------
+        ValueError
+            If the region goes beyond the image.
+        CorruptImage
+            If the pixels cannot be read or decoded.
+        """
+        _, height, width = self.shape
+        if not Region.whole((height, width)).contains(region):
+            raise ValueError(
+                f"region {region} goes beyond the image: allowed is rows 0..{height}, cols 0..{width}"
+            )
+        pixels = self._read(region)
+        assert pixels.shape == (self.shape[0], *region.size)
+        assert pixels.dtype == self.dtype
+        with self._count_lock:
+            self._bytes_read += pixels.nbytes
+        return pixels
+
+    @abstractmethod
+    def _read(self, region: Region) -> Tensor:
+        """The pixels of a region that is known to lie inside the image."""
+
+
+class FileSource(ImageSource):
+    """An image in a file, a folder or an array; whatever fails in reading it is one `CorruptImage`.
+
+    Subclasses implement `_load` and need not know about empty regions, byte order or messages.
+    """
+
+    @final
+    def _read(self, region: Region) -> Tensor:
+        if 0 in region.size:
+            return torch.empty((self.shape[0], *region.size), dtype=self.dtype)
+        try:
+            pixels = self._load(region)
+        except (MemoryError, MissingExtra):
+            raise
+        except Exception as error:  # each codec fails with errors of its own
+            rows, cols = region
+            raise CorruptImage(
+                f"cannot read rows {rows.start}..{rows.stop}, cols {cols.start}..{cols.stop} of "
+                f"{self.name}: {_with_advice(error)}"
+            ) from error
+        return to_tensor(pixels)
+
+    @abstractmethod
+    def _load(self, region: Region) -> NDArray[Any]:
+        """The pixels ``(C, h, w)`` of a region that holds some, in any memory order and byte order."""
+
+
+def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    """The images of a batch as a list, where all have one shape and dtype.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there is no image, or one differs from the first.
+    TypeError
+        If something in the sequence is no `ImageSource`.
+    """
+    sources = [image] if isinstance(image, ImageSource) else list(image)
+    if not sources:
+        raise DatasetMismatch("a batch of 0 images: allowed are 1 and more")
+    for position, source in enumerate(sources):
+        if not isinstance(source, ImageSource):
+            raise TypeError(
+                f"image {position} of the batch is a {type(source).__name__}: allowed is an ImageSource; "
+                "wrap a tensor in TensorSource, open a file with open_image"
+            )
+        if (source.shape, source.dtype) != (sources[0].shape, sources[0].dtype):
+            raise DatasetMismatch(
+                f"image {position} of the batch is {source.shape} {source.dtype}, image 0 is "
+                f"{sources[0].shape} {sources[0].dtype}: allowed is one shape and dtype; "
+                "put images that differ into batches of their own"
+            )
+    return sources
+
+
+def _with_advice(error: Exception) -> str:
+    if isinstance(error, StreamError):  # ours say what to do
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error}; see that the file is there and that you may read it"
+    return f"{reason(error)}; the image is damaged there, write it again"

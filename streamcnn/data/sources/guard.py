@@ -1,0 +1,180 @@
+"""A zarr store that raises where zarr would take damage for an area that was never written.
+
+Zarr answers what is not there with the array's fill value: a chunk that was never written, and alike one
+that was lost, a shard file of no bytes, and an inner chunk that would lie beyond the end of its shard.
+Looked at through `GuardedStore`, the last two are always errors, and so is everything once the whole
+array is gone; with ``missing="error"`` the first two are errors too. Nothing is read for it that zarr does
+not read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import WrapperStore
+
+from streamcnn.errors import CorruptImage, DatasetMismatch
+
+ZarrArray = zarr.Array[Any]  # of either format version
+MissingChunks = Literal["fill", "error"]
+
+_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+_EMPTY = np.iinfo(np.uint64).max
+
+Coordinates = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """Where a shard keeps the places of its inner chunks, and how it writes them."""
+
+    chunks_per_shard: tuple[int, ...]
+    nbytes: int
+    at_start: bool
+    dtype: np.dtype[np.uint64]
+
+    def is_in(self, byte_range: ByteRequest | None) -> bool:
+        """Whether what zarr asks a shard for holds the index."""
+        return not isinstance(byte_range, RangeByteRequest) or (self.at_start and byte_range.start == 0)
+
+    def empty_chunks(self, read: NDArray[np.uint8]) -> frozenset[Coordinates]:
+        """Inner chunks that were never written, of what was read: the index, or the shard with it."""
+        index = read[: self.nbytes] if self.at_start else read[-self.nbytes :]
+        places = index[: 16 * math.prod(self.chunks_per_shard)].tobytes()
+        entries = np.frombuffer(places, self.dtype).reshape(*self.chunks_per_shard, 2)
+        empty = np.argwhere((entries == _EMPTY).all(axis=-1))
+        return frozenset(tuple(map(int, position)) for position in empty)
+
+
+class GuardedStore(WrapperStore[Store]):
+    """A store of one array that refuses what is cut short or gone."""
+
+    def __init__(
+        self, store: Store, metadata_key: str, missing: MissingChunks, index: ShardIndex | None
+    ) -> None:
+        super().__init__(store)
+        self._metadata_key = metadata_key
+        self._missing = missing
+        self._index = index
+        self._empty_chunks: dict[str, frozenset[Coordinates]] = {}
+
+    def _with_store(self, store: Store) -> GuardedStore:
+        return GuardedStore(store, self._metadata_key, self._missing, self._index)
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """The bytes under ``key``.
+
+        Raises
+        ------
+        CorruptImage
+            If they are fewer than were asked for, or missing where they must not be.
+        """
+        found = await self._store.get(key, prototype, byte_range)
+        if key.rpartition("/")[2] in _METADATA:
+            return found
+        if found is None:
+            await self._check_may_be_missing(key)
+        elif len(found) < _least(byte_range):
+            raise CorruptImage(f"chunk {key} is cut short; copy the image again")
+        elif self._index is not None and self._index.is_in(byte_range):
+            self._empty_chunks[key] = self._index.empty_chunks(found.as_numpy_array())
+        return found
+
+    async def _check_may_be_missing(self, key: str) -> None:
+        if self._missing == "error":
+            raise _missing(key)
+        if not await self._store.exists(self._metadata_key):
+            raise CorruptImage(f"the array is gone since it was opened ({self._metadata_key}); put it back")
+
+    def check_window(self, array: ZarrArray, window: tuple[slice | int, ...]) -> None:
+        """Raise `CorruptImage` if an inner chunk under ``window``, which was just read, was never written."""
+        if self._index is None or not any(self._empty_chunks.values()):
+            return
+        for chunk in _chunks_under(window, array.chunks):
+            pairs = list(map(divmod, chunk, self._index.chunks_per_shard))
+            key = array.metadata.encode_chunk_key(tuple(shard for shard, _ in pairs))
+            key = f"{array.path}/{key}" if array.path else key
+            if tuple(inner for _, inner in pairs) in self._empty_chunks.get(key, ()):
+                raise _missing(f"{chunk} in shard {key}")
+
+
+def guarded(name: str, array: ZarrArray, missing: MissingChunks) -> tuple[ZarrArray, GuardedStore]:
+    """The array, opened again through a guarded store, and that store.
+
+    Raises
+    ------
+    DatasetMismatch
+        If inner chunks must be there and the array's shards do not let themselves be looked into.
+    """
+    metadata = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+    key = f"{array.path}/{metadata}" if array.path else metadata
+    index = _shard_index(name, array) if missing == "error" else None
+    store = GuardedStore(array.store, key, missing, index)
+    opened = zarr.open_array(store, path=array.path, mode="r")
+    # What is not read-only is wrapped again by zarr when it opens it for reading.
+    assert isinstance(opened.store, GuardedStore)
+    return opened, opened.store
+
+
+def _shard_index(name: str, array: ZarrArray) -> ShardIndex | None:
+    codecs = getattr(array.metadata, "codecs", ())
+    sharding = [codec for codec in codecs if isinstance(codec, ShardingCodec)]
+    if not sharding:
+        return None
+    codec, shards = sharding[0], array.shards
+    order, *checksums = codec.index_codecs
+    if (
+        shards is None
+        or any(isinstance(inner, ShardingCodec) for inner in codec.codecs)
+        or not isinstance(order, BytesCodec)
+        or not all(isinstance(checksum, Crc32cCodec) for checksum in checksums)
+    ):
+        raise DatasetMismatch(
+            f"{name} has shards inside of other codecs, or an index that is no plain list: their missing "
+            'chunks cannot be told; open it with missing_chunks="fill"'
+        )
+    per_shard = tuple(shard // chunk for shard, chunk in zip(shards, codec.chunk_shape, strict=True))
+    big = getattr(order.endian, "value", order.endian) == "big"
+    return ShardIndex(
+        per_shard,
+        nbytes=16 * math.prod(per_shard) + 4 * len(checksums),
+        at_start=codec.index_location.value == "start",
+        dtype=np.dtype(">u8" if big else "<u8"),
+    )
+
+
+def _least(byte_range: ByteRequest | None) -> int:
+    """How many bytes a chunk must give when it is asked for these."""
+    if isinstance(byte_range, RangeByteRequest):
+        return byte_range.end - byte_range.start
+    return byte_range.suffix if isinstance(byte_range, SuffixByteRequest) else 1
+
+
+def _chunks_under(window: tuple[slice | int, ...], chunks: Coordinates) -> Iterator[Coordinates]:
+    spans = []
+    for part, extent in zip(window, chunks, strict=True):
+        start, stop = (part.start, part.stop) if isinstance(part, slice) else (part, part + 1)
+        spans.append(range(start // extent, -(-stop // extent)))
+    return itertools.product(*spans)
+
+
+def _missing(what: str) -> CorruptImage:
+    return CorruptImage(
+        f"chunk {what} is missing: it was lost or never written; copy the image again, or open it with "
+        'missing_chunks="fill" if its empty areas were left out on purpose'
+    )

@@ -1,0 +1,130 @@
+"""Images whose pixels are in memory, or mapped into it: tensors, NumPy arrays and ``.npy`` files."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamcnn.data.sources.base import FileSource, ImageSource
+from streamcnn.data.sources.files import FileStamp, opening
+from streamcnn.data.sources.layout import layout_by_shape, torch_dtype
+from streamcnn.errors import DatasetMismatch
+from streamcnn.regions import Region
+
+
+@final
+class TensorSource(ImageSource):
+    """An image that is in memory already; regions are views of it.
+
+    Parameters
+    ----------
+    tensor : Tensor ``(C, H, W)`` on the CPU
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.ndim != 3:
+            raise DatasetMismatch(
+                f"image tensor has shape {tuple(tensor.shape)}: allowed is (C, H, W); "
+                "wrap each image of a batch in a source of its own"
+            )
+        channels, height, width = tensor.shape
+        shape = (channels, height, width)
+        super().__init__(shape, tensor.dtype, f"a tensor of shape {shape}")
+        self._tensor = tensor.detach()
+
+    def __reduce__(self) -> tuple[type[TensorSource], tuple[Tensor]]:
+        return TensorSource, (self._tensor,)
+
+    def _read(self, region: Region) -> Tensor:
+        rows, cols = region
+        return self._tensor[:, rows.start : rows.stop, cols.start : cols.stop]
+
+
+@final
+class ArraySource(FileSource):
+    """An image in a NumPy array, a memory map or a ``.npy`` file, which is mapped and not read.
+
+    A copy made by pickling maps a file again; the pixels of an array that is no file, or a view of a
+    memory map, are pickled with it.
+
+    Parameters
+    ----------
+    array_or_path : array, or path of a ``.npy`` file
+        Two axes ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``.
+    channels_last : bool, optional
+        Which of the two a three-axis array is. By default it is ``(H, W, C)`` when its last axis is
+        shorter than its first.
+
+    Raises
+    ------
+    CorruptImage
+        If there is no ``.npy`` file at the path, or it is damaged or cut short.
+    DatasetMismatch
+        If the array has another number of axes, or pixels of a type that PyTorch lacks.
+    """
+
+    def __init__(
+        self, array_or_path: NDArray[Any] | str | Path, *, channels_last: bool | None = None
+    ) -> None:
+        self._origin = array_or_path
+        self._requested_layout = channels_last
+        if isinstance(array_or_path, np.ndarray):
+            self._array = array_or_path
+            name = f"an array of shape {array_or_path.shape}"
+        else:
+            name = str(array_or_path)
+            with opening(name, ".npy file"):
+                self._array = np.lib.format.open_memmap(name, mode="r")
+        self._stamp = _stamp(self._array)
+        self._layout = layout_by_shape(name, self._array.shape, channels_last)
+        shape = self._layout.image_shape(self._array.shape)
+        super().__init__(shape, torch_dtype(name, self._array.dtype), name)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        origin = self._origin
+        return _remade, (_mapping(origin) if _is_whole_map(origin) else origin, self._requested_layout)
+
+    def _load(self, region: Region) -> NDArray[Any]:
+        if self._stamp is not None:  # touching a page beyond a file's end kills the process
+            self._stamp.check()
+        return self._layout.channels_first(self._array[self._layout.window(region)])
+
+
+class _Mapping(NamedTuple):
+    """What maps a file into memory again."""
+
+    filename: str
+    dtype: np.dtype[Any]
+    offset: int
+    shape: tuple[int, ...]
+    order: str
+
+
+def _stamp(array: NDArray[Any]) -> FileStamp | None:
+    filename = getattr(array, "filename", None)
+    return FileStamp.of(filename) if isinstance(array, np.memmap) and filename is not None else None
+
+
+def _is_whole_map(origin: object) -> bool:
+    """Whether it is a map as it was made: a view keeps the file's name and offset but not its place in it."""
+    return (
+        isinstance(origin, np.memmap) and origin.filename is not None and isinstance(origin.base, mmap.mmap)
+    )
+
+
+def _mapping(array: Any) -> _Mapping:
+    order = "C" if array.flags["C_CONTIGUOUS"] else "F"
+    return _Mapping(str(array.filename), array.dtype, array.offset, array.shape, order)
+
+
+def _remade(origin: NDArray[Any] | str | Path | _Mapping, channels_last: bool | None) -> ArraySource:
+    if isinstance(origin, _Mapping):
+        name, dtype, offset, shape, order = origin
+        with opening(name, "memory-mapped array"):
+            origin = np.memmap(name, dtype, "r", offset, shape, "C" if order == "C" else "F")
+    return ArraySource(origin, channels_last=channels_last)

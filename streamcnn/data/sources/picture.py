@@ -1,0 +1,155 @@
+"""Pictures that can only be decoded whole: PNG, JPEG and other formats of Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, ProcessLock, opening
+from streamcnn.data.sources.layout import Layout, torch_dtype
+from streamcnn.errors import DatasetMismatch
+from streamcnn.extras import require
+from streamcnn.regions import Region
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile as Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")
+"""What Pillow calls the formats that are read through it."""
+
+# Pillow's modes: what has to be converted, and to what.
+_CONVERTED = {
+    "1": "L",
+    "P": "RGB",
+    "PA": "RGBA",
+    "La": "LA",
+    "RGBa": "RGBA",
+    "RGBX": "RGB",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+}
+# The modes that are handed out: number of channels and type.
+_HANDED_OUT = {
+    "L": (1, "u1"),
+    "LA": (2, "u1"),
+    "RGB": (3, "u1"),
+    "RGBA": (4, "u1"),
+    "I;16": (1, "u2"),
+    "I;16B": (1, "u2"),
+    "I": (1, "i4"),
+    "F": (1, "f4"),
+}
+
+_limit_lock = ProcessLock()
+
+
+@final
+class PictureSource(FileSource):
+    """A picture, decoded whole when it is first read and kept from then on.
+
+    Palettes, CMYK and YCbCr become RGB, a palette with transparency RGBA, one bit per pixel 0 and 255 in
+    uint8; 16-bit grey stays uint16. Of an animation it is the first frame. Pixels are as they lie in the
+    file: an orientation noted in it is not applied.
+
+    Parameters
+    ----------
+    path : file
+    max_pixels : largest picture, in pixels, that may be decoded; Pillow's own limit is not looked at
+
+    Raises
+    ------
+    CorruptImage
+        If there is no such file, or it is no picture.
+    DatasetMismatch
+        If it is too large, or Pillow would drop half of its bits.
+    MissingExtra
+        If Pillow is not installed.
+    """
+
+    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
+        name = str(path)
+        self._path = name
+        self._max_pixels = max_pixels
+        with opening(name, "picture"):
+            self._stamp = FileStamp.of(name)
+        with opening(name, f"picture ({', '.join(FORMATS)})"), _opened(name) as image:
+            _check_depth(name, image)
+            width, height = image.size
+            self._mode = _mode(name, image)
+        if width * height > max_pixels:
+            raise DatasetMismatch(
+                f"{name} has {height} x {width} = {width * height} pixels: allowed are {max_pixels}, for a "
+                "picture is decoded whole; give max_pixels= or write it as a tiled TIFF or zarr array"
+            )
+        channels, dtype = _HANDED_OUT[self._mode]
+        self._layout = Layout("YXC" if channels > 1 else "YX")
+        self._pixels: NDArray[Any] | None = None
+        self._decoding = ProcessLock()
+        super().__init__((channels, height, width), torch_dtype(name, np.dtype(dtype)), name)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self._path, self._max_pixels)
+
+    def _load(self, region: Region) -> NDArray[Any]:
+        with self._decoding:
+            if self._pixels is None:
+                self._pixels = self._decode()
+        return self._layout.channels_first(self._pixels[self._layout.window(region)])
+
+    def _decode(self) -> NDArray[Any]:
+        self._stamp.check()
+        with _opened(self._path) as image:
+            return np.asarray(image if image.mode == self._mode else image.convert(self._mode))
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[Image]:
+    """The picture, of which only the head is read until its pixels are asked for."""
+    pillow: Any = require("PIL.Image", extra="pictures")
+    with _limit_lock:
+        limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None  # ours is the limit that counts
+        try:
+            image: Image = pillow.open(name, formats=FORMATS)
+        finally:
+            pillow.MAX_IMAGE_PIXELS = limit
+    with image:
+        yield image
+
+
+def _mode(name: str, image: Image) -> str:
+    """The mode in which the picture's pixels are handed out."""
+    if image.mode == "P" and "transparency" in image.info:
+        return "RGBA"
+    if image.mode == "I" and image.format == "PPM":
+        return "I;16"  # what its format calls grey of 16 bits
+    mode = _CONVERTED.get(image.mode, image.mode)
+    if mode not in _HANDED_OUT:
+        raise DatasetMismatch(
+            f"{name} has pixels of Pillow's mode {image.mode!r}: allowed are {', '.join(_HANDED_OUT)}, "
+            f"{', '.join(_CONVERTED)}; convert the picture"
+        )
+    return mode
+
+
+def _check_depth(name: str, image: Image) -> None:
+    """Refuse colours of more than 8 bits, which Pillow cuts down without a word."""
+    how = image.tile[0].args if image.tile else ""
+    is_deep = {
+        "PNG": isinstance(how, str) and how.endswith(";16B"),
+        "PPM": isinstance(how, tuple) and isinstance(how[1], int) and how[1] > 255,
+    }
+    if is_deep.get(image.format or "", False) and image.mode in ("RGB", "RGBA"):
+        raise DatasetMismatch(
+            f"{name} has colours of more than 8 bits, of which Pillow would keep 8: allowed are colours of 8 "
+            "bits and grey of 16; write it as a TIFF"
+        )
+
+
+def _reopen(path: str, max_pixels: int) -> PictureSource:
+    return PictureSource(path, max_pixels=max_pixels)
