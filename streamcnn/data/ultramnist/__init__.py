@@ -1,0 +1,20 @@
+"""UltraMNIST: sums of digits of very different sizes on large, noisy images, generated on demand.
+
+Gupta et al., UltraMNIST Classification: A Benchmark to Train CNNs for Very Large Images (arXiv 2206.12681).
+`layout` decides what an image shows, `background` the noise, `digits` where the digits' images come from,
+and `image` puts them together.
+"""
+
+from streamcnn.data.ultramnist.digits import Digits as Digits
+from streamcnn.data.ultramnist.digits import DigitSet as DigitSet
+from streamcnn.data.ultramnist.digits import load_digits as load_digits
+from streamcnn.data.ultramnist.image import UltraMnistImage as UltraMnistImage
+from streamcnn.data.ultramnist.image import make_image as make_image
+from streamcnn.data.ultramnist.layout import NUM_CLASSES as NUM_CLASSES
+from streamcnn.data.ultramnist.layout import SPLITS as SPLITS
+from streamcnn.data.ultramnist.layout import Layout as Layout
+from streamcnn.data.ultramnist.layout import PlacedDigit as PlacedDigit
+from streamcnn.data.ultramnist.layout import Recipe as Recipe
+from streamcnn.data.ultramnist.layout import Spec as Spec
+from streamcnn.data.ultramnist.layout import label_of as label_of
+from streamcnn.data.ultramnist.layout import make_layout as make_layout

@@ -1,0 +1,246 @@
+"""What an UltraMNIST image shows: which digits, how large and where. No pixels here.
+
+The set is that of Gupta et al., UltraMNIST Classification (arXiv 2206.12681): 28 classes, the sums 0 to 27
+of three to five digits whose sides go from 14 to 2100 pixels on a canvas of 4000, both extremes likely.
+There are two recipes for the sizes, see `Recipe`. At other canvas sizes all lengths are proportional.
+
+Everything is a pure function of its arguments, in integers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations_with_replacement
+from typing import NamedTuple
+
+from streamcnn.data.ultramnist.draws import Draws
+from streamcnn.regions import Interval, Region
+
+NUM_CLASSES = 28
+GLYPH_SIDE = 28  # pixels of a digit's image before it is enlarged
+REFERENCE_SIZE = 4000  # the canvas that the recipes give lengths for
+MIN_SIZE = 64
+SPLITS = ("train", "test")
+
+_DIGIT_COUNTS = (3, 4, 5)
+# Entry i is the weight of factor i + 1: a V from 38 down to 1 and up to 37.
+_FACTOR_WEIGHTS = (*range(38, 0, -1), *range(1, 38))
+_HALF = 0  # in the place of a factor: a digit of 14 pixels
+_HALF_SIDE = 14
+
+# Everything placed so far is taken back after so many tries: in an image, needed only if the first digits
+# cover the whole canvas, and for one place, needed whenever the sizes do not fit together.
+_FAITHFUL_TRIES = 10_000
+_BALANCED_TRIES = 100
+
+
+class Recipe(enum.Enum):
+    """How sizes are given to digits.
+
+    ``FAITHFUL`` is what the authors' released code does. Digits are placed in ascending order, and one that
+    overlaps those before it gets a new size along with its new position. Large sizes fit less often the
+    fuller the canvas is, so the size tells the digit: a 0 is about twice as large as a 9.
+
+    ``BALANCED`` gives value, number and sum of the digits no influence on sizes and places. Places for five
+    digits are drawn in every image, and its three to five digits, shuffled, take a random choice of them.
+    A place keeps its size while positions are tried, the largest place first. If one of them finds no free
+    position in 100 tries, all five sizes are drawn anew, whatever the digits. So sizes follow the V-shaped
+    weights on the condition that five such squares were found to fit: the largest are rarer than the weights
+    say, though less so than in ``FAITHFUL``.
+    """
+
+    FAITHFUL = "faithful"
+    BALANCED = "balanced"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a generated set is.
+
+    Parameters
+    ----------
+    seed : int
+        0 or more; sets with different seeds are unrelated.
+    recipe : Recipe
+        How sizes are given to digits.
+    size : int
+        Height and width of the images in pixels, 64 or more.
+
+    Raises
+    ------
+    ValueError
+        If a value is not allowed.
+    """
+
+    seed: int
+    recipe: Recipe
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is negative: allowed are 0 and more")
+        if not isinstance(self.recipe, Recipe):
+            names = ", ".join(str(recipe) for recipe in Recipe)
+            raise ValueError(f"unknown recipe {self.recipe!r}: allowed are {names}")
+        if self.size < MIN_SIZE:
+            raise ValueError(
+                f"image size {self.size} is too small for five digits: allowed are {MIN_SIZE} and more"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedDigit:
+    """One digit of an image: the square ``box`` of ``side`` pixels shows ``value``.
+
+    ``factor`` is the enlargement on a canvas of 4000, 1 to 75, and 0 for the half that makes 14 pixels.
+    """
+
+    value: int
+    side: int
+    factor: int
+    box: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The digits of one image, in the order in which the recipe takes them; their boxes do not overlap."""
+
+    digits: tuple[PlacedDigit, ...]
+
+    @property
+    def label(self) -> int:
+        """The sum of the digits, 0 to 27."""
+        return sum(digit.value for digit in self.digits)
+
+
+class _Place(NamedTuple):
+    """A square of pixels and the factor that it was drawn with."""
+
+    factor: int
+    side: int
+    row: int
+    col: int
+
+
+def proportional(length: int, size: int) -> int:
+    """``length`` pixels of a canvas of 4000 on one of ``size``, at least 1; half a pixel is rounded up."""
+    return max(1, (2 * length * size + REFERENCE_SIZE) // (2 * REFERENCE_SIZE))
+
+
+def label_of(spec: Spec, split: str, index: int) -> int:
+    """The class of image ``index``, 0 to 27; it depends on seed, split and index alone.
+
+    Every 28 consecutive images from a multiple of 28 on show every class once.
+
+    Raises
+    ------
+    ValueError
+        If there is no such split or the index is negative.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: allowed are {' and '.join(map(repr, SPLITS))}")
+    if index < 0:
+        raise ValueError(f"image index {index} is negative: allowed are 0 and more")
+    block, position = divmod(index, NUM_CLASSES)
+    return Draws("labels", seed=spec.seed, split=split, block=block).shuffled(range(NUM_CLASSES))[position]
+
+
+def make_layout(spec: Spec, split: str, index: int) -> Layout:
+    """The digits of image ``index`` of a split, their sizes and places.
+
+    Which digits, a choice among all sorted groups of three to five with the label as their sum, depends
+    on seed, split and index alone; sizes and places on the recipe and the canvas size as well.
+
+    Raises
+    ------
+    ValueError
+        If there is no such split or the index is negative.
+    """
+    key: dict[str, int | str] = {"seed": spec.seed, "split": split, "index": index}
+    values = Draws("values", **key).choice(_groups(label_of(spec, split, index)))
+    draws = Draws("layout", **key, recipe=spec.recipe.value, size=spec.size)
+    place = _place_faithfully if spec.recipe is Recipe.FAITHFUL else _place_balanced
+    return Layout(place(values, draws, spec.size))
+
+
+@cache
+def _groups(label: int) -> tuple[tuple[int, ...], ...]:
+    """Every ascending group of three to five digits with the sum ``label``."""
+    return tuple(
+        group
+        for count in _DIGIT_COUNTS
+        for group in combinations_with_replacement(range(10), count)
+        if sum(group) == label
+    )
+
+
+def _place_faithfully(values: tuple[int, ...], draws: Draws, size: int) -> tuple[PlacedDigit, ...]:
+    while True:
+        places: list[_Place] = []
+        for _ in range(_FAITHFUL_TRIES):
+            place = _draw_place(_draw_factor(draws), draws, size)
+            if not _overlaps(place, places):
+                places.append(place)
+            if len(places) == len(values):
+                return _show(values, places)
+
+
+def _place_balanced(values: tuple[int, ...], draws: Draws, size: int) -> tuple[PlacedDigit, ...]:
+    num_places = max(_DIGIT_COUNTS)
+    places: list[_Place] = []
+    while len(places) < num_places:
+        # Largest first, so that fewer sizes are given up and the weights are kept better.
+        factors = sorted((_draw_factor(draws) for _ in range(num_places)), reverse=True)
+        places = _find_places(factors, draws, size)
+    # How places were found depends on their sizes: without this the first digits would get the largest.
+    return _show(draws.shuffled(values), draws.shuffled(places))
+
+
+def _find_places(factors: list[int], draws: Draws, size: int) -> list[_Place]:
+    """A free place for each of ``factors``, in this order, up to the first that finds none."""
+    places: list[_Place] = []
+    for factor in factors:
+        tries = (_draw_place(factor, draws, size) for _ in range(_BALANCED_TRIES))
+        found = next((place for place in tries if not _overlaps(place, places)), None)
+        if found is None:
+            break
+        places.append(found)
+    return places
+
+
+def _show(values: Sequence[int], places: Sequence[_Place]) -> tuple[PlacedDigit, ...]:
+    """The digits at the first of the places."""
+    return tuple(_place_digit(value, place) for value, place in zip(values, places, strict=False))
+
+
+def _place_digit(value: int, place: _Place) -> PlacedDigit:
+    factor, side, row, col = place
+    return PlacedDigit(value, side, factor, Region(Interval(row, row + side), Interval(col, col + side)))
+
+
+def _draw_factor(draws: Draws) -> int:
+    factor = 1 + draws.weighted(_FACTOR_WEIGHTS)
+    return _HALF if factor == 1 and draws.below(2) == 0 else factor
+
+
+def _draw_place(factor: int, draws: Draws, size: int) -> _Place:
+    side = proportional(_HALF_SIDE if factor == _HALF else GLYPH_SIDE * factor, size)
+    return _Place(factor, side, draws.below(size - side + 1), draws.below(size - side + 1))
+
+
+def _overlaps(place: _Place, others: Sequence[_Place]) -> bool:
+    """Whether a pixel would belong to two boxes; boxes that touch without sharing one are apart.
+
+    The released code also accepts two boxes that share a single row or column of pixels.
+    """
+    _, side, row, col = place
+    return any(
+        row < other.row + other.side
+        and other.row < row + side
+        and col < other.col + other.side
+        and other.col < col + side
+        for other in others
+    )

@@ -1,0 +1,90 @@
+"""A contact sheet of an UltraMNIST set: images by class, with the digits' boxes on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamcnn.data.tile_store import ImageRecord, TileStore
+from streamcnn.errors import DatasetMismatch
+from streamcnn.extras import require
+from streamcnn.regions import Region
+
+_COLUMNS = 7
+_GAP = 8
+_CAPTION = 20
+_BOX_COLOUR = (255, 96, 0)
+_PAPER = (255, 255, 255)
+_INK = (0, 0, 0)
+
+
+def write_contact_sheet(
+    store: TileStore, path: str | Path, *, split: str = "train", edge: int = 320, boxes: bool = False
+) -> int:
+    """Write a picture with one image of each class that the split has; returns how many.
+
+    Parameters
+    ----------
+    edge
+        Of each image on the sheet, in pixels; an image is shrunk by averaging.
+    boxes
+        Whether to mark each digit and write its value beside it.
+
+    Raises
+    ------
+    DatasetMismatch
+        If the split has no images, or boxes are wanted and unknown.
+    MissingExtra
+        If Pillow is not installed.
+    """
+    records = _one_per_class(store, split)
+    pillow = require("PIL.Image", extra="plots")
+    draw = require("PIL.ImageDraw", extra="plots")
+    rows = -(-len(records) // _COLUMNS)
+    columns = min(_COLUMNS, len(records))
+    cell = (edge + _GAP, edge + _GAP + _CAPTION)
+    sheet = pillow.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP), _PAPER)
+    for position, record in enumerate(records):
+        left = _GAP + position % columns * cell[0]
+        top = _GAP + position // columns * cell[1]
+        sheet.paste(_thumbnail(store, record, edge, boxes=boxes), (left, top + _CAPTION))
+        draw.Draw(sheet).text(
+            (left, top), f"{record.label}   {record.name}", fill=_INK, font_size=_CAPTION - 5
+        )
+    sheet.save(path)
+    return len(records)
+
+
+def _one_per_class(store: TileStore, split: str) -> list[ImageRecord]:
+    by_label: dict[int, ImageRecord] = {}
+    for record in store.split(split):
+        if record.label is not None:
+            by_label.setdefault(record.label, record)
+    if not by_label:
+        known = sorted({record.split for record in store.records})
+        raise DatasetMismatch(f"{store.folder} has no labelled image of split {split!r}: it has {known}")
+    return [by_label[label] for label in sorted(by_label)]
+
+
+def _thumbnail(store: TileStore, record: ImageRecord, edge: int, *, boxes: bool) -> Any:
+    pillow = require("PIL.Image", extra="plots")
+    pixels = store.source(record).read(Region.whole(record.shape[1:]))[0].numpy()
+    small = pillow.fromarray(np.ascontiguousarray(pixels)).resize((edge, edge), pillow.Resampling.BOX)
+    picture = small.convert("RGB")
+    if boxes:
+        if record.truth is None:
+            raise DatasetMismatch(f"{store.folder} does not know where the digits are: leave out the boxes")
+        _mark(picture, record.truth, edge / record.shape[1])
+    return picture
+
+
+def _mark(picture: Any, truth: Sequence[dict[str, Any]], scale: float) -> None:
+    draw = require("PIL.ImageDraw", extra="plots").Draw(picture)
+    for digit in truth:
+        top, left, bottom, right = (round(edge * scale) for edge in digit["box"])
+        draw.rectangle((left - 1, top - 1, right, bottom), outline=_BOX_COLOUR, width=2)
+        above = top - 16 if top >= 16 else bottom + 1
+        draw.text((left, above), str(digit["value"]), fill=_BOX_COLOUR, font_size=14, stroke_width=0)

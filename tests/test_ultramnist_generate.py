@@ -1,0 +1,148 @@
+"""Writing an UltraMNIST set: the same store whatever the workers, and however often it was interrupted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamcnn import DatasetMismatch
+from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
+from streamcnn.data.ultramnist import Digits, Recipe, Spec, load_digits, make_image
+from streamcnn.data.ultramnist.generate import generate
+from streamcnn.data.ultramnist.preview import write_contact_sheet
+from streamcnn.regions import Region
+
+SPEC = Spec(seed=4, recipe=Recipe.BALANCED, size=96)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return load_digits("uci")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Path:
+    """30 training and 5 test images by one worker."""
+    folder = tmp_path_factory.mktemp("set")
+    states = list(generate(folder, SPEC, digits, num_train=30, num_test=5, workers=1))
+    assert [state.done for state in states] == list(range(36))
+    assert all(state.total == 35 for state in states)
+    return folder
+
+
+def test_the_images_are_those_of_the_recipe(folder: Path, digits: Digits) -> None:
+    store = TileStore(folder)
+    assert [r.name for r in store.records] == [
+        *(f"train/{i:05d}" for i in range(30)),
+        *(f"test/{i:05d}" for i in range(5)),
+    ]
+    for position, (split, index) in ((3, ("train", 3)), (33, ("test", 3))):
+        made = make_image(SPEC, split, index, digits)
+        record = store.records[position]
+        assert record.label == made.layout.label == sum(digit["value"] for digit in record.truth)
+        assert np.array_equal(store.source(record).read(Region.whole((96, 96))).numpy(), made.pixels)
+        boxes = [digit.box for digit in made.layout.digits]
+        assert [digit["box"] for digit in record.truth] == [
+            [b.rows.start, b.cols.start, b.rows.stop, b.cols.stop] for b in boxes
+        ]
+    assert len(store.label_counts("train")) == 28
+
+
+def test_any_number_of_workers_writes_the_same(folder: Path, tmp_path: Path, digits: Digits) -> None:
+    list(generate(tmp_path, SPEC, digits, num_train=30, num_test=5, workers=2))
+    assert TileStore(tmp_path).records == TileStore(folder).records
+
+
+def test_a_set_can_grow(folder: Path, tmp_path: Path, digits: Digits) -> None:
+    list(generate(tmp_path, SPEC, digits, num_train=10, num_test=0))
+    states = list(generate(tmp_path, SPEC, digits, num_train=30, num_test=5))
+    assert states[0].done == 10
+    assert TileStore(tmp_path).records == TileStore(folder).records
+    # A smaller set is there already; nothing is taken away.
+    assert [s.done for s in generate(tmp_path, SPEC, digits, num_train=2, num_test=1)] == [3]
+    assert len(TileStore(tmp_path)) == 35
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, digits: Digits, way: int) -> None:
+    code = f"""
+        from streamcnn.data.ultramnist import Recipe, Spec, load_digits
+        from streamcnn.data.ultramnist.generate import generate
+        if __name__ == "__main__":
+            spec = Spec(seed=4, recipe=Recipe.BALANCED, size=96)
+            for state in generate({str(tmp_path)!r}, spec, load_digits("uci"), num_train=30, num_test=5):
+                print(state.done, flush=True)
+    """
+    script = tmp_path.with_suffix(".py")
+    script.write_text(textwrap.dedent(code))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "3":
+        assert process.poll() is None
+    os.killpg(process.pid, way)
+    process.communicate(timeout=60)
+    with pytest.raises(DatasetMismatch, match="is not finished"):
+        TileStore(tmp_path)
+    states = list(_when_free(tmp_path, digits))
+    assert 3 <= states[0].done < 35
+    assert TileStore(tmp_path).records == TileStore(folder).records
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+
+def _when_free(folder: Path, digits: Digits) -> list[object]:
+    """All states, once the processes that were stopped are gone."""
+    time.sleep(0.5)
+    return list(generate(folder, SPEC, digits, num_train=30, num_test=5))
+
+
+def test_other_settings_are_refused(folder: Path, digits: Digits) -> None:
+    other = Spec(seed=4, recipe=Recipe.FAITHFUL, size=96)
+    text = "recipe is 'balanced', asked for is 'faithful'; give another folder"
+    with pytest.raises(DatasetMismatch, match=text):
+        list(generate(folder, other, digits, num_train=30, num_test=5))
+
+
+def test_a_contact_sheet_shows_every_class(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    store = TileStore(folder)
+    plain, marked = tmp_path / "plain.png", tmp_path / "marked.png"
+    assert write_contact_sheet(store, plain, edge=64) == 28
+    assert write_contact_sheet(store, marked, edge=64, boxes=True) == 28
+    first, second = (np.asarray(Image.open(path)) for path in (plain, marked))
+    assert first.shape == second.shape == (4 * (64 + 8 + 20) + 8, 7 * (64 + 8) + 8, 3)
+    changed = (first != second).any(axis=-1)
+    assert 0.01 < changed.mean() < 0.5
+    # The first image, shrunk by averaging, is where it should be.
+    record = next(r for r in store.records if r.label == 0)
+    pixels = store.source(record).read(Region.whole((96, 96)))[None].float()
+    expected = torch.nn.functional.interpolate(pixels, (64, 64), mode="area")[0, 0].numpy()
+    assert np.abs(first[28:92, 8:72, 0] - expected).mean() < 40
+
+
+def test_a_contact_sheet_of_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    store = TileStore(folder)
+    with pytest.raises(
+        DatasetMismatch, match=re.escape("no labelled image of split 'rest': it has ['test', ")
+    ):
+        write_contact_sheet(store, tmp_path / "sheet.png", split="rest")
+    with TileStoreWriter(tmp_path / "empty", Head("images", {})) as writer:
+        writer.finish()
+    with pytest.raises(DatasetMismatch, match="no labelled image"):
+        write_contact_sheet(TileStore(tmp_path / "empty"), tmp_path / "sheet.png")
