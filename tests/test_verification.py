@@ -55,9 +55,19 @@ def test_float32_shows_rounding() -> None:
     assert 1e-9 < check(dtype=torch.float32).errors["output 0"] < 1e-5
 
 
+def test_sizes_are_errors_where_the_true_value_is_zero() -> None:
+    large, noise = 1e3 * torch.ones(1), 1e-4 * torch.ones(1)
+    errors, sizes = _errors(
+        {"gradient": {"x": large, "bias": noise}}, {"gradient": {"x": large, "bias": 0 * noise}}
+    )
+    # The plain one is rounding alone, a tenth of the floor of 1e-6 * 1e3; the streamed one is exact.
+    assert errors["bias"] == pytest.approx(0.1)
+    assert sizes == {"x": 1.0, "bias": 0.0}
+
+
 def test_explain_names_the_worst_first() -> None:
     text = Verification(
-        {"a": 0.5, "b": 2e-16, "c": 1.0}, num_tiles=4, num_phases=2, notes=("a note",)
+        {"a": 0.5, "b": 2e-16, "c": 1.0}, num_tiles=4, num_phases=2, sizes={}, notes=("a note",)
     ).explain()
     assert text == (
         "streamed in 2 phases of up to 4 tiles against plain PyTorch: "
@@ -110,7 +120,7 @@ def test_wrong_buffers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def errors_of(expected: Tensor, found: Tensor) -> float:
-    return _errors({"output": {"x": expected}}, {"output": {"x": found}})["x"]
+    return _errors({"output": {"x": expected}}, {"output": {"x": found}})[0]["x"]
 
 
 def test_errors_that_a_maximum_would_hide() -> None:
@@ -120,8 +130,8 @@ def test_errors_that_a_maximum_would_hide() -> None:
     assert errors_of(ones, torch.ones(1)) == math.inf
     assert errors_of(ones, torch.ones(3, 3)) == math.inf
     assert errors_of(ones, 2 * ones) == pytest.approx(1)
-    missing = _errors({"gradient": {"x": ones}}, {"gradient": {}})
-    surplus = _errors({"gradient": {}}, {"gradient": {"x": ones, "zero": 0 * ones, "nan": nan}})
+    missing, _ = _errors({"gradient": {"x": ones}}, {"gradient": {}})
+    surplus, _ = _errors({"gradient": {}}, {"gradient": {"x": ones, "zero": 0 * ones, "nan": nan}})
     assert missing == {"x": 1.0}
     assert surplus == {"x": math.inf, "zero": 0.0, "nan": math.inf}
     net = make_net()
