@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from streamcnn.data.scenes import NUM_CLASSES, open_scenes, write_scenes
+from streamcnn.data.dataset import TileDataset
 from streamcnn.data.sources import ImageSource
+from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
+from streamcnn.data.ultramnist.generate import generate
 from streamcnn.extras import require
 from streamcnn.regions import Region
 from streamcnn.streaming_model import StreamingModel
@@ -246,9 +248,13 @@ def _conv_norm_relu(channels_in: int, channels_out: int, *, stride: int = 1) -> 
 
 
 def _make_images(settings: DemoSettings, console: Console) -> LabelledImages:
-    folder = settings.output / "images"
-    write_scenes(folder, settings.num_images, settings.size, settings.seed)
-    images = open_scenes(folder)
+    # A folder for each kind of image: those of an earlier run are used again.
+    folder = settings.output / f"images-{settings.size}-{settings.seed}"
+    spec = Spec(seed=settings.seed, recipe=Recipe.BALANCED, size=settings.size)
+    for _ in generate(folder, spec, load_digits("uci"), num_train=settings.num_images, num_test=0, workers=0):
+        pass
+    dataset = TileDataset(folder, "train", positions=range(settings.num_images))
+    images = [dataset[position] for position in range(settings.num_images)]
     console.print(
         f"images: {len(images)} of {settings.size}x{settings.size} pixels in {folder}, "
         f"sums of digits {', '.join(str(label) for _, label in images)}",

@@ -124,7 +124,7 @@ def test_info_prints_what_the_file_says(run: Run, tmp_path: Path) -> None:
 def test_a_failed_run_is_one_line_and_status_1(run: Run, tmp_path: Path) -> None:
     status, out, err = run("info", tmp_path / "gone.zarr")
     assert (status, out) == (1, "")
-    assert err.startswith("streamcnn: error: no zarr array at ")
+    assert err.startswith("streamcnn: error: no image at ")
     assert err.count("\n") == 1
 
 
@@ -188,3 +188,56 @@ def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch: pytest
     monkeypatch.setattr(cli, "app", broken)
     with pytest.raises(AssertionError, match="an invariant"):
         cli.main()
+
+
+def test_an_ultramnist_set_is_made_checked_and_shown(run: Run, tmp_path: Path) -> None:
+    store = tmp_path / "set"
+    settings = ("--train", 29, "--test", 3, "--size", 64, "--digits", "uci", "--recipe", "faithful")
+    status, out, err = run("ultramnist", "generate", store, *settings)
+    assert (status, err) == (0, "")
+    assert "29 training and 3 test images of 64x64 pixels, 32 of them made now in" in out
+    assert "0 of them made now" in run("ultramnist", "generate", store, *settings)[1]
+
+    status, out, err = run("ultramnist", "verify", store)
+    assert (status, err) == (0, "")
+    for line in (
+        "recipe         faithful",
+        "images         test: 3; train: 29",
+        "labels         test: 3 labels, 1 images each; train: 28 labels, 1 to 2 images each",
+        "shapes         1 x 64 x 64",
+        "damaged        0",
+    ):
+        assert line in out.splitlines()
+    facts = json.loads(run("info", store, "--json")[1])
+    assert facts["images"] == {"test": 3, "train": 29}
+    assert facts["pixel_bytes"] == 32 * 64 * 64
+    assert facts["codec"].startswith("blosc(")
+
+    picture = tmp_path / "sheet.png"
+    assert run("ultramnist", "preview", store, "--output", picture, "--edge", 32, "--boxes")[0] == 0
+    assert picture.stat().st_size > 1000
+
+    shard = store / "images/test/00001/0/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    status, out, err = run("ultramnist", "verify", store)
+    assert status == 1
+    assert "damaged        1" in out
+    assert "shard 0/c/0/0/0 has" in err
+
+
+def test_missing_digits_are_said_aloud(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run("ultramnist", "generate", tmp_path / "set", "--train", 1, "--test", 0, "--size", 64)
+    assert "MNIST" in out
+    assert "made now" in out
+
+
+def test_images_are_converted(run: Run, tmp_path: Path) -> None:
+    write_zarr_image(tmp_path / "in/a.zarr", torch.ones(3, 70, 50, dtype=torch.uint8))
+    (tmp_path / "labels.csv").write_text("image,label\na,cat\n")
+    status, out, err = run("convert", tmp_path / "in", tmp_path / "out", "--labels", tmp_path / "labels.csv")
+    assert (status, err) == (0, "")
+    assert out.startswith("a: 3 x 70 x 50 uint8, ")
+    assert "classes       cat" in run("info", tmp_path / "out")[1].splitlines()
+    status, _, err = run("convert", tmp_path / "gone", tmp_path / "out")
+    assert status == 1
+    assert "there is nothing at" in err

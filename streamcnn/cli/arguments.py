@@ -1,0 +1,68 @@
+"""What the commands share: arguments, how their text is read, and the end of a command used wrongly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+
+FAILED = 1
+WRONG_USAGE = 2
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm name, or package.module:factory.")]
+Size = Annotated[str, typer.Option(help="Height and width of the image in pixels: 4000 or 4000x3000.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
+Channels = Annotated[int, typer.Option(min=1, help="Channels of the image.")]
+Tile = Annotated[
+    str | None, typer.Option(help="Tile in input pixels: 512 or 512x256; default: the planner's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def parse_extent(text: str) -> tuple[int, int]:
+    """``"4000"`` or ``"4000x3000"`` as height and width in pixels.
+
+    Raises
+    ------
+    ValueError
+        If the text is neither, or a number in it is zero.
+    """
+    match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.strip())
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if height == 0 or width == 0:
+        raise ValueError(
+            f"cannot read {text!r} as pixels: allowed is one positive number, or height x width; "
+            "for example 4000 or 4000x3000"
+        )
+    return height, width
+
+
+def parse(option: str, reader: Callable[[str], T] | Callable[[str | None], T], text: str | None) -> T:
+    """The value of an option; wrong text ends the command as wrong usage."""
+    try:
+        return reader(text)  # type: ignore[arg-type]
+    except ValueError as error:
+        exit_for_wrong_usage(f"{option}: {error}")
+
+
+def load(name: str) -> nn.Module:
+    """The model of that name; a wrong name ends the command as wrong usage."""
+    from streamcnn.models import load_model
+
+    try:
+        return load_model(name)
+    except ValueError as error:
+        exit_for_wrong_usage(f"MODEL: {error}")
+
+
+def exit_for_wrong_usage(message: str) -> NoReturn:
+    """End the command with a line on standard error."""
+    typer.echo(f"streamcnn: error: {message}", err=True)
+    raise typer.Exit(WRONG_USAGE)

@@ -1,0 +1,158 @@
+"""Commands about images: ``info`` and ``convert``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from streamcnn.cli.arguments import Json
+from streamcnn.units import format_bytes, plural
+
+if TYPE_CHECKING:
+    from streamcnn.data.tile_store import TileStore
+
+
+def info(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image, or the folder of a tile store.")],
+    as_json: Json = False,
+) -> None:
+    """Print what an image or a tile store is, without reading pixels."""
+    from streamcnn.data.tile_store import TileStore, is_tile_store
+
+    facts = store_facts(TileStore(path)) if is_tile_store(path) else _image_facts(path)
+    _print_facts(facts, as_json=as_json)
+
+
+def convert(
+    sources: Annotated[list[Path], typer.Argument(metavar="SRC...", help="Images, or folders of them.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the tile store.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with the columns image, label and, if wanted, split.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of images of which the CSV says none.")] = "train",
+    level: Annotated[int, typer.Option(min=0, help="Resolution to take from a pyramid; 0 is full.")] = 0,
+) -> None:
+    """Write images of any format into a tile store, or add them to one."""
+    from streamcnn.data.convert import convert as write
+    from streamcnn.data.convert import find_images
+
+    console = Console()
+    found = find_images(sources)
+    with progress_bar(console, "images", len(found)) as progress:
+        present = progress.add_task("pixels of the present one", total=None)
+
+        def on_shard(done: int, total: int) -> None:
+            progress.update(present, completed=done, total=total)
+
+        for record in write(found, out, labels=labels, split=split, level=level, on_shard=on_shard):
+            progress.advance(progress.task_ids[0])
+            progress.console.print(
+                f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def store_facts(store: TileStore) -> dict[str, Any]:
+    """What a tile store holds: counts, balance of the labels, sizes, codec and ratio."""
+    splits = sorted({record.split for record in store.records})
+    stored = sum(record.stored_bytes for record in store.records)
+    pixels = sum(record.pixel_bytes for record in store.records)
+    facts: dict[str, Any] = {
+        "kind": store.head.kind,
+        **store.head.provenance,
+        "images": {split: len(store.split(split)) for split in splits},
+        "labels": {split: _balance(store.label_counts(split)) for split in splits},
+        "classes": None if store.head.classes is None else list(store.head.classes),
+        "shapes": sorted({_by(record.shape) for record in store.records}),
+        "dtypes": sorted({record.dtype for record in store.records}),
+        "codec": store.codec(),
+        "pixel_bytes": pixels,
+        "stored_bytes": stored,
+        "ratio": round(pixels / stored, 1) if stored else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def verify_store(path: Path, *, as_json: bool) -> bool:
+    """Compare a store with its manifest, print what it holds; whether everything is as it was written."""
+    from streamcnn.data.tile_store import TileStore
+
+    store = TileStore(path)
+    errors = {}
+    with progress_bar(Console(stderr=True), "images", len(store)) as progress:
+        for record, error in store.verify():
+            progress.advance(progress.task_ids[0])
+            if error is not None:
+                errors[record.name] = str(error)
+    _print_facts({**store_facts(store), "damaged": len(errors)}, as_json=as_json)
+    for message in errors.values():
+        typer.echo(f"streamcnn: error: {message}", err=True)
+    return not errors
+
+
+@contextmanager
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
+    """A progress bar with the time left on a terminal; nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        progress.add_task(what, total=total)
+        yield progress
+
+
+def _image_facts(path: Path) -> dict[str, Any]:
+    from streamcnn.data.sources import ZarrSource, open_image
+
+    source = open_image(path)
+    facts: dict[str, Any] = {"shape": source.shape, "dtype": str(source.dtype).removeprefix("torch.")}
+    if isinstance(source, ZarrSource):
+        facts["chunks"] = source.chunks
+    return facts
+
+
+def _balance(counts: Counter[int | None]) -> str:
+    """How many images each label has, in a few words."""
+    unlabelled = counts[None]
+    labelled = {label: count for label, count in counts.items() if label is not None}
+    if not labelled:
+        return "none"
+    fewest, most = min(labelled.values()), max(labelled.values())
+    each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    text = f"{plural(len(labelled), 'label')}, {each} images each"
+    return f"{text}, {unlabelled} without" if unlabelled else text
+
+
+def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:{width}}  {_text(name, value)}")
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_text(key, item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, tuple):
+        return _by(value)
+    return format_bytes(value) if name.endswith("_bytes") else str(value)
+
+
+def _by(extents: tuple[int, ...]) -> str:
+    return " x ".join(map(str, extents))

@@ -1,0 +1,67 @@
+"""Commands about models: ``plan`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from streamcnn.cli.arguments import (
+    FAILED,
+    Batch,
+    Channels,
+    Json,
+    Model,
+    Size,
+    Tile,
+    load,
+    parse,
+    parse_extent,
+)
+from streamcnn.units import parse_bytes
+
+
+def plan(
+    model: Model,
+    size: Size = "4000",
+    batch: Batch = 1,
+    channels: Channels = 3,
+    budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
+    tile: Tile = None,
+    as_json: Json = False,
+) -> None:
+    """Print how an image would be streamed and what that is projected to hold; runs nothing."""
+    budget_bytes = parse("--budget", parse_bytes, budget)
+    shape = (batch, channels, *parse("--size", parse_extent, size))
+    tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
+    net = load(model)
+    from streamcnn import StreamingModel
+
+    planned = StreamingModel(net, budget=budget_bytes, tile=tile_extent).plan(shape)
+    typer.echo(planned.to_json() if as_json else planned.explain())
+
+
+def verify(
+    model: Model,
+    size: Size = "320x288",
+    batch: Batch = 2,
+    channels: Channels = 3,
+    tile: Tile = "96",
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that passes.")] = 1e-6,
+    as_json: Json = False,
+) -> None:
+    """Compare a streamed update with plain PyTorch's; exit status 1 beyond the tolerance."""
+    shape = (batch, channels, *parse("--size", parse_extent, size))
+    tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
+    net = load(model)
+    import streamcnn
+
+    report = streamcnn.verify(net, shape, tile=tile_extent)
+    if as_json:
+        typer.echo(json.dumps({"max_error": report.max_error, "errors": report.errors}))
+    else:
+        typer.echo(report.explain())
+    if not report.max_error <= tolerance:  # so that NaN fails
+        typer.echo(f"streamcnn: error {report.max_error:.1e} is beyond {tolerance:.1e}", err=True)
+        raise typer.Exit(FAILED)

@@ -1,0 +1,200 @@
+"""Images of other formats written into a tile store, with labels from a table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from numpy.typing import NDArray
+
+from streamcnn import CorruptImage, DatasetMismatch
+from streamcnn.data.convert import FoundImage, convert, find_images
+from streamcnn.data.sources import write_zarr_image
+from streamcnn.data.tile_store import TileStore
+from streamcnn.regions import Region
+
+
+def pixels(seed: int, channels: int = 3) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (40, 30, channels), np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of three formats, one in a folder of its own."""
+    (tmp_path / "in/deep").mkdir(parents=True)
+    tifffile.imwrite(tmp_path / "in/one.tif", pixels(1), photometric="rgb", tile=(16, 16))
+    np.save(tmp_path / "in/deep/two three.npy", pixels(2))
+    write_zarr_image(tmp_path / "in/zä.zarr", torch.from_numpy(pixels(3).transpose(2, 0, 1).copy()))
+    (tmp_path / "in/notes.txt").write_text("no image")
+    return tmp_path / "in"
+
+
+def table(folder: Path, text: str) -> Path:
+    path = folder.parent / "labels.csv"
+    path.write_text(textwrap.dedent(text).lstrip())
+    return path
+
+
+def test_every_image_below_a_folder_is_found(folder: Path) -> None:
+    assert find_images([folder]) == [
+        FoundImage("deep/two three", folder / "deep/two three.npy"),
+        FoundImage("one", folder / "one.tif"),
+        FoundImage("z_", folder / "zä.zarr"),
+    ]
+    assert find_images([folder / "one.tif"]) == [FoundImage("one", folder / "one.tif")]
+
+
+def test_what_is_no_image_is_named(folder: Path) -> None:
+    with pytest.raises(CorruptImage, match=r"there is nothing at .*gone"):
+        find_images([folder / "gone"])
+    with pytest.raises(CorruptImage, match=r"no image is known at .*notes\.txt"):
+        find_images([folder / "notes.txt"])
+    np.save(folder / "one.npy", pixels(4))
+    with pytest.raises(DatasetMismatch, match=r"one\.npy and .*one\.tif would both be 'one' in the store"):
+        find_images([folder])
+
+
+def test_images_are_written_with_their_labels(folder: Path, tmp_path: Path) -> None:
+    labels = table(
+        folder,
+        """
+        image,label,split
+        one.tif,cat,train
+        deep/two three,dog,test
+        zä.zarr,cat,
+        """,
+    )
+    told: list[tuple[int, int]] = []
+    records = list(
+        convert(find_images([folder]), tmp_path / "out", labels=labels, on_shard=lambda *p: told.append(p))
+    )
+    store = TileStore(tmp_path / "out")
+    assert store.records == tuple(records)
+    assert [(r.name, r.split, r.label) for r in records] == [
+        ("deep/two three", "test", 1),
+        ("one", "train", 0),
+        ("z_", "train", 0),
+    ]
+    assert store.head.classes == ("cat", "dog")
+    assert told == [(1200, 1200)] * 3
+    for record, seed in zip(records, (2, 1, 3), strict=True):
+        found = store.source(record).read(Region.whole((40, 30)))
+        assert np.array_equal(found.numpy(), pixels(seed).transpose(2, 0, 1))
+
+
+def test_images_are_added_and_finished_ones_left_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = table(folder, "image,label\none,cat\n")
+    assert len(list(convert(find_images([folder / "one.tif"]), out, labels=first))) == 1
+    second = table(folder, "image,label\none,cat\ntwo three.npy,ape\n")
+    both = find_images([folder / "one.tif", folder / "deep"])
+    assert [r.name for r in convert(both, out, labels=second)] == ["two three"]
+    store = TileStore(out)
+    assert [(r.name, r.label) for r in store.records] == [("one", 0), ("two three", 1)]
+    assert store.head.classes == ("cat", "ape")
+    assert list(convert(both, out)) == []
+
+
+def test_labels_may_be_numbers_or_missing(folder: Path, tmp_path: Path) -> None:
+    (record,) = convert(
+        find_images([folder / "one.tif"]), tmp_path / "a", labels=table(folder, "image,label\none,17\n")
+    )
+    assert record.label == 17
+    (record,) = convert(find_images([folder / "one.tif"]), tmp_path / "b", split="rest")
+    assert (record.label, record.split) == (None, "rest")
+    with pytest.raises(DatasetMismatch, match="labels 'cat' are names, those in the store are numbers"):
+        list(
+            convert(
+                find_images([folder / "deep"]),
+                tmp_path / "a",
+                labels=table(folder, "image,label\ntwo three,cat\n"),
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image;label\none;1\n", r"has the columns \['image;label'\]: needed are image and label"),
+        ("image,label\none,1\nfour,2\n", "rows without an image: 'four'"),
+        ("image,label\ndeep/two three,1\n", "images without a row: 'one.tif', 'zä.zarr'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_at_once(
+    folder: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(DatasetMismatch, match=message):
+        list(convert(find_images([folder]), tmp_path / "out", labels=table(folder, text)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_image_of_a_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
+    os.utime(folder / "one.tif", ns=(1, 1))
+    with pytest.raises(DatasetMismatch, match=r"has an image 'one' already, from .*one\.tif"):
+        list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
+
+
+def test_a_damaged_image_leaves_the_finished_ones(folder: Path, tmp_path: Path) -> None:
+    content = (folder / "one.tif").read_bytes()
+    (folder / "one.tif").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptImage, match=r"one\.tif"):
+        list(convert(find_images([folder]), tmp_path / "out"))
+    (folder / "one.tif").write_bytes(content)
+    assert [r.name for r in convert(find_images([folder]), tmp_path / "out")] == ["one", "z_"]
+
+
+LARGE = """
+    import resource, sys
+    from pathlib import Path
+    import numpy as np, tifffile, torch
+    from torch import nn
+    from streamcnn import StreamingModel
+    from streamcnn.ceiling.cpu import DataLimit
+    from streamcnn.data.convert import convert, find_images
+    from streamcnn.data.tile_store import TileStore
+
+    folder = Path(sys.argv[1])
+    EDGE = 20_000
+
+    def tiles():
+        for row in range(0, EDGE, 512):
+            for col in range(0, EDGE, 512):
+                yield np.full((512, 512, 3), (row // 512 * 7 + col // 512) % 251, np.uint8)
+
+    tifffile.imwrite(
+        folder / "large.tif", tiles(), shape=(EDGE, EDGE, 3), dtype=np.uint8, tile=(512, 512),
+        photometric="rgb", compression="zlib", bigtiff=True,
+    )
+    torch.set_num_threads(1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = StreamingModel(net, tile=1024, preprocess=lambda tile: tile / 255)
+    model.plan((1, 3, EDGE, EDGE))
+    with DataLimit(None) as converting:
+        (record,) = convert(find_images([folder / "large.tif"]), folder / "out")
+    assert record.shape == (3, EDGE, EDGE)
+    with DataLimit(None) as streaming:
+        source = TileStore(folder / "out").source(record)
+        model(source).sum().backward()
+    print(converting.peak_bytes, streaming.peak_bytes, source.bytes_read)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_large_tiff_is_converted_and_streamed_in_little_memory(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LARGE), str(tmp_path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    converting, streaming, read = map(int, run.stdout.split())
+    assert converting < 300e6
+    assert streaming < 300e6
+    assert read >= 2 * 3 * 20_000**2  # forward and backward
