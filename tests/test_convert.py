@@ -197,4 +197,5 @@ def test_a_large_tiff_is_converted_and_streamed_in_little_memory(tmp_path: Path)
     converting, streaming, read = map(int, run.stdout.split())
     assert converting < 300e6
     assert streaming < 300e6
-    assert read >= 2 * 3 * 20_000**2  # forward and backward
+    # Forward and backward; the convolution passes over a pixel between tiles, so not quite twice.
+    assert read > 1.99 * 3 * 20_000**2

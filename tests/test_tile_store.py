@@ -106,6 +106,17 @@ def test_levels_are_means_of_four_pixels(tmp_path: Path) -> None:
     assert torch.equal(found[:, 4], image[:, 8].float().view(1, 3, 2).mean(2).round().to(torch.uint8))
 
 
+def test_a_level_is_made_in_strips(tmp_path: Path) -> None:
+    image = noise(3, (1300, 530))  # the smaller level has rows of two strips and a part
+    with TileStoreWriter(tmp_path, HEAD) as writer:
+        add(writer, image, levels=2)
+        writer.finish()
+    store = TileStore(tmp_path)
+    expected = image.double().view(3, 650, 2, 265, 2).mean((2, 4)).round().to(torch.uint8)
+    found = store.source(store.records[0], level=1).read(Region.whole((650, 265)))
+    assert torch.equal(found, expected)
+
+
 def test_other_programs_find_their_metadata(store: TileStore) -> None:
     group = zarr.open_group(store.path(store.records[0]), mode="r")
     ome = group.attrs["ome"]
