@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import sys
 
 import torch
@@ -19,27 +20,6 @@ _REUSING_TRIM = 2**30
 nearly every block freed there would go back to the kernel at once."""
 _PARALLEL_GRAIN = 2**15
 """Elements from which PyTorch runs a pointwise operator on several threads."""
-
-
-class _MallInfo2(ctypes.Structure):
-    """glibc's ``struct mallinfo2``."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    ]
-    fordblks: int
 
 
 def tame_allocator(*, reuse: bool = False) -> bool:
@@ -88,13 +68,31 @@ def trim_heap() -> None:
 
 
 def free_heap_bytes() -> int:
-    """Bytes that the heap holds free and will hand out without asking the kernel; 0 if unknown."""
+    """Bytes that the main heap holds free and will hand out without asking the kernel; 0 if unknown.
+
+    The heaps that glibc gives to other threads are left out: this thread cannot take from them, and what
+    those threads hold free they need again for what they did before, such as decoding chunks.
+    """
     libc = _libc()
-    if libc is None or not hasattr(libc, "mallinfo2"):
+    if libc is None:
         return 0
-    libc.mallinfo2.restype = _MallInfo2
-    info: _MallInfo2 = libc.mallinfo2()
-    return info.fordblks
+    heap = _malloc_info(libc).partition("</heap>")[0]
+    return sum(
+        int(size) for size in re.findall(r'<total type="(?:fast|rest)" count="\d+" size="(\d+)"', heap)
+    )
+
+
+def _malloc_info(libc: ctypes.CDLL) -> str:
+    """glibc's description of its heaps in XML, the main one first."""
+    libc.open_memstream.restype = ctypes.c_void_p
+    text, size = ctypes.c_void_p(), ctypes.c_size_t()
+    stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    try:
+        return ctypes.string_at(text.value or 0, size.value).decode()
+    finally:
+        libc.free(text)
 
 
 @functools.cache
