@@ -42,7 +42,7 @@ class DemoSettings:
     size: int = 4000
     """Height and width of the images in pixels."""
     num_images: int = 4
-    epochs: int = 10
+    epochs: int = 8
     """Passes over all images, with one update per image."""
     budget: int | str = "384MiB"
     """Bytes that the streamed step may hold, as `streamcnn.units.parse_bytes` reads them."""

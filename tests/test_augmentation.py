@@ -45,18 +45,27 @@ def test_any_region_is_that_of_the_whole(data: st.DataObject, mirror: bool, turn
 
 
 @pytest.mark.parametrize(
-    ("dtype", "whitest"), [(torch.uint8, 255), (torch.uint16, 65535), (torch.float32, 1.0)]
+    ("dtype", "least", "largest"),
+    [
+        (torch.uint8, 0, 255),
+        (torch.uint16, 0, 65535),
+        (torch.int16, -(2**15), 2**15 - 1),
+        (torch.int32, -(2**31), 2**31 - 1),
+        (torch.float32, 0.0, 1.0),
+    ],
 )
-def test_intensities_stay_in_their_range(dtype: torch.dtype, whitest: float) -> None:
-    image = (torch.tensor([[[0.0, 0.25, 0.5, 1.0]]]) * whitest).to(dtype)
+def test_intensities_stay_in_their_range(dtype: torch.dtype, least: float, largest: float) -> None:
+    shares = torch.tensor([[[0.0, 0.25, 0.5, 1.0]]], dtype=torch.float64)
+    image = (least + shares * (largest - least)).to(dtype)
     inverted = augmented(image, Augmentation(invert=True))
     assert inverted.dtype == dtype
-    assert torch.equal(inverted.double(), whitest - image.double())
+    assert torch.equal(inverted.double(), least + largest - image.double())
     stronger = augmented(image, Augmentation(gain=2.0))
     assert stronger.dtype == dtype
-    expected = (image.double() - whitest / 2) * 2 + whitest / 2
+    middle = (least + largest) / 2
+    expected = (image.double() - middle) * 2 + middle
     if not dtype.is_floating_point:
-        expected = expected.round().clamp(0, whitest)
+        expected = expected.round().clamp(least, largest)
     assert torch.equal(stronger.double(), expected)
 
 

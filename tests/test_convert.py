@@ -44,11 +44,11 @@ def table(folder: Path, text: str) -> Path:
 
 def test_every_image_below_a_folder_is_found(folder: Path) -> None:
     assert find_images([folder]) == [
-        FoundImage("deep/two three", folder / "deep/two three.npy"),
-        FoundImage("one", folder / "one.tif"),
-        FoundImage("z_", folder / "zä.zarr"),
+        FoundImage("deep/two three", folder / "deep/two three.npy", "deep/two three.npy"),
+        FoundImage("one", folder / "one.tif", "one.tif"),
+        FoundImage("z_", folder / "zä.zarr", "zä.zarr"),
     ]
-    assert find_images([folder / "one.tif"]) == [FoundImage("one", folder / "one.tif")]
+    assert find_images([folder / "one.tif"]) == [FoundImage("one", folder / "one.tif", "one.tif")]
 
 
 def test_what_is_no_image_is_named(folder: Path) -> None:
@@ -124,7 +124,11 @@ def test_labels_may_be_numbers_or_missing(folder: Path, tmp_path: Path) -> None:
     [
         ("image;label\none;1\n", r"has the columns \['image;label'\]: needed are image and label"),
         ("image,label\none,1\nfour,2\n", "rows without an image: 'four'"),
-        ("image,label\ndeep/two three,1\n", "images without a row: 'one.tif', 'zä.zarr'"),
+        ("image,label\none\n", "line 2: label is blank"),
+        ("image,label\n,1\n", "line 2: image is blank"),
+        ("image,label\none,1\none.tif,2\n", "line 3: 'one.tif' has a row already"),
+        ("image,label\none,1\ntwo three,-1\nzä,1.0\n", "labels '-1', '1.0' are no whole numbers"),
+        ("image,label\ndeep/two three,1\n", r"images without a row: '.*one\.tif', '.*zä\.zarr'"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_at_once(
@@ -132,13 +136,88 @@ def test_a_table_that_does_not_fit_is_refused_at_once(
 ) -> None:
     with pytest.raises(DatasetMismatch, match=message):
         list(convert(find_images([folder]), tmp_path / "out", labels=table(folder, text)))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("images/*"))
+
+
+def test_a_name_that_two_files_have_needs_its_path(folder: Path, tmp_path: Path) -> None:
+    (folder / "kä").mkdir()
+    np.save(folder / "kä/one.npy", pixels(5))
+    np.save(folder / "kä/two three.npy", pixels(6))
+    images = find_images([folder])
+    assert [image.name for image in images] == ["deep/two three", "k_/one", "k_/two three", "one", "z_"]
+    with pytest.raises(DatasetMismatch, match="line 2: 'two three' may be 'deep/two three', 'k_/two three'"):
+        list(convert(images, tmp_path / "out", labels=table(folder, "image,label\ntwo three,1\n")))
+    # As Excel writes it.
+    text = "\ufeffimage,label\none,1\nkä/one,2\ndeep/two three.npy,3\nzä,4\nkä/two three,5\n"
+    records = convert(images, tmp_path / "out", labels=table(folder, text))
+    assert {record.name: record.label for record in records} == {
+        "one": 1,
+        "k_/one": 2,
+        "deep/two three": 3,
+        "z_": 4,
+        "k_/two three": 5,
+    }
+
+
+def test_a_store_does_not_convert_itself(folder: Path) -> None:
+    assert len(list(convert(find_images([folder]), folder / "store"))) == 3
+    assert list(convert(find_images([folder]), folder / "store")) == []
+    with pytest.raises(DatasetMismatch, match="is a tile store already"):
+        find_images([folder / "store"])
+
+
+def test_an_image_is_no_folder_of_others(folder: Path, tmp_path: Path) -> None:
+    np.save(folder / "deep.npy", pixels(4))
+    with pytest.raises(DatasetMismatch, match="'deep' and 'deep/two three' cannot be in one store"):
+        find_images([folder])
+    list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
+    (tmp_path / "more/one").mkdir(parents=True)
+    np.save(tmp_path / "more/one/x.npy", pixels(4))
+    with pytest.raises(DatasetMismatch, match="'one' and 'one/x' cannot be in one store"):
+        list(convert(find_images([tmp_path / "more"]), tmp_path / "out"))
+    assert all(error is None for _, error in TileStore(tmp_path / "out").verify())
+
+
+def test_labels_are_given_later_and_corrected(folder: Path, tmp_path: Path) -> None:
+    images, out = find_images([folder / "one.tif", folder / "deep"]), tmp_path / "out"
+    list(convert(images, out))
+    shard = next((out / "images/one").rglob("0/c/*/*/*"))
+    written = shard.stat().st_mtime_ns
+    first = table(folder, "image,label,split\none,dog,test\ntwo three,cat,\n")
+    assert {r.name: (r.label, r.split) for r in convert(images, out, labels=first)} == {
+        "one": (1, "test"),
+        "two three": (0, "train"),
+    }
+    second = table(folder, "image,label\none,cat\ntwo three,cat\n")
+    assert [(r.name, r.label) for r in convert(images, out, labels=second)] == [("one", 0)]
+    assert {r.name: r.label for r in TileStore(out).records} == {"one": 0, "two three": 0}
+    assert shard.stat().st_mtime_ns == written
+
+
+def test_classes_keep_their_numbers_through_interruptions(folder: Path, tmp_path: Path) -> None:
+    images, out = find_images([folder]), tmp_path / "out"
+    tables = (
+        ("cat",) * 3,
+        ("cat", "dog", "dog"),
+        ("cat", "dog", "ape"),
+    )
+    for count, names in enumerate(tables, start=1):
+        rows = "".join(f"{image.relative},{name}\n" for image, name in zip(images, names, strict=True))
+        run = convert(images, out, labels=table(folder, f"image,label\n{rows}"))
+        for _ in range(1 if count < 3 else 3):
+            if next(run, None) is None:
+                break
+        run.close()  # stopped; the last one at its end
+    list(convert(images, out, labels=table(folder, f"image,label\n{rows}")))
+    store = TileStore(out)
+    assert store.head.classes is not None
+    assert [store.head.classes[r.label or 0] for r in store.records] == ["cat", "dog", "ape"]
 
 
 def test_another_image_of_a_name_is_refused(folder: Path, tmp_path: Path) -> None:
     list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
     os.utime(folder / "one.tif", ns=(1, 1))
-    with pytest.raises(DatasetMismatch, match=r"has an image 'one' already, from .*one\.tif"):
+    with pytest.raises(DatasetMismatch, match=r"has an image 'one' already, level 0 of .*one\.tif"):
         list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
 
 

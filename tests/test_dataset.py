@@ -118,17 +118,39 @@ def test_a_model_trains_on_batches(store: Path) -> None:
     assert weight.grad is not None
 
 
-def test_prefetching_changes_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = TileDataset(store, "train")
+def test_prefetching_asks_for_the_next_image_of_the_epoch(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = TileDataset(store, "train", positions=(0, 1, 2))
     asked: list[int] = []
-    monkeypatch.setattr(
-        images, "prefetch", lambda position: (asked.append(position), TileDataset.prefetch(images, position))
-    )
-    seen = []
-    for _, label in prefetched(images, [5, 3, 1]):
-        seen.append((label, list(asked)))
-    assert seen == [(2, [3]), (0, [3, 1]), (1, [3, 1])]
-    assert list(prefetched(images, [])) == []
+    monkeypatch.setattr(TileDataset, "prefetch", lambda self, position: asked.append(position))
+    sampler = ResumableSampler(images, shuffle=False)
+    seen = [(label, list(asked)) for _, label in prefetched(images, sampler)]
+    assert seen == [(0, [1]), (1, [1, 2]), (2, [1, 2])]
+    monkeypatch.undo()
+    assert [label for _, label in prefetched(images, sampler)] == [0, 1, 2]
+
+
+def test_a_run_that_prefetches_is_resumed_exactly(store: Path) -> None:
+    images = TileDataset(store, "train")
+    whole = [source.name for epoch in range(2) for source, _ in prefetched(images, _at(images, epoch))]
+    sampler = ResumableSampler(images, seed=5)
+    used = []
+    for source, _ in prefetched(images, sampler):
+        used.append(source.name)
+        if len(used) == 4:
+            break
+    resumed = ResumableSampler(images, seed=5)
+    resumed.load_state_dict(sampler.state_dict())
+    for _ in range(2):
+        used += [source.name for source, _ in prefetched(images, resumed)]
+    assert used == whole
+
+
+def _at(images: TileDataset, epoch: int) -> ResumableSampler:
+    sampler = ResumableSampler(images, seed=5)
+    sampler.load_state_dict({**sampler.state_dict(), "epoch": epoch})
+    return sampler
 
 
 # --- divisions ------------------------------------------------------------------------------------------

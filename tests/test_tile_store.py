@@ -217,6 +217,10 @@ def test_damage_is_an_error(store: TileStore, damage: Callable[[TileStore], None
         whole(store)
     errors = {record.name: error for record, error in store.verify()}
     assert isinstance(errors["train/a"], CorruptImage)
+    assert "train/a" in str(errors["train/a"])
+    assert (
+        "zarr.json" if "zarr" in damage.__name__ or "metadata" in damage.__name__ else "shard 0/c/0/0/0"
+    ) in str(errors["train/a"])
     assert errors["train/b"] is None
     assert not whole(store, 1)[:, :600].any()
 
@@ -309,13 +313,52 @@ def test_another_set_of_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_of_classes_may_be_added(tmp_path: Path) -> None:
-    with TileStoreWriter(tmp_path, Head("images", {}, ("cat",))) as writer:
+    for names in (("cat",), ("cat", "dog")):
+        with TileStoreWriter(tmp_path, HEAD) as writer:
+            assert writer.head.classes in (None, ("cat",))
+            writer.set_classes(names)
+        with TileStoreWriter(tmp_path, HEAD) as writer:
+            assert writer.head.classes == names
+            writer.finish()
+        assert TileStore(tmp_path).head.classes == names
+
+
+def test_starting_again_on_a_full_disk_keeps_the_journal(tmp_path: Path) -> None:
+    with TileStoreWriter(tmp_path, HEAD) as writer:
+        for index in range(10):
+            add(writer, noise(size=(20, 20)), f"train/{index}")
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)"
+    code = f"""
+        import resource, signal
+        from streamcnn.data.tile_store import Head, TileStoreWriter
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        {limit}
+        with TileStoreWriter({str(tmp_path)!r}, Head("images", {{"made by": "a test"}})):
+            pass
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "StreamError: cannot write" in run.stderr
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+    with TileStoreWriter(tmp_path, HEAD) as writer:
+        assert len(writer.records) == 10
+
+
+def test_an_empty_journal_is_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").touch()
+    with TileStoreWriter(tmp_path, HEAD) as writer:
+        assert writer.records == {}
         writer.finish()
-    with TileStoreWriter(tmp_path, Head("images", {}, ("cat", "dog"))) as writer:
-        writer.finish()
-    assert TileStore(tmp_path).head.classes == ("cat", "dog")
-    with pytest.raises(DatasetMismatch, match="classes are"), TileStoreWriter(tmp_path, HEAD):
-        pass
+
+
+def test_an_image_does_not_replace_others(store: TileStore) -> None:
+    with TileStoreWriter(store.folder, HEAD) as writer:
+        with pytest.raises(DatasetMismatch, match="images/train holds other images"):
+            add(writer, noise(size=(20, 20)), "train")
+        with pytest.raises(DatasetMismatch, match="images/train/a/b lies in another image"):
+            add(writer, noise(size=(20, 20)), "train/a/b")
+    assert all(error is None for _, error in store.verify())
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:

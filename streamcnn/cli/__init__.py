@@ -62,7 +62,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the images and the figure.")] = Path("demo-output"),
     size: Annotated[int, typer.Option(min=64, help="Height and width of the images in pixels.")] = 4000,
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 4,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over all images.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over all images.")] = 8,
     budget: Annotated[str, typer.Option(help="Memory that an update may hold, such as 384MiB.")] = "384MiB",
     seed: Annotated[int, typer.Option(min=0, help="Of the images and the first weights.")] = 0,
 ) -> None:

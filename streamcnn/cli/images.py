@@ -74,7 +74,7 @@ def store_facts(store: TileStore) -> dict[str, Any]:
         "classes": None if store.head.classes is None else list(store.head.classes),
         "shapes": sorted({_by(record.shape) for record in store.records}),
         "dtypes": sorted({record.dtype for record in store.records}),
-        "codec": store.codec(),
+        "codec": _codec(store),
         "pixel_bytes": pixels,
         "stored_bytes": stored,
         "ratio": round(pixels / stored, 1) if stored else None,
@@ -93,10 +93,19 @@ def verify_store(path: Path, *, as_json: bool) -> bool:
             progress.advance(progress.task_ids[0])
             if error is not None:
                 errors[record.name] = str(error)
-    _print_facts({**store_facts(store), "damaged": len(errors)}, as_json=as_json)
     for message in errors.values():
         typer.echo(f"streamcnn: error: {message}", err=True)
+    _print_facts({**store_facts(store), "damaged": len(errors)}, as_json=as_json)
     return not errors
+
+
+def _codec(store: TileStore) -> str | None:
+    from streamcnn.errors import CorruptImage
+
+    try:
+        return store.codec()
+    except CorruptImage as error:
+        return f"unknown ({error})"
 
 
 @contextmanager

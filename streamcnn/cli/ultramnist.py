@@ -40,6 +40,7 @@ def generate(
     workers: Annotated[int, typer.Option(min=1, help="Processes, one core each.")] = 1,
 ) -> None:
     """Write a set of images; started again, it goes on where it was stopped."""
+    from streamcnn.data.tile_store import TileStore
     from streamcnn.data.ultramnist import Recipe, Spec, load_digits
     from streamcnn.data.ultramnist.generate import generate as write
 
@@ -55,8 +56,10 @@ def generate(
             done, stored = state.done, state.stored_bytes
             progress.update(progress.task_ids[0], completed=done)
     made, seconds = done - (first or 0), time.perf_counter() - started
+    there = TileStore(out)
     console.print(
-        f"{out}: {train} training and {test} test images of {size}x{size} pixels, {made} of them made now in "
+        f"{out}: {len(there.split('train'))} training and {len(there.split('test'))} test images of "
+        f"{size}x{size} pixels, {made} of them made now in "
         f"{format_duration(seconds)}" + (f", {format_bytes(stored // made)} each on disk" if made else ""),
         soft_wrap=True,
         highlight=False,

@@ -32,9 +32,9 @@ class Augmentation:
     quarter_turns: int = 0
     """Turns by 90 degrees against the clock, 0 to 3."""
     invert: bool = False
-    """Black and white change places: 255 - x for uint8, 1 - x for floats."""
+    """Black and white change places: 255 - x for uint8, -1 - x for signed integers, 1 - x for floats."""
     gain: float = 1.0
-    """Factor of the distance from mid grey."""
+    """Factor of the distance from the middle of the type's range; of floats, from 0.5."""
 
     def __post_init__(self) -> None:
         if self.quarter_turns not in range(4):
@@ -121,14 +121,16 @@ class RandomAugmentation:
 def _with_intensity(pixels: Pixels, *, invert: bool, gain: float) -> Pixels:
     """``pixels`` inverted and with more or less contrast, in the range of their type."""
     dtype = pixels.dtype
-    floating = np.issubdtype(dtype, np.floating)
-    whitest = 1.0 if floating else float(np.iinfo(dtype).max)
+    if np.issubdtype(dtype, np.floating):
+        pixels = 1 - pixels if invert else pixels
+        return pixels if gain == 1 else (pixels - 0.5) * dtype.type(gain) + dtype.type(0.5)
     if invert:
-        pixels = dtype.type(whitest) - pixels
+        pixels = ~pixels  # the least value becomes the largest, in signed types too
     if gain == 1:
         return pixels
-    scaled = (pixels.astype(np.float64) - whitest / 2) * gain + whitest / 2
-    return scaled.astype(dtype) if floating else scaled.round().clip(0, whitest).astype(dtype)
+    least, largest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    middle = (least + largest) / 2
+    return ((pixels - middle) * gain + middle).round().clip(least, largest).astype(dtype)
 
 
 def _reversed(interval: Interval, size: int) -> Interval:

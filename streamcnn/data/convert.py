@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamcnn.data.sources import is_image, open_image
@@ -17,7 +17,8 @@ from streamcnn.data.tile_store import (
     Head,
     ImageRecord,
     TileStoreWriter,
-    existing_head,
+    check_names,
+    is_tile_store,
     write_image_folder,
 )
 from streamcnn.data.tile_store.arrays import num_levels
@@ -33,6 +34,8 @@ class FoundImage:
 
     name: str
     path: Path
+    relative: str
+    """Path below the folder that was given, with its ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +56,20 @@ def find_images(paths: Sequence[Path]) -> list[FoundImage]:
     CorruptImage
         If a path does not exist or holds no image.
     DatasetMismatch
-        If two images would have one name.
+        If two images would have one name, or one's name would be a folder of the other's.
     """
     found: dict[str, FoundImage] = {}
     for given in paths:
         for path in _images_at(given):
             relative = path.relative_to(given) if path != given else Path(path.name)
-            image = FoundImage(_store_name(relative), path)
+            image = FoundImage(_store_name(relative), path, relative.as_posix())
             other = found.setdefault(image.name, image)
             if other.path != path:
                 raise DatasetMismatch(
                     f"{other.path} and {path} would both be {image.name!r} in the store: give them in "
                     "folders of their own, or rename one"
                 )
+    check_names(found)
     return [found[name] for name in sorted(found)]
 
 
@@ -90,7 +94,8 @@ def convert(
         Folder of the store; made, added to, or gone on with.
     labels
         CSV file with the columns ``image`` (a file name, or its path below the folder that was given),
-        ``label`` (whole numbers, or names of classes) and, if wanted, ``split``.
+        ``label`` (whole numbers from 0 on, or names of classes) and, if wanted, ``split``. Images that the
+        store has already take what it says.
     split
         Of images of which the table says none.
     level
@@ -106,9 +111,12 @@ def convert(
         If an image cannot be read.
     """
     rows = None if labels is None else _read_table(Path(labels), images)
-    classes = _classes(existing_head(out), rows)
-    with TileStoreWriter(out, Head(KIND, {}, classes)) as writer:
+    with TileStoreWriter(out, Head(KIND, {})) as writer:
+        check_names((*writer.records, *(image.name for image in images)))
         missing = [image for image in images if _is_missing(image, level, writer.records)]
+        if rows is not None:
+            writer.set_classes(_classes(writer.head.classes, writer.records.values(), rows))
+            yield from _labelled_anew(writer, rows)
         for image in missing:
             row = None if rows is None else rows[image.name]
             source = open_image(image.path, level=level)
@@ -116,8 +124,8 @@ def convert(
                 writer.folder,
                 source,
                 name=image.name,
-                split=(row.split if row is not None else None) or split,
-                label=None if row is None else _label(row.label, classes),
+                split=(None if row is None else row.split) or split,
+                label=None if row is None else _label(row.label, writer.head.classes),
                 levels=num_levels(source.shape[1:]),
                 origin=_origin(image, level),
                 on_shard=on_shard,
@@ -127,10 +135,23 @@ def convert(
         writer.finish()
 
 
+def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, _Row]) -> Iterator[ImageRecord]:
+    """Images that the store has, of which the table says something else now; no pixel is written again."""
+    for record in [record for record in writer.records.values() if record.name in rows]:
+        row = rows[record.name]
+        label = _label(row.label, writer.head.classes)
+        changed = replace(record, label=label, split=row.split or record.split)
+        if changed != record:
+            writer.add(changed)
+            yield changed
+
+
 def _images_at(given: Path) -> list[Path]:
     """The image at a path, or all of them below it."""
     if not given.exists():
         raise CorruptImage(f"there is nothing at {given}: give images or folders of images")
+    if is_tile_store(given):
+        raise DatasetMismatch(f"{given} is a tile store already: give the images that it was made from")
     if is_image(given):
         return [given]
     found = _images_below(given) if given.is_dir() else []
@@ -140,10 +161,10 @@ def _images_at(given: Path) -> list[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Images in a folder and its folders; one that is an image itself is not searched."""
+    """Images in a folder and its folders; not in one that is an image itself, or a tile store."""
     found: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or is_tile_store(path):
             continue
         if is_image(path):
             found.append(path)
@@ -160,37 +181,65 @@ def _store_name(relative: Path) -> str:
 
 def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, _Row]:
     """The table's row for each image, by the image's name in the store."""
-    by_key = {key: image.name for image in images for key in _keys(image)}
+    by_path, by_name = _keyed(images, _paths), _keyed(images, _file_names)
     rows: dict[str, _Row] = {}
     unknown = []
-    with path.open(newline="") as file:
+    for number, cells in _cells(path):
+        text = cells["image"]
+        names = by_path.get(text) or by_name.get(text) or []
+        if len(names) > 1:
+            raise DatasetMismatch(
+                f"{path}, line {number}: {text!r} may be {_some(names)}; give its path below the folder"
+            )
+        if not names:
+            unknown.append(text)
+        elif names[0] in rows:
+            raise DatasetMismatch(f"{path}, line {number}: {text!r} has a row already; keep one of them")
+        else:
+            rows[names[0]] = _Row(cells["label"], cells["split"] or None)
+    missing = [str(image.path) for image in images if image.name not in rows]
+    wrong = {"rows without an image": unknown, "images without a row": missing}
+    if unknown or missing:
+        described = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
+        raise DatasetMismatch(f"{path} does not fit the images: {described}")
+    return rows
+
+
+def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The table's rows with their line numbers, every cell that is needed there and not blank."""
+    try:
+        file = path.open(newline="", encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetMismatch(f"cannot read the table {path}: {error.strerror}") from error
+    with file:
         table = csv.DictReader(file)
         if not set(_COLUMNS) <= set(table.fieldnames or ()):
             raise DatasetMismatch(
                 f"{path} has the columns {table.fieldnames}: needed are image and label, and split if wanted"
             )
         for row in table:
-            name = by_key.get(row["image"])
-            if name is None:
-                unknown.append(row["image"])
-            else:
-                rows[name] = _Row(row["label"].strip(), (row.get("split") or "").strip() or None)
-    missing = [image.path.name for image in images if image.name not in rows]
-    if unknown or missing:
-        raise DatasetMismatch(
-            f"{path} does not fit the images: "
-            + "; ".join(
-                f"{what}: {_some(names)}"
-                for what, names in (("rows without an image", unknown), ("images without a row", missing))
-                if names
-            )
-        )
-    return rows
+            cells = {column: (row.get(column) or "").strip() for column in (*_COLUMNS, "split")}
+            blank = [column for column in _COLUMNS if not cells[column]]
+            if blank:
+                raise DatasetMismatch(f"{path}, line {table.line_num}: {blank[0]} is blank; fill it in")
+            yield table.line_num, cells
 
 
-def _keys(image: FoundImage) -> set[str]:
-    """What a table may call an image."""
-    return {image.name, image.path.name, str(image.path), image.name + image.path.suffix}
+def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]]) -> dict[str, list[str]]:
+    """Names of the images that have each key."""
+    found: dict[str, list[str]] = {}
+    for image in images:
+        for key in keys(image):
+            found.setdefault(key, []).append(image.name)
+    return found
+
+
+def _paths(image: FoundImage) -> set[str]:
+    return {image.relative, PurePosixPath(image.relative).with_suffix("").as_posix(), str(image.path)}
+
+
+def _file_names(image: FoundImage) -> set[str]:
+    return {image.path.name, image.path.stem}
 
 
 def _some(names: Sequence[str]) -> str:
@@ -198,19 +247,24 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def _classes(head: Head | None, rows: Mapping[str, _Row] | None) -> tuple[str, ...] | None:
+def _classes(
+    known: tuple[str, ...] | None, records: Iterable[ImageRecord], rows: Mapping[str, _Row]
+) -> tuple[str, ...] | None:
     """Names of classes: those that the store has, then new ones in alphabetical order; None for numbers."""
-    known = None if head is None else head.classes
-    if rows is None:
-        return known
     labels = sorted({row.label for row in rows.values()})
-    if known is None and (head is not None or all(map(str.isdecimal, labels))):
-        wrong = [label for label in labels if not label.isdecimal()]
-        if wrong:
+    names = [label for label in labels if not label.isdecimal()]
+    numbers = known is None and any(record.label is not None for record in records)
+    if known is None and (numbers or not names):
+        if names:
             raise DatasetMismatch(
-                f"labels {_some(wrong)} are names, those in the store are numbers: give whole numbers"
+                f"labels {_some(names)} are names, those in the store are numbers: give whole numbers"
             )
         return None
+    doubtful = [label for label in names if re.fullmatch(r"[-+]?[0-9]*[.,]?[0-9]*", label)]
+    if doubtful:
+        raise DatasetMismatch(
+            f"labels {_some(doubtful)} are no whole numbers from 0 on: give such numbers, or names of classes"
+        )
     return (*(known or ()), *(label for label in labels if label not in (known or ())))
 
 
@@ -221,7 +275,7 @@ def _label(text: str, classes: tuple[str, ...] | None) -> int:
 def _origin(image: FoundImage, level: int) -> dict[str, Any]:
     """Where an image came from, and what tells whether it is still the same."""
     found = image.path.stat()
-    origin: dict[str, Any] = {"path": str(image.path), "level": level}
+    origin: dict[str, Any] = {"path": str(image.path.resolve()), "level": level}
     return (
         origin if image.path.is_dir() else {**origin, "nbytes": found.st_size, "modified": found.st_mtime_ns}
     )
@@ -238,7 +292,8 @@ def _is_missing(image: FoundImage, level: int, records: Mapping[str, ImageRecord
     record = records.get(image.name)
     if record is not None and dict(record.origin) != _origin(image, level):
         raise DatasetMismatch(
-            f"the store has an image {image.name!r} already, from {record.origin.get('path')}; {image.path} "
-            "is another file or was changed: rename it or write to another store"
+            f"the store has an image {image.name!r} already, level {record.origin.get('level')} of "
+            f"{record.origin.get('path')}; level {level} of {image.path} is another one, or was changed: "
+            "rename it or write to another store"
         )
     return record is None

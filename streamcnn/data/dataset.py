@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.tile_store import ImageRecord, TileStore
 from streamcnn.errors import DatasetMismatch
@@ -74,7 +75,7 @@ class TileDataset(Dataset[Sample]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentations of another epoch."""
+        """Draw the augmentations of another epoch; worker processes that run already keep theirs."""
         self._epoch = epoch
 
     @property
@@ -95,25 +96,27 @@ class TileDataset(Dataset[Sample]):
         return source, _label(record)
 
     def prefetch(self, position: int) -> None:
-        """Have the kernel read an image's files into its page cache, and return at once.
+        """Have the kernel read an image's shards into its page cache, and return at once.
 
         That memory is the system's, given up when it is needed, and counts towards no budget.
         """
         record = self.records[position]
-        for key in (*record.metadata, *record.shards):
-            _will_need(self.store.path(record) / key)
+        for key in record.shards:
+            if key.startswith("0/"):
+                _will_need(self.store.path(record) / key)
 
 
-def prefetched(dataset: TileDataset, positions: Iterator[int] | Sequence[int]) -> Iterator[Sample]:
-    """The samples at ``positions``, the files of each read from disk while the one before is in use."""
-    upcoming = iter(positions)
-    present = next(upcoming, None)
-    while present is not None:
-        following = next(upcoming, None)
-        if following is not None:
-            dataset.prefetch(following)
-        yield dataset[present]
-        present = following
+def prefetched(dataset: TileDataset, sampler: ResumableSampler) -> Iterator[Sample]:
+    """The rest of an epoch's samples, the files of each read from disk while the one before is in use.
+
+    Augmentations are those of the sampler's epoch, and its state is exact at any moment.
+    """
+    dataset.set_epoch(sampler.epoch)
+    for position in sampler:
+        upcoming = sampler.upcoming()
+        if upcoming is not None:
+            dataset.prefetch(upcoming)
+        yield dataset[position]
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[ImageSource], Tensor]:

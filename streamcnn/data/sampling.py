@@ -68,7 +68,8 @@ class ResumableSampler(Sampler[int]):
     """Positions of images in an order that is drawn anew each epoch, from where it was left.
 
     Iterating gives the rest of the present epoch, then begins the next. ``state_dict`` may be taken at any
-    moment; it counts what has been handed out.
+    moment; it counts what has been handed out. The worker processes of a ``DataLoader`` are handed positions
+    long before their images are used, so only with ``num_workers=0`` is that what has been used.
 
     Parameters
     ----------
@@ -93,6 +94,7 @@ class ResumableSampler(Sampler[int]):
         self._labels = labels
         self.epoch = 0
         self.position = 0
+        self._drawn: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
         """Images in a whole epoch."""
@@ -102,12 +104,22 @@ class ResumableSampler(Sampler[int]):
         return min(map(len, groups.values()), default=0) * len(groups)
 
     def __iter__(self) -> Iterator[int]:
-        order = self.order(self.epoch)
-        while self.position < len(order):
+        while self.position < len(self._present()):
             self.position += 1
-            yield order[self.position - 1]
+            yield self._present()[self.position - 1]
         self.epoch += 1
         self.position = 0
+
+    def upcoming(self) -> int | None:
+        """The position that is handed out next in this epoch; None at its end."""
+        present = self._present()
+        return present[self.position] if self.position < len(present) else None
+
+    def _present(self) -> list[int]:
+        """The order of the present epoch."""
+        if self._drawn is None or self._drawn[0] != self.epoch:
+            self._drawn = (self.epoch, self.order(self.epoch))
+        return self._drawn[1]
 
     def order(self, epoch: int) -> list[int]:
         """The order of an epoch."""

@@ -6,8 +6,8 @@ with the manifest, ``writer.py`` and ``reader.py`` are the two ends that others 
 
 from streamcnn.data.tile_store.format import Head as Head
 from streamcnn.data.tile_store.format import ImageRecord as ImageRecord
-from streamcnn.data.tile_store.format import existing_head as existing_head
 from streamcnn.data.tile_store.format import is_tile_store as is_tile_store
 from streamcnn.data.tile_store.reader import TileStore as TileStore
 from streamcnn.data.tile_store.writer import TileStoreWriter as TileStoreWriter
+from streamcnn.data.tile_store.writer import check_names as check_names
 from streamcnn.data.tile_store.writer import write_image_folder as write_image_folder

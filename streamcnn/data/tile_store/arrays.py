@@ -161,7 +161,9 @@ class _Halved(ImageSource):
             Interval(2 * rows.start, min(2 * rows.stop, height)),
             Interval(2 * cols.start, min(2 * cols.stop, width)),
         )
-        pixels = self._source.read(wanted).to(torch.float32)
+        # Exact for integers of up to 32 bits, which have no 53 bits even as a sum of four.
+        narrow = self.dtype == torch.float32 or self.dtype.itemsize <= 2
+        pixels = self._source.read(wanted).to(torch.float32 if narrow else torch.float64)
         means = torch.nn.functional.avg_pool2d(pixels, 2, ceil_mode=True)
         return means.to(self.dtype) if self.dtype.is_floating_point else means.round().to(self.dtype)
 

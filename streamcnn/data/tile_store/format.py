@@ -148,16 +148,6 @@ def is_tile_store(folder: str | Path) -> bool:
     return any((Path(folder) / name).exists() for name in (COMPLETE, JOURNAL))
 
 
-def existing_head(folder: str | Path) -> Head | None:
-    """What the store in ``folder`` says of itself, complete or not; None if there is none."""
-    for path in (Path(folder) / JOURNAL, read_complete(Path(folder))):
-        manifest = path[0] if isinstance(path, tuple) else path
-        if manifest is not None and manifest.exists():
-            with manifest.open() as lines:
-                return parse_head(next(lines), manifest)
-    return None
-
-
 def read_complete(folder: Path) -> tuple[Path, str] | None:
     """The manifest that ``complete.json`` names and its SHA-256; None if the store is not complete.
 

@@ -76,9 +76,17 @@ class TileStore:
         return ZarrSource(zarr.open_array(store, path=str(level), mode="r"), channels_last=False)
 
     def codec(self) -> str | None:
-        """How pixels are compressed, from the first image; None in an empty store."""
+        """How pixels are compressed, from the first image; None in an empty store.
+
+        Raises
+        ------
+        CorruptImage
+            If that image's metadata is missing or was changed.
+        """
         if not self.records:
             return None
+        for key, sha256 in self.records[0].metadata.items():
+            check_metadata(self.path(self.records[0]) / key, sha256)
         array = zarr.open_array(LocalStore(self.path(self.records[0]), read_only=True), path="0", mode="r")
         return ", ".join(
             _codec_text(codec.to_dict()) for codec in array.compressors if isinstance(codec, Codec)
@@ -111,9 +119,10 @@ class TileStore:
             try:
                 content = (folder / key).read_bytes()
                 check_shard(content, shard, chunks[key.partition("/")[0]], key)
+            except CorruptImage as error:
+                raise CorruptImage(f"{folder}: {error}") from error
             except OSError as error:
-                reason = str(error) if isinstance(error, CorruptImage) else error.strerror
-                raise CorruptImage(f"{folder}: {reason}") from error
+                raise CorruptImage(f"{folder}: shard {key}: {error.strerror}; copy it again") from error
 
 
 def _codec_text(codec: Mapping[str, Any]) -> str:

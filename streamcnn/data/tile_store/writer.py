@@ -6,11 +6,14 @@ a writer goes on with what the journal lacks. Readers see nothing of it before `
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -29,9 +32,10 @@ from streamcnn.data.tile_store.format import (
     parse_record,
     read_complete,
     read_manifest,
+    replace_file,
     write_manifest,
 )
-from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
+from streamcnn.errors import DatasetMismatch, StreamError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.() -]*(/[A-Za-z0-9_][A-Za-z0-9_.() -]*)*")
 
@@ -44,7 +48,8 @@ class TileStoreWriter:
     folder
         Of the store; made if it is not there.
     head
-        What the store is. If the folder has images already, they must be of the same kind.
+        What the store is. If the folder has images already, they must be of the same kind and functions of
+        the same things; the names of their labels are kept.
 
     Raises
     ------
@@ -78,61 +83,95 @@ class TileStoreWriter:
         self._close()
 
     def add(self, record: ImageRecord) -> None:
-        """Note an image whose folder ``write_image_folder`` has written."""
+        """Note an image whose folder ``write_image_folder`` has written, or another label of one."""
         assert self._journal is not None
+        with _told(self.folder / JOURNAL):
+            self._journal.write(f"{record.to_json()}\n")
+            self._journal.flush()
         self.records[record.name] = record
-        self._journal.write(f"{record.to_json()}\n")
-        self._journal.flush()
+
+    def set_classes(self, classes: tuple[str, ...] | None) -> None:
+        """Give the labels their names; those that the store has already keep theirs."""
+        known = self.head.classes or ()
+        assert (classes or ())[: len(known)] == known
+        self.head = replace(self.head, classes=classes)
+        self._open_journal()
 
     def finish(self, order: Sequence[str] | None = None) -> None:
         """Make the images visible to readers, by name in ``order`` (default: as they were added)."""
         names = list(self.records) if order is None else order
-        write_manifest(self.folder, self.head, (self.records[name] for name in names))
-        (self.folder / JOURNAL).unlink()
+        with _told(self.folder / COMPLETE):
+            write_manifest(self.folder, self.head, (self.records[name] for name in names))
+            (self.folder / JOURNAL).unlink()
 
     def _resume(self) -> None:
-        """Read what is there already and open the journal behind its last whole line."""
+        """Read what is there already and go on with the journal."""
         path = self.folder / JOURNAL
         complete = read_complete(self.folder)
         if complete is not None:
             head, self.records = read_manifest(*complete)
-            self._check_head(head, self.folder / COMPLETE)
+            self._go_on_with(head)
         whole = _whole_lines(path)
         if whole:
-            self._check_head(parse_head(whole[0], path), path)
-            self.records |= {
-                record.name: record for record in (parse_record(line, path) for line in whole[1:])
-            }
-        self._journal = path.open("w")
-        self._journal.writelines(f"{line}\n" for line in whole or [self.head.to_json()])
-        self._journal.flush()
+            self._go_on_with(parse_head(whole[0], path))
+            for record in (parse_record(line, path) for line in whole[1:]):
+                self.records[record.name] = record
+        self._open_journal()
 
-    def _check_head(self, found: Head, path: Path) -> None:
-        """Refuse to mix images that are functions of different things."""
+    def _go_on_with(self, found: Head) -> None:
+        """Refuse to mix images that are functions of different things; keep the names of labels."""
         there, wanted = (_flat({"kind": h.kind, "provenance": h.provenance}) for h in (found, self.head))
         differences = [
             f"{key} is {there.get(key)!r}, asked for is {wanted.get(key)!r}"
             for key in sorted(there.keys() | wanted.keys())
             if there.get(key) != wanted.get(key)
         ]
-        known = found.classes or ()
-        if (found.classes is None) != (self.head.classes is None) or known != (self.head.classes or ())[
-            : len(known)
-        ]:
-            differences.append(f"classes are {found.classes}, asked for are {self.head.classes}")
         if differences:
             raise DatasetMismatch(
-                f"{path.parent} holds a store that was made otherwise: {'; '.join(differences)}; give "
+                f"{self.folder} holds a store that was made otherwise: {'; '.join(differences)}; give "
                 "another folder, or the settings that it was made with"
             )
+        self.head = replace(self.head, classes=found.classes)
+
+    def _open_journal(self) -> None:
+        """Open the journal behind its last whole line, under the present head."""
+        self._close_journal()
+        path = self.folder / JOURNAL
+        with _told(path):
+            lines = (self.head.to_json(), *_whole_lines(path)[1:])
+            replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+            self._journal = path.open("a")
+
+    def _close_journal(self) -> None:
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
 
     def _close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        try:
+            self._close_journal()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names of which one is a folder in another's path.
+
+    Raises
+    ------
+    DatasetMismatch
+        Naming two such images.
+    """
+    known = set(names)
+    for name in sorted(known):
+        for parent in PurePosixPath(name).parents:
+            if str(parent) in known:
+                raise DatasetMismatch(
+                    f"images {str(parent)!r} and {name!r} cannot be in one store, as the first would be a "
+                    "folder of the second: rename one"
+                )
 
 
 def write_image_folder(
@@ -149,13 +188,14 @@ def write_image_folder(
 ) -> ImageRecord:
     """Write one image into ``store`` and return its record; any process may do it.
 
-    A folder of that name which the journal does not know is replaced. ``on_shard`` is told the pixels written
-    so far and in all.
+    An image of that name is replaced. ``on_shard`` is told the pixels written so far and in all.
 
     Raises
     ------
     ValueError
         If the name could not be a folder's on every system.
+    DatasetMismatch
+        If the name is a folder of other images, or lies in one.
     CorruptImage
         If the source cannot be read.
     StreamError
@@ -167,23 +207,21 @@ def write_image_folder(
             "character, in parts divided by /"
         )
     target = store / IMAGES / name
-    partial = target.with_name(f".{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
-        metadata, shards = record_files(partial)
-        _flush(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, CorruptImage):
-            raise StreamError(
-                f"cannot write {target}: {error.strerror or error}; make room or give another folder, then "
-                "start again: finished images are kept"
-            ) from error
-        raise
+    _refuse_to_hide(target, store / IMAGES)
+    # Two processes that write one image, against the rules, at least do not mix their files.
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with _told(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
+            metadata, shards = record_files(partial)
+            _flush(partial)
+            _remove(target)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return ImageRecord(
         name=name,
         split=split,
@@ -196,6 +234,38 @@ def write_image_folder(
         origin=origin,
         truth=truth,
     )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say of an error in writing what was written, and that nothing is lost."""
+    try:
+        yield
+    except StreamError:
+        raise
+    except OSError as error:
+        raise StreamError(
+            f"cannot write {path}: {error.strerror or error}; make room or give another folder, then start "
+            "again: finished images are kept"
+        ) from error
+
+
+def _refuse_to_hide(target: Path, images: Path) -> None:
+    """Refuse a folder that holds other images, or lies in one."""
+    inside = any(
+        (parent / "zarr.json").exists() for parent in target.parents if parent.is_relative_to(images)
+    )
+    if inside or (target.is_dir() and not (target / "zarr.json").exists()):
+        what = "lies in another image" if inside else "holds other images"
+        raise DatasetMismatch(f"{target} {what}: give the image another name")
+
+
+def _remove(target: Path) -> None:
+    """Remove an image that was there, and what killed processes left of it."""
+    shutil.rmtree(target, ignore_errors=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        if left.name != f".{target.name}.{os.getpid()}.partial":
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _refuse_foreign(folder: Path) -> None:

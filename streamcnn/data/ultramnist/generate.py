@@ -1,13 +1,16 @@
 """Write an UltraMNIST set into a tile store, on several processes, from where it was left.
 
-Which images are there depends on what is asked for alone: not on the number of processes, nor on when the
-run was stopped and started again.
+What an image is depends on neither the number of processes nor when the run was stopped and started again.
+Images that are there and were not asked for stay.
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -173,9 +176,18 @@ _job: _Job | None = None
 def _start_worker(job: _Job) -> None:
     global _job
     _job = job
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One core each: more would fight with the other workers.
     torch.set_num_threads(1)
     zarr.config.set({"threading.max_workers": 1})
+
+
+def _end_with_parent() -> None:
+    """Stop this process when the one that writes the journal is gone, and its lock with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _write(key: Key) -> ImageRecord:
