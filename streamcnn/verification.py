@@ -118,11 +118,11 @@ def _everything(model: nn.Module, image: Tensor, seed: int) -> dict[str, dict[st
     torch.manual_seed(seed)
     outputs: Any = [out for out in pytree.tree_leaves(model(image)) if isinstance(out, Tensor)]
     generator = torch.Generator().manual_seed(seed + 1)
+    trained = [out for out in outputs if out.requires_grad]
     arriving = [
-        torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in outputs
+        torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in trained
     ]
-    pairs = [(out, g) for out, g in zip(outputs, arriving, strict=True) if out.requires_grad]
-    torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
+    torch.autograd.backward(trained, arriving)
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     gradients["image gradient"] = image.grad
     return {

@@ -51,6 +51,24 @@ def test_right_results_have_small_errors() -> None:
     assert check(make_net().eval()).notes == ()
 
 
+class WithDecision(nn.Module):
+    """A network that says the class as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.net(x)
+        return scores, scores.argmax(1), scores > 0
+
+
+def test_outputs_may_be_whole_numbers_and_truths() -> None:
+    found = check(WithDecision())
+    assert found.max_error < 1e-9
+    assert {"output 0", "output 1", "output 2"} <= found.errors.keys()
+
+
 def test_float32_shows_rounding() -> None:
     assert 1e-9 < check(dtype=torch.float32).errors["output 0"] < 1e-5
 
