@@ -21,6 +21,8 @@ class Report:
     """Which counter ``measured_bytes`` comes from."""
     seconds: float
     phases: tuple[PhaseReport, ...]
+    num_retries: int = 0
+    """How often memory was refused and the pass begun again with smaller tiles."""
 
     @property
     def bytes_moved(self) -> int:
@@ -35,6 +37,8 @@ class Report:
             f"peak {measured} ({self.reading}), projected {format_bytes(self.projected_bytes)}, {budget}",
             f"{self.seconds:.2f} s, {format_bytes(self.bytes_moved)} moved through stores",
         ]
+        if self.num_retries:
+            lines.append(f"memory was refused: begun again {self.num_retries} times with smaller tiles")
         lines.extend(
             f"  phase {phase.level:<4} {phase.direction:<9}{phase.num_tiles:>5} tiles {phase.seconds:8.3f} s"
             f"  read {format_bytes(phase.bytes_read):>10}, written {format_bytes(phase.bytes_written):>10}"

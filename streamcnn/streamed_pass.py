@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,30 +29,57 @@ class Host(Protocol):
     last_report: Report | None
 
 
+Planned = tuple[Program, Plan]
+Shrink = Callable[[Plan], Planned | None]
+"""The same pass planned with smaller tiles; None if there is no such plan within the budget."""
+
+
 class Pass:
-    """One pass: an execution under its ceiling, and the report of both directions."""
+    """One pass: an execution under its ceiling, and the report of both directions.
+
+    A direction that is refused memory is begun again with smaller tiles, which gives the same result: until
+    it succeeds, nothing outside has been changed. A backward pass needs the stored maps of its own tiles, so
+    its forward pass is repeated first, with the random numbers that it had.
+    """
 
     def __init__(
-        self, program: Program, plan: Plan, reader: BatchReader, states: Mapping[str, Tensor], host: Host
+        self,
+        planned: Planned,
+        reader: BatchReader,
+        states: Mapping[str, Tensor],
+        host: Host,
+        shrink: Shrink,
     ) -> None:
         self.host = host
         self.known = states
-        self.program = program
-        self.plan = plan
-        self.states = {name: states[qualified] for name, qualified in program.states.items()}
-        self.states.update({name: c.to(reader.device) for name, c in program.constants.items()})
-        self.leaf_states = tuple(name for name in program.states if name in plan.differentiated)
+        self.reader = reader
+        self.shrink = shrink
         self.on_cpu = reader.device.type == "cpu"
         self.baseline = Baseline.now()
+        self.random_state = _random_state(reader.device)
         self.seconds = 0.0
+        self.num_retries = 0
         self.peak: int | None = None
-        self.stores = _Stores(host.spill, reader.device)
-        self.execution = Execution(program, plan, self.states, reader, self.stores.open)
+        self._begin(planned)
+
+    def _begin(self, planned: Planned) -> None:
+        """Make ready to run a plan from its start."""
+        self.program, self.plan = planned
+        self.states = {name: self.known[qualified] for name, qualified in self.program.states.items()}
+        self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
+        self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
+        self.stores = _Stores(self.host.spill, self.reader.device)
+        self.execution = Execution(self.program, self.plan, self.states, self.reader, self.stores.open)
 
     def forward(self) -> dict[str, Any]:
         """Run forward and, if that succeeds, give the module's buffers their new values."""
-        with self._ceiling("forward"), _random_state_kept(self.execution.device):
-            values = self.execution.forward()
+        while True:
+            try:
+                with self._ceiling("forward"), _random_state_kept(self.execution.device):
+                    values = self.execution.forward()
+                break
+            except BudgetExceeded as error:
+                self._begin_smaller(error)
         with torch.no_grad():
             for qualified, name in self.program.updates.items():
                 self.known[qualified].copy_(values[name])
@@ -62,11 +89,41 @@ class Pass:
 
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by node name of the parameters and the image."""
+        repeat = False
         try:
-            with self._ceiling("backward"):
-                return self.execution.backward(gradients)
+            while True:
+                try:
+                    if repeat:
+                        self._repeat_forward()
+                    with self._ceiling("backward"):
+                        return self.execution.backward(gradients)
+                except BudgetExceeded as error:
+                    self._begin_smaller(error)
+                    repeat = True
         finally:
             self.close()
+
+    def _begin_smaller(self, error: BudgetExceeded) -> None:
+        """Begin with smaller tiles, or raise ``error`` if there are none."""
+        smaller = self.shrink(self.plan)
+        if smaller is None:
+            raise error
+        outputs, leaf_states, autocast = self.program.output_names, self.leaf_states, self.execution.autocast
+        self._begin(smaller)
+        # The ambient autocast of a backward pass is not that of its forward pass.
+        self.execution.autocast = autocast
+        self.num_retries += 1
+        assert (self.program.output_names, self.leaf_states) == (outputs, leaf_states)
+
+    def _repeat_forward(self) -> None:
+        """The forward pass once more, for its stored maps: buffers and random state stay."""
+        present = _random_state(self.reader.device)
+        _set_random_state(self.random_state, self.reader.device)
+        try:
+            with self._ceiling("forward"), torch.enable_grad():
+                self.execution.forward()
+        finally:
+            _set_random_state(present, self.reader.device)
 
     def recomputed_from(self) -> list[Tensor]:
         """States without a gradient that the backward pass reads once more."""
@@ -97,11 +154,11 @@ class Pass:
             self.close()
             plan = self.plan
             if plan.budget is not None and is_out_of_memory(error):
+                tile = "x".join(map(str, plan.tile))
                 raise BudgetExceeded(
-                    f"an allocation in the {direction} pass was refused: budget {format_bytes(plan.budget)}, "
-                    f"projected {format_bytes(plan.projected_bytes)} with tiles of "
-                    f"{plan.tile[0]}x{plan.tile[1]} pixels. Nothing was changed; raise budget= or set a "
-                    "smaller tile="
+                    f"an allocation in the {direction} pass was refused: budget "
+                    f"{format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with tiles of "
+                    f"{tile} pixels, and there is no plan with smaller ones. Nothing was changed; raise budget="
                 ) from error
             raise
         finally:
@@ -118,6 +175,7 @@ class Pass:
             reading=limit.reading if self.on_cpu else "unknown",
             seconds=self.seconds,
             phases=tuple(self.execution.reports),
+            num_retries=self.num_retries,
         )
 
 
@@ -146,15 +204,23 @@ class _Stores:
 @contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:
     """Put the random state back if the pass fails."""
-    state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    state = _random_state(device)
     try:
         yield
     except BaseException:
-        torch.set_rng_state(state)
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state, device)
+        _set_random_state(state, device)
         raise
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The random states of the host and of the device, if that is another."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 class Streamed(torch.autograd.Function):

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcnn.autocast import autocast, autocast_state
 from streamcnn.capture import RawGraph, capture
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.plan import Home, Plan
 from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.program import Program, differentiated, substitute
 from streamcnn.report import Report
-from streamcnn.streamed_pass import Pass, Streamed
+from streamcnn.streamed_pass import Pass, Shrink, Streamed
 from streamcnn.tracing import trace
 from streamcnn.units import format_bytes, parse_bytes
 
+_SMALLEST_TILE = 32
+"""Edge in pixels; below it, halos are nearly all of the work."""
 _CACHED_PLANS = 8
 """Captured graphs and plans kept, the most recently used ones."""
 _SHARED_REGISTRIES = (
@@ -147,21 +150,27 @@ class StreamingModel(nn.Module):
         return self._planned(shape, dtype or self._dtype(), image_gradient=False)[1]
 
     def _planned(
-        self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        *,
+        image_gradient: bool,
+        tile: tuple[int, int] | None = None,
     ) -> tuple[Program, Plan]:
+        tile = tile or self.tile
         states = self._states()
         trainable = frozenset(name for name, state in states.items() if state.requires_grad)
         wanted = trainable if torch.is_grad_enabled() else frozenset()
         device = self._device()
         casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         settings = (device, _settings(self.net), _specs(states))
-        key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, self.tile)
+        key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, tile)
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
         # Casts are left out of the capture, so it must be at a type that the module takes without them.
         graph = self._captured(shape, dtype if casts is None else self._dtype(), settings)
-        found = _find_plan(graph, states, dtype, device, _Wish(shape, wanted, image_gradient, self))
+        found = _find_plan(graph, states, dtype, device, _Wish(shape, wanted, image_gradient, tile, self))
         self._plans[key] = found
         if len(self._plans) > _CACHED_PLANS:
             self._plans.popitem(last=False)
@@ -211,7 +220,8 @@ class StreamingModel(nn.Module):
             )
         program, plan = self._planned(reader.shape, reader.dtype, image_gradient=image_gradient)
         plan.validate()
-        run = Pass(program, plan, reader, self._states(), self)
+        shrink = self._shrink(reader, image_gradient=image_gradient)
+        run = Pass((program, plan), reader, self._states(), self, shrink)
         names = program.output_names
         if not plan.training:
             values = run.forward()
@@ -224,6 +234,27 @@ class StreamingModel(nn.Module):
             outputs = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
+
+    def _shrink(self, reader: BatchReader, *, image_gradient: bool) -> Shrink:
+        """How the pass that begins now is planned again, whenever that is, if it is refused memory."""
+        grad, casts = torch.is_grad_enabled(), autocast_state(reader.device)
+
+        def shrink(plan: Plan) -> tuple[Program, Plan] | None:
+            tile = _halved(plan.tile)
+            if tile is None:
+                return None
+            with torch.set_grad_enabled(grad), autocast(reader.device, casts):
+                planned = self._planned(reader.shape, reader.dtype, image_gradient=image_gradient, tile=tile)
+            return planned if planned[1].fits else None
+
+        return shrink
+
+
+def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:
+    """Half of a tile, or None where that would be of no use."""
+    height, width = tile
+    smaller = (min(height, max(_SMALLEST_TILE, height // 2)), min(width, max(_SMALLEST_TILE, width // 2)))
+    return None if smaller == tile else smaller
 
 
 def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -271,6 +302,7 @@ class _Wish:
     shape: tuple[int, int, int, int]
     trainable: frozenset[str]
     image_gradient: bool
+    tile: tuple[int, int] | None
     model: StreamingModel
 
 
@@ -286,7 +318,7 @@ def _find_plan(
         dtype=str(dtype).removeprefix("torch."),
         leaves=frozenset(leaf_names),
         budget=wish.model.budget,
-        tile=wish.model.tile,
+        tile=wish.tile,
         spill_home=Home.DISK if device.type == "cpu" else Home.HOST,
         tail=wish.model._resident_tail,
     )

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import BudgetExceeded, StreamingModel
+from streamcnn import BudgetExceeded, StreamingModel, streaming_model
 from streamcnn.interpreter import TileRun
 
 MB = 10**6
@@ -113,6 +113,7 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
     """What a plan does that promises too much: in forward, and in backward alone."""
     results = []
     planned = model._planned
+    streaming_model._SMALLEST_TILE = 256  # so that there are no smaller tiles
 
     def optimistic(*args: Any, **kwargs: Any) -> Any:
         program, plan = planned(*args, **kwargs)
@@ -135,7 +136,42 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
             results.append([str(error), identical(before, states_of(model)), soft_limit()])
         finally:
             model._planned = planned
+    streaming_model._SMALLEST_TILE = 32
     return results
+
+
+def retried(model: StreamingModel, image: Tensor, fails_forward: bool) -> dict[str, Any]:
+    """A plan that promises too much, refused by the kernel; then smaller tiles."""
+    planned = model._planned
+    budget = TOO_SMALL
+
+    def optimistic(*args: Any, tile: Any = None, **kwargs: Any) -> Any:
+        program, plan = planned(*args, tile=tile, **kwargs)
+        return program, dataclasses.replace(plan, budget=budget, terms=()) if tile is None else plan
+
+    model.zero_grad()
+    if fails_forward:
+        model._planned = optimistic
+    output = model(image)
+    model._planned = planned
+    if not fails_forward:
+        run = output.grad_fn.run
+        run.plan = dataclasses.replace(run.plan, budget=budget)
+    output.sum().backward()
+    assert model.last_report is not None
+    return {
+        "retries": model.last_report.num_retries,
+        "measured": model.last_report.measured_bytes,
+        "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+    }
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference, as a share of the largest value: a bias before batch norm is rounding alone."""
+    assert first.keys() == second.keys()
+    largest = max(float(value.abs().max()) for value in second.values())
+    return max(float((first[name] - second[name]).abs().max()) for name in first) / largest
 
 
 def cases() -> dict[str, Any]:
@@ -153,6 +189,13 @@ def cases() -> dict[str, Any]:
         model.zero_grad()
         model(image).sum().backward()
         again = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        results["retried"] = []
+        for fails_forward in (True, False):
+            model.load_state_dict({name: at_first[name] for name in model.state_dict()})
+            found = retried(model, image, fails_forward)
+            distances = [distance(found.pop("gradients"), again), distance(found.pop("buffers"), buffers)]
+            results["retried"].append({**found, "distances": distances, "limit": soft_limit()})
     return {**results, "works after it": identical(gradients, again)}
 
 
@@ -195,6 +238,16 @@ def test_an_allocation_that_the_kernel_refuses_changes_nothing(results: Any) -> 
         assert unchanged
         assert after == limit
     assert results["works after it"]
+
+
+def test_a_refused_pass_is_begun_again_with_smaller_tiles(results: Any) -> None:
+    (limit,) = set(results["within"]["limits"])
+    assert len(results["retried"]) == 2
+    for found in results["retried"]:
+        assert found["retries"] >= 1
+        assert max(found["distances"]) < 1e-4
+        assert 0 < found["measured"] <= BUDGET
+        assert found["limit"] == limit
 
 
 def test_another_process_makes_the_same_plan(results: Any) -> None:

@@ -217,7 +217,7 @@ def test_a_refused_allocation_names_the_budget(text: str) -> None:
     before = everything_of(model)
     message = (
         r"allocation in the {} pass was refused: budget 1.00 GiB, projected .* MiB with tiles of 16x16 "
-        r"pixels. Nothing was changed; raise budget= or set a smaller tile="
+        r"pixels, and there is no plan with smaller ones\. Nothing was changed; raise budget="
     )
     with failing(TileRun, "_evaluate", RuntimeError(text), 3):
         with pytest.raises(BudgetExceeded, match=message.format("forward")):

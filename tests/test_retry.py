@@ -1,0 +1,131 @@
+"""A pass that is refused memory in its middle begins again with smaller tiles and gives the same result."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamcnn import BudgetExceeded, StreamingModel
+from streamcnn.interpreter import TileRun
+
+SHAPE = (2, 3, 150, 131)
+
+
+def make_net() -> nn.Module:
+    """Two phases with random masks and running statistics."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.3),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2),
+        nn.BatchNorm2d(5, momentum=None),
+        nn.Dropout2d(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 2),
+    )
+    return net.double()
+
+
+class RefusedOnce:
+    """Evaluates operators of tiles, and is refused memory at one of them."""
+
+    def __init__(self, at: int, *, always: bool = False) -> None:
+        self.original = TileRun._evaluate
+        self.at = at
+        self.always = always
+        self.calls = 0
+
+    def __call__(self, run: TileRun, *args: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at or (self.always and self.calls > self.at):
+            raise MemoryError("refused")
+        return self.original(run, *args)
+
+
+def update(model: StreamingModel, *, autocast: bool = False) -> dict[str, Tensor]:
+    """Everything that a training update leaves behind."""
+    torch.manual_seed(7)
+    image = torch.randn(
+        SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(image.float() if autocast else image)
+    output.square().sum().backward()
+    left = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    left |= {"output": output.detach(), "random state": torch.get_rng_state()}
+    assert image.grad is not None
+    return {**left, "image gradient": image.grad, **dict(model.named_buffers())}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, net: nn.Module) -> int:
+    """Operators that an update evaluates."""
+    counter = RefusedOnce(-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(TileRun, "_evaluate", lambda run, *args: counter(run, *args))
+        update(StreamingModel(net, "1GiB", tile=64))
+    return counter.calls
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.6, 0.8, 0.999])
+def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    net = make_net()
+    expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64))
+    refused = RefusedOnce(1 + int(share * counted(monkeypatch, copy.deepcopy(net))))
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    model = StreamingModel(net, "1GiB", tile=64)
+    found = update(model)
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+    assert "memory was refused: begun again" in model.last_report.explain()
+    assert_same(found, expected, 1e-9)
+
+
+def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net().float()
+    expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64), autocast=True)
+    refused = RefusedOnce(40)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    model = StreamingModel(net, "1GiB", tile=64)
+    found = update(model, autocast=True)
+    assert refused.calls > 40
+    assert_same(found, expected, 3e-2)
+
+
+def test_inference_is_begun_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net().eval()
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    refused = RefusedOnce(5)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    model = StreamingModel(net, "1GiB", tile=64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), net(image), rtol=1e-12, atol=1e-12)
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+
+
+def test_when_the_smallest_tiles_are_refused_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    refused = RefusedOnce(3, always=True)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    state = torch.get_rng_state()
+    with pytest.raises(BudgetExceeded, match="tiles of 32x32 pixels, and there is no plan with smaller ones"):
+        StreamingModel(net, "1GiB", tile=64)(
+            torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator())
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in net.parameters())
