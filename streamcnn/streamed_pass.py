@@ -154,11 +154,12 @@ class Pass:
             self.close()
             plan = self.plan
             if plan.budget is not None and is_out_of_memory(error):
-                tile = "x".join(map(str, plan.tile))
+                height, width = plan.tile
                 raise BudgetExceeded(
                     f"an allocation in the {direction} pass was refused: budget "
-                    f"{format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with tiles of "
-                    f"{tile} pixels, and there is no plan with smaller ones. Nothing was changed; raise budget="
+                    f"{format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with tiles "
+                    f"of {height}x{width} pixels, and there is no plan with smaller ones. Nothing was changed; "
+                    "raise budget="
                 ) from error
             raise
         finally:
