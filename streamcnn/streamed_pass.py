@@ -158,8 +158,8 @@ class Pass:
                 raise BudgetExceeded(
                     f"an allocation in the {direction} pass was refused: budget "
                     f"{format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with tiles "
-                    f"of {height}x{width} pixels, and there is no plan with smaller ones. Nothing was changed; "
-                    "raise budget="
+                    f"of {height}x{width} pixels, and there is no plan with smaller ones. "
+                    "Nothing was changed; raise budget="
                 ) from error
             raise
         finally:
