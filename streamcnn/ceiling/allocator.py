@@ -55,9 +55,19 @@ def start_thread_pool() -> None:
     """Start the threads on which the calling thread's PyTorch operators run.
 
     OpenMP starts them at the first parallel operator, and ends the process if the kernel refuses a
-    stack, so that must not happen under a limit.
+    stack, so that must not happen under a limit. Autograd's are started by the first backward pass, by builds
+    of PyTorch with CUDA on machines without it too.
     """
     torch.empty(2 * _PARALLEL_GRAIN * torch.get_num_threads(), dtype=torch.uint8).fill_(0)
+    _start_autograd()
+
+
+@functools.cache
+def _start_autograd() -> None:
+    """Run a first backward pass."""
+    with torch.enable_grad():
+        leaf = torch.zeros((), requires_grad=True)
+        torch.autograd.grad(2 * leaf, leaf)
 
 
 def trim_heap() -> None:

@@ -14,7 +14,8 @@ from streamcnn.program import Axes, Link, Ref, refs_in, substitute
 
 aten = torch.ops.aten
 
-# Pointwise by definition, but without ATen's own tag because they are composed of others.
+# Pointwise by definition, but without ATen's own tag because they are composed of others, or because
+# PyTorch 2.11 forgot it (leaky_relu).
 _UNTAGGED = (
     aten._to_copy.default,
     aten.alias.default,
@@ -22,6 +23,7 @@ _UNTAGGED = (
     aten.detach.default,
     aten.expand_as.default,
     aten.hardswish.default,
+    aten.leaky_relu.default,
     aten.lift_fresh_copy.default,
     aten.log_sigmoid.default,
     aten.masked_fill.Tensor,
