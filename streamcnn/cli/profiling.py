@@ -1,0 +1,110 @@
+"""The command ``profile``: peak memory and time against tile size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from streamcnn.cli.arguments import Batch, Channels, Model, Size, load, parse, parse_extent
+from streamcnn.units import parse_bytes
+
+if TYPE_CHECKING:
+    from streamcnn.profiling import TileProfile
+
+
+def profile(
+    model: Model,
+    size: Size = "4000",
+    tiles: Annotated[str, typer.Option(help="Tile sizes in pixels, separated by commas.")] = "256,512,1024",
+    budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
+    batch: Batch = 1,
+    channels: Channels = 3,
+    output: Annotated[Path, typer.Option(help="Folder for the lines, figures and page.")] = Path("profile"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
+) -> None:
+    """Measure one training update per tile size, each in a fresh process, and draw what they hold."""
+    budget_bytes = parse("--budget", parse_bytes, budget)
+    shape = (batch, channels, *parse("--size", parse_extent, size))
+    edges = parse("--tiles", parse_tiles, tiles)
+    load(model)  # a wrong name ends here rather than in the first measurement
+    from streamcnn.extras import require
+    from streamcnn.profiling import profile_tiles, write_results
+
+    require("matplotlib.figure", extra="plots")
+    measured = profile_tiles(model, shape, edges, budget_bytes)
+    console = Console()
+    if as_json:
+        profiles = _print_json(measured)
+    else:
+        profiles = _collect(measured, len(edges), console)
+    write_results(profiles, model, shape, output)
+    if not as_json:
+        console.print(f"page: {output / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def parse_tiles(text: str) -> tuple[int, ...]:
+    """``"256,512"`` as tile sizes in pixels, each once, in ascending order.
+
+    Raises
+    ------
+    ValueError
+        If the text is something else, or a number in it is zero.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ValueError(
+            f"cannot read {text!r} as tile sizes: allowed are positive numbers of pixels "
+            "separated by commas; for example 256,512,1024"
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _print_json(measured: Iterable[TileProfile]) -> list[TileProfile]:
+    profiles = []
+    for profile in measured:
+        typer.echo(profile.to_json())
+        profiles.append(profile)
+    return profiles
+
+
+def _collect(measured: Iterable[TileProfile], num_tiles: int, console: Console) -> list[TileProfile]:
+    """All profiles: on a terminal with progress and a table at the end, elsewhere a line each."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    profiles = []
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("tile sizes", total=num_tiles)
+        for profile in measured:
+            profiles.append(profile)
+            progress.advance(task)
+            if not console.is_terminal:
+                console.print(_line(profile), soft_wrap=True, highlight=False, markup=False)
+    if console.is_terminal:
+        console.print(_table(profiles))
+    return profiles
+
+
+def _line(profile: TileProfile) -> str:
+    from streamcnn.profiling.page import cells
+
+    tile, projected, measured, seconds, recomputation, moved, verdict = cells(profile)
+    return (
+        f"tile {tile}: {verdict}, measured {measured}, projected {projected}, {seconds}, "
+        f"recomputation {recomputation}, moved {moved}"
+    )
+
+
+def _table(profiles: Sequence[TileProfile]) -> Table:
+    from streamcnn.profiling.page import COLUMNS, cells
+
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for profile in profiles:
+        table.add_row(*cells(profile), style="" if profile.refusal is None else "dim")
+    return table

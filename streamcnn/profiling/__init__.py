@@ -1,0 +1,15 @@
+"""What ``streamcnn profile`` runs: peak memory and time of one training update, for several tile sizes."""
+
+from streamcnn.profiling.figures import write_figures
+from streamcnn.profiling.measure import ProfileFailed, TileProfile, profile_tiles
+from streamcnn.profiling.page import render_page
+from streamcnn.profiling.results import write_results
+
+__all__ = [
+    "ProfileFailed",
+    "TileProfile",
+    "profile_tiles",
+    "render_page",
+    "write_figures",
+    "write_results",
+]

@@ -1,0 +1,37 @@
+"""The folder of a profile: its lines, figures and page, complete or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamcnn.profiling.figures import write_figures
+from streamcnn.profiling.measure import TileProfile
+from streamcnn.profiling.page import describe, render_page
+
+
+def write_results(
+    profiles: Sequence[TileProfile], model: str, shape: tuple[int, int, int, int], folder: Path
+) -> None:
+    """Write profile.jsonl, memory.png, time.png and report.html; files of these names are replaced.
+
+    Raises
+    ------
+    ValueError
+        If there is no profile.
+    MissingExtra
+        If matplotlib is not installed.
+    """
+    page = render_page(profiles, model, shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, so that renaming stays on one file system.
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+        unfinished = Path(name)
+        lines = "".join(f"{profile.to_json()}\n" for profile in profiles)
+        (unfinished / "profile.jsonl").write_text(lines, encoding="utf-8")
+        (unfinished / "report.html").write_text(page, encoding="utf-8")
+        write_figures(profiles, describe(profiles, model, shape), unfinished)
+        for path in sorted(unfinished.iterdir()):
+            os.replace(path, folder / path.name)
