@@ -162,7 +162,7 @@ class StreamingModel(nn.Module):
         trainable = frozenset(name for name, state in states.items() if state.requires_grad)
         wanted = trainable if torch.is_grad_enabled() else frozenset()
         device = self._device()
-        casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        casts = autocast_state(device)
         settings = (device, _settings(self.net), _specs(states))
         key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, tile)
         if key in self._plans:

@@ -68,12 +68,16 @@ class TileStore:
         """
         if not 0 <= level < record.levels:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
+        chunks = chunks_per_shard(self._group(record))
+        store = CheckedStore(LocalStore(self.path(record), read_only=True), record.shards, chunks)
+        return ZarrSource(zarr.open_array(store, path=str(level), mode="r"), channels_last=False)
+
+    def _group(self, record: ImageRecord) -> zarr.Group:
+        """An image's levels, all metadata compared with the manifest."""
         folder = self.path(record)
         for key, sha256 in record.metadata.items():
             check_metadata(folder / key, sha256)
-        group = zarr.open_group(LocalStore(folder, read_only=True), mode="r")
-        store = CheckedStore(LocalStore(folder, read_only=True), record.shards, chunks_per_shard(group))
-        return ZarrSource(zarr.open_array(store, path=str(level), mode="r"), channels_last=False)
+        return zarr.open_group(LocalStore(folder, read_only=True), mode="r")
 
     def codec(self) -> str | None:
         """How pixels are compressed, from the first image; None in an empty store.
@@ -85,9 +89,8 @@ class TileStore:
         """
         if not self.records:
             return None
-        for key, sha256 in self.records[0].metadata.items():
-            check_metadata(self.path(self.records[0]) / key, sha256)
-        array = zarr.open_array(LocalStore(self.path(self.records[0]), read_only=True), path="0", mode="r")
+        array = self._group(self.records[0])["0"]
+        assert isinstance(array, zarr.Array)
         return ", ".join(
             _codec_text(codec.to_dict()) for codec in array.compressors if isinstance(codec, Codec)
         )
@@ -112,9 +115,7 @@ class TileStore:
 
     def _verify(self, record: ImageRecord) -> None:
         folder = self.path(record)
-        for key, sha256 in record.metadata.items():
-            check_metadata(folder / key, sha256)
-        chunks = chunks_per_shard(zarr.open_group(LocalStore(folder, read_only=True), mode="r"))
+        chunks = chunks_per_shard(self._group(record))
         for key, shard in record.shards.items():
             try:
                 content = (folder / key).read_bytes()
