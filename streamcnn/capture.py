@@ -7,6 +7,7 @@ buffer updates become named results. It decides nothing about streaming.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import operator
@@ -73,7 +74,8 @@ def capture(module: torch.nn.Module, shape: tuple[int, ...], dtype: torch.dtype)
     UnsupportedModel
         If ``torch.export`` cannot trace the module at this shape, with its own reason.
     """
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    states = itertools.chain(module.parameters(), module.buffers())
+    device = next((state.device for state in states), torch.device("cpu"))
     exported = _export(module, shape, dtype, device)
     return _Functionalizer(exported).run(shape)
 

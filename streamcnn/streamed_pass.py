@@ -254,8 +254,11 @@ class Streamed(torch.autograd.Function):
                 "create_graph=True"
             )
         ctx.run = None
-        _ = ctx.saved_tensors
+        anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
         arriving = {n: g for n, g in zip(run.program.output_names, grads, strict=True) if g is not None}
         found = run.backward(arriving)
         image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
-        return None, *(found.get(name) for name in (*run.leaf_states, *image))
+        gradients = (found.get(name) for name in (*run.leaf_states, *image))
+        # The image may be on the host while its gradient was summed where the model is.
+        on_device = zip(gradients, anchors, strict=True)
+        return None, *(None if g is None else g.to(anchor.device) for g, anchor in on_device)

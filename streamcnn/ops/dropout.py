@@ -32,11 +32,12 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     if axes is None and len(tracer.spec(ref).shape) < 4:
         # The head's: drawn as plain PyTorch draws it.
         return tracer.small(call.target, *call.args, **call.kwargs)
+    like, links = tracer.fake(call), {ref.name: Link()}
     # A seed per layer, drawn in program order: which layers are resident does not change a mask.
-    arguments = (ref, tracer.small(draw_seed), probability, tracer.spec(ref).shape)
+    seed = tracer.small(draw_seed, device=torch.device(like.device))
+    arguments = (ref, seed, probability, tracer.spec(ref).shape)
     if axes is None:
         return tracer.small(drop_elements, *arguments)
-    like, links = tracer.fake(call), {ref.name: Link()}
     return tracer.local(drop_elements, (*arguments, axes), like=like, axes=axes, links=links, positional=True)
 
 
@@ -48,7 +49,8 @@ def feature_dropout(tracer: Tracer, call: Call) -> Any:
     if not train or probability == 0:
         return _unchanged(tracer, ref)
     shape = (*spec.shape[:2], *(1,) * (len(spec.shape) - 2))
-    mask = tracer.small(draw_channel_mask, shape, probability, dtype=spec.dtype)
+    device = torch.device(tracer.fake(call).device)
+    mask = tracer.small(draw_channel_mask, shape, probability, dtype=spec.dtype, device=device)
     if tracer.axes(ref) is None:
         return tracer.small(torch.mul, ref, mask)
     return pointwise(tracer, Call(aten.mul.Tensor, (ref, mask), {}))
@@ -60,14 +62,16 @@ def _unchanged(tracer: Tracer, ref: Ref) -> Any:
     return pointwise(tracer, Call(aten.alias.default, (ref,), {}))
 
 
-def draw_seed() -> Tensor:
-    """A seed from PyTorch's generator, shape ()."""
-    return torch.randint(2**62, ())
+def draw_seed(*, device: torch.device) -> Tensor:
+    """A seed from PyTorch's generator of the host, shape (); on ``device``, where every tile reads it."""
+    return torch.randint(2**62, ()).to(device)
 
 
-def draw_channel_mask(shape: tuple[int, ...], probability: float, *, dtype: torch.dtype) -> Tensor:
-    """Kept channels as ``1 / (1 - probability)``, dropped ones as 0."""
-    kept = torch.empty(shape, dtype=dtype).bernoulli_(1 - probability)
+def draw_channel_mask(
+    shape: tuple[int, ...], probability: float, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Kept channels as ``1 / (1 - probability)``, dropped ones as 0; drawn on ``device``, as ATen does."""
+    kept = torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 - probability)
     return kept / (1 - probability) if probability < 1 else kept
 
 
@@ -90,7 +94,7 @@ def drop_elements(
             start, stop = interval.start, interval.stop
         index = torch.arange(start, stop, device=x.device)
         position = position * extent + index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    uniform = mix(position + seed.to(x.device)) & (2**_BITS - 1)
+    uniform = mix(position + seed) & (2**_BITS - 1)
     kept = uniform >= round(probability * 2**_BITS)
     dropped: Tensor = x * (kept.to(x.dtype) / max(1 - probability, 2.0**-_BITS))
     return dropped

@@ -1,0 +1,73 @@
+"""Nothing of a pass stays on another device than the model's: PyTorch's "meta" device stands for a GPU.
+
+It has no memory and no values, and operators refuse to mix it with tensors on the host, as a GPU's do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from streamcnn import StreamingModel
+from streamcnn.data.reader import BatchReader
+from streamcnn.ops import samples
+from streamcnn.ops.rules import Sample
+from streamcnn.regions import Region
+
+DROPOUT = Sample(
+    "dropout in train mode",
+    lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Dropout(0.5),
+        nn.Dropout2d(0.5),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Dropout(0.2),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what looks at values, and autocast, which "meta" does not know."""
+
+    def read(reader: BatchReader, region: Region) -> Tensor:
+        return reader._stored(region).to(reader.device)
+
+    monkeypatch.setattr(BatchReader, "read", read)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+
+
+def outputs_of(net: nn.Module, image: Tensor) -> list[Tensor]:
+    found: Any = pytree.tree_leaves(StreamingModel(net, tile=16)(image))
+    return [output for output in found if output.requires_grad]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("sample", [*samples(), DROPOUT], ids=lambda sample: sample.name)
+def test_a_pass_stays_on_the_device_of_the_model(sample: Sample) -> None:
+    net = sample.build().train(sample.train).to("meta")
+    outputs = outputs_of(net, torch.randn(sample.shape))
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    gradients = [parameter.grad for parameter in net.parameters()]
+    assert gradients
+    assert all(g is not None and g.device.type == "meta" for g in (*gradients, *outputs))
+
+
+def test_an_image_on_the_host_gets_its_gradient_there() -> None:
+    net = nn.Conv2d(3, 4, 3).to("meta")
+    (output,) = outputs_of(net, torch.randn(1, 3, 40, 40, requires_grad=True))
+    # The copy to the host is what there are no values for.
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        output.backward(torch.empty_like(output))
+
+
+def test_a_model_of_buffers_alone_is_captured_on_their_device() -> None:
+    net = nn.BatchNorm2d(3, affine=False).to("meta")
+    assert StreamingModel(net)(torch.randn(1, 3, 20, 20)).device.type == "meta"
