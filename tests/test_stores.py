@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -220,6 +221,34 @@ class TestMemoryStore:
         view, again = store.read(region(2, 5, 3, 7)), store.read(region(2, 5, 3, 7))
         assert view.data_ptr() == again.data_ptr()
         assert store.read(region(0, 1, 0, 1)).data_ptr() % 64 == 0
+
+    def test_on_the_host_for_another_device_a_tile_is_a_copy_there(self) -> None:
+        # "meta" stands for a GPU: it has no values, and takes none of the map's memory.
+        store = MemoryStore(NCHW, CPU, torch.device("meta"))
+        inside = region(2, 5, 3, 7)
+        assert store.read(inside).device.type == "meta"
+        store.write(inside, random_tile(NCHW, inside))
+        store.add(inside, random_tile(NCHW, inside))
+        tile = store.read(inside)
+        assert (tile.device.type, tuple(tile.shape)) == ("meta", NCHW.tile_shape(inside))
+        assert tile.is_contiguous()
+
+    def test_only_tiles_for_a_gpu_are_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[tuple[int, ...], bool]] = []
+        make = torch.empty
+
+        def empty(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+            asked.append((shape, pin_memory))
+            return make(shape, dtype=dtype)
+
+        store = MemoryStore(NCHW, CPU, CUDA)
+        inside = region(2, 5, 3, 7)
+        store.write(inside, random_tile(NCHW, inside))
+        monkeypatch.setattr(torch, "empty", empty)
+        # Without a GPU it ends here, once the buffer is filled.
+        with contextlib.suppress(AssertionError, RuntimeError):
+            store.read(inside)
+        assert asked == [(NCHW.tile_shape(inside), True)]
 
 
 class TestZarrStore:

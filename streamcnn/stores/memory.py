@@ -11,6 +11,7 @@ from torch import Tensor
 from streamcnn.regions import Region
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.frontier import Frontier
+from streamcnn.stores.transfer import to_compute, to_host
 from streamcnn.windows import cut
 
 _HUGE_PAGE_BYTES = 2**25
@@ -25,21 +26,22 @@ class MemoryStore(Store):
     spec
         The map.
     device
-        Where the tensor lives. Host RAM is pinned when the compute device is a GPU; PyTorch rounds
-        a pinned allocation up to a power of two bytes.
+        Where the tensor lives.
     compute_device
         Where tiles are read to. If it is ``device``, reading returns a view and copies nothing.
 
     Notes
     -----
-    Unpinned host RAM comes zeroed from the kernel page by page as it is touched, so a map that is
-    written in part costs what was written. A limit on the data segment counts all of it at once.
-    Transfers to a GPU are enqueued on the current stream; a write or add from a GPU waits for it.
+    Host RAM comes zeroed from the kernel page by page as it is touched, so a map that is written in
+    part costs what was written. A limit on the data segment counts all of it at once. Transfers to a
+    GPU go through a pinned buffer and are enqueued on the current stream; a write or add from a GPU
+    waits for it.
     """
 
     def __init__(self, spec: StoreSpec, device: torch.device, compute_device: torch.device) -> None:
         super().__init__(spec)
         self._device = device
+        self._on_host = device.type == "cpu"
         self._compute_device = compute_device
         self._map: Tensor | None = None
         self._allocating = Lock()
@@ -50,14 +52,17 @@ class MemoryStore(Store):
             return torch.zeros(
                 self.spec.tile_shape(region), dtype=self.spec.dtype, device=self._compute_device
             )
-        return self._view(self._map, region).to(self._compute_device, non_blocking=True)
+        view = self._view(self._map, region)
+        return to_compute(view, self._compute_device) if self._on_host else view
 
     def _write(self, region: Region, tile: Tensor) -> None:
+        # Of another type only where it is stored: a conversion on a GPU would take its memory.
+        tile = to_host(tile, tile.dtype) if self._on_host else tile
         self._view(self._allocated(), region).copy_(tile)
         self._frontier.mark(region)
 
     def _add(self, region: Region, tile: Tensor) -> None:
-        tile = tile.to(self._device, self.spec.dtype)
+        tile = to_host(tile, self.spec.dtype) if self._on_host else tile.to(self.spec.dtype)
         whole = self._allocated()
         for part, holds in self._frontier.split(region):
             share = cut(tile, self.spec.axes, region, part)
@@ -70,19 +75,17 @@ class MemoryStore(Store):
     def _allocated(self) -> Tensor:
         with self._allocating:
             if self._map is None:
-                self._map = _zeros(self.spec, self._device, pinned=self._compute_device.type == "cuda")
+                self._map = _zeros(self.spec, self._device)
             return self._map
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
         return cut(whole, self.spec.axes, Region.whole(self.spec.size), region)
 
 
-def _zeros(spec: StoreSpec, device: torch.device, *, pinned: bool) -> Tensor:
+def _zeros(spec: StoreSpec, device: torch.device) -> Tensor:
     """A zeroed tensor for the whole map."""
     if device.type != "cpu":
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-    if pinned:
-        return torch.zeros(spec.shape, dtype=spec.dtype, pin_memory=True)
     return _lazy_zeros(spec)
 
 

@@ -28,6 +28,7 @@ from streamcnn.regions import Region
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.chunks import ChunkGrid, ChunkPart
 from streamcnn.stores.spill import remove_with
+from streamcnn.stores.transfer import host_buffer, to_host
 
 # Zarr has no bfloat16: its bit pattern is kept. The other names are NumPy's and Zarr's alike.
 _STORED_AS = {
@@ -106,8 +107,7 @@ class ZarrStore(Store):
 
     def _read(self, region: Region) -> Tensor:
         # Pinned, a tile goes to the GPU while the next one is being read.
-        pinned = self._compute_device.type == "cuda"
-        tile = torch.empty(self.spec.tile_shape(region), dtype=self.spec.dtype, pin_memory=pinned)
+        tile = host_buffer(self.spec.tile_shape(region), self.spec.dtype, self._compute_device)
         array = _as_numpy(tile)
         scratch = self._scratch(region)
         for part in self._grid.parts(region):
@@ -130,7 +130,7 @@ class ZarrStore(Store):
 
     def _update(self, region: Region, tile: Tensor, combine: _Combine, *, keeps_old: bool) -> None:
         """Let ``combine`` bring each chunk's part of ``tile`` into its rows on disk."""
-        array = _as_numpy(tile.to("cpu", self.spec.dtype))
+        array = _as_numpy(to_host(tile, self.spec.dtype))
         scratch, spare = self._scratch(region), self._scratch(region)
         with self._writing:
             for part in self._grid.parts(region):
