@@ -11,11 +11,13 @@ def explain_plan(plan: Plan) -> str:
     shape = "x".join(map(str, plan.image_shape))
     budget = "no ceiling" if plan.budget is None else f"budget {format_bytes(plan.budget)}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    terms = [term for term in plan.terms if term.nbytes]
+    width = max([36, *(len(term.name) + 1 for term in terms)])
     lines = [
         f"image {shape} {plan.dtype}, {'training' if plan.training else 'inference'}, {budget}",
         f"projected peak {format_bytes(plan.projected_bytes)} ({verdict}), in {plan.worst}",
         f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
-        *(f"  {term.name:<36}{format_bytes(term.nbytes):>12}" for term in plan.terms if term.nbytes),
+        *(f"  {term.name:<{width}}{format_bytes(term.nbytes):>12}" for term in terms),
         f"tile {plan.tile[0]}x{plan.tile[1]} pixels, {plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *(_phase_line(plan, phase) for phase in plan.phases),
     ]

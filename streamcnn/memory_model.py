@@ -115,12 +115,12 @@ def small_values(
 def stored_bytes(
     stores: Mapping[str, StorePlan], levels: Mapping[str, int], level: int, *, backward: bool
 ) -> tuple[MemoryTerm, ...]:
-    """Stored maps and gradient maps in memory while the phase of ``level`` runs."""
+    """Stored maps and gradient maps in the device's memory while the phase of ``level`` runs."""
     made = {name: store for name, store in stores.items() if levels[name] <= level}
     maps = sum(
         store.nbytes
         for store in made.values()
-        if store.home is not Home.DISK
+        if store.home is Home.MEMORY
         and (store.kept if backward else store.kept or store.last_reader >= level)
     )
     if not backward:
@@ -128,7 +128,7 @@ def stored_bytes(
     gradients = sum(
         store.nbytes
         for store in made.values()
-        if store.gradient_home is not Home.DISK and store.kept and store.last_reader >= level
+        if store.gradient_home is Home.MEMORY and store.kept and store.last_reader >= level
     )
     return (MemoryTerm("stored maps", maps), MemoryTerm("gradient maps", gradients))
 

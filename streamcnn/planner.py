@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from streamcnn.cost_model import projected_seconds
 from streamcnn.cuts import choose_cuts
 from streamcnn.memory_model import TAIL_COPIES, plain_bytes, step_bytes, worst_moment
-from streamcnn.plan import Home, Phase, Plan, Segment, StorePlan
+from streamcnn.plan import Home, MemoryTerm, Phase, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
 from streamcnn.staging import Stage, Staging, divide
 from streamcnn.tiling import cut, grid
@@ -39,11 +39,13 @@ class PlanRequest:
     leaves: frozenset[str]
     """States and image whose gradients are wanted; empty for inference."""
     budget: int | None = None
-    """Bytes above the baseline; ``None`` for no ceiling."""
+    """Bytes that ``reserved`` and the plan may take together; ``None`` for no ceiling."""
     tile: tuple[int, int] | None = None
     """Tile edges in input pixels; ``None`` leaves them to the planner."""
     spill_home: Home = Home.DISK
     """Where stored maps go that the budget has no room for."""
+    reserved: int = 0
+    """Bytes of the budget that the device holds already: what the plan does not allocate itself."""
     tail: bool = True
     """Whether what is left at the end may run whole once that takes no more than a tile does."""
 
@@ -200,12 +202,19 @@ class _Frame:
             differentiated=self.differentiated,
             budget=request.budget,
             reuses_heap=self.reuses_heap,
-            terms=worst.terms,
+            terms=(*_reserved(request), *worst.terms),
             worst=worst.name,
             plain_bytes=plain_bytes(program, self.differentiated),
             num_resident=self.num_resident,
             residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
         )
+
+
+def _reserved(request: PlanRequest) -> tuple[MemoryTerm, ...]:
+    """The term of what is held already, if that counts."""
+    if not request.reserved:
+        return ()
+    return (MemoryTerm("reserved (context, libraries, weights, optimiser)", request.reserved),)
 
 
 def _stores(
