@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamcnn.ceiling.cpu import Baseline, DataLimit, is_out_of_memory
+from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded
 from streamcnn.executor import Execution

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from streamcnn.ceiling import allocator
-from streamcnn.ceiling.cpu import Baseline, DataLimit, is_out_of_memory
+from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.refusals import is_out_of_memory
 
 MB = 10**6
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from streamcnn.ceiling import allocator, cpu
-from streamcnn.ceiling.cpu import DataLimit, is_out_of_memory
+from streamcnn.ceiling.cpu import DataLimit
+from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.errors import StreamError
 
 MB = 10**6
@@ -110,6 +111,11 @@ def test_what_the_heap_holds_free_is_part_of_the_budget(results: Any) -> None:
         RuntimeError("could not create a primitive"),
         RuntimeError("could not create a memory object"),
         RuntimeError("can't start new thread"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
     ids=repr,
 )
@@ -123,6 +129,7 @@ def test_out_of_memory_is_recognised(error: BaseException) -> None:
         RuntimeError("could not create a primitive descriptor for the convolution forward propagation"),
         RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
         OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
         ValueError("std::bad_alloc"),
         KeyboardInterrupt(),
     ],

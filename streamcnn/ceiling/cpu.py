@@ -14,7 +14,6 @@ process fit to be limited.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import sys
 from dataclasses import dataclass
@@ -22,24 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from streamcnn.ceiling.allocator import free_heap_bytes, start_thread_pool, tame_allocator, trim_heap
 from streamcnn.errors import StreamError
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
-
-_OUT_OF_MEMORY_TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",  # a tensor, on Linux
-    "DefaultCPUAllocator: not enough memory",  # the same elsewhere
-    "std::bad_alloc",  # any other memory of PyTorch or oneDNN, such as packed bfloat16 weights
-    "could not create a memory object",  # oneDNN: a reordered tensor
-    "can't start new thread",  # Python: a thread's stack
-)
-_ONEDNN_PRIMITIVE = "could not create a primitive"
-"""oneDNN: code or scratch memory of an operator. Longer texts that begin so mean *not supported*."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +142,6 @@ class DataLimit:
 
 _active: list[DataLimit] = []
 """Blocks entered and not left, outermost first; the limit and the mark are the process's, not theirs."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is what Python, NumPy, PyTorch or oneDNN raise when an allocation is refused."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        text == _ONEDNN_PRIMITIVE or any(known in text for known in _OUT_OF_MEMORY_TEXTS)
-    )
 
 
 def _status_bytes(name: str) -> int | None:
