@@ -57,8 +57,15 @@ class PhaseReport:
     bytes_written: int
 
 
+def _nothing() -> None:
+    """What is done after a step where nobody wants to know."""
+
+
 class Execution:
-    """One forward pass of a plan and, if it records, the backward pass that belongs to it."""
+    """One forward pass of a plan and, if it records, the backward pass that belongs to it.
+
+    ``after_step`` is called after each tile of a phase, and ends the pass by raising.
+    """
 
     def __init__(
         self,
@@ -67,6 +74,8 @@ class Execution:
         states: Mapping[str, Tensor],
         image: ImageReader,
         open_store: OpenStore,
+        *,
+        after_step: Callable[[], None] = _nothing,
     ) -> None:
         self.program = program
         self.plan = plan
@@ -74,6 +83,7 @@ class Execution:
         self.small = SmallGraph(program, states, plan.differentiated)
         self.reports: list[PhaseReport] = []
         self._open_store = open_store
+        self._after_step = after_step
         self.device = image.device
         self.autocast = autocast_state(image.device)
         self._phases = {phase.level: phase for phase in plan.phases}
@@ -111,6 +121,7 @@ class Execution:
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
+                    self._after_step()
         for name in phase.reductions:
             node = self.program.nodes[name]
             assert node.reduction is not None
@@ -197,6 +208,7 @@ class Execution:
             for col in range(len(phase.cols)):
                 tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
                 BackwardTile(self, tile, feeds, leaves).run()
+                self._after_step()
 
     def share_gradient(
         self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor

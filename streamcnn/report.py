@@ -13,16 +13,19 @@ class Report:
     """Measured bytes and seconds of the last forward pass and its backward pass, if it has run."""
 
     budget: int | None
-    """Bytes allowed above the baseline; ``None`` for no ceiling."""
+    """Bytes allowed, counted as ``measured_bytes``; ``None`` for no ceiling."""
     projected_bytes: int
     measured_bytes: int | None
-    """Peak above the baseline, taken when the forward pass began; ``None`` if it cannot be read."""
+    """Peak. On the CPU above what the process held when the forward pass began; on a GPU all that the
+    process held there. ``None`` if it cannot be read."""
     reading: str
     """Which counter ``measured_bytes`` comes from."""
     seconds: float
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
     """How often memory was refused and the pass begun again with smaller tiles."""
+    samples: tuple[tuple[float, int], ...] = ()
+    """Seconds since the pass was made and bytes held then, where the peak comes from sampling."""
 
     @property
     def bytes_moved(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.device import Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded
@@ -55,12 +55,14 @@ class Pass:
         self.known = states
         self.reader = reader
         self.shrink = shrink
-        self.on_cpu = reader.device.type == "cpu"
-        self.baseline = Baseline.now()
+        self.ceiling = ceiling_for(reader.device)
         self.random_state = _random_state(reader.device)
         self.seconds = 0.0
         self.num_retries = 0
+        self.began = time.perf_counter()
         self.peak: int | None = None
+        self.reading = "unknown"
+        self.samples: list[tuple[float, int]] = []
         self._begin(planned)
 
     def _begin(self, planned: Planned) -> None:
@@ -70,7 +72,14 @@ class Pass:
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
         self.stores = _Stores(self.host.spill, self.reader.device)
-        self.execution = Execution(self.program, self.plan, self.states, self.reader, self.stores.open)
+        self.execution = Execution(
+            self.program,
+            self.plan,
+            self.states,
+            self.reader,
+            self.stores.open,
+            after_step=self.ceiling.check,
+        )
 
     def forward(self) -> dict[str, Any]:
         """Run forward and, if that succeeds, give the module's buffers their new values."""
@@ -81,6 +90,8 @@ class Pass:
                 break
             except BudgetExceeded as error:
                 self._begin_smaller(error)
+            # Not before the error is let go of: its traceback holds the tile's tensors.
+            self.ceiling.give_back()
         with torch.no_grad():
             for qualified, name in self.program.updates.items():
                 self.known[qualified].copy_(values[name])
@@ -101,6 +112,7 @@ class Pass:
                 except BudgetExceeded as error:
                     self._begin_smaller(error)
                     repeat = True
+                self.ceiling.give_back()
         finally:
             self.close()
 
@@ -146,39 +158,45 @@ class Pass:
     def _ceiling(self, direction: str) -> Iterator[None]:
         """Enforce the budget, measure, and name the budget in an out-of-memory error."""
         start = time.perf_counter()
-        budget = self.plan.budget if self.on_cpu else None
-        limit = DataLimit(budget, baseline=self.baseline, reuse_heap=self.plan.reuses_heap)
+        limit = self.ceiling.limit(self.plan.budget, reuse_heap=self.plan.reuses_heap)
         try:
             with limit:
                 yield
         except BaseException as error:
             self.close()
-            plan = self.plan
-            if plan.budget is not None and is_out_of_memory(error):
-                height, width = plan.tile
-                raise BudgetExceeded(
-                    f"an allocation in the {direction} pass was refused: budget "
-                    f"{format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with tiles "
-                    f"of {height}x{width} pixels, and there is no plan with smaller ones. "
-                    "Nothing was changed; raise budget="
-                ) from error
+            if self.plan.budget is not None and is_out_of_memory(error):
+                raise BudgetExceeded(_refusal(self.plan, direction, error)) from error
             raise
         finally:
             self.seconds += time.perf_counter() - start
         self._note(limit)
 
-    def _note(self, limit: DataLimit) -> None:
-        if self.on_cpu and limit.peak_bytes is not None:
-            self.peak = max(self.peak or 0, limit.peak_bytes)
+    def _note(self, limit: Limit) -> None:
+        if limit.peak_bytes is not None and (self.peak is None or limit.peak_bytes > self.peak):
+            self.peak, self.reading = limit.peak_bytes, limit.reading
+        self.samples.extend((when - self.began, nbytes) for when, nbytes in limit.samples)
         self.host.last_report = Report(
             budget=self.plan.budget,
             projected_bytes=self.plan.projected_bytes,
             measured_bytes=self.peak,
-            reading=limit.reading if self.on_cpu else "unknown",
+            reading=self.reading,
             seconds=self.seconds,
             phases=tuple(self.execution.reports),
             num_retries=self.num_retries,
+            samples=tuple(self.samples),
         )
+
+
+def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
+    """What the user is told when memory was refused, or taken past the budget, and smaller tiles are none."""
+    assert plan.budget is not None
+    measured = isinstance(error, BudgetExceeded)
+    what = str(error) if measured else f"an allocation in the {direction} pass was refused"
+    return (
+        f"{what}: budget {format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with "
+        f"tiles of {plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
+        "Nothing was changed; raise budget="
+    )
 
 
 class _Stores:

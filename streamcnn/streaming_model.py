@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from streamcnn.autocast import autocast, autocast_state
 from streamcnn.capture import RawGraph, capture
+from streamcnn.ceiling.cuda import note_idle
+from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.plan import Home, Plan
 from streamcnn.planner import PlanRequest, make_plan
@@ -51,8 +53,9 @@ class StreamingModel(nn.Module):
     net
         The module to stream. Its parameters and buffers stay its own; it is not changed.
     budget
-        Bytes that forward and backward may take above what the process holds when they begin: an int or
-        a text such as "11GB" (10^9) or "11GiB" (2^30). ``None`` sets no ceiling.
+        Bytes that forward and backward may take: an int or a text such as "11GB" (10^9) or "11GiB" (2^30).
+        On the CPU above what the process holds when they begin; on a GPU all that the process holds there,
+        weights, optimiser and CUDA's own memory included. ``None`` sets no ceiling.
     tile
         Largest edge of a tile in input pixels, one number or (h, w). ``None`` leaves it to the planner.
     spill
@@ -100,6 +103,8 @@ class StreamingModel(nn.Module):
         self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
         self._plans: OrderedDict[Any, tuple[Program, Plan]] = OrderedDict()
         self.training = net.training
+        # Before the model is moved: once it is on a GPU, the GPU is not idle.
+        note_idle()
         if device is not None:
             self.to(device)
 
@@ -147,7 +152,8 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        return self._planned(shape, dtype or self._dtype(), image_gradient=False)[1]
+        reserved = reserved_bytes(self._device())
+        return self._planned(shape, dtype or self._dtype(), image_gradient=False, reserved=reserved)[1]
 
     def _planned(
         self,
@@ -155,6 +161,7 @@ class StreamingModel(nn.Module):
         dtype: torch.dtype,
         *,
         image_gradient: bool,
+        reserved: int = 0,
         tile: tuple[int, int] | None = None,
     ) -> tuple[Program, Plan]:
         tile = tile or self.tile
@@ -164,13 +171,14 @@ class StreamingModel(nn.Module):
         device = self._device()
         casts = autocast_state(device)
         settings = (device, _settings(self.net), _specs(states))
-        key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, tile)
+        key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, reserved, tile)
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
         # Casts are left out of the capture, so it must be at a type that the module takes without them.
         graph = self._captured(shape, dtype if casts is None else self._dtype(), settings)
-        found = _find_plan(graph, states, dtype, device, _Wish(shape, wanted, image_gradient, tile, self))
+        wish = _Wish(shape, wanted, image_gradient, tile, reserved, self)
+        found = _find_plan(graph, states, dtype, device, wish)
         self._plans[key] = found
         if len(self._plans) > _CACHED_PLANS:
             self._plans.popitem(last=False)
@@ -218,9 +226,12 @@ class StreamingModel(nn.Module):
                 "the image requires a gradient and preprocess= is set: the gradient would be that of the "
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
-        program, plan = self._planned(reader.shape, reader.dtype, image_gradient=image_gradient)
+        reserved = reserved_bytes(reader.device)
+        program, plan = self._planned(
+            reader.shape, reader.dtype, image_gradient=image_gradient, reserved=reserved
+        )
         plan.validate()
-        shrink = self._shrink(reader, image_gradient=image_gradient)
+        shrink = self._shrink(reader, reserved, image_gradient=image_gradient)
         run = Pass((program, plan), reader, self._states(), self, shrink)
         names = program.output_names
         if not plan.training:
@@ -235,7 +246,7 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
 
-    def _shrink(self, reader: BatchReader, *, image_gradient: bool) -> Shrink:
+    def _shrink(self, reader: BatchReader, reserved: int, *, image_gradient: bool) -> Shrink:
         """How the pass that begins now is planned again, whenever that is, if it is refused memory."""
         grad, casts = torch.is_grad_enabled(), autocast_state(reader.device)
 
@@ -244,7 +255,13 @@ class StreamingModel(nn.Module):
             if tile is None:
                 return None
             with torch.set_grad_enabled(grad), autocast(reader.device, casts):
-                planned = self._planned(reader.shape, reader.dtype, image_gradient=image_gradient, tile=tile)
+                planned = self._planned(
+                    reader.shape,
+                    reader.dtype,
+                    image_gradient=image_gradient,
+                    reserved=reserved,
+                    tile=tile,
+                )
             return planned if planned[1].fits else None
 
         return shrink
@@ -303,6 +320,7 @@ class _Wish:
     trainable: frozenset[str]
     image_gradient: bool
     tile: tuple[int, int] | None
+    reserved: int
     model: StreamingModel
 
 
@@ -320,6 +338,7 @@ def _find_plan(
         budget=wish.model.budget,
         tile=wish.tile,
         spill_home=Home.DISK if device.type == "cpu" else Home.HOST,
+        reserved=wish.reserved,
         tail=wish.model._resident_tail,
     )
 

@@ -1,0 +1,205 @@
+"""The ceiling on a GPU's memory: PyTorch's allocator is capped, and what the process holds is measured.
+
+The budget is what the whole process may hold on the card: CUDA's context, loaded libraries, weights and
+optimiser included. What lies outside PyTorch's allocator (the *overhead*) is measured, and the allocator
+is capped at the rest, less a margin. The cap refuses before memory is taken; the measurement, made all
+through a pass, finds what the cap cannot see.
+
+How much is too much is not decided here; ``streamcnn.ceiling.nvml`` says where readings come from.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from streamcnn.ceiling.gauge import Gauge, Overhead
+from streamcnn.ceiling.nvml import Nvml, Reading
+from streamcnn.ceiling.sampler import INTERVAL, Sampler
+from streamcnn.errors import BudgetExceeded
+from streamcnn.units import format_bytes
+
+MARGIN_BYTES = 2**27
+"""Kept free below the budget: some kernels are loaded only when they first run, after the measurement."""
+RESERVED_STEP = 2**25
+"""What is held already is rounded up to a multiple of it, so that a few bytes more make no new plan."""
+
+_idle: dict[str, int] = {}
+"""Bytes in use by NVML's UUID of a device, before this process had a CUDA context."""
+
+
+class CudaLimit:
+    """A ``with`` block in which the process may hold ``budget`` bytes on a card, all told.
+
+    An allocation past the cap raises ``torch.OutOfMemoryError``. At the end of the block, and whenever
+    ``check`` is called in it, memory that was taken past the cap is found by measurement.
+
+    Parameters
+    ----------
+    gauge
+        The device.
+    budget
+        Bytes; None measures only.
+    interval
+        Seconds between samples.
+
+    Raises
+    ------
+    BudgetExceeded
+        At the end, if nothing else was raised and the peak passed the budget.
+    """
+
+    def __init__(self, gauge: Gauge, budget: int | None, *, interval: float = INTERVAL) -> None:
+        self._gauge = gauge
+        self._budget = budget
+        self._sampler = Sampler(gauge.read, interval)
+        self._overhead: Overhead | None = None
+        self._cleanup = ExitStack()
+        self._final: Reading | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most that the process held on the device since entry, in bytes; None before that."""
+        peak = self._peak()
+        return None if peak is None else peak.nbytes
+
+    @property
+    def reading(self) -> str:
+        """Name of the reading behind ``peak_bytes``."""
+        peak = self._peak()
+        return "unknown" if peak is None else peak.source.value
+
+    @property
+    def samples(self) -> tuple[tuple[float, int], ...]:
+        """NVML's readings in order, those that are known: ``time.perf_counter()`` in seconds, bytes."""
+        return self._sampler.samples
+
+    def check(self) -> None:
+        """Raise if the process has held more than the budget.
+
+        Raises
+        ------
+        BudgetExceeded
+            Naming the reading, the budget and what lies outside PyTorch's allocator.
+        """
+        peak = self._peak()
+        if self._budget is None or peak is None or peak.nbytes <= self._budget:
+            return
+        assert self._overhead is not None
+        raise BudgetExceeded(
+            f"{format_bytes(peak.nbytes)} were held on {self._gauge.device} ({peak.source.value}), and the "
+            f"budget is {format_bytes(self._budget)}; outside PyTorch's allocator there were "
+            f"{format_bytes(self._overhead.nbytes)} when the pass began"
+        )
+
+    def __enter__(self) -> Self:
+        with ExitStack() as cleanup:
+            self._overhead = self._gauge.overhead()
+            if self._budget is not None:
+                cap = self._budget - self._overhead.nbytes - MARGIN_BYTES
+                cleanup.enter_context(self._gauge.capped(cap))
+            # After the cap has had cached memory given back that was held before the pass.
+            self._gauge.reset_peak()
+            cleanup.enter_context(self._sampler)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._cleanup.__exit__(kind, error, trace)
+        finally:
+            self._final = self._peak()
+        if error is None:
+            self.check()
+
+    def _peak(self) -> Reading | None:
+        """The largest sample or, where the allocator's own peak shows that samples missed more, that."""
+        if self._final is not None or self._overhead is None:
+            return self._final
+        overhead, sampled = self._overhead, self._sampler.peak
+        bound = Reading(self._gauge.max_reserved() + overhead.nbytes, overhead.source)
+        return bound if sampled is None or bound.nbytes > sampled.nbytes else sampled
+
+
+class CudaCeiling:
+    """The limits of one pass after the other on one card, and what planning has to know of it."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+        self._limit: CudaLimit | None = None
+
+    def limit(self, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
+        """The limit for one direction of a pass; ``reuse_heap`` is the host allocator's affair."""
+        self._limit = CudaLimit(self._gauge, budget)
+        return self._limit
+
+    def check(self) -> None:
+        """Raise ``BudgetExceeded`` if the limit in force has been passed."""
+        if self._limit is not None:
+            self._limit.check()
+
+    def give_back(self) -> None:
+        """Return cached memory to the card, before a pass is begun again."""
+        self._gauge.give_back()
+
+    def reserved_bytes(self) -> int:
+        """Bytes of a budget that a plan cannot have: overhead, live tensors and the margin, rounded up.
+
+        Cached memory is left out, since the plan's own tensors take it.
+        """
+        held = self._gauge.overhead().nbytes + self._gauge.allocated() + MARGIN_BYTES
+        return -(-held // RESERVED_STEP) * RESERVED_STEP
+
+
+def cuda_ceiling(device: torch.device) -> CudaCeiling:
+    """A ceiling for ``device``, whose context and libraries are loaded."""
+    return CudaCeiling(_gauge(device))
+
+
+def note_idle(*, cuda: Any = torch.cuda) -> None:
+    """Remember what is in use on every card, while this process holds nothing there.
+
+    That tells this process's memory from others' where NVML knows no processes. Once PyTorch has a CUDA
+    context it is too late, and nothing is done.
+    """
+    session = _session()
+    if session is not None and not cuda.is_initialized():
+        _idle.clear()
+        _idle.update(session.used_everywhere())
+
+
+@functools.cache
+def _session() -> Nvml | None:
+    return Nvml.open()
+
+
+@functools.cache
+def _gauge(device: torch.device) -> Gauge:
+    warm_up(device)
+    return Gauge(device, _session(), _idle)
+
+
+def warm_up(device: torch.device) -> None:
+    """Have CUDA's context and the libraries of a CNN loaded: a tiny one, forward and backward.
+
+    Random numbers, autocast and the grad mode are left as they are.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        image = torch.ones(2, 8, 32, 32, device=device, requires_grad=True)
+        kernel, scale = torch.ones(8, 8, 3, 3, device=device), torch.ones(8, device=device)
+        for x in (image, image.contiguous(memory_format=torch.channels_last)):
+            y = torch.conv2d(x, kernel, None, 1, 1)
+            y = torch.batch_norm(y, scale, scale, None, None, True, 0.1, 1e-5, torch.backends.cudnn.enabled)
+            y = torch.relu(y).mean((2, 3)) @ torch.ones(8, 8, device=device)
+            torch.autograd.grad(y.sum(), image)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,129 @@
+"""The ceiling of the device that a pass runs on: one interface to host memory's and a GPU's."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.cuda import cuda_ceiling
+from streamcnn.errors import StreamError
+
+
+class Limit(Protocol):
+    """A ``with`` block in which a budget is enforced and memory is measured."""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most bytes held since entry, as the device counts them; None if unknown."""
+
+    @property
+    def reading(self) -> str:
+        """Name of the reading behind ``peak_bytes``, or "unknown"."""
+
+    @property
+    def samples(self) -> tuple[tuple[float, int], ...]:
+        """Readings in order: ``time.perf_counter()`` in seconds, bytes; none where only the peak is kept."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Ceiling(Protocol):
+    """Enforces a budget on one pass, direction by direction."""
+
+    def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
+        """The limit for one direction.
+
+        Parameters
+        ----------
+        budget
+            Bytes; None measures only.
+        reuse_heap
+            Whether the host's allocator may keep freed blocks.
+        """
+
+    def check(self) -> None:
+        """Raise ``BudgetExceeded`` if the limit in force has been passed; called after every step."""
+
+    def give_back(self) -> None:
+        """Return cached memory to the device, before a pass is begun again."""
+
+
+class HostCeiling:
+    """Host memory: both directions count from what the process held at first; the kernel refuses."""
+
+    def __init__(self) -> None:
+        self._baseline = Baseline.now()
+
+    def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
+        """The kernel's limit."""
+        return DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
+
+    def check(self) -> None:
+        """Nothing: what goes past the limit has been refused."""
+
+    def give_back(self) -> None:
+        """Nothing: a limit leaves out what the heap holds free."""
+
+
+class NoCeiling:
+    """A device whose memory can be neither limited nor measured; it is its own limit."""
+
+    peak_bytes: int | None = None
+    reading = "unknown"
+    samples: tuple[tuple[float, int], ...] = ()
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
+        """No limit.
+
+        Raises
+        ------
+        StreamError
+            If there is a budget.
+        """
+        if budget is not None:
+            raise StreamError(
+                f"budget= cannot be enforced on device {self._device}: allowed are the CPU and CUDA; move "
+                "the model there, or pass budget=None to run without a ceiling"
+            )
+        return self
+
+    def check(self) -> None:
+        """Nothing."""
+
+    def give_back(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def ceiling_for(device: torch.device) -> Ceiling:
+    """A ceiling for one pass on ``device``, counting from now."""
+    if device.type == "cuda":
+        return cuda_ceiling(device)
+    return HostCeiling() if device.type == "cpu" else NoCeiling(device)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes of a budget on ``device`` that are taken before a pass begins; 0 where it counts from there."""
+    return cuda_ceiling(device).reserved_bytes() if device.type == "cuda" else 0

@@ -1,0 +1,139 @@
+"""What this process holds on one CUDA device, and the cap on PyTorch's allocator there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+
+from streamcnn.ceiling.nvml import Nvml, Reading, Source
+
+ASSUMED_OVERHEAD = 2**30
+"""Bytes outside the allocator where neither NVML nor CUDA tells: more than context, cuDNN and cuBLAS take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Bytes on the device outside PyTorch's allocator: CUDA's context and loaded libraries."""
+
+    nbytes: int
+    source: Source
+    """What a reading is called that is this plus the allocator's peak."""
+
+
+class Gauge:
+    """Reads and caps one CUDA device's memory.
+
+    Parameters
+    ----------
+    device
+        A CUDA device with an index.
+    nvml
+        A session with NVML; None where there is none.
+    idle
+        Bytes in use by NVML's UUID of a device before this process had a CUDA context, as far as known.
+    cuda
+        The module ``torch.cuda``, or what stands for it.
+    """
+
+    def __init__(
+        self, device: torch.device, nvml: Nvml | None, idle: dict[str, int], *, cuda: Any = torch.cuda
+    ) -> None:
+        self.device = device
+        self._cuda = cuda
+        self._nvml = nvml
+        self._handle: Any = None
+        self._idle: int | None = None
+        self._lock = Lock()
+        self._fractions: list[float] = []
+        self._fraction_before = 1.0
+        if nvml is not None:
+            uuid = str(cuda.get_device_properties(device).uuid)
+            self._handle = nvml.find(uuid, device.index, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            if self._handle is not None:
+                self._idle = idle.get(nvml.uuid(self._handle) or "")
+
+    # --- reading -------------------------------------------------------------------------------------
+
+    def read(self) -> Reading | None:
+        """Bytes that the process holds on the device by NVML; None if that is unknown."""
+        if self._nvml is None or self._handle is None:
+            return None
+        return self._nvml.reading(self._handle, idle=self._idle, at_least=self.reserved())
+
+    def overhead(self) -> Overhead:
+        """Bytes that the process holds outside PyTorch's allocator, at present.
+
+        Where NVML does not know this process, all that is in use on the device counts as its own: too much
+        if others use it too, and never too little.
+        """
+        reserved = self.reserved()
+        reading = self.read()
+        if reading is not None:
+            return Overhead(reading.nbytes - reserved, Source.ALLOCATOR)
+        free, total = self._cuda.mem_get_info(self.device)
+        if total - free > reserved:
+            return Overhead(total - free - reserved, Source.ALLOCATOR_BOUND)
+        # A context is never nothing: where the device says so, it does not tell.
+        return Overhead(ASSUMED_OVERHEAD, Source.ALLOCATOR_ASSUMED)
+
+    def reserved(self) -> int:
+        """Bytes that PyTorch's allocator holds, handed out or cached."""
+        return int(self._cuda.memory_reserved(self.device))
+
+    def allocated(self) -> int:
+        """Bytes of live tensors."""
+        return int(self._cuda.memory_allocated(self.device))
+
+    def max_reserved(self) -> int:
+        """The most bytes that the allocator held since the last reset."""
+        return int(self._cuda.max_memory_reserved(self.device))
+
+    def reset_peak(self) -> None:
+        """Start the allocator's peaks anew at what it holds now, for everybody who reads them."""
+        self._cuda.reset_peak_memory_stats(self.device)
+
+    # --- capping -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def capped(self, nbytes: int) -> Iterator[None]:
+        """Let the allocator hold ``nbytes`` at most.
+
+        Blocks may overlap, on several threads too: the lowest cap holds, the user's own among them, and the
+        one from before the first comes back after the last.
+        """
+        fraction = min(1.0, max(0, nbytes) / self._total())
+        if self.reserved() > nbytes:
+            self.give_back()
+        with self._lock:
+            if not self._fractions:
+                self._fraction_before = self._cuda.get_per_process_memory_fraction(self.device)
+            self._fractions.append(fraction)
+        try:
+            self._apply()
+            yield
+        finally:
+            with self._lock:
+                self._fractions.remove(fraction)
+            self._apply()
+
+    def _apply(self) -> None:
+        with self._lock:
+            lowest = min([self._fraction_before, *self._fractions])
+            self._cuda.set_per_process_memory_fraction(lowest, self.device)
+
+    def _total(self) -> int:
+        """Bytes of which the allocator takes its fraction: the larger of CUDA's two figures, to be safe."""
+        return max(
+            int(self._cuda.get_device_properties(self.device).total_memory),
+            int(self._cuda.mem_get_info(self.device)[1]),
+        )
+
+    def give_back(self) -> None:
+        """Return the allocator's cached memory to the device."""
+        self._cuda.empty_cache()
