@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from streamcnn.ceiling.device import Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
@@ -17,7 +18,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded
 from streamcnn.executor import Execution
 from streamcnn.plan import Home, Plan
-from streamcnn.program import Program
+from streamcnn.program import Program, Ref, refs_in
 from streamcnn.report import Report
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.units import format_bytes
@@ -56,6 +57,7 @@ class Pass:
         self.reader = reader
         self.shrink = shrink
         self.ceiling = ceiling_for(reader.device)
+        self.outputs = planned[0].outputs
         self.random_state = _random_state(reader.device)
         self.seconds = 0.0
         self.num_retries = 0
@@ -70,6 +72,9 @@ class Pass:
         self.program, self.plan = planned
         self.states = {name: self.known[qualified] for name, qualified in self.program.states.items()}
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
+        self._present_names = dict(
+            zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
+        )
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
         self.stores = _Stores(self.host.spill, self.reader.device)
         self.execution = Execution(
@@ -81,8 +86,17 @@ class Pass:
             after_step=self.ceiling.check,
         )
 
-    def forward(self) -> dict[str, Any]:
-        """Run forward and, if that succeeds, give the module's buffers their new values."""
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs, as the first plan's program names them."""
+        return refs_in(self.outputs)
+
+    def present_name(self, output: str) -> str:
+        """An output's name in the present program: where another tail is resident, nodes have other names."""
+        return self._present_names[output]
+
+    def forward(self) -> dict[str, Tensor]:
+        """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
         while True:
             try:
                 with self._ceiling("forward"), _random_state_kept(self.execution.device):
@@ -97,10 +111,10 @@ class Pass:
                 self.known[qualified].copy_(values[name])
         if not self.plan.training:
             self.close()
-        return values
+        return {name: values[self.present_name(name)] for name in self.output_names}
 
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients by node name of the parameters and the image."""
+        """Gradients by node name of the parameters and the image, given those of outputs."""
         repeat = False
         try:
             while True:
@@ -108,7 +122,7 @@ class Pass:
                     if repeat:
                         self._repeat_forward()
                     with self._ceiling("backward"):
-                        return self.execution.backward(gradients)
+                        return self.execution.backward(self._arriving(gradients))
                 except BudgetExceeded as error:
                     self._begin_smaller(error)
                     repeat = True
@@ -116,17 +130,25 @@ class Pass:
         finally:
             self.close()
 
+    def _arriving(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs' gradients by their present names, of which two outputs may share one."""
+        found: dict[str, Tensor] = {}
+        for output, gradient in gradients.items():
+            name = self.present_name(output)
+            found[name] = found[name] + gradient if name in found else gradient
+        return found
+
     def _begin_smaller(self, error: BudgetExceeded) -> None:
         """Begin with smaller tiles, or raise ``error`` if there are none."""
         smaller = self.shrink(self.plan)
         if smaller is None:
             raise error
-        outputs, leaf_states, autocast = self.program.output_names, self.leaf_states, self.execution.autocast
+        leaf_states, autocast = self.leaf_states, self.execution.autocast
         self._begin(smaller)
         # The ambient autocast of a backward pass is not that of its forward pass.
         self.execution.autocast = autocast
         self.num_retries += 1
-        assert (self.program.output_names, self.leaf_states) == (outputs, leaf_states)
+        assert self.leaf_states == leaf_states
 
     def _repeat_forward(self) -> None:
         """The forward pass once more, for its stored maps: buffers and random state stay."""
@@ -199,6 +221,12 @@ def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
     )
 
 
+def _positions(outputs: Any) -> list[str]:
+    """The name at each place of a model's result; the same one again where it is returned again."""
+    leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
+    return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
+
+
 class _Stores:
     """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
 
@@ -249,13 +277,14 @@ class Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
         values = run.forward()
-        names = run.program.output_names
+        names = run.output_names
         # Saved only so that autograd notices a state or the image being changed before backward.
         ctx.save_for_backward(*anchors, *run.recomputed_from())
         ctx.run = run
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
-        ctx.mark_non_differentiable(*(outputs[n] for n in names if n not in run.plan.differentiated))
+        constant = (n for n in names if run.present_name(n) not in run.plan.differentiated)
+        ctx.mark_non_differentiable(*(outputs[n] for n in constant))
         ctx.set_materialize_grads(False)
         return tuple(outputs.values())
 
@@ -274,7 +303,7 @@ class Streamed(torch.autograd.Function):
             )
         ctx.run = None
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
-        arriving = {n: g for n, g in zip(run.program.output_names, grads, strict=True) if g is not None}
+        arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
         found = run.backward(arriving)
         image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
         gradients = (found.get(name) for name in (*run.leaf_states, *image))

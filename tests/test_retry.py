@@ -104,6 +104,55 @@ def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(found, expected, 3e-2)
 
 
+class TwoOutputs(nn.Module):
+    """The second output is the first where that is a small value, and another node where it is a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2))
+        self.drop = nn.Dropout(0.5).eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.body(x).relu()
+        return y, self.drop(y)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("tails", [(True, False), (False, True)])
+@pytest.mark.parametrize("at", [2, 12])
+def test_another_resident_tail_is_no_matter(
+    monkeypatch: pytest.MonkeyPatch, tails: tuple[bool, bool], train: bool, at: int
+) -> None:
+    torch.manual_seed(0)
+    net = TwoOutputs().double()
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    model = StreamingModel(net, "1GiB", tile=64)
+    model._resident_tail = tails[0]
+    refused = RefusedOnce(at)
+
+    def evaluate(run: TileRun, *args: Any) -> Tensor:
+        try:
+            return refused(run, *args)
+        except MemoryError:
+            model._resident_tail = tails[1]
+            raise
+
+    monkeypatch.setattr(TileRun, "_evaluate", evaluate)
+    with torch.set_grad_enabled(train):
+        found = model(image)
+        expected = net(image)
+    for output, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(output, reference, rtol=1e-12, atol=1e-12)
+    if train:
+        parameters = list(net.parameters())
+        streamed = torch.autograd.grad([out.square().sum() for out in found], parameters)
+        plain = torch.autograd.grad([out.square().sum() for out in expected], parameters)
+        torch.testing.assert_close(streamed, plain, rtol=1e-9, atol=1e-9)
+    assert refused.calls > at
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+
+
 def test_inference_is_begun_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net().eval()
     image = torch.randn(SHAPE, dtype=torch.float64)
