@@ -73,7 +73,7 @@ class Nvml:
         Parameters
         ----------
         uuid
-            Of the device, as PyTorch spells it. An index would not do: CUDA_VISIBLE_DEVICES renumbers.
+            Of the device, as PyTorch spells it, with or without NVML's prefix. An index would not do: CUDA_VISIBLE_DEVICES renumbers.
         index
             PyTorch's number of the device.
         visible
@@ -83,7 +83,8 @@ class Nvml:
         listed = [entry.strip() for entry in (visible or "").split(",")]
         entry = listed[index] if index < len(listed) else ""
         named = [entry] if entry.startswith("MIG-") else []
-        for name in (*named, f"MIG-{uuid}", f"GPU-{uuid}"):
+        bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
+        for name in (*named, f"MIG-{bare}", f"GPU-{bare}"):
             handle = self._ask(self._api.nvmlDeviceGetHandleByUUID, name)
             if handle is not None:
                 return self._slice(handle, entry) if self._is_sliced(handle) else handle
