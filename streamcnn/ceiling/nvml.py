@@ -73,7 +73,8 @@ class Nvml:
         Parameters
         ----------
         uuid
-            Of the device, as PyTorch spells it, with or without NVML's prefix. An index would not do: CUDA_VISIBLE_DEVICES renumbers.
+            Of the device, as PyTorch spells it, with or without NVML's prefix. An index would not do:
+            CUDA_VISIBLE_DEVICES renumbers.
         index
             PyTorch's number of the device.
         visible
