@@ -490,9 +490,11 @@ class OnCard:
         self.fake = fake
         self.factor = factor
         self.leak = 0
+        self.calls = 0
         evaluate = TileRun._evaluate
 
         def evaluated(run: TileRun, *args: Any) -> Tensor:
+            self.calls += 1
             value = evaluate(run, *args)
             nbytes = value.nbytes * self.factor
             fake.allocate(nbytes)
@@ -591,23 +593,31 @@ def test_memory_taken_past_the_cap_changes_nothing(monkeypatch: pytest.MonkeyPat
     assert fake.fraction == 1.0
 
 
-def test_memory_taken_past_the_cap_ends_a_pass_at_the_next_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_memory_taken_past_the_cap_ends_a_pass_with_its_tile(
+    monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
     fake, gauge = make_card()
     on_card = OnCard(monkeypatch, fake, gauge, factor=1)
-    steps: list[int] = []
     check = CudaLimit.check
 
-    def counted(limit: CudaLimit) -> None:
-        steps.append(1)
+    def sampled(limit: CudaLimit) -> None:
         limit._sampler.sample()
         check(limit)
 
-    monkeypatch.setattr(CudaLimit, "check", counted)
+    monkeypatch.setattr(CudaLimit, "check", sampled)
     monkeypatch.setattr(streaming_model, "_SMALLEST_TILE", 64)
-    on_card.leak = 3 * GB
-    with pytest.raises(BudgetExceeded):
-        update(StreamingModel(make_net(), BUDGET, tile=64))
-    assert len(steps) == 1
+    model = StreamingModel(make_net(), BUDGET, tile=64)
+    on_card.leak = 3 * GB if direction == "forward" else 0
+    run: Callable[[], Any] = lambda: model(torch.randn(SHAPE, dtype=torch.float64))  # noqa: E731
+    if direction == "backward":
+        loss = run().square().sum()
+        on_card.leak, on_card.calls, run = 3 * GB, 0, loss.backward
+    with pytest.raises(BudgetExceeded, match="were held on cuda:0"):
+        run()
+    num_tiles = max(phase.num_tiles for phase in model.plan(SHAPE).phases)
+    # A phase has at most three operators.
+    assert 0 < on_card.calls <= 3 < num_tiles
 
 
 def test_nvml_that_is_forbidden_still_gives_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,7 @@ class TestFinding:
     def test_a_slice_named_by_the_environment_where_cuda_gives_the_cards_uuid(self) -> None:
         assert self.find("cccc", 0, "MIG-s1-bbbb") is self.slices[1]
         assert self.find("cccc", 1, "0, MIG-s0-aaaa") is self.slices[0]
+        assert self.find("dddd", 0, "MIG-s1-bbbb") is self.slices[1]
 
     def test_a_slice_named_by_the_beginning_of_its_uuid(self) -> None:
         assert self.find("cccc", 0, "MIG-s0") is self.slices[0]
