@@ -1,0 +1,362 @@
+"""On a CUDA device: the ceiling holds, everything counts, and the results are plain PyTorch's.
+
+``make test-gpu`` runs these. Numbers of bytes are the device's own, read here independently of streamcnn.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pynvml
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, streaming_model, verify
+from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
+from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.interpreter import TileRun
+from streamcnn.models import load_model
+from streamcnn.plan import Home, Plan
+from streamcnn.program import Program
+
+pytestmark = [
+    pytest.mark.gpu,
+    # timm asks for a deprecated annotation when it is imported.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
+
+GPU = torch.device("cuda:0")
+GB = 10**9
+SHAPE = (2, 3, 150, 131)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.get_per_process_memory_fraction(GPU)
+    yield
+    assert torch.cuda.get_per_process_memory_fraction(GPU) == before, "the cap was left behind"
+    left = [thread.name for thread in threading.enumerate() if thread.name == "streamcnn-sampler"]
+    assert not left, "a sampling thread was left behind"
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
+def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Everything that one forward and backward pass leaves behind."""
+    output = model(image)
+    output.square().sum().backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    buffers = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    return {"output": output.detach(), **gradients, **buffers}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Each value is within ``tolerance`` of its kind's largest: a bias before batch norm is rounding alone."""
+    assert found.keys() == expected.keys()
+    for kind in ("output", "gradient", "buffer"):
+        names = [name for name in expected if name.startswith(kind)]
+        largest = max(float(expected[name].double().abs().max()) for name in names)
+        for name in names:
+            distance = float((found[name].double() - expected[name].double()).abs().max())
+            assert distance <= tolerance * largest, f"{name}: {distance:.2e} of {largest:.2e}"
+
+
+class DevicePeak:
+    """The most that NVML says of this process, or of the whole device where it does not know processes."""
+
+    def __init__(self) -> None:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(GPU).uuid)
+        self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        self.nbytes = 0
+
+    def read(self) -> int:
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle):
+            if process.pid == os.getpid() and process.usedGpuMemory:
+                return int(process.usedGpuMemory)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.005):
+                self.nbytes = max(self.nbytes, self.read())
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.nbytes = max(self.nbytes, self.read())
+
+
+@pytest.fixture
+def device_peak() -> DevicePeak:
+    try:
+        return DevicePeak()
+    except pynvml.NVMLError as error:
+        pytest.skip(f"NVML does not tell of this device: {error}")
+
+
+class Refused:
+    """Evaluates operators of tiles, but asks the allocator for more than the budget at some of them."""
+
+    def __init__(self, budget: int, at: int, *, always: bool = False) -> None:
+        self.original = TileRun._evaluate
+        self.budget = budget
+        self.at = at
+        self.always = always
+        self.calls = 0
+
+    def __call__(self, run: TileRun, *args: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at or (self.always and self.calls > self.at):
+            torch.empty(self.budget, dtype=torch.uint8, device=GPU)
+        return self.original(run, *args)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, budget: int, at: int, *, always: bool = False) -> Refused:
+    refused = Refused(budget, at, always=always)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    return refused
+
+
+# --- the ceiling --------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small_is_refused_before_an_allocation() -> None:
+    budget = reserved_bytes(GPU) + 2**20
+    model = StreamingModel(make_net(), budget, device=GPU)
+    image = torch.randn(1, 3, 2000, 2000)
+    assert not model.plan((1, 3, 2000, 2000)).fits
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_allocated(GPU)
+    with pytest.raises(PlanDoesNotFit, match="reserved"):
+        model(image)
+    assert torch.cuda.max_memory_allocated(GPU) == before
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.9])
+def test_memory_refused_in_flight_leads_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    budget = reserved_bytes(GPU) + GB
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
+    net = make_net().double().to(GPU)
+    with monkeypatch.context() as patch:
+        counter = refuse(patch, 0, -1)
+        expected = update(StreamingModel(copy.deepcopy(net), budget, tile=64), image)
+    refuse(monkeypatch, budget, 1 + int(share * counter.calls))
+    model = StreamingModel(net, budget, tile=64)
+    found = update(model, image)
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+    assert_same(found, expected, 1e-9)
+    # It was the cap that refused: the card has room.
+    torch.empty(budget, dtype=torch.uint8, device=GPU)
+
+
+def test_when_the_smallest_tiles_are_refused_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = reserved_bytes(GPU) + GB
+    net = make_net().to(GPU)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(GPU)
+    refuse(monkeypatch, budget, 3, always=True)
+    with pytest.raises(BudgetExceeded, match="there is no plan with smaller ones"):
+        StreamingModel(net, budget, tile=64)(torch.randn(SHAPE, generator=torch.Generator()).to(GPU))
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(GPU), states[1])
+
+
+def test_context_and_libraries_count(device_peak: DevicePeak) -> None:
+    model = StreamingModel(make_net(), "3GB", tile=64, device=GPU)
+    with device_peak.watched():
+        update(model, torch.randn(SHAPE, device=GPU))
+    report = model.last_report
+    assert report is not None
+    assert report.reading != "unknown"
+    assert report.measured_bytes is not None
+    assert report.measured_bytes > torch.cuda.max_memory_reserved(GPU) + 100 * 2**20
+    assert report.measured_bytes <= report.projected_bytes
+    assert report.samples
+
+
+def test_resnet50_at_4000_pixels_under_11_gb(device_peak: DevicePeak) -> None:
+    """Train-mode batch norm, forward and backward; plain PyTorch would need some 40 GB."""
+    torch.manual_seed(0)
+    model = StreamingModel(load_model("resnet50").train(), "11GB", device=GPU)
+    image = torch.randn(1, 3, 4000, 4000)
+    with device_peak.watched():
+        loss = F.cross_entropy(model(image), torch.tensor([3], device=GPU))
+        loss.backward()
+    report = model.last_report
+    assert report is not None
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert device_peak.nbytes <= 11 * GB
+    assert report.measured_bytes is not None
+    assert report.measured_bytes <= report.projected_bytes <= 11 * GB
+    assert report.num_retries == 0
+
+
+def test_nvml_knows_the_device_that_pytorch_computes_on(device_peak: DevicePeak) -> None:
+    gauge = cuda_ceiling(GPU)._gauge
+    before = gauge.read()
+    kept = torch.empty(GB, dtype=torch.uint8, device=GPU)
+    after = gauge.read()
+    assert before is not None
+    assert after is not None
+    assert 0.99 * GB <= after.nbytes - before.nbytes <= 1.1 * GB
+    assert after.source is before.source
+    assert abs(after.nbytes - device_peak.read()) < 0.2 * GB
+    del kept
+
+
+def test_the_cap_is_the_budget_less_overhead_and_margin() -> None:
+    ceiling = cuda_ceiling(GPU)
+    overhead = ceiling._gauge.overhead().nbytes
+    with ceiling.limit(overhead + MARGIN_BYTES + GB):
+        kept = torch.empty(9 * GB // 10, dtype=torch.uint8, device=GPU)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(GB // 5, dtype=torch.uint8, device=GPU)
+    del kept
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_device_of_the_model_is_the_one_that_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = torch.device("cuda:1")
+    seen: list[tuple[float, float]] = []
+    evaluate = TileRun._evaluate
+
+    def watched(run: TileRun, *args: Any) -> Tensor:
+        seen.append(
+            (torch.cuda.get_per_process_memory_fraction(0), torch.cuda.get_per_process_memory_fraction(1))
+        )
+        return evaluate(run, *args)
+
+    monkeypatch.setattr(TileRun, "_evaluate", watched)
+    before = torch.cuda.get_per_process_memory_fraction(0)
+    update(StreamingModel(make_net(), "3GB", tile=64, device=second), torch.randn(SHAPE))
+    assert {first for first, _ in seen} == {before}
+    assert all(other < before for _, other in seen)
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnextv2_atto"])
+def test_streamed_is_plain_in_float64(name: str) -> None:
+    torch.manual_seed(0)
+    net = load_model(name).train().to(GPU)
+    found = verify(net, (2, 3, 139, 127), tile=60)
+    assert found.num_tiles > 1
+    assert found.max_error < 1e-7, found.explain()
+
+
+@pytest.mark.parametrize("home", [Home.HOST, Home.DISK])
+def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, home: Home) -> None:
+    net = make_net().double().to(GPU)
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
+    expected = update(copy.deepcopy(net), image)
+    original = streaming_model.make_plan
+
+    def away(*args: Any) -> tuple[Program, Plan]:
+        program, plan = original(*args)
+        stores = {
+            name: dataclasses.replace(store, home=home, gradient_home=home)
+            for name, store in plan.stores.items()
+        }
+        return program, dataclasses.replace(plan, stores=stores)
+
+    monkeypatch.setattr(streaming_model, "make_plan", away)
+    model = StreamingModel(net, "3GB", tile=32)
+    model._resident_tail = False
+    # Again and again, since buffers that are reused too early show only now and then.
+    for _ in range(5):
+        net.zero_grad()
+        net.load_state_dict(make_net().double().state_dict())
+        assert_same(update(model, image), expected, 1e-10)
+    assert {store.home for store in model.plan(SHAPE, torch.float64).stores.values()} == {home}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    net = make_net().to(GPU)
+    image = torch.randn(SHAPE, device=GPU)
+    with torch.autocast("cuda", dtype):
+        expected = update(copy.deepcopy(net), image)
+        found = update(StreamingModel(net, "3GB", tile=64), image)
+    assert found["output"].dtype == expected["output"].dtype == dtype
+    assert_same(found, expected, 5e-2)
+
+
+def test_channels_last() -> None:
+    net = make_net().double().to(GPU, memory_format=torch.channels_last)
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU).to(memory_format=torch.channels_last)
+    expected = update(copy.deepcopy(net), image)
+    assert_same(update(StreamingModel(net, "3GB", tile=64), image), expected, 1e-10)
+
+
+def test_an_image_on_the_host() -> None:
+    net = make_net().double().to(GPU)
+    image = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    on_device = image.detach().to(GPU).requires_grad_()
+    expected = update(copy.deepcopy(net), on_device)
+    assert_same(update(StreamingModel(net, "3GB", tile=64), image), expected, 1e-10)
+    assert image.grad is not None
+    assert on_device.grad is not None
+    assert image.grad.device.type == "cpu"
+    torch.testing.assert_close(image.grad, on_device.grad.cpu(), rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_the_same_for_every_tiling() -> None:
+    net = nn.Sequential(make_net()[0], nn.Dropout(0.3), nn.Dropout2d(0.3), *make_net()[1:]).double().to(GPU)
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
+    results = []
+    for tile in (200, 48):
+        torch.manual_seed(5)
+        results.append(update(StreamingModel(copy.deepcopy(net), "3GB", tile=tile), image))
+    assert_same(*results, 1e-10)
+
+
+def test_inference_on_another_stream() -> None:
+    net = make_net().double().eval().to(GPU)
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
+    expected = net(image)
+    stream = torch.cuda.Stream(GPU)
+    stream.wait_stream(torch.cuda.current_stream(GPU))
+    with torch.cuda.stream(stream), torch.no_grad():
+        found = StreamingModel(net, "3GB", tile=64)(image)
+    torch.cuda.current_stream(GPU).wait_stream(stream)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
