@@ -76,7 +76,7 @@ def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each value is within ``tolerance`` of its kind's largest: a bias before batch norm is rounding alone."""
+    """Each value is within ``tolerance`` of the largest of its kind; some are rounding alone."""
     assert found.keys() == expected.keys()
     for kind in ("output", "gradient", "buffer"):
         names = [name for name in expected if name.startswith(kind)]
