@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def projected_bytes(self) -> int:
-        """Projected peak over the baseline of a loaded model, bytes."""
+        """Projected peak in bytes: over the baseline of a loaded model, or on a GPU from nothing."""
         return sum(term.nbytes for term in self.terms)
 
     @property

@@ -25,7 +25,7 @@ from streamcnn.units import format_bytes
 
 MARGIN_BYTES = 2**27
 """Kept free below the budget: some kernels are loaded only when they first run, after the measurement."""
-RESERVED_STEP = 2**25
+RESERVED_STEP = 2**26
 """What is held already is rounded up to a multiple of it, so that a few bytes more make no new plan."""
 
 _idle: dict[str, int] = {}
