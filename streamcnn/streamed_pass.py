@@ -212,11 +212,12 @@ class Pass:
 def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
     """What the user is told when memory was refused, or taken past the budget, and smaller tiles are none."""
     assert plan.budget is not None
-    measured = isinstance(error, BudgetExceeded)
-    what = str(error) if measured else f"an allocation in the {direction} pass was refused"
+    what = f"an allocation in the {direction} pass was refused: budget {format_bytes(plan.budget)}"
+    if isinstance(error, BudgetExceeded):
+        what = str(error)
     return (
-        f"{what}: budget {format_bytes(plan.budget)}, projected {format_bytes(plan.projected_bytes)} with "
-        f"tiles of {plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
+        f"{what}, projected {format_bytes(plan.projected_bytes)} with tiles of "
+        f"{plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
         "Nothing was changed; raise budget="
     )
 
