@@ -99,7 +99,8 @@ class Pass:
         """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
         while True:
             try:
-                with self._ceiling("forward"), _random_state_kept(self.execution.device):
+                # Around the ceiling, which may find at its end that too much was held.
+                with _random_state_kept(self.execution.device), self._ceiling("forward"):
                     values = self.execution.forward()
                 break
             except BudgetExceeded as error:

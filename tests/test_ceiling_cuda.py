@@ -579,6 +579,32 @@ def test_refused_memory_leads_to_smaller_tiles_and_the_same_result(monkeypatch: 
     assert fake.fraction == 1.0
 
 
+def test_memory_found_at_the_end_leads_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = update(StreamingModel(make_net(), tile=128))
+    state = torch.get_rng_state()
+    fake, gauge = make_card()
+    on_card = OnCard(monkeypatch, fake, gauge, factor=1)
+
+    def rarely(ceiling: CudaCeiling, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
+        ceiling._limit = CudaLimit(gauge, budget, interval=1000)
+        return ceiling._limit
+
+    def emptied() -> None:
+        on_card.leak, fake.cached = 0, 0
+        fake.grow(CONTEXT - fake.overhead)
+
+    monkeypatch.setattr(CudaCeiling, "limit", rarely)
+    monkeypatch.setattr(fake, "empty_cache", emptied)
+    on_card.leak = BUDGET
+    model = StreamingModel(make_net(), BUDGET, tile=128)
+    found = update(model)
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
 def test_memory_taken_past_the_cap_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, gauge = make_card()
     on_card = OnCard(monkeypatch, fake, gauge, factor=1)
