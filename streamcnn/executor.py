@@ -41,6 +41,21 @@ class ImageReader(Protocol):
         """The pixels of ``region``, (N, C, h, w) in the model's dtype on the compute device."""
 
 
+@dataclass(frozen=True, slots=True)
+class PassEvent:
+    """A part of a pass begins or ends; parts do not overlap."""
+
+    part: str
+    """``"phase"``, or ``"segment"``: the small values of a level, the resident tail among them."""
+    level: int
+    direction: str
+    """``"forward"`` or ``"backward"``."""
+    begins: bool
+
+
+Observer = Callable[[PassEvent], None]
+"""Told of every event, in the thread that runs the pass."""
+
 OpenStore = Callable[[StoreSpec, Home, tuple[int, int]], Store]
 """Opens an empty store, given a tile's extents as a hint for chunking."""
 
@@ -76,6 +91,7 @@ class Execution:
         open_store: OpenStore,
         *,
         after_step: Callable[[], None] = _nothing,
+        observer: Observer | None = None,
     ) -> None:
         self.program = program
         self.plan = plan
@@ -84,6 +100,7 @@ class Execution:
         self.reports: list[PhaseReport] = []
         self._open_store = open_store
         self._after_step = after_step
+        self._observer = observer
         self.device = image.device
         self.autocast = autocast_state(image.device)
         self._phases = {phase.level: phase for phase in plan.phases}
@@ -104,7 +121,7 @@ class Execution:
                     with self._timed(self._phases[level], "forward"):
                         self._forward_phase(self._phases[level])
                 if level in self._segments:
-                    with autocast(self.device, self.autocast):
+                    with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.small.run(self._segments[level], self._barrier, record=self.plan.training)
                 self._free_checkpoints(level)
         except BaseException:
@@ -173,7 +190,8 @@ class Execution:
             for name, gradient in gradients.items():
                 self.small.accumulate(name, gradient)
             for level in reversed(self._levels):
-                self._backward_segment(level)
+                with self._observed("segment", level, "backward"):
+                    self._backward_segment(level)
                 if level in self._phases and self._phases[level].differentiated:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])
@@ -293,10 +311,23 @@ class Execution:
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
         before = self._bytes_moved()
         start = time.perf_counter()
-        yield
+        with self._observed("phase", phase.level, direction):
+            yield
         seconds = time.perf_counter() - start
         read, written = (now - then for now, then in zip(self._bytes_moved(), before, strict=True))
         self.reports.append(PhaseReport(phase.level, direction, phase.num_tiles, seconds, read, written))
+
+    @contextmanager
+    def _observed(self, part: str, level: int, direction: str) -> Iterator[None]:
+        """Tell the observer when a part begins, and when it ends or fails."""
+        if self._observer is None:
+            yield
+            return
+        self._observer(PassEvent(part, level, direction, begins=True))
+        try:
+            yield
+        finally:
+            self._observer(PassEvent(part, level, direction, begins=False))
 
     def _bytes_moved(self) -> tuple[int, int]:
         stores = [*self._checkpoints.values(), *self._gradients.values()]

@@ -26,6 +26,8 @@ class Report:
     """How often memory was refused and the pass begun again with smaller tiles."""
     samples: tuple[tuple[float, int], ...] = ()
     """Seconds since the pass was made and bytes held then, where the peak comes from sampling."""
+    baseline_bytes: int | None = None
+    """Resident memory of the process when the forward pass began; ``None`` if it cannot be read."""
 
     @property
     def bytes_moved(self) -> int:

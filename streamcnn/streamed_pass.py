@@ -16,7 +16,7 @@ from streamcnn.ceiling.device import Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded
-from streamcnn.executor import Execution
+from streamcnn.executor import Execution, Observer
 from streamcnn.plan import Home, Plan
 from streamcnn.program import Program, Ref, refs_in
 from streamcnn.report import Report
@@ -29,6 +29,7 @@ class Host(Protocol):
 
     spill: Path | None
     last_report: Report | None
+    observer: Observer | None
 
 
 Planned = tuple[Program, Plan]
@@ -84,6 +85,7 @@ class Pass:
             self.reader,
             self.stores.open,
             after_step=self.ceiling.check,
+            observer=self.host.observer,
         )
 
     @property
@@ -207,6 +209,7 @@ class Pass:
             phases=tuple(self.execution.reports),
             num_retries=self.num_retries,
             samples=tuple(self.samples),
+            baseline_bytes=self.ceiling.baseline_bytes,
         )
 
 

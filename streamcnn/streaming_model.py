@@ -22,6 +22,7 @@ from streamcnn.capture import RawGraph, capture
 from streamcnn.ceiling.cuda import note_idle
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.data.reader import BatchReader, Image, Preprocess
+from streamcnn.executor import Observer
 from streamcnn.plan import Home, Plan
 from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.program import Program, differentiated, substitute
@@ -99,6 +100,7 @@ class StreamingModel(nn.Module):
         self.spill = _as_folder(spill)
         self.preprocess = preprocess
         self.last_report: Report | None = None
+        self.observer: Observer | None = None
         self._resident_tail = True
         self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
         self._plans: OrderedDict[Any, tuple[Program, Plan]] = OrderedDict()
@@ -132,7 +134,9 @@ class StreamingModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
-        return {**self.__dict__, "_graphs": OrderedDict(), "_plans": OrderedDict(), "last_report": None}
+        # An observer belongs to whoever set it.
+        emptied: dict[str, Any] = {"_graphs": OrderedDict(), "_plans": OrderedDict(), "last_report": None, "observer": None}
+        return {**self.__dict__, **emptied}
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""

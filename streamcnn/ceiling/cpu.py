@@ -149,6 +149,12 @@ _active: list[DataLimit] = []
 """Blocks entered and not left, outermost first; the limit and the mark are the process's, not theirs."""
 
 
+def resident_bytes() -> tuple[int, int] | None:
+    """Resident memory now and its high-water mark, in bytes; None if the kernel does not say."""
+    resident, mark = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    return None if resident is None or mark is None else (resident, mark)
+
+
 def _status_bytes(name: str) -> int | None:
     """One counter of ``/proc/self/status`` in bytes; None where there is none."""
     try:

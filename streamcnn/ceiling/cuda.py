@@ -137,6 +137,11 @@ class CudaCeiling:
         self._gauge = gauge
         self._limit: CudaLimit | None = None
 
+    @property
+    def baseline_bytes(self) -> int | None:
+        """None: on a GPU the budget counts all that the process holds."""
+        return None
+
     def limit(self, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
         """The limit for one direction of a pass; ``reuse_heap`` is the host allocator's affair."""
         self._limit = CudaLimit(self._gauge, budget)

@@ -40,6 +40,10 @@ class Limit(Protocol):
 class Ceiling(Protocol):
     """Enforces a budget on one pass, direction by direction."""
 
+    @property
+    def baseline_bytes(self) -> int | None:
+        """What the process held when the pass began, if the budget counts from there; None if not."""
+
     def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
         """The limit for one direction.
 
@@ -64,6 +68,11 @@ class HostCeiling:
     def __init__(self) -> None:
         self._baseline = Baseline.now()
 
+    @property
+    def baseline_bytes(self) -> int | None:
+        """Resident memory then; None if the kernel does not say."""
+        return self._baseline.resident_bytes
+
     def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
         """The kernel's limit."""
         return DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
@@ -78,6 +87,7 @@ class HostCeiling:
 class NoCeiling:
     """A device whose memory can be neither limited nor measured; it is its own limit."""
 
+    baseline_bytes: int | None = None
     peak_bytes: int | None = None
     reading = "unknown"
     samples: tuple[tuple[float, int], ...] = ()

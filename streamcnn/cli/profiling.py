@@ -26,9 +26,12 @@ def profile(
     batch: Batch = 1,
     channels: Channels = 3,
     output: Annotated[Path, typer.Option(help="Folder for the lines, figures and page.")] = Path("profile"),
+    repeats: Annotated[
+        int, typer.Option(min=0, help="Updates whose median is the time, after one to warm up; 0: that one.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
 ) -> None:
-    """Measure one training update per tile size, each in a fresh process, and draw what they hold."""
+    """Measure training updates with each tile size in a fresh process, and draw what they hold."""
     budget_bytes = parse("--budget", parse_bytes, budget)
     shape = (batch, channels, *parse("--size", parse_extent, size))
     edges = parse("--tiles", parse_tiles, tiles)
@@ -37,7 +40,7 @@ def profile(
     from streamcnn.profiling import profile_tiles, write_results
 
     require("matplotlib.figure", extra="plots")
-    measured = profile_tiles(model, shape, edges, budget_bytes)
+    measured = profile_tiles(model, shape, edges, budget_bytes, repeats=repeats)
     console = Console()
     if as_json:
         profiles = _print_json(measured)

@@ -1,9 +1,10 @@
 """What ``streamcnn profile`` runs: peak memory and time of one training update, for several tile sizes."""
 
 from streamcnn.profiling.figures import write_figures
-from streamcnn.profiling.measure import ProfileFailed, TileProfile, profile_tiles
+from streamcnn.profiling.measure import ProfileFailed, profile_tiles
 from streamcnn.profiling.page import render_page
 from streamcnn.profiling.results import write_results
+from streamcnn.profiling.tile_profile import TileProfile
 
 __all__ = [
     "ProfileFailed",

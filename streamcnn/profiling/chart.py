@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamcnn.profiling.measure import TileProfile
+from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.units import format_bytes
 
 _WIDTH, _HEIGHT = 720, 380

@@ -1,16 +1,19 @@
 """The process that measures one tile size: prints one :class:`TileProfile` as a line of JSON.
 
-    python -m streamcnn.profiling.child MODEL FOLDER TILE BUDGET
+    python -m streamcnn.profiling.child MODEL FOLDER TILE BUDGET REPEATS
 
-FOLDER holds the images of the batch; BUDGET is bytes or ``none``.
+FOLDER holds the images of the batch; BUDGET is bytes or ``none``; REPEATS the
+updates that follow the first.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,8 +23,12 @@ from streamcnn.data.sources import ZarrSource
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit, StreamError
 from streamcnn.models import load_model
 from streamcnn.plan import AxisStep, Plan
-from streamcnn.profiling.measure import TileProfile
+from streamcnn.profiling.recorder import Recorder
+from streamcnn.profiling.sketch import sketch_plan
+from streamcnn.profiling.tile_profile import TileProfile
+from streamcnn.profiling.timeline import Timeline
 from streamcnn.regions import Interval
+from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
 
 
@@ -40,8 +47,18 @@ def halo_overhead(plan: Plan) -> float:
     return computed / whole if whole else 1.0
 
 
-def measure(model: str, folder: Path, tile: int, budget: int | None) -> TileProfile:
-    """One update with tiles of that size in this process, on the images in ``folder``.
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """What one update took."""
+
+    report: Report
+    timeline: Timeline | None
+
+
+def measure(model: str, folder: Path, tile: int, budget: int | None, repeats: int) -> TileProfile:
+    """Updates with tiles of that size in this process, on the images in ``folder``.
+
+    The first update is not timed unless it is the only one, but its peak counts.
 
     Raises
     ------
@@ -61,24 +78,46 @@ def measure(model: str, folder: Path, tile: int, budget: int | None) -> TileProf
     sources = [ZarrSource(path) for path in sorted(folder.glob("image-*.zarr"))]
     channels, height, width = sources[0].shape
     plan = streamed.plan((len(sources), channels, height, width))
-    refusal = _update(streamed, sources)
-    report = streamed.last_report if refusal is None else None
+    refusal, updates = _run(streamed, sources, plan, 1 + repeats)
+    most = max(updates, key=lambda update: update.report.measured_bytes or 0, default=None)
     return TileProfile(
         tile=tile,
         projected_bytes=plan.projected_bytes,
-        measured_bytes=None if report is None else report.measured_bytes,
-        reading="not run" if report is None else report.reading,
-        seconds=None if report is None else report.seconds,
+        measured_bytes=None if most is None else most.report.measured_bytes,
+        reading="not run" if most is None else most.report.reading,
+        seconds=median(update.report.seconds for update in updates[1:] or updates) if updates else None,
         recomputation=halo_overhead(plan),
-        bytes_moved=None if report is None else report.bytes_moved,
+        bytes_moved=None if most is None else most.report.bytes_moved,
         budget=plan.budget,
         plain_bytes=plan.plain_bytes,
         refusal=refusal,
         explanation=plan.explain(),
+        plan=sketch_plan(plan),
+        timeline=None if most is None else most.timeline,
     )
 
 
-def _update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
+def _run(
+    streamed: StreamingModel, sources: list[ZarrSource], plan: Plan, count: int
+) -> tuple[str | None, list[_Update]]:
+    """That many updates; or, if the budget does not allow one of them, the reason and none."""
+    updates = []
+    for _ in range(count):
+        tail = max(segment.level for segment in plan.segments) if plan.num_resident else None
+        with Recorder(tail) as recorder:
+            streamed.observer = recorder.observe
+            refusal = _refusal(streamed, sources)
+        if refusal is not None:
+            return refusal, []
+        report = streamed.last_report
+        assert report is not None
+        baseline = report.baseline_bytes
+        updates.append(_Update(report, None if baseline is None else recorder.timeline(baseline)))
+        streamed.zero_grad()
+    return None, updates
+
+
+def _refusal(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
     """Forward and backward; the reason if the budget does not allow them."""
     try:
         outputs = streamed(sources)
@@ -117,10 +156,10 @@ def _extent(steps: Sequence[AxisStep], name: str) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print; an error that a user can act on is one line on standard error."""
-    model, folder, tile, budget = arguments
+    model, folder, tile, budget, repeats = arguments
     limit = None if budget == "none" else int(budget)
     try:
-        profile = measure(model, Path(folder), int(tile), limit)
+        profile = measure(model, Path(folder), int(tile), limit, int(repeats))
     except (StreamError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(profile.to_json())

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamcnn.extras import require
 from streamcnn.profiling.chart import round_step, upper_edge
-from streamcnn.profiling.measure import TileProfile
+from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.units import format_bytes
 
 

@@ -1,4 +1,4 @@
-"""Measures one training update per tile size, each in a fresh process.
+"""Measures training updates with each tile size in a fresh process.
 
 A process of its own per tile size, because the peak of resident memory is a high-water mark: it
 never falls, and memory freed by one update would be reused by the next.
@@ -6,19 +6,18 @@ never falls, and memory freed by one update would be reused by the next.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.errors import StreamError
+from streamcnn.profiling.tile_profile import TileProfile
 
 _LINES_OF_A_CRASH = 12
 
@@ -27,51 +26,13 @@ class ProfileFailed(StreamError, RuntimeError):
     """A measuring process ended without a measurement for a reason other than the budget."""
 
 
-@dataclass(frozen=True, slots=True)
-class TileProfile:
-    """One tile size: what its update was projected to hold and what it held. Sizes are bytes."""
-
-    tile: int
-    """Largest edge of a tile in input pixels, as asked for."""
-    projected_bytes: int
-    measured_bytes: int | None
-    """Peak above the baseline; ``None`` if the update did not run or the peak cannot be read."""
-    reading: str
-    """Which counter ``measured_bytes`` comes from."""
-    seconds: float | None
-    """Forward and backward; ``None`` if they did not run."""
-    recomputation: float
-    """Positions that the tiles of all phases compute, over the positions of the maps: 1 without halos.
-    A position counts once per operator, whatever its channels; operators on whole maps are left out."""
-    bytes_moved: int | None
-    """Read from and written to stores; ``None`` if the update did not run."""
-    budget: int | None
-    """``None`` for no ceiling."""
-    plain_bytes: int
-    """Projected peak of plain PyTorch on the whole image at once."""
-    refusal: str | None
-    """Why the update did not run under the budget; ``None`` if it did."""
-    explanation: str
-    """The plan in words."""
-
-    def to_json(self) -> str:
-        """The profile as one line of JSON; :meth:`from_json` reads it."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> TileProfile:
-        """The profile that a line of JSON says."""
-        return cls(**json.loads(text))
-
-
-def fastest(profiles: Sequence[TileProfile]) -> TileProfile | None:
-    """The profile with the shortest update of those that ran; ``None`` if none did."""
-    ran = [profile for profile in profiles if profile.seconds is not None]
-    return min(ran, key=lambda profile: profile.seconds or 0.0, default=None)
-
-
 def profile_tiles(
-    model: str, shape: tuple[int, int, int, int], tiles: Sequence[int], budget: int | None
+    model: str,
+    shape: tuple[int, int, int, int],
+    tiles: Sequence[int],
+    budget: int | None,
+    *,
+    repeats: int = 1,
 ) -> Iterator[TileProfile]:
     """The profile of each tile size, as soon as it is measured, on random images on disk.
 
@@ -86,21 +47,26 @@ def profile_tiles(
     budget
         Bytes that an update may take above the baseline; ``None`` sets no ceiling. A tile size that does
         not fit has a profile too, with a refusal.
+    repeats
+        Updates whose median is the time, after one that bears the costs of first use; 0 for that one alone.
+        The peak is that of all.
 
     Raises
     ------
     ValueError
-        If there is no tile size, or one is not positive.
+        If there is no tile size, one is not positive, or ``repeats`` is negative.
     ProfileFailed
         If a measurement ends for another reason than the budget.
     """
     if not tiles or min(tiles) < 1:
         raise ValueError(f"tiles={list(tiles)}: allowed are one or more positive numbers of pixels")
-    return _measure(model, shape, tuple(tiles), budget)
+    if repeats < 0:
+        raise ValueError(f"repeats={repeats}: allowed are 0 and positive numbers of updates")
+    return _measure(model, shape, tuple(tiles), budget, repeats)
 
 
 def _measure(
-    model: str, shape: tuple[int, int, int, int], tiles: tuple[int, ...], budget: int | None
+    model: str, shape: tuple[int, int, int, int], tiles: tuple[int, ...], budget: int | None, repeats: int
 ) -> Iterator[TileProfile]:
     with tempfile.TemporaryDirectory(prefix="streamcnn-profile-") as name:
         folder = Path(name)
@@ -109,12 +75,13 @@ def _measure(
             write_zarr_image(folder / f"image-{index}.zarr", pixels)
         del pixels
         for tile in tiles:
-            yield _in_fresh_process(model, folder, tile, budget)
+            yield _in_fresh_process(model, folder, tile, budget, repeats)
 
 
-def _in_fresh_process(model: str, folder: Path, tile: int, budget: int | None) -> TileProfile:
+def _in_fresh_process(model: str, folder: Path, tile: int, budget: int | None, repeats: int) -> TileProfile:
     limit = "none" if budget is None else str(budget)
-    command = [sys.executable, "-m", "streamcnn.profiling.child", model, str(folder), str(tile), limit]
+    arguments = [model, str(folder), str(tile), limit, str(repeats)]
+    command = [sys.executable, "-m", "streamcnn.profiling.child", *arguments]
     # The child looks for the user's factory where this process does.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 
 from streamcnn.profiling.chart import draw_chart
-from streamcnn.profiling.measure import TileProfile, fastest
 from streamcnn.profiling.template import SCRIPT, STYLE
+from streamcnn.profiling.tile_profile import TileProfile, fastest
 from streamcnn.units import format_bytes, format_duration
 
 COLUMNS = ("tile", "projected", "measured", "time", "recomputation", "moved", "verdict")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamcnn.profiling.figures import write_figures
-from streamcnn.profiling.measure import TileProfile
 from streamcnn.profiling.page import describe, render_page
+from streamcnn.profiling.tile_profile import TileProfile
 
 
 def write_results(

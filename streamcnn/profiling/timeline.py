@@ -1,0 +1,98 @@
+"""Memory over the time of one update, and what ran when: frozen data and how it is thinned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+SMALL_VALUES, TAIL, BETWEEN = "small values", "resident tail", "loss"
+"""Parts of an update that are no phase. The last is the user's own code between the directions."""
+
+
+class Sample(NamedTuple):
+    """One reading of resident memory."""
+
+    span: int
+    """Index of the span in which it was taken."""
+    seconds: float
+    """Since the update's first event."""
+    nbytes: int
+    """The most that was resident since the reading before it in this span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What ran from one moment to another, in seconds since the update's first event."""
+
+    part: str
+    """``"phase"`` or one of the names above."""
+    level: int
+    direction: str
+    """``"forward"``, ``"backward"``, or nothing for what is between them."""
+    start: float
+    stop: float
+
+    @property
+    def label(self) -> str:
+        """The span in words."""
+        name = self.part if self.part in (TAIL, BETWEEN) else f"{self.part} {self.level}"
+        if self.part == SMALL_VALUES:
+            name = f"small values after phase {self.level}"
+        return f"{name}, {self.direction}" if self.direction else name
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Memory above the baseline over one update. ``running``, ``seconds`` and ``nbytes`` are parallel."""
+
+    spans: tuple[Span, ...]
+    running: tuple[int, ...]
+    """For each sample the index of its span."""
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+
+    @property
+    def end(self) -> float:
+        """Seconds at which the last span stops."""
+        return max(span.stop for span in self.spans)
+
+    @property
+    def peak(self) -> int:
+        """Index of the sample with most bytes."""
+        return max(range(len(self.nbytes)), key=self.nbytes.__getitem__)
+
+    def to_columns(self) -> dict[str, list[Any]]:
+        """The timeline as parallel lists, which are shorter as JSON than one object per span."""
+        return {
+            "part": [span.part for span in self.spans],
+            "level": [span.level for span in self.spans],
+            "direction": [span.direction for span in self.spans],
+            "start": [round(span.start, 4) for span in self.spans],
+            "stop": [round(span.stop, 4) for span in self.spans],
+            "running": list(self.running),
+            "seconds": [round(moment, 4) for moment in self.seconds],
+            "nbytes": list(self.nbytes),
+        }
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Sequence[Any]]) -> Timeline:
+        """The timeline that :meth:`to_columns` wrote."""
+        names = ("part", "level", "direction", "start", "stop")
+        spans = tuple(Span(*fields) for fields in zip(*(columns[name] for name in names), strict=True))
+        return cls(spans, *(tuple(columns[name]) for name in ("running", "seconds", "nbytes")))
+
+
+def thin(samples: Iterable[Sample], width: float) -> list[Sample]:
+    """The largest sample of each stretch of ``width`` seconds and of each span, in order of time.
+
+    Every span that had a sample keeps its peak.
+    """
+    kept: list[Sample] = []
+    for sample in samples:
+        last = kept[-1] if kept else None
+        if last is None or last.span != sample.span or last.seconds // width != sample.seconds // width:
+            kept.append(sample)
+        elif sample.nbytes > last.nbytes:
+            kept[-1] = sample
+    return kept
