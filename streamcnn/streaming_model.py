@@ -135,7 +135,12 @@ class StreamingModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
         # An observer belongs to whoever set it.
-        emptied: dict[str, Any] = {"_graphs": OrderedDict(), "_plans": OrderedDict(), "last_report": None, "observer": None}
+        emptied: dict[str, Any] = {
+            "_graphs": OrderedDict(),
+            "_plans": OrderedDict(),
+            "last_report": None,
+            "observer": None,
+        }
         return {**self.__dict__, **emptied}
 
     def extra_repr(self) -> str:
