@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from streamcnn.profiling.chart import draw_chart
+from streamcnn.profiling.chart import draw_memory_chart, draw_time_chart
+from streamcnn.profiling.plan_drawing import draw_plan
 from streamcnn.profiling.template import SCRIPT, STYLE
 from streamcnn.profiling.tile_profile import TileProfile, fastest
+from streamcnn.profiling.timeline_chart import OTHERS, draw_timeline, phase_color, timeline_data
 from streamcnn.units import format_bytes, format_duration
 
 COLUMNS = ("tile", "projected", "measured", "time", "recomputation", "moved", "verdict")
@@ -62,10 +64,15 @@ def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, i
         [
             f"<h1>{title}</h1>",
             f'<p class="headline">{escape(_headline(profiles))}</p>',
-            f'<div class="top"><figure>{_LEGEND}{draw_chart(profiles)}</figure>{_DETAIL}</div>',
+            '<div class="top">',
+            f'<figure class="wide">{_MEMORY_CAPTION}{draw_memory_chart(profiles)}</figure>',
+            f"<figure>{_TIME_CAPTION}{draw_time_chart(profiles)}</figure>",
+            _DETAIL,
+            "</div>",
             _table(profiles),
-            _NOTE,
+            *map(_timeline, profiles),
             *map(_plan, profiles),
+            _NOTE,
             f'<script type="application/json" id="profiles">{_data(profiles, best.tile)}</script>',
             f"<script>{SCRIPT}</script>",
         ]
@@ -79,16 +86,20 @@ def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, i
     )
 
 
-_LEGEND = (
-    "<figcaption>Peak memory of one training update "
+_MEMORY_CAPTION = (
+    "<figcaption>Peak memory "
     '<span class="key measured">measured</span> <span class="key projected">projected</span></figcaption>'
 )
+_TIME_CAPTION = "<figcaption>Time of one update</figcaption>"
 _DETAIL = '<aside id="detail" aria-live="polite"><h2></h2><dl></dl><p></p></aside>'
+_TIMELINE_HINT = "Point at a moment to see what ran and what it held."
+_PLAN_HINT = "Point at a phase to see what it runs, reads and stores."
 _NOTE = (
-    '<p class="note">Point at a tile size, or reach it with the Tab key, in the chart or the table. '
-    "Memory is above what the process held when the update began. Recomputation: positions computed by "
-    "all tiles over positions of the maps, 1.00x without halos. Moved: bytes read from and written to "
-    "stores.</p>"
+    '<p class="note">Point at a tile size in a chart or the table to see it; click, or reach it with the '
+    "Tab key, to keep it. Memory is what the process held above what it held when the update began. "
+    "Recomputation: positions computed by all tiles over positions of the maps, 1.00x without halos. "
+    "Moved: bytes read from and written to stores. A barrier is a result that needs a whole map, such as "
+    "the statistics of a batch norm: the next phase begins when it is known.</p>"
 )
 
 
@@ -116,20 +127,47 @@ def _row(profile: TileProfile) -> str:
     return f'<tr{refused} data-tile="{profile.tile}" tabindex="0"><th scope="row">{first}</th>{columns}</tr>'
 
 
+def _timeline(profile: TileProfile) -> str:
+    """The section of a tile size's memory over time."""
+    if profile.timeline is None:
+        drawn = f'<p class="absent">{escape(profile.refusal or "Resident memory cannot be read here.")}</p>'
+    else:
+        drawn = f'{draw_timeline(profile, profile.timeline)}<p class="info">{_TIMELINE_HINT}</p>'
+    keys = _key(phase_color("forward", 0.7), "phases forward") + _key(
+        phase_color("backward", 0.7), "backward"
+    )
+    keys += "".join(_key(color, name) for name, color in OTHERS.items())
+    caption = f"<figcaption>Memory over time, tiles of {profile.tile} pixels {keys}</figcaption>"
+    return f'<figure class="panel timeline" data-of="{profile.tile}" hidden>{caption}{drawn}</figure>'
+
+
+def _key(color: str, text: str) -> str:
+    return f'<span class="swatch" style="--swatch: {color}">{text}</span> '
+
+
 def _plan(profile: TileProfile) -> str:
+    """The section of a tile size's plan, drawn and in words."""
+    drawing = draw_plan(profile.plan).to_svg(f"The plan with tiles of {profile.tile} pixels")
     return (
-        f"<details><summary>Plan with tiles of {profile.tile} pixels</summary>"
-        f"<pre>{escape(profile.explanation)}</pre></details>"
+        f'<figure class="panel plan" data-of="{profile.tile}" hidden>'
+        f"<figcaption>The plan, tiles of {profile.tile} pixels: the network from left to right</figcaption>"
+        f'<div class="scroll" tabindex="0">{drawing}</div><p class="info">{_PLAN_HINT}</p>'
+        f"<details><summary>In words</summary><pre>{escape(profile.explanation)}</pre></details></figure>"
     )
 
 
 def _data(profiles: Sequence[TileProfile], selected: int) -> str:
     """What the script shows, as JSON; ``<`` is escaped, which could end the element."""
     shown = {
-        profile.tile: {"values": [*zip(COLUMNS[1:], cells(profile)[1:], strict=True)], "note": _note(profile)}
+        profile.tile: {
+            "values": [*zip(COLUMNS[1:], cells(profile)[1:], strict=True)],
+            "note": _note(profile),
+            "timeline": None if profile.timeline is None else timeline_data(profile.timeline),
+        }
         for profile in profiles
     }
-    return json.dumps({"selected": selected, "tiles": shown}).replace("<", "\\u003c")
+    data = {"selected": selected, "hints": [_TIMELINE_HINT, _PLAN_HINT], "tiles": shown}
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _note(profile: TileProfile) -> str:

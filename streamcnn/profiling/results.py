@@ -15,7 +15,7 @@ from streamcnn.profiling.tile_profile import TileProfile
 def write_results(
     profiles: Sequence[TileProfile], model: str, shape: tuple[int, int, int, int], folder: Path
 ) -> None:
-    """Write profile.jsonl, memory.png, time.png and report.html; files of these names are replaced.
+    """Write profile.jsonl, report.html and the figures; files of these names are replaced.
 
     Raises
     ------

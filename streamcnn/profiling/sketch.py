@@ -13,6 +13,9 @@ from streamcnn.plan import AxisStep, Phase, Plan
 Kinds = tuple[tuple[str, int], ...]
 """Kinds of operators and how many there are of each, in the order of their first."""
 
+Shares = tuple[tuple[float, float], tuple[float, float]]
+"""Rows and columns, from and to, in shares of a map."""
+
 _NUMBER = re.compile(r"_*(?:_\d+)?(?:\.\d+)?$")
 
 
@@ -43,9 +46,9 @@ class PhaseSketch:
     """Positions of its largest input."""
     halo: tuple[int, int]
     """The most rows and columns of an input that a tile needs beyond its even share."""
-    own: tuple[tuple[float, float], tuple[float, float]]
+    own: Shares
     """Rows and columns that the tile is responsible for, from and to."""
-    needed: tuple[tuple[float, float], tuple[float, float]]
+    needed: Shares
     """Rows and columns of the largest input that the tile reads."""
 
 
