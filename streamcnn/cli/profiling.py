@@ -45,7 +45,7 @@ def profile(
     if as_json:
         profiles = _print_json(measured)
     else:
-        profiles = _collect(measured, len(edges), console)
+        profiles = _collect(measured, edges, console)
     write_results(profiles, model, shape, output)
     if not as_json:
         console.print(f"page: {output / 'report.html'}", soft_wrap=True, highlight=False)
@@ -76,15 +76,15 @@ def _print_json(measured: Iterable[TileProfile]) -> list[TileProfile]:
     return profiles
 
 
-def _collect(measured: Iterable[TileProfile], num_tiles: int, console: Console) -> list[TileProfile]:
+def _collect(measured: Iterable[TileProfile], edges: Sequence[int], console: Console) -> list[TileProfile]:
     """All profiles: on a terminal with progress and a table at the end, elsewhere a line each."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     profiles = []
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("tile sizes", total=num_tiles)
-        for profile in measured:
+        task = progress.add_task(f"tile {edges[0]}", total=len(edges))
+        for profile, following in zip(measured, [*edges[1:], edges[-1]], strict=True):
             profiles.append(profile)
-            progress.advance(task)
+            progress.update(task, advance=1, description=f"tile {following}")
             if not console.is_terminal:
                 console.print(_line(profile), soft_wrap=True, highlight=False, markup=False)
     if console.is_terminal:

@@ -10,7 +10,7 @@ from streamcnn.profiling.scales import bytes_step, seconds_ticks, upper_edge
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.units import format_bytes, format_duration
 
-_MEMORY_WIDTH, _TIME_WIDTH, _HEIGHT = 600, 400, 360
+_MEMORY_WIDTH, _TIME_WIDTH, _HEIGHT = 540, 370, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 30, 48
 
 
@@ -29,7 +29,7 @@ class Scale:
         """Where a tile size is; a single one is in the middle."""
         low, high = math.log2(self.tiles[0]), math.log2(self.tiles[-1])
         share = (math.log2(tile) - low) / (high - low) if high > low else 0.5
-        margin = 40
+        margin = 34
         return _LEFT + margin + share * (self.width - _LEFT - _RIGHT - 2 * margin)
 
     def y(self, value: float) -> float:

@@ -80,7 +80,7 @@ def timeline_figure(profiles: Sequence[TileProfile], title: str) -> Any:
     figure.suptitle(title, fontsize="medium")
     panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for axes, (profile, timeline) in zip(panels, ran, strict=False):
-        _draw_timeline(axes, profile, timeline)
+        _draw_timeline(axes, profile, timeline, highest(profiles))
     if ran:
         _timeline_key(figure)
     else:
@@ -164,26 +164,23 @@ def _draw_limits(axes: Any, profiles: Sequence[TileProfile], top: int) -> None:
         axes.plot([], [], color=_COLORS["plain"], linestyle=":", label=f"{label}, off the scale")
 
 
-def _draw_timeline(axes: Any, profile: TileProfile, timeline: Timeline) -> None:
+def _draw_timeline(axes: Any, profile: TileProfile, timeline: Timeline, top: int) -> None:
     """One panel: the spans as areas, the limits as lines, the peak named."""
     for color, edge in areas(timeline):
-        moments, nbytes = zip(*edge, strict=True)
-        axes.fill_between(moments, nbytes, color=color, linewidth=0.3)
-    top = highest(profile, timeline)
+        axes.fill_between(*zip(*edge, strict=True), color=color, linewidth=0.3)
     for name, words, nbytes in limits(profile):
-        if nbytes <= top:
-            style = "--" if name == "projected" else "-"
-            axes.axhline(nbytes, color=_COLORS[name], linestyle=style, linewidth=1.4)
-            axes.annotate(
-                words,
-                (1, nbytes),
-                (-4, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                fontsize="small",
-                color=_COLORS[name],
-            )
+        style, right, shift = ("-", 1, 3) if name == "budget" else ("--", 0, -10)
+        axes.axhline(min(nbytes, top), color=_COLORS[name], linestyle=style, linewidth=1.4)
+        axes.annotate(
+            words if nbytes <= top else f"{words} (off the scale)",
+            (right, min(nbytes, top)),
+            (-4 if right else 4, shift),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize="small",
+            color=_COLORS[name],
+        )
     peak, end = timeline.peak, timeline.end
     moment = timeline.seconds[peak]
     axes.plot([moment], [timeline.nbytes[peak]], "o", mfc="none", mec="black", markersize=6)

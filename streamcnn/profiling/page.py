@@ -10,7 +10,7 @@ from streamcnn.profiling.chart import draw_memory_chart, draw_time_chart
 from streamcnn.profiling.plan_drawing import draw_plan
 from streamcnn.profiling.template import SCRIPT, STYLE
 from streamcnn.profiling.tile_profile import TileProfile, fastest
-from streamcnn.profiling.timeline_chart import OTHERS, draw_timeline, phase_color, timeline_data
+from streamcnn.profiling.timeline_chart import OTHERS, draw_timeline, highest, phase_color, timeline_data
 from streamcnn.units import format_bytes, format_duration
 
 COLUMNS = ("tile", "projected", "measured", "time", "recomputation", "moved", "verdict")
@@ -58,7 +58,7 @@ def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, i
     """
     if not profiles:
         raise ValueError("there are no profiles: give one or more tile sizes")
-    best = fastest(profiles) or profiles[0]
+    best, top = fastest(profiles) or profiles[0], highest(profiles)
     title = escape(describe(profiles, model, shape))
     body = "\n".join(
         [
@@ -70,7 +70,7 @@ def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, i
             _DETAIL,
             "</div>",
             _table(profiles),
-            *map(_timeline, profiles),
+            *(_timeline(profile, top) for profile in profiles),
             *map(_plan, profiles),
             _NOTE,
             f'<script type="application/json" id="profiles">{_data(profiles, best.tile)}</script>',
@@ -127,12 +127,12 @@ def _row(profile: TileProfile) -> str:
     return f'<tr{refused} data-tile="{profile.tile}" tabindex="0"><th scope="row">{first}</th>{columns}</tr>'
 
 
-def _timeline(profile: TileProfile) -> str:
-    """The section of a tile size's memory over time."""
+def _timeline(profile: TileProfile, top: int) -> str:
+    """The section of a tile size's memory over time, ``top`` bytes high."""
     if profile.timeline is None:
         drawn = f'<p class="absent">{escape(profile.refusal or "Resident memory cannot be read here.")}</p>'
     else:
-        drawn = f'{draw_timeline(profile, profile.timeline)}<p class="info">{_TIMELINE_HINT}</p>'
+        drawn = f'{draw_timeline(profile, profile.timeline, top)}<p class="info">{_TIMELINE_HINT}</p>'
     keys = _key(phase_color("forward", 0.7), "phases forward") + _key(
         phase_color("backward", 0.7), "backward"
     )

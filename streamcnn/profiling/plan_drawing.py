@@ -16,7 +16,9 @@ from streamcnn.units import format_bytes, plural
 
 COLUMN, ROW = 72.0, 352.0
 """Width of a column and height of a row of them."""
-_GUTTER, _MARGIN, _TAIL = 62.0, 8.0, 132.0
+_GUTTER, _MARGIN, _TAIL = 62.0, 8.0, 150.0
+_NARROWEST = 620.0
+"""Room for the legend."""
 _TOP = 34.0
 """Height of the legend."""
 _OPERATORS, _GLYPH, _BARRIER, _GROUND = 26.0, 94.0, 182.0, 288.0
@@ -34,10 +36,7 @@ _PLACES = {"memory": "in memory", "host": "in host RAM", "disk": "on disk"}
 
 
 def draw_plan(plan: PlanSketch, columns_per_row: int | None = None) -> Drawing:
-    """The plan as shapes, in one row or folded into rows of that many columns.
-
-    Arrows between rows are left out.
-    """
+    """The plan as shapes, in one row or folded into rows of that many columns."""
     places = _places(len(plan.phases) + 1, columns_per_row)
     most = max((store.nbytes for phase in plan.phases for store in phase.stored), default=1)
     num_rows = 1 + max(row for row, _ in places)
@@ -50,9 +49,10 @@ def draw_plan(plan: PlanSketch, columns_per_row: int | None = None) -> Drawing:
         x, y = _corner(places[-1])
         groups.append(_tail_column(plan.tail, x + COLUMN, y))
     groups.append(Group(tuple(_arrows(plan, places))))
-    longest = 1 + max(column for _, column in places)
-    width = _GUTTER + longest * COLUMN + (_TAIL if plan.tail else 0) + _MARGIN
-    return Drawing(max(width, 620), _TOP + num_rows * ROW, tuple(groups))
+    right = max(_right_end(places, row) for row in range(num_rows))
+    if plan.tail:
+        right = max(right, _right_end(places, num_rows - 1) + _TAIL)
+    return Drawing(max(right + _MARGIN, _NARROWEST), _TOP + num_rows * ROW, tuple(groups))
 
 
 def describe_phase(phase: PhaseSketch) -> str:
@@ -61,8 +61,8 @@ def describe_phase(phase: PhaseSketch) -> str:
     parts = [
         f"Phase {phase.level}: {_listed(phase.operators)}",
         f"reads {', '.join(phase.inputs)}",
-        f"{plural(rows * cols, 'tile')} ({rows}×{cols}) of {phase.extent[0]}×{phase.extent[1]} positions, "
-        f"halo {phase.halo[0]}×{phase.halo[1]}",
+        f"{plural(rows * cols, 'tile')} ({rows}x{cols}) of {phase.extent[0]}x{phase.extent[1]} positions, "
+        f"halo {phase.halo[0]}x{phase.halo[1]}",
         "stores " + (", ".join(map(_stored, phase.stored)) or "nothing"),
     ]
     if phase.reductions:
@@ -99,14 +99,14 @@ def _row_names(top: float) -> Iterator[Shape]:
 
 def _image_column(plan: PlanSketch, x: float, y: float) -> Group:
     batch, channels, height, width = plan.image_shape
-    size = f"{height}×{width}"
+    size = f"{height}x{width}"
     info = f"The image: {size} pixels, {plural(channels, 'channel')}, batch of {batch}."
-    shapes = [
+    shapes: list[Shape] = [
         _back(x, y),
         Label(x + COLUMN / 2, y + 14, "image", bold=True),
         *_map(x, y + _GLYPH, (height, width)),
         _line(x, y + _GLYPH + _MAP + 15, size),
-        _line(x, y + _GLYPH + _MAP + 29, f"×{channels}" if batch == 1 else f"×{channels}, batch {batch}"),
+        _line(x, y + _GLYPH + _MAP + 29, f"x{channels}" if batch == 1 else f"x{channels}, batch {batch}"),
     ]
     return Group(tuple(shapes), info)
 
@@ -117,7 +117,7 @@ def _phase_column(phase: PhaseSketch, x: float, y: float, most: int) -> Group:
     shapes += _kinds(phase.operators, x, y + _OPERATORS + 12, INK, _MOST_LINES)
     shapes += _map(x, y + _GLYPH, phase.extent)
     shapes += _tiles(phase, x, y + _GLYPH)
-    shapes.append(_line(x, y + _GLYPH + _MAP + 15, f"{rows}×{cols}"))
+    shapes.append(_line(x, y + _GLYPH + _MAP + 15, f"{rows}x{cols}"))
     halo = max(phase.halo)
     shapes.append(_line(x, y + _GLYPH + _MAP + 29, f"halo {halo}" if halo else "no halo"))
     if phase.reductions:
@@ -129,15 +129,13 @@ def _phase_column(phase: PhaseSketch, x: float, y: float, most: int) -> Group:
 
 
 def _tail_column(tail: Kinds, x: float, y: float) -> Group:
-    total = sum(count for _, count in tail)
     info = f"The resident tail: {_listed(tail)}, on whole maps with ordinary autograd."
-    shapes = [
+    shapes: list[Shape] = [
         Box(x + 10, y, _TAIL - 14, _GROUND + 4, fill=RESIDENT),
         Label(x + 10 + (_TAIL - 14) / 2, y + 16, "resident tail", bold=True),
-        Label(x + 10 + (_TAIL - 14) / 2, y + 31, plural(total, "operator"), SOFT, 10.5),
-        Label(x + 10 + (_TAIL - 14) / 2, y + 45, "on whole maps", SOFT, 10.5),
+        Label(x + 10 + (_TAIL - 14) / 2, y + 31, "on whole maps", SOFT, 10.5),
+        *_kinds(tail, x + 10, y + 56, INK, 15, _TAIL - 14),
     ]
-    shapes += _kinds(tail, x + 10, y + 70, INK, 14, _TAIL - 14)
     return Group(tuple(shapes), info)
 
 
@@ -199,27 +197,42 @@ def _arrows(plan: PlanSketch, places: Sequence[tuple[int, int]]) -> Iterator[Sha
     for index, phase in enumerate(plan.phases, start=1):
         for source in sorted({made[name] for name in phase.inputs if name in made}):
             read.add(source)
-            yield from _arrow(places[source], places[index])
+            yield from _arrow(places, places[source], places[index])
         made.update({store.name: index for store in phase.stored})
     if plan.tail:
         row, column = places[-1]
         for source in sorted(set(made.values()) - read):
-            yield from _arrow(places[source], (row, column + 1))
+            yield from _arrow(places, places[source], (row, column + 1))
 
 
-def _arrow(source: tuple[int, int], reader: tuple[int, int]) -> Iterator[Shape]:
-    if source[0] != reader[0]:
-        return
-    (x0, y), (x1, _) = _corner(source), _corner(reader)
-    # Leaves right of the middle and arrives left of it, so that arrows of one column are apart.
-    middle = COLUMN / 2
-    sag = min(_DEEPEST, 12 + 12 * math.log2(reader[1] - source[1]))
-    ground = y + _GROUND + 8
-    yield Arc((x0 + middle + 5, ground), (x1 + middle - 5, ground), sag * 4 / 3, "#8a94a6")
+def _arrow(
+    places: Sequence[tuple[int, int]], source: tuple[int, int], reader: tuple[int, int]
+) -> Iterator[Shape]:
+    """Leaves right of the middle and arrives left of it, so that arrows of one column are apart."""
+    (x0, y0), (x1, y1) = _corner(source), _corner(reader)
+    start, stop = x0 + COLUMN / 2 + 5, x1 + COLUMN / 2 - 5
+    if y0 == y1:
+        yield _hanging(start, stop, y0)
+    else:
+        # Out at the end of one row, in at the beginning of the other.
+        yield _hanging(start, _right_end(places, source[0]), y0)
+        yield _hanging(_GUTTER - 4, stop, y1)
+
+
+def _hanging(start: float, stop: float, top: float) -> Arc:
+    """The longer, the deeper, to a limit."""
+    sag = min(_DEEPEST, 12 + 12 * math.log2(max(1.0, (stop - start + 10) / COLUMN)))
+    ground = top + _GROUND + 8
+    return Arc((start, ground), (stop, ground), sag * 4 / 3, "#8a94a6")
+
+
+def _right_end(places: Sequence[tuple[int, int]], row: int) -> float:
+    """Where the last column of a row ends."""
+    return _GUTTER + COLUMN * (1 + max(column for place_row, column in places if place_row == row))
 
 
 def _kinds(kinds: Kinds, x: float, y: float, color: str, most: int, width: float = COLUMN) -> Iterator[Shape]:
-    """A line per kind of operator; the last says how many there are besides."""
+    """At most ``most`` lines, one per kind of operator; the last says how many there are besides."""
     shown = kinds if len(kinds) <= most else kinds[: most - 1]
     lines = [name if count == 1 else f"{count} {name}" for name, count in shown]
     if len(shown) < len(kinds):

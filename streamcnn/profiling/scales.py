@@ -20,9 +20,9 @@ def upper_edge(profiles: Sequence[TileProfile]) -> int:
     return with_room(most, [value for p in profiles for value in (p.projected_bytes, p.plain_bytes)])
 
 
-def with_room(matters: int, others: Sequence[int]) -> int:
+def with_room(matters: int, others: Sequence[int], reach: float = _REACH) -> int:
     """Bytes at an upper edge with room for what matters, and for the others that are not far above it."""
-    return max(1, int(_ROOM * max(matters, *(value for value in [0, *others] if value <= _REACH * matters))))
+    return max(1, int(_ROOM * max(matters, *(value for value in [0, *others] if value <= reach * matters))))
 
 
 def bytes_step(top: int) -> int:

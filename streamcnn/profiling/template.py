@@ -34,7 +34,7 @@ svg .limit-label { font-weight: 600; paint-order: stroke; stroke: #fff; stroke-w
 .mark { stroke-width: 2.5; }
 .mark.measured { fill: var(--measured); stroke: #fff; }
 .mark.projected { fill: #fff; stroke: var(--projected); }
-svg .value { font-weight: 600; }
+svg .value { font-weight: 600; paint-order: stroke; stroke: #fff; stroke-width: 3px; }
 .top svg .beyond { font-weight: 600; fill: var(--budget); }
 .point { cursor: pointer; outline: none; }
 .point.refused .mark { stroke: var(--budget); }
@@ -50,7 +50,8 @@ svg .value { font-weight: 600; }
 #detail dt { color: var(--soft); }
 #detail dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
 #detail p { font-size: 13px; color: var(--soft); margin: 10px 0 0; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; margin-top: 10px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; table-layout: fixed; width: 100%; margin-top: 10px;
+  font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); }
 thead th { color: var(--soft); font-weight: 600; }
 tbody tr { cursor: pointer; }
@@ -66,7 +67,8 @@ svg.timeline .peak-label { fill: var(--ink); font-weight: 600; paint-order: stro
 svg.timeline .direction { font-weight: 600; fill: var(--ink); }
 .cursor { visibility: hidden; stroke: var(--ink); fill: var(--ink); }
 .pointed .cursor { visibility: visible; }
-.info { font-size: 13px; color: var(--soft); margin: 4px 0 0; min-height: 3em; }
+.info { font-size: 13px; color: var(--soft); margin: 4px 0 0; min-height: 1.6em; }
+.plan .info { min-height: 3.2em; }
 .absent { background: var(--panel); color: var(--soft); padding: 24px; margin: 8px 0 0;
   overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; border-bottom: 1px solid var(--rule); padding-bottom: 4px; }
@@ -77,6 +79,12 @@ svg.timeline .direction { font-weight: 600; fill: var(--ink); }
   margin-top: 28px; }
 summary { cursor: pointer; }
 pre { background: var(--panel); padding: 12px; overflow-x: auto; font-size: 12px; }
+@media (max-width: 1060px) {
+  #detail { margin-top: 0; }
+  #detail dl { grid-template-columns: repeat(3, auto auto); }
+  #detail dd { text-align: left; }
+  svg.timeline text { font-size: 17px; }
+}
 @media print {
   body { margin: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   figure, table { break-inside: avoid; }

@@ -10,14 +10,16 @@ from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Span, Timeline
 from streamcnn.units import format_bytes
 
-_WIDTH, _HEIGHT = 960, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 26, 56
+_WIDTH, _HEIGHT = 1200, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 92, 14, 22, 58
+_REACH = 3.0
+"""A limit beyond so many times the highest peak is off the scale."""
 
 _PALE_TO_DEEP = {
     "forward": ((190, 214, 250), (29, 78, 190)),
     "backward": ((253, 217, 170), (194, 85, 12)),
 }
-OTHERS = {SMALL_VALUES: "#7b3fb5", TAIL: "#2e8b57", BETWEEN: "#c9d0d9"}
+OTHERS = {SMALL_VALUES: "#7b3fb5", TAIL: "#58a782", BETWEEN: "#c9d0d9"}
 """Colours of what is no phase."""
 
 Areas = list[tuple[str, list[tuple[float, int]]]]
@@ -61,9 +63,11 @@ def limits(profile: TileProfile) -> list[tuple[str, str, int]]:
     return found
 
 
-def highest(profile: TileProfile, timeline: Timeline) -> int:
-    """Bytes at the upper edge of the chart."""
-    return with_room(max(1, timeline.nbytes[timeline.peak]), [nbytes for *_, nbytes in limits(profile)])
+def highest(profiles: Sequence[TileProfile]) -> int:
+    """Bytes at the upper edge of the charts of all tile sizes, so that they can be compared."""
+    ran = [(p, p.timeline) for p in profiles if p.timeline is not None]
+    most = max((timeline.nbytes[timeline.peak] for _, timeline in ran), default=1)
+    return with_room(max(1, most), [nbytes for p, _ in ran for *_, nbytes in limits(p)], _REACH)
 
 
 def peak_label(timeline: Timeline) -> str:
@@ -73,9 +77,9 @@ def peak_label(timeline: Timeline) -> str:
     return f"peak {format_bytes(timeline.nbytes[peak])} in {where}"
 
 
-def draw_timeline(profile: TileProfile, timeline: Timeline) -> str:
-    """Memory over time as an ``<svg>`` element; its ``data-`` attributes say where the axes are."""
-    axes = _Axes(highest(profile, timeline), timeline.end or 1.0)
+def draw_timeline(profile: TileProfile, timeline: Timeline, top: int) -> str:
+    """Memory over time, ``top`` bytes high, as an ``<svg>`` element; ``data-scale`` says where axes are."""
+    axes = _Axes(top, timeline.end or 1.0)
     place = {"left": _LEFT, "right": _WIDTH - _RIGHT, "top": _TOP, "bottom": _HEIGHT - _BOTTOM}
     scale = json.dumps({**place, "seconds": axes.end, "nbytes": axes.top}).replace('"', "&quot;")
     parts = [
@@ -127,7 +131,7 @@ def _grid(axes: _Axes) -> Iterator[str]:
         yield f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
     for moment in seconds_ticks(axes.end, 10):
         x = axes.x(moment)
-        yield f'<text x="{x:.1f}" y="{bottom + 32}" text-anchor="middle">{moment:.6g} s</text>'
+        yield f'<text x="{x:.1f}" y="{bottom + 26}" text-anchor="middle">{moment:.6g} s</text>'
 
 
 def _area(color: str, edge: Sequence[tuple[float, int]], axes: _Axes) -> str:
@@ -140,10 +144,10 @@ def _limit_lines(profile: TileProfile, axes: _Axes) -> Iterator[str]:
     for name, words, nbytes in limits(profile):
         y, right = axes.y(nbytes), _WIDTH - _RIGHT
         off = " ↑ off the scale" if nbytes > axes.top else ""
-        x, anchor = (right - 4, "end") if name == "budget" else (_LEFT + 4, "start")
+        x, anchor, shift = (right - 4, "end", -5) if name == "budget" else (_LEFT + 4, "start", 14)
         yield f'<line class="limit {name}" x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
         yield (
-            f'<text class="limit-label {name}" x="{x}" y="{y - 5:.1f}" text-anchor="{anchor}">'
+            f'<text class="limit-label {name}" x="{x}" y="{y + shift:.1f}" text-anchor="{anchor}">'
             f"{words}{off}</text>"
         )
 
@@ -155,7 +159,7 @@ def _direction_bars(timeline: Timeline, axes: _Axes) -> Iterator[str]:
         color = phase_color(name, 0.7)
         yield f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="4" fill="{color}"/>'
         yield (
-            f'<text class="direction" x="{(left + right) / 2:.1f}" y="{y + 46}" text-anchor="middle" '
+            f'<text class="direction" x="{(left + right) / 2:.1f}" y="{y + 42}" text-anchor="middle" '
             f'fill="{color}">{name}</text>'
         )
 
