@@ -17,8 +17,6 @@ from streamcnn.units import format_bytes, plural
 COLUMN, ROW = 72.0, 352.0
 """Width of a column and height of a row of them."""
 _GUTTER, _MARGIN, _TAIL = 62.0, 8.0, 150.0
-_NARROWEST = 620.0
-"""Room for the legend."""
 _TOP = 34.0
 """Height of the legend."""
 _OPERATORS, _GLYPH, _BARRIER, _GROUND = 26.0, 94.0, 182.0, 288.0
@@ -40,7 +38,8 @@ def draw_plan(plan: PlanSketch, columns_per_row: int | None = None) -> Drawing:
     places = _places(len(plan.phases) + 1, columns_per_row)
     most = max((store.nbytes for phase in plan.phases for store in phase.stored), default=1)
     num_rows = 1 + max(row for row, _ in places)
-    groups = [Group(tuple(_legend(plan)))]
+    legend = tuple(_legend(plan))
+    groups = [Group(legend)]
     groups += [Group(tuple(_row_names(_TOP + row * ROW))) for row in range(num_rows)]
     groups.append(_image_column(plan, *_corner(places[0])))
     for phase, place in zip(plan.phases, places[1:], strict=True):
@@ -49,10 +48,10 @@ def draw_plan(plan: PlanSketch, columns_per_row: int | None = None) -> Drawing:
         x, y = _corner(places[-1])
         groups.append(_tail_column(plan.tail, x + COLUMN, y))
     groups.append(Group(tuple(_arrows(plan, places))))
-    right = max(_right_end(places, row) for row in range(num_rows))
+    right = max(_legend_end(legend), *(_right_end(places, row) for row in range(num_rows)))
     if plan.tail:
         right = max(right, _right_end(places, num_rows - 1) + _TAIL)
-    return Drawing(max(right + _MARGIN, _NARROWEST), _TOP + num_rows * ROW, tuple(groups))
+    return Drawing(right + _MARGIN, _TOP + num_rows * ROW, tuple(groups))
 
 
 def describe_phase(phase: PhaseSketch) -> str:
@@ -89,6 +88,10 @@ def _legend(plan: PlanSketch) -> Iterator[Shape]:
         yield Box(x, 8, 11, 11, fill=color)
         yield Label(x + 16, 17.5, text, SOFT, 11.5, centred=False)
         x += 16 + 7 * len(text) + 16
+
+
+def _legend_end(legend: Sequence[Shape]) -> float:
+    return max(shape.x + 7 * len(shape.text) for shape in legend if isinstance(shape, Label))
 
 
 def _row_names(top: float) -> Iterator[Shape]:
