@@ -1,23 +1,28 @@
-"""The profiler: what it measures, what it writes, and its page in a browser."""
+"""The profiler: what it measures and what it writes."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from profiles import FACTORY, PROFILES, SHAPE
 
 from streamcnn import StreamingModel, cli
-from streamcnn.data.sources import write_zarr_image
+from streamcnn.data.sources import ZarrSource, write_zarr_image
 from streamcnn.errors import BudgetExceeded
 from streamcnn.models import load_model
-from streamcnn.profiling import ProfileFailed, TileProfile, child, profile_tiles, render_page, write_results
-from streamcnn.profiling.chart import Scale, draw_chart, round_step, upper_edge
-from streamcnn.profiling.measure import fastest
+from streamcnn.profiling import ProfileFailed, TileProfile, child, profile_tiles, write_results
+from streamcnn.profiling.figures import FIGURES
+from streamcnn.profiling.sketch import sketch_plan
+from streamcnn.profiling.tile_profile import fastest
+
+COUNTERS = 2**20
+"""Bytes by which two readings may differ: the kernel counts pages per core and adds them up later."""
+
 
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -25,6 +30,20 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "profiled_net.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(str(tmp_path))
     return "profiled_net:make"
+
+
+def assert_timeline_of(profile: TileProfile, levels: list[int]) -> None:
+    """The phases in order, every sample within its span, and the peak that was measured."""
+    timeline, measured = profile.timeline, profile.measured_bytes
+    assert timeline is not None
+    assert measured is not None
+    phases = [(span.direction, span.level) for span in timeline.spans if span.part == "phase"]
+    assert phases == [*(("forward", n) for n in levels), *(("backward", n) for n in reversed(levels))]
+    assert all(one.start <= one.stop <= other.start for one, other in pairwise(timeline.spans))
+    for index, seconds in zip(timeline.running, timeline.seconds, strict=True):
+        assert timeline.spans[index].start <= seconds <= timeline.spans[index].stop
+    assert set(timeline.running) == set(range(len(timeline.spans)))
+    assert measured - COUNTERS <= timeline.nbytes[timeline.peak] <= measured + COUNTERS
 
 
 def test_one_process_measures_and_one_is_refused(
@@ -52,12 +71,15 @@ def test_one_process_measures_and_one_is_refused(
     assert small.seconds > 0
     assert small.recomputation == child.halo_overhead(fits) > 1
     assert small.explanation == fits.explain()
+    assert small.plan == sketch_plan(fits)
+    assert_timeline_of(small, [phase.level for phase in fits.phases])
     assert large.refusal is not None
     assert "fits in" in large.refusal
     assert (large.measured_bytes, large.seconds, large.bytes_moved) == (None, None, None)
+    assert (large.plan, large.timeline) == (sketch_plan(does_not), None)
     assert large.projected_bytes == does_not.projected_bytes
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["memory.png", "profile.jsonl", "report.html", "time.png"]
+    assert written == sorted(["profile.jsonl", "report.html", *FIGURES])
     assert (tmp_path / "out" / "profile.jsonl").read_text() == lines
 
 
@@ -84,7 +106,7 @@ def test_an_allocation_that_is_refused_is_a_refusal(
 
     write_zarr_image(tmp_path / "image-0.zarr", torch.zeros(3, 40, 40, dtype=torch.uint8))
     monkeypatch.setattr(StreamingModel, "forward", refuse)
-    profile = child.measure(factory, tmp_path, 32, None)
+    profile = child.measure(factory, tmp_path, 32, None, repeats=0)
     assert profile.refusal == "an allocation of 3 GiB was refused"
     assert (profile.measured_bytes, profile.reading) == (None, "not run")
 
@@ -103,6 +125,42 @@ def test_halos_are_counted_position_by_position(factory: str) -> None:
                     ]
             computed, whole = computed + len(positions), whole + len(set(positions))
     assert child.halo_overhead(plan) == computed / whole > 1
+
+
+@pytest.mark.parametrize(("repeats", "updates"), [(0, 1), (2, 3)])
+def test_the_time_is_the_median_of_the_updates_after_the_first(
+    repeats: int, updates: int, factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter([(9.0, 50, 1), (2.0, 80, 2), (4.0, 70, 3)][:updates])
+    run = child._refusal
+
+    def update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
+        refusal = run(streamed, sources)
+        seconds, nbytes, baseline = next(taken)
+        report = streamed.last_report
+        assert report is not None
+        streamed.last_report = dataclasses.replace(
+            report, seconds=seconds, measured_bytes=nbytes, baseline_bytes=baseline
+        )
+        assert all(parameter.grad is not None for parameter in streamed.parameters())
+        return refusal
+
+    write_zarr_image(tmp_path / "image-0.zarr", torch.zeros(3, 40, 40, dtype=torch.uint8))
+    monkeypatch.setattr(child, "_refusal", update)
+    profile = child.measure(factory, tmp_path, 32, None, repeats)
+    assert list(taken) == []
+    assert (profile.seconds, profile.measured_bytes) == ((9.0, 50) if repeats == 0 else (3.0, 80))
+
+
+def test_a_negative_number_of_updates_is_refused(factory: str) -> None:
+    with pytest.raises(ValueError, match="repeats=-1: allowed are 0 and positive numbers"):
+        profile_tiles(factory, SHAPE, [32], None, repeats=-1)
+
+
+def test_figures_of_every_kind_are_written_when_nothing_ran(tmp_path: Path) -> None:
+    write_results(PROFILES[2:], "resnet18", SHAPE, tmp_path)
+    for name in FIGURES:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("tiles", [[], [0], [64, -1]])
@@ -125,7 +183,7 @@ def test_the_command_refuses_other_tile_sizes(
 def test_plain_lines_without_a_terminal(
     factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("streamcnn.profiling.profile_tiles", lambda *_: iter(PROFILES))
+    monkeypatch.setattr("streamcnn.profiling.profile_tiles", lambda *_, **__: iter(PROFILES))
     monkeypatch.setattr("sys.argv", ["streamcnn", "profile", factory, "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         cli.main()

@@ -27,7 +27,8 @@ class Recorder:
 
     A reading is taken at every event too, so that what was held between two readings belongs to one part.
     Between them the kernel's high-water mark tells of peaks: where it has changed it is the sample. The
-    ceiling, which resets the mark, does so before each direction.
+    ceiling, which resets the mark, does so before each direction. The kernel counts pages per core and adds
+    them up now and then, so that two readings may differ by some hundred KiB.
 
     Parameters
     ----------
