@@ -202,8 +202,9 @@ def test_a_timeline_survives_its_columns() -> None:
 def test_spans_in_words() -> None:
     labels = [span.label for span in TIMELINE.spans]
     assert labels[0] == "phase 1, forward"
-    assert labels[2:5] == ["resident tail, forward", "loss", "resident tail, backward"]
+    assert labels[2:5] == ["resident tail, forward", "in between", "resident tail, backward"]
     assert Span(SMALL_VALUES, 3, "forward", 0, 1).label == "small values after phase 3, forward"
+    assert Span(SMALL_VALUES, 0, "backward", 0, 1).label == "small values at the start, backward"
 
 
 def test_areas_cover_the_spans_and_touch_every_sample() -> None:
@@ -215,7 +216,7 @@ def test_areas_cover_the_spans_and_touch_every_sample() -> None:
 
 def test_directions_differ_in_colour_and_phases_in_depth() -> None:
     colors = [color for color, _ in areas(TIMELINE)]
-    assert colors[2] == colors[4] != colors[3]  # the tail in both directions, and the loss
+    assert colors[2] == colors[4] != colors[3]  # the tail in both directions, and what is in between
     assert len({*colors[:3], *colors[3:]}) == 6
     assert phase_color("forward", 1.0) == "#1d4ebe"
     assert directions(TIMELINE) == [("forward", 0.0, 2.0), ("backward", 2.25, 5.0)]

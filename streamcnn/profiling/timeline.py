@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-SMALL_VALUES, TAIL, BETWEEN = "small values", "resident tail", "loss"
-"""Parts of an update that are no phase. The last is the user's own code between the directions."""
+SMALL_VALUES, TAIL, BETWEEN = "small values", "resident tail", "in between"
+"""Parts of an update that are no phase. The last is the loss, and stores being freed for more than a moment."""
 
 
 class Sample(NamedTuple):
@@ -29,7 +29,7 @@ class Span:
     """``"phase"`` or one of the names above."""
     level: int
     direction: str
-    """``"forward"``, ``"backward"``, or nothing for what is between them."""
+    """``"forward"``, ``"backward"``, or nothing for what is in between."""
     start: float
     stop: float
 
@@ -38,7 +38,7 @@ class Span:
         """The span in words."""
         name = self.part if self.part in (TAIL, BETWEEN) else f"{self.part} {self.level}"
         if self.part == SMALL_VALUES:
-            name = f"small values after phase {self.level}"
+            name = f"small values after phase {self.level}" if self.level else "small values at the start"
         return f"{name}, {self.direction}" if self.direction else name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from streamcnn.profiling.scales import bytes_step, seconds_ticks, with_room
 from streamcnn.profiling.tile_profile import TileProfile
@@ -23,6 +24,7 @@ OTHERS = {SMALL_VALUES: "#7b3fb5", TAIL: "#58a782", BETWEEN: "#c9d0d9"}
 """Colours of what is no phase."""
 
 Areas = list[tuple[str, list[tuple[float, int]]]]
+"""Colours and upper edges."""
 
 
 def phase_color(direction: str, share: float) -> str:
@@ -106,11 +108,12 @@ def timeline_data(timeline: Timeline) -> dict[str, Sequence[object]]:
     }
 
 
+@dataclass(frozen=True, slots=True)
 class _Axes:
     """From seconds and bytes to SVG coordinates."""
 
-    def __init__(self, top: int, end: float) -> None:
-        self.top, self.end = top, end
+    top: int
+    end: float
 
     def x(self, seconds: float) -> float:
         return _LEFT + seconds / self.end * (_WIDTH - _LEFT - _RIGHT)
