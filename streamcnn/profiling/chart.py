@@ -48,9 +48,9 @@ def draw_memory_chart(profiles: Sequence[TileProfile]) -> str:
     ticks = [(float(n), format_bytes(n) if n else "0") for n in range(0, top + 1, bytes_step(top))]
     parts = [
         *_axes(scale, ticks),
-        *_limits(ordered, scale),
         _polyline("projected", projected, scale),
         _polyline("measured", measured, scale),
+        *_limits(ordered, scale),
         *(_point(profile, scale, _memory_marks(profile, scale), _label(profile)) for profile in ordered),
     ]
     return _svg("Peak memory against tile size", scale, parts)

@@ -63,6 +63,9 @@ def time_figure(profiles: Sequence[TileProfile], title: str) -> Any:
     axes.plot(*_points(profiles, "seconds"), "o-", color=_COLORS["measured"])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("forward and backward [s]")
+    for profile in profiles:
+        if profile.seconds is None:
+            axes.annotate("not run", (profile.tile, 0), (0, 4), textcoords="offset points", ha="center")
     return figure
 
 
@@ -133,6 +136,7 @@ def _against_tile_size(profiles: Sequence[TileProfile], title: str) -> tuple[Any
     axes = figure.add_subplot()
     tiles = sorted({profile.tile for profile in profiles})
     axes.set_xscale("log", base=2)
+    axes.set_xlim(tiles[0] / 1.2, tiles[-1] * 1.2)
     axes.set_xticks(tiles, [str(tile) for tile in tiles])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("largest edge of a tile [pixels]")

@@ -92,6 +92,8 @@ _MEMORY_CAPTION = (
 )
 _TIME_CAPTION = "<figcaption>Time of one update</figcaption>"
 _DETAIL = '<aside id="detail" aria-live="polite"><h2></h2><dl></dl><p></p></aside>'
+_NOT_RUN = "No update ran to its end with this tile size."
+_NOT_READ = "Resident memory cannot be read on this machine."
 _TIMELINE_HINT = "Point at a moment to see what ran and what it held."
 _PLAN_HINT = "Point at a phase to see what it runs, reads and stores."
 _NOTE = (
@@ -130,7 +132,7 @@ def _row(profile: TileProfile) -> str:
 def _timeline(profile: TileProfile, top: int) -> str:
     """The section of a tile size's memory over time, ``top`` bytes high."""
     if profile.timeline is None:
-        drawn = f'<p class="absent">{escape(profile.refusal or "Resident memory cannot be read here.")}</p>'
+        drawn = f'<p class="absent">{_NOT_READ if profile.refusal is None else _NOT_RUN}</p>'
     else:
         drawn = f'{draw_timeline(profile, profile.timeline, top)}<p class="info">{_TIMELINE_HINT}</p>'
     keys = _key(phase_color("forward", 0.7), "phases forward") + _key(

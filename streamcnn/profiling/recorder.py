@@ -95,6 +95,8 @@ class Recorder:
                     continue
                 moment = time.perf_counter() - self._began
                 if not self._is_open:
+                    if moment - self._spans[-1].stop < self._interval:
+                        continue  # from one part to the next takes a moment, which is no part itself
                     self._open(BETWEEN, self._spans[-1].level, "", self._spans[-1].stop)
                 self._take(moment)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from streamcnn.profiling.tile_profile import TileProfile
 
-_REACH = 1.6
+_REACH = 2.5
 """A value beyond so many times what matters is clipped to the top of the chart."""
 _ROOM = 1.12
 

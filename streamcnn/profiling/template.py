@@ -69,8 +69,7 @@ svg.timeline .direction { font-weight: 600; fill: var(--ink); }
 .pointed .cursor { visibility: visible; }
 .info { font-size: 13px; color: var(--soft); margin: 4px 0 0; min-height: 1.6em; }
 .plan .info { min-height: 3.2em; }
-.absent { background: var(--panel); color: var(--soft); padding: 24px; margin: 8px 0 0;
-  overflow-wrap: anywhere; }
+.absent { background: var(--panel); color: var(--soft); padding: 24px; margin: 8px 0 0; }
 .scroll { overflow-x: auto; border-bottom: 1px solid var(--rule); padding-bottom: 4px; }
 .scroll svg { width: auto; max-width: none; }
 .column { outline: none; }
@@ -84,6 +83,7 @@ pre { background: var(--panel); padding: 12px; overflow-x: auto; font-size: 12px
   #detail dl { grid-template-columns: repeat(3, auto auto); }
   #detail dd { text-align: left; }
   svg.timeline text { font-size: 17px; }
+  table { table-layout: auto; }
 }
 @media print {
   body { margin: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact; }

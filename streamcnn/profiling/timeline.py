@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 SMALL_VALUES, TAIL, BETWEEN = "small values", "resident tail", "in between"
-"""Parts of an update that are no phase. The last is the loss, and stores being freed for more than a moment."""
+"""Parts of an update that are no phase. The last is the loss, and stores that take long to be freed."""
 
 
 class Sample(NamedTuple):
