@@ -56,8 +56,8 @@ def test_the_axis_has_few_ticks(top: int) -> None:
 
 
 def test_a_limit_not_far_above_what_matters_has_room() -> None:
-    assert with_room(100, [150, 170]) == 168
-    assert with_room(100, [150, 170], reach=2.0) == 190
+    assert with_room(100, [150, 260]) == 168
+    assert with_room(100, [150, 260], reach=3.0) == 291
 
 
 @pytest.mark.parametrize("top", [0.003, 0.9, 1.0, 4.4, 60.0, 86400.0])

@@ -88,7 +88,7 @@ def timeline_figure(profiles: Sequence[TileProfile], title: str) -> Any:
         _timeline_key(figure)
     else:
         panels[0].set_axis_off()
-        panels[0].text(0.5, 0.5, "no tile size ran within the budget", ha="center")
+        panels[0].text(0.5, 0.5, "no update ran to its end, or its memory cannot be read", ha="center")
     return figure
 
 
