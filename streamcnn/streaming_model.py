@@ -101,6 +101,7 @@ class StreamingModel(nn.Module):
         self.preprocess = preprocess
         self.last_report: Report | None = None
         self.observer: Observer | None = None
+        """Told when a part of a pass begins and when it ends."""
         self._resident_tail = True
         self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
         self._plans: OrderedDict[Any, tuple[Program, Plan]] = OrderedDict()

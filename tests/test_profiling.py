@@ -135,6 +135,8 @@ def test_the_time_is_the_median_of_the_updates_after_the_first(
     run = child._refusal
 
     def update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
+        # Each begins as the first did: gradients that are there already would not be new memory.
+        assert all(parameter.grad is None for parameter in streamed.parameters())
         refusal = run(streamed, sources)
         seconds, nbytes, baseline = next(taken)
         report = streamed.last_report

@@ -113,7 +113,7 @@ log.kept = seen();
 send($('tr[data-tile="256"]'), "click");
 const svg = $('[data-of="256"] svg.timeline'), frame = svg.getBoundingClientRect();
 const scale = JSON.parse(svg.dataset.scale);
-const across = (scale.left + 3.3 / scale.seconds * (scale.right - scale.left)) / 1200;
+const across = (scale.left + 3.1 / scale.seconds * (scale.right - scale.left)) / 1200;
 send(svg, "mousemove", { clientX: frame.left + across * frame.width, clientY: frame.top + 20 });
 log.moment = seen();
 log.cursor = getComputedStyle(svg.querySelector("circle.cursor")).visibility;
