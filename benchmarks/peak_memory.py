@@ -1,15 +1,18 @@
-"""Peak memory and time of one training update under a budget, each image size in a fresh process.
+"""Peak memory of one training update under a budget, every case in a fresh process.
 
-    python -m benchmarks.peak_memory resnet18 --sizes 2000,4000,8000 --budget 1GiB
+    python -m benchmarks.peak_memory run resnet18 resnet50 --sizes 1000,2000 --budgets 512MiB,1GiB
+    python -m benchmarks.peak_memory random --cases 60 --seed 0
 
-The image is a zarr array of random bytes on disk, made beforehand and read tile by tile. The peak is the
+Images are zarr arrays of random bytes on disk, made beforehand and read tile by tile. The peak is the
 kernel's high-water mark of resident memory above what the process holds with library, model, optimiser and
-plan loaded; the budget is enforced by the kernel's limit on the data segment.
+plan loaded; the budget is enforced by the kernel's limit on the data segment. A case that does not fit is
+refused before it starts and is a result too.
 """
 
 from __future__ import annotations
 
 import json
+import random as randomness
 import subprocess
 import sys
 import tempfile
@@ -19,71 +22,144 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from benchmarks.record import append
-from streamcnn import StreamingModel, ZarrSource
+from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, ZarrSource
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.models import load_model
+from streamcnn.units import format_bytes, parse_bytes
 
 app = typer.Typer(add_completion=False)
+
+RANDOM_MODELS = (
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "mobilenetv3_large_100",
+    "regnety_004",
+    "densenet121",
+    "benchmarks.networks:UNet",
+)
+Record = Annotated[bool, typer.Option(help="Append to results/peak_memory.jsonl.")]
 
 
 @app.command()
 def run(
-    model: str,
-    sizes: Annotated[
-        str, typer.Option(help="Edges of square images, separated by commas.")
-    ] = "2000,4000,8000",
-    budget: Annotated[str, typer.Option(help="Ceiling of forward and backward.")] = "1GiB",
-    record: Annotated[bool, typer.Option(help="Append to results/peak_memory.jsonl.")] = True,
+    models: list[str],
+    sizes: Annotated[str, typer.Option(help="Edges of square images, separated by commas.")] = "1000,2000",
+    budgets: Annotated[str, typer.Option(help="Ceilings of forward and backward, likewise.")] = "1GiB",
+    tile: Annotated[int, typer.Option(help="Tile edge; 0 leaves it to the planner.")] = 0,
+    gradients: Annotated[Path | None, typer.Option(help="Folder to keep parameters' gradients in.")] = None,
+    record: Record = True,
 ) -> None:
-    """Measure each size in its own process and print one JSON line each."""
-    command = "python -m benchmarks.peak_memory " + " ".join(sys.argv[1:])
-    for size in map(int, sizes.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            image = Path(folder) / "image.zarr"
-            write_zarr_image(image, torch.randint(256, (3, size, size), dtype=torch.uint8))
-            arguments = [sys.executable, "-m", "benchmarks.peak_memory", "one", model, str(image), budget]
-            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        fields: dict[str, Any] = {
-            "case": f"{model} {size}x{size}",
-            **json.loads(done.stdout.splitlines()[-1]),
-        }
-        print(append("peak_memory", command, **fields) if record else fields, flush=True)
+    """Measure every model at every size and budget, each in its own process; one JSON line each."""
+    command = _command()
+    for model in models:
+        for size in map(int, sizes.split(",")):
+            with tempfile.TemporaryDirectory() as folder:
+                _write_images(Path(folder), 1, size, size)
+                for budget in budgets.split(","):
+                    kept = "" if gradients is None else str(gradients / f"{model}-{size}-{budget}-{tile}.pt")
+                    found = _case(model, Path(folder), budget, tile, kept)
+                    _report(command, f"{model} {size}x{size} {budget}", found, record=record)
 
 
 @app.command()
-def one(model: str, image: Path, budget: str) -> None:
+def random(
+    cases: Annotated[int, typer.Option(help="Number of cases.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of the choice of cases.")] = 0,
+    record: Record = True,
+) -> None:
+    """Random models, shapes, batches and budgets: each keeps to its budget or is refused at planning."""
+    choose = randomness.Random(seed)
+    command, wrong = _command(), []
+    for _ in range(cases):
+        model, batch = choose.choice(RANDOM_MODELS), choose.choice((1, 1, 2, 3))
+        height, width = (choose.randrange(200, 1100) for _ in range(2))
+        budget = int(2 ** choose.uniform(26.5, 30.5))
+        with tempfile.TemporaryDirectory() as folder:
+            _write_images(Path(folder), batch, height, width)
+            found = _case(model, Path(folder), str(budget), 0, "")
+        name = f"{model} {batch}x3x{height}x{width} {format_bytes(budget)}"
+        _report(command, name, found, record=record)
+        if found["outcome"] == "exceeded" or (found["measured_bytes"] or 0) > budget:
+            wrong.append(name)
+    print(f"{cases - len(wrong)} of {cases} within budget or refused at planning; wrong: {wrong or 'none'}")
+    raise SystemExit(bool(wrong))
+
+
+@app.command(hidden=True)
+def one(model: str, folder: Path, budget: str, tile: int, gradients: str) -> None:
     """One update in this process; the measurement as JSON on the last line."""
     torch.manual_seed(0)
     streamed = StreamingModel(
-        load_model(model, num_classes=28).train(), budget, preprocess=lambda tile: tile / 255 - 0.5
+        load_model(model).train(), budget, tile=tile or None, preprocess=lambda pixels: pixels / 255 - 0.5
     )
     optimizer = torch.optim.SGD(streamed.parameters(), lr=1e-3, momentum=0.9)
-    source = ZarrSource(image)
-    plan = streamed.plan((1, *source.shape))
+    sources = [ZarrSource(path) for path in sorted(folder.glob("*.zarr"))]
     start = time.perf_counter()
-    loss = torch.nn.functional.cross_entropy(streamed(source), torch.tensor([7]))
-    loss.backward()
-    optimizer.step()
-    seconds = time.perf_counter() - start
+    plan = streamed.plan((len(sources), *sources[0].shape))
+    planned = time.perf_counter()
+    outcome = "finished"
+    try:
+        output: Tensor = streamed(sources)
+        output.float().square().mean().backward()
+        if gradients:
+            torch.save({name: p.grad for name, p in streamed.named_parameters()}, gradients)
+        optimizer.step()
+    except PlanDoesNotFit:
+        outcome = "refused"
+    except BudgetExceeded:
+        outcome = "exceeded"
     report = streamed.last_report
-    assert report is not None
     result = {
-        "budget": plan.budget,
-        "measured_bytes": report.measured_bytes,
-        "reading": report.reading,
+        "outcome": outcome,
+        "budget": parse_bytes(budget),
+        "measured_bytes": report and report.measured_bytes,
+        "reading": report and report.reading,
         "projected_bytes": plan.projected_bytes,
+        "retries": report.num_retries if report else 0,
         "plain_bytes": plan.plain_bytes,
-        "seconds": round(seconds, 1),
+        "planning_seconds": round(planned - start, 1),
+        "seconds": round(time.perf_counter() - planned, 1),
+        "projected_seconds": round(plan.projected_seconds, 1),
+        "recomputation": round(plan.recomputation, 3),
         "tile": list(plan.tile),
         "on_disk_bytes": sum(s.nbytes for s in plan.stores.values() if s.home.value == "disk"),
-        "bytes_moved": report.bytes_moved,
+        "bytes_moved": report and report.bytes_moved,
+        "worst": plan.worst,
         "plan": plan.digest,
     }
     print(json.dumps(result))
+
+
+def _command() -> str:
+    return "python -m benchmarks.peak_memory " + " ".join(sys.argv[1:])
+
+
+def _write_images(folder: Path, count: int, height: int, width: int) -> None:
+    for index in range(count):
+        pixels = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        write_zarr_image(folder / f"image-{index}.zarr", pixels)
+
+
+def _case(model: str, folder: Path, budget: str, tile: int, gradients: str) -> dict[str, Any]:
+    arguments = [model, str(folder), budget, str(tile), gradients]
+    process = [sys.executable, "-m", "benchmarks.peak_memory", "one", *arguments]
+    done = subprocess.run(process, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _report(command: str, case: str, found: dict[str, Any], *, record: bool) -> None:
+    fields = {"case": case, **found}
+    if found["measured_bytes"]:
+        fields["projected_over_measured"] = round(found["projected_bytes"] / found["measured_bytes"], 3)
+    print(append("peak_memory", command, **fields) if record else json.dumps(fields), flush=True)
 
 
 if __name__ == "__main__":
