@@ -7,15 +7,22 @@ Each class answers two questions about a half-open interval of output positions:
 ``required(out, size)``
     the part of that window inside an input of ``size`` positions, at least one position long.
 
-The window decides what is padding; whether a tile is "the first one" never does.
+The window decides what is padding; whether a tile is "the first one" never does. The rule itself,
+``bounds``, is arithmetic that holds for one interval and for arrays of them alike, so that planning can ask
+for all tiles of an axis at once.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeVar
 
-from streamcnn.regions import Interval
+import numpy as np
+
+from streamcnn.regions import Indices, Interval, Intervals
+
+Index = TypeVar("Index", int, Indices)
 
 
 def clip(window: Interval, size: int) -> Interval:
@@ -36,12 +43,22 @@ class AxisMap(ABC):
         return False
 
     @abstractmethod
-    def window(self, out: Interval, size: int) -> Interval:
-        """Input positions that ``out`` reads, those outside ``[0, size)`` being padding."""
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        """First input position that outputs ``[start, stop)`` read and the one after the last."""
+
+    def window(self, out: Interval) -> Interval:
+        """Input positions that ``out`` reads, those outside the input being padding."""
+        return Interval(*self.bounds(out.start, out.stop))
 
     def required(self, out: Interval, size: int) -> Interval:
-        """Positions that must be at hand, inside the input and at least one."""
-        return clip(self.window(out, size), size)
+        """Positions that must be at hand, inside an input of ``size`` positions and at least one."""
+        return clip(self.window(out), size)
+
+    def required_each(self, out: Intervals, size: int) -> Intervals:
+        """:meth:`required` of many intervals."""
+        first, last = self.bounds(out.start, out.stop)
+        start = np.minimum(np.maximum(first, 0), size - 1)
+        return Intervals(start, np.maximum(np.minimum(last, size), start + 1))
 
     def result(self, at_hand: Interval, out: Interval) -> Interval:
         """Output positions that the operator yields when run on ``at_hand`` without padding."""
@@ -56,7 +73,10 @@ class Same(AxisMap):
     def pointwise(self) -> bool:
         return True
 
-    def window(self, out: Interval, size: int) -> Interval:
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return start, stop
+
+    def required_each(self, out: Intervals, size: int) -> Intervals:
         return out
 
 
@@ -68,8 +88,8 @@ class Broadcast(AxisMap):
     def pointwise(self) -> bool:
         return True
 
-    def window(self, out: Interval, size: int) -> Interval:
-        return Interval(0, 1)
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return 0 * start, 0 * stop + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +102,10 @@ class Sliding(AxisMap):
     """Positions of padding before the first; negative where the first positions are dropped."""
     dilation: int = 1
 
-    def window(self, out: Interval, size: int) -> Interval:
-        first = out.start * self.stride - self.padding
-        last = (out.stop - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1)
-        return Interval(first, last + 1)
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        first = start * self.stride - self.padding
+        last = (stop - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1)
+        return first, last + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +117,12 @@ class Transposed(AxisMap):
     padding: int
     dilation: int
 
-    def window(self, out: Interval, size: int) -> Interval:
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
         reach = self.dilation * (self.kernel - 1)
-        first = -(-(out.start + self.padding - reach) // self.stride)
-        last = (out.stop - 1 + self.padding) // self.stride
-        return Interval(first, max(last + 1, first))
+        first = -(-(start + self.padding - reach) // self.stride)
+        last = (stop - 1 + self.padding) // self.stride
+        # Where the kernel leaves gaps there may be no input at all.
+        return first, first + _positive(last + 1 - first)
 
     def result(self, at_hand: Interval, out: Interval) -> Interval:
         first = at_hand.start * self.stride - self.padding
@@ -119,10 +140,10 @@ class Repeated(AxisMap):
     factor: int
     reach: int = 0
 
-    def window(self, out: Interval, size: int) -> Interval:
-        first = out.start // self.factor - self.reach
-        last = (out.stop - 1) // self.factor + self.reach
-        return Interval(first, last + 1)
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        first = start // self.factor - self.reach
+        last = (stop - 1) // self.factor + self.reach
+        return first, last + 1
 
     def result(self, at_hand: Interval, out: Interval) -> Interval:
         return Interval(at_hand.start * self.factor, at_hand.stop * self.factor)
@@ -137,9 +158,17 @@ class Gathered(AxisMap):
     last: tuple[int, ...]
     """Largest source position per output position."""
 
-    def window(self, out: Interval, size: int) -> Interval:
-        part = slice(out.start, out.stop)
-        return Interval(min(self.first[part]), max(self.last[part]) + 1)
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        if isinstance(start, int):
+            return min(self.first[start:stop]), max(self.last[start:stop]) + 1
+        each = [self.bounds(a, b) for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
+        first, last = np.array(each, np.int64).reshape(-1, 2).T
+        return first, last
+
+
+def _positive(value: Index) -> Index:
+    """``value`` where it is positive, else 0."""
+    return value * (value > 0)
 
 
 def reflected(index: int, size: int) -> int:

@@ -1,59 +1,159 @@
-"""Projected time of a plan, to compare candidates for the same program.
+"""Projected time of a plan, and its arithmetic: floating-point operations, bytes of memory, stores.
 
-Rates are rough and the same for all candidates; only ratios matter.
+Times are sums of quotients, work over a measured rate, so they are worth as much as the rates are; what they
+are for is to tell the faster of two plans.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from streamcnn.ops.convolution import is_convolution
-from streamcnn.plan import AxisStep, Home, Phase, Plan
-from streamcnn.program import Node, Program
+from streamcnn.ops.convolution import convolve_transposed, is_convolution
+from streamcnn.plan import Home
+from streamcnn.program import Kind, Node, Program
+from streamcnn.rates import Rates
+from streamcnn.small_bytes import REUSABLE_BYTES
+from streamcnn.staging import Stage
+from streamcnn.tiling import TiledStage
 
-MACS_PER_SECOND = 5e10
-ELEMENTS_PER_SECOND = 1e9
-DISK_BYTES_PER_SECOND = 5e8
-SECONDS_PER_OPERATOR = 2e-4
-"""Overhead of one operator on one tile."""
-FRESH_PAGES = 1.4
-"""Factor on computing where every tile's memory comes from the kernel anew and is zeroed first."""
-DISK_PASSES = 4
-"""Times a spilled map and its gradient are moved: written, read with halo, gradient added, gradient read."""
-
-
-def projected_seconds(program: Program, plan: Plan) -> float:
-    """Projected time of one forward pass and, if the plan trains, its backward pass."""
-    passes = 3 if plan.training else 1
-    computing = sum(_phase_seconds(program, phase) for phase in plan.phases)
-    spilled = sum(store.nbytes for store in plan.stores.values() if store.home is Home.DISK)
-    slower = 1.0 if plan.reuses_heap else FRESH_PAGES
-    return slower * passes * computing + DISK_PASSES * spilled / DISK_BYTES_PER_SECOND
+BACKWARD_WORK = 2
+"""Arithmetic of an operator's backward pass over its forward pass: one product per operand."""
+POOLING_WINDOW = 9
+"""Operations per result of an operator with a window but no weights, such as pooling."""
 
 
-def _phase_seconds(program: Program, phase: Phase) -> float:
-    seconds = 0.0
-    for name in phase.nodes:
-        node = program.nodes[name]
-        repeated = _covered(phase.rows, name) * _covered(phase.cols, name) / math.prod(node.size)
-        work = _macs(program, node) / MACS_PER_SECOND + node.tensor.numel / ELEMENTS_PER_SECOND
-        seconds += work * repeated + phase.num_tiles * SECONDS_PER_OPERATOR
-    return seconds
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an operator does to a whole map, forward."""
+
+    flops: int
+    """Floating-point operations."""
+    nbytes: int
+    """Bytes of operands read and of the result written."""
+    made: int
+    """Bytes of the result alone."""
+    grouped: bool
+    """Whether every channel is convolved by itself."""
+    num_positions: int
+    """Spatial positions of the result."""
+
+    def seconds(self, rates: Rates) -> float:
+        """Projected time in memory that the process has already."""
+        rate = rates.grouped_flops if self.grouped else rates.dense_flops
+        return self.flops / rate + self.nbytes / rates.memory_bytes
 
 
-def _covered(steps: Iterable[AxisStep], name: str) -> int:
-    """Positions along one axis that all tiles together compute, repeated ones counted each time."""
-    return sum(step.needed[name].size for step in steps)
+def work(program: Program, node: Node) -> Work:
+    """The work of one local operator on its whole map."""
+    assert node.local is not None
+    read = sum(program.nodes[name].nbytes for name in node.local.links)
+    flops = 2 * _multiplications(program, node) if node.local.heavy else node.tensor.numel
+    return Work(flops, read + node.nbytes, node.nbytes, _is_depthwise(program, node), math.prod(node.size))
 
 
-def _macs(program: Program, node: Node) -> int:
-    """Multiply-adds of the whole map."""
-    if node.local is None or not node.local.heavy:
-        return 0
+def _multiplications(program: Program, node: Node) -> int:
+    """Multiply-adds of a heavy operator on its whole map."""
     weights = [program.nodes[n].tensor for n in node.operands if not program.nodes[n].is_map]
-    largest = max((spec.numel for spec in weights), default=0)
+    largest = max((spec.numel for spec in weights if len(spec.shape) > 1), default=0)
+    if not largest:
+        return node.tensor.numel * POOLING_WINDOW
+    # A transposed convolution meets every input position with every weight, others every output position.
+    place = node
+    if node.target is convolve_transposed:
+        assert node.local is not None
+        place = program.nodes[next(iter(node.local.links))]
+    return largest * place.tensor.shape[0] * math.prod(place.size)
+
+
+def _is_depthwise(program: Program, node: Node) -> bool:
     if not is_convolution(node.target):
-        return node.tensor.numel * 9
-    assert node.axes is not None
-    return largest * node.tensor.shape[0] * math.prod(node.size)
+        return False
+    weights = [program.nodes[n].tensor for n in node.operands if not program.nodes[n].is_map]
+    return any(len(spec.shape) == 4 and spec.shape[1] == 1 for spec in weights)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """Projected seconds and operations of all tiles of a stage, forward and backward together."""
+
+    seconds: float
+    """Where freed blocks are reused; stores left out."""
+    fresh_seconds: float
+    """What it costs more if all memory comes from the operating system anew."""
+    flops: int
+
+
+def stage_time(tiled: TiledStage, works: Mapping[str, Work], rates: Rates, *, backward: bool) -> StageTime:
+    """Time of a stage; with its backward pass, in which all but the skipped operators are run again."""
+    seconds = fresh = flops = 0.0
+    skipped, num_tiles = frozenset(tiled.outline.skipped), tiled.num_tiles
+    for name in tiled.stage.nodes:
+        each, passes = works[name], 1.0
+        if backward:
+            passes += BACKWARD_WORK + (name not in skipped)
+        repeated = passes * tiled.covered(name) / each.num_positions
+        zeroing = repeated * each.made / rates.fresh_bytes
+        seconds += repeated * each.seconds(rates) + passes * num_tiles * rates.operator_seconds
+        if repeated * each.made >= passes * num_tiles * REUSABLE_BYTES:
+            seconds += zeroing
+        else:
+            fresh += zeroing
+        flops += repeated * each.flops
+    return StageTime(seconds, fresh, int(flops))
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a pass moves to and from the store of one map and that of its gradient."""
+
+    read: int
+    written: int
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.read + other.read, self.written + other.written)
+
+    def seconds(self, rates: Rates, home: Home) -> float:
+        """Projected time in a store at ``home``."""
+        return self.read / rates.read_bytes[home] + self.written / rates.write_bytes[home]
+
+
+def input_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:
+    """What the tiles of a stage move of each stored input."""
+    found = {}
+    for name in tiled.stage.inputs:
+        node = tiled.program.nodes[name]
+        if node.kind is Kind.LOCAL:
+            regions = tiled.covered(name) * (node.nbytes // math.prod(node.size))
+            # In the backward pass it is read again, and its gradient added to what is there.
+            found[name] = Traffic(3 * regions, regions) if backward else Traffic(regions, 0)
+    return found
+
+
+def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, Traffic]:
+    """What a stage moves of each map that it stores, however it is cut."""
+    reduced = {program.nodes[name].operands[0] for name in stage.reductions}
+    found = {}
+    for name in stage.stored:
+        nbytes = program.nodes[name].nbytes
+        # In the backward pass its gradient, and its values once more where a reduction looks at them.
+        found[name] = Traffic((backward + (backward and name in reduced)) * nbytes, nbytes)
+    return found
+
+
+def plain_time(works: Mapping[str, Work], rates: Rates, *, backward: bool) -> StageTime:
+    """Plain PyTorch on whole maps: every operator once forward and once backward."""
+    seconds = flops = 0.0
+    passes = 1 + BACKWARD_WORK * backward
+    for each in works.values():
+        seconds += passes * (each.seconds(rates) + rates.operator_seconds)
+        if each.made >= REUSABLE_BYTES:
+            seconds += passes * each.made / rates.fresh_bytes
+        flops += passes * each.flops
+    return StageTime(seconds, 0.0, int(flops))
+
+
+def all_works(program: Program) -> dict[str, Work]:
+    """The work of every local operator."""
+    return {node.name: work(program, node) for node in program.nodes.values() if node.kind is Kind.LOCAL}

@@ -80,7 +80,7 @@ def _growth(axis_map: AxisMap, num_out: int, size: int) -> float:
         return 0.0
     probe = min(_PROBE, num_out)
     middle = (num_out - probe) // 2
-    return max(axis_map.window(Interval(middle, middle + probe), size).size - probe * size / num_out, 0.0)
+    return max(axis_map.window(Interval(middle, middle + probe)).size - probe * size / num_out, 0.0)
 
 
 def _crossing_bytes(program: Program) -> dict[str, int]:

@@ -1,25 +1,28 @@
-"""Plans and reports in words: pure functions from frozen data to text."""
+"""Plans in words: a pure function from frozen data to text."""
 
 from __future__ import annotations
 
 from streamcnn.plan import Home, Phase, Plan
-from streamcnn.units import format_bytes, plural
+from streamcnn.units import format_bytes, format_duration, plural
+
+_PLACES = {Home.MEMORY: "in memory", Home.HOST: "in host RAM", Home.DISK: "on disk"}
 
 
 def explain_plan(plan: Plan) -> str:
     """The plan as text: what it takes, why, and one line per phase."""
     shape = "x".join(map(str, plan.image_shape))
     budget = "no ceiling" if plan.budget is None else f"budget {format_bytes(plan.budget)}"
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
     terms = [term for term in plan.terms if term.nbytes]
     width = max([36, *(len(term.name) + 1 for term in terms)])
     lines = [
         f"image {shape} {plan.dtype}, {'training' if plan.training else 'inference'}, {budget}",
-        f"projected peak {format_bytes(plan.projected_bytes)} ({verdict}), in {plan.worst}",
-        f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
+        _verdict(plan),
+        f"projected peak {format_bytes(plan.projected_bytes)}, in {plan.worst}, at {plan.worst_operator}",
         *(f"  {term.name:<{width}}{format_bytes(term.nbytes):>12}" for term in terms),
-        f"tile {plan.tile[0]}x{plan.tile[1]} pixels, {plural(len(plan.phases), 'phase')}, {_stored(plan)}",
-        *(_phase_line(plan, phase) for phase in plan.phases),
+        _time(plan),
+        f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
+        f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
+        *_phases(plan),
     ]
     if plan.num_resident:
         lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")
@@ -27,17 +30,68 @@ def explain_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _verdict(plan: Plan) -> str:
+    """The plan in one line: whether it fits, with which tiles, and what it keeps away from the device."""
+    height, width = plan.tile
+    if plan.budget is None:
+        fits = "runs"
+    elif plan.fits:
+        fits = f"fits in {format_bytes(plan.budget)}"
+    else:
+        beyond = format_bytes(plan.projected_bytes - plan.budget)
+        return (
+            f"does not fit: the smallest plan needs {beyond} more, in {plan.worst}, at {plan.worst_operator}"
+        )
+    away = [
+        f"{format_bytes(plan.bytes_on(home))} of checkpoints and their gradients {_PLACES[home]}"
+        for home in (Home.HOST, Home.DISK)
+        if plan.bytes_on(home)
+    ]
+    return ", ".join([f"{fits} with tiles of {height}x{width} pixels", *(f"up to {each}" for each in away)])
+
+
+def _time(plan: Plan) -> str:
+    ratio = plan.projected_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
+    return (
+        f"projected time {format_duration(plan.projected_seconds)}, {ratio:.2f} of the whole image at once; "
+        f"arithmetic {plan.recomputation:.2f} of it"
+    )
+
+
 def _stored(plan: Plan) -> str:
     parts = []
-    for home in Home:
+    for home, place in _PLACES.items():
         maps = [store.nbytes for store in plan.stores.values() if store.home is home]
         if maps:
-            place = {"memory": "in memory", "host": "in host RAM", "disk": "on disk"}[home.value]
             parts.append(f"{plural(len(maps), 'stored map')} {place} ({format_bytes(sum(maps))})")
     return ", ".join(parts) or "no stored maps"
 
 
-def _phase_line(plan: Plan, phase: Phase) -> str:
-    stored = ", ".join(phase.stored) or "nothing"
-    marks = f"{len(phase.rows)}x{len(phase.cols)} tiles, halo {phase.halo[0]}x{phase.halo[1]}"
-    return f"  phase {phase.level:<4} {marks:<32} stores {stored}; reduces {len(phase.reductions)}"
+def _phases(plan: Plan) -> list[str]:
+    """A table: level, tiles, their extents in input pixels, halo, what is stored where, barriers."""
+    rows = [_phase_row(plan, phase) for phase in plan.phases]
+    if not rows:
+        return []
+    head = ("phase", "tiles", "pixels", "halo", "reduces", "stores")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:
+    num_rows, num_cols = len(phase.rows), len(phase.cols)
+    height, width = plan.image_shape[2:]
+    stored = (
+        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_PLACES[plan.stores[name].home]})"
+        for name in phase.stored
+    )
+    return (
+        str(phase.level),
+        f"{num_rows}x{num_cols}",
+        f"{-(-height // num_rows)}x{-(-width // num_cols)}",
+        f"{phase.halo[0]}x{phase.halo[1]}",
+        str(len(phase.reductions)),
+        ", ".join(stored) or "nothing",
+    )

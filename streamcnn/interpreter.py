@@ -61,7 +61,7 @@ class TileRun:
             operand, at_hand[name] = self._operand(name, link, out, values, fetch)
             if local.fill is None:
                 return operand
-            return padded(operand, self._axes(name), at_hand[name], self._window(name, link, out), local.fill)
+            return padded(operand, self._axes(name), at_hand[name], self._window(link, out), local.fill)
 
         args = substitute(node.args, value_of)
         kwargs = substitute(dict(node.kwargs), value_of)
@@ -86,9 +86,8 @@ class TileRun:
             return fetch(name, part), part
         return cut(values[name], self._axes(name), self.phase.needed(self.row, self.col, name), part), part
 
-    def _window(self, name: str, link: Link, out: Region) -> Region:
-        size = self.program.nodes[name].size
-        return Region(link.rows.window(out.rows, size[0]), link.cols.window(out.cols, size[1]))
+    def _window(self, link: Link, out: Region) -> Region:
+        return Region(link.rows.window(out.rows), link.cols.window(out.cols))
 
     def _axes(self, name: str) -> Axes:
         axes = self.program.nodes[name].axes

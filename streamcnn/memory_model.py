@@ -1,32 +1,38 @@
 """Projected bytes: what carrying out a plan takes, as sums of named terms.
 
-All figures are bytes above the baseline of a loaded model. A phase's step is projected for its largest
+All figures are bytes above the baseline of a loaded model. A stage's step is projected for its largest
 tile; what lives across steps (stored maps, gradients, small values) is added per phase, and the plan's
 projection is that of its worst moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streamcnn.ops.convolution import is_convolution
-from streamcnn.plan import AxisStep, Home, MemoryTerm, Phase, StorePlan
-from streamcnn.program import Kind, Node, Program
-from streamcnn.staging import Staging
+from streamcnn.plan import Home, MemoryTerm, StorePlan
+from streamcnn.program import Kind
+from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step
+from streamcnn.staging import Stage
+from streamcnn.tiling import TiledStage
 
-ALLOCATOR_WASTE = {True: 4.0, False: 0.1}
-"""What the C allocator loses to holes, as a share of the largest step, if it keeps freed blocks or not."""
-RUNTIME_BYTES = 32 * 2**20
-"""Threads' buffers, compiled kernels and the interpreter's own growth during a first pass."""
-READ_COPIES = {Home.MEMORY: 1, Home.HOST: 1, Home.DISK: 2}
-"""Copies of an input's region while a tile reads it: strided views are made contiguous by operators."""
+Bytes = TypeVar("Bytes", int, NDArray[np.int64])
+
+FRESH_WASTE_PERCENT = 10
+"""What the C library loses to holes, in percent of a step, if it gives freed blocks back."""
+REUSE_WASTE = 1.1
+"""The same if it keeps them, as a share of what the largest step holds in blocks that it may keep."""
+REUSE_BYTES = 2**27
+"""What it loses besides. With the share above, this covers what networks of six families lost (torch 2.13,
+glibc 2.36): 27 MB where steps hold 24 MB of such blocks, 163 MB for 30 MB, 221 MB for 115 MB."""
 REDUCTION_COPIES = 2
 """Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
-
-
-TAIL_COPIES = 2
-"""Bytes that a resident operator takes, in copies of its result: the value and its gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class Moment:
     """Projected bytes at one point of a pass."""
 
     name: str
+    operator: str
+    """The operator at which most is held."""
     terms: tuple[MemoryTerm, ...]
 
     @property
@@ -42,174 +50,178 @@ class Moment:
         return sum(term.nbytes for term in self.terms)
 
 
-def worst_moment(
-    program: Program,
-    staging: Staging,
-    phases: Iterable[Phase],
-    stores: Mapping[str, StorePlan],
-    differentiated: frozenset[str],
-    *,
-    reuses_heap: bool,
-) -> Moment:
-    """The moment of a pass, forward and (if anything is differentiated) backward, that takes most."""
-    phases = tuple(phases)
-    last = max(staging.segments, default=0)
-    small = small_values(program, staging, differentiated, before=last)
-    tail = small_values(program, staging, differentiated, before=last + 1)
-    largest = max((step_bytes(program, phase, stores) for phase in phases), default=0)
-    waste = MemoryTerm("allocator waste", int(ALLOCATOR_WASTE[reuses_heap] * largest))
-    always = (RUNTIME, waste)
-    stored = stored_bytes(stores, staging.levels, last, backward=bool(differentiated))
-    moments = [Moment("the resident tail", (*always, *stored, *tail))]
-    for phase in phases:
-        at = f"phase {phase.level}"
-        live = stored_bytes(stores, staging.levels, phase.level, backward=False)
-        terms = (*always, *small, *live, *forward_step(program, phase, stores))
-        moments.append(Moment(f"{at}, forward", terms))
-        if phase.differentiated:
-            live = stored_bytes(stores, staging.levels, phase.level, backward=True)
-            terms = (*always, *small, *live, *backward_step(program, phase, stores))
-            moments.append(Moment(f"{at}, backward", terms))
-    return max(moments, key=lambda moment: moment.nbytes)
+def moments(
+    tiled: Sequence[TiledStage], small: SmallBytes, stored: StoredBytes, *, reuses_heap: bool
+) -> list[Moment]:
+    """All moments of a pass: every phase forward, the resident tail, every differentiated phase backward."""
+    pairs = [steps(stage, backward=is_differentiated(stage.stage, small.differentiated)) for stage in tiled]
+    heap = max((step.heap for pair in pairs for step in pair if step is not None), default=0)
+    found: list[Moment] = []
+
+    def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
+        lost = reuse_waste(heap, small.tail_step.heap) if reuses_heap else fresh_waste(step.nbytes)
+        waste = MemoryTerm("allocator waste", lost)
+        found.append(Moment(name, step.operator, (small.runtime, *chain(*held), *step.terms, waste)))
+
+    for stage, (step, _) in zip(tiled, pairs, strict=True):
+        level = stage.stage.level
+        add(f"phase {level}, forward", step, stored.forward(level), small.forward(level))
+    add("the resident tail", small.tail_step, stored.tail(small.last), small.tail())
+    for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
+        level = stage.stage.level
+        if after is not None:
+            add(f"phase {level}, backward", after, stored.backward(level), small.backward(level))
+    return found
 
 
-RUNTIME = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
+def fresh_waste(step_bytes: Bytes) -> Bytes:
+    """Bytes that the C library loses while a step runs, if it gives freed blocks back."""
+    return step_bytes * FRESH_WASTE_PERCENT // 100
 
 
-def plain_bytes(program: Program, differentiated: frozenset[str]) -> int:
-    """Projected peak of plain PyTorch on the whole image.
+def reuse_waste(steps: int, tail: int) -> int:
+    """Bytes that it loses if it keeps them, of which ``steps`` and the resident tail hold so many.
 
-    Training keeps every tensor of the forward pass; backward adds gradients of the largest one's operands
-    and result, and the copies that a convolution works on.
+    Its heap never shrinks: the holes that the largest step has left are there at every other moment.
     """
-    image = program.nodes[program.image].nbytes
-    largest = max((node.nbytes for node in program.nodes.values() if node.kind is Kind.LOCAL), default=0)
-    if not differentiated:
-        return image + 3 * largest
-    states = sum(program.nodes[name].nbytes for name in program.states if name in differentiated)
-    return program.plain_bytes + image + states + 4 * largest
+    return REUSE_BYTES + max(int(REUSE_WASTE * steps), tail)
 
 
-def small_values(
-    program: Program, staging: Staging, differentiated: frozenset[str], *, before: int
-) -> tuple[MemoryTerm, ...]:
-    """Small values of the levels below ``before``, and the parameters' gradients.
-
-    Those of the last level, the resident tail, are only there while no tile is.
-    """
-    smalls = [
-        program.nodes[name] for level, names in staging.segments.items() if level < before for name in names
-    ]
-    values = sum(node.nbytes for node in smalls)
-    largest = max((node.nbytes for node in smalls), default=0)
-    states = sum(program.nodes[name].nbytes for name in program.states if name in differentiated)
-    if not differentiated:
-        return (MemoryTerm("small values", values),)
-    return (
-        # Their gradients flow back one operator at a time: two of the largest at once.
-        MemoryTerm("small values", values + 2 * largest),
-        MemoryTerm("parameter gradients", states),
-    )
+def total_bytes(*terms: tuple[MemoryTerm, ...]) -> int:
+    """The sum of all terms."""
+    return sum(term.nbytes for each in terms for term in each)
 
 
-def stored_bytes(
-    stores: Mapping[str, StorePlan], levels: Mapping[str, int], level: int, *, backward: bool
-) -> tuple[MemoryTerm, ...]:
-    """Stored maps and gradient maps in the device's memory while the phase of ``level`` runs."""
-    made = {name: store for name, store in stores.items() if levels[name] <= level}
-    maps = sum(
-        store.nbytes
-        for store in made.values()
-        if store.home is Home.MEMORY
-        and (store.kept if backward else store.kept or store.last_reader >= level)
-    )
-    if not backward:
-        return (MemoryTerm("stored maps", maps),)
-    gradients = sum(
-        store.nbytes
-        for store in made.values()
-        if store.gradient_home is Home.MEMORY and store.kept and store.last_reader >= level
-    )
-    return (MemoryTerm("stored maps", maps), MemoryTerm("gradient maps", gradients))
+def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
+    """Whether the backward pass visits the stage."""
+    return any(name in differentiated for name in (*stage.stored, *stage.reductions))
 
 
-def step_bytes(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) -> int:
-    """Bytes of the largest step of ``phase``, in whichever direction takes more."""
-    terms = backward_step if phase.differentiated else forward_step
-    return sum(term.nbytes for term in terms(program, phase, stores))
+class StoredBytes:
+    """Bytes of stored maps and gradient maps in the device's memory at every moment of a pass."""
+
+    def __init__(self, stores: Mapping[str, StorePlan], levels: Mapping[str, int]) -> None:
+        num_levels = max(levels.values(), default=0) + 1
+        self._forward, self._kept, self._gradients = np.zeros((3, num_levels), np.int64)
+        for name, store in stores.items():
+            made, last = levels[name], store.last_reader
+            if store.home is Home.MEMORY:
+                self._forward[made : num_levels if store.kept else last + 1] += store.nbytes
+                self._kept[made:] += store.nbytes * store.kept
+            if store.gradient_home is Home.MEMORY and store.kept:
+                self._gradients[made : last + 1] += store.nbytes
+        self.forward_bytes = self._forward
+        """By level: the sum of what :meth:`forward` names; likewise the next."""
+        self.backward_bytes = self._kept + self._gradients
+
+    def forward(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the phase of ``level`` runs forward."""
+        return (MemoryTerm("stored maps", int(self._forward[level])),)
+
+    def tail(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the small values of ``level``, the last one, are worked out and differentiated."""
+        return *self.forward(level), self._gradient_maps(level)
+
+    def backward(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the phase of ``level`` runs backward."""
+        return MemoryTerm("stored maps", int(self._kept[level])), self._gradient_maps(level)
+
+    def _gradient_maps(self, level: int) -> MemoryTerm:
+        return MemoryTerm("gradient maps", int(self._gradients[level]))
 
 
-def forward_step(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) -> tuple[MemoryTerm, ...]:
-    """One tile of ``phase`` without autograd: values live from their operator to their last use."""
-    tile = _LargestTile(program, phase)
-    live = peak = workspace = 0
+def steps(tiled: TiledStage, *, backward: bool) -> tuple[Step, Step | None]:
+    """The largest tile of a stage forward and, if wanted, backward."""
+    tile = _LargestTile(tiled)
+    return _forward_step(tile), _backward_step(tile) if backward else None
+
+
+def _forward_step(tile: _LargestTile) -> Step:
+    """One tile without autograd: values live from their operator to their last use."""
+    tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
+    most = _Most()
     alive: dict[str, int] = {}
-    for name in phase.nodes:
+    for name in tiled.stage.nodes:
         alive[name] = tile.made(name)
-        live = sum(alive.values()) + tile.padded(name)
-        needs = tile.workspace(name)
-        if live + needs > peak + workspace:
-            peak, workspace = live, needs
-        for dead in phase.releases.get(name, ()):
+        live = sum(alive.values())
+        most.offer(name, live + tile.padded(name), tile.workspace(name))
+        if name in owned:
+            most.offer(name, live, REDUCTION_COPIES * tile.own(name))
+        for dead in tiled.outline.releases.get(name, ()):
             del alive[dead]
-    own = max((tile.own(name) for name in tile.owned), default=0)
-    return (
-        MemoryTerm("input regions", tile.reads(stores)),
-        MemoryTerm("live activations", peak),
-        MemoryTerm("operator workspace", workspace),
-        MemoryTerm("reductions and writing", REDUCTION_COPIES * own),
+    terms = (
+        MemoryTerm("input regions", tile.reads()),
+        MemoryTerm("live activations", most.held),
+        MemoryTerm("operator workspace", most.workspace),
     )
+    return Step(terms, most.operator, int(tile.heap_share() * sum(term.nbytes for term in terms)))
 
 
-def backward_step(program: Program, phase: Phase, stores: Mapping[str, StorePlan]) -> tuple[MemoryTerm, ...]:
-    """One tile of ``phase`` with autograd: values are kept, gradients flow back operator by operator."""
-    tile = _LargestTile(program, phase)
-    values = sum(tile.made(name) + tile.padded(name) for name in phase.nodes if name not in phase.skipped)
-    values += sum(tile.padded(name) for name in phase.skipped)
-    flow = workspace = 0
-    for name in phase.nodes:
-        gradients = tile.nbytes(name) + tile.operands(name)
-        if gradients + tile.workspace(name) > flow + workspace:
-            flow, workspace = gradients, tile.workspace(name)
-    own = sum(tile.own(name) for name in tile.owned)
-    parameters = {n for name in phase.nodes for n in program.nodes[name].operands}
-    weights = sum(program.nodes[n].nbytes for n in parameters if program.nodes[n].kind is Kind.STATE)
-    return (
-        MemoryTerm("input regions and their gradients", 2 * tile.reads(stores)),
+def _backward_step(tile: _LargestTile) -> Step:
+    """One tile with autograd: values are kept, gradients flow back operator by operator."""
+    tiled, nodes = tile.tiled, tile.program.nodes
+    skipped = frozenset(tiled.outline.skipped)
+    most = _Most()
+    values = 0
+    for name in tiled.stage.nodes:
+        values += tile.padded(name) + (0 if name in skipped else tile.made(name))
+        most.offer(name, tile.nbytes(name) + tile.operands(name), tile.workspace(name))
+    own = [tile.own(name) for name in tiled.outline.owned]
+    # What arrives at the tile is worked out before anything flows back.
+    most.offer(most.operator, 0, REDUCTION_COPIES * max(own, default=0))
+    parameters = {n for name in tiled.stage.nodes for n in nodes[name].operands}
+    weights = sum(nodes[n].nbytes for n in parameters if nodes[n].kind is Kind.STATE)
+    terms = (
+        MemoryTerm("input regions and their gradients", 2 * tile.reads()),
         MemoryTerm("autograd graph of a tile", values),
-        MemoryTerm("gradients of activations", flow),
-        MemoryTerm("operator workspace", workspace),
-        MemoryTerm("arriving gradients", (1 + REDUCTION_COPIES) * own),
+        MemoryTerm("arriving gradients", sum(own)),
+        MemoryTerm("gradients of activations", most.held),
+        MemoryTerm("operator workspace", most.workspace),
         # The tile's own, and its copies in the layouts that convolutions work in.
         MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
+    return Step(terms, most.operator, int(tile.heap_share() * sum(term.nbytes for term in terms)))
+
+
+@dataclass(slots=True)
+class _Most:
+    """The operator at which most is held so far."""
+
+    operator: str = ""
+    held: int = 0
+    workspace: int = 0
+
+    def offer(self, operator: str, held: int, workspace: int) -> None:
+        """Take an operator if it holds more."""
+        if held + workspace > self.held + self.workspace:
+            self.operator, self.held, self.workspace = operator, held, workspace
 
 
 class _LargestTile:
-    """Bytes of maps on the largest tile of a phase."""
+    """Bytes of maps on the largest tile of a stage."""
 
-    def __init__(self, program: Program, phase: Phase) -> None:
-        self.program = program
-        self.phase = phase
-        self.rows = max(phase.rows, key=_extent)
-        self.cols = max(phase.cols, key=_extent)
-        self.owned = tuple(self.rows.own)
+    def __init__(self, tiled: TiledStage) -> None:
+        self.program = tiled.program
+        self.tiled = tiled
+        self.known: dict[str, int] = {}
 
     def nbytes(self, name: str) -> int:
         """Bytes of what a tile needs of a map."""
-        return self._area(name, self.rows.needed[name].size, self.cols.needed[name].size)
+        if name not in self.known:
+            self.known[name] = self._area(name, self.tiled.largest(name))
+        return self.known[name]
 
     def made(self, name: str) -> int:
         """Bytes that an operator's value adds: none if it overwrites its operand."""
-        return 0 if name in self.phase.in_place else self.nbytes(name)
+        return 0 if name in self.tiled.in_place else self.nbytes(name)
 
     def own(self, name: str) -> int:
         """Bytes of a tile's own part of an output."""
-        return self._area(name, self.rows.own[name].size, self.cols.own[name].size)
+        return self._area(name, self.tiled.largest_own(name))
 
-    def _area(self, name: str, height: int, width: int) -> int:
+    def _area(self, name: str, extents: tuple[int, int]) -> int:
         node = self.program.nodes[name]
-        return node.nbytes // (node.size[0] * node.size[1]) * height * width
+        return node.nbytes // (node.size[0] * node.size[1]) * extents[0] * extents[1]
 
     def operands(self, name: str) -> int:
         """Bytes of the map operands of an operator."""
@@ -231,20 +243,19 @@ class _LargestTile:
         node = self.program.nodes[name]
         if not is_convolution(node.target):
             return 0
-        return self.nbytes(name) + self.operands(name) + _weights(self.program, node)
+        weights = sum(self.program.nodes[n].nbytes for n in node.operands if not self.program.nodes[n].is_map)
+        return self.nbytes(name) + self.operands(name) + weights
 
-    def reads(self, stores: Mapping[str, StorePlan]) -> int:
-        """Bytes of the input regions with their copies while being read."""
-        total = 0
-        for name in self.phase.inputs:
-            store = stores.get(name)
-            total += self.nbytes(name) * (READ_COPIES[store.home] if store else 2)
-        return total
+    def reads(self) -> int:
+        """Bytes of the input regions: stored ones are read or made contiguous, others converted too."""
+        nodes = self.program.nodes
+        return sum(
+            self.nbytes(name) * (1 if nodes[name].kind is Kind.LOCAL else 2)
+            for name in self.tiled.stage.inputs
+        )
 
-
-def _weights(program: Program, node: Node) -> int:
-    return sum(program.nodes[n].nbytes for n in node.operands if not program.nodes[n].is_map)
-
-
-def _extent(step: AxisStep) -> int:
-    return sum(interval.size for interval in step.needed.values())
+    def heap_share(self) -> float:
+        """The share of the step's bytes that is in blocks which the heap may keep."""
+        sizes = [self.nbytes(name) for name in (*self.tiled.stage.nodes, *self.tiled.stage.inputs)]
+        total = sum(sizes)
+        return sum(size for size in sizes if size < REUSABLE_BYTES) / total if total else 0.0

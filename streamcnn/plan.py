@@ -119,7 +119,7 @@ class Plan:
     dtype: str
     training: bool
     tile: tuple[int, int]
-    """Largest edge (h, w) of a tile in input pixels."""
+    """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
     phases: tuple[Phase, ...]
     segments: tuple[Segment, ...]
     stores: Mapping[str, StorePlan]
@@ -134,8 +134,16 @@ class Plan:
     """Projected bytes of the worst step, term by term."""
     worst: str
     """The step that needs most."""
+    worst_operator: str
+    """The operator of that step at which most is held, with its place in the user's model."""
     plain_bytes: int
     """Projected peak of plain PyTorch on the whole image at once."""
+    projected_seconds: float
+    """Projected time of a forward pass and, if the plan trains, its backward pass."""
+    plain_seconds: float
+    """The same of plain PyTorch on the whole image at once, were there memory for it."""
+    recomputation: float
+    """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
     num_resident: int
     """Operators in the resident tail."""
     residents: tuple[str, ...] = ()
@@ -150,6 +158,13 @@ class Plan:
     def fits(self) -> bool:
         """Whether the projected bytes stay within the budget."""
         return self.budget is None or self.projected_bytes <= self.budget
+
+    def bytes_on(self, home: Home) -> int:
+        """Bytes of all stored maps at ``home``, and of the gradient maps beside them at most."""
+        return sum(
+            store.nbytes * ((store.home is home) + (self.training and store.gradient_home is home))
+            for store in self.stores.values()
+        )
 
     @property
     def digest(self) -> str:
@@ -169,12 +184,13 @@ class Plan:
         assert self.budget is not None
         largest = sorted(self.terms, key=lambda term: -term.nbytes)[:3]
         named = ", ".join(f"{term.name} {format_bytes(term.nbytes)}" for term in largest)
-        needed = format_bytes(self.projected_bytes)
+        needed, beyond = self.projected_bytes, self.projected_bytes - self.budget
         raise PlanDoesNotFit(
-            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: "
-            f"the closest needs {needed} with tiles of {self.tile[0]}x{self.tile[1]} pixels, in {self.worst} "
-            f"(largest terms: {named}). Raise budget= to at least {needed}, leave tile= to the planner, "
-            "or use a smaller batch, a narrower model or fewer resident operators."
+            f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the "
+            f"smallest needs {format_bytes(beyond)} more, in {self.worst}, at {self.worst_operator}, with "
+            f"tiles of {self.tile[0]}x{self.tile[1]} pixels (largest terms: {named}). Raise budget= to at "
+            f"least {needed} bytes ({format_bytes(needed)}), leave tile= to the planner, or use a smaller "
+            "batch, a narrower model or fewer resident operators."
         )
 
     def explain(self) -> str:
@@ -207,6 +223,11 @@ class Plan:
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,
+            "worst_operator": self.worst_operator,
+            "projected_seconds": self.projected_seconds,
+            "plain_seconds": self.plain_seconds,
+            "recomputation": self.recomputation,
+            "bytes_on": {home.value: self.bytes_on(home) for home in Home},
             "terms": {term.name: term.nbytes for term in self.terms},
             "num_resident": self.num_resident,
             "residents": list(self.residents),

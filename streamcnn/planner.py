@@ -1,30 +1,36 @@
-"""The planner: tile, stores, cuts and resident tail for one image shape under a budget.
+"""The planner: a frozen plan for one image shape under a budget.
 
-Candidates are few and explicit: tile edges, and for each the fewest maps on disk that let it fit. Of the
-candidates that fit, the one with the least projected time is taken. If none fits, the one that comes
-closest is returned; it can be read, and running it is refused.
+For each of a few places where the resident tail may begin, the program is staged with more and with fewer
+cuts, and the search picks tiles, stores and what to compute again. Of the plans that fit, the one with the
+least projected time is taken. If none fits, the one that comes closest is returned; it can be read, and
+running it is refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from streamcnn.cost_model import projected_seconds
+from streamcnn.cost_model import StageTime, plain_time
 from streamcnn.cuts import choose_cuts
-from streamcnn.memory_model import TAIL_COPIES, plain_bytes, step_bytes, worst_moment
-from streamcnn.plan import Home, MemoryTerm, Phase, Plan, Segment, StorePlan
+from streamcnn.memory_model import StoredBytes, is_differentiated, moments
+from streamcnn.options import Options
+from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
-from streamcnn.staging import Stage, Staging, divide
-from streamcnn.tiling import cut, grid
+from streamcnn.rates import NOMINAL, Rates
+from streamcnn.search import Candidate, Search, SpillPlace
+from streamcnn.small_bytes import SmallBytes, plain_bytes
+from streamcnn.staging import Staging, divide
 
-TILE_EDGES = (2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
-"""Tile edges that the planner tries, in input pixels."""
 DEFAULT_EDGE = 512
 """Tile edge where neither a budget nor a tile is given."""
+HALO_LIMITS = (16, 64, 128, 256, 512)
+"""Input pixels of halo at which a stretch without a barrier is cut, the values that are tried."""
+TAIL_COPIES = 2
+"""Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
 HALO_SHARE = 0.25
-"""A stretch without a barrier is cut when its halo exceeds this share of the tile's edge."""
+"""The same as a share of the tile's edge, where that is given."""
 
 Retrace = Callable[[str | None], Program]
 """The program with everything from the named captured call on resident; ``None`` for no tail."""
@@ -40,172 +46,132 @@ class PlanRequest:
     """States and image whose gradients are wanted; empty for inference."""
     budget: int | None = None
     """Bytes that ``reserved`` and the plan may take together; ``None`` for no ceiling."""
-    tile: tuple[int, int] | None = None
-    """Tile edges in input pixels; ``None`` leaves them to the planner."""
-    spill_home: Home = Home.DISK
-    """Where stored maps go that the budget has no room for."""
     reserved: int = 0
     """Bytes of the budget that the device holds already: what the plan does not allocate itself."""
+    target: int | None = None
+    """Bytes to plan for, where that is less than the budget."""
+    tile: tuple[int, int] | None = None
+    """Tile edges in input pixels; ``None`` leaves them to the planner."""
+    places: tuple[SpillPlace, ...] = (SpillPlace(Home.DISK),)
+    """Where stored maps go that the budget has no room for, the fastest place first."""
+    rates: Rates = NOMINAL["cpu"]
+    """How fast the machine computes and moves bytes."""
     tail: bool = True
-    """Whether what is left at the end may run whole once that takes no more than a tile does."""
+    """Whether what is left at the end may run whole."""
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that the plan may take beside what is reserved."""
+        allowed = self.budget if self.target is None else self.target
+        return None if allowed is None else allowed - self.reserved
 
 
 def make_plan(
     retrace: Retrace, request: PlanRequest, differentiate: Callable[[Program], frozenset[str]]
 ) -> tuple[Program, Plan]:
     """The best plan found and the program it is for; check :attr:`Plan.fits` before running it."""
-    program = retrace(None)
-    plan = _best(program, request, differentiate(program), 0)
-    if not request.tail:
-        return program, plan
-    start, length = _tail(program, plan)
-    if start is None:
-        return program, plan
-    shorter = retrace(start)
-    with_tail = _best(shorter, request, differentiate(shorter), length)
-    if with_tail.fits or with_tail.projected_bytes <= plan.projected_bytes:
-        return shorter, with_tail
-    return program, plan
-
-
-def _tail(program: Program, plan: Plan) -> tuple[str | None, int]:
-    """The captured call from which on all maps together take no more than the largest step does.
-
-    A tail lives when no tile does: after the last forward step and before the first backward one.
-    """
-    allowed = max((step_bytes(program, phase, plan.stores) for phase in plan.phases), default=0)
-    total, start, length = 0, None, 0
-    for node in reversed(tuple(program.nodes.values())):
-        if node.kind is not Kind.LOCAL:
-            continue
-        total += TAIL_COPIES * node.nbytes
-        if total > allowed:
-            break
-        start, length = node.name.partition(".")[0], length + 1
-    return start, length
-
-
-def _best(program: Program, request: PlanRequest, differentiated: frozenset[str], num_resident: int) -> Plan:
-    """The fitting candidate with the least projected time, or the one that comes closest to fitting."""
-    candidates = [
-        plan
-        for tile in _tiles(program, request)
-        for plan in _fitted(program, request, differentiated, tile, num_resident)
-    ]
-    fitting = [plan for plan in candidates if plan.fits]
-    if fitting:
-        return min(fitting, key=lambda plan: projected_seconds(program, plan))
-    return min(candidates, key=lambda plan: plan.projected_bytes)
-
-
-def _tiles(program: Program, request: PlanRequest) -> Iterator[tuple[int, int]]:
-    height, width = program.nodes[program.image].size
-    if request.tile is not None:
-        yield (min(request.tile[0], height), min(request.tile[1], width))
-        return
-    edges = TILE_EDGES if request.budget is not None else (DEFAULT_EDGE,)
-    seen = set()
-    for edge in edges:
-        tile = (min(edge, height), min(edge, width))
-        if tile not in seen:
-            seen.add(tile)
-            yield tile
-
-
-def _fitted(
-    program: Program,
-    request: PlanRequest,
-    differentiated: frozenset[str],
-    tile: tuple[int, int],
-    num_resident: int,
-) -> Iterator[Plan]:
-    """Plans for one tile, the heap reused or not, with the fewest stored maps spilled, largest first."""
-    staging = divide(program, choose_cuts(program, HALO_SHARE * min(tile)))
-    stages = staging.stages
-    phases = tuple(cut(program, stage, grid(program, stage, tile), differentiated) for stage in stages)
-    if request.tile is None:
-        phases = _coarsened(program, staging, phases, differentiated)
-    order = sorted(staging.stored, key=lambda name: (-program.nodes[name].nbytes, name))
-    for reuses_heap in (True, False):
-        frame = _Frame(program, request, staging, phases, differentiated, tile, num_resident, reuses_heap)
-        spilled = _fewest(len(order), lambda count, f=frame: f.plan(frozenset(order[:count])).fits)  # type: ignore[misc]
-        yield frame.plan(frozenset(order[:spilled]))
-
-
-def _fewest(most: int, fits: Callable[[int], bool]) -> int:
-    """The smallest count up to ``most`` that fits, given that more always fit better; else ``most``."""
-    if fits(0):
-        return 0
-    low, high = 0, most
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
-
-
-def _coarsened(
-    program: Program, staging: Staging, phases: tuple[Phase, ...], differentiated: frozenset[str]
-) -> tuple[Phase, ...]:
-    """The same phases in as few tiles as take no more bytes than the largest step of them all.
-
-    Deep maps are small: the tile that early phases need would cut them into crumbs.
-    """
-    allowed = max((step_bytes(program, phase, {}) for phase in phases), default=0)
-    return tuple(
-        _coarsest(program, stage, phase, differentiated, allowed)
-        for stage, phase in zip(staging.stages, phases, strict=True)
-    )
-
-
-def _coarsest(
-    program: Program, stage: Stage, phase: Phase, differentiated: frozenset[str], allowed: int
-) -> Phase:
-    rows, cols = len(phase.rows), len(phase.cols)
-    for divisor in (16, 8, 6, 4, 3, 2):
-        parts = (math.ceil(rows / divisor), math.ceil(cols / divisor))
-        if parts != (rows, cols):
-            coarse = cut(program, stage, parts, differentiated)
-            if step_bytes(program, coarse, {}) <= allowed:
-                return coarse
-    return phase
+    whole = _Attempt.of(retrace(None), request, differentiate, None)
+    attempts = [whole]
+    if request.tail:
+        attempts += [
+            _Attempt.of(retrace(tail.start), request, differentiate, tail, whole.search.options)
+            for tail in _tails(whole, request)
+        ]
+    best = min(attempts, key=lambda attempt: attempt.rank)
+    best = replace(best, candidate=best.search.improved(best.candidate))
+    return best.search.program, best.plan(request, whole)
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """A candidate but for which stored maps are spilled."""
+class _Tail:
+    """Operators at the end that run on whole maps."""
 
-    program: Program
-    request: PlanRequest
-    staging: Staging
-    phases: tuple[Phase, ...]
-    differentiated: frozenset[str]
-    tile: tuple[int, int]
-    num_resident: int
-    reuses_heap: bool
+    start: str
+    """The captured call from which on."""
+    length: int
+    """Number of operators."""
+    seconds: float
+    """Projected time, forward and backward."""
+    flops: int
 
-    def plan(self, spilled: frozenset[str]) -> Plan:
-        """The plan with ``spilled`` maps and their gradients away from the device's memory."""
-        program, request, staging = self.program, self.request, self.staging
-        stores = _stores(program, staging, self.phases, request.spill_home, spilled)
-        worst = worst_moment(
-            program, staging, self.phases, stores, self.differentiated, reuses_heap=self.reuses_heap
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attempt:
+    """The search over one program and what it found."""
+
+    search: Search
+    candidate: Candidate
+    tail: _Tail | None
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        request: PlanRequest,
+        differentiate: Callable[[Program], frozenset[str]],
+        tail: _Tail | None,
+        known: Options | None = None,
+    ) -> _Attempt:
+        """The best candidate that only spills."""
+        tile = request.tile
+        if tile is None and request.room is None:
+            tile = (DEFAULT_EDGE, DEFAULT_EDGE)
+        options = Options(program, differentiate(program), request.rates, tile, known)
+        search = Search(options, request.room, request.places)
+        return cls(search, search.best(_stagings(program, tile)), tail)
+
+    @property
+    def seconds(self) -> float:
+        """Projected time, the tail's included."""
+        return self.candidate.seconds + (self.tail.seconds if self.tail else 0.0)
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Smaller is better."""
+        fits = self.candidate.fits
+        return not fits, self.seconds if fits else self.candidate.nbytes
+
+    def plan(self, request: PlanRequest, whole: _Attempt) -> Plan:
+        """The frozen plan; ``whole`` is the attempt without a tail, whose program has every operator."""
+        candidate, options = self.candidate, self.search.options
+        program, staging, differentiated = options.program, candidate.staging, options.differentiated
+        stores = _with_tiles(program, candidate)
+        tiled = tuple(option.tiled for option in candidate.options)
+        worst = max(
+            moments(
+                tiled,
+                SmallBytes(program, staging, differentiated),
+                StoredBytes(stores, staging.levels),
+                reuses_heap=candidate.reuses_heap,
+            ),
+            key=lambda moment: moment.nbytes,
         )
+        assert worst.nbytes == candidate.nbytes, (worst, candidate.nbytes)
+        everything, training = whole.search.options, bool(request.leaves)
+        plain = plain_time(everything.works, request.rates, backward=training)
+        flops = sum(option.time.flops for option in candidate.options) + (self.tail.flops if self.tail else 0)
         return Plan(
             image_shape=request.image_shape,
             dtype=request.dtype,
-            training=bool(request.leaves),
-            tile=self.tile,
-            phases=self.phases,
+            training=training,
+            tile=_tile(program, request, candidate),
+            phases=tuple(
+                each.phase(differentiated=is_differentiated(each.stage, differentiated)) for each in tiled
+            ),
             segments=tuple(Segment(level, names) for level, names in staging.segments.items()),
             stores=stores,
             levels=dict(staging.levels),
-            differentiated=self.differentiated,
+            differentiated=differentiated,
             budget=request.budget,
-            reuses_heap=self.reuses_heap,
+            reuses_heap=candidate.reuses_heap,
             terms=(*_reserved(request), *worst.terms),
             worst=worst.name,
-            plain_bytes=plain_bytes(program, self.differentiated),
-            num_resident=self.num_resident,
+            worst_operator=_named(program, worst.operator),
+            plain_bytes=plain_bytes(everything.program, everything.differentiated),
+            projected_seconds=self.seconds,
+            plain_seconds=plain.seconds,
+            recomputation=flops / plain.flops if plain.flops else 1.0,
+            num_resident=self.tail.length if self.tail else 0,
             residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
         )
 
@@ -217,37 +183,74 @@ def _reserved(request: PlanRequest) -> tuple[MemoryTerm, ...]:
     return (MemoryTerm("reserved (context, libraries, weights, optimiser)", request.reserved),)
 
 
-def _stores(
-    program: Program,
-    staging: Staging,
-    phases: tuple[Phase, ...],
-    spill_home: Home,
-    spilled: frozenset[str],
-) -> dict[str, StorePlan]:
-    last = {name: staging.levels[name] for name in staging.stored}
-    kept: set[str] = set()
-    for phase in phases:
-        for name in phase.inputs:
-            last[name] = max(last.get(name, 0), phase.level)
-        if phase.differentiated:
-            kept.update(phase.inputs, phase.stored)
-    for node in program.nodes.values():
-        if node.kind is Kind.GATHER:
-            last[node.operands[0]] = max(last.get(node.operands[0], 0), staging.levels[node.name])
-    grids = {name: phase for phase in phases for name in phase.stored}
+def _stagings(program: Program, tile: tuple[int, int] | None) -> Iterator[Staging]:
+    """The program staged with fewer and more cuts, each way once."""
+    limits = HALO_LIMITS if tile is None else (HALO_SHARE * min(tile),)
+    for cuts in dict.fromkeys(choose_cuts(program, limit) for limit in limits):
+        yield divide(program, cuts)
+
+
+def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
+    """Tails to try: one that takes no more than the largest step does, and one that fills the budget.
+
+    A tail lives when no tile does: after the last forward step and before the first backward one.
+    """
+    steps = [option.nbytes for option in whole.candidate.options]
+    largest = max(steps, default=0)
+    allowed = [largest]
+    if request.room is not None and request.tile is None and whole.candidate.fits:
+        allowed.append(largest + request.room - whole.candidate.nbytes)
+    tails = {tail.start: tail for nbytes in allowed if (tail := _tail(whole, nbytes)) is not None}
+    return iter(tails.values())
+
+
+def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
+    """The longest tail whose maps together take no more than ``allowed`` bytes."""
+    options = whole.search.options
+    nodes = [node for node in options.program.nodes.values() if node.kind is Kind.LOCAL]
+    total, length = 0, 0
+    for node in reversed(nodes):
+        total += TAIL_COPIES * node.nbytes
+        if total > allowed:
+            break
+        length += 1
+    if not length:
+        return None
+    works = {node.name: options.works[node.name] for node in nodes[-length:]}
+    backward = bool(options.differentiated)
+    time: StageTime = plain_time(works, options.rates, backward=backward)
+    return _Tail(nodes[-length].name.partition(".")[0], length, time.seconds, time.flops)
+
+
+def _with_tiles(program: Program, candidate: Candidate) -> dict[str, StorePlan]:
+    """The candidate's stores with the extents of the tiles that write them."""
     return {
-        name: StorePlan(
-            home=spill_home if name in spilled else Home.MEMORY,
-            gradient_home=spill_home if name in spilled else Home.MEMORY,
-            nbytes=program.nodes[name].nbytes,
-            kept=name in kept,
-            last_reader=last[name],
-            tile=_share(program.nodes[name].size, grids[name]),
-        )
-        for name in program.nodes
-        if name in staging.stored
+        name: replace(candidate.stores[name], tile=(_share(size[0], rows), _share(size[1], cols)))
+        for option in candidate.options
+        for rows, cols in [(option.tiled.rows.num_parts, option.tiled.cols.num_parts)]
+        for name in option.tiled.stage.stored
+        for size in [program.nodes[name].size]
     }
 
 
-def _share(size: tuple[int, int], phase: Phase) -> tuple[int, int]:
-    return (math.ceil(size[0] / len(phase.rows)), math.ceil(size[1] / len(phase.cols)))
+def _share(extent: int, num_parts: int) -> int:
+    return math.ceil(extent / num_parts)
+
+
+def _tile(program: Program, request: PlanRequest, candidate: Candidate) -> tuple[int, int]:
+    """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
+    height, width = program.nodes[program.image].size
+    if request.tile is not None:
+        return min(request.tile[0], height), min(request.tile[1], width)
+    if not candidate.options:
+        return height, width
+    first = candidate.options[0].tiled
+    return _share(height, first.rows.num_parts), _share(width, first.cols.num_parts)
+
+
+def _named(program: Program, operator: str) -> str:
+    """An operator with where it comes from."""
+    if not operator:
+        return "the model"
+    source = program.nodes[operator].source
+    return f"{operator} ({source})" if source else operator

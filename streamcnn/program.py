@@ -94,11 +94,12 @@ class Local:
     """The target also takes ``out`` (the region wanted) and ``origin`` (that of its first map operand)."""
     heavy: bool = False
     """Does more than a few operations per element, so recomputing it is not free."""
+    pointwise: bool = field(init=False)
+    """Whether every output position reads the same position only, at little cost."""
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether every output position reads the same position only, at little cost."""
-        return not self.heavy and all(axis.pointwise for link in self.links.values() for axis in link)
+    def __post_init__(self) -> None:
+        pointwise = not self.heavy and all(axis.pointwise for link in self.links.values() for axis in link)
+        object.__setattr__(self, "pointwise", pointwise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,20 @@ class Node:
     in_place: Callable[..., Any] | None = None
     """The form of ``target`` that overwrites its first operand, where the user's model has that."""
 
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """Names of the nodes it reads, each once."""
-        return refs_in((self.args, dict(self.kwargs)))
+    operands: tuple[str, ...] = field(init=False, compare=False)
+    """Names of the nodes it reads, each once."""
+
+    nbytes: int = field(init=False, compare=False)
+    """Bytes of all results."""
+    size: tuple[int, int] = field(init=False, compare=False)
+    """Spatial extents (H, W) of a map; (0, 0) of what is none."""
+
+    def __post_init__(self) -> None:
+        specs = self.spec if isinstance(self.spec, tuple) else (self.spec,)
+        object.__setattr__(self, "operands", refs_in((self.args, dict(self.kwargs))))
+        object.__setattr__(self, "nbytes", sum(spec.nbytes for spec in specs))
+        size = (0, 0) if self.axes is None else tuple(self.tensor.shape[axis] for axis in self.axes)
+        object.__setattr__(self, "size", size)
 
     @property
     def tensor(self) -> TensorSpec:
@@ -133,21 +144,9 @@ class Node:
         return self.spec
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all results."""
-        specs = self.spec if isinstance(self.spec, tuple) else (self.spec,)
-        return sum(spec.nbytes for spec in specs)
-
-    @property
     def is_map(self) -> bool:
         """Whether the value is a map."""
         return self.kind in (Kind.IMAGE, Kind.LOCAL, Kind.PROMOTED)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Spatial extents (H, W) of a map."""
-        assert self.axes is not None, self.name
-        return (self.tensor.shape[self.axes[0]], self.tensor.shape[self.axes[1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +166,15 @@ class Program:
     """Node name to a tensor that the capture made itself."""
     plain_bytes: int
     """Bytes of all tensors that plain PyTorch makes in one forward pass; training keeps most of them."""
+    _positions: Mapping[str, int] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        positions = {name: index for index, name in enumerate(self.nodes)}
+        object.__setattr__(self, "_positions", positions)
+
+    def position(self, name: str) -> int:
+        """Place of a node in the order of execution."""
+        return self._positions[name]
 
     @property
     def output_names(self) -> tuple[str, ...]:

@@ -6,9 +6,15 @@ Nothing here knows about tensors, so every rule can be checked by brute force.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+"""Positions on one axis, one per tile."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,15 +80,39 @@ class Region(NamedTuple):
         return self.rows.contains(other.rows) and self.cols.contains(other.cols)
 
 
-def split_evenly(size: int, num_parts: int) -> tuple[Interval, ...]:
-    """``num_parts`` disjoint intervals that cover ``[0, size)`` in order, sizes differing by one.
+@dataclass(frozen=True, slots=True, eq=False)
+class Intervals:
+    """Many intervals at once, as arrays of equal length: what each tile of a row needs of one map."""
 
-    Raises
-    ------
-    ValueError
-        If there are more parts than positions, since every part must hold at least one.
-    """
-    if not 1 <= num_parts <= size:
-        raise ValueError(f"cannot cut {size} positions into {num_parts} parts: allowed are 1 to {size}")
-    cuts = [i * size // num_parts for i in range(num_parts + 1)]
-    return tuple(Interval(a, b) for a, b in pairwise(cuts))
+    start: Indices
+    stop: Indices
+
+    @classmethod
+    def evenly(cls, size: int, num_parts: int) -> Intervals:
+        """``num_parts`` disjoint intervals that cover ``[0, size)`` in order, sizes differing by one.
+
+        Raises
+        ------
+        ValueError
+            If there are more parts than positions, since every part must hold at least one.
+        """
+        if not 1 <= num_parts <= size:
+            raise ValueError(f"cannot cut {size} positions into {num_parts} parts: allowed are 1 to {size}")
+        cuts = np.arange(num_parts + 1, dtype=np.int64) * size // num_parts
+        return cls(cuts[:-1], cuts[1:])
+
+    @property
+    def sizes(self) -> Indices:
+        """Number of integers in each."""
+        return self.stop - self.start
+
+    def hull(self, other: Intervals) -> Intervals:
+        """For each pair, the smallest interval that holds both."""
+        return Intervals(np.minimum(self.start, other.start), np.maximum(self.stop, other.stop))
+
+    def equals(self, other: Intervals) -> bool:
+        """Whether all intervals are the same."""
+        return np.array_equal(self.start, other.start) and np.array_equal(self.stop, other.stop)
+
+    def __iter__(self) -> Iterator[Interval]:
+        return map(Interval, self.start.tolist(), self.stop.tolist())

@@ -44,6 +44,7 @@ class SmallGraph:
         self.gradients: dict[str, Tensor] = {}
         self.results: dict[str, Results] = {}
         """Finished reductions by node name."""
+        self._last_uses = _last_uses(program)
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
         self._records: dict[int, _Record] = {}
@@ -53,8 +54,9 @@ class SmallGraph:
         current = _Record()
         with torch.set_grad_enabled(record):
             for name in segment.nodes:
-                node = self.program.nodes[name]
-                current.values[name] = self._evaluate(node, current, barrier)
+                current.values[name] = self._evaluate(self.program.nodes[name], current, barrier)
+                for dead in self._last_uses.get(name, ()):
+                    current.values.pop(dead, None)
         for name, value in current.values.items():
             if isinstance(value, Tensor):
                 self.values[name] = value.detach()
@@ -128,10 +130,33 @@ class SmallGraph:
         if not ends or not inputs:
             return {}
         outputs, gradients = zip(*ends, strict=True)
+        # What autograd has saved can then go as soon as it has been used.
+        record.values.clear()
+        ends.clear()
         found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
         for (name, _), gradient in zip(flat, found, strict=False):
             self.accumulate(name, gradient)
         return _by_barrier(record, barriers, found[len(flat) :])
+
+
+def _last_uses(program: Program) -> dict[str, tuple[str, ...]]:
+    """For each small value, those that it is the last to read and that nothing else asks for.
+
+    What a map reads too, or the model gives out, stays until the backward pass is there.
+    """
+    asked = {*program.output_names, *program.updates.values()}
+    last: dict[str, str] = {}
+    for node in program.nodes.values():
+        for name in node.operands:
+            if node.kind is Kind.SMALL:
+                last[name] = node.name
+            else:
+                asked.add(name)
+    dead: dict[str, list[str]] = {}
+    for name, reader in last.items():
+        if program.nodes[name].kind in (Kind.SMALL, Kind.GATHER, Kind.REDUCTION) and name not in asked:
+            dead.setdefault(reader, []).append(name)
+    return {reader: tuple(names) for reader, names in dead.items()}
 
 
 def _by_barrier(

@@ -9,7 +9,7 @@ a barrier do not pile up halo.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamcnn.program import Kind, Node, Program
 
@@ -30,7 +30,7 @@ class Stage:
         return tuple(dict.fromkeys((*self.stored, *reduced)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Staging:
     """A program divided into phases and segments of small values."""
 
@@ -46,16 +46,41 @@ def divide(program: Program, cuts: Collection[str] = ()) -> Staging:
     """Divide ``program`` into phases; a new one starts after each node named in ``cuts``."""
     levels = assign_levels(program, cuts)
     stored = choose_checkpoints(program, levels)
-    stages = tuple(
-        stage
-        for level in sorted({levels[n.name] for n in program.nodes.values() if n.kind is not Kind.STATE})
-        if (stage := _stage(program, levels, stored, level)) is not None
-    )
+    reductions: dict[int, list[str]] = {}
     segments: dict[int, list[str]] = {}
+    kept: dict[int, list[str]] = {}
     for node in program.nodes.values():
+        level = levels[node.name]
+        if node.name in stored:
+            kept.setdefault(level, []).append(node.name)
+        if node.kind is Kind.REDUCTION:
+            reductions.setdefault(level, []).append(node.name)
         if node.kind in (Kind.SMALL, Kind.REDUCTION, Kind.GATHER):
-            segments.setdefault(levels[node.name], []).append(node.name)
+            segments.setdefault(level, []).append(node.name)
+    stages = tuple(
+        _stage(program, levels, stored, level, tuple(kept.get(level, ())), tuple(reductions.get(level, ())))
+        for level in sorted({*kept, *reductions})
+    )
     return Staging(levels, stored, stages, {level: tuple(names) for level, names in sorted(segments.items())})
+
+
+def recompute(program: Program, staging: Staging, name: str) -> Staging:
+    """The same staging but that checkpoint ``name`` is computed again by every phase that reads it.
+
+    A barrier between the map and what it is computed from is passed with its finished result, so its
+    phase becomes longer by local operators only. A map that an operator takes whole must be stored.
+    """
+    assert name in staging.stored
+    stored = staging.stored - {name}
+    stages = []
+    for stage in staging.stages:
+        if name in stage.stored or name in stage.inputs:
+            kept = tuple(other for other in stage.stored if other != name)
+            if not kept and not stage.reductions:
+                continue
+            stage = _stage(program, staging.levels, stored, stage.level, kept, stage.reductions)
+        stages.append(stage)
+    return replace(staging, stored=stored, stages=tuple(stages))
 
 
 def assign_levels(program: Program, cuts: Collection[str] = ()) -> dict[str, int]:
@@ -90,7 +115,7 @@ def choose_checkpoints(program: Program, levels: Mapping[str, int]) -> frozenset
     A cheap pointwise function of maps that are stored already is recomputed instead, if reading those
     moves no more bytes than reading it would.
     """
-    late, gathered = _used_late(program, levels), _gathered(program)
+    late, whole = _used_late(program, levels), gathered(program)
     stored: set[str] = set()
     bases: dict[str, frozenset[str]] = {}
     for node in program.nodes.values():
@@ -98,7 +123,7 @@ def choose_checkpoints(program: Program, levels: Mapping[str, int]) -> frozenset
             continue
         found = _bases(program, node, bases) if node.kind is Kind.LOCAL else frozenset({node.name})
         keeps = node.name in late and not _worth_recomputing(program, node, found)
-        if node.name in gathered or keeps:
+        if node.name in whole or keeps:
             stored.add(node.name)
             found = frozenset({node.name})
         if found is not None:
@@ -116,7 +141,8 @@ def _used_late(program: Program, levels: Mapping[str, int]) -> set[str]:
     }
 
 
-def _gathered(program: Program) -> set[str]:
+def gathered(program: Program) -> set[str]:
+    """Maps that an operator takes whole."""
     return {node.operands[0] for node in program.nodes.values() if node.kind is Kind.GATHER}
 
 
@@ -134,13 +160,15 @@ def _worth_recomputing(program: Program, node: Node, bases: frozenset[str] | Non
     return sum(program.nodes[name].nbytes for name in bases) <= node.nbytes
 
 
-def _stage(program: Program, levels: Mapping[str, int], stored: Collection[str], level: int) -> Stage | None:
-    kept = tuple(name for name in program.nodes if name in stored and levels[name] == level)
-    reductions = tuple(
-        n.name for n in program.nodes.values() if n.kind is Kind.REDUCTION and levels[n.name] == level
-    )
-    if not kept and not reductions:
-        return None
+def _stage(
+    program: Program,
+    levels: Mapping[str, int],
+    stored: Collection[str],
+    level: int,
+    kept: tuple[str, ...],
+    reductions: tuple[str, ...],
+) -> Stage:
+    """Walk backwards from what the phase of ``level`` has to give to what is at hand."""
     pending = [*kept, *(program.nodes[name].operands[0] for name in reductions)]
     inside: set[str] = set()
     inputs: set[str] = set()
@@ -154,11 +182,10 @@ def _stage(program: Program, levels: Mapping[str, int], stored: Collection[str],
             inside.add(name)
             assert node.local is not None
             pending.extend(node.local.links)
-    order = tuple(program.nodes)
     return Stage(
         level=level,
-        nodes=tuple(name for name in order if name in inside),
-        inputs=tuple(name for name in order if name in inputs),
+        nodes=tuple(sorted(inside, key=program.position)),
+        inputs=tuple(sorted(inputs, key=program.position)),
         stored=kept,
         reductions=reductions,
     )

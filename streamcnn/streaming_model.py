@@ -8,9 +8,6 @@ whose ``backward()`` fills the same gradients.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.autocast import autocast, autocast_state
-from streamcnn.capture import RawGraph, capture
 from streamcnn.ceiling.cuda import note_idle
-from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.executor import Observer
-from streamcnn.plan import Home, Plan
-from streamcnn.planner import PlanRequest, make_plan
-from streamcnn.program import Program, differentiated, substitute
+from streamcnn.plan import Plan
+from streamcnn.planning import Machine, Planned, Planning, Wish, module_dtype, module_states
+from streamcnn.program import substitute
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Shrink, Streamed
-from streamcnn.tracing import trace
 from streamcnn.units import format_bytes, parse_bytes
 
 _SMALLEST_TILE = 32
 """Edge in pixels; below it, halos are nearly all of the work."""
-_CACHED_PLANS = 8
-"""Captured graphs and plans kept, the most recently used ones."""
+_LESS_PERCENT = (75, 85, 93)
+"""What a pass that was refused memory is planned again for, in percent of what was projected."""
 _SHARED_REGISTRIES = (
     "_parameters",
     "_buffers",
@@ -103,8 +97,7 @@ class StreamingModel(nn.Module):
         self.observer: Observer | None = None
         """Told when a part of a pass begins and when it ends."""
         self._resident_tail = True
-        self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
-        self._plans: OrderedDict[Any, tuple[Program, Plan]] = OrderedDict()
+        self._planning = Planning()
         self.training = net.training
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         note_idle()
@@ -137,8 +130,7 @@ class StreamingModel(nn.Module):
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
-            "_graphs": OrderedDict(),
-            "_plans": OrderedDict(),
+            "_planning": Planning(),
             "last_report": None,
             "observer": None,
         }
@@ -162,8 +154,17 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        reserved = reserved_bytes(self._device())
-        return self._planned(shape, dtype or self._dtype(), image_gradient=False, reserved=reserved)[1]
+        return self._planned(shape, dtype or module_dtype(self.net), image_gradient=False)[1]
+
+    def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
+        """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the module cannot be captured at this shape.
+        """
+        return self._planned(shape, module_dtype(self.net), image_gradient=False, machine=machine)[1]
 
     def _planned(
         self,
@@ -171,49 +172,28 @@ class StreamingModel(nn.Module):
         dtype: torch.dtype,
         *,
         image_gradient: bool,
-        reserved: int = 0,
+        machine: Machine | None = None,
         tile: tuple[int, int] | None = None,
-    ) -> tuple[Program, Plan]:
-        tile = tile or self.tile
-        states = self._states()
-        trainable = frozenset(name for name, state in states.items() if state.requires_grad)
-        wanted = trainable if torch.is_grad_enabled() else frozenset()
+        target: int | None = None,
+    ) -> Planned:
         device = self._device()
-        casts = autocast_state(device)
-        settings = (device, _settings(self.net), _specs(states))
-        key = (shape, dtype, settings, casts, wanted, image_gradient, self.budget, reserved, tile)
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
-        # Casts are left out of the capture, so it must be at a type that the module takes without them.
-        graph = self._captured(shape, dtype if casts is None else self._dtype(), settings)
-        wish = _Wish(shape, wanted, image_gradient, tile, reserved, self)
-        found = _find_plan(graph, states, dtype, device, wish)
-        self._plans[key] = found
-        if len(self._plans) > _CACHED_PLANS:
-            self._plans.popitem(last=False)
-        return found
-
-    def _captured(self, shape: tuple[int, int, int, int], dtype: torch.dtype, settings: Any) -> RawGraph:
-        key = (shape, dtype, settings)
-        if key not in self._graphs:
-            self._graphs[key] = capture(self.net, shape, dtype)
-            if len(self._graphs) > _CACHED_PLANS:
-                self._graphs.popitem(last=False)
-        return self._graphs[key]
-
-    def _states(self) -> dict[str, Tensor]:
-        """Parameters and buffers under all their names: tied ones have several."""
-        parameters = self.net.named_parameters(remove_duplicate=False)
-        return {**dict(parameters), **dict(self.net.named_buffers(remove_duplicate=False))}
+        trainable = (name for name, p in self.net.named_parameters(remove_duplicate=False) if p.requires_grad)
+        wish = Wish(
+            shape=shape,
+            dtype=dtype,
+            casts=autocast_state(device),
+            trainable=frozenset(trainable) if torch.is_grad_enabled() else frozenset(),
+            image_gradient=image_gradient,
+            budget=self.budget,
+            tile=tile or self.tile,
+            target=target,
+            tail=self._resident_tail,
+        )
+        return self._planning.find(self.net, device, wish, machine or Machine.here(device))
 
     def _device(self) -> torch.device:
-        first = next(iter(self._states().values()), None)
+        first = next(iter(module_states(self.net).values()), None)
         return torch.device("cpu") if first is None else first.device
-
-    def _dtype(self) -> torch.dtype:
-        first = next(self.net.parameters(), None)
-        return torch.get_default_dtype() if first is None else first.dtype
 
     # --- running -------------------------------------------------------------------------------------
 
@@ -236,13 +216,13 @@ class StreamingModel(nn.Module):
                 "the image requires a gradient and preprocess= is set: the gradient would be that of the "
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
-        reserved = reserved_bytes(reader.device)
+        machine = Machine.here(reader.device)
         program, plan = self._planned(
-            reader.shape, reader.dtype, image_gradient=image_gradient, reserved=reserved
+            reader.shape, reader.dtype, image_gradient=image_gradient, machine=machine
         )
         plan.validate()
-        shrink = self._shrink(reader, reserved, image_gradient=image_gradient)
-        run = Pass((program, plan), reader, self._states(), self, shrink)
+        shrink = self._shrink(reader, machine, image_gradient=image_gradient)
+        run = Pass((program, plan), reader, module_states(self.net), self, shrink)
         names = program.output_names
         if not plan.training:
             values = run.forward()
@@ -256,23 +236,24 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
 
-    def _shrink(self, reader: BatchReader, reserved: int, *, image_gradient: bool) -> Shrink:
+    def _shrink(self, reader: BatchReader, machine: Machine, *, image_gradient: bool) -> Shrink:
         """How the pass that begins now is planned again, whenever that is, if it is refused memory."""
         grad, casts = torch.is_grad_enabled(), autocast_state(reader.device)
 
-        def shrink(plan: Plan) -> tuple[Program, Plan] | None:
-            tile = _halved(plan.tile)
-            if tile is None:
-                return None
+        def planned(**limits: Any) -> Planned | None:
             with torch.set_grad_enabled(grad), autocast(reader.device, casts):
-                planned = self._planned(
-                    reader.shape,
-                    reader.dtype,
-                    image_gradient=image_gradient,
-                    reserved=reserved,
-                    tile=tile,
+                found = self._planned(
+                    reader.shape, reader.dtype, image_gradient=image_gradient, machine=machine, **limits
                 )
-            return planned if planned[1].fits else None
+            allowed = limits.get("target", found[1].budget)
+            return found if allowed is None or found[1].projected_bytes <= allowed else None
+
+        def shrink(plan: Plan) -> Planned | None:
+            if self.tile is not None or plan.budget is None:
+                tile = _halved(plan.tile)
+                return None if tile is None else planned(tile=tile)
+            targets = (plan.projected_bytes * percent // 100 for percent in _LESS_PERCENT)
+            return next((found for t in targets if (found := planned(target=t)) is not None), None)
 
         return shrink
 
@@ -302,60 +283,3 @@ def _as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
     if not folder.is_dir():
         raise ValueError(f"spill={str(spill)!r} is no folder: create it, or pass None for the temporary one")
     return folder
-
-
-def _settings(net: nn.Module) -> tuple[Any, ...]:
-    """What a captured graph has taken in besides states: each module's class and plain attributes."""
-    return tuple(
-        (name, type(module), *(item for item in vars(module).items() if _is_plain(item[1])))
-        for name, module in net.named_modules()
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _specs(states: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    return tuple((name, state.shape, state.dtype) for name, state in states.items())
-
-
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What a plan is wanted for."""
-
-    shape: tuple[int, int, int, int]
-    trainable: frozenset[str]
-    image_gradient: bool
-    tile: tuple[int, int] | None
-    reserved: int
-    model: StreamingModel
-
-
-def _find_plan(
-    graph: RawGraph, states: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, wish: _Wish
-) -> tuple[Program, Plan]:
-    """Trace and plan, with and without a resident tail."""
-    leaf_names = {name for name, qualified in graph.states.items() if qualified in wish.trainable}
-    if wish.image_gradient:
-        leaf_names.add(graph.image)
-    request = PlanRequest(
-        image_shape=wish.shape,
-        dtype=str(dtype).removeprefix("torch."),
-        leaves=frozenset(leaf_names),
-        budget=wish.model.budget,
-        tile=wish.tile,
-        spill_home=Home.DISK if device.type == "cpu" else Home.HOST,
-        reserved=wish.reserved,
-        tail=wish.model._resident_tail,
-    )
-
-    def retrace(tail: str | None) -> Program:
-        return trace(graph, states, dtype, device, tail=tail)
-
-    def gradients(program: Program) -> frozenset[str]:
-        return differentiated(program, request.leaves & program.nodes.keys())
-
-    return make_plan(retrace, request, gradients)

@@ -1,110 +1,241 @@
 """Tiling: the outputs of a stage cut into disjoint tiles, and what each tile needs of every map.
 
-All rules are separable, so rows and columns are worked out apart: a grid of 100 x 100 tiles costs 200
-passes over the stage's nodes, not 10,000.
+All rules are separable, so rows and columns are worked out apart, and all tiles of an axis at once: a grid
+of 100 x 100 tiles costs two passes over the stage's nodes.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch._ops import OpOverload
 
 from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase
-from streamcnn.program import Program, Ref
-from streamcnn.regions import Interval, split_evenly
+from streamcnn.program import Link, Program, Ref
+from streamcnn.regions import Intervals
 from streamcnn.staging import Stage
 
+Parts = tuple[int, int]
+"""Number of tiles (rows, columns)."""
 
-def grid(program: Program, stage: Stage, tile: tuple[int, int]) -> tuple[int, int]:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """What is true of a stage however it is cut."""
+
+    program: Program
+    stage: Stage
+    owned: tuple[str, ...]
+    """Maps of which each tile owns a part."""
+    releases: Mapping[str, tuple[str, ...]]
+    """For each operator, the values that nothing after it reads."""
+    consumed: frozenset[str]
+    """Operators whose value another operator of the stage reads."""
+    skipped: tuple[str, ...]
+    """Convolutions that the backward pass need not compute again: only their stored value is used."""
+    overwriting: Mapping[str, str]
+    """Operators that may overwrite their first operand, and that operand, if they are on one region."""
+    square: bool
+    """Whether rows and columns have the same sizes and rules."""
+
+    @classmethod
+    def of(cls, program: Program, stage: Stage) -> Outline:
+        """The outline of a stage."""
+        readers = _readers(program, stage)
+        owned = stage.owned(program)
+        consumed = frozenset(name for name in stage.nodes if readers[name])
+        sizes = [program.nodes[name].size for name in (*stage.nodes, *stage.inputs)]
+        links = [link for name in stage.nodes for link in _links(program, name).values()]
+        return cls(
+            program=program,
+            stage=stage,
+            owned=owned,
+            releases=_releases(stage, readers),
+            consumed=consumed,
+            skipped=tuple(
+                name
+                for name in stage.stored
+                if name not in consumed and is_convolution(program.nodes[name].target)
+            ),
+            overwriting={
+                name: operand
+                for name in stage.nodes
+                if (operand := _overwritten(program, name, readers)) is not None and operand not in owned
+            },
+            square=all(height == width for height, width in sizes)
+            and all(link.rows == link.cols for link in links),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisGrid:
+    """The tiles of a stage along one axis."""
+
+    num_parts: int
+    own: Mapping[str, Intervals]
+    """The part of each output that a tile alone is responsible for."""
+    needed: Mapping[str, Intervals]
+    """The part of every node and input of the stage that a tile computes or reads."""
+    largest: Mapping[str, int]
+    """The most positions that a tile needs of a map."""
+    total: Mapping[str, int]
+    """Positions of a map that all tiles together need, repeated ones counted each time."""
+
+    @classmethod
+    def of(cls, outline: Outline, axis: int, num_parts: int) -> AxisGrid:
+        """Walk backwards from the owned parts; a map with several consumers needs the hull."""
+        nodes = outline.program.nodes
+        own = {name: Intervals.evenly(nodes[name].size[axis], num_parts) for name in outline.owned}
+        needed = dict(own)
+        for name in reversed(outline.stage.nodes):
+            for operand, link in _links(outline.program, name).items():
+                axis_map = (link.rows, link.cols)[axis]
+                part = axis_map.required_each(needed[name], nodes[operand].size[axis])
+                needed[operand] = needed[operand].hull(part) if operand in needed else part
+        sizes = np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
+        largest = dict(zip(needed, sizes.max(axis=1).tolist(), strict=True))
+        return cls(
+            num_parts, own, needed, largest, dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
+        )
+
+    def steps(self) -> tuple[AxisStep, ...]:
+        """One :class:`AxisStep` per tile."""
+        own = {name: tuple(intervals) for name, intervals in self.own.items()}
+        needed = {name: tuple(intervals) for name, intervals in self.needed.items()}
+        return tuple(
+            AxisStep(
+                own={name: each[part] for name, each in own.items()},
+                needed={name: each[part] for name, each in needed.items()},
+            )
+            for part in range(self.num_parts)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledStage:
+    """A stage cut into tiles: what planning weighs, and what a phase is made of."""
+
+    outline: Outline
+    rows: AxisGrid
+    cols: AxisGrid
+    in_place: frozenset[str]
+    """Operators that overwrite their first operand, which nothing else reads."""
+
+    @property
+    def program(self) -> Program:
+        """The program that the stage is of."""
+        return self.outline.program
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is cut."""
+        return self.outline.stage
+
+    @property
+    def num_tiles(self) -> int:
+        """Steps per pass over the stage."""
+        return self.rows.num_parts * self.cols.num_parts
+
+    def largest(self, name: str) -> tuple[int, int]:
+        """The most rows and columns that a tile needs of ``name``."""
+        return self.rows.largest[name], self.cols.largest[name]
+
+    def largest_own(self, name: str) -> tuple[int, int]:
+        """The most rows and columns of output ``name`` that a tile is responsible for."""
+        height, width = self.program.nodes[name].size
+        return _share(height, self.rows.num_parts), _share(width, self.cols.num_parts)
+
+    def covered(self, name: str) -> int:
+        """Positions of ``name`` that all tiles together need, repeated ones counted each time."""
+        return self.rows.total[name] * self.cols.total[name]
+
+    def phase(self, *, differentiated: bool) -> Phase:
+        """The stage as the executor takes it."""
+        stage, outline = self.stage, self.outline
+        return Phase(
+            level=stage.level,
+            nodes=stage.nodes,
+            inputs=stage.inputs,
+            stored=stage.stored,
+            reductions=stage.reductions,
+            rows=self.rows.steps(),
+            cols=self.cols.steps(),
+            releases=outline.releases,
+            consumed=outline.consumed,
+            skipped=outline.skipped,
+            in_place=self.in_place,
+            differentiated=differentiated,
+            halo=(self._halo(0), self._halo(1)),
+        )
+
+    def _halo(self, axis: int) -> int:
+        grid = (self.rows, self.cols)[axis]
+        nodes, inputs = self.program.nodes, self.stage.inputs
+        beyond = [grid.largest[name] - _share(nodes[name].size[axis], grid.num_parts) for name in inputs]
+        return max((0, *beyond))
+
+
+def grid(outline: Outline, tile: tuple[int, int]) -> Parts:
     """Number of tiles (rows, columns) so that none spans more than ``tile`` (h, w) input pixels.
 
     No more than there are positions in the smallest output, since every tile owns a part of each.
     """
-    image = program.nodes[program.image].size
-    sizes = [program.nodes[name].size for name in stage.owned(program)]
-    rows, cols = (
-        min(math.ceil(image[axis] / tile[axis]), min(size[axis] for size in sizes)) for axis in (0, 1)
-    )
+    nodes = outline.program.nodes
+    image = nodes[outline.program.image].size
+    sizes = [nodes[name].size for name in outline.owned]
+    rows, cols = (min(_share(image[axis], tile[axis]), min(s[axis] for s in sizes)) for axis in (0, 1))
     return (rows, cols)
 
 
-def cut(
-    program: Program, stage: Stage, parts: tuple[int, int], differentiated: frozenset[str] = frozenset()
-) -> Phase:
-    """The phase of ``stage`` with ``parts`` (rows, columns) of tiles."""
-    consumed = frozenset(
-        operand for name in stage.nodes for operand in program.nodes[name].operands if operand in stage.nodes
+def cut(outline: Outline, parts: Parts) -> TiledStage:
+    """A stage in ``parts`` (rows, columns) of tiles."""
+    rows = AxisGrid.of(outline, 0, parts[0])
+    cols = rows if outline.square and parts[0] == parts[1] else AxisGrid.of(outline, 1, parts[1])
+    in_place = frozenset(
+        name
+        for name, operand in outline.overwriting.items()
+        if all(axis.needed[operand].equals(axis.needed[name]) for axis in (rows, cols))
     )
-    rows, cols = (_axis_steps(program, stage, axis, parts[axis]) for axis in (0, 1))
-    return Phase(
-        level=stage.level,
-        nodes=stage.nodes,
-        inputs=stage.inputs,
-        stored=stage.stored,
-        reductions=stage.reductions,
-        rows=rows,
-        cols=cols,
-        releases=_releases(program, stage),
-        consumed=consumed,
-        skipped=tuple(
-            name
-            for name in stage.stored
-            if name not in consumed and is_convolution(program.nodes[name].target)
-        ),
-        in_place=frozenset(name for name in stage.nodes if _overwrites(program, stage, name, rows, cols)),
-        differentiated=any(name in differentiated for name in (*stage.stored, *stage.reductions)),
-        halo=(_halo(program, stage, rows, 0), _halo(program, stage, cols, 1)),
-    )
+    return TiledStage(outline, rows, cols, in_place)
 
 
-def _axis_steps(program: Program, stage: Stage, axis: int, num_parts: int) -> tuple[AxisStep, ...]:
-    owned = stage.owned(program)
-    shares = {name: split_evenly(program.nodes[name].size[axis], num_parts) for name in owned}
-    return tuple(
-        _axis_step(program, stage, axis, {name: shares[name][part] for name in owned})
-        for part in range(num_parts)
-    )
+def _share(extent: int, num_parts: int) -> int:
+    return -(-extent // num_parts)
 
 
-def _axis_step(program: Program, stage: Stage, axis: int, own: dict[str, Interval]) -> AxisStep:
-    """Walk backwards from the owned parts; a map with several consumers needs the hull."""
-    needed = dict(own)
-    for name in reversed(stage.nodes):
-        local = program.nodes[name].local
-        assert local is not None
-        for operand, link in local.links.items():
-            axis_map = (link.rows, link.cols)[axis]
-            part = axis_map.required(needed[name], program.nodes[operand].size[axis])
-            needed[operand] = needed[operand].hull(part) if operand in needed else part
-    return AxisStep(own=own, needed=needed)
+def _links(program: Program, name: str) -> Mapping[str, Link]:
+    local = program.nodes[name].local
+    assert local is not None
+    return local.links
 
 
-def _overwrites(
-    program: Program, stage: Stage, name: str, rows: tuple[AxisStep, ...], cols: tuple[AxisStep, ...]
-) -> bool:
-    """Whether an operator may overwrite its first operand, as the user's model does.
+def _readers(program: Program, stage: Stage) -> dict[str, list[str]]:
+    """For each operator of the stage, those that read its value, in order."""
+    readers: dict[str, list[str]] = {name: [] for name in stage.nodes}
+    for name in stage.nodes:
+        for operand in program.nodes[name].operands:
+            if operand in readers:
+                readers[operand].append(name)
+    return readers
 
-    It may if that operand is made in this phase, for this operator alone, on the same region, and no
-    store or reduction looks at it.
+
+def _overwritten(program: Program, name: str, readers: Mapping[str, list[str]]) -> str | None:
+    """The operand that an operator may overwrite, as the user's model does.
+
+    That is its first if it is made in this phase, for this operator alone.
     """
     node = program.nodes[name]
     if node.in_place is None or not isinstance(node.args[0], Ref):
-        return False
+        return None
     operand = node.args[0].name
-    readers = [n for n in stage.nodes if operand in program.nodes[n].operands]
-    steps = (*rows, *cols)
-    return (
-        operand in stage.nodes
-        and operand not in stage.owned(program)
-        and readers == [name]
-        and program.nodes[operand].tensor == node.tensor
-        and _is_own_tensor(program.nodes[operand].target)
-        and all(step.needed[operand] == step.needed[name] for step in steps)
-    )
+    alone = readers.get(operand) == [name]
+    same = program.nodes[operand].tensor == node.tensor
+    return operand if alone and same and _is_own_tensor(program.nodes[operand].target) else None
 
 
 def _is_own_tensor(target: object) -> bool:
@@ -116,21 +247,9 @@ def _is_own_tensor(target: object) -> bool:
     )
 
 
-def _releases(program: Program, stage: Stage) -> dict[str, tuple[str, ...]]:
-    last = {name: name for name in stage.nodes}
-    for name in stage.nodes:
-        for operand in program.nodes[name].operands:
-            if operand in last:
-                last[operand] = name
+def _releases(stage: Stage, readers: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
     dead: dict[str, list[str]] = {}
-    for value, user in last.items():
-        dead.setdefault(user, []).append(value)
+    for name in stage.nodes:
+        last = readers[name][-1] if readers[name] else name
+        dead.setdefault(last, []).append(name)
     return {user: tuple(names) for user, names in dead.items()}
-
-
-def _halo(program: Program, stage: Stage, steps: tuple[AxisStep, ...], axis: int) -> int:
-    widest = 0
-    for name in stage.inputs:
-        share = math.ceil(program.nodes[name].size[axis] / len(steps))
-        widest = max(widest, *(step.needed[name].size - share for step in steps))
-    return widest

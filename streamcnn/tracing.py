@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,42 +38,75 @@ _ALWAYS_LOWERED = frozenset(
 )
 
 
-def trace(
-    graph: RawGraph,
-    states: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    tail: str | None = None,
-) -> Program:
-    """The program of ``graph`` for an image of ``dtype`` on ``device``.
+def trace(graph: RawGraph, states: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Program:
+    """The program of ``graph`` for an image of ``dtype`` on ``device``, with no resident tail."""
+    return Trace(graph, states, dtype, device).program()
+
+
+class Trace:
+    """A captured graph traced once, from which programs with different resident tails are made.
 
     Parameters
     ----------
     states
         The module's parameters and buffers by qualified name; only shape, dtype and device are used.
-    tail
-        Name of the captured call from which on everything runs resident, on whole maps.
+    dtype, device
+        Those of the image.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
-        tracer = _Tracer(mode)
-        tracer.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
-        for name, qualified in graph.states.items():
-            tracer.add_state(name, qualified, states[qualified])
-        for name, constant in graph.constants.items():
-            tracer.add_state(name, name, constant)
-        for raw in graph.nodes:
-            tracer.resident = tracer.resident or raw.name == tail
-            tracer.record(raw)
-        return tracer.program(graph)
+
+    def __init__(
+        self,
+        graph: RawGraph,
+        states: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._graph = graph
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._marks: dict[str, _Mark] = {}
+        """What had been recorded before each captured call."""
+        with self._mode, torch.no_grad():
+            self._tracer = tracer = _Tracer()
+            tracer.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
+            for name, qualified in graph.states.items():
+                tracer.add_state(name, qualified, states[qualified])
+            for name, constant in graph.constants.items():
+                tracer.add_state(name, name, constant)
+            for raw in graph.nodes:
+                self._marks[raw.name] = tracer.mark()
+                tracer.record(raw)
+
+    def program(self, tail: str | None = None) -> Program:
+        """The program in which everything from the captured call ``tail`` on runs resident, on whole maps.
+
+        Programs share the nodes before their tails. ``None`` stands for no tail.
+        """
+        tracer = self._tracer
+        if tail is not None:
+            tracer = tracer.forked(self._marks[tail])
+            position = next(i for i, raw in enumerate(self._graph.nodes) if raw.name == tail)
+            with self._mode, torch.no_grad():
+                for raw in self._graph.nodes[position:]:
+                    tracer.record(raw)
+        return tracer.program(self._graph)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How much a tracer had recorded at some point: lengths of what only grows."""
+
+    nodes: int
+    values: int
+    gathered: int
+    promoted: int
+    changes: int
+    plain_bytes: int
 
 
 class _Tracer:
     """Records nodes; see :class:`streamcnn.ops.rules.Tracer` for what rules may call."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+    def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self.fakes: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
@@ -80,12 +115,48 @@ class _Tracer:
         self.by_state: dict[str, Ref] = {}
         """Qualified name to the ref of a buffer's present value."""
         self.updates: dict[str, Ref] = {}
+        self.changes: list[tuple[str, Ref, bool]] = []
+        """Buffers' new values in order: qualified name, ref, and whether it is an update to keep."""
         self.gathered: dict[str, Ref] = {}
         self.promoted: dict[tuple[str, Axes], Ref] = {}
         self.raw: RawNode | None = None
         self.note = ""
         self.resident = False
         self.plain_bytes = 0
+
+    def mark(self) -> _Mark:
+        """How much has been recorded."""
+        return _Mark(
+            nodes=len(self.nodes),
+            values=len(self.values),
+            gathered=len(self.gathered),
+            promoted=len(self.promoted),
+            changes=len(self.changes),
+            plain_bytes=self.plain_bytes,
+        )
+
+    def forked(self, mark: _Mark) -> _Tracer:
+        """A tracer that has recorded what this one had at ``mark``, and goes on resident."""
+        fork = _Tracer()
+        fork.nodes = dict(islice(self.nodes.items(), mark.nodes))
+        fork.fakes = {name: self.fakes[name] for name in fork.nodes}
+        fork.values = dict(islice(self.values.items(), mark.values))
+        fork.gathered = dict(islice(self.gathered.items(), mark.gathered))
+        fork.promoted = dict(islice(self.promoted.items(), mark.promoted))
+        fork.states = self.states
+        fork.by_state = {qualified: Ref(name) for name, qualified in self.states.items()}
+        for qualified, ref, is_update in self.changes[: mark.changes]:
+            fork.change(qualified, ref, is_update=is_update)
+        fork.plain_bytes = mark.plain_bytes
+        fork.resident = True
+        return fork
+
+    def change(self, qualified: str, ref: Ref, *, is_update: bool) -> None:
+        """Note that a buffer has a new value."""
+        self.changes.append((qualified, ref, is_update))
+        self.by_state[qualified] = ref
+        if is_update:
+            self.updates[qualified] = ref
 
     # --- recording -----------------------------------------------------------------------------------
 
@@ -108,7 +179,7 @@ class _Tracer:
             return
         self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
         if raw.buffer is not None:
-            self.by_state[raw.buffer] = result
+            self.change(raw.buffer, result, is_update=False)
         if raw.allocates and isinstance(result, Ref):
             self.plain_bytes += self.spec(result).nbytes
 
@@ -233,8 +304,7 @@ class _Tracer:
         return self.promoted[ref.name, axes]
 
     def update(self, state: Ref, value: Ref) -> None:
-        qualified = self.states[state.name]
-        self.updates[qualified] = self.by_state[qualified] = value
+        self.change(self.states[state.name], value, is_update=True)
 
     def present(self, state: Ref) -> Ref:
         return self.by_state[self.states[state.name]]

@@ -11,6 +11,7 @@ from fractions import Fraction
 _BYTES_PER_UNIT = {
     "": 1,
     "B": 1,
+    "BYTE": 1,
     "BYTES": 1,
     "KB": 10**3,
     "MB": 10**6,
@@ -53,7 +54,7 @@ def parse_bytes(value: int | str | None) -> int | None:
 
 def format_bytes(nbytes: int) -> str:
     """``nbytes`` in the largest binary unit that leaves a number of at least 1, with 3 digits."""
-    return f"{nbytes} bytes" if abs(nbytes) < 2**10 else _scaled(nbytes, 2**10, _BINARY_UNITS)
+    return plural(nbytes, "byte") if abs(nbytes) < 2**10 else _scaled(nbytes, 2**10, _BINARY_UNITS)
 
 
 def format_count(count: int | float) -> str:

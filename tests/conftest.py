@@ -10,9 +10,12 @@ import hypothesis
 import pytest
 import torch
 
-from streamcnn import streaming_model
+from streamcnn import planning
 from streamcnn.plan import Home, Plan
 from streamcnn.program import Program
+
+# Plans are then the same on every machine.
+os.environ["STREAMCNN_CALIBRATION"] = "off"
 
 # Small tensors are slower on several threads, and tests may share the machine.
 if "OMP_NUM_THREADS" not in os.environ:
@@ -35,7 +38,7 @@ def _seeded() -> None:
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every stored map and its gradient on the disk."""
-    original = streaming_model.make_plan
+    original = planning.make_plan
 
     def spilled(*args: Any) -> tuple[Program, Plan]:
         program, plan = original(*args)
@@ -45,4 +48,4 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         return program, dataclasses.replace(plan, stores=stores)
 
-    monkeypatch.setattr(streaming_model, "make_plan", spilled)
+    monkeypatch.setattr(planning, "make_plan", spilled)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -17,9 +18,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamcnn.axis_maps import AxisMap, Broadcast, Gathered, Repeated, Same, Sliding, Transposed, reflected
+from streamcnn.axis_maps import (
+    AxisMap,
+    Broadcast,
+    Gathered,
+    Index,
+    Repeated,
+    Same,
+    Sliding,
+    Transposed,
+    reflected,
+)
 from streamcnn.ops.resampling import _bilinear_sources, _nearest_sources
-from streamcnn.regions import Interval, Region
+from streamcnn.regions import Interval, Intervals, Region
 from streamcnn.windows import padded, placed
 
 Operator = Callable[[Tensor], Tensor]
@@ -62,7 +73,11 @@ def all_intervals(size: int) -> list[Interval]:
 def assert_required(case: Case) -> None:
     """Raise unless what the rule requires holds all that is read, and no more where it is exact."""
     reads = positions_read(case)
-    for out in all_intervals(len(reads)):
+    outs = all_intervals(len(reads))
+    at_once = Intervals(np.array([out.start for out in outs]), np.array([out.stop for out in outs]))
+    each = [case.axis_map.required(out, case.size) for out in outs]
+    assert list(case.axis_map.required_each(at_once, case.size)) == each
+    for out in outs:
         read = set[int]().union(*reads[out.start : out.stop])
         required = case.axis_map.required(out, case.size)
         assert 0 <= required.start < required.stop <= case.size, (out, required)
@@ -84,7 +99,7 @@ def assert_runs(case: Case) -> None:
         required = case.axis_map.required(out, case.size)
         x = image[..., required.start : required.stop]
         if case.fill is not None:
-            window = case.axis_map.window(out, case.size)
+            window = case.axis_map.window(out)
             found = case.part(padded(x, AXES, Region(rows, required), Region(rows, window), case.fill))
         else:
             result = case.axis_map.result(required, out)
@@ -320,7 +335,7 @@ def test_same_position(size: int) -> None:
 @given(sizes)
 def test_broadcast_position(size: int) -> None:
     assert Broadcast().pointwise
-    assert Broadcast().window(Interval(size - 1, size + 1), 1) == Interval(0, 1)
+    assert Broadcast().window(Interval(size - 1, size + 1)) == Interval(0, 1)
     assert_required(Case(Broadcast(), lambda x: x.expand(-1, -1, -1, size), 1))
 
 
@@ -340,10 +355,9 @@ class Narrowed(AxisMap):
     before: int
     after: int
 
-    def window(self, out: Interval, size: int) -> Interval:
-        window = self.right.window(out, size)
-        start = window.start + self.before
-        return Interval(start, max(window.stop - self.after, start))
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        first, last = self.right.bounds(start, stop)
+        return first + self.before, np.maximum(last - self.after, first + self.before)
 
     def result(self, at_hand: Interval, out: Interval) -> Interval:
         return self.right.result(at_hand, out)

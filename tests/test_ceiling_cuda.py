@@ -17,7 +17,7 @@ from fake_cuda import CONTEXT, FakeCuda
 from fake_nvml import Device, FakeNvml, NVMLError_NotSupported, Process
 from torch import Tensor, nn
 
-from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, streamed_pass, streaming_model
+from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, planning, streamed_pass, streaming_model
 from streamcnn.ceiling import cuda, device
 from streamcnn.ceiling.cuda import MARGIN_BYTES, RESERVED_STEP, CudaCeiling, CudaLimit
 from streamcnn.ceiling.gauge import ASSUMED_OVERHEAD, Gauge
@@ -504,9 +504,7 @@ class OnCard:
 
         monkeypatch.setattr(TileRun, "_evaluate", evaluated)
         monkeypatch.setattr(streamed_pass, "ceiling_for", lambda device: CudaCeiling(gauge))
-        monkeypatch.setattr(
-            streaming_model, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes()
-        )
+        monkeypatch.setattr(planning, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes())
 
 
 def update(model: StreamingModel) -> dict[str, Tensor]:

@@ -183,11 +183,15 @@ def cases() -> dict[str, Any]:
         results: dict[str, Any] = {"within": within(model, image)}
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         results["inside"] = limit_inside(model, image)
+        # With a tile of its own, a refused pass is begun again with half of that.
+        model.tile = (256, 256)
         results["refused"] = refused(model, image)
         results["left"] = os.listdir(folder)
         model.load_state_dict({name: at_first[name] for name in model.state_dict()})
         model.zero_grad()
+        model.tile = None
         model(image).sum().backward()
+        model.tile = (256, 256)
         again = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         results["retried"] = []

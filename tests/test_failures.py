@@ -469,8 +469,11 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_opened(
         model(make_image())
     assert isinstance(caught.value, PlanDoesNotFit)
     text = str(caught.value)
-    assert text.startswith("no plan for an image of shape (2, 3, 37, 45) fits in 977 KiB: the closest needs ")
-    assert f"with tiles of {plan.tile[0]}x{plan.tile[1]} pixels, in {plan.worst} (largest terms: " in text
+    assert text.startswith(
+        "no plan for an image of shape (2, 3, 37, 45) fits in 977 KiB: the smallest needs "
+    )
+    assert f" more, in {plan.worst}, at {plan.worst_operator}, with tiles of " in text
+    assert f"at least {plan.projected_bytes} bytes (" in text
     assert all(term.name in text for term in sorted(plan.terms, key=lambda term: -term.nbytes)[:3])
     assert "Raise budget= to at least " in text
     assert opened == []

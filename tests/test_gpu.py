@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, streaming_model, verify
+from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, planning, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.interpreter import TileRun
@@ -289,7 +289,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, home: Home
     net = make_net().double().to(GPU)
     image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
     expected = update(copy.deepcopy(net), image)
-    original = streaming_model.make_plan
+    original = planning.make_plan
 
     def away(*args: Any) -> tuple[Program, Plan]:
         program, plan = original(*args)
@@ -299,7 +299,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, home: Home
         }
         return program, dataclasses.replace(plan, stores=stores)
 
-    monkeypatch.setattr(streaming_model, "make_plan", away)
+    monkeypatch.setattr(planning, "make_plan", away)
     model = StreamingModel(net, "3GB", tile=32)
     model._resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.

@@ -87,7 +87,11 @@ def make_plan(**changes: Any) -> Plan:
             MemoryTerm("waste", 12 * KIB),
         ),
         "worst": "phase 2, backward",
+        "worst_operator": "relu (net.1 (ReLU))",
         "plain_bytes": 2048 * KIB,
+        "projected_seconds": 3.0,
+        "plain_seconds": 2.0,
+        "recomputation": 1.25,
         "num_resident": 3,
         "residents": ("aten.foo: it has no rule (body.3 (Foo))", "aten.foo: it has no rule (body.3 (Foo))"),
     }
@@ -111,42 +115,54 @@ def test_regions_of_a_tile() -> None:
 def test_explain() -> None:
     assert make_plan().explain() == (
         "image 1x3x8x4 float32, training, budget 1.00 MiB\n"
-        "projected peak 462 KiB (fits), in phase 2, backward\n"
-        "plain PyTorch would need 2.00 MiB\n"
+        "fits in 1.00 MiB with tiles of 4x4 pixels, up to 700 KiB of checkpoints and their gradients "
+        "on disk\n"
+        "projected peak 462 KiB, in phase 2, backward, at relu (net.1 (ReLU))\n"
         "  stored maps                              300 KiB\n"
         "  live activations                         100 KiB\n"
         "  workspace                               50.0 KiB\n"
         "  waste                                   12.0 KiB\n"
-        "tile 4x4 pixels, 2 phases, 1 stored map in memory (300 KiB), 1 stored map on disk (200 KiB)\n"
-        "  phase 1    2x1 tiles, halo 2x1              stores conv; reduces 1\n"
-        "  phase 2    2x1 tiles, halo 0x0              stores nothing; reduces 0\n"
+        "projected time 3.00 s, 1.50 of the whole image at once; arithmetic 1.25 of it\n"
+        "plain PyTorch would need 2.00 MiB\n"
+        "2 phases, 1 stored map in memory (300 KiB), 1 stored map on disk (200 KiB)\n"
+        "  phase  tiles  pixels  halo  reduces  stores\n"
+        "  1      2x1    4x4     2x1   1        conv (300 KiB in memory)\n"
+        "  2      2x1    4x4     0x0   0        nothing\n"
         "then 3 operators on whole maps (the resident tail)\n"
         "resident: aten.foo: it has no rule (body.3 (Foo))"
     )
     bare = make_plan(budget=None, training=False, stores={}, phases=(), num_resident=0, residents=())
     assert bare.explain().splitlines()[0] == "image 1x3x8x4 float32, inference, no ceiling"
-    assert bare.explain().splitlines()[-1] == "tile 4x4 pixels, 0 phases, no stored maps"
-    assert "(DOES NOT FIT)" in make_plan(budget=KIB).explain()
+    assert bare.explain().splitlines()[-1] == "0 phases, no stored maps"
+    assert make_plan(budget=KIB).explain().splitlines()[1] == (
+        "does not fit: the smallest plan needs 461 KiB more, in phase 2, backward, at relu (net.1 (ReLU))"
+    )
 
 
 def test_explain_of_a_network() -> None:
     model = StreamingModel(make_net(), tile=(32, 24))
     model._resident_tail = False
-    # The bytes are the memory model's; here are the words.
+    # The bytes and seconds are the models'; here are the words.
     plan = dataclasses.replace(
         model.plan(SHAPE),
         terms=(MemoryTerm("stored maps", 3 * KIB),),
         worst="phase 1, forward",
         plain_bytes=6 * KIB,
+        projected_seconds=2.0,
+        plain_seconds=1.0,
+        recomputation=1.5,
     )
     assert plan.explain() == (
         "image 2x3x61x47 float32, training, no ceiling\n"
-        "projected peak 3.00 KiB (fits), in phase 1, forward\n"
-        "plain PyTorch would need 6.00 KiB\n"
+        "runs with tiles of 32x24 pixels\n"
+        "projected peak 3.00 KiB, in phase 1, forward, at conv2d_1 (3 (Conv2d))\n"
         "  stored maps                             3.00 KiB\n"
-        "tile 32x24 pixels, 2 phases, 1 stored map in memory (89.6 KiB)\n"
-        "  phase 1    2x2 tiles, halo 1x1              stores conv2d; reduces 1\n"
-        "  phase 2    2x2 tiles, halo 0x1              stores nothing; reduces 1"
+        "projected time 2.00 s, 2.00 of the whole image at once; arithmetic 1.50 of it\n"
+        "plain PyTorch would need 6.00 KiB\n"
+        "2 phases, 1 stored map in memory (89.6 KiB)\n"
+        "  phase  tiles  pixels  halo  reduces  stores\n"
+        "  1      2x2    31x24   1x1   1        conv2d (89.6 KiB in memory)\n"
+        "  2      2x2    31x24   0x1   1        nothing"
     )
 
 
@@ -169,11 +185,11 @@ def test_a_plan_that_does_not_fit_is_refused_when_it_is_run() -> None:
     with pytest.raises(PlanDoesNotFit) as caught:
         plan.validate()
     assert str(caught.value) == (
-        "no plan for an image of shape (1, 3, 8, 4) fits in 462 KiB: the closest needs 462 KiB with tiles of "
-        "4x4 pixels, in phase 2, backward (largest terms: stored maps 300 KiB, live activations 100 KiB, "
-        "workspace 50.0 KiB). Raise budget= to at least 462 KiB, leave tile= to the planner, or use a "
-        "smaller batch, a narrower model or "
-        "fewer resident operators."
+        "no plan for an image of shape (1, 3, 8, 4) fits in 462 KiB: the smallest needs 1 byte more, in "
+        "phase 2, backward, at relu (net.1 (ReLU)), with tiles of 4x4 pixels (largest terms: stored maps 300 "
+        "KiB, live activations 100 KiB, workspace 50.0 KiB). Raise budget= to at least 473088 bytes "
+        "(462 KiB), leave tile= to the planner, or use a smaller batch, a narrower model or fewer resident "
+        "operators."
     )
 
 

@@ -50,7 +50,7 @@ def test_one_process_measures_and_one_is_refused(
     factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     net = load_model(factory).train()
-    needed = [StreamingModel(net, tile=tile).plan(SHAPE).projected_bytes for tile in (32, 160)]
+    needed = [StreamingModel(net, 1, tile=tile).plan(SHAPE).projected_bytes for tile in (32, 160)]
     budget = sum(needed) // 2
     fits, does_not = (StreamingModel(net, budget, tile=tile).plan(SHAPE) for tile in (32, 160))
     assert (fits.fits, does_not.fits) == (True, False)

@@ -217,7 +217,7 @@ def networks(draw: st.DrawFn) -> tuple[list[Step], bool, bool, tuple[int, int, i
     return draw(recipes(size)), draw(st.booleans()), draw(st.booleans()), shape
 
 
-def _assert_streams(
+def assert_streams(
     case: tuple[list[Step], bool, bool, tuple[int, int, int, int]], tile: tuple[int, int]
 ) -> None:
     steps, dense, train, shape = case
@@ -236,7 +236,7 @@ patient = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data
 def test_random_network(
     case: tuple[list[Step], bool, bool, tuple[int, int, int, int]], tile: tuple[int, int]
 ) -> None:
-    _assert_streams(case, tile)
+    assert_streams(case, tile)
 
 
 @pytest.mark.slow
@@ -246,4 +246,4 @@ def test_random_network(
 def test_many_random_networks(
     case: tuple[list[Step], bool, bool, tuple[int, int, int, int]], tile: tuple[int, int]
 ) -> None:
-    _assert_streams(case, tile)
+    assert_streams(case, tile)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcnn.regions import Interval, Region, split_evenly
+from streamcnn.regions import Interval, Intervals, Region
 
 
 @st.composite
@@ -69,7 +70,7 @@ def test_a_whole_region_starts_at_zero() -> None:
 @given(st.integers(1, 60), st.data())
 def test_even_parts_cover_every_position_once(size: int, data: st.DataObject) -> None:
     num_parts = data.draw(st.integers(1, size))
-    parts = split_evenly(size, num_parts)
+    parts = list(Intervals.evenly(size, num_parts))
     assert len(parts) == num_parts
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(size))
     assert max(p.size for p in parts) - min(p.size for p in parts) <= 1
@@ -80,4 +81,16 @@ def test_every_part_holds_a_position(num_parts: int) -> None:
     with pytest.raises(
         ValueError, match=f"cannot cut 5 positions into {num_parts} parts: allowed are 1 to 5"
     ):
-        split_evenly(5, num_parts)
+        Intervals.evenly(5, num_parts)
+
+
+@given(st.lists(st.tuples(intervals(), intervals()), min_size=1))
+def test_many_intervals_are_each_as_one(pairs: list[tuple[Interval, Interval]]) -> None:
+    first, second = (
+        Intervals(np.array([i.start for i in side]), np.array([i.stop for i in side]))
+        for side in zip(*pairs, strict=True)
+    )
+    assert list(first) == [a for a, _ in pairs]
+    assert first.sizes.tolist() == [a.size for a, _ in pairs]
+    assert list(first.hull(second)) == [a.hull(b) for a, b in pairs]
+    assert first.equals(second) == all(a == b for a, b in pairs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from streamcnn.cuts import choose_cuts
 from streamcnn.program import Kind, Program
 from streamcnn.staging import Staging, assign_levels, divide
-from streamcnn.tiling import cut, grid
+from streamcnn.tiling import Outline, cut, grid
 
 some = settings(max_examples=80)
 SHAPE = (2, 3, 32, 40)
@@ -207,7 +207,8 @@ def test_a_cut_stores_what_crosses_it() -> None:
 def test_long_stretches_are_cut() -> None:
     net = nn.Sequential(*(nn.Conv2d(3, 3, 7, padding=3) for _ in range(12)), nn.AdaptiveAvgPool2d(1))
     program, plan = streaming_plan(net, (1, 3, 200, 200), 64)
-    uncut = [cut(program, stage, grid(program, stage, (64, 64))) for stage in divide(program).stages]
+    outlines = [Outline.of(program, stage) for stage in divide(program).stages]
+    uncut = [cut(outline, grid(outline, (64, 64))).phase(differentiated=True) for outline in outlines]
     assert len(uncut) == 1
     assert max(uncut[0].halo) >= 60
     assert len(plan.phases) > 3

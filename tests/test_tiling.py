@@ -10,7 +10,7 @@ from streamcnn.plan import Phase
 from streamcnn.program import Program
 from streamcnn.regions import Interval
 from streamcnn.staging import Stage, divide
-from streamcnn.tiling import cut, grid
+from streamcnn.tiling import Outline, cut, grid
 
 some = settings(max_examples=60)
 tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -18,8 +18,9 @@ tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 def phases(program: Program, tile: tuple[int, int]) -> list[tuple[Stage, Phase]]:
     """Every stage and its phase."""
-    stages = divide(program).stages
-    return [(stage, cut(program, stage, grid(program, stage, tile))) for stage in stages]
+    outlines = [Outline.of(program, stage) for stage in divide(program).stages]
+    tiled = [cut(outline, grid(outline, tile)) for outline in outlines]
+    return [(each.stage, each.phase(differentiated=False)) for each in tiled]
 
 
 @some
@@ -77,7 +78,9 @@ def test_no_tile_is_larger_than_asked_for(program: Program, tile: tuple[int, int
     image = program.nodes[program.image].size
     for stage in divide(program).stages:
         smallest = [min(program.nodes[n].size[axis] for n in stage.owned(program)) for axis in (0, 1)]
-        for extent, edge, most, parts in zip(image, tile, smallest, grid(program, stage, tile), strict=True):
+        for extent, edge, most, parts in zip(
+            image, tile, smallest, grid(Outline.of(program, stage), tile), strict=True
+        ):
             assert parts == most or (parts * edge >= extent and (parts - 1) * edge < extent)
             assert 1 <= parts <= most
 

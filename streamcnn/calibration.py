@@ -1,0 +1,192 @@
+"""The rates of this machine: measured once in a few seconds, kept in the user's cache folder.
+
+What is measured is what plans are made of: a dense and a depthwise convolution, a pointwise operator, new
+memory from the operating system, small operators, and the stores, through the store classes themselves. The
+file is keyed by device, number of threads and PyTorch's version; a plan made with the same rates is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamcnn.plan import Home
+from streamcnn.rates import NOMINAL, Rates
+from streamcnn.regions import Region
+from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+
+VARIABLE = "STREAMCNN_CALIBRATION"
+"""Environment variable: a file to keep rates in, or "off" for nominal rates."""
+_REPEATS = 4
+_INTERPRETED = 20
+"""What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
+_TILE = (1, 64, 256, 256)
+"""The map that is timed: 16 MiB of float32, a tile of usual size."""
+
+
+_FLUSHED_BYTES = 2**27
+"""Bytes that are written through to the disk, to see how fast it is."""
+
+
+def rates_for(device: torch.device) -> Rates:
+    """The rates of ``device``: those kept for it, or measured now and kept.
+
+    With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` they are nominal ones.
+    """
+    choice = os.environ.get(VARIABLE, "")
+    if choice == "off":
+        return NOMINAL["cuda" if device.type == "cuda" else "cpu"]
+    path = Path(choice) if choice else _default_path()
+    key = _key(device)
+    known = _read(path)
+    if key not in known:
+        known = {**known, key: _to_json(calibrate(device))}
+        _write(path, known)
+    return _from_json(known[key])
+
+
+def calibrate(device: torch.device) -> Rates:
+    """Measure the rates of ``device`` and of its stores; takes a few seconds and some 200 MB."""
+    with torch.no_grad():
+        x = torch.rand(_TILE, device=device)
+        channels = _TILE[1]
+        dense = torch.rand(channels, channels, 3, 3, device=device)
+        depthwise = torch.rand(channels, 1, 3, 3, device=device)
+        tiny = torch.rand(1, 8, 4, 4, device=device)
+        window = 2 * 9 * x.numel()
+        dense_seconds = _seconds(device, lambda: torch.conv2d(x, dense, padding=1))
+        grouped_seconds = _seconds(device, lambda: torch.conv2d(x, depthwise, padding=1, groups=channels))
+        out = torch.empty_like(x)
+        pointwise = _seconds(device, lambda: torch.add(x, 1.0, out=out))
+        small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
+        memory, fresh = 2 * x.nbytes / pointwise, _fresh(device)
+        read, written = _stores(device, memory, fresh)
+    return Rates(
+        source=_key(device),
+        dense_flops=window * channels / dense_seconds,
+        grouped_flops=window / grouped_seconds,
+        memory_bytes=memory,
+        fresh_bytes=fresh,
+        operator_seconds=_INTERPRETED * small,
+        read_bytes=read,
+        write_bytes=written,
+    )
+
+
+def _stores(device: torch.device, memory: float, fresh: float) -> tuple[dict[Home, float], dict[Home, float]]:
+    """Bytes per second read from and written to a store at every place.
+
+    A store in the device's memory hands out views, which operators make contiguous, and takes new memory.
+    """
+    spec = StoreSpec(_TILE, torch.float32, (2, 3))
+    host = torch.device("cpu")
+    read, written = {Home.MEMORY: memory}, {Home.MEMORY: 1 / (1 / memory + 1 / fresh)}
+    with SpillFolder() as folder:
+        homes: dict[Home, Callable[[], Store]] = {
+            Home.HOST: lambda: MemoryStore(spec, host, device),
+            Home.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], device),
+        }
+        for home, new in homes.items():
+            read[home], written[home] = _store(device, new())
+        # Maps soon outgrow what the kernel buffers.
+        written[Home.DISK] = min(written[Home.DISK], _flushed(folder.path / "flushed"))
+    return read, written
+
+
+def _flushed(path: Path) -> float:
+    """Bytes per second that reach the disk under ``path``."""
+    block = bytes(_FLUSHED_BYTES)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(block) / (time.perf_counter() - start)
+
+
+def _store(device: torch.device, store: Store) -> tuple[float, float]:
+    """Bytes per second read from and written to one store, which is closed."""
+    tile, whole = torch.rand(_TILE, device=device), Region.whole(store.spec.size)
+    writing = _seconds(device, lambda: store.write(whole, tile))
+    reading = _seconds(device, lambda: store.read(whole).clone())
+    store.close()
+    return tile.nbytes / reading, tile.nbytes / writing
+
+
+def _fresh(device: torch.device) -> float:
+    """Bytes per second of memory that is new to the process, beyond what writing them costs."""
+    if device.type == "cuda":
+        # Blocks are cached by PyTorch: after the first tiles none is new.
+        return NOMINAL["cuda"].fresh_bytes
+    count = 2**24
+    known = torch.zeros(count)
+    new_seconds = _seconds(device, lambda: torch.empty(count).fill_(1.0))
+    known_seconds = _seconds(device, lambda: known.fill_(1.0))
+    return known.nbytes / max(new_seconds - known_seconds, 0.1 * known_seconds)
+
+
+def _seconds(device: torch.device, action: Callable[[], object]) -> float:
+    """Seconds of an action at its fastest: whatever else the machine does only adds to them."""
+    seconds = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _key(device: torch.device) -> str:
+    """What the rates depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _default_path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "streamcnn" / "rates.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        # A cache that was cut off is measured again.
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(path: Path, known: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        json.dump(known, file, indent=2)
+    Path(file.name).replace(path)
+
+
+def _to_json(rates: Rates) -> dict[str, Any]:
+    return asdict(rates)
+
+
+def _from_json(fields: dict[str, Any]) -> Rates:
+    by_home = {
+        name: {Home(home): rate for home, rate in fields[name].items()}
+        for name in ("read_bytes", "write_bytes")
+    }
+    return Rates(**{**fields, **by_home})

@@ -1,0 +1,181 @@
+"""From a module to a plan: capture, trace and plan for one machine, each thing once.
+
+It gathers what a plan depends on besides the module: the image's shape, the budget, and how fast and how
+large the machine is. The machine may be another one than this.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.calibration import rates_for
+from streamcnn.capture import RawGraph, capture
+from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.plan import Home, Plan
+from streamcnn.planner import PlanRequest, make_plan
+from streamcnn.program import Program, differentiated
+from streamcnn.rates import NOMINAL, Rates
+from streamcnn.search import SpillPlace
+from streamcnn.tracing import Trace
+
+CONTEXT_BYTES = 600 * 2**20
+"""What CUDA and its libraries take of a card that is not at hand."""
+_CACHED = 8
+"""Captured graphs and plans kept, the most recently used ones."""
+
+Planned = tuple[Program, Plan]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Machine:
+    """What a plan is made for."""
+
+    rates: Rates
+    places: tuple[SpillPlace, ...]
+    """Where maps go that the device's memory has no room for, the fastest place first."""
+    reserved: int
+    """Bytes of the budget that are taken before a pass begins."""
+
+    @classmethod
+    def here(cls, device: torch.device) -> Machine:
+        """This machine, computing on ``device``; its rates are measured if they never were."""
+        places: tuple[SpillPlace, ...] = (SpillPlace(Home.DISK),)
+        if device.type != "cpu":
+            places = (SpillPlace(Home.HOST), *places)
+        return cls(rates_for(device), places, reserved_bytes(device))
+
+    @classmethod
+    def card(cls, net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
+        """A CUDA card that need not be at hand, with nominal rates.
+
+        Parameters
+        ----------
+        host_bytes
+            Host RAM that maps may be spilled to, bytes; what is left goes to the disk.
+        optimizer_copies
+            Numbers that the optimiser keeps for each parameter: 2 for Adam, 1 for momentum, 0 for plain SGD.
+        """
+        parameters = sum(p.nbytes for p in net.parameters())
+        buffers = sum(b.nbytes for b in net.buffers())
+        return cls(
+            rates=NOMINAL["cuda"],
+            places=(SpillPlace(Home.HOST, host_bytes), SpillPlace(Home.DISK)),
+            reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a plan is wanted for."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    """Of the image."""
+    casts: torch.dtype | None
+    """What autocast casts to, if it is on."""
+    trainable: frozenset[str]
+    """Qualified names of the parameters that want a gradient."""
+    image_gradient: bool
+    budget: int | None
+    """Bytes."""
+    tile: tuple[int, int] | None
+    target: int | None = None
+    """Bytes to plan for, where that is less than the budget."""
+    tail: bool = True
+    """Whether a resident tail may be chosen."""
+
+
+class Planning:
+    """The captured graphs and plans of one module, the most recently used ones."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
+        self._plans: OrderedDict[Any, Planned] = OrderedDict()
+
+    def find(self, net: nn.Module, device: torch.device, wish: Wish, machine: Machine) -> Planned:
+        """The plan for ``net`` on ``device`` in its present mode, and the program that it is for.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the module cannot be captured at this shape.
+        """
+        states = module_states(net)
+        # Casts are left out of the capture, so it must be at a type that the module takes without them.
+        captured = wish.dtype if wish.casts is None else module_dtype(net)
+        settings = (device, captured, wish.shape, _settings(net), _specs(states))
+        graph = _kept(self._graphs, settings, lambda: capture(net, wish.shape, captured))
+        key = (settings, wish, machine.reserved, machine.rates.source)
+        return _kept(self._plans, key, lambda: _plan(graph, states, device, wish, machine))
+
+
+def _kept(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T]) -> T:
+    """The value of ``key``, made if it is not there; the oldest goes when there are too many."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > _CACHED:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
+
+
+def _plan(
+    graph: RawGraph, states: Mapping[str, Tensor], device: torch.device, wish: Wish, machine: Machine
+) -> Planned:
+    leaves = {name for name, qualified in graph.states.items() if qualified in wish.trainable}
+    if wish.image_gradient:
+        leaves.add(graph.image)
+    request = PlanRequest(
+        image_shape=wish.shape,
+        dtype=str(wish.dtype).removeprefix("torch."),
+        leaves=frozenset(leaves),
+        budget=wish.budget,
+        target=wish.target,
+        tile=wish.tile,
+        reserved=machine.reserved,
+        places=machine.places,
+        rates=machine.rates,
+        tail=wish.tail,
+    )
+
+    def gradients(program: Program) -> frozenset[str]:
+        return differentiated(program, request.leaves & program.nodes.keys())
+
+    return make_plan(Trace(graph, states, wish.dtype, device).program, request, gradients)
+
+
+def module_states(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names: tied ones have several."""
+    parameters = net.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(net.named_buffers(remove_duplicate=False))}
+
+
+def module_dtype(net: nn.Module) -> torch.dtype:
+    """The element type of a module's first parameter, or the default one."""
+    first = next(net.parameters(), None)
+    return torch.get_default_dtype() if first is None else first.dtype
+
+
+def _settings(net: nn.Module) -> tuple[Any, ...]:
+    """What a captured graph has taken in besides states: each module's class and plain attributes."""
+    return tuple(
+        (name, type(module), *(item for item in vars(module).items() if _is_plain(item[1])))
+        for name, module in net.named_modules()
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _specs(states: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    return tuple((name, state.shape, state.dtype) for name, state in states.items())

@@ -1,0 +1,55 @@
+"""How fast a machine computes and moves bytes: what projected times are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streamcnn.plan import Home
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Rates of one device with its stores, all per second."""
+
+    source: str
+    """Where the figures come from: "nominal", or the device they were measured on."""
+    dense_flops: float
+    """Floating-point operations of dense convolutions and matrix products."""
+    grouped_flops: float
+    """The same where every channel is convolved by itself."""
+    memory_bytes: float
+    """Bytes that pointwise operators read and write."""
+    fresh_bytes: float
+    """Bytes of new memory that the operating system hands out, each page zeroed first."""
+    operator_seconds: float
+    """What an operator on a tile costs however small the tile is, in seconds."""
+    read_bytes: Mapping[Home, float]
+    """Bytes read from a store."""
+    write_bytes: Mapping[Home, float]
+    """Bytes written to a store."""
+
+
+NOMINAL = {
+    "cpu": Rates(
+        source="nominal",
+        dense_flops=1e11,
+        grouped_flops=1e10,
+        memory_bytes=8e9,
+        fresh_bytes=1.5e9,
+        operator_seconds=1e-4,
+        read_bytes={Home.MEMORY: 8e9, Home.HOST: 8e9, Home.DISK: 1e9},
+        write_bytes={Home.MEMORY: 5e9, Home.HOST: 5e9, Home.DISK: 5e8},
+    ),
+    "cuda": Rates(
+        source="nominal",
+        dense_flops=1e13,
+        grouped_flops=1e12,
+        memory_bytes=4e11,
+        fresh_bytes=1e13,
+        operator_seconds=2e-5,
+        read_bytes={Home.MEMORY: 4e11, Home.HOST: 1.2e10, Home.DISK: 1e9},
+        write_bytes={Home.MEMORY: 4e11, Home.HOST: 1.2e10, Home.DISK: 5e8},
+    ),
+}
+"""Round figures by type of device, for machines that were not measured: two cores, a card of 2018."""

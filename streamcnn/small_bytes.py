@@ -1,0 +1,240 @@
+"""Projected bytes of what is not cut into tiles: small values, the resident tail, plain PyTorch.
+
+The tail is ordinary PyTorch on whole maps, so what it holds is what autograd saves. Which operands and
+results an operator saves is known here by its name; one that is not listed is taken to save its operands.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from torch._ops import OpOverload
+
+from streamcnn.ops.convolution import convolve_transposed
+from streamcnn.plan import MemoryTerm
+from streamcnn.program import Kind, Node, Program, TensorSpec
+from streamcnn.staging import Staging
+
+_SAVES_RESULT = frozenset(
+    f"aten.{name}"
+    for name in "relu sigmoid tanh exp sqrt rsqrt softmax _softmax log_softmax reciprocal".split()
+)
+"""Operators whose backward pass needs their result alone."""
+_SAVES_NOTHING = frozenset(
+    f"aten.{name}" for name in "add sub cat mean sum neg clone copy constant_pad_nd".split()
+)
+RUNTIME_BYTES = 32 * 2**20
+"""Threads' buffers, compiled kernels and the interpreter's own growth during a first pass."""
+LOSS_COPIES = 3
+"""Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
+TRANSPOSED_BYTES = 16 * 2**20
+"""What oneDNN keeps of each transposed convolution after it has run once (torch 2.13)."""
+REUSABLE_BYTES = 2**25
+"""Blocks from this size on always go back to the operating system when they are freed."""
+_INDEX_BYTES = 8
+"""Bytes of the index that max pooling keeps for every result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Projected bytes at the worst operator of a step."""
+
+    terms: tuple[MemoryTerm, ...]
+    operator: str
+    """The operator at which most is held."""
+    heap: int
+    """Bytes in blocks that the C library may keep when they are freed."""
+
+    @property
+    def nbytes(self) -> int:
+        """The sum of the terms."""
+        return sum(term.nbytes for term in self.terms)
+
+
+def resident_step(program: Program, names: Iterable[str], *, training: bool) -> Step:
+    """Operators run one after another on whole values, then differentiated in reverse.
+
+    An operator holds what autograd has saved so far, its operands and its result, or their gradients, and a
+    convolution's reordered copies.
+    """
+    values = _Values(program, tuple(names), training=training)
+    saved = most = flow = workspace = heap = 0
+    place = ""
+    for name in values.names:
+        kept = values.saved(name)
+        saved += kept
+        heap += kept if kept < REUSABLE_BYTES else 0
+        around, copies = values.around(name), values.workspace(name)
+        if saved + around + copies > most:
+            most, place, flow, workspace = saved + around + copies, name, around, copies
+    terms = (
+        MemoryTerm("saved by the resident tail", most - flow - workspace),
+        MemoryTerm("operands, results and their gradients", flow),
+        MemoryTerm("operator workspace", workspace),
+    )
+    return Step(terms, place, heap)
+
+
+class _Values:
+    """What the operators of a step hold: views and parts of a tuple are no memory of their own."""
+
+    def __init__(self, program: Program, names: Sequence[str], *, training: bool) -> None:
+        self.program = program
+        self.names = names
+        inside = set(names)
+        self.kept: set[str] = set()
+        for name in names:
+            node = program.nodes[name]
+            label = _label(node)
+            if label in _SAVES_RESULT:
+                self.kept.add(self._owner(name))
+            elif label not in _SAVES_NOTHING and not _is_view(node):
+                self.kept.update(self._owner(operand) for operand in node.operands if operand in inside)
+        if not training:
+            self.kept.clear()
+
+    def saved(self, name: str) -> int:
+        """Bytes that stay when an operator has run."""
+        node = self.program.nodes[name]
+        if _is_view(node):
+            return 0
+        nbytes = node.nbytes if name in self.kept else 0
+        if "max_pool" in _label(node) and self.kept and isinstance(node.spec, TensorSpec):
+            nbytes += _INDEX_BYTES * node.spec.numel
+        return nbytes
+
+    def around(self, name: str) -> int:
+        """Bytes of operands and result while an operator runs, or of their gradients."""
+        node = self.program.nodes[name]
+        if _is_view(node):
+            return 0
+        operands = (self.program.nodes[name] for name in node.operands)
+        # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
+        return node.nbytes + sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
+
+    def workspace(self, name: str) -> int:
+        """Bytes of the copies that a convolution makes of operands, weights and result."""
+        node, nodes = self.program.nodes[name], self.program.nodes
+        if "conv" not in _label(node):
+            return 0
+        weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
+        return self.around(name) + 2 * weights
+
+    def _owner(self, name: str) -> str:
+        """The operator whose memory a value is in."""
+        node = self.program.nodes[name]
+        while _is_view(node) and node.operands:
+            node = self.program.nodes[node.operands[0]]
+        return node.name
+
+
+def _label(node: Node) -> str:
+    target = node.target
+    return str(target.overloadpacket) if isinstance(target, OpOverload) else str(target)
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    target = node.target
+    return isinstance(target, OpOverload) and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns
+    )
+
+
+def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
+    """Projected peak of plain PyTorch on the whole image, for a program without a resident tail.
+
+    Training keeps every tensor of the forward pass; backward adds gradients of the largest one's operands
+    and result, and the copies that a convolution works on.
+    """
+    image = program.nodes[program.image].nbytes
+    largest = max((node.nbytes for node in program.nodes.values() if node.kind is Kind.LOCAL), default=0)
+    if not differentiated:
+        return image + 3 * largest
+    states = sum(program.nodes[name].nbytes for name in program.states if name in differentiated)
+    return program.plain_bytes + image + states + 4 * largest
+
+
+class SmallBytes:
+    """Bytes of small values and of the parameters' gradients at every moment of a pass."""
+
+    def __init__(self, program: Program, staging: Staging, differentiated: Collection[str]) -> None:
+        nodes, segments = program.nodes, staging.segments
+        self.differentiated = differentiated
+        num_transposed = sum(node.target is convolve_transposed for node in nodes.values())
+        self.runtime = MemoryTerm(
+            "reserved for the run time", RUNTIME_BYTES + num_transposed * TRANSPOSED_BYTES
+        )
+        """What the process holds besides at every moment."""
+        last = max(segments, default=0)
+        num_levels = max((last, *staging.levels.values())) + 1
+        sizes = [[nodes[name].nbytes for name in segments.get(level, ())] for level in range(num_levels)]
+        self._values = list(accumulate(sum(each) for each in sizes))
+        self._largest = list(accumulate((max(each, default=0) for each in sizes), max))
+        states = _states_by_level(program, staging.levels, differentiated)
+        self._states = [sum(n for at, n in states.items() if at >= level) for level in range(num_levels)]
+        self.last = last
+        """The level of the resident tail."""
+        whole = [n for n in nodes.values() if n.kind is Kind.PROMOTED or n.name == program.image]
+        # The image's is copied out of its store once more.
+        self._inputs = 2 * sum(n.nbytes for n in whole if n.name in differentiated)
+        self._outputs = LOSS_COPIES * sum(nodes[name].nbytes for name in program.output_names)
+        self.forward_bytes = np.array([_sum(self.forward(level)) for level in range(num_levels)])
+        """By level: the sum of what :meth:`forward` names; likewise the next."""
+        self.backward_bytes = np.array([_sum(self.backward(level)) for level in range(num_levels)])
+        self.tail_step = resident_step(program, segments.get(last, ()), training=bool(differentiated))
+        """What the resident tail takes beyond the small values before it."""
+
+    def forward(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the phase of ``level`` runs forward."""
+        return (self._small(level - 1),)
+
+    def tail(self) -> tuple[MemoryTerm, ...]:
+        """While the resident tail runs, whose own step comes on top."""
+        return self._small(self.last - 1), *self._gradients(self.last)
+
+    def backward(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the phase of ``level`` runs backward."""
+        # Those of the last level, the resident tail, are only there while no tile is.
+        return self._small(min(level, self.last - 1)), *self._gradients(level)
+
+    def _small(self, level: int) -> MemoryTerm:
+        """Small values of the levels up to ``level``."""
+        if level < 0:
+            return MemoryTerm("small values", 0)
+        # Their gradients flow back one operator at a time: two of the largest at once.
+        flow = 2 * self._largest[level] if self.differentiated else 0
+        return MemoryTerm("small values", self._values[level] + flow)
+
+    def _gradients(self, level: int) -> tuple[MemoryTerm, ...]:
+        if not self.differentiated:
+            return ()
+        return (
+            MemoryTerm("parameter gradients", self._states[level]),
+            MemoryTerm("gradients of the image and of promoted values", self._inputs),
+            MemoryTerm("outputs in the loss", self._outputs),
+        )
+
+
+def _sum(terms: tuple[MemoryTerm, ...]) -> int:
+    return sum(term.nbytes for term in terms)
+
+
+def _states_by_level(
+    program: Program, levels: Mapping[str, int], differentiated: Collection[str]
+) -> dict[int, int]:
+    """Bytes of parameters by the level of their last reader, which first gives them a gradient."""
+    last: dict[str, int] = {}
+    for node in program.nodes.values():
+        for name in node.operands:
+            if name in program.states and name in differentiated:
+                last[name] = max(last.get(name, 0), levels[node.name])
+    states: dict[int, int] = {}
+    for name, level in last.items():
+        states[level] = states.get(level, 0) + program.nodes[name].nbytes
+    return states

@@ -1,0 +1,178 @@
+"""Projected bytes, each sum spelled out with a comment per term."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from streamcnn.capture import capture
+from streamcnn.memory_model import (
+    FRESH_WASTE_PERCENT,
+    REUSE_BYTES,
+    REUSE_WASTE,
+    StoredBytes,
+    fresh_waste,
+    moments,
+    reuse_waste,
+    steps,
+)
+from streamcnn.plan import Home, MemoryTerm, StorePlan
+from streamcnn.program import Program, differentiated
+from streamcnn.small_bytes import SmallBytes, resident_step
+from streamcnn.staging import Staging, divide
+from streamcnn.tiling import Outline, TiledStage, cut
+from streamcnn.tracing import Trace
+
+SHAPE = (2, 3, 40, 60)
+ROW = 4 * 2
+"""Bytes of one position of one channel: float32, two images."""
+
+
+def make_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+    )
+
+
+def traced(net: nn.Module) -> Trace:
+    states = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    return Trace(capture(net, SHAPE, torch.float32), states, torch.float32, torch.device("cpu"))
+
+
+def wanted(program: Program) -> frozenset[str]:
+    return differentiated(program, {n for n, q in program.states.items() if q.endswith(("weight", "bias"))})
+
+
+def tiled_stages(parts: tuple[int, int]) -> tuple[Program, Staging, list[TiledStage]]:
+    program = traced(make_net()).program()
+    staging = divide(program)
+    return program, staging, [cut(Outline.of(program, stage), parts) for stage in staging.stages]
+
+
+def terms_of(step: object) -> dict[str, int]:
+    return {term.name: term.nbytes for term in step.terms}  # type: ignore[attr-defined]
+
+
+def test_a_forward_step() -> None:
+    _, _, (first, _) = tiled_stages((2, 3))
+    step, _ = steps(first, backward=True)
+    region = ROW * 3 * (20 + 1) * (20 + 2)  # 3 channels, one row of halo at the inner edge, two columns
+    own = ROW * 8 * 20 * 20  # 8 channels of the convolution's result
+    assert terms_of(step) == {
+        # The image is read and converted.
+        "input regions": 2 * region,
+        # The result; the convolution itself needs less: its operand with padding, copies of both, weights.
+        "live activations": own,
+        # Copies of it while its statistics are worked out.
+        "operator workspace": 2 * own,
+    }
+    assert 2 * own > 2 * region + own + 4 * 8 * 3 * 9
+    assert step.operator == "conv2d"
+    # All blocks are small, so the C library may keep all of them.
+    assert step.heap == step.nbytes
+
+
+def test_a_backward_step_of_a_stored_convolution() -> None:
+    _, _, (first, _) = tiled_stages((2, 3))
+    _, step = steps(first, backward=True)
+    region = ROW * 3 * 21 * 22
+    own = ROW * 8 * 20 * 20
+    weights = 4 * 8 * 3 * 9
+    assert step is not None
+    assert terms_of(step) == {
+        # The image's region and its gradient, each read and converted.
+        "input regions and their gradients": 2 * 2 * region,
+        # The result is stored, so it is not computed again; the padded operand is.
+        "autograd graph of a tile": region,
+        # The sum of what arrives from the gradient map and the statistics.
+        "arriving gradients": own,
+        # Gradients of operand and result.
+        "gradients of activations": own + region,
+        "operator workspace": own + region + weights,
+        # The gradient, and its copies in the layouts that convolutions work in.
+        "a tile's parameter gradients": 3 * weights,
+    }
+
+
+def test_what_the_allocator_loses() -> None:
+    assert fresh_waste(1000) == 1000 * FRESH_WASTE_PERCENT // 100
+    # Holes of the largest step, or what the resident tail leaves behind if that is more.
+    assert reuse_waste(10**9, 10**6) == REUSE_BYTES + int(REUSE_WASTE * 10**9)
+    assert reuse_waste(10**6, 10**9) == REUSE_BYTES + 10**9
+
+
+def test_the_moments_of_a_pass() -> None:
+    program, staging, tiled = tiled_stages((2, 3))
+    (name,) = staging.stored
+    nbytes = program.nodes[name].nbytes
+    small = SmallBytes(program, staging, wanted(program))
+    for home, in_memory in ((Home.MEMORY, nbytes), (Home.DISK, 0)):
+        store = StorePlan(home, home, nbytes, kept=True, last_reader=2, tile=(20, 20))
+        found = moments(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
+        assert [moment.name for moment in found] == [
+            "phase 1, forward",
+            "phase 2, forward",
+            "the resident tail",
+            "phase 2, backward",
+            "phase 1, backward",
+        ]
+        for moment in found:
+            assert moment.terms[0] == small.runtime == MemoryTerm("reserved for the run time", 2**25)
+            terms = terms_of(moment)
+            assert terms["stored maps"] == in_memory
+            # Made in phase 2's backward pass, read and freed in phase 1's.
+            assert terms.get("gradient maps", in_memory) == in_memory
+            assert moment.nbytes == sum(terms.values())
+        # Parameters get a gradient from their last reader on, in the order of the backward pass.
+        gradients = [terms_of(moment).get("parameter gradients", 0) for moment in found]
+        assert gradients[:2] == [0, 0]
+        assert gradients[2:] == sorted(gradients[2:])
+        assert (
+            gradients[-1]
+            == sum(
+                parameter.nbytes for key, parameter in make_net().named_parameters() if key.endswith("weight")
+            )
+            + 4 * 8
+        )  # the norm's bias
+
+
+def test_stored_maps_live_until_their_last_reader() -> None:
+    levels = {"a": 1, "b": 2, "c": 3, "d": 5}
+    stores = {
+        # Read again in the backward pass, its gradient from phase 3 on down.
+        "a": StorePlan(Home.MEMORY, Home.MEMORY, 1, kept=True, last_reader=3, tile=(1, 1)),
+        # Gone after phase 3.
+        "b": StorePlan(Home.MEMORY, Home.MEMORY, 10, kept=False, last_reader=3, tile=(1, 1)),
+        # On disk.
+        "c": StorePlan(Home.DISK, Home.DISK, 100, kept=True, last_reader=4, tile=(1, 1)),
+        # In host RAM, which is not the device's memory.
+        "d": StorePlan(Home.HOST, Home.HOST, 1000, kept=True, last_reader=5, tile=(1, 1)),
+    }
+    stored = StoredBytes(stores, levels)
+    assert stored.forward_bytes.tolist() == [0, 1, 11, 11, 1, 1]
+    # The map, and its gradient map while phases up to its last reader are differentiated.
+    assert stored.backward_bytes.tolist() == [0, 2, 2, 2, 1, 1]
+
+
+def test_a_resident_tail_holds_what_autograd_saves() -> None:
+    trace = traced(make_net())
+    program = trace.program("conv2d")  # all of it
+    staging = divide(program)
+    names = staging.segments[max(staging.segments)]
+    image, wide, narrow = (ROW * channels * 40 * 60 for channels in (3, 8, 4))
+    step = resident_step(program, names, training=True)
+    terms = terms_of(step)
+    # The first convolution saves the image, the norm its operand, ReLU its result, which is the second
+    # convolution's operand, the pooling its own. The second convolution holds most: operand and result or
+    # their gradients, and copies of both and of its weights.
+    assert step.operator == "conv2d_1"
+    assert terms["operands, results and their gradients"] == wide + narrow
+    assert terms["operator workspace"] == wide + narrow + 2 * 4 * 8 * 4
+    assert terms["saved by the resident tail"] == pytest.approx(image + 2 * wide + narrow, abs=200)
+    inference = resident_step(program, names, training=False)
+    assert terms_of(inference)["saved by the resident tail"] == 0

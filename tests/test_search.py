@@ -1,0 +1,168 @@
+"""The planner's search against all there is to choose from, on networks small enough for that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from streamcnn.capture import capture
+from streamcnn.memory_model import StoredBytes, moments
+from streamcnn.options import Options
+from streamcnn.plan import Home
+from streamcnn.program import Program, differentiated
+from streamcnn.rates import NOMINAL, Rates
+from streamcnn.search import Candidate, Search, SpillPlace
+from streamcnn.small_bytes import SmallBytes
+from streamcnn.staging import Staging, divide, gathered, recompute
+from streamcnn.tracing import trace
+
+SHAPE = (1, 3, 250, 230)
+MIB = 2**20
+CPU = NOMINAL["cpu"]
+SLOW_DISK = Rates(
+    source="a slow disk",
+    dense_flops=CPU.dense_flops,
+    grouped_flops=CPU.grouped_flops,
+    memory_bytes=CPU.memory_bytes,
+    fresh_bytes=CPU.fresh_bytes,
+    operator_seconds=CPU.operator_seconds,
+    read_bytes={**CPU.read_bytes, Home.DISK: 2e7},
+    write_bytes={**CPU.write_bytes, Home.DISK: 1e7},
+)
+
+
+def normalised(*widths: int, train: bool = True) -> nn.Module:
+    """Convolutions with batch norm, the last one pooled."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((3, *widths)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)).train(train)
+
+
+class Skips(nn.Module):
+    """A map that two phases read, one far from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Means of a gated sum, (N, 12)."""
+        x = self.first(x)
+        return (x + self.second(x)).mean((2, 3))
+
+
+NETS = {
+    "two convolutions": lambda: normalised(12, 8),
+    "three convolutions": lambda: normalised(10, 12, 6),
+    "a skip": Skips,
+}
+
+
+def traced(net: nn.Module) -> tuple[Program, frozenset[str]]:
+    graph = capture(net, SHAPE, torch.float32)
+    states = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    program = trace(graph, states, torch.float32, torch.device("cpu"))
+    parameters = {
+        name for name, qualified in program.states.items() if qualified in dict(net.named_parameters())
+    }
+    return program, differentiated(program, parameters)
+
+
+def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
+    program, wanted = traced(net)
+    return Search(Options(program, wanted, rates, None), budget, (SpillPlace(Home.DISK),))
+
+
+def stagings(program: Program) -> Iterator[Staging]:
+    """Every choice of stored maps."""
+    full = divide(program)
+    free = sorted(full.stored - gathered(program))
+    for count in range(len(free) + 1):
+        for names in itertools.combinations(free, count):
+            staging = full
+            for name in names:
+                staging = recompute(program, staging, name)
+            yield staging
+
+
+def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
+    """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
+    small = SmallBytes(search.program, staging, search.options.differentiated)
+    ways = [search.options.of(stage) for stage in staging.stages]
+    table = search._table(staging)
+    names = sorted(staging.stored)
+    for homes in itertools.product((Home.MEMORY, Home.DISK), repeat=len(names)):
+        stores = table.stores(dict(zip(names, homes, strict=True)))
+        stored = StoredBytes(stores, staging.levels)
+        for chosen in itertools.product(*ways):
+            moved = {name: each for row in table.rows for name, each in row.outputs.items()}
+            for option in chosen:
+                for name, traffic in option.moved.items():
+                    moved[name] += traffic
+            disk = sum(moved[name].seconds(search.options.rates, stores[name].home) for name in names)
+            for reuses_heap in (False,) if Home.DISK in homes else (True, False):
+                tiled = [option.tiled for option in chosen]
+                nbytes = max(m.nbytes for m in moments(tiled, small, stored, reuses_heap=reuses_heap))
+                seconds = disk + sum(
+                    option.time.seconds + (0 if reuses_heap else option.time.fresh_seconds)
+                    for option in chosen
+                )
+                yield nbytes, seconds
+
+
+def found_by(search: Search) -> Candidate:
+    return search.improved(search.best([divide(search.program)]))
+
+
+@pytest.mark.parametrize("rates", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_search_comes_within_5_percent_of_the_best(name: str, rates: Rates) -> None:
+    net = NETS[name]()
+    everything = searching(net, None, rates)
+    all_of_them = [
+        each for staging in stagings(everything.program) for each in projections(everything, staging)
+    ]
+    smallest, largest = min(n for n, _ in all_of_them), max(n for n, _ in all_of_them)
+    gaps = []
+    for share in (0.02, 0.1, 0.25, 0.5, 0.8):
+        budget = int(smallest + share * (largest - smallest))
+        best = min(seconds for nbytes, seconds in all_of_them if nbytes <= budget)
+        found = found_by(searching(net, budget, rates))
+        assert found.fits
+        gaps.append(found.seconds / best)
+    assert max(gaps) <= 1.05, gaps
+    assert min(gaps) >= 1 - 1e-9, gaps
+
+
+def test_a_map_is_computed_again_where_the_disk_is_slow() -> None:
+    net = normalised(16, 16, 4)
+    smallest = found_by(searching(net, MIB, SLOW_DISK)).nbytes
+    slow = found_by(searching(net, int(1.2 * smallest), SLOW_DISK))
+    fast = found_by(searching(net, int(1.2 * smallest), CPU))
+    assert slow.fits
+    assert fast.fits
+    assert len(slow.stores) < len(fast.stores)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_smallest_budget_named_is_enough_and_one_byte_less_is_not(name: str) -> None:
+    net = NETS[name]()
+    refused = found_by(searching(net, MIB, CPU))
+    assert not refused.fits
+    assert found_by(searching(net, refused.nbytes, CPU)).fits
+    assert not found_by(searching(net, refused.nbytes - 1, CPU)).fits
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_more_memory_is_never_slower(name: str) -> None:
+    net = NETS[name]()
+    smallest = found_by(searching(net, MIB, CPU)).nbytes
+    seconds = [found_by(searching(net, smallest * factor // 10, CPU)).seconds for factor in range(10, 60, 8)]
+    for less, more in itertools.pairwise(seconds):
+        assert more <= 1.05 * less
