@@ -69,7 +69,7 @@ def test_one_process_measures_and_one_is_refused(
     assert 0 < small.measured_bytes <= small.projected_bytes == fits.projected_bytes
     assert small.seconds is not None
     assert small.seconds > 0
-    assert small.recomputation == child.halo_overhead(fits) > 1
+    assert small.recomputation == fits.recomputation > 1
     assert small.explanation == fits.explain()
     assert small.plan == sketch_plan(fits)
     assert_timeline_of(small, [phase.level for phase in fits.phases])
@@ -109,22 +109,6 @@ def test_an_allocation_that_is_refused_is_a_refusal(
     profile = child.measure(factory, tmp_path, 32, None, repeats=0)
     assert profile.refusal == "an allocation of 3 GiB was refused"
     assert (profile.measured_bytes, profile.reading) == (None, "not run")
-
-
-def test_halos_are_counted_position_by_position(factory: str) -> None:
-    plan = StreamingModel(load_model(factory).train(), tile=40).plan(SHAPE)
-    computed = whole = 0
-    for phase in plan.phases:
-        for name in phase.nodes:
-            positions: list[tuple[int, int]] = []
-            for row in range(len(phase.rows)):
-                for col in range(len(phase.cols)):
-                    rows, cols = phase.needed(row, col, name)
-                    positions += [
-                        (y, x) for y in range(rows.start, rows.stop) for x in range(cols.start, cols.stop)
-                    ]
-            computed, whole = computed + len(positions), whole + len(set(positions))
-    assert child.halo_overhead(plan) == computed / whole > 1
 
 
 @pytest.mark.parametrize(("repeats", "updates"), [(0, 1), (2, 3)])

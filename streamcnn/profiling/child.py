@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,29 +21,13 @@ from torch import Tensor
 from streamcnn.data.sources import ZarrSource
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit, StreamError
 from streamcnn.models import load_model
-from streamcnn.plan import AxisStep, Plan
+from streamcnn.plan import Plan
 from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import Timeline
-from streamcnn.regions import Interval
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
-
-
-def halo_overhead(plan: Plan) -> float:
-    """Positions that all tiles of all phases compute in one forward pass, over those of the maps.
-
-    A position counts once per operator, whatever its channels: 1.0 where tiles share nothing, 1.2
-    where a fifth is computed again in halos. Operators on whole maps are left out.
-    """
-    computed = whole = 0
-    for phase in plan.phases:
-        for name in phase.nodes:
-            rows, cols = _computed(phase.rows, name), _computed(phase.cols, name)
-            computed += rows * cols
-            whole += _extent(phase.rows, name) * _extent(phase.cols, name)
-    return computed / whole if whole else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +69,7 @@ def measure(model: str, folder: Path, tile: int, budget: int | None, repeats: in
         measured_bytes=None if most is None else most.report.measured_bytes,
         reading="not run" if most is None else most.report.reading,
         seconds=median(update.report.seconds for update in updates[1:] or updates) if updates else None,
-        recomputation=halo_overhead(plan),
+        recomputation=plan.recomputation,
         bytes_moved=None if most is None else most.report.bytes_moved,
         budget=plan.budget,
         plain_bytes=plan.plain_bytes,
@@ -141,17 +124,6 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 def _mean_square(output: Tensor) -> Tensor:
     return output.float().square().mean()
-
-
-def _computed(steps: Sequence[AxisStep], name: str) -> int:
-    """Positions along one axis that all tiles together compute."""
-    return sum(step.needed[name].size for step in steps if name in step.needed)
-
-
-def _extent(steps: Sequence[AxisStep], name: str) -> int:
-    """The extent of the map along the axis: from the first position needed to the last."""
-    needed = [step.needed[name] for step in steps if name in step.needed and step.needed[name].size]
-    return reduce(Interval.hull, needed).size if needed else 0
 
 
 def main(arguments: Sequence[str]) -> None:

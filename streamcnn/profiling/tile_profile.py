@@ -24,8 +24,7 @@ class TileProfile:
     seconds: float | None
     """Forward and backward, the median of the updates after the first; ``None`` if they did not run."""
     recomputation: float
-    """Positions that the tiles of all phases compute, over the positions of the maps: 1 without halos.
-    A position counts once per operator, whatever its channels; operators on whole maps are left out."""
+    """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
     bytes_moved: int | None
     """Read from and written to stores; ``None`` if the update did not run."""
     budget: int | None

@@ -1,0 +1,77 @@
+"""Seconds that planning takes, each model in a fresh process.
+
+    python -m benchmarks.planning_time resnet50 tf_efficientnet_b7 --size 4000 --budgets 2GiB,8GiB
+
+Capture, tracing and the search are timed apart; nothing is run. The machine's rates are measured beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.record import append
+from streamcnn import StreamingModel, planning
+from streamcnn.calibration import rates_for
+from streamcnn.models import load_model
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    models: list[str],
+    size: Annotated[int, typer.Option(help="Edge of the square image.")] = 4000,
+    budgets: Annotated[str, typer.Option(help="One for each model, separated by commas.")] = "2GiB,8GiB",
+    record: Annotated[bool, typer.Option(help="Append to results/planning_time.jsonl.")] = True,
+) -> None:
+    """Plan each model under its budget and print one JSON line each."""
+    command = "python -m benchmarks.planning_time " + " ".join(sys.argv[1:])
+    for model, budget in zip(models, budgets.split(","), strict=True):
+        process = [sys.executable, "-m", "benchmarks.planning_time", "one", model, str(size), budget]
+        done = subprocess.run(process, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        fields: dict[str, Any] = {
+            "case": f"{model} {size}x{size} {budget}",
+            **json.loads(done.stdout.splitlines()[-1]),
+        }
+        print(append("planning_time", command, **fields) if record else json.dumps(fields), flush=True)
+
+
+@app.command(hidden=True)
+def one(model: str, size: int, budget: str) -> None:
+    """Plan in this process; the seconds as JSON on the last line."""
+    rates_for(torch.device("cpu"))
+    net = load_model(model).train()
+    seconds: dict[str, float] = {}
+    for name in ("capture", "Trace", "make_plan"):
+        _time(name, seconds)
+    start = time.perf_counter()
+    plan = StreamingModel(net, budget).plan((1, 3, size, size))
+    total = time.perf_counter() - start
+    parts = {f"{name.lower()}_seconds": round(value, 2) for name, value in seconds.items()}
+    print(json.dumps({"seconds": round(total, 2), **parts, "phases": len(plan.phases), "fits": plan.fits}))
+
+
+def _time(name: str, seconds: dict[str, float]) -> None:
+    """Have planning's call of ``name`` note how long it takes."""
+    original = getattr(planning, name)
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = original(*args)
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    setattr(planning, name, timed)
+
+
+if __name__ == "__main__":
+    app()

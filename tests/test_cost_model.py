@@ -1,0 +1,128 @@
+"""Projected time and arithmetic: counted operator by operator, position by position."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from streamcnn import StreamingModel
+from streamcnn.capture import capture
+from streamcnn.cost_model import (
+    BACKWARD_WORK,
+    Traffic,
+    all_works,
+    input_traffic,
+    output_traffic,
+    plain_time,
+    stage_time,
+)
+from streamcnn.plan import Home, Plan
+from streamcnn.program import Program
+from streamcnn.rates import NOMINAL
+from streamcnn.staging import divide
+from streamcnn.tiling import Outline, cut
+from streamcnn.tracing import trace
+
+SHAPE = (2, 3, 40, 60)
+PIXELS = 40 * 60
+RATES = NOMINAL["cpu"]
+
+
+def make_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.ConvTranspose2d(8, 4, 2, stride=2, bias=False),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+    )
+
+
+def traced() -> Program:
+    net = make_net()
+    states = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    return trace(capture(net, SHAPE, torch.float32), states, torch.float32, torch.device("cpu"))
+
+
+def test_operations_of_every_kind_of_operator() -> None:
+    works = all_works(traced())
+    flops = {name: work.flops for name, work in works.items()}
+    assert flops["conv2d"] == 2 * (3 * 8 * 9) * 2 * PIXELS
+    # Depthwise: one channel is read for each that is written.
+    assert flops["conv2d_1"] == 2 * (8 * 9) * 2 * PIXELS
+    assert works["conv2d_1"].grouped
+    assert not works["conv2d"].grouped
+    # Transposed: every position of the operand meets every weight.
+    assert flops["conv_transpose2d"] == 2 * (8 * 4 * 4) * 2 * PIXELS
+    # The operand is read and the result written, two images of float32.
+    assert works["conv2d"].nbytes == 4 * 2 * PIXELS * (3 + 8)
+    assert works["conv2d"].made == 4 * 2 * PIXELS * 8
+
+
+def test_the_time_of_a_stage() -> None:
+    program = traced()
+    stage = divide(program).stages[0]
+    works = all_works(program)
+    tiled = cut(Outline.of(program, stage), (2, 3))
+    assert stage.nodes == ("conv2d",)
+    once = 2 * (3 * 8 * 9) * 2 * PIXELS / RATES.dense_flops + works["conv2d"].nbytes / RATES.memory_bytes
+    forward = stage_time(tiled, works, RATES, backward=False)
+    assert forward.seconds == pytest.approx(once + 6 * RATES.operator_seconds)
+    assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / RATES.fresh_bytes)
+    # Its result is stored, so the backward pass only differentiates it.
+    both = stage_time(tiled, works, RATES, backward=True)
+    assert both.seconds == pytest.approx((1 + BACKWARD_WORK) * forward.seconds)
+    assert both.flops == (1 + BACKWARD_WORK) * works["conv2d"].flops
+
+
+def test_what_is_moved_to_and_from_stores() -> None:
+    program = traced()
+    first, second = divide(program).stages[:2]
+    nbytes = program.nodes["conv2d"].nbytes
+    # Written once; in the backward pass its gradient is read, and its values for the statistics.
+    assert output_traffic(program, first, backward=True) == {"conv2d": Traffic(2 * nbytes, nbytes)}
+    assert output_traffic(program, first, backward=False) == {"conv2d": Traffic(0, nbytes)}
+    tiled = cut(Outline.of(program, second), (2, 3))
+    moved = input_traffic(tiled, backward=True)["conv2d"]
+    # Read forward and backward; the gradient is added: read and written.
+    assert moved == Traffic(3 * moved.written, moved.written)
+    assert moved.written == tiled.covered("conv2d") * nbytes // PIXELS > nbytes
+    assert Traffic(10, 20).seconds(RATES, Home.DISK) == pytest.approx(
+        10 / RATES.read_bytes[Home.DISK] + 20 / RATES.write_bytes[Home.DISK]
+    )
+
+
+def brute_force_recomputation(plan: Plan, program: Program) -> float:
+    """Operations of a plan over the plain ones, from the tiles that the executor runs."""
+    works = all_works(program)
+    done = 0.0
+    for phase in plan.phases:
+        for name in phase.nodes:
+            positions = sum(
+                phase.needed(row, col, name).rows.size * phase.needed(row, col, name).cols.size
+                for row in range(len(phase.rows))
+                for col in range(len(phase.cols))
+            )
+            passes = 1 + (BACKWARD_WORK + (name not in phase.skipped)) * phase.differentiated
+            done += passes * positions / works[name].num_positions * works[name].flops
+    return done / sum((1 + BACKWARD_WORK) * work.flops for work in works.values())
+
+
+def test_recomputation_is_counted_tile_by_tile() -> None:
+    model = StreamingModel(make_net(), tile=16)
+    model._resident_tail = False
+    program, plan = model._planned(SHAPE, torch.float32, image_gradient=False)
+    assert plan.recomputation == pytest.approx(brute_force_recomputation(plan, program), rel=1e-6)
+    assert plan.recomputation > 1.05
+
+
+def test_plain_pytorch_takes_new_memory_for_large_blocks_alone() -> None:
+    works = {"conv": dataclasses.replace(all_works(traced())["conv2d"], made=2**25)}
+    small = {"conv": dataclasses.replace(works["conv"], made=2**25 - 1)}
+    more = plain_time(works, RATES, backward=False).seconds - plain_time(small, RATES, backward=False).seconds
+    assert more == pytest.approx(2**25 / RATES.fresh_bytes)
