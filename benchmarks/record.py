@@ -25,12 +25,16 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with a mark if files differ from it."""
+    """Short hash of the checked-out commit, with a mark if files other than results differ from it."""
+    found = _git("describe", "--always") or "unknown"
+    changed = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
+    return f"{found}-dirty" if changed else found
+
+
+def _git(*arguments: str) -> str:
     here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def append(name: str, command: str, **fields: Any) -> str:

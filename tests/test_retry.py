@@ -93,6 +93,24 @@ def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, share: float) -
     assert_same(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("at", [2, 12])
+def test_without_a_tile_of_its_own_it_is_planned_for_less(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    net = make_net()
+    planned = StreamingModel(copy.deepcopy(net), "120MB")
+    planned._resident_tail = False
+    expected = update(planned)
+    projected = planned.plan(SHAPE, torch.float64).projected_bytes
+    refused = RefusedOnce(at)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    model = StreamingModel(net, "120MB")
+    model._resident_tail = False
+    found = update(model)
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+    assert model.last_report.projected_bytes < 0.95 * projected
+    assert_same(found, expected, 1e-9)
+
+
 def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net().float()
     expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64), autocast=True)

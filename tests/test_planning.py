@@ -1,0 +1,86 @@
+"""Plans for this machine and for others, each made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from streamcnn import StreamingModel, cli, planning
+from streamcnn.plan import Home
+from streamcnn.planning import CONTEXT_BYTES, Machine
+
+SHAPE = (1, 3, 4000, 4000)
+MODEL = "resnet18"
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(64 if i else 3, 64, 3, padding=1) for i in range(5)]
+    return nn.Sequential(*(m for c in layers for m in (c, nn.BatchNorm2d(64))), nn.AdaptiveAvgPool2d(1))
+
+
+def test_a_card_that_is_not_here() -> None:
+    net = make_net()
+    machine = Machine.card(net, host_bytes=4 * 10**9, optimizer_copies=2)
+    weights = sum(p.nbytes for p in net.parameters())
+    assert machine.reserved == CONTEXT_BYTES + 3 * weights + sum(b.nbytes for b in net.buffers())
+    # Were it as fast as a card is, all maps would be computed again.
+    slow = dataclasses.replace(machine.rates, dense_flops=1e11)
+    plan = StreamingModel(net, "6GB").plan_for(dataclasses.replace(machine, rates=slow), SHAPE)
+    assert plan.fits
+    assert plan.terms[0].name == "reserved (context, libraries, weights, optimiser)"
+    assert plan.terms[0].nbytes == machine.reserved
+    # Twenty gigabytes of maps: the host takes what it has room for.
+    assert plan.bytes_on(Home.HOST) <= 4 * 10**9
+    assert plan.bytes_on(Home.DISK) > 0
+    lines = plan.explain().splitlines()
+    assert lines[1].startswith("fits in 5.59 GiB with tiles of ")
+    assert lines[1].endswith(" on disk")
+
+
+def test_the_smallest_budget_named_counts_what_the_card_holds() -> None:
+    net = make_net()
+    machine = Machine.card(net, host_bytes=10**12, optimizer_copies=2)
+    refused = StreamingModel(net, 10**6).plan_for(machine, SHAPE)
+    assert not refused.fits
+    enough = StreamingModel(net, refused.projected_bytes).plan_for(machine, SHAPE)
+    assert enough.fits
+    assert enough.projected_bytes <= refused.projected_bytes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_the_command_plans_for_a_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--size", "8000", "--budget", "4GB", "--card", "--host-memory", "8GB", "--json"]
+    monkeypatch.setattr("sys.argv", ["streamcnn", "plan", MODEL, *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["projected_bytes"] <= 4 * 10**9
+    assert found["terms"]["reserved (context, libraries, weights, optimiser)"] > CONTEXT_BYTES
+    assert {store["home"] for store in found["stores"].values()} & {"host", "disk"}
+    assert found["projected_seconds"] > 0
+    assert found["recomputation"] >= 1
+
+
+def test_a_plan_is_made_once_for_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", lambda *args: made.append(1) or original(*args))
+    model = StreamingModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)), "1GB")
+    here = Machine.here(torch.device("cpu"))
+    shape = (1, 3, 100, 90)
+    first = model.plan_for(here, shape)
+    assert model.plan_for(here, shape) is first
+    assert model.plan(shape) is first
+    assert len(made) == 1
+    # What is reserved and how fast the machine is are part of what a plan depends on.
+    model.plan_for(dataclasses.replace(here, reserved=10**6), shape)
+    model.plan_for(dataclasses.replace(here, rates=dataclasses.replace(here.rates, source="x")), shape)
+    assert len(made) == 3
