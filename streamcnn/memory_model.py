@@ -61,16 +61,16 @@ def moments(
     def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
         lost = reuse_waste(heap, small.tail_step.heap) if reuses_heap else fresh_waste(step.nbytes)
         waste = MemoryTerm("allocator waste", lost)
-        found.append(Moment(name, step.operator, (small.runtime, *chain(*held), *step.terms, waste)))
+        found.append(Moment(name, step.operator, (*chain(*held), *step.terms, waste)))
 
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
-        add(f"phase {level}, forward", step, stored.forward(level), small.forward(level))
-    add("the resident tail", small.tail_step, stored.tail(small.last), small.tail())
+        add(f"phase {level}, forward", step, small.forward(level), stored.forward(level))
+    add("the resident tail", small.tail_step, small.tail(), stored.tail(small.last))
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
-            add(f"phase {level}, backward", after, stored.backward(level), small.backward(level))
+            add(f"phase {level}, backward", after, small.backward(level), stored.backward(level))
     return found
 
 

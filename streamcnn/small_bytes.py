@@ -14,7 +14,6 @@ from itertools import accumulate
 import numpy as np
 from torch._ops import OpOverload
 
-from streamcnn.ops.convolution import convolve_transposed
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind, Node, Program, TensorSpec
 from streamcnn.staging import Staging
@@ -27,12 +26,16 @@ _SAVES_RESULT = frozenset(
 _SAVES_NOTHING = frozenset(
     f"aten.{name}" for name in "add sub cat mean sum neg clone copy constant_pad_nd".split()
 )
-RUNTIME_BYTES = 32 * 2**20
-"""Threads' buffers, compiled kernels and the interpreter's own growth during a first pass."""
+RUNTIME_BYTES = 24 * 2**20
+"""Threads' buffers and the interpreter's own growth during a first pass."""
+KERNEL_BYTES = 2**19
+"""What oneDNN keeps of a convolution after its first run: code compiled for the shapes of its tiles.
+EfficientNet-B0 came to hold 36 MB for 81 convolutions in a forward pass (torch 2.13); backward passes have
+two kernels for each."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
-TRANSPOSED_BYTES = 16 * 2**20
-"""What oneDNN keeps of each transposed convolution after it has run once (torch 2.13)."""
+TRANSPOSED_BYTES = 2**24
+"""What oneDNN keeps of a transposed convolution besides."""
 REUSABLE_BYTES = 2**25
 """Blocks from this size on always go back to the operating system when they are freed."""
 _INDEX_BYTES = 8
@@ -166,13 +169,9 @@ class SmallBytes:
     def __init__(self, program: Program, staging: Staging, differentiated: Collection[str]) -> None:
         nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
-        num_transposed = sum(node.target is convolve_transposed for node in nodes.values())
-        self.runtime = MemoryTerm(
-            "reserved for the run time", RUNTIME_BYTES + num_transposed * TRANSPOSED_BYTES
-        )
-        """What the process holds besides at every moment."""
         last = max(segments, default=0)
         num_levels = max((last, *staging.levels.values())) + 1
+        self._kernels = list(accumulate(_kernel_bytes(program, staging.levels, num_levels)))
         sizes = [[nodes[name].nbytes for name in segments.get(level, ())] for level in range(num_levels)]
         self._values = list(accumulate(sum(each) for each in sizes))
         self._largest = list(accumulate((max(each, default=0) for each in sizes), max))
@@ -192,16 +191,32 @@ class SmallBytes:
 
     def forward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs forward."""
-        return (self._small(level - 1),)
+        return self._runtime(self._kernels[level]), self._small(level - 1)
 
     def tail(self) -> tuple[MemoryTerm, ...]:
         """While the resident tail runs, whose own step comes on top."""
-        return self._small(self.last - 1), *self._gradients(self.last)
+        return (
+            self._runtime(self._kernels[-1] + self._kernels_after(self.last)),
+            self._small(self.last - 1),
+            *self._gradients(self.last),
+        )
 
     def backward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs backward."""
         # Those of the last level, the resident tail, are only there while no tile is.
-        return self._small(min(level, self.last - 1)), *self._gradients(level)
+        return (
+            self._runtime(self._kernels[-1] + self._kernels_after(level)),
+            self._small(min(level, self.last - 1)),
+            *self._gradients(level),
+        )
+
+    def _kernels_after(self, level: int) -> int:
+        """What the backward pass has compiled when it is at ``level``: two kernels for each forward one."""
+        before = self._kernels[level - 1] if level else 0
+        return 2 * (self._kernels[-1] - before) if self.differentiated else 0
+
+    def _runtime(self, kernels: int) -> MemoryTerm:
+        return MemoryTerm("reserved for the run time", RUNTIME_BYTES + kernels)
 
     def _small(self, level: int) -> MemoryTerm:
         """Small values of the levels up to ``level``."""
@@ -219,6 +234,16 @@ class SmallBytes:
             MemoryTerm("gradients of the image and of promoted values", self._inputs),
             MemoryTerm("outputs in the loss", self._outputs),
         )
+
+
+def _kernel_bytes(program: Program, levels: Mapping[str, int], num_levels: int) -> list[int]:
+    """What is kept of the convolutions of each level."""
+    kept = [0] * num_levels
+    for node in program.nodes.values():
+        if "conv" in _label(node):
+            transposed = "transpose" in _label(node)
+            kept[levels[node.name]] += KERNEL_BYTES + transposed * TRANSPOSED_BYTES
+    return kept
 
 
 def _sum(terms: tuple[MemoryTerm, ...]) -> int:

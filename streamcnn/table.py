@@ -162,7 +162,7 @@ class Table:
         before = stored.forward_bytes[levels] + small.forward_bytes[levels]
         after = stored.backward_bytes[levels] + small.backward_bytes[levels]
         tail = small.tail_step.nbytes
-        forward, backward, beside = self.forward, self.backward, small.runtime.nbytes
+        forward, backward = self.forward, self.backward
         if not reuses_heap:
             forward, backward = forward + fresh_waste(forward), backward + fresh_waste(backward)
             tail += fresh_waste(tail)
@@ -172,12 +172,11 @@ class Table:
             for name, moved in row.outputs.items()
         )
         return Weighed(
-            peaks=beside
-            + np.maximum(before[:, None] + forward, np.where(backward > 0, after[:, None] + backward, 0)),
+            peaks=np.maximum(before[:, None] + forward, np.where(backward > 0, after[:, None] + backward, 0)),
             heap=self.heap,
             seconds=self.seconds[reuses_heap] + self._input_seconds(stores, rates),
             outputs=sum(outputs),
-            tail=beside + tail + total_bytes(stored.tail(small.last), small.tail()),
+            tail=tail + total_bytes(stored.tail(small.last), small.tail()),
         )
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], rates: Rates) -> Floats:

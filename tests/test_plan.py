@@ -147,6 +147,7 @@ def test_explain_of_a_network() -> None:
         model.plan(SHAPE),
         terms=(MemoryTerm("stored maps", 3 * KIB),),
         worst="phase 1, forward",
+        worst_operator="conv2d_1 (3 (Conv2d))",
         plain_bytes=6 * KIB,
         projected_seconds=2.0,
         plain_seconds=1.0,
