@@ -96,13 +96,13 @@ def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, share: float) -
 @pytest.mark.parametrize("at", [2, 12])
 def test_without_a_tile_of_its_own_it_is_planned_for_less(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     net = make_net()
-    planned = StreamingModel(copy.deepcopy(net), "120MB")
+    planned = StreamingModel(copy.deepcopy(net), "1GiB")
     planned._resident_tail = False
     expected = update(planned)
     projected = planned.plan(SHAPE, torch.float64).projected_bytes
     refused = RefusedOnce(at)
     monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
-    model = StreamingModel(net, "120MB")
+    model = StreamingModel(net, "1GiB")
     model._resident_tail = False
     found = update(model)
     assert model.last_report is not None
