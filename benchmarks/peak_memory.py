@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random as randomness
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.record import append
+from benchmarks.record import append, in_fresh_process
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, ZarrSource
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.models import load_model
@@ -146,13 +145,8 @@ def _write_images(folder: Path, count: int, height: int, width: int) -> None:
 
 
 def _case(model: str, folder: Path, budget: str, tile: int, gradients: str) -> dict[str, Any]:
-    arguments = [model, str(folder), budget, str(tile), gradients]
-    process = [sys.executable, "-m", "benchmarks.peak_memory", "one", *arguments]
-    done = subprocess.run(process, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    arguments = (model, str(folder), budget, str(tile), gradients)
+    return in_fresh_process("benchmarks.peak_memory", "one", *arguments)
 
 
 def _report(command: str, case: str, found: dict[str, Any], *, record: bool) -> None:

@@ -8,7 +8,6 @@ Capture, tracing and the search are timed apart; nothing is run. The machine's r
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.record import append
+from benchmarks.record import append, in_fresh_process
 from streamcnn import StreamingModel, planning
 from streamcnn.calibration import rates_for
 from streamcnn.models import load_model
@@ -34,14 +33,8 @@ def run(
     """Plan each model under its budget and print one JSON line each."""
     command = "python -m benchmarks.planning_time " + " ".join(sys.argv[1:])
     for model, budget in zip(models, budgets.split(","), strict=True):
-        process = [sys.executable, "-m", "benchmarks.planning_time", "one", model, str(size), budget]
-        done = subprocess.run(process, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        fields: dict[str, Any] = {
-            "case": f"{model} {size}x{size} {budget}",
-            **json.loads(done.stdout.splitlines()[-1]),
-        }
+        found = in_fresh_process("benchmarks.planning_time", "one", model, str(size), budget)
+        fields = {"case": f"{model} {size}x{size} {budget}", **found}
         print(append("planning_time", command, **fields) if record else json.dumps(fields), flush=True)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from streamcnn.calibration import processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,10 +20,7 @@ def device_name() -> str:
     """The accelerator's name, or the processor's with its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return platform.processor()
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
@@ -35,6 +34,16 @@ def _git(*arguments: str) -> str:
     here = Path(__file__).parent
     done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
+    """What ``python -m module arguments`` prints on its last line, a JSON object; its errors end this one."""
+    process = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(process, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def append(name: str, command: str, **fields: Any) -> str:

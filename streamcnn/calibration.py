@@ -7,6 +7,7 @@ file is keyed by device, number of threads and PyTorch's version; a plan made wi
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -31,8 +32,6 @@ _INTERPRETED = 20
 """What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
 _TILE = (1, 64, 256, 256)
 """The map that is timed: 16 MiB of float32, a tile of usual size."""
-
-
 _FLUSHED_BYTES = 2**27
 """Bytes that are written through to the disk, to see how fast it is."""
 
@@ -49,7 +48,7 @@ def rates_for(device: torch.device) -> Rates:
     key = _key(device)
     known = _read(path)
     if key not in known:
-        known = {**known, key: _to_json(calibrate(device))}
+        known = {**known, key: asdict(calibrate(device))}
         _write(path, known)
     return _from_json(known[key])
 
@@ -148,11 +147,13 @@ def _seconds(device: torch.device, action: Callable[[], object]) -> float:
 
 def _key(device: torch.device) -> str:
     """What the rates depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def _processor() -> str:
+@functools.cache
+def processor() -> str:
+    """The processor's name; asked for by every pass."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -166,6 +167,16 @@ def _default_path() -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        state = path.stat()
+    except FileNotFoundError:
+        return {}
+    return _parsed(path, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, *version: int) -> dict[str, Any]:
+    """What a version of the file says: passes ask one after the other, and it hardly ever changes."""
+    try:
         known = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         # A cache that was cut off is measured again.
@@ -178,10 +189,6 @@ def _write(path: Path, known: dict[str, Any]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
         json.dump(known, file, indent=2)
     Path(file.name).replace(path)
-
-
-def _to_json(rates: Rates) -> dict[str, Any]:
-    return asdict(rates)
 
 
 def _from_json(fields: dict[str, Any]) -> Rates:

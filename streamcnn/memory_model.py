@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from streamcnn.ops.convolution import is_convolution
 from streamcnn.plan import Home, MemoryTerm, StorePlan
 from streamcnn.program import Kind
-from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step
+from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
 from streamcnn.staging import Stage
 from streamcnn.tiling import TiledStage
 
@@ -47,7 +47,7 @@ class Moment:
     @property
     def nbytes(self) -> int:
         """The sum of the terms."""
-        return sum(term.nbytes for term in self.terms)
+        return total_bytes(self.terms)
 
 
 def moments(
@@ -85,11 +85,6 @@ def reuse_waste(steps: int, tail: int) -> int:
     Its heap never shrinks: the holes that the largest step has left are there at every other moment.
     """
     return REUSE_BYTES + max(int(REUSE_WASTE * steps), tail)
-
-
-def total_bytes(*terms: tuple[MemoryTerm, ...]) -> int:
-    """The sum of all terms."""
-    return sum(term.nbytes for each in terms for term in each)
 
 
 def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
@@ -154,7 +149,7 @@ def _forward_step(tile: _LargestTile) -> Step:
         MemoryTerm("live activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
     )
-    return Step(terms, most.operator, int(tile.heap_share() * sum(term.nbytes for term in terms)))
+    return Step(terms, most.operator, int(tile.heap_share() * total_bytes(terms)))
 
 
 def _backward_step(tile: _LargestTile) -> Step:
@@ -180,7 +175,7 @@ def _backward_step(tile: _LargestTile) -> Step:
         # The tile's own, and its copies in the layouts that convolutions work in.
         MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
-    return Step(terms, most.operator, int(tile.heap_share() * sum(term.nbytes for term in terms)))
+    return Step(terms, most.operator, int(tile.heap_share() * total_bytes(terms)))
 
 
 @dataclass(slots=True)

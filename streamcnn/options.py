@@ -14,8 +14,6 @@ from streamcnn.tiling import Outline, Parts, TiledStage, cut, grid
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
-
-
 FINE_BYTES = 2**22
 """No smaller tiles are tried once a step takes no more than this: they would save nothing of note."""
 

@@ -8,11 +8,10 @@ running it is refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from streamcnn.cost_model import StageTime, plain_time
+from streamcnn.cost_model import plain_time
 from streamcnn.cuts import choose_cuts
 from streamcnn.memory_model import StoredBytes, is_differentiated, moments
 from streamcnn.options import Options
@@ -20,17 +19,18 @@ from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
-from streamcnn.small_bytes import SmallBytes, plain_bytes
+from streamcnn.small_bytes import plain_bytes
 from streamcnn.staging import Staging, divide
+from streamcnn.tiling import share
 
 DEFAULT_EDGE = 512
 """Tile edge where neither a budget nor a tile is given."""
 HALO_LIMITS = (16, 64, 128, 256, 512)
 """Input pixels of halo at which a stretch without a barrier is cut, the values that are tried."""
-TAIL_COPIES = 2
-"""Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
 HALO_SHARE = 0.25
 """The same as a share of the tile's edge, where that is given."""
+TAIL_COPIES = 2
+"""Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
 
 Retrace = Callable[[str | None], Program]
 """The program with everything from the named captured call on resident; ``None`` for no tail."""
@@ -135,12 +135,12 @@ class _Attempt:
         """The frozen plan; ``whole`` is the attempt without a tail, whose program has every operator."""
         candidate, options = self.candidate, self.search.options
         program, staging, differentiated = options.program, candidate.staging, options.differentiated
-        stores = _with_tiles(program, candidate)
+        stores = _with_tiles(candidate)
         tiled = tuple(option.tiled for option in candidate.options)
         worst = max(
             moments(
                 tiled,
-                SmallBytes(program, staging, differentiated),
+                self.search.small_bytes(staging),
                 StoredBytes(stores, staging.levels),
                 reuses_heap=candidate.reuses_heap,
             ),
@@ -218,23 +218,17 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
         return None
     works = {node.name: options.works[node.name] for node in nodes[-length:]}
     backward = bool(options.differentiated)
-    time: StageTime = plain_time(works, options.rates, backward=backward)
+    time = plain_time(works, options.rates, backward=backward)
     return _Tail(nodes[-length].name.partition(".")[0], length, time.seconds, time.flops)
 
 
-def _with_tiles(program: Program, candidate: Candidate) -> dict[str, StorePlan]:
+def _with_tiles(candidate: Candidate) -> dict[str, StorePlan]:
     """The candidate's stores with the extents of the tiles that write them."""
     return {
-        name: replace(candidate.stores[name], tile=(_share(size[0], rows), _share(size[1], cols)))
+        name: replace(candidate.stores[name], tile=option.tiled.largest_own(name))
         for option in candidate.options
-        for rows, cols in [(option.tiled.rows.num_parts, option.tiled.cols.num_parts)]
         for name in option.tiled.stage.stored
-        for size in [program.nodes[name].size]
     }
-
-
-def _share(extent: int, num_parts: int) -> int:
-    return math.ceil(extent / num_parts)
 
 
 def _tile(program: Program, request: PlanRequest, candidate: Candidate) -> tuple[int, int]:
@@ -245,7 +239,7 @@ def _tile(program: Program, request: PlanRequest, candidate: Candidate) -> tuple
     if not candidate.options:
         return height, width
     first = candidate.options[0].tiled
-    return _share(height, first.rows.num_parts), _share(width, first.cols.num_parts)
+    return share(height, first.rows.num_parts), share(width, first.cols.num_parts)
 
 
 def _named(program: Program, operator: str) -> str:

@@ -31,8 +31,6 @@ ROUNDS = 2
 """How often all spilled maps are looked at once more."""
 THOROUGH = 8
 """Up to so many stored maps, every count of spilled ones and every pair of moves is tried."""
-
-
 _AGAIN_BACKWARD = 4
 """Passes over a map's operators that are added where its readers differentiate them too, at least."""
 _ANY = 2**62
@@ -205,7 +203,7 @@ class Search:
         """
         reuses_heap = reuses_heap and not spilled
         staging = self._staging(base, again)
-        table, small = self._table(staging), self._small_bytes(staging)
+        table, small = self._table(staging), self.small_bytes(staging)
         stores = table.stores(self._homes(staging, spilled))
         weighed = table.weigh(stores, small, self.options.rates, reuses_heap=reuses_heap)
         choices = (
@@ -262,7 +260,8 @@ class Search:
             homes[name] = self.places[index].home
         return homes
 
-    def _small_bytes(self, staging: Staging) -> SmallBytes:
+    def small_bytes(self, staging: Staging) -> SmallBytes:
+        """What is not cut into tiles, worked out once for a staging and all that compute more of it again."""
         # Computing a map again changes stages, not levels or segments.
         if self._small is None or self._small[0] is not staging.levels:
             small = SmallBytes(self.program, staging, self.options.differentiated)

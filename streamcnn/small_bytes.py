@@ -55,7 +55,12 @@ class Step:
     @property
     def nbytes(self) -> int:
         """The sum of the terms."""
-        return sum(term.nbytes for term in self.terms)
+        return total_bytes(self.terms)
+
+
+def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
+    """The sum of all terms."""
+    return sum(term.nbytes for each in terms for term in each)
 
 
 def resident_step(program: Program, names: Iterable[str], *, training: bool) -> Step:
@@ -183,9 +188,9 @@ class SmallBytes:
         # The image's is copied out of its store once more.
         self._inputs = 2 * sum(n.nbytes for n in whole if n.name in differentiated)
         self._outputs = LOSS_COPIES * sum(nodes[name].nbytes for name in program.output_names)
-        self.forward_bytes = np.array([_sum(self.forward(level)) for level in range(num_levels)])
+        self.forward_bytes = np.array([total_bytes(self.forward(level)) for level in range(num_levels)])
         """By level: the sum of what :meth:`forward` names; likewise the next."""
-        self.backward_bytes = np.array([_sum(self.backward(level)) for level in range(num_levels)])
+        self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
         self.tail_step = resident_step(program, segments.get(last, ()), training=bool(differentiated))
         """What the resident tail takes beyond the small values before it."""
 
@@ -244,10 +249,6 @@ def _kernel_bytes(program: Program, levels: Mapping[str, int], num_levels: int) 
             transposed = "transpose" in _label(node)
             kept[levels[node.name]] += KERNEL_BYTES + transposed * TRANSPOSED_BYTES
     return kept
-
-
-def _sum(terms: tuple[MemoryTerm, ...]) -> int:
-    return sum(term.nbytes for term in terms)
 
 
 def _states_by_level(

@@ -18,7 +18,8 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded
 from streamcnn.executor import Execution, Observer
 from streamcnn.plan import Home, Plan
-from streamcnn.program import Program, Ref, refs_in
+from streamcnn.planning import Planned
+from streamcnn.program import Ref, refs_in
 from streamcnn.report import Report
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.units import format_bytes
@@ -32,7 +33,6 @@ class Host(Protocol):
     observer: Observer | None
 
 
-Planned = tuple[Program, Plan]
 Shrink = Callable[[Plan], Planned | None]
 """The same pass planned with smaller tiles; None if there is no such plan within the budget."""
 

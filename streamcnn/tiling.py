@@ -148,7 +148,7 @@ class TiledStage:
     def largest_own(self, name: str) -> tuple[int, int]:
         """The most rows and columns of output ``name`` that a tile is responsible for."""
         height, width = self.program.nodes[name].size
-        return _share(height, self.rows.num_parts), _share(width, self.cols.num_parts)
+        return share(height, self.rows.num_parts), share(width, self.cols.num_parts)
 
     def covered(self, name: str) -> int:
         """Positions of ``name`` that all tiles together need, repeated ones counted each time."""
@@ -176,7 +176,7 @@ class TiledStage:
     def _halo(self, axis: int) -> int:
         grid = (self.rows, self.cols)[axis]
         nodes, inputs = self.program.nodes, self.stage.inputs
-        beyond = [grid.largest[name] - _share(nodes[name].size[axis], grid.num_parts) for name in inputs]
+        beyond = [grid.largest[name] - share(nodes[name].size[axis], grid.num_parts) for name in inputs]
         return max((0, *beyond))
 
 
@@ -188,7 +188,7 @@ def grid(outline: Outline, tile: tuple[int, int]) -> Parts:
     nodes = outline.program.nodes
     image = nodes[outline.program.image].size
     sizes = [nodes[name].size for name in outline.owned]
-    rows, cols = (min(_share(image[axis], tile[axis]), min(s[axis] for s in sizes)) for axis in (0, 1))
+    rows, cols = (min(share(image[axis], tile[axis]), min(s[axis] for s in sizes)) for axis in (0, 1))
     return (rows, cols)
 
 
@@ -204,7 +204,8 @@ def cut(outline: Outline, parts: Parts) -> TiledStage:
     return TiledStage(outline, rows, cols, in_place)
 
 
-def _share(extent: int, num_parts: int) -> int:
+def share(extent: int, num_parts: int) -> int:
+    """The most positions in one of ``num_parts`` even parts of ``extent``."""
     return -(-extent // num_parts)
 
 

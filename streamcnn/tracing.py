@@ -38,11 +38,6 @@ _ALWAYS_LOWERED = frozenset(
 )
 
 
-def trace(graph: RawGraph, states: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Program:
-    """The program of ``graph`` for an image of ``dtype`` on ``device``, with no resident tail."""
-    return Trace(graph, states, dtype, device).program()
-
-
 class Trace:
     """A captured graph traced once, from which programs with different resident tails are made.
 

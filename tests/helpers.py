@@ -11,8 +11,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel, verification
+from streamcnn.capture import capture
 from streamcnn.plan import Plan
-from streamcnn.program import Program
+from streamcnn.planning import module_states
+from streamcnn.program import Program, differentiated
+from streamcnn.tracing import Trace
 from streamcnn.verification import FLOOR, Verification
 
 TOLERANCE = 1e-9
@@ -99,6 +102,16 @@ def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:
     known = sum(norm > FLOOR * max(norms) for norm in norms)
     assert norms[0] > 0, "the image has no gradient"
     assert 2 * known > len(norms), f"only {known} of {len(norms)} gradients are not zero"
+
+
+def traced(module: nn.Module, shape: Shape, *, tail: str | None = None) -> tuple[Program, frozenset[str]]:
+    """The program of ``module`` for float32 images, and the nodes that parameters' gradients pass through."""
+    trace = Trace(
+        capture(module, shape, torch.float32), module_states(module), torch.float32, torch.device("cpu")
+    )
+    program, parameters = trace.program(tail), dict(module.named_parameters())
+    leaves = {name for name, qualified in program.states.items() if qualified in parameters}
+    return program, differentiated(program, leaves)
 
 
 def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int]) -> tuple[Program, Plan]:

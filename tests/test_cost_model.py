@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import traced
 from torch import nn
 
 from streamcnn import StreamingModel
-from streamcnn.capture import capture
 from streamcnn.cost_model import (
     BACKWARD_WORK,
     Traffic,
@@ -24,7 +24,6 @@ from streamcnn.program import Program
 from streamcnn.rates import NOMINAL
 from streamcnn.staging import divide
 from streamcnn.tiling import Outline, cut
-from streamcnn.tracing import trace
 
 SHAPE = (2, 3, 40, 60)
 PIXELS = 40 * 60
@@ -43,14 +42,12 @@ def make_net() -> nn.Sequential:
     )
 
 
-def traced() -> Program:
-    net = make_net()
-    states = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    return trace(capture(net, SHAPE, torch.float32), states, torch.float32, torch.device("cpu"))
+def program_of_net() -> Program:
+    return traced(make_net(), SHAPE)[0]
 
 
 def test_operations_of_every_kind_of_operator() -> None:
-    works = all_works(traced())
+    works = all_works(program_of_net())
     flops = {name: work.flops for name, work in works.items()}
     assert flops["conv2d"] == 2 * (3 * 8 * 9) * 2 * PIXELS
     # Depthwise: one channel is read for each that is written.
@@ -65,7 +62,7 @@ def test_operations_of_every_kind_of_operator() -> None:
 
 
 def test_the_time_of_a_stage() -> None:
-    program = traced()
+    program = program_of_net()
     stage = divide(program).stages[0]
     works = all_works(program)
     tiled = cut(Outline.of(program, stage), (2, 3))
@@ -81,7 +78,7 @@ def test_the_time_of_a_stage() -> None:
 
 
 def test_what_is_moved_to_and_from_stores() -> None:
-    program = traced()
+    program = program_of_net()
     first, second = divide(program).stages[:2]
     nbytes = program.nodes["conv2d"].nbytes
     # Written once; in the backward pass its gradient is read, and its values for the statistics.
@@ -122,7 +119,7 @@ def test_recomputation_is_counted_tile_by_tile() -> None:
 
 
 def test_plain_pytorch_takes_new_memory_for_large_blocks_alone() -> None:
-    works = {"conv": dataclasses.replace(all_works(traced())["conv2d"], made=2**25)}
+    works = {"conv": dataclasses.replace(all_works(program_of_net())["conv2d"], made=2**25)}
     small = {"conv": dataclasses.replace(works["conv"], made=2**25 - 1)}
     more = plain_time(works, RATES, backward=False).seconds - plain_time(small, RATES, backward=False).seconds
     assert more == pytest.approx(2**25 / RATES.fresh_bytes)

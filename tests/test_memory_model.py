@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from helpers import traced
 from torch import nn
 
-from streamcnn.capture import capture
 from streamcnn.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
@@ -18,11 +17,10 @@ from streamcnn.memory_model import (
     steps,
 )
 from streamcnn.plan import Home, StorePlan
-from streamcnn.program import Program, differentiated
+from streamcnn.program import Program
 from streamcnn.small_bytes import KERNEL_BYTES, RUNTIME_BYTES, SmallBytes, resident_step
 from streamcnn.staging import Staging, divide
 from streamcnn.tiling import Outline, TiledStage, cut
-from streamcnn.tracing import Trace
 
 SHAPE = (2, 3, 40, 60)
 ROW = 4 * 2
@@ -39,17 +37,8 @@ def make_net() -> nn.Sequential:
     )
 
 
-def traced(net: nn.Module) -> Trace:
-    states = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    return Trace(capture(net, SHAPE, torch.float32), states, torch.float32, torch.device("cpu"))
-
-
-def wanted(program: Program) -> frozenset[str]:
-    return differentiated(program, {n for n, q in program.states.items() if q.endswith(("weight", "bias"))})
-
-
 def tiled_stages(parts: tuple[int, int]) -> tuple[Program, Staging, list[TiledStage]]:
-    program = traced(make_net()).program()
+    program = traced(make_net(), SHAPE)[0]
     staging = divide(program)
     return program, staging, [cut(Outline.of(program, stage), parts) for stage in staging.stages]
 
@@ -110,7 +99,7 @@ def test_the_moments_of_a_pass() -> None:
     program, staging, tiled = tiled_stages((2, 3))
     (name,) = staging.stored
     nbytes = program.nodes[name].nbytes
-    small = SmallBytes(program, staging, wanted(program))
+    small = SmallBytes(program, staging, traced(make_net(), SHAPE)[1])
     for home, in_memory in ((Home.MEMORY, nbytes), (Home.DISK, 0)):
         store = StorePlan(home, home, nbytes, kept=True, last_reader=2, tile=(20, 20))
         found = moments(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
@@ -162,8 +151,7 @@ def test_stored_maps_live_until_their_last_reader() -> None:
 
 
 def test_a_resident_tail_holds_what_autograd_saves() -> None:
-    trace = traced(make_net())
-    program = trace.program("conv2d")  # all of it
+    program, _ = traced(make_net(), SHAPE, tail="conv2d")  # all of it
     staging = divide(program)
     names = staging.segments[max(staging.segments)]
     image, wide, narrow = (ROW * channels * 40 * 60 for channels in (3, 8, 4))

@@ -7,18 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import traced
 from torch import nn
 
-from streamcnn.capture import capture
 from streamcnn.memory_model import StoredBytes, moments
 from streamcnn.options import Options
 from streamcnn.plan import Home
-from streamcnn.program import Program, differentiated
+from streamcnn.program import Program
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import SmallBytes
 from streamcnn.staging import Staging, divide, gathered, recompute
-from streamcnn.tracing import trace
 
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20
@@ -64,18 +63,8 @@ NETS = {
 }
 
 
-def traced(net: nn.Module) -> tuple[Program, frozenset[str]]:
-    graph = capture(net, SHAPE, torch.float32)
-    states = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    program = trace(graph, states, torch.float32, torch.device("cpu"))
-    parameters = {
-        name for name, qualified in program.states.items() if qualified in dict(net.named_parameters())
-    }
-    return program, differentiated(program, parameters)
-
-
 def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
-    program, wanted = traced(net)
+    program, wanted = traced(net, SHAPE)
     return Search(Options(program, wanted, rates, None), budget, (SpillPlace(Home.DISK),))
 
 
