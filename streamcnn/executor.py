@@ -79,7 +79,7 @@ def _nothing() -> None:
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
-    ``after_step`` is called after each tile of a phase, and ends the pass by raising.
+    ``after_step`` is called after each tile of a phase and after each segment, and ends the pass by raising.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Execution:
                 if level in self._segments:
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.small.run(self._segments[level], self._barrier, record=self.plan.training)
+                    self._after_step()
                 self._free_checkpoints(level)
         except BaseException:
             self.close()
@@ -192,6 +193,7 @@ class Execution:
             for level in reversed(self._levels):
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
+                self._after_step()
                 if level in self._phases and self._phases[level].differentiated:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from streamcnn.ops.convolution import is_convolution
 from streamcnn.plan import Home, MemoryTerm, StorePlan
 from streamcnn.program import Kind
-from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
+from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, compiled_code, total_bytes
 from streamcnn.staging import Stage
 from streamcnn.tiling import TiledStage
 
@@ -149,7 +149,7 @@ def _forward_step(tile: _LargestTile) -> Step:
         MemoryTerm("live activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
     )
-    return Step(terms, most.operator, int(tile.heap_share() * total_bytes(terms)))
+    return tile.step(terms, most.operator, kernels=1)
 
 
 def _backward_step(tile: _LargestTile) -> Step:
@@ -175,7 +175,7 @@ def _backward_step(tile: _LargestTile) -> Step:
         # The tile's own, and its copies in the layouts that convolutions work in.
         MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
-    return Step(terms, most.operator, int(tile.heap_share() * total_bytes(terms)))
+    return tile.step(terms, most.operator, kernels=3)
 
 
 @dataclass(slots=True)
@@ -249,8 +249,13 @@ class _LargestTile:
             for name in self.tiled.stage.inputs
         )
 
-    def heap_share(self) -> float:
-        """The share of the step's bytes that is in blocks which the heap may keep."""
+    def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, kernels: int) -> Step:
+        """A step of these terms and of the code compiled for so many kernels of each convolution."""
+        code = compiled_code(self.program, self.tiled.stage.nodes, kernels)
+        return Step((*terms, code), operator, int(self._heap_share() * total_bytes(terms)))
+
+    def _heap_share(self) -> float:
+        """The share of the tile's bytes that is in blocks which the heap may keep."""
         sizes = [self.nbytes(name) for name in (*self.tiled.stage.nodes, *self.tiled.stage.inputs)]
         total = sum(sizes)
         return sum(size for size in sizes if size < REUSABLE_BYTES) / total if total else 0.0

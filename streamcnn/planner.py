@@ -19,7 +19,7 @@ from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
-from streamcnn.small_bytes import plain_bytes
+from streamcnn.small_bytes import plain_bytes, tail_code
 from streamcnn.staging import Staging, divide
 from streamcnn.tiling import share
 
@@ -205,19 +205,19 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
 
 
 def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
-    """The longest tail whose maps together take no more than ``allowed`` bytes."""
+    """The longest tail whose maps, and the code compiled for it, take no more than ``allowed`` bytes."""
     options = whole.search.options
-    nodes = [node for node in options.program.nodes.values() if node.kind is Kind.LOCAL]
+    program, backward = options.program, bool(options.differentiated)
+    nodes = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
     total, length = 0, 0
     for node in reversed(nodes):
-        total += TAIL_COPIES * node.nbytes
+        total += TAIL_COPIES * node.nbytes + tail_code(program, [node.name], training=backward).nbytes
         if total > allowed:
             break
         length += 1
     if not length:
         return None
     works = {node.name: options.works[node.name] for node in nodes[-length:]}
-    backward = bool(options.differentiated)
     time = plain_time(works, options.rates, backward=backward)
     return _Tail(nodes[-length].name.partition(".")[0], length, time.seconds, time.flops)
 

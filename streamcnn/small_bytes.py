@@ -26,12 +26,13 @@ _SAVES_RESULT = frozenset(
 _SAVES_NOTHING = frozenset(
     f"aten.{name}" for name in "add sub cat mean sum neg clone copy constant_pad_nd".split()
 )
-RUNTIME_BYTES = 24 * 2**20
+RUNTIME_BYTES = 2**25
 """Threads' buffers and the interpreter's own growth during a first pass."""
-KERNEL_BYTES = 2**19
-"""What oneDNN keeps of a convolution after its first run: code compiled for the shapes of its tiles.
-EfficientNet-B0 came to hold 36 MB for 81 convolutions in a forward pass (torch 2.13); backward passes have
-two kernels for each."""
+KERNEL_BYTES = 2**17
+"""What oneDNN keeps of a kernel after its first run, with the code that it touches: EfficientNet-B0 came to
+hold 31 MB for 81 convolutions and their gradients (torch 2.13), RUNTIME_BYTES among them."""
+CODE_BYTES = 2**20
+"""Address space of a kernel's code: part of the limit until the step is over that compiled it."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
 TRANSPOSED_BYTES = 2**24
@@ -83,8 +84,20 @@ def resident_step(program: Program, names: Iterable[str], *, training: bool) -> 
         MemoryTerm("saved by the resident tail", most - flow - workspace),
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
+        tail_code(program, values.names, training=training),
     )
     return Step(terms, place, heap)
+
+
+def compiled_code(program: Program, names: Iterable[str], kernels: int) -> MemoryTerm:
+    """Address space of the code that a step compiles: so many kernels for each of its convolutions."""
+    convolutions = sum("conv" in _label(program.nodes[name]) for name in names)
+    return MemoryTerm("address space of compiled code", convolutions * kernels * CODE_BYTES)
+
+
+def tail_code(program: Program, names: Iterable[str], *, training: bool) -> MemoryTerm:
+    """The same for the resident tail, whose forward and backward pass are steps of their own."""
+    return compiled_code(program, names, 2 if training else 1)
 
 
 class _Values:

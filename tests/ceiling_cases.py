@@ -8,6 +8,7 @@ Prints one JSON object: what each case returned, null where its process died.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 from collections.abc import Callable
@@ -149,6 +150,20 @@ def heap() -> Any:
     }
 
 
+def compiled_code() -> Any:
+    access = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    with DataLimit(30 * MB) as limit:
+        limits = [soft_limit()]
+        with mmap.mmap(-1, 25 * MB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, access):
+            errors = [error_of(lambda: torch.ones(5 * MB))]
+            limit.renew()
+            limits.append(soft_limit())
+            errors += [error_of(lambda: torch.ones(5 * MB)), error_of(lambda: torch.ones(10 * MB))]
+        limit.renew()
+        limits.append(soft_limit())
+    return {"errors": errors, "limits": limits}
+
+
 def in_a_child(case: Callable[[], Any]) -> Any:
     """What ``case`` returns in a forked process; None if that dies."""
     reading, writing = os.pipe()
@@ -163,7 +178,7 @@ def in_a_child(case: Callable[[], Any]) -> Any:
     return json.loads(text) if text else None
 
 
-CASES = (refusals, peaks, shared_baseline, nested, first_parallel_operator, heap)
+CASES = (refusals, peaks, shared_baseline, nested, first_parallel_operator, heap, compiled_code)
 
 if __name__ == "__main__":
     print(json.dumps({case.__name__: in_a_child(case) for case in CASES}))

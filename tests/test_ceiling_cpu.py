@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -98,6 +99,18 @@ def test_what_the_heap_holds_free_is_part_of_the_budget(results: Any) -> None:
     # Five tensors of 40 MB: two find room in the heap, the kernel refuses those past the budget.
     assert 0 < sum(error is not None for error in result["errors"]) < 5
     assert 100 * MB <= result["peak"] <= 150 * MB
+
+
+@linux_only
+def test_code_compiled_since_is_left_out_when_the_limit_is_renewed(results: Any) -> None:
+    result = results["compiled_code"]
+    before_renewing, fits, too_large = result["errors"]
+    assert before_renewing is not None
+    assert fits is None
+    assert too_large is not None
+    first, renewed, last = result["limits"]
+    assert 25 * MB <= renewed - first <= 25 * MB + mmap.PAGESIZE
+    assert last == first
 
 
 @pytest.mark.parametrize(

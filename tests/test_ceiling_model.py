@@ -22,10 +22,10 @@ from streamcnn import BudgetExceeded, StreamingModel, streaming_model
 from streamcnn.interpreter import TileRun
 
 MB = 10**6
-SHAPE = (1, 3, 640, 600)
+SHAPE = (1, 3, 900, 800)
 PLAIN_BYTES = 3 * 16 * SHAPE[2] * SHAPE[3] * 4
 """The first three maps, which plain PyTorch makes."""
-BUDGET = 60 * MB
+BUDGET = 64 * MB
 TOO_SMALL = 4 * MB
 """Less than one tile of a 16-channel map, which is always a block of its own."""
 

@@ -18,7 +18,7 @@ from streamcnn.memory_model import (
 )
 from streamcnn.plan import Home, StorePlan
 from streamcnn.program import Program
-from streamcnn.small_bytes import KERNEL_BYTES, RUNTIME_BYTES, SmallBytes, resident_step
+from streamcnn.small_bytes import CODE_BYTES, KERNEL_BYTES, RUNTIME_BYTES, SmallBytes, resident_step
 from streamcnn.staging import Staging, divide
 from streamcnn.tiling import Outline, TiledStage, cut
 
@@ -59,11 +59,12 @@ def test_a_forward_step() -> None:
         "live activations": own,
         # Copies of it while its statistics are worked out.
         "operator workspace": 2 * own,
+        "address space of compiled code": CODE_BYTES,
     }
     assert 2 * own > 2 * region + own + 4 * 8 * 3 * 9
     assert step.operator == "conv2d"
-    # All blocks are small, so the C library may keep all of them.
-    assert step.heap == step.nbytes
+    # All blocks are small, so the C library may keep all of them; code is not in blocks.
+    assert step.heap == step.nbytes - CODE_BYTES
 
 
 def test_a_backward_step_of_a_stored_convolution() -> None:
@@ -85,6 +86,8 @@ def test_a_backward_step_of_a_stored_convolution() -> None:
         "operator workspace": own + region + weights,
         # The gradient, and its copies in the layouts that convolutions work in.
         "a tile's parameter gradients": 3 * weights,
+        # Of the value, and of the gradients of operand and weights.
+        "address space of compiled code": 3 * CODE_BYTES,
     }
 
 
@@ -164,5 +167,6 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     assert terms["operands, results and their gradients"] == wide + narrow
     assert terms["operator workspace"] == wide + narrow + 2 * 4 * 8 * 4
     assert terms["saved by the resident tail"] == pytest.approx(image + 2 * wide + narrow, abs=200)
+    assert terms["address space of compiled code"] == 2 * 2 * CODE_BYTES
     inference = resident_step(program, names, training=False)
     assert terms_of(inference)["saved by the resident tail"] == 0

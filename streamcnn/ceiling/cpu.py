@@ -8,6 +8,9 @@ among them (some 10 MB for a first convolution), so it may pass the budget by th
 heap holds free is handed out again without the kernel being asked, so at most the larger of the
 budget and of what the heap held free at the baseline can be taken.
 
+Compiled code is left out of the limit: oneDNN compiles kernels for every new shape of a convolution's
+operands and keeps about a megabyte of address space for each, of which it touches a fiftieth.
+
 How much is too much is not decided here; see ``streamcnn.ceiling.allocator`` for what makes the
 process fit to be limited.
 """
@@ -15,6 +18,7 @@ process fit to be limited.
 from __future__ import annotations
 
 import mmap
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +29,10 @@ from streamcnn.ceiling.allocator import free_heap_bytes, start_thread_pool, tame
 from streamcnn.errors import StreamError
 
 _STATUS = Path("/proc/self/status")
+_MAPS = Path("/proc/self/maps")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
+_WRITABLE_CODE = re.compile(rb"^(\w+)-(\w+) rwxp ", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,8 @@ class Baseline:
     """
 
     data_bytes: int | None
-    """Data segment less what the heap holds free, which counts as taken only when it is handed out
-    again; None if unknown."""
+    """Data segment less compiled code and what the heap holds free, which counts as taken only when it is
+    handed out again; None if unknown."""
     resident_bytes: int | None
     """Resident memory; None if unknown."""
 
@@ -49,7 +55,7 @@ class Baseline:
         start_thread_pool()
         trim_heap()
         data, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
-        return cls(None if data is None else data - free_heap_bytes(), resident)
+        return cls(None if data is None else data - free_heap_bytes() - _code_bytes(), resident)
 
 
 class DataLimit:
@@ -84,7 +90,7 @@ class DataLimit:
         self._reuse_heap = reuse_heap
         self._given_baseline = baseline
         self._baseline = Baseline(None, None)
-        self._previous_soft_limit: int | None = None
+        self._soft_limit_before: int | None = None
         self._reads_high_water = False
         self._peak: int | None = None
 
@@ -113,7 +119,7 @@ class DataLimit:
             outer._note_peak()
         self._reads_high_water = self._baseline.resident_bytes is not None and _reset_high_water()
         if self._budget is not None:
-            self._previous_soft_limit = _lower_soft_limit(self._ceiling(self._budget))
+            self._lower(self._budget)
         _active.append(self)
         return self
 
@@ -123,17 +129,34 @@ class DataLimit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._previous_soft_limit is not None:
-            _set_soft_limit(self._previous_soft_limit)
-            self._previous_soft_limit = None
+        if self._soft_limit_before is not None:
+            _set_soft_limit(self._soft_limit_before)
+            self._soft_limit_before = None
         self._note_peak()
         _active.remove(self)
+
+    def renew(self) -> None:
+        """Leave out of the limit what has been compiled since it was set."""
+        if self._budget is not None and self._soft_limit_before is not None:
+            _set_soft_limit(min(self._soft_limit_before, self._ceiling(self._budget)))
+
+    def _lower(self, budget: int) -> None:
+        """Set the limit, unless a lower one is in force."""
+        if sys.platform != "linux":
+            raise _not_enforced()
+        ceiling, before = self._ceiling(budget), _soft_limit()
+        if ceiling < before:
+            _set_soft_limit(ceiling)
+            if not _is_refused(ceiling):
+                _set_soft_limit(before)
+                raise _not_enforced()
+        self._soft_limit_before = before
 
     def _ceiling(self, budget: int) -> int:
         """Bytes of data segment up to which the process may grow."""
         if self._baseline.data_bytes is None:
             raise _not_enforced()
-        return self._baseline.data_bytes + budget
+        return self._baseline.data_bytes + _code_bytes() + budget
 
     def _note_peak(self) -> None:
         """Bring the peak up to date, before another block resets the high-water mark."""
@@ -176,19 +199,18 @@ def _reset_high_water() -> bool:
     return _status_bytes("VmHWM") is not None
 
 
-def _lower_soft_limit(ceiling: int) -> int:
-    """Set the soft limit on the data segment to ``ceiling`` unless it is lower; returns what it was."""
-    if sys.platform != "linux":
-        raise _not_enforced()
+def _code_bytes() -> int:
+    """Address space of code that was compiled in this process, which counts for the data segment."""
+    spans = _WRITABLE_CODE.findall(_MAPS.read_bytes())
+    return sum(int(end, 16) - int(start, 16) for start, end in spans)
+
+
+def _soft_limit() -> int:
+    """The soft limit on the data segment; no limit is larger than any number of bytes."""
     import resource
 
-    previous, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if previous == resource.RLIM_INFINITY or ceiling < previous:
-        _set_soft_limit(ceiling)
-        if not _is_refused(ceiling):
-            _set_soft_limit(previous)
-            raise _not_enforced()
-    return previous
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _set_soft_limit(soft: int) -> None:
@@ -196,7 +218,7 @@ def _set_soft_limit(soft: int) -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY if soft == sys.maxsize else soft, hard))
 
 
 def _is_refused(nbytes: int) -> bool:

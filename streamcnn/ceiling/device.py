@@ -56,7 +56,7 @@ class Ceiling(Protocol):
         """
 
     def check(self) -> None:
-        """Raise ``BudgetExceeded`` if the limit in force has been passed; called after every step."""
+        """Called after every step: raise ``BudgetExceeded`` if the limit in force has been passed."""
 
     def give_back(self) -> None:
         """Return cached memory to the device, before a pass is begun again."""
@@ -67,6 +67,7 @@ class HostCeiling:
 
     def __init__(self) -> None:
         self._baseline = Baseline.now()
+        self._limit: DataLimit | None = None
 
     @property
     def baseline_bytes(self) -> int | None:
@@ -75,10 +76,13 @@ class HostCeiling:
 
     def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
         """The kernel's limit."""
-        return DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
+        self._limit = DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
+        return self._limit
 
     def check(self) -> None:
-        """Nothing: what goes past the limit has been refused."""
+        """Never raises: what goes past the limit has been refused. Code compiled since is left out of it."""
+        if self._limit is not None:
+            self._limit.renew()
 
     def give_back(self) -> None:
         """Nothing: a limit leaves out what the heap holds free."""
