@@ -1,6 +1,6 @@
 """Seconds that planning takes, each model in a fresh process.
 
-    python -m benchmarks.planning_time resnet50 tf_efficientnet_b7 --size 4000 --budgets 2GiB,8GiB
+    python -m benchmarks.planning_time run resnet50 tf_efficientnet_b7 --size 4000 --budgets 2GiB,8GiB
 
 Capture, tracing and the search are timed apart; nothing is run. The machine's rates are measured beforehand.
 """

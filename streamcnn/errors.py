@@ -12,7 +12,7 @@ class StreamError(Exception):
 
 
 class PlanDoesNotFit(StreamError, MemoryError):
-    """No plan stays within the budget; raised before the first allocation."""
+    """No plan stays within the budget, or there is no disk for it; raised before the first allocation."""
 
 
 class BudgetExceeded(StreamError, MemoryError):

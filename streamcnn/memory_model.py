@@ -7,7 +7,7 @@ projection is that of its worst moment.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.ops.convolution import is_convolution
-from streamcnn.plan import Home, MemoryTerm, StorePlan
+from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind
 from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, compiled_code, total_bytes
 from streamcnn.staging import Stage
+from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import TiledStage
 
 Bytes = TypeVar("Bytes", int, NDArray[np.int64])
@@ -90,39 +91,6 @@ def reuse_waste(steps: int, tail: int) -> int:
 def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
     """Whether the backward pass visits the stage."""
     return any(name in differentiated for name in (*stage.stored, *stage.reductions))
-
-
-class StoredBytes:
-    """Bytes of stored maps and gradient maps in the device's memory at every moment of a pass."""
-
-    def __init__(self, stores: Mapping[str, StorePlan], levels: Mapping[str, int]) -> None:
-        num_levels = max(levels.values(), default=0) + 1
-        self._forward, self._kept, self._gradients = np.zeros((3, num_levels), np.int64)
-        for name, store in stores.items():
-            made, last = levels[name], store.last_reader
-            if store.home is Home.MEMORY:
-                self._forward[made : num_levels if store.kept else last + 1] += store.nbytes
-                self._kept[made:] += store.nbytes * store.kept
-            if store.gradient_home is Home.MEMORY and store.kept:
-                self._gradients[made : last + 1] += store.nbytes
-        self.forward_bytes = self._forward
-        """By level: the sum of what :meth:`forward` names; likewise the next."""
-        self.backward_bytes = self._kept + self._gradients
-
-    def forward(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the phase of ``level`` runs forward."""
-        return (MemoryTerm("stored maps", int(self._forward[level])),)
-
-    def tail(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the small values of ``level``, the last one, are worked out and differentiated."""
-        return *self.forward(level), self._gradient_maps(level)
-
-    def backward(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the phase of ``level`` runs backward."""
-        return MemoryTerm("stored maps", int(self._kept[level])), self._gradient_maps(level)
-
-    def _gradient_maps(self, level: int) -> MemoryTerm:
-        return MemoryTerm("gradient maps", int(self._gradients[level]))
 
 
 def steps(tiled: TiledStage, *, backward: bool) -> tuple[Step, Step | None]:

@@ -160,11 +160,10 @@ class Plan:
         return self.budget is None or self.projected_bytes <= self.budget
 
     def bytes_on(self, home: Home) -> int:
-        """Bytes of all stored maps at ``home``, and of the gradient maps beside them at most."""
-        return sum(
-            store.nbytes * ((store.home is home) + (self.training and store.gradient_home is home))
-            for store in self.stores.values()
-        )
+        """The most bytes of stored maps and gradient maps that are in ``home`` at one time."""
+        from streamcnn.stored_bytes import StoredBytes
+
+        return StoredBytes(self.stores, self.levels, home).most
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from streamcnn.cost_model import plain_time
 from streamcnn.cuts import choose_cuts
-from streamcnn.memory_model import StoredBytes, is_differentiated, moments
+from streamcnn.memory_model import is_differentiated, moments
 from streamcnn.options import Options
 from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
@@ -21,6 +21,7 @@ from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import plain_bytes, tail_code
 from streamcnn.staging import Staging, divide
+from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import share
 
 DEFAULT_EDGE = 512

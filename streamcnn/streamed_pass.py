@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from streamcnn.ceiling.device import Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.reader import BatchReader
-from streamcnn.errors import BudgetExceeded
+from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
 from streamcnn.plan import Home, Plan
 from streamcnn.planning import Planned
 from streamcnn.program import Ref, refs_in
 from streamcnn.report import Report
-from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, free_bytes
 from streamcnn.units import format_bytes
 
 
@@ -77,6 +77,7 @@ class Pass:
             zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
         )
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
+        _check_disk(self.plan, self.host.spill)
         self.stores = _Stores(self.host.spill, self.reader.device)
         self.execution = Execution(
             self.program,
@@ -224,6 +225,16 @@ def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
         f"{plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
         "Nothing was changed; raise budget="
     )
+
+
+def _check_disk(plan: Plan, spill: Path | None) -> None:
+    """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
+    needed = plan.bytes_on(Home.DISK)
+    if needed and needed > (free := free_bytes(spill)):
+        raise PlanDoesNotFit(
+            f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
+            f"{format_bytes(free)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
+        )
 
 
 def _positions(outputs: Any) -> list[str]:

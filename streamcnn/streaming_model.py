@@ -203,7 +203,7 @@ class StreamingModel(nn.Module):
         Raises
         ------
         PlanDoesNotFit
-            Before the first allocation, if no plan stays within the budget.
+            Before the first allocation, if no plan stays within the budget or its maps find no room on disk.
         BudgetExceeded
             If an allocation is refused all the same.
         UnsupportedModel, CorruptImage, DatasetMismatch

@@ -25,10 +25,12 @@ from streamcnn import (
     TensorSource,
     UnsupportedModel,
     ZarrSource,
+    streamed_pass,
 )
 from streamcnn.data.reader import BatchReader
 from streamcnn.executor import Execution
 from streamcnn.interpreter import TileRun
+from streamcnn.plan import Home
 from streamcnn.small_graph import SmallGraph
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
@@ -282,6 +284,19 @@ def test_a_spill_folder_that_has_gone(on_disk: None, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="spill"):
         model(make_image())
     assert_unchanged(before, everything_of(model))
+
+
+def test_a_disk_without_room(on_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path)
+    needed = model.plan(tuple(make_image().shape), torch.float64).bytes_on(Home.DISK)
+    before = everything_of(model)
+    monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed - 1)
+    with pytest.raises(PlanDoesNotFit, match=r"spills .* at a time, and .* has .* left: pass spill="):
+        model(make_image())
+    assert_unchanged(before, everything_of(model))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed)
+    model(make_image())
 
 
 def _with_pixel(value: float) -> Tensor:

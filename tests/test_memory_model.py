@@ -10,7 +10,6 @@ from streamcnn.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
     REUSE_WASTE,
-    StoredBytes,
     fresh_waste,
     moments,
     reuse_waste,
@@ -20,6 +19,7 @@ from streamcnn.plan import Home, StorePlan
 from streamcnn.program import Program
 from streamcnn.small_bytes import CODE_BYTES, KERNEL_BYTES, RUNTIME_BYTES, SmallBytes, resident_step
 from streamcnn.staging import Staging, divide
+from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import Outline, TiledStage, cut
 
 SHAPE = (2, 3, 40, 60)
@@ -151,6 +151,9 @@ def test_stored_maps_live_until_their_last_reader() -> None:
     assert stored.forward_bytes.tolist() == [0, 1, 11, 11, 1, 1]
     # The map, and its gradient map while phases up to its last reader are differentiated.
     assert stored.backward_bytes.tolist() == [0, 2, 2, 2, 1, 1]
+    assert stored.most == 11
+    assert StoredBytes(stores, levels, Home.DISK).backward_bytes.tolist() == [0, 0, 0, 200, 200, 100]
+    assert StoredBytes(stores, levels, Home.HOST).most == 2000
 
 
 def test_a_resident_tail_holds_what_autograd_saves() -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers import traced
 from torch import nn
 
-from streamcnn.memory_model import StoredBytes, moments
+from streamcnn.memory_model import moments
 from streamcnn.options import Options
 from streamcnn.plan import Home
 from streamcnn.program import Program
@@ -18,6 +18,7 @@ from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import SmallBytes
 from streamcnn.staging import Staging, divide, gathered, recompute
+from streamcnn.stored_bytes import StoredBytes
 
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20

@@ -12,6 +12,11 @@ from types import TracebackType
 from typing import Any, Self
 
 
+def free_bytes(parent: str | os.PathLike[str] | None) -> int:
+    """Bytes that can still be written to ``parent``, or to the system's temporary folder if None."""
+    return shutil.disk_usage(parent or tempfile.gettempdir()).free
+
+
 def remove_with(owner: object, folder: Path) -> weakref.finalize[[Path, int], Any]:
     """A call that removes ``folder``; made at the latest when ``owner`` or the process ends.
 

@@ -1,0 +1,53 @@
+"""Bytes of stored maps and gradient maps in one place, at every moment of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from streamcnn.plan import Home, MemoryTerm, StorePlan
+
+
+class StoredBytes:
+    """What is held in ``home`` while the phases of each level run.
+
+    A map lives from its phase to its last reader, or as long as the backward pass needs it; its gradient map
+    from the backward phase of its last reader to its own.
+    """
+
+    def __init__(
+        self, stores: Mapping[str, StorePlan], levels: Mapping[str, int], home: Home = Home.MEMORY
+    ) -> None:
+        num_levels = max(levels.values(), default=0) + 1
+        self._forward, self._kept, self._gradients = np.zeros((3, num_levels), np.int64)
+        for name, store in stores.items():
+            made, last = levels[name], store.last_reader
+            if store.home is home:
+                self._forward[made : num_levels if store.kept else last + 1] += store.nbytes
+                self._kept[made:] += store.nbytes * store.kept
+            if store.gradient_home is home and store.kept:
+                self._gradients[made : last + 1] += store.nbytes
+        self.forward_bytes = self._forward
+        """By level: the sum of what :meth:`forward` names; likewise the next."""
+        self.backward_bytes = self._kept + self._gradients
+
+    @property
+    def most(self) -> int:
+        """The most that is held at any moment."""
+        return max(int(self.forward_bytes.max()), int(self.backward_bytes.max()))
+
+    def forward(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the phase of ``level`` runs forward."""
+        return (MemoryTerm("stored maps", int(self._forward[level])),)
+
+    def tail(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the small values of ``level``, the last one, are worked out and differentiated."""
+        return *self.forward(level), self._gradient_maps(level)
+
+    def backward(self, level: int) -> tuple[MemoryTerm, ...]:
+        """While the phase of ``level`` runs backward."""
+        return MemoryTerm("stored maps", int(self._kept[level])), self._gradient_maps(level)
+
+    def _gradient_maps(self, level: int) -> MemoryTerm:
+        return MemoryTerm("gradient maps", int(self._gradients[level]))
