@@ -2,6 +2,7 @@
 
     python -m benchmarks.peak_memory run resnet18 resnet50 --sizes 1000,2000 --budgets 512MiB,1GiB
     python -m benchmarks.peak_memory random --cases 60 --seed 0
+    python -m benchmarks.peak_memory compare FIRST.pt SECOND.pt
 
 Images are zarr arrays of random bytes on disk, made beforehand and read tile by tile. The peak is the
 kernel's high-water mark of resident memory above what the process holds with library, model, optimiser and
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random as randomness
+import statistics
 import sys
 import tempfile
 import time
@@ -89,6 +91,24 @@ def random(
     raise SystemExit(bool(wrong))
 
 
+@app.command()
+def compare(first: Path, second: Path, record: Record = True) -> None:
+    """Hold the gradients of two runs, kept by ``run --gradients``, against each other."""
+    found, expected = torch.load(first), torch.load(second)
+    differences = {
+        name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected
+    }
+    worst = max(differences, key=differences.__getitem__)
+    fields = {
+        "case": f"gradients of {first.stem} and {second.stem}",
+        "num_parameters": len(differences),
+        "median_relative_difference": statistics.median(differences.values()),
+        "largest_relative_difference": differences[worst],
+        "at": worst,
+    }
+    print(append("peak_memory", _command(), **fields) if record else json.dumps(fields))
+
+
 @app.command(hidden=True)
 def one(model: str, folder: Path, budget: str, tile: int, gradients: str) -> None:
     """One update in this process; the measurement as JSON on the last line."""
@@ -140,7 +160,8 @@ def _command() -> str:
 
 def _write_images(folder: Path, count: int, height: int, width: int) -> None:
     for index in range(count):
-        pixels = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        random_numbers = torch.Generator().manual_seed(index)
+        pixels = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=random_numbers)
         write_zarr_image(folder / f"image-{index}.zarr", pixels)
 
 

@@ -219,7 +219,7 @@ class _LargestTile:
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, kernels: int) -> Step:
         """A step of these terms and of the code compiled for so many kernels of each convolution."""
-        code = compiled_code(self.program, self.tiled.stage.nodes, kernels)
+        code = compiled_code(kernels * self.tiled.outline.num_convolutions)
         return Step((*terms, code), operator, int(self._heap_share() * total_bytes(terms)))
 
     def _heap_share(self) -> float:

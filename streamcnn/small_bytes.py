@@ -89,15 +89,15 @@ def resident_step(program: Program, names: Iterable[str], *, training: bool) -> 
     return Step(terms, place, heap)
 
 
-def compiled_code(program: Program, names: Iterable[str], kernels: int) -> MemoryTerm:
-    """Address space of the code that a step compiles: so many kernels for each of its convolutions."""
-    convolutions = sum("conv" in _label(program.nodes[name]) for name in names)
-    return MemoryTerm("address space of compiled code", convolutions * kernels * CODE_BYTES)
+def compiled_code(num_kernels: int) -> MemoryTerm:
+    """Address space of the code that a step compiles."""
+    return MemoryTerm("address space of compiled code", num_kernels * CODE_BYTES)
 
 
 def tail_code(program: Program, names: Iterable[str], *, training: bool) -> MemoryTerm:
     """The same for the resident tail, whose forward and backward pass are steps of their own."""
-    return compiled_code(program, names, 2 if training else 1)
+    num_convolutions = sum("conv" in _label(program.nodes[name]) for name in names)
+    return compiled_code((2 if training else 1) * num_convolutions)
 
 
 class _Values:

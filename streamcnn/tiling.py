@@ -38,6 +38,7 @@ class Outline:
     """Operators whose value another operator of the stage reads."""
     skipped: tuple[str, ...]
     """Convolutions that the backward pass need not compute again: only their stored value is used."""
+    num_convolutions: int
     overwriting: Mapping[str, str]
     """Operators that may overwrite their first operand, and that operand, if they are on one region."""
     square: bool
@@ -51,17 +52,15 @@ class Outline:
         consumed = frozenset(name for name in stage.nodes if readers[name])
         sizes = [program.nodes[name].size for name in (*stage.nodes, *stage.inputs)]
         links = [link for name in stage.nodes for link in _links(program, name).values()]
+        convolutions = {name for name in stage.nodes if is_convolution(program.nodes[name].target)}
         return cls(
             program=program,
             stage=stage,
             owned=owned,
             releases=_releases(stage, readers),
             consumed=consumed,
-            skipped=tuple(
-                name
-                for name in stage.stored
-                if name not in consumed and is_convolution(program.nodes[name].target)
-            ),
+            skipped=tuple(name for name in stage.stored if name in convolutions and name not in consumed),
+            num_convolutions=len(convolutions),
             overwriting={
                 name: operand
                 for name in stage.nodes
