@@ -91,7 +91,12 @@ def _crossing_bytes(program: Program) -> dict[str, int]:
         for name in node.operands:
             if name in last:
                 last[name] = index
-    return {
-        node.name: sum(other.nbytes for other in order[: index + 1] if last[other.name] > index)
-        for index, node in enumerate(order)
-    }
+    dying: dict[int, int] = {}
+    for node in order:
+        dying[last[node.name]] = dying.get(last[node.name], 0) + node.nbytes
+    crossing: dict[str, int] = {}
+    alive = 0
+    for index, node in enumerate(order):
+        alive += node.nbytes - dying.get(index, 0)
+        crossing[node.name] = alive
+    return crossing

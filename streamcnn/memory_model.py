@@ -21,7 +21,7 @@ from streamcnn.program import Kind
 from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, compiled_code, total_bytes
 from streamcnn.staging import Stage
 from streamcnn.stored_bytes import StoredBytes
-from streamcnn.tiling import TiledStage
+from streamcnn.tiling import Outline, TiledStage
 
 Bytes = TypeVar("Bytes", int, NDArray[np.int64])
 
@@ -99,6 +99,11 @@ def steps(tiled: TiledStage, *, backward: bool) -> tuple[Step, Step | None]:
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
+def step_code(outline: Outline, *, backward: bool) -> MemoryTerm:
+    """The code compiled for a tile: of values and, backward, of the gradients of operands and weights."""
+    return compiled_code((3 if backward else 1) * outline.num_convolutions)
+
+
 def _forward_step(tile: _LargestTile) -> Step:
     """One tile without autograd: values live from their operator to their last use."""
     tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
@@ -117,7 +122,7 @@ def _forward_step(tile: _LargestTile) -> Step:
         MemoryTerm("live activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
     )
-    return tile.step(terms, most.operator, kernels=1)
+    return tile.step(terms, most.operator, backward=False)
 
 
 def _backward_step(tile: _LargestTile) -> Step:
@@ -143,7 +148,7 @@ def _backward_step(tile: _LargestTile) -> Step:
         # The tile's own, and its copies in the layouts that convolutions work in.
         MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
-    return tile.step(terms, most.operator, kernels=3)
+    return tile.step(terms, most.operator, backward=True)
 
 
 @dataclass(slots=True)
@@ -217,9 +222,9 @@ class _LargestTile:
             for name in self.tiled.stage.inputs
         )
 
-    def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, kernels: int) -> Step:
-        """A step of these terms and of the code compiled for so many kernels of each convolution."""
-        code = compiled_code(kernels * self.tiled.outline.num_convolutions)
+    def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
+        """A step of these terms and of the code that is compiled for it."""
+        code = step_code(self.tiled.outline, backward=backward)
         return Step((*terms, code), operator, int(self._heap_share() * total_bytes(terms)))
 
     def _heap_share(self) -> float:

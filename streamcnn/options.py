@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from streamcnn.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
-from streamcnn.memory_model import is_differentiated, steps
+from streamcnn.memory_model import is_differentiated, step_code, steps
 from streamcnn.program import Program
 from streamcnn.rates import Rates
 from streamcnn.staging import Stage
@@ -15,7 +15,7 @@ from streamcnn.tiling import Outline, Parts, TiledStage, cut, grid
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
 FINE_BYTES = 2**22
-"""No smaller tiles are tried once a step takes no more than this: they would save nothing of note."""
+"""No smaller tiles are tried once a step takes no more than this beside its code: they would save nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,11 +70,17 @@ class Options:
         return all(outline.program.nodes[name] is self.program.nodes[name] for name in names)
 
     def _all(self, outline: Outline) -> Iterator[Option]:
+        # Smaller tiles compile no less.
+        fine = FINE_BYTES + step_code(outline, backward=self._visits(outline)).nbytes
         for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
             option = self._option(outline, parts)
             yield option
-            if option.nbytes <= FINE_BYTES:
+            if option.nbytes <= fine:
                 return
+
+    def _visits(self, outline: Outline) -> bool:
+        """Whether the backward pass visits the stage."""
+        return is_differentiated(outline.stage, self.differentiated)
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
         height, width = self.program.nodes[self.program.image].size
@@ -88,7 +94,7 @@ class Options:
 
     def _option(self, outline: Outline, parts: Parts) -> Option:
         tiled = cut(outline, parts)
-        backward = is_differentiated(outline.stage, self.differentiated)
+        backward = self._visits(outline)
         forward, after = steps(tiled, backward=backward)
         return Option(
             tiled,

@@ -35,8 +35,6 @@ CODE_BYTES = 2**20
 """Address space of a kernel's code: part of the limit until the step is over that compiled it."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
-TRANSPOSED_BYTES = 2**24
-"""What oneDNN keeps of a transposed convolution besides."""
 REUSABLE_BYTES = 2**25
 """Blocks from this size on always go back to the operating system when they are freed."""
 _INDEX_BYTES = 8
@@ -259,8 +257,7 @@ def _kernel_bytes(program: Program, levels: Mapping[str, int], num_levels: int) 
     kept = [0] * num_levels
     for node in program.nodes.values():
         if "conv" in _label(node):
-            transposed = "transpose" in _label(node)
-            kept[levels[node.name]] += KERNEL_BYTES + transposed * TRANSPOSED_BYTES
+            kept[levels[node.name]] += KERNEL_BYTES
     return kept
 
 

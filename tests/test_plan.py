@@ -76,7 +76,7 @@ def make_plan(**changes: Any) -> Plan:
             "conv": StorePlan(Home.MEMORY, Home.DISK, 300 * KIB, kept=True, last_reader=2, tile=(4, 4)),
             "skip": StorePlan(Home.DISK, Home.DISK, 200 * KIB, kept=False, last_reader=2, tile=(4, 4)),
         },
-        "levels": {"conv": 1, "norm": 1, "relu": 2},
+        "levels": {"conv": 1, "norm": 1, "skip": 1, "relu": 2},
         "differentiated": frozenset({"conv"}),
         "budget": 1024 * KIB,
         "terms": (
@@ -115,7 +115,7 @@ def test_regions_of_a_tile() -> None:
 def test_explain() -> None:
     assert make_plan().explain() == (
         "image 1x3x8x4 float32, training, budget 1.00 MiB\n"
-        "fits in 1.00 MiB with tiles of 4x4 pixels, up to 700 KiB of checkpoints and their gradients "
+        "fits in 1.00 MiB with tiles of 4x4 pixels, up to 300 KiB of checkpoints and their gradients "
         "on disk\n"
         "projected peak 462 KiB, in phase 2, backward, at relu (net.1 (ReLU))\n"
         "  stored maps                              300 KiB\n"
