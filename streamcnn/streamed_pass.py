@@ -19,7 +19,7 @@ from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
 from streamcnn.plan import Home, Plan
 from streamcnn.planning import Planned
-from streamcnn.program import Ref, refs_in
+from streamcnn.program import Program, Ref, refs_in
 from streamcnn.report import Report
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, free_bytes
 from streamcnn.units import format_bytes
@@ -57,6 +57,8 @@ class Pass:
         self.known = states
         self.reader = reader
         self.shrink = shrink
+        # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
+        _warm_up(reader, *planned)
         self.ceiling = ceiling_for(reader.device)
         self.outputs = planned[0].outputs
         self.random_state = _random_state(reader.device)
@@ -225,6 +227,14 @@ def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
         f"{plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
         "Nothing was changed; raise budget="
     )
+
+
+def _warm_up(reader: BatchReader, program: Program, plan: Plan) -> None:
+    """Read the middle tile of the first phase that reads the image, where most chunks meet."""
+    for phase in plan.phases:
+        if program.image in phase.inputs:
+            reader.warm_up(phase.needed(len(phase.rows) // 2, len(phase.cols) // 2, program.image))
+            return
 
 
 def _check_disk(plan: Plan, spill: Path | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamcnn import StreamingModel
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import TensorSource
 from streamcnn.errors import CorruptImage
@@ -85,3 +87,24 @@ def test_infinities_of_both_signs_do_not_cancel() -> None:
 def test_a_sum_that_overflows_is_no_corrupt_image() -> None:
     image = torch.full((1, 3, 11, 13), 60000.0, dtype=torch.float16)
     assert torch.equal(BatchReader(image, CPU).read(REGION), image[:, :, 2:9, 5:12])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
+def test_an_image_is_read_once_before_the_ceiling_is_there() -> None:
+    import resource
+
+    limits = []
+
+    class Watched(TensorSource):
+        def _read(self, region: Region) -> Tensor:
+            limits.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+            return super()._read(region)
+
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1))
+    model = StreamingModel(net, "1GiB", tile=16)
+    model._resident_tail = False
+    model(Watched(torch.rand(3, 40, 40)))
+    first, *others = limits
+    assert first == resource.getrlimit(resource.RLIMIT_DATA)[0]
+    assert others
+    assert first not in others

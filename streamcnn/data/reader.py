@@ -98,6 +98,17 @@ class BatchReader:
             )
         return tile
 
+    def warm_up(self, region: Region) -> None:
+        """Read ``region`` once for nothing: on first use a library starts threads and makes buffers.
+
+        Raises
+        ------
+        CorruptImage
+            If pixels cannot be read.
+        """
+        for source in self._sources[:1]:
+            source.read(region)
+
     def _stored(self, region: Region) -> Tensor:
         if self._tensor is not None:
             rows, cols = (slice(axis.start, axis.stop) for axis in region)
