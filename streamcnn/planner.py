@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 from streamcnn.cost_model import plain_time
 from streamcnn.cuts import choose_cuts
-from streamcnn.memory_model import is_differentiated, moments
+from streamcnn.memory_model import is_differentiated, moments, step_code
 from streamcnn.options import Options
 from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
-from streamcnn.small_bytes import plain_bytes, tail_code
+from streamcnn.small_bytes import plain_bytes
 from streamcnn.staging import Staging, divide
 from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import share
@@ -196,7 +196,12 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
 
     A tail lives when no tile does: after the last forward step and before the first backward one.
     """
-    steps = [option.nbytes for option in whole.candidate.options]
+    # Without the code that a step compiles: a tail compiles its own.
+    backward = bool(request.leaves)
+    steps = [
+        option.nbytes - step_code(option.tiled.outline, backward=backward).nbytes
+        for option in whole.candidate.options
+    ]
     largest = max(steps, default=0)
     allowed = [largest]
     if request.room is not None and request.tile is None and whole.candidate.fits:
@@ -206,20 +211,19 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
 
 
 def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
-    """The longest tail whose maps, and the code compiled for it, take no more than ``allowed`` bytes."""
+    """The longest tail whose maps together take no more than ``allowed`` bytes."""
     options = whole.search.options
-    program, backward = options.program, bool(options.differentiated)
-    nodes = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
+    nodes = [node for node in options.program.nodes.values() if node.kind is Kind.LOCAL]
     total, length = 0, 0
     for node in reversed(nodes):
-        total += TAIL_COPIES * node.nbytes + tail_code(program, [node.name], training=backward).nbytes
+        total += TAIL_COPIES * node.nbytes
         if total > allowed:
             break
         length += 1
     if not length:
         return None
     works = {node.name: options.works[node.name] for node in nodes[-length:]}
-    time = plain_time(works, options.rates, backward=backward)
+    time = plain_time(works, options.rates, backward=bool(options.differentiated))
     return _Tail(nodes[-length].name.partition(".")[0], length, time.seconds, time.flops)
 
 

@@ -82,7 +82,8 @@ def resident_step(program: Program, names: Iterable[str], *, training: bool) -> 
         MemoryTerm("saved by the resident tail", most - flow - workspace),
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
-        tail_code(program, values.names, training=training),
+        # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
+        compiled_code((2 if training else 1) * values.num_convolutions),
     )
     return Step(terms, place, heap)
 
@@ -90,12 +91,6 @@ def resident_step(program: Program, names: Iterable[str], *, training: bool) -> 
 def compiled_code(num_kernels: int) -> MemoryTerm:
     """Address space of the code that a step compiles."""
     return MemoryTerm("address space of compiled code", num_kernels * CODE_BYTES)
-
-
-def tail_code(program: Program, names: Iterable[str], *, training: bool) -> MemoryTerm:
-    """The same for the resident tail, whose forward and backward pass are steps of their own."""
-    num_convolutions = sum("conv" in _label(program.nodes[name]) for name in names)
-    return compiled_code((2 if training else 1) * num_convolutions)
 
 
 class _Values:
@@ -142,6 +137,11 @@ class _Values:
             return 0
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
         return self.around(name) + 2 * weights
+
+    @property
+    def num_convolutions(self) -> int:
+        """How many of the operators are convolutions."""
+        return sum("conv" in _label(self.program.nodes[name]) for name in self.names)
 
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
