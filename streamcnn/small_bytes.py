@@ -133,7 +133,7 @@ class _Values:
     def workspace(self, name: str) -> int:
         """Bytes of the copies that a convolution makes of operands, weights and result."""
         node, nodes = self.program.nodes[name], self.program.nodes
-        if "conv" not in _label(node):
+        if not _convolves(node):
             return 0
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
         return self.around(name) + 2 * weights
@@ -141,7 +141,7 @@ class _Values:
     @property
     def num_convolutions(self) -> int:
         """How many of the operators are convolutions."""
-        return sum("conv" in _label(self.program.nodes[name]) for name in self.names)
+        return sum(_convolves(self.program.nodes[name]) for name in self.names)
 
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
@@ -154,6 +154,11 @@ class _Values:
 def _label(node: Node) -> str:
     target = node.target
     return str(target.overloadpacket) if isinstance(target, OpOverload) else str(target)
+
+
+def _convolves(node: Node) -> bool:
+    """Whether it is a convolution, on tiles or on whole maps."""
+    return "conv" in _label(node)
 
 
 def _is_view(node: Node) -> bool:
@@ -256,7 +261,7 @@ def _kernel_bytes(program: Program, levels: Mapping[str, int], num_levels: int) 
     """What is kept of the convolutions of each level."""
     kept = [0] * num_levels
     for node in program.nodes.values():
-        if "conv" in _label(node):
+        if _convolves(node):
             kept[levels[node.name]] += KERNEL_BYTES
     return kept
 
