@@ -131,22 +131,49 @@ def first_parallel_operator() -> Any:
         return torch.empty(MB, dtype=torch.uint8).fill_(3)[-1].item()
 
 
-def heap() -> Any:
-    tamed = [allocator.tame_allocator(), allocator.tame_allocator()]
-    blocks = [bytearray(200_000) for _ in range(500)]
-    above_them = bytearray(200_000)
-    free_before = allocator.free_heap_bytes()
-    del blocks
-    free_after = allocator.free_heap_bytes()
-    with DataLimit(150 * MB) as limit:
-        kept: list[torch.Tensor] = []
-        errors = [error_of(lambda: kept.append(torch.ones(10 * MB))) for _ in range(5)]
+def blocks(nbytes: int) -> list[bytearray]:
+    """So many bytes in pieces that come from the heap."""
+    return [bytearray(200_000) for _ in range(nbytes // 200_000)]
+
+
+class Heap:
+    """A heap that holds so many bytes free, below a block that keeps it from shrinking."""
+
+    def __init__(self, nbytes: int) -> None:
+        tamed = [allocator.tame_allocator(), allocator.tame_allocator()]
+        below = blocks(nbytes)
+        self._pin = bytearray(200_000)
+        before = allocator.free_heap_bytes()
+        del below
+        self.facts = {"tamed": tamed, "freed": allocator.free_heap_bytes() - before}
+
+
+def small_heap() -> Any:
+    heap = Heap(10 * MB)
+    with DataLimit(100 * MB) as limit:
+        too_large = error_of(lambda: torch.ones(23 * MB))
+        fits = error_of(lambda: torch.ones(20 * MB))
+        limit.check()
+    return {**heap.facts, "errors": [too_large, fits]}
+
+
+def large_heap() -> Any:
+    heap = Heap(100 * MB)
+    with DataLimit(60 * MB) as limit:
+        large = torch.ones(10 * MB)
+        limit.check()
+        within = limit.peak_bytes
+        del large
+        from_heap = blocks(80 * MB)
+        checked = error_of(limit.check)
+        # Last, since the first error of PyTorch's allocator reads code that describes it.
+        too_large = error_of(lambda: torch.ones(15 * MB))
     return {
-        "tamed": tamed,
-        "freed": free_after - free_before,
-        "errors": errors,
+        **heap.facts,
+        "errors": [checked, too_large],
+        "within": within,
         "peak": limit.peak_bytes,
-        "alive": len(above_them),
+        "alive": len(from_heap),
     }
 
 
@@ -156,10 +183,10 @@ def compiled_code() -> Any:
         limits = [soft_limit()]
         with mmap.mmap(-1, 25 * MB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, access):
             errors = [error_of(lambda: torch.ones(5 * MB))]
-            limit.renew()
+            limit.check()
             limits.append(soft_limit())
             errors += [error_of(lambda: torch.ones(5 * MB)), error_of(lambda: torch.ones(10 * MB))]
-        limit.renew()
+        limit.check()
         limits.append(soft_limit())
     return {"errors": errors, "limits": limits}
 
@@ -178,7 +205,16 @@ def in_a_child(case: Callable[[], Any]) -> Any:
     return json.loads(text) if text else None
 
 
-CASES = (refusals, peaks, shared_baseline, nested, first_parallel_operator, heap, compiled_code)
+CASES = (
+    refusals,
+    peaks,
+    shared_baseline,
+    nested,
+    first_parallel_operator,
+    small_heap,
+    large_heap,
+    compiled_code,
+)
 
 if __name__ == "__main__":
     print(json.dumps({case.__name__: in_a_child(case) for case in CASES}))

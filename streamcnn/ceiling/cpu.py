@@ -4,12 +4,15 @@ Two different numbers, both the kernel's own. The *limit* counts the data segmen
 writable page that was asked for, touched or not, and thread stacks at full length. The *peak*
 counts resident memory: pages that were touched, those of library code that runs for the first time
 among them (some 10 MB for a first convolution), so it may pass the budget by that much. Memory from
-``calloc`` that nobody wrote to is refused by the first and unknown to the second. Memory that the
-heap holds free is handed out again without the kernel being asked, so at most the larger of the
-budget and of what the heap held free at the baseline can be taken.
+``calloc`` that nobody wrote to is refused by the first and unknown to the second.
 
-Compiled code is left out of the limit: oneDNN compiles kernels for every new shape of a convolution's
-operands and keeps about a megabyte of address space for each, of which it touches a fiftieth.
+Memory that the heap holds free is handed out again without the kernel being asked. It counts as taken
+where that is a small part of the budget. Where it is more, as after plain PyTorch in the same process,
+taking all of it off would leave no room for the large blocks, which never come from the heap: the limit
+is then laxer than the budget, and ``DataLimit.check`` holds the peak against it after every step.
+
+Compiled code is left out of the limit, but for the part that is touched: oneDNN compiles kernels for every
+new shape of a convolution's operands and keeps about a megabyte of address space for each.
 
 How much is too much is not decided here; see ``streamcnn.ceiling.allocator`` for what makes the
 process fit to be limited.
@@ -25,13 +28,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from streamcnn.ceiling.allocator import free_heap_bytes, start_thread_pool, tame_allocator, trim_heap
-from streamcnn.errors import StreamError
+from streamcnn.ceiling.allocator import (
+    free_heap_bytes,
+    free_matrix_buffers,
+    start_thread_pool,
+    tame_allocator,
+    trim_heap,
+)
+from streamcnn.errors import BudgetExceeded, StreamError
+from streamcnn.units import format_bytes
 
 _STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/maps")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
+_HEAP_SHARE = 8
+_HEAP_LEAST = 2**24
+"""What is taken off a budget for bytes that the heap holds free, at most: one in so many of the budget's, or
+so many if that is more."""
+_CODE_SHARE = 16
+"""The part of compiled code, one in so many bytes, that is touched: 3 to 6 % were."""
 _WRITABLE_CODE = re.compile(rb"^(\w+)-(\w+) rwxp ", re.MULTILINE)
 
 
@@ -44,18 +60,20 @@ class Baseline:
     """
 
     data_bytes: int | None
-    """Data segment less compiled code and what the heap holds free, which counts as taken only when it is
-    handed out again; None if unknown."""
+    """Data segment less compiled code that is not touched; None if unknown."""
     resident_bytes: int | None
     """Resident memory; None if unknown."""
+    free_bytes: int = 0
+    """Part of the data segment that the heap holds free."""
 
     @classmethod
     def now(cls) -> Baseline:
-        """What the process holds now, PyTorch's threads started and the heap's free pages given back."""
+        """What the process holds now, PyTorch's threads started and free memory given back."""
         start_thread_pool()
+        free_matrix_buffers()
         trim_heap()
         data, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
-        return cls(None if data is None else data - free_heap_bytes() - _code_bytes(), resident)
+        return cls(None if data is None else data - _untouched_code_bytes(), resident, free_heap_bytes())
 
 
 class DataLimit:
@@ -135,10 +153,28 @@ class DataLimit:
         self._note_peak()
         _active.remove(self)
 
-    def renew(self) -> None:
-        """Leave out of the limit what has been compiled since it was set."""
-        if self._budget is not None and self._soft_limit_before is not None:
+    def check(self) -> None:
+        """Let go of what libraries keep without need, and see what the limit does not refuse.
+
+        Code that was compiled since it was set is left out of it from now on.
+
+        Raises
+        ------
+        BudgetExceeded
+            If the peak has passed the budget, where the heap held too much free for the limit to be strict.
+        """
+        if self._budget is None:
+            return
+        free_matrix_buffers()
+        if self._soft_limit_before is not None:
             _set_soft_limit(min(self._soft_limit_before, self._ceiling(self._budget)))
+        if self._baseline.free_bytes > _heap_share(self._budget):
+            peak = self.peak_bytes
+            if peak is not None and peak > self._budget:
+                raise BudgetExceeded(
+                    f"{format_bytes(peak)} were taken of a budget of {format_bytes(self._budget)}, partly "
+                    f"from the {format_bytes(self._baseline.free_bytes)} that the heap held free"
+                )
 
     def _lower(self, budget: int) -> None:
         """Set the limit, unless a lower one is in force."""
@@ -156,7 +192,8 @@ class DataLimit:
         """Bytes of data segment up to which the process may grow."""
         if self._baseline.data_bytes is None:
             raise _not_enforced()
-        return self._baseline.data_bytes + _code_bytes() + budget
+        in_heap = min(self._baseline.free_bytes, _heap_share(budget))
+        return self._baseline.data_bytes + _untouched_code_bytes() + budget - in_heap
 
     def _note_peak(self) -> None:
         """Bring the peak up to date, before another block resets the high-water mark."""
@@ -199,10 +236,16 @@ def _reset_high_water() -> bool:
     return _status_bytes("VmHWM") is not None
 
 
-def _code_bytes() -> int:
-    """Address space of code that was compiled in this process, which counts for the data segment."""
+def _untouched_code_bytes() -> int:
+    """Address space of code that was compiled in this process, less what is touched of it."""
     spans = _WRITABLE_CODE.findall(_MAPS.read_bytes())
-    return sum(int(end, 16) - int(start, 16) for start, end in spans)
+    nbytes = sum(int(end, 16) - int(start, 16) for start, end in spans)
+    return nbytes - nbytes // _CODE_SHARE
+
+
+def _heap_share(budget: int) -> int:
+    """The most of a budget that is taken off for what the heap holds free."""
+    return max(budget // _HEAP_SHARE, _HEAP_LEAST)
 
 
 def _soft_limit() -> int:

@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import torch
 
+from streamcnn.ceiling.allocator import trim_heap
 from streamcnn.ceiling.cpu import Baseline, DataLimit
 from streamcnn.ceiling.cuda import cuda_ceiling
 from streamcnn.errors import StreamError
@@ -80,12 +81,13 @@ class HostCeiling:
         return self._limit
 
     def check(self) -> None:
-        """Never raises: what goes past the limit has been refused. Code compiled since is left out of it."""
+        """See :meth:`DataLimit.check`; nearly all that goes past the limit has been refused."""
         if self._limit is not None:
-            self._limit.renew()
+            self._limit.check()
 
     def give_back(self) -> None:
-        """Nothing: a limit leaves out what the heap holds free."""
+        """The heap's free pages, which are resident until then."""
+        trim_heap()
 
 
 class NoCeiling:
