@@ -15,10 +15,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streamcnn.kernel_bytes import KernelBytes, compiled_code, matrix_buffers
 from streamcnn.ops.convolution import is_convolution
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind
-from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, compiled_code, total_bytes
+from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
 from streamcnn.staging import Stage
 from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import Outline, TiledStage
@@ -57,6 +58,10 @@ def moments(
     """All moments of a pass: every phase forward, the resident tail, every differentiated phase backward."""
     pairs = [steps(stage, backward=is_differentiated(stage.stage, small.differentiated)) for stage in tiled]
     heap = max((step.heap for pair in pairs for step in pair if step is not None), default=0)
+    num_kernels = small.num_kernels.copy()
+    for stage in tiled:
+        num_kernels[stage.stage.level] += stage.num_kernels
+    kernels = KernelBytes(num_kernels, training=bool(small.differentiated))
     found: list[Moment] = []
 
     def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
@@ -66,12 +71,15 @@ def moments(
 
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
-        add(f"phase {level}, forward", step, small.forward(level), stored.forward(level))
-    add("the resident tail", small.tail_step, small.tail(), stored.tail(small.last))
+        held = (kernels.forward(level),)
+        add(f"phase {level}, forward", step, held, small.forward(level), stored.forward(level))
+    held = (kernels.backward(small.last),)
+    add("the resident tail", small.tail_step, held, small.tail(), stored.tail(small.last))
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
-            add(f"phase {level}, backward", after, small.backward(level), stored.backward(level))
+            held = (kernels.backward(level),)
+            add(f"phase {level}, backward", after, held, small.backward(level), stored.backward(level))
     return found
 
 
@@ -99,9 +107,11 @@ def steps(tiled: TiledStage, *, backward: bool) -> tuple[Step, Step | None]:
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
-def step_code(outline: Outline, *, backward: bool) -> MemoryTerm:
-    """The code compiled for a tile: of values and, backward, of the gradients of operands and weights."""
-    return compiled_code((3 if backward else 1) * outline.num_convolutions)
+def library_terms(outline: Outline, *, backward: bool) -> tuple[MemoryTerm, MemoryTerm]:
+    """What libraries take for a tile whatever its size, for its values and, backward, for their gradients."""
+    num_kernels = (3 if backward else 1) * outline.num_convolutions
+    # The products of gradients mostly find buffers of their sizes there.
+    return compiled_code(num_kernels), matrix_buffers(outline.num_products)
 
 
 def _forward_step(tile: _LargestTile) -> Step:
@@ -223,9 +233,9 @@ class _LargestTile:
         )
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
-        """A step of these terms and of the code that is compiled for it."""
-        code = step_code(self.tiled.outline, backward=backward)
-        return Step((*terms, code), operator, int(self._heap_share() * total_bytes(terms)))
+        """A step of these terms and of what libraries take for it."""
+        libraries = library_terms(self.tiled.outline, backward=backward)
+        return Step((*terms, *libraries), operator, int(self._heap_share() * total_bytes(terms)))
 
     def _heap_share(self) -> float:
         """The share of the tile's bytes that is in blocks which the heap may keep."""

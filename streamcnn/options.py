@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from streamcnn.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
-from streamcnn.memory_model import is_differentiated, step_code, steps
+from streamcnn.memory_model import is_differentiated, library_terms, steps
 from streamcnn.program import Program
 from streamcnn.rates import Rates
+from streamcnn.small_bytes import total_bytes
 from streamcnn.staging import Stage
 from streamcnn.tiling import Outline, Parts, TiledStage, cut, grid
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
 FINE_BYTES = 2**22
-"""No smaller tiles are tried once a step takes no more than this beside its code: they would save nothing."""
+"""No smaller tiles are tried once a step takes no more than this beside what libraries take: they would
+save nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,8 +72,8 @@ class Options:
         return all(outline.program.nodes[name] is self.program.nodes[name] for name in names)
 
     def _all(self, outline: Outline) -> Iterator[Option]:
-        # Smaller tiles compile no less.
-        fine = FINE_BYTES + step_code(outline, backward=self._visits(outline)).nbytes
+        # Smaller tiles take no less of that.
+        fine = FINE_BYTES + total_bytes(library_terms(outline, backward=self._visits(outline)))
         for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
             option = self._option(outline, parts)
             yield option

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 from streamcnn.cost_model import plain_time
 from streamcnn.cuts import choose_cuts
-from streamcnn.memory_model import is_differentiated, moments, step_code
+from streamcnn.memory_model import is_differentiated, library_terms, moments
 from streamcnn.options import Options
 from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
-from streamcnn.small_bytes import plain_bytes
+from streamcnn.small_bytes import plain_bytes, total_bytes
 from streamcnn.staging import Staging, divide
 from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import share
@@ -196,10 +196,10 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
 
     A tail lives when no tile does: after the last forward step and before the first backward one.
     """
-    # Without the code that a step compiles: a tail compiles its own.
+    # Without what libraries take for a step: a tail has its own.
     backward = bool(request.leaves)
     steps = [
-        option.nbytes - step_code(option.tiled.outline, backward=backward).nbytes
+        option.nbytes - total_bytes(library_terms(option.tiled.outline, backward=backward))
         for option in whole.candidate.options
     ]
     largest = max(steps, default=0)

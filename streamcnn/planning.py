@@ -112,7 +112,7 @@ class Planning:
         captured = wish.dtype if wish.casts is None else module_dtype(net)
         settings = (device, captured, wish.shape, _settings(net), _specs(states))
         graph = _kept(self._graphs, settings, lambda: capture(net, wish.shape, captured))
-        key = (settings, wish, machine.reserved, machine.rates.source)
+        key = (settings, wish, machine.reserved, machine.rates.source, torch.get_num_threads())
         return _kept(self._plans, key, lambda: _plan(graph, states, device, wish, machine))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations, product
 
@@ -23,7 +23,7 @@ from streamcnn.options import Option, Options
 from streamcnn.plan import Home, StorePlan
 from streamcnn.small_bytes import SmallBytes
 from streamcnn.staging import Stage, Staging, gathered, recompute
-from streamcnn.table import StageRow, Table, Weighed
+from streamcnn.table import Ints, StageRow, Table, Weighed
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """How many times the fewest spilled maps are tried: more of them leave room for larger tiles."""
@@ -33,6 +33,10 @@ THOROUGH = 8
 """Up to so many stored maps, every count of spilled ones and every pair of moves is tried."""
 _AGAIN_BACKWARD = 4
 """Passes over a map's operators that are added where its readers differentiate them too, at least."""
+CHOICE_ROUNDS = 16
+"""How often options are chosen anew where they do not fit, at most."""
+KERNEL_ROUNDS = 4
+"""How often options are chosen anew for what the last ones hold of kernels, at most."""
 _ANY = 2**62
 _TABLES = 16
 """Tables kept; the search goes to and fro between a staging and one with a map less."""
@@ -285,15 +289,39 @@ class _Choice:
 
 
 def _choose(weighed: Weighed, tail_heap: int, heap: int, budget: int | None, *, reuses_heap: bool) -> _Choice:
-    """For each stage the fastest option that fits, where steps hold no more than ``heap`` reusable bytes."""
+    """For each stage the fastest option that fits, where steps hold no more than ``heap`` reusable bytes.
+
+    If not all fit, what takes less is looked for until nothing is found.
+    """
     allowed = math.inf if budget is None else budget
+    room = allowed
+    best: _Choice | None = None
+    for _ in range(CHOICE_ROUNDS):
+        choice = _choose_once(weighed, tail_heap, heap, room, reuses_heap=reuses_heap)
+        if best is not None and choice.nbytes >= best.nbytes:
+            break
+        best = choice
+        if best.nbytes <= allowed:
+            break
+        room = best.nbytes - 1
+    assert best is not None
+    return replace(best, fits=best.nbytes <= allowed)
+
+
+def _choose_once(
+    weighed: Weighed, tail_heap: int, heap: int, allowed: float, *, reuses_heap: bool
+) -> _Choice:
+    """For each stage the fastest option that fits; what is held of kernels depends on all of them."""
     room = allowed - (reuse_waste(heap, tail_heap) if reuses_heap else 0)
-    fitting = (weighed.peaks <= room) & (weighed.heap <= heap)
-    # The fastest that fits; where none does, the smallest.
-    seconds = np.where(fitting, weighed.seconds, np.inf)
-    choice = np.where(fitting.any(axis=1), seconds.argmin(axis=1), weighed.peaks.argmin(axis=1))
+    kernels, choice = weighed.kernels(None), None
+    for _ in range(KERNEL_ROUNDS):
+        before, choice = choice, _fastest(weighed, weighed.peaks(kernels), heap, room)
+        if before is not None and np.array_equal(before, choice):
+            break
+        kernels = weighed.kernels(choice)
+    assert choice is not None
     rows = np.arange(len(choice))
-    nbytes = int(max(weighed.peaks[rows, choice].max(initial=0), weighed.tail))
+    nbytes = int(max(weighed.peaks(kernels)[rows, choice].max(initial=0), weighed.tail_peak(kernels)))
     if reuses_heap:
         nbytes += reuse_waste(int(weighed.heap[rows, choice].max(initial=0)), tail_heap)
     return _Choice(
@@ -302,6 +330,14 @@ def _choose(weighed: Weighed, tail_heap: int, heap: int, budget: int | None, *, 
         nbytes=nbytes,
         fits=nbytes <= allowed,
     )
+
+
+def _fastest(weighed: Weighed, peaks: Ints, heap: int, room: float) -> Ints:
+    """By stage: the fastest option that fits; where none does, the smallest."""
+    fitting = (peaks <= room) & (weighed.heap <= heap)
+    seconds = np.where(fitting, weighed.seconds, np.inf)
+    choice: Ints = np.where(fitting.any(axis=1), seconds.argmin(axis=1), peaks.argmin(axis=1))
+    return choice
 
 
 def _fewest(most: int, fits: Callable[[int], bool]) -> int:

@@ -14,6 +14,7 @@ from itertools import accumulate
 import numpy as np
 from torch._ops import OpOverload
 
+from streamcnn.kernel_bytes import compiled_code, is_matrix_product, matrix_buffers
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind, Node, Program, TensorSpec
 from streamcnn.staging import Staging
@@ -26,13 +27,8 @@ _SAVES_RESULT = frozenset(
 _SAVES_NOTHING = frozenset(
     f"aten.{name}" for name in "add sub cat mean sum neg clone copy constant_pad_nd".split()
 )
-RUNTIME_BYTES = 2**25
-"""Threads' buffers and the interpreter's own growth during a first pass."""
-KERNEL_BYTES = 2**17
-"""What oneDNN keeps of a kernel after its first run, with the code that it touches: EfficientNet-B0 came to
-hold 31 MB for 81 convolutions and their gradients (torch 2.13), RUNTIME_BYTES among them."""
-CODE_BYTES = 2**20
-"""Address space of a kernel's code: part of the limit until the step is over that compiled it."""
+RUNTIME_BYTES = 3 * 2**23
+"""Threads' buffers, the interpreter's own growth and library code that runs for the first time."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
 REUSABLE_BYTES = 2**25
@@ -84,13 +80,9 @@ def resident_step(program: Program, names: Iterable[str], *, training: bool) -> 
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
         compiled_code((2 if training else 1) * values.num_convolutions),
+        matrix_buffers(values.num_products),
     )
     return Step(terms, place, heap)
-
-
-def compiled_code(num_kernels: int) -> MemoryTerm:
-    """Address space of the code that a step compiles."""
-    return MemoryTerm("address space of compiled code", num_kernels * CODE_BYTES)
 
 
 class _Values:
@@ -143,6 +135,11 @@ class _Values:
         """How many of the operators are convolutions."""
         return sum(_convolves(self.program.nodes[name]) for name in self.names)
 
+    @property
+    def num_products(self) -> int:
+        """How many of the operators are matrix products."""
+        return sum(is_matrix_product(self.program.nodes[name].target) for name in self.names)
+
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
         node = self.program.nodes[name]
@@ -187,12 +184,13 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
 class SmallBytes:
     """Bytes of small values and of the parameters' gradients at every moment of a pass."""
 
+    _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
+
     def __init__(self, program: Program, staging: Staging, differentiated: Collection[str]) -> None:
         nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
         last = max(segments, default=0)
         num_levels = max((last, *staging.levels.values())) + 1
-        self._kernels = list(accumulate(_kernel_bytes(program, staging.levels, num_levels)))
         sizes = [[nodes[name].nbytes for name in segments.get(level, ())] for level in range(num_levels)]
         self._values = list(accumulate(sum(each) for each in sizes))
         self._largest = list(accumulate((max(each, default=0) for each in sizes), max))
@@ -200,6 +198,10 @@ class SmallBytes:
         self._states = [sum(n for at, n in states.items() if at >= level) for level in range(num_levels)]
         self.last = last
         """The level of the resident tail."""
+        self.num_kernels = np.zeros(num_levels, np.int64)
+        """By level: the kernels that its small values compile in a forward pass."""
+        for level, names in segments.items():
+            self.num_kernels[level] = sum(_convolves(nodes[name]) for name in names)
         whole = [n for n in nodes.values() if n.kind is Kind.PROMOTED or n.name == program.image]
         # The image's is copied out of its store once more.
         self._inputs = 2 * sum(n.nbytes for n in whole if n.name in differentiated)
@@ -212,12 +214,12 @@ class SmallBytes:
 
     def forward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs forward."""
-        return self._runtime(self._kernels[level]), self._small(level - 1)
+        return self._runtime, self._small(level - 1)
 
     def tail(self) -> tuple[MemoryTerm, ...]:
         """While the resident tail runs, whose own step comes on top."""
         return (
-            self._runtime(self._kernels[-1] + self._kernels_after(self.last)),
+            self._runtime,
             self._small(self.last - 1),
             *self._gradients(self.last),
         )
@@ -226,18 +228,10 @@ class SmallBytes:
         """While the phase of ``level`` runs backward."""
         # Those of the last level, the resident tail, are only there while no tile is.
         return (
-            self._runtime(self._kernels[-1] + self._kernels_after(level)),
+            self._runtime,
             self._small(min(level, self.last - 1)),
             *self._gradients(level),
         )
-
-    def _kernels_after(self, level: int) -> int:
-        """What the backward pass has compiled when it is at ``level``: two kernels for each forward one."""
-        before = self._kernels[level - 1] if level else 0
-        return 2 * (self._kernels[-1] - before) if self.differentiated else 0
-
-    def _runtime(self, kernels: int) -> MemoryTerm:
-        return MemoryTerm("reserved for the run time", RUNTIME_BYTES + kernels)
 
     def _small(self, level: int) -> MemoryTerm:
         """Small values of the levels up to ``level``."""
@@ -255,15 +249,6 @@ class SmallBytes:
             MemoryTerm("gradients of the image and of promoted values", self._inputs),
             MemoryTerm("outputs in the loss", self._outputs),
         )
-
-
-def _kernel_bytes(program: Program, levels: Mapping[str, int], num_levels: int) -> list[int]:
-    """What is kept of the convolutions of each level."""
-    kept = [0] * num_levels
-    for node in program.nodes.values():
-        if _convolves(node):
-            kept[levels[node.name]] += KERNEL_BYTES
-    return kept
 
 
 def _states_by_level(

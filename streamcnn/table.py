@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.cost_model import Traffic, output_traffic
+from streamcnn.kernel_bytes import KernelBytes
 from streamcnn.memory_model import fresh_waste, is_differentiated
 from streamcnn.options import Option, Options
 from streamcnn.plan import Home, StorePlan
@@ -32,8 +33,12 @@ _NEVER = 2**62
 class Weighed:
     """Projected bytes and seconds of every option, given where maps are stored."""
 
-    peaks: Ints
-    """(stages, options): bytes of the stage's worst step with all that is held beside it."""
+    forward: Ints
+    """(stages, options): bytes of a forward step with all that is held beside it but compiled kernels."""
+    backward: Ints
+    """The same of a backward step; 0 if there is none."""
+    num_kernels: Ints
+    """(stages, options): kernels that the stage compiles in a forward pass."""
     heap: Ints
     """(stages, options): bytes of it in blocks that the C library may keep when they are freed."""
     seconds: Floats
@@ -41,7 +46,31 @@ class Weighed:
     outputs: float
     """Seconds of what stages move however they are cut."""
     tail: int
-    """Bytes of the resident tail with all that is held beside it."""
+    """Bytes of the resident tail with all that is held beside it but compiled kernels."""
+    levels: Ints
+    """By stage."""
+    small: SmallBytes
+
+    def kernels(self, choice: Ints | None) -> KernelBytes:
+        """What is kept of kernels where each stage takes the option of ``choice``; of none at all if None."""
+        by_level = 0 * self.small.num_kernels
+        if choice is not None:
+            chosen = self.num_kernels[np.arange(len(choice)), choice]
+            by_level = self.small.num_kernels + np.bincount(self.levels, chosen, len(by_level)).astype(
+                np.int64
+            )
+        return KernelBytes(by_level, training=bool(self.small.differentiated))
+
+    def peaks(self, kernels: KernelBytes) -> Ints:
+        """(stages, options): bytes of the stage's worst step with all that is held beside it."""
+        forward = self.forward + kernels.forward_bytes[self.levels, None]
+        backward = self.backward + kernels.backward_bytes[self.levels, None]
+        peaks: Ints = np.maximum(forward, np.where(self.backward > 0, backward, 0))
+        return peaks
+
+    def tail_peak(self, kernels: KernelBytes) -> int:
+        """Bytes of the resident tail with all that is held beside it."""
+        return self.tail + int(kernels.backward_bytes[self.small.last])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +81,7 @@ class StageRow:
     forward: Ints
     backward: Ints
     heap: Ints
+    num_kernels: Ints
     seconds: Mapping[bool, Floats]
     """By whether the C library reuses freed blocks."""
     inputs: tuple[str, ...]
@@ -75,6 +105,7 @@ class StageRow:
             forward=np.array([option.forward for option in found], np.int64),
             backward=np.array([option.backward for option in found], np.int64),
             heap=np.array([option.heap for option in found], np.int64),
+            num_kernels=np.array([option.tiled.num_kernels for option in found], np.int64),
             seconds={
                 True: np.array([time.seconds for time in times]),
                 False: np.array([time.seconds + time.fresh_seconds for time in times]),
@@ -96,6 +127,7 @@ class Table:
     forward: Ints
     backward: Ints
     heap: Ints
+    num_kernels: Ints
     seconds: Mapping[bool, Floats]
     inputs: tuple[str, ...]
     """Which map is read, by row of the arrays (inputs, options) that follow."""
@@ -119,6 +151,7 @@ class Table:
             forward=_padded([row.forward for row in rows], width, _NEVER),
             backward=_padded([row.backward for row in rows], width, 0),
             heap=heap,
+            num_kernels=_padded([row.num_kernels for row in rows], width, 0),
             heaps=_spread(np.unique(heap), len(rows)),
             seconds={
                 reuse: _padded([row.seconds[reuse] for row in rows], width, np.inf) for reuse in (False, True)
@@ -159,7 +192,7 @@ class Table:
     ) -> Weighed:
         """Bytes and seconds of every option with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
-        levels = [stage.level for stage in self.staging.stages]
+        levels = np.array([stage.level for stage in self.staging.stages], np.int64)
         before = stored.forward_bytes[levels] + small.forward_bytes[levels]
         after = stored.backward_bytes[levels] + small.backward_bytes[levels]
         tail = small.tail_step.nbytes
@@ -173,11 +206,15 @@ class Table:
             for name, moved in row.outputs.items()
         )
         return Weighed(
-            peaks=np.maximum(before[:, None] + forward, np.where(backward > 0, after[:, None] + backward, 0)),
+            forward=before[:, None] + forward,
+            backward=np.where(backward > 0, after[:, None] + backward, 0),
+            num_kernels=self.num_kernels,
             heap=self.heap,
             seconds=self.seconds[reuses_heap] + self._input_seconds(stores, rates),
             outputs=sum(outputs),
             tail=tail + total_bytes(stored.tail(small.last), small.tail()),
+            levels=levels,
+            small=small,
         )
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], rates: Rates) -> Floats:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch._ops import OpOverload
 
+from streamcnn.kernel_bytes import is_matrix_product
 from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase
@@ -39,6 +40,8 @@ class Outline:
     skipped: tuple[str, ...]
     """Convolutions that the backward pass need not compute again: only their stored value is used."""
     num_convolutions: int
+    num_products: int
+    """Matrix products, linear layers among them."""
     overwriting: Mapping[str, str]
     """Operators that may overwrite their first operand, and that operand, if they are on one region."""
     square: bool
@@ -61,6 +64,7 @@ class Outline:
             consumed=consumed,
             skipped=tuple(name for name in stage.stored if name in convolutions and name not in consumed),
             num_convolutions=len(convolutions),
+            num_products=sum(is_matrix_product(program.nodes[name].target) for name in stage.nodes),
             overwriting={
                 name: operand
                 for name in stage.nodes
@@ -84,6 +88,8 @@ class AxisGrid:
     """The most positions that a tile needs of a map."""
     total: Mapping[str, int]
     """Positions of a map that all tiles together need, repeated ones counted each time."""
+    num_shapes: int
+    """How many kinds of tiles there are, by how many positions they need of each map."""
 
     @classmethod
     def of(cls, outline: Outline, axis: int, num_parts: int) -> AxisGrid:
@@ -98,9 +104,8 @@ class AxisGrid:
                 needed[operand] = needed[operand].hull(part) if operand in needed else part
         sizes = np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
         largest = dict(zip(needed, sizes.max(axis=1).tolist(), strict=True))
-        return cls(
-            num_parts, own, needed, largest, dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
-        )
+        total = dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
+        return cls(num_parts, own, needed, largest, total, num_shapes=len(set(map(bytes, sizes.T.copy()))))
 
     def steps(self) -> tuple[AxisStep, ...]:
         """One :class:`AxisStep` per tile."""
@@ -139,6 +144,11 @@ class TiledStage:
     def num_tiles(self) -> int:
         """Steps per pass over the stage."""
         return self.rows.num_parts * self.cols.num_parts
+
+    @property
+    def num_kernels(self) -> int:
+        """Kernels that are compiled in a forward pass: of each convolution one for each shape of tile."""
+        return self.outline.num_convolutions * self.rows.num_shapes * self.cols.num_shapes
 
     def largest(self, name: str) -> tuple[int, int]:
         """The most rows and columns that a tile needs of ``name``."""

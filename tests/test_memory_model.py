@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from helpers import traced
 from torch import nn
 
+from streamcnn.kernel_bytes import CACHED_KERNELS, CODE_BYTES, KERNEL_BYTES, MATRIX_BYTES, KernelBytes
 from streamcnn.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
@@ -17,7 +20,7 @@ from streamcnn.memory_model import (
 )
 from streamcnn.plan import Home, StorePlan
 from streamcnn.program import Program
-from streamcnn.small_bytes import CODE_BYTES, KERNEL_BYTES, RUNTIME_BYTES, SmallBytes, resident_step
+from streamcnn.small_bytes import SmallBytes, resident_step
 from streamcnn.staging import Staging, divide
 from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import Outline, TiledStage, cut
@@ -60,6 +63,7 @@ def test_a_forward_step() -> None:
         # Copies of it while its statistics are worked out.
         "operator workspace": 2 * own,
         "address space of compiled code": CODE_BYTES,
+        "buffers of matrix products": 0,
     }
     assert 2 * own > 2 * region + own + 4 * 8 * 3 * 9
     assert step.operator == "conv2d"
@@ -88,7 +92,54 @@ def test_a_backward_step_of_a_stored_convolution() -> None:
         "a tile's parameter gradients": 3 * weights,
         # Of the value, and of the gradients of operand and weights.
         "address space of compiled code": 3 * CODE_BYTES,
+        "buffers of matrix products": 0,
     }
+
+
+class ChannelsMixed(nn.Module):
+    """Two linear layers over the channels of every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(self.up(x.permute(0, 2, 3, 1)).relu())
+        return y.permute(0, 3, 1, 2).mean((2, 3))
+
+
+def test_matrix_products_take_buffers_on_every_thread() -> None:
+    program = traced(ChannelsMixed(), SHAPE)[0]
+    (stage,) = divide(program).stages
+    forward, backward = steps(cut(Outline.of(program, stage), (2, 3)), backward=True)
+    assert backward is not None
+    each = MATRIX_BYTES * torch.get_num_threads()
+    assert terms_of(forward)["buffers of matrix products"] == 2 * each
+    # The gradients are products too, and find buffers there.
+    assert terms_of(backward)["buffers of matrix products"] == 2 * each
+
+
+def test_kernels_are_kept_for_every_shape_of_tile() -> None:
+    _, _, (first, second) = tiled_stages((3, 3))
+    # The 3x3 convolution meets a border at the first and at the last tile, the 1x1 never does: 40 rows are
+    # tiles of 13, 13 and 14, and 60 columns are three of 20.
+    assert first.rows.num_shapes == 3
+    assert first.cols.num_shapes == 2
+    assert second.rows.num_shapes == 2
+    assert second.cols.num_shapes == 1
+    assert (first.num_kernels, second.num_kernels) == (6, 2)
+
+
+def test_no_more_kernels_are_kept_than_the_library_caches() -> None:
+    kernels = KernelBytes(np.array([0, 10, 600, 0, 300]), training=True)
+    counted = [n // KERNEL_BYTES for n in kernels.forward_bytes.tolist()]
+    assert counted == [0, 10, 610, 610, 910]
+    assert (
+        KernelBytes(np.array([0, 10, 600, 0, 300]), training=False).backward(1).nbytes == 910 * KERNEL_BYTES
+    )
+    assert kernels.backward(4).nbytes == CACHED_KERNELS * KERNEL_BYTES
+    few = KernelBytes(np.array([0, 10, 60, 0, 30]), training=True)
+    assert [n // KERNEL_BYTES for n in few.backward_bytes.tolist()] == [300, 300, 280, 160, 160]
 
 
 def test_what_the_allocator_loses() -> None:
@@ -119,9 +170,10 @@ def test_the_moments_of_a_pass() -> None:
             # Made in phase 2's backward pass, read and freed in phase 1's.
             assert terms.get("gradient maps", in_memory) == in_memory
             assert moment.nbytes == sum(terms.values())
-        # oneDNN keeps a kernel of each convolution, and two more when its level has been differentiated.
-        kernels = [terms_of(moment)["reserved for the run time"] - RUNTIME_BYTES for moment in found]
-        assert kernels == [KERNEL_BYTES * count for count in (1, 2, 4, 4, 6)]
+        # oneDNN keeps a kernel of each convolution and shape, two more once its level is differentiated:
+        kernels = [terms_of(moment)["compiled kernels"] // KERNEL_BYTES for moment in found]
+        # of the first convolution for two shapes of tiles, of the second for one.
+        assert kernels == [2, 3, 5, 5, 9]
         # Parameters get a gradient from their last reader on, in the order of the backward pass.
         gradients = [terms_of(moment).get("parameter gradients", 0) for moment in found]
         assert gradients[:2] == [0, 0]

@@ -49,6 +49,8 @@ def assert_timeline_of(profile: TileProfile, levels: list[int]) -> None:
 def test_one_process_measures_and_one_is_refused(
     factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Plans depend on the number of threads, which is one in this process.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     net = load_model(factory).train()
     needed = [StreamingModel(net, 1, tile=tile).plan(SHAPE).projected_bytes for tile in (32, 160)]
     budget = sum(needed) // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ SLOW_DISK = Rates(
     operator_seconds=CPU.operator_seconds,
     read_bytes={**CPU.read_bytes, Home.DISK: 2e7},
     write_bytes={**CPU.write_bytes, Home.DISK: 1e7},
+)
+FAST_DISK = replace(
+    SLOW_DISK,
+    source="a fast disk",
+    read_bytes={**CPU.read_bytes, Home.DISK: 1e12},
+    write_bytes={**CPU.write_bytes, Home.DISK: 1e12},
 )
 
 
@@ -134,8 +141,8 @@ def test_a_map_is_computed_again_where_the_disk_is_slow() -> None:
     net = normalised(16, 16, 4)
     smallest = found_by(searching(net, MIB, SLOW_DISK)).nbytes
     # A phase that computes maps again compiles more code.
-    slow = found_by(searching(net, smallest + 7 * MIB, SLOW_DISK))
-    fast = found_by(searching(net, smallest + 7 * MIB, CPU))
+    slow = found_by(searching(net, smallest + 5 * MIB, SLOW_DISK))
+    fast = found_by(searching(net, smallest + 5 * MIB, FAST_DISK))
     assert slow.fits
     assert fast.fits
     assert len(slow.stores) < len(fast.stores)
