@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcnn.kernel_bytes import KernelBytes, compiled_code, matrix_buffers
+from streamcnn.libraries import Libraries
 from streamcnn.ops.convolution import is_convolution
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind
@@ -56,12 +56,15 @@ def moments(
     tiled: Sequence[TiledStage], small: SmallBytes, stored: StoredBytes, *, reuses_heap: bool
 ) -> list[Moment]:
     """All moments of a pass: every phase forward, the resident tail, every differentiated phase backward."""
-    pairs = [steps(stage, backward=is_differentiated(stage.stage, small.differentiated)) for stage in tiled]
+    pairs = [
+        steps(stage, small.libraries, backward=is_differentiated(stage.stage, small.differentiated))
+        for stage in tiled
+    ]
     heap = max((step.heap for pair in pairs for step in pair if step is not None), default=0)
-    num_kernels = small.num_kernels.copy()
+    num_kernels = np.zeros_like(small.num_kernels)
     for stage in tiled:
         num_kernels[stage.stage.level] += stage.num_kernels
-    kernels = KernelBytes(num_kernels, training=bool(small.differentiated))
+    kernels = small.kernels(num_kernels)
     found: list[Moment] = []
 
     def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
@@ -101,17 +104,16 @@ def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
     return any(name in differentiated for name in (*stage.stored, *stage.reductions))
 
 
-def steps(tiled: TiledStage, *, backward: bool) -> tuple[Step, Step | None]:
+def steps(tiled: TiledStage, libraries: Libraries, *, backward: bool) -> tuple[Step, Step | None]:
     """The largest tile of a stage forward and, if wanted, backward."""
-    tile = _LargestTile(tiled)
+    tile = _LargestTile(tiled, libraries)
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
-def library_terms(outline: Outline, *, backward: bool) -> tuple[MemoryTerm, MemoryTerm]:
+def library_terms(outline: Outline, libraries: Libraries, *, backward: bool) -> tuple[MemoryTerm, MemoryTerm]:
     """What libraries take for a tile whatever its size, for its values and, backward, for their gradients."""
-    num_kernels = (3 if backward else 1) * outline.num_convolutions
     # The products of gradients mostly find buffers of their sizes there.
-    return compiled_code(num_kernels), matrix_buffers(outline.num_products)
+    return libraries.terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
 
 
 def _forward_step(tile: _LargestTile) -> Step:
@@ -178,7 +180,8 @@ class _Most:
 class _LargestTile:
     """Bytes of maps on the largest tile of a stage."""
 
-    def __init__(self, tiled: TiledStage) -> None:
+    def __init__(self, tiled: TiledStage, libraries: Libraries) -> None:
+        self.libraries = libraries
         self.program = tiled.program
         self.tiled = tiled
         self.known: dict[str, int] = {}
@@ -234,7 +237,7 @@ class _LargestTile:
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
         """A step of these terms and of what libraries take for it."""
-        libraries = library_terms(self.tiled.outline, backward=backward)
+        libraries = library_terms(self.tiled.outline, self.libraries, backward=backward)
         return Step((*terms, *libraries), operator, int(self._heap_share() * total_bytes(terms)))
 
     def _heap_share(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from streamcnn.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
+from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, steps
 from streamcnn.program import Program
 from streamcnn.rates import Rates
@@ -50,11 +51,13 @@ class Options:
         differentiated: frozenset[str],
         rates: Rates,
         tile: tuple[int, int] | None,
+        libraries: Libraries,
         known: Options | None = None,
     ) -> None:
         self.program = program
         self.differentiated = differentiated
         self.rates = rates
+        self.libraries = libraries
         self.works: Mapping[str, Work] = all_works(program)
         self._tile = tile
         self._known: dict[Stage, tuple[Option, ...]] = {} if known is None else dict(known._known)
@@ -73,7 +76,9 @@ class Options:
 
     def _all(self, outline: Outline) -> Iterator[Option]:
         # Smaller tiles take no less of that.
-        fine = FINE_BYTES + total_bytes(library_terms(outline, backward=self._visits(outline)))
+        fine = FINE_BYTES + total_bytes(
+            library_terms(outline, self.libraries, backward=self._visits(outline))
+        )
         for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
             option = self._option(outline, parts)
             yield option
@@ -97,7 +102,7 @@ class Options:
     def _option(self, outline: Outline, parts: Parts) -> Option:
         tiled = cut(outline, parts)
         backward = self._visits(outline)
-        forward, after = steps(tiled, backward=backward)
+        forward, after = steps(tiled, self.libraries, backward=backward)
         return Option(
             tiled,
             time=stage_time(tiled, self.works, self.rates, backward=backward),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from streamcnn.cost_model import plain_time
 from streamcnn.cuts import choose_cuts
+from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, moments
 from streamcnn.options import Options
 from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
@@ -45,6 +46,8 @@ class PlanRequest:
     dtype: str
     leaves: frozenset[str]
     """States and image whose gradients are wanted; empty for inference."""
+    libraries: Libraries
+    """What they take beside tensors."""
     budget: int | None = None
     """Bytes that ``reserved`` and the plan may take together; ``None`` for no ceiling."""
     reserved: int = 0
@@ -117,7 +120,7 @@ class _Attempt:
         tile = request.tile
         if tile is None and request.room is None:
             tile = (DEFAULT_EDGE, DEFAULT_EDGE)
-        options = Options(program, differentiate(program), request.rates, tile, known)
+        options = Options(program, differentiate(program), request.rates, tile, request.libraries, known)
         search = Search(options, request.room, request.places)
         return cls(search, search.best(_stagings(program, tile)), tail)
 
@@ -199,7 +202,7 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
     # Without what libraries take for a step: a tail has its own.
     backward = bool(request.leaves)
     steps = [
-        option.nbytes - total_bytes(library_terms(option.tiled.outline, backward=backward))
+        option.nbytes - total_bytes(library_terms(option.tiled.outline, request.libraries, backward=backward))
         for option in whole.candidate.options
     ]
     largest = max(steps, default=0)

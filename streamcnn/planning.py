@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from streamcnn.calibration import rates_for
 from streamcnn.capture import RawGraph, capture
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.libraries import Libraries
 from streamcnn.plan import Home, Plan
 from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.program import Program, differentiated
@@ -42,6 +43,7 @@ class Machine:
     """Where maps go that the device's memory has no room for, the fastest place first."""
     reserved: int
     """Bytes of the budget that are taken before a pass begins."""
+    libraries: Libraries
 
     @classmethod
     def here(cls, device: torch.device) -> Machine:
@@ -49,7 +51,8 @@ class Machine:
         places: tuple[SpillPlace, ...] = (SpillPlace(Home.DISK),)
         if device.type != "cpu":
             places = (SpillPlace(Home.HOST), *places)
-        return cls(rates_for(device), places, reserved_bytes(device))
+        libraries = Libraries.card() if device.type == "cuda" else Libraries.host(torch.get_num_threads())
+        return cls(rates_for(device), places, reserved_bytes(device), libraries)
 
     @classmethod
     def card(cls, net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
@@ -68,6 +71,7 @@ class Machine:
             rates=NOMINAL["cuda"],
             places=(SpillPlace(Home.HOST, host_bytes), SpillPlace(Home.DISK)),
             reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
+            libraries=Libraries.card(),
         )
 
 
@@ -112,7 +116,7 @@ class Planning:
         captured = wish.dtype if wish.casts is None else module_dtype(net)
         settings = (device, captured, wish.shape, _settings(net), _specs(states))
         graph = _kept(self._graphs, settings, lambda: capture(net, wish.shape, captured))
-        key = (settings, wish, machine.reserved, machine.rates.source, torch.get_num_threads())
+        key = (settings, wish, machine.reserved, machine.rates.source, machine.libraries)
         return _kept(self._plans, key, lambda: _plan(graph, states, device, wish, machine))
 
 
@@ -142,6 +146,7 @@ def _plan(
         reserved=machine.reserved,
         places=machine.places,
         rates=machine.rates,
+        libraries=machine.libraries,
         tail=wish.tail,
     )
 

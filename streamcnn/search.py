@@ -268,7 +268,8 @@ class Search:
         """What is not cut into tiles, worked out once for a staging and all that compute more of it again."""
         # Computing a map again changes stages, not levels or segments.
         if self._small is None or self._small[0] is not staging.levels:
-            small = SmallBytes(self.program, staging, self.options.differentiated)
+            options = self.options
+            small = SmallBytes(self.program, staging, options.differentiated, options.libraries)
             self._small = (staging.levels, small)
         return self._small[1]
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 from torch._ops import OpOverload
 
-from streamcnn.kernel_bytes import compiled_code, is_matrix_product, matrix_buffers
+from streamcnn.libraries import KernelBytes, Libraries, is_matrix_product
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind, Node, Program, TensorSpec
 from streamcnn.staging import Staging
@@ -58,7 +59,7 @@ def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
     return sum(term.nbytes for each in terms for term in each)
 
 
-def resident_step(program: Program, names: Iterable[str], *, training: bool) -> Step:
+def resident_step(program: Program, names: Iterable[str], libraries: Libraries, *, training: bool) -> Step:
     """Operators run one after another on whole values, then differentiated in reverse.
 
     An operator holds what autograd has saved so far, its operands and its result, or their gradients, and a
@@ -79,8 +80,7 @@ def resident_step(program: Program, names: Iterable[str], *, training: bool) -> 
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
-        compiled_code((2 if training else 1) * values.num_convolutions),
-        matrix_buffers(values.num_products),
+        *libraries.terms((2 if training else 1) * values.num_convolutions, values.num_products),
     )
     return Step(terms, place, heap)
 
@@ -186,7 +186,10 @@ class SmallBytes:
 
     _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
 
-    def __init__(self, program: Program, staging: Staging, differentiated: Collection[str]) -> None:
+    def __init__(
+        self, program: Program, staging: Staging, differentiated: Collection[str], libraries: Libraries
+    ) -> None:
+        self.libraries = libraries
         nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
         last = max(segments, default=0)
@@ -209,8 +212,18 @@ class SmallBytes:
         self.forward_bytes = np.array([total_bytes(self.forward(level)) for level in range(num_levels)])
         """By level: the sum of what :meth:`forward` names; likewise the next."""
         self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
-        self.tail_step = resident_step(program, segments.get(last, ()), training=bool(differentiated))
+        self.tail_step = resident_step(
+            program, segments.get(last, ()), libraries, training=bool(differentiated)
+        )
         """What the resident tail takes beyond the small values before it."""
+
+    def kernels(self, num_kernels: NDArray[np.int64]) -> KernelBytes:
+        """What is kept of kernels where phases compile so many by level, those of small values included."""
+        return KernelBytes(
+            self.libraries.kernel_bytes,
+            self.num_kernels + num_kernels,
+            training=bool(self.differentiated),
+        )
 
     def forward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs forward."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.cost_model import Traffic, output_traffic
-from streamcnn.kernel_bytes import KernelBytes
+from streamcnn.libraries import KernelBytes
 from streamcnn.memory_model import fresh_waste, is_differentiated
 from streamcnn.options import Option, Options
 from streamcnn.plan import Home, StorePlan
@@ -52,14 +52,12 @@ class Weighed:
     small: SmallBytes
 
     def kernels(self, choice: Ints | None) -> KernelBytes:
-        """What is kept of kernels where each stage takes the option of ``choice``; of none at all if None."""
-        by_level = 0 * self.small.num_kernels
-        if choice is not None:
-            chosen = self.num_kernels[np.arange(len(choice)), choice]
-            by_level = self.small.num_kernels + np.bincount(self.levels, chosen, len(by_level)).astype(
-                np.int64
-            )
-        return KernelBytes(by_level, training=bool(self.small.differentiated))
+        """What is kept of kernels where each stage takes the option of ``choice``; that of none if None."""
+        num_levels = len(self.small.num_kernels)
+        if choice is None:
+            return self.small.kernels(np.zeros(num_levels, np.int64))
+        chosen = self.num_kernels[np.arange(len(choice)), choice]
+        return self.small.kernels(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
 
     def peaks(self, kernels: KernelBytes) -> Ints:
         """(stages, options): bytes of the stage's worst step with all that is held beside it."""

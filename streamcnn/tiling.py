@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch._ops import OpOverload
 
-from streamcnn.kernel_bytes import is_matrix_product
+from streamcnn.libraries import is_matrix_product
 from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase

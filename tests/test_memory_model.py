@@ -8,7 +8,7 @@ import torch
 from helpers import traced
 from torch import nn
 
-from streamcnn.kernel_bytes import CACHED_KERNELS, CODE_BYTES, KERNEL_BYTES, MATRIX_BYTES, KernelBytes
+from streamcnn.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
@@ -26,6 +26,7 @@ from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import Outline, TiledStage, cut
 
 SHAPE = (2, 3, 40, 60)
+LIBRARIES = Libraries(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)
 ROW = 4 * 2
 """Bytes of one position of one channel: float32, two images."""
 
@@ -52,7 +53,7 @@ def terms_of(step: object) -> dict[str, int]:
 
 def test_a_forward_step() -> None:
     _, _, (first, _) = tiled_stages((2, 3))
-    step, _ = steps(first, backward=True)
+    step, _ = steps(first, LIBRARIES, backward=True)
     region = ROW * 3 * (20 + 1) * (20 + 2)  # 3 channels, one row of halo at the inner edge, two columns
     own = ROW * 8 * 20 * 20  # 8 channels of the convolution's result
     assert terms_of(step) == {
@@ -62,18 +63,18 @@ def test_a_forward_step() -> None:
         "live activations": own,
         # Copies of it while its statistics are worked out.
         "operator workspace": 2 * own,
-        "address space of compiled code": CODE_BYTES,
+        "address space of compiled code": LIBRARIES.code_bytes,
         "buffers of matrix products": 0,
     }
     assert 2 * own > 2 * region + own + 4 * 8 * 3 * 9
     assert step.operator == "conv2d"
     # All blocks are small, so the C library may keep all of them; code is not in blocks.
-    assert step.heap == step.nbytes - CODE_BYTES
+    assert step.heap == step.nbytes - LIBRARIES.code_bytes
 
 
 def test_a_backward_step_of_a_stored_convolution() -> None:
     _, _, (first, _) = tiled_stages((2, 3))
-    _, step = steps(first, backward=True)
+    _, step = steps(first, LIBRARIES, backward=True)
     region = ROW * 3 * 21 * 22
     own = ROW * 8 * 20 * 20
     weights = 4 * 8 * 3 * 9
@@ -91,7 +92,7 @@ def test_a_backward_step_of_a_stored_convolution() -> None:
         # The gradient, and its copies in the layouts that convolutions work in.
         "a tile's parameter gradients": 3 * weights,
         # Of the value, and of the gradients of operand and weights.
-        "address space of compiled code": 3 * CODE_BYTES,
+        "address space of compiled code": 3 * LIBRARIES.code_bytes,
         "buffers of matrix products": 0,
     }
 
@@ -111,12 +112,12 @@ class ChannelsMixed(nn.Module):
 def test_matrix_products_take_buffers_on_every_thread() -> None:
     program = traced(ChannelsMixed(), SHAPE)[0]
     (stage,) = divide(program).stages
-    forward, backward = steps(cut(Outline.of(program, stage), (2, 3)), backward=True)
+    forward, backward = steps(cut(Outline.of(program, stage), (2, 3)), LIBRARIES, backward=True)
     assert backward is not None
-    each = MATRIX_BYTES * torch.get_num_threads()
-    assert terms_of(forward)["buffers of matrix products"] == 2 * each
+    assert terms_of(forward)["buffers of matrix products"] == 2 * LIBRARIES.matrix_bytes
     # The gradients are products too, and find buffers there.
-    assert terms_of(backward)["buffers of matrix products"] == 2 * each
+    assert terms_of(backward)["buffers of matrix products"] == 2 * LIBRARIES.matrix_bytes
+    assert Libraries.host(8).matrix_bytes == 8 * Libraries.host(1).matrix_bytes
 
 
 def test_kernels_are_kept_for_every_shape_of_tile() -> None:
@@ -131,15 +132,14 @@ def test_kernels_are_kept_for_every_shape_of_tile() -> None:
 
 
 def test_no_more_kernels_are_kept_than_the_library_caches() -> None:
-    kernels = KernelBytes(np.array([0, 10, 600, 0, 300]), training=True)
-    counted = [n // KERNEL_BYTES for n in kernels.forward_bytes.tolist()]
-    assert counted == [0, 10, 610, 610, 910]
-    assert (
-        KernelBytes(np.array([0, 10, 600, 0, 300]), training=False).backward(1).nbytes == 910 * KERNEL_BYTES
-    )
-    assert kernels.backward(4).nbytes == CACHED_KERNELS * KERNEL_BYTES
-    few = KernelBytes(np.array([0, 10, 60, 0, 30]), training=True)
-    assert [n // KERNEL_BYTES for n in few.backward_bytes.tolist()] == [300, 300, 280, 160, 160]
+    few, many = np.array([0, 10, 60, 0, 30]), np.array([0, 10, 600, 0, 300])
+    assert KernelBytes(1, few, training=True).forward_bytes.tolist() == [0, 10, 70, 70, 100]
+    # All of the forward pass, and two more for each of the levels that have been differentiated.
+    assert KernelBytes(1, few, training=True).backward_bytes.tolist() == [300, 300, 280, 160, 160]
+    assert KernelBytes(1, few, training=False).backward_bytes.tolist() == 5 * [100]
+    kept = KernelBytes(1, many, training=True)
+    assert kept.forward(4).nbytes == 910
+    assert kept.backward(4).nbytes == CACHED_KERNELS
 
 
 def test_what_the_allocator_loses() -> None:
@@ -153,7 +153,7 @@ def test_the_moments_of_a_pass() -> None:
     program, staging, tiled = tiled_stages((2, 3))
     (name,) = staging.stored
     nbytes = program.nodes[name].nbytes
-    small = SmallBytes(program, staging, traced(make_net(), SHAPE)[1])
+    small = SmallBytes(program, staging, traced(make_net(), SHAPE)[1], LIBRARIES)
     for home, in_memory in ((Home.MEMORY, nbytes), (Home.DISK, 0)):
         store = StorePlan(home, home, nbytes, kept=True, last_reader=2, tile=(20, 20))
         found = moments(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
@@ -171,7 +171,7 @@ def test_the_moments_of_a_pass() -> None:
             assert terms.get("gradient maps", in_memory) == in_memory
             assert moment.nbytes == sum(terms.values())
         # oneDNN keeps a kernel of each convolution and shape, two more once its level is differentiated:
-        kernels = [terms_of(moment)["compiled kernels"] // KERNEL_BYTES for moment in found]
+        kernels = [terms_of(moment)["compiled kernels"] // LIBRARIES.kernel_bytes for moment in found]
         # of the first convolution for two shapes of tiles, of the second for one.
         assert kernels == [2, 3, 5, 5, 9]
         # Parameters get a gradient from their last reader on, in the order of the backward pass.
@@ -213,7 +213,7 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     staging = divide(program)
     names = staging.segments[max(staging.segments)]
     image, wide, narrow = (ROW * channels * 40 * 60 for channels in (3, 8, 4))
-    step = resident_step(program, names, training=True)
+    step = resident_step(program, names, LIBRARIES, training=True)
     terms = terms_of(step)
     # The first convolution saves the image, the norm its operand, ReLU its result, which is the second
     # convolution's operand, the pooling its own. The second convolution holds most: operand and result or
@@ -222,6 +222,6 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     assert terms["operands, results and their gradients"] == wide + narrow
     assert terms["operator workspace"] == wide + narrow + 2 * 4 * 8 * 4
     assert terms["saved by the resident tail"] == pytest.approx(image + 2 * wide + narrow, abs=200)
-    assert terms["address space of compiled code"] == 2 * 2 * CODE_BYTES
-    inference = resident_step(program, names, training=False)
+    assert terms["address space of compiled code"] == 2 * 2 * LIBRARIES.code_bytes
+    inference = resident_step(program, names, LIBRARIES, training=False)
     assert terms_of(inference)["saved by the resident tail"] == 0

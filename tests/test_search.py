@@ -11,6 +11,7 @@ import torch
 from helpers import traced
 from torch import nn
 
+from streamcnn.libraries import Libraries
 from streamcnn.memory_model import moments
 from streamcnn.options import Options
 from streamcnn.plan import Home
@@ -24,6 +25,7 @@ from streamcnn.stored_bytes import StoredBytes
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20
 CPU = NOMINAL["cpu"]
+LIBRARIES = Libraries.host(1)
 SLOW_DISK = Rates(
     source="a slow disk",
     dense_flops=CPU.dense_flops,
@@ -73,7 +75,7 @@ NETS = {
 
 def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
     program, wanted = traced(net, SHAPE)
-    return Search(Options(program, wanted, rates, None), budget, (SpillPlace(Home.DISK),))
+    return Search(Options(program, wanted, rates, None, LIBRARIES), budget, (SpillPlace(Home.DISK),))
 
 
 def stagings(program: Program) -> Iterator[Staging]:
@@ -90,7 +92,7 @@ def stagings(program: Program) -> Iterator[Staging]:
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
     """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    small = SmallBytes(search.program, staging, search.options.differentiated)
+    small = SmallBytes(search.program, staging, search.options.differentiated, LIBRARIES)
     ways = [search.options.of(stage) for stage in staging.stages]
     table = search._table(staging)
     names = sorted(staging.stored)
