@@ -6,6 +6,7 @@ and keeps the last thousand of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +14,25 @@ from numpy.typing import NDArray
 from torch._ops import OpOverload
 
 from streamcnn.plan import MemoryTerm
+from streamcnn.program import Program
 
 CACHED_KERNELS = 1024
 """Kernels that oneDNN keeps, if ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` does not say otherwise."""
 _MATRIX_PRODUCTS = frozenset(f"aten.{name}" for name in "linear addmm mm bmm baddbmm matmul".split())
 
 
-def is_matrix_product(target: object) -> bool:
-    """Whether a target multiplies matrices, a linear layer among others."""
+def num_products(program: Program, names: Iterable[str]) -> int:
+    """Matrix products of different sizes among the operators ``names``."""
+    return len(
+        {
+            tuple(program.nodes[operand].spec for operand in program.nodes[name].operands)
+            for name in names
+            if _is_product(program.nodes[name].target)
+        }
+    )
+
+
+def _is_product(target: object) -> bool:
     return isinstance(target, OpOverload) and str(target.overloadpacket) in _MATRIX_PRODUCTS
 
 
@@ -41,7 +53,7 @@ class Libraries:
 
         A kernel: 100 KB for one forward, 180 to 290 KB for the three of a convolution that is differentiated,
         on maps of 21 x 21 to 40 x 30 (torch 2.13, AVX-512). MKL keeps its buffers until it is told not to, at
-        a step's end, and takes others for every product of a step, most of it never touched: on 2 threads
+        a step's end, and takes others for every size of product, most of it never touched: on 2 threads
         9.2 MB for one linear layer and 28 MB for three, on 8 threads 36 MB for one, and little more for the
         gradients of such layers.
         """
@@ -53,7 +65,7 @@ class Libraries:
         return cls(kernel_bytes=0, code_bytes=0, matrix_bytes=0)
 
     def terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, MemoryTerm]:
-        """What a step takes that compiles so many kernels and multiplies so many matrices."""
+        """What a step takes with so many kernels and matrix products of so many sizes."""
         return (
             MemoryTerm("address space of compiled code", num_kernels * self.code_bytes),
             MemoryTerm("buffers of matrix products", num_products * self.matrix_bytes),

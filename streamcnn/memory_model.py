@@ -28,7 +28,7 @@ Bytes = TypeVar("Bytes", int, NDArray[np.int64])
 
 FRESH_WASTE_PERCENT = 10
 """What the C library loses to holes, in percent of a step, if it gives freed blocks back."""
-REUSE_WASTE = 1.1
+REUSE_WASTE = 1.25
 """The same if it keeps them, as a share of what the largest step holds in blocks that it may keep."""
 REUSE_BYTES = 2**27
 """What it loses besides. With the share above, this covers what networks of six families lost (torch 2.13,

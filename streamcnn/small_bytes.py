@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
-from streamcnn.libraries import KernelBytes, Libraries, is_matrix_product
+from streamcnn.libraries import KernelBytes, Libraries, num_products
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind, Node, Program, TensorSpec
 from streamcnn.staging import Staging
@@ -80,7 +80,9 @@ def resident_step(program: Program, names: Iterable[str], libraries: Libraries, 
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
-        *libraries.terms((2 if training else 1) * values.num_convolutions, values.num_products),
+        *libraries.terms(
+            (2 if training else 1) * values.num_convolutions, num_products(program, values.names)
+        ),
     )
     return Step(terms, place, heap)
 
@@ -134,11 +136,6 @@ class _Values:
     def num_convolutions(self) -> int:
         """How many of the operators are convolutions."""
         return sum(_convolves(self.program.nodes[name]) for name in self.names)
-
-    @property
-    def num_products(self) -> int:
-        """How many of the operators are matrix products."""
-        return sum(is_matrix_product(self.program.nodes[name].target) for name in self.names)
 
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch._ops import OpOverload
 
-from streamcnn.libraries import is_matrix_product
+from streamcnn.libraries import num_products
 from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase
@@ -41,7 +41,7 @@ class Outline:
     """Convolutions that the backward pass need not compute again: only their stored value is used."""
     num_convolutions: int
     num_products: int
-    """Matrix products, linear layers among them."""
+    """Matrix products of different sizes, linear layers among them."""
     overwriting: Mapping[str, str]
     """Operators that may overwrite their first operand, and that operand, if they are on one region."""
     square: bool
@@ -64,7 +64,7 @@ class Outline:
             consumed=consumed,
             skipped=tuple(name for name in stage.stored if name in convolutions and name not in consumed),
             num_convolutions=len(convolutions),
-            num_products=sum(is_matrix_product(program.nodes[name].target) for name in stage.nodes),
+            num_products=num_products(program, stage.nodes),
             overwriting={
                 name: operand
                 for name in stage.nodes
