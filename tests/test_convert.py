@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from streamcnn import CorruptImage, DatasetMismatch
-from streamcnn.data.convert import FoundImage, convert, find_images
+from streamcnn.data.convert import convert
+from streamcnn.data.image_files import FoundImage, find_images
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.data.tile_store import TileStore
 from streamcnn.regions import Region
@@ -237,7 +238,8 @@ LARGE = """
     from torch import nn
     from streamcnn import StreamingModel
     from streamcnn.ceiling.cpu import DataLimit
-    from streamcnn.data.convert import convert, find_images
+    from streamcnn.data.convert import convert
+    from streamcnn.data.image_files import find_images
     from streamcnn.data.tile_store import TileStore
 
     folder = Path(sys.argv[1])

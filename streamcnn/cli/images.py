@@ -42,7 +42,7 @@ def convert(
 ) -> None:
     """Write images of any format into a tile store, or add them to one."""
     from streamcnn.data.convert import convert as write
-    from streamcnn.data.convert import find_images
+    from streamcnn.data.image_files import find_images
 
     console = Console()
     found = find_images(sources)

@@ -1,10 +1,13 @@
-"""A tile store as a PyTorch dataset of lazy images."""
+"""Labelled images as PyTorch datasets of lazy sources."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -13,14 +16,112 @@ from torch.utils.data import Dataset
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.data.tile_store import ImageRecord, TileStore
+from streamcnn.data.tile_store import TileStore
 from streamcnn.errors import DatasetMismatch
 
 Sample = tuple[ImageSource, int]
 
 
-class TileDataset(Dataset[Sample]):
-    """The labelled images of a store as ``(source, label)``; no pixel is read before the model asks.
+class LabelledImages(Protocol):
+    """Images with labels 0, 1, 2 and so on, by position."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The labels of all images."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images, their labels and augmentations from others."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw what is random in each epoch anew."""
+
+    def prefetch(self, position: int) -> None:
+        """Prepare for an image being read soon, and return at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Sample: ...
+
+
+class ImageDataset(Dataset[Sample], ABC):
+    """Labelled images as ``(source, label)``; no pixel is read before the model asks.
+
+    Parameters
+    ----------
+    names, labels
+        Of all images; a label is its class's number.
+    classes
+        Names of the labels 0, 1, …; None where labels are numbers.
+    augmentation
+        Drawn for each image and epoch; see ``set_epoch``.
+    seed
+        Of the augmentations.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        labels: tuple[int, ...],
+        *,
+        classes: tuple[str, ...] | None,
+        augmentation: RandomAugmentation | None,
+        seed: int,
+    ) -> None:
+        self.names = names
+        self.labels = labels
+        self.classes = classes
+        self.augmentation = augmentation
+        self._seed = seed
+        self._epoch = 0
+
+    @abstractmethod
+    def _open(self, position: int) -> ImageSource:
+        """An image as it is stored."""
+
+    @abstractmethod
+    def _identities(self) -> Iterator[str]:
+        """What tells each image and its label from another."""
+
+    @abstractmethod
+    def prefetch(self, position: int) -> None:
+        """Have the kernel read an image's files into its page cache, and return at once.
+
+        That memory is the system's, given up when it is needed, and counts towards no budget.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label; all names of classes count."""
+        return max(len(self.classes or ()), 1 + max(self.labels, default=-1))
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images, their labels and augmentations from others: a SHA-256."""
+        known = hashlib.sha256(repr((self.augmentation, self._seed)).encode())
+        for identity in self._identities():
+            known.update(identity.encode() + b"\n")
+        return known.hexdigest()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentations of another epoch; worker processes that run already keep theirs."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> Sample:
+        source = self._open(position)
+        if self.augmentation is not None:
+            drawn = self.augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
+            if not drawn.is_identity:
+                source = AugmentedSource(source, drawn)
+        return source, self.labels[position]
+
+
+@final
+class TileDataset(ImageDataset):
+    """The labelled images of a tile store.
 
     Parameters
     ----------
@@ -62,51 +163,36 @@ class TileDataset(Dataset[Sample]):
         self.store = store if isinstance(store, TileStore) else TileStore(store)
         records = self.store.records if split is None else self.store.split(split)
         if not records:
-            known = sorted({record.split for record in self.store.records})
-            raise DatasetMismatch(f"{self.store.folder} has no images of split {split!r}: it has {known}")
+            raise no_split(self.store.folder, split, (record.split for record in self.store.records))
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:
             raise DatasetMismatch(
                 f"{unlabelled} in {self.store.folder} has no label: convert it with --labels"
             )
-        self.augmentation = augmentation
-        self._seed = seed
-        self._epoch = 0
+        super().__init__(
+            tuple(record.name for record in self.records),
+            tuple(record.label for record in self.records if record.label is not None),
+            classes=self.store.head.classes,
+            augmentation=augmentation,
+            seed=seed,
+        )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentations of another epoch; worker processes that run already keep theirs."""
-        self._epoch = epoch
+    def _open(self, position: int) -> ImageSource:
+        return self.store.source(self.records[position])
 
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """The labels of all images."""
-        return tuple(_label(record) for record in self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, position: int) -> Sample:
-        record = self.records[position]
-        source = self.store.source(record)
-        if self.augmentation is not None:
-            drawn = self.augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
-            if not drawn.is_identity:
-                source = AugmentedSource(source, drawn)
-        return source, _label(record)
+    def _identities(self) -> Iterator[str]:
+        return (record.to_json() for record in self.records)
 
     def prefetch(self, position: int) -> None:
-        """Have the kernel read an image's shards into its page cache, and return at once.
-
-        That memory is the system's, given up when it is needed, and counts towards no budget.
-        """
+        """Have the kernel read an image's shards of full resolution into its page cache."""
         record = self.records[position]
         for key in record.shards:
             if key.startswith("0/"):
-                _will_need(self.store.path(record) / key)
+                will_need(self.store.path(record) / key)
 
 
-def prefetched(dataset: TileDataset, sampler: ResumableSampler) -> Iterator[Sample]:
+def prefetched(dataset: ImageDataset, sampler: ResumableSampler) -> Iterator[Sample]:
     """The rest of an epoch's samples, the files of each read from disk while the one before is in use.
 
     Augmentations are those of the sampler's epoch, and its state is exact at any moment.
@@ -124,12 +210,13 @@ def collate(samples: Sequence[Sample]) -> tuple[list[ImageSource], Tensor]:
     return [source for source, _ in samples], torch.tensor([label for _, label in samples])
 
 
-def _label(record: ImageRecord) -> int:
-    assert record.label is not None
-    return record.label
+def no_split(path: Path, split: str | None, present: Iterable[str]) -> DatasetMismatch:
+    """The error that a data set has no images of a split."""
+    known = sorted(set(present))
+    return DatasetMismatch(f"{path} has no images of split {split!r}: it has {known}")
 
 
-def _will_need(path: Path) -> None:
+def will_need(path: Path) -> None:
     """Ask for a file to be read ahead; where that cannot be asked for, or fails, reading it will tell."""
     if not hasattr(os, "posix_fadvise"):
         return
