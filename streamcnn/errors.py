@@ -29,3 +29,15 @@ class CorruptImage(StreamError, OSError):
 
 class DatasetMismatch(StreamError, ValueError):
     """Data differs from what the model, the manifest or the other images say."""
+
+
+class DamagedCheckpoint(StreamError, OSError):
+    """A checkpoint's bytes are not those that were written."""
+
+
+class RunMismatch(StreamError, ValueError):
+    """A run cannot go on with another model, other data or other settings than it began with."""
+
+
+class TrainingDiverged(StreamError, ArithmeticError):
+    """The loss is no number any more."""

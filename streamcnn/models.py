@@ -59,7 +59,7 @@ def _call_factory(name: str, kwargs: dict[str, object]) -> object:
 
 
 def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
-    _define_torchvision_schemas()
+    make_torchvision_importable()
     timm = require("timm", extra="zoo")
     if not timm.is_model(name):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "none"
@@ -70,7 +70,7 @@ def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
     return timm.create_model(name, **kwargs)
 
 
-def _define_torchvision_schemas() -> None:
+def make_torchvision_importable() -> None:
     """Let torchvision be imported where its compiled operators do not fit this PyTorch.
 
     Its import attaches shape rules to two of them and fails when they do not exist, although

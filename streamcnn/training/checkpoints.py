@@ -1,0 +1,158 @@
+"""Checkpoints that a crash at any moment leaves usable.
+
+A file is written under a temporary name, flushed to the disk and renamed, so under its own name it is whole;
+its digest lies beside it in the format of ``sha256sum -c``. The two newest are kept, so that there is one to
+fall back to where a disk has damaged the other, and the best, which a file of its own names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamcnn.errors import DamagedCheckpoint
+
+BEST = "best.txt"
+"""Names the best checkpoint."""
+KEPT = 2
+"""Checkpoints kept besides the best."""
+_NAME = re.compile(r"update-(\d+)\.pt")
+_TEMPORARY = ".partial"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Parameters
+    ----------
+    folder
+        Created where it does not exist. Files of other names in it are left alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, state: Mapping[str, Any], update: int) -> Path:
+        """Write ``state``, as it is after so many updates, and remove what is not kept any more.
+
+        Parameters
+        ----------
+        state
+            Tensors, numbers, texts, and lists, tuples and dicts of them.
+        """
+        path = self.folder / f"update-{update:08d}.pt"
+        with _written(path) as temporary, temporary.open("wb") as file:
+            torch.save(dict(state), file)
+        for old in self.paths()[KEPT:]:
+            if old != self.best():
+                old.unlink()
+                _digest_path(old).unlink(missing_ok=True)
+        return path
+
+    def mark_best(self, update: int) -> None:
+        """Keep the checkpoint after so many updates as the best, instead of the one before."""
+        with _written(self.folder / BEST, digest=False) as temporary:
+            temporary.write_text(f"update-{update:08d}.pt\n")
+
+    def best(self) -> Path | None:
+        """The best checkpoint; None if none was marked."""
+        marker = self.folder / BEST
+        return self.folder / marker.read_text().strip() if marker.exists() else None
+
+    def paths(self) -> list[Path]:
+        """The checkpoints that are there, the newest first, the best among them."""
+        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_update_of, reverse=True)
+
+    def newest(self) -> dict[str, Any] | None:
+        """What the newest intact checkpoint holds; None where there is none at all.
+
+        A damaged one is passed over with a warning.
+
+        Raises
+        ------
+        DamagedCheckpoint
+            If there are checkpoints and all are damaged.
+        """
+        damaged: list[str] = []
+        for path in self.paths():
+            try:
+                state = load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+                continue
+            for text in damaged:
+                warnings.warn(f"{text}; going on from {path.name}, the one before", stacklevel=2)
+            return state
+        if damaged:
+            raise DamagedCheckpoint(
+                f"no checkpoint in {self.folder} can be used: {'; '.join(damaged)}. Begin a new run"
+            )
+        return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, tensors on the CPU.
+
+    Raises
+    ------
+    DamagedCheckpoint
+        If its digest is missing or another one.
+    FileNotFoundError
+        If it is not there.
+    """
+    try:
+        expected = _digest_path(path).read_text().split()[0]
+    except (FileNotFoundError, IndexError):
+        raise DamagedCheckpoint(f"{path} has no digest beside it") from None
+    if _digest(path) != expected:
+        raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+@contextmanager
+def _written(path: Path, *, digest: bool = True) -> Iterator[Path]:
+    """A temporary file beside ``path`` to write to, which takes its place when the block ends."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    yield temporary
+    _flush(temporary)
+    if digest:
+        # The digest first: whatever has the final name has one.
+        with _written(_digest_path(path), digest=False) as beside:
+            beside.write_text(f"{_digest(temporary)}  {path.name}\n")
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _update_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])

@@ -1,0 +1,74 @@
+"""What a run writes down as it goes: JSON lines, and events for TensorBoard if that is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+LOG = "log.jsonl"
+EVENTS = "events"
+
+
+class RunLog:
+    """The log of a run, opened for the rest of it.
+
+    Parameters
+    ----------
+    folder
+        Of the run; it exists.
+    nbytes
+        Length of the lines that a checkpoint knows of; later ones, of updates that will be made again, are
+        cut off.
+    update
+        The update that the checkpoint is of.
+    events
+        Whether to write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path, *, nbytes: int = 0, update: int = 0, events: bool = False) -> None:
+        self._file = (folder / LOG).open("a+b")
+        self._file.truncate(nbytes)
+        self._writer: Any = None
+        if events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / EVENTS), purge_step=update)
+
+    def write(self, kind: str, values: Mapping[str, Any], update: int) -> None:
+        """Add a line of ``values``; numbers among them are events too, named ``kind/name``."""
+        line = json.dumps({"kind": kind, "update": update, **values}, allow_nan=True)
+        self._file.write(line.encode() + b"\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._writer.add_scalar(f"{kind}/{name}", value, update)
+
+    def flush(self) -> int:
+        """Bring all lines to the disk; their length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+        return self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run's log, in order."""
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]

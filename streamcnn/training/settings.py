@@ -1,0 +1,133 @@
+"""What a run is made of, and what may differ when it goes on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from streamcnn.errors import RunMismatch
+
+AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PER_EPOCH = ("epoch", "update")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """Everything that decides what a run computes.
+
+    Raises
+    ------
+    ValueError
+        If a value has no meaning; the text says what is allowed.
+    """
+
+    epochs: int = 10
+    """Most passes over the training images."""
+    batch_size: int = 1
+    """Images of one forward pass."""
+    accumulate: int = 1
+    """Forward passes whose gradients make one update; the last update of an epoch may have fewer."""
+    optimizer: str = "Adam"
+    """A class of ``torch.optim``."""
+    learning_rate: float = 1e-3
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed on to the optimiser."""
+    schedule: str | None = None
+    """A class of ``torch.optim.lr_scheduler``; None keeps the learning rate."""
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed on to the schedule."""
+    schedule_every: str = "epoch"
+    """When the schedule makes a step: after each ``"epoch"`` or each ``"update"``."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together."""
+    ema_decay: float | None = None
+    """Share that the averaged weights keep in an update; validation is then by these."""
+    autocast: str | None = None
+    """``"bfloat16"`` or ``"float16"``."""
+    balanced: bool = False
+    """Each epoch takes as many images of every label as the rarest has."""
+    patience: int | None = None
+    """Epochs without a better validation accuracy after which the run ends."""
+    save_every: int = 100
+    """Updates from one checkpoint to the next; there is one after every epoch besides."""
+    seed: int = 0
+    """Of the order of images and of all else that is drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are 1 and more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: allowed are positive numbers")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm}: allowed are positive numbers, or None")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: allowed are 0 and more, and less than 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience}: allowed are 1 and more, or None")
+        if self.autocast is not None and self.autocast not in AUTOCAST_TYPES:
+            raise ValueError(f"autocast={self.autocast!r}: allowed are {', '.join(AUTOCAST_TYPES)}, or None")
+        if self.schedule_every not in PER_EPOCH:
+            raise ValueError(f"schedule_every={self.schedule_every!r}: allowed are {' and '.join(PER_EPOCH)}")
+        _class_of(torch.optim, Optimizer, self.optimizer, "optimizer")
+        if self.schedule is not None:
+            _class_of(torch.optim.lr_scheduler, LRScheduler, self.schedule, "schedule")
+
+    def make_optimizer(self, net: nn.Module) -> Optimizer:
+        """The optimiser of ``net``'s trainable parameters."""
+        kind = _class_of(torch.optim, Optimizer, self.optimizer, "optimizer")
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        return kind(parameters, lr=self.learning_rate, **self.optimizer_options)  # type: ignore[no-any-return]
+
+    def make_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
+        """The schedule of an optimiser's learning rate."""
+        if self.schedule is None:
+            return None
+        kind = _class_of(torch.optim.lr_scheduler, LRScheduler, self.schedule, "schedule")
+        return kind(optimizer, **self.schedule_options)  # type: ignore[no-any-return]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values by name."""
+        return asdict(self)
+
+
+MAY_GROW = frozenset({"epochs", "patience", "save_every"})
+"""Settings that say when a run ends or is saved, and not what it computes until then."""
+
+
+def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Hold what a run is resumed with against what it began with.
+
+    Raises
+    ------
+    RunMismatch
+        If they differ, with all differences.
+    """
+    differing = [
+        f"{name} was {expected.get(name)!r} and is {found.get(name)!r}"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name) and name not in MAY_GROW
+    ]
+    if differing:
+        raise RunMismatch(
+            f"the run cannot go on, since it began differently: {'; '.join(differing)}. Go on with what it "
+            "began with, or begin another run in another folder"
+        )
+
+
+def _class_of(module: Any, base: type, name: str, setting: str) -> Any:
+    """The class of that name in ``module``."""
+    found = getattr(module, name, None)
+    if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
+        known = sorted(
+            key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)
+        )
+        raise ValueError(f"{setting}={name!r}: allowed are {', '.join(known)}")
+    return found

@@ -1,0 +1,462 @@
+"""The training loop: a run that was killed goes on, and ends as if it had not been.
+
+A checkpoint is taken between two updates and holds all that the rest of the run depends on: weights,
+optimiser, schedule, loss scaling, averaged weights, every random state, the place in the order of images, the
+sums of the epoch so far, and how long the log was. What came after it is done again, in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from streamcnn.data.dataset import LabelledImages, collate
+from streamcnn.data.sampling import ResumableSampler
+from streamcnn.errors import RunMismatch, TrainingDiverged
+from streamcnn.streaming_model import StreamingModel
+from streamcnn.training.checkpoints import CheckpointFolder
+from streamcnn.training.evaluation import Score, score
+from streamcnn.training.log import RunLog
+from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
+
+FORMAT = 1
+"""Of a checkpoint's contents."""
+
+
+class Terminated(Exception):
+    """The run was asked to end by SIGTERM; its state is saved."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is."""
+
+    update: int = 0
+    epoch: int = 0
+    """Epochs that are over."""
+    num_images: int = 0
+    """Images of the present epoch so far; what follows is summed over them."""
+    loss_sum: float = 0.0
+    num_right: int = 0
+    best_accuracy: float = -1.0
+    """On the validation images."""
+    best_update: int = 0
+    epochs_since_best: int = 0
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came of a run."""
+
+    num_updates: int
+    num_epochs: int
+    best: Path
+    """The checkpoint with the best validation accuracy."""
+    best_accuracy: float
+
+
+class Trainer:
+    """Trains a classifier of whole images.
+
+    Parameters
+    ----------
+    model
+        Takes a list of image sources and gives logits ``(N, classes)``, as a ``StreamingModel`` does.
+    images, validation
+        What to train on, and what to choose the best weights by.
+    settings
+        What to do with them.
+    folder
+        Of the run: checkpoints and log. If there are checkpoints, the run goes on from the newest.
+    name
+        Of the model; a run is only resumed with a model of the same name and the same tensors.
+    events
+        Whether to write TensorBoard events too.
+
+    Raises
+    ------
+    ValueError
+        If there are no images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: LabelledImages,
+        validation: LabelledImages,
+        settings: TrainSettings,
+        folder: Path,
+        *,
+        name: str = "",
+        events: bool = False,
+    ) -> None:
+        for what, data in (("training", images), ("validation", validation)):
+            if not len(data):
+                raise ValueError(f"there are no {what} images: allowed are one and more")
+        self.model = model
+        self.images = images
+        self.validation = validation
+        self.settings = settings
+        self.folder = folder
+        self.name = name
+        self.events = events
+        self.net: nn.Module = model.net if isinstance(model, StreamingModel) else model
+        self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
+        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        self.progress = Progress()
+        self._asked_to_end = False
+
+    def run(self) -> TrainResult:
+        """Train, from the newest checkpoint if there is one, until the run is over.
+
+        Raises
+        ------
+        RunMismatch
+            If the checkpoints are of another model, other data or other settings.
+        DamagedCheckpoint
+            If there are checkpoints and none can be read.
+        TrainingDiverged
+            If the loss is no number any more.
+        Terminated
+            After SIGTERM, when the state is saved.
+        """
+        saved = self.checkpoints.newest()
+        self._begin()
+        if saved is not None:
+            self._restore(saved)
+        nbytes = 0 if saved is None else saved["log_bytes"]
+        with (
+            RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log,
+            self._heeding_sigterm(),
+        ):
+            if saved is None:
+                self._save()
+            while not self.progress.is_over:
+                self._train_epoch()
+                self._end_epoch(self._validate())
+        best = self.checkpoints.best()
+        assert best is not None
+        return TrainResult(
+            num_updates=self.progress.update,
+            num_epochs=self.progress.epoch,
+            best=best,
+            best_accuracy=self.progress.best_accuracy,
+        )
+
+    # --- state ---------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Everything as it is before the first update."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        random.seed(settings.seed)
+        np.random.seed(settings.seed % 2**32)
+        self.optimizer = settings.make_optimizer(self.net)
+        self.schedule = settings.make_schedule(self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast == "float16")
+        self.averaged: AveragedModel | None = None
+        if settings.ema_decay is not None:
+            average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(self.net, multi_avg_fn=average)
+        labels = self.images.labels if settings.balanced else None
+        self.sampler = ResumableSampler(self.images, seed=settings.seed, labels=labels)
+        self.progress = Progress()
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on."""
+        streamed = self.model if isinstance(self.model, StreamingModel) else None
+        return {
+            **self.settings.to_dict(),
+            "model": self.name,
+            "tensors": {key: f"{t.dtype}{tuple(t.shape)}" for key, t in self.net.state_dict().items()},
+            "images": self.images.fingerprint,
+            "validation": self.validation.fingerprint,
+            "budget": streamed and streamed.budget,
+            "tile": streamed and streamed.tile and list(streamed.tile),
+            "device": self.device.type,
+        }
+
+    def _save(self) -> None:
+        """Write a checkpoint of the state as it is between two updates."""
+        self.checkpoints.save(
+            {
+                "format": FORMAT,
+                "identity": self._identity(),
+                "versions": _versions(),
+                "progress": asdict(self.progress),
+                "model": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "averaged": None if self.averaged is None else self.averaged.state_dict(),
+                "sampler": self.sampler.state_dict(),
+                "random": _random_states(self.device),
+                "plan": self._plan_digest(),
+                "log_bytes": self.log.flush(),
+            },
+            self.progress.update,
+        )
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint holds."""
+        if saved["format"] != FORMAT:
+            raise RunMismatch(
+                f"{self.checkpoints.folder} has checkpoints of format {saved['format']}, this version writes "
+                f"{FORMAT}: go on with the version that wrote them ({saved['versions']})"
+            )
+        require_same(self._identity(), saved["identity"])
+        for name, present in _versions().items():
+            before = saved["versions"].get(name)
+            if before != present:
+                warnings.warn(
+                    f"the run began with {name} {before} and goes on with {present}: it may end differently "
+                    "from one without a break",
+                    stacklevel=3,
+                )
+        self.net.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(saved["schedule"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(saved["averaged"])
+        self.sampler.load_state_dict(saved["sampler"])
+        self.progress = Progress(**saved["progress"])
+        _set_random_states(saved["random"], self.device)
+        if self.progress.best_update == self.progress.update and self.progress.best_accuracy >= 0:
+            # The run may have been killed before it was marked.
+            self.checkpoints.mark_best(self.progress.update)
+        # A run may be given more epochs, or more patience, than it had.
+        self.progress.is_over = self._is_over()
+
+    def _plan_digest(self) -> str | None:
+        """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
+        if not isinstance(self.model, StreamingModel):
+            return None
+        source, _ = self.images[0]
+        with torch.enable_grad():
+            return self.model.plan((self.settings.batch_size, *source.shape)).digest
+
+    # --- updates -------------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        """The rest of the present epoch."""
+        self.model.train()
+        self.images.set_epoch(self.sampler.epoch)
+        for positions in self._updates():
+            self._update(positions)
+            if self._asked_to_end or self.progress.update % self.settings.save_every == 0:
+                self._save()
+            if self._asked_to_end:
+                raise Terminated(f"ended by SIGTERM after update {self.progress.update}; the state is saved")
+
+    def _updates(self) -> Iterator[list[int]]:
+        """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
+        size = self.settings.batch_size * self.settings.accumulate
+        epoch, positions = self.sampler.epoch, list[int]()
+        for position in self.sampler:
+            positions.append(position)
+            upcoming = self.sampler.upcoming()
+            if upcoming is not None:
+                self.images.prefetch(upcoming)
+            if len(positions) == size or upcoming is None:
+                yield positions
+                positions = []
+        assert self.sampler.epoch == epoch + 1
+
+    def _update(self, positions: list[int]) -> None:
+        """One step of the optimiser, on the gradients of all ``positions``."""
+        settings, progress, start = self.settings, self.progress, time.perf_counter()
+        size = settings.batch_size
+        loss_sum, num_right, num_pixels = 0.0, 0, 0
+        self.optimizer.zero_grad(set_to_none=True)
+        for at in range(0, len(positions), size):
+            sources, labels = collate([self.images[p] for p in positions[at : at + size]])
+            num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
+            with self._casting():
+                logits = self.model(sources)
+                loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            self.scaler.scale(loss / len(positions)).backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+            num_right += int((logits.detach().argmax(1).cpu() == labels).sum())
+        if not math.isfinite(loss_sum):
+            raise TrainingDiverged(
+                f"the loss of update {progress.update + 1} is {loss_sum}: begin another run with a smaller "
+                "learning_rate, or with clip_norm; the checkpoints are from before it"
+            )
+        self._step()
+        progress.update += 1
+        progress.num_images += len(positions)
+        progress.loss_sum += loss_sum
+        progress.num_right += num_right
+        seconds = time.perf_counter() - start
+        report = getattr(self.model, "last_report", None)
+        self.log.write(
+            "update",
+            {
+                "epoch": progress.epoch,
+                "loss": loss_sum / len(positions),
+                "accuracy": num_right / len(positions),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "seconds": seconds,
+                "megapixels_per_second": num_pixels / seconds / 1e6,
+                "measured_bytes": None if report is None else report.measured_bytes,
+                "projected_bytes": None if report is None else report.projected_bytes,
+                "retries": 0 if report is None else report.num_retries,
+            },
+            progress.update,
+        )
+
+    def _step(self) -> None:
+        """Change the weights by their gradients."""
+        settings = self.settings
+        if settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.net)
+        if self.schedule is not None and settings.schedule_every == "update":
+            self.schedule.step()
+
+    @contextmanager
+    def _casting(self) -> Iterator[None]:
+        """Autocast as the settings say."""
+        name = self.settings.autocast
+        with torch.autocast(
+            self.device.type,
+            AUTOCAST_TYPES.get(name or "bfloat16"),
+            enabled=name is not None,
+            cache_enabled=False,
+        ):
+            yield
+
+    # --- epochs --------------------------------------------------------------------------------------
+
+    def _validate(self) -> Score:
+        """Classify the validation images by the averaged weights, or by the present ones if none are kept."""
+        self.model.eval()
+        self.validation.set_epoch(0)
+        with self._averaged_weights():
+            return score(
+                self.model, self.validation, batch_size=self.settings.batch_size, casting=self._casting
+            )
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Lend the model the averaged weights, if there are any."""
+        if self.averaged is None:
+            yield
+            return
+        own = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+        averaged = self.averaged.module
+        assert isinstance(averaged, nn.Module)
+        self.net.load_state_dict(averaged.state_dict())
+        try:
+            yield
+        finally:
+            self.net.load_state_dict(own)
+
+    def _end_epoch(self, found: Score) -> None:
+        """Note the validation, decide what comes next, and save."""
+        progress, settings = self.progress, self.settings
+        if self.schedule is not None and settings.schedule_every == "epoch":
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step(found.loss)
+            else:
+                self.schedule.step()
+        self.log.write(
+            "epoch",
+            {
+                "epoch": progress.epoch,
+                "loss": progress.loss_sum / max(progress.num_images, 1),
+                "accuracy": progress.num_right / max(progress.num_images, 1),
+                "validation_loss": found.loss,
+                "validation_accuracy": found.accuracy,
+            },
+            progress.update,
+        )
+        progress.epoch += 1
+        progress.num_images, progress.loss_sum, progress.num_right = 0, 0.0, 0
+        is_better = found.accuracy > progress.best_accuracy
+        progress.epochs_since_best = 0 if is_better else progress.epochs_since_best + 1
+        if is_better:
+            progress.best_accuracy, progress.best_update = found.accuracy, progress.update
+        progress.is_over = self._is_over()
+        self._save()
+        if is_better:
+            self.checkpoints.mark_best(progress.update)
+
+    def _is_over(self) -> bool:
+        """Whether all epochs are over, or too many were no better."""
+        patience = self.settings.patience
+        return self.progress.epoch >= self.settings.epochs or (
+            patience is not None and self.progress.epochs_since_best >= patience
+        )
+
+    # --- ending --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _heeding_sigterm(self) -> Iterator[None]:
+        """End after the present update when SIGTERM comes; only the main thread can be told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(*_: object) -> None:
+            self._asked_to_end = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _versions() -> dict[str, str]:
+    """Of what a run's results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "streamcnn": version("streamcnn"),
+    }
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    """All random states that a model or its data may draw from, as plain values and tensors."""
+    name, words, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, words.tolist(), *rest),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)

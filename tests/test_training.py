@@ -1,0 +1,373 @@
+"""Training: what a run writes, and that a run that was interrupted ends bitwise as one that was not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamcnn import ImageSource, StreamingModel, TensorSource
+from streamcnn.errors import DamagedCheckpoint, RunMismatch, TrainingDiverged
+from streamcnn.training import Terminated, Trainer, TrainSettings, read_log, score
+from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+
+SIZE = (40, 36)
+
+
+class Images:
+    """Random images of three classes, whose means tell them apart."""
+
+    def __init__(self, count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        self.labels = tuple(position % 3 for position in range(count))
+        draw = torch.Generator().manual_seed(seed)
+        self.pixels = [torch.randn(1, *SIZE, generator=draw, dtype=dtype) + label for label in self.labels]
+        self.fingerprint = f"{count} images of seed {seed}"
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def prefetch(self, position: int) -> None:
+        assert 0 <= position < len(self)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[ImageSource, int]:
+        return TensorSource(self.pixels[position]), self.labels[position]
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
+def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> Trainer:
+    values: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 2,
+        "accumulate": 2,
+        "schedule": "ExponentialLR",
+        "schedule_options": {"gamma": 0.9},
+        "ema_decay": 0.9,
+        "clip_norm": 1.0,
+        "save_every": 2,
+        **changes,
+    }
+    model = StreamingModel(make_net() if net is None else net, tile=20)
+    return Trainer(model, Images(14), Images(5, seed=1), TrainSettings(**values), folder, name="small")
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """All that the last checkpoint holds but times."""
+    state = CheckpointFolder(folder / "checkpoints").newest()
+    assert state is not None
+    del state["log_bytes"]
+    return state
+
+
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Every number and every bit the same."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_equal(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_equal(one, other, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+def log_without_times(folder: Path) -> list[dict[str, Any]]:
+    left_out = ("seconds", "megapixels_per_second", "measured_bytes")
+    return [{k: v for k, v in line.items() if k not in left_out} for line in read_log(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_trainer(folder).run()
+    return folder
+
+
+class Killed(BaseException):
+    """Stands for the process being gone: nothing may be saved on its way."""
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+def test_a_run_that_was_killed_ends_as_one_that_was_not(whole: Path, tmp_path: Path, after: int) -> None:
+    trainer = make_trainer(tmp_path)
+    calls = itertools.count(1)
+    original = trainer._step
+
+    def step() -> None:
+        original()
+        if next(calls) == after:
+            raise Killed
+
+    trainer._step = step  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.run()
+    # Another process would find another state of everything that is random.
+    torch.rand(5)
+    make_trainer(tmp_path).run()
+    assert_equal(final_state(tmp_path), final_state(whole))
+    assert log_without_times(tmp_path) == log_without_times(whole)
+
+
+def test_a_run_learns_and_writes_what_it_does(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=8, learning_rate=0.05, ema_decay=None)
+    result = trainer.run()
+    assert result.best_accuracy == 1.0
+    assert result.num_epochs == 8
+    updates = [line for line in read_log(tmp_path) if line["kind"] == "update"]
+    epochs = [line for line in read_log(tmp_path) if line["kind"] == "epoch"]
+    # 14 images in updates of two batches of two: three whole ones and one of two images.
+    assert [line["update"] for line in updates] == list(range(1, 8 * 4 + 1))
+    assert result.num_updates == 32
+    assert [line["epoch"] for line in epochs] == list(range(8))
+    assert epochs[-1]["loss"] < 0.7 * epochs[0]["loss"]
+    assert all(line["projected_bytes"] > 0 for line in updates)
+    assert all(line["learning_rate"] == pytest.approx(0.05 * 0.9 ** line["epoch"]) for line in updates)
+    best = load_checkpoint(result.best)
+    assert best["progress"]["best_update"] == best["progress"]["update"]
+    # The epochs' augmentations are drawn anew.
+    assert trainer.images.epochs == list(range(8))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_the_losses_are_those_of_plain_pytorch(tmp_path: Path, dtype: torch.dtype, bound: float) -> None:
+    """Twenty updates with Adam."""
+    images = Images(10, dtype=dtype)
+    settings = TrainSettings(epochs=4, batch_size=1, accumulate=2, learning_rate=0.01, optimizer="Adam")
+    net = make_net().to(dtype)
+    net[3] = nn.Identity()  # dropout draws by position in both, but from different streams
+    Trainer(StreamingModel(net, tile=16), images, images, settings, tmp_path).run()
+    found = [line["loss"] for line in read_log(tmp_path) if line["kind"] == "update"]
+    plain = make_net().to(dtype)
+    plain[3] = nn.Identity()
+    assert found == pytest.approx(plain_losses(plain, images, settings), rel=bound)
+    assert len(found) == 20
+
+
+def pairs(positions: Sequence[int]) -> list[Sequence[int]]:
+    return [positions[at : at + 2] for at in range(0, len(positions), 2)]
+
+
+def plain_losses(net: nn.Module, images: Images, settings: TrainSettings) -> list[float]:
+    """The same updates without the trainer, on whole images."""
+    from streamcnn.data.sampling import ResumableSampler
+
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate)
+    sampler = ResumableSampler(images, seed=settings.seed)
+    losses = []
+    for epoch in range(settings.epochs):
+        for positions in pairs(sampler.order(epoch)):
+            optimizer.zero_grad()
+            total = 0.0
+            for position in positions:
+                label = torch.tensor([images.labels[position]])
+                loss = F.cross_entropy(net(images.pixels[position][None]), label) / len(positions)
+                loss.backward()
+                total += float(loss.detach())
+            optimizer.step()
+            losses.append(total)
+    return losses
+
+
+def test_sigterm_saves_and_ends_the_run(whole: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_every=1000)
+    original = trainer._step
+
+    def step() -> None:
+        original()
+        if trainer.progress.update == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._step = step  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="after update 5; the state is saved"):
+        trainer.run()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert final_state(tmp_path)["progress"]["update"] == 5
+    make_trainer(tmp_path).run()
+    assert_equal(final_state(tmp_path), final_state(whole))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=2).run()
+    newest, before = CheckpointFolder(tmp_path / "checkpoints").paths()[:2]
+    damage(newest)
+    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged.*going on from {before.name}"):
+        make_trainer(tmp_path).run()
+    assert_equal(final_state(tmp_path), final_state(whole))
+
+
+def test_damage_to_all_checkpoints_is_an_error(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=1).run()
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    for path in checkpoints.paths():
+        damage(path)
+    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint in .* can be used.*is damaged.*is damaged"):
+        make_trainer(tmp_path).run()
+    digest = checkpoints.paths()[0].with_name(checkpoints.paths()[0].name + ".sha256")
+    digest.unlink()
+    with pytest.raises(DamagedCheckpoint, match="has no digest beside it"):
+        load_checkpoint(checkpoints.paths()[0])
+
+
+def test_the_best_checkpoint_stays_and_older_ones_go(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path)
+    assert checkpoints.best() is None
+    for update in range(1, 6):
+        checkpoints.save({"update": update}, update)
+        if update == 2:
+            checkpoints.mark_best(update)
+    assert [load_checkpoint(path)["update"] for path in checkpoints.paths()] == [5, 4, 2]
+    checkpoints.mark_best(4)
+    checkpoints.save({"update": 6}, 6)
+    checkpoints.save({"update": 7}, 7)
+    assert [load_checkpoint(path)["update"] for path in checkpoints.paths()] == [7, 6, 4]
+    assert checkpoints.best() == checkpoints.paths()[-1]
+    # Nothing but these, their digests and the marker.
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate was 0.001 and is 0.5"),
+        ({"batch_size": 1, "seed": 4}, "batch_size was 2 and is 1; seed was 0 and is 4"),
+        ({"net": nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())}, "tensors was"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_began_with_alone(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    make_trainer(tmp_path, epochs=1).run()
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    lines = read_log(tmp_path)
+    with pytest.raises(RunMismatch, match=named):
+        make_trainer(tmp_path, **{"epochs": 2, **changes}).run()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    assert read_log(tmp_path) == lines
+
+
+def test_other_images_are_another_run(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=1).run()
+    trainer = make_trainer(tmp_path)
+    trainer.validation = Images(5, seed=9)
+    with pytest.raises(RunMismatch, match="validation was '5 images of seed 1' and is '5 images of seed 9'"):
+        trainer.run()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    net = make_net()
+    with torch.no_grad():
+        net[-1].bias.fill_(torch.inf)
+    with pytest.raises(TrainingDiverged, match="the loss of update 1 is nan"):
+        make_trainer(tmp_path, net).run()
+    assert final_state(tmp_path)["progress"]["update"] == 0
+
+
+def test_a_run_ends_when_it_gets_no_better(tmp_path: Path) -> None:
+    result = make_trainer(tmp_path, epochs=50, patience=2, learning_rate=1e-9, ema_decay=None).run()
+    assert result.num_epochs < 50
+    progress = final_state(tmp_path)["progress"]
+    assert progress["epochs_since_best"] == 2
+    # More patience lets it go on.
+    assert make_trainer(tmp_path, epochs=5, patience=9, learning_rate=1e-9, ema_decay=None).run()
+
+
+def test_validation_is_by_the_averaged_weights(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=1, ema_decay=0.5)
+    seen: list[Tensor] = []
+    original = trainer._validate
+
+    def validate() -> Any:
+        with trainer._averaged_weights():
+            seen.append(trainer.net.state_dict()["0.weight"].clone())
+        return original()
+
+    trainer._validate = validate  # type: ignore[method-assign]
+    trainer.run()
+    state = final_state(tmp_path)
+    assert torch.equal(seen[0], state["averaged"]["module.0.weight"])
+    assert not torch.equal(seen[0], state["model"]["0.weight"])
+
+
+def test_a_score_counts_labels_and_predictions() -> None:
+    images = Images(7)
+    answers = iter([0, 1, 1, 0, 2, 2, 0])
+
+    def classify(sources: list[ImageSource]) -> Tensor:
+        return torch.stack([4.0 * F.one_hot(torch.tensor(next(answers)), 3) for _ in sources])
+
+    found = score(classify, images, batch_size=2)
+    # Labels are 0, 1, 2, 0, 1, 2, 0.
+    assert found.predictions == (0, 1, 1, 0, 2, 2, 0)
+    assert found.confusion == ((3, 0, 0), (0, 1, 1), (0, 1, 1))
+    assert found.accuracy == pytest.approx(5 / 7)
+    right, wrong = (float(F.cross_entropy(torch.tensor([[4.0, 0, 0]]), torch.tensor([k]))) for k in (0, 1))
+    assert found.loss == pytest.approx((5 * right + 2 * wrong) / 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: allowed are 1 and more"),
+        ({"learning_rate": 0}, "learning_rate=0: allowed are positive numbers"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0: allowed are positive numbers, or None"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0: allowed are 0 and more, and less than 1"),
+        ({"patience": 0}, "patience=0: allowed are 1 and more, or None"),
+        ({"autocast": "int8"}, "autocast='int8': allowed are bfloat16, float16, or None"),
+        ({"schedule_every": "day"}, "schedule_every='day': allowed are epoch and update"),
+        ({"optimizer": "Adamm"}, "optimizer='Adamm': allowed are .*Adam, .*SGD"),
+        ({"schedule": "Optimizer"}, "schedule='Optimizer': allowed are .*ExponentialLR"),
+    ],
+)
+def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**values)
+
+
+def test_tensorboard_finds_the_numbers(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.events = True
+    trainer.run()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("update/loss")}
+    lines = [line for line in read_log(tmp_path) if line["kind"] == "update"]
+    assert found == pytest.approx({line["update"]: line["loss"] for line in lines})
+    assert events.Scalars("epoch/validation_accuracy")
