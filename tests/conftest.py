@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-from streamcnn import planning
+from streamcnn import cli, planning
 from streamcnn.plan import Home, Plan
 from streamcnn.program import Program
 
@@ -49,3 +50,20 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         return program, dataclasses.replace(plan, stores=stores)
 
     monkeypatch.setattr(planning, "make_plan", spilled)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line with arguments; its exit status, standard output and standard error."""
+
+    def run_with(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["streamcnn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, output.out, output.err
+
+    return run_with

@@ -19,21 +19,6 @@ from streamcnn.errors import PlanDoesNotFit
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line with arguments; its exit status, standard output and standard error."""
-
-    def run_with(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["streamcnn", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        output = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, output.out, output.err
-
-    return run_with
-
-
 @dataclass
 class FakePlan:
     """Says with what it was made."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training_runs import assert_equal, final_state, log_without_times
 
 from streamcnn import ImageSource, StreamingModel, TensorSource
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, TrainingDiverged
@@ -72,36 +73,6 @@ def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> 
     }
     model = StreamingModel(make_net() if net is None else net, tile=20)
     return Trainer(model, Images(14), Images(5, seed=1), TrainSettings(**values), folder, name="small")
-
-
-def final_state(folder: Path) -> dict[str, Any]:
-    """All that the last checkpoint holds but times."""
-    state = CheckpointFolder(folder / "checkpoints").newest()
-    assert state is not None
-    del state["log_bytes"]
-    return state
-
-
-def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Every number and every bit the same."""
-    assert type(found) is type(expected), where
-    if isinstance(expected, Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key, value in expected.items():
-            assert_equal(found[key], value, f"{where}.{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(one, other, f"{where}[{index}]")
-    else:
-        assert found == expected, where
-
-
-def log_without_times(folder: Path) -> list[dict[str, Any]]:
-    left_out = ("seconds", "megapixels_per_second", "measured_bytes")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in read_log(folder)]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from streamcnn.cli import images, models, profiling, ultramnist
+from streamcnn.cli import images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.errors import StreamError
 from streamcnn.units import parse_bytes
@@ -80,6 +80,9 @@ def demo(
 app.command()(models.plan)
 app.command()(models.verify)
 app.command("profile")(profiling.profile)
+app.command()(training.train)
+app.command()(training.evaluate)
+app.command()(training.predict)
 app.command()(images.info)
 app.command()(images.convert)
 app.add_typer(ultramnist.app, name="ultramnist")

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
+Given = TypeVar("Given")
 T = TypeVar("T")
 
 FAILED = 1
@@ -44,10 +45,10 @@ def parse_extent(text: str) -> tuple[int, int]:
     return height, width
 
 
-def parse(option: str, reader: Callable[[str], T] | Callable[[str | None], T], text: str | None) -> T:
+def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
     """The value of an option; wrong text ends the command as wrong usage."""
     try:
-        return reader(text)  # type: ignore[arg-type]
+        return reader(given)
     except ValueError as error:
         exit_for_wrong_usage(f"{option}: {error}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,7 @@ def score(
     MissingExtra
         If torchmetrics is not installed.
     """
-    make_torchvision_importable()
-    classification = require("torchmetrics.functional.classification", extra="train")
+    classification = require_metrics()
     logits: list[Tensor] = []
     for at in range(0, len(images), batch_size):
         positions = range(at, min(at + batch_size, len(images)))
@@ -60,9 +60,21 @@ def score(
     return _score(torch.cat(logits), images.labels, classification)
 
 
-def _score(logits: Tensor, labels: Sequence[int], classification: object) -> Score:
+def require_metrics() -> ModuleType:
+    """The module of torchmetrics that scores are by.
+
+    Raises
+    ------
+    MissingExtra
+        If it is not installed.
+    """
+    make_torchvision_importable()
+    return require("torchmetrics.functional.classification", extra="train")
+
+
+def _score(logits: Tensor, labels: Sequence[int], classification: ModuleType) -> Score:
     wanted, found = torch.tensor(labels), logits.argmax(1)
-    confusion = classification.multiclass_confusion_matrix(found, wanted, num_classes=logits.shape[1])  # type: ignore[attr-defined]
+    confusion = classification.multiclass_confusion_matrix(found, wanted, num_classes=logits.shape[1])
     return Score(
         loss=float(F.cross_entropy(logits, wanted)),
         accuracy=float(confusion.diagonal().sum() / confusion.sum()),

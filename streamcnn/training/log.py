@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from streamcnn.extras import require
+
 LOG = "log.jsonl"
 EVENTS = "events"
 
@@ -27,6 +29,11 @@ class RunLog:
         The update that the checkpoint is of.
     events
         Whether to write TensorBoard events.
+
+    Raises
+    ------
+    MissingExtra
+        If TensorBoard is wanted and not installed.
     """
 
     def __init__(self, folder: Path, *, nbytes: int = 0, update: int = 0, events: bool = False) -> None:
@@ -34,9 +41,8 @@ class RunLog:
         self._file.truncate(nbytes)
         self._writer: Any = None
         if events:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / EVENTS), purge_step=update)
+            board = require("torch.utils.tensorboard", extra="train")
+            self._writer = board.SummaryWriter(str(folder / EVENTS), purge_step=update)
 
     def write(self, kind: str, values: Mapping[str, Any], update: int) -> None:
         """Add a line of ``values``; numbers among them are events too, named ``kind/name``."""

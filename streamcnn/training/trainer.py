@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,19 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.data.sampling import ResumableSampler
-from streamcnn.errors import RunMismatch, TrainingDiverged
+from streamcnn.errors import DatasetMismatch, RunMismatch, TrainingDiverged
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder
-from streamcnn.training.evaluation import Score, score
+from streamcnn.training.evaluation import Score, require_metrics, score
 from streamcnn.training.log import RunLog
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
 
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Told the kind and the values of each line that is written to the log."""
 FORMAT = 1
 """Of a checkpoint's contents."""
 
@@ -91,11 +93,15 @@ class Trainer:
         Of the model; a run is only resumed with a model of the same name and the same tensors.
     events
         Whether to write TensorBoard events too.
+    listener
+        Told of every update and epoch as the log is.
 
     Raises
     ------
     ValueError
         If there are no images.
+    MissingExtra
+        If torchmetrics is not installed.
     """
 
     def __init__(
@@ -108,10 +114,12 @@ class Trainer:
         *,
         name: str = "",
         events: bool = False,
+        listener: Listener | None = None,
     ) -> None:
         for what, data in (("training", images), ("validation", validation)):
             if not len(data):
                 raise ValueError(f"there are no {what} images: allowed are one and more")
+        require_metrics()  # now rather than after an epoch
         self.model = model
         self.images = images
         self.validation = validation
@@ -119,11 +127,18 @@ class Trainer:
         self.folder = folder
         self.name = name
         self.events = events
+        self.listener = listener
         self.net: nn.Module = model.net if isinstance(model, StreamingModel) else model
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.progress = Progress()
         self._asked_to_end = False
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Steps of the optimiser in a whole epoch."""
+        size = self.settings.batch_size * self.settings.accumulate
+        return math.ceil(len(self._make_sampler()) / size)
 
     def run(self) -> TrainResult:
         """Train, from the newest checkpoint if there is one, until the run is over.
@@ -177,9 +192,13 @@ class Trainer:
         if settings.ema_decay is not None:
             average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
             self.averaged = AveragedModel(self.net, multi_avg_fn=average)
-        labels = self.images.labels if settings.balanced else None
-        self.sampler = ResumableSampler(self.images, seed=settings.seed, labels=labels)
+        self.sampler = self._make_sampler()
         self.progress = Progress()
+
+    def _make_sampler(self) -> ResumableSampler:
+        """The order of the images, at its beginning."""
+        labels = self.images.labels if self.settings.balanced else None
+        return ResumableSampler(self.images, seed=self.settings.seed, labels=labels)
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on."""
@@ -294,6 +313,7 @@ class Trainer:
             num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
             with self._casting():
                 logits = self.model(sources)
+                _require_labels(labels, logits)
                 loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             self.scaler.scale(loss / len(positions)).backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
@@ -310,7 +330,7 @@ class Trainer:
         progress.num_right += num_right
         seconds = time.perf_counter() - start
         report = getattr(self.model, "last_report", None)
-        self.log.write(
+        self._note(
             "update",
             {
                 "epoch": progress.epoch,
@@ -323,8 +343,13 @@ class Trainer:
                 "projected_bytes": None if report is None else report.projected_bytes,
                 "retries": 0 if report is None else report.num_retries,
             },
-            progress.update,
         )
+
+    def _note(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Tell the log and the listener."""
+        self.log.write(kind, values, self.progress.update)
+        if self.listener is not None:
+            self.listener(kind, values)
 
     def _step(self) -> None:
         """Change the weights by their gradients."""
@@ -385,7 +410,7 @@ class Trainer:
                 self.schedule.step(found.loss)
             else:
                 self.schedule.step()
-        self.log.write(
+        self._note(
             "epoch",
             {
                 "epoch": progress.epoch,
@@ -394,7 +419,6 @@ class Trainer:
                 "validation_loss": found.loss,
                 "validation_accuracy": found.accuracy,
             },
-            progress.update,
         )
         progress.epoch += 1
         progress.num_images, progress.loss_sum, progress.num_right = 0, 0.0, 0
@@ -431,6 +455,15 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _require_labels(labels: Tensor, logits: Tensor) -> None:
+    """The model has an output for each label."""
+    if logits.dim() != 2 or logits.shape[1] <= int(labels.max()):
+        raise DatasetMismatch(
+            f"the model gives {tuple(logits.shape)} for {len(labels)} images, one of which has the label "
+            f"{int(labels.max())}: needed are (N, classes) with a class for each label"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,34 @@
+"""Pixels as the floats that a model takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Normalise:
+    """Pixels of any type as float32, from which ``mean`` is taken and which are divided by ``std``.
+
+    Integers are first divided by the largest number of their type. The defaults take bytes to -1 to 1, as
+    in the UltraMNIST paper.
+
+    Raises
+    ------
+    ValueError
+        If ``std`` is not positive.
+    """
+
+    mean: float = 0.5
+    std: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std={self.std}: allowed are positive numbers")
+
+    def __call__(self, tile: Tensor) -> Tensor:
+        """A tile of the same shape."""
+        scale = 1.0 if tile.is_floating_point() else float(torch.iinfo(tile.dtype).max)
+        return (tile.float() - self.mean * scale) / (self.std * scale)

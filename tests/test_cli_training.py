@@ -1,0 +1,205 @@
+"""The commands train, evaluate and predict, as processes where signals end them."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import assert_equal, final_state, log_without_times
+
+from streamcnn.cli.training import TERMINATED, parse_key_values
+from streamcnn.training import load_run, read_log
+
+Run = Callable[..., tuple[int, str, str]]
+
+FACTORY = """
+from torch import nn
+
+def small(width=4):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2),
+    )
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a factory of models and images of two classes, bright and dark."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4), ("test", 6)):
+        for index in range(count):
+            name, middle = ("bright", 180) if index % 2 else ("dark", 70)
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = draw.integers(middle - 60, middle + 60, (34, 30, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "factories.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def arguments(workplace: Path, out: str = "run", **changes: Any) -> list[str]:
+    options = {"validation-split": "val", "epochs": 6, "batch": 2, "tile": 20, "learning-rate": 0.05}
+    flat = [f"--{name}={value}" for name, value in {**options, **changes}.items()]
+    return ["train", "factories:small", str(workplace / "images"), f"--out={workplace / out}", *flat]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from streamcnn.cli import main; main()", *arguments]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_classifier_is_trained_evaluated_and_asked(workplace: Path, run: Run) -> None:
+    status, out, err = run(*arguments(workplace, budget="1GiB"))
+    assert (status, err) == (0, "")
+    assert "epoch 6: loss" in out
+    assert "36 updates in 6 epochs; best validation accuracy 100.0%" in out
+    folder = workplace / "run"
+    first = read_log(folder)[0]
+    assert (first["kind"], first["measured_bytes"] > 0) == ("update", True)
+
+    status, out, _ = run("evaluate", folder)
+    assert status == 0
+    assert out.splitlines()[0].startswith("accuracy 100.0% of 6 images")
+    assert out.splitlines()[1:] == ["  bright: 3 of 3", "  dark: 3 of 3"]
+    status, out, _ = run("evaluate", folder, "--json", "--split", "val", "--batch", 3)
+    found = json.loads(out)
+    assert (found["accuracy"], found["confusion"], found["num_images"]) == (1.0, [[2, 0], [0, 2]], 4)
+
+    status, out, _ = run("predict", folder, workplace / "images" / "test" / "dark", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["class"] for answer in answers] == ["dark"] * 3
+    assert all(answer["label"] == 1 and 0.5 < answer["probability"] <= 1 for answer in answers)
+    status, out, _ = run("predict", folder, workplace / "images" / "test" / "dark" / "0.png")
+    assert out.startswith(f"{workplace / 'images' / 'test' / 'dark' / '0.png'}: dark, ")
+
+
+def test_a_timm_model_takes_classes_and_channels_of_the_images(workplace: Path, run: Run) -> None:
+    parts = arguments(workplace, epochs=1)
+    status, _, err = run("train", "resnet18", *parts[2:])
+    assert (status, err) == (0, "")
+    trained = load_run(workplace / "run")
+    assert trained.model.state_dict()["fc.weight"].shape[0] == 2
+    assert not trained.model.training
+
+
+def test_averaged_weights_are_those_that_are_used(workplace: Path, run: Run) -> None:
+    run(*arguments(workplace, **{"ema-decay": 0.9, "epochs": 1}))
+    saved = final_state(workplace / "run")
+    weights = load_run(workplace / "run").model.state_dict()
+    assert torch.equal(weights["0.weight"], saved["averaged"]["module.0.weight"])
+    assert not torch.equal(weights["0.weight"], saved["model"]["0.weight"])
+
+
+def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run: Run) -> None:
+    assert run(*arguments(workplace, epochs=1))[0] == 0
+    status, out, _ = run(*arguments(workplace, epochs=2))
+    assert (status, "12 updates in 2 epochs" in out) == (0, True)
+    status, _, err = run(*arguments(workplace, epochs=2, batch=3))
+    assert status == 1
+    assert "batch_size was 2 and is 3" in err
+    assert run(*arguments(workplace, "other", epochs=2))[0] == 0
+    assert log_without_times(workplace / "other") == log_without_times(workplace / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: allowed are 1 and more"),
+        ({"optimizer": "Adamm"}, "optimizer='Adamm': allowed are"),
+        ({"std": 0}, "std=0.0: allowed are positive numbers"),
+        ({"validation-share": 2}, "validation_share=2.0: allowed are shares between 0 and 1"),
+        ({"model-option": "width"}, "--model-option: cannot read 'width': allowed is KEY=VALUE"),
+        ({"budget": "many"}, "--budget: "),
+    ],
+)
+def test_wrong_usage_leaves_nothing(workplace: Path, run: Run, changes: dict[str, Any], message: str) -> None:
+    status, _, err = run(*arguments(workplace, **changes))
+    assert (status, message in err) == (2, True), err
+    assert not (workplace / "run").exists()
+
+
+def test_too_few_classes_are_one_clear_error(workplace: Path, run: Run) -> None:
+    (workplace / "labels.csv").write_text("image,label\nimages/train/dark/0.png,5\nimages/val/dark/0.png,5\n")
+    parts = arguments(workplace)
+    status, _, err = run(
+        *parts[:2], workplace / "labels.csv", parts[3], "--validation-share=0.5", "--epochs=1"
+    )
+    assert status == 1
+    assert "the model gives (1, 2) for 1 images, one of which has the label 5" in err
+
+
+def test_no_run_is_a_clear_error(tmp_path: Path, run: Run) -> None:
+    for command in (("evaluate", tmp_path), ("predict", tmp_path, tmp_path)):
+        status, _, err = run(*command)
+        assert (status, f"{tmp_path} has no run" in err) == (1, True)
+
+
+def test_options_of_options_are_read_as_json_or_text() -> None:
+    found = parse_key_values(["momentum=0.9", "nesterov=true", "mode=max", "betas=[0.9, 0.99]"])
+    assert found == {"momentum": 0.9, "nesterov": True, "mode": "max", "betas": [0.9, 0.99]}
+    with pytest.raises(ValueError, match="mode is given twice"):
+        parse_key_values(["mode=min", "mode=max"])
+
+
+def test_sigterm_saves_and_has_a_status_of_its_own(workplace: Path) -> None:
+    process = start(arguments(workplace, epochs=100000))
+    wait_for_checkpoint(workplace / "run", process, after=0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == TERMINATED, err
+    update = final_state(workplace / "run")["progress"]["update"]
+    assert f"ended by SIGTERM after update {update}; the state is saved" in err
+
+
+def newest_update(folder: Path) -> int:
+    """Of the newest checkpoint; -1 if there is none."""
+    names = [path.stem for path in (folder / "checkpoints").glob("update-*.pt")]
+    return max((int(name.removeprefix("update-")) for name in names), default=-1)
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: int) -> None:
+    """Until there is a checkpoint of more than so many updates, or the process is over."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and newest_update(folder) <= after:
+        assert time.monotonic() < deadline, "the run wrote no checkpoint"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(workplace: Path, num_kills: int) -> None:
+    """By SIGKILL, at random moments: in updates, in validation and while checkpoints are written."""
+    options = {"epochs": 6 * num_kills, "save-every": 2, "schedule": "ExponentialLR", "clip-norm": 1}
+    options |= {"schedule-option": "gamma=0.99", "ema-decay": 0.9}
+    whole = start(arguments(workplace, "whole", **options))
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    moments, kills = random.Random(num_kills), 0
+    while True:
+        process = start(arguments(workplace, "killed", **options))
+        if kills < num_kills:
+            wait_for_checkpoint(workplace / "killed", process, after=newest_update(workplace / "killed"))
+            time.sleep(moments.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=300)
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert process.returncode == 0
+    assert kills == num_kills, "the run was over too early for all kills"
+    assert_equal(final_state(workplace / "killed"), final_state(workplace / "whole"))
+    assert log_without_times(workplace / "killed") == log_without_times(workplace / "whole")
