@@ -69,6 +69,7 @@ def test_a_classifier_is_trained_evaluated_and_asked(workplace: Path, run: Run) 
     assert "epoch 6: loss" in out
     assert "36 updates in 6 epochs; best validation accuracy 100.0%" in out
     folder = workplace / "run"
+    assert "0 of 4 validation images are taken wrongly" in (folder / "report.html").read_text()
     first = read_log(folder)[0]
     assert (first["kind"], first["measured_bytes"] > 0) == ("update", True)
 

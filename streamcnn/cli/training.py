@@ -78,7 +78,10 @@ def train(
     from streamcnn.cli.training_progress import TrainingProgress
     from streamcnn.data.augmentation import RandomAugmentation
     from streamcnn.data.normalisation import Normalise
-    from streamcnn.training import RunConfig, Terminated, TrainSettings, make_trainer
+    from streamcnn.extras import require
+    from streamcnn.training import RunConfig, Terminated, TrainSettings, make_trainer, write_report
+
+    require("matplotlib.figure", extra="plots")  # now rather than after the run
 
     try:
         settings = TrainSettings(
@@ -131,6 +134,7 @@ def train(
         soft_wrap=True,
         highlight=False,
     )
+    console.print(f"page: {write_report(out)}", soft_wrap=True, highlight=False)
 
 
 def evaluate(

@@ -30,16 +30,18 @@ class TrainingProgress:
         self._trainer = trainer
         self._budget = budget
         self._console = console
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         self._progress = Progress(
-            *columns,
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
             TextColumn("{task.fields[speed]}"),
             console=console,
             disable=not console.is_terminal,
         )
         total = trainer.settings.epochs * trainer.updates_per_epoch
-        self._updates = self._progress.add_task("updates", total=total, speed="")
+        self._updates = self._progress.add_task("first update", total=total, memory="", speed="")
         trainer.listener = self._listen
 
     def __enter__(self) -> Self:
@@ -58,23 +60,24 @@ class TrainingProgress:
         (self._show_update if kind == "update" else self._print_epoch)(values)
 
     def _show_update(self, values: Mapping[str, Any]) -> None:
-        description = f"epoch {values['epoch'] + 1}, loss {values['loss']:.3f}{self._held(values)}"
         self._progress.update(
             self._updates,
             completed=self._trainer.progress.update,
-            description=description,
+            description=f"epoch {values['epoch'] + 1}, loss {values['loss']:.3f}",
+            memory=self._held(values),
             speed=f"{values['megapixels_per_second']:.2g} megapixels/s",
         )
 
     def _held(self, values: Mapping[str, Any]) -> str:
-        """Memory of the update, with a bar against the budget."""
+        """Memory that the update held, with a bar against the budget."""
         measured = values["measured_bytes"]
         if measured is None:
             return ""
         if self._budget is None:
-            return f", memory {format_bytes(measured)}"
+            return format_bytes(measured)
         filled = min(round(10 * measured / self._budget), 10)
-        return f", memory {'█' * filled}{'░' * (10 - filled)} {measured / self._budget:.0%}"
+        share = measured / self._budget
+        return f"{'█' * filled}{'░' * (10 - filled)} {share:.0%} of {format_bytes(self._budget)}"
 
     def _print_epoch(self, values: Mapping[str, Any]) -> None:
         self._progress.console.print(

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -89,6 +89,10 @@ class ImageDataset(Dataset[Sample], ABC):
 
         That memory is the system's, given up when it is needed, and counts towards no budget.
         """
+
+    def truth(self, position: int) -> Any:
+        """What is known of an image beyond its label, for evaluation only; None where nothing is."""
+        return None
 
     @property
     def num_classes(self) -> int:
@@ -180,6 +184,10 @@ class TileDataset(ImageDataset):
 
     def _open(self, position: int) -> ImageSource:
         return self.store.source(self.records[position])
+
+    def truth(self, position: int) -> Any:
+        """What the store knows beyond the label: of UltraMNIST, the boxes and values of the digits."""
+        return self.records[position].truth
 
     def _identities(self) -> Iterator[str]:
         return (record.to_json() for record in self.records)

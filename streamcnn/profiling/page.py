@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 
+from streamcnn.html import html_page
 from streamcnn.profiling.chart import draw_memory_chart, draw_time_chart
 from streamcnn.profiling.plan_drawing import draw_plan
 from streamcnn.profiling.template import SCRIPT, STYLE
@@ -15,8 +16,6 @@ from streamcnn.units import format_bytes, format_duration
 
 COLUMNS = ("tile", "projected", "measured", "time", "recomputation", "moved", "verdict")
 """Headings of the table, here and on the terminal."""
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def cells(profile: TileProfile) -> tuple[str, ...]:
@@ -59,10 +58,10 @@ def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, i
     if not profiles:
         raise ValueError("there are no profiles: give one or more tile sizes")
     best, top = fastest(profiles) or profiles[0], highest(profiles)
-    title = escape(describe(profiles, model, shape))
+    title = describe(profiles, model, shape)
     body = "\n".join(
         [
-            f"<h1>{title}</h1>",
+            f"<h1>{escape(title)}</h1>",
             f'<p class="headline">{escape(_headline(profiles))}</p>',
             '<div class="top">',
             f'<figure class="wide">{_MEMORY_CAPTION}{draw_memory_chart(profiles)}</figure>',
@@ -77,13 +76,7 @@ def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, i
             f"<script>{SCRIPT}</script>",
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Memory profile: {title}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return html_page(f"Memory profile: {title}", STYLE, body, also_allowed="script-src 'unsafe-inline'")
 
 
 _MEMORY_CAPTION = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from streamcnn.training.evaluation import Score as Score
 from streamcnn.training.evaluation import score as score
 from streamcnn.training.log import read_log as read_log
+from streamcnn.training.report import write_report as write_report
 from streamcnn.training.runs import RunConfig as RunConfig
 from streamcnn.training.runs import TrainedRun as TrainedRun
 from streamcnn.training.runs import load_run as load_run

@@ -123,11 +123,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The config that ``to_dict`` gave."""
+        """The config that ``to_dict`` gave, whatever else there is in ``values``."""
         augmentation = values["augmentation"]
         return cls(
             **{
-                **values,
+                **{name: values[name] for name in cls.__slots__},
                 "tile": values["tile"] and tuple(values["tile"]),
                 "normalise": Normalise(**values["normalise"]),
                 "augmentation": RandomAugmentation(**{**augmentation, "gains": tuple(augmentation["gains"])}),
@@ -199,7 +199,6 @@ def load_run(folder: Path, *, budget: int | None = None) -> TrainedRun:
         If the best checkpoint is damaged.
     """
     values = _read(folder)
-    num_classes, num_channels = values.pop("num_classes"), values.pop("num_channels")
     config = RunConfig.from_dict(values)
     best = CheckpointFolder(folder / "checkpoints").best()
     if best is None:
@@ -208,11 +207,22 @@ def load_run(folder: Path, *, budget: int | None = None) -> TrainedRun:
         state = load_checkpoint(best)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{best}, the best checkpoint, is not there: train the run on") from None
-    model = config.build(num_classes, num_channels)
+    model = config.build(values["num_classes"], values["num_channels"])
     model.budget = model.budget if budget is None else budget
     model.load_state_dict(best_weights(state))
     progress = state["progress"]
     return TrainedRun(config, model.eval(), progress["update"], progress["best_accuracy"])
+
+
+def read_run(folder: Path) -> RunConfig:
+    """What the run in ``folder`` is of.
+
+    Raises
+    ------
+    RunMismatch
+        If there is none.
+    """
+    return RunConfig.from_dict(_read(folder))
 
 
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -418,6 +418,7 @@ class Trainer:
                 "accuracy": progress.num_right / max(progress.num_images, 1),
                 "validation_loss": found.loss,
                 "validation_accuracy": found.accuracy,
+                "predictions": found.predictions,
             },
         )
         progress.epoch += 1

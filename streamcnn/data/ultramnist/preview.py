@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from streamcnn.data.thumbnails import thumbnail
 from streamcnn.data.tile_store import ImageRecord, TileStore
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
-from streamcnn.regions import Region
 
 _COLUMNS = 7
 _GAP = 8
 _CAPTION = 20
-_BOX_COLOUR = (255, 96, 0)
 _PAPER = (255, 255, 255)
 _INK = (0, 0, 0)
 
@@ -29,7 +25,7 @@ def write_contact_sheet(
     Parameters
     ----------
     edge
-        Of each image on the sheet, in pixels; an image is shrunk by averaging.
+        Of each image on the sheet, in pixels at most; an image is shrunk by averaging.
     boxes
         Whether to mark each digit and write its value beside it.
 
@@ -70,21 +66,6 @@ def _one_per_class(store: TileStore, split: str) -> list[ImageRecord]:
 
 
 def _thumbnail(store: TileStore, record: ImageRecord, edge: int, *, boxes: bool) -> Any:
-    pillow = require("PIL.Image", extra="plots")
-    pixels = store.source(record).read(Region.whole(record.shape[1:]))[0].numpy()
-    small = pillow.fromarray(np.ascontiguousarray(pixels)).resize((edge, edge), pillow.Resampling.BOX)
-    picture = small.convert("RGB")
-    if boxes:
-        if record.truth is None:
-            raise DatasetMismatch(f"{store.folder} does not know where the digits are: leave out the boxes")
-        _mark(picture, record.truth, edge / record.shape[1])
-    return picture
-
-
-def _mark(picture: Any, truth: Sequence[dict[str, Any]], scale: float) -> None:
-    draw = require("PIL.ImageDraw", extra="plots").Draw(picture)
-    for digit in truth:
-        top, left, bottom, right = (round(edge * scale) for edge in digit["box"])
-        draw.rectangle((left - 1, top - 1, right, bottom), outline=_BOX_COLOUR, width=2)
-        above = top - 16 if top >= 16 else bottom + 1
-        draw.text((left, above), str(digit["value"]), fill=_BOX_COLOUR, font_size=14, stroke_width=0)
+    if boxes and record.truth is None:
+        raise DatasetMismatch(f"{store.folder} does not know where the digits are: leave out the boxes")
+    return thumbnail(store.source(record), edge, record.truth if boxes else ())

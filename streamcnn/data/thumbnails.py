@@ -1,0 +1,81 @@
+"""Small pictures of large images, read band by band, with boxes around what is known to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamcnn.data.sources import ImageSource
+from streamcnn.extras import require
+from streamcnn.regions import Interval, Region
+
+_BAND_PIXELS = 2**22
+"""Pixels that are read at a time, at least a row of blocks."""
+_BOX_COLOUR = (255, 96, 0)
+
+
+def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = ()) -> Any:
+    """A Pillow picture of ``edge`` pixels on the longer side, shrunk by averaging.
+
+    The first three channels are red, green and blue; of one or two, the first is grey.
+
+    Parameters
+    ----------
+    source
+        Integers from 0 to the largest of their type, or floats from 0 to 1.
+    edge
+        In pixels. A smaller image keeps its size.
+    boxes
+        What to mark: ``box`` as (top, left, bottom, right) in pixels of the image, and ``value``, which is
+        written beside it.
+
+    Raises
+    ------
+    MissingExtra
+        If Pillow is not installed.
+    """
+    pillow = require("PIL.Image", extra="plots")
+    _, height, width = source.shape
+    scale = min(1.0, edge / max(height, width))
+    # Averaged by whole pixels first, so that Pillow need not have the whole image.
+    small = pillow.fromarray(shrunk(source, max(1, max(height, width) // edge)))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = small.resize(size, pillow.Resampling.BOX)
+    draw = require("PIL.ImageDraw", extra="plots").Draw(picture)
+    for known in boxes:
+        top, left, bottom, right = (round(at * scale) for at in known["box"])
+        draw.rectangle((left - 1, top - 1, right, bottom), outline=_BOX_COLOUR, width=2)
+        above = top - 16 if top >= 16 else bottom + 1
+        draw.text((left, above), str(known["value"]), fill=_BOX_COLOUR, font_size=14, stroke_width=0)
+    return picture
+
+
+def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
+    """The means of blocks of ``factor`` pixels, (h, w, 3); blocks at the right and lower edge may be cut."""
+    channels, height, width = source.shape
+    rows = factor * max(1, _BAND_PIXELS // (factor * width))
+    wanted = [0, 1, 2] if channels >= 3 else [0, 0, 0]
+    bands = []
+    for top in range(0, height, rows):
+        region = Region(Interval(top, min(top + rows, height)), Interval(0, width))
+        pixels = source.read(region).numpy()[wanted]
+        bands.append(_block_means(_block_means(_as_bytes(pixels), factor, 1), factor, 2))
+    return np.ascontiguousarray(np.concatenate(bands, 1).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def _as_bytes(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    """Pixels as floats from 0 to 255."""
+    largest = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1
+    scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / largest)
+    return scaled.clip(0, 255)
+
+
+def _block_means(pixels: NDArray[np.float32], factor: int, axis: int) -> NDArray[np.float32]:
+    starts = np.arange(0, pixels.shape[axis], factor)
+    counts = np.diff(np.append(starts, pixels.shape[axis])).astype(np.float32)
+    along = [-1 if a == axis else 1 for a in range(3)]
+    means: NDArray[np.float32] = (np.add.reduceat(pixels, starts, axis) / counts.reshape(along)).astype("f4")
+    return means
