@@ -74,13 +74,16 @@ def test_a_set_can_grow(folder: Path, tmp_path: Path, digits: Digits) -> None:
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, digits: Digits, way: int) -> None:
+    # It slows down at the third image, so that it is stopped in time on a busy machine too.
     code = f"""
+        import time
         from streamcnn.data.ultramnist import Recipe, Spec, load_digits
         from streamcnn.data.ultramnist.generate import generate
         if __name__ == "__main__":
             spec = Spec(seed=4, recipe=Recipe.BALANCED, size=96)
             for state in generate({str(tmp_path)!r}, spec, load_digits("uci"), num_train=30, num_test=5):
                 print(state.done, flush=True)
+                time.sleep(0.5 * (state.done >= 3))
     """
     script = tmp_path.with_suffix(".py")
     script.write_text(textwrap.dedent(code))
