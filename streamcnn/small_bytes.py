@@ -59,24 +59,33 @@ def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
     return sum(term.nbytes for each in terms for term in each)
 
 
-def resident_step(program: Program, names: Iterable[str], libraries: Libraries, *, training: bool) -> Step:
+def resident_step(
+    program: Program, names: Iterable[str], libraries: Libraries, differentiated: Collection[str]
+) -> Step:
     """Operators run one after another on whole values, then differentiated in reverse.
 
     An operator holds what autograd has saved so far, its operands and its result, or their gradients, and a
-    convolution's reordered copies.
+    convolution's reordered copies. On the way back what autograd has saved gives way to the gradients of the
+    parameters.
     """
+    training = bool(differentiated)
     values = _Values(program, tuple(names), training=training)
-    saved = most = flow = workspace = heap = 0
+    arriving = values.state_bytes(differentiated)
+    gradients = sum(arriving.values())
+    saved = most = before = arrived = flow = workspace = heap = 0
     place = ""
     for name in values.names:
         kept = values.saved(name)
         saved += kept
         heap += kept if kept < REUSABLE_BYTES else 0
         around, copies = values.around(name), values.workspace(name)
-        if saved + around + copies > most:
-            most, place, flow, workspace = saved + around + copies, name, around, copies
+        if saved + gradients + around + copies > most:
+            most, place = saved + gradients + around + copies, name
+            before, arrived, flow, workspace = saved, gradients, around, copies
+        gradients -= arriving.get(name, 0)
     terms = (
-        MemoryTerm("saved by the resident tail", most - flow - workspace),
+        MemoryTerm("saved by the resident tail", before),
+        MemoryTerm("parameter gradients", arrived),
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
@@ -131,6 +140,16 @@ class _Values:
             return 0
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
         return self.around(name) + 2 * weights
+
+    def state_bytes(self, differentiated: Collection[str]) -> dict[str, int]:
+        """Bytes of the parameters by the last operator that reads them, which first gives them a gradient."""
+        nodes = self.program.nodes
+        last = {state: name for name in self.names for state in nodes[name].operands}
+        found: dict[str, int] = {}
+        for state, reader in last.items():
+            if state in self.program.states and state in differentiated:
+                found[reader] = found.get(reader, 0) + nodes[state].nbytes
+        return found
 
     @property
     def num_convolutions(self) -> int:
@@ -209,9 +228,7 @@ class SmallBytes:
         self.forward_bytes = np.array([total_bytes(self.forward(level)) for level in range(num_levels)])
         """By level: the sum of what :meth:`forward` names; likewise the next."""
         self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
-        self.tail_step = resident_step(
-            program, segments.get(last, ()), libraries, training=bool(differentiated)
-        )
+        self.tail_step = resident_step(program, segments.get(last, ()), libraries, differentiated)
         """What the resident tail takes beyond the small values before it."""
 
     def kernels(self, num_kernels: NDArray[np.int64]) -> KernelBytes:
@@ -227,11 +244,11 @@ class SmallBytes:
         return self._runtime, self._small(level - 1)
 
     def tail(self) -> tuple[MemoryTerm, ...]:
-        """While the resident tail runs, whose own step comes on top."""
+        """While the resident tail runs, whose own step comes on top, its parameters' gradients included."""
         return (
             self._runtime,
             self._small(self.last - 1),
-            *self._gradients(self.last),
+            *self._other_gradients(),
         )
 
     def backward(self, level: int) -> tuple[MemoryTerm, ...]:
@@ -254,8 +271,13 @@ class SmallBytes:
     def _gradients(self, level: int) -> tuple[MemoryTerm, ...]:
         if not self.differentiated:
             return ()
+        return MemoryTerm("parameter gradients", self._states[level]), *self._other_gradients()
+
+    def _other_gradients(self) -> tuple[MemoryTerm, ...]:
+        """Of all that is no parameter."""
+        if not self.differentiated:
+            return ()
         return (
-            MemoryTerm("parameter gradients", self._states[level]),
             MemoryTerm("gradients of the image and of promoted values", self._inputs),
             MemoryTerm("outputs in the loss", self._outputs),
         )

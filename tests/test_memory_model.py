@@ -213,7 +213,7 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     staging = divide(program)
     names = staging.segments[max(staging.segments)]
     image, wide, narrow = (ROW * channels * 40 * 60 for channels in (3, 8, 4))
-    step = resident_step(program, names, LIBRARIES, training=True)
+    step = resident_step(program, names, LIBRARIES, program.states)
     terms = terms_of(step)
     # The first convolution saves the image, the norm its operand, ReLU its result, which is the second
     # convolution's operand, the pooling its own. The second convolution holds most: operand and result or
@@ -222,6 +222,8 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     assert terms["operands, results and their gradients"] == wide + narrow
     assert terms["operator workspace"] == wide + narrow + 2 * 4 * 8 * 4
     assert terms["saved by the resident tail"] == pytest.approx(image + 2 * wide + narrow, abs=200)
+    # The second convolution's weights; the norm's and the first convolution's have no gradient yet.
+    assert terms["parameter gradients"] == 4 * 8 * 4
     assert terms["address space of compiled code"] == 2 * 2 * LIBRARIES.code_bytes
-    inference = resident_step(program, names, LIBRARIES, training=False)
+    inference = resident_step(program, names, LIBRARIES, ())
     assert terms_of(inference)["saved by the resident tail"] == 0
