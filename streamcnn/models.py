@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def load_model(name: str, **kwargs: object) -> nn.Module:
     Raises
     ------
     ValueError
-        If there is no timm model, module or factory of that name, or it returns no module.
+        If there is no timm model, module or factory of that name, if it does not take ``kwargs``, or returns
+        no module.
     MissingExtra
         If it is a timm name and timm is not installed.
     """
@@ -55,6 +57,10 @@ def _call_factory(name: str, kwargs: dict[str, object]) -> object:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"{module_name} has no callable {attribute!r}: allowed is package.module:factory")
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {kwargs}: {error}") from error
     return factory(**kwargs)
 
 
@@ -67,7 +73,10 @@ def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
             f"no timm model {name!r} (similar: {close}): allowed is a timm name, "
             "see timm.list_models(), or package.module:factory"
         )
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {kwargs}: {error}") from error
 
 
 def make_torchvision_importable() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from training_runs import assert_equal, final_state, log_without_times
 
 from streamcnn.cli.training import TERMINATED, parse_key_values
 from streamcnn.training import load_run, read_log
+from streamcnn.training.runs import read_run
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -113,6 +115,9 @@ def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run:
     status, _, err = run(*arguments(workplace, epochs=2, batch=3))
     assert status == 1
     assert "batch_size was 2 and is 3" in err
+    assert read_run(workplace / "run").settings.batch_size == 2
+    status, _, err = run(*arguments(workplace, epochs=2, std=0.25))
+    assert (status, "normalise was {'mean': 0.5, 'std': 0.5} and is" in err) == (1, True)
     assert run(*arguments(workplace, "other", epochs=2))[0] == 0
     assert log_without_times(workplace / "other") == log_without_times(workplace / "run")
 
@@ -126,6 +131,9 @@ def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run:
         ({"validation-share": 2}, "validation_share=2.0: allowed are shares between 0 and 1"),
         ({"model-option": "width"}, "--model-option: cannot read 'width': allowed is KEY=VALUE"),
         ({"budget": "many"}, "--budget: "),
+        ({"device": "cuda:99x"}, "device='cuda:99x': there is cpu"),
+        ({"model-option": "depth=3"}, "factories:small does not take {'depth': 3}"),
+        ({"schedule": "StepLR"}, "schedule='StepLR' with schedule_options={}: "),
     ],
 )
 def test_wrong_usage_leaves_nothing(workplace: Path, run: Run, changes: dict[str, Any], message: str) -> None:
@@ -142,6 +150,39 @@ def test_too_few_classes_are_one_clear_error(workplace: Path, run: Run) -> None:
     )
     assert status == 1
     assert "the model gives (1, 2) for 1 images, one of which has the label 5" in err
+
+
+def test_classes_are_those_that_the_run_was_trained_with(workplace: Path, run: Run) -> None:
+    assert run(*arguments(workplace, epochs=6))[0] == 0
+    folder, images = workplace / "run", workplace / "images"
+    # Alone, it would be class 0.
+    (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,dark\n")
+    status, out, _ = run("evaluate", folder, "--data", workplace / "some.csv", "--split", "train")
+    assert (status, out.splitlines()[1:]) == (0, ["  dark: 1 of 1"])
+    (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,grey\n")
+    status, _, err = run("evaluate", folder, "--data", workplace / "some.csv", "--split", "train")
+    assert (status, "there are images of 'grey'; known classes are 'bright', 'dark'" in err) == (1, True)
+    (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,1\n")
+    status, _, err = run("evaluate", folder, "--data", workplace / "some.csv", "--split", "train")
+    assert (status, "labels are numbers here, and names where the classes are from" in err) == (1, True)
+    shutil.copy(images / "test" / "dark" / "0.png", workplace / "new.png")
+    shutil.rmtree(images)
+    status, out, _ = run("predict", folder, workplace / "new.png")
+    assert (status, ": dark, " in out) == (0, True)
+
+
+def test_a_table_in_another_encoding_is_a_clear_error(workplace: Path, run: Run) -> None:
+    (workplace / "labels.csv").write_bytes("image,label\na.png,größe\n".encode("latin-1"))
+    parts = arguments(workplace)
+    status, _, err = run(*parts[:2], workplace / "labels.csv", *parts[3:])
+    assert (status, "save it as CSV in UTF-8" in err) == (1, True)
+
+
+def test_a_run_file_that_cannot_be_read_is_a_clear_error(workplace: Path, run: Run) -> None:
+    (workplace / "run").mkdir()
+    (workplace / "run" / "run.json").write_text("{")
+    status, _, err = run("evaluate", workplace / "run")
+    assert (status, "run.json cannot be read" in err) == (1, True)
 
 
 def test_no_run_is_a_clear_error(tmp_path: Path, run: Run) -> None:
@@ -169,8 +210,8 @@ def test_sigterm_saves_and_has_a_status_of_its_own(workplace: Path) -> None:
 
 def newest_update(folder: Path) -> int:
     """Of the newest checkpoint; -1 if there is none."""
-    names = [path.stem for path in (folder / "checkpoints").glob("update-*.pt")]
-    return max((int(name.removeprefix("update-")) for name in names), default=-1)
+    names = [path.stem for path in (folder / "checkpoints").glob("save-*.pt")]
+    return max((int(name.partition("-update-")[2]) for name in names), default=-1)
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: int) -> None:
@@ -196,7 +237,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(workplace: 
             wait_for_checkpoint(workplace / "killed", process, after=newest_update(workplace / "killed"))
             time.sleep(moments.uniform(0, 0.4))
             process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=300)
+        _, err = process.communicate(timeout=300)
+        assert "damaged" not in err
         if process.returncode != -signal.SIGKILL:
             break
         kills += 1

@@ -11,19 +11,35 @@ from hypothesis import strategies as st
 from streamcnn import TensorSource
 from streamcnn.data import thumbnails
 from streamcnn.data.thumbnails import shrunk, thumbnail
+from streamcnn.regions import Region
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 300))
-def test_pixels_are_the_means_of_blocks(height: int, width: int, factor: int, band: int) -> None:
+def test_pixels_are_the_means_of_blocks(height: int, width: int, factor: int, part: int) -> None:
     pixels = torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(height))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thumbnails, "_BAND_PIXELS", band)
+        patch.setattr(thumbnails, "_PART_PIXELS", part)
         found = shrunk(TensorSource(pixels.to(torch.uint8)), factor)
     assert found.shape == (-(-height // factor), -(-width // factor), 3)
     for row, col in np.ndindex(found.shape[:2]):
         rows, cols = (slice(at * factor, (at + 1) * factor) for at in (row, col))
         block = pixels[:, rows, cols].double().mean((1, 2))
         assert found[row, col] == pytest.approx(block.numpy(), abs=0.501)
+
+
+def test_a_wide_image_is_read_in_parts() -> None:
+    class Watched(TensorSource):
+        largest = 0
+
+        def read(self, region: Region) -> torch.Tensor:
+            self.largest = max(self.largest, region.rows.size * region.cols.size)
+            return super().read(region)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thumbnails, "_PART_PIXELS", 500)
+        source = Watched(torch.zeros(1, 30, 2000, dtype=torch.uint8))
+        shrunk(source, 10)
+    assert source.largest <= 500
 
 
 @pytest.mark.parametrize(

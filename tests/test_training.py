@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from training_runs import assert_equal, final_state, log_without_times
 
 from streamcnn import ImageSource, StreamingModel, TensorSource
-from streamcnn.errors import DamagedCheckpoint, RunMismatch, TrainingDiverged
+from streamcnn.errors import (
+    DamagedCheckpoint,
+    DatasetMismatch,
+    PlanDoesNotFit,
+    RunMismatch,
+    TrainingDiverged,
+)
 from streamcnn.training import Terminated, Trainer, TrainSettings, read_log, score
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 
@@ -72,7 +78,9 @@ def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> 
         **changes,
     }
     model = StreamingModel(make_net() if net is None else net, tile=20)
-    return Trainer(model, Images(14), Images(5, seed=1), TrainSettings(**values), folder, name="small")
+    return Trainer(
+        model, Images(14), Images(5, seed=1), TrainSettings(**values), folder, identity={"model": "small"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +130,9 @@ def test_a_run_learns_and_writes_what_it_does(tmp_path: Path) -> None:
     assert epochs[-1]["loss"] < 0.7 * epochs[0]["loss"]
     assert all(line["projected_bytes"] > 0 for line in updates)
     assert all(line["learning_rate"] == pytest.approx(0.05 * 0.9 ** line["epoch"]) for line in updates)
+    assert all(line["retries"] == 0 for line in updates)
     best = load_checkpoint(result.best)
-    assert best["progress"]["best_update"] == best["progress"]["update"]
+    assert best["progress"]["best"] == result.best.name
     # The epochs' augmentations are drawn anew.
     assert trainer.images.epochs == list(range(8))  # type: ignore[attr-defined]
 
@@ -187,6 +196,26 @@ def test_sigterm_saves_and_ends_the_run(whole: Path, tmp_path: Path) -> None:
     assert_equal(final_state(tmp_path), final_state(whole))
 
 
+def test_sigterm_is_heeded_in_validation_too(whole: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    images = trainer.validation
+
+    class Interrupting(Images):
+        def __getitem__(self, position: int) -> tuple[ImageSource, int]:
+            if position == 2 and trainer.progress.epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(position)
+
+    trainer.validation = Interrupting(len(images), seed=1)
+    with pytest.raises(Terminated, match="after update 8; the state is saved"):
+        trainer.run()
+    progress = final_state(tmp_path)["progress"]
+    assert (progress["update"], progress["epoch"]) == (8, 1)
+    make_trainer(tmp_path).run()
+    assert_equal(final_state(tmp_path), final_state(whole))
+    assert log_without_times(tmp_path) == log_without_times(whole)
+
+
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -200,6 +229,86 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match=rf"{newest.name} is damaged.*going on from {before.name}"):
         make_trainer(tmp_path).run()
     assert_equal(final_state(tmp_path), final_state(whole))
+    # It is out of the way, and two intact ones are kept.
+    assert newest.with_name(newest.name + ".damaged").exists()
+    kept = CheckpointFolder(tmp_path / "checkpoints").paths()[:2]
+    assert all(load_checkpoint(path) for path in kept)
+
+
+def test_an_intact_checkpoint_is_not_removed_for_a_damaged_one(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path)
+    for update in (1, 2):
+        checkpoints.save({"update": update}, update)
+    damage(checkpoints.paths()[0])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert checkpoints.newest() == {"update": 1}
+    checkpoints.save({"update": 2}, 2)
+    assert [load_checkpoint(path)["update"] for path in checkpoints.paths()] == [2, 1]
+
+
+def test_the_best_is_the_one_that_was_best_at_the_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=2, save_every=1)
+    trainer.run()
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    known = load_checkpoint(checkpoints.paths()[0])["progress"]["best"]
+    # A later epoch was better, but its checkpoint is damaged.
+    later = checkpoints.save({"update": 9}, 9)
+    checkpoints.mark_best(later.name)
+    damage(later)
+    with pytest.warns(UserWarning, match="is damaged"):
+        result = make_trainer(tmp_path, epochs=2, save_every=1).run()
+    assert result.best.name == known
+    assert checkpoints.best() == result.best
+
+
+def test_a_best_checkpoint_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    result = make_trainer(tmp_path, epochs=5, learning_rate=1e-9, ema_decay=None).run()
+    assert result.best not in CheckpointFolder(tmp_path / "checkpoints").paths()[:2]
+    result.best.unlink()
+    with (
+        pytest.warns(UserWarning, match=f"{result.best.name}, the best checkpoint, is gone"),
+        pytest.raises(DamagedCheckpoint, match="is gone: train for more epochs"),
+    ):
+        make_trainer(tmp_path, epochs=5, learning_rate=1e-9, ema_decay=None).run()
+
+
+def test_a_log_that_lacks_lines_is_noticed(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=1).run()
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:100])
+    with pytest.raises(RunMismatch, match=r"log.jsonl has 100 bytes, and had \d+ when"):
+        make_trainer(tmp_path).run()
+    assert log.stat().st_size == 100
+
+
+def test_what_may_change_rounding_is_told(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=1).run()
+    trainer = make_trainer(tmp_path)
+    original = trainer._begin
+
+    def begin() -> None:
+        original()
+        trainer._plan_digest = "another"
+
+    trainer._begin = begin  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="began with plan .* goes on with another"):
+        trainer.run()
+
+
+def test_a_start_that_failed_does_not_bind_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    assert isinstance(trainer.model, StreamingModel)
+    trainer.model.budget = 1000
+    with pytest.raises(PlanDoesNotFit):
+        trainer.run()
+    assert list(tmp_path.iterdir()) == []
+    diverging = make_net()
+    with torch.no_grad():
+        diverging[-1].bias.fill_(torch.inf)
+    with pytest.raises(TrainingDiverged):
+        make_trainer(tmp_path, diverging).run()
+    # No update was made, so other settings are no contradiction.
+    assert make_trainer(tmp_path, learning_rate=0.01).run().num_updates == 12
 
 
 def test_damage_to_all_checkpoints_is_an_error(tmp_path: Path) -> None:
@@ -219,11 +328,11 @@ def test_the_best_checkpoint_stays_and_older_ones_go(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path)
     assert checkpoints.best() is None
     for update in range(1, 6):
-        checkpoints.save({"update": update}, update)
+        path = checkpoints.save({"update": update}, update)
         if update == 2:
-            checkpoints.mark_best(update)
+            checkpoints.mark_best(path.name)
     assert [load_checkpoint(path)["update"] for path in checkpoints.paths()] == [5, 4, 2]
-    checkpoints.mark_best(4)
+    checkpoints.mark_best(checkpoints.paths()[1].name)
     checkpoints.save({"update": 6}, 6)
     checkpoints.save({"update": 7}, 7)
     assert [load_checkpoint(path)["update"] for path in checkpoints.paths()] == [7, 6, 4]
@@ -323,11 +432,35 @@ def test_a_score_counts_labels_and_predictions() -> None:
         ({"schedule_every": "day"}, "schedule_every='day': allowed are epoch and update"),
         ({"optimizer": "Adamm"}, "optimizer='Adamm': allowed are .*Adam, .*SGD"),
         ({"schedule": "Optimizer"}, "schedule='Optimizer': allowed are .*ExponentialLR"),
+        ({"optimizer_options": {"momentum": 0.9}}, "optimizer='Adam' with .*momentum.*unexpected keyword"),
+        ({"optimizer": "LBFGS"}, "optimizer='LBFGS' with .*closure"),
+        ({"optimizer": "SparseAdam"}, "optimizer='SparseAdam' with .*dense"),
+        ({"schedule": "ExponentialLR"}, "schedule='ExponentialLR' with .*gamma"),
+        ({"schedule": "ReduceLROnPlateau", "schedule_every": "update"}, "allowed is schedule_every='epoch'"),
     ],
 )
 def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(**values)
+
+
+def test_a_learning_rate_is_the_one_that_the_update_was_made_with(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=1, schedule_every="update").run()
+    rates = [line["learning_rate"] for line in read_log(tmp_path) if line["kind"] == "update"]
+    assert rates == pytest.approx([1e-3 * 0.9**update for update in range(4)])
+
+
+def test_trying_settings_out_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    TrainSettings(optimizer="AdamW", schedule="CosineAnnealingLR", schedule_options={"T_max": 5})
+    found = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.rand(3))
+
+
+def test_a_label_without_an_output_is_one_clear_error() -> None:
+    with pytest.raises(DatasetMismatch, match=r"gives \(2, 2\) for 2 images, one of which has the label 2"):
+        score(lambda sources: torch.zeros(len(sources), 2), Images(4), batch_size=2)
 
 
 def test_tensorboard_finds_the_numbers(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from streamcnn.training.checkpoints import CheckpointFolder
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """All that the last checkpoint holds but times."""
+    """All that the last checkpoint holds but times and how often was saved."""
     state = CheckpointFolder(folder / "checkpoints").newest()
     assert state is not None
     del state["log_bytes"]
+    best = state["progress"]["best"]
+    state["progress"]["best"] = best and best.partition("-update-")[2]
     return state
 
 

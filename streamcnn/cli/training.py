@@ -151,6 +151,7 @@ def evaluate(
     from streamcnn.training import score
 
     images = open_dataset(trained.config.data if data is None else data, split)
+    images.renumber(trained.classes)
     found = score(trained.model, images, batch_size=batch)
     if as_json:
         mistakes = {
@@ -174,16 +175,14 @@ def predict(
     trained = _load(run, budget)
     import torch
 
-    from streamcnn.data.file_dataset import open_dataset
     from streamcnn.data.image_files import find_images
     from streamcnn.data.sources import open_image
 
-    classes = open_dataset(trained.config.data).classes
     for image in find_images(images):
         with torch.no_grad():
             logits = trained.model([open_image(image.path)])
         probability, label = logits[0].double().softmax(0).max(0)
-        name = str(int(label)) if classes is None else classes[int(label)]
+        name = str(int(label)) if trained.classes is None else trained.classes[int(label)]
         if as_json:
             fields = {"image": str(image.path), "label": int(label), "class": name}
             typer.echo(json.dumps({**fields, "probability": float(probability)}))

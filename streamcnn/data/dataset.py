@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.label_table import some
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.tile_store import TileStore
@@ -106,6 +107,25 @@ class ImageDataset(Dataset[Sample], ABC):
         for identity in self._identities():
             known.update(identity.encode() + b"\n")
         return known.hexdigest()
+
+    def renumber(self, classes: tuple[str, ...] | None) -> None:
+        """Number the labels as other images' are, whose classes have these names; None if theirs are numbers.
+
+        Raises
+        ------
+        DatasetMismatch
+            If an image is of another class, or only the one has names.
+        """
+        if self.classes == classes:
+            return
+        if self.classes is None or classes is None:
+            here, there = ("numbers", "names") if self.classes is None else ("names", "numbers")
+            raise DatasetMismatch(f"labels are {here} here, and {there} where the classes are from")
+        unknown = sorted({self.classes[label] for label in self.labels} - set(classes))
+        if unknown:
+            raise DatasetMismatch(f"there are images of {some(unknown)}; known classes are {some(classes)}")
+        self.labels = tuple(classes.index(self.classes[label]) for label in self.labels)
+        self.classes = classes
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentations of another epoch; worker processes that run already keep theirs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         file = path.open(newline="", encoding="utf-8-sig")
     except OSError as error:
         raise DatasetMismatch(f"cannot read the table {path}: {error.strerror}") from error
-    with file:
+    with file, _readable(path):
         table = csv.DictReader(file)
         if not set(_COLUMNS) <= set(table.fieldnames or ()):
             raise DatasetMismatch(
@@ -48,6 +49,15 @@ def read_rows(path: Path) -> Iterator[Row]:
             if blank:
                 raise DatasetMismatch(f"{path}, line {table.line_num}: {blank[0]} is blank; fill it in")
             yield Row(table.line_num, cells["image"], cells["label"], cells["split"] or None)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A block in which bytes that are no text, or no table, are an error of the file."""
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetMismatch(f"cannot read the table {path}: {error}; save it as CSV in UTF-8") from error
 
 
 def class_names(

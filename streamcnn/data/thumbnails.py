@@ -1,4 +1,4 @@
-"""Small pictures of large images, read band by band, with boxes around what is known to be there."""
+"""Small pictures of large images, read part by part, with boxes around what is known to be there."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.extras import require
 from streamcnn.regions import Interval, Region
 
-_BAND_PIXELS = 2**22
-"""Pixels that are read at a time, at least a row of blocks."""
+_PART_PIXELS = 2**22
+"""Pixels that are read at a time, at least a block."""
 _BOX_COLOUR = (255, 96, 0)
 
 
@@ -56,13 +56,19 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
 def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
     """The means of blocks of ``factor`` pixels, (h, w, 3); blocks at the right and lower edge may be cut."""
     channels, height, width = source.shape
-    rows = factor * max(1, _BAND_PIXELS // (factor * width))
+    columns = factor * max(1, min(-(-width // factor), _PART_PIXELS // factor**2))
+    rows = factor * max(1, _PART_PIXELS // (factor * columns))
     wanted = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     bands = []
     for top in range(0, height, rows):
-        region = Region(Interval(top, min(top + rows, height)), Interval(0, width))
-        pixels = source.read(region).numpy()[wanted]
-        bands.append(_block_means(_block_means(_as_bytes(pixels), factor, 1), factor, 2))
+        parts = []
+        for left in range(0, width, columns):
+            region = Region(
+                Interval(top, min(top + rows, height)), Interval(left, min(left + columns, width))
+            )
+            pixels = source.read(region).numpy()[wanted]
+            parts.append(_block_means(_block_means(_as_bytes(pixels), factor, 1), factor, 2))
+        bands.append(np.concatenate(parts, 2))
     return np.ascontiguousarray(np.concatenate(bands, 1).round().astype(np.uint8).transpose(1, 2, 0))
 
 

@@ -1,8 +1,9 @@
 """Checkpoints that a crash at any moment leaves usable.
 
 A file is written under a temporary name, flushed to the disk and renamed, so under its own name it is whole;
-its digest lies beside it in the format of ``sha256sum -c``. The two newest are kept, so that there is one to
-fall back to where a disk has damaged the other, and the best, which a file of its own names.
+its digest lies beside it in the format of ``sha256sum -c``. No name is used twice, so a file never meets
+another one's digest. The two newest are kept, so that there is one to fall back to where a disk has damaged
+the other, and the best, which a file of its own names.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ BEST = "best.txt"
 """Names the best checkpoint."""
 KEPT = 2
 """Checkpoints kept besides the best."""
-_NAME = re.compile(r"update-(\d+)\.pt")
+_NAME = re.compile(r"save-(\d+)-update-(\d+)\.pt")
 _TEMPORARY = ".partial"
+_DAMAGED = ".damaged"
+"""Added to the name of a checkpoint that was passed over, which then counts no more."""
 
 
 class CheckpointFolder:
@@ -34,12 +37,16 @@ class CheckpointFolder:
     Parameters
     ----------
     folder
-        Created where it does not exist. Files of other names in it are left alone.
+        Created with the first checkpoint. Files of other names in it are left alone.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def next_name(self, update: int) -> str:
+        """What the next checkpoint will be called, if it is saved after so many updates."""
+        serial = 1 + max((_serial(path) for path in self.paths()), default=0)
+        return f"save-{serial:06d}-update-{update:08d}.pt"
 
     def save(self, state: Mapping[str, Any], update: int) -> Path:
         """Write ``state``, as it is after so many updates, and remove what is not kept any more.
@@ -49,19 +56,24 @@ class CheckpointFolder:
         state
             Tensors, numbers, texts, and lists, tuples and dicts of them.
         """
-        path = self.folder / f"update-{update:08d}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / self.next_name(update)
         with _written(path) as temporary, temporary.open("wb") as file:
             torch.save(dict(state), file)
+        best = self.best()
         for old in self.paths()[KEPT:]:
-            if old != self.best():
+            if old != best:
                 old.unlink()
                 _digest_path(old).unlink(missing_ok=True)
         return path
 
-    def mark_best(self, update: int) -> None:
-        """Keep the checkpoint after so many updates as the best, instead of the one before."""
+    def mark_best(self, name: str | None) -> None:
+        """Keep the checkpoint of that name as the best, instead of the one before; None marks none."""
+        if name is None:
+            (self.folder / BEST).unlink(missing_ok=True)
+            return
         with _written(self.folder / BEST, digest=False) as temporary:
-            temporary.write_text(f"update-{update:08d}.pt\n")
+            temporary.write_text(f"{name}\n")
 
     def best(self) -> Path | None:
         """The best checkpoint; None if none was marked."""
@@ -70,32 +82,36 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """The checkpoints that are there, the newest first, the best among them."""
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_update_of, reverse=True)
+        if not self.folder.exists():
+            return []
+        return sorted(
+            (p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), key=_serial, reverse=True
+        )
 
     def newest(self) -> dict[str, Any] | None:
         """What the newest intact checkpoint holds; None where there is none at all.
 
-        A damaged one is passed over with a warning.
+        A damaged one is passed over with a warning, and renamed, so that it is never taken for one to keep.
 
         Raises
         ------
         DamagedCheckpoint
             If there are checkpoints and all are damaged.
         """
-        damaged: list[str] = []
+        damaged: dict[Path, str] = {}
         for path in self.paths():
             try:
                 state = load_checkpoint(path)
             except DamagedCheckpoint as error:
-                damaged.append(str(error))
+                damaged[path] = str(error)
                 continue
-            for text in damaged:
+            for bad, text in damaged.items():
                 warnings.warn(f"{text}; going on from {path.name}, the one before", stacklevel=2)
+                bad.rename(bad.with_name(bad.name + _DAMAGED))
             return state
         if damaged:
             raise DamagedCheckpoint(
-                f"no checkpoint in {self.folder} can be used: {'; '.join(damaged)}. Begin a new run"
+                f"no checkpoint in {self.folder} can be used: {'; '.join(damaged.values())}. Begin a new run"
             )
         return None
 
@@ -152,7 +168,7 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _update_of(path: Path) -> int:
+def _serial(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.data.sources import ImageSource
+from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
 from streamcnn.models import make_torchvision_importable
 
@@ -40,23 +41,38 @@ def score(
     *,
     batch_size: int = 1,
     casting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Classify all ``images``, without gradients; modes and weights are the caller's.
 
+    Parameters
+    ----------
+    classify, images, batch_size
+        What classifies which images, so many at a time.
+    casting
+        The block in which it does.
+    before_batch
+        Called before each batch; an error of its own ends the classification.
+
     Raises
     ------
+    DatasetMismatch
+        If an image has a label that the classifier has no output for.
     MissingExtra
         If torchmetrics is not installed.
     """
     classification = require_metrics()
     logits: list[Tensor] = []
     for at in range(0, len(images), batch_size):
+        before_batch()
         positions = range(at, min(at + batch_size, len(images)))
         if positions.stop < len(images):
             images.prefetch(positions.stop)
-        sources, _ = collate([images[position] for position in positions])
+        sources, labels = collate([images[position] for position in positions])
         with torch.no_grad(), casting():
-            logits.append(classify(sources).double().cpu())
+            found = classify(sources)
+        require_labels(labels, found)
+        logits.append(found.double().cpu())
     return _score(torch.cat(logits), images.labels, classification)
 
 
@@ -70,6 +86,21 @@ def require_metrics() -> ModuleType:
     """
     make_torchvision_importable()
     return require("torchmetrics.functional.classification", extra="train")
+
+
+def require_labels(labels: Tensor, logits: Tensor) -> None:
+    """Make sure that a classifier's logits have an output for each of the ``labels``.
+
+    Raises
+    ------
+    DatasetMismatch
+        If not.
+    """
+    if logits.dim() != 2 or logits.shape[1] <= int(labels.max()):
+        raise DatasetMismatch(
+            f"the model gives {tuple(logits.shape)} for {len(labels)} images, one of which has the label "
+            f"{int(labels.max())}: needed are (N, classes) with a class for each label"
+        )
 
 
 def _score(logits: Tensor, labels: Sequence[int], classification: ModuleType) -> Score:

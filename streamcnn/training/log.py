@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from streamcnn.errors import RunMismatch
 from streamcnn.extras import require
 
 LOG = "log.jsonl"
@@ -34,10 +35,19 @@ class RunLog:
     ------
     MissingExtra
         If TensorBoard is wanted and not installed.
+    RunMismatch
+        If the log is shorter than ``nbytes``.
     """
 
     def __init__(self, folder: Path, *, nbytes: int = 0, update: int = 0, events: bool = False) -> None:
-        self._file = (folder / LOG).open("a+b")
+        path = folder / LOG
+        present = path.stat().st_size if path.exists() else 0
+        if present < nbytes:
+            raise RunMismatch(
+                f"{path} has {present} bytes, and had {nbytes} when the newest checkpoint was written: put "
+                "it back, or begin another run in another folder"
+            )
+        self._file = path.open("a+b")
         self._file.truncate(nbytes)
         self._writer: Any = None
         if events:

@@ -3,7 +3,7 @@
 ::
 
     run/
-      run.json        model, data and settings; written first
+      run.json        model, data and settings
       log.jsonl       a line for each update and each epoch
       checkpoints/    the two newest and the best, see `streamcnn.training.checkpoints`
       events/         for TensorBoard, if wanted
@@ -29,7 +29,7 @@ from streamcnn.errors import DamagedCheckpoint, RunMismatch
 from streamcnn.models import load_model
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
-from streamcnn.training.settings import TrainSettings, require_same
+from streamcnn.training.settings import TrainSettings
 from streamcnn.training.trainer import Listener, Trainer
 
 RUN = "run.json"
@@ -69,6 +69,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share={self.validation_share}: allowed are shares between 0 and 1")
+        _require_device(self.device)
 
     def datasets(self) -> tuple[ImageDataset, ImageDataset]:
         """The images to train on, and those to choose the best weights by.
@@ -139,33 +140,32 @@ class RunConfig:
 def make_trainer(
     config: RunConfig, folder: Path, *, events: bool = False, listener: Listener | None = None
 ) -> Trainer:
-    """The trainer of the run in ``folder``, which is begun, or goes on if it is there.
+    """The trainer of the run in ``folder``, which will begin, or go on if it is there.
 
     Raises
     ------
-    RunMismatch
-        If the folder has another run.
     DatasetMismatch, ValueError
         If there are no such images, or no such model.
     """
-    values = config.to_dict()
-    if (folder / RUN).exists():
-        require_same(_flat(values), _flat(_read(folder)))
     images, validation = config.datasets()
     source, _ = images[0]
-    num_classes = max(images.num_classes, validation.num_classes)
-    model = config.build(num_classes, source.shape[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, {**values, "num_classes": num_classes, "num_channels": source.shape[0]})
+    num_classes, num_channels = max(images.num_classes, validation.num_classes), source.shape[0]
+    model = config.build(num_classes, num_channels)
+    values = config.to_dict()
+    # The images are told by more than their place, and settings by their names.
+    identity = {key: value for key, value in values.items() if key not in ("data", "settings")}
+    classes = images.classes and list(images.classes)
+    derived = {"num_classes": num_classes, "num_channels": num_channels, "classes": classes}
     return Trainer(
         model,
         images,
         validation,
         config.settings,
         folder,
-        name=config.model,
+        identity=identity,
         events=events,
         listener=listener,
+        on_start=lambda: _write(folder, {**values, **derived}),
     )
 
 
@@ -176,6 +176,8 @@ class TrainedRun:
     config: RunConfig
     model: StreamingModel
     """With the best weights, in eval mode."""
+    classes: tuple[str, ...] | None
+    """Names of the labels 0, 1, …; None where labels are numbers."""
     update: int
     """After which these weights were found."""
     validation_accuracy: float
@@ -211,7 +213,8 @@ def load_run(folder: Path, *, budget: int | None = None) -> TrainedRun:
     model.budget = model.budget if budget is None else budget
     model.load_state_dict(best_weights(state))
     progress = state["progress"]
-    return TrainedRun(config, model.eval(), progress["update"], progress["best_accuracy"])
+    classes = values["classes"] and tuple(values["classes"])
+    return TrainedRun(config, model.eval(), classes, progress["update"], progress["best_accuracy"])
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -239,6 +242,10 @@ def _read(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((folder / RUN).read_text())
     except FileNotFoundError:
         raise RunMismatch(f"{folder} has no run: give the folder that `streamcnn train` wrote") from None
+    except ValueError as error:
+        raise RunMismatch(
+            f"{folder / RUN} cannot be read ({error}): put back what `streamcnn train` wrote"
+        ) from None
     return values
 
 
@@ -249,7 +256,12 @@ def _write(folder: Path, values: Mapping[str, Any]) -> None:
     os.replace(temporary, folder / RUN)
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings beside the rest, without the images, which the trainer tells by more than their place."""
-    derived = ("data", "settings", "num_classes", "num_channels")
-    return {**{key: value for key, value in values.items() if key not in derived}, **values["settings"]}
+def _require_device(name: str) -> None:
+    """Make sure that there is such a device."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if kind not in present:
+        raise ValueError(f"device={name!r}: there is {' and '.join(present)} here")

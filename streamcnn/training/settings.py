@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from streamcnn.errors import RunMismatch
 
@@ -76,9 +76,44 @@ class TrainSettings:
             raise ValueError(f"autocast={self.autocast!r}: allowed are {', '.join(AUTOCAST_TYPES)}, or None")
         if self.schedule_every not in PER_EPOCH:
             raise ValueError(f"schedule_every={self.schedule_every!r}: allowed are {' and '.join(PER_EPOCH)}")
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Make optimiser and schedule for a convolution's parameters, and let them make a step."""
         _class_of(torch.optim, Optimizer, self.optimizer, "optimizer")
         if self.schedule is not None:
             _class_of(torch.optim.lr_scheduler, LRScheduler, self.schedule, "schedule")
+        net = nn.Module()
+        net.weight, net.bias = nn.Parameter(torch.zeros(2, 2, 3, 3)), nn.Parameter(torch.zeros(2))
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = self.make_optimizer(net)
+            optimizer.step()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"optimizer={self.optimizer!r} with optimizer_options={dict(self.optimizer_options)}: {error}"
+            ) from error
+        try:
+            schedule = self.make_schedule(optimizer)
+            if schedule is not None:
+                optimizer.step()
+                self.step_schedule(schedule, 0.0)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"schedule={self.schedule!r} with schedule_options={dict(self.schedule_options)}: {error}"
+            ) from error
+        if isinstance(schedule, ReduceLROnPlateau) and self.schedule_every == "update":
+            raise ValueError(
+                "schedule='ReduceLROnPlateau' goes by the validation loss: allowed is schedule_every='epoch'"
+            )
+
+    def step_schedule(self, schedule: LRScheduler, validation_loss: float) -> None:
+        """Let a schedule make the step that comes after an epoch."""
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(validation_loss)
+        else:
+            schedule.step()
 
     def make_optimizer(self, net: nn.Module) -> Optimizer:
         """The optimiser of ``net``'s trainable parameters."""

@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.data.sampling import ResumableSampler
-from streamcnn.errors import DatasetMismatch, RunMismatch, TrainingDiverged
+from streamcnn.errors import DamagedCheckpoint, RunMismatch, TrainingDiverged
+from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder
-from streamcnn.training.evaluation import Score, require_metrics, score
+from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
 from streamcnn.training.log import RunLog
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
 
@@ -41,6 +41,10 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 """Told the kind and the values of each line that is written to the log."""
 FORMAT = 1
 """Of a checkpoint's contents."""
+
+
+class _Asked(Exception):
+    """SIGTERM came during validation."""
 
 
 class Terminated(Exception):
@@ -60,7 +64,8 @@ class Progress:
     num_right: int = 0
     best_accuracy: float = -1.0
     """On the validation images."""
-    best_update: int = 0
+    best: str | None = None
+    """Name of the checkpoint with that accuracy."""
     epochs_since_best: int = 0
     is_over: bool = False
 
@@ -89,12 +94,15 @@ class Trainer:
         What to do with them.
     folder
         Of the run: checkpoints and log. If there are checkpoints, the run goes on from the newest.
-    name
-        Of the model; a run is only resumed with a model of the same name and the same tensors.
+    identity
+        What else has to be the same for the run to go on, by name, such as the model's own; settings, data
+        and the shapes of tensors always have. Numbers, texts, lists and dicts.
     events
         Whether to write TensorBoard events too.
     listener
         Told of every update and epoch as the log is.
+    on_start
+        Called when it is certain that the run begins or goes on.
 
     Raises
     ------
@@ -112,9 +120,10 @@ class Trainer:
         settings: TrainSettings,
         folder: Path,
         *,
-        name: str = "",
+        identity: Mapping[str, Any] | None = None,
         events: bool = False,
         listener: Listener | None = None,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         for what, data in (("training", images), ("validation", validation)):
             if not len(data):
@@ -125,9 +134,10 @@ class Trainer:
         self.validation = validation
         self.settings = settings
         self.folder = folder
-        self.name = name
+        self.identity = dict(identity or {})
         self.events = events
         self.listener = listener
+        self.on_start = on_start
         self.net: nn.Module = model.net if isinstance(model, StreamingModel) else model
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
@@ -146,9 +156,12 @@ class Trainer:
         Raises
         ------
         RunMismatch
-            If the checkpoints are of another model, other data or other settings.
+            If the checkpoints are of another model, other data or other settings, or the log is shorter than
+            it was when the newest was written.
         DamagedCheckpoint
-            If there are checkpoints and none can be read.
+            If there are checkpoints and none can be read, or the best one is gone.
+        PlanDoesNotFit
+            If the first image cannot be streamed within the budget.
         TrainingDiverged
             If the loss is no number any more.
         Terminated
@@ -156,20 +169,29 @@ class Trainer:
         """
         saved = self.checkpoints.newest()
         self._begin()
+        if saved is not None and not saved["progress"]["update"] and saved["identity"] != self._identity:
+            saved = None  # nothing was trained, so nothing is lost
         if saved is not None:
             self._restore(saved)
         nbytes = 0 if saved is None else saved["log_bytes"]
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (
             RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log,
             self._heeding_sigterm(),
         ):
+            self.on_start()
             if saved is None:
                 self._save()
             while not self.progress.is_over:
-                self._train_epoch()
+                if self.sampler.epoch == self.progress.epoch:
+                    self._train_epoch()
                 self._end_epoch(self._validate())
         best = self.checkpoints.best()
-        assert best is not None
+        if best is None:
+            raise DamagedCheckpoint(
+                f"the best checkpoint in {self.checkpoints.folder} is gone: train for more epochs to have "
+                "another"
+            )
         return TrainResult(
             num_updates=self.progress.update,
             num_epochs=self.progress.epoch,
@@ -194,18 +216,20 @@ class Trainer:
             self.averaged = AveragedModel(self.net, multi_avg_fn=average)
         self.sampler = self._make_sampler()
         self.progress = Progress()
+        self._identity = self._find_identity()
+        self._plan_digest = self._find_plan_digest()
 
     def _make_sampler(self) -> ResumableSampler:
         """The order of the images, at its beginning."""
         labels = self.images.labels if self.settings.balanced else None
         return ResumableSampler(self.images, seed=self.settings.seed, labels=labels)
 
-    def _identity(self) -> dict[str, Any]:
+    def _find_identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on."""
         streamed = self.model if isinstance(self.model, StreamingModel) else None
         return {
+            **self.identity,
             **self.settings.to_dict(),
-            "model": self.name,
             "tensors": {key: f"{t.dtype}{tuple(t.shape)}" for key, t in self.net.state_dict().items()},
             "images": self.images.fingerprint,
             "validation": self.validation.fingerprint,
@@ -219,7 +243,7 @@ class Trainer:
         self.checkpoints.save(
             {
                 "format": FORMAT,
-                "identity": self._identity(),
+                "identity": self._identity,
                 "versions": _versions(),
                 "progress": asdict(self.progress),
                 "model": self.net.state_dict(),
@@ -229,7 +253,7 @@ class Trainer:
                 "averaged": None if self.averaged is None else self.averaged.state_dict(),
                 "sampler": self.sampler.state_dict(),
                 "random": _random_states(self.device),
-                "plan": self._plan_digest(),
+                "plan": self._plan_digest,
                 "log_bytes": self.log.flush(),
             },
             self.progress.update,
@@ -242,13 +266,14 @@ class Trainer:
                 f"{self.checkpoints.folder} has checkpoints of format {saved['format']}, this version writes "
                 f"{FORMAT}: go on with the version that wrote them ({saved['versions']})"
             )
-        require_same(self._identity(), saved["identity"])
-        for name, present in _versions().items():
-            before = saved["versions"].get(name)
+        require_same(self._identity, saved["identity"])
+        circumstances = {**_versions(), "plan": self._plan_digest}
+        for name, before in {**saved["versions"], "plan": saved["plan"]}.items():
+            present = circumstances.get(name)
             if before != present:
                 warnings.warn(
-                    f"the run began with {name} {before} and goes on with {present}: it may end differently "
-                    "from one without a break",
+                    f"the run began with {name} {before} and goes on with {present}: rounding may make it "
+                    "end differently from one without a break",
                     stacklevel=3,
                 )
         self.net.load_state_dict(saved["model"])
@@ -261,19 +286,33 @@ class Trainer:
         self.sampler.load_state_dict(saved["sampler"])
         self.progress = Progress(**saved["progress"])
         _set_random_states(saved["random"], self.device)
-        if self.progress.best_update == self.progress.update and self.progress.best_accuracy >= 0:
-            # The run may have been killed before it was marked.
-            self.checkpoints.mark_best(self.progress.update)
+        # The run may have been killed before that was marked, or a later one be marked that is passed over.
+        best = self.progress.best
+        if best is not None and not (self.checkpoints.folder / best).exists():
+            warnings.warn(
+                f"{best}, the best checkpoint, is gone: the next epoch is taken for the best", stacklevel=3
+            )
+            self.progress.best, self.progress.best_accuracy = None, -1.0
+        self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
         self.progress.is_over = self._is_over()
 
-    def _plan_digest(self) -> str | None:
-        """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
+    def _find_plan_digest(self) -> str | None:
+        """The fingerprint of the plan that updates are carried out by, if the model is streamed.
+
+        Raises
+        ------
+        PlanDoesNotFit
+            If it cannot be carried out.
+        """
         if not isinstance(self.model, StreamingModel):
             return None
         source, _ = self.images[0]
+        self.model.train()
         with torch.enable_grad():
-            return self.model.plan((self.settings.batch_size, *source.shape)).digest
+            plan = self.model.plan((self.settings.batch_size, *source.shape))
+        plan.validate()
+        return plan.digest
 
     # --- updates -------------------------------------------------------------------------------------
 
@@ -283,10 +322,15 @@ class Trainer:
         self.images.set_epoch(self.sampler.epoch)
         for positions in self._updates():
             self._update(positions)
-            if self._asked_to_end or self.progress.update % self.settings.save_every == 0:
+            if self.progress.update % self.settings.save_every == 0 and not self._asked_to_end:
                 self._save()
-            if self._asked_to_end:
-                raise Terminated(f"ended by SIGTERM after update {self.progress.update}; the state is saved")
+            self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        """Save and end, if SIGTERM has come."""
+        if self._asked_to_end:
+            self._save()
+            raise Terminated(f"ended by SIGTERM after update {self.progress.update}; the state is saved")
 
     def _updates(self) -> Iterator[list[int]]:
         """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
@@ -307,15 +351,18 @@ class Trainer:
         settings, progress, start = self.settings, self.progress, time.perf_counter()
         size = settings.batch_size
         loss_sum, num_right, num_pixels = 0.0, 0, 0
+        learning_rate, reports = self.optimizer.param_groups[0]["lr"], list[Report]()
         self.optimizer.zero_grad(set_to_none=True)
         for at in range(0, len(positions), size):
             sources, labels = collate([self.images[p] for p in positions[at : at + size]])
             num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
             with self._casting():
                 logits = self.model(sources)
-                _require_labels(labels, logits)
+                require_labels(labels, logits)
                 loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             self.scaler.scale(loss / len(positions)).backward()  # type: ignore[no-untyped-call]
+            if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
+                reports.append(self.model.last_report)
             loss_sum += float(loss.detach())
             num_right += int((logits.detach().argmax(1).cpu() == labels).sum())
         if not math.isfinite(loss_sum):
@@ -329,19 +376,19 @@ class Trainer:
         progress.loss_sum += loss_sum
         progress.num_right += num_right
         seconds = time.perf_counter() - start
-        report = getattr(self.model, "last_report", None)
+        measured = [report.measured_bytes for report in reports if report.measured_bytes is not None]
         self._note(
             "update",
             {
                 "epoch": progress.epoch,
                 "loss": loss_sum / len(positions),
                 "accuracy": num_right / len(positions),
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": learning_rate,
                 "seconds": seconds,
                 "megapixels_per_second": num_pixels / seconds / 1e6,
-                "measured_bytes": None if report is None else report.measured_bytes,
-                "projected_bytes": None if report is None else report.projected_bytes,
-                "retries": 0 if report is None else report.num_retries,
+                "measured_bytes": max(measured, default=None),
+                "projected_bytes": max((report.projected_bytes for report in reports), default=None),
+                "retries": sum(report.num_retries for report in reports),
             },
         )
 
@@ -382,10 +429,23 @@ class Trainer:
         """Classify the validation images by the averaged weights, or by the present ones if none are kept."""
         self.model.eval()
         self.validation.set_epoch(0)
-        with self._averaged_weights():
-            return score(
-                self.model, self.validation, batch_size=self.settings.batch_size, casting=self._casting
-            )
+        try:
+            with self._averaged_weights():
+                return score(
+                    self.model,
+                    self.validation,
+                    batch_size=self.settings.batch_size,
+                    casting=self._casting,
+                    before_batch=self._stop_if_asked,
+                )
+        except _Asked:
+            # With the model's own weights again.
+            self._end_if_asked()
+            raise
+
+    def _stop_if_asked(self) -> None:
+        if self._asked_to_end:
+            raise _Asked
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -406,10 +466,7 @@ class Trainer:
         """Note the validation, decide what comes next, and save."""
         progress, settings = self.progress, self.settings
         if self.schedule is not None and settings.schedule_every == "epoch":
-            if isinstance(self.schedule, ReduceLROnPlateau):
-                self.schedule.step(found.loss)
-            else:
-                self.schedule.step()
+            settings.step_schedule(self.schedule, found.loss)
         self._note(
             "epoch",
             {
@@ -426,11 +483,12 @@ class Trainer:
         is_better = found.accuracy > progress.best_accuracy
         progress.epochs_since_best = 0 if is_better else progress.epochs_since_best + 1
         if is_better:
-            progress.best_accuracy, progress.best_update = found.accuracy, progress.update
+            progress.best_accuracy = found.accuracy
+            progress.best = self.checkpoints.next_name(progress.update)
         progress.is_over = self._is_over()
         self._save()
         if is_better:
-            self.checkpoints.mark_best(progress.update)
+            self.checkpoints.mark_best(progress.best)
 
     def _is_over(self) -> bool:
         """Whether all epochs are over, or too many were no better."""
@@ -458,15 +516,6 @@ class Trainer:
             signal.signal(signal.SIGTERM, before)
 
 
-def _require_labels(labels: Tensor, logits: Tensor) -> None:
-    """The model has an output for each label."""
-    if logits.dim() != 2 or logits.shape[1] <= int(labels.max()):
-        raise DatasetMismatch(
-            f"the model gives {tuple(logits.shape)} for {len(labels)} images, one of which has the label "
-            f"{int(labels.max())}: needed are (N, classes) with a class for each label"
-        )
-
-
 def _versions() -> dict[str, str]:
     """Of what a run's results depend on."""
     return {
@@ -474,6 +523,7 @@ def _versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "streamcnn": version("streamcnn"),
+        "threads": str(torch.get_num_threads()),
     }
 
 
