@@ -6,6 +6,8 @@ are plain assertions instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class StreamError(Exception):
     """Base of all errors raised by streamcnn."""
@@ -41,3 +43,9 @@ class RunMismatch(StreamError, ValueError):
 
 class TrainingDiverged(StreamError, ArithmeticError):
     """The loss is no number any more."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five of ``names`` and how many more there are, for an error's text."""
+    shown = ", ".join(map(repr, names[:5]))
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -24,6 +24,7 @@ class RecipeName(enum.StrEnum):
 
     BALANCED = "balanced"
     FAITHFUL = "faithful"
+    SINGLE = "single"
 
 
 @app.command()

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamcnn.data.image_files import FoundImage
-from streamcnn.data.label_table import Row, class_names, label_number, read_rows, some
+from streamcnn.data.label_table import Row, class_names, label_number, read_rows
 from streamcnn.data.sources import open_image
 from streamcnn.data.tile_store import Head, ImageRecord, TileStoreWriter, check_names, write_image_folder
 from streamcnn.data.tile_store.arrays import num_levels
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import DatasetMismatch, some
 
 KIND = "images"
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
-from streamcnn.data.label_table import some
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.tile_store import TileStore
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int]
 

@@ -11,10 +11,10 @@ from typing import final
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.image_files import find_images
-from streamcnn.data.label_table import class_names, label_number, read_rows, some
+from streamcnn.data.label_table import class_names, label_number, read_rows
 from streamcnn.data.sources import ImageSource, is_image, open_image
 from streamcnn.data.tile_store import is_tile_store
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import DatasetMismatch, some
 
 SPLITS = ("train", "val", "validation", "test")
 """Names of folders that are taken for splits if all that lie beside each other have one of them."""

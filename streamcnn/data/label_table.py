@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import DatasetMismatch, some
 
 _COLUMNS = ("image", "label")
 
@@ -98,9 +98,3 @@ def class_names(
 def label_number(text: str, classes: tuple[str, ...] | None) -> int:
     """The number of a label, which is its place among the names of classes if there are any."""
     return int(text) if classes is None else classes.index(text)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first five of ``names`` and how many more there are, for an error's text."""
-    shown = ", ".join(map(repr, names[:5]))
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.data.sampling import ResumableSampler
+from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, TrainingDiverged
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
@@ -356,15 +357,11 @@ class Trainer:
         for at in range(0, len(positions), size):
             sources, labels = collate([self.images[p] for p in positions[at : at + size]])
             num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
-            with self._casting():
-                logits = self.model(sources)
-                require_labels(labels, logits)
-                loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            self.scaler.scale(loss / len(positions)).backward()  # type: ignore[no-untyped-call]
+            loss, logits = self.differentiate(sources, labels, 1 / len(positions))
             if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
                 reports.append(self.model.last_report)
-            loss_sum += float(loss.detach())
-            num_right += int((logits.detach().argmax(1).cpu() == labels).sum())
+            loss_sum += loss
+            num_right += int((logits.argmax(1).cpu() == labels).sum())
         if not math.isfinite(loss_sum):
             raise TrainingDiverged(
                 f"the loss of update {progress.update + 1} is {loss_sum}: begin another run with a smaller "
@@ -391,6 +388,29 @@ class Trainer:
                 "retries": sum(report.num_retries for report in reports),
             },
         )
+
+    def differentiate(
+        self, sources: list[ImageSource], labels: Tensor, weight: float
+    ) -> tuple[float, Tensor]:
+        """Add the gradients of a batch, for subclasses whose model needs more than one pass.
+
+        Parameters
+        ----------
+        sources, labels
+            Of the batch; labels are ``(N,)``, int64.
+        weight
+            Factor of the sum of its losses.
+
+        Returns
+        -------
+        The sum of the images' losses, without the factor, and their logits ``(N, classes)``, detached.
+        """
+        with self._casting():
+            logits = self.model(sources)
+            require_labels(labels, logits)
+            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        self.scaler.scale(weight * loss).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach()), logits.detach()
 
     def _note(self, kind: str, values: Mapping[str, Any]) -> None:
         """Tell the log and the listener."""

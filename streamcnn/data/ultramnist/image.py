@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from streamcnn.data.ultramnist.background import changes, draw_background
 from streamcnn.data.ultramnist.digits import Digits, DigitSet
 from streamcnn.data.ultramnist.draws import Draws
-from streamcnn.data.ultramnist.layout import GLYPH_SIDE, Layout, Spec, make_layout
+from streamcnn.data.ultramnist.layout import GLYPH_SIDE, Layout, Recipe, Spec, make_layout
 from streamcnn.regions import Region
 
 Mask = NDArray[np.bool_]
@@ -41,8 +41,11 @@ def make_image(spec: Spec, split: str, index: int, digits: Digits) -> UltraMnist
     layout = make_layout(spec, split, index)
     source = digits.split(split)
     glyphs = _choose_glyphs(spec, split, index, layout, source)
-    draws = Draws("background", seed=spec.seed, split=split, index=index, size=spec.size)
-    changed = changes(draw_background(draws, spec.size))
+    if spec.recipe is Recipe.SINGLE:
+        changed = np.zeros((spec.size, spec.size), np.bool_)
+    else:
+        draws = Draws("background", seed=spec.seed, split=split, index=index, size=spec.size)
+        changed = changes(draw_background(draws, spec.size))
     for digit, glyph in zip(layout.digits, glyphs, strict=True):
         _mark_glyph(changed, source.images[glyph], digit.box)
     return UltraMnistImage(_integrate(changed)[None], layout, glyphs)

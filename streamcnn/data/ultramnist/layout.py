@@ -2,7 +2,8 @@
 
 The set is that of Gupta et al., UltraMNIST Classification (arXiv 2206.12681): 28 classes, the sums 0 to 27
 of three to five digits whose sides go from 14 to 2100 pixels on a canvas of 4000, both extremes likely.
-There are two recipes for the sizes, see `Recipe`. At other canvas sizes all lengths are proportional.
+There are two recipes for the sizes, see `Recipe`, and a third for an easier task. At other canvas sizes all
+lengths are proportional, but for the third's.
 
 Everything is a pure function of its arguments, in integers.
 """
@@ -30,6 +31,7 @@ _DIGIT_COUNTS = (3, 4, 5)
 _FACTOR_WEIGHTS = (*range(38, 0, -1), *range(1, 38))
 _HALF = 0  # in the place of a factor: a digit of 14 pixels
 _HALF_SIDE = 14
+_WHOLE = 10**9  # over which the weights of a single digit's sides are integers
 
 # Everything placed so far is taken back after so many tries: in an image, needed only if the first digits
 # cover the whole canvas, and for one place, needed whenever the sizes do not fit together.
@@ -50,10 +52,20 @@ class Recipe(enum.Enum):
     position in 100 tries, all five sizes are drawn anew, whatever the digits. So sizes follow the V-shaped
     weights on the condition that five such squares were found to fit: the largest are rarer than the weights
     say, though less so than in ``FAITHFUL``.
+
+    ``SINGLE`` is an easier task of ten classes for small canvases, not the paper's: one digit, whose value is
+    the label, on an empty canvas. Its side is 14 pixels to half of the canvas, whatever that measures, with
+    a uniform logarithm.
     """
 
     FAITHFUL = "faithful"
     BALANCED = "balanced"
+    SINGLE = "single"
+
+    @property
+    def num_classes(self) -> int:
+        """Labels go from 0 to one less."""
+        return 10 if self is Recipe.SINGLE else NUM_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,8 @@ class Spec:
 class PlacedDigit:
     """One digit of an image: the square ``box`` of ``side`` pixels shows ``value``.
 
-    ``factor`` is the enlargement on a canvas of 4000, 1 to 75, and 0 for the half that makes 14 pixels.
+    ``factor`` is the enlargement on a canvas of 4000, 1 to 75, and 0 for the half that makes 14 pixels; in
+    the recipe for a single digit that on the canvas itself, rounded down.
     """
 
     value: int
@@ -131,9 +144,9 @@ def proportional(length: int, size: int) -> int:
 
 
 def label_of(spec: Spec, split: str, index: int) -> int:
-    """The class of image ``index``, 0 to 27; it depends on seed, split and index alone.
+    """The class of image ``index``; it depends on seed, split, index and the number of classes alone.
 
-    Every 28 consecutive images from a multiple of 28 on show every class once.
+    Every 28 consecutive images from a multiple of 28 on show every class once; likewise with 10 classes.
 
     Raises
     ------
@@ -144,8 +157,9 @@ def label_of(spec: Spec, split: str, index: int) -> int:
         raise ValueError(f"unknown split {split!r}: allowed are {' and '.join(map(repr, SPLITS))}")
     if index < 0:
         raise ValueError(f"image index {index} is negative: allowed are 0 and more")
-    block, position = divmod(index, NUM_CLASSES)
-    return Draws("labels", seed=spec.seed, split=split, block=block).shuffled(range(NUM_CLASSES))[position]
+    classes = range(spec.recipe.num_classes)
+    block, position = divmod(index, len(classes))
+    return Draws("labels", seed=spec.seed, split=split, block=block).shuffled(classes)[position]
 
 
 def make_layout(spec: Spec, split: str, index: int) -> Layout:
@@ -160,8 +174,11 @@ def make_layout(spec: Spec, split: str, index: int) -> Layout:
         If there is no such split or the index is negative.
     """
     key: dict[str, int | str] = {"seed": spec.seed, "split": split, "index": index}
-    values = Draws("values", **key).choice(_groups(label_of(spec, split, index)))
+    label = label_of(spec, split, index)
     draws = Draws("layout", **key, recipe=spec.recipe.value, size=spec.size)
+    if spec.recipe is Recipe.SINGLE:
+        return Layout((_place_digit(label, _draw_single(draws, spec.size)),))
+    values = Draws("values", **key).choice(_groups(label))
     place = _place_faithfully if spec.recipe is Recipe.FAITHFUL else _place_balanced
     return Layout(place(values, draws, spec.size))
 
@@ -229,6 +246,19 @@ def _draw_factor(draws: Draws) -> int:
 def _draw_place(factor: int, draws: Draws, size: int) -> _Place:
     side = proportional(_HALF_SIDE if factor == _HALF else GLYPH_SIDE * factor, size)
     return _Place(factor, side, draws.below(size - side + 1), draws.below(size - side + 1))
+
+
+def _draw_single(draws: Draws, size: int) -> _Place:
+    """A place for the only digit."""
+    sides = range(_HALF_SIDE, size // 2 + 1)
+    side = sides[draws.weighted(_inverse(sides))]
+    return _Place(side // GLYPH_SIDE, side, draws.below(size - side + 1), draws.below(size - side + 1))
+
+
+@cache
+def _inverse(sides: range) -> tuple[int, ...]:
+    """Weights that give sides a uniform logarithm."""
+    return tuple(_WHOLE // side for side in sides)
 
 
 def _overlaps(place: _Place, others: Sequence[_Place]) -> bool:

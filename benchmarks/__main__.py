@@ -1,0 +1,165 @@
+"""UltraMNIST under a memory budget.
+
+python -m benchmarks run --budget 11GB --scale paper
+python -m benchmarks methods
+python -m benchmarks table --scale paper
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness.images import generated
+from benchmarks.harness.method import Method, load_methods
+from benchmarks.harness.results import Key, done, record
+from benchmarks.harness.row import Task
+from benchmarks.harness.row import run as run_row
+from benchmarks.harness.scales import SCALES
+from streamcnn.units import format_bytes, format_duration, parse_bytes
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
+Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
+WORK = Path("benchmark-runs")
+
+
+@app.command()
+def run(
+    budget: Annotated[str, typer.Option(help="Ceiling in training and in inference, such as 11GB.")],
+    scale: ScaleName = "paper",
+    methods: Annotated[str, typer.Option(help="Names, separated by commas; default: all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Numbers, separated by commas.")] = "0",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Begin with timm's weights.")
+    ] = False,
+    digits: Annotated[
+        str | None, typer.Option(help="As for `streamcnn ultramnist generate`.", envvar="MNIST_FOLDER")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no other row after so many; run again to go on.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that make images.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Run what is done already, too.")] = False,
+    work: Work = WORK,
+) -> None:
+    """Train and score methods, each in its own process; what is done already is left out."""
+    chosen, size = _methods(methods), _scale(scale)
+    budget_bytes = parse_bytes(budget)
+    assert budget_bytes is not None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console, started = Console(), time.monotonic()
+    images = work / size.name / "images"
+    console.print(
+        f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}", highlight=False
+    )
+    generated(size, images, digits, workers=workers)
+    for seed in map(int, seeds.split(",")):
+        for method in chosen:
+            key = Key(size.name, budget_bytes, method.name, seed, pretrained, device)
+            if not method.runs or (done(key) and not again):
+                continue
+            if seconds is not None and time.monotonic() - started > seconds:
+                console.print("out of time: the same command goes on", highlight=False)
+                raise typer.Exit(0)
+            found = _in_a_process(key, images, work / size.name / f"{budget_bytes}")
+            record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
+            console.print(_line(method, seed, found), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    table = Table("method", "kind", "backbone", "resolution", "published, %", "note", box=None)
+    for method in load_methods().values():
+        published = ", ".join(f"{value} ({column})" for column, value in method.published.items())
+        resolution = "" if method.resolution is None else str(method.resolution)
+        if method.kind.value in ("stream", "tiles", "patchgd", "partition"):
+            resolution = "full"
+        table.add_row(method.name, method.kind.value, method.family, resolution, published, method.note)
+    Console().print(table)
+
+
+@app.command()
+def table(
+    scale: ScaleName = "paper",
+    out: Annotated[Path | None, typer.Option(help="Folder for the table and figures.")] = None,
+) -> None:
+    """Print the paper's tables with what was measured beside the published figures, and draw the figures."""
+    from benchmarks.harness.table import write_table
+
+    for path in write_table(_scale(scale), out):
+        typer.echo(path)
+
+
+@app.command(hidden=True)
+def row(key: str, images: Path, folder: Path) -> None:
+    """One method in this process; what was found as JSON on the last line."""
+    known = Key(**json.loads(key))
+    found = run_row(
+        Task(
+            method=load_methods()[known.method],
+            scale=SCALES[known.scale],
+            budget=known.budget,
+            seed=known.seed,
+            pretrained=known.pretrained,
+            device=known.device,
+            images=images,
+            folder=folder,
+        )
+    )
+    print(json.dumps(found))
+
+
+def _in_a_process(key: Key, images: Path, folder: Path) -> dict[str, Any]:
+    """What the row's process found; where it failed, its last words."""
+    command = [sys.executable, "-m", "benchmarks", "row", json.dumps(key.to_dict()), str(images), str(folder)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        print(process.stderr, file=sys.stderr)
+        return {"outcome": "failed", "reason": words[-1]}
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found
+
+
+def _line(method: Method, seed: int, found: dict[str, Any]) -> str:
+    """A row as one line of text."""
+    begin = f"{method.name}, seed {seed}: {found['outcome']}"
+    if found["outcome"] != "finished":
+        return f"{begin}: {found['reason']}"
+    return (
+        f"{begin}: test accuracy {found['test_accuracy']:.1%}, batch {found['batch_size']}, "
+        f"{found['epochs']} epochs in {format_duration(found['training_seconds'])}, peak "
+        f"{format_bytes(max(found['training_peak_bytes'] or 0, found['inference_peak_bytes'] or 0))}"
+    )
+
+
+def _methods(names: str) -> list[Method]:
+    every = load_methods()
+    wanted = names.split(",") if names else list(every)
+    unknown = [name for name in wanted if name not in every]
+    if unknown:
+        raise typer.BadParameter(f"no method {', '.join(unknown)}: there are {', '.join(every)}")
+    return [every[name] for name in wanted]
+
+
+def _scale(name: str) -> Any:
+    if name not in SCALES:
+        raise typer.BadParameter(f"no scale {name}: there are {', '.join(SCALES)}")
+    return SCALES[name]
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,138 @@
+"""The benchmark's images: generated once for a scale, and shrunk once for a resolution."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness.scales import Scale
+from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.dataset import ImageDataset, TileDataset
+from streamcnn.data.sources import ImageSource, TensorSource
+from streamcnn.data.tile_store import TileStore
+from streamcnn.data.ultramnist import Spec, load_digits
+from streamcnn.data.ultramnist.generate import generate
+from streamcnn.regions import Region
+
+DATA_SEED = 0
+TWO_STEPS_BELOW = 512
+"""On the paper's canvas; smaller images are shrunk to this resolution first."""
+
+
+def generated(scale: Scale, folder: Path, digits: str | None, *, workers: int = 1) -> TileStore:
+    """The images of a scale, made now where they are not there yet."""
+    spec = Spec(seed=DATA_SEED, recipe=scale.recipe, size=scale.canvas)
+    made = generate(
+        folder,
+        spec,
+        load_digits(digits),
+        num_train=scale.num_train,
+        num_test=scale.num_test,
+        workers=workers,
+    )
+    for _ in made:
+        pass
+    return TileStore(folder)
+
+
+class ShrunkImages(ImageDataset):
+    """The images of a split, shrunk by area interpolation and kept in one array on disk.
+
+    Parameters
+    ----------
+    store
+        Of the whole images.
+    split
+        Of which.
+    resolutions
+        Heights and widths in pixels that they are shrunk to one after another.
+    folder
+        For the array, which is made where it is not there yet.
+    positions, augmentation, seed
+        As for `TileDataset`.
+    """
+
+    def __init__(
+        self,
+        store: TileStore,
+        split: str,
+        resolutions: Sequence[int],
+        folder: Path,
+        *,
+        positions: Sequence[int] | None = None,
+        augmentation: RandomAugmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        whole = TileDataset(store, split)
+        path = folder / f"{split}-{'-'.join(map(str, resolutions))}.npy"
+        if not path.exists():
+            _shrink(whole, resolutions, path)
+        self._pixels = np.load(path, mmap_mode="r")
+        self._positions = tuple(range(len(whole)) if positions is None else positions)
+        self._whole = whole
+        self._resolutions = tuple(resolutions)
+        super().__init__(
+            tuple(whole.names[at] for at in self._positions),
+            tuple(whole.labels[at] for at in self._positions),
+            classes=whole.classes,
+            augmentation=augmentation,
+            seed=seed,
+        )
+
+    def _open(self, position: int) -> ImageSource:
+        return TensorSource(torch.from_numpy(self._pixels[self._positions[position]].copy()))
+
+    def _identities(self) -> Iterator[str]:
+        yield f"{self._resolutions}"
+        for at in self._positions:
+            yield self._whole.records[at].to_json()
+
+    def prefetch(self, position: int) -> None:
+        """Nothing: the array is read by the kernel."""
+
+
+def shrink(pixels: Tensor, resolutions: Sequence[int]) -> Tensor:
+    """Bytes (C, H, W) shrunk by area interpolation to each resolution in turn, rounded after each."""
+    for resolution in resolutions:
+        means = F.interpolate(pixels[None].float(), size=(resolution, resolution), mode="area")
+        pixels = means[0].round().to(torch.uint8)
+    return pixels
+
+
+def steps_to(resolution: int, scale: Scale) -> tuple[int, ...]:
+    """The resolutions in pixels on the way to one of the paper's: 256 through 512, larger ones at once."""
+    stops = (TWO_STEPS_BELOW, resolution) if resolution < TWO_STEPS_BELOW else (resolution,)
+    return tuple(scale.pixels(stop) for stop in stops)
+
+
+def read_whole(source: ImageSource) -> Tensor:
+    """All pixels (C, H, W) of an image."""
+    return source.read(Region.whole((source.shape[1], source.shape[2])))
+
+
+def _shrink(images: TileDataset, resolutions: Sequence[int], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    channels = images[0][0].shape[0]
+    shape = (len(images), channels, resolutions[-1], resolutions[-1])
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    for position in range(len(images)):
+        source, _ = images[position]
+        array[position] = shrink(read_whole(source), resolutions).numpy()
+    array.flush()
+    os.replace(temporary, path)
+
+
+def fingerprint_of(store: TileStore) -> str:
+    """What tells these images from others, in short."""
+    known = hashlib.sha256()
+    for record in store.records:
+        known.update(record.to_json().encode())
+    return known.hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Results of rows: one JSON line each, the newest of a row counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks import record as records
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Which run a result is of."""
+
+    scale: str
+    budget: int
+    """Bytes."""
+    method: str
+    seed: int
+    pretrained: bool
+    device: str
+    """Its kind: cpu or cuda."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def record(key: Key, found: Mapping[str, Any], command: str) -> None:
+    """Write down what a row found."""
+    records.append(_name(key.scale), command, **{"device_kind": key.device, **_fields(key), **found})
+
+
+def done(key: Key) -> bool:
+    """Whether the row has run to its end, or was refused by its ceiling."""
+    return any(_key(line) == key and line["outcome"] != "failed" for line in read(key.scale))
+
+
+def read(scale: str) -> list[dict[str, Any]]:
+    """The newest result of every row of a scale, in the order in which they were written."""
+    path = records.RESULTS / f"{_name(scale)}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    newest = {_key(line): line for line in lines}
+    return list(newest.values())
+
+
+def _name(scale: str) -> str:
+    return f"ultramnist_{scale}"
+
+
+def _fields(key: Key) -> dict[str, Any]:
+    # The device's name is a field of every result already.
+    return {name: value for name, value in key.to_dict().items() if name != "device"}
+
+
+def _key(line: Mapping[str, Any]) -> Key:
+    return Key(
+        **{name: line[name] for name in ("scale", "budget", "method", "seed", "pretrained")},
+        device=line["device_kind"],
+    )
