@@ -25,6 +25,7 @@ from benchmarks.harness.results import Key, done, record
 from benchmarks.harness.row import Task
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES
+from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
@@ -81,13 +82,16 @@ def run(
 @app.command()
 def methods() -> None:
     """List the methods."""
-    table = Table("method", "kind", "backbone", "resolution", "published, %", "note", box=None)
+    table = Table(box=None)
+    for column in ("method", "kind", "backbone", "input"):
+        table.add_column(column, no_wrap=True)
+    for column in ("published, %", "at 11 GB", "note"):
+        table.add_column(column)
     for method in load_methods().values():
-        published = ", ".join(f"{value} ({column})" for column, value in method.published.items())
-        resolution = "" if method.resolution is None else str(method.resolution)
-        if method.kind.value in ("stream", "tiles", "patchgd", "partition"):
-            resolution = "full"
-        table.add_row(method.name, method.kind.value, method.family, resolution, published, method.note)
+        published = (method.published.get(column, "") for column in PAPER_TABLES["Table 1"])
+        table.add_row(
+            method.name, method.kind.value, method.family, method.input_text, *published, method.note
+        )
     Console().print(table)
 
 
@@ -97,8 +101,6 @@ def table(
     out: Annotated[Path | None, typer.Option(help="Folder for the table and figures.")] = None,
 ) -> None:
     """Print the paper's tables with what was measured beside the published figures, and draw the figures."""
-    from benchmarks.harness.table import write_table
-
     for path in write_table(_scale(scale), out):
         typer.echo(path)
 

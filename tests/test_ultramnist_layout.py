@@ -27,6 +27,7 @@ FACTOR_WEIGHTS = [*range(38, 0, -1), *range(1, 38)]
 WORD = 2**64
 
 recipes = pytest.mark.parametrize("recipe", Recipe)
+recipes_of_several = pytest.mark.parametrize("recipe", [Recipe.FAITHFUL, Recipe.BALANCED])
 
 
 # Draws
@@ -138,7 +139,7 @@ def test_every_group_with_the_sum_is_equally_likely() -> None:
 
 @given(
     seed=st.integers(0, 2**63),
-    recipe=st.sampled_from(Recipe),
+    recipe=st.sampled_from([Recipe.FAITHFUL, Recipe.BALANCED]),
     size=st.integers(64, 9000),
     split=st.sampled_from(["train", "test"]),
     index=st.integers(0, 10**9),
@@ -179,6 +180,7 @@ def test_layouts_are_the_same_everywhere(recipe: Recipe) -> None:
     expected = {
         Recipe.FAITHFUL: "2235f54015b7b5313f5fef13d1ae90788f75a45def287f706c88461bf1cfecac",
         Recipe.BALANCED: "36161ef09b2743e90859852f9b181f45a5902e3aee5fa8980d6043f0c9227f5c",
+        Recipe.SINGLE: "175ff95b710f21778c03085531aa499010c6e1190d61675de4e11e306efc743c",
     }
     found = [make_layout(Spec(7, recipe, size), "test", index) for size in (4000, 777) for index in range(50)]
     text = repr(
@@ -342,7 +344,7 @@ def test_faithful_shares_are_those_of_the_released_code(
     assert abs(found - percent / 100) < 4 * sigma(percent / 100, NUM_LAYOUTS) + rounding / 100
 
 
-@recipes
+@recipes_of_several
 @pytest.mark.parametrize("largest", [14, 28, 56, 200, 600])
 def test_smallest_digits_are_those_of_a_plain_simulation(recipe: Recipe, largest: int) -> None:
     simulated = simulate(recipe, NUM_SIMULATED)
@@ -353,7 +355,7 @@ def test_smallest_digits_are_those_of_a_plain_simulation(recipe: Recipe, largest
     )
 
 
-@recipes
+@recipes_of_several
 def test_mean_sides_by_value_are_those_of_a_plain_simulation(recipe: Recipe) -> None:
     found, simulated = as_simulated(layouts(recipe)), simulate(recipe, NUM_SIMULATED)
     for value in range(10):
@@ -437,3 +439,30 @@ def test_balanced_values_come_in_any_order() -> None:
     )
     # 3! to 5! orders, fewer where digits are equal.
     assert 1 / 120 < ascending < 1 / 4
+
+
+# A single digit
+
+
+def test_a_single_digit_is_its_label_at_any_canvas() -> None:
+    for size in (64, 512):
+        found = [make_layout(Spec(0, Recipe.SINGLE, size), "train", index) for index in range(200)]
+        assert all(len(each.digits) == 1 for each in found)
+        labels = [each.label for each in found]
+        assert labels == [label_of(Spec(0, Recipe.SINGLE, 64), "train", index) for index in range(200)]
+        assert all(sorted(labels[start : start + 10]) == list(range(10)) for start in range(0, 200, 10))
+        sides = [each.digits[0].side for each in found]
+        assert min(sides) >= 14
+        assert max(sides) <= size // 2
+        assert all(each.digits[0].factor == each.digits[0].side // 28 for each in found)
+        assert all(Region.whole((size, size)).contains(each.digits[0].box) for each in found)
+
+
+def test_a_single_digits_side_has_a_uniform_logarithm() -> None:
+    spec = Spec(0, Recipe.SINGLE, 512)
+    sides = [make_layout(spec, "test", index).digits[0].side for index in range(NUM_LAYOUTS)]
+    octaves = [sum(14 * 2**k <= side < 28 * 2**k for side in sides) for k in range(4)]
+    total = sum(1 / side for side in range(14, 257))
+    expected = [NUM_LAYOUTS * sum(1 / side for side in range(14 * 2**k, 28 * 2**k)) / total for k in range(4)]
+    rest = NUM_LAYOUTS - sum(octaves)
+    assert chi_square([*octaves, rest], [*expected, NUM_LAYOUTS - sum(expected)]) < limit(4)

@@ -88,6 +88,13 @@ class Method:
     """For the table's last column."""
 
     @property
+    def input_text(self) -> str:
+        """The resolution that the network sees on the paper's canvas, for a table."""
+        if self.resolution is not None:
+            return f"{self.resolution}²"
+        return "-" if self.kind is Kind.REFERENCE else "full"
+
+    @property
     def runs(self) -> bool:
         """Whether there is anything to train."""
         return self.kind not in (Kind.REFERENCE, Kind.PARTITION)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from benchmarks.harness.classifiers import (
     make_net,
     read_whole,
 )
-from benchmarks.harness.images import ShrunkImages, steps_to
+from benchmarks.harness.images import ShrunkImages, fingerprint_of, steps_to
 from benchmarks.harness.method import Kind, Method, Stage
 from benchmarks.harness.scales import Scale
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
@@ -88,19 +89,28 @@ def run(task: Task) -> dict[str, Any]:
     _warm_up(store)
     ceiling = ceiling_for(torch.device(task.device))
     stages = task.method.stages or (Stage(resolution=task.method.resolution or 0, learning_rate=0.0),)
-    found: dict[str, Any] = {"outcome": "refused", "reason": None}
+    what = {
+        "images": fingerprint_of(store),
+        "digits": store.head.provenance["digits"],
+        "versions": _versions(),
+    }
+    found: dict[str, Any] = {}
     weights: Mapping[str, Any] | None = None
     try:
         for number, stage in enumerate(stages):
             weights, found = _train(task, stage, number, weights, store, ceiling)
     except Refused as error:
-        found["reason"] = str(error)
-        return found
-    return {**found, "outcome": "finished", "reason": None}
+        return {"outcome": "refused", "reason": str(error), **found, **what}
+    return {"outcome": "finished", "reason": None, **found, **what}
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that a result depends on besides PyTorch."""
+    return {name: version(name) for name in ("streamcnn", "timm", "torchvision", "numpy", "zarr")}
 
 
 def _warm_up(store: TileStore) -> None:
-    """Load what is loaded at its first use, some 150 MB of code, and start threads: not the method's doing."""
+    """Start threads, and load code that is loaded at its first use, some 150 MB: not the method's doing."""
     source, _ = TileDataset(store, "test")[0]
     read_whole(source)
     require_metrics()

@@ -1,0 +1,272 @@
+"""What came of all rows: the paper's tables with measured columns beside the published ones, and figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.legibility import LEGIBLE_PIXELS, legibility_ceiling
+from benchmarks.harness.method import Kind, Method, load_methods
+from benchmarks.harness.results import read
+from benchmarks.harness.scales import Scale
+from benchmarks.record import RESULTS
+from streamcnn.data.ultramnist import Recipe
+from streamcnn.extras import require
+from streamcnn.units import format_bytes, format_duration
+
+PAPER_TABLES = {"Table 1": ("unrestricted", "11 GB"), "Table 4": ("24 GB, full", "24 GB, best")}
+"""Columns of accuracies by the paper's table."""
+_COLUMNS = tuple(
+    "budget,method,backbone,input,legible,accuracy,seeds,batch,epochs,training,peak,start".split(",")
+)
+_NOTHING = "-"
+_COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#8a94a6", "#0891b2", "#be185d")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The runs of a method under one budget, one for each seed."""
+
+    method: Method
+    budget: int
+    runs: tuple[dict[str, Any], ...]
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """Those that ended with a score."""
+        return [run for run in self.runs if run["outcome"] == "finished"]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean over seeds; None if no run finished."""
+        found = [run["test_accuracy"] for run in self.finished]
+        return statistics.mean(found) if found else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds; None of fewer than two."""
+        found = [run["test_accuracy"] for run in self.finished]
+        return statistics.stdev(found) if len(found) > 1 else None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that any run held, in training or inference."""
+        readings = ("training_peak_bytes", "inference_peak_bytes")
+        return max((run[name] or 0 for run in self.finished for name in readings), default=0)
+
+    @property
+    def outcome(self) -> str:
+        """The accuracy in percent with its spread, or why there is none."""
+        if self.accuracy is None:
+            return f"{self.runs[0]['outcome']}: {self.runs[0]['reason']}"
+        spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
+        return f"{100 * self.accuracy:.1f}{spread}"
+
+
+def measured(scale: Scale) -> list[Measured]:
+    """What was measured at a scale, by method and budget, in the order of the methods."""
+    methods, results = load_methods(), read(scale.name)
+    keys = {(line["budget"], line["method"]) for line in results}
+    return [
+        Measured(method, budget, tuple(r for r in results if (r["budget"], r["method"]) == (budget, name)))
+        for budget in sorted({budget for budget, _ in keys})
+        for name, method in methods.items()
+        if (budget, name) in keys
+    ]
+
+
+def write_table(scale: Scale, folder: Path | None = None) -> list[Path]:
+    """Write ``table.md`` and the figures; where they are.
+
+    Parameters
+    ----------
+    scale
+        Whose results.
+    folder
+        Created where it is missing; None takes one beside the results.
+    """
+    folder = RESULTS / f"ultramnist_{scale.name}" if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    found = measured(scale)
+    written = [folder / "table.md"]
+    written[0].write_text(markdown(scale, found))
+    if any(each.finished for each in found):
+        for name, draw in (("resolution.png", _against_resolution), ("memory.png", _against_memory)):
+            figure = draw(scale, found)
+            figure.savefig(folder / name, dpi=120, bbox_inches="tight")
+            written.append(folder / name)
+    return written
+
+
+def markdown(scale: Scale, found: Sequence[Measured]) -> str:
+    """The paper's tables and ours as Markdown."""
+    lines = [
+        f"# UltraMNIST at scale `{scale.name}`",
+        "",
+        f"{scale.num_train} training and {scale.num_test} test images of {scale.canvas} x {scale.canvas} "
+        f"pixels, recipe `{scale.recipe.value}`, {scale.recipe.num_classes} classes, at most "
+        f"{scale.epochs} epochs"
+        + ("" if scale.seconds is None else f" and {scale.seconds:.0f} s of training")
+        + f". A guess is right in {100 / scale.recipe.num_classes:.1f} %.",
+        "",
+    ]
+    lines += _measured_table(scale, found)
+    lines += _paper_tables(scale, found)
+    return "\n".join(lines) + "\n"
+
+
+def _measured_table(scale: Scale, found: Sequence[Measured]) -> list[str]:
+    """Everything that was measured."""
+    lines = [
+        "## Measured",
+        "",
+        "Accuracy on the test images in percent, with the standard deviation over seeds where there are "
+        f"several. *Legible*: images whose digits all keep {LEGIBLE_PIXELS} pixels at that resolution. "
+        "*Peak*: the most that was held in training or inference, weights and optimiser included. *Start*: "
+        "random or pretrained weights.",
+        "",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|---" * len(_COLUMNS) + "|",
+    ]
+    for each in found:
+        cells = [format_bytes(each.budget), each.method.name, each.method.family]
+        if each.finished:
+            run = each.finished[0]
+            pixels = run["resolution"] if each.method.kind is not Kind.RESIZER else _resolution(each, scale)
+            seconds = statistics.mean(r["training_seconds"] for r in each.finished)
+            cells += [
+                f"{pixels}²",
+                f"{100 * legibility_ceiling(scale, pixels):.0f} %",
+                each.outcome,
+                str(len(each.finished)),
+                str(run["batch_size"]),
+                f"{run['epochs']:g}",
+                format_duration(seconds),
+                format_bytes(each.peak_bytes),
+            ]
+        else:
+            cells += [f"{_resolution(each, scale)}²", "", each.outcome, "", "", "", "", ""]
+        cells.append("pretrained" if each.runs[0]["pretrained"] else "random")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _paper_tables(scale: Scale, found: Sequence[Measured]) -> list[str]:
+    """The paper's tables with a column of ours for each budget."""
+    budgets = sorted({each.budget for each in found})
+    ours = {(each.method.name, each.budget): each for each in found}
+    comparable = scale.recipe is not Recipe.SINGLE and scale.name == "paper"
+    lines: list[str] = []
+    for title, columns in PAPER_TABLES.items():
+        lines += [
+            f"## The paper's {title}",
+            "",
+            "Published figures are those of arXiv 2206.12681, on 28,000 images of 4000 x 4000 pixels with "
+            "pretrained weights."
+            + ("" if comparable else " Ours are of another task, and not to be compared with them."),
+            "",
+            "| method | backbone | input | "
+            + " | ".join([f"published, {c}" for c in columns] + [f"ours, {format_bytes(b)}" for b in budgets])
+            + " | note |",
+            "|---" * (4 + len(columns) + len(budgets)) + "|",
+        ]
+        for name, method in load_methods().items():
+            published = [method.published.get(column, _NOTHING) for column in columns]
+            cells = [ours.get((name, budget)) for budget in budgets]
+            if title != next(iter(PAPER_TABLES)) and not any(p != _NOTHING for p in published):
+                continue
+            shown = [
+                _NOTHING if c is None else ("refused" if c.accuracy is None else c.outcome) for c in cells
+            ]
+            lines.append(
+                "| "
+                + " | ".join([name, method.family, method.input_text, *published, *shown, method.note])
+                + " |"
+            )
+        lines.append("")
+    return lines
+
+
+def _resolution(each: Measured, scale: Scale) -> int:
+    """Height and width in pixels that a method's network sees."""
+    return scale.canvas if each.method.resolution is None else scale.pixels(each.method.resolution)
+
+
+def _against_resolution(scale: Scale, found: Sequence[Measured]) -> Any:
+    """Accuracy against resolution, a line for each backbone, and the legibility ceiling."""
+    figure, axes = _figure("accuracy against resolution", scale)
+    good = [each for each in found if each.finished]
+    families = list(dict.fromkeys(each.method.family for each in good))
+    for index, family in enumerate(families):
+        points = sorted((_resolution(e, scale), e) for e in good if e.method.family == family)
+        color = _COLORS[index % len(_COLORS)]
+        for kind, marker in ((False, "o-"), (True, "*")):
+            chosen = [(x, e) for x, e in points if (e.method.kind is Kind.STREAM) is kind]
+            if chosen:
+                axes.errorbar(
+                    [x for x, _ in chosen],
+                    [100 * (e.accuracy or 0) for _, e in chosen],
+                    yerr=[100 * (e.spread or 0) for _, e in chosen],
+                    fmt=marker,
+                    markersize=13 if kind else 6,
+                    capsize=3,
+                    color=color,
+                    label=f"{family}, streamed" if kind else family,
+                )
+    ends = sorted({_resolution(each, scale) for each in good} | {scale.canvas})
+    steps = [round(ends[0] * (ends[-1] / ends[0]) ** (k / 40)) for k in range(41)] if len(ends) > 1 else ends
+    axes.plot(
+        steps,
+        [100 * legibility_ceiling(scale, x) for x in steps],
+        "--",
+        color="#8a94a6",
+        label=f"all digits keep {LEGIBLE_PIXELS} pixels",
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ends, [str(x) for x in ends])
+    axes.minorticks_off()
+    axes.set_xlabel("height and width of what the network sees, pixels")
+    _finish(axes, scale)
+    return figure
+
+
+def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
+    """Accuracy against peak memory, and the budgets."""
+    figure, axes = _figure("accuracy against peak memory", scale)
+    good = [each for each in found if each.finished]
+    families = list(dict.fromkeys(each.method.family for each in good))
+    for each in good:
+        streamed = each.method.kind is Kind.STREAM
+        x, y = each.peak_bytes / 2**20, 100 * (each.accuracy or 0)
+        color = _COLORS[families.index(each.method.family) % len(_COLORS)]
+        axes.plot(x, y, "*" if streamed else "o", markersize=13 if streamed else 7, color=color)
+        axes.annotate(each.method.name, (x, y), (6, 4), textcoords="offset points", fontsize=8, color=color)
+    for budget in sorted({each.budget for each in found}):
+        axes.axvline(budget / 2**20, color="#c62828", linestyle="--")
+        axes.annotate(
+            f"budget {format_bytes(budget)}", (budget / 2**20, 102), ha="right", fontsize=8, color="#c62828"
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("peak memory in training and inference, MiB")
+    _finish(axes, scale, legend=False)
+    return figure
+
+
+def _figure(title: str, scale: Scale) -> tuple[Any, Any]:
+    figure = require("matplotlib.figure", extra="plots").Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(f"UltraMNIST, scale {scale.name}: {title}")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(axes: Any, scale: Scale, *, legend: bool = True) -> None:
+    chance = 100 / scale.recipe.num_classes
+    axes.axhline(chance, color="#8a94a6", linestyle=":", label="a guess")
+    axes.set_ylim(0, 108)
+    axes.set_ylabel("accuracy on the test images, %")
+    if legend:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,360 @@
+"""The UltraMNIST harness: methods, what they train, rows under their ceiling, and tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import record as records
+from benchmarks.harness.classifiers import (
+    LearnedResizer,
+    PatchGD,
+    TileVote,
+    WholeImages,
+    grid_size,
+    make_net,
+)
+from benchmarks.harness.images import ShrunkImages, generated, read_whole, shrink, steps_to
+from benchmarks.harness.legibility import legibility_ceiling
+from benchmarks.harness.method import Kind, Method, load_methods
+from benchmarks.harness.pyramid import FIELD, ScalePyramid, scale_pyramid
+from benchmarks.harness.results import Key, done, read, record
+from benchmarks.harness.row import PatchGDTrainer, _without_single
+from benchmarks.harness.scales import SCALES
+from benchmarks.harness.table import markdown, measured, write_table
+from streamcnn import StreamingModel, TensorSource, verify
+from streamcnn.data.dataset import TileDataset
+from streamcnn.data.tile_store import TileStore
+from streamcnn.training import TrainSettings
+from streamcnn.units import parse_bytes
+
+ROOT = Path(__file__).parent.parent
+TINY = SCALES["tiny"]
+PUBLISHED = """
+RN-256 8.9 8.9
+RN-512 24.5 24.5
+RN-1024 31.3 31.3
+ENB0-256 20.4 18.6
+ENB0-512 49.8 43.9
+ENB0-1024 49.0 49.0
+ENB3-256 30.3 26.7
+ENB3-512 72.3 69.1
+ENB3-1024 79.1 54.5
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
+    return generated(TINY, tmp_path_factory.mktemp("tiny") / "images", "uci")
+
+
+def constant(value: float, size: int = 40) -> TensorSource:
+    return TensorSource(torch.full((1, size, size), value))
+
+
+# Methods
+
+
+def test_the_papers_rows_are_there_with_their_figures_and_hyperparameters() -> None:
+    methods = load_methods()
+    for line in PUBLISHED.strip().splitlines():
+        name, unrestricted, at_11 = line.split()
+        assert methods[name].published["unrestricted"] == unrestricted
+        assert methods[name].published["11 GB"] == at_11
+        assert {known.budget for known in methods[name].hyperparameters} == {"11GB", "24GB"}
+    best = methods["ENB3-512"].hyperparameters_for(24 * 10**9)
+    assert (best.learning_rate, best.gamma, best.batch) == (8e-4, 0.98, 32)
+    # Below the smallest budget of the paper there is nothing else to go by.
+    assert methods["RN-1024"].hyperparameters_for(10**9).batch == 3
+    assert methods["RN-1024"].hyperparameters_for(12 * 10**9).batch == 3
+    assert {method.kind for method in methods.values()} == set(Kind)
+    assert methods["random guess"].published["unrestricted"] == f"{100 / 28:.1f}"
+
+
+def test_rows_of_one_family_differ_in_the_resolution_alone() -> None:
+    families: dict[str, set[str | None]] = {}
+    for method in load_methods().values():
+        if method.kind is Kind.SHRINK:
+            families.setdefault(method.family, set()).add(method.model)
+    assert all(len(models) == 1 for models in families.values())
+
+
+def test_a_method_file_with_a_mistake_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "10-wrong.toml"
+    for text, message in (
+        ('name = "a"\nkind = "shrunk"\nfamily = "b"', "'shrunk' is not a valid Kind"),
+        ('name = "a"\nkind = "shrink"\nfamily = "b"\nsize = 3', "size"),
+    ):
+        path.write_text(f"[[method]]\n{text}\n")
+        with pytest.raises(ValueError, match=f"10-wrong.toml: .*{message}"):
+            load_methods(tmp_path)
+
+
+# Images
+
+
+def test_images_are_shrunk_by_area_and_small_ones_in_two_steps(store: TileStore, tmp_path: Path) -> None:
+    assert steps_to(256, SCALES["paper"]) == (512, 256)
+    assert steps_to(512, SCALES["paper"]) == (512,)
+    assert steps_to(1024, SCALES["single"]) == (131,)
+    pixels = torch.randint(256, (1, 64, 64), dtype=torch.uint8)
+    blocks = pixels.float().unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4))
+    assert torch.equal(shrink(pixels, (16,)).float(), blocks.round())
+    images = ShrunkImages(store, "train", (32, 16), tmp_path, positions=(3, 1))
+    whole, label = TileDataset(store, "train")[3]
+    source, found_label = images[0]
+    assert found_label == label
+    expected = shrink(read_whole(whole), (32, 16))
+    assert torch.equal(read_whole(source), expected)
+    # Another instance finds the array that is there.
+    again = ShrunkImages(store, "train", (32, 16), tmp_path)
+    assert torch.equal(read_whole(again[3][0]), expected)
+    assert images.fingerprint != ShrunkImages(store, "train", (16,), tmp_path, positions=(3, 1)).fingerprint
+
+
+def test_what_is_legible_depends_on_the_smallest_digit() -> None:
+    single = SCALES["single"]
+    # Every digit has 14 pixels or more on a canvas of 512, and half of 14 is 7.
+    assert legibility_ceiling(single, 512) == legibility_ceiling(single, 256) == 1.0
+    shares = [legibility_ceiling(single, resolution) for resolution in (16, 33, 66, 131)]
+    assert shares == sorted(shares)
+    assert 0.6 < shares[-1] < 0.8
+
+
+# Networks
+
+
+def test_timm_heads_are_two_layers_with_a_relu_between() -> None:
+    for model in ("resnet18", "mobilenetv3_small_050"):
+        net = make_net(model, 28, 64, pretrained=False)
+        head = list(net.children())[-3:]
+        assert [type(layer) for layer in head] == [nn.Linear, nn.ReLU, nn.Linear]
+        assert head[0].out_features == 100
+        assert net.eval()(torch.zeros(2, 1, 64, 64)).shape == (2, 28)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(33, 1), (131, 2), (512, 4), (4000, 7)])
+def test_a_pyramid_has_levels_that_look_at_half_of_the_image(size: int, levels: int) -> None:
+    net = scale_pyramid(10, size)
+    assert net.num_levels == levels
+    assert FIELD * 2 ** (levels - 1) >= size / 2
+
+
+def test_a_pyramids_feature_looks_at_so_many_pixels() -> None:
+    net = ScalePyramid(3, num_levels=1).eval().double()
+    image = torch.zeros(1, 1, 160, 160, dtype=torch.float64, requires_grad=True)
+    for layer in net.trunk:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, 1.0)
+    features = net.trunk(image + 1.0)
+    (gradient,) = torch.autograd.grad(features[0, 0, 10, 10], image)
+    rows = gradient[0, 0].abs().sum(1).nonzero()
+    assert int(rows.max() - rows.min()) + 1 == FIELD
+
+
+def test_a_streamed_pyramid_is_exact() -> None:
+    verification = verify(scale_pyramid(10, 200), (2, 1, 200, 200), tile=64)
+    assert max(verification.errors.values()) < 1e-9
+    assert verification.num_tiles > 4
+
+
+def test_a_learned_resizer_adds_a_branch_to_bilinear_resizing() -> None:
+    net = LearnedResizer(20).eval()
+    image = torch.rand(2, 1, 50, 60)
+    assert net(image).shape == (2, 1, 20, 20)
+    nn.init.zeros_(net.after.weight)
+    nn.init.zeros_(net.after.bias)
+    assert torch.allclose(net(image), F.interpolate(image, (20, 20), mode="bilinear"), atol=1e-6)
+
+
+class Means(nn.Module):
+    """The mean of a piece in each of three outputs, for what only arranges pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean((1, 2, 3))[:, None] * self.weight
+
+
+def test_pieces_cover_the_image_and_vote_by_their_mean() -> None:
+    model = TileVote(Means(), tile=16, share=0.5).eval()
+    source = TensorSource(torch.rand(1, 40, 33))
+    seen = torch.zeros(40, 33)
+    for piece in model.grid(source):
+        seen[piece.rows.start : piece.rows.stop, piece.cols.start : piece.cols.stop] += 1
+    assert (seen > 0).all()
+    assert len(model.grid(source)) == 9
+    expected = torch.stack([model.run(source, [piece])[0] for piece in model.grid(source)]).mean(0)
+    assert torch.allclose(model([source])[0], expected)
+    assert len(model.train().sample(9)) == 4
+
+
+def test_patchgd_learns_through_the_sampled_patches_alone() -> None:
+    torch.manual_seed(0)
+    model = PatchGD(Means(), 10, 0.25, width=3, grid_size=grid_size(40, 10), num_classes=2, inner_steps=2)
+    source = TensorSource(torch.rand(1, 40, 40))
+    model.train()
+    model.begin([source])
+    before = model._filled[0].clone()
+    assert before.shape == (16, 3)
+    with torch.no_grad():
+        model.net.weight.mul_(2)
+    model([source]).sum().backward()
+    changed = (model._filled[0] != before).any(1)
+    assert changed.sum() == 4  # a quarter of 16 patches
+    assert model.net.weight.grad is not None
+    # What was put in stays for the next inner step; in eval mode all are filled anew.
+    model([source])
+    assert (model._filled[0] != before).any(1).sum() >= 4
+    model.eval()([source])
+    assert torch.allclose(model._filled[0], 2 * before)
+
+
+def test_patchgd_adds_the_gradients_of_its_inner_steps(tmp_path: Path, store: TileStore) -> None:
+    torch.manual_seed(0)
+    model = PatchGD(Means(), 32, 1.0, width=3, grid_size=grid_size(64, 32), num_classes=10, inner_steps=3)
+    images = TileDataset(store, "train")
+    trainer = PatchGDTrainer(model, images, images, TrainSettings(epochs=1), tmp_path)
+    trainer._begin()
+    source, label = images[0]
+    trainer.differentiate([source], torch.tensor([label]), 1.0)
+    assert model.net.weight.grad is not None
+    found = model.net.weight.grad.clone()
+    # With all patches in the sample, each inner step has the gradient of the whole.
+    model.zero_grad()
+    model.begin([source])
+    F.cross_entropy(model([source]), torch.tensor([label])).backward()
+    assert torch.allclose(found, model.net.weight.grad, atol=1e-6)
+
+
+def test_batches_leave_no_image_alone() -> None:
+    assert _without_single(8, 17) == 7
+    assert _without_single(8, 16) == 8
+    assert _without_single(2, 5) == 2
+
+
+# Rows
+
+
+def run_harness(work: Path, *arguments: str) -> str:
+    """The harness in a process, its results beside its images."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import record\n"
+        f"record.RESULTS = Path({str(work / 'results')!r})\n"
+        "from benchmarks.__main__ import app; app()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
+def test_rows_finish_within_their_budget_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", "--scale=tiny", "--digits=uci", f"--work={tmp_path}", "--device=cpu")
+    methods = "--methods=STREAM-PYRAMID,PYRAMID-1024,RN-256"
+    out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
+    assert "RN-256, seed 0: refused: " in out
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    found = {line["method"]: line for line in read("tiny")}
+    assert found["RN-256"]["outcome"] == "refused"
+    for name in ("STREAM-PYRAMID", "PYRAMID-1024"):
+        assert found[name]["outcome"] == "finished"
+        assert 0 <= found[name]["test_accuracy"] <= 1
+        assert max(found[name]["training_peak_bytes"], found[name]["inference_peak_bytes"]) <= 150 * 10**6
+        assert found[name]["batch_size"] == 4
+    assert found["PYRAMID-1024"]["resolution"] == 16
+    # What is done is left out; a failed row is not.
+    out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
+    assert "seed" not in out
+    key = Key("tiny", 150 * 10**6, "RN-256", 0, False, "cpu")
+    assert done(key)
+    record(key, {"outcome": "failed", "reason": "KeyError"}, "test")
+    assert not done(key)
+
+
+# Tables
+
+
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    budget = parse_bytes("512MB")
+    assert budget is not None
+    base = {
+        "batch_size": 4,
+        "resolution": 16,
+        "epochs": 2.0,
+        "training_peak_bytes": 10**8,
+        "inference_peak_bytes": 10**7,
+        "training_seconds": 3.0,
+    }
+    for seed, accuracy in ((0, 0.5), (1, 0.6)):
+        key = Key("tiny", budget, "PYRAMID-1024", seed, False, "cpu")
+        record(key, {"outcome": "finished", "reason": None, "test_accuracy": accuracy, **base}, "test")
+    key = Key("tiny", budget, "STREAM-PYRAMID", 0, False, "cpu")
+    streamed = {**base, "resolution": 64, "test_accuracy": 0.7}
+    record(key, {"outcome": "finished", "reason": None, **streamed}, "test")
+    record(
+        Key("tiny", budget, "RN-256", 0, False, "cpu"), {"outcome": "refused", "reason": "too much"}, "test"
+    )
+
+
+def test_the_table_has_the_papers_figures_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results(tmp_path, monkeypatch)
+    text = markdown(TINY, measured(TINY))
+    assert "| 488 MiB | PYRAMID-1024 | ScalePyramid | 16² | " in text
+    assert "| 55.0 ± 7.1 | 2 | 4 | 2 | 3.00 s | 95.4 MiB | random |" in text
+    assert "| 488 MiB | RN-256 | ResNet-50 | 4² |  | refused: too much |" in text
+    assert "| RN-256 | ResNet-50 | 256² | 8.9 | 8.9 | refused |  |" in text
+    assert "| ENB3-512 | EfficientNet-B3 | 512² | 67.5 | 69.1 | - |  |" in text
+    assert "Ours are of another task" in text
+
+
+def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results(tmp_path, monkeypatch)
+    written = write_table(TINY, tmp_path / "out")
+    assert [path.name for path in written] == ["table.md", "resolution.png", "memory.png"]
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_a_scale_without_results_has_a_table_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    assert [path.name for path in write_table(TINY)] == ["table.md"]
+
+
+def test_whole_images_are_normalised_and_stacked() -> None:
+    found = WholeImages(Means())([constant(0.75), constant(0.25)])
+    assert torch.allclose(found, torch.tensor([[0.5] * 3, [-0.5] * 3]))
+
+
+def test_every_method_that_runs_can_be_made() -> None:
+    """At the smallest scale, without the largest networks."""
+    for method in load_methods().values():
+        if method.runs and method.family not in ("EfficientNet-B7", "EfficientNet-B3", "ResNet-50"):
+            assert isinstance(method, Method)
+            assert method.model is not None
+            assert method.hyperparameters
+            net = make_net(method.model, 10, 64, pretrained=False)
+            model = StreamingModel(net) if method.kind is Kind.STREAM else WholeImages(net)
+            assert sum(p.numel() for p in model.parameters()) > 10**4
+
+
+def test_results_are_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results(tmp_path, monkeypatch)
+    lines = [json.loads(line) for line in (tmp_path / "ultramnist_tiny.jsonl").read_text().splitlines()]
+    assert {"date", "commit", "device", "torch", "command"} <= lines[0].keys()
