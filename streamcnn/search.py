@@ -313,7 +313,8 @@ def _choose_once(
     weighed: Weighed, tail_heap: int, heap: int, allowed: float, *, reuses_heap: bool
 ) -> _Choice:
     """For each stage the fastest option that fits; what is held of kernels depends on all of them."""
-    room = allowed - (reuse_waste(heap, tail_heap) if reuses_heap else 0)
+    num_stages = len(weighed.seconds)
+    room = allowed - (reuse_waste(heap, tail_heap, num_stages) if reuses_heap else 0)
     kernels, choice = weighed.kernels(None), None
     for _ in range(KERNEL_ROUNDS):
         before, choice = choice, _fastest(weighed, weighed.peaks(kernels), heap, room)
@@ -324,7 +325,7 @@ def _choose_once(
     rows = np.arange(len(choice))
     nbytes = int(max(weighed.peaks(kernels)[rows, choice].max(initial=0), weighed.tail_peak(kernels)))
     if reuses_heap:
-        nbytes += reuse_waste(int(weighed.heap[rows, choice].max(initial=0)), tail_heap)
+        nbytes += reuse_waste(int(weighed.heap[rows, choice].max(initial=0)), tail_heap, num_stages)
     return _Choice(
         indices=tuple(choice.tolist()),
         seconds=float(weighed.seconds[rows, choice].sum()) + weighed.outputs,

@@ -12,6 +12,7 @@ from streamcnn.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
+    REUSE_BYTES_PER_STAGE,
     REUSE_WASTE,
     fresh_waste,
     moments,
@@ -145,8 +146,8 @@ def test_no_more_kernels_are_kept_than_the_library_caches() -> None:
 def test_what_the_allocator_loses() -> None:
     assert fresh_waste(1000) == 1000 * FRESH_WASTE_PERCENT // 100
     # Holes of the largest step, or what the resident tail leaves behind if that is more.
-    assert reuse_waste(10**9, 10**6) == REUSE_BYTES + int(REUSE_WASTE * 10**9)
-    assert reuse_waste(10**6, 10**9) == REUSE_BYTES + 10**9
+    assert reuse_waste(10**9, 10**6, 0) == REUSE_BYTES + int(REUSE_WASTE * 10**9)
+    assert reuse_waste(10**6, 10**9, 3) == REUSE_BYTES + 3 * REUSE_BYTES_PER_STAGE + 10**9
 
 
 def test_the_moments_of_a_pass() -> None:
