@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint clean
+.PHONY: help demo test test-slow test-gpu bench-gpu lint clean
 
 help:
 	@echo "make demo       train a small CNN on four 4000x4000 images under a memory budget (minutes)"
 	@echo "make test       the complete CPU tests"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make bench-gpu  a short UltraMNIST benchmark on a CUDA device; call it again to go on"
 	@echo "make lint       ruff, mypy and the import contracts"
 
 # torch goes in first and alone: whatever depends on it then takes the build that is there.
@@ -33,6 +34,11 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks run --scale gpu --budget 11GB --device cuda --seconds 300 --workers 8 \
+		--methods STREAM-PYRAMID,STREAM-RN18,RN-512,RN-1024,ENB0-512,ENB0-1024
+	$(BIN)/python -m benchmarks table --scale gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
