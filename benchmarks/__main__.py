@@ -24,7 +24,7 @@ from benchmarks.harness.method import Method, load_methods
 from benchmarks.harness.results import Key, done, record
 from benchmarks.harness.row import Task
 from benchmarks.harness.row import run as run_row
-from benchmarks.harness.scales import SCALES
+from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
@@ -56,9 +56,8 @@ def run(
     work: Work = WORK,
 ) -> None:
     """Train and score methods, each in its own process; what is done already is left out."""
-    chosen, size = _methods(methods), _scale(scale)
-    budget_bytes = parse_bytes(budget)
-    assert budget_bytes is not None
+    chosen, size, numbers = _methods(methods), _scale(scale), _seeds(seeds)
+    budget_bytes = _budget(budget)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console, started = Console(), time.monotonic()
     images = work / size.name / "images"
@@ -66,7 +65,7 @@ def run(
         f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}", highlight=False
     )
     generated(size, images, digits, workers=workers)
-    for seed in map(int, seeds.split(",")):
+    for seed in numbers:
         for method in chosen:
             key = Key(size.name, budget_bytes, method.name, seed, pretrained, device)
             if not method.runs or (done(key) and not again):
@@ -157,7 +156,23 @@ def _methods(names: str) -> list[Method]:
     return [every[name] for name in wanted]
 
 
-def _scale(name: str) -> Any:
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"cannot read seeds {text!r}: allowed are whole numbers, as 0,1,2") from None
+
+
+def _budget(text: str) -> int:
+    try:
+        nbytes = parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--budget: {error}") from None
+    assert nbytes is not None
+    return nbytes
+
+
+def _scale(name: str) -> Scale:
     if name not in SCALES:
         raise typer.BadParameter(f"no scale {name}: there are {', '.join(SCALES)}")
     return SCALES[name]
