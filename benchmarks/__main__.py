@@ -8,6 +8,7 @@ python -m benchmarks table --scale paper
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +20,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.images import generated
+from benchmarks.harness.images import fingerprint_of, generated
 from benchmarks.harness.method import Method, load_methods
 from benchmarks.harness.results import Key, done, record
 from benchmarks.harness.row import Task
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
+from streamcnn.data.ultramnist import load_digits
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
@@ -33,6 +35,8 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
 Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
 WORK = Path("benchmark-runs")
+_ABORTS = ("std::bad_alloc", "libgomp: Thread creation failed")
+"""What a library says that ends the process where memory is refused."""
 
 
 @app.command()
@@ -57,23 +61,34 @@ def run(
 ) -> None:
     """Train and score methods, each in its own process; what is done already is left out."""
     chosen, size, numbers = _methods(methods), _scale(scale), _seeds(seeds)
-    budget_bytes = _budget(budget)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    budget_bytes, device = _budget(budget), _device(device)
     console, started = Console(), time.monotonic()
+    source = load_digits(digits)
+    for note in source.notes:
+        console.print(note, soft_wrap=True, highlight=False)
     images = work / size.name / "images"
     console.print(
         f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}", highlight=False
     )
-    generated(size, images, digits, workers=workers)
+    fingerprint = fingerprint_of(generated(size, images, source, workers=workers))
     for seed in numbers:
         for method in chosen:
-            key = Key(size.name, budget_bytes, method.name, seed, pretrained, device)
-            if not method.runs or (done(key) and not again):
+            start = pretrained and method.has_weights
+            key = Key(size.name, budget_bytes, method.name, seed, start, device, fingerprint)
+            if not method.runs:
+                if methods:
+                    console.print(f"{method.name} is not run: {method.note}", highlight=False)
+                continue
+            if done(key) and not again:
                 continue
             if seconds is not None and time.monotonic() - started > seconds:
                 console.print("out of time: the same command goes on", highlight=False)
                 raise typer.Exit(0)
-            found = _in_a_process(key, images, work / size.name / f"{budget_bytes}")
+            folder = work / size.name / _folder_of(key)
+            if again or size.seconds is not None:
+                # What is trained for a time cannot go on as if it had not stopped.
+                shutil.rmtree(folder, ignore_errors=True)
+            found = _in_a_process(key, work / size.name, folder)
             record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
             console.print(_line(method, seed, found), soft_wrap=True, highlight=False)
 
@@ -105,7 +120,7 @@ def table(
 
 
 @app.command(hidden=True)
-def row(key: str, images: Path, folder: Path) -> None:
+def row(key: str, scale_folder: Path, folder: Path) -> None:
     """One method in this process; what was found as JSON on the last line."""
     known = Key(**json.loads(key))
     found = run_row(
@@ -116,21 +131,30 @@ def row(key: str, images: Path, folder: Path) -> None:
             seed=known.seed,
             pretrained=known.pretrained,
             device=known.device,
-            images=images,
+            images=scale_folder / "images",
+            shrunk=scale_folder / "shrunk",
             folder=folder,
         )
     )
     print(json.dumps(found))
 
 
-def _in_a_process(key: Key, images: Path, folder: Path) -> dict[str, Any]:
+def _folder_of(key: Key) -> str:
+    """Where a row keeps its checkpoints, apart from those of all other rows."""
+    start = "pretrained" if key.pretrained else "random"
+    return f"{key.method}-{key.budget}-{key.seed}-{start}-{key.device}-{key.images}"
+
+
+def _in_a_process(key: Key, scale_folder: Path, folder: Path) -> dict[str, Any]:
     """What the row's process found; where it failed, its last words."""
-    command = [sys.executable, "-m", "benchmarks", "row", json.dumps(key.to_dict()), str(images), str(folder)]
+    arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder))
+    command = [sys.executable, "-m", "benchmarks", *arguments]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
         print(process.stderr, file=sys.stderr)
-        return {"outcome": "failed", "reason": words[-1]}
+        refused = process.returncode < 0 and any(text in process.stderr for text in _ABORTS)
+        return {"outcome": "refused" if refused else "failed", "reason": words[-1]}
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
 
@@ -149,11 +173,18 @@ def _line(method: Method, seed: int, found: dict[str, Any]) -> str:
 
 def _methods(names: str) -> list[Method]:
     every = load_methods()
-    wanted = names.split(",") if names else list(every)
+    wanted = [name.strip() for name in names.split(",")] if names else list(every)
     unknown = [name for name in wanted if name not in every]
     if unknown:
         raise typer.BadParameter(f"no method {', '.join(unknown)}: there are {', '.join(every)}")
     return [every[name] for name in wanted]
+
+
+def _device(name: str) -> str:
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name and name not in present:
+        raise typer.BadParameter(f"no device {name}: there is {' and '.join(present)}")
+    return name or present[-1]
 
 
 def _seeds(text: str) -> list[int]:

@@ -16,9 +16,9 @@ from streamcnn.calibration import processor
 RESULTS = Path(__file__).parent / "results"
 
 
-def device_name() -> str:
-    """The accelerator's name, or the processor's with its number of threads."""
-    if torch.cuda.is_available():
+def device_name(*, cpu: bool = False) -> str:
+    """The accelerator's name, or the processor's with its number of threads if there is none or ``cpu``."""
+    if torch.cuda.is_available() and not cpu:
         return torch.cuda.get_device_name()
     return f"{processor()}, {torch.get_num_threads()} threads"
 
@@ -51,7 +51,7 @@ def append(name: str, command: str, **fields: Any) -> str:
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "device": device_name(),
+        **({} if "device" in fields else {"device": device_name()}),
         "torch": torch.__version__,
         "command": command,
         **fields,

@@ -34,8 +34,8 @@ REUSE_BYTES = 2**25
 """What it loses besides."""
 REUSE_BYTES_PER_STAGE = 3 * 2**19
 """And of every stage, whose kernels and statistics stay and cut the holes up. In 24 updates of eight networks
-that keep blocks (torch 2.13, glibc 2.36), what was held grew by at most 110 MiB more than the other terms and
-the share above, in EfficientNet-B0 with 66 stages and DenseNet-121 with 122; with up to 20 stages, by nothing."""
+that keep blocks (torch 2.13, glibc 2.36), at most 110 MiB more were held than the other terms and the share
+above, by EfficientNet-B0 with 66 stages and DenseNet-121 with 122; with up to 20 stages, none."""
 REDUCTION_COPIES = 2
 """Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
 

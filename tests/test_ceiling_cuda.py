@@ -246,6 +246,19 @@ class TestPeak:
             pass
         assert limit.peak_bytes == CONTEXT
 
+    def test_of_an_outer_block_outlasts_the_inner_ones(self) -> None:
+        fake, gauge = make_card()
+        with CudaLimit(gauge, None, interval=1000) as outer:
+            fake.allocate(GB)
+            fake.free(GB)
+            fake.empty_cache()
+            with CudaLimit(gauge, None, interval=1000) as inner:
+                fake.allocate(100 * MB)
+                fake.free(100 * MB)
+                fake.empty_cache()
+            assert inner.peak_bytes == CONTEXT + 100 * MB
+        assert outer.peak_bytes == CONTEXT + GB
+
     def test_what_comes_after_does_not_count(self) -> None:
         fake, gauge = make_card()
         with CudaLimit(gauge, None) as limit:
@@ -420,6 +433,8 @@ class TestProcess:
         monkeypatch.setattr(cuda, "Gauge", lambda device, nvml, idle: Gauge(device, nvml, idle, cuda=fake))
         assert device.reserved_bytes(GPU) >= CONTEXT + MARGIN_BYTES
         assert isinstance(device.ceiling_for(GPU), CudaCeiling)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert isinstance(device.ceiling_for(torch.device("cuda")), CudaCeiling)
         assert order == [GPU]
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -32,6 +32,7 @@ from benchmarks.harness.table import markdown, measured, write_table
 from streamcnn import StreamingModel, TensorSource, verify
 from streamcnn.data.dataset import TileDataset
 from streamcnn.data.tile_store import TileStore
+from streamcnn.data.ultramnist import load_digits
 from streamcnn.training import TrainSettings
 from streamcnn.units import parse_bytes
 
@@ -52,7 +53,7 @@ ENB3-1024 79.1 54.5
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
-    return generated(TINY, tmp_path_factory.mktemp("tiny") / "images", "uci")
+    return generated(TINY, tmp_path_factory.mktemp("tiny") / "images", load_digits("uci"))
 
 
 def constant(value: float, size: int = 40) -> TensorSource:
@@ -78,11 +79,10 @@ def test_the_papers_rows_are_there_with_their_figures_and_hyperparameters() -> N
     assert methods["random guess"].published["unrestricted"] == f"{100 / 28:.1f}"
 
 
-def test_rows_of_one_family_differ_in_the_resolution_alone() -> None:
+def test_shrinking_rows_of_one_backbone_differ_in_the_resolution_alone() -> None:
     families: dict[str, set[str | None]] = {}
     for method in load_methods().values():
-        if method.kind is Kind.SHRINK:
-            families.setdefault(method.family, set()).add(method.model)
+        families.setdefault(method.family, set()).add(method.model)
     assert all(len(models) == 1 for models in families.values())
 
 
@@ -91,6 +91,9 @@ def test_a_method_file_with_a_mistake_is_named(tmp_path: Path) -> None:
     for text, message in (
         ('name = "a"\nkind = "shrunk"\nfamily = "b"', "'shrunk' is not a valid Kind"),
         ('name = "a"\nkind = "shrink"\nfamily = "b"\nsize = 3', "size"),
+        ('name = "a"\nfamily = "b"', "kind"),
+        ('name = "a"\nkind = "shrink"\nfamily = "b"', "has no resolution and no model and no hyperp"),
+        ('name = "a"\nkind = "tiles"\nfamily = "b"\nmodel = "c"', "has no tile and no hyperparameters"),
     ):
         path.write_text(f"[[method]]\n{text}\n")
         with pytest.raises(ValueError, match=f"10-wrong.toml: .*{message}"):
@@ -193,35 +196,41 @@ def test_pieces_cover_the_image_and_vote_by_their_mean() -> None:
         seen[piece.rows.start : piece.rows.stop, piece.cols.start : piece.cols.stop] += 1
     assert (seen > 0).all()
     assert len(model.grid(source)) == 9
-    expected = torch.stack([model.run(source, [piece])[0] for piece in model.grid(source)]).mean(0)
-    assert torch.allclose(model([source])[0], expected)
-    assert len(model.train().sample(9)) == 4
+    other = TensorSource(torch.rand(1, 40, 33))
+    found = model([source, other])
+    for each, logits in zip((source, other), found, strict=True):
+        means = [each.read(piece).mean() for piece in model.grid(each)]
+        expected = (torch.stack(means).mean() - 0.5) / 0.5
+        assert torch.allclose(logits, expected.expand(3), atol=1e-6)
+    assert model.sample_size(9) == 4
+    assert model.train()([source, other]).shape == (2, 3)
 
 
 def test_patchgd_learns_through_the_sampled_patches_alone() -> None:
     torch.manual_seed(0)
-    model = PatchGD(Means(), 10, 0.25, width=3, grid_size=grid_size(40, 10), num_classes=2, inner_steps=2)
-    source = TensorSource(torch.rand(1, 40, 40))
+    model = PatchGD(Means(), 10, 0.25, width=3, grid_size=grid_size(40, 10), num_classes=2)
+    sources = [TensorSource(torch.rand(1, 40, 40)) for _ in range(2)]
     model.train()
-    model.begin([source])
-    before = model._filled[0].clone()
-    assert before.shape == (16, 3)
+    model.begin(sources)
+    before = model._filled
+    assert before is not None
+    assert before.shape == (2, 16, 3)
     with torch.no_grad():
         model.net.weight.mul_(2)
-    model([source]).sum().backward()
-    changed = (model._filled[0] != before).any(1)
-    assert changed.sum() == 4  # a quarter of 16 patches
-    assert model.net.weight.grad is not None
-    # What was put in stays for the next inner step; in eval mode all are filled anew.
-    model([source])
-    assert (model._filled[0] != before).any(1).sum() >= 4
-    model.eval()([source])
-    assert torch.allclose(model._filled[0], 2 * before)
+    for step in range(1, model.num_inner_steps + 1):
+        model.zero_grad()
+        model(sources).sum().backward()
+        assert model.net.weight.grad is not None
+        # A quarter of 16 patches each time; what was put in stays for the next inner step.
+        assert (model._filled != before).any(2).sum(1).tolist() == [4 * step, 4 * step]
+    assert model.num_inner_steps == 4
+    assert torch.allclose(model._filled, 2 * before)
+    assert model.eval()(sources).shape == (2, 2)
 
 
 def test_patchgd_adds_the_gradients_of_its_inner_steps(tmp_path: Path, store: TileStore) -> None:
     torch.manual_seed(0)
-    model = PatchGD(Means(), 32, 1.0, width=3, grid_size=grid_size(64, 32), num_classes=10, inner_steps=3)
+    model = PatchGD(Means(), 32, 1.0, width=3, grid_size=grid_size(64, 32), num_classes=10)
     images = TileDataset(store, "train")
     trainer = PatchGDTrainer(model, images, images, TrainSettings(epochs=1), tmp_path)
     trainer._begin()
@@ -229,7 +238,7 @@ def test_patchgd_adds_the_gradients_of_its_inner_steps(tmp_path: Path, store: Ti
     trainer.differentiate([source], torch.tensor([label]), 1.0)
     assert model.net.weight.grad is not None
     found = model.net.weight.grad.clone()
-    # With all patches in the sample, each inner step has the gradient of the whole.
+    # With all patches in the sample, there is one inner step, and it has the gradient of the whole.
     model.zero_grad()
     model.begin([source])
     F.cross_entropy(model([source]), torch.tensor([label])).backward()
@@ -277,8 +286,8 @@ def test_rows_finish_within_their_budget_or_are_refused(
     assert found["PYRAMID-1024"]["resolution"] == 16
     # What is done is left out; a failed row is not.
     out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
-    assert "seed" not in out
-    key = Key("tiny", 150 * 10**6, "RN-256", 0, False, "cpu")
+    assert "seed 0" not in out
+    key = Key("tiny", 150 * 10**6, "RN-256", 0, False, "cpu", found["RN-256"]["images"])
     assert done(key)
     record(key, {"outcome": "failed", "reason": "KeyError"}, "test")
     assert not done(key)
@@ -295,18 +304,22 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "batch_size": 4,
         "resolution": 16,
         "epochs": 2.0,
+        "selected": True,
+        "digits": "uci",
         "training_peak_bytes": 10**8,
         "inference_peak_bytes": 10**7,
         "training_seconds": 3.0,
     }
     for seed, accuracy in ((0, 0.5), (1, 0.6)):
-        key = Key("tiny", budget, "PYRAMID-1024", seed, False, "cpu")
+        key = Key("tiny", budget, "PYRAMID-1024", seed, False, "cpu", "aa")
         record(key, {"outcome": "finished", "reason": None, "test_accuracy": accuracy, **base}, "test")
-    key = Key("tiny", budget, "STREAM-PYRAMID", 0, False, "cpu")
+    key = Key("tiny", budget, "STREAM-PYRAMID", 0, False, "cpu", "aa")
     streamed = {**base, "resolution": 64, "test_accuracy": 0.7}
     record(key, {"outcome": "finished", "reason": None, **streamed}, "test")
     record(
-        Key("tiny", budget, "RN-256", 0, False, "cpu"), {"outcome": "refused", "reason": "too much"}, "test"
+        Key("tiny", budget, "RN-256", 0, False, "cpu", "aa"),
+        {"outcome": "refused", "reason": "too | much", "digits": "uci"},
+        "test",
     )
 
 
@@ -316,11 +329,15 @@ def test_the_table_has_the_papers_figures_beside_ours(
     results(tmp_path, monkeypatch)
     text = markdown(TINY, measured(TINY))
     assert "| 488 MiB | PYRAMID-1024 | ScalePyramid | 16² | " in text
-    assert "| 55.0 ± 7.1 | 2 | 4 | 2 | 3.00 s | 95.4 MiB | random |" in text
-    assert "| 488 MiB | RN-256 | ResNet-50 | 4² |  | refused: too much |" in text
+    assert "| 55.0 ± 7.1 | 2 | 4 | 2 | 3.00 s | 95.4 MiB | random |  |" in text
+    assert (
+        "| 488 MiB | RN-256 | ResNet-50 | 4² | 0 % | refused |  |  |  |  |  | random | refused: too / much |"
+        in text
+    )
+    assert "| ours, 0.512 GB, cpu, random weights | note |" in text
     assert "| RN-256 | ResNet-50 | 256² | 8.9 | 8.9 | refused |  |" in text
     assert "| ENB3-512 | EfficientNet-B3 | 512² | 67.5 | 69.1 | - |  |" in text
-    assert "Ours are of another task" in text
+    assert "Ours are of another, easier task" in text
 
 
 def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +345,24 @@ def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     written = write_table(TINY, tmp_path / "out")
     assert [path.name for path in written] == ["table.md", "resolution.png", "memory.png"]
     assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_runs_of_different_settings_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results(tmp_path, monkeypatch)
+    given = ("date", "commit", "torch", "command")
+    line = {name: value for name, value in read("tiny")[0].items() if name not in given}
+    names = ("budget", "method", "seed", "pretrained", "device_kind", "images")
+    for change in ({"budget": 10**9}, {"pretrained": True}, {"device_kind": "cuda"}, {"images": "bb"}):
+        changed = {**line, **change}
+        budget, method, seed, pretrained, device, images = (changed[name] for name in names)
+        record(Key("tiny", budget, method, seed, pretrained, device, images), changed, "test")
+    found = [each for each in measured(TINY) if each.method.name == "PYRAMID-1024"]
+    assert sorted(len(each.finished) for each in found) == [1, 1, 1, 1, 2]
+    # A method of the same backbone at the same resolution is no obstacle to a figure.
+    streamed = {**line, "method": "TILES-ENB0", "resolution": 64}
+    for method in ("TILES-ENB0", "STREAM-ENB0"):
+        record(Key("tiny", 10**9, method, 0, False, "cpu", "aa"), streamed, "test")
+    assert len(write_table(TINY, tmp_path / "out")) == 3
 
 
 def test_a_scale_without_results_has_a_table_all_the_same(

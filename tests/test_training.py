@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,22 @@ def test_sigterm_saves_and_ends_the_run(whole: Path, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     assert final_state(tmp_path)["progress"]["update"] == 5
     make_trainer(tmp_path).run()
+    assert_equal(final_state(tmp_path), final_state(whole))
+
+
+def test_a_run_ends_when_it_is_told_to(whole: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+
+    def listen(kind: str, values: Mapping[str, Any]) -> None:
+        if trainer.progress.update == 5:
+            trainer.end("a whim")
+
+    trainer.listener = listen
+    with pytest.raises(Terminated, match="ended by a whim after update 5; the state is saved"):
+        trainer.run()
+    # It may be told to go on, in the same process too.
+    trainer.listener = None
+    trainer.run()
     assert_equal(final_state(tmp_path), final_state(whole))
 
 

@@ -19,7 +19,9 @@ HIDDEN = 100
 """Units between the two fully connected layers, as in the authors' code."""
 
 
-def make_net(model: str, num_classes: int, size: int, *, pretrained: bool) -> nn.Module:
+def make_net(
+    model: str, num_classes: int, size: int, *, pretrained: bool, hidden: int | None = HIDDEN
+) -> nn.Module:
     """A network from images (N, 1, H, W) to logits.
 
     Parameters
@@ -31,14 +33,17 @@ def make_net(model: str, num_classes: int, size: int, *, pretrained: bool) -> nn
         Height and width of the images.
     pretrained
         Whether a timm model begins with the weights that timm has for it.
+    hidden
+        Units between the two layers; None takes a single layer.
     """
     if ":" in model:
         return load_model(model, num_classes=num_classes, size=size)
     backbone = load_model(model, num_classes=0, in_chans=1, pretrained=pretrained)
-    width: int = (
-        backbone.num_features if not hasattr(backbone, "head_hidden_size") else backbone.head_hidden_size
-    )
-    return nn.Sequential(backbone, nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, num_classes))
+    width = getattr(backbone, "head_hidden_size", backbone.num_features)
+    assert isinstance(width, int)
+    if hidden is None:
+        return nn.Sequential(backbone, nn.Linear(width, num_classes))
+    return nn.Sequential(backbone, nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
 
 class WholeImages(nn.Module):
@@ -133,21 +138,27 @@ class _Pieces(nn.Module):
             for col in cols
         ]
 
-    def sample(self, num_pieces: int) -> list[int]:
-        """Positions of as many pieces as the share says, at least one."""
-        count = max(1, round(self.share * num_pieces))
-        return sorted(torch.randperm(num_pieces)[:count].tolist())
+    def sample_size(self, num_pieces: int) -> int:
+        """As many pieces as the share says, at least one."""
+        return max(1, round(self.share * num_pieces))
 
-    def run(self, source: ImageSource, regions: Sequence[Region]) -> Tensor:
-        """What the network gives for each of the regions."""
+    def run(self, sources: Sequence[ImageSource], regions: Sequence[Sequence[Region]]) -> Tensor:
+        """What the network gives for the regions of each image (N, regions, width), all in one batch."""
         device = next(self.net.parameters()).device
-        pixels = torch.stack([source.read(region) for region in regions])
-        return self.net(self.normalise(pixels.to(device)))
+        pixels = [source.read(region) for source, of in zip(sources, regions, strict=True) for region in of]
+        found = self.net(self.normalise(torch.stack(pixels).to(device)))
+        return found.unflatten(0, (len(sources), -1))
 
-    def run_one_by_one(self, source: ImageSource, regions: Sequence[Region]) -> Tensor:
-        """The same without gradients, one region in memory at a time."""
+    def run_all(self, sources: Sequence[ImageSource]) -> Tensor:
+        """The same for all pieces (N, pieces, width) without gradients, as many at a time as a sample has."""
+        grids = [self.grid(source) for source in sources]
+        step = self.sample_size(len(grids[0]))
         with torch.no_grad():
-            return torch.cat([self.run(source, [region]) for region in regions])
+            parts = [
+                self.run(sources, [grid[at : at + step] for grid in grids])
+                for at in range(0, len(grids[0]), step)
+            ]
+        return torch.cat(parts, 1)
 
 
 class TileVote(_Pieces):
@@ -158,22 +169,21 @@ class TileVote(_Pieces):
 
     def forward(self, sources: Sequence[ImageSource]) -> Tensor:
         """Logits (N, classes)."""
-        return torch.stack([self._classify(source).mean(0) for source in sources])
-
-    def _classify(self, source: ImageSource) -> Tensor:
-        regions = self.grid(source)
         if not self.training:
-            return self.run_one_by_one(source, regions)
-        return self.run(source, [regions[at] for at in self.sample(len(regions))])
+            return self.run_all(sources).mean(1)
+        grids = [self.grid(source) for source in sources]
+        drawn = [torch.randperm(len(grid))[: self.sample_size(len(grid))].tolist() for grid in grids]
+        chosen = [[grid[at] for at in some] for grid, some in zip(grids, drawn, strict=True)]
+        return self.run(sources, chosen).mean(1)
 
 
 class PatchGD(_Pieces):
     """Gupta et al., Patch Gradient Descent: Training Neural Networks on Very Large Images (2023).
 
-    A grid Z of features, one vector for each patch, is filled without gradients. Then a sample of patches is
-    run again with gradients and takes its places in Z, from which a small network finds the logits; this is
-    done ``inner_steps`` times, Z keeping what was put into it. The gradients of all inner steps are added up
-    to one update (their epsilon equals the number of inner steps). In eval mode Z is filled, and read.
+    A grid Z of features, one vector for each patch, is filled without gradients. Then samples of the patches,
+    which together are all of them, are run again with gradients and take their places in Z, from which a
+    small network finds the logits: an inner step for each sample. The gradients of all inner steps are added
+    up to one update (their epsilon equals the number of inner steps). In eval mode Z is filled, and read.
 
     Parameters
     ----------
@@ -187,23 +197,12 @@ class PatchGD(_Pieces):
         Rows and columns of Z.
     num_classes
         Of the logits.
-    inner_steps
-        Samples of one batch.
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        tile: int,
-        share: float,
-        *,
-        width: int,
-        grid_size: int,
-        num_classes: int,
-        inner_steps: int = 1,
+        self, net: nn.Module, tile: int, share: float, *, width: int, grid_size: int, num_classes: int
     ) -> None:
         super().__init__(net, tile, share)
-        self.inner_steps = inner_steps
         self.head = nn.Sequential(
             nn.Conv2d(width, HIDDEN, 3 if grid_size >= 3 else 1),
             nn.ReLU(),
@@ -212,33 +211,35 @@ class PatchGD(_Pieces):
             nn.Linear(HIDDEN, num_classes),
         )
         self.grid_size = grid_size
-        self._filled: list[Tensor] = []
+        self._filled: Tensor | None = None
+        self._order: list[int] = []
+
+    @property
+    def num_inner_steps(self) -> int:
+        """Samples that together are all patches."""
+        num_patches = self.grid_size**2
+        return math.ceil(num_patches / self.sample_size(num_patches))
 
     def begin(self, sources: Sequence[ImageSource]) -> None:
-        """Fill Z (patches, width) for each image, without gradients."""
-        was_training = self.training
-        self.eval()  # running statistics are for what is trained on
-        self._filled = [self.run_one_by_one(source, self.grid(source)) for source in sources]
-        self.train(was_training)
+        """Fill Z (N, patches, width), and draw the order in which patches are sampled."""
+        self._filled = self.run_all(sources)
+        self._order = torch.randperm(self._filled.shape[1]).tolist()
 
     def forward(self, sources: Sequence[ImageSource]) -> Tensor:
-        """Logits (N, classes) of an inner step, or in eval mode of the images."""
+        """Logits (N, classes) of the next inner step, or in eval mode of the images."""
         if not self.training:
-            self.begin(sources)
-            return self.head(self._as_grid(self._filled))
-        grids = []
-        for index, source in enumerate(sources):
-            regions = self.grid(source)
-            chosen = self.sample(len(regions))
-            fresh = self.run(source, [regions[at] for at in chosen])
-            mixed = self._filled[index].index_copy(0, torch.tensor(chosen, device=fresh.device), fresh)
-            self._filled[index] = mixed.detach()
-            grids.append(mixed)
-        return self.head(self._as_grid(grids))
+            return self._classify(self.run_all(sources))
+        assert self._filled is not None
+        size = self.sample_size(self._filled.shape[1])
+        chosen, self._order = self._order[:size], self._order[size:]
+        fresh = self.run(sources, [[self.grid(source)[at] for at in chosen] for source in sources])
+        mixed = self._filled.index_copy(1, torch.tensor(chosen, device=fresh.device), fresh)
+        self._filled = mixed.detach()
+        return self._classify(mixed)
 
-    def _as_grid(self, filled: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(list(filled))
-        return stacked.transpose(1, 2).unflatten(2, (self.grid_size, -1))
+    def _classify(self, filled: Tensor) -> Tensor:
+        logits: Tensor = self.head(filled.transpose(1, 2).unflatten(2, (self.grid_size, -1)))
+        return logits
 
 
 def grid_size(size: int, tile: int) -> int:

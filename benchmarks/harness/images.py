@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, TileDataset
 from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.data.tile_store import TileStore
-from streamcnn.data.ultramnist import Spec, load_digits
+from streamcnn.data.ultramnist import Digits, Spec
 from streamcnn.data.ultramnist.generate import generate
 from streamcnn.regions import Region
 
@@ -26,13 +27,13 @@ TWO_STEPS_BELOW = 512
 """On the paper's canvas; smaller images are shrunk to this resolution first."""
 
 
-def generated(scale: Scale, folder: Path, digits: str | None, *, workers: int = 1) -> TileStore:
+def generated(scale: Scale, folder: Path, digits: Digits, *, workers: int = 1) -> TileStore:
     """The images of a scale, made now where they are not there yet."""
     spec = Spec(seed=DATA_SEED, recipe=scale.recipe, size=scale.canvas)
     made = generate(
         folder,
         spec,
-        load_digits(digits),
+        digits,
         num_train=scale.num_train,
         num_test=scale.num_test,
         workers=workers,
@@ -71,10 +72,11 @@ class ShrunkImages(ImageDataset):
         seed: int = 0,
     ) -> None:
         whole = TileDataset(store, split)
-        path = folder / f"{split}-{'-'.join(map(str, resolutions))}.npy"
+        path = folder / f"{fingerprint_of(store)}-{split}-{'-'.join(map(str, resolutions))}.npy"
         if not path.exists():
             _shrink(whole, resolutions, path)
-        self._pixels = np.load(path, mmap_mode="r")
+        header = np.load(path, mmap_mode="r")
+        self._path, self._shape, self._offset = path, header.shape[1:], header.offset
         self._positions = tuple(range(len(whole)) if positions is None else positions)
         self._whole = whole
         self._resolutions = tuple(resolutions)
@@ -87,7 +89,11 @@ class ShrunkImages(ImageDataset):
         )
 
     def _open(self, position: int) -> ImageSource:
-        return TensorSource(torch.from_numpy(self._pixels[self._positions[position]].copy()))
+        # Not by a mapping, whose pages would stay and count as memory that the method holds.
+        count = math.prod(self._shape)
+        offset = self._offset + self._positions[position] * count
+        pixels = np.fromfile(self._path, np.uint8, count, offset=offset)
+        return TensorSource(torch.from_numpy(pixels.reshape(self._shape)))
 
     def _identities(self) -> Iterator[str]:
         yield f"{self._resolutions}"

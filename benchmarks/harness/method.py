@@ -35,7 +35,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """What the paper trained a method with where there was so much memory."""
+    """What a method is trained with where there is so much memory: the paper's, where it has figures."""
 
     budget: str
     learning_rate: float
@@ -66,15 +66,13 @@ class Method:
     name: str
     kind: Kind
     family: str
-    """What the paper's table calls the backbone; rows of one family differ in nothing but the resolution."""
+    """The backbone, as a table calls it."""
     model: str | None = None
     """A timm name, or ``package.module:factory``, which is called with the number of classes."""
     resolution: int | None = None
     """Height and width that images are shrunk to; None leaves them as they are."""
     tile: int | None = None
     """Height and width of pieces and patches."""
-    inner_steps: int = 1
-    """Samples of patches of one image, for ``PATCHGD``."""
     share: float = 1.0
     """Pieces or patches of an image that are sampled at a time, as a share of all."""
     inversion: float = 0.0
@@ -86,6 +84,23 @@ class Method:
     """Accuracies in percent as the paper has them, by the column of its table."""
     note: str = ""
     """For the table's last column."""
+
+    def __post_init__(self) -> None:
+        needed = {"shrink": "resolution", "resizer": "resolution", "tiles": "tile", "patchgd": "tile"}
+        missing = [name for name in (needed.get(self.kind.value),) if name and getattr(self, name) is None]
+        if self.runs:
+            missing += [name for name in ("model", "hyperparameters") if not getattr(self, name)]
+        if missing:
+            raise ValueError(
+                f"method {self.name} of kind {self.kind.value} has no {' and no '.join(missing)}"
+            )
+        for known in self.hyperparameters:
+            parse_bytes(known.budget)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there may be pretrained weights for the model."""
+        return self.model is not None and ":" not in self.model
 
     @property
     def input_text(self) -> str:
@@ -119,7 +134,7 @@ def load_methods(folder: Path = FOLDER) -> dict[str, Method]:
         for values in tomllib.loads(path.read_text())["method"]:
             try:
                 method = _method(values)
-            except (TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from error
             if method.name in methods:
                 raise ValueError(f"{path}: there is a method {method.name} already")

@@ -15,8 +15,9 @@ class ScalePyramid(nn.Module):
 
     The image (N, C, H, W) is halved again and again. Each level goes through the same trunk, whose stem takes
     pieces of 4 x 4 pixels: at full resolution, where nearly all positions are, there is no map wider than a
-    quarter of the image. The largest and the mean of each feature over all positions and levels are
-    classified by two fully connected layers. With seven levels, a feature of the last looks at 2304 pixels.
+    quarter of the image. Of each feature, the largest over all positions and levels and the sum of the
+    levels' means are classified by two fully connected layers. With seven levels, a feature of the last looks
+    at 2304 pixels.
 
     Parameters
     ----------
@@ -49,15 +50,15 @@ class ScalePyramid(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
         largest: Tensor | None = None
-        mean: Tensor | None = None
+        total: Tensor | None = None
         for level in range(self.num_levels):
             features = self.trunk(image if level == 0 else F.avg_pool2d(image, 2**level))
             peak, average = features.amax((2, 3)), features.mean((2, 3))
             largest = peak if largest is None else torch.maximum(largest, peak)
-            mean = average if mean is None else mean + average
+            total = average if total is None else total + average
         assert largest is not None
-        assert mean is not None
-        return self.head(torch.cat([largest, mean], 1))
+        assert total is not None
+        return self.head(torch.cat([largest, total], 1))
 
 
 def scale_pyramid(num_classes: int, size: int) -> ScalePyramid:

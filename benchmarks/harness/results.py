@@ -22,6 +22,8 @@ class Key:
     pretrained: bool
     device: str
     """Its kind: cpu or cuda."""
+    images: str
+    """Fingerprint of the scale's images."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -30,11 +32,12 @@ class Key:
 
 def record(key: Key, found: Mapping[str, Any], command: str) -> None:
     """Write down what a row found."""
-    records.append(_name(key.scale), command, **{"device_kind": key.device, **_fields(key), **found})
+    fields = {name: value for name, value in key.to_dict().items() if name != "device"}
+    records.append(_name(key.scale), command, **{**found, **fields, "device_kind": key.device})
 
 
 def done(key: Key) -> bool:
-    """Whether the row has run to its end, or was refused by its ceiling."""
+    """Whether the row has run to its end, diverged, or was refused by its ceiling."""
     return any(_key(line) == key and line["outcome"] != "failed" for line in read(key.scale))
 
 
@@ -50,13 +53,8 @@ def _name(scale: str) -> str:
     return f"ultramnist_{scale}"
 
 
-def _fields(key: Key) -> dict[str, Any]:
-    # The device's name is a field of every result already.
-    return {name: value for name, value in key.to_dict().items() if name != "device"}
-
-
 def _key(line: Mapping[str, Any]) -> Key:
     return Key(
-        **{name: line[name] for name in ("scale", "budget", "method", "seed", "pretrained")},
+        **{name: line[name] for name in ("scale", "budget", "method", "seed", "pretrained", "images")},
         device=line["device_kind"],
     )

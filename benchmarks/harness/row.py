@@ -8,11 +8,12 @@ PyTorch's allocator is capped and NVML is read all through.
 from __future__ import annotations
 
 import gc
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from benchmarks.harness.classifiers import (
     make_net,
     read_whole,
 )
-from benchmarks.harness.images import ShrunkImages, fingerprint_of, steps_to
+from benchmarks.harness.images import ShrunkImages, steps_to
 from benchmarks.harness.method import Kind, Method, Stage
 from benchmarks.harness.scales import Scale
+from benchmarks.record import device_name
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
-from streamcnn.ceiling.device import Ceiling, ceiling_for
+from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, TileDataset
@@ -42,7 +44,8 @@ from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.data.tile_store import TileStore
-from streamcnn.training import Trainer, TrainSettings, score
+from streamcnn.errors import TrainingDiverged
+from streamcnn.training import Terminated, Trainer, TrainSettings, score
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.evaluation import require_metrics
 from streamcnn.training.runs import best_weights
@@ -50,12 +53,17 @@ from streamcnn.training.runs import best_weights
 VALIDATION_SHARE = 0.1
 PATIENCE = 10
 """Epochs without a better validation accuracy after which training ends."""
+PLATEAU = 2
+"""The same after which a schedule that looks for plateaus lowers the learning rate."""
 UNKNOWN_BATCH = 4096
 """Where the search for the largest batch ends if nothing else ends it."""
+LARGEST_TEST_BATCH = 8
 HOST_SLACK = 3 * 2**23
 """Bytes of a streamed row's budget that are left to the interpreter between passes."""
 ADAM_COPIES = 3
 """Weights, and the two averages that Adam keeps of each."""
+FEATURES = 256
+"""Width of a patch's feature vector in PatchGD."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +79,19 @@ class Task:
     device: str
     images: Path
     """Tile store of the scale's images."""
+    shrunk: Path
+    """Folder for shrunk images."""
     folder: Path
-    """For checkpoints and shrunk images."""
+    """The row's own, for checkpoints."""
 
 
-class OutOfTime(Exception):
-    """The scale's seconds are over."""
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The largest batch that an update can be made with, and how."""
+
+    batch: int
+    reuse_heap: bool
+    """Whether the C library may keep freed blocks: faster, and more memory."""
 
 
 class Refused(Exception):
@@ -87,26 +102,18 @@ def run(task: Task) -> dict[str, Any]:
     """Train and score; what was found, or why the ceiling refused it, as JSON has it."""
     store = TileStore(task.images)
     _warm_up(store)
-    ceiling = ceiling_for(torch.device(task.device))
-    stages = task.method.stages or (Stage(resolution=task.method.resolution or 0, learning_rate=0.0),)
-    what = {
-        "images": fingerprint_of(store),
+    found: dict[str, Any] = {
+        "device": device_name(cpu=task.device == "cpu"),
         "digits": store.head.provenance["digits"],
-        "versions": _versions(),
+        "versions": {name: version(name) for name in ("streamcnn", "timm", "torchvision", "numpy", "zarr")},
+        "reason": None,
     }
-    found: dict[str, Any] = {}
-    weights: Mapping[str, Any] | None = None
     try:
-        for number, stage in enumerate(stages):
-            weights, found = _train(task, stage, number, weights, store, ceiling)
+        return {**found, "outcome": "finished", **_Row(task, store).run()}
     except Refused as error:
-        return {"outcome": "refused", "reason": str(error), **found, **what}
-    return {"outcome": "finished", "reason": None, **found, **what}
-
-
-def _versions() -> dict[str, str]:
-    """Of the libraries that a result depends on besides PyTorch."""
-    return {name: version(name) for name in ("streamcnn", "timm", "torchvision", "numpy", "zarr")}
+        return {**found, "outcome": "refused", "reason": str(error)}
+    except TrainingDiverged as error:
+        return {**found, "outcome": "diverged", "reason": str(error)}
 
 
 def _warm_up(store: TileStore) -> None:
@@ -121,106 +128,336 @@ def _warm_up(store: TileStore) -> None:
         optimizer.step()
 
 
-def _train(
-    task: Task,
-    stage: Stage,
-    number: int,
-    weights: Mapping[str, Any] | None,
-    store: TileStore,
-    ceiling: Ceiling,
-) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """One stage: the weights that were best on the validation images, and their score on the test images."""
-    method, scale = task.method, task.scale
-    train, validation, test = _datasets(task, stage, store)
-    with _refusing(), ceiling.limit(task.budget, reuse_heap=True):
-        model = _make_model(task, train)
-        if weights is not None:
-            model.load_state_dict(weights)
-        batch = _without_single(_largest_batch(task, model, train[0][0]), len(train))
-    gc.collect()
-    ceiling.give_back()
-    known = method.hyperparameters_for(task.budget)
-    learning_rate = scale.learning_rate or stage.learning_rate or known.learning_rate
-    gamma = {"gamma": scale.gamma or known.gamma} if method.schedule == "ExponentialLR" else {}
-    settings = TrainSettings(
-        epochs=scale.epochs,
-        batch_size=batch,
-        learning_rate=learning_rate,
-        schedule=method.schedule,
-        schedule_options=gamma,
-        patience=PATIENCE,
-        save_every=500,
-        seed=task.seed,
-    )
-    folder = task.folder / f"{method.name}-{task.seed}-stage-{number}"
-    kind = PatchGDTrainer if isinstance(model, PatchGD) else Trainer
-    identity = {"method": method.name, "scale": scale.name, "row_budget": task.budget}
-    trainer = kind(model, train, validation, settings, folder, identity=identity)
-    started = time.perf_counter()
-    if scale.seconds is not None:
-        trainer.listener = _time_keeper(started + scale.seconds)
-    with _refusing(), ceiling.limit(task.budget, reuse_heap=True) as limit:
+class _Row:
+    """A task, and what it has taken so far."""
+
+    def __init__(self, task: Task, store: TileStore) -> None:
+        self.task = task
+        self.store = store
+        self.ceiling: Ceiling = ceiling_for(torch.device(task.device))
+        self.stages = task.method.stages or (
+            Stage(resolution=task.method.resolution or 0, learning_rate=0.0),
+        )
+        self.seconds = 0.0
+        self.updates = 0
+        self.epochs = 0.0
+        self.peak = 0
+
+    def run(self) -> dict[str, Any]:
+        """All stages of training, and the test."""
+        best: Path | None = None
+        for number, stage in enumerate(self.stages):
+            train, validation, test = self._datasets(stage)
+            fit = self._fit(train)
+            while True:
+                folder = self.task.folder / f"stage-{number}-batch-{fit.batch}"
+                try:
+                    best, selected, reading = self._train(stage, fit, train, validation, folder, best)
+                    break
+                except Refused:
+                    # The search has seen blank images alone, and no validation.
+                    if fit.batch == 1:
+                        raise
+                    fit = Fit(_without_single(fit.batch * 3 // 4, len(train)), fit.reuse_heap)
+                    self._remember(fit, train)
+        assert best is not None
+        return {
+            **self._test(best, test, fit),
+            "selected": selected,
+            "training_reading": reading,
+            **self._costs(),
+        }
+
+    def _costs(self) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "epochs": round(self.epochs, 2),
+            "training_seconds": round(self.seconds, 1),
+            "training_peak_bytes": self.peak,
+        }
+
+    def _settings(self, stage: Stage, fit: Fit) -> TrainSettings:
+        method, scale = self.task.method, self.task.scale
+        known = method.hyperparameters_for(self.task.budget)
+        options = (
+            {"gamma": scale.gamma or known.gamma}
+            if method.schedule == "ExponentialLR"
+            else {"patience": PLATEAU}
+        )
+        return TrainSettings(
+            epochs=scale.epochs,
+            batch_size=fit.batch,
+            learning_rate=scale.learning_rate or stage.learning_rate or known.learning_rate,
+            schedule=method.schedule,
+            schedule_options=options,
+            patience=PATIENCE,
+            save_every=500,
+            seed=self.task.seed,
+        )
+
+    # --- memory --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _limited(self, *, reuse_heap: bool) -> Iterator[Limit]:
+        """A block under the ceiling, in which refused memory is `Refused`."""
+        gc.collect()
+        self.ceiling.give_back()
         try:
-            trainer.run()
-        except OutOfTime:
-            pass
-        ceiling.check()
-        trained = time.perf_counter()
-        best = CheckpointFolder(folder / "checkpoints").best()
-        state = model.state_dict() if best is None else best_weights(load_checkpoint(best))
-    training_peak, reading = limit.peak_bytes, limit.reading
-    updates = trainer.progress.update
-    del trainer
-    gc.collect()
-    ceiling.give_back()
-    with _refusing(), ceiling.limit(task.budget, reuse_heap=True) as limit:
-        model.load_state_dict(state)
-        model.eval()
-        result = score(model, test, batch_size=min(batch, 8))
-        ceiling.check()
-    return state, {
-        "test_accuracy": result.accuracy,
-        "test_loss": result.loss,
-        "batch_size": batch,
-        "resolution": train[0][0].shape[1],
-        "learning_rate": learning_rate,
-        "updates": updates,
-        "epochs": round(updates * batch / len(train), 2),
-        "training_peak_bytes": training_peak,
-        "inference_peak_bytes": limit.peak_bytes,
-        "reading": reading,
-        "training_seconds": round(trained - started, 1),
-        "test_seconds": round(time.perf_counter() - trained, 1),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-    }
+            with self.ceiling.limit(self.task.budget, reuse_heap=reuse_heap) as limit:
+                yield limit
+                self.ceiling.check()
+        except (BudgetExceeded, PlanDoesNotFit) as error:
+            raise Refused(_first_line(error)) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Refused(_first_line(error)) from error
+
+    def _fit(self, images: ImageDataset) -> Fit:
+        """The largest batch under the ceiling, found once for a row.
+
+        A streamed model takes as many images as its file says, if a plan for them fits: more cost time.
+        """
+        cap = self.task.scale.largest_batch or UNKNOWN_BATCH
+        source = images[0][0]
+        if self.task.method.kind is Kind.STREAM:
+            with self._limited(reuse_heap=True):
+                model = self._make_model(images)
+                assert isinstance(model, StreamingModel)
+                batch = min(cap, self.task.method.hyperparameters_for(self.task.budget).batch or 1)
+                while batch > 1 and not model.train().plan((batch, *source.shape)).fits:
+                    batch //= 2
+            return Fit(_without_single(batch, len(images)), True)
+        known = self._fit_path(images)
+        if known.exists():
+            return Fit(**json.loads(known.read_text()))
+        refusal = None
+        for reuse_heap in (True, False):
+            batch, refusal = self._largest(images, cap, reuse_heap=reuse_heap)
+            if batch:
+                fit = Fit(_without_single(batch, len(images)), reuse_heap)
+                self._remember(fit, images)
+                return fit
+        raise Refused(f"updates with a single image: {refusal}")
+
+    def _fit_path(self, images: ImageDataset) -> Path:
+        return self.task.folder / f"fit-{images[0][0].shape[1]}.json"
+
+    def _remember(self, fit: Fit, images: ImageDataset) -> None:
+        """Have a row that is started again train with the same batch."""
+        self.task.folder.mkdir(parents=True, exist_ok=True)
+        self._fit_path(images).write_text(json.dumps(asdict(fit)))
+
+    def _largest(self, images: ImageDataset, cap: int, *, reuse_heap: bool) -> tuple[int, str | None]:
+        """The largest batch, by doubling, then halving the gap; 0 and what refused it if it is none."""
+
+        def refusal(batch: int) -> str | None:
+            return self._try(images, batch, reuse_heap=reuse_heap)
+
+        # Two first: batch norm of pooled features cannot be trained on one image.
+        if (refused := refusal(2)) is not None:
+            refused = refusal(1)
+            return int(refused is None), refused
+        good, bad = 2, 4
+        while bad <= cap and refusal(bad) is None:
+            good, bad = bad, 2 * bad
+        bad = min(bad, cap + 1)
+        while bad - good > max(1, good // 8):
+            middle = (good + bad) // 2
+            if refusal(middle) is None:
+                good = middle
+            else:
+                bad = middle
+        return good, None
+
+    def _try(self, images: ImageDataset, batch: int, *, reuse_heap: bool) -> str | None:
+        """Make two updates of a model of its own on blank images; what refused them, if anything did.
+
+        The second has Adam's averages beside its activations, as all later ones have.
+        """
+        source = images[0][0]
+        try:
+            with self._limited(reuse_heap=reuse_heap):
+                model = self._make_model(images).train()
+                optimizer = torch.optim.Adam(model.parameters())
+                sources = [TensorSource(torch.zeros(source.shape, dtype=source.dtype)) for _ in range(batch)]
+                labels = torch.zeros(batch, dtype=torch.int64, device=self.task.device)
+                for _ in range(2):
+                    optimizer.zero_grad(set_to_none=True)
+                    if isinstance(model, PatchGD):
+                        model.begin(sources)
+                    F.cross_entropy(model(sources), labels).backward()
+                    optimizer.step()
+        except Refused as error:
+            return str(error)
+        except ValueError as error:
+            if batch > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            return "batch norm cannot be trained on one image, and two do not fit"
+        return None
+
+    # --- training and test ---------------------------------------------------------------------------
+
+    def _train(
+        self,
+        stage: Stage,
+        fit: Fit,
+        images: ImageDataset,
+        validation: ImageDataset,
+        folder: Path,
+        start: Path | None,
+    ) -> tuple[Path, bool, str]:
+        """One stage: a checkpoint, whether validation has chosen it, and which reading the peak is."""
+        started = time.perf_counter()
+        weights = None if start is None else best_weights(load_checkpoint(start))
+        with self._limited(reuse_heap=fit.reuse_heap) as limit:
+            model = self._make_model(images)
+            if weights is not None:
+                model.load_state_dict(weights)
+                weights = None
+            trainer = self._make_trainer(model, images, validation, self._settings(stage, fit), folder)
+            trainer.listener = self._listener(trainer, started)
+            with suppress(Terminated):
+                trainer.run()
+            progress = trainer.progress
+            # What comes after has no need of them.
+            del trainer
+            model.zero_grad(set_to_none=True)
+        self.seconds += time.perf_counter() - started
+        self.updates += progress.update
+        self.epochs += progress.epoch + progress.num_images / len(images)
+        self.peak = max(self.peak, limit.peak_bytes or 0)
+        checkpoints = CheckpointFolder(folder / "checkpoints")
+        best = checkpoints.best()
+        return best or checkpoints.paths()[0], best is not None, limit.reading
+
+    def _make_trainer(
+        self,
+        model: nn.Module,
+        images: ImageDataset,
+        validation: ImageDataset,
+        settings: TrainSettings,
+        folder: Path,
+    ) -> Trainer:
+        task = self.task
+        kind = PatchGDTrainer if isinstance(model, PatchGD) else Trainer
+        method = json.loads(json.dumps(asdict(task.method), default=lambda value: value.value))
+        identity = {"method": method, "scale": task.scale.name, "row_budget": task.budget}
+        return kind(model, images, validation, settings, folder, identity=identity)
+
+    def _listener(self, trainer: Trainer, started: float) -> Callable[[str, Mapping[str, Any]], None]:
+        """What holds the peak against the budget after each update, and ends training when time is up."""
+        seconds = self.task.scale.seconds
+        deadline = None if seconds is None else started + seconds / len(self.stages)
+
+        def listen(kind: str, values: Mapping[str, Any]) -> None:
+            self.ceiling.check()
+            if kind == "update" and deadline is not None and time.perf_counter() > deadline:
+                trainer.end("the end of its time")
+
+        return listen
+
+    def _test(self, best: Path, images: ImageDataset, fit: Fit) -> dict[str, Any]:
+        """The score of a checkpoint's weights on the test images."""
+        started = time.perf_counter()
+        weights = best_weights(load_checkpoint(best))
+        with self._limited(reuse_heap=fit.reuse_heap) as limit:
+            model = self._make_model(images)
+            model.load_state_dict(weights)
+            del weights
+            found = score(
+                model.eval(),
+                images,
+                batch_size=min(fit.batch, LARGEST_TEST_BATCH),
+                before_batch=self.ceiling.check,
+            )
+        return {
+            "test_accuracy": found.accuracy,
+            "test_loss": found.loss,
+            "batch_size": fit.batch,
+            "reuse_heap": fit.reuse_heap,
+            "resolution": images[0][0].shape[1],
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "inference_peak_bytes": limit.peak_bytes,
+            "inference_reading": limit.reading,
+            "test_seconds": round(time.perf_counter() - started, 1),
+        }
+
+    # --- data and model ------------------------------------------------------------------------------
+
+    def _datasets(self, stage: Stage) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+        """For training, for validation, and for the test."""
+        task = self.task
+        labels = TileDataset(self.store, "train").labels
+        chosen, rest = divide(labels, share=VALIDATION_SHARE, seed=task.seed)
+        augmentation = RandomAugmentation(inversion=task.method.inversion) if task.method.inversion else None
+
+        def dataset(
+            split: str, positions: tuple[int, ...] | None, drawn: RandomAugmentation | None = None
+        ) -> ImageDataset:
+            options = {"positions": positions, "augmentation": drawn, "seed": task.seed}
+            if task.method.kind is not Kind.SHRINK:
+                return TileDataset(self.store, split, **options)  # type: ignore[arg-type]
+            steps = steps_to(stage.resolution, task.scale)
+            return ShrunkImages(self.store, split, steps, task.shrunk, **options)  # type: ignore[arg-type]
+
+        return dataset("train", chosen, augmentation), dataset("train", rest), dataset("test", None)
+
+    def _make_model(self, images: ImageDataset) -> nn.Module:
+        """The method's classifier on the device, the same every time."""
+        task, method = self.task, self.task.method
+        num_classes, size = task.scale.recipe.num_classes, images[0][0].shape[1]
+        torch.manual_seed(task.seed)
+        assert method.model is not None
+
+        def net(size: int) -> nn.Module:
+            assert method.model is not None
+            return make_net(method.model, num_classes, size, pretrained=task.pretrained)
+
+        if method.kind is Kind.STREAM:
+            return self._streamed(net(size))
+        if method.kind is Kind.SHRINK:
+            return WholeImages(net(size)).to(task.device)
+        if method.kind is Kind.RESIZER:
+            assert method.resolution is not None
+            resolution = task.scale.pixels(method.resolution)
+            return WholeImages(nn.Sequential(LearnedResizer(resolution), net(resolution))).to(task.device)
+        assert method.tile is not None
+        tile = task.scale.pixels(method.tile)
+        if method.kind is Kind.TILES:
+            return TileVote(net(tile), tile, method.share).to(task.device)
+        assert method.kind is Kind.PATCHGD
+        found = PatchGD(
+            make_net(method.model, FEATURES, tile, pretrained=task.pretrained, hidden=None),
+            tile,
+            method.share,
+            width=FEATURES,
+            grid_size=grid_size(size, tile),
+            num_classes=num_classes,
+        )
+        return found.to(task.device)
+
+    def _streamed(self, net: nn.Module) -> StreamingModel:
+        task, taken = self.task, 0
+        if task.device == "cpu":
+            # A pass counts from what there is when it begins; on a GPU it counts everything itself.
+            taken = ADAM_COPIES * sum(p.nbytes for p in net.parameters()) + HOST_SLACK
+        if taken >= task.budget:
+            raise Refused(f"weights and Adam's averages alone take {taken} bytes")
+        return StreamingModel(net, task.budget - taken, preprocess=Normalise(), device=task.device)
 
 
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """A block in which refused memory ends the row."""
-    try:
-        yield
-    except (BudgetExceeded, PlanDoesNotFit) as error:
-        raise Refused(_first_line(error)) from error
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise Refused(_first_line(error)) from error
+def _without_single(batch: int, num_images: int) -> int:
+    """The next smaller batch with which an epoch's last one has more than one image."""
+    while batch > 2 and num_images % batch == 1:
+        batch -= 1
+    return max(1, batch)
 
 
 def _first_line(error: Exception) -> str:
     """What an error says, without the place in PyTorch's own code."""
-    return re.sub(r"^\[.*?\] (err == 0. )?", "", str(error)).splitlines()[0]
-
-
-def _time_keeper(deadline: float) -> Callable[[str, Mapping[str, Any]], None]:
-    """What ends training at a moment of ``time.perf_counter()``."""
-
-    def listen(kind: str, values: Mapping[str, Any]) -> None:
-        if time.perf_counter() > deadline:
-            raise OutOfTime
-
-    return listen
+    lines = re.sub(r"^\[.*?\] (err == 0. )?", "", str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class PatchGDTrainer(Trainer):
@@ -232,135 +469,7 @@ class PatchGDTrainer(Trainer):
         """Add the gradients of all inner steps; loss and logits are those of the last."""
         assert isinstance(self.model, PatchGD)
         self.model.begin(sources)
-        for _ in range(self.model.inner_steps):
-            loss, logits = super().differentiate(sources, labels, weight / self.model.inner_steps)
+        num_steps = self.model.num_inner_steps
+        for _ in range(num_steps):
+            loss, logits = super().differentiate(sources, labels, weight / num_steps)
         return loss, logits
-
-
-def _datasets(task: Task, stage: Stage, store: TileStore) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
-    """For training, for validation, and for the test."""
-    labels = TileDataset(store, "train").labels
-    chosen, rest = divide(labels, share=VALIDATION_SHARE, seed=task.seed)
-    inversion = task.method.inversion
-    augmentation = RandomAugmentation(inversion=inversion) if inversion else None
-
-    def dataset(split: str, positions: tuple[int, ...] | None, *, augmented: bool = False) -> ImageDataset:
-        drawn = augmentation if augmented else None
-        if task.method.kind is Kind.SHRINK:
-            steps = steps_to(stage.resolution, task.scale)
-            folder = task.folder / "shrunk"
-            return ShrunkImages(
-                store, split, steps, folder, positions=positions, augmentation=drawn, seed=task.seed
-            )
-        return TileDataset(store, split, positions=positions, augmentation=drawn, seed=task.seed)
-
-    return dataset("train", chosen, augmented=True), dataset("train", rest), dataset("test", None)
-
-
-def _make_model(task: Task, images: ImageDataset) -> nn.Module:
-    """The method's classifier, on the device."""
-    method, scale = task.method, task.scale
-    assert method.model is not None
-    num_classes, size = scale.recipe.num_classes, images[0][0].shape[1]
-    torch.manual_seed(task.seed)
-
-    def net(of_size: int, width: int = num_classes) -> nn.Module:
-        assert method.model is not None
-        return make_net(method.model, width, of_size, pretrained=task.pretrained)
-
-    if method.kind is Kind.STREAM:
-        whole = net(size)
-        taken = 0
-        if task.device == "cpu":
-            # A pass counts from what there is when it begins.
-            taken = ADAM_COPIES * sum(p.nbytes for p in whole.parameters()) + HOST_SLACK
-        if taken >= task.budget:
-            raise Refused(f"weights and Adam's averages alone take {taken} bytes")
-        return StreamingModel(whole, task.budget - taken, preprocess=Normalise(), device=task.device)
-    if method.kind is Kind.SHRINK:
-        return WholeImages(net(size)).to(task.device)
-    if method.kind is Kind.RESIZER:
-        assert method.resolution is not None
-        resolution = scale.pixels(method.resolution)
-        return WholeImages(nn.Sequential(LearnedResizer(resolution), net(resolution))).to(task.device)
-    assert method.tile is not None
-    tile = scale.pixels(method.tile)
-    if method.kind is Kind.TILES:
-        return TileVote(net(tile), tile, method.share).to(task.device)
-    assert method.kind is Kind.PATCHGD
-    width = 256
-    found = PatchGD(
-        net(tile, width),
-        tile,
-        method.share,
-        width=width,
-        grid_size=grid_size(size, tile),
-        num_classes=num_classes,
-        inner_steps=method.inner_steps,
-    )
-    return found.to(task.device)
-
-
-def _largest_batch(task: Task, model: nn.Module, source: ImageSource) -> int:
-    """The largest batch of such images that an update can be made with under the ceiling in force.
-
-    A streamed model takes as many images as it is told, if a plan for them fits.
-    """
-    cap = task.scale.largest_batch or UNKNOWN_BATCH
-    if isinstance(model, StreamingModel):
-        batch = min(cap, task.method.hyperparameters_for(task.budget).batch or 1)
-        model.train()
-        while batch > 1 and not model.plan((batch, *source.shape)).fits:
-            batch //= 2
-        return batch
-    # Two first: batch norm of pooled features cannot be trained on one image.
-    good, refusal = 2, _try_batch(task, model, source, 2)
-    if refusal is not None:
-        good, refusal = 1, _try_batch(task, model, source, 1)
-        if refusal is not None:
-            raise Refused(f"an update with a single image: {refusal}")
-        return good
-    bad = 2 * good
-    while bad <= cap and _try_batch(task, model, source, bad) is None:
-        good, bad = bad, 2 * bad
-    bad = min(bad, cap + 1)
-    while bad - good > max(1, good // 8):
-        middle = (good + bad) // 2
-        if _try_batch(task, model, source, middle) is None:
-            good = middle
-        else:
-            bad = middle
-    return good
-
-
-def _without_single(batch: int, num_images: int) -> int:
-    """The next smaller batch with which an epoch's last one has more than one image."""
-    while batch > 2 and num_images % batch == 1:
-        batch -= 1
-    return batch
-
-
-def _try_batch(task: Task, model: nn.Module, source: ImageSource, batch: int) -> str | None:
-    """Make an update on blank images and take it back; what refused it, if anything did."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refusal: str | None = None
-    with torch.random.fork_rng():
-        try:
-            optimizer = torch.optim.Adam(model.parameters())
-            sources = [TensorSource(torch.zeros(source.shape, dtype=source.dtype)) for _ in range(batch)]
-            model.train()
-            if isinstance(model, PatchGD):
-                model.begin(sources)
-            F.cross_entropy(
-                model(sources), torch.zeros(batch, dtype=torch.int64, device=task.device)
-            ).backward()
-            optimizer.step()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            refusal = _first_line(error)
-    model.zero_grad(set_to_none=True)
-    del optimizer
-    model.load_state_dict(before)
-    gc.collect()
-    return refusal

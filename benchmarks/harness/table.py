@@ -20,19 +20,27 @@ from streamcnn.units import format_bytes, format_duration
 PAPER_TABLES = {"Table 1": ("unrestricted", "11 GB"), "Table 4": ("24 GB, full", "24 GB, best")}
 """Columns of accuracies by the paper's table."""
 _COLUMNS = tuple(
-    "budget,method,backbone,input,legible,accuracy,seeds,batch,epochs,training,peak,start".split(",")
+    "budget,method,backbone,input,legible,accuracy,seeds,batch,epochs,training,peak,start,note".split(",")
 )
 _NOTHING = "-"
+_SETTING = ("budget", "device_kind", "pretrained", "images")
+"""Fields of results whose runs are never averaged or joined by a line."""
+_MARKERS = {Kind.SHRINK: "o-", Kind.STREAM: "*"}
 _COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#8a94a6", "#0891b2", "#be185d")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The runs of a method under one budget, one for each seed."""
+    """The runs of a method that differ in nothing but the seed."""
 
     method: Method
     budget: int
     runs: tuple[dict[str, Any], ...]
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What they have in common besides the method."""
+        return tuple(self.runs[0][name] for name in _SETTING)
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -59,22 +67,29 @@ class Measured:
 
     @property
     def outcome(self) -> str:
-        """The accuracy in percent with its spread, or why there is none."""
+        """The accuracy in percent with its spread, or what happened instead."""
         if self.accuracy is None:
-            return f"{self.runs[0]['outcome']}: {self.runs[0]['reason']}"
+            return str(self.runs[0]["outcome"])
         spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
-        return f"{100 * self.accuracy:.1f}{spread}"
+        mark = "" if all(run["selected"] for run in self.finished) else "*"
+        return f"{100 * self.accuracy:.1f}{spread}{mark}"
+
+    @property
+    def reason(self) -> str:
+        """Why a run did not finish; nothing if all did."""
+        return next((f"{run['outcome']}: {run['reason']}" for run in self.runs if run["reason"]), "")
 
 
 def measured(scale: Scale) -> list[Measured]:
-    """What was measured at a scale, by method and budget, in the order of the methods."""
-    methods, results = load_methods(), read(scale.name)
-    keys = {(line["budget"], line["method"]) for line in results}
+    """What was measured at a scale, by setting, then in the order of the methods."""
+    methods, groups = load_methods(), dict[tuple[Any, ...], list[dict[str, Any]]]()
+    for line in read(scale.name):
+        if line["method"] in methods:
+            groups.setdefault((*(line[name] for name in _SETTING), line["method"]), []).append(line)
+    order = list(methods)
     return [
-        Measured(method, budget, tuple(r for r in results if (r["budget"], r["method"]) == (budget, name)))
-        for budget in sorted({budget for budget, _ in keys})
-        for name, method in methods.items()
-        if (budget, name) in keys
+        Measured(methods[key[-1]], runs[0]["budget"], tuple(runs))
+        for key, runs in sorted(groups.items(), key=lambda item: (item[0][:-1], order.index(item[0][-1])))
     ]
 
 
@@ -126,61 +141,59 @@ def _measured_table(scale: Scale, found: Sequence[Measured]) -> list[str]:
         "Accuracy on the test images in percent, with the standard deviation over seeds where there are "
         f"several. *Legible*: images whose digits all keep {LEGIBLE_PIXELS} pixels at that resolution. "
         "*Peak*: the most that was held in training or inference, weights and optimiser included. *Start*: "
-        "random or pretrained weights.",
+        "random or pretrained weights. A star: time was over before a first validation, so the last weights "
+        "were scored.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|---" * len(_COLUMNS) + "|",
     ]
     for each in found:
-        cells = [format_bytes(each.budget), each.method.name, each.method.family]
-        if each.finished:
-            run = each.finished[0]
-            pixels = run["resolution"] if each.method.kind is not Kind.RESIZER else _resolution(each, scale)
-            seconds = statistics.mean(r["training_seconds"] for r in each.finished)
-            cells += [
-                f"{pixels}²",
-                f"{100 * legibility_ceiling(scale, pixels):.0f} %",
-                each.outcome,
-                str(len(each.finished)),
-                str(run["batch_size"]),
-                f"{run['epochs']:g}",
-                format_duration(seconds),
-                format_bytes(each.peak_bytes),
-            ]
-        else:
-            cells += [f"{_resolution(each, scale)}²", "", each.outcome, "", "", "", "", ""]
-        cells.append("pretrained" if each.runs[0]["pretrained"] else "random")
+        pixels = _resolution(each, scale)
+        cells = [format_bytes(each.budget), each.method.name, each.method.family, f"{pixels}²"]
+        cells += [f"{100 * legibility_ceiling(scale, pixels):.0f} %", each.outcome, *_costs(each)]
+        cells += ["pretrained" if each.runs[0]["pretrained"] else "random", each.reason.replace("|", "/")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
+def _costs(each: Measured) -> list[str]:
+    """Seeds, batch, epochs, seconds and peak of the runs that finished."""
+    if not each.finished:
+        return [""] * 5
+    finished, started = len(each.finished), len(each.runs)
+    return [
+        f"{finished}" if finished == started else f"{finished} of {started}",
+        ", ".join(map(str, sorted({run["batch_size"] for run in each.finished}))),
+        f"{statistics.mean(run['epochs'] for run in each.finished):.3g}",
+        format_duration(statistics.mean(run["training_seconds"] for run in each.finished)),
+        format_bytes(each.peak_bytes),
+    ]
+
+
 def _paper_tables(scale: Scale, found: Sequence[Measured]) -> list[str]:
     """The paper's tables with a column of ours for each budget."""
-    budgets = sorted({each.budget for each in found})
-    ours = {(each.method.name, each.budget): each for each in found}
-    comparable = scale.recipe is not Recipe.SINGLE and scale.name == "paper"
+    settings = sorted({each.setting for each in found})
+    ours = {(each.method.name, each.setting): each for each in found}
+    caution = _caution(scale, found)
     lines: list[str] = []
     for title, columns in PAPER_TABLES.items():
         lines += [
             f"## The paper's {title}",
             "",
             "Published figures are those of arXiv 2206.12681, on 28,000 images of 4000 x 4000 pixels with "
-            "pretrained weights."
-            + ("" if comparable else " Ours are of another task, and not to be compared with them."),
+            f"pretrained weights.{caution}",
             "",
             "| method | backbone | input | "
-            + " | ".join([f"published, {c}" for c in columns] + [f"ours, {format_bytes(b)}" for b in budgets])
+            + " | ".join([f"published, {c}" for c in columns] + [f"ours, {_shown(s)}" for s in settings])
             + " | note |",
-            "|---" * (4 + len(columns) + len(budgets)) + "|",
+            "|---" * (4 + len(columns) + len(settings)) + "|",
         ]
         for name, method in load_methods().items():
             published = [method.published.get(column, _NOTHING) for column in columns]
-            cells = [ours.get((name, budget)) for budget in budgets]
+            cells = [ours.get((name, setting)) for setting in settings]
             if title != next(iter(PAPER_TABLES)) and not any(p != _NOTHING for p in published):
                 continue
-            shown = [
-                _NOTHING if c is None else ("refused" if c.accuracy is None else c.outcome) for c in cells
-            ]
+            shown = [_NOTHING if cell is None else cell.outcome for cell in cells]
             lines.append(
                 "| "
                 + " | ".join([name, method.family, method.input_text, *published, *shown, method.note])
@@ -188,6 +201,24 @@ def _paper_tables(scale: Scale, found: Sequence[Measured]) -> list[str]:
             )
         lines.append("")
     return lines
+
+
+def _caution(scale: Scale, found: Sequence[Measured]) -> str:
+    """Why ours and the published figures are not to be compared, if so."""
+    if scale.recipe is Recipe.SINGLE:
+        return " Ours are of another, easier task, and not to be compared with them."
+    if scale.num_train < 28_000:
+        return f" Ours are of the same task with {scale.num_train} images, and not to be compared with them."
+    digits = sorted({str(run["digits"]) for each in found for run in each.runs})
+    if digits and digits != ["mnist"]:
+        return f" Ours show other digits ({', '.join(digits)}), and are not to be compared with them."
+    return ""
+
+
+def _shown(setting: tuple[Any, ...]) -> str:
+    """A setting in a column's head."""
+    budget, device, pretrained, _ = setting
+    return f"{budget / 1e9:g} GB, {device}, {'pretrained' if pretrained else 'random'} weights"
 
 
 def _resolution(each: Measured, scale: Scale) -> int:
@@ -199,23 +230,19 @@ def _against_resolution(scale: Scale, found: Sequence[Measured]) -> Any:
     """Accuracy against resolution, a line for each backbone, and the legibility ceiling."""
     figure, axes = _figure("accuracy against resolution", scale)
     good = [each for each in found if each.finished]
-    families = list(dict.fromkeys(each.method.family for each in good))
-    for index, family in enumerate(families):
-        points = sorted((_resolution(e, scale), e) for e in good if e.method.family == family)
-        color = _COLORS[index % len(_COLORS)]
-        for kind, marker in ((False, "o-"), (True, "*")):
-            chosen = [(x, e) for x, e in points if (e.method.kind is Kind.STREAM) is kind]
-            if chosen:
-                axes.errorbar(
-                    [x for x, _ in chosen],
-                    [100 * (e.accuracy or 0) for _, e in chosen],
-                    yerr=[100 * (e.spread or 0) for _, e in chosen],
-                    fmt=marker,
-                    markersize=13 if kind else 6,
-                    capsize=3,
-                    color=color,
-                    label=f"{family}, streamed" if kind else family,
-                )
+    colors = _colors(good)
+    for (family, kind, _), points in _series(good).items():
+        points.sort(key=lambda each: _resolution(each, scale))
+        axes.errorbar(
+            [_resolution(each, scale) for each in points],
+            [100 * (each.accuracy or 0) for each in points],
+            yerr=[100 * (each.spread or 0) for each in points],
+            fmt=_MARKERS.get(kind, "s"),
+            markersize=13 if kind is Kind.STREAM else 6,
+            capsize=3,
+            color=colors[family],
+            label=family if kind is Kind.SHRINK else f"{family}, {kind.value}",
+        )
     ends = sorted({_resolution(each, scale) for each in good} | {scale.canvas})
     steps = [round(ends[0] * (ends[-1] / ends[0]) ** (k / 40)) for k in range(41)] if len(ends) > 1 else ends
     axes.plot(
@@ -237,11 +264,11 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
     """Accuracy against peak memory, and the budgets."""
     figure, axes = _figure("accuracy against peak memory", scale)
     good = [each for each in found if each.finished]
-    families = list(dict.fromkeys(each.method.family for each in good))
+    colors = _colors(good)
     for each in good:
         streamed = each.method.kind is Kind.STREAM
         x, y = each.peak_bytes / 2**20, 100 * (each.accuracy or 0)
-        color = _COLORS[families.index(each.method.family) % len(_COLORS)]
+        color = colors[each.method.family]
         axes.plot(x, y, "*" if streamed else "o", markersize=13 if streamed else 7, color=color)
         axes.annotate(each.method.name, (x, y), (6, 4), textcoords="offset points", fontsize=8, color=color)
     for budget in sorted({each.budget for each in found}):
@@ -253,6 +280,19 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
     axes.set_xlabel("peak memory in training and inference, MiB")
     _finish(axes, scale, legend=False)
     return figure
+
+
+def _colors(found: Sequence[Measured]) -> dict[str, str]:
+    families = dict.fromkeys(each.method.family for each in found)
+    return {family: _COLORS[index % len(_COLORS)] for index, family in enumerate(families)}
+
+
+def _series(found: Sequence[Measured]) -> dict[tuple[str, Kind, tuple[Any, ...]], list[Measured]]:
+    """What is joined by a line: results of one backbone and kind, in one setting."""
+    series: dict[tuple[str, Kind, tuple[Any, ...]], list[Measured]] = {}
+    for each in found:
+        series.setdefault((each.method.family, each.method.kind, each.setting), []).append(each)
+    return series
 
 
 def _figure(title: str, scale: Scale) -> tuple[Any, Any]:

@@ -60,6 +60,8 @@ class CudaLimit:
         self._overhead: Overhead | None = None
         self._cleanup = ExitStack()
         self._final: Reading | None = None
+        self._noted = 0
+        """The most that the allocator held before another block reset its peak."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -103,8 +105,12 @@ class CudaLimit:
                 cap = self._budget - self._overhead.nbytes - MARGIN_BYTES
                 cleanup.enter_context(self._gauge.capped(cap))
             # After the cap has had cached memory given back that was held before the pass.
+            for outer in _active:
+                outer._note_peak()
             self._gauge.reset_peak()
             cleanup.enter_context(self._sampler)
+            _active.append(self)
+            cleanup.callback(_active.remove, self)
             self._cleanup = cleanup.pop_all()
         return self
 
@@ -126,8 +132,17 @@ class CudaLimit:
         if self._final is not None or self._overhead is None:
             return self._final
         overhead, sampled = self._overhead, self._sampler.peak
-        bound = Reading(self._gauge.max_reserved() + overhead.nbytes, overhead.source)
+        reserved = max(self._noted, self._gauge.max_reserved())
+        bound = Reading(reserved + overhead.nbytes, overhead.source)
         return bound if sampled is None or bound.nbytes > sampled.nbytes else sampled
+
+    def _note_peak(self) -> None:
+        """Bring the allocator's peak up to date, before another block resets it."""
+        self._noted = max(self._noted, self._gauge.max_reserved())
+
+
+_active: list[CudaLimit] = []
+"""Blocks entered and not left, outermost first; a card's peak is the process's, not theirs."""
 
 
 class CudaCeiling:
@@ -166,8 +181,9 @@ class CudaCeiling:
 
 
 def cuda_ceiling(device: torch.device) -> CudaCeiling:
-    """A ceiling for ``device``, whose context and libraries are loaded."""
-    return CudaCeiling(_gauge(device))
+    """A ceiling for ``device``, whose context and libraries are loaded; without an index, the current one."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return CudaCeiling(_gauge(torch.device(device.type, index)))
 
 
 def note_idle(*, cuda: Any = torch.cuda) -> None:

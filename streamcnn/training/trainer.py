@@ -45,11 +45,11 @@ FORMAT = 1
 
 
 class _Asked(Exception):
-    """SIGTERM came during validation."""
+    """The run was asked to end during validation."""
 
 
 class Terminated(Exception):
-    """The run was asked to end by SIGTERM; its state is saved."""
+    """The run was asked to end, by SIGTERM or by `Trainer.end`; its state is saved."""
 
 
 @dataclass(slots=True)
@@ -143,7 +143,7 @@ class Trainer:
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.progress = Progress()
-        self._asked_to_end = False
+        self._end_reason: str | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -166,7 +166,7 @@ class Trainer:
         TrainingDiverged
             If the loss is no number any more.
         Terminated
-            After SIGTERM, when the state is saved.
+            After SIGTERM or `end`, when the state is saved.
         """
         saved = self.checkpoints.newest()
         self._begin()
@@ -174,14 +174,15 @@ class Trainer:
             saved = None  # nothing was trained, so nothing is lost
         if saved is not None:
             self._restore(saved)
-        nbytes = 0 if saved is None else saved["log_bytes"]
+        is_new, nbytes = saved is None, 0 if saved is None else saved["log_bytes"]
+        del saved  # as large as model and optimiser together
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
             RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log,
             self._heeding_sigterm(),
         ):
             self.on_start()
-            if saved is None:
+            if is_new:
                 self._save()
             while not self.progress.is_over:
                 if self.sampler.epoch == self.progress.epoch:
@@ -200,6 +201,16 @@ class Trainer:
             best_accuracy=self.progress.best_accuracy,
         )
 
+    def end(self, reason: str) -> None:
+        """Have the run end after the present update or validation batch, its state saved.
+
+        Parameters
+        ----------
+        reason
+            What ended it, for the error's text.
+        """
+        self._end_reason = reason
+
     # --- state ---------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -217,6 +228,7 @@ class Trainer:
             self.averaged = AveragedModel(self.net, multi_avg_fn=average)
         self.sampler = self._make_sampler()
         self.progress = Progress()
+        self._end_reason = None
         self._identity = self._find_identity()
         self._plan_digest = self._find_plan_digest()
 
@@ -323,15 +335,17 @@ class Trainer:
         self.images.set_epoch(self.sampler.epoch)
         for positions in self._updates():
             self._update(positions)
-            if self.progress.update % self.settings.save_every == 0 and not self._asked_to_end:
+            if self.progress.update % self.settings.save_every == 0 and self._end_reason is None:
                 self._save()
             self._end_if_asked()
 
     def _end_if_asked(self) -> None:
-        """Save and end, if SIGTERM has come."""
-        if self._asked_to_end:
+        """Save and end, if that was asked for."""
+        if self._end_reason is not None:
             self._save()
-            raise Terminated(f"ended by SIGTERM after update {self.progress.update}; the state is saved")
+            raise Terminated(
+                f"ended by {self._end_reason} after update {self.progress.update}; the state is saved"
+            )
 
     def _updates(self) -> Iterator[list[int]]:
         """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
@@ -464,7 +478,7 @@ class Trainer:
             raise
 
     def _stop_if_asked(self) -> None:
-        if self._asked_to_end:
+        if self._end_reason is not None:
             raise _Asked
 
     @contextmanager
@@ -527,7 +541,7 @@ class Trainer:
             return
 
         def note(*_: object) -> None:
-            self._asked_to_end = True
+            self.end("SIGTERM")
 
         before = signal.signal(signal.SIGTERM, note)
         try:
