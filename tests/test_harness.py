@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from benchmarks import record as records
+from benchmarks.__main__ import app
 from benchmarks.harness.classifiers import (
     LearnedResizer,
     PatchGD,
@@ -393,3 +396,37 @@ def test_results_are_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     results(tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (tmp_path / "ultramnist_tiny.jsonl").read_text().splitlines()]
     assert {"date", "commit", "device", "torch", "command"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--scale": "huge"}, "no scale huge: there are paper, single"),
+        ({"--methods": "RN-256, RN-300"}, "no method RN-300: there are RN-256, "),
+        ({"--seeds": "1,b"}, "cannot read seeds '1,b': allowed are whole numbers"),
+        ({"--budget": "much"}, "--budget: "),
+        ({"--device": "gpu"}, "no device gpu: there is cpu"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_made(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    given = {"--scale": "tiny", "--budget": "150MB", "--work": str(tmp_path / "work"), **changes}
+    found = CliRunner().invoke(app, ["run", *itertools.chain(*given.items())])
+    assert found.exit_code == 2
+    text = " ".join(found.output.replace("│", " ").split())
+    assert message in text
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_method_that_is_not_built_yet_says_so(tmp_path: Path) -> None:
+    arguments = ("--scale=tiny", "--budget=150MB", f"--work={tmp_path}", "--digits=uci")
+    found = CliRunner().invoke(app, ["run", *arguments, "--methods=PARTITION-RN50"])
+    assert found.exit_code == 0
+    assert "PARTITION-RN50 is not run: tiles divided among processes: not built yet" in found.output
+
+
+def test_the_list_of_methods_has_all_of_them() -> None:
+    found = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"})
+    assert found.exit_code == 0
+    assert all(name in found.output for name in load_methods())

@@ -25,6 +25,12 @@ _COLUMNS = tuple(
 _NOTHING = "-"
 _SETTING = ("budget", "device_kind", "pretrained", "images")
 """Fields of results whose runs are never averaged or joined by a line."""
+_LABELS = {
+    Kind.STREAM: "streamed",
+    Kind.RESIZER: "learned resizer",
+    Kind.TILES: "independent tiles",
+    Kind.PATCHGD: "PatchGD",
+}
 _MARKERS = {Kind.SHRINK: "o-", Kind.STREAM: "*"}
 _COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#8a94a6", "#0891b2", "#be185d")
 
@@ -241,7 +247,7 @@ def _against_resolution(scale: Scale, found: Sequence[Measured]) -> Any:
             markersize=13 if kind is Kind.STREAM else 6,
             capsize=3,
             color=colors[family],
-            label=family if kind is Kind.SHRINK else f"{family}, {kind.value}",
+            label=family if kind is Kind.SHRINK else f"{family}, {_LABELS[kind]}",
         )
     ends = sorted({_resolution(each, scale) for each in good} | {scale.canvas})
     steps = [round(ends[0] * (ends[-1] / ends[0]) ** (k / 40)) for k in range(41)] if len(ends) > 1 else ends
@@ -274,7 +280,13 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
     for budget in sorted({each.budget for each in found}):
         axes.axvline(budget / 2**20, color="#c62828", linestyle="--")
         axes.annotate(
-            f"budget {format_bytes(budget)}", (budget / 2**20, 102), ha="right", fontsize=8, color="#c62828"
+            f"budget {format_bytes(budget)}",
+            (budget / 2**20, 102),
+            (-6, 0),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#c62828",
         )
     axes.set_xlim(left=0)
     axes.set_xlabel("peak memory in training and inference, MiB")
