@@ -30,9 +30,9 @@ FRESH_WASTE_PERCENT = 10
 """What the C library loses to holes, in percent of a step, if it gives freed blocks back."""
 REUSE_WASTE = 1.25
 """The same if it keeps them, as a share of what the largest step holds in blocks that it may keep."""
-REUSE_BYTES = 2**25
+REUSE_BYTES = 3 * 2**24
 """What it loses besides."""
-REUSE_BYTES_PER_STAGE = 3 * 2**19
+REUSE_BYTES_PER_STAGE = 5 * 2**18
 """And of every stage, whose kernels and statistics stay and cut the holes up. In 24 updates of eight networks
 that keep blocks (torch 2.13, glibc 2.36), at most 110 MiB more were held than the other terms and the share
 above, by EfficientNet-B0 with 66 stages and DenseNet-121 with 122; with up to 20 stages, none."""
