@@ -153,8 +153,15 @@ class _Values:
 
     @property
     def num_convolutions(self) -> int:
-        """How many of the operators are convolutions."""
-        return sum(_convolves(self.program.nodes[name]) for name in self.names)
+        """Convolutions of different sizes among the operators: those of one size share their kernels."""
+        nodes = self.program.nodes
+        return len(
+            {
+                (*(nodes[operand].spec for operand in nodes[name].operands), nodes[name].spec)
+                for name in self.names
+                if _convolves(nodes[name])
+            }
+        )
 
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
