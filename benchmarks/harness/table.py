@@ -270,13 +270,17 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
     """Accuracy against peak memory, and the budgets."""
     figure, axes = _figure("accuracy against peak memory", scale)
     good = [each for each in found if each.finished]
-    colors = _colors(good)
-    for each in good:
+    palette = require("matplotlib", extra="plots").colormaps["tab20"]
+    for index, each in enumerate(good):
         streamed = each.method.kind is Kind.STREAM
-        x, y = each.peak_bytes / 2**20, 100 * (each.accuracy or 0)
-        color = colors[each.method.family]
-        axes.plot(x, y, "*" if streamed else "o", markersize=13 if streamed else 7, color=color)
-        axes.annotate(each.method.name, (x, y), (6, 4), textcoords="offset points", fontsize=8, color=color)
+        axes.plot(
+            each.peak_bytes / 2**20,
+            100 * (each.accuracy or 0),
+            "*" if streamed else "o",
+            markersize=13 if streamed else 7,
+            color=palette(index % 20),
+            label=each.method.name,
+        )
     for budget in sorted({each.budget for each in found}):
         axes.axvline(budget / 2**20, color="#c62828", linestyle="--")
         axes.annotate(
@@ -290,7 +294,7 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
         )
     axes.set_xlim(left=0)
     axes.set_xlabel("peak memory in training and inference, MiB")
-    _finish(axes, scale, legend=False)
+    _finish(axes, scale)
     return figure
 
 
@@ -315,10 +319,9 @@ def _figure(title: str, scale: Scale) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _finish(axes: Any, scale: Scale, *, legend: bool = True) -> None:
+def _finish(axes: Any, scale: Scale) -> None:
     chance = 100 / scale.recipe.num_classes
     axes.axhline(chance, color="#8a94a6", linestyle=":", label="a guess")
     axes.set_ylim(0, 108)
     axes.set_ylabel("accuracy on the test images, %")
-    if legend:
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
