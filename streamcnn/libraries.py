@@ -23,13 +23,13 @@ _MATRIX_PRODUCTS = frozenset(f"aten.{name}" for name in "linear addmm mm bmm bad
 
 def num_products(program: Program, names: Iterable[str]) -> int:
     """Matrix products of different sizes among the operators ``names``."""
-    return len(
-        {
-            tuple(program.nodes[operand].spec for operand in program.nodes[name].operands)
-            for name in names
-            if _is_product(program.nodes[name].target)
-        }
-    )
+    return num_sizes(program, (name for name in names if _is_product(program.nodes[name].target)))
+
+
+def num_sizes(program: Program, names: Iterable[str]) -> int:
+    """How many of the operators ``names`` differ in their operands' or their result's size."""
+    nodes = program.nodes
+    return len({(nodes[name].spec, *(nodes[n].spec for n in nodes[name].operands)) for name in names})
 
 
 def _is_product(target: object) -> bool:

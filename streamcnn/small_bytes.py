@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
-from streamcnn.libraries import KernelBytes, Libraries, num_products
+from streamcnn.libraries import KernelBytes, Libraries, num_products, num_sizes
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind, Node, Program, TensorSpec
 from streamcnn.staging import Staging
@@ -154,14 +154,8 @@ class _Values:
     @property
     def num_convolutions(self) -> int:
         """Convolutions of different sizes among the operators: those of one size share their kernels."""
-        nodes = self.program.nodes
-        return len(
-            {
-                (*(nodes[operand].spec for operand in nodes[name].operands), nodes[name].spec)
-                for name in self.names
-                if _convolves(nodes[name])
-            }
-        )
+        program = self.program
+        return num_sizes(program, (name for name in self.names if _convolves(program.nodes[name])))
 
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
