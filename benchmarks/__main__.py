@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +27,7 @@ from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.data.ultramnist import load_digits
+from streamcnn.training.runs import present_devices
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
@@ -114,7 +114,7 @@ def table(
     scale: ScaleName = "paper",
     out: Annotated[Path | None, typer.Option(help="Folder for the table and figures.")] = None,
 ) -> None:
-    """Print the paper's tables with what was measured beside the published figures, and draw the figures."""
+    """Write the paper's tables with what was measured beside the published figures, and draw the figures."""
     for path in write_table(_scale(scale), out):
         typer.echo(path)
 
@@ -132,7 +132,7 @@ def row(key: str, scale_folder: Path, folder: Path) -> None:
             pretrained=known.pretrained,
             device=known.device,
             images=scale_folder / "images",
-            shrunk=scale_folder / "shrunk",
+            shrunk=scale_folder / "shrunk" / known.images,
             folder=folder,
         )
     )
@@ -181,7 +181,7 @@ def _methods(names: str) -> list[Method]:
 
 
 def _device(name: str) -> str:
-    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    present = present_devices()
     if name and name not in present:
         raise typer.BadParameter(f"no device {name}: there is {' and '.join(present)}")
     return name or present[-1]

@@ -55,7 +55,7 @@ class ShrunkImages(ImageDataset):
     resolutions
         Heights and widths in pixels that they are shrunk to one after another.
     folder
-        For the array, which is made where it is not there yet.
+        For the arrays of this store's images; one is made where it is not there yet.
     positions, augmentation, seed
         As for `TileDataset`.
     """
@@ -72,7 +72,7 @@ class ShrunkImages(ImageDataset):
         seed: int = 0,
     ) -> None:
         whole = TileDataset(store, split)
-        path = folder / f"{fingerprint_of(store)}-{split}-{'-'.join(map(str, resolutions))}.npy"
+        path = folder / f"{split}-{'-'.join(map(str, resolutions))}.npy"
         if not path.exists():
             _shrink(whole, resolutions, path)
         header = np.load(path, mmap_mode="r")
@@ -120,7 +120,7 @@ def steps_to(resolution: int, scale: Scale) -> tuple[int, ...]:
 
 def read_whole(source: ImageSource) -> Tensor:
     """All pixels (C, H, W) of an image."""
-    return source.read(Region.whole((source.shape[1], source.shape[2])))
+    return source.read(Region.whole(source.shape[1:]))
 
 
 def _shrink(images: TileDataset, resolutions: Sequence[int], path: Path) -> None:

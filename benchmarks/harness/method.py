@@ -60,7 +60,7 @@ class Method:
     Raises
     ------
     ValueError
-        If there is no such kind.
+        If a kind of method lacks what it needs.
     """
 
     name: str

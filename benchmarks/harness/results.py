@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks import record as records
@@ -47,6 +48,11 @@ def read(scale: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     newest = {_key(line): line for line in lines}
     return list(newest.values())
+
+
+def results_folder(scale: str) -> Path:
+    """Where the table and the figures of a scale's results are, beside them."""
+    return records.RESULTS / _name(scale)
 
 
 def _name(scale: str) -> str:

@@ -29,9 +29,8 @@ from benchmarks.harness.classifiers import (
     WholeImages,
     grid_size,
     make_net,
-    read_whole,
 )
-from benchmarks.harness.images import ShrunkImages, steps_to
+from benchmarks.harness.images import ShrunkImages, read_whole, steps_to
 from benchmarks.harness.method import Kind, Method, Stage
 from benchmarks.harness.scales import Scale
 from benchmarks.record import device_name
@@ -80,7 +79,7 @@ class Task:
     images: Path
     """Tile store of the scale's images."""
     shrunk: Path
-    """Folder for shrunk images."""
+    """Folder for these images shrunk."""
     folder: Path
     """The row's own, for checkpoints."""
 

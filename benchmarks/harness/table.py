@@ -10,9 +10,8 @@ from typing import Any
 
 from benchmarks.harness.legibility import LEGIBLE_PIXELS, legibility_ceiling
 from benchmarks.harness.method import Kind, Method, load_methods
-from benchmarks.harness.results import read
+from benchmarks.harness.results import read, results_folder
 from benchmarks.harness.scales import Scale
-from benchmarks.record import RESULTS
 from streamcnn.data.ultramnist import Recipe
 from streamcnn.extras import require
 from streamcnn.units import format_bytes, format_duration
@@ -40,8 +39,12 @@ class Measured:
     """The runs of a method that differ in nothing but the seed."""
 
     method: Method
-    budget: int
     runs: tuple[dict[str, Any], ...]
+
+    @property
+    def budget(self) -> int:
+        """Bytes."""
+        return int(self.runs[0]["budget"])
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -94,7 +97,7 @@ def measured(scale: Scale) -> list[Measured]:
             groups.setdefault((*(line[name] for name in _SETTING), line["method"]), []).append(line)
     order = list(methods)
     return [
-        Measured(methods[key[-1]], runs[0]["budget"], tuple(runs))
+        Measured(methods[key[-1]], tuple(runs))
         for key, runs in sorted(groups.items(), key=lambda item: (item[0][:-1], order.index(item[0][-1])))
     ]
 
@@ -109,7 +112,7 @@ def write_table(scale: Scale, folder: Path | None = None) -> list[Path]:
     folder
         Created where it is missing; None takes one beside the results.
     """
-    folder = RESULTS / f"ultramnist_{scale.name}" if folder is None else folder
+    folder = results_folder(scale.name) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     found = measured(scale)
     written = [folder / "table.md"]

@@ -228,6 +228,11 @@ def read_run(folder: Path) -> RunConfig:
     return RunConfig.from_dict(_read(folder))
 
 
+def present_devices() -> list[str]:
+    """Kinds of devices that there are to train on, the fastest last."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     """The model's state that a checkpoint was validated by: the averaged one, if there is one."""
     averaged = state["averaged"]
@@ -262,6 +267,6 @@ def _require_device(name: str) -> None:
         kind = torch.device(name).type
     except RuntimeError:
         kind = ""
-    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    present = present_devices()
     if kind not in present:
         raise ValueError(f"device={name!r}: there is {' and '.join(present)} here")
