@@ -275,12 +275,13 @@ def test_rows_finish_within_their_budget_or_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("run", "--scale=tiny", "--digits=uci", f"--work={tmp_path}", "--device=cpu")
-    methods = "--methods=STREAM-PYRAMID,PYRAMID-1024,RN-256"
+    # Refused by arithmetic: libraries that are refused memory in an operator crash now and then.
+    methods = "--methods=STREAM-PYRAMID,PYRAMID-1024,STREAM-RN50"
     out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
-    assert "RN-256, seed 0: refused: " in out
+    assert "STREAM-RN50, seed 0: refused: " in out
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     found = {line["method"]: line for line in read("tiny")}
-    assert found["RN-256"]["outcome"] == "refused"
+    assert found["STREAM-RN50"]["outcome"] == "refused"
     for name in ("STREAM-PYRAMID", "PYRAMID-1024"):
         assert found[name]["outcome"] == "finished"
         assert 0 <= found[name]["test_accuracy"] <= 1
@@ -290,7 +291,7 @@ def test_rows_finish_within_their_budget_or_are_refused(
     # What is done is left out; a failed row is not.
     out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
     assert "seed 0" not in out
-    key = Key("tiny", 150 * 10**6, "RN-256", 0, False, "cpu", found["RN-256"]["images"])
+    key = Key("tiny", 150 * 10**6, "STREAM-RN50", 0, False, "cpu", found["STREAM-RN50"]["images"])
     assert done(key)
     record(key, {"outcome": "failed", "reason": "KeyError"}, "test")
     assert not done(key)
