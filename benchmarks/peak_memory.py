@@ -4,10 +4,11 @@
     python -m benchmarks.peak_memory random --cases 60 --seed 0
     python -m benchmarks.peak_memory compare FIRST.pt SECOND.pt
 
-Images are zarr arrays of random bytes on disk, made beforehand and read tile by tile. The peak is the
-kernel's high-water mark of resident memory above what the process holds with library, model, optimiser and
-plan loaded; the budget is enforced by the kernel's limit on the data segment. A case that does not fit is
-refused before it starts and is a result too.
+Images are zarr arrays of random bytes on disk, made beforehand and read tile by tile. On the CPU the peak is
+the kernel's high-water mark of resident memory above what the process holds with library, model, optimiser
+and plan loaded, and the budget is enforced by the kernel's limit on the data segment. On a GPU the peak is
+what NVML says that the process holds there, CUDA's context included, and PyTorch's allocator is capped. A
+case that does not fit is refused before it starts and is a result too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.record import append, in_fresh_process
+from benchmarks.record import append, device_name, in_fresh_process
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, ZarrSource
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.models import load_model
@@ -43,7 +44,10 @@ RANDOM_MODELS = (
     "densenet121",
     "benchmarks.networks:UNet",
 )
+CONTEXT_BYTES = 2**29
+"""More for random budgets on a GPU, where CUDA's context and libraries are part of them."""
 Record = Annotated[bool, typer.Option(help="Append to results/peak_memory.jsonl.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 @app.command()
@@ -54,6 +58,7 @@ def run(
     tile: Annotated[int, typer.Option(help="Tile edge; 0 leaves it to the planner.")] = 0,
     gradients: Annotated[Path | None, typer.Option(help="Folder to keep parameters' gradients in.")] = None,
     double: Annotated[bool, typer.Option("--double", help="In float64.")] = False,
+    device: Device = "cpu",
     record: Record = True,
 ) -> None:
     """Measure every model at every size and budget, each in its own process; one JSON line each."""
@@ -66,15 +71,16 @@ def run(
                     dtype = "float64" if double else "float32"
                     kept = f"{model}-{size}-{budget}-{tile}-{dtype}.pt"
                     kept = "" if gradients is None else str(gradients / kept)
-                    found = _case(model, Path(folder), budget, tile, kept, dtype)
+                    found = _case(model, Path(folder), budget, tile, kept, dtype, device)
                     name = f"{model} {size}x{size} {budget}{' float64' if double else ''}"
-                    _report(command, name, found, record=record)
+                    _report(command, name, found, device, record=record)
 
 
 @app.command()
 def random(
     cases: Annotated[int, typer.Option(help="Number of cases.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the choice of cases.")] = 0,
+    device: Device = "cpu",
     record: Record = True,
 ) -> None:
     """Random models, shapes, batches and budgets: each keeps to its budget or is refused at planning."""
@@ -83,12 +89,12 @@ def random(
     for _ in range(cases):
         model, batch = choose.choice(RANDOM_MODELS), choose.choice((1, 1, 2, 3))
         height, width = (choose.randrange(200, 1100) for _ in range(2))
-        budget = int(2 ** choose.uniform(26.5, 30.5))
+        budget = int(2 ** choose.uniform(26.5, 30.5)) + (device == "cuda") * CONTEXT_BYTES
         with tempfile.TemporaryDirectory() as folder:
             _write_images(Path(folder), batch, height, width)
-            found = _case(model, Path(folder), str(budget), 0, "", "float32")
+            found = _case(model, Path(folder), str(budget), 0, "", "float32", device)
         name = f"{model} {batch}x3x{height}x{width} {format_bytes(budget)}"
-        _report(command, name, found, record=record)
+        _report(command, name, found, device, record=record)
         if found["outcome"] == "exceeded" or (found["measured_bytes"] or 0) > budget:
             wrong.append(name)
     print(f"{cases - len(wrong)} of {cases} within budget or refused at planning; wrong: {wrong or 'none'}")
@@ -122,14 +128,18 @@ def compare(first: Path, second: Path, record: Record = True) -> None:
 
 
 @app.command(hidden=True)
-def one(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype: str) -> None:
+def one(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype: str, device: str) -> None:
     """One update in this process; the measurement as JSON on the last line."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     net = load_model(model).train().to(kind)
     _draw_norms(net)
     streamed = StreamingModel(
-        net, budget, tile=tile or None, preprocess=lambda pixels: pixels.to(kind) / 255 - 0.5
+        net,
+        budget,
+        tile=tile or None,
+        preprocess=lambda pixels: pixels.to(kind) / 255 - 0.5,
+        device=device,
     )
     optimizer = torch.optim.SGD(streamed.parameters(), lr=1e-3, momentum=0.9)
     sources = [ZarrSource(path) for path in sorted(folder.glob("*.zarr"))]
@@ -143,6 +153,8 @@ def one(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype:
         if gradients:
             torch.save({name: p.grad for name, p in streamed.named_parameters()}, gradients)
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
     except PlanDoesNotFit:
         outcome = "refused"
     except BudgetExceeded:
@@ -187,13 +199,15 @@ def _write_images(folder: Path, count: int, height: int, width: int) -> None:
         write_zarr_image(folder / f"image-{index}.zarr", pixels)
 
 
-def _case(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype: str) -> dict[str, Any]:
-    arguments = (model, str(folder), budget, str(tile), gradients, dtype)
+def _case(
+    model: str, folder: Path, budget: str, tile: int, gradients: str, dtype: str, device: str
+) -> dict[str, Any]:
+    arguments = (model, str(folder), budget, str(tile), gradients, dtype, device)
     return in_fresh_process("benchmarks.peak_memory", "one", *arguments)
 
 
-def _report(command: str, case: str, found: dict[str, Any], *, record: bool) -> None:
-    fields = {"case": case, **found}
+def _report(command: str, case: str, found: dict[str, Any], device: str, *, record: bool) -> None:
+    fields = {"device": device_name(cpu=device == "cpu"), "case": case, **found}
     if found["measured_bytes"]:
         fields["projected_over_measured"] = round(found["projected_bytes"] / found["measured_bytes"], 3)
     print(append("peak_memory", command, **fields) if record else json.dumps(fields), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -24,7 +25,12 @@ def device_name(*, cpu: bool = False) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with a mark if files other than results differ from it."""
+    """Short hash of the checked-out commit, with a mark if files other than results differ from it.
+
+    A copy without its history says which commit it is by the environment variable ``STREAMCNN_COMMIT``.
+    """
+    if named := os.environ.get("STREAMCNN_COMMIT"):
+        return named
     found = _git("describe", "--always") or "unknown"
     changed = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
     return f"{found}-dirty" if changed else found
