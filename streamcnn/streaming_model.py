@@ -8,6 +8,8 @@ whose ``backward()`` fills the same gradients.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,8 @@ class StreamingModel(nn.Module):
         Existing folder under which stored maps go that memory has no room for; they are removed at the end of
         the pass. ``None`` takes the system's temporary folder.
     preprocess
-        A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes.
+        A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes. It is
+        called with tiles on the model's device.
     device
         Where to compute; the module is moved there. ``None`` leaves it where it is.
 
@@ -98,6 +101,8 @@ class StreamingModel(nn.Module):
         """Told when a part of a pass begins and when it ends."""
         self._resident_tail = True
         self._planning = Planning()
+        self._smaller: dict[Wish, Wish] = {}
+        """What is planned for instead of a wish for which memory was refused before."""
         self.training = net.training
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         note_idle()
@@ -154,7 +159,8 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        return self._planned(shape, dtype or module_dtype(self.net), image_gradient=False)[1]
+        wish = self._wish(shape, dtype or module_dtype(self.net), image_gradient=False)
+        return self._planned(wish, Machine.here(self._device()))[1]
 
     def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
@@ -164,32 +170,25 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        return self._planned(shape, module_dtype(self.net), image_gradient=False, machine=machine)[1]
+        wish = self._wish(shape, module_dtype(self.net), image_gradient=False)
+        return self._planning.find(self.net, self._device(), wish, machine)[1]
 
-    def _planned(
-        self,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        *,
-        image_gradient: bool,
-        machine: Machine | None = None,
-        tile: tuple[int, int] | None = None,
-        target: int | None = None,
-    ) -> Planned:
-        device = self._device()
+    def _wish(self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool) -> Wish:
         trainable = (name for name, p in self.net.named_parameters(remove_duplicate=False) if p.requires_grad)
-        wish = Wish(
+        return Wish(
             shape=shape,
             dtype=dtype,
-            casts=autocast_state(device),
+            casts=autocast_state(self._device()),
             trainable=frozenset(trainable) if torch.is_grad_enabled() else frozenset(),
             image_gradient=image_gradient,
             budget=self.budget,
-            tile=tile or self.tile,
-            target=target,
+            tile=self.tile,
             tail=self._resident_tail,
         )
-        return self._planning.find(self.net, device, wish, machine or Machine.here(device))
+
+    def _planned(self, wish: Wish, machine: Machine) -> Planned:
+        """The plan for a wish on this machine, or for less where that was refused memory before."""
+        return self._planning.find(self.net, self._device(), self._smaller.get(wish, wish), machine)
 
     def _device(self) -> torch.device:
         first = next(iter(module_states(self.net).values()), None)
@@ -217,11 +216,10 @@ class StreamingModel(nn.Module):
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
         machine = Machine.here(reader.device)
-        program, plan = self._planned(
-            reader.shape, reader.dtype, image_gradient=image_gradient, machine=machine
-        )
+        wish = self._wish(reader.shape, reader.dtype, image_gradient=image_gradient)
+        program, plan = self._planned(wish, machine)
         plan.validate()
-        shrink = self._shrink(reader, machine, image_gradient=image_gradient)
+        shrink = self._shrink(wish, machine)
         run = Pass((program, plan), reader, module_states(self.net), self, shrink)
         names = program.output_names
         if not plan.training:
@@ -236,26 +234,33 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
 
-    def _shrink(self, reader: BatchReader, machine: Machine, *, image_gradient: bool) -> Shrink:
-        """How the pass that begins now is planned again, whenever that is, if it is refused memory."""
-        grad, casts = torch.is_grad_enabled(), autocast_state(reader.device)
+    def _shrink(self, wish: Wish, machine: Machine) -> Shrink:
+        """How the pass that begins now is planned again, whenever that is, if it is refused memory.
 
-        def planned(**limits: Any) -> Planned | None:
-            with torch.set_grad_enabled(grad), autocast(reader.device, casts):
-                found = self._planned(
-                    reader.shape, reader.dtype, image_gradient=image_gradient, machine=machine, **limits
-                )
-            allowed = limits.get("target", found[1].budget)
-            return found if allowed is None or found[1].projected_bytes <= allowed else None
+        Later passes of the same kind begin with what was found, and not with what was refused.
+        """
+        device, grad = self._device(), torch.is_grad_enabled()
 
         def shrink(plan: Plan) -> Planned | None:
-            if self.tile is not None or plan.budget is None:
-                tile = _halved(plan.tile)
-                return None if tile is None else planned(tile=tile)
-            targets = (plan.projected_bytes * percent // 100 for percent in _LESS_PERCENT)
-            return next((found for t in targets if (found := planned(target=t)) is not None), None)
+            for smaller in _smaller_wishes(wish, plan):
+                with torch.set_grad_enabled(grad), autocast(device, wish.casts):
+                    found = self._planning.find(self.net, device, smaller, machine)
+                allowed = smaller.target or smaller.budget
+                if allowed is None or found[1].projected_bytes <= allowed:
+                    self._smaller[wish] = smaller
+                    return found
+            return None
 
         return shrink
+
+
+def _smaller_wishes(wish: Wish, plan: Plan) -> Iterator[Wish]:
+    """What to ask for after ``plan`` was refused memory: tiles of half its size, or a plan for less."""
+    if wish.tile is None and wish.budget is not None:
+        for percent in _LESS_PERCENT:
+            yield replace(wish, target=plan.projected_bytes * percent // 100)
+    elif (tile := _halved(plan.tile)) is not None:
+        yield replace(wish, tile=tile)
 
 
 def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:

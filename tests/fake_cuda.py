@@ -92,14 +92,11 @@ class FakeCuda:
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return self.total - self.overhead - self.others - self.live - self.cached, self.total
 
-    def memory_reserved(self, device: Any = None) -> int:
-        return self.live + self.cached
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return self.live
-
-    def max_memory_reserved(self, device: Any = None) -> int:
-        return self.peak
+    def memory_stats_as_nested_dict(self, device: Any = None) -> dict[str, Any]:
+        return {
+            "allocated_bytes": {"all": {"current": self.live}},
+            "reserved_bytes": {"all": {"current": self.live + self.cached, "peak": self.peak}},
+        }
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         self.peak = self.live + self.cached

@@ -111,6 +111,26 @@ def test_without_a_tile_of_its_own_it_is_planned_for_less(monkeypatch: pytest.Mo
     assert_same(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("tile", [None, 64])
+def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatch, tile: int | None) -> None:
+    refused = RefusedOnce(5)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    model = StreamingModel(make_net(), "1GiB", tile=tile)
+    model._resident_tail = False
+    wanted = model.plan(SHAPE, torch.float64)
+    with torch.no_grad():
+        model(torch.zeros(SHAPE, dtype=torch.float64))
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+    with torch.no_grad():
+        model(torch.zeros(SHAPE, dtype=torch.float64))
+        found = model.plan(SHAPE, torch.float64)
+    assert model.last_report.num_retries == 0
+    assert found.projected_bytes == model.last_report.projected_bytes < wanted.projected_bytes
+    # Of another kind, it was not refused.
+    assert model.plan(SHAPE, torch.float64) == wanted
+
+
 def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net().float()
     expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64), autocast=True)

@@ -31,4 +31,6 @@ class Normalise:
     def __call__(self, tile: Tensor) -> Tensor:
         """A tile of the same shape."""
         scale = 1.0 if tile.is_floating_point() else float(torch.iinfo(tile.dtype).max)
-        return (tile.float() - self.mean * scale) / (self.std * scale)
+        # In place on a copy: two more tiles would be held at a time.
+        pixels = tile.to(torch.float32, copy=True)
+        return pixels.sub_(self.mean * scale).div_(self.std * scale)

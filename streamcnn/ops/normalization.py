@@ -45,8 +45,9 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, variance, weight = ctx.saved_tensors
+        saved = _no_statistics(x)
         grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
-            grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            grads[0], x, weight, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
         )
         slope = torch.rsqrt(variance + ctx.eps)
         scale = slope if weight is None else slope * weight
@@ -61,6 +62,16 @@ class _Normalize(torch.autograd.Function):
             grad_bias if ctx.needs_input_grad[4] else None,
             None,
         )
+
+
+def _no_statistics(x: Tensor) -> Tensor | None:
+    """What stands for the saved statistics of an eval-mode norm, whose running ones count.
+
+    On a GPU an empty tensor of the type that is computed in: some of the kernels there insist on a tensor.
+    """
+    if not x.is_cuda:
+        return None
+    return x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def normalize(
