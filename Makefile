@@ -37,7 +37,7 @@ test-gpu: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks run --scale gpu --budget 11GB --device cuda --seconds 300 --workers 8 \
-		--methods STREAM-PYRAMID,STREAM-RN18,RN-512,RN-1024,ENB0-512,ENB0-1024
+		--methods STREAM-PYRAMID,PYRAMID-1024,PYRAMID-512,STREAM-RN18,RN-1024,RN-512
 	$(BIN)/python -m benchmarks table --scale gpu
 
 lint: $(INSTALLED)

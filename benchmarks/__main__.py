@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from rich.table import Table
 from benchmarks.harness.images import fingerprint_of, generated
 from benchmarks.harness.method import Method, load_methods
 from benchmarks.harness.results import Key, done, record
-from benchmarks.harness.row import Task
+from benchmarks.harness.row import Task, is_trying
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
@@ -35,8 +36,8 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
 Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
 WORK = Path("benchmark-runs")
-_ABORTS = ("std::bad_alloc", "libgomp: Thread creation failed")
-"""What a library says that ends the process where memory is refused."""
+_CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)
+"""How libraries end the process where memory is refused them."""
 
 
 @app.command()
@@ -120,7 +121,7 @@ def table(
 
 
 @app.command(hidden=True)
-def row(key: str, scale_folder: Path, folder: Path) -> None:
+def row(key: str, scale_folder: Path, folder: Path, ended: str = "") -> None:
     """One method in this process; what was found as JSON on the last line."""
     known = Key(**json.loads(key))
     found = run_row(
@@ -134,6 +135,7 @@ def row(key: str, scale_folder: Path, folder: Path) -> None:
             images=scale_folder / "images",
             shrunk=scale_folder / "shrunk" / known.images,
             folder=folder,
+            ended=ended or None,
         )
     )
     print(json.dumps(found))
@@ -146,17 +148,25 @@ def _folder_of(key: Key) -> str:
 
 
 def _in_a_process(key: Key, scale_folder: Path, folder: Path) -> dict[str, Any]:
-    """What the row's process found; where it failed, its last words."""
-    arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder))
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
+    """What the row's process found; where it failed, its last words.
+
+    A library that is refused memory on the CPU may end the process. The row then goes on in another one,
+    which takes what was tried as refused.
+    """
+    ended = ""
+    while True:
+        arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder), f"--ended={ended}")
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode == 0:
+            found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+            return found
         words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-        print(process.stderr, file=sys.stderr)
-        refused = process.returncode < 0 and any(text in process.stderr for text in _ABORTS)
-        return {"outcome": "refused" if refused else "failed", "reason": words[-1]}
-    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return found
+        crashed = -process.returncode in _CRASHES
+        if key.device != "cpu" or not crashed or not is_trying(folder):
+            print(process.stderr, file=sys.stderr)
+            return {"outcome": "failed", "reason": words[-1]}
+        ended = f"a library ended the process: {signal.Signals(-process.returncode).name}, {words[-1]}"
 
 
 def _line(method: Method, seed: int, found: dict[str, Any]) -> str:

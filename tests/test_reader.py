@@ -39,6 +39,24 @@ def test_one_source_is_a_batch_of_one() -> None:
     assert torch.equal(reader.read(REGION), PART[1:])
 
 
+def test_for_a_gpu_the_region_read_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [TensorSource(image) for image in IMAGE]
+    read: list[Region] = []
+    original = TensorSource.read
+    monkeypatch.setattr(
+        TensorSource, "read", lambda source, region: read.append(region) or original(source, region)
+    )
+    other = Region(Interval(0, 3), Interval(0, 4))
+    for keeps, expected in ((False, [REGION] * 4 + [other] * 2), (True, [REGION] * 2 + [other] * 2)):
+        reader = BatchReader(sources, CPU)
+        reader._keeps_last = keeps
+        read.clear()
+        for _ in range(2):
+            assert torch.equal(reader.read(REGION), PART)
+        assert torch.equal(reader.read(other), IMAGE[:, :, :3, :4])
+        assert read == expected
+
+
 def test_a_tensors_region_is_not_copied() -> None:
     assert BatchReader(IMAGE, CPU).read(REGION).data_ptr() == PART.data_ptr()
 

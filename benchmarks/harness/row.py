@@ -28,6 +28,7 @@ from benchmarks.harness.classifiers import (
     TileVote,
     WholeImages,
     grid_size,
+    leave_out_compiled_code,
     make_net,
 )
 from benchmarks.harness.images import ShrunkImages, read_whole, steps_to
@@ -82,6 +83,8 @@ class Task:
     """Folder for these images shrunk."""
     folder: Path
     """The row's own, for checkpoints."""
+    ended: str | None = None
+    """What ended the process that ran the row before, if it was not to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,60 @@ class Fit:
 
 class Refused(Exception):
     """The method does not fit its budget."""
+
+
+ATTEMPTS = "attempts.json"
+
+
+class Attempts:
+    """What a row has tried, kept in a file: a library may end the process when memory is refused it.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    ended
+        What ended the process that tried last, if it was not to end; what it tried then counts as refused.
+    """
+
+    def __init__(self, path: Path, *, ended: str | None = None) -> None:
+        self._path = path
+        self._refused: dict[str, str] = {}
+        if path.exists():
+            known = json.loads(path.read_text())
+            self._refused = known["refused"]
+            if ended is not None and known["trying"] is not None:
+                self._refused[known["trying"]] = ended
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """A block that may be refused, and is again if it was before.
+
+        Raises
+        ------
+        Refused
+            If it is.
+        """
+        if name in self._refused:
+            raise Refused(self._refused[name])
+        self._write(name)
+        try:
+            yield
+        except Refused as error:
+            self._refused[name] = str(error)
+            raise
+        finally:
+            self._write(None)
+
+    def _write(self, trying: str | None) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"refused": self._refused, "trying": trying}))
+
+
+def is_trying(folder: Path) -> bool:
+    """Whether the row of ``folder`` was in the middle of something that may be refused."""
+    path = folder / ATTEMPTS
+    return path.exists() and json.loads(path.read_text())["trying"] is not None
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -137,6 +194,7 @@ class _Row:
         self.stages = task.method.stages or (
             Stage(resolution=task.method.resolution or 0, learning_rate=0.0),
         )
+        self.attempts = Attempts(task.folder / ATTEMPTS, ended=task.ended)
         self.seconds = 0.0
         self.updates = 0
         self.epochs = 0.0
@@ -151,7 +209,8 @@ class _Row:
             while True:
                 folder = self.task.folder / f"stage-{number}-batch-{fit.batch}"
                 try:
-                    best, selected, reading = self._train(stage, fit, train, validation, folder, best)
+                    with self.attempts.trying(folder.name):
+                        best, selected, reading = self._train(stage, fit, train, validation, folder, best)
                     break
                 except Refused:
                     # The search has seen blank images alone, and no validation.
@@ -160,8 +219,10 @@ class _Row:
                     fit = Fit(_without_single(fit.batch * 3 // 4, len(train)), fit.reuse_heap)
                     self._remember(fit, train)
         assert best is not None
+        with self.attempts.trying("test"):
+            tested = self._test(best, test, fit)
         return {
-            **self._test(best, test, fit),
+            **tested,
             "selected": selected,
             "training_reading": reading,
             **self._costs(),
@@ -275,8 +336,9 @@ class _Row:
         The second has Adam's averages beside its activations, as all later ones have.
         """
         source = images[0][0]
+        name = f"update-{source.shape[1]}-batch-{batch}-{'reusing' if reuse_heap else 'frugal'}"
         try:
-            with self._limited(reuse_heap=reuse_heap):
+            with self.attempts.trying(name), self._limited(reuse_heap=reuse_heap):
                 model = self._make_model(images).train()
                 optimizer = torch.optim.Adam(model.parameters())
                 sources = [TensorSource(torch.zeros(source.shape, dtype=source.dtype)) for _ in range(batch)]
@@ -404,6 +466,12 @@ class _Row:
 
     def _make_model(self, images: ImageDataset) -> nn.Module:
         """The method's classifier on the device, the same every time."""
+        model = self._make_classifier(images)
+        if self.task.device == "cpu" and not isinstance(model, StreamingModel):
+            leave_out_compiled_code(model, self.ceiling.check)
+        return model
+
+    def _make_classifier(self, images: ImageDataset) -> nn.Module:
         task, method = self.task, self.task.method
         num_classes, size = task.scale.recipe.num_classes, images[0][0].shape[1]
         torch.manual_seed(task.seed)

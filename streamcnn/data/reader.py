@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -54,6 +57,8 @@ class BatchReader:
             )
         self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
         self.dtype = probe.dtype
+        self._keeps_last = device.type != "cpu" and self._tensor is None
+        self._last: tuple[Region, Tensor] | None = None
 
     def _stored_shape(self) -> tuple[int, int, int, int]:
         if self._tensor is None:
@@ -110,11 +115,33 @@ class BatchReader:
             source.read(region)
 
     def _stored(self, region: Region) -> Tensor:
+        """The pixels of ``region`` as they are stored; on the host, unless the image is a tensor elsewhere.
+
+        For a GPU, which waits for them, images are read beside one another, and the region read last is kept
+        in host RAM: where tiles are large, the backward pass begins with what the forward pass ended with.
+        """
         if self._tensor is not None:
             rows, cols = (slice(axis.start, axis.stop) for axis in region)
             return self._tensor[:, :, rows, cols]
-        tiles = [source.read(region) for source in self._sources]
-        return tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
+        if not self._keeps_last:
+            return _batch([source.read(region) for source in self._sources])
+        if self._last is None or self._last[0] != region:
+            self._last = None
+            self._last = (
+                region,
+                _batch(list(_readers().map(lambda source: source.read(region), self._sources))),
+            )
+        return self._last[1]
+
+
+def _batch(tiles: list[Tensor]) -> Tensor:
+    return tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read images for a GPU."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="streamcnn-reader")
 
 
 def _span(interval: Interval) -> str:

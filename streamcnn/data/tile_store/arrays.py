@@ -7,7 +7,9 @@ were chosen by ``benchmarks/tile_codecs.py``.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,26 +83,27 @@ def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
 
 def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
     """SHA-256 of all metadata and the records of all shards of an image that was written."""
-    metadata: dict[str, str] = {}
-    shards: dict[str, ShardRecord] = {}
-    chunks = chunks_per_shard(zarr.open_group(LocalStore(folder, read_only=True), mode="r"))
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        key = path.relative_to(folder).as_posix()
-        if path.name == "zarr.json":
-            metadata[key] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            shards[key] = record_shard(path, chunks[key.partition("/")[0]])
-    return metadata, shards
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    metadata = {key: files[key].read_bytes() for key in sorted(files) if files[key].name == "zarr.json"}
+    chunks = chunks_per_shard(metadata)
+    shards = {
+        key: record_shard(files[key], chunks[key.partition("/")[0]])
+        for key in sorted(files)
+        if key not in metadata
+    }
+    return {key: hashlib.sha256(content).hexdigest() for key, content in metadata.items()}, shards
 
 
-def chunks_per_shard(group: zarr.Group) -> dict[str, int]:
-    """Number of inner chunks in a shard, by the path of the level."""
+def chunks_per_shard(metadata: Mapping[str, bytes]) -> dict[str, int]:
+    """Number of inner chunks in a shard by the path of the level; of an image's ``zarr.json`` files."""
     found = {}
-    for path, array in group.arrays():
-        assert array.shards is not None
-        found[path] = math.prod(
-            shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True)
-        )
+    for key, content in metadata.items():
+        node = json.loads(content)
+        if node["node_type"] == "array":
+            shard = node["chunk_grid"]["configuration"]["chunk_shape"]
+            (sharding,) = node["codecs"]
+            chunk = sharding["configuration"]["chunk_shape"]
+            found[key.rpartition("/")[0]] = math.prod(map(operator.floordiv, shard, chunk))
     return found
 
 

@@ -115,8 +115,8 @@ def check_shard(content: bytes, shard: ShardRecord, num_chunks: int, key: str) -
         start = end
 
 
-def check_metadata(path: Path, sha256: str) -> None:
-    """Compare a ``zarr.json`` with its checksum.
+def check_metadata(path: Path, sha256: str) -> bytes:
+    """The content of a ``zarr.json``, compared with its checksum.
 
     Raises
     ------
@@ -131,6 +131,7 @@ def check_metadata(path: Path, sha256: str) -> None:
         raise CorruptImage(
             f"{path} was changed after the manifest was written (its SHA-256 differs); copy the store again"
         )
+    return content
 
 
 def crc32c(content: bytes) -> bytes:

@@ -68,16 +68,20 @@ class TileStore:
         """
         if not 0 <= level < record.levels:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
-        chunks = chunks_per_shard(self._group(record))
+        # Not by way of the group, which takes as long again: small images are opened all the time.
+        chunks = chunks_per_shard(self._metadata(record))
         store = CheckedStore(LocalStore(self.path(record), read_only=True), record.shards, chunks)
         return ZarrSource(zarr.open_array(store, path=str(level), mode="r"), channels_last=False)
 
     def _group(self, record: ImageRecord) -> zarr.Group:
         """An image's levels, all metadata compared with the manifest."""
+        self._metadata(record)
+        return zarr.open_group(LocalStore(self.path(record), read_only=True), mode="r")
+
+    def _metadata(self, record: ImageRecord) -> dict[str, bytes]:
+        """All metadata of an image, compared with the manifest."""
         folder = self.path(record)
-        for key, sha256 in record.metadata.items():
-            check_metadata(folder / key, sha256)
-        return zarr.open_group(LocalStore(folder, read_only=True), mode="r")
+        return {key: check_metadata(folder / key, sha256) for key, sha256 in record.metadata.items()}
 
     def codec(self) -> str | None:
         """How pixels are compressed, from the first image; None in an empty store.
@@ -115,7 +119,7 @@ class TileStore:
 
     def _verify(self, record: ImageRecord) -> None:
         folder = self.path(record)
-        chunks = chunks_per_shard(self._group(record))
+        chunks = chunks_per_shard(self._metadata(record))
         for key, shard in record.shards.items():
             try:
                 content = (folder / key).read_bytes()
