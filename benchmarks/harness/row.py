@@ -95,6 +95,11 @@ class Fit:
     reuse_heap: bool
     """Whether the C library may keep freed blocks: faster, and more memory."""
 
+    @property
+    def heap(self) -> str:
+        """For names."""
+        return "reusing" if self.reuse_heap else "frugal"
+
 
 class Refused(Exception):
     """The method does not fit its budget."""
@@ -207,17 +212,17 @@ class _Row:
             train, validation, test = self._datasets(stage)
             fit = self._fit(train)
             while True:
-                folder = self.task.folder / f"stage-{number}-batch-{fit.batch}"
+                folder = self.task.folder / f"stage-{number}-batch-{fit.batch}-{fit.heap}"
                 try:
                     with self.attempts.trying(folder.name):
                         best, selected, reading = self._train(stage, fit, train, validation, folder, best)
                     break
                 except Refused:
-                    # The search has seen blank images alone, and no validation.
-                    if fit.batch == 1:
+                    # The search has seen two updates alone, and no validation.
+                    less = self._less(fit, train)
+                    if less is None:
                         raise
-                    fit = Fit(_without_single(fit.batch * 3 // 4, len(train)), fit.reuse_heap)
-                    self._remember(fit, train)
+                    fit = less
         assert best is not None
         with self.attempts.trying("test"):
             tested = self._test(best, test, fit)
@@ -293,31 +298,40 @@ class _Row:
             return Fit(**json.loads(known.read_text()))
         refusal = None
         for reuse_heap in (True, False):
-            batch, refusal = self._largest(images, cap, reuse_heap=reuse_heap)
-            if batch:
-                fit = Fit(_without_single(batch, len(images)), reuse_heap)
-                self._remember(fit, images)
-                return fit
+            fit, refusal = self._largest(images, reuse_heap=reuse_heap)
+            if fit is not None:
+                return self._remembered(fit, images)
         raise Refused(f"updates with a single image: {refusal}")
+
+    def _less(self, fit: Fit, images: ImageDataset) -> Fit | None:
+        """What to train with where ``fit`` was refused after all: a frugal heap, then fewer images."""
+        less = None
+        if fit.reuse_heap and self.task.device == "cpu" and self.task.method.kind is not Kind.STREAM:
+            less, _ = self._largest(images, reuse_heap=False)
+        elif fit.batch > 1:
+            less = Fit(_without_single(fit.batch * 3 // 4, len(images)), fit.reuse_heap)
+        return less and self._remembered(less, images)
 
     def _fit_path(self, images: ImageDataset) -> Path:
         return self.task.folder / f"fit-{images[0][0].shape[1]}.json"
 
-    def _remember(self, fit: Fit, images: ImageDataset) -> None:
+    def _remembered(self, fit: Fit, images: ImageDataset) -> Fit:
         """Have a row that is started again train with the same batch."""
         self.task.folder.mkdir(parents=True, exist_ok=True)
         self._fit_path(images).write_text(json.dumps(asdict(fit)))
+        return fit
 
-    def _largest(self, images: ImageDataset, cap: int, *, reuse_heap: bool) -> tuple[int, str | None]:
-        """The largest batch, by doubling, then halving the gap; 0 and what refused it if it is none."""
+    def _largest(self, images: ImageDataset, *, reuse_heap: bool) -> tuple[Fit | None, str | None]:
+        """The largest batch, by doubling, then halving the gap; or what refuses a single image."""
+        cap = self.task.scale.largest_batch or UNKNOWN_BATCH
 
         def refusal(batch: int) -> str | None:
-            return self._try(images, batch, reuse_heap=reuse_heap)
+            return self._try(images, Fit(batch, reuse_heap))
 
         # Two first: batch norm of pooled features cannot be trained on one image.
         if (refused := refusal(2)) is not None:
             refused = refusal(1)
-            return int(refused is None), refused
+            return (Fit(1, reuse_heap), None) if refused is None else (None, refused)
         good, bad = 2, 4
         while bad <= cap and refusal(bad) is None:
             good, bad = bad, 2 * bad
@@ -328,17 +342,17 @@ class _Row:
                 good = middle
             else:
                 bad = middle
-        return good, None
+        return Fit(_without_single(good, len(images)), reuse_heap), None
 
-    def _try(self, images: ImageDataset, batch: int, *, reuse_heap: bool) -> str | None:
+    def _try(self, images: ImageDataset, fit: Fit) -> str | None:
         """Make two updates of a model of its own on blank images; what refused them, if anything did.
 
         The second has Adam's averages beside its activations, as all later ones have.
         """
         source = images[0][0]
-        name = f"update-{source.shape[1]}-batch-{batch}-{'reusing' if reuse_heap else 'frugal'}"
+        batch, name = fit.batch, f"update-{source.shape[1]}-batch-{fit.batch}-{fit.heap}"
         try:
-            with self.attempts.trying(name), self._limited(reuse_heap=reuse_heap):
+            with self.attempts.trying(name), self._limited(reuse_heap=fit.reuse_heap):
                 model = self._make_model(images).train()
                 optimizer = torch.optim.Adam(model.parameters())
                 sources = [TensorSource(torch.zeros(source.shape, dtype=source.dtype)) for _ in range(batch)]

@@ -88,7 +88,7 @@ SCALES = {
             largest_batch=16,
             learning_rate=2e-3,
             gamma=0.9,
-            seconds=100,
+            seconds=90,
         ),
     )
 }
