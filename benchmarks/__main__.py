@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.harness.images import fingerprint_of, generated
 from benchmarks.harness.method import Method, load_methods
 from benchmarks.harness.results import Key, done, record
-from benchmarks.harness.row import Task, is_trying
+from benchmarks.harness.row import AGAIN, Task, is_trying
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
@@ -160,6 +160,9 @@ def _in_a_process(key: Key, scale_folder: Path, folder: Path) -> dict[str, Any]:
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode == 0:
             found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+            if found["outcome"] == AGAIN:
+                ended = ""
+                continue
             return found
         words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
         crashed = -process.returncode in _CRASHES

@@ -106,6 +106,12 @@ class Refused(Exception):
 
 
 ATTEMPTS = "attempts.json"
+AGAIN = "again"
+"""The outcome of a process that another one is to go on after."""
+
+
+class StartAgain(Exception):
+    """The row is to go on in a new process."""
 
 
 class Attempts:
@@ -171,6 +177,8 @@ def run(task: Task) -> dict[str, Any]:
     }
     try:
         return {**found, "outcome": "finished", **_Row(task, store).run()}
+    except StartAgain:
+        return {"outcome": AGAIN}
     except Refused as error:
         return {**found, "outcome": "refused", "reason": str(error)}
     except TrainingDiverged as error:
@@ -208,9 +216,10 @@ class _Row:
     def run(self) -> dict[str, Any]:
         """All stages of training, and the test."""
         best: Path | None = None
-        for number, stage in enumerate(self.stages):
+        # All before the first is trained: a search may have the row start again.
+        fits = [self._fit(self._datasets(stage)[0]) for stage in self.stages]
+        for number, (stage, fit) in enumerate(zip(self.stages, fits, strict=True)):
             train, validation, test = self._datasets(stage)
-            fit = self._fit(train)
             while True:
                 folder = self.task.folder / f"stage-{number}-batch-{fit.batch}-{fit.heap}"
                 try:
@@ -219,10 +228,10 @@ class _Row:
                     break
                 except Refused:
                     # The search has seen two updates alone, and no validation.
-                    less = self._less(fit, train)
+                    less = self._less(fit)
                     if less is None:
                         raise
-                    fit = less
+                    fit = self._remembered(less, train)
         assert best is not None
         with self.attempts.trying("test"):
             tested = self._test(best, test, fit)
@@ -283,6 +292,9 @@ class _Row:
 
         A streamed model takes as many images as its file says, if a plan for them fits: more cost time.
         """
+        known = self._fit_path(images)
+        if known.exists():
+            return Fit(**json.loads(known.read_text()))
         cap = self.task.scale.largest_batch or UNKNOWN_BATCH
         source = images[0][0]
         if self.task.method.kind is Kind.STREAM:
@@ -293,9 +305,6 @@ class _Row:
                 while batch > 1 and not model.train().plan((batch, *source.shape)).fits:
                     batch //= 2
             return Fit(_without_single(batch, len(images)), True)
-        known = self._fit_path(images)
-        if known.exists():
-            return Fit(**json.loads(known.read_text()))
         refusal = None
         for reuse_heap in (True, False):
             fit, refusal = self._largest(images, reuse_heap=reuse_heap)
@@ -303,22 +312,28 @@ class _Row:
                 return self._remembered(fit, images)
         raise Refused(f"updates with a single image: {refusal}")
 
-    def _less(self, fit: Fit, images: ImageDataset) -> Fit | None:
+    def _less(self, fit: Fit) -> Fit | None:
         """What to train with where ``fit`` was refused after all: a frugal heap, then fewer images."""
-        less = None
         if fit.reuse_heap and self.task.device == "cpu" and self.task.method.kind is not Kind.STREAM:
-            less, _ = self._largest(images, reuse_heap=False)
-        elif fit.batch > 1:
-            less = Fit(_without_single(fit.batch * 3 // 4, len(images)), fit.reuse_heap)
-        return less and self._remembered(less, images)
+            return Fit(fit.batch, reuse_heap=False)
+        return Fit(fit.batch * 3 // 4, fit.reuse_heap) if fit.batch > 1 else None
 
     def _fit_path(self, images: ImageDataset) -> Path:
         return self.task.folder / f"fit-{images[0][0].shape[1]}.json"
 
     def _remembered(self, fit: Fit, images: ImageDataset) -> Fit:
-        """Have a row that is started again train with the same batch."""
+        """Have a row that is started again train like that.
+
+        Raises
+        ------
+        StartAgain
+            On the CPU, where memory that was refused has left holes in the heap.
+        """
+        fit = Fit(_without_single(fit.batch, len(images)), fit.reuse_heap)
         self.task.folder.mkdir(parents=True, exist_ok=True)
         self._fit_path(images).write_text(json.dumps(asdict(fit)))
+        if self.task.device == "cpu":
+            raise StartAgain
         return fit
 
     def _largest(self, images: ImageDataset, *, reuse_heap: bool) -> tuple[Fit | None, str | None]:
@@ -342,7 +357,7 @@ class _Row:
                 good = middle
             else:
                 bad = middle
-        return Fit(_without_single(good, len(images)), reuse_heap), None
+        return Fit(good, reuse_heap), None
 
     def _try(self, images: ImageDataset, fit: Fit) -> str | None:
         """Make two updates of a model of its own on blank images; what refused them, if anything did.
