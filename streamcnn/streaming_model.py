@@ -21,7 +21,7 @@ from streamcnn.ceiling.cuda import note_idle
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.executor import Observer
 from streamcnn.plan import Plan
-from streamcnn.planning import Machine, Planned, Planning, Wish, module_dtype, module_states
+from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype, module_states
 from streamcnn.program import substitute
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Shrink, Streamed
@@ -160,7 +160,8 @@ class StreamingModel(nn.Module):
             If the module cannot be captured at this shape.
         """
         wish = self._wish(shape, dtype or module_dtype(self.net), image_gradient=False)
-        return self._planned(wish, Machine.here(self._device()))[1]
+        device = self._device()
+        return self._planning.find(self.net, device, self._present(wish), Machine.here(device))[1]
 
     def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
@@ -186,9 +187,9 @@ class StreamingModel(nn.Module):
             tail=self._resident_tail,
         )
 
-    def _planned(self, wish: Wish, machine: Machine) -> Planned:
-        """The plan for a wish on this machine, or for less where that was refused memory before."""
-        return self._planning.find(self.net, self._device(), self._smaller.get(wish, wish), machine)
+    def _present(self, wish: Wish) -> Wish:
+        """What is planned for: the wish, or less where that was refused memory before."""
+        return self._smaller.get(wish, wish)
 
     def _device(self) -> torch.device:
         first = next(iter(module_states(self.net).values()), None)
@@ -217,9 +218,10 @@ class StreamingModel(nn.Module):
             )
         machine = Machine.here(reader.device)
         wish = self._wish(reader.shape, reader.dtype, image_gradient=image_gradient)
-        program, plan = self._planned(wish, machine)
+        captured = self._planning.capture(self.net, reader.device, wish)
+        program, plan = self._planning.plan(captured, self._present(wish), machine)
         plan.validate()
-        shrink = self._shrink(wish, machine)
+        shrink = self._shrink(captured, wish, machine)
         run = Pass((program, plan), reader, module_states(self.net), self, shrink)
         names = program.output_names
         if not plan.training:
@@ -234,17 +236,18 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
 
-    def _shrink(self, wish: Wish, machine: Machine) -> Shrink:
+    def _shrink(self, captured: Captured, wish: Wish, machine: Machine) -> Shrink:
         """How the pass that begins now is planned again, whenever that is, if it is refused memory.
 
-        Later passes of the same kind begin with what was found, and not with what was refused.
+        By then the module may be in another mode. Later passes of the same kind begin with what was found, and
+        not with what was refused.
         """
-        device, grad = self._device(), torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
 
         def shrink(plan: Plan) -> Planned | None:
             for smaller in _smaller_wishes(wish, plan):
-                with torch.set_grad_enabled(grad), autocast(device, wish.casts):
-                    found = self._planning.find(self.net, device, smaller, machine)
+                with torch.set_grad_enabled(grad), autocast(captured.device, wish.casts):
+                    found = self._planning.plan(captured, smaller, machine)
                 allowed = smaller.target or smaller.budget
                 if allowed is None or found[1].projected_bytes <= allowed:
                     self._smaller[wish] = smaller

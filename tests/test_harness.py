@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from benchmarks import record as records
-from benchmarks.__main__ import app
+from benchmarks.__main__ import _in_a_process, app
 from benchmarks.harness.classifiers import (
     LearnedResizer,
     PatchGD,
@@ -29,7 +32,15 @@ from benchmarks.harness.legibility import legibility_ceiling
 from benchmarks.harness.method import Kind, Method, load_methods
 from benchmarks.harness.pyramid import FIELD, ScalePyramid, scale_pyramid
 from benchmarks.harness.results import Key, done, read, record
-from benchmarks.harness.row import PatchGDTrainer, _without_single
+from benchmarks.harness.row import (
+    AGAIN,
+    ATTEMPTS,
+    Attempts,
+    PatchGDTrainer,
+    Refused,
+    _without_single,
+    is_trying,
+)
 from benchmarks.harness.scales import SCALES
 from benchmarks.harness.table import markdown, measured, write_table
 from streamcnn import StreamingModel, TensorSource, verify
@@ -295,6 +306,75 @@ def test_rows_finish_within_their_budget_or_are_refused(
     assert done(key)
     record(key, {"outcome": "failed", "reason": "KeyError"}, "test")
     assert not done(key)
+
+
+class TestARowThatALibraryEnds:
+    def test_what_it_tried_counts_as_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "row" / ATTEMPTS
+        assert not is_trying(path.parent)
+        Attempts(path)._write("batch 4")
+        assert is_trying(path.parent)
+        again = Attempts(path, ended="SIGSEGV")
+        with pytest.raises(Refused, match="SIGSEGV"), again.trying("batch 4"):
+            raise AssertionError
+        with again.trying("batch 3"):
+            assert is_trying(path.parent)
+        assert not is_trying(path.parent)
+        with pytest.raises(Refused, match="no room"), again.trying("batch 3"):
+            raise Refused("no room")
+        for name in ("batch 4", "batch 3"):
+            with pytest.raises(Refused), Attempts(path).trying(name):
+                raise AssertionError
+
+    def test_what_was_interrupted_is_tried_again(self, tmp_path: Path) -> None:
+        path = tmp_path / ATTEMPTS
+        Attempts(path)._write("batch 4")
+        with Attempts(path).trying("batch 4"):
+            pass
+
+    KEY = Key("tiny", 10**8, "RN-256", 0, False, "cpu", "x")
+
+    def run(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, ends: list[tuple[int, str]], key: Key = KEY
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What comes of a row whose processes end like that, and what each was told of the one before."""
+        told: list[str] = []
+
+        def process(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+            told.append(command[-1])
+            code, words = ends[len(told) - 1]
+            return subprocess.CompletedProcess(command, code, words if code == 0 else "", words)
+
+        monkeypatch.setattr("benchmarks.__main__.subprocess.run", process)
+        return _in_a_process(key, folder, folder), told
+
+    def test_it_goes_on_in_another_process(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        Attempts(tmp_path / ATTEMPTS)._write("batch 4")
+        ends = [
+            (-signal.SIGSEGV, ""),
+            (-signal.SIGABRT, "x\nstd::bad_alloc"),
+            (0, json.dumps({"outcome": AGAIN})),
+            (0, json.dumps({"outcome": "finished"})),
+        ]
+        found, told = self.run(monkeypatch, tmp_path, ends)
+        assert found == {"outcome": "finished"}
+        assert [text.partition("process: ")[2] for text in told] == [
+            "",
+            "SIGSEGV, exit status -11",
+            "SIGABRT, std::bad_alloc",
+            "",
+        ]
+
+    def test_other_ends_are_failures(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        failed = {"outcome": "failed", "reason": "exit status -11"}
+        # Nothing was tried that may be refused.
+        assert self.run(monkeypatch, tmp_path, [(-signal.SIGSEGV, "")]) == (failed, ["--ended="])
+        Attempts(tmp_path / ATTEMPTS)._write("batch 4")
+        on_a_card = dataclasses.replace(self.KEY, device="cuda")
+        assert self.run(monkeypatch, tmp_path, [(-signal.SIGSEGV, "")], on_a_card)[0] == failed
+        killed = self.run(monkeypatch, tmp_path, [(-signal.SIGKILL, "")])[0]
+        assert killed == {"outcome": "failed", "reason": "exit status -9"}
+        assert self.run(monkeypatch, tmp_path, [(1, "a\nKeyError: 'b'")])[0]["reason"] == "KeyError: 'b'"
 
 
 # Tables

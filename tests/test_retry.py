@@ -131,6 +131,24 @@ def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatc
     assert model.plan(SHAPE, torch.float64) == wanted
 
 
+def test_the_mode_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64))
+    model = StreamingModel(net, "1GiB", tile=64)
+    refused = RefusedOnce(-1)
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    torch.manual_seed(7)
+    image = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    output = model(image)
+    model.eval()
+    refused.at = refused.calls + 3
+    output.square().sum().backward()
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+    found = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(found, {name: expected[name] for name in found}, 1e-9)
+
+
 def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net().float()
     expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64), autocast=True)

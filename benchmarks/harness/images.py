@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from benchmarks.harness.scales import Scale
@@ -28,7 +29,7 @@ TWO_STEPS_BELOW = 512
 
 
 def generated(scale: Scale, folder: Path, digits: Digits, *, workers: int = 1) -> TileStore:
-    """The images of a scale, made now where they are not there yet."""
+    """The images of a scale, made now where they are not there yet; runs beside this one wait for them."""
     spec = Spec(seed=DATA_SEED, recipe=scale.recipe, size=scale.canvas)
     made = generate(
         folder,
@@ -38,8 +39,10 @@ def generated(scale: Scale, folder: Path, digits: Digits, *, workers: int = 1) -
         num_test=scale.num_test,
         workers=workers,
     )
-    for _ in made:
-        pass
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        for _ in made:
+            pass
     return TileStore(folder)
 
 

@@ -258,8 +258,9 @@ class _Row:
             if method.schedule == "ExponentialLR"
             else {"patience": PLATEAU}
         )
+        shrinks = method.kind is Kind.SHRINK
         return TrainSettings(
-            epochs=scale.epochs,
+            epochs=(scale.epochs_when_shrunk if shrinks else None) or scale.epochs,
             batch_size=fit.batch,
             learning_rate=scale.learning_rate or stage.learning_rate or known.learning_rate,
             schedule=method.schedule,

@@ -19,6 +19,8 @@ class Scale:
     num_train: int
     num_test: int
     epochs: int
+    epochs_when_shrunk: int | None = None
+    """Of methods on shrunk images, whose epochs are short; None takes the same number."""
     largest_batch: int | None = None
     """Batches are filled up to the budget, and no further than this."""
     learning_rate: float | None = None
@@ -47,6 +49,7 @@ SCALES = {
             num_train=2000,
             num_test=1000,
             epochs=10,
+            epochs_when_shrunk=100,
             largest_batch=8,
             learning_rate=2e-3,
             gamma=0.9,
