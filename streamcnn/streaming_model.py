@@ -239,8 +239,8 @@ class StreamingModel(nn.Module):
     def _shrink(self, captured: Captured, wish: Wish, machine: Machine) -> Shrink:
         """How the pass that begins now is planned again, whenever that is, if it is refused memory.
 
-        By then the module may be in another mode. Later passes of the same kind begin with what was found, and
-        not with what was refused.
+        By then the module may be in another mode. Later passes of the same kind begin with what was found,
+        and not with what was refused.
         """
         grad = torch.is_grad_enabled()
 
