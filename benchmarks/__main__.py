@@ -7,6 +7,7 @@ python -m benchmarks table --scale paper
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import signal
@@ -36,6 +37,7 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
 Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
 WORK = Path("benchmark-runs")
+_PR_SET_PDEATHSIG = 1
 _CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)
 """How libraries end the process where memory is refused them."""
 
@@ -86,8 +88,7 @@ def run(
                 console.print("out of time: the same command goes on", highlight=False)
                 raise typer.Exit(0)
             folder = work / size.name / _folder_of(key)
-            if again or size.seconds is not None:
-                # What is trained for a time cannot go on as if it had not stopped.
+            if again:
                 shutil.rmtree(folder, ignore_errors=True)
             found = _in_a_process(key, work / size.name, folder)
             record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
@@ -123,6 +124,7 @@ def table(
 @app.command(hidden=True)
 def row(key: str, scale_folder: Path, folder: Path, ended: str = "") -> None:
     """One method in this process; what was found as JSON on the last line."""
+    end_with_parent()
     known = Key(**json.loads(key))
     found = run_row(
         Task(
@@ -139,6 +141,12 @@ def row(key: str, scale_folder: Path, folder: Path, ended: str = "") -> None:
         )
     )
     print(json.dumps(found))
+
+
+def end_with_parent() -> None:
+    """Have SIGTERM sent to this process when the one that started it is gone, so that it saves and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _folder_of(key: Key) -> str:

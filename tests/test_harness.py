@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from benchmarks.harness.row import (
     AGAIN,
     ATTEMPTS,
     Attempts,
+    Costs,
     PatchGDTrainer,
     Refused,
     _without_single,
@@ -306,6 +308,33 @@ def test_rows_finish_within_their_budget_or_are_refused(
     assert done(key)
     record(key, {"outcome": "failed", "reason": "KeyError"}, "test")
     assert not done(key)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process")
+def test_a_row_ends_with_the_command_that_started_it() -> None:
+    row = (
+        "import time; from benchmarks.__main__ import end_with_parent\n"
+        "end_with_parent(); print('begun', flush=True); time.sleep(99)"
+    )
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {row!r}])"
+    with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"begun\n"
+        parent.kill()
+        # The row's end of the pipe closes when it is gone.
+        assert parent.stdout.read() == b""
+
+
+def test_costs_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 103.0, 500.0, 501.0, 502.0])
+    monkeypatch.setattr("benchmarks.harness.row.time.perf_counter", lambda: next(clock))
+    Costs.of(tmp_path).note(SimpleNamespace(peak_bytes=70))
+    costs = Costs.of(tmp_path)
+    assert (costs.seconds, costs.peak) == (3.0, 70)
+    costs.note(SimpleNamespace(peak_bytes=None))
+    costs.note(SimpleNamespace(peak_bytes=90))
+    assert (costs.seconds, costs.peak) == (5.0, 90)
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
 class TestARowThatALibraryEnds:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -195,6 +196,32 @@ def _warm_up(store: TileStore) -> None:
         optimizer = torch.optim.Adam(model.parameters())
         model([source]).sum().backward()
         optimizer.step()
+
+
+class Costs:
+    """Seconds and peak bytes of one stage of training, over all the processes that it takes."""
+
+    def __init__(self, path: Path, seconds: float = 0.0, peak: int = 0) -> None:
+        self._path = path
+        self._before = seconds
+        self._started = time.perf_counter()
+        self.seconds = seconds
+        self.peak = peak
+
+    @classmethod
+    def of(cls, folder: Path) -> Costs:
+        """Those of the stage in ``folder``, as far as they were noted."""
+        path = folder / "costs.json"
+        return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
+
+    def note(self, limit: Limit) -> None:
+        """Write down what it has cost until now."""
+        self.seconds = self._before + time.perf_counter() - self._started
+        self.peak = max(self.peak, limit.peak_bytes or 0)
+        partial = self._path.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"seconds": self.seconds, "peak": self.peak}))
+        os.replace(partial, self._path)
 
 
 class _Row:
@@ -399,25 +426,30 @@ class _Row:
         start: Path | None,
     ) -> tuple[Path, bool, str]:
         """One stage: a checkpoint, whether validation has chosen it, and which reading the peak is."""
-        started = time.perf_counter()
         weights = None if start is None else best_weights(load_checkpoint(start))
+        costs = Costs.of(folder)
         with self._limited(reuse_heap=fit.reuse_heap) as limit:
             model = self._make_model(images)
             if weights is not None:
                 model.load_state_dict(weights)
                 weights = None
             trainer = self._make_trainer(model, images, validation, self._settings(stage, fit), folder)
-            trainer.listener = self._listener(trainer, started)
-            with suppress(Terminated):
+            trainer.listener = self._listener(trainer, costs, limit)
+            try:
                 trainer.run()
+            except Terminated:
+                # Asked to by a signal, and not by the listener: the row is not done.
+                if not self._is_time_up(costs):
+                    raise
+            costs.note(limit)
             progress = trainer.progress
             # What comes after has no need of them.
             del trainer
             model.zero_grad(set_to_none=True)
-        self.seconds += time.perf_counter() - started
+        self.seconds += costs.seconds
         self.updates += progress.update
         self.epochs += progress.epoch + progress.num_images / len(images)
-        self.peak = max(self.peak, limit.peak_bytes or 0)
+        self.peak = max(self.peak, costs.peak)
         checkpoints = CheckpointFolder(folder / "checkpoints")
         best = checkpoints.best()
         return best or checkpoints.paths()[0], best is not None, limit.reading
@@ -436,17 +468,23 @@ class _Row:
         identity = {"method": method, "scale": task.scale.name, "row_budget": task.budget}
         return kind(model, images, validation, settings, folder, identity=identity)
 
-    def _listener(self, trainer: Trainer, started: float) -> Callable[[str, Mapping[str, Any]], None]:
+    def _listener(
+        self, trainer: Trainer, costs: Costs, limit: Limit
+    ) -> Callable[[str, Mapping[str, Any]], None]:
         """What holds the peak against the budget after each update, and ends training when time is up."""
-        seconds = self.task.scale.seconds
-        deadline = None if seconds is None else started + seconds / len(self.stages)
 
         def listen(kind: str, values: Mapping[str, Any]) -> None:
             self.ceiling.check()
-            if kind == "update" and deadline is not None and time.perf_counter() > deadline:
+            costs.note(limit)
+            if kind == "update" and self._is_time_up(costs):
                 trainer.end("the end of its time")
 
         return listen
+
+    def _is_time_up(self, costs: Costs) -> bool:
+        """Whether a stage has had its share of the scale's time."""
+        seconds = self.task.scale.seconds
+        return seconds is not None and costs.seconds > seconds / len(self.stages)
 
     def _test(self, best: Path, images: ImageDataset, fit: Fit) -> dict[str, Any]:
         """The score of a checkpoint's weights on the test images."""
