@@ -150,9 +150,9 @@ class _Pieces(nn.Module):
         self.share = share
         self.normalise = Normalise()
 
-    def grid(self, source: ImageSource) -> list[Region]:
+    def grid(self, image: Tensor | ImageSource) -> list[Region]:
         """The pieces of an image, row by row."""
-        rows, cols = (_starts(size, self.tile) for size in source.shape[1:])
+        rows, cols = (_starts(size, self.tile) for size in image.shape[1:])
         return [
             Region(Interval(row, row + self.tile), Interval(col, col + self.tile))
             for row in rows
@@ -163,20 +163,24 @@ class _Pieces(nn.Module):
         """As many pieces as the share says, at least one."""
         return max(1, round(self.share * num_pieces))
 
-    def run(self, sources: Sequence[ImageSource], regions: Sequence[Sequence[Region]]) -> Tensor:
+    def run(self, images: Sequence[Tensor], regions: Sequence[Sequence[Region]]) -> Tensor:
         """What the network gives for the regions of each image (N, regions, width), all in one batch."""
         device = next(self.net.parameters()).device
-        pixels = [source.read(region) for source, of in zip(sources, regions, strict=True) for region in of]
+        pixels = [
+            image[:, rows.start : rows.stop, cols.start : cols.stop]
+            for image, of in zip(images, regions, strict=True)
+            for rows, cols in of
+        ]
         found = self.net(self.normalise(torch.stack(pixels).to(device)))
-        return found.unflatten(0, (len(sources), -1))
+        return found.unflatten(0, (len(images), -1))
 
-    def run_all(self, sources: Sequence[ImageSource]) -> Tensor:
+    def run_all(self, images: Sequence[Tensor]) -> Tensor:
         """The same for all pieces (N, pieces, width) without gradients, as many at a time as a sample has."""
-        grids = [self.grid(source) for source in sources]
+        grids = [self.grid(image) for image in images]
         step = self.sample_size(len(grids[0]))
         with torch.no_grad():
             parts = [
-                self.run(sources, [grid[at : at + step] for grid in grids])
+                self.run(images, [grid[at : at + step] for grid in grids])
                 for at in range(0, len(grids[0]), step)
             ]
         return torch.cat(parts, 1)
@@ -190,12 +194,13 @@ class TileVote(_Pieces):
 
     def forward(self, sources: Sequence[ImageSource]) -> Tensor:
         """Logits (N, classes)."""
+        images = [read_whole(source) for source in sources]
         if not self.training:
-            return self.run_all(sources).mean(1)
-        grids = [self.grid(source) for source in sources]
+            return self.run_all(images).mean(1)
+        grids = [self.grid(image) for image in images]
         drawn = [torch.randperm(len(grid))[: self.sample_size(len(grid))].tolist() for grid in grids]
         chosen = [[grid[at] for at in some] for grid, some in zip(grids, drawn, strict=True)]
-        return self.run(sources, chosen).mean(1)
+        return self.run(images, chosen).mean(1)
 
 
 class PatchGD(_Pieces):
@@ -232,6 +237,8 @@ class PatchGD(_Pieces):
             nn.Linear(HIDDEN, num_classes),
         )
         self.grid_size = grid_size
+        self._images: list[Tensor] = []
+        """Of the present update, as they are stored."""
         self._filled: Tensor | None = None
         self._order: list[int] = []
 
@@ -243,17 +250,18 @@ class PatchGD(_Pieces):
 
     def begin(self, sources: Sequence[ImageSource]) -> None:
         """Fill Z (N, patches, width), and draw the order in which patches are sampled."""
-        self._filled = self.run_all(sources)
+        self._images = [read_whole(source) for source in sources]
+        self._filled = self.run_all(self._images)
         self._order = torch.randperm(self._filled.shape[1]).tolist()
 
     def forward(self, sources: Sequence[ImageSource]) -> Tensor:
         """Logits (N, classes) of the next inner step, or in eval mode of the images."""
         if not self.training:
-            return self._classify(self.run_all(sources))
+            return self._classify(self.run_all([read_whole(source) for source in sources]))
         assert self._filled is not None
         size = self.sample_size(self._filled.shape[1])
         chosen, self._order = self._order[:size], self._order[size:]
-        fresh = self.run(sources, [[self.grid(source)[at] for at in chosen] for source in sources])
+        fresh = self.run(self._images, [[self.grid(image)[at] for at in chosen] for image in self._images])
         mixed = self._filled.index_copy(1, torch.tensor(chosen, device=fresh.device), fresh)
         self._filled = mixed.detach()
         return self._classify(mixed)

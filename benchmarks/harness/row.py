@@ -45,6 +45,7 @@ from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.data.tile_store import TileStore
+from streamcnn.data.ultramnist.layout import REFERENCE_SIZE
 from streamcnn.errors import TrainingDiverged
 from streamcnn.training import Terminated, Trainer, TrainSettings, score
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
@@ -318,7 +319,7 @@ class _Row:
     def _fit(self, images: ImageDataset) -> Fit:
         """The largest batch under the ceiling, found once for a row.
 
-        A streamed model takes as many images as its file says, if a plan for them fits: more cost time.
+        A streamed model takes as many pixels as its file says, if a plan for them fits: more cost time.
         """
         known = self._fit_path(images)
         if known.exists():
@@ -329,7 +330,8 @@ class _Row:
             with self._limited(reuse_heap=True):
                 model = self._make_model(images)
                 assert isinstance(model, StreamingModel)
-                batch = min(cap, self.task.method.hyperparameters_for(self.task.budget).batch or 1)
+                batch = self.task.method.hyperparameters_for(self.task.budget).batch or 1
+                batch = min(cap, int(batch * (REFERENCE_SIZE / self.task.scale.canvas) ** 2))
                 while batch > 1 and not model.train().plan((batch, *source.shape)).fits:
                     batch //= 2
             return Fit(_without_single(batch, len(images)), True)
