@@ -59,8 +59,8 @@ def leave_out_compiled_code(model: nn.Module, check: Callable[[], None]) -> None
         if known not in seen:
             seen.add(known)
             check()
-            if output.requires_grad:
-                output.register_hook(lambda gradient: check())
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda gradient: check())
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -250,6 +250,7 @@ class PatchGD(_Pieces):
 
     def begin(self, sources: Sequence[ImageSource]) -> None:
         """Fill Z (N, patches, width), and draw the order in which patches are sampled."""
+        self._images = []  # Two batches are not to be held at a time.
         self._images = [read_whole(source) for source in sources]
         self._filled = self.run_all(self._images)
         self._order = torch.randperm(self._filled.shape[1]).tolist()
@@ -261,9 +262,12 @@ class PatchGD(_Pieces):
         assert self._filled is not None
         size = self.sample_size(self._filled.shape[1])
         chosen, self._order = self._order[:size], self._order[size:]
-        fresh = self.run(self._images, [[self.grid(image)[at] for at in chosen] for image in self._images])
+        grids = [self.grid(image) for image in self._images]
+        fresh = self.run(self._images, [[grid[at] for at in chosen] for grid in grids])
         mixed = self._filled.index_copy(1, torch.tensor(chosen, device=fresh.device), fresh)
         self._filled = mixed.detach()
+        if not self._order:
+            self._images = []
         return self._classify(mixed)
 
     def _classify(self, filled: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class Method:
     inversion: float = 0.0
     """Share of training images that are inverted."""
     schedule: str = "ExponentialLR"
+    clip_norm: float | None = None
+    """Largest norm of the gradients of an update."""
     stages: tuple[Stage, ...] = ()
     hyperparameters: tuple[Hyperparameters, ...] = ()
     published: Mapping[str, str] = field(default_factory=dict)

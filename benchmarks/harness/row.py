@@ -293,6 +293,7 @@ class _Row:
             learning_rate=scale.learning_rate or stage.learning_rate or known.learning_rate,
             schedule=method.schedule,
             schedule_options=options,
+            clip_norm=method.clip_norm,
             patience=PATIENCE,
             save_every=500,
             seed=self.task.seed,
