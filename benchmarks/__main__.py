@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from rich.table import Table
 from benchmarks.harness.images import fingerprint_of, generated
 from benchmarks.harness.method import Method, load_methods
 from benchmarks.harness.results import Key, done, record
-from benchmarks.harness.row import AGAIN, Task, is_trying
+from benchmarks.harness.row import AGAIN, Attempts, Task
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
@@ -122,9 +123,9 @@ def table(
 
 
 @app.command(hidden=True)
-def row(key: str, scale_folder: Path, folder: Path, ended: str = "") -> None:
+def row(key: str, scale_folder: Path, folder: Path, parent: int) -> None:
     """One method in this process; what was found as JSON on the last line."""
-    end_with_parent()
+    end_with(parent)
     known = Key(**json.loads(key))
     found = run_row(
         Task(
@@ -137,16 +138,17 @@ def row(key: str, scale_folder: Path, folder: Path, ended: str = "") -> None:
             images=scale_folder / "images",
             shrunk=scale_folder / "shrunk" / known.images,
             folder=folder,
-            ended=ended or None,
         )
     )
     print(json.dumps(found))
 
 
-def end_with_parent() -> None:
-    """Have SIGTERM sent to this process when the one that started it is gone, so that it saves and ends."""
+def end_with(parent: int) -> None:
+    """Have SIGTERM sent to this process when its parent is gone, so that it saves and ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            raise SystemExit("the process that started this one is gone")
 
 
 def _folder_of(key: Key) -> str:
@@ -158,26 +160,26 @@ def _folder_of(key: Key) -> str:
 def _in_a_process(key: Key, scale_folder: Path, folder: Path) -> dict[str, Any]:
     """What the row's process found; where it failed, its last words.
 
-    A library that is refused memory on the CPU may end the process. The row then goes on in another one,
-    which takes what was tried as refused.
+    A library that is refused memory on the CPU may end the process. What was tried then counts as refused,
+    and the row goes on in another process.
     """
-    ended = ""
+    Attempts(folder).forget_last()
+    arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder), str(os.getpid()))
+    command = [sys.executable, "-m", "benchmarks", *arguments]
     while True:
-        arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder), f"--ended={ended}")
-        command = [sys.executable, "-m", "benchmarks", *arguments]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode == 0:
             found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
             if found["outcome"] == AGAIN:
-                ended = ""
                 continue
             return found
+        print(process.stderr, file=sys.stderr)
         words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-        crashed = -process.returncode in _CRASHES
-        if key.device != "cpu" or not crashed or not is_trying(folder):
-            print(process.stderr, file=sys.stderr)
-            return {"outcome": "failed", "reason": words[-1]}
-        ended = f"a library ended the process: {signal.Signals(-process.returncode).name}, {words[-1]}"
+        if key.device == "cpu" and -process.returncode in _CRASHES:
+            signal_name = signal.Signals(-process.returncode).name
+            if Attempts(folder).refuse_last(f"a library ended the process: {signal_name}, {words[-1]}"):
+                continue
+        return {"outcome": "failed", "reason": words[-1]}
 
 
 def _line(method: Method, seed: int, found: dict[str, Any]) -> str:

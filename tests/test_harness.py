@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from benchmarks import record as records
-from benchmarks.__main__ import _in_a_process, app
+from benchmarks.__main__ import _in_a_process, app, end_with
 from benchmarks.harness.classifiers import (
     LearnedResizer,
     PatchGD,
@@ -35,13 +37,12 @@ from benchmarks.harness.pyramid import FIELD, ScalePyramid, scale_pyramid
 from benchmarks.harness.results import Key, done, read, record
 from benchmarks.harness.row import (
     AGAIN,
-    ATTEMPTS,
     Attempts,
     Costs,
     PatchGDTrainer,
+    PiecesTrainer,
     Refused,
     _without_single,
-    is_trying,
 )
 from benchmarks.harness.scales import SCALES
 from benchmarks.harness.table import markdown, measured, write_table
@@ -261,6 +262,18 @@ def test_patchgd_adds_the_gradients_of_its_inner_steps(tmp_path: Path, store: Ti
     assert torch.allclose(found, model.net.weight.grad, atol=1e-6)
 
 
+def test_gradients_of_pieces_that_overflow_are_left_out(store: TileStore, tmp_path: Path) -> None:
+    images = TileDataset(store, "train")
+    model = TileVote(Means(), tile=8, share=0.5).train()
+    assert isinstance(model.net, Means)
+    trainer = PiecesTrainer(model, images, images, TrainSettings(epochs=1), tmp_path / "run")
+    model.net.weight.register_hook(lambda gradient: gradient * torch.tensor([1.0, math.nan, math.inf]))
+    trainer.differentiate([images[0][0]], torch.tensor([1]), 1.0)
+    assert model.net.weight.grad is not None
+    assert model.net.weight.grad[0] != 0
+    assert model.net.weight.grad[1:].tolist() == [0.0, 0.0]
+
+
 def test_batches_leave_no_image_alone() -> None:
     assert _without_single(8, 17) == 7
     assert _without_single(8, 16) == 8
@@ -313,10 +326,10 @@ def test_rows_finish_within_their_budget_or_are_refused(
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process")
 def test_a_row_ends_with_the_command_that_started_it() -> None:
     row = (
-        "import time; from benchmarks.__main__ import end_with_parent\n"
-        "end_with_parent(); print('begun', flush=True); time.sleep(99)"
+        "import os, sys, time; from benchmarks.__main__ import end_with\n"
+        "end_with(int(sys.argv[1])); print('begun', flush=True); time.sleep(99); print('outlived')"
     )
-    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {row!r}])"
+    command = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {row!r}, str(os.getpid())])"
     with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"begun\n"
@@ -325,85 +338,117 @@ def test_a_row_ends_with_the_command_that_started_it() -> None:
         assert parent.stdout.read() == b""
 
 
-def test_costs_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 103.0, 500.0, 501.0, 502.0])
-    monkeypatch.setattr("benchmarks.harness.row.time.perf_counter", lambda: next(clock))
-    Costs.of(tmp_path).note(SimpleNamespace(peak_bytes=70))
-    costs = Costs.of(tmp_path)
-    assert (costs.seconds, costs.peak) == (3.0, 70)
-    costs.note(SimpleNamespace(peak_bytes=None))
-    costs.note(SimpleNamespace(peak_bytes=90))
-    assert (costs.seconds, costs.peak) == (5.0, 90)
-    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process")
+def test_a_row_whose_command_is_gone_does_not_begin() -> None:
+    with pytest.raises(SystemExit, match="is gone"):
+        end_with(os.getppid() + 1)
+
+
+class TestCosts:
+    def at(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        monkeypatch.setattr("benchmarks.harness.row.time.perf_counter", lambda: seconds)
+
+    def trainer(self, update: int) -> Any:
+        progress = SimpleNamespace(update=update, epoch=2, num_images=update)
+        return SimpleNamespace(progress=progress, images=range(100))
+
+    def test_they_are_those_of_all_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at(monkeypatch, 100.0)
+        first = Costs(tmp_path)
+        self.at(monkeypatch, 103.0)
+        first.note(SimpleNamespace(peak_bytes=70), self.trainer(5))
+        self.at(monkeypatch, 500.0)
+        second = Costs(tmp_path)
+        assert (second.seconds, second.peak, second.updates, second.epochs) == (3.0, 70, 5, 2.05)
+        self.at(monkeypatch, 502.0)
+        second.note(SimpleNamespace(peak_bytes=None), self.trainer(9))
+        assert (second.seconds, second.peak, second.updates, second.epochs) == (5.0, 70, 9, 2.09)
+        assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+    def test_time_that_was_lost_is_given_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, limit = tmp_path / "checkpoints", SimpleNamespace(peak_bytes=1)
+        folder.mkdir()
+        self.at(monkeypatch, 0.0)
+        costs = Costs(tmp_path)
+        for second in range(1, 8):
+            self.at(monkeypatch, second)
+            if second == 4:
+                (folder / "save-000001-update-00000003.pt").touch()
+            costs.note(limit, self.trainer(second))
+        again = Costs(tmp_path)
+        assert (again.seconds, again.trained_seconds) == (7.0, 4.0)
+        self.at(monkeypatch, 9.0)
+        again.note(limit, self.trainer(5))
+        assert (again.seconds, again.trained_seconds) == (9.0, 6.0)
 
 
 class TestARowThatALibraryEnds:
     def test_what_it_tried_counts_as_refused(self, tmp_path: Path) -> None:
-        path = tmp_path / "row" / ATTEMPTS
-        assert not is_trying(path.parent)
-        Attempts(path)._write("batch 4")
-        assert is_trying(path.parent)
-        again = Attempts(path, ended="SIGSEGV")
+        assert not Attempts(tmp_path).refuse_last("SIGSEGV")
+        Attempts(tmp_path)._note("batch 4")
+        assert Attempts(tmp_path).refuse_last("SIGSEGV")
+        assert not Attempts(tmp_path).refuse_last("SIGSEGV")
+        again = Attempts(tmp_path)
         with pytest.raises(Refused, match="SIGSEGV"), again.trying("batch 4"):
             raise AssertionError
-        with again.trying("batch 3"):
-            assert is_trying(path.parent)
-        assert not is_trying(path.parent)
         with pytest.raises(Refused, match="no room"), again.trying("batch 3"):
             raise Refused("no room")
+        assert not Attempts(tmp_path).refuse_last("SIGSEGV")
         for name in ("batch 4", "batch 3"):
-            with pytest.raises(Refused), Attempts(path).trying(name):
+            with pytest.raises(Refused), Attempts(tmp_path).trying(name):
                 raise AssertionError
+        with Attempts(tmp_path).trying("batch 2"):
+            pass
 
     def test_what_was_interrupted_is_tried_again(self, tmp_path: Path) -> None:
-        path = tmp_path / ATTEMPTS
-        Attempts(path)._write("batch 4")
-        with Attempts(path).trying("batch 4"):
+        Attempts(tmp_path)._note("batch 4")
+        Attempts(tmp_path).forget_last()
+        assert not Attempts(tmp_path).refuse_last("SIGSEGV")
+        with Attempts(tmp_path).trying("batch 4"):
             pass
 
     KEY = Key("tiny", 10**8, "RN-256", 0, False, "cpu", "x")
 
     def run(
-        self, monkeypatch: pytest.MonkeyPatch, folder: Path, ends: list[tuple[int, str]], key: Key = KEY
-    ) -> tuple[dict[str, Any], list[str]]:
-        """What comes of a row whose processes end like that, and what each was told of the one before."""
-        told: list[str] = []
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, ends: list[tuple[str, int, str]], key: Key = KEY
+    ) -> dict[str, Any]:
+        """What comes of a row whose processes try something and end like that."""
+        left = list(ends)
 
         def process(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-            told.append(command[-1])
-            code, words = ends[len(told) - 1]
+            tried, code, words = left.pop(0)
+            if tried:
+                Attempts(folder)._note(tried)
             return subprocess.CompletedProcess(command, code, words if code == 0 else "", words)
 
         monkeypatch.setattr("benchmarks.__main__.subprocess.run", process)
-        return _in_a_process(key, folder, folder), told
+        found = _in_a_process(key, folder, folder)
+        assert not left
+        return found
 
     def test_it_goes_on_in_another_process(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        Attempts(tmp_path / ATTEMPTS)._write("batch 4")
         ends = [
-            (-signal.SIGSEGV, ""),
-            (-signal.SIGABRT, "x\nstd::bad_alloc"),
-            (0, json.dumps({"outcome": AGAIN})),
-            (0, json.dumps({"outcome": "finished"})),
+            ("batch 4", -signal.SIGSEGV, ""),
+            ("batch 3", -signal.SIGABRT, "x\nstd::bad_alloc"),
+            ("", 0, json.dumps({"outcome": AGAIN})),
+            ("", 0, json.dumps({"outcome": "finished"})),
         ]
-        found, told = self.run(monkeypatch, tmp_path, ends)
-        assert found == {"outcome": "finished"}
-        assert [text.partition("process: ")[2] for text in told] == [
-            "",
-            "SIGSEGV, exit status -11",
-            "SIGABRT, std::bad_alloc",
-            "",
-        ]
+        assert self.run(monkeypatch, tmp_path, ends) == {"outcome": "finished"}
+        for name, reason in (("batch 4", "SIGSEGV, exit status -11"), ("batch 3", "SIGABRT, std::bad_alloc")):
+            with pytest.raises(Refused, match=reason), Attempts(tmp_path).trying(name):
+                raise AssertionError
 
     def test_other_ends_are_failures(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         failed = {"outcome": "failed", "reason": "exit status -11"}
-        # Nothing was tried that may be refused.
-        assert self.run(monkeypatch, tmp_path, [(-signal.SIGSEGV, "")]) == (failed, ["--ended="])
-        Attempts(tmp_path / ATTEMPTS)._write("batch 4")
+        # Nothing is tried that may be refused, even if something was when an earlier command was killed.
+        Attempts(tmp_path)._note("batch 4")
+        assert self.run(monkeypatch, tmp_path, [("", -signal.SIGSEGV, "")]) == failed
         on_a_card = dataclasses.replace(self.KEY, device="cuda")
-        assert self.run(monkeypatch, tmp_path, [(-signal.SIGSEGV, "")], on_a_card)[0] == failed
-        killed = self.run(monkeypatch, tmp_path, [(-signal.SIGKILL, "")])[0]
+        assert self.run(monkeypatch, tmp_path, [("batch 4", -signal.SIGSEGV, "")], on_a_card) == failed
+        killed = self.run(monkeypatch, tmp_path, [("batch 4", -signal.SIGKILL, "")])
         assert killed == {"outcome": "failed", "reason": "exit status -9"}
-        assert self.run(monkeypatch, tmp_path, [(1, "a\nKeyError: 'b'")])[0]["reason"] == "KeyError: 'b'"
+        found = self.run(monkeypatch, tmp_path, [("batch 4", 1, "a\nKeyError: 'b'")])
+        assert found["reason"] == "KeyError: 'b'"
 
 
 # Tables

@@ -85,8 +85,6 @@ class Task:
     """Folder for these images shrunk."""
     folder: Path
     """The row's own, for checkpoints."""
-    ended: str | None = None
-    """What ended the process that ran the row before, if it was not to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,6 @@ class Refused(Exception):
     """The method does not fit its budget."""
 
 
-ATTEMPTS = "attempts.json"
 AGAIN = "again"
 """The outcome of a process that another one is to go on after."""
 
@@ -121,20 +118,15 @@ class Attempts:
 
     Parameters
     ----------
-    path
-        Of the file.
-    ended
-        What ended the process that tried last, if it was not to end; what it tried then counts as refused.
+    folder
+        The row's own.
     """
 
-    def __init__(self, path: Path, *, ended: str | None = None) -> None:
-        self._path = path
-        self._refused: dict[str, str] = {}
-        if path.exists():
-            known = json.loads(path.read_text())
-            self._refused = known["refused"]
-            if ended is not None and known["trying"] is not None:
-                self._refused[known["trying"]] = ended
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "attempts.json"
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._refused: dict[str, str] = known.get("refused", {})
+        self._tried: str | None = known.get("trying")
 
     @contextmanager
     def trying(self, name: str) -> Iterator[None]:
@@ -147,24 +139,39 @@ class Attempts:
         """
         if name in self._refused:
             raise Refused(self._refused[name])
-        self._write(name)
+        self._note(name)
         try:
             yield
         except Refused as error:
             self._refused[name] = str(error)
             raise
         finally:
-            self._write(None)
+            self._note(None)
 
-    def _write(self, trying: str | None) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps({"refused": self._refused, "trying": trying}))
+    def refuse_last(self, reason: str) -> bool:
+        """Have what a process was trying when it ended count as refused; False if it was trying nothing."""
+        if self._tried is None:
+            return False
+        self._refused[self._tried] = reason
+        self._note(None)
+        return True
+
+    def forget_last(self) -> None:
+        """Have what a process was trying when it ended be tried again."""
+        if self._tried is not None:
+            self._note(None)
+
+    def _note(self, trying: str | None) -> None:
+        self._tried = trying
+        _write_json(self._path, {"refused": self._refused, "trying": trying})
 
 
-def is_trying(folder: Path) -> bool:
-    """Whether the row of ``folder`` was in the middle of something that may be refused."""
-    path = folder / ATTEMPTS
-    return path.exists() and json.loads(path.read_text())["trying"] is not None
+def _write_json(path: Path, value: Any) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    os.replace(partial, path)
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -200,29 +207,48 @@ def _warm_up(store: TileStore) -> None:
 
 
 class Costs:
-    """Seconds and peak bytes of one stage of training, over all the processes that it takes."""
+    """What one stage of training takes, over all the processes that it takes.
 
-    def __init__(self, path: Path, seconds: float = 0.0, peak: int = 0) -> None:
-        self._path = path
-        self._before = seconds
+    Parameters
+    ----------
+    folder
+        The stage's own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "costs.json"
+        self._checkpoints = CheckpointFolder(folder / "checkpoints")
+        self._newest = self._newest_checkpoint()
         self._started = time.perf_counter()
-        self.seconds = seconds
-        self.peak = peak
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._before: float = known.get("seconds", 0.0)
+        self._saved: float = known.get("saved_seconds", 0.0)
+        self._saved_before = self._saved
+        self.seconds = self._before
+        """Spent, what was lost with a process included."""
+        self.trained_seconds = self._saved
+        """What the weights have had: until the newest checkpoint, and since."""
+        self.peak: int = known.get("peak", 0)
+        """Bytes."""
+        self.updates: int = known.get("updates", 0)
+        self.epochs: float = known.get("epochs", 0.0)
 
-    @classmethod
-    def of(cls, folder: Path) -> Costs:
-        """Those of the stage in ``folder``, as far as they were noted."""
-        path = folder / "costs.json"
-        return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
-
-    def note(self, limit: Limit) -> None:
+    def note(self, limit: Limit, trainer: Trainer) -> None:
         """Write down what it has cost until now."""
-        self.seconds = self._before + time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self._started
+        self.seconds, self.trained_seconds = self._before + elapsed, self._saved_before + elapsed
         self.peak = max(self.peak, limit.peak_bytes or 0)
-        partial = self._path.with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"seconds": self.seconds, "peak": self.peak}))
-        os.replace(partial, self._path)
+        self.updates = trainer.progress.update
+        self.epochs = trainer.progress.epoch + trainer.progress.num_images / len(trainer.images)
+        newest = self._newest_checkpoint()
+        if newest != self._newest:
+            self._newest, self._saved = newest, self.trained_seconds
+        found = {"seconds": self.seconds, "saved_seconds": self._saved, "peak": self.peak}
+        _write_json(self._path, {**found, "updates": self.updates, "epochs": self.epochs})
+
+    def _newest_checkpoint(self) -> str | None:
+        paths = self._checkpoints.paths()
+        return paths[0].name if paths else None
 
 
 class _Row:
@@ -235,7 +261,7 @@ class _Row:
         self.stages = task.method.stages or (
             Stage(resolution=task.method.resolution or 0, learning_rate=0.0),
         )
-        self.attempts = Attempts(task.folder / ATTEMPTS, ended=task.ended)
+        self.attempts = Attempts(task.folder)
         self.seconds = 0.0
         self.updates = 0
         self.epochs = 0.0
@@ -361,8 +387,7 @@ class _Row:
             On the CPU, where memory that was refused has left holes in the heap.
         """
         fit = Fit(_without_single(fit.batch, len(images)), fit.reuse_heap)
-        self.task.folder.mkdir(parents=True, exist_ok=True)
-        self._fit_path(images).write_text(json.dumps(asdict(fit)))
+        _write_json(self._fit_path(images), asdict(fit))
         if self.task.device == "cpu":
             raise StartAgain
         return fit
@@ -430,7 +455,7 @@ class _Row:
     ) -> tuple[Path, bool, str]:
         """One stage: a checkpoint, whether validation has chosen it, and which reading the peak is."""
         weights = None if start is None else best_weights(load_checkpoint(start))
-        costs = Costs.of(folder)
+        costs = Costs(folder)
         with self._limited(reuse_heap=fit.reuse_heap) as limit:
             model = self._make_model(images)
             if weights is not None:
@@ -438,20 +463,21 @@ class _Row:
                 weights = None
             trainer = self._make_trainer(model, images, validation, self._settings(stage, fit), folder)
             trainer.listener = self._listener(trainer, costs, limit)
-            try:
-                trainer.run()
-            except Terminated:
-                # Asked to by a signal, and not by the listener: the row is not done.
-                if not self._is_time_up(costs):
-                    raise
-            costs.note(limit)
-            progress = trainer.progress
+            # It may be: a row is started again for a later stage, or for the test.
+            if not self._is_time_up(costs):
+                try:
+                    trainer.run()
+                except Terminated:
+                    # Asked to by a signal, and not by the listener: the row is not done.
+                    if not self._is_time_up(costs):
+                        raise
+                costs.note(limit, trainer)
             # What comes after has no need of them.
             del trainer
             model.zero_grad(set_to_none=True)
         self.seconds += costs.seconds
-        self.updates += progress.update
-        self.epochs += progress.epoch + progress.num_images / len(images)
+        self.updates += costs.updates
+        self.epochs += costs.epochs
         self.peak = max(self.peak, costs.peak)
         checkpoints = CheckpointFolder(folder / "checkpoints")
         best = checkpoints.best()
@@ -466,7 +492,8 @@ class _Row:
         folder: Path,
     ) -> Trainer:
         task = self.task
-        kind = PatchGDTrainer if isinstance(model, PatchGD) else Trainer
+        kinds = {PatchGD: PatchGDTrainer, TileVote: PiecesTrainer}
+        kind = kinds.get(type(model), Trainer)
         method = json.loads(json.dumps(asdict(task.method), default=lambda value: value.value))
         identity = {"method": method, "scale": task.scale.name, "row_budget": task.budget}
         return kind(model, images, validation, settings, folder, identity=identity)
@@ -478,7 +505,7 @@ class _Row:
 
         def listen(kind: str, values: Mapping[str, Any]) -> None:
             self.ceiling.check()
-            costs.note(limit)
+            costs.note(limit, trainer)
             if kind == "update" and self._is_time_up(costs):
                 trainer.end("the end of its time")
 
@@ -487,7 +514,7 @@ class _Row:
     def _is_time_up(self, costs: Costs) -> bool:
         """Whether a stage has had its share of the scale's time."""
         seconds = self.task.scale.seconds
-        return seconds is not None and costs.seconds > seconds / len(self.stages)
+        return seconds is not None and costs.trained_seconds > seconds / len(self.stages)
 
     def _test(self, best: Path, images: ImageDataset, fit: Fit) -> dict[str, Any]:
         """The score of a checkpoint's weights on the test images."""
@@ -598,7 +625,21 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class PatchGDTrainer(Trainer):
+class PiecesTrainer(Trainer):
+    """Trains what reads images in pieces; of gradients that overflow where all pieces are blank, nothing."""
+
+    def differentiate(
+        self, sources: list[ImageSource], labels: Tensor, weight: float
+    ) -> tuple[float, Tensor]:
+        """Add the gradients of a batch; its loss and logits."""
+        found = super().differentiate(sources, labels, weight)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        return found
+
+
+class PatchGDTrainer(PiecesTrainer):
     """Trains by the inner steps of `PatchGD`."""
 
     def differentiate(
