@@ -44,7 +44,7 @@ RANDOM_MODELS = (
     "densenet121",
     "benchmarks.networks:UNet",
 )
-CONTEXT_BYTES = 2**29
+EXTRA_ON_CUDA = 2**30
 """More for random budgets on a GPU, where CUDA's context and libraries are part of them."""
 Record = Annotated[bool, typer.Option(help="Append to results/peak_memory.jsonl.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -89,7 +89,7 @@ def random(
     for _ in range(cases):
         model, batch = choose.choice(RANDOM_MODELS), choose.choice((1, 1, 2, 3))
         height, width = (choose.randrange(200, 1100) for _ in range(2))
-        budget = int(2 ** choose.uniform(26.5, 30.5)) + (device == "cuda") * CONTEXT_BYTES
+        budget = int(2 ** choose.uniform(26.5, 30.5)) + (device == "cuda") * EXTRA_ON_CUDA
         with tempfile.TemporaryDirectory() as folder:
             _write_images(Path(folder), batch, height, width)
             found = _case(model, Path(folder), str(budget), 0, "", "float32", device)

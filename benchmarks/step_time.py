@@ -47,7 +47,8 @@ def main(
             if turn:
                 seconds[name].append(elapsed)
                 print(f"{name:>9} {elapsed:.2f} s", file=sys.stderr)
-    plan = streamed.plan((1, 3, size, size))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        plan = streamed.plan((1, 3, size, size))
     report = streamed.last_report
     assert report is not None
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -61,7 +62,7 @@ def main(
         "streamed_seconds": round(medians["streamed"], 3),
         "ratio": round(medians["streamed"] / medians["plain"], 3),
         "all_seconds": {name: [round(s, 3) for s in values] for name, values in seconds.items()},
-        "projected_bytes": plan.projected_bytes,
+        "projected_bytes": report.projected_bytes,
         "measured_bytes": report.measured_bytes,
         "on_disk": sum(store.home.value == "disk" for store in plan.stores.values()),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +33,14 @@ class Host(Protocol):
     observer: Observer | None
 
 
-Shrink = Callable[[Plan], Planned | None]
-"""The same pass planned with smaller tiles; None if there is no such plan within the budget."""
+class Shrink(Protocol):
+    """Plans a pass again that was refused memory."""
+
+    def __call__(self, plan: Plan) -> Planned | None:
+        """The same pass with smaller tiles; None if there is no such plan within the budget."""
+
+    def keep(self) -> None:
+        """What was planned last has gone through: later passes of the same kind are to begin with it."""
 
 
 class Pass:
@@ -112,6 +118,7 @@ class Pass:
                 self._begin_smaller(error)
             # Not before the error is let go of: its traceback holds the tile's tensors.
             self.ceiling.give_back()
+        self.shrink.keep()
         with torch.no_grad():
             for qualified, name in self.program.updates.items():
                 self.known[qualified].copy_(values[name])
@@ -128,7 +135,9 @@ class Pass:
                     if repeat:
                         self._repeat_forward()
                     with self._ceiling("backward"):
-                        return self.execution.backward(self._arriving(gradients))
+                        found = self.execution.backward(self._arriving(gradients))
+                    self.shrink.keep()
+                    return found
                 except BudgetExceeded as error:
                     self._begin_smaller(error)
                     repeat = True

@@ -24,7 +24,7 @@ from streamcnn.plan import Plan
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype, module_states
 from streamcnn.program import substitute
 from streamcnn.report import Report
-from streamcnn.streamed_pass import Pass, Shrink, Streamed
+from streamcnn.streamed_pass import Pass, Streamed
 from streamcnn.units import format_bytes, parse_bytes
 
 _SMALLEST_TILE = 32
@@ -101,8 +101,8 @@ class StreamingModel(nn.Module):
         """Told when a part of a pass begins and when it ends."""
         self._resident_tail = True
         self._planning = Planning()
-        self._smaller: dict[Wish, Wish] = {}
-        """What is planned for instead of a wish for which memory was refused before."""
+        self._smaller: dict[tuple[Any, ...], Wish] = {}
+        """What went through instead of a wish that was refused memory, by what was captured and the wish."""
         self.training = net.training
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         note_idle()
@@ -161,7 +161,8 @@ class StreamingModel(nn.Module):
         """
         wish = self._wish(shape, dtype or module_dtype(self.net), image_gradient=False)
         device = self._device()
-        return self._planning.find(self.net, device, self._present(wish), Machine.here(device))[1]
+        captured = self._planning.capture(self.net, device, wish)
+        return self._planning.plan(captured, self._present(captured, wish), Machine.here(device))[1]
 
     def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
@@ -187,9 +188,9 @@ class StreamingModel(nn.Module):
             tail=self._resident_tail,
         )
 
-    def _present(self, wish: Wish) -> Wish:
+    def _present(self, captured: Captured, wish: Wish) -> Wish:
         """What is planned for: the wish, or less where that was refused memory before."""
-        return self._smaller.get(wish, wish)
+        return self._smaller.get((captured.settings, wish), wish)
 
     def _device(self) -> torch.device:
         first = next(iter(module_states(self.net).values()), None)
@@ -219,9 +220,9 @@ class StreamingModel(nn.Module):
         machine = Machine.here(reader.device)
         wish = self._wish(reader.shape, reader.dtype, image_gradient=image_gradient)
         captured = self._planning.capture(self.net, reader.device, wish)
-        program, plan = self._planning.plan(captured, self._present(wish), machine)
+        program, plan = self._planning.plan(captured, self._present(captured, wish), machine)
         plan.validate()
-        shrink = self._shrink(captured, wish, machine)
+        shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
         run = Pass((program, plan), reader, module_states(self.net), self, shrink)
         names = program.output_names
         if not plan.training:
@@ -236,25 +237,39 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         return substitute(program.outputs, by_name.__getitem__)
 
-    def _shrink(self, captured: Captured, wish: Wish, machine: Machine) -> Shrink:
-        """How the pass that begins now is planned again, whenever that is, if it is refused memory.
 
-        By then the module may be in another mode. Later passes of the same kind begin with what was found,
-        and not with what was refused.
-        """
-        grad = torch.is_grad_enabled()
+class _Smaller:
+    """Plans the pass that begins now again, whenever that is; by then the module may be in another mode."""
 
-        def shrink(plan: Plan) -> Planned | None:
-            for smaller in _smaller_wishes(wish, plan):
-                with torch.set_grad_enabled(grad), autocast(captured.device, wish.casts):
-                    found = self._planning.plan(captured, smaller, machine)
-                allowed = smaller.target or smaller.budget
-                if allowed is None or found[1].projected_bytes <= allowed:
-                    self._smaller[wish] = smaller
-                    return found
-            return None
+    def __init__(
+        self,
+        planning: Planning,
+        captured: Captured,
+        wish: Wish,
+        machine: Machine,
+        kept: dict[tuple[Any, ...], Wish],
+    ) -> None:
+        self._planning = planning
+        self._captured = captured
+        self._wish = wish
+        self._machine = machine
+        self._kept = kept
+        self._grad = torch.is_grad_enabled()
+        self._found: Wish | None = None
 
-        return shrink
+    def __call__(self, plan: Plan) -> Planned | None:
+        for smaller in _smaller_wishes(self._wish, plan):
+            with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._wish.casts):
+                found = self._planning.plan(self._captured, smaller, self._machine)
+            allowed = smaller.target or smaller.budget
+            if allowed is None or found[1].projected_bytes <= allowed:
+                self._found = smaller
+                return found
+        return None
+
+    def keep(self) -> None:
+        if self._found is not None:
+            self._kept[self._captured.settings, self._wish] = self._found
 
 
 def _smaller_wishes(wish: Wish, plan: Plan) -> Iterator[Wish]:

@@ -459,9 +459,10 @@ class TestProcess:
 
 
 class TestTheAllocatorsSettings:
-    def asked(self, environ: dict[str, str]) -> list[str]:
+    def asked(self, environ: dict[str, str], **known: object) -> list[str]:
         asked: list[str] = []
-        cuda.let_segments_grow(environ, api=SimpleNamespace(_accelerator_setAllocatorSettings=asked.append))
+        api = SimpleNamespace(_accelerator_setAllocatorSettings=asked.append, **known)
+        cuda.let_segments_grow(environ, api=api)
         return asked
 
     def test_segments_may_grow(self) -> None:
@@ -470,6 +471,10 @@ class TestTheAllocatorsSettings:
     @pytest.mark.parametrize("name", cuda.ALLOCATOR_SETTINGS)
     def test_the_users_settings_hold(self, name: str) -> None:
         assert self.asked({name: "max_split_size_mb:512"}) == []
+
+    @pytest.mark.parametrize(("told", "expected"), [("x:1", []), ("", ["expandable_segments:True"])])
+    def test_what_was_set_at_run_time_holds(self, told: str, expected: list[str]) -> None:
+        assert self.asked({}, _accelerator_getAllocatorSettings=lambda: told) == expected
 
     def test_pytorch_takes_the_setting(self) -> None:
         assert callable(torch._C._accelerator_setAllocatorSettings)

@@ -267,6 +267,7 @@ def test_gradients_of_pieces_that_overflow_are_left_out(store: TileStore, tmp_pa
     model = TileVote(Means(), tile=8, share=0.5).train()
     assert isinstance(model.net, Means)
     trainer = PiecesTrainer(model, images, images, TrainSettings(epochs=1), tmp_path / "run")
+    trainer._begin()
     model.net.weight.register_hook(lambda gradient: gradient * torch.tensor([1.0, math.nan, math.inf]))
     trainer.differentiate([images[0][0]], torch.tensor([1]), 1.0)
     assert model.net.weight.grad is not None

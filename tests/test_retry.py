@@ -131,6 +131,18 @@ def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatc
     assert model.plan(SHAPE, torch.float64) == wanted
 
 
+def test_what_did_not_go_through_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamingModel(make_net(), "1GiB")
+    model._resident_tail = False
+    wanted = model.plan(SHAPE, torch.float64)
+    with monkeypatch.context() as patch:
+        refused = RefusedOnce(3, always=True)
+        patch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+        with pytest.raises(BudgetExceeded):
+            model(torch.zeros(SHAPE, dtype=torch.float64))
+    assert model.plan(SHAPE, torch.float64) == wanted
+
+
 def test_the_mode_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net()
     expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64))

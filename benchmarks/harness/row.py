@@ -60,6 +60,9 @@ PLATEAU = 2
 UNKNOWN_BATCH = 4096
 """Where the search for the largest batch ends if nothing else ends it."""
 LARGEST_TEST_BATCH = 8
+CODE_BYTES = 2**24
+"""Bytes of a budget on the CPU that are left to library code which runs for the first time: it is resident
+and no data, so the kernel's limit does not see it, and the peak does."""
 HOST_SLACK = 3 * 2**23
 """Bytes of a streamed row's budget that are left to the interpreter between passes."""
 ADAM_COPIES = 3
@@ -332,10 +335,14 @@ class _Row:
         """A block under the ceiling, in which refused memory is `Refused`."""
         gc.collect()
         self.ceiling.give_back()
+        budget = self.task.budget
+        strict = budget - CODE_BYTES if self.task.device == "cpu" else budget
         try:
-            with self.ceiling.limit(self.task.budget, reuse_heap=reuse_heap) as limit:
+            with self.ceiling.limit(strict, reuse_heap=reuse_heap) as limit:
                 yield limit
                 self.ceiling.check()
+            if limit.peak_bytes is not None and limit.peak_bytes > budget:
+                raise Refused(f"{limit.peak_bytes} bytes were held, and the budget is {budget}")
         except (BudgetExceeded, PlanDoesNotFit) as error:
             raise Refused(_first_line(error)) from error
         except Exception as error:
@@ -606,7 +613,7 @@ class _Row:
         task, taken = self.task, 0
         if task.device == "cpu":
             # A pass counts from what there is when it begins; on a GPU it counts everything itself.
-            taken = ADAM_COPIES * sum(p.nbytes for p in net.parameters()) + HOST_SLACK
+            taken = ADAM_COPIES * sum(p.nbytes for p in net.parameters()) + HOST_SLACK + CODE_BYTES
         if taken >= task.budget:
             raise Refused(f"weights and Adam's averages alone take {taken} bytes")
         return StreamingModel(net, task.budget - taken, preprocess=Normalise(), device=task.device)

@@ -223,7 +223,9 @@ def let_segments_grow(environ: Mapping[str, str] = os.environ, *, api: Any = tor
     give back, was planned again for 8.2 GB and held 10.9 all the same. With growing segments the same plan
     held 0.3 % more than its live tensors (torch 2.11, H100). The setting is the process's and stays.
     """
-    if not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
+    # PyTorch 2.11 does not tell what was set while the process ran.
+    told = getattr(api, "_accelerator_getAllocatorSettings", str)()
+    if not told and not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
         api._accelerator_setAllocatorSettings("expandable_segments:True")
 
 

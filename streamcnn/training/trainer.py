@@ -266,7 +266,8 @@ class Trainer:
                 "averaged": None if self.averaged is None else self.averaged.state_dict(),
                 "sampler": self.sampler.state_dict(),
                 "random": _random_states(self.device),
-                "plan": self._plan_digest,
+                # Not that of the beginning: it is another once memory was refused.
+                "plan": self._find_plan_digest(),
                 "log_bytes": self.log.flush(),
             },
             self.progress.update,
@@ -321,9 +322,11 @@ class Trainer:
         if not isinstance(self.model, StreamingModel):
             return None
         source, _ = self.images[0]
+        was_training = self.model.training
         self.model.train()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._casting():
             plan = self.model.plan((self.settings.batch_size, *source.shape))
+        self.model.train(was_training)
         plan.validate()
         return plan.digest
 
