@@ -61,8 +61,8 @@ UNKNOWN_BATCH = 4096
 """Where the search for the largest batch ends if nothing else ends it."""
 LARGEST_TEST_BATCH = 8
 CODE_BYTES = 2**24
-"""Bytes of a budget on the CPU that are left to library code which runs for the first time: it is resident
-and no data, so the kernel's limit does not see it, and the peak does."""
+"""Bytes of a streamed row's budget on the CPU that are left to library code which runs for the first time: it
+is resident and no data, so the kernel's limit does not see it, and the peak does."""
 HOST_SLACK = 3 * 2**23
 """Bytes of a streamed row's budget that are left to the interpreter between passes."""
 ADAM_COPIES = 3
@@ -335,20 +335,22 @@ class _Row:
         """A block under the ceiling, in which refused memory is `Refused`."""
         gc.collect()
         self.ceiling.give_back()
-        budget = self.task.budget
-        strict = budget - CODE_BYTES if self.task.device == "cpu" else budget
         try:
-            with self.ceiling.limit(strict, reuse_heap=reuse_heap) as limit:
+            with self.ceiling.limit(self.task.budget, reuse_heap=reuse_heap) as limit:
                 yield limit
-                self.ceiling.check()
-            if limit.peak_bytes is not None and limit.peak_bytes > budget:
-                raise Refused(f"{limit.peak_bytes} bytes were held, and the budget is {budget}")
+                self._check(limit)
         except (BudgetExceeded, PlanDoesNotFit) as error:
             raise Refused(_first_line(error)) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise Refused(_first_line(error)) from error
+
+    def _check(self, limit: Limit) -> None:
+        """Refuse what the kernel's limit does not see: on the CPU, code that runs for the first time."""
+        self.ceiling.check()
+        if limit.peak_bytes is not None and limit.peak_bytes > self.task.budget:
+            raise Refused(f"{limit.peak_bytes} bytes were held, and the budget is {self.task.budget}")
 
     def _fit(self, images: ImageDataset) -> Fit:
         """The largest batch under the ceiling, found once for a row.
@@ -511,7 +513,7 @@ class _Row:
         """What holds the peak against the budget after each update, and ends training when time is up."""
 
         def listen(kind: str, values: Mapping[str, Any]) -> None:
-            self.ceiling.check()
+            self._check(limit)
             costs.note(limit, trainer)
             if kind == "update" and self._is_time_up(costs):
                 trainer.end("the end of its time")

@@ -30,8 +30,8 @@ _LABELS = {
     Kind.TILES: "independent tiles",
     Kind.PATCHGD: "PatchGD",
 }
-_MARKERS = {Kind.SHRINK: "o-", Kind.STREAM: "*"}
-_COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#8a94a6", "#0891b2", "#be185d")
+_MARKERS = {Kind.SHRINK: "o-", Kind.STREAM: "*", Kind.RESIZER: "^", Kind.TILES: "s", Kind.PATCHGD: "D"}
+_COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#0891b2", "#be185d", "#6b4f2a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def _against_resolution(scale: Scale, found: Sequence[Measured]) -> Any:
             [_resolution(each, scale) for each in points],
             [100 * (each.accuracy or 0) for each in points],
             yerr=[100 * (each.spread or 0) for each in points],
-            fmt=_MARKERS.get(kind, "s"),
+            fmt=_MARKERS[kind],
             markersize=13 if kind is Kind.STREAM else 6,
             capsize=3,
             color=colors[family],
