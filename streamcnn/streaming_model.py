@@ -159,10 +159,7 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        wish = self._wish(shape, dtype or module_dtype(self.net), image_gradient=False)
-        device = self._device()
-        captured = self._planning.capture(self.net, device, wish)
-        return self._planning.plan(captured, self._present(captured, wish), Machine.here(device))[1]
+        return self._planned(shape, dtype or module_dtype(self.net), image_gradient=False)[1]
 
     def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
@@ -174,6 +171,13 @@ class StreamingModel(nn.Module):
         """
         wish = self._wish(shape, module_dtype(self.net), image_gradient=False)
         return self._planning.find(self.net, self._device(), wish, machine)[1]
+
+    def _planned(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool
+    ) -> Planned:
+        wish, device = self._wish(shape, dtype, image_gradient=image_gradient), self._device()
+        captured = self._planning.capture(self.net, device, wish)
+        return self._planning.plan(captured, self._present(captured, wish), Machine.here(device))
 
     def _wish(self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool) -> Wish:
         trainable = (name for name, p in self.net.named_parameters(remove_duplicate=False) if p.requires_grad)

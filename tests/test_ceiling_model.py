@@ -113,21 +113,21 @@ def limit_inside(model: StreamingModel, image: Tensor) -> list[int]:
 def refused(model: StreamingModel, image: Tensor) -> list[Any]:
     """What a plan does that promises too much: in forward, and in backward alone."""
     results = []
-    planned = model._planned
+    planned = model._planning.plan
     streaming_model._SMALLEST_TILE = 256  # so that there are no smaller tiles
 
-    def optimistic(*args: Any, **kwargs: Any) -> Any:
-        program, plan = planned(*args, **kwargs)
+    def optimistic(*args: Any) -> Any:
+        program, plan = planned(*args)
         return program, dataclasses.replace(plan, budget=TOO_SMALL, terms=())
 
     for fails_forward in (True, False):
         before = states_of(model)
-        model._planned = optimistic
+        model._planning.plan = optimistic
         try:
             if fails_forward:
                 model(image)
             else:
-                model._planned = planned
+                model._planning.plan = planned
                 output = model(image)
                 before = states_of(model)
                 node = output.grad_fn
@@ -136,25 +136,27 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
         except BudgetExceeded as error:
             results.append([str(error), identical(before, states_of(model)), soft_limit()])
         finally:
-            model._planned = planned
+            model._planning.plan = planned
     streaming_model._SMALLEST_TILE = 32
     return results
 
 
 def retried(model: StreamingModel, image: Tensor, fails_forward: bool) -> dict[str, Any]:
     """A plan that promises too much, refused by the kernel; then smaller tiles."""
-    planned = model._planned
+    planned = model._planning.plan
     budget = TOO_SMALL
 
-    def optimistic(*args: Any, tile: Any = None, **kwargs: Any) -> Any:
-        program, plan = planned(*args, tile=tile, **kwargs)
-        return program, dataclasses.replace(plan, budget=budget, terms=()) if tile is None else plan
+    def optimistic(*args: Any) -> Any:
+        program, plan = planned(*args)
+        # Only at first: what is planned after a refusal is to be right.
+        model._planning.plan = planned
+        return program, dataclasses.replace(plan, budget=budget, terms=())
 
     model.zero_grad()
     if fails_forward:
-        model._planned = optimistic
+        model._planning.plan = optimistic
     output = model(image)
-    model._planned = planned
+    model._planning.plan = planned
     if not fails_forward:
         run = output.grad_fn.run
         run.plan = dataclasses.replace(run.plan, budget=budget)

@@ -45,7 +45,7 @@ class BatchReader:
         stored = self._stored_shape()
         pixel = torch.ones((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=device)
         probe = self._prepared(pixel)
-        if (pixel != 1).any():
+        if preprocess is not None and (pixel != 1).any():
             raise ValueError(
                 "preprocess= changed its tile in place, which may be the image's own memory: allowed is a "
                 "function that returns a new tensor, such as lambda tile: tile / 255"
