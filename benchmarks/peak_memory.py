@@ -73,7 +73,7 @@ def run(
                     kept = "" if gradients is None else str(gradients / kept)
                     found = _case(model, Path(folder), budget, tile, kept, dtype, device)
                     name = f"{model} {size}x{size} {budget}{' float64' if double else ''}"
-                    _report(command, name, found, device, record=record)
+                    _report(command, name, found, record=record)
 
 
 @app.command()
@@ -94,7 +94,7 @@ def random(
             _write_images(Path(folder), batch, height, width)
             found = _case(model, Path(folder), str(budget), 0, "", "float32", device)
         name = f"{model} {batch}x3x{height}x{width} {format_bytes(budget)}"
-        _report(command, name, found, device, record=record)
+        _report(command, name, found, record=record)
         if found["outcome"] == "exceeded" or (found["measured_bytes"] or 0) > budget:
             wrong.append(name)
     print(f"{cases - len(wrong)} of {cases} within budget or refused at planning; wrong: {wrong or 'none'}")
@@ -161,6 +161,8 @@ def one(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype:
         outcome = "exceeded"
     report = streamed.last_report
     result = {
+        # Not asked for by the process that starts this one, which would take memory of the card for that.
+        "device": device_name(cpu=device == "cpu"),
         "outcome": outcome,
         "budget": parse_bytes(budget),
         "measured_bytes": report and report.measured_bytes,
@@ -206,8 +208,8 @@ def _case(
     return in_fresh_process("benchmarks.peak_memory", "one", *arguments)
 
 
-def _report(command: str, case: str, found: dict[str, Any], device: str, *, record: bool) -> None:
-    fields = {"device": device_name(cpu=device == "cpu"), "case": case, **found}
+def _report(command: str, case: str, found: dict[str, Any], *, record: bool) -> None:
+    fields = {"case": case, **found}
     if found["measured_bytes"]:
         fields["projected_over_measured"] = round(found["projected_bytes"] / found["measured_bytes"], 3)
     print(append("peak_memory", command, **fields) if record else json.dumps(fields), flush=True)

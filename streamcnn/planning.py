@@ -104,16 +104,6 @@ class Planning:
         self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
         self._plans: OrderedDict[Any, Planned] = OrderedDict()
 
-    def find(self, net: nn.Module, device: torch.device, wish: Wish, machine: Machine) -> Planned:
-        """The plan for ``net`` on ``device`` in its present mode, and the program that it is for.
-
-        Raises
-        ------
-        UnsupportedModel
-            If the module cannot be captured at this shape.
-        """
-        return self.plan(self.capture(net, device, wish), wish, machine)
-
     def capture(self, net: nn.Module, device: torch.device, wish: Wish) -> Captured:
         """``net`` in its present mode, for wishes of the same shape and type.
 

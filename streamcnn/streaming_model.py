@@ -170,7 +170,8 @@ class StreamingModel(nn.Module):
             If the module cannot be captured at this shape.
         """
         wish = self._wish(shape, module_dtype(self.net), image_gradient=False)
-        return self._planning.find(self.net, self._device(), wish, machine)[1]
+        captured = self._planning.capture(self.net, self._device(), wish)
+        return self._planning.plan(captured, wish, machine)[1]
 
     def _planned(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool

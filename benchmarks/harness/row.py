@@ -127,7 +127,7 @@ class Attempts:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "attempts.json"
-        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        known = _read_json(self._path)
         self._refused: dict[str, str] = known.get("refused", {})
         self._tried: str | None = known.get("trying")
 
@@ -167,6 +167,11 @@ class Attempts:
     def _note(self, trying: str | None) -> None:
         self._tried = trying
         _write_json(self._path, {"refused": self._refused, "trying": trying})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What was written to a file; nothing if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -223,7 +228,7 @@ class Costs:
         self._checkpoints = CheckpointFolder(folder / "checkpoints")
         self._newest = self._newest_checkpoint()
         self._started = time.perf_counter()
-        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        known = _read_json(self._path)
         self._before: float = known.get("seconds", 0.0)
         self._saved: float = known.get("saved_seconds", 0.0)
         self._saved_before = self._saved
@@ -274,9 +279,10 @@ class _Row:
         """All stages of training, and the test."""
         best: Path | None = None
         # All before the first is trained: a search may have the row start again.
-        fits = [self._fit(self._datasets(stage)[0]) for stage in self.stages]
+        datasets = [self._datasets(stage) for stage in self.stages]
+        fits = [self._fit(train) for train, _, _ in datasets]
         for number, (stage, fit) in enumerate(zip(self.stages, fits, strict=True)):
-            train, validation, test = self._datasets(stage)
+            train, validation, test = datasets[number]
             while True:
                 folder = self.task.folder / f"stage-{number}-batch-{fit.batch}-{fit.heap}"
                 try:
@@ -357,9 +363,8 @@ class _Row:
 
         A streamed model takes as many pixels as its file says, if a plan for them fits: more cost time.
         """
-        known = self._fit_path(images)
-        if known.exists():
-            return Fit(**json.loads(known.read_text()))
+        if known := _read_json(self._fit_path(images)):
+            return Fit(**known)
         cap = self.task.scale.largest_batch or UNKNOWN_BATCH
         source = images[0][0]
         if self.task.method.kind is Kind.STREAM:

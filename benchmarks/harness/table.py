@@ -133,7 +133,7 @@ def markdown(scale: Scale, found: Sequence[Measured]) -> str:
         f"{scale.num_train} training and {scale.num_test} test images of {scale.canvas} x {scale.canvas} "
         f"pixels, recipe `{scale.recipe.value}`, {scale.recipe.num_classes} classes, at most "
         f"{scale.epochs} epochs"
-        f"{f' ({scale.epochs_when_shrunk} on shrunk images)' if scale.epochs_when_shrunk else ''}"
+        + (f" ({scale.epochs_when_shrunk} on shrunk images)" if scale.epochs_when_shrunk else "")
         + ("" if scale.seconds is None else f" and {scale.seconds:.0f} s of training")
         + f". A guess is right in {100 / scale.recipe.num_classes:.1f} %.",
         "",

@@ -83,12 +83,13 @@ def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
 
 def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
     """SHA-256 of all metadata and the records of all shards of an image that was written."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    metadata = {key: files[key].read_bytes() for key in sorted(files) if files[key].name == "zarr.json"}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    metadata = {key: path.read_bytes() for key, path in files.items() if path.name == "zarr.json"}
     chunks = chunks_per_shard(metadata)
     shards = {
-        key: record_shard(files[key], chunks[key.partition("/")[0]])
-        for key in sorted(files)
+        key: record_shard(path, chunks[key.partition("/")[0]])
+        for key, path in files.items()
         if key not in metadata
     }
     return {key: hashlib.sha256(content).hexdigest() for key, content in metadata.items()}, shards
