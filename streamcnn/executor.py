@@ -72,14 +72,19 @@ class PhaseReport:
     bytes_written: int
 
 
-def _nothing() -> None:
+Step = tuple[str, int, int, int]
+"""Direction and level of a tile's phase, and which kind of tile it is: equal steps have operands of equal shapes."""
+
+
+def _nothing(step: Step | None) -> None:
     """What is done after a step where nobody wants to know."""
 
 
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
-    ``after_step`` is called after each tile of a phase and after each segment, and ends the pass by raising.
+    ``after_step`` is called after each tile of a phase, and after each segment with None, and ends the pass
+    by raising.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class Execution:
         image: ImageReader,
         open_store: OpenStore,
         *,
-        after_step: Callable[[], None] = _nothing,
+        after_step: Callable[[Step | None], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
         self.program = program
@@ -123,7 +128,7 @@ class Execution:
                 if level in self._segments:
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.small.run(self._segments[level], self._barrier, record=self.plan.training)
-                    self._after_step()
+                    self._after_step(None)
                 self._free_checkpoints(level)
         except BaseException:
             self.close()
@@ -139,7 +144,7 @@ class Execution:
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
-                    self._after_step()
+                    self._after_step(_step("forward", phase, row, col))
         for name in phase.reductions:
             node = self.program.nodes[name]
             assert node.reduction is not None
@@ -193,7 +198,7 @@ class Execution:
             for level in reversed(self._levels):
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
-                self._after_step()
+                self._after_step(None)
                 if level in self._phases and self._phases[level].differentiated:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])
@@ -228,7 +233,7 @@ class Execution:
             for col in range(len(phase.cols)):
                 tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
                 BackwardTile(self, tile, feeds, leaves).run()
-                self._after_step()
+                self._after_step(_step("backward", phase, row, col))
 
     def share_gradient(
         self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
@@ -334,6 +339,10 @@ class Execution:
     def _bytes_moved(self) -> tuple[int, int]:
         stores = [*self._checkpoints.values(), *self._gradients.values()]
         return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
+
+
+def _step(direction: str, phase: Phase, row: int, col: int) -> Step:
+    return direction, phase.level, phase.rows[row].shape, phase.cols[col].shape
 
 
 def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:

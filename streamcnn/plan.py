@@ -36,6 +36,8 @@ class AxisStep:
     """The part of each output that this tile alone is responsible for."""
     needed: Mapping[str, Interval]
     """The part of every node and input of the phase that this tile computes or reads."""
+    shape: int
+    """Which of the axis's kinds of tile it is: those of a kind need as many positions of each map."""
 
 
 @dataclass(frozen=True, slots=True)

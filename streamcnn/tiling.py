@@ -18,7 +18,7 @@ from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase
 from streamcnn.program import Link, Program, Ref
-from streamcnn.regions import Intervals
+from streamcnn.regions import Indices, Intervals
 from streamcnn.staging import Stage
 
 Parts = tuple[int, int]
@@ -102,22 +102,35 @@ class AxisGrid:
                 axis_map = (link.rows, link.cols)[axis]
                 part = axis_map.required_each(needed[name], nodes[operand].size[axis])
                 needed[operand] = needed[operand].hull(part) if operand in needed else part
-        sizes = np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
+        sizes = _sizes(needed, num_parts)
         largest = dict(zip(needed, sizes.max(axis=1).tolist(), strict=True))
         total = dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
-        return cls(num_parts, own, needed, largest, total, num_shapes=len(set(map(bytes, sizes.T.copy()))))
+        return cls(num_parts, own, needed, largest, total, num_shapes=len(set(_shapes(sizes))))
 
     def steps(self) -> tuple[AxisStep, ...]:
         """One :class:`AxisStep` per tile."""
         own = {name: tuple(intervals) for name, intervals in self.own.items()}
         needed = {name: tuple(intervals) for name, intervals in self.needed.items()}
+        shapes = _shapes(_sizes(self.needed, self.num_parts))
+        kinds = list(dict.fromkeys(shapes))
         return tuple(
             AxisStep(
                 own={name: each[part] for name, each in own.items()},
                 needed={name: each[part] for name, each in needed.items()},
+                shape=kinds.index(shapes[part]),
             )
             for part in range(self.num_parts)
         )
+
+
+def _sizes(needed: Mapping[str, Intervals], num_parts: int) -> Indices:
+    """How many positions of each map (rows) each tile (columns) needs."""
+    return np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
+
+
+def _shapes(sizes: Indices) -> list[bytes]:
+    """What tiles have in common that need as many positions of each map, one for each tile."""
+    return [bytes(column) for column in sizes.T.copy()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

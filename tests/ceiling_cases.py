@@ -178,11 +178,15 @@ def large_heap() -> Any:
     }
 
 
-def compiled_code() -> Any:
+def code(nbytes: int) -> mmap.mmap:
     access = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    return mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, access)
+
+
+def compiled_code() -> Any:
     with DataLimit(30 * MB) as limit:
         limits = [soft_limit()]
-        with mmap.mmap(-1, 25 * MB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, access):
+        with code(25 * MB):
             errors = [error_of(lambda: torch.ones(5 * MB))]
             limit.check()
             limits.append(soft_limit())
@@ -190,6 +194,17 @@ def compiled_code() -> Any:
         limit.check()
         limits.append(soft_limit())
     return {"errors": errors, "limits": limits}
+
+
+def code_of_equal_steps() -> Any:
+    with DataLimit(30 * MB) as limit:
+        limits = [soft_limit()]
+        limit.check("step")
+        with code(10 * MB):
+            for step in ("step", "another", None):
+                limit.check(step)
+                limits.append(soft_limit())
+    return limits
 
 
 def in_a_child(case: Callable[[], Any]) -> Any:
@@ -215,6 +230,7 @@ CASES = (
     small_heap,
     large_heap,
     compiled_code,
+    code_of_equal_steps,
 )
 
 if __name__ == "__main__":

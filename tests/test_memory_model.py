@@ -129,6 +129,8 @@ def test_kernels_are_kept_for_every_shape_of_tile() -> None:
     assert first.cols.num_shapes == 2
     assert second.rows.num_shapes == 2
     assert second.cols.num_shapes == 1
+    shapes = [[step.shape for step in axis.steps()] for axis in (first.rows, first.cols, second.cols)]
+    assert shapes == [[0, 1, 2], [0, 1, 0], [0, 0, 0]]
     assert (first.num_kernels, second.num_kernels) == (6, 2)
 
 

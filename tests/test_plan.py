@@ -42,9 +42,11 @@ def some_plan() -> Plan:
 def make_phase(level: int, **changes: Any) -> Phase:
     steps = tuple(
         AxisStep(
-            own={"conv": Interval(start, start + 4)}, needed={"x": Interval(max(start - 1, 0), start + 5)}
+            own={"conv": Interval(start, start + 4)},
+            needed={"x": Interval(max(start - 1, 0), start + 5)},
+            shape=shape,
         )
-        for start in (0, 4)
+        for shape, start in enumerate((0, 4))
     )
     fields: dict[str, Any] = {
         "level": level,

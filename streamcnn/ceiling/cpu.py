@@ -21,8 +21,8 @@ process fit to be limited.
 from __future__ import annotations
 
 import mmap
-import re
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +48,7 @@ _HEAP_LEAST = 2**24
 so many if that is more."""
 _CODE_SHARE = 16
 """The part of compiled code, one in so many bytes, that is touched: 3 to 6 % were."""
-_WRITABLE_CODE = re.compile(rb"^(\w+)-(\w+) rwxp ", re.MULTILINE)
+_WRITABLE_CODE = b" rwxp "
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ class DataLimit:
         self._soft_limit_before: int | None = None
         self._reads_high_water = False
         self._peak: int | None = None
+        self._steps: set[Hashable] = set()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -153,10 +154,16 @@ class DataLimit:
         self._note_peak()
         _active.remove(self)
 
-    def check(self) -> None:
+    def check(self, step: Hashable = None) -> None:
         """Let go of what libraries keep without need, and see what the limit does not refuse.
 
         Code that was compiled since it was set is left out of it from now on.
+
+        Parameters
+        ----------
+        step
+            Equal for steps whose operands have equal shapes, of which the first alone compiles code, so it is
+            not looked for after the others; None is equal to no other.
 
         Raises
         ------
@@ -166,8 +173,10 @@ class DataLimit:
         if self._budget is None:
             return
         free_matrix_buffers()
-        if self._soft_limit_before is not None:
+        if self._soft_limit_before is not None and (step is None or step not in self._steps):
+            # The kernel takes a millisecond to list the process's memory.
             _set_soft_limit(min(self._soft_limit_before, self._ceiling(self._budget)))
+            self._steps.add(step)
         if self._baseline.free_bytes > _heap_share(self._budget):
             peak = self.peak_bytes
             if peak is not None and peak > self._budget:
@@ -238,8 +247,11 @@ def _reset_high_water() -> bool:
 
 def _untouched_code_bytes() -> int:
     """Address space of code that was compiled in this process, less what is touched of it."""
-    spans = _WRITABLE_CODE.findall(_MAPS.read_bytes())
-    nbytes = sum(int(end, 16) - int(start, 16) for start, end in spans)
+    nbytes = 0
+    *mappings, _ = _MAPS.read_bytes().split(_WRITABLE_CODE)
+    for mapping in mappings:
+        start, end = mapping[mapping.rfind(b"\n") + 1 :].split(b"-")
+        nbytes += int(end, 16) - int(start, 16)
     return nbytes - nbytes // _CODE_SHARE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -56,8 +57,14 @@ class Ceiling(Protocol):
             Whether the host's allocator may keep freed blocks.
         """
 
-    def check(self) -> None:
-        """Called after every step: raise ``BudgetExceeded`` if the limit in force has been passed."""
+    def check(self, step: Hashable = None) -> None:
+        """Called after every step: raise ``BudgetExceeded`` if the limit in force has been passed.
+
+        Parameters
+        ----------
+        step
+            Equal for steps whose operands have equal shapes; None is equal to no other.
+        """
 
     def give_back(self) -> None:
         """Return cached memory to the device, before a pass is begun again."""
@@ -80,10 +87,10 @@ class HostCeiling:
         self._limit = DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
         return self._limit
 
-    def check(self) -> None:
+    def check(self, step: Hashable = None) -> None:
         """See :meth:`DataLimit.check`; nearly all that goes past the limit has been refused."""
         if self._limit is not None:
-            self._limit.check()
+            self._limit.check(step)
 
     def give_back(self) -> None:
         """The heap's free pages, which are resident until then."""
@@ -116,7 +123,7 @@ class NoCeiling:
             )
         return self
 
-    def check(self) -> None:
+    def check(self, step: Hashable = None) -> None:
         """Nothing."""
 
     def give_back(self) -> None:

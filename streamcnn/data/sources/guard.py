@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.storage import StorePath, WrapperStore
 
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
@@ -114,7 +114,7 @@ class GuardedStore(WrapperStore[Store]):
 
 
 def guarded(name: str, array: ZarrArray, missing: MissingChunks) -> tuple[ZarrArray, GuardedStore]:
-    """The array, opened again through a guarded store, and that store.
+    """The same array, read through a guarded store, and that store.
 
     Raises
     ------
@@ -125,10 +125,8 @@ def guarded(name: str, array: ZarrArray, missing: MissingChunks) -> tuple[ZarrAr
     key = f"{array.path}/{metadata}" if array.path else metadata
     index = _shard_index(name, array) if missing == "error" else None
     store = GuardedStore(array.store, key, missing, index)
-    opened = zarr.open_array(store, path=array.path, mode="r")
-    # What is not read-only is wrapped again by zarr when it opens it for reading.
-    assert isinstance(opened.store, GuardedStore)
-    return opened, opened.store
+    # Its metadata is known: opening it by zarr would read it again, in as long as a small image takes.
+    return zarr.Array(zarr.AsyncArray(array.metadata, StorePath(store, array.path))), store
 
 
 def _shard_index(name: str, array: ZarrArray) -> ShardIndex | None:

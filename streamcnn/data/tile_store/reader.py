@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import zarr
 from zarr.abc.codec import Codec
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
 from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.arrays import chunks_per_shard
@@ -68,10 +69,14 @@ class TileStore:
         """
         if not 0 <= level < record.levels:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
-        # Not by way of the group, which takes as long again: small images are opened all the time.
-        chunks = chunks_per_shard(self._metadata(record))
-        store = CheckedStore(LocalStore(self.path(record), read_only=True), record.shards, chunks)
-        return ZarrSource(zarr.open_array(store, path=str(level), mode="r"), channels_last=False)
+        metadata = self._metadata(record)
+        store = CheckedStore(
+            LocalStore(self.path(record), read_only=True), record.shards, chunks_per_shard(metadata)
+        )
+        # Not by zarr, which would read the metadata again: small images are opened all the time.
+        known = json.loads(metadata[f"{level}/zarr.json"])
+        array = zarr.Array(zarr.AsyncArray(known, StorePath(store, str(level))))
+        return ZarrSource(array, channels_last=False)
 
     def _group(self, record: ImageRecord) -> zarr.Group:
         """An image's levels, all metadata compared with the manifest."""
