@@ -36,7 +36,7 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
 bench-gpu: $(INSTALLED)
-	$(BIN)/python -m benchmarks run --scale gpu --budget 11GB --device cuda --seconds 300 --workers 8 \
+	$(BIN)/python -m benchmarks run --scale gpu --budget 11GB --device cuda --seconds 440 --workers 8 \
 		--methods STREAM-PYRAMID,PYRAMID-1024,PYRAMID-512,STREAM-RN18,RN-1024,RN-512
 	$(BIN)/python -m benchmarks table --scale gpu
 

@@ -8,6 +8,7 @@ python -m benchmarks table --scale paper
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.harness.images import fingerprint_of, generated
@@ -29,7 +31,9 @@ from benchmarks.harness.row import AGAIN, Attempts, Task
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
-from streamcnn.data.ultramnist import load_digits
+from streamcnn.data.tile_store import TileStore
+from streamcnn.data.ultramnist import Digits, load_digits
+from streamcnn.data.ultramnist.generate import Progress as Made
 from streamcnn.training.runs import present_devices
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
@@ -38,6 +42,8 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
 Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
 WORK = Path("benchmark-runs")
+_SECONDS_TO_SAVE = 30
+"""For a row that is out of time: the present update or validation batch, and saving."""
 _PR_SET_PDEATHSIG = 1
 _CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)
 """How libraries end the process where memory is refused them."""
@@ -57,7 +63,7 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
     seconds: Annotated[
-        float | None, typer.Option(help="Begin no other row after so many; run again to go on.")
+        float | None, typer.Option(help="Stop after so many, all saved; the same command goes on.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that make images.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Run what is done already, too.")] = False,
@@ -66,7 +72,8 @@ def run(
     """Train and score methods, each in its own process; what is done already is left out."""
     chosen, size, numbers = _methods(methods), _scale(scale), _seeds(seeds)
     budget_bytes, device = _budget(budget), _device(device)
-    console, started = Console(), time.monotonic()
+    console = Console()
+    deadline = Deadline(seconds)
     source = load_digits(digits)
     for note in source.notes:
         console.print(note, soft_wrap=True, highlight=False)
@@ -74,9 +81,9 @@ def run(
     console.print(
         f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}", highlight=False
     )
-    fingerprint = fingerprint_of(generated(size, images, source, workers=workers))
-    for seed in numbers:
-        for method in chosen:
+    try:
+        fingerprint = fingerprint_of(_generated(size, images, source, workers, deadline, console))
+        for seed, method in itertools.product(numbers, chosen):
             start = pretrained and method.has_weights
             key = Key(size.name, budget_bytes, method.name, seed, start, device, fingerprint)
             if not method.runs:
@@ -85,15 +92,15 @@ def run(
                 continue
             if done(key) and not again:
                 continue
-            if seconds is not None and time.monotonic() - started > seconds:
-                console.print("out of time: the same command goes on", highlight=False)
-                raise typer.Exit(0)
+            deadline.check()
             folder = work / size.name / _folder_of(key)
             if again:
                 shutil.rmtree(folder, ignore_errors=True)
-            found = _in_a_process(key, work / size.name, folder)
+            found = _in_a_process(key, work / size.name, folder, deadline)
             record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
             console.print(_line(method, seed, found), soft_wrap=True, highlight=False)
+    except OutOfTime:
+        console.print("out of time: the same command goes on", highlight=False)
 
 
 @app.command()
@@ -151,23 +158,63 @@ def end_with(parent: int) -> None:
             raise SystemExit("the process that started this one is gone")
 
 
+class OutOfTime(Exception):
+    """The command was given so many seconds, and they are over."""
+
+
+class Deadline:
+    """The end of the seconds that a command was given; None is no end."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Not below 0; None if there is no end."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def check(self) -> None:
+        """Raise `OutOfTime` if it is past."""
+        if self.seconds_left == 0:
+            raise OutOfTime
+
+
+def _generated(
+    scale: Scale, folder: Path, digits: Digits, workers: int, deadline: Deadline, console: Console
+) -> TileStore:
+    """The images of a scale, with a progress bar where they are made now."""
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+        task = bar.add_task("making images", total=None)
+
+        def on_image(made: Made) -> None:
+            bar.update(task, completed=made.done, total=made.total)
+            deadline.check()
+
+        return generated(scale, folder, digits, workers=workers, on_image=on_image)
+
+
 def _folder_of(key: Key) -> str:
     """Where a row keeps its checkpoints, apart from those of all other rows."""
     start = "pretrained" if key.pretrained else "random"
     return f"{key.method}-{key.budget}-{key.seed}-{start}-{key.device}-{key.images}"
 
 
-def _in_a_process(key: Key, scale_folder: Path, folder: Path) -> dict[str, Any]:
+def _in_a_process(key: Key, scale_folder: Path, folder: Path, deadline: Deadline) -> dict[str, Any]:
     """What the row's process found; where it failed, its last words.
 
     A library that is refused memory on the CPU may end the process. What was tried then counts as refused,
     and the row goes on in another process.
+
+    Raises
+    ------
+    OutOfTime
+        If the time is over before the row is done.
     """
     Attempts(folder).forget_last()
     arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder), str(os.getpid()))
     command = [sys.executable, "-m", "benchmarks", *arguments]
     while True:
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = _ended(command, deadline)
         if process.returncode == 0:
             found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
             if found["outcome"] == AGAIN:
@@ -180,6 +227,23 @@ def _in_a_process(key: Key, scale_folder: Path, folder: Path) -> dict[str, Any]:
             if Attempts(folder).refuse_last(f"a library ended the process: {signal_name}, {words[-1]}"):
                 continue
         return {"outcome": "failed", "reason": words[-1]}
+
+
+def _ended(command: list[str], deadline: Deadline) -> subprocess.CompletedProcess[str]:
+    """A process that has run to its end, or is asked to save and end when time is over."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, words = process.communicate(timeout=deadline.seconds_left)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                out, words = process.communicate(timeout=_SECONDS_TO_SAVE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise OutOfTime from None
+            if process.returncode != 0:
+                raise OutOfTime from None
+    return subprocess.CompletedProcess(command, process.returncode, out, words)
 
 
 def _line(method: Method, seed: int, found: dict[str, Any]) -> str:

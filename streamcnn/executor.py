@@ -73,7 +73,7 @@ class PhaseReport:
 
 
 Step = tuple[str, int, int, int]
-"""Direction and level of a tile's phase, and which kind of tile it is: equal steps have operands of equal shapes."""
+"""Direction and level of a tile's phase, and which kind of tile it is: equal steps have equal shapes."""
 
 
 def _nothing(step: Step | None) -> None:

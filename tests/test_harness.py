@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from benchmarks import record as records
-from benchmarks.__main__ import _in_a_process, app, end_with
+from benchmarks.__main__ import Deadline, OutOfTime, _ended, _in_a_process, app, end_with
 from benchmarks.harness.classifiers import (
     LearnedResizer,
     PatchGD,
@@ -345,6 +346,65 @@ def test_a_row_whose_command_is_gone_does_not_begin() -> None:
         end_with(os.getppid() + 1)
 
 
+class TestTheEndOfTime:
+    SAVING = """
+        import signal, sys, time
+        def save(*_):
+            print("saved", flush=True)
+            sys.exit({status})
+        signal.signal(signal.SIGTERM, save)
+        print("begun", flush=True)
+        time.sleep(99)
+        """
+
+    def ended(self, code: str, seconds: float | None) -> subprocess.CompletedProcess[str]:
+        return _ended([sys.executable, "-c", textwrap.dedent(code)], Deadline(seconds))
+
+    def test_a_row_that_is_done_before_is_left_alone(self) -> None:
+        for seconds in (None, 60):
+            done = self.ended("import sys; print('found'); sys.exit(3)", seconds)
+            assert (done.returncode, done.stdout) == (3, "found\n")
+
+    def test_a_row_is_asked_to_save(self) -> None:
+        with pytest.raises(OutOfTime):
+            self.ended(self.SAVING.format(status=1), 2)
+        # It was done at that moment.
+        assert self.ended(self.SAVING.format(status=0), 2).stdout == "begun\nsaved\n"
+
+    def test_a_row_that_does_not_end_is_killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("benchmarks.__main__._SECONDS_TO_SAVE", 0.2)
+        with pytest.raises(OutOfTime):
+            self.ended(
+                "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)", 2
+            )
+
+    def test_the_same_command_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+        options = ("--scale=tiny", "--digits=uci", f"--work={tmp_path}", "--device=cpu", "--budget=1GB")
+        ends: list[dict[str, Any] | OutOfTime] = []
+
+        def row(*_: object) -> dict[str, Any]:
+            end = ends.pop(0)
+            if isinstance(end, OutOfTime):
+                raise end
+            return end
+
+        def run(seconds: int, *outcomes: dict[str, Any] | OutOfTime) -> list[str]:
+            ends[:] = outcomes
+            command = ["run", *options, f"--seconds={seconds}", "--methods=RN-256,RN-512"]
+            result = CliRunner().invoke(app, command)
+            assert (result.exit_code, ends) == (0, []), result.output
+            assert result.output.endswith("the same command goes on\n") == (len(read("tiny")) < 2)
+            return [line["method"] for line in read("tiny")]
+
+        monkeypatch.setattr("benchmarks.__main__._in_a_process", row)
+        refused = {"outcome": "refused", "reason": "too large"}
+        assert run(0) == []
+        assert not (tmp_path / "tiny" / "images" / "complete.json").exists()
+        assert run(99, refused, OutOfTime()) == ["RN-256"]
+        assert run(99, refused) == ["RN-256", "RN-512"]
+
+
 class TestCosts:
     def at(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         monkeypatch.setattr("benchmarks.harness.row.time.perf_counter", lambda: seconds)
@@ -416,14 +476,14 @@ class TestARowThatALibraryEnds:
         """What comes of a row whose processes try something and end like that."""
         left = list(ends)
 
-        def process(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        def process(command: list[str], _: Deadline) -> subprocess.CompletedProcess[str]:
             tried, code, words = left.pop(0)
             if tried:
                 Attempts(folder)._note(tried)
             return subprocess.CompletedProcess(command, code, words if code == 0 else "", words)
 
-        monkeypatch.setattr("benchmarks.__main__.subprocess.run", process)
-        found = _in_a_process(key, folder, folder)
+        monkeypatch.setattr("benchmarks.__main__._ended", process)
+        found = _in_a_process(key, folder, folder, Deadline(None))
         assert not left
         return found
 

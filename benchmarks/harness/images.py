@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from streamcnn.data.dataset import ImageDataset, TileDataset
 from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, Spec
-from streamcnn.data.ultramnist.generate import generate
+from streamcnn.data.ultramnist.generate import Progress, generate
 from streamcnn.regions import Region
 
 DATA_SEED = 0
@@ -28,8 +29,18 @@ TWO_STEPS_BELOW = 512
 """On the paper's canvas; smaller images are shrunk to this resolution first."""
 
 
-def generated(scale: Scale, folder: Path, digits: Digits, *, workers: int = 1) -> TileStore:
-    """The images of a scale, made now where they are not there yet; runs beside this one wait for them."""
+def generated(
+    scale: Scale,
+    folder: Path,
+    digits: Digits,
+    *,
+    workers: int = 1,
+    on_image: Callable[[Progress], None] = lambda progress: None,
+) -> TileStore:
+    """The images of a scale, made now where they are not there yet; runs beside this one wait for them.
+
+    ``on_image`` is told how far they are, and ends it by raising: what is made is kept.
+    """
     spec = Spec(seed=DATA_SEED, recipe=scale.recipe, size=scale.canvas)
     made = generate(
         folder,
@@ -40,9 +51,9 @@ def generated(scale: Scale, folder: Path, digits: Digits, *, workers: int = 1) -
         workers=workers,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        for _ in made:
-            pass
+    with FileLock(folder.with_suffix(".lock")), closing(made):
+        for progress in made:
+            on_image(progress)
     return TileStore(folder)
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Progress:
 
 def generate(
     folder: str | Path, spec: Spec, digits: Digits, *, num_train: int, num_test: int, workers: int = 1
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """Write the images that ``folder`` lacks; iterate to do the work, image by image.
 
     Parameters
