@@ -183,7 +183,9 @@ def _generated(
     scale: Scale, folder: Path, digits: Digits, workers: int, deadline: Deadline, console: Console
 ) -> TileStore:
     """The images of a scale, with a progress bar where they are made now."""
-    with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+    with Progress(
+        *Progress.get_default_columns(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("making images", total=None)
 
         def on_image(made: Made) -> None:

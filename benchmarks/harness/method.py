@@ -27,6 +27,8 @@ class Kind(enum.Enum):
     """Pieces are classified without context, and vote."""
     PATCHGD = "patchgd"
     """A grid of features is filled patch by patch, and gradients flow through a few patches at a time."""
+    DETECTOR = "detector"
+    """Streamed; finds the digits and adds them up, having been trained on each: outside the rules."""
     PARTITION = "partition"
     """Streamed, the tiles divided among processes."""
     REFERENCE = "reference"
@@ -98,6 +100,11 @@ class Method:
             )
         for known in self.hyperparameters:
             parse_bytes(known.budget)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the network is run by ``StreamingModel``."""
+        return self.kind in (Kind.STREAM, Kind.DETECTOR)
 
     @property
     def has_weights(self) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 FIELD = 36
 """Pixels of a level that one feature looks at, from edge to edge."""
+WIDTHS = (16, 32, 48, 64)
+"""Channels after the stem and after each of three convolutions."""
 
 
 class ScalePyramid(nn.Module):
@@ -34,18 +36,12 @@ class ScalePyramid(nn.Module):
         num_classes: int,
         num_channels: int = 1,
         num_levels: int = 5,
-        widths: tuple[int, int, int, int] = (16, 32, 48, 64),
+        widths: tuple[int, int, int, int] = WIDTHS,
     ) -> None:
         super().__init__()
-        stem, first, second, last = widths
         self.num_levels = num_levels
-        self.trunk = nn.Sequential(
-            *_convolution(num_channels, stem, kernel=4, stride=4),
-            *_convolution(stem, first, kernel=3),
-            *_convolution(first, second, kernel=3, stride=2),
-            *_convolution(second, last, kernel=3),
-        )
-        self.head = nn.Sequential(nn.Linear(2 * last, 100), nn.ReLU(), nn.Linear(100, num_classes))
+        self.trunk = make_trunk(widths, num_channels)
+        self.head = nn.Sequential(nn.Linear(2 * widths[-1], 100), nn.ReLU(), nn.Linear(100, num_classes))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
@@ -67,6 +63,17 @@ def scale_pyramid(num_classes: int, size: int) -> ScalePyramid:
     while 2 * FIELD * 2 ** (num_levels - 1) < size:
         num_levels += 1
     return ScalePyramid(num_classes, num_levels=num_levels)
+
+
+def make_trunk(widths: tuple[int, int, int, int], num_channels: int = 1) -> nn.Sequential:
+    """What a level goes through: from (N, C, H, W) to (N, the last of ``widths``, H / 8, W / 8)."""
+    stem, first, second, last = widths
+    return nn.Sequential(
+        *_convolution(num_channels, stem, kernel=4, stride=4),
+        *_convolution(stem, first, kernel=3),
+        *_convolution(first, second, kernel=3, stride=2),
+        *_convolution(second, last, kernel=3),
+    )
 
 
 def _convolution(before: int, after: int, *, kernel: int, stride: int = 1) -> tuple[nn.Module, ...]:

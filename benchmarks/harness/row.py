@@ -32,6 +32,7 @@ from benchmarks.harness.classifiers import (
     leave_out_compiled_code,
     make_net,
 )
+from benchmarks.harness.detector import DetectorTrainer, DigitSums, ImagesWithDigits
 from benchmarks.harness.images import ShrunkImages, read_whole, steps_to
 from benchmarks.harness.method import Kind, Method, Stage
 from benchmarks.harness.scales import Scale
@@ -40,7 +41,7 @@ from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.augmentation import RandomAugmentation
-from streamcnn.data.dataset import ImageDataset, TileDataset
+from streamcnn.data.dataset import ImageDataset, LabelledImages, TileDataset
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.data.sources import ImageSource, TensorSource
@@ -358,7 +359,7 @@ class _Row:
         if limit.peak_bytes is not None and limit.peak_bytes > self.task.budget:
             raise Refused(f"{limit.peak_bytes} bytes were held, and the budget is {self.task.budget}")
 
-    def _fit(self, images: ImageDataset) -> Fit:
+    def _fit(self, images: LabelledImages) -> Fit:
         """The largest batch under the ceiling, found once for a row.
 
         A streamed model takes as many pixels as its file says, if a plan for them fits: more cost time.
@@ -367,7 +368,7 @@ class _Row:
             return Fit(**known)
         cap = self.task.scale.largest_batch or UNKNOWN_BATCH
         source = images[0][0]
-        if self.task.method.kind is Kind.STREAM:
+        if self.task.method.is_streamed:
             with self._limited(reuse_heap=True):
                 model = self._make_model(images)
                 assert isinstance(model, StreamingModel)
@@ -385,14 +386,14 @@ class _Row:
 
     def _less(self, fit: Fit) -> Fit | None:
         """What to train with where ``fit`` was refused after all: a frugal heap, then fewer images."""
-        if fit.reuse_heap and self.task.device == "cpu" and self.task.method.kind is not Kind.STREAM:
+        if fit.reuse_heap and self.task.device == "cpu" and not self.task.method.is_streamed:
             return Fit(fit.batch, reuse_heap=False)
         return Fit(fit.batch * 3 // 4, fit.reuse_heap) if fit.batch > 1 else None
 
-    def _fit_path(self, images: ImageDataset) -> Path:
+    def _fit_path(self, images: LabelledImages) -> Path:
         return self.task.folder / f"fit-{images[0][0].shape[1]}.json"
 
-    def _remembered(self, fit: Fit, images: ImageDataset) -> Fit:
+    def _remembered(self, fit: Fit, images: LabelledImages) -> Fit:
         """Have a row that is started again train like that.
 
         Raises
@@ -406,7 +407,7 @@ class _Row:
             raise StartAgain
         return fit
 
-    def _largest(self, images: ImageDataset, *, reuse_heap: bool) -> tuple[Fit | None, str | None]:
+    def _largest(self, images: LabelledImages, *, reuse_heap: bool) -> tuple[Fit | None, str | None]:
         """The largest batch, by doubling, then halving the gap; or what refuses a single image."""
         cap = self.task.scale.largest_batch or UNKNOWN_BATCH
 
@@ -429,7 +430,7 @@ class _Row:
                 bad = middle
         return Fit(good, reuse_heap), None
 
-    def _try(self, images: ImageDataset, fit: Fit) -> str | None:
+    def _try(self, images: LabelledImages, fit: Fit) -> str | None:
         """Make two updates of a model of its own on blank images; what refused them, if anything did.
 
         The second has Adam's averages beside its activations, as all later ones have.
@@ -462,8 +463,8 @@ class _Row:
         self,
         stage: Stage,
         fit: Fit,
-        images: ImageDataset,
-        validation: ImageDataset,
+        images: LabelledImages,
+        validation: LabelledImages,
         folder: Path,
         start: Path | None,
     ) -> tuple[Path, bool, str]:
@@ -500,13 +501,13 @@ class _Row:
     def _make_trainer(
         self,
         model: nn.Module,
-        images: ImageDataset,
-        validation: ImageDataset,
+        images: LabelledImages,
+        validation: LabelledImages,
         settings: TrainSettings,
         folder: Path,
     ) -> Trainer:
         task = self.task
-        kinds = {PatchGD: PatchGDTrainer, TileVote: PiecesTrainer}
+        kinds = {PatchGD: PatchGDTrainer, TileVote: PiecesTrainer, DigitSums: DetectorTrainer}
         kind = kinds.get(type(model), Trainer)
         method = json.loads(json.dumps(asdict(task.method), default=lambda value: value.value))
         identity = {"method": method, "scale": task.scale.name, "row_budget": task.budget}
@@ -530,7 +531,7 @@ class _Row:
         seconds = self.task.scale.seconds
         return seconds is not None and costs.trained_seconds > seconds / len(self.stages)
 
-    def _test(self, best: Path, images: ImageDataset, fit: Fit) -> dict[str, Any]:
+    def _test(self, best: Path, images: LabelledImages, fit: Fit) -> dict[str, Any]:
         """The score of a checkpoint's weights on the test images."""
         started = time.perf_counter()
         weights = best_weights(load_checkpoint(best))
@@ -558,7 +559,7 @@ class _Row:
 
     # --- data and model ------------------------------------------------------------------------------
 
-    def _datasets(self, stage: Stage) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+    def _datasets(self, stage: Stage) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
         """For training, for validation, and for the test."""
         task = self.task
         labels = TileDataset(self.store, "train").labels
@@ -574,16 +575,20 @@ class _Row:
             steps = steps_to(stage.resolution, task.scale)
             return ShrunkImages(self.store, split, steps, task.shrunk, **options)  # type: ignore[arg-type]
 
-        return dataset("train", chosen, augmentation), dataset("train", rest), dataset("test", None)
+        train: LabelledImages = dataset("train", chosen, augmentation)
+        if task.method.kind is Kind.DETECTOR:
+            assert isinstance(train, TileDataset)
+            train = ImagesWithDigits(train)
+        return train, dataset("train", rest), dataset("test", None)
 
-    def _make_model(self, images: ImageDataset) -> nn.Module:
+    def _make_model(self, images: LabelledImages) -> nn.Module:
         """The method's classifier on the device, the same every time."""
         model = self._make_classifier(images)
         if self.task.device == "cpu" and not isinstance(model, StreamingModel):
             leave_out_compiled_code(model, self.ceiling.check)
         return model
 
-    def _make_classifier(self, images: ImageDataset) -> nn.Module:
+    def _make_classifier(self, images: LabelledImages) -> nn.Module:
         task, method = self.task, self.task.method
         num_classes, size = task.scale.recipe.num_classes, images[0][0].shape[1]
         torch.manual_seed(task.seed)
@@ -593,8 +598,8 @@ class _Row:
             assert method.model is not None
             return make_net(method.model, num_classes, size, pretrained=task.pretrained)
 
-        if method.kind is Kind.STREAM:
-            return self._streamed(net(size))
+        if method.is_streamed:
+            return self._streamed(net(size), DigitSums if method.kind is Kind.DETECTOR else StreamingModel)
         if method.kind is Kind.SHRINK:
             return WholeImages(net(size)).to(task.device)
         if method.kind is Kind.RESIZER:
@@ -616,14 +621,14 @@ class _Row:
         )
         return found.to(task.device)
 
-    def _streamed(self, net: nn.Module) -> StreamingModel:
+    def _streamed(self, net: nn.Module, model: type[StreamingModel]) -> StreamingModel:
         task, taken = self.task, 0
         if task.device == "cpu":
             # A pass counts from what there is when it begins; on a GPU it counts everything itself.
             taken = ADAM_COPIES * sum(p.nbytes for p in net.parameters()) + HOST_SLACK + CODE_BYTES
         if taken >= task.budget:
             raise Refused(f"weights and Adam's averages alone take {taken} bytes")
-        return StreamingModel(net, task.budget - taken, preprocess=Normalise(), device=task.device)
+        return model(net, task.budget - taken, preprocess=Normalise(), device=task.device)
 
 
 def _without_single(batch: int, num_images: int) -> int:

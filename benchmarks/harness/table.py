@@ -29,8 +29,16 @@ _LABELS = {
     Kind.RESIZER: "learned resizer",
     Kind.TILES: "independent tiles",
     Kind.PATCHGD: "PatchGD",
+    Kind.DETECTOR: "outside the rules",
 }
-_MARKERS = {Kind.SHRINK: "o-", Kind.STREAM: "*", Kind.RESIZER: "^", Kind.TILES: "s", Kind.PATCHGD: "D"}
+_MARKERS = {
+    Kind.SHRINK: "o-",
+    Kind.STREAM: "*",
+    Kind.RESIZER: "^",
+    Kind.TILES: "s",
+    Kind.PATCHGD: "D",
+    Kind.DETECTOR: "x",
+}
 _COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#0891b2", "#be185d", "#6b4f2a")
 
 
@@ -276,12 +284,12 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
     good = [each for each in found if each.finished]
     palette = require("matplotlib", extra="plots").colormaps["tab20"]
     for index, each in enumerate(good):
-        streamed = each.method.kind is Kind.STREAM
+        kind = each.method.kind
         axes.plot(
             each.peak_bytes / 2**20,
             100 * (each.accuracy or 0),
-            "*" if streamed else "o",
-            markersize=13 if streamed else 7,
+            _MARKERS[kind][0],
+            markersize=13 if kind is Kind.STREAM else 7,
             color=palette(index % 20),
             label=each.method.name,
         )
