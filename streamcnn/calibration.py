@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from streamcnn.atomic import replace_file
 from streamcnn.plan import Home
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.regions import Region
@@ -186,9 +186,7 @@ def _parsed(path: Path, *version: int) -> dict[str, Any]:
 
 def _write(path: Path, known: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        json.dump(known, file, indent=2)
-    Path(file.name).replace(path)
+    replace_file(path, json.dumps(known, indent=2))
 
 
 def _from_json(fields: dict[str, Any]) -> Rates:

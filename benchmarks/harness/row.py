@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +37,7 @@ from benchmarks.harness.method import Kind, Method, Stage
 from benchmarks.harness.scales import Scale
 from benchmarks.record import device_name
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
+from streamcnn.atomic import replace_file
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.augmentation import RandomAugmentation
@@ -176,11 +176,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Write a file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
+    replace_file(path, json.dumps(value))
 
 
 def run(task: Task) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from streamcnn.atomic import replace_file
 from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.errors import RunMismatch
@@ -44,9 +44,7 @@ def write_report(folder: Path) -> Path:
     config = read_run(folder)
     _, validation = config.datasets()
     page = render_report(config, read_log(folder), validation)
-    temporary = folder / f"{REPORT}.partial"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, folder / REPORT)
+    replace_file(folder / REPORT, page)
     return folder / REPORT
 
 

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from streamcnn.atomic import replace_file
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.file_dataset import open_dataset
@@ -255,10 +255,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the run's file in one step."""
-    temporary = folder / f"{RUN}.partial"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, folder / RUN)
+    """Write the run's file."""
+    replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
 
 
 def _require_device(name: str) -> None:

@@ -19,7 +19,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from streamcnn.atomic import replace_file
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 FORMAT = "streamcnn tile store"
@@ -197,17 +197,8 @@ def write_manifest(folder: Path, head: Head, records: Iterable[ImageRecord]) -> 
     content = "".join(f"{line}\n" for line in lines).encode()
     sha256 = hashlib.sha256(content).hexdigest()
     path = folder / f"manifest-{sha256[:12]}.jsonl"
-    replace_file(path, content)
-    replace_file(folder / COMPLETE, json.dumps({"manifest": path.name, "sha256": sha256}).encode() + b"\n")
+    replace_file(path, content, flush=True)
+    complete = json.dumps({"manifest": path.name, "sha256": sha256}) + "\n"
+    replace_file(folder / COMPLETE, complete, flush=True)
     if previous is not None and previous[0] != path:
         previous[0].unlink(missing_ok=True)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under another name, flush it to the disk and rename it: the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

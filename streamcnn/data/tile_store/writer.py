@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 from filelock import FileLock, Timeout
 
+from streamcnn.atomic import replace_file
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.tile_store.arrays import record_files, write_image
 from streamcnn.data.tile_store.format import (
@@ -32,7 +33,6 @@ from streamcnn.data.tile_store.format import (
     parse_record,
     read_complete,
     read_manifest,
-    replace_file,
     write_manifest,
 )
 from streamcnn.errors import DatasetMismatch, StreamError
@@ -139,7 +139,7 @@ class TileStoreWriter:
         path = self.folder / JOURNAL
         with _told(path):
             lines = (self.head.to_json(), *_whole_lines(path)[1:])
-            replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+            replace_file(path, "".join(f"{line}\n" for line in lines), flush=True)
             self._journal = path.open("a")
 
     def _close_journal(self) -> None:

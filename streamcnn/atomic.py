@@ -1,0 +1,37 @@
+"""Files that are written as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, content: str | bytes, *, flush: bool = False) -> None:
+    """Write a file under another name and rename it: whoever reads it has the old one or the new one.
+
+    Parameters
+    ----------
+    path
+        What to write; its folder is there.
+    content
+        Text is written as UTF-8.
+    flush
+        Have the bytes on the disk before they get their name, so that a crash of the machine loses neither.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the file is then as it was.
+    """
+    # Several processes may write at a time.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
