@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from streamcnn.ceiling.cuda import note_idle
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.executor import Observer
 from streamcnn.plan import Plan
-from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype, module_states
+from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype
 from streamcnn.program import substitute
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
@@ -198,7 +199,7 @@ class StreamingModel(nn.Module):
         return self._smaller.get((captured.settings, wish), wish)
 
     def _device(self) -> torch.device:
-        first = next(iter(module_states(self.net).values()), None)
+        first = next(chain(self.net.parameters(), self.net.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
     # --- running -------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ class StreamingModel(nn.Module):
         program, plan = self._planning.plan(captured, self._present(captured, wish), machine)
         plan.validate()
         shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
-        run = Pass((program, plan), reader, module_states(self.net), self, shrink)
+        run = Pass((program, plan), reader, captured.states, self, shrink)
         names = program.output_names
         if not plan.training:
             values = run.forward()

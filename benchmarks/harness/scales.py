@@ -85,13 +85,13 @@ SCALES = {
             name="gpu",
             recipe=Recipe.SINGLE,
             canvas=1024,
-            num_train=4000,
-            num_test=1000,
+            num_train=3000,
+            num_test=500,
             epochs=60,
             largest_batch=16,
             learning_rate=2e-3,
             gamma=0.9,
-            seconds=90,
+            seconds=60,
         ),
     )
 }
