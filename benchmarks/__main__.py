@@ -19,21 +19,22 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import filelock
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from benchmarks.harness.images import fingerprint_of, generated
 from benchmarks.harness.method import Method, load_methods
 from benchmarks.harness.results import Key, done, record
-from benchmarks.harness.row import AGAIN, Attempts, Task
+from benchmarks.harness.row import AGAIN, SAVED, Attempts, Task
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
-from streamcnn.data.ultramnist.generate import Progress as Made
+from streamcnn.data.ultramnist.generate import Progress
 from streamcnn.training.runs import present_devices
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
@@ -63,13 +64,15 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
     seconds: Annotated[
-        float | None, typer.Option(help="Stop after so many, all saved; the same command goes on.")
+        float | None, typer.Option(help="Stop after so many, as soon as it can; the same command goes on.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that make images.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Run what is done already, too.")] = False,
     work: Work = WORK,
 ) -> None:
     """Train and score methods, each in its own process; what is done already is left out."""
+    if again and seconds is not None:
+        raise typer.BadParameter("--again begins anew each time, so that nothing goes on after --seconds")
     chosen, size, numbers = _methods(methods), _scale(scale), _seeds(seeds)
     budget_bytes, device = _budget(budget), _device(device)
     console = Console()
@@ -92,7 +95,6 @@ def run(
                 continue
             if done(key) and not again:
                 continue
-            deadline.check()
             folder = work / size.name / _folder_of(key)
             if again:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -183,16 +185,21 @@ def _generated(
     scale: Scale, folder: Path, digits: Digits, workers: int, deadline: Deadline, console: Console
 ) -> TileStore:
     """The images of a scale, with a progress bar where they are made now."""
-    with Progress(
-        *Progress.get_default_columns(), console=console, transient=True, disable=not console.is_terminal
+    with ProgressBar(
+        *ProgressBar.get_default_columns(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("making images", total=None)
 
-        def on_image(made: Made) -> None:
-            bar.update(task, completed=made.done, total=made.total)
+        def on_image(progress: Progress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total)
             deadline.check()
 
-        return generated(scale, folder, digits, workers=workers, on_image=on_image)
+        try:
+            return generated(
+                scale, folder, digits, workers=workers, timeout=deadline.seconds_left, on_image=on_image
+            )
+        except filelock.Timeout:
+            raise OutOfTime from None
 
 
 def _folder_of(key: Key) -> str:
@@ -216,11 +223,15 @@ def _in_a_process(key: Key, scale_folder: Path, folder: Path, deadline: Deadline
     arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder), str(os.getpid()))
     command = [sys.executable, "-m", "benchmarks", *arguments]
     while True:
+        deadline.check()
         process = _ended(command, deadline)
         if process.returncode == 0:
             found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
             if found["outcome"] == AGAIN:
                 continue
+            if found["outcome"] == SAVED:
+                deadline.check()
+                return {**found, "outcome": "failed"}
             return found
         print(process.stderr, file=sys.stderr)
         words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
@@ -232,19 +243,26 @@ def _in_a_process(key: Key, scale_folder: Path, folder: Path, deadline: Deadline
 
 
 def _ended(command: list[str], deadline: Deadline) -> subprocess.CompletedProcess[str]:
-    """A process that has run to its end, or is asked to save and end when time is over."""
+    """A process that has run to its end, which it is asked to come to when time is over.
+
+    Raises
+    ------
+    OutOfTime
+        If it was ended where it had nothing to save, or takes too long.
+    """
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            out, words = process.communicate(timeout=deadline.seconds_left)
-        except subprocess.TimeoutExpired:
-            process.terminate()
             try:
-                out, words = process.communicate(timeout=_SECONDS_TO_SAVE)
+                out, words = process.communicate(timeout=deadline.seconds_left)
             except subprocess.TimeoutExpired:
-                process.kill()
-                raise OutOfTime from None
-            if process.returncode != 0:
-                raise OutOfTime from None
+                process.terminate()
+                out, words = process.communicate(timeout=_SECONDS_TO_SAVE)
+                if process.returncode == -signal.SIGTERM:
+                    raise OutOfTime from None
+        except subprocess.TimeoutExpired:
+            raise OutOfTime from None
+        finally:
+            process.kill()
     return subprocess.CompletedProcess(command, process.returncode, out, words)
 
 

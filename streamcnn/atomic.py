@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
-def replace_file(path: Path, content: str | bytes, *, flush: bool = False) -> None:
+def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concurrent: bool = False) -> None:
     """Write a file under another name and rename it: whoever reads it has the old one or the new one.
 
     Parameters
@@ -17,14 +18,17 @@ def replace_file(path: Path, content: str | bytes, *, flush: bool = False) -> No
         Text is written as UTF-8.
     flush
         Have the bytes on the disk before they get their name, so that a crash of the machine loses neither.
+    concurrent
+        Whether others may write the file at the same time. One that is killed then leaves its part behind,
+        which otherwise the next one overwrites.
 
     Raises
     ------
     OSError
         If it cannot be written; the file is then as it was.
     """
-    # Several processes may write at a time.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    infix = f".{secrets.token_hex(4)}" if concurrent else ""
+    temporary = path.with_name(f".{path.name}{infix}.partial")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

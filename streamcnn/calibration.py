@@ -186,7 +186,7 @@ def _parsed(path: Path, *version: int) -> dict[str, Any]:
 
 def _write(path: Path, known: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(known, indent=2))
+    replace_file(path, json.dumps(known, indent=2), concurrent=True)
 
 
 def _from_json(fields: dict[str, Any]) -> Rates:

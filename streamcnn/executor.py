@@ -72,19 +72,19 @@ class PhaseReport:
     bytes_written: int
 
 
-Step = tuple[str, int, int, int]
-"""Direction and level of a tile's phase, and which kind of tile it is: equal steps have equal shapes."""
+StepKind = tuple[str, int, int, int]
+"""Of a tile's step: direction, level of the phase, and the tile's kind along rows and along columns."""
 
 
-def _nothing(step: Step | None) -> None:
+def _nothing(kind: StepKind | None) -> None:
     """What is done after a step where nobody wants to know."""
 
 
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
-    ``after_step`` is called after each tile of a phase, and after each segment with None, and ends the pass
-    by raising.
+    ``after_step`` is called with the kind of step after each tile of a phase, and with None after each
+    segment, and ends the pass by raising.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Execution:
         image: ImageReader,
         open_store: OpenStore,
         *,
-        after_step: Callable[[Step | None], None] = _nothing,
+        after_step: Callable[[StepKind | None], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
         self.program = program
@@ -144,7 +144,7 @@ class Execution:
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
-                    self._after_step(_step("forward", phase, row, col))
+                    self._after_step(_kind("forward", phase, row, col))
         for name in phase.reductions:
             node = self.program.nodes[name]
             assert node.reduction is not None
@@ -233,7 +233,7 @@ class Execution:
             for col in range(len(phase.cols)):
                 tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
                 BackwardTile(self, tile, feeds, leaves).run()
-                self._after_step(_step("backward", phase, row, col))
+                self._after_step(_kind("backward", phase, row, col))
 
     def share_gradient(
         self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
@@ -341,8 +341,8 @@ class Execution:
         return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
 
 
-def _step(direction: str, phase: Phase, row: int, col: int) -> Step:
-    return direction, phase.level, phase.rows[row].shape, phase.cols[col].shape
+def _kind(direction: str, phase: Phase, row: int, col: int) -> StepKind:
+    return direction, phase.level, phase.rows[row].kind, phase.cols[col].kind
 
 
 def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:

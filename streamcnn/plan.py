@@ -36,7 +36,7 @@ class AxisStep:
     """The part of each output that this tile alone is responsible for."""
     needed: Mapping[str, Interval]
     """The part of every node and input of the phase that this tile computes or reads."""
-    shape: int
+    kind: int
     """Which of the axis's kinds of tile it is: those of a kind need as many positions of each map."""
 
 

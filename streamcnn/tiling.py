@@ -88,7 +88,7 @@ class AxisGrid:
     """The most positions that a tile needs of a map."""
     total: Mapping[str, int]
     """Positions of a map that all tiles together need, repeated ones counted each time."""
-    num_shapes: int
+    num_kinds: int
     """How many kinds of tiles there are, by how many positions they need of each map."""
 
     @classmethod
@@ -105,19 +105,19 @@ class AxisGrid:
         sizes = _sizes(needed, num_parts)
         largest = dict(zip(needed, sizes.max(axis=1).tolist(), strict=True))
         total = dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
-        return cls(num_parts, own, needed, largest, total, num_shapes=len(set(_shapes(sizes))))
+        return cls(num_parts, own, needed, largest, total, num_kinds=len(set(_kinds(sizes))))
 
     def steps(self) -> tuple[AxisStep, ...]:
         """One :class:`AxisStep` per tile."""
         own = {name: tuple(intervals) for name, intervals in self.own.items()}
         needed = {name: tuple(intervals) for name, intervals in self.needed.items()}
-        shapes = _shapes(_sizes(self.needed, self.num_parts))
-        kinds = list(dict.fromkeys(shapes))
+        kinds = _kinds(_sizes(self.needed, self.num_parts))
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
         return tuple(
             AxisStep(
                 own={name: each[part] for name, each in own.items()},
                 needed={name: each[part] for name, each in needed.items()},
-                shape=kinds.index(shapes[part]),
+                kind=numbers[kinds[part]],
             )
             for part in range(self.num_parts)
         )
@@ -128,7 +128,7 @@ def _sizes(needed: Mapping[str, Intervals], num_parts: int) -> Indices:
     return np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
 
 
-def _shapes(sizes: Indices) -> list[bytes]:
+def _kinds(sizes: Indices) -> list[bytes]:
     """What tiles have in common that need as many positions of each map, one for each tile."""
     return [bytes(column) for column in sizes.T.copy()]
 
@@ -161,7 +161,7 @@ class TiledStage:
     @property
     def num_kernels(self) -> int:
         """Kernels that are compiled in a forward pass: of each convolution one for each shape of tile."""
-        return self.outline.num_convolutions * self.rows.num_shapes * self.cols.num_shapes
+        return self.outline.num_convolutions * self.rows.num_kinds * self.cols.num_kinds
 
     def largest(self, name: str) -> tuple[int, int]:
         """The most rows and columns that a tile needs of ``name``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,19 @@ def test_a_file_is_written_and_written_again(tmp_path: Path, flush: bool) -> Non
     for content in ("Größe", b"\xff\x00", ""):
         replace_file(path, content, flush=flush)
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_write_it_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+
+    def write(letter: str) -> None:
+        for _ in range(100):
+            replace_file(path, 1000 * letter, concurrent=True)
+            assert len(set(path.read_text())) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
     assert list(tmp_path.iterdir()) == [path]
 
 

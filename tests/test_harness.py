@@ -7,10 +7,12 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -38,6 +41,7 @@ from benchmarks.harness.pyramid import FIELD, ScalePyramid, scale_pyramid
 from benchmarks.harness.results import Key, done, read, record
 from benchmarks.harness.row import (
     AGAIN,
+    SAVED,
     Attempts,
     Costs,
     PatchGDTrainer,
@@ -51,6 +55,7 @@ from streamcnn import StreamingModel, TensorSource, verify
 from streamcnn.data.dataset import TileDataset
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import load_digits
+from streamcnn.data.ultramnist.generate import Progress
 from streamcnn.training import TrainSettings
 from streamcnn.units import parse_bytes
 
@@ -346,37 +351,99 @@ def test_a_row_whose_command_is_gone_does_not_begin() -> None:
         end_with(os.getppid() + 1)
 
 
+class Once(Deadline):
+    """Time is over when a file is there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(0)
+        self._path = path
+
+    @property
+    def seconds_left(self) -> float:
+        while not self._path.exists():
+            time.sleep(0.01)
+        return 0.0
+
+
 class TestTheEndOfTime:
-    SAVING = """
-        import signal, sys, time
-        def save(*_):
-            print("saved", flush=True)
-            sys.exit({status})
-        signal.signal(signal.SIGTERM, save)
-        print("begun", flush=True)
-        time.sleep(99)
-        """
+    def ended(self, tmp_path: Path, on_sigterm: str, sleep: int = 99) -> subprocess.CompletedProcess[str]:
+        """What comes of a process for which time is over when it heeds the signal."""
+        code = f"""
+            import pathlib, signal, sys, time
+            def save(*_):
+                print("saved", flush=True)
+                sys.exit(int(sys.argv[2]))
+            signal.signal(signal.SIGTERM, {on_sigterm})
+            pathlib.Path(sys.argv[1]).touch()
+            time.sleep({sleep})
+            """
+        ready, status = tmp_path / "ready", "0" if "save" in on_sigterm else "1"
+        command = [sys.executable, "-c", textwrap.dedent(code), str(ready), status]
+        return _ended(command, Once(ready) if sleep else Deadline(None))
 
-    def ended(self, code: str, seconds: float | None) -> subprocess.CompletedProcess[str]:
-        return _ended([sys.executable, "-c", textwrap.dedent(code)], Deadline(seconds))
+    def test_a_row_that_is_done_before_is_left_alone(self, tmp_path: Path) -> None:
+        assert self.ended(tmp_path, "save", sleep=0).stdout == ""
 
-    def test_a_row_that_is_done_before_is_left_alone(self) -> None:
-        for seconds in (None, 60):
-            done = self.ended("import sys; print('found'); sys.exit(3)", seconds)
-            assert (done.returncode, done.stdout) == (3, "found\n")
+    def test_a_row_is_asked_to_save(self, tmp_path: Path) -> None:
+        done = self.ended(tmp_path, "save")
+        assert (done.returncode, done.stdout) == (0, "saved\n")
 
-    def test_a_row_is_asked_to_save(self) -> None:
+    def test_a_row_that_has_nothing_to_save_is_ended(self, tmp_path: Path) -> None:
         with pytest.raises(OutOfTime):
-            self.ended(self.SAVING.format(status=1), 2)
-        # It was done at that moment.
-        assert self.ended(self.SAVING.format(status=0), 2).stdout == "begun\nsaved\n"
+            self.ended(tmp_path, "signal.SIG_DFL")
 
-    def test_a_row_that_does_not_end_is_killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_row_that_fails_then_has_failed(self, tmp_path: Path) -> None:
+        assert self.ended(tmp_path, "lambda *_: sys.exit(3)").returncode == 3
+
+    def test_a_row_that_does_not_end_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("benchmarks.__main__._SECONDS_TO_SAVE", 0.2)
+        started = time.monotonic()
         with pytest.raises(OutOfTime):
-            self.ended(
-                "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)", 2
-            )
+            self.ended(tmp_path, "signal.SIG_IGN")
+        assert time.monotonic() - started < 60
+
+    def test_a_row_that_has_saved_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        key = Key("tiny", 10**8, "RN-256", 0, False, "cpu", "x")
+        saved = json.dumps({"outcome": SAVED, "reason": "ended by SIGTERM"})
+
+        def end(command: list[str], deadline: Deadline) -> subprocess.CompletedProcess[str]:
+            monkeypatch.setattr(Deadline, "seconds_left", 0.0 if time_is_over else 9.0)
+            return subprocess.CompletedProcess(command, 0, saved, "")
+
+        monkeypatch.setattr("benchmarks.__main__._ended", end)
+        time_is_over = True
+        with pytest.raises(OutOfTime):
+            _in_a_process(key, tmp_path, tmp_path, Deadline(9))
+        # Somebody else asked for it.
+        monkeypatch.setattr(Deadline, "seconds_left", 9.0)
+        time_is_over = False
+        assert _in_a_process(key, tmp_path, tmp_path, Deadline(9))["outcome"] == "failed"
+
+    def test_images_that_are_made_by_then_are_kept(self, tmp_path: Path) -> None:
+        scale = dataclasses.replace(TINY, num_train=30, num_test=2)
+        digits, folder = load_digits("uci"), tmp_path / "images"
+
+        def stop(progress: Progress) -> None:
+            seen.append(progress.done)
+            if progress.done >= 3:
+                raise OutOfTime
+
+        seen: list[int] = []
+        with pytest.raises(OutOfTime):
+            generated(scale, folder, digits, on_image=stop)
+        assert seen == [0, 1, 2, 3]
+        seen.clear()
+        generated(scale, folder, digits, on_image=lambda progress: seen.append(progress.done))
+        assert seen[0] >= 3
+        assert seen[-1] == 32
+
+    def test_they_are_not_waited_for_longer(self, tmp_path: Path) -> None:
+        with FileLock(tmp_path / "images.lock"), pytest.raises(Timeout):
+            generated(TINY, tmp_path / "images", load_digits("uci"), timeout=0)
+
+    def test_nothing_goes_on_that_begins_anew(self) -> None:
+        result = CliRunner().invoke(app, ["run", "--budget=1GB", "--again", "--seconds=9"])
+        assert result.exit_code == 2
 
     def test_the_same_command_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
@@ -403,6 +470,34 @@ class TestTheEndOfTime:
         assert not (tmp_path / "tiny" / "images" / "complete.json").exists()
         assert run(99, refused, OutOfTime()) == ["RN-256"]
         assert run(99, refused) == ["RN-256", "RN-512"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
+def test_a_row_that_is_ended_by_a_signal_has_its_time_counted(tmp_path: Path, store: TileStore) -> None:
+    """Of the training that its checkpoint has had, or it would be given that time again."""
+    key = Key("tiny", 150 * 10**6, "STREAM-PYRAMID", 0, False, "cpu", "x")
+    scale = tmp_path / "tiny"
+    shutil.copytree(store.folder, scale / "images")
+    code = f"""
+        import os, signal
+        from streamcnn.training import Trainer
+        note = Trainer._note
+        def noted(self, kind, values):
+            note(self, kind, values)
+            if kind == "update" and self.progress.update == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        Trainer._note = noted
+        from benchmarks.__main__ import row
+        row({json.dumps(key.to_dict())!r}, {scale!r}, {tmp_path / "row"!r}, os.getppid())
+        """
+    code = "from pathlib import PosixPath\n" + textwrap.dedent(code)
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout.splitlines()[-1])["outcome"] == SAVED
+    [path] = (tmp_path / "row").glob("stage-*/costs.json")
+    known = json.loads(path.read_text())
+    assert known["updates"] == 3
+    assert known["saved_seconds"] == known["seconds"] > 0
 
 
 class TestCosts:
@@ -604,7 +699,7 @@ def test_every_method_that_runs_can_be_made() -> None:
             assert method.model is not None
             assert method.hyperparameters
             net = make_net(method.model, 10, 64, pretrained=False)
-            model = StreamingModel(net) if method.kind is Kind.STREAM else WholeImages(net)
+            model = StreamingModel(net) if method.is_streamed else WholeImages(net)
             assert sum(p.numel() for p in model.parameters()) > 10**4
 
 

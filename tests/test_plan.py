@@ -44,9 +44,9 @@ def make_phase(level: int, **changes: Any) -> Phase:
         AxisStep(
             own={"conv": Interval(start, start + 4)},
             needed={"x": Interval(max(start - 1, 0), start + 5)},
-            shape=shape,
+            kind=kind,
         )
-        for shape, start in enumerate((0, 4))
+        for kind, start in enumerate((0, 4))
     )
     fields: dict[str, Any] = {
         "level": level,

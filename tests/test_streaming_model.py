@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel, TensorSource, ZarrSource
+from streamcnn.backward_tile import BackwardTile
+from streamcnn.ceiling.device import HostCeiling
 from streamcnn.data.sources import ImageSource, write_zarr_image
+from streamcnn.executor import Execution
+from streamcnn.interpreter import TileRun
 from streamcnn.plan import Home
 from streamcnn.regions import Region
 from streamcnn.streamed_pass import Pass
@@ -731,6 +736,41 @@ def test_without_a_spill_folder_the_systems_is_used(monkeypatch: pytest.MonkeyPa
 
 
 # --- the report ------------------------------------------------------------------------------------------
+
+
+def test_the_ceiling_is_told_of_every_step_and_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+    monkeypatch.setattr(HostCeiling, "check", lambda _, step=None: steps.append(step))
+    sizes: dict[Any, set[Any]] = {}
+    run_forward, run_backward = Execution._forward_tile, BackwardTile.run
+
+    def noted(direction: str, tile: TileRun) -> None:
+        names = (*tile.phase.nodes, *tile.phase.inputs)
+        needed = tuple(tile.phase.needed(tile.row, tile.col, name).size for name in names)
+        kinds = tile.phase.rows[tile.row].kind, tile.phase.cols[tile.col].kind
+        sizes.setdefault((direction, tile.phase.level, *kinds), set()).add(needed)
+
+    def forward(self: Execution, tile: TileRun, *rest: Any) -> None:
+        noted("forward", tile)
+        run_forward(self, tile, *rest)
+
+    def backward(self: BackwardTile) -> None:
+        noted("backward", self.tile)
+        run_backward(self)
+
+    monkeypatch.setattr(Execution, "_forward_tile", forward)
+    monkeypatch.setattr(BackwardTile, "run", backward)
+    model = StreamingModel(make_net(), tile=9)
+    model(make_image()).sum().backward()
+    assert model.last_report is not None
+    tiles = Counter(step for step in steps if step is not None)
+    assert tiles.total() == sum(phase.num_tiles for phase in model.last_report.phases)
+    assert None in steps
+    # Tiles of a kind need as many positions of every map, others do not, and there are far fewer kinds.
+    assert tiles.keys() == sizes.keys()
+    assert all(len(found) == 1 for found in sizes.values())
+    assert len({(*key[:2], *found) for key, found in sizes.items()}) == len(sizes)
+    assert len(tiles) < tiles.total() / 2
 
 
 def test_the_report_grows_from_forward_to_backward() -> None:

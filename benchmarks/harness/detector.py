@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from benchmarks.harness.pyramid import WIDTHS, make_trunk
 from streamcnn import StreamingModel
 from streamcnn.data.dataset import Sample, TileDataset
 from streamcnn.data.sources import ImageSource
-from streamcnn.regions import Region
+from streamcnn.data.ultramnist.layout import PlacedDigit
+from streamcnn.regions import Interval, Region
 from streamcnn.streaming_model import Image
 from streamcnn.training import Trainer
 
@@ -31,20 +32,11 @@ RARE = 0.01
 FOCUS = 2.0
 """Exponent of the focal loss: how much less cells count that are background without a doubt."""
 MOST_DIGITS = 100
-"""Cells of an image that are looked at, the most probable ones."""
+"""Cells of a level that are looked at, the most probable ones."""
 LEAST_PROBABLE = 0.05
 """Below this, a cell is no digit."""
 LEAST_MASS = 1e-6
 """Of a sum's probability, so that its logarithm is finite."""
-
-
-class Digit(NamedTuple):
-    """One digit of an image: its value, its side and its centre (row, column) in pixels."""
-
-    value: int
-    side: float
-    row: float
-    col: float
 
 
 class DigitDetector(nn.Module):
@@ -56,13 +48,14 @@ class DigitDetector(nn.Module):
     Parameters
     ----------
     num_classes
-        Sums that the digits of an image may have: 0 to one less.
+        Sums that the digits of an image may have: 0 to one less; ten at least.
     num_levels
         Octaves; an image has to be ``8 * 2 ** (num_levels - 1)`` pixels wide and high at least.
     """
 
     def __init__(self, num_classes: int, num_levels: int) -> None:
         super().__init__()
+        assert num_classes >= NUM_VALUES
         self.num_classes = num_classes
         self.num_levels = num_levels
         self.trunk = make_trunk(WIDTHS)
@@ -79,7 +72,7 @@ class DigitDetector(nn.Module):
 
 
 def digit_detector(num_classes: int, size: int) -> DigitDetector:
-    """For images of ``size`` pixels, of which a digit takes half at most."""
+    """For images of ``size`` pixels, whose digits take about half of it at most."""
     num_levels = 1
     while SMALLEST_SIDE * 2**num_levels < size // 2 and STRIDE * 2**num_levels <= size:
         num_levels += 1
@@ -102,12 +95,12 @@ class DigitSums(StreamingModel):
 class SourceWithDigits(ImageSource):
     """An image source, and where its digits are."""
 
-    def __init__(self, source: ImageSource, digits: Sequence[Digit]) -> None:
+    def __init__(self, source: ImageSource, digits: Sequence[PlacedDigit]) -> None:
         super().__init__(source.shape, source.dtype, source.name)
         self.digits = tuple(digits)
         self._source = source
 
-    def __reduce__(self) -> tuple[type[SourceWithDigits], tuple[ImageSource, tuple[Digit, ...]]]:
+    def __reduce__(self) -> tuple[type[SourceWithDigits], tuple[ImageSource, tuple[PlacedDigit, ...]]]:
         return SourceWithDigits, (self._source, self.digits)
 
     def _read(self, region: Region) -> Tensor:
@@ -115,9 +108,10 @@ class SourceWithDigits(ImageSource):
 
 
 class ImagesWithDigits(Dataset[Sample]):
-    """UltraMNIST images whose sources are `SourceWithDigits`."""
+    """UltraMNIST images whose sources are `SourceWithDigits`; augmentations may not move pixels."""
 
     def __init__(self, images: TileDataset) -> None:
+        assert images.augmentation is None
         self._images = images
         self.labels = images.labels
         self.fingerprint = images.fingerprint
@@ -132,12 +126,13 @@ class ImagesWithDigits(Dataset[Sample]):
         return SourceWithDigits(source, digits_of(self._images.truth(position))), label
 
 
-def digits_of(truth: Sequence[Mapping[str, Any]]) -> list[Digit]:
+def digits_of(truth: Sequence[Mapping[str, Any]]) -> list[PlacedDigit]:
     """The digits of an UltraMNIST image, from what its tile store knows of it."""
     found = []
     for digit in truth:
         top, left, bottom, right = digit["box"]
-        found.append(Digit(digit["value"], digit["side"], (top + bottom) / 2, (left + right) / 2))
+        box = Region(Interval(top, bottom), Interval(left, right))
+        found.append(PlacedDigit(digit["value"], digit["side"], digit["factor"], box))
     return found
 
 
@@ -152,14 +147,15 @@ class DetectorTrainer(Trainer):
         with self._casting():
             maps: list[Tensor] = self.model(sources)
             loss = torch.zeros((), device=maps[0].device)
-            for index, source in enumerate(sources):
+            # Taken apart at once: the gradient of a single index is as large as all of them.
+            for source, *of_image in zip(sources, *(of_level.unbind() for of_level in maps), strict=True):
                 assert isinstance(source, SourceWithDigits)
-                loss = loss + detection_loss([of_all[index] for of_all in maps], source.digits)
+                loss = loss + detection_loss(of_image, source.digits)
         self.scaler.scale(weight * loss).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), sums(maps, self.net.num_classes)
 
 
-def detection_loss(maps: Sequence[Tensor], digits: Sequence[Digit]) -> Tensor:
+def detection_loss(maps: Sequence[Tensor], digits: Sequence[PlacedDigit]) -> Tensor:
     """The focal loss of an image's cells per digit (Lin et al., Focal Loss for Dense Object Detection, 2017).
 
     A digit is to be found by the cell at its centre, on the level on which it has 14 to 28 pixels. Other
@@ -187,18 +183,18 @@ def detection_loss(maps: Sequence[Tensor], digits: Sequence[Digit]) -> Tensor:
     return total / max(1, len(digits))
 
 
-def level_of(digit: Digit, num_levels: int) -> int:
+def level_of(digit: PlacedDigit, num_levels: int) -> int:
     """The level on which a digit is to be found."""
     octave = math.floor(math.log2(max(1.0, digit.side / SMALLEST_SIDE)))
     return min(octave, num_levels - 1)
 
 
-def _cells(digit: Digit, level: int, reach: float) -> tuple[slice, slice]:
+def _cells(digit: PlacedDigit, level: int, reach: float) -> tuple[slice, slice]:
     """The cells of a level that are within ``reach`` pixels of a digit's centre."""
     cell = STRIDE * 2**level
+    centres = ((span.start + span.stop) / 2 for span in digit.box)
     rows, cols = (
-        slice(max(0, math.floor((at - reach) / cell)), math.floor((at + reach) / cell) + 1)
-        for at in (digit.row, digit.col)
+        slice(max(0, math.floor((at - reach) / cell)), math.floor((at + reach) / cell) + 1) for at in centres
     )
     return rows, cols
 

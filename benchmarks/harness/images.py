@@ -35,14 +35,25 @@ def generated(
     digits: Digits,
     *,
     workers: int = 1,
+    timeout: float | None = None,
     on_image: Callable[[Progress], None] = lambda progress: None,
 ) -> TileStore:
     """The images of a scale, made now where they are not there yet; runs beside this one wait for them.
 
-    ``on_image`` is told how far they are, and ends it by raising: what is made is kept.
+    Parameters
+    ----------
+    timeout
+        Seconds to wait for another run that makes them; None waits until it has.
+    on_image
+        Told how far they are after each image, and ends it by raising: images told of are kept.
+
+    Raises
+    ------
+    filelock.Timeout
+        If another run is still at it.
     """
     spec = Spec(seed=DATA_SEED, recipe=scale.recipe, size=scale.canvas)
-    made = generate(
+    making = generate(
         folder,
         spec,
         digits,
@@ -51,8 +62,9 @@ def generated(
         workers=workers,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")), closing(made):
-        for progress in made:
+    lock = FileLock(folder.with_suffix(".lock"), timeout=-1 if timeout is None else timeout)
+    with lock, closing(making):
+        for progress in making:
             on_image(progress)
     return TileStore(folder)
 
@@ -87,8 +99,10 @@ class ShrunkImages(ImageDataset):
     ) -> None:
         whole = TileDataset(store, split)
         path = folder / f"{split}-{'-'.join(map(str, resolutions))}.npy"
-        if not path.exists():
-            _shrink(whole, resolutions, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                _shrink(whole, resolutions, path)
         header = np.load(path, mmap_mode="r")
         self._path, self._shape, self._offset = path, header.shape[1:], header.offset
         self._positions = tuple(range(len(whole)) if positions is None else positions)
@@ -138,8 +152,7 @@ def read_whole(source: ImageSource) -> Tensor:
 
 
 def _shrink(images: TileDataset, resolutions: Sequence[int], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f"{path.name}.partial")
     channels = images[0][0].shape[0]
     shape = (len(images), channels, resolutions[-1], resolutions[-1])
     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)

@@ -103,7 +103,7 @@ class Method:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the network is run by ``StreamingModel``."""
+        """Whether the network is run by ``StreamingModel`` in one process."""
         return self.kind in (Kind.STREAM, Kind.DETECTOR)
 
     @property

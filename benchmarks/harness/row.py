@@ -111,6 +111,8 @@ class Refused(Exception):
 
 AGAIN = "again"
 """The outcome of a process that another one is to go on after."""
+SAVED = "saved"
+"""The outcome of a process that was asked to end by SIGTERM, and has saved."""
 
 
 class StartAgain(Exception):
@@ -198,6 +200,8 @@ def run(task: Task) -> dict[str, Any]:
         return {**found, "outcome": "refused", "reason": str(error)}
     except TrainingDiverged as error:
         return {**found, "outcome": "diverged", "reason": str(error)}
+    except Terminated as error:
+        return {"outcome": SAVED, "reason": str(error)}
 
 
 def _warm_up(store: TileStore) -> None:
@@ -480,6 +484,8 @@ class _Row:
                 try:
                     trainer.run()
                 except Terminated:
+                    # The checkpoint is newer than the last note.
+                    costs.note(limit, trainer)
                     # Asked to by a signal, and not by the listener: the row is not done.
                     if not self._is_time_up(costs):
                         raise

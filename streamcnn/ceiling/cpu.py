@@ -162,8 +162,8 @@ class DataLimit:
         Parameters
         ----------
         step
-            Equal for steps whose operands have equal shapes, of which the first alone compiles code, so it is
-            not looked for after the others; None is equal to no other.
+            Equal for steps of one kind, of which the first alone compiles code, so it is not looked for after
+            the others; None is equal to no other.
 
         Raises
         ------
@@ -250,8 +250,10 @@ def _untouched_code_bytes() -> int:
     nbytes = 0
     *mappings, _ = _MAPS.read_bytes().split(_WRITABLE_CODE)
     for mapping in mappings:
-        start, end = mapping[mapping.rfind(b"\n") + 1 :].split(b"-")
-        nbytes += int(end, 16) - int(start, 16)
+        span = mapping[mapping.rfind(b"\n") + 1 :]
+        if b" " not in span:  # else it was in the path of a file
+            start, end = span.split(b"-")
+            nbytes += int(end, 16) - int(start, 16)
     return nbytes - nbytes // _CODE_SHARE
 
 

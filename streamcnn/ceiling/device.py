@@ -63,7 +63,7 @@ class Ceiling(Protocol):
         Parameters
         ----------
         step
-            Equal for steps whose operands have equal shapes; None is equal to no other.
+            Equal for steps of one kind, whose operands have equal shapes; None is equal to no other.
         """
 
     def give_back(self) -> None:

@@ -28,7 +28,6 @@ from streamcnn.errors import CorruptImage, DatasetMismatch
 ZarrArray = zarr.Array[Any]  # of either format version
 MissingChunks = Literal["fill", "error"]
 
-_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 _EMPTY = np.iinfo(np.uint64).max
 
 Coordinates = tuple[int, ...]
@@ -85,8 +84,6 @@ class GuardedStore(WrapperStore[Store]):
             If they are fewer than were asked for, or missing where they must not be.
         """
         found = await self._store.get(key, prototype, byte_range)
-        if key.rpartition("/")[2] in _METADATA:
-            return found
         if found is None:
             await self._check_may_be_missing(key)
         elif len(found) < _least(byte_range):

@@ -54,7 +54,10 @@ class CheckedStore(WrapperStore[LocalStore]):
         CorruptImage
             If a shard is missing, or holds something else.
         """
-        found = await self._store.get(key, prototype, byte_range)
+        try:
+            found = await self._store.get(key, prototype, byte_range)
+        except FileNotFoundError:  # the whole folder is gone
+            found = None
         if key not in self._shards:
             return found
         if found is None:
