@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import streaming_model, verify
+from streamcnn import planning, verify
 from streamcnn.executor import Execution
 from streamcnn.interpreter import TileRun
 from streamcnn.verification import Verification, _errors
@@ -127,13 +127,13 @@ def test_wrong_results_are_seen(
 
 
 def test_wrong_buffers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = streaming_model.module_states
+    original = planning.module_states
 
     def without_running_mean(net: nn.Module) -> dict[str, Tensor]:
         found = original(net)
         return {**found, "1.running_mean": found["1.running_mean"].clone()}
 
-    monkeypatch.setattr(streaming_model, "module_states", without_running_mean)
+    monkeypatch.setattr(planning, "module_states", without_running_mean)
     assert check().errors["buffer 1.running_mean"] == pytest.approx(1)
 
 
