@@ -23,7 +23,7 @@ from streamcnn.autocast import autocast, autocast_state
 from streamcnn.backward_tile import BackwardTile
 from streamcnn.interpreter import TileRun
 from streamcnn.ops.reduction_types import Parts, Reduction
-from streamcnn.plan import Home, Phase, Plan
+from streamcnn.plan import Home, Phase, Plan, StepKind
 from streamcnn.program import Axes, Kind, Node, Program
 from streamcnn.regions import Region
 from streamcnn.small_graph import Results, SmallGraph
@@ -72,19 +72,15 @@ class PhaseReport:
     bytes_written: int
 
 
-StepKind = tuple[str, int, int, int]
-"""Of a tile's step: direction, level of the phase, and the tile's kind along rows and along columns."""
-
-
-def _nothing(kind: StepKind | None) -> None:
+def _nothing(kind: StepKind) -> None:
     """What is done after a step where nobody wants to know."""
 
 
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
-    ``after_step`` is called with the kind of step after each tile of a phase, and with None after each
-    segment, and ends the pass by raising.
+    ``after_step`` is called with the kind of step after each tile of a phase and after each segment, and ends
+    the pass by raising.
     """
 
     def __init__(
@@ -95,7 +91,7 @@ class Execution:
         image: ImageReader,
         open_store: OpenStore,
         *,
-        after_step: Callable[[StepKind | None], None] = _nothing,
+        after_step: Callable[[StepKind], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
         self.program = program
@@ -128,7 +124,7 @@ class Execution:
                 if level in self._segments:
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.small.run(self._segments[level], self._barrier, record=self.plan.training)
-                    self._after_step(None)
+                    self._after_step(("segment", "forward", level, 0, 0))
                 self._free_checkpoints(level)
         except BaseException:
             self.close()
@@ -144,7 +140,7 @@ class Execution:
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
-                    self._after_step(_kind("forward", phase, row, col))
+                    self._after_step(phase.kind("forward", row, col))
         for name in phase.reductions:
             node = self.program.nodes[name]
             assert node.reduction is not None
@@ -198,7 +194,7 @@ class Execution:
             for level in reversed(self._levels):
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
-                self._after_step(None)
+                self._after_step(("segment", "backward", level, 0, 0))
                 if level in self._phases and self._phases[level].differentiated:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])
@@ -233,7 +229,7 @@ class Execution:
             for col in range(len(phase.cols)):
                 tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
                 BackwardTile(self, tile, feeds, leaves).run()
-                self._after_step(_kind("backward", phase, row, col))
+                self._after_step(phase.kind("backward", row, col))
 
     def share_gradient(
         self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
@@ -339,10 +335,6 @@ class Execution:
     def _bytes_moved(self) -> tuple[int, int]:
         stores = [*self._checkpoints.values(), *self._gradients.values()]
         return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
-
-
-def _kind(direction: str, phase: Phase, row: int, col: int) -> StepKind:
-    return direction, phase.level, phase.rows[row].kind, phase.cols[col].kind
 
 
 def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:

@@ -40,6 +40,11 @@ class AxisStep:
     """Which of the axis's kinds of tile it is: those of a kind need as many positions of each map."""
 
 
+StepKind = tuple[str, str, int, int, int]
+"""Of a step, a tile or a segment: ``"phase"`` or ``"segment"``, direction, level, and the tile's kind along
+rows and along columns."""
+
+
 @dataclass(frozen=True, slots=True)
 class Phase:
     """A stretch of local operators between barriers, carried out tile by tile."""
@@ -72,6 +77,10 @@ class Phase:
     def num_tiles(self) -> int:
         """Steps per pass over the phase."""
         return len(self.rows) * len(self.cols)
+
+    def kind(self, direction: str, row: int, col: int) -> StepKind:
+        """What tile (row, col) has in common with tiles that need as many positions of each map."""
+        return "phase", direction, self.level, self.rows[row].kind, self.cols[col].kind
 
     def own(self, row: int, col: int, name: str) -> Region:
         """The part of output ``name`` that tile (row, col) is responsible for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from streamcnn.calibration import rates_for
 from streamcnn.capture import RawGraph, capture
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.libraries import Libraries
-from streamcnn.plan import Home, Plan
+from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.program import Program, differentiated
 from streamcnn.rates import NOMINAL, Rates
@@ -31,7 +31,6 @@ an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64.""
 _CACHED = 8
 """Captured graphs and plans kept, the most recently used ones."""
 
-Planned = tuple[Program, Plan]
 T = TypeVar("T")
 
 
@@ -95,6 +94,16 @@ class Wish:
     """Bytes to plan for, where that is less than the budget."""
     tail: bool = True
     """Whether a resident tail may be chosen."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A program, the plan to carry it out by, and what is known from having done so."""
+
+    program: Program
+    plan: Plan
+    compiled: set[StepKind] = field(default_factory=set)
+    """Kinds of steps that have been carried out, for which libraries have compiled their code."""
 
 
 class Planning:
@@ -170,7 +179,7 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
         return differentiated(program, request.leaves & program.nodes.keys())
 
     program = Trace(graph, captured.states, wish.dtype, captured.device).program
-    return make_plan(program, request, gradients)
+    return Planned(*make_plan(program, request, gradients))
 
 
 def module_states(net: nn.Module) -> dict[str, Tensor]:

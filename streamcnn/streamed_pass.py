@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.ceiling.device import Limit, ceiling_for
+from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
-from streamcnn.plan import Home, Plan
+from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planning import Planned
 from streamcnn.program import Program, Ref, refs_in
 from streamcnn.report import Report
@@ -64,9 +64,9 @@ class Pass:
         self.reader = reader
         self.shrink = shrink
         # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
-        _warm_up(reader, *planned)
+        _warm_up(reader, planned.program, planned.plan)
         self.ceiling = ceiling_for(reader.device)
-        self.outputs = planned[0].outputs
+        self.outputs = planned.program.outputs
         self.random_state = _random_state(reader.device)
         self.seconds = 0.0
         self.num_retries = 0
@@ -78,7 +78,7 @@ class Pass:
 
     def _begin(self, planned: Planned) -> None:
         """Make ready to run a plan from its start."""
-        self.program, self.plan = planned
+        self.program, self.plan, self.compiled = planned.program, planned.plan, planned.compiled
         self.states = {name: self.known[qualified] for name, qualified in self.program.states.items()}
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
         self._present_names = dict(
@@ -93,7 +93,7 @@ class Pass:
             self.states,
             self.reader,
             self.stores.open,
-            after_step=self.ceiling.check,
+            after_step=_checked(self.ceiling, self.compiled),
             observer=self.host.observer,
         )
 
@@ -155,6 +155,8 @@ class Pass:
 
     def _begin_smaller(self, error: BudgetExceeded) -> None:
         """Begin with smaller tiles, or raise ``error`` if there are none."""
+        # Perhaps since the libraries have forgotten some of it.
+        self.compiled.clear()
         smaller = self.shrink(self.plan)
         if smaller is None:
             raise error
@@ -260,6 +262,16 @@ def _positions(outputs: Any) -> list[str]:
     """The name at each place of a model's result; the same one again where it is returned again."""
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
+
+
+def _checked(ceiling: Ceiling, compiled: set[StepKind]) -> Callable[[StepKind], None]:
+    """What is done after a step of some kind. It does not know the pass, as the stores do not."""
+
+    def after_step(kind: StepKind) -> None:
+        ceiling.check(compiled=kind not in compiled)
+        compiled.add(kind)
+
+    return after_step
 
 
 class _Stores:

@@ -160,7 +160,7 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        return self._planned(shape, dtype or module_dtype(self.net), image_gradient=False)[1]
+        return self._planned(shape, dtype or module_dtype(self.net), image_gradient=False).plan
 
     def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
@@ -172,7 +172,7 @@ class StreamingModel(nn.Module):
         """
         wish = self._wish(shape, module_dtype(self.net), image_gradient=False)
         captured = self._planning.capture(self.net, self._device(), wish)
-        return self._planning.plan(captured, wish, machine)[1]
+        return self._planning.plan(captured, wish, machine).plan
 
     def _planned(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool
@@ -226,10 +226,11 @@ class StreamingModel(nn.Module):
         machine = Machine.here(reader.device)
         wish = self._wish(reader.shape, reader.dtype, image_gradient=image_gradient)
         captured = self._planning.capture(self.net, reader.device, wish)
-        program, plan = self._planning.plan(captured, self._present(captured, wish), machine)
+        planned = self._planning.plan(captured, self._present(captured, wish), machine)
+        program, plan = planned.program, planned.plan
         plan.validate()
         shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
-        run = Pass((program, plan), reader, captured.states, self, shrink)
+        run = Pass(planned, reader, captured.states, self, shrink)
         names = program.output_names
         if not plan.training:
             values = run.forward()
@@ -268,7 +269,7 @@ class _Smaller:
             with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._wish.casts):
                 found = self._planning.plan(self._captured, smaller, self._machine)
             allowed = smaller.target or smaller.budget
-            if allowed is None or found[1].projected_bytes <= allowed:
+            if allowed is None or found.plan.projected_bytes <= allowed:
                 self._found = smaller
                 return found
         return None

@@ -196,13 +196,12 @@ def compiled_code() -> Any:
     return {"errors": errors, "limits": limits}
 
 
-def code_of_equal_steps() -> Any:
+def code_that_is_not_looked_for() -> Any:
     with DataLimit(30 * MB) as limit:
         limits = [soft_limit()]
-        limit.check("step")
         with code(10 * MB):
-            for step in ("step", "another", None):
-                limit.check(step)
+            for compiled in (False, True):
+                limit.check(compiled=compiled)
                 limits.append(soft_limit())
     return limits
 
@@ -230,7 +229,7 @@ CASES = (
     small_heap,
     large_heap,
     compiled_code,
-    code_of_equal_steps,
+    code_that_is_not_looked_for,
 )
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int])
     """The program and plan by which :func:`streamcnn.verify` runs ``module``: no resident tail."""
     model = StreamingModel(copy.deepcopy(module).double(), tile=tile)
     model._resident_tail = False
-    return model._planned(shape, torch.float64, image_gradient=True)
+    planned = model._planned(shape, torch.float64, image_gradient=True)
+    return planned.program, planned.plan
 
 
 def randomized(module: nn.Module) -> nn.Module:

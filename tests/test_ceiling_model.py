@@ -117,8 +117,9 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
     streaming_model._SMALLEST_TILE = 256  # so that there are no smaller tiles
 
     def optimistic(*args: Any) -> Any:
-        program, plan = planned(*args)
-        return program, dataclasses.replace(plan, budget=TOO_SMALL, terms=())
+        found = planned(*args)
+        plan = dataclasses.replace(found.plan, budget=TOO_SMALL, terms=())
+        return dataclasses.replace(found, plan=plan)
 
     for fails_forward in (True, False):
         before = states_of(model)
@@ -147,10 +148,10 @@ def retried(model: StreamingModel, image: Tensor, fails_forward: bool) -> dict[s
     budget = TOO_SMALL
 
     def optimistic(*args: Any) -> Any:
-        program, plan = planned(*args)
+        found = planned(*args)
         # Only at first: what is planned after a refusal is to be right.
         model._planning.plan = planned
-        return program, dataclasses.replace(plan, budget=budget, terms=())
+        return dataclasses.replace(found, plan=dataclasses.replace(found.plan, budget=budget, terms=()))
 
     model.zero_grad()
     if fails_forward:

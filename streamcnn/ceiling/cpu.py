@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +110,6 @@ class DataLimit:
         self._soft_limit_before: int | None = None
         self._reads_high_water = False
         self._peak: int | None = None
-        self._steps: set[Hashable] = set()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -154,16 +152,15 @@ class DataLimit:
         self._note_peak()
         _active.remove(self)
 
-    def check(self, step: Hashable = None) -> None:
+    def check(self, *, compiled: bool = True) -> None:
         """Let go of what libraries keep without need, and see what the limit does not refuse.
 
         Code that was compiled since it was set is left out of it from now on.
 
         Parameters
         ----------
-        step
-            Equal for steps of one kind, of which the first alone compiles code, so it is not looked for after
-            the others; None is equal to no other.
+        compiled
+            Whether there may be any. To look for it takes the kernel a millisecond.
 
         Raises
         ------
@@ -173,10 +170,8 @@ class DataLimit:
         if self._budget is None:
             return
         free_matrix_buffers()
-        if self._soft_limit_before is not None and (step is None or step not in self._steps):
-            # The kernel takes a millisecond to list the process's memory.
+        if compiled and self._soft_limit_before is not None:
             _set_soft_limit(min(self._soft_limit_before, self._ceiling(self._budget)))
-            self._steps.add(step)
         if self._baseline.free_bytes > _heap_share(self._budget):
             peak = self.peak_bytes
             if peak is not None and peak > self._budget:

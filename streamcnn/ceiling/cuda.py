@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -167,8 +167,8 @@ class CudaCeiling:
         self._limit = CudaLimit(self._gauge, budget)
         return self._limit
 
-    def check(self, step: Hashable = None) -> None:
-        """Raise ``BudgetExceeded`` if the limit in force has been passed, whichever step it was."""
+    def check(self, *, compiled: bool = True) -> None:
+        """Raise ``BudgetExceeded`` if the limit in force has been passed, by compiled code too."""
         if self._limit is not None:
             self._limit.check()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -57,13 +56,13 @@ class Ceiling(Protocol):
             Whether the host's allocator may keep freed blocks.
         """
 
-    def check(self, step: Hashable = None) -> None:
+    def check(self, *, compiled: bool = True) -> None:
         """Called after every step: raise ``BudgetExceeded`` if the limit in force has been passed.
 
         Parameters
         ----------
-        step
-            Equal for steps of one kind, whose operands have equal shapes; None is equal to no other.
+        compiled
+            Whether libraries may have compiled code since the last call.
         """
 
     def give_back(self) -> None:
@@ -87,10 +86,10 @@ class HostCeiling:
         self._limit = DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
         return self._limit
 
-    def check(self, step: Hashable = None) -> None:
+    def check(self, *, compiled: bool = True) -> None:
         """See :meth:`DataLimit.check`; nearly all that goes past the limit has been refused."""
         if self._limit is not None:
-            self._limit.check(step)
+            self._limit.check(compiled=compiled)
 
     def give_back(self) -> None:
         """The heap's free pages, which are resident until then."""
@@ -123,7 +122,7 @@ class NoCeiling:
             )
         return self
 
-    def check(self, step: Hashable = None) -> None:
+    def check(self, *, compiled: bool = True) -> None:
         """Nothing."""
 
     def give_back(self) -> None:
