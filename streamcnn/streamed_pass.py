@@ -78,7 +78,10 @@ class Pass:
 
     def _begin(self, planned: Planned) -> None:
         """Make ready to run a plan from its start."""
-        self.program, self.plan, self.compiled = planned.program, planned.plan, planned.compiled
+        self.planned = planned
+        self.program, self.plan = planned.program, planned.plan
+        # Some code is taken to be there: only on the CPU is it anything that memory is refused for.
+        self.is_trusting = self.reader.device.type == "cpu" and bool(planned.compiled)
         self.states = {name: self.known[qualified] for name, qualified in self.program.states.items()}
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
         self._present_names = dict(
@@ -93,7 +96,7 @@ class Pass:
             self.states,
             self.reader,
             self.stores.open,
-            after_step=_checked(self.ceiling, self.compiled),
+            after_step=_checked(self.ceiling, planned.compiled),
             observer=self.host.observer,
         )
 
@@ -115,7 +118,7 @@ class Pass:
                     values = self.execution.forward()
                 break
             except BudgetExceeded as error:
-                self._begin_smaller(error)
+                self._begin_again(error)
             # Not before the error is let go of: its traceback holds the tile's tensors.
             self.ceiling.give_back()
         self.shrink.keep()
@@ -139,7 +142,7 @@ class Pass:
                     self.shrink.keep()
                     return found
                 except BudgetExceeded as error:
-                    self._begin_smaller(error)
+                    self._begin_again(error)
                     repeat = True
                 self.ceiling.give_back()
         finally:
@@ -153,15 +156,18 @@ class Pass:
             found[name] = found[name] + gradient if name in found else gradient
         return found
 
-    def _begin_smaller(self, error: BudgetExceeded) -> None:
-        """Begin with smaller tiles, or raise ``error`` if there are none."""
-        # Perhaps since the libraries have forgotten some of it.
-        self.compiled.clear()
-        smaller = self.shrink(self.plan)
-        if smaller is None:
+    def _begin_again(self, error: BudgetExceeded) -> None:
+        """Begin with smaller tiles, or raise ``error`` if there are none.
+
+        If code was not looked for, begin as before, and look: libraries keep so much of it, and may have
+        dropped some for another model's.
+        """
+        again = self.planned if self.is_trusting else self.shrink(self.plan)
+        self.planned.compiled.clear()
+        if again is None:
             raise error
         leaf_states, autocast = self.leaf_states, self.execution.autocast
-        self._begin(smaller)
+        self._begin(again)
         # The ambient autocast of a backward pass is not that of its forward pass.
         self.execution.autocast = autocast
         self.num_retries += 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel
+from streamcnn.ceiling.device import HostCeiling
 from streamcnn.interpreter import TileRun
 
 SHAPE = (2, 3, 150, 131)
@@ -129,6 +130,43 @@ def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatc
     assert found.projected_bytes == model.last_report.projected_bytes < wanted.projected_bytes
     # Of another kind, it was not refused.
     assert model.plan(SHAPE, torch.float64) == wanted
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.9])
+def test_where_code_was_not_looked_for_it_is_begun_as_before(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    net = make_net()
+    num_calls = counted(monkeypatch, copy.deepcopy(net))
+    first, second = (StreamingModel(copy.deepcopy(net), "1GiB", tile=64) for _ in range(2))
+    for model in (first, second):
+        update(model)
+        model.zero_grad(set_to_none=True)
+    expected = update(first)
+    assert first.last_report is not None
+    wanted = first.last_report.projected_bytes
+    refused = RefusedOnce(1 + int(share * num_calls))
+    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    looks: list[bool] = []
+    check = HostCeiling.check
+
+    def noted(ceiling: HostCeiling, *, compiled: bool) -> None:
+        looks.append(compiled)
+        check(ceiling, compiled=compiled)
+
+    monkeypatch.setattr(HostCeiling, "check", noted)
+    assert_same(update(second), expected, 1e-12)
+    report = second.last_report
+    assert report is not None
+    assert (report.num_retries, report.projected_bytes) == (1, wanted)
+    # Not at first, and then as if for the first time.
+    assert not looks[0]
+    assert any(looks)
+    # What is refused all the same is planned for less.
+    second.zero_grad()
+    refused.calls, refused.always = 0, True
+    with pytest.raises(BudgetExceeded):
+        update(second)
 
 
 def test_what_did_not_go_through_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
