@@ -181,8 +181,8 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 def with_free_heap() -> dict[str, Any]:
     """An update in a process whose heap holds more free than the budget."""
     torch.set_num_threads(1)
-    # Code of libraries that runs for the first time is resident then, 6 to 16 MB more or less by chance.
-    StreamingModel(make_net(), tile=128)(torch.randn(1, 3, 300, 280)).sum().backward()
+    # Code of libraries that runs for the first time is resident then, 6 to 20 MB more or less by chance.
+    StreamingModel(make_net(), BUDGET)(torch.randn(SHAPE)).sum().backward()
     tame_allocator()
     blocks = [bytearray(100_000) for _ in range(2 * BUDGET // 100_000)]
     # The last one stays, and keeps the heap from shrinking.
