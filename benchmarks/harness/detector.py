@@ -108,7 +108,7 @@ class SourceWithDigits(ImageSource):
 
 
 class ImagesWithDigits(Dataset[Sample]):
-    """UltraMNIST images whose sources are `SourceWithDigits`; augmentations may not move pixels."""
+    """UltraMNIST images, not augmented, whose sources are `SourceWithDigits`."""
 
     def __init__(self, images: TileDataset) -> None:
         assert images.augmentation is None
