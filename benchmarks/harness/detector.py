@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ LEAST_PROBABLE = 0.05
 """Below this, a cell is no digit."""
 LEAST_MASS = 1e-6
 """Of a sum's probability, so that its logarithm is finite."""
+
+
+Cell = tuple[int, int, int]
+"""Level, row and column."""
 
 
 class DigitDetector(nn.Module):
@@ -114,9 +119,13 @@ class ImagesWithDigits(Dataset[Sample]):
         assert images.augmentation is None
         self._images = images
         self.labels = images.labels
-        self.fingerprint = images.fingerprint
         self.set_epoch = images.set_epoch
         self.prefetch = images.prefetch
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the images."""
+        return self._images.fingerprint
 
     def __len__(self) -> int:
         return len(self._images)
@@ -219,17 +228,12 @@ def sums(maps: Sequence[Tensor], num_classes: int) -> Tensor:
 
 
 def _sum_of(probabilities: Sequence[Tensor], num_classes: int) -> Tensor:
-    mass = torch.zeros(num_classes)
-    mass[0] = 1
+    mass = np.array([1.0])
     for cell in most_probable(probabilities):
-        after = mass * cell[BACKGROUND]
-        for value, probability in enumerate(cell[:BACKGROUND].tolist()):
-            shifted = torch.zeros(num_classes)
-            shifted[value:] = mass[: num_classes - value]
-            shifted[-1] += mass[num_classes - value :].sum()
-            after += probability * shifted
-        mass = after
-    return mass
+        zero, *others, background = cell.tolist()
+        mass = np.convolve(mass, [zero + background, *others])
+    classes = np.minimum(np.arange(len(mass)), num_classes - 1)
+    return torch.from_numpy(np.bincount(classes, weights=mass, minlength=num_classes)).float()
 
 
 def most_probable(probabilities: Sequence[Tensor]) -> list[Tensor]:
@@ -250,17 +254,16 @@ def most_probable(probabilities: Sequence[Tensor]) -> list[Tensor]:
         for probability, at in zip(likely.tolist(), cells.tolist(), strict=True):
             if probability >= LEAST_PROBABLE:
                 row, col = divmod(at, of_level.shape[2])
-                candidates.append((probability, level, row, col))
-    kept: list[tuple[int, int, int]] = []
-    for _, *cell in sorted(candidates, reverse=True):
-        level, row, col = cell
-        if not any(_are_neighbours((level, row, col), other) for other in kept):
-            kept.append((level, row, col))
+                candidates.append((probability, (level, row, col)))
+    kept: list[Cell] = []
+    for _, cell in sorted(candidates, reverse=True):
+        if not any(_are_neighbours(cell, other) for other in kept):
+            kept.append(cell)
     return [probabilities[level][:, row, col] for level, row, col in kept]
 
 
-def _are_neighbours(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Whether cells (level, row, column) of one level, or of two next to each other, touch or overlap."""
+def _are_neighbours(one: Cell, other: Cell) -> bool:
+    """Whether cells of one level, or of two next to each other, touch or overlap."""
     if abs(one[0] - other[0]) > 1:
         return False
     reach = STRIDE * 2 ** max(one[0], other[0])
