@@ -12,13 +12,13 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from streamcnn.atomic import replace_file
 from streamcnn.errors import DamagedCheckpoint
 
 BEST = "best.txt"
@@ -58,8 +58,15 @@ class CheckpointFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / self.next_name(update)
-        with _written(path) as temporary, temporary.open("wb") as file:
+        temporary = path.with_name(path.name + _TEMPORARY)
+        with temporary.open("wb") as file:
             torch.save(dict(state), file)
+        _flush(temporary)
+        # The digest first: whatever has the final name has one.
+        replace_file(_digest_path(path), f"{_digest(temporary)}  {path.name}\n", flush=True)
+        _flush(self.folder)
+        os.replace(temporary, path)
+        _flush(self.folder)
         best = self.best()
         for old in self.paths()[KEPT:]:
             if old != best:
@@ -72,8 +79,8 @@ class CheckpointFolder:
         if name is None:
             (self.folder / BEST).unlink(missing_ok=True)
             return
-        with _written(self.folder / BEST, digest=False) as temporary:
-            temporary.write_text(f"{name}\n")
+        replace_file(self.folder / BEST, f"{name}\n", flush=True)
+        _flush(self.folder)
 
     def best(self) -> Path | None:
         """The best checkpoint; None if none was marked."""
@@ -134,20 +141,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-@contextmanager
-def _written(path: Path, *, digest: bool = True) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to, which takes its place when the block ends."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    yield temporary
-    _flush(temporary)
-    if digest:
-        # The digest first: whatever has the final name has one.
-        with _written(_digest_path(path), digest=False) as beside:
-            beside.write_text(f"{_digest(temporary)}  {path.name}\n")
-    os.replace(temporary, path)
-    _flush(path.parent)
 
 
 def _flush(path: Path) -> None:
