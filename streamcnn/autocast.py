@@ -1,11 +1,22 @@
-"""Autocast as it was when a pass began, for its recomputation later."""
+"""Autocast as it was when a pass began, for its recomputation later, and as blocks of a model set it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Casts:
+    """Autocast as a block of the user's forward pass sets it, whatever it is around the pass."""
+
+    device_type: str
+    dtype: torch.dtype | None
+    """What is cast to; ``None`` for no casts."""
 
 
 def autocast_state(device: torch.device) -> torch.dtype | None:
@@ -21,4 +32,24 @@ def autocast(device: torch.device, dtype: torch.dtype | None, *, cache: bool = T
     the tile that made it.
     """
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache):
+        yield
+
+
+def as_recorded(*, grad: bool, casts: Casts | None) -> AbstractContextManager[Any]:
+    """What an operator's own block of the forward pass sets: no gradient, casts of its own."""
+    if grad and casts is None:
+        return _NOTHING
+    return _blocks(grad, casts)
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _blocks(grad: bool, casts: Casts | None) -> Iterator[None]:
+    with ExitStack() as blocks:
+        if not grad:
+            blocks.enter_context(torch.no_grad())
+        if casts is not None:
+            blocks.enter_context(autocast(torch.device(casts.device_type), casts.dtype, cache=False))
         yield

@@ -1,37 +1,37 @@
-"""Capture: the user's module as a flat list of functional ATen calls.
+"""Capture: a forward pass as a flat list of functional ATen calls.
 
-``torch.export`` traces the module on fake tensors in its present mode, so no memory is used. This
-module turns the exported graph into :class:`RawGraph`: in-place operators become functional ones and
-buffer updates become named results. It decides nothing about streaming.
+:class:`RawGraph` is what tracing and planning start from: in-place operators are functional calls, writes
+through views are written back to what they view, changes of states are named results, and each call knows
+the blocks that it stands in. It decides nothing about streaming, and holds nothing of the user's Python.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule
 from torch.fx import Node as FxNode
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
+from streamcnn.autocast import Casts
 from streamcnn.errors import UnsupportedModel
+from streamcnn.flattening import GradientHook, Whole, is_fake
+from streamcnn.in_place import functional_of, is_view, own_name, overwritten, scattered
 from streamcnn.program import Ref
-
-aten = torch.ops.aten
+from streamcnn.windows import Axes
 
 CUMULATIVE = math.nan
 """Stands for batch norm's ``momentum=None`` (a cumulative average) in a captured call."""
+
+_SIDE_EFFECTS = frozenset(
+    {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "lazy_load_decompositions"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,289 +47,430 @@ class RawNode:
     """Whether plain PyTorch makes a new tensor here, rather than a view or a change in place."""
     in_place: Callable[..., Any] | None = None
     """The call as the user's model has it, if that overwrites its first argument."""
-    buffer: str | None = None
-    """Qualified name of the buffer that takes the result, if the model changes one here."""
+    state: str | None = None
+    """Key of the state that takes the result, if the model changes one here."""
+    grad: bool = True
+    """Whether autograd would record it."""
+    casts: Casts | None = None
+    """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A result of the model that is one of the tensors that went in."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class RawGraph:
-    """A captured module before any decision is taken."""
+    """A captured forward pass before any decision is taken."""
 
     nodes: tuple[RawNode, ...]
     image: str
     image_shape: tuple[int, ...]
-    states: dict[str, str]
-    """Node name to qualified name of a parameter or buffer."""
-    constants: dict[str, torch.Tensor]
-    outputs: Any
-    updates: dict[str, str]
-    """Qualified buffer name to the node that holds its new value."""
+    states: Mapping[str, str]
+    """Node name to key of a parameter, a buffer or a further argument: qualified names for those of the
+    module."""
+    maps: Mapping[str, Axes]
+    """Of the states, further arguments that are maps, with their spatial axes."""
+    constants: Mapping[str, Tensor]
+    outputs: tuple[Any, ...]
+    """The results: refs, :class:`Given` ones, and plain values."""
+    updates: Mapping[str, str]
+    """Key of a state that the pass changes to the node that holds its new value."""
+    enables_grad: bool = False
+    """Whether a block of the model turns gradients on where they were off."""
+    changes_image: bool = False
+    """Whether the model overwrites the image, as ``x.sub_(mean)`` does."""
+    key: str = field(init=False, compare=False)
+    """Equal for graphs that are planned alike."""
+
+    def __post_init__(self) -> None:
+        nodes = (
+            f"{n.name}={_text(n.target)}{n.args}{n.kwargs}{n.state}{n.grad}{n.casts}" for n in self.nodes
+        )
+        constants = ((name, tuple(c.shape), c.dtype) for name, c in self.constants.items())
+        rest = (
+            self.image, self.image_shape, self.states, self.maps, self.outputs, self.updates
+        )
+        object.__setattr__(self, "key", "\n".join([*nodes, *map(str, constants), *map(str, rest)]))
 
 
-def capture(module: torch.nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> RawGraph:
-    """The functional graph of ``module`` for an image of ``shape`` (N, C, H, W), in its present mode.
+def _text(target: Callable[..., Any]) -> str:
+    """A target as part of a graph's key: those of the user's own are told apart by name alone."""
+    return str(target) if isinstance(target, (OpOverload, Whole)) else getattr(target, "__name__", str(target))
+
+
+def functionalized(
+    flat: GraphModule,
+    keys: Sequence[str | None],
+    image_shape: tuple[int, ...],
+    *,
+    grad: bool,
+    device: torch.device,
+    path_of: Callable[[str], str],
+    hooks: Mapping[str, Sequence[Callable[..., Any]]] | None = None,
+) -> RawGraph:
+    """A flat graph with no call that changes its arguments.
+
+    Parameters
+    ----------
+    keys
+        For each input of the graph the key of a state, or ``None`` for the image.
+    grad, device
+        Whether gradients are on where the pass begins, and where it computes.
+    path_of
+        The qualified name of a submodule, given its place in the captured call; for messages.
+    hooks
+        Hooks on gradients by the name of the node that they are set on, besides those in the graph.
 
     Raises
     ------
     UnsupportedModel
-        If ``torch.export`` cannot trace the module at this shape, with its own reason.
+        If a change in place has no functional form.
     """
-    states = itertools.chain(module.parameters(), module.buffers())
-    device = next((state.device for state in states), torch.device("cpu"))
-    exported = _export(module, shape, dtype, device)
-    return _Functionalizer(exported).run(shape)
-
-
-def _export(
-    module: torch.nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> ExportedProgram:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        image = torch.empty(shape, dtype=dtype, device=device)
-    try:
-        with _marked_cumulative(module), _no_autocast(device), _quiet_export():
-            return torch.export.export(module, (image,), strict=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModel(
-            f"the model cannot be captured for an image of shape {tuple(shape)}: {reason}. "
-            "Allowed are modules whose forward takes one image tensor and does not branch on its values; "
-            "check that the plain model accepts this shape."
-        ) from error
-
-
-@contextmanager
-def _marked_cumulative(module: torch.nn.Module) -> Iterator[None]:
-    """Let batch norm with ``momentum=None`` be traced, whose forward reads a counter's value."""
-    marked = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
-    for norm in marked:
-        norm.momentum = CUMULATIVE
-    try:
-        yield
-    finally:
-        for norm in marked:
-            norm.momentum = None
-
-
-@contextmanager
-def _no_autocast(device: torch.device) -> Iterator[None]:
-    """Capture without casts: they are applied when operators run, as in eager mode."""
-    with torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Keep export's own log of a failed trace off the terminal; its reason is in our error."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return _Functionalizer(flat, keys, grad, device, path_of, hooks or {}).run(image_shape)
 
 
 class _Functionalizer:
-    """Rewrites an exported graph so that no call changes its arguments."""
+    """Rewrites a flat graph; see :func:`functionalized`.
 
-    def __init__(self, exported: ExportedProgram) -> None:
-        self.exported = exported
-        self.position = {node: index for index, node in enumerate(exported.graph.nodes)}
-        self.current: dict[FxNode, FxNode | None] = {}
-        """The node that holds a value now, after in-place changes."""
+    Every value knows whose memory it views. A write to a view is scattered into what it views, up to the
+    tensor that owns the memory; another view of that is taken anew when it is read the next time.
+    """
+
+    def __init__(
+        self,
+        flat: GraphModule,
+        keys: Sequence[str | None],
+        grad: bool,
+        device: torch.device,
+        path_of: Callable[[str], str],
+        hooks: Mapping[str, Sequence[Callable[..., Any]]],
+    ) -> None:
+        self.flat = flat
+        self.keys = list(keys)
+        self.grad = self.ambient = grad
+        self.device = device
+        self.path_of = path_of
+        self.casts: list[Casts | None] = [None]
+        self.values: dict[FxNode, Any] = {}
+        """What reading a node gives now."""
+        self.same: dict[FxNode, FxNode] = {}
+        """In-place calls and the value that they return."""
+        self.viewed: dict[FxNode, FxNode] = {}
+        """Views and what they view."""
+        self.seen: dict[FxNode, int] = {}
+        """How often the memory of a node had been written to when its value was taken."""
+        self.writes: dict[FxNode, int] = {}
+        self.names: set[str] = {node.name for node in flat.graph.nodes}
         self.nodes: list[RawNode] = []
         self.states: dict[str, str] = {}
-        self.constants: dict[str, torch.Tensor] = {}
-        self.updates: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
         self.image: FxNode | None = None
+        self.hooks = _hooks(flat)
+        self.own_hooks = hooks
+        self.enables_grad = False
 
-    def run(self, shape: tuple[int, ...]) -> RawGraph:
-        graph = self.exported.graph
-        kinds = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
-        outputs: Any = None
-        for node in graph.nodes:
+    def run(self, image_shape: tuple[int, ...]) -> RawGraph:
+        outputs: tuple[Any, ...] = ()
+        inputs = iter(self.keys)
+        for node in self.flat.graph.nodes:
             if node.op == "placeholder":
-                self._placeholder(node, kinds[node.name])
+                self._placeholder(node, next(inputs))
+            elif node.op == "get_attr":
+                self._constant(node)
             elif node.op == "call_function":
                 self._call(node)
-            elif node.op == "output":
-                outputs = self._outputs(node)
             else:
-                raise UnsupportedModel(f"captured graph has a {node.op} node '{node.name}', which is unknown")
-        assert self.image is not None
+                assert node.op == "output", node.op
+                outputs = tuple(self._output(value) for value in _as_tuple(node.args[0]))
+        if self.image is None:
+            raise UnsupportedModel(
+                "the model's result does not depend on the image: nothing can be streamed; "
+                "call the module itself"
+            )
+        changed = [n for n in self.flat.graph.nodes if n.name in self.states and self.writes.get(n, 0)]
         return RawGraph(
             nodes=tuple(self.nodes),
             image=self.image.name,
-            image_shape=tuple(shape),
+            image_shape=tuple(image_shape),
             states=self.states,
+            maps=self._maps(image_shape),
             constants=self.constants,
             outputs=outputs,
-            updates=self.updates,
+            updates={self.states[node.name]: self.values[node].name for node in changed},
+            enables_grad=self.enables_grad,
+            changes_image=bool(self.writes.get(self.image, 0)),
         )
 
-    def _placeholder(self, node: FxNode, spec: Any) -> None:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            self.states[node.name] = spec.target
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            self.constants[node.name] = self.exported.constants[spec.target]
-        elif self.image is None:
+    # --- what goes in --------------------------------------------------------------------------------
+
+    def _placeholder(self, node: FxNode, key: str | None) -> None:
+        if key is None:
             self.image = node
         else:
-            raise UnsupportedModel(
-                f"the model takes more than one input ('{self.image.name}' and '{node.name}'): "
-                "allowed is one image tensor; wrap the model so that its forward takes the image alone"
-            )
+            self.states[node.name] = key
+        self.values[node] = self._hooked(node, Ref(node.name))
 
-    def _outputs(self, node: FxNode) -> Any:
-        signature = self.exported.graph_signature
-        values = node.args[0]
-        assert isinstance(values, (tuple, list))
-        results = []
-        for spec, value in zip(signature.output_specs, values, strict=True):
-            if spec.kind.name == "BUFFER_MUTATION":
-                assert isinstance(value, FxNode)
-                assert spec.target is not None
-                self.updates[spec.target] = self._ref(value).name
-            else:
-                results.append(self._resolve(value))
-        return pytree.tree_unflatten(results, self.exported.call_spec.out_spec)
+    def _constant(self, node: FxNode) -> None:
+        value = getattr(self.flat, str(node.target))
+        if not isinstance(value, Tensor) or is_fake(value):
+            raise UnsupportedModel(
+                f"the forward pass reads a tensor that tracing cannot follow ({_source(node, self)}): "
+                "assign to .data or storages outside the forward pass"
+            )
+        self.constants[node.name] = value
+        self.values[node] = Ref(node.name)
+
+    def _maps(self, image_shape: tuple[int, ...]) -> dict[str, Axes]:
+        """Further arguments with spatial extent."""
+        found = {}
+        for node in self.flat.graph.nodes:
+            if is_argument(self.states.get(node.name, "")):
+                axes = _spatial_axes(tuple(node.meta["val"].shape), image_shape)
+                if axes is not None and not self.writes.get(node, 0):
+                    found[node.name] = axes
+        return found
+
+    # --- calls ---------------------------------------------------------------------------------------
 
     def _call(self, node: FxNode) -> None:
         target = node.target
-        if _is_check(target):
-            return
         assert callable(target)
-        if _overwrites(target):
-            assert isinstance(target, OpOverload)
-            self._in_place(node, target)
-            return
-        self._append(node, target)
+        name = getattr(target, "__name__", "")
+        if name in _SIDE_EFFECTS and not isinstance(target, OpOverload):
+            self._block(name, node)
+        elif isinstance(target, GradientHook):
+            # It stands where its value is made.
+            hooked = node.args[0]
+            assert isinstance(hooked, FxNode)
+            self.same[node] = self._itself(hooked)
+        elif _is_check(target):
+            pass
+        elif (written := overwritten(node)) is not None:
+            self._write_in_place(node, written)
+        else:
+            self._plain(node)
 
-    def _append(self, node: FxNode, target: Callable[..., Any], buffer: str | None = None) -> None:
+    def _block(self, name: str, node: FxNode) -> None:
+        """Enter or leave a block of the model."""
+        if name == "_set_grad_enabled":
+            self.grad = bool(node.args[0])
+            self.enables_grad = self.enables_grad or (self.grad and not self.ambient)
+        elif name == "_enter_autocast":
+            device, dtype, enabled = (*node.args, *(None,) * 3)[:3]
+            self.casts.append(self._casts(str(device), dtype, bool(enabled)))
+        elif name == "_exit_autocast":
+            self.casts.pop()
+
+    def _casts(self, device: str, dtype: Any, enabled: bool) -> Casts | None:
+        if device != self.device.type:
+            return self.casts[-1]
+        return Casts(device, (dtype or torch.get_autocast_dtype(device)) if enabled else None)
+
+    def _plain(self, node: FxNode) -> None:
+        parent = is_view(node)
+        if parent is not None:
+            parent = self._itself(parent)
+            self.viewed[node] = parent
+            self.seen[node] = self.writes.get(self._owner(parent), 0)
+        target = node.target
+        assert callable(target)
+        args, kwargs = self._resolved(node)
+        ref = self._append(node, node.name, target, args, kwargs, allocates=parent is None)
+        self.values[node] = self._hooked(node, ref)
+
+    def _hooked(self, node: FxNode, ref: Ref) -> Ref:
+        """The value behind the hooks on its gradient; the first one that was set sees the gradient first."""
+        for call in reversed(self.hooks.get(node, ())):
+            free = tuple(self._resolve(value) for value in call.args[1:])
+            assert callable(call.target)
+            ref = self._append(node, self._fresh(call.name), call.target, (ref, *free), {}, allocates=False)
+        for hook in reversed(self.own_hooks.get(node.name, ())):
+            name = self._fresh(f"{node.name}_hooked")
+            ref = self._append(node, name, GradientHook(hook), (ref,), {}, allocates=False)
+        return ref
+
+    def _write_in_place(self, node: FxNode, written: FxNode) -> None:
+        """A call that overwrites ``written`` and returns it."""
+        written = self._itself(written)
+        functional, args, kwargs = functional_of(node, _source(node, self))
+        args, kwargs = self._resolve(args), self._resolve(kwargs)
+        is_plain = written not in self.viewed and node.args and node.args[0] is written
+        ref = self._append(
+            node,
+            node.name,
+            functional,
+            args,
+            kwargs,
+            allocates=False,
+            in_place=node.target if is_plain and own_name(node.target) else None,
+            state=self.states.get(written.name) if written not in self.viewed else None,
+        )
+        self.same[node] = written
+        self._write(node, written, ref)
+
+    def _write(self, node: FxNode, written: FxNode, ref: Ref) -> None:
+        """Give ``written`` a new value, and everything that it is a view of."""
+        chain = [written]
+        while chain[-1] in self.viewed:
+            chain.append(self.viewed[chain[-1]])
+        new = {written: ref}
+        for view, parent in zip(chain, chain[1:], strict=False):
+            before = self._read(parent)
+            target, args = scattered(view, before, new[view], _source(node, self))
+            state = self.states.get(parent.name) if parent is chain[-1] else None
+            new[parent] = self._append(
+                node, self._fresh(f"{node.name}_into"), target, args, {}, allocates=False, state=state
+            )
+        owner = chain[-1]
+        self.writes[owner] = self.writes.get(owner, 0) + 1
+        for member, value in new.items():
+            self.values[member] = value
+            self.seen[member] = self.writes[owner]
+
+    def _append(
+        self,
+        node: FxNode,
+        name: str,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        allocates: bool,
+        in_place: Any = None,
+        state: str | None = None,
+    ) -> Ref:
         self.nodes.append(
             RawNode(
-                name=node.name,
+                name=name,
                 target=target,
-                args=tuple(self._resolve(value) for value in node.args),
-                kwargs={key: self._resolve(value) for key, value in node.kwargs.items()},
-                source=_source_of(node),
-                allocates=not (_is_view(node) or _overwrites(node.target)),
-                in_place=node.target if callable(node.target) and _overwrites(node.target) else None,
-                buffer=buffer,
+                args=args,
+                kwargs=kwargs,
+                source=_source(node, self),
+                allocates=allocates,
+                in_place=in_place,
+                state=state,
+                grad=self.grad,
+                casts=self.casts[-1],
             )
         )
+        return Ref(name)
 
-    def _in_place(self, node: FxNode, target: OpOverload) -> None:
-        written = node.args[0]
-        assert isinstance(written, FxNode)
-        self._refuse_shared_memory(node, written)
-        buffer = self.states.get(self._root(written).name)
-        self._append(node, functional_of(target, node), buffer)
-        self.current[written] = node
-        if buffer is not None:
-            self.updates[buffer] = node.name
+    # --- reading -------------------------------------------------------------------------------------
 
-    def _root(self, node: FxNode) -> FxNode:
-        """The placeholder or call whose memory in-place operators have been changing."""
-        while _overwrites(node.target):
-            previous = node.args[0]
-            assert isinstance(previous, FxNode)
-            node = previous
+    def _itself(self, node: FxNode) -> FxNode:
+        """The value that an in-place call returns."""
+        while node in self.same:
+            node = self.same[node]
         return node
 
-    def _refuse_shared_memory(self, node: FxNode, written: FxNode) -> None:
-        """An in-place change is only functional if no other name for the memory is read later."""
-        for other in _same_memory(written):
-            if other is not written and any(
-                self.position[user] > self.position[node] for user in other.users
-            ):
-                raise UnsupportedModel(
-                    f"'{node.name}' ({_source_of(node)}) changes a tensor in place that is also read through "
-                    f"the view '{other.name}'; use the operator that returns a new tensor instead"
-                )
+    def _owner(self, node: FxNode) -> FxNode:
+        while node in self.viewed:
+            node = self.viewed[node]
+        return node
 
-    def _ref(self, node: FxNode) -> Ref:
-        while (newer := self.current.get(node)) is not None:
-            node = newer
-        return Ref(node.name)
+    def _read(self, node: FxNode) -> Any:
+        """What ``node`` holds now; a view is taken again if what it views has been written to since."""
+        node = self._itself(node)
+        if node in self.viewed:
+            writes = self.writes.get(self._owner(node), 0)
+            if self.seen[node] != writes:
+                self.values[node] = self._again(node)
+                self.seen[node] = writes
+        return self.values[node]
+
+    def _again(self, node: FxNode) -> Ref:
+        args, kwargs = self._resolved(node)
+        if node.target is operator.getitem:
+            parts = node.args[0]
+            assert isinstance(parts, FxNode)
+            args = (self._again(parts), *args[1:])
+        target = node.target
+        assert callable(target)
+        return self._append(node, self._fresh(node.name), target, args, kwargs, allocates=False)
+
+    def _resolved(self, node: FxNode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args: tuple[Any, ...] = self._resolve(node.args)
+        kwargs: dict[str, Any] = self._resolve(node.kwargs)
+        return args, dict(kwargs)
 
     def _resolve(self, value: Any) -> Any:
-        def resolve(leaf: Any) -> Any:
-            return self._ref(leaf) if isinstance(leaf, FxNode) else leaf
+        if isinstance(value, FxNode):
+            return self._read(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._resolve, value)) if type(value) in (tuple, list) else tuple(
+                map(self._resolve, value)
+            )
+        if isinstance(value, dict):
+            return {key: self._resolve(each) for key, each in value.items()}
+        return value
 
-        return torch.fx.node.map_aggregate(value, resolve)
+    def _output(self, value: Any) -> Any:
+        if not isinstance(value, FxNode):
+            return value
+        itself = self._itself(value)
+        if itself.name in self.states and itself.op == "placeholder":
+            return Given(self.states[itself.name])
+        return self._read(itself)
 
-
-def functional_of(target: OpOverload, node: FxNode) -> Callable[..., Any]:
-    """The operator that returns what the in-place ``target`` would have written.
-
-    Raises
-    ------
-    UnsupportedModel
-        If ATen has none.
-    """
-    name = target._schema.name.split("::")[1]
-    if name.startswith("bernoulli_"):
-        return aten.bernoulli.p
-    if name == "copy_":
-        return _copied
-    packet = getattr(getattr(torch.ops, target.namespace), name.rstrip("_"), None)
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    if overload is None or not name.endswith("_"):
-        raise UnsupportedModel(
-            f"'{node.name}' ({_source_of(node)}) uses {target}, which changes its argument in place "
-            "and has no functional form; use an operator that returns a new tensor instead"
-        )
-    return overload  # type: ignore[no-any-return]
+    def _fresh(self, base: str) -> str:
+        name, count = base, 0
+        while name in self.names:
+            count += 1
+            name = f"{base}_{count}"
+        self.names.add(name)
+        return name
 
 
-def _copied(target: torch.Tensor, value: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    return value.to(target.dtype).expand(target.shape)
+ARGUMENT = "argument "
+"""How the keys of further arguments begin."""
+
+
+def is_argument(key: str) -> bool:
+    """Whether a state's key is that of a further argument."""
+    return key.startswith(ARGUMENT)
+
+
+def _spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes | None:
+    """The spatial axes of an argument of the image's size, or of four axes as an image has them."""
+    size = image_shape[2:]
+    for first in (len(shape) - 2, len(shape) - 3):
+        if first >= 0 and shape[first : first + 2] == size and size != (1, 1):
+            return first, first + 1
+    return (2, 3) if len(shape) == 4 and min(shape[2:]) > 1 else None
+
+
+def _hooks(flat: GraphModule) -> dict[FxNode, list[FxNode]]:
+    """Hooks on gradients by the value that they are set on, in the order of being set."""
+    found: dict[FxNode, list[FxNode]] = {}
+    behind: dict[FxNode, FxNode] = {}
+    for node in flat.graph.nodes:
+        if isinstance(node.target, GradientHook):
+            value = node.args[0]
+            assert isinstance(value, FxNode)
+            behind[node] = value = behind.get(value, value)
+            found.setdefault(value, []).append(node)
+    return found
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _is_check(target: object) -> bool:
-    """Whether a call only asserts what export already knows."""
+    """Whether a call only asserts what is known already."""
     return isinstance(target, OpOverload) and "_assert" in target._schema.name
 
 
-def _overwrites(target: object) -> bool:
-    """Whether an operator writes its result into its first argument."""
-    if not isinstance(target, OpOverload) or not target._schema.arguments:
-        return False
-    alias = target._schema.arguments[0].alias_info
-    return alias is not None and alias.is_write
-
-
-def _is_view(node: FxNode) -> bool:
-    if node.target is operator.getitem:
-        return True
-    if not isinstance(node.target, OpOverload):
-        return False
-    alias = node.target._schema.arguments[0].alias_info if node.target._schema.arguments else None
-    return alias is not None and not alias.is_write
-
-
-def _same_memory(node: FxNode) -> set[FxNode]:
-    """All nodes that may share memory with ``node`` through views."""
-    family = {node}
-    frontier = [node]
-    while frontier:
-        member = frontier.pop()
-        relatives = [user for user in member.users if _is_view(user) and user.args[0] is member]
-        if _is_view(member) and isinstance(member.args[0], FxNode):
-            relatives.append(member.args[0])
-        for relative in relatives:
-            if relative not in family:
-                family.add(relative)
-                frontier.append(relative)
-    return family
-
-
-def _source_of(node: FxNode) -> str:
+def _source(node: FxNode, functionalizer: _Functionalizer) -> str:
     """Module path in the user's model, if known."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     path, kind = list(stack.values())[-1]
     name = kind if isinstance(kind, str) else kind.__name__
+    path = functionalizer.path_of(path)
     return f"{path or 'model'} ({name.rsplit('.', 1)[-1]})"

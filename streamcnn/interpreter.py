@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from streamcnn.autocast import as_recorded
 from streamcnn.ops.convolution import stored_convolve
 from streamcnn.plan import Phase
 from streamcnn.program import Axes, Link, Local, Node, Program, substitute
@@ -74,7 +75,8 @@ class TileRun:
         else:
             target = node.in_place if node.name in self.phase.in_place else node.target
             assert target is not None
-            value = target(*args, **kwargs)
+            with as_recorded(grad=node.grad, casts=node.casts):
+                value = target(*args, **kwargs)
         return value if result == out else placed(value, node.axes, result, out)
 
     def _operand(

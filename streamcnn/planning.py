@@ -1,4 +1,4 @@
-"""From a module to a plan: capture, trace and plan for one machine, each thing once.
+"""From a captured forward pass to a plan for one machine, each thing once.
 
 It gathers what a plan depends on besides the module: the image's shape, the budget, and how fast and how
 large the machine is. The machine may be another one than this.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from streamcnn.calibration import rates_for
-from streamcnn.capture import RawGraph, capture
+from streamcnn.capture import RawGraph
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.flattening import Whole
 from streamcnn.libraries import Libraries
 from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planner import PlanRequest, make_plan
@@ -29,7 +30,7 @@ CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
 an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
 _CACHED = 8
-"""Captured graphs and plans kept, the most recently used ones."""
+"""Plans kept, the most recently used ones."""
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class Wish:
     casts: torch.dtype | None
     """What autocast casts to, if it is on."""
     trainable: frozenset[str]
-    """Qualified names of the parameters that want a gradient."""
+    """Keys of the states that want a gradient: parameters' qualified names, and further arguments."""
     image_gradient: bool
     budget: int | None
     """Bytes."""
@@ -107,43 +108,48 @@ class Planned:
 
 
 class Planning:
-    """The captured graphs and plans of one module, the most recently used ones."""
+    """The plans of one module's captured forward passes, the most recently used ones."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[Any, RawGraph] = OrderedDict()
-        self._plans: OrderedDict[Any, Planned] = OrderedDict()
-
-    def capture(self, net: nn.Module, device: torch.device, wish: Wish) -> Captured:
-        """``net`` in its present mode, for wishes of the same shape and type.
-
-        Raises
-        ------
-        UnsupportedModel
-            If the module cannot be captured at this shape.
-        """
-        states = module_states(net)
-        # Casts are left out of the capture, so it must be at a type that the module takes without them.
-        dtype = wish.dtype if wish.casts is None else module_dtype(net)
-        settings = (device, dtype, wish.shape, _settings(net), _specs(states))
-        graph = _kept(self._graphs, settings, lambda: capture(net, wish.shape, dtype))
-        return Captured(graph, states, device, settings)
+        self._plans: OrderedDict[Any, tuple[RawGraph, Planned]] = OrderedDict()
 
     def plan(self, captured: Captured, wish: Wish, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
         key = (captured.settings, wish, machine.reserved, machine.rates.source, machine.libraries)
-        return _kept(self._plans, key, lambda: _plan(captured, wish, machine))
+        graph, planned = _kept(
+            self._plans, key, lambda: (captured.graph, _plan(captured, wish, machine))
+        )
+        return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
+
+
+def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
+    """What was planned for one graph, with the user's own functions and constants of an equal one."""
+    targets = {
+        id(old.target): new.target
+        for old, new in zip(known.nodes, graph.nodes, strict=True)
+        if isinstance(old.target, Whole)
+    }
+    nodes = {
+        name: replace(node, target=targets[id(node.target)]) if id(node.target) in targets else node
+        for name, node in planned.program.nodes.items()
+    }
+    constants = {name: graph.constants[name] for name in planned.program.constants}
+    return replace(planned, program=replace(planned.program, nodes=nodes, constants=constants))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """A module as it was at one moment."""
+    """A forward pass as it was captured, and the tensors of one call of it."""
 
     graph: RawGraph
     states: Mapping[str, Tensor]
-    """Parameters and buffers under all their names."""
+    """Parameters, buffers and further arguments by key."""
     device: torch.device
-    settings: tuple[Any, ...]
-    """What the graph is a function of."""
+    settings: tuple[Any, ...] = field(init=False)
+    """What a plan is a function of, besides the wish and the machine."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", (self.device, self.graph.key, _specs(self.states)))
 
 
 def _kept(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T]) -> T:
@@ -192,20 +198,6 @@ def module_dtype(net: nn.Module) -> torch.dtype:
     """The element type of a module's first parameter, or the default one."""
     first = next(net.parameters(), None)
     return torch.get_default_dtype() if first is None else first.dtype
-
-
-def _settings(net: nn.Module) -> tuple[Any, ...]:
-    """What a captured graph has taken in besides states: each module's class and plain attributes."""
-    return tuple(
-        (name, type(module), *(item for item in vars(module).items() if _is_plain(item[1])))
-        for name, module in net.named_modules()
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _specs(states: Mapping[str, Tensor]) -> tuple[Any, ...]:

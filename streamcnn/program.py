@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from streamcnn.autocast import Casts
 from streamcnn.axis_maps import AxisMap, Same
 from streamcnn.windows import Axes as Axes
 
@@ -121,6 +122,10 @@ class Node:
     """Why an operator is resident."""
     in_place: Callable[..., Any] | None = None
     """The form of ``target`` that overwrites its first operand, where the user's model has that."""
+    grad: bool = True
+    """Whether autograd records it; not inside the model's own ``no_grad`` blocks."""
+    casts: Casts | None = None
+    """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
 
     operands: tuple[str, ...] = field(init=False, compare=False)
     """Names of the nodes it reads, each once."""
@@ -191,6 +196,8 @@ def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
     """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
     found = set(leaves)
     for node in program.nodes.values():
+        if not node.grad:
+            continue
         specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
         if any(spec.dtype.is_floating_point for spec in specs) and not found.isdisjoint(node.operands):
             found.add(node.name)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamcnn.autocast import as_recorded
 from streamcnn.plan import Segment
 from streamcnn.program import Kind, Node, Program, substitute
 
@@ -80,7 +81,9 @@ class SmallGraph:
                 current.leaves[name] = self._leaf(name, self.values[name])
             return current.leaves[name]
 
-        return node.target(*substitute(node.args, value_of), **substitute(dict(node.kwargs), value_of))
+        args, kwargs = substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
+        with as_recorded(grad=node.grad, casts=node.casts):
+            return node.target(*args, **kwargs)
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
         leaf = tensor.detach()

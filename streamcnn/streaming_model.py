@@ -8,7 +8,8 @@ whose ``backward()`` fills the same gradients.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,9 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.autocast import autocast, autocast_state
+from streamcnn.capture import Given, RawGraph
 from streamcnn.ceiling.cuda import note_idle
 from streamcnn.data.reader import BatchReader, Image, Preprocess
+from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
+from streamcnn.flattening import is_fake
+from streamcnn.forward_pass import ForwardPass, stand_in
 from streamcnn.plan import Plan
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype
 from streamcnn.program import substitute
@@ -102,6 +107,7 @@ class StreamingModel(nn.Module):
         """Told when a part of a pass begins and when it ends."""
         self._resident_tail = True
         self._planning = Planning()
+        self._call = ForwardPass()
         self._smaller: dict[tuple[Any, ...], Wish] = {}
         """What went through instead of a wish that was refused memory, by what was captured and the wish."""
         self.training = net.training
@@ -137,6 +143,7 @@ class StreamingModel(nn.Module):
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
             "_planning": Planning(),
+            "_call": ForwardPass(),
             "last_report": None,
             "observer": None,
         }
@@ -149,20 +156,44 @@ class StreamingModel(nn.Module):
 
     # --- planning ------------------------------------------------------------------------------------
 
-    def plan(self, shape: tuple[int, int, int, int], dtype: torch.dtype | None = None) -> Plan:
+    def plan(
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype | None = None,
+        *,
+        inputs: Sequence[Any] = (),
+        named_inputs: Mapping[str, Any] | None = None,
+    ) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run now, in the present mode.
 
         A plan that does not fit the budget is returned all the same; see ``Plan.fits``. With gradients
         disabled it is a plan for inference.
+
+        Parameters
+        ----------
+        dtype
+            Of the image; ``None`` for that of the module's parameters.
+        inputs, named_inputs
+            What else goes into the module after the image, in order and by name.
 
         Raises
         ------
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        return self._planned(shape, dtype or module_dtype(self.net), image_gradient=False).plan
+        planned = self._planned(
+            shape, dtype or module_dtype(self.net), image_gradient=False, inputs=inputs, named=named_inputs
+        )
+        return planned.plan
 
-    def plan_for(self, machine: Machine, shape: tuple[int, int, int, int]) -> Plan:
+    def plan_for(
+        self,
+        machine: Machine,
+        shape: tuple[int, int, int, int],
+        *,
+        inputs: Sequence[Any] = (),
+        named_inputs: Mapping[str, Any] | None = None,
+    ) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
 
         Raises
@@ -170,24 +201,56 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        wish = self._wish(shape, module_dtype(self.net), image_gradient=False)
-        captured = self._planning.capture(self.net, self._device(), wish)
-        return self._planning.plan(captured, wish, machine).plan
+        planned = self._planned(
+            shape,
+            module_dtype(self.net),
+            image_gradient=False,
+            inputs=inputs,
+            named=named_inputs,
+            machine=machine,
+        )
+        return planned.plan
 
     def _planned(
-        self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        *,
+        image_gradient: bool,
+        inputs: Sequence[Any] = (),
+        named: Mapping[str, Any] | None = None,
+        machine: Machine | None = None,
     ) -> Planned:
-        wish, device = self._wish(shape, dtype, image_gradient=image_gradient), self._device()
-        captured = self._planning.capture(self.net, device, wish)
-        return self._planning.plan(captured, self._present(captured, wish), Machine.here(device))
+        """The plan of a call that ends where it would be carried out."""
+        device, found = self._device(), []
 
-    def _wish(self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, image_gradient: bool) -> Wish:
-        trainable = (name for name, p in self.net.named_parameters(remove_duplicate=False) if p.requires_grad)
+        def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+            captured = Captured(graph, states, device)
+            wish = self._wish(captured, shape, dtype, image_gradient=image_gradient)
+            present = wish if machine is not None else self._present(captured, wish)
+            found.append(self._planning.plan(captured, present, machine or Machine.here(device)))
+            raise _Planned
+
+        image = stand_in(shape, dtype, device, requires_grad=image_gradient)
+        with suppress(_Planned):
+            self._call(self.net, image, tuple(inputs), dict(named or {}), take)
+        return found[0]
+
+    def _wish(
+        self,
+        captured: Captured,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        *,
+        image_gradient: bool,
+    ) -> Wish:
+        trains = torch.is_grad_enabled() or captured.graph.enables_grad
+        trainable = (key for key, state in captured.states.items() if state.requires_grad)
         return Wish(
             shape=shape,
             dtype=dtype,
-            casts=autocast_state(self._device()),
-            trainable=frozenset(trainable) if torch.is_grad_enabled() else frozenset(),
+            casts=autocast_state(captured.device),
+            trainable=frozenset(trainable) if trains else frozenset(),
             image_gradient=image_gradient,
             budget=self.budget,
             tile=self.tile,
@@ -204,8 +267,12 @@ class StreamingModel(nn.Module):
 
     # --- running -------------------------------------------------------------------------------------
 
-    def forward(self, image: Image) -> Any:
+    @torch._disable_dynamo
+    def forward(self, image: Image, *args: Any, **kwargs: Any) -> Any:
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
+
+        What else the module takes goes with it, by place or by name: tensors on its device, small ones and
+        maps, with gradients, and anything else.
 
         Raises
         ------
@@ -216,6 +283,9 @@ class StreamingModel(nn.Module):
         UnsupportedModel, CorruptImage, DatasetMismatch
             For a module that cannot be captured and for images that cannot be used.
         """
+        if is_fake(image):
+            # Inside another model, which is being captured.
+            return self.net(image, *args, **kwargs)
         reader = BatchReader(image, self._device(), self.preprocess)
         image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
         if image_gradient and self.preprocess is not None:
@@ -223,9 +293,19 @@ class StreamingModel(nn.Module):
                 "the image requires a gradient and preprocess= is set: the gradient would be that of the "
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
+
+        def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+            _refuse_changes(graph, image)
+            captured = Captured(graph, states, reader.device)
+            return self._run(captured, reader, image if image_gradient else None)
+
+        here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
+        return self._call(self.net, here, args, kwargs, run)
+
+    def _run(self, captured: Captured, reader: BatchReader, image: Any) -> Sequence[Any]:
+        """Plan and carry out a captured forward pass; its results. ``image`` is that which wants a gradient."""
         machine = Machine.here(reader.device)
-        wish = self._wish(reader.shape, reader.dtype, image_gradient=image_gradient)
-        captured = self._planning.capture(self.net, reader.device, wish)
+        wish = self._wish(captured, reader.shape, reader.dtype, image_gradient=image is not None)
         planned = self._planning.plan(captured, self._present(captured, wish), machine)
         program, plan = planned.program, planned.plan
         plan.validate()
@@ -237,12 +317,25 @@ class StreamingModel(nn.Module):
             outputs = tuple(values[name] for name in names)
         else:
             anchors = [run.states[name] for name in run.leaf_states]
-            if image_gradient:
-                assert isinstance(image, Tensor)
+            if image is not None:
                 anchors.append(image)
-            outputs = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                outputs = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
         by_name = dict(zip(names, outputs, strict=True))
-        return substitute(program.outputs, by_name.__getitem__)
+        results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
+        return [captured.states[each.key] if isinstance(each, Given) else each for each in results]
+
+
+class _Planned(Exception):
+    """Ends a call that was to be planned only."""
+
+
+def _refuse_changes(graph: RawGraph, image: Image) -> None:
+    if graph.changes_image and isinstance(image, Tensor):
+        raise UnsupportedModel(
+            "the forward pass overwrites the image, which belongs to the caller: use an operator that returns a "
+            "new tensor, as x = x - mean instead of x.sub_(mean)"
+        )
 
 
 class _Smaller:

@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import streamcnn.ops  # noqa: F401  fills the registry
-from streamcnn.capture import RawGraph, RawNode
+from streamcnn.autocast import as_recorded
+from streamcnn.capture import Given, RawGraph, RawNode
 from streamcnn.errors import UnsupportedModel
+from streamcnn.flattening import Whole
 from streamcnn.ops.pointwise import pointwise_rule
 from streamcnn.ops.reduction_types import Reduction
 from streamcnn.ops.rules import Call, Decline, rule_for
+from streamcnn.ops.user_functions import user_function
 from streamcnn.program import Axes, Kind, Link, Local, Node, Program, Ref, TensorSpec, refs_in, substitute
 from streamcnn.regions import Region
 
@@ -67,6 +71,8 @@ class Trace:
                 tracer.add_state(name, qualified, states[qualified])
             for name, constant in graph.constants.items():
                 tracer.add_state(name, name, constant)
+            for name, axes in graph.maps.items():
+                tracer.values[name] = tracer.promote(tracer.values[name], axes)
             for raw in graph.nodes:
                 self._marks[raw.name] = tracer.mark()
                 tracer.record(raw)
@@ -167,19 +173,28 @@ class _Tracer:
     def record(self, raw: RawNode) -> None:
         """Lower one captured call."""
         self.raw = raw
-        args = substitute(raw.args, self._value)
-        kwargs = substitute(raw.kwargs, self._value)
+        # The rules that change states themselves are told of the states, not of their present values.
+        value_of = self._value if raw.target in _ALWAYS_LOWERED else self._present_value
+        args = substitute(raw.args, value_of)
+        kwargs = substitute(raw.kwargs, value_of)
         if raw.target is operator.getitem:
             self.values[raw.name] = self._item(raw, *args)
             return
         self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
-        if raw.buffer is not None:
-            self.change(raw.buffer, result, is_update=False)
+        if raw.state is not None:
+            self.change(raw.state, result, is_update=False)
         if raw.allocates and isinstance(result, Ref):
             self.plain_bytes += self.spec(result).nbytes
 
     def _value(self, name: str) -> Any:
         return self.values[name]
+
+    def _present_value(self, name: str) -> Any:
+        """The value of a captured name; of a state as the calls before have left it."""
+        qualified = self.states.get(name)
+        if qualified is None or self.by_state[qualified] == Ref(name):
+            return self.values[name]
+        return self.by_state[qualified]
 
     def _item(self, raw: RawNode, value: Any, index: int) -> Any:
         if isinstance(value, tuple) and index < len(value):
@@ -205,6 +220,8 @@ class _Tracer:
     def _stream(self, call: Call) -> Any:
         if self.resident:
             return Decline("")
+        if isinstance(call.target, Whole):
+            return user_function(self, call)
         rule = rule_for(call.target) or pointwise_rule(call.target)
         if rule is None:
             return Decline("it has no rule")
@@ -237,10 +254,18 @@ class _Tracer:
         return node.axes if node.is_map else None
 
     def fake(self, call: Call) -> Any:
+        if isinstance(call.target, Whole):
+            return pytree.tree_map_only(Tensor, self._made, call.target.like)
+
         def fake_of(name: str) -> Any:
             return self.fakes[name]
 
-        return call.target(*substitute(call.args, fake_of), **substitute(dict(call.kwargs), fake_of))
+        args, kwargs = substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of)
+        with as_recorded(grad=True, casts=self.raw.casts if self.raw is not None else None):
+            return call.target(*args, **kwargs)
+
+    def _made(self, like: Tensor) -> Tensor:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device())
 
     def small(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = self.fake(Call(target, args, kwargs))
@@ -329,8 +354,18 @@ class _Tracer:
         if note:
             note = f"{_target_name(self.raw)}: {note}"
             self.note = ""
+        grad, casts = (True, None) if self.raw is None else (self.raw.grad, self.raw.casts)
+        # What only moves a value between maps and small values serves readers inside and outside of blocks.
+        grad = grad or kind in (Kind.GATHER, Kind.PROMOTED)
         self.nodes[name] = Node(
-            name=name, kind=kind, spec=spec, source=source, note=note, **{**defaults, **fields}
+            name=name,
+            kind=kind,
+            spec=spec,
+            source=source,
+            note=note,
+            grad=grad,
+            casts=casts,
+            **{**defaults, **fields},
         )
         self.fakes[name] = fake
         return Ref(name)

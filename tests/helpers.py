@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel, verification
-from streamcnn.capture import capture
+from streamcnn.forward_pass import capture
 from streamcnn.plan import Plan
 from streamcnn.planning import module_states
 from streamcnn.program import Program, differentiated
@@ -83,7 +83,7 @@ def _verified(
     # Its own model knows the plan already: to capture it again would take as long as all the rest.
     with patch.object(verification, "StreamingModel", make):
         found = verification.verify(module, shape, tile=tile)
-    return found, made[0].plan(shape, torch.float64).residents
+    return found, made[0]._planned(shape, torch.float64, image_gradient=True).plan.residents
 
 
 def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:

@@ -9,10 +9,21 @@ from streamcnn.ops import (
     reductions,
     resampling,
     shape,
+    user_functions,
 )
 from streamcnn.ops.rules import Sample
 
-FAMILIES = (convolution, dropout, normalization, pointwise, pooling, reductions, resampling, shape)
+FAMILIES = (
+    convolution,
+    dropout,
+    normalization,
+    pointwise,
+    pooling,
+    reductions,
+    resampling,
+    shape,
+    user_functions,
+)
 
 
 def samples() -> tuple[Sample, ...]:

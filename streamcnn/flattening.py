@@ -1,0 +1,241 @@
+"""Flattening: the calls of a forward pass as one flat graph of ATen operators.
+
+The operators are recorded above autograd and autocast, so that a convolution is one call, a
+``no_grad`` or ``autocast`` block is a pair of calls, and nothing is cast yet. What has a body of its own
+that must stay together (a user's ``autograd.Function``, ``torch.cond``, a hook on a gradient, a region
+under ``vmap``) becomes one call of a :class:`Whole`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule, Interpreter
+from torch.fx import Node as FxNode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.utils import _pytree as pytree
+
+from streamcnn.errors import UnsupportedModel
+
+_INLINED = frozenset(
+    {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "hints_wrapper", "invoke_subgraph"}
+)
+"""Higher-order operators whose body is part of the forward pass: streaming decides itself what it keeps."""
+
+
+class Whole:
+    """A call that is carried out as it is, on whole values, with the gradient that it defines itself."""
+
+    def __init__(self, name: str, run: Callable[..., Any], bodies: tuple[GraphModule, ...] = ()) -> None:
+        self.name = name
+        self.run = run
+        self.bodies = bodies
+        self.like: Any = None
+        """What it returned while tracing, on the meta device."""
+        self.__name__ = name
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class GradientHook(Whole):
+    """Identity whose gradient passes through a hook that the user has set on the value."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        super().__init__("Tensor.register_hook", self._hooked)
+        self.hook = hook
+
+    def _hooked(self, value: Tensor, *free: Any) -> Tensor:
+        hooked = value.view_as(value)
+        if hooked.requires_grad:
+            hook = self.hook
+            hooked.register_hook(lambda gradient: hook(gradient, *free))
+        return hooked
+
+
+def flatten(
+    function: Callable[..., Any], inputs: Sequence[Tensor], mode: FakeTensorMode, *, grad: bool
+) -> GraphModule:
+    """The flat graph of ``function``, which takes the fake tensors ``inputs``; nothing is computed.
+
+    ``grad`` says whether gradients are on where it begins.
+    """
+    traced = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)
+    with mode, fx_traceback.preserve_node_meta(), torch.set_grad_enabled(grad):
+        graph: GraphModule = traced(*inputs)
+    return graph
+
+
+def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
+    """Record one call of ``target`` in the graph that is being made; fake results that are like ``like``."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    tracer = mode.tracer
+
+    def proxy_of(tensor: Tensor) -> Any:
+        found = get_proxy_slot(tensor, tracer, None, lambda tracked: tracked.proxy)
+        if found is None:
+            raise UnsupportedModel(
+                f"{target.name} takes a tensor that is no part of the forward pass: "
+                "register it as a buffer or parameter, or pass it to the model"
+            )
+        return found
+
+    proxies = pytree.tree_map_only(Tensor, proxy_of, args)
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        target.like = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, "meta"), like)
+    with disable_proxy_modes_tracing():
+        results = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, tensor.device), like)
+    proxy = tracer.create_proxy("call_function", target, tuple(proxies), {})
+    track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+    return results
+
+
+def _another(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+class Inliner(Interpreter):
+    """Runs a captured graph, inlining bodies that are part of it and recording others whole."""
+
+    def __init__(self, module: GraphModule, through: Callable[..., Any] | None = None) -> None:
+        super().__init__(_with_regions_folded(module), garbage_collect_values=False)
+        self._through = through
+        """A function of the capture itself that stands for its argument."""
+        self._node: FxNode | None = None
+
+    def run_node(self, n: FxNode) -> Any:
+        """Carry out one node."""
+        self._node = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out a call: an ordinary one, an inlined one, or one that is recorded whole."""
+        if target is self._through:
+            return args[0]
+        if target is torch._C._autograd._get_data_attr:
+            return args[0].detach()
+        if isinstance(target, Whole):
+            assert self._node is not None
+            return record_whole(target, args, self._node.meta["example_value"])
+        if isinstance(target, HigherOrderOperator):
+            return self._higher_order(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _higher_order(self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name, node = target.name(), self._node
+        assert node is not None
+        if name in _INLINED:
+            operands = args[2:] if name == "invoke_subgraph" else args[1:]
+            return Inliner(args[0], self._through).run(*operands)
+        bodies = tuple(arg for arg in args if isinstance(arg, GraphModule))
+        operands = tuple(arg for arg in args if not isinstance(arg, GraphModule))
+        if name == "register_hook":
+            whole: Whole = GradientHook(bodies[0])
+        else:
+            is_body = tuple(isinstance(arg, GraphModule) for arg in args)
+            whole = Whole(name, _bound(target, is_body, bodies, kwargs), bodies)
+        return record_whole(whole, operands, node.meta["example_value"])
+
+
+def _bound(
+    target: Callable[..., Any],
+    is_body: tuple[bool, ...],
+    bodies: tuple[GraphModule, ...],
+    kwargs: dict[str, Any],
+) -> Callable[..., Any]:
+    """``target`` with its bodies in their places, as a function of the other operands."""
+    if getattr(target, "name", lambda: "")() == "cond":
+        # Called as an operator it would be traced; what it means is this.
+        def cond(predicate: Any, operands: Any) -> Any:
+            return bodies[0 if bool(predicate) else 1](*operands)
+
+        return cond
+
+    def run(*operands: Any) -> Any:
+        remaining, given = iter(operands), iter(bodies)
+        return target(*(next(given) if body else next(remaining) for body in is_body), **kwargs)
+
+    return run
+
+
+# --- regions under vmap ----------------------------------------------------------------------------------
+
+
+def _with_regions_folded(module: GraphModule) -> GraphModule:
+    """``module`` with each stretch of calls under a functorch transform as one call."""
+    if not any(_nesting(node) > 0 for node in module.graph.nodes):
+        return module
+    graph = torch.fx.Graph()
+    copies: dict[FxNode, FxNode] = {}
+    region: list[FxNode] = []
+    depth = 0
+    for node in module.graph.nodes:
+        depth += _nesting(node)
+        if depth > 0 or region:
+            region.append(node)
+            if depth == 0:
+                _fold(module, region, graph, copies)
+                region = []
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return GraphModule(module, graph)
+
+
+def _nesting(node: FxNode) -> int:
+    """1 where a functorch transform begins, -1 where it ends."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name.endswith(("_increment_nesting", "enter_dual_level")):
+        return 1
+    return -1 if name.endswith(("_decrement_nesting", "exit_dual_level")) else 0
+
+
+def _fold(
+    module: GraphModule, region: Sequence[FxNode], graph: torch.fx.Graph, copies: dict[FxNode, FxNode]
+) -> None:
+    inside = set(region)
+    taken = dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
+    given = [node for node in region if any(user not in inside for user in node.users)]
+    body = torch.fx.Graph()
+    inner = {node: body.placeholder(node.name) for node in taken if node.op != "get_attr"}
+    for node in taken:
+        if node.op == "get_attr":
+            inner[node] = body.node_copy(node)
+    for node in region:
+        inner[node] = body.node_copy(node, inner.__getitem__)
+    body.output(tuple(inner[node] for node in given))
+    operands = tuple(copies[node] for node in taken if node.op != "get_attr")
+    whole = Whole("torch.func", GraphModule(module, body))
+    call = graph.call_function(whole, operands)
+    call.meta.update(region[0].meta)
+    call.meta["example_value"] = tuple(node.meta["example_value"] for node in given)
+    for index, node in enumerate(given):
+        copies[node] = graph.call_function(_item, (call, index))
+        copies[node].meta.update(node.meta)
+
+
+def _item(values: Any, index: int) -> Any:
+    return values[index]
+
+
+# --- fake tensors ----------------------------------------------------------------------------------------
+
+
+def is_fake(value: object) -> bool:
+    """Whether ``value`` is a tensor without memory, made while tracing."""
+    return isinstance(value, FakeTensor)

@@ -1,0 +1,138 @@
+"""A call of the user's module, its operators carried out by somebody else.
+
+The call is captured with guards where its Python code can be followed (:mod:`streamcnn.guards`), and anew
+for each call where not (:mod:`streamcnn.unguarded`). Either way it happens outside of the caller's own
+hooks, modes and compilers, and what the code does besides computing happens as in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from streamcnn.capture import CUMULATIVE, RawGraph
+from streamcnn.errors import StreamError, UnsupportedModel
+from streamcnn.guards import CannotBeGuarded, GuardedForward, Run
+from streamcnn.surroundings import Surroundings
+from streamcnn.unguarded import Capture, capture_anew
+
+
+class ForwardPass:
+    """Calls of one module."""
+
+    def __init__(self) -> None:
+        self._guarded = GuardedForward()
+        self._unguardable: set[tuple[bool, bool]] = set()
+
+    def __call__(
+        self, net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run
+    ) -> Any:
+        """What ``net(image, *args, **kwargs)`` returns, given that ``run`` carries out its operators.
+
+        ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the call cannot be captured; the module is as it was.
+        """
+        surroundings = Surroundings()
+        with surroundings.aside(), _marked_cumulative(net):
+            mode = (net.training, torch.is_grad_enabled())
+            if mode not in self._unguardable:
+                try:
+                    return self._guarded(net, image, args, kwargs, run, surroundings)
+                except CannotBeGuarded:
+                    self._unguardable.add(mode)
+            capture = _captured_anew(net, image, args, kwargs)
+            try:
+                with surroundings.restored():
+                    results = run(capture.graph, capture.states)
+            except BaseException:
+                capture.undo()
+                raise
+            return capture.result(results)
+
+
+def stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, requires_grad: bool = False
+) -> Tensor:
+    """A tensor of ``shape`` that takes the memory of one element."""
+    image = torch.zeros((), dtype=dtype, device=device).expand(shape)
+    return image.requires_grad_(requires_grad)
+
+
+def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> RawGraph:
+    """The graph of ``module`` for an image of ``shape`` (N, C, H, W), in its present mode; nothing is run.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the module cannot be captured at this shape.
+    """
+    found: list[RawGraph] = []
+
+    def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+        found.append(graph)
+        raise _Taken
+
+    first = next(iter((*module.parameters(), *module.buffers())), None)
+    device = torch.device("cpu") if first is None else first.device
+    try:
+        ForwardPass()(module, stand_in(shape, dtype, device), (), {}, take)
+    except _Taken:
+        pass
+    return found[0]
+
+
+class _Taken(Exception):
+    """Ends a call whose graph is all that is wanted."""
+
+
+def _captured_anew(
+    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Capture:
+    try:
+        with _quiet():
+            return capture_anew(net, image, args, kwargs)
+    except StreamError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise UnsupportedModel(
+            f"the model cannot be captured for an image of shape {tuple(image.shape)}: {reason}. "
+            "Allowed are modules whose forward takes the image first and does not branch on its values; "
+            "check that the plain model accepts this shape and these arguments."
+        ) from error
+
+
+@contextmanager
+def _marked_cumulative(module: nn.Module) -> Iterator[None]:
+    """Let batch norm with ``momentum=None`` be traced, whose forward reads a counter's value."""
+    marked = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
+    for norm in marked:
+        norm.momentum = CUMULATIVE
+    try:
+        yield
+    finally:
+        for norm in marked:
+            norm.momentum = None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PyTorch's own log of a failed trace off the terminal; its reason is in our error."""
+    with ExitStack() as settings:
+        for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
+            logger = logging.getLogger(name)
+            settings.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+        yield

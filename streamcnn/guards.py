@@ -1,0 +1,267 @@
+"""Guarded capture: a captured forward pass that is used again for exactly as long as it holds.
+
+What a forward pass reads besides tensors (attributes of any kind, hooks, methods, globals, modes) is part
+of its capture. Dynamo, the front half of ``torch.compile``, follows the Python code of a call, gives the
+tensor operations as a graph whose inputs are the parameters and buffers, and checks at each later call,
+within a millisecond, that nothing that it has read is different. What the code does besides computing
+(counters, attributes, lists) is left to it as well: it happens after the graph has been carried out.
+
+The graph is handed to us as to any compiler. The image is stood in for by one element expanded to the
+image's shape, which takes no memory.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from streamcnn.capture import ARGUMENT, RawGraph, functionalized
+from streamcnn.flattening import Inliner, flatten, is_fake
+from streamcnn.surroundings import Surroundings
+
+Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
+"""Carries a captured graph out, given the tensors of its states by key; its results in order."""
+
+_MOST_GRAPHS = 32
+"""Captured graphs kept before all are dropped: images of ever new sizes make one each."""
+
+
+class CannotBeGuarded(Exception):
+    """The forward pass holds code that Dynamo does not follow."""
+
+
+def as_image(image: Tensor) -> Tensor:
+    """The image as the model gets it, while its forward pass is captured."""
+    if not is_fake(image):
+        raise CannotBeGuarded("torch.compile is switched off")
+    return image.clone(memory_format=torch.contiguous_format)
+
+
+def _forward(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return net(as_image(image), *args, **kwargs)
+
+
+class _Present(threading.local):
+    """The call that is being made in this thread."""
+
+    call: _GuardedCall | None = None
+
+
+_present = _Present()
+
+
+class GuardedForward:
+    """The captured forward passes of one module, each with the guards under which it holds."""
+
+    def __init__(self) -> None:
+        self._compiled: Callable[..., Any] | None = None
+        self._graphs = _Graphs()
+
+    def __call__(
+        self,
+        net: nn.Module,
+        image: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Run,
+        surroundings: Surroundings,
+    ) -> Any:
+        """What ``net(image, *args, **kwargs)`` returns, its operators carried out by ``run``.
+
+        ``image`` stands in for the image: its values are not read.
+
+        Raises
+        ------
+        CannotBeGuarded
+            If the forward pass cannot be captured whole; nothing has been run or changed.
+        """
+        if self._compiled is None or self._graphs.count >= _MOST_GRAPHS:
+            self._graphs = _Graphs()
+            self._compiled = _compiled(self._graphs)
+        call = _GuardedCall(net, args, kwargs, run, surroundings)
+        outer, _present.call = _present.call, call
+        try:
+            with _dynamo_as_wanted():
+                result = self._compiled(net, image, args, kwargs)
+        except BaseException as error:
+            if call.has_begun or not isinstance(error, Exception):
+                raise
+            raise CannotBeGuarded(_first_line(error)) from error
+        finally:
+            _present.call = outer
+        if not call.has_begun:
+            raise CannotBeGuarded("no tensor operation depends on the image")
+        return result
+
+
+class _Graphs:
+    """Dynamo's backend. It knows nothing of its owner, since Dynamo's cache is out of the collector's sight."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return _Captured(graph)
+
+
+def _compiled(graphs: _Graphs) -> Callable[..., Any]:
+    import torch._dynamo
+
+    torch._dynamo.allow_in_graph(as_image)
+    # Captured graphs belong to a code object, and their names to its globals. Those of its own go with it.
+    own = types.FunctionType(_forward.__code__.replace(), {**_forward.__globals__}, "forward")
+    return torch.compile(own, backend=graphs, fullgraph=True, dynamic=False)
+
+
+class _Captured:
+    """What Dynamo calls in place of a graph's operations."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self._module: GraphModule | None = module
+        self._graph: RawGraph | None = None
+        self._keys: tuple[str | None, ...] = ()
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        call = _present.call
+        assert call is not None
+        call.has_begun = True
+        if self._graph is None:
+            assert self._module is not None
+            self._graph, self._keys = call.lower(self._module, inputs)
+            self._module = None
+        states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
+        with call.surroundings.restored():
+            return call.run(self._graph, states)
+
+
+class _GuardedCall:
+    """One call of the module."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Run,
+        surroundings: Surroundings,
+    ) -> None:
+        self.net = net
+        self.arguments = (args, kwargs)
+        self.run = run
+        self.surroundings = surroundings
+        self.has_begun = False
+
+    def lower(
+        self, module: GraphModule, inputs: Sequence[Any]
+    ) -> tuple[RawGraph, tuple[str | None, ...]]:
+        """Dynamo's graph as a raw one, and for each of its inputs the key of a state or None for the image."""
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        images = {
+            node.args[0] for node in module.graph.nodes if node.op == "call_function" and node.target is as_image
+        }
+        named = _names(self.net, self.arguments)
+        keys = tuple(
+            None if node in images else named.get(id(given), node.name)
+            for node, given in zip(placeholders, inputs, strict=True)
+        )
+        fakes = [_fake_of(node, node in images) for node in placeholders]
+        mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+        grad = torch.is_grad_enabled()
+        flat = flatten(Inliner(module, through=as_image).run, fakes, mode, grad=grad)
+        shape = next((tuple(f.shape) for f, key in zip(fakes, keys, strict=True) if key is None), ())
+        device = fakes[0].device
+        graph = functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
+        return graph, keys
+
+
+def _fake_of(node: torch.fx.Node, is_image: bool) -> Tensor:
+    fake: Tensor = node.meta["example_value"]
+    if not is_image:
+        return fake
+    with fake.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+def _names(net: nn.Module, arguments: Any) -> dict[int, str]:
+    """Keys of tensors by their identity: qualified names, or the place among further arguments."""
+    named: dict[int, str] = {}
+    for path, leaf in pytree.tree_leaves_with_path(arguments):
+        if isinstance(leaf, Tensor):
+            named.setdefault(id(leaf), f"{ARGUMENT}{pytree.keystr(path[1:])}")
+    for tensors in (net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            named.setdefault(id(tensor), name)
+    return named
+
+
+def _path_of(place: str) -> str:
+    """A submodule's qualified name, from Dynamo's name of its place."""
+    path = re.sub(r"\._modules\['([^']*)'\]", r".\1", place).removeprefix("L['net']")
+    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
+
+
+@contextmanager
+def _dynamo_as_wanted() -> Iterator[None]:
+    """Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
+    import torch._dynamo
+    from torch._dynamo import config
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+    plain = {
+        function: _said_to_torch_alone(handler)
+        for function, handler in handlers.items()
+        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling")
+    }
+    many = 2**30
+    with ExitStack() as settings:
+        settings.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+        settings.enter_context(patch.dict(handlers, plain))
+        settings.enter_context(
+            config.patch(
+                recompile_limit=many,
+                accumulated_recompile_limit=many,
+                suppress_errors=False,
+                force_parameter_static_shapes=True,
+                automatic_dynamic_shapes=False,
+                assume_static_by_default=True,
+            )
+        )
+        yield
+
+
+def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's answer to whether it is compiling, as PyTorch's own code gets it: to the user's it is no.
+
+    The user's forward pass is to be the one that plain PyTorch would run.
+    """
+    from torch._dynamo.variables import ConstantVariable
+
+    def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if tx.f_code.co_filename.startswith(_TORCH):
+            return handler(self, tx, *args, **kwargs)
+        return ConstantVariable.create(False)
+
+    return handle
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

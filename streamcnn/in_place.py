@@ -1,0 +1,279 @@
+"""In-place operators and views: what a call overwrites, its functional form, and how a view is written back."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node as FxNode
+
+from streamcnn.errors import UnsupportedModel
+from streamcnn.program import Ref
+
+aten = torch.ops.aten
+
+_SAME_VALUES = frozenset({"alias", "detach", "contiguous", "to", "type_as", "lift_fresh", "view_as_same"})
+_REGROUPED = frozenset(
+    {
+        *("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"),
+        *("squeeze", "unsqueeze", "expand_as_same"),
+    }
+)
+_PERMUTED = frozenset(
+    {
+        *("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "matrix_H"),
+        *("mT", "mH", "adjoint"),
+    }
+)
+_DIVIDED = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
+_STORAGE = frozenset({"set_", "resize_", "resize_as_", "swap_", "set_data"})
+
+
+def overwritten(node: FxNode) -> FxNode | None:
+    """The value that a call overwrites and returns, if it does."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return None
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            if isinstance(value, FxNode):
+                return value
+    return None
+
+
+def own_name(target: object) -> bool:
+    """Whether a target is the in-place form of an operator, ``relu_``, rather than one with ``out=``."""
+    return isinstance(target, OpOverload) and _name(target).endswith("_")
+
+
+def _name(target: OpOverload) -> str:
+    return target._schema.name.split("::")[1]
+
+
+# --- functional forms ------------------------------------------------------------------------------------
+
+
+def functional_of(
+    node: FxNode, source: str
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The call that returns what the in-place ``node`` would have written, with its arguments.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it changes the memory itself.
+    """
+    target = node.target
+    assert isinstance(target, OpOverload)
+    name = _name(target)
+    if name in _STORAGE:
+        raise UnsupportedModel(
+            f"'{node.name}' ({source}) uses {target}, which exchanges or resizes a tensor's memory: "
+            "use an operator that returns a new tensor instead"
+        )
+    args, kwargs = _with_defaults(node, target)
+    if name == "copy_":
+        return _copy(node)
+    overload = _overload_of(target, name)
+    if overload is not None:
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+        return overload, args, kwargs
+    return OnCopy(target), args, kwargs
+
+
+def _copy(node: FxNode) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What ``copy_`` leaves in its target: the source's values in the target's dtype and shape."""
+    target, source = node.args[0], node.args[1]
+    assert isinstance(target, FxNode)
+    assert isinstance(source, FxNode)
+    into, given = target.meta["val"], source.meta["val"]
+    if given.shape == into.shape:
+        return aten.to.dtype, (source, into.dtype), {}
+    return copied, (source, tuple(into.shape), into.dtype), {}
+
+
+def copied(source: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``source`` in another dtype, broadcast to ``shape``."""
+    return source.to(dtype).expand(shape)
+
+
+def _overload_of(target: OpOverload, name: str) -> OpOverload | None:
+    """The overload that takes the same arguments and returns a new tensor."""
+    if name.startswith("bernoulli_"):
+        return aten.bernoulli.p if target._overloadname == "float" else None
+    if name.endswith("_"):
+        packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
+        found = getattr(packet, target._overloadname, None) if packet is not None else None
+        return found if found is not None and not _draws(found) else None
+    packet = target.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    for overload in packet.overloads():
+        found = getattr(packet, overload)
+        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
+            return found  # type: ignore[no-any-return]
+    return None
+
+
+def _draws(target: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments, with the probability that ``bernoulli_`` leaves out."""
+    args, kwargs = tuple(node.args), dict(node.kwargs)
+    if _name(target) == "bernoulli_" and target._overloadname == "float" and len(args) == 1:
+        kwargs = {key: value for key, value in kwargs.items() if key != "p"}
+        args = (*args, node.kwargs.get("p", 0.5))
+    return args, kwargs
+
+
+class OnCopy:
+    """An in-place operator without a functional form, applied to a copy."""
+
+    def __init__(self, target: OpOverload) -> None:
+        self.target = target
+        self.__name__ = str(target)
+        self._written = next(
+            (a.name, position)
+            for position, a in enumerate(target._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name, position = self._written
+        if position < len(args):
+            copied = (*args[:position], args[position].clone(), *args[position + 1 :])
+            return self.target(*copied, **kwargs)
+        return self.target(*args, **{**kwargs, name: kwargs[name].clone()})
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+
+# --- views -----------------------------------------------------------------------------------------------
+
+
+def is_view(node: FxNode) -> FxNode | None:
+    """The value whose memory a call's result shares, if it is a view of one."""
+    if node.target is operator.getitem:
+        parts = node.args[0]
+        assert isinstance(parts, FxNode)
+        return is_view(parts) if _is_divided(parts) else None
+    if not isinstance(node.target, OpOverload) or not node.args:
+        return None
+    schema = node.target._schema.arguments
+    alias = schema[0].alias_info if schema else None
+    parent = node.args[0]
+    if alias is None or alias.is_write or not isinstance(parent, FxNode):
+        return None
+    return parent if _is_divided(node) or _shares_memory(node, parent) else None
+
+
+def _is_divided(node: FxNode) -> bool:
+    return isinstance(node.target, OpOverload) and _name(node.target) in _DIVIDED
+
+
+def _shares_memory(node: FxNode, parent: FxNode) -> bool:
+    """Whether the traced values share memory: ``reshape`` or ``contiguous`` may have copied."""
+    values = [each.meta.get("val") for each in (node, parent)]
+    if not all(isinstance(value, Tensor) for value in values):
+        return True
+    first, second = (value.untyped_storage()._cdata for value in values)  # type: ignore[union-attr]
+    return bool(first == second)
+
+
+def scattered(
+    view: FxNode, before: Ref, value: Ref, source: str
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The call that gives what ``view`` is a view of, where the view holds ``value`` and the rest ``before``.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the view cannot be written back.
+    """
+    if view.target is operator.getitem:
+        return _into_part(view, before, value)
+    assert isinstance(view.target, OpOverload)
+    name, shape = _name(view.target), _parent_shape(view)
+    if name in _PERMUTED:
+        return aten.permute.default, (value, _inverse(view, shape))
+    if name in ("slice", "narrow"):
+        return aten.slice_scatter.default, (before, value, *_sliced(view, name, shape))
+    if name == "select":
+        return aten.select_scatter.default, (before, value, *_bound(view, "dim", "index"))
+    if name == "diagonal":
+        return aten.diagonal_scatter.default, (before, value, *_bound(view, "offset", "dim1", "dim2"))
+    if name in _SAME_VALUES and _shape(view) == shape:
+        return aten.alias.default, (value,)
+    if name in _REGROUPED and _shape(view).numel() == shape.numel():
+        return aten.reshape.default, (value, list(shape))
+    if name == "view_as_real":
+        return aten.view_as_complex.default, (value,)
+    if name == "view_as_complex":
+        return aten.view_as_real.default, (value,)
+    raise UnsupportedModel(
+        f"'{view.name}' ({source}) is a view by {view.target} and is changed in place: "
+        "use operators that return new tensors instead"
+    )
+
+
+def _shape(node: FxNode) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def _parent_shape(view: FxNode) -> torch.Size:
+    parent = view.args[0]
+    assert isinstance(parent, FxNode)
+    return _shape(parent)
+
+
+def _bound(view: FxNode, *names: str) -> list[Any]:
+    """Arguments of a view's call by name, defaults filled in."""
+    assert isinstance(view.target, OpOverload)
+    values = {}
+    for position, argument in enumerate(view.target._schema.arguments):
+        given = view.kwargs.get(argument.name, argument.default_value)
+        values[argument.name] = view.args[position] if position < len(view.args) else given
+    return [values[name] for name in names]
+
+
+def _sliced(view: FxNode, name: str, shape: torch.Size) -> tuple[int, int, int, int]:
+    if name == "narrow":
+        dim, start, length = _bound(view, "dim", "start", "length")
+        start = start % shape[dim] if start < 0 else start
+        return dim, start, start + length, 1
+    dim, start, stop, step = _bound(view, "dim", "start", "end", "step")
+    first, last, _ = slice(start, stop, step).indices(shape[dim])
+    return dim, first, last, step
+
+
+def _inverse(view: FxNode, shape: torch.Size) -> list[int]:
+    """The permutation that undoes a view's."""
+    # Axis d of the probe has d + 1 positions, so the result's shape tells where each axis went.
+    probe = torch.empty(tuple(range(1, len(shape) + 1)), device="meta")
+    assert callable(view.target)
+    moved = view.target(probe, *view.args[1:], **view.kwargs).shape
+    return [list(moved).index(axis + 1) for axis in range(len(shape))]
+
+
+def _into_part(
+    view: FxNode, before: Ref, value: Ref
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One of the parts of a split, written back."""
+    parts, index = view.args
+    assert isinstance(parts, FxNode)
+    assert isinstance(parts.target, OpOverload)
+    assert isinstance(index, int)
+    (dim,) = _bound(parts, "dim")
+    if _name(parts.target) == "unbind":
+        return aten.select_scatter.default, (before, value, dim, index)
+    sizes = [part.shape[dim] for part in parts.meta["val"]]
+    start = sum(sizes[:index])
+    return aten.slice_scatter.default, (before, value, dim, start, start + sizes[index], 1)

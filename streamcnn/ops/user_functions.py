@@ -1,0 +1,185 @@
+"""The user's own ``autograd.Function`` on maps: streamed where it treats every position alike.
+
+Tiles that overlap see parts of a position's gradient and their results are added, so the backward
+formula must be linear in the gradient as well as pointwise: a gradient reversal or a straight-through
+estimator is, a clipped gradient is not. Whatever is not certain runs on whole maps.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
+from torch.fx import Node as FxNode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from streamcnn.flattening import Whole
+from streamcnn.ops.convolution import chain
+from streamcnn.ops.pointwise import align_operands, common_axes, pointwise, pointwise_rule
+from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule_for
+from streamcnn.program import Ref, refs_in
+
+aten = torch.ops.aten
+
+_SAME_SHAPE = frozenset({"alias", "clone", "detach", "expand", "view", "_unsafe_view", "_to_copy", "view_as"})
+"""Operators that are the identity of positions where they keep the shape."""
+_SCALING = frozenset({"mul", "div", "masked_fill", "where"})
+_ADDING = frozenset({"add", "sub", "neg"})
+
+
+def user_function(tracer: Tracer, call: Call) -> Any:
+    """A function with one result and bodies that are pointwise, and linear backwards."""
+    whole = call.target
+    assert isinstance(whole, Whole)
+    if whole.name != "autograd_function_apply" or len(whole.bodies) != 2:
+        return Decline("it is carried out as a whole")
+    (like, *others) = pytree.tree_leaves(tracer.fake(call))
+    reason = "it has several results" if others else _why_not_local(tracer, call, whole, like)
+    axes = None if reason else common_axes(tracer, call, like.dim())
+    if axes is None:
+        return Decline(reason or "its operands have their spatial axes at different places")
+    aligned, links = align_operands(tracer, Call(_First(whole), call.args, call.kwargs), like, axes)
+    return (tracer.local(aligned.target, aligned.args, like=like, axes=axes, links=links),)
+
+
+class _First:
+    """The only result of a function on a tile."""
+
+    def __init__(self, whole: Whole) -> None:
+        self.whole = whole
+        self.__name__ = whole.name
+
+    def __call__(self, *args: Any) -> Any:
+        return self.whole(*args)[0]
+
+
+def _why_not_local(tracer: Tracer, call: Call, whole: Whole, like: Tensor) -> str | None:
+    """Why the function cannot run tile by tile, if it cannot."""
+    forward, backward = whole.bodies
+    if any(_names_a_shape(body) for body in whole.bodies):
+        return "its code names the shape of a map"
+    operands = [tracer.spec(Ref(name)) for name in refs_in(call.args)]
+    if len(operands) != len(call.args):
+        return "it takes other operands than tensors"
+    inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=like.device) for spec in operands]
+    traced = _traced(forward, inputs)
+    if not _is_pointwise(traced, like.shape):
+        return "its forward pass is not pointwise"
+    _, saved = Interpreter(forward).run(*inputs)
+    traced = _traced(backward, [torch.empty_like(like), *saved])
+    if not _is_pointwise(traced, like.shape) or not _is_linear(traced):
+        return "its backward pass is not pointwise and linear in the gradient"
+    return None
+
+
+def _names_a_shape(body: GraphModule) -> bool:
+    """Whether a call has several numbers for an argument, as shapes are given."""
+    arguments = (each for node in body.graph.nodes for each in (*node.args, *node.kwargs.values()))
+    return any(
+        isinstance(each, (tuple, list)) and len(each) > 1 and all(isinstance(item, int) for item in each)
+        for each in arguments
+    )
+
+
+def _traced(body: GraphModule, inputs: list[Tensor]) -> GraphModule:
+    traced: GraphModule = make_fx(Interpreter(body).run)(*inputs)
+    return traced
+
+
+def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            return False
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        value = node.meta.get("val")
+        keeps = isinstance(value, Tensor) and (value.dim() == 0 or value.shape == shape)
+        identity = _name(node.target) in _SAME_SHAPE and keeps
+        if not identity and not (_treats_alike(node.target) and keeps):
+            return False
+    return True
+
+
+def _treats_alike(target: Any) -> bool:
+    return rule_for(target) is pointwise or pointwise_rule(target) is not None
+
+
+def _name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else schema.name.split("::")[1]
+
+
+def _is_linear(traced: GraphModule) -> bool:
+    """Whether every result is a multiple of the first input, or does not depend on it."""
+    nodes = list(traced.graph.nodes)
+    linear: dict[FxNode, bool] = {nodes[0]: True}
+    for node in nodes[1:]:
+        reads = [linear.get(each, False) for each in node.all_input_nodes]
+        if node.op == "call_function" and any(reads):
+            if not _keeps_linear(node, linear):
+                return False
+            linear[node] = True
+    return True
+
+
+def _keeps_linear(node: FxNode, linear: Mapping[FxNode, bool]) -> bool:
+    name = _name(node.target)
+    operands = [linear.get(arg, False) if isinstance(arg, FxNode) else None for arg in node.args]
+    if name in _SAME_SHAPE or node.target is operator.getitem or name == "neg":
+        return True
+    if name == "mul":
+        return operands.count(True) == 1
+    if name == "div":
+        return operands[0] is True and True not in operands[1:]
+    if name in _ADDING:
+        return operands[:2] == [True, True]
+    if name == "where":
+        return not operands[0] and all(
+            each is True or (each is None and arg == 0) for each, arg in zip(operands[1:], node.args[1:], strict=True)
+        )
+    if name == "masked_fill":
+        return operands[0] is True and operands[1] is not True and node.args[2] == 0
+    return False
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -ctx.scale * grads[0], None
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (x.abs() <= 1)
+
+
+class _UserFunctions(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        reverse: Callable[..., Tensor] = _Reversed.apply
+        sign: Callable[..., Tensor] = _Sign.apply
+        return sign(x) + reverse(x, 0.7) * torch.cos(x)
+
+
+SAMPLES = (
+    Sample(
+        "gradient reversal and straight-through sign",
+        lambda: chain(nn.Conv2d(3, 4, 3), _UserFunctions(), nn.Conv2d(4, 3, 3)),
+    ),
+)

@@ -1,0 +1,63 @@
+"""What a caller has around a call of the model: hooks on saved tensors, and dispatch modes.
+
+Capture and planning are no part of the caller's computation: activation checkpointing must not count
+their tensors, and a profiler's mode must not see their operators. The pass itself runs under both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch._C import _autograd
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+
+class Surroundings:
+    """The caller's hooks and modes, which can be set aside and restored within."""
+
+    def __init__(self) -> None:
+        self._hooks: list[tuple[Any, Any]] = []
+        self._modes: list[Any] = []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run a block without them."""
+        self._hooks, self._modes = _take_hooks(), _take_modes()
+        try:
+            yield
+        finally:
+            _put(self._hooks, self._modes)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run a block inside :meth:`aside` with them."""
+        _put(self._hooks, self._modes)
+        try:
+            yield
+        finally:
+            _take_hooks()
+            _take_modes()
+
+
+def _take_hooks() -> list[tuple[Any, Any]]:
+    taken = []
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        taken.append(top)
+        _autograd._pop_saved_tensors_default_hooks()
+    return taken[::-1]
+
+
+def _take_modes() -> list[Any]:
+    modes = _get_current_dispatch_mode_stack()
+    for _ in modes:
+        _pop_mode()
+    return modes
+
+
+def _put(hooks: list[tuple[Any, Any]], modes: list[Any]) -> None:
+    for pack, unpack in hooks:
+        _autograd._push_saved_tensors_default_hooks(pack, unpack)
+    for mode in modes:
+        _push_mode(mode)

@@ -1,0 +1,399 @@
+"""Capture anew for each pass, of forward passes that hold code which cannot be guarded.
+
+The user's Python runs on fake tensors, as often as the model is called, and its operators are recorded; so
+what it prints, draws or counts happens as in plain PyTorch. Nothing that it reads can be out of date. A fake
+tensor that it leaves anywhere, in an attribute or with a hook, is found: then the pass is refused, and the
+module put back as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
+from torch.nn.modules import module as module_hooks
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
+
+from streamcnn.capture import ARGUMENT, RawGraph, functionalized
+from streamcnn.errors import UnsupportedModel
+from streamcnn.flattening import Whole, flatten, record_whole
+
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """One captured call of a module."""
+
+    graph: RawGraph
+    states: Mapping[str, Tensor]
+    result: Callable[[Sequence[Any]], Any]
+    """What the module returns, given the results of the graph."""
+    undo: Callable[[], None]
+    """Put the module's attributes back as they were before the call."""
+
+
+def capture_anew(
+    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Capture:
+    """Run ``net(image, *args, **kwargs)`` on fake tensors; ``image`` stands in for the image.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the forward pass cannot be followed, or leaves a tensor behind that would have no values; the
+        module is as it was then.
+    """
+    _refuse_backward_hooks(net)
+    before = _Snapshot(net)
+    try:
+        capture, traced = _traced(net, image, args, kwargs, before)
+        before.refuse_fakes()
+        _refuse_remaining(traced)
+    except BaseException:
+        before.restore()
+        raise
+    return capture
+
+
+def _traced(
+    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: _Snapshot
+) -> tuple[Capture, list[weakref.ref[Tensor]]]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    states = _states(net, args, kwargs)
+    with mode:
+        like = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        like.requires_grad_(image.requires_grad)
+    call = _Call(net, args, kwargs, {id(tensor): key for key, tensor in states.items()})
+    grad = torch.is_grad_enabled()
+    inputs = [like, *(mode.from_tensor(tensor) for tensor in states.values())]
+    flat = flatten(call.on(tuple(states)), inputs, mode, grad=grad)
+    flat_hooks = {name: tuple(hooks) for name, hooks in call.hooks.items()}
+    graph = functionalized(
+        flat,
+        (None, *states),
+        tuple(image.shape),
+        grad=grad,
+        device=image.device,
+        path_of=str,
+        hooks=flat_hooks,
+    )
+    assert call.rebuild is not None
+    return Capture(graph, states, call.rebuild, before.restore), call.made
+
+
+def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors that a call is known to read, each once, by key."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        found.setdefault(id(tensor), (name, tensor))
+    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            found.setdefault(id(leaf), (f"{ARGUMENT}{pytree.keystr(path[1:])}", leaf))
+    return dict(found.values())
+
+
+class _Call:
+    """A call of the module as a function of tensors, while it is traced."""
+
+    def __init__(
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Mapping[int, str]
+    ) -> None:
+        self.net = net
+        self.arguments = (args, kwargs)
+        self.keys = keys
+        self.hooks: dict[str, list[Callable[..., Any]]] = {}
+        """Hooks on gradients by the name of the traced value."""
+        self.made: list[weakref.ref[Tensor]] = []
+        self.image_names: frozenset[str] = frozenset()
+        self.rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def on(self, keys: tuple[str, ...]) -> Callable[..., Any]:
+        """The call as a function of the image and of the states with these keys, in order."""
+
+        def function(image: Tensor, *states: Tensor) -> tuple[Any, ...]:
+            by_key = dict(zip(keys, states, strict=True))
+
+            def traced(leaf: Any) -> Any:
+                return by_key[self.keys[id(leaf)]] if id(leaf) in self.keys else leaf
+
+            args, kwargs = pytree.tree_map(traced, self.arguments)
+            own = {
+                name: by_key[self.keys[id(tensor)]]
+                for name, tensor in (
+                    *self.net.named_parameters(remove_duplicate=False),
+                    *self.net.named_buffers(remove_duplicate=False),
+                )
+            }
+            self.image_names = _names_of(image)
+            with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
+                with patch.object(torch.autograd.Function, "apply", classmethod(_apply)):
+                    result = self.net(image, *args, **kwargs)
+            leaves, self.rebuild = taken_apart(result)
+            return tuple(leaves)
+
+        return function
+
+
+def _names_of(tensor: Tensor) -> frozenset[str]:
+    """The name of a traced tensor's node."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    name: str = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node.name)
+    return frozenset({name})
+
+
+class _Watch(TorchFunctionMode):
+    """Follows what tracing alone would not see, and notes the tensors that are made."""
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func is Tensor.register_hook:
+            return self._hook(*args)
+        if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
+            raise UnsupportedModel(
+                f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of its "
+                "own: return the map as a further result and ask autograd.grad for its gradient"
+            )
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, FakeTensor):
+            self.call.made.append(weakref.ref(result))
+        return result
+
+    def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> _Handle:
+        mode = get_proxy_mode()
+        assert mode is not None
+        node = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node)
+        if node is None or (node.op == "placeholder" and node.name not in self.call.image_names):
+            raise UnsupportedModel(
+                "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from outside: "
+                "set it once, outside of the forward pass"
+            )
+        hooks = self.call.hooks.setdefault(node.name, [])
+        hooks.append(hook)
+        return _Handle(hooks, hook)
+
+
+@dataclass(slots=True)
+class _Handle:
+    """What setting a hook returns."""
+
+    hooks: list[Callable[..., Any]]
+    hook: Callable[..., Any]
+
+    def remove(self) -> None:
+        """Take the hook off again."""
+        if self.hook in self.hooks:
+            self.hooks.remove(self.hook)
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``autograd.Function.apply`` while tracing: one call that is carried out as it is."""
+    if cls is CheckpointFunction:
+        run, _, *operands = args
+        return run(*operands)
+    original = super(torch.autograd.Function, cls).apply
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
+    with disable_proxy_modes_tracing():
+        like = original(*args, **kwargs)
+
+    def run_whole(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        filled = [next(given) if tensor else leaf for tensor, leaf in zip(is_tensor, rest, strict=True)]
+        run_args, run_kwargs = pytree.tree_unflatten(filled, spec)
+        return cls.apply(*run_args, **run_kwargs)
+
+    operands = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return record_whole(Whole(cls.__name__, run_whole), operands, like)
+
+
+@contextmanager
+def _named_submodules(net: nn.Module) -> Iterator[None]:
+    """Note on each recorded call which submodule makes it."""
+    paths = {module: name for name, module in net.named_modules()}
+    outer: list[Any] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        outer.append(fx_traceback.current_meta.get("nn_module_stack"))
+        fx_traceback.current_meta["nn_module_stack"] = {"": (paths.get(module, ""), type(module))}
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        fx_traceback.current_meta["nn_module_stack"] = outer.pop() if outer else None
+
+    handles = (
+        module_hooks.register_module_forward_pre_hook(enter),
+        module_hooks.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        fx_traceback.current_meta.pop("nn_module_stack", None)
+
+
+# --- results ---------------------------------------------------------------------------------------------
+
+
+def taken_apart(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of nested containers and dataclasses, and a function that puts others in their places."""
+    leaves, spec = pytree.tree_flatten(value)
+    inner: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
+    flat: list[Any] = []
+    for leaf in leaves:
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            names = [each.name for each in dataclasses.fields(leaf)]
+            parts, put = taken_apart([getattr(leaf, name) for name in names])
+            inner.append((len(parts), _with_fields(leaf, names, put)))
+            flat.extend(parts)
+        else:
+            inner.append((1, _only))
+            flat.append(leaf)
+
+    def rebuild(given: Sequence[Any]) -> Any:
+        rebuilt, start = [], 0
+        for count, put in inner:
+            rebuilt.append(put(given[start : start + count]))
+            start += count
+        return pytree.tree_unflatten(rebuilt, spec)
+
+    return flat, rebuild
+
+
+def _only(values: Sequence[Any]) -> Any:
+    return values[0]
+
+
+def _with_fields(
+    original: Any, names: Sequence[str], put: Callable[[Sequence[Any]], Any]
+) -> Callable[[Sequence[Any]], Any]:
+    def rebuild(values: Sequence[Any]) -> Any:
+        made = copy.copy(original)
+        for name, value in zip(names, put(values), strict=True):
+            object.__setattr__(made, name, value)
+        return made
+
+    return rebuild
+
+
+# --- what must not remain --------------------------------------------------------------------------------
+
+
+class _Snapshot:
+    """The attributes of all submodules, and the contents of containers among them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        for _, _, attributes in self._modules:
+            for value in attributes.values():
+                self._keep(value)
+
+    def _keep(self, value: Any) -> None:
+        if isinstance(value, (list, dict, set, deque)) and id(value) not in self._contents:
+            self._contents[id(value)] = (value, copy.copy(value))
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._keep(inner)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for _, module, attributes in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for container, contents in self._contents.values():
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+
+    def refuse_fakes(self) -> None:
+        """Raise if an attribute holds a tensor that was made while tracing."""
+        for name, module, _ in self._modules:
+            for attribute, value in vars(module).items():
+                for place, held in _named_values(attribute, value):
+                    if isinstance(held, FakeTensor):
+                        raise UnsupportedModel(_left_behind(f"'{place}' of {_titled(name, module)}"))
+
+
+def _named_values(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """A value and what containers hold, with names for messages."""
+    yield name, value
+    if depth and isinstance(value, dict):
+        for key, inner in value.items():
+            registry = name in ("_parameters", "_buffers", "_modules")
+            if not isinstance(inner, nn.Module):
+                yield from _named_values(str(key) if registry else f"{name}[{key!r}]", inner, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set, deque)):
+        for index, inner in enumerate(value):
+            yield from _named_values(f"{name}[{index}]", inner, depth - 1)
+    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            yield from _named_values(f"{name}.{each.name}", getattr(value, each.name, None), depth - 1)
+
+
+def _titled(name: str, module: nn.Module) -> str:
+    return f"'{name}' ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+def _left_behind(where: str) -> str:
+    return (
+        f"the forward pass leaves a tensor in {where}, and holds code that can only be captured without "
+        "values: return the tensor as a further result of the model (timm's features_only, torchvision's "
+        "create_feature_extractor) instead of keeping it"
+    )
+
+
+def _refuse_remaining(made: list[weakref.ref[Tensor]]) -> None:
+    """Raise if a tensor that was made while tracing is still held, by a hook's closure for example."""
+    gc.collect()
+    for reference in made:
+        tensor = reference()
+        if tensor is not None:
+            raise UnsupportedModel(_left_behind(_holder_of(tensor)))
+
+
+def _holder_of(tensor: Tensor) -> str:
+    for holder in gc.get_referrers(tensor):
+        if isinstance(holder, dict):
+            keys = [key for key, value in holder.items() if value is tensor]
+            if keys:
+                return f"a dict, under {keys[0]!r}"
+        if isinstance(holder, (list, tuple, set)):
+            return f"a {type(holder).__name__} outside the model"
+    return "an object outside the model (a hook, a closure or a global)"
+
+
+def _refuse_backward_hooks(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if any(getattr(module, kind, None) for kind in _BACKWARD_HOOKS):
+            raise UnsupportedModel(
+                f"{_titled(name, module)} has a backward hook, which needs the gradient of a whole map at once: "
+                "remove it, or set it on a parameter or with Tensor.register_hook on a result of the model"
+            )
+    if module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks:
+        raise UnsupportedModel(
+            "a backward hook is set on all modules, which needs the gradients of whole maps at once: remove it"
+        )
