@@ -32,29 +32,34 @@ class ForwardPass:
         self._unguardable: set[tuple[bool, bool]] = set()
 
     def __call__(
-        self, net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run
+        self,
+        net: nn.Module,
+        image: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Run,
+        surroundings: Surroundings | None = None,
     ) -> Any:
         """What ``net(image, *args, **kwargs)`` returns, given that ``run`` carries out its operators.
 
-        ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`.
+        ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`. ``run`` is called
+        with the surroundings set aside.
 
         Raises
         ------
         UnsupportedModel
             If the call cannot be captured; the module is as it was.
         """
-        surroundings = Surroundings()
-        with surroundings.aside(), _marked_cumulative(net):
+        with (surroundings or Surroundings()).aside(), _marked_cumulative(net):
             mode = (net.training, torch.is_grad_enabled())
             if mode not in self._unguardable:
                 try:
-                    return self._guarded(net, image, args, kwargs, run, surroundings)
+                    return self._guarded(net, image, args, kwargs, run)
                 except CannotBeGuarded:
                     self._unguardable.add(mode)
             capture = _captured_anew(net, image, args, kwargs)
             try:
-                with surroundings.restored():
-                    results = run(capture.graph, capture.states)
+                results = run(capture.graph, capture.states)
             except BaseException:
                 capture.undo()
                 raise

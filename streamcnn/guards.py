@@ -29,7 +29,6 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.capture import ARGUMENT, RawGraph, functionalized
 from streamcnn.flattening import Inliner, flatten, is_fake
-from streamcnn.surroundings import Surroundings
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order."""
@@ -76,7 +75,6 @@ class GuardedForward:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         run: Run,
-        surroundings: Surroundings,
     ) -> Any:
         """What ``net(image, *args, **kwargs)`` returns, its operators carried out by ``run``.
 
@@ -90,7 +88,7 @@ class GuardedForward:
         if self._compiled is None or self._graphs.count >= _MOST_GRAPHS:
             self._graphs = _Graphs()
             self._compiled = _compiled(self._graphs)
-        call = _GuardedCall(net, args, kwargs, run, surroundings)
+        call = _GuardedCall(net, args, kwargs, run)
         outer, _present.call = _present.call, call
         try:
             with _dynamo_as_wanted():
@@ -143,8 +141,7 @@ class _Captured:
             self._graph, self._keys = call.lower(self._module, inputs)
             self._module = None
         states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
-        with call.surroundings.restored():
-            return call.run(self._graph, states)
+        return call.run(self._graph, states)
 
 
 class _GuardedCall:
@@ -156,12 +153,10 @@ class _GuardedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         run: Run,
-        surroundings: Surroundings,
     ) -> None:
         self.net = net
         self.arguments = (args, kwargs)
         self.run = run
-        self.surroundings = surroundings
         self.has_begun = False
 
     def lower(

@@ -22,6 +22,7 @@ from streamcnn.planning import Planned
 from streamcnn.program import Program, Ref, refs_in
 from streamcnn.report import Report
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, free_bytes
+from streamcnn.surroundings import saved_tensors_hooks_aside
 from streamcnn.units import format_bytes
 
 
@@ -61,6 +62,10 @@ class Pass:
     ) -> None:
         self.host = host
         self.known = states
+        self.before: dict[str, Tensor] = {}
+        """What the forward pass has read of states that it has changed, for repeating it."""
+        self.is_spent = False
+        """Whether a backward pass has used the stored maps up."""
         self.reader = reader
         self.shrink = shrink
         # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
@@ -82,7 +87,8 @@ class Pass:
         self.program, self.plan = planned.program, planned.plan
         # Some code is taken to be there: only on the CPU is it anything that memory is refused for.
         self.is_trusting = self.reader.device.type == "cpu" and bool(planned.compiled)
-        self.states = {name: self.known[qualified] for name, qualified in self.program.states.items()}
+        known = {**self.known, **self.before}
+        self.states = {name: known[qualified] for name, qualified in self.program.states.items()}
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
         self._present_names = dict(
             zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
@@ -122,16 +128,29 @@ class Pass:
             # Not before the error is let go of: its traceback holds the tile's tensors.
             self.ceiling.give_back()
         self.shrink.keep()
-        with torch.no_grad():
-            for qualified, name in self.program.updates.items():
-                self.known[qualified].copy_(values[name])
+        self._update(values)
         if not self.plan.training:
             self.close()
         return {name: values[self.present_name(name)] for name in self.output_names}
 
+    def _update(self, values: Mapping[str, Tensor]) -> None:
+        """Give the states that the module changes their new values."""
+        read = set(self.program.states.values()) if self.plan.training else set()
+        with torch.no_grad():
+            for qualified, name in self.program.updates.items():
+                state = self.known[qualified]
+                if qualified in read:
+                    self.before[qualified] = state.detach().clone()
+                state.copy_(values[name])
+
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients by node name of the parameters and the image, given those of outputs."""
-        repeat = False
+        """Gradients by node name of the parameters and the image, given those of outputs.
+
+        It may be called again: the forward pass is then repeated first.
+        """
+        repeat, self.is_spent = self.is_spent, True
+        if repeat:
+            self._restart(self.planned)
         try:
             while True:
                 try:
@@ -166,11 +185,15 @@ class Pass:
         self.planned.compiled.clear()
         if again is None:
             raise error
+        self._restart(again)
+        self.num_retries += 1
+
+    def _restart(self, planned: Planned) -> None:
+        """Make ready to run the pass once more."""
         leaf_states, autocast = self.leaf_states, self.execution.autocast
-        self._begin(again)
+        self._begin(planned)
         # The ambient autocast of a backward pass is not that of its forward pass.
         self.execution.autocast = autocast
-        self.num_retries += 1
         assert self.leaf_states == leaf_states
 
     def _repeat_forward(self) -> None:
@@ -329,7 +352,9 @@ class Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
-        values = run.forward()
+        # Hooks of the caller are for what this node saves, not for the graphs inside of it.
+        with saved_tensors_hooks_aside():
+            values = run.forward()
         names = run.output_names
         # Saved only so that autograd notices a state or the image being changed before backward.
         ctx.save_for_backward(*anchors, *run.recomputed_from())
@@ -347,17 +372,19 @@ class Streamed(torch.autograd.Function):
         if run is None:
             raise RuntimeError(
                 "this streamed output has been differentiated already and its stores are freed: "
-                "run the forward pass again for another backward()"
+                "pass retain_graph=True to the first backward(), or run the forward pass again"
             )
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a streamed pass can only be differentiated once: call backward() or grad() without "
                 "create_graph=True"
             )
-        ctx.run = None
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.run = None
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
         arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
-        found = run.backward(arriving)
+        with saved_tensors_hooks_aside():
+            found = run.backward(arriving)
         image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
         gradients = (found.get(name) for name in (*run.leaf_states, *image))
         # The image may be on the host while its gradient was summed where the model is.

@@ -31,6 +31,7 @@ from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, modul
 from streamcnn.program import substitute
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
+from streamcnn.surroundings import Surroundings
 from streamcnn.units import format_bytes, parse_bytes
 
 _SMALLEST_TILE = 32
@@ -294,15 +295,19 @@ class StreamingModel(nn.Module):
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
 
+        surroundings = Surroundings()
+
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
             _refuse_changes(graph, image)
             captured = Captured(graph, states, reader.device)
-            return self._run(captured, reader, image if image_gradient else None)
+            return self._run(captured, reader, image if image_gradient else None, surroundings)
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
-        return self._call(self.net, here, args, kwargs, run)
+        return self._call(self.net, here, args, kwargs, run, surroundings)
 
-    def _run(self, captured: Captured, reader: BatchReader, image: Any) -> Sequence[Any]:
+    def _run(
+        self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
+    ) -> Sequence[Any]:
         """Plan and carry out a captured forward pass; its results. ``image`` is that which wants a gradient."""
         machine = Machine.here(reader.device)
         wish = self._wish(captured, reader.shape, reader.dtype, image_gradient=image is not None)
@@ -313,13 +318,14 @@ class StreamingModel(nn.Module):
         run = Pass(planned, reader, captured.states, self, shrink)
         names = program.output_names
         if not plan.training:
-            values = run.forward()
+            with surroundings.restored():
+                values = run.forward()
             outputs = tuple(values[name] for name in names)
         else:
             anchors = [run.states[name] for name in run.leaf_states]
             if image is not None:
                 anchors.append(image)
-            with torch.enable_grad():
+            with surroundings.restored(), torch.enable_grad():
                 outputs = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
         by_name = dict(zip(names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch._C import _autograd
+from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 
@@ -26,19 +27,32 @@ class Surroundings:
         """Run a block without them."""
         self._hooks, self._modes = _take_hooks(), _take_modes()
         try:
-            yield
+            with _trackers_aside():
+                yield
         finally:
-            _put(self._hooks, self._modes)
+            _put_hooks(self._hooks)
+            _put_modes(self._modes)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Run a block inside :meth:`aside` with them."""
-        _put(self._hooks, self._modes)
+        _put_hooks(self._hooks)
+        _put_modes(self._modes)
         try:
             yield
         finally:
             _take_hooks()
             _take_modes()
+
+
+@contextmanager
+def saved_tensors_hooks_aside() -> Iterator[None]:
+    """Run a block whose autograd graphs are nobody else's business."""
+    hooks = _take_hooks()
+    try:
+        yield
+    finally:
+        _put_hooks(hooks)
 
 
 def _take_hooks() -> list[tuple[Any, Any]]:
@@ -56,8 +70,27 @@ def _take_modes() -> list[Any]:
     return modes
 
 
-def _put(hooks: list[tuple[Any, Any]], modes: list[Any]) -> None:
+def _put_hooks(hooks: list[tuple[Any, Any]]) -> None:
     for pack, unpack in hooks:
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _put_modes(modes: list[Any]) -> None:
     for mode in modes:
         _push_mode(mode)
+
+
+@contextmanager
+def _trackers_aside() -> Iterator[None]:
+    """Take off the hooks by which PyTorch's own tools follow which module is at work."""
+    taken = [
+        (registry, key, registry.pop(key))
+        for registry in (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks)
+        for key, hook in list(registry.items())
+        if (getattr(hook, "__module__", None) or "").startswith("torch.")
+    ]
+    try:
+        yield
+    finally:
+        for registry, key, hook in taken:
+            registry[key] = hook

@@ -94,8 +94,7 @@ def _traced(
         path_of=str,
         hooks=flat_hooks,
     )
-    assert call.rebuild is not None
-    return Capture(graph, states, call.rebuild, before.restore), call.made
+    return Capture(graph, states, call.result, before.restore), call.made
 
 
 def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -122,7 +121,17 @@ class _Call:
         """Hooks on gradients by the name of the traced value."""
         self.made: list[weakref.ref[Tensor]] = []
         self.image_names: frozenset[str] = frozenset()
+        self.places: list[_Place] = []
+        """Where the module keeps tensors that its forward pass has made."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def result(self, values: Sequence[Any]) -> Any:
+        """What the module returns, and keeps, given the results of its graph."""
+        count = len(values) - len(self.places)
+        for place, value in zip(self.places, values[count:], strict=True):
+            place.container[place.key] = value
+        assert self.rebuild is not None
+        return self.rebuild(values[:count])
 
     def on(self, keys: tuple[str, ...]) -> Callable[..., Any]:
         """The call as a function of the image and of the states with these keys, in order."""
@@ -145,8 +154,10 @@ class _Call:
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
                 with patch.object(torch.autograd.Function, "apply", classmethod(_apply)):
                     result = self.net(image, *args, **kwargs)
+                self.places = _places_of_fakes(self.net, states)
             leaves, self.rebuild = taken_apart(result)
-            return tuple(leaves)
+            kept = [place.take() for place in self.places]
+            return (*leaves, *kept)
 
         return function
 
@@ -302,6 +313,40 @@ def _with_fields(
 
 
 # --- what must not remain --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An attribute of a submodule, or an entry of a list or dict there."""
+
+    container: Any
+    key: Any
+
+    def take(self) -> Tensor:
+        """What is there, which goes until its values are known."""
+        value: Tensor = self.container[self.key]
+        self.container[self.key] = None
+        return value
+
+
+def _places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[_Place]:
+    """Where submodules keep traced tensors other than the states that stand in for their own."""
+    known = set(map(id, states))
+    found: list[_Place] = []
+    for module in net.modules():
+        pending: list[Any] = [vars(module)]
+        seen: set[int] = set()
+        while pending:
+            container = pending.pop()
+            if id(container) in seen:
+                continue
+            seen.add(id(container))
+            for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+                if isinstance(value, FakeTensor) and id(value) not in known:
+                    found.append(_Place(container, key))
+                elif isinstance(value, (dict, list, deque)):
+                    pending.append(value)
+    return found
 
 
 class _Snapshot:
