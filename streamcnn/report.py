@@ -28,6 +28,9 @@ class Report:
     """Seconds since the pass was made and bytes held then, where the peak comes from sampling."""
     baseline_bytes: int | None = None
     """Resident memory of the process when the forward pass began; ``None`` if it cannot be read."""
+    waiting_bytes: int = 0
+    """Bytes of stores that other forward passes hold which still wait for their backward pass; not part of
+    the budget of this one."""
 
     @property
     def bytes_moved(self) -> int:
@@ -44,6 +47,11 @@ class Report:
         ]
         if self.num_retries:
             lines.append(f"memory was refused: begun again {self.num_retries} times with smaller tiles")
+        if self.waiting_bytes:
+            lines.append(
+                f"{format_bytes(self.waiting_bytes)} more are held by other forward passes that wait for "
+                "their backward pass, outside this budget"
+            )
         lines.extend(
             f"  phase {phase.level:<4} {phase.direction:<9}{phase.num_tiles:>5} tiles {phase.seconds:8.3f} s"
             f"  read {format_bytes(phase.bytes_read):>10}, written {format_bytes(phase.bytes_written):>10}"
