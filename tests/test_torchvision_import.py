@@ -71,11 +71,9 @@ def run(script: str, folder: Path) -> str:
 
 
 def is_hook_installed() -> bool:
-    try:
-        files = importlib.metadata.files("streamcnn") or []
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return any(file.name == f"{HOOK}.pth" for file in files)
+    """Whether this environment's streamcnn has it; a folder of sources may tell of another one."""
+    found = importlib.metadata.distributions(name="streamcnn")
+    return any(file.name == f"{HOOK}.pth" for one in found for file in one.files or [])
 
 
 @pytest.fixture(scope="module", params=["regular", "editable"])
