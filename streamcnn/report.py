@@ -19,13 +19,14 @@ class Report:
     """Peak. On the CPU above what the process held when the forward pass began; on a GPU all that the
     process held there. ``None`` if it cannot be read."""
     reading: str
-    """Which counter ``measured_bytes`` comes from."""
+    """Which counter ``measured_bytes`` comes from: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
     seconds: float
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
     """How often memory was refused and the pass begun again with smaller tiles."""
     samples: tuple[tuple[float, int], ...] = ()
-    """Seconds since the pass was made and bytes held then, where the peak comes from sampling."""
+    """Seconds since the pass was made and bytes held then, counted as ``measured_bytes``, where the peak
+    comes from sampling."""
     baseline_bytes: int | None = None
     """Resident memory of the process when the forward pass began; ``None`` if it cannot be read."""
     waiting_bytes: int = 0
