@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
-from pathlib import Path
 
-import torch
 from torch import nn
 
+from streamcnn import torchvision_import
 from streamcnn.extras import require
-
-# Schemas live as long as this object does.
-_torchvision_schemas: torch.library.Library | None = None
 
 
 def load_model(name: str, **kwargs: object) -> nn.Module:
@@ -65,7 +60,7 @@ def _call_factory(name: str, kwargs: dict[str, object]) -> object:
 
 
 def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
-    make_torchvision_importable()
+    torchvision_import.install()
     timm = require("timm", extra="zoo")
     if not timm.is_model(name):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "none"
@@ -77,33 +72,3 @@ def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f"{name} does not take {kwargs}: {error}") from error
-
-
-def make_torchvision_importable() -> None:
-    """Let torchvision be imported where its compiled operators do not fit this PyTorch.
-
-    Its import attaches shape rules to two of them and fails when they do not exist, although
-    no classification model calls either.
-    """
-    global _torchvision_schemas
-    if _has_compiled_operators() or _torchvision_schemas is not None:
-        return
-    _torchvision_schemas = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    for operator in ("nms", "qnms"):
-        schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        _torchvision_schemas.define(schema)  # type: ignore[no-untyped-call]
-
-
-def _has_compiled_operators() -> bool:
-    """Whether torchvision's operators are defined, after trying to load them as torchvision would.
-
-    Loading comes first because a library may not define schemas that exist already.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None and not hasattr(torch.ops.torchvision, "nms"):
-        for library in Path(spec.origin).parent.glob("_C*"):
-            try:
-                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-            except OSError:
-                continue  # built for another PyTorch
-    return hasattr(torch.ops.torchvision, "nms")

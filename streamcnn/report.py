@@ -19,15 +19,19 @@ class Report:
     """Peak. On the CPU above what the process held when the forward pass began; on a GPU all that the
     process held there. ``None`` if it cannot be read."""
     reading: str
-    """Which counter ``measured_bytes`` comes from."""
+    """Which counter ``measured_bytes`` comes from: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
     seconds: float
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
     """How often memory was refused and the pass begun again with smaller tiles."""
     samples: tuple[tuple[float, int], ...] = ()
-    """Seconds since the pass was made and bytes held then, where the peak comes from sampling."""
+    """Seconds since the pass was made and bytes held then, counted as ``measured_bytes``, where the peak
+    comes from sampling."""
     baseline_bytes: int | None = None
     """Resident memory of the process when the forward pass began; ``None`` if it cannot be read."""
+    waiting_bytes: int = 0
+    """Bytes of stores that other forward passes hold which still wait for their backward pass; not part of
+    the budget of this one."""
 
     @property
     def bytes_moved(self) -> int:
@@ -44,6 +48,11 @@ class Report:
         ]
         if self.num_retries:
             lines.append(f"memory was refused: begun again {self.num_retries} times with smaller tiles")
+        if self.waiting_bytes:
+            lines.append(
+                f"{format_bytes(self.waiting_bytes)} more are held by other forward passes that wait for "
+                "their backward pass, outside this budget"
+            )
         lines.extend(
             f"  phase {phase.level:<4} {phase.direction:<9}{phase.num_tiles:>5} tiles {phase.seconds:8.3f} s"
             f"  read {format_bytes(phase.bytes_read):>10}, written {format_bytes(phase.bytes_written):>10}"

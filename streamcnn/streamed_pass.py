@@ -240,8 +240,12 @@ class Pass:
         self._note(limit)
 
     def _note(self, limit: Limit) -> None:
-        if limit.peak_bytes is not None and (self.peak is None or limit.peak_bytes > self.peak):
-            self.peak, self.reading = limit.peak_bytes, limit.reading
+        peak, at_most = limit.peak_bytes, limit.at_most_bytes
+        if peak is not None and at_most is not None:
+            # Also where the other direction's peak is larger, but samples may have missed one that was not.
+            if self.peak is None or at_most > self.peak:
+                self.reading = limit.reading
+            self.peak = max(self.peak or 0, peak)
         self.samples.extend((when - self.began, nbytes) for when, nbytes in limit.samples)
         self.host.last_report = Report(
             budget=self.plan.budget,

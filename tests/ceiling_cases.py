@@ -11,6 +11,8 @@ import json
 import mmap
 import os
 import resource
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +71,11 @@ def peaks() -> Any:
         del freed
         at_work = measured.peak_bytes
     unlimited = soft_limit()
+    # This does not pass what was held before, so it is sampled, and has to last until it has been.
     with DataLimit(300 * MB) as limited:
-        torch.zeros(5 * MB)
+        touched = torch.ones(5 * MB)
+        limited.check()
+        del touched
         untouched = np.zeros(100 * MB, np.uint8)
     with DataLimit(300 * MB) as idle:
         pass
@@ -80,9 +85,53 @@ def peaks() -> Any:
         "limited": limited.peak_bytes,
         "idle": idle.peak_bytes,
         "readings": [measured.reading, limited.reading],
+        "at most": [measured.at_most_bytes, limited.at_most_bytes],
+        "samples": [len(measured.samples), max(nbytes for _, nbytes in limited.samples)],
         "unlimited": unlimited == soft_limit(),
         "alive": [len(kept), len(untouched)],
     }
+
+
+def marks() -> list[int]:
+    """What the user reads of the process's own peak: ``ru_maxrss`` and ``VmHWM``, in bytes."""
+    with open("/proc/self/status") as lines:
+        mark = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, mark * 1024]
+
+
+def after_a_large_block() -> Any:
+    """Blocks in a process that has held more than they take."""
+    large = torch.ones(100 * MB)
+    del large
+    before = marks()
+    with DataLimit(300 * MB) as sampled:
+        kept = torch.ones(10 * MB)
+        spike = torch.ones(15 * MB)
+        # The thread that samples is asked to see it, not this one.
+        time.sleep(0.1)
+        del spike
+    within = marks()
+    with DataLimit(None) as exact:
+        larger = torch.ones(150 * MB)
+        del larger
+    return {
+        "marks": [before, within, marks()],
+        "readings": [sampled.reading, exact.reading],
+        "peaks": [sampled.peak_bytes, exact.peak_bytes],
+        "at most": [sampled.at_most_bytes, exact.at_most_bytes],
+        "threads": [thread.name for thread in threading.enumerate()],
+        "alive": len(kept),
+    }
+
+
+def the_samplers_stack() -> Any:
+    """Whether blocks can have most of a small budget: the stack of the thread that samples is not in it."""
+    baseline = Baseline.now()
+    errors = []
+    for _ in range(20):
+        with DataLimit(20 * MB, baseline=baseline):
+            errors.append(error_of(lambda: torch.ones(4 * MB)))
+    return errors
 
 
 def shared_baseline() -> Any:
@@ -112,7 +161,8 @@ def nested() -> Any:
         at_outer = soft_limit()
         try:
             with DataLimit(80 * MB) as inner:
-                torch.ones(10 * MB)
+                kept = torch.ones(10 * MB)
+                inner.check()
                 raise KeyError("stop")
         except KeyError:
             after_error = soft_limit()
@@ -122,6 +172,7 @@ def nested() -> Any:
         "limits": [at_outer, after_error, looser],
         "own limit": soft_limit() == 2**40 != before,
         "peaks": [inner.peak_bytes, outer.peak_bytes],
+        "alive": len(kept),
     }
 
 
@@ -223,6 +274,8 @@ def in_a_child(case: Callable[[], Any]) -> Any:
 CASES = (
     refusals,
     peaks,
+    after_a_large_block,
+    the_samplers_stack,
     shared_baseline,
     nested,
     first_parallel_operator,

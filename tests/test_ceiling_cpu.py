@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,32 @@ def test_the_peak_is_what_was_touched(results: Any) -> None:
     # calloc'd pages that nobody wrote to count for the limit, not for the peak.
     assert 0.9 * 20 * MB <= result["limited"] <= 1.3 * 20 * MB
     assert result["idle"] < 5 * MB
-    assert result["readings"] == ["VmHWM", "VmHWM"]
+    assert result["readings"] == ["VmHWM", "VmRSS, sampled"]
+    assert result["at most"][0] == result["measured"]
+    # 100 MB before, of which 48 are there still.
+    assert 0.9 * 52 * MB <= result["at most"][1] <= 1.3 * 52 * MB
+    assert result["samples"] == [0, result["limited"]]
     assert result["unlimited"]
+
+
+@linux_only
+def test_the_processs_own_peak_is_left_to_the_user(results: Any) -> None:
+    result = results["after_a_large_block"]
+    before, within, after = result["marks"]
+    assert within == before
+    # Larger than ever before, which the user is to see as well.
+    assert all(b - a > 0.9 * 200 * MB for a, b in zip(before, after, strict=True))
+    sampled, exact = result["peaks"]
+    assert result["readings"] == ["VmRSS, sampled", "VmHWM"]
+    assert 0.9 * 100 * MB <= sampled <= 1.1 * 100 * MB
+    assert result["at most"][0] >= 0.9 * 400 * MB
+    assert 0.9 * 600 * MB <= exact == result["at most"][1] <= 1.1 * 600 * MB
+    assert result["threads"] == ["MainThread"]
+
+
+@linux_only
+def test_the_thread_that_samples_takes_nothing_of_the_budget(results: Any) -> None:
+    assert results["the_samplers_stack"] == [None] * 20
 
 
 @linux_only
@@ -182,14 +207,7 @@ def test_no_proc_means_unknown_and_no_budget(monkeypatch: pytest.MonkeyPatch, tm
     assert (limit.peak_bytes, limit.reading) == (None, "unknown")
     with pytest.raises(StreamError, match=r"budget= cannot be enforced .* pass budget=None"), DataLimit(MB):
         pass
-    assert cpu._active == []
-
-
-def test_a_mark_that_cannot_be_reset_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpu, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    with DataLimit(None) as limit:
-        np.ones(MB)
-    assert (limit.peak_bytes, limit.reading) == (None, "unknown")
+    assert not [thread for thread in threading.enumerate() if thread.name == "streamcnn-sampler"]
 
 
 @linux_only
@@ -201,6 +219,7 @@ def test_a_kernel_that_ignores_the_limit_is_an_error(monkeypatch: pytest.MonkeyP
     with pytest.raises(StreamError, match="cannot be enforced"), DataLimit(1000 * MB):
         pass
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "streamcnn-sampler"]
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

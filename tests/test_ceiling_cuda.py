@@ -377,6 +377,20 @@ class TestSampler:
         with pytest.raises(KeyError, match="bug"), Sampler(read):
             pytest.fail("the block was entered")
 
+    def test_a_sample_without_memory_for_itself_is_left_out(self) -> None:
+        readings = iter([1, None, None, 5])
+
+        def read() -> Reading:
+            nbytes = next(readings, 3)
+            if nbytes is None:
+                raise MemoryError
+            return Reading(nbytes, Source.OWN_PROCESS)
+
+        with Sampler(read, 0.001) as sampler:
+            wait_until(lambda: len(sampler.samples) > 2)
+        assert [nbytes for _, nbytes in sampler.samples][:3] == [1, 5, 3]
+        assert sampler.peak == Reading(5, Source.OWN_PROCESS)
+
     def test_samples_stay_few_and_even(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("streamcnn.ceiling.sampler._MOST_SAMPLES", 8)
         values = iter(range(1, 1000))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel, streaming_model
 from streamcnn.ceiling.allocator import free_heap_bytes, tame_allocator
+from streamcnn.ceiling.cpu import resident_bytes
 from streamcnn.interpreter import TileRun
 
 MB = 10**6
@@ -199,6 +200,48 @@ def with_free_heap() -> dict[str, Any]:
     }
 
 
+def marks() -> list[int]:
+    """What the user reads of the process's own peak: ``ru_maxrss`` and ``VmHWM``, in KiB."""
+    import resource
+
+    with open("/proc/self/status") as lines:
+        mark = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, mark]
+
+
+def peak_of_an_update(held_before: int) -> dict[str, Any]:
+    """The report of the first update in a process that has held so many bytes more; 0 if it still does."""
+    torch.set_num_threads(1)
+    image = torch.randn(SHAPE)
+    model = StreamingModel(make_net(), BUDGET)
+    model.plan(SHAPE)
+    known = resident_bytes()
+    assert known is not None
+    # Planning may have measured the machine, and held more for that than there is now.
+    large = torch.ones((held_before or known[1] - known[0]) // 4)
+    if held_before:
+        del large
+    before = marks()
+    model(image).sum().backward()
+    report = model.last_report
+    assert report is not None
+    return {
+        "marks": [before, marks()],
+        "measured": report.measured_bytes,
+        "reading": report.reading,
+        "samples": [nbytes for _, nbytes in report.samples],
+        "alive": 0 if held_before else len(large),
+    }
+
+
+def after_a_large_block() -> dict[str, Any]:
+    return peak_of_an_update(400 * MB)
+
+
+def without_one() -> dict[str, Any]:
+    return peak_of_an_update(0)
+
+
 def cases() -> dict[str, Any]:
     torch.set_num_threads(1)
     image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -250,7 +293,8 @@ def test_a_budget_that_fits_is_kept(results: Any) -> None:
     within = results["within"]
     assert BUDGET < PLAIN_BYTES
     assert within["projected"] <= BUDGET
-    assert within["reading"] == "VmHWM"
+    # Between the directions the process held more, so the mark cannot tell of the backward pass.
+    assert within["reading"] == "VmRSS, sampled"
     assert all(0 < measured <= BUDGET for measured in within["measured"]), within["measured"]
     assert "disk" in within["homes"]
     assert results["left"] == []
@@ -291,9 +335,26 @@ def test_a_heap_that_holds_more_free_than_the_budget_is_no_obstacle() -> None:
     assert 0 < found["measured"] <= BUDGET
 
 
+def test_a_pass_leaves_the_processs_own_peak_to_the_user() -> None:
+    used, fresh = in_fresh_process("after_a_large_block"), in_fresh_process("without_one")
+    before, after = used["marks"]
+    assert before == after
+    assert used["reading"] == "VmRSS, sampled"
+    assert max(used["samples"]) == used["measured"]
+    # The same update where the kernel's mark is exact.
+    before, after = fresh["marks"]
+    # ru_maxrss of a process that was started by a large one begins with that one's.
+    assert after[0] >= before[0]
+    assert after[1] > before[1]
+    assert fresh["reading"] == "VmHWM"
+    assert fresh["samples"] == []
+    assert 0.85 * fresh["measured"] <= used["measured"] <= 1.05 * fresh["measured"]
+
+
 def test_another_process_makes_the_same_plan(results: Any) -> None:
     assert StreamingModel(make_net(), BUDGET).plan(SHAPE).digest == results["within"]["digest"]
 
 
 if __name__ == "__main__":
-    print(json.dumps({"cases": cases, "with_free_heap": with_free_heap}[sys.argv[1]]()))
+    CASES = (cases, with_free_heap, after_a_large_block, without_one)
+    print(json.dumps({case.__name__: case for case in CASES}[sys.argv[1]]()))

@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamcnn import torchvision_import
 from streamcnn.data.ultramnist import Digits, DigitSet, Recipe, Spec, load_digits, make_image, make_layout
 from streamcnn.data.ultramnist import background as backgrounds
 from streamcnn.data.ultramnist.background import Background, Circle, Triangle, changes, draw_background
 from streamcnn.data.ultramnist.draws import Draws
-from streamcnn.models import make_torchvision_importable
 
 Mask = NDArray[np.bool_]
 
@@ -264,7 +264,7 @@ def test_pixels_on_lines_are_no_exception(angle: int, shear: int) -> None:
 
 def test_the_transform_is_torchvisions() -> None:
     """Same rotation, shear, order and centre; the pixels differ at most along the cells' edges."""
-    make_torchvision_importable()
+    torchvision_import.install()
     functional = pytest.importorskip("torchvision.transforms.functional")
     size = 480
     cells = np.random.default_rng(0).integers(0, 2, (12, 12)).astype(np.bool_)

@@ -1,4 +1,4 @@
-"""The ceiling on host memory: the kernel refuses what goes past the budget, and keeps the peak.
+"""The ceiling on host memory: the kernel refuses what goes past the budget, and tells the peak.
 
 Two different numbers, both the kernel's own. The *limit* counts the data segment: every private
 writable page that was asked for, touched or not, and thread stacks at full length. The *peak*
@@ -6,10 +6,18 @@ counts resident memory: pages that were touched, those of library code that runs
 among them (some 10 MB for a first convolution), so it may pass the budget by that much. Memory from
 ``calloc`` that nobody wrote to is refused by the first and unknown to the second.
 
+The kernel keeps one high-water mark (``VmHWM``) of a process's resident memory, over its whole life. It
+belongs to the user, who may read it too, so it is never reset here, and it tells the peak of a block only
+if it has risen in that block: then it is that peak. Otherwise the process has held as much before, and the
+mark is no more than an upper bound. The peak is then the largest of the readings of resident memory
+(``VmRSS``) that a thread takes every few milliseconds and ``DataLimit.check`` after every step. That is a
+lower bound: a spike between two samples is missed. Enforcing the limit does not depend on either.
+
 Memory that the heap holds free is handed out again without the kernel being asked. It counts as taken
 where that is a small part of the budget. Where it is more, as after plain PyTorch in the same process,
 taking all of it off would leave no room for the large blocks, which never come from the heap: the limit
-is then laxer than the budget, and ``DataLimit.check`` holds the peak against it after every step.
+is then laxer than the budget, and ``DataLimit.check`` holds the peak, as it is known, against it after
+every step.
 
 Compiled code is left out of the limit, but for the part that is touched: oneDNN compiles kernels for every
 new shape of a convolution's operands and keeps about a megabyte of address space for each.
@@ -21,26 +29,32 @@ process fit to be limited.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from streamcnn.ceiling.allocator import (
+    cache_thread_stack,
     free_heap_bytes,
     free_matrix_buffers,
     start_thread_pool,
     tame_allocator,
     trim_heap,
+    wait_for_stack,
 )
+from streamcnn.ceiling.sampler import Sampler
 from streamcnn.errors import BudgetExceeded, StreamError
 from streamcnn.units import format_bytes
 
 _STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/maps")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_HIGH_WATER = "5"
+_PAGES = Path("/proc/self/statm")
+_INTERVAL = 0.01
+"""Seconds between samples: a reading takes some 10 microseconds."""
 _HEAP_SHARE = 8
 _HEAP_LEAST = 2**24
 """What is taken off a budget for bytes that the heap holds free, at most: one in so many of the budget's, or
@@ -48,6 +62,10 @@ so many if that is more."""
 _CODE_SHARE = 16
 """The part of compiled code, one in so many bytes, that is touched: 3 to 6 % were."""
 _WRITABLE_CODE = b" rwxp "
+
+
+HIGH_WATER, SAMPLED = "VmHWM", "VmRSS, sampled"
+"""What a peak of resident memory is read from: the kernel's own mark of it, or samples, which may miss it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +87,7 @@ class Baseline:
     def now(cls) -> Baseline:
         """What the process holds now, PyTorch's threads started and free memory given back."""
         start_thread_pool()
+        cache_thread_stack()
         free_matrix_buffers()
         trim_heap()
         data, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
@@ -83,7 +102,6 @@ class DataLimit:
     block has its own peak. The ceiling is the whole process's, whichever thread allocates. A thread
     whose first parallel PyTorch operator runs inside the block needs stacks for a thread pool of its
     own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that thread first.
-    The kernel's high-water mark is reset on entry, for everybody who reads it.
 
     Parameters
     ----------
@@ -108,36 +126,52 @@ class DataLimit:
         self._given_baseline = baseline
         self._baseline = Baseline(None, None)
         self._soft_limit_before: int | None = None
-        self._reads_high_water = False
-        self._peak: int | None = None
+        self._gauge: _PeakGauge | None = None
+        self._cleanup = ExitStack()
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most resident memory above the baseline since entry, in bytes; None if unknown."""
-        if self in _active:
-            self._note_peak()
-        return self._peak
+        """Most resident memory above the baseline since entry, in bytes; None if unknown.
+
+        Exact if ``reading`` is ``VmHWM``, else a lower bound.
+        """
+        return self._above(None if self._gauge is None else self._gauge.peak().at_least)
+
+    @property
+    def at_most_bytes(self) -> int | None:
+        """What the peak cannot exceed: more than ``peak_bytes`` where that is a lower bound."""
+        return self._above(None if self._gauge is None else self._gauge.peak().at_most)
 
     @property
     def reading(self) -> str:
         """Name of the kernel's counter behind ``peak_bytes``, or "unknown"."""
-        return "VmHWM" if self._reads_high_water else "unknown"
+        if self._gauge is None:
+            return "unknown"
+        peak = self._gauge.peak()
+        return HIGH_WATER if peak.at_least == peak.at_most else SAMPLED
 
     @property
     def samples(self) -> tuple[tuple[float, int], ...]:
-        """Nothing: the kernel keeps the peak, so nobody has to look in between."""
-        return ()
+        """Resident memory above the baseline, if that is what ``reading`` names; else nothing.
+
+        ``time.perf_counter()`` in seconds, bytes.
+        """
+        if self._gauge is None or self.reading != SAMPLED:
+            return ()
+        resident = self._baseline.resident_bytes or 0
+        return tuple((when, nbytes - resident) for when, nbytes in self._gauge.samples)
 
     def __enter__(self) -> Self:
         if self._budget is not None:
             tame_allocator(reuse=self._reuse_heap)
         self._baseline = Baseline.now() if self._given_baseline is None else self._given_baseline
-        for outer in _active:
-            outer._note_peak()
-        self._reads_high_water = self._baseline.resident_bytes is not None and _reset_high_water()
-        if self._budget is not None:
-            self._lower(self._budget)
-        _active.append(self)
+        with ExitStack() as cleanup:
+            if self._baseline.resident_bytes is not None and resident_bytes() is not None:
+                # Before the limit, which is not to refuse a thread.
+                self._gauge = cleanup.enter_context(_PeakGauge())
+            if self._budget is not None:
+                self._lower(self._budget)
+            self._cleanup = cleanup.pop_all()
         return self
 
     def __exit__(
@@ -149,8 +183,7 @@ class DataLimit:
         if self._soft_limit_before is not None:
             _set_soft_limit(self._soft_limit_before)
             self._soft_limit_before = None
-        self._note_peak()
-        _active.remove(self)
+        self._cleanup.__exit__(kind, error, trace)
 
     def check(self, *, compiled: bool = True) -> None:
         """Let go of what libraries keep without need, and see what the limit does not refuse.
@@ -167,6 +200,8 @@ class DataLimit:
         BudgetExceeded
             If the peak has passed the budget, where the heap held too much free for the limit to be strict.
         """
+        if self._gauge is not None:
+            self._gauge.sample()
         if self._budget is None:
             return
         free_matrix_buffers()
@@ -199,18 +234,85 @@ class DataLimit:
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
         return self._baseline.data_bytes + _untouched_code_bytes() + budget - in_heap
 
-    def _note_peak(self) -> None:
-        """Bring the peak up to date, before another block resets the high-water mark."""
-        if not self._reads_high_water:
-            return
-        mark, resident = _status_bytes("VmHWM"), self._baseline.resident_bytes
+    def _above(self, resident: int | None) -> int | None:
+        """Resident bytes less what the baseline had, and never less than nothing."""
+        before = self._baseline.resident_bytes
+        return None if resident is None or before is None else max(0, resident - before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peak:
+    """Bounds of the most bytes that were resident: equal if that is known."""
+
+    at_least: int
+    at_most: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """Resident memory at one moment."""
+
+    nbytes: int
+
+
+class _PeakGauge:
+    """A ``with`` block whose peak of resident memory is known as well as the kernel tells it."""
+
+    def __init__(self) -> None:
+        self._pages = -1
+        self._mark = 0
+        self._sampler = Sampler(self._read, _INTERVAL)
+        self._final: _Peak | None = None
+
+    def peak(self) -> _Peak:
+        """The peak since entry, until the end of the block if that has come."""
+        if self._final is not None:
+            return self._final
+        sampled, mark = self._sampler.peak, _status_bytes("VmHWM")
+        assert sampled is not None
         assert mark is not None
-        assert resident is not None
-        self._peak = max(self._peak or 0, mark - resident)
+        return _Peak(mark, mark) if mark > self._mark else _Peak(min(sampled.nbytes, mark), mark)
 
+    @property
+    def samples(self) -> tuple[tuple[float, int], ...]:
+        """Readings in order: ``time.perf_counter()`` in seconds, bytes."""
+        return self._sampler.samples
 
-_active: list[DataLimit] = []
-"""Blocks entered and not left, outermost first; the limit and the mark are the process's, not theirs."""
+    def sample(self) -> None:
+        """Take a reading now, unless the block has ended."""
+        if self._final is None:
+            self._sampler.sample()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as cleanup:
+            # Kept open: to open it takes longer than to read it.
+            self._pages = os.open(_PAGES, os.O_RDONLY | os.O_CLOEXEC)
+            cleanup.callback(os.close, self._pages)
+            self._mark = _status_bytes("VmHWM") or 0
+            cleanup.callback(self._let_stack_go)
+            cleanup.enter_context(self._sampler)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.sample()
+            self._final = self.peak()
+        finally:
+            self._cleanup.__exit__(kind, error, trace)
+
+    def _let_stack_go(self) -> None:
+        """Leave the thread's stack to the next block's."""
+        if self._sampler.thread is not None:
+            wait_for_stack(self._sampler.thread)
+
+    def _read(self) -> _Resident:
+        return _Resident(int(os.pread(self._pages, 128, 0).split()[1]) * mmap.PAGESIZE)
 
 
 def resident_bytes() -> tuple[int, int] | None:
@@ -229,15 +331,6 @@ def _status_bytes(name: str) -> int | None:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def _reset_high_water() -> bool:
-    """Start the high-water mark anew at what is resident now; False where that is not allowed."""
-    try:
-        _CLEAR_REFS.write_text(_RESET_HIGH_WATER)
-    except OSError:
-        return False
-    return _status_bytes("VmHWM") is not None
 
 
 def _untouched_code_bytes() -> int:

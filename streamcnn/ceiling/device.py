@@ -21,12 +21,18 @@ class Limit(Protocol):
         """Most bytes held since entry, as the device counts them; None if unknown."""
 
     @property
+    def at_most_bytes(self) -> int | None:
+        """What the most bytes held since entry cannot exceed; more than ``peak_bytes`` if samples may have
+        missed a peak, None if unknown."""
+
+    @property
     def reading(self) -> str:
         """Name of the reading behind ``peak_bytes``, or "unknown"."""
 
     @property
     def samples(self) -> tuple[tuple[float, int], ...]:
-        """Readings in order: ``time.perf_counter()`` in seconds, bytes; none where only the peak is kept."""
+        """Readings in order: ``time.perf_counter()`` in seconds, bytes counted as ``peak_bytes``; none where
+        the device keeps the peak."""
 
     def __enter__(self) -> Self: ...
 
@@ -101,6 +107,7 @@ class NoCeiling:
 
     baseline_bytes: int | None = None
     peak_bytes: int | None = None
+    at_most_bytes: int | None = None
     reading = "unknown"
     samples: tuple[tuple[float, int], ...] = ()
 

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Lock, Thread
 from types import TracebackType
-from typing import Self
-
-from streamcnn.ceiling.nvml import Reading
+from typing import Generic, Protocol, Self, TypeVar
 
 INTERVAL = 0.02
-"""Seconds between samples: a reading takes about a millisecond."""
+"""Seconds between samples of a GPU's memory: a reading takes about a millisecond."""
 _MOST_SAMPLES = 4096
 """Samples kept at once; then every other one is dropped and they are taken half as often into the series."""
 
 
-class Sampler:
+class Sized(Protocol):
+    """A reading, whatever else it says."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+R = TypeVar("R", bound=Sized)
+
+
+class Sampler(Generic[R]):
     """A ``with`` block during which ``read`` is called on a thread of its own, at its begin and its end too.
 
     The thread ends with the block, whatever happens in it. What ``read`` raises ends the sampling, and the
-    block raises it if nothing else went wrong.
+    block raises it if nothing else went wrong. A sample that finds no memory for itself is left out: under
+    a limit that is nearly reached, the block's own work decides whether there is enough.
 
     Parameters
     ----------
@@ -30,20 +41,20 @@ class Sampler:
         Seconds between readings.
     """
 
-    def __init__(self, read: Callable[[], Reading | None], interval: float = INTERVAL) -> None:
+    def __init__(self, read: Callable[[], R | None], interval: float = INTERVAL) -> None:
         self._read = read
         self._interval = interval
         self._thread: Thread | None = None
         self._stopping = Event()
         self._lock = Lock()
-        self._peak: Reading | None = None
+        self._peak: R | None = None
         self._error: BaseException | None = None
         self._samples: list[tuple[float, int]] = []
         self._stride = 1
         self._num_read = 0
 
     @property
-    def peak(self) -> Reading | None:
+    def peak(self) -> R | None:
         """The largest reading so far; None if none was known."""
         return self._peak
 
@@ -52,6 +63,11 @@ class Sampler:
         """Readings in order: ``time.perf_counter()`` in seconds, bytes. Some 4096 at most, evenly spread."""
         with self._lock:
             return tuple(self._samples)
+
+    @property
+    def thread(self) -> Thread | None:
+        """The thread, ended if the block has; None before that began."""
+        return self._thread
 
     def sample(self) -> None:
         """Take one reading now, on the calling thread."""
@@ -91,7 +107,16 @@ class Sampler:
 
     def _run(self) -> None:
         try:
-            while not self._stopping.wait(self._interval):
-                self.sample()
+            while not self._stopped_in(self._interval):
+                with suppress(MemoryError):
+                    self.sample()
         except BaseException as error:
             self._error = error
+
+    def _stopped_in(self, seconds: float) -> bool:
+        """Wait that long; whether the block has ended."""
+        try:
+            return self._stopping.wait(seconds)
+        except MemoryError:
+            time.sleep(seconds)
+            return self._stopping.is_set()

@@ -26,9 +26,9 @@ class Recorder:
     """Samples resident memory while entered; :meth:`observe` is told what runs.
 
     A reading is taken at every event too, so that what was held between two readings belongs to one part.
-    Between them the kernel's high-water mark tells of peaks: where it has changed it is the sample. The
-    ceiling, which resets the mark, does so before each direction. The kernel counts pages per core and adds
-    them up now and then, so that two readings may differ by some hundred KiB.
+    Between them the kernel's high-water mark tells of peaks that are the process's highest so far: where it
+    has changed it is the sample. The kernel counts pages per core and adds them up now and then, so that two
+    readings may differ by some hundred KiB.
 
     Parameters
     ----------

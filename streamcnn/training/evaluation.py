@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamcnn import torchvision_import
 from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
-from streamcnn.models import make_torchvision_importable
 
 Classify = Callable[[list[ImageSource]], Tensor]
 """From a list of images to logits ``(N, classes)``."""
@@ -84,7 +84,7 @@ def require_metrics() -> ModuleType:
     MissingExtra
         If it is not installed.
     """
-    make_torchvision_importable()
+    torchvision_import.install()
     return require("torchmetrics.functional.classification", extra="train")
 
 
