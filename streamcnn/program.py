@@ -187,12 +187,17 @@ class Program:
         return tuple(node for node in self.nodes.values() if node.note)
 
 
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Whether autograd can differentiate values of ``dtype``: floating-point and complex ones."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
     """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
     found = set(leaves)
     for node in program.nodes.values():
         specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
-        if any(spec.dtype.is_floating_point for spec in specs) and not found.isdisjoint(node.operands):
+        if any(has_gradient(spec.dtype) for spec in specs) and not found.isdisjoint(node.operands):
             found.add(node.name)
     return frozenset(found)
 

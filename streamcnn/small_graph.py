@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.plan import Segment
-from streamcnn.program import Kind, Node, Program, substitute
+from streamcnn.program import Kind, Node, Program, has_gradient, substitute
 
 Results = tuple[Tensor, ...]
 
@@ -84,7 +84,7 @@ class SmallGraph:
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
         leaf = tensor.detach()
-        wanted = name in self.differentiated and leaf.is_floating_point() and torch.is_grad_enabled()
+        wanted = name in self.differentiated and has_gradient(leaf.dtype) and torch.is_grad_enabled()
         return leaf.requires_grad_(wanted)
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
