@@ -48,6 +48,11 @@ class TensorSpec:
         """Bytes of a dense tensor."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of its gradient while tiles' shares are added up."""
+        return self.numel * sum_dtype(self.dtype).itemsize
+
 
 class Kind(Enum):
     """What a node produces, and how it is carried out."""
@@ -190,6 +195,11 @@ class Program:
 def has_gradient(dtype: torch.dtype) -> bool:
     """Whether autograd can differentiate values of ``dtype``: floating-point and complex ones."""
     return dtype.is_floating_point or dtype.is_complex
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that tiles' shares of a gradient of ``dtype`` are added up in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:

@@ -148,7 +148,7 @@ class _Values:
         found: dict[str, int] = {}
         for state, reader in last.items():
             if state in self.program.states and state in differentiated:
-                found[reader] = found.get(reader, 0) + nodes[state].nbytes
+                found[reader] = found.get(reader, 0) + nodes[state].tensor.gradient_bytes
         return found
 
     @property
@@ -295,5 +295,5 @@ def _states_by_level(
                 last[name] = max(last.get(name, 0), levels[node.name])
     states: dict[int, int] = {}
     for name, level in last.items():
-        states[level] = states.get(level, 0) + program.nodes[name].nbytes
+        states[level] = states.get(level, 0) + program.nodes[name].tensor.gradient_bytes
     return states
