@@ -9,10 +9,11 @@ from streamcnn.ops import (
     reductions,
     resampling,
     shape,
+    writing,
 )
 from streamcnn.ops.rules import Sample
 
-FAMILIES = (convolution, dropout, normalization, pointwise, pooling, reductions, resampling, shape)
+FAMILIES = (convolution, dropout, normalization, pointwise, pooling, reductions, resampling, shape, writing)
 
 
 def samples() -> tuple[Sample, ...]:
