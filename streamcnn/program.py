@@ -6,6 +6,7 @@ constants are named and looked up in the user's module when a pass starts.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -190,6 +191,19 @@ class Program:
     def residents(self) -> tuple[Node, ...]:
         """Operators that run on a whole map because no rule covers them."""
         return tuple(node for node in self.nodes.values() if node.note)
+
+
+def on_whole_maps(program: Program) -> tuple[Node, ...]:
+    """The resident operators: small values worked out from a whole map, and what follows from those.
+
+    Views are among them, and the parts of a tuple are not.
+    """
+    found: set[str] = set()
+    for node in program.nodes.values():
+        if node.kind is Kind.GATHER or (node.kind is Kind.SMALL and not found.isdisjoint(node.operands)):
+            found.add(node.name)
+    nodes = (program.nodes[name] for name in program.nodes if name in found)
+    return tuple(node for node in nodes if node.kind is Kind.SMALL and node.target is not operator.getitem)
 
 
 def has_gradient(dtype: torch.dtype) -> bool:

@@ -109,7 +109,7 @@ class _Values:
             label = _label(node)
             if label in _SAVES_RESULT:
                 self.kept.add(self._owner(name))
-            elif label not in _SAVES_NOTHING and not _is_view(node):
+            elif label not in _SAVES_NOTHING and not is_view(node):
                 self.kept.update(self._owner(operand) for operand in node.operands if operand in inside)
         if not training:
             self.kept.clear()
@@ -117,7 +117,7 @@ class _Values:
     def saved(self, name: str) -> int:
         """Bytes that stay when an operator has run."""
         node = self.program.nodes[name]
-        if _is_view(node):
+        if is_view(node):
             return 0
         nbytes = node.nbytes if name in self.kept else 0
         if "max_pool" in _label(node) and self.kept and isinstance(node.spec, TensorSpec):
@@ -127,7 +127,7 @@ class _Values:
     def around(self, name: str) -> int:
         """Bytes of operands and result while an operator runs, or of their gradients."""
         node = self.program.nodes[name]
-        if _is_view(node):
+        if is_view(node):
             return 0
         operands = (self.program.nodes[name] for name in node.operands)
         # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
@@ -160,7 +160,7 @@ class _Values:
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
         node = self.program.nodes[name]
-        while _is_view(node) and node.operands:
+        while is_view(node) and node.operands:
             node = self.program.nodes[node.operands[0]]
         return node.name
 
@@ -175,7 +175,8 @@ def _convolves(node: Node) -> bool:
     return "conv" in _label(node)
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether its value is in the memory of its first operand."""
     if node.target is operator.getitem:
         return True
     target = node.target
@@ -191,7 +192,8 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
     and result, and the copies that a convolution works on.
     """
     image = program.nodes[program.image].nbytes
-    largest = max((node.nbytes for node in program.nodes.values() if node.kind is Kind.LOCAL), default=0)
+    made = (node for node in program.nodes.values() if node.kind in (Kind.LOCAL, Kind.SMALL))
+    largest = max((node.nbytes for node in made), default=0)
     if not differentiated:
         return image + 3 * largest
     states = sum(program.nodes[name].nbytes for name in program.states if name in differentiated)
