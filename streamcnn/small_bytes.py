@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
 from streamcnn.libraries import KernelBytes, Libraries, num_products, num_sizes
+from streamcnn.ops.rules import Call
 from streamcnn.plan import MemoryTerm
-from streamcnn.program import Kind, Node, Program, TensorSpec
+from streamcnn.program import Kind, Node, Program, Ref, TensorSpec
 from streamcnn.staging import Staging
 
 _SAVES_RESULT = frozenset(
@@ -69,7 +71,7 @@ def resident_step(
     parameters.
     """
     training = bool(differentiated)
-    values = _Values(program, tuple(names), training=training)
+    values = _Values(program, tuple(names), differentiated, fuses_all=not libraries.kernel_bytes)
     arriving = values.state_bytes(differentiated)
     gradients = sum(arriving.values())
     saved = most = before = arrived = flow = workspace = heap = 0
@@ -99,9 +101,14 @@ def resident_step(
 class _Values:
     """What the operators of a step hold: views and parts of a tuple are no memory of their own."""
 
-    def __init__(self, program: Program, names: Sequence[str], *, training: bool) -> None:
+    def __init__(
+        self, program: Program, names: Sequence[str], differentiated: Collection[str], *, fuses_all: bool
+    ) -> None:
         self.program = program
         self.names = names
+        self.differentiated = differentiated
+        self.fuses_all = fuses_all
+        """Whether attention is one kernel even with dropout or a mask that is trained, as on a GPU."""
         inside = set(names)
         self.kept: set[str] = set()
         for name in names:
@@ -111,7 +118,7 @@ class _Values:
                 self.kept.add(self._owner(name))
             elif label not in _SAVES_NOTHING and not is_view(node):
                 self.kept.update(self._owner(operand) for operand in node.operands if operand in inside)
-        if not training:
+        if not differentiated:
             self.kept.clear()
 
     def saved(self, name: str) -> int:
@@ -122,6 +129,10 @@ class _Values:
         nbytes = node.nbytes if name in self.kept else 0
         if "max_pool" in _label(node) and self.kept and isinstance(node.spec, TensorSpec):
             nbytes += _INDEX_BYTES * node.spec.numel
+        if self.differentiated:
+            matrix, is_dropped = self._attention(node)
+            # Its softmax and, with dropout, the mask and what is left.
+            nbytes += 2 * matrix + matrix // 4 if is_dropped else matrix
         return nbytes
 
     def around(self, name: str) -> int:
@@ -131,7 +142,26 @@ class _Values:
             return 0
         operands = (self.program.nodes[name] for name in node.operands)
         # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
-        return node.nbytes + sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
+        nbytes = node.nbytes + sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
+        return nbytes + 2 * self._attention(node)[0]
+
+    def _attention(self, node: Node) -> tuple[int, bool]:
+        """Bytes of the matrix that attention forms where it is not one kernel, and whether it has dropout.
+
+        Strides are not known here: on a CPU the kernel also wants the channels to be dense.
+        """
+        if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            return 0, False
+        names = ("query", "key", "value", "attn_mask", "dropout_p")
+        query, key, value, mask, dropout = Call(node.target, node.args, node.kwargs).bind(*names)
+        queries, keys, values = (self.program.nodes[ref.name].tensor for ref in (query, key, value))
+        is_fused = len(queries.shape) == 4 and queries.shape[-1] == values.shape[-1]
+        if not self.fuses_all:
+            is_trained = isinstance(mask, Ref) and mask.name in self.differentiated
+            is_fused = is_fused and not dropout and not is_trained
+        if is_fused:
+            return 0, False
+        return queries.nbytes // queries.shape[-1] * keys.shape[-2], bool(dropout)
 
     def workspace(self, name: str) -> int:
         """Bytes of the copies that a convolution makes of operands, weights and result."""

@@ -13,6 +13,7 @@ from streamcnn.cost_model import BACKWARD_WORK, resident_time, resident_work
 from streamcnn.plan import Plan
 from streamcnn.program import Kind, on_whole_maps
 from streamcnn.rates import NOMINAL
+from streamcnn.small_bytes import RUNTIME_BYTES
 
 WIDTH = 16
 RATES = NOMINAL["cpu"]
@@ -106,6 +107,32 @@ def test_bytes_hold_the_attention_matrix() -> None:
     assert formed.projected_bytes > 3 * matrix
     assert formed.plain_bytes > 3 * matrix
     assert fused.projected_bytes < matrix
+
+
+class MaskedAttention(nn.Module):
+    """The fused operator with dropout or with a mask that is trained."""
+
+    def __init__(self, num_tokens: int, dropout: float, *, masked: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, WIDTH)
+        self.dropout = dropout
+        self.mask = nn.Parameter(torch.zeros(1, 1, num_tokens, num_tokens)) if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.mix(x.flatten(2).transpose(1, 2))[:, None]
+        return F.scaled_dot_product_attention(tokens, tokens.sin(), tokens.cos(), self.mask, self.dropout)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "masked", "least"), [(0.0, False, 0.0), (0.1, False, 4.0), (0.0, True, 3.0)]
+)
+def test_bytes_hold_the_matrix_where_attention_is_not_one_kernel(
+    dropout: float, masked: bool, least: float
+) -> None:
+    matrix = 4 * 48**4
+    nbytes = plan_of(MaskedAttention(48**2, dropout, masked=masked), 48).projected_bytes
+    # A mask that is trained, and its gradient, are beside it.
+    assert least * matrix < nbytes - RUNTIME_BYTES < (least + 3) * matrix
 
 
 def test_a_tail_hides_no_reason() -> None:
