@@ -11,6 +11,7 @@ from torch import Tensor
 from streamcnn.autocast import autocast
 from streamcnn.interpreter import TileRun
 from streamcnn.plan import Phase, Plan
+from streamcnn.program import has_gradient
 from streamcnn.regions import Region
 from streamcnn.small_graph import SmallGraph
 from streamcnn.windows import Axes, cut
@@ -89,7 +90,7 @@ class BackwardTile:
         """A leaf per input and region: a slice inside the graph would cost a zero-filled copy."""
         if (name, part) not in self.leaves:
             leaf = self.execution.fetch(name, part).detach()
-            wanted = name in self.execution.plan.differentiated and leaf.is_floating_point()
+            wanted = name in self.execution.plan.differentiated and has_gradient(leaf.dtype)
             self.leaves[name, part] = leaf.requires_grad_(wanted)
         return self.leaves[name, part]
 

@@ -7,14 +7,19 @@ are for is to tell the faster of two plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils.flop_counter import FlopCounterMode
 
 from streamcnn.ops.convolution import convolve_transposed, is_convolution
 from streamcnn.plan import Home
-from streamcnn.program import Kind, Node, Program
+from streamcnn.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
 from streamcnn.rates import Rates
-from streamcnn.small_bytes import REUSABLE_BYTES
+from streamcnn.small_bytes import REUSABLE_BYTES, is_view
 from streamcnn.staging import Stage
 from streamcnn.tiling import TiledStage
 
@@ -53,6 +58,51 @@ def work(program: Program, node: Node) -> Work:
     return Work(flops, read + node.nbytes, node.nbytes, _is_depthwise(program, node), math.prod(node.size))
 
 
+def resident_work(program: Program, node: Node) -> Work:
+    """The work of an operator on whole values; none if it is a view."""
+    if is_view(node):
+        return Work(0, 0, 0, grouped=False, num_positions=1)
+    read = sum(program.nodes[name].nbytes for name in node.operands)
+    flops = max(sum(spec.numel for spec in _specs(node.spec)), _products(program, node))
+    return Work(flops, read + node.nbytes, node.nbytes, _is_depthwise(program, node), num_positions=1)
+
+
+def _products(program: Program, node: Node) -> int:
+    """Floating-point operations of the matrix products and convolutions that an operator is made of.
+
+    It is run on tensors without memory while PyTorch's own formulas count.
+    """
+    if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+        return 0
+    assert node.target is not None
+
+    def stand_in(name: str) -> Any:
+        spec = program.nodes[name].spec
+        made = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in _specs(spec)]
+        return made[0] if isinstance(spec, TensorSpec) else tuple(made)
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        try:
+            node.target(*substitute(node.args, stand_in), **substitute(dict(node.kwargs), stand_in))
+        except (RuntimeError, NotImplementedError, TypeError):
+            # It makes a tensor of its own on another device, or has no form for tensors without memory.
+            return 0
+    return int(counter.get_total_flops())
+
+
+def _specs(spec: TensorSpec | tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    return spec if isinstance(spec, tuple) else (spec,)
+
+
+def resident_time(program: Program, differentiated: Collection[str], rates: Rates) -> StageTime:
+    """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles."""
+    nodes = on_whole_maps(program)
+    works = {node.name: resident_work(program, node) for node in nodes if not is_view(node)}
+    both = {name: each for name, each in works.items() if name in differentiated}
+    once = {name: each for name, each in works.items() if name not in differentiated}
+    return plain_time(both, rates, backward=True) + plain_time(once, rates, backward=False)
+
+
 def _multiplications(program: Program, node: Node) -> int:
     """Multiply-adds of a heavy operator on its whole map."""
     weights = [program.nodes[n].tensor for n in node.operands if not program.nodes[n].is_map]
@@ -68,7 +118,7 @@ def _multiplications(program: Program, node: Node) -> int:
 
 
 def _is_depthwise(program: Program, node: Node) -> bool:
-    if not is_convolution(node.target):
+    if not is_convolution(node.target) and "conv" not in str(node.target):
         return False
     weights = [program.nodes[n].tensor for n in node.operands if not program.nodes[n].is_map]
     return any(len(spec.shape) == 4 and spec.shape[1] == 1 for spec in weights)
@@ -83,6 +133,11 @@ class StageTime:
     fresh_seconds: float
     """What it costs more if all memory comes from the operating system anew."""
     flops: int
+
+    def __add__(self, other: StageTime) -> StageTime:
+        return StageTime(
+            self.seconds + other.seconds, self.fresh_seconds + other.fresh_seconds, self.flops + other.flops
+        )
 
 
 def stage_time(tiled: TiledStage, works: Mapping[str, Work], rates: Rates, *, backward: bool) -> StageTime:

@@ -199,7 +199,7 @@ class Execution:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])
                 self._free_level(level)
-            found = {name: g for name, g in self.small.gradients.items() if name in self.program.states}
+            found = {n: self.small.take(n) for n in self.program.states if n in self.small.gradients}
             if self.program.image in self._gradients:
                 found[self.program.image] = self._whole_gradient(self.program.image)
             return found

@@ -156,7 +156,7 @@ class Plan:
     recomputation: float
     """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
     num_resident: int
-    """Operators in the resident tail."""
+    """Operators that run on whole maps after the last tile: the resident tail."""
     residents: tuple[str, ...] = ()
     """Operators run on whole maps for want of a rule, with the reason."""
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from streamcnn.cost_model import plain_time
+from streamcnn.cost_model import plain_time, resident_time
 from streamcnn.cuts import choose_cuts
 from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, moments
 from streamcnn.options import Options
 from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
-from streamcnn.program import Kind, Program
+from streamcnn.program import Kind, Program, on_whole_maps
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import plain_bytes, total_bytes
@@ -92,8 +92,6 @@ class _Tail:
 
     start: str
     """The captured call from which on."""
-    length: int
-    """Number of operators."""
     seconds: float
     """Projected time, forward and backward."""
     flops: int
@@ -126,7 +124,7 @@ class _Attempt:
 
     @property
     def seconds(self) -> float:
-        """Projected time, the tail's included."""
+        """Projected time, the tail's included; what runs on whole maps in any case is left out."""
         return self.candidate.seconds + (self.tail.seconds if self.tail else 0.0)
 
     @property
@@ -152,8 +150,10 @@ class _Attempt:
         )
         assert worst.nbytes == candidate.nbytes, (worst, candidate.nbytes)
         everything, training = whole.search.options, bool(request.leaves)
-        plain = plain_time(everything.works, request.rates, backward=training)
-        flops = sum(option.time.flops for option in candidate.options) + (self.tail.flops if self.tail else 0)
+        resident = resident_time(everything.program, everything.differentiated, request.rates)
+        plain = plain_time(everything.works, request.rates, backward=training) + resident
+        flops = sum(option.time.flops for option in candidate.options) + resident.flops
+        flops += self.tail.flops if self.tail else 0
         return Plan(
             image_shape=request.image_shape,
             dtype=request.dtype,
@@ -172,12 +172,19 @@ class _Attempt:
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
             plain_bytes=plain_bytes(everything.program, everything.differentiated),
-            projected_seconds=self.seconds,
+            projected_seconds=self.seconds + resident.seconds,
             plain_seconds=plain.seconds,
             recomputation=flops / plain.flops if plain.flops else 1.0,
-            num_resident=self.tail.length if self.tail else 0,
-            residents=tuple(f"{node.note} ({node.source})" for node in program.residents),
+            num_resident=_num_last(program, staging),
+            # In the tail nothing streams, so only the program without one has the reasons.
+            residents=tuple(f"{node.note} ({node.source})" for node in everything.program.residents),
         )
+
+
+def _num_last(program: Program, staging: Staging) -> int:
+    """Operators on whole maps that run after the last tile: the resident tail."""
+    last = max(staging.levels.values(), default=0)
+    return sum(staging.levels[node.name] == last for node in on_whole_maps(program))
 
 
 def _reserved(request: PlanRequest) -> tuple[MemoryTerm, ...]:
@@ -227,7 +234,7 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
         return None
     works = {node.name: options.works[node.name] for node in nodes[-length:]}
     time = plain_time(works, options.rates, backward=bool(options.differentiated))
-    return _Tail(nodes[-length].name.partition(".")[0], length, time.seconds, time.flops)
+    return _Tail(nodes[-length].name.partition(".")[0], time.seconds, time.flops)
 
 
 def _with_tiles(candidate: Candidate) -> dict[str, StorePlan]:

@@ -6,6 +6,7 @@ constants are named and looked up in the user's module when a pass starts.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -48,6 +49,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of a dense tensor."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of its gradient while tiles' shares are added up."""
+        return self.numel * sum_dtype(self.dtype).itemsize
 
 
 class Kind(Enum):
@@ -192,6 +198,29 @@ class Program:
         return tuple(node for node in self.nodes.values() if node.note)
 
 
+def on_whole_maps(program: Program) -> tuple[Node, ...]:
+    """The resident operators: small values worked out from a whole map, and what follows from those.
+
+    Views are among them, and the parts of a tuple are not.
+    """
+    found: set[str] = set()
+    for node in program.nodes.values():
+        if node.kind is Kind.GATHER or (node.kind is Kind.SMALL and not found.isdisjoint(node.operands)):
+            found.add(node.name)
+    nodes = (program.nodes[name] for name in program.nodes if name in found)
+    return tuple(node for node in nodes if node.kind is Kind.SMALL and node.target is not operator.getitem)
+
+
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Whether autograd can differentiate values of ``dtype``: floating-point and complex ones."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that tiles' shares of a gradient of ``dtype`` are added up in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
 def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
     """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
     found = set(leaves)
@@ -199,7 +228,7 @@ def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
         if not node.grad:
             continue
         specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
-        if any(spec.dtype.is_floating_point for spec in specs) and not found.isdisjoint(node.operands):
+        if any(has_gradient(spec.dtype) for spec in specs) and not found.isdisjoint(node.operands):
             found.add(node.name)
     return frozenset(found)
 

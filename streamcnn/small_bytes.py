@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
 from streamcnn.libraries import KernelBytes, Libraries, num_products, num_sizes
+from streamcnn.ops.rules import Call
 from streamcnn.plan import MemoryTerm
-from streamcnn.program import Kind, Node, Program, TensorSpec
+from streamcnn.program import Kind, Node, Program, Ref, TensorSpec
 from streamcnn.staging import Staging
 
 _SAVES_RESULT = frozenset(
@@ -69,7 +71,7 @@ def resident_step(
     parameters.
     """
     training = bool(differentiated)
-    values = _Values(program, tuple(names), training=training)
+    values = _Values(program, tuple(names), differentiated, fuses_all=not libraries.kernel_bytes)
     arriving = values.state_bytes(differentiated)
     gradients = sum(arriving.values())
     saved = most = before = arrived = flow = workspace = heap = 0
@@ -99,9 +101,14 @@ def resident_step(
 class _Values:
     """What the operators of a step hold: views and parts of a tuple are no memory of their own."""
 
-    def __init__(self, program: Program, names: Sequence[str], *, training: bool) -> None:
+    def __init__(
+        self, program: Program, names: Sequence[str], differentiated: Collection[str], *, fuses_all: bool
+    ) -> None:
         self.program = program
         self.names = names
+        self.differentiated = differentiated
+        self.fuses_all = fuses_all
+        """Whether attention is one kernel even with dropout or a mask that is trained, as on a GPU."""
         inside = set(names)
         self.kept: set[str] = set()
         for name in names:
@@ -109,29 +116,52 @@ class _Values:
             label = _label(node)
             if label in _SAVES_RESULT:
                 self.kept.add(self._owner(name))
-            elif label not in _SAVES_NOTHING and not _is_view(node):
+            elif label not in _SAVES_NOTHING and not is_view(node):
                 self.kept.update(self._owner(operand) for operand in node.operands if operand in inside)
-        if not training:
+        if not differentiated:
             self.kept.clear()
 
     def saved(self, name: str) -> int:
         """Bytes that stay when an operator has run."""
         node = self.program.nodes[name]
-        if _is_view(node):
+        if is_view(node):
             return 0
         nbytes = node.nbytes if name in self.kept else 0
         if "max_pool" in _label(node) and self.kept and isinstance(node.spec, TensorSpec):
             nbytes += _INDEX_BYTES * node.spec.numel
+        if self.differentiated:
+            matrix, is_dropped = self._attention(node)
+            # Its softmax and, with dropout, the mask and what is left.
+            nbytes += 2 * matrix + matrix // 4 if is_dropped else matrix
         return nbytes
 
     def around(self, name: str) -> int:
         """Bytes of operands and result while an operator runs, or of their gradients."""
         node = self.program.nodes[name]
-        if _is_view(node):
+        if is_view(node):
             return 0
         operands = (self.program.nodes[name] for name in node.operands)
         # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
-        return node.nbytes + sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
+        nbytes = node.nbytes + sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
+        return nbytes + 2 * self._attention(node)[0]
+
+    def _attention(self, node: Node) -> tuple[int, bool]:
+        """Bytes of the matrix that attention forms where it is not one kernel, and whether it has dropout.
+
+        Strides are not known here: on a CPU the kernel also wants the channels to be dense.
+        """
+        if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            return 0, False
+        names = ("query", "key", "value", "attn_mask", "dropout_p")
+        query, key, value, mask, dropout = Call(node.target, node.args, node.kwargs).bind(*names)
+        queries, keys, values = (self.program.nodes[ref.name].tensor for ref in (query, key, value))
+        is_fused = len(queries.shape) == 4 and queries.shape[-1] == values.shape[-1]
+        if not self.fuses_all:
+            is_trained = isinstance(mask, Ref) and mask.name in self.differentiated
+            is_fused = is_fused and not dropout and not is_trained
+        if is_fused:
+            return 0, False
+        return queries.nbytes // queries.shape[-1] * keys.shape[-2], bool(dropout)
 
     def workspace(self, name: str) -> int:
         """Bytes of the copies that a convolution makes of operands, weights and result."""
@@ -148,7 +178,7 @@ class _Values:
         found: dict[str, int] = {}
         for state, reader in last.items():
             if state in self.program.states and state in differentiated:
-                found[reader] = found.get(reader, 0) + nodes[state].nbytes
+                found[reader] = found.get(reader, 0) + nodes[state].tensor.gradient_bytes
         return found
 
     @property
@@ -160,7 +190,7 @@ class _Values:
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
         node = self.program.nodes[name]
-        while _is_view(node) and node.operands:
+        while is_view(node) and node.operands:
             node = self.program.nodes[node.operands[0]]
         return node.name
 
@@ -175,7 +205,8 @@ def _convolves(node: Node) -> bool:
     return "conv" in _label(node)
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether its value is in the memory of its first operand."""
     if node.target is operator.getitem:
         return True
     target = node.target
@@ -191,7 +222,8 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
     and result, and the copies that a convolution works on.
     """
     image = program.nodes[program.image].nbytes
-    largest = max((node.nbytes for node in program.nodes.values() if node.kind is Kind.LOCAL), default=0)
+    made = (node for node in program.nodes.values() if node.kind in (Kind.LOCAL, Kind.SMALL))
+    largest = max((node.nbytes for node in made), default=0)
     if not differentiated:
         return image + 3 * largest
     states = sum(program.nodes[name].nbytes for name in program.states if name in differentiated)
@@ -295,5 +327,5 @@ def _states_by_level(
                 last[name] = max(last.get(name, 0), levels[node.name])
     states: dict[int, int] = {}
     for name, level in last.items():
-        states[level] = states.get(level, 0) + program.nodes[name].nbytes
+        states[level] = states.get(level, 0) + program.nodes[name].tensor.gradient_bytes
     return states

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamcnn.autocast import as_recorded
 from streamcnn.plan import Segment
-from streamcnn.program import Kind, Node, Program, substitute
+from streamcnn.program import Kind, Node, Program, TensorSpec, has_gradient, substitute, sum_dtype
 
 Results = tuple[Tensor, ...]
 
@@ -87,7 +87,7 @@ class SmallGraph:
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
         leaf = tensor.detach()
-        wanted = name in self.differentiated and leaf.is_floating_point() and torch.is_grad_enabled()
+        wanted = name in self.differentiated and has_gradient(leaf.dtype) and torch.is_grad_enabled()
         return leaf.requires_grad_(wanted)
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class SmallGraph:
             return {name: self._leaf(name, self.values[name]) for name in names}
 
     def accumulate(self, name: str, gradient: Tensor | None) -> None:
-        """Add to the gradient of a small value."""
+        """Add to the gradient of a small value; :meth:`take` gives the sum in the value's own type."""
         if gradient is None:
             return
         known = self.gradients.get(name)
@@ -106,8 +106,16 @@ class SmallGraph:
             known.add_(gradient)
         else:
             # The first one may be shared with whoever handed it over, so it is not added to in place.
-            self.gradients[name] = known + gradient
+            # Nor in half precision: many tiles' shares would lose what each adds to the sum.
+            self.gradients[name] = known.to(sum_dtype(known.dtype)) + gradient
             self._summed.add(name)
+
+    def take(self, name: str) -> Tensor:
+        """The gradient of a small value, which is forgotten here."""
+        gradient = self.gradients.pop(name)
+        self._summed.discard(name)
+        spec = self.program.nodes[name].spec
+        return gradient.to(spec.dtype) if isinstance(spec, TensorSpec) else gradient
 
     def backward(self, level: int) -> dict[str, tuple[Tensor | None, ...]]:
         """Differentiate the segment of ``level``; the gradients of its barriers' results by name."""
@@ -118,7 +126,7 @@ class SmallGraph:
             # All readers are later phases and segments, which are done.
             self.values.pop(name, None)
         ends = [
-            (value, self.gradients.pop(name))
+            (value, self.take(name))
             for name, value in record.values.items()
             if name in self.gradients and value.requires_grad
         ]

@@ -31,11 +31,12 @@ from streamcnn.ops.user_functions import user_function
 from streamcnn.program import Axes, Kind, Link, Local, Node, Program, Ref, TensorSpec, refs_in, substitute
 from streamcnn.regions import Region
 
-# Rules that also lower calls without any map, because their ATen form changes buffers or draws masks of
-# its own.
+# Rules that also lower calls without any map, because their ATen form changes buffers, draws masks of its
+# own or has no gradient.
 _ALWAYS_LOWERED = frozenset(
     {
         torch.ops.aten.batch_norm.default,
+        torch.ops.aten.copy.default,
         torch.ops.aten.dropout.default,
         torch.ops.aten.feature_dropout.default,
     }

@@ -10,6 +10,7 @@ from streamcnn.ops import (
     resampling,
     shape,
     user_functions,
+    writing,
 )
 from streamcnn.ops.rules import Sample
 
@@ -23,6 +24,7 @@ FAMILIES = (
     resampling,
     shape,
     user_functions,
+    writing,
 )
 
 

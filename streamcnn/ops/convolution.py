@@ -31,10 +31,11 @@ def conv2d(tracer: Tracer, call: Call) -> Ref | Decline:
     stride, dilation = as_pair(stride), as_pair(dilation)
     low = _padding_before(padding, kernel, dilation)
     rows, cols = (Sliding(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True))
+    like = tracer.fake(call)
     return tracer.local(
-        convolve,
+        convolve_complex if like.dtype.is_complex else convolve,
         (ref, weight, bias, stride, dilation, groups),
-        like=tracer.fake(call),
+        like=like,
         axes=(2, 3),
         links={ref.name: Link(rows, cols)},
         fill=0.0,
@@ -67,6 +68,11 @@ def convolve(
     return torch.conv2d(x, weight, bias, stride, 0, dilation, groups)
 
 
+def convolve_complex(x: Tensor, *arguments: Any) -> Tensor:
+    """:func:`convolve` of complex values, for which ATen has no single backward operator to skip it with."""
+    return convolve(x, *arguments)
+
+
 @rule(aten.conv_transpose2d.input)
 def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
     """2-D transposed convolution, output padding included."""
@@ -75,6 +81,8 @@ def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
     )
     if tracer.axes(ref) != (2, 3) or tracer.axes(weight) is not None:
         return Decline("it is not applied to a map of shape (N, C, H, W)")
+    if tracer.spec(ref).dtype.is_complex:
+        return Decline("it is applied to complex values")
     kernel = tracer.spec(weight).shape[2:]
     stride, dilation, low = as_pair(stride), as_pair(dilation), as_pair(padding)
     rows, cols = (Transposed(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True))

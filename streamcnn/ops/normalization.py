@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.ops.convolution import chain
 from streamcnn.ops.pointwise import per_position, pointwise, trailing_norm
-from streamcnn.ops.reduction_types import Moments
+from streamcnn.ops.reduction_types import Moments, statistics_dtype
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Link, Ref
 from streamcnn.windows import dense
@@ -88,9 +88,32 @@ def normalize(
     return result.reshape(x.shape)
 
 
-def _normalized(tracer: Tracer, ref: Ref, *parameters: Any) -> Ref:
+def _normalized(
+    tracer: Tracer, ref: Ref, mean: Ref, variance: Ref, weight: Ref | None, bias: Ref | None, eps: float
+) -> Ref:
     like = torch.empty(tracer.spec(ref).shape, dtype=tracer.spec(ref).dtype, device="meta")
-    return tracer.local(normalize, (ref, *parameters), like=like, axes=(2, 3), links={ref.name: Link()})
+    weight, bias = (_as_statistics(tracer, ref, parameter) for parameter in (weight, bias))
+    arguments = (ref, mean, variance, weight, bias, eps)
+    return tracer.local(normalize, arguments, like=like, axes=(2, 3), links={ref.name: Link()})
+
+
+def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | None:
+    """A per-channel value in the type of the statistics of ``ref``, as ATen's kernels want them together.
+
+    Cast once as a small value: tiles' gradients add up in that type, and the sum alone is rounded.
+    """
+    dtype = statistics_dtype(tracer.spec(ref).dtype)
+    if parameter is None or tracer.spec(parameter).dtype == dtype:
+        return parameter
+    cast: Ref = tracer.small(aten.to.dtype, parameter, dtype)
+    return cast
+
+
+def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
+    """A norm by running statistics, which treats every position alike."""
+    values = {p.name: _as_statistics(tracer, ref, p) for p in call.args[1:5] if isinstance(p, Ref)}
+    args = (ref, *(values[p.name] if isinstance(p, Ref) else p for p in call.args[1:]))
+    return per_position(tracer, Call(call.target, args, call.kwargs), ref)
 
 
 @rule(aten.batch_norm.default)
@@ -106,7 +129,7 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
     if tracer.axes(ref) != (2, 3):
         return Decline("it is not applied to a map of shape (N, C, H, W)")
     if not training:
-        return per_position(tracer, call, ref)
+        return _fixed(tracer, call, ref)
     moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
     if running_mean is not None:
@@ -136,9 +159,13 @@ def _update_running(tracer: Tracer, running: Ref, value: Ref, rate: Any, factor:
 
 
 def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -> Tensor:
-    """``(1 - rate) * running + rate * factor * value``, in the running value's dtype, without gradient."""
-    fresh = value.detach().to(running.dtype) * factor
-    return running * (1 - rate) + fresh * rate
+    """``(1 - rate) * running + rate * factor * value``, rounded once to the running value's dtype.
+
+    It has no gradient.
+    """
+    dtype = torch.promote_types(running.dtype, value.dtype)
+    mean = running.to(dtype) * (1 - rate) + value.detach().to(dtype) * factor * rate
+    return mean.to(running.dtype)
 
 
 def _small_batch_norm(
@@ -189,17 +216,22 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
     if tracer.axes(ref) != (2, 3):
         return Decline("it is not applied to a map of shape (N, C, H, W)")
     if not own_statistics:
-        return per_position(tracer, call, ref)
-    num_images = tracer.spec(ref).shape[0]
+        return _fixed(tracer, call, ref)
     moments = Moments(tracer.spec(ref).shape, (2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
     if running_mean is not None:
         unbiased = moments.count / max(moments.count - 1, 1)
         _update_running(tracer, running_mean, tracer.small(torch.mean, mean, 0), momentum, 1.0)
         _update_running(tracer, running_var, tracer.small(torch.mean, variance, 0), momentum, unbiased)
-    weight, bias = (tracer.small(repeated, p, num_images) if p is not None else None for p in (weight, bias))
+    weight, bias = (_repeated(tracer, ref, parameter) for parameter in (weight, bias))
     mean, variance = (tracer.small(torch.flatten, value) for value in (mean, variance))
     return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+
+
+def _repeated(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Any:
+    if parameter is None:
+        return None
+    return tracer.small(repeated, _as_statistics(tracer, ref, parameter), tracer.spec(ref).shape[0])
 
 
 def repeated(parameter: Tensor, times: int) -> Tensor:
@@ -231,7 +263,7 @@ def _grouped(
     )
     statistics = tracer.reduce(Moments(split, (2, 3, 4), False), grouped)
     mean, variance = (tracer.small(per_channel, value, channels) for value in statistics)
-    weight, bias = (tracer.small(repeated, p, num_images) if p is not None else None for p in (weight, bias))
+    weight, bias = (_repeated(tracer, ref, parameter) for parameter in (weight, bias))
     return _normalized(tracer, ref, mean, variance, weight, bias, eps)
 
 
@@ -251,11 +283,21 @@ def layer_norm(tracer: Tracer, call: Call) -> Any:
     ref, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps")
     if tracer.axes(ref) != (2, 3) or len(shape) != 3:
         return trailing_norm(tracer, call)
-    result = _grouped(tracer, ref, 1, None, None, eps)
+    dtype = tracer.fake(call).dtype
+    result = _cast(tracer, ref, statistics_dtype(tracer.spec(ref).dtype))
+    result = _grouped(tracer, result, 1, None, None, eps)
     for target, parameter in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if parameter is not None:
+            parameter = _as_statistics(tracer, ref, parameter)
             result = pointwise(tracer, Call(target, (result, parameter), {}))
-    return result
+    return _cast(tracer, result, dtype)
+
+
+def _cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:
+    """A map in another type, so that what follows rounds to its own only at the end."""
+    if tracer.spec(ref).dtype == dtype:
+        return ref
+    return pointwise(tracer, Call(aten.to.dtype, (ref, dtype), {}))
 
 
 def _instance() -> nn.Module:

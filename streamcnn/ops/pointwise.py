@@ -19,14 +19,24 @@ aten = torch.ops.aten
 _UNTAGGED = (
     aten._to_copy.default,
     aten.alias.default,
+    aten.alias_copy.default,
+    aten.complex.default,
     aten.contiguous.default,
     aten.detach.default,
+    aten.detach_copy.default,
     aten.expand_as.default,
     aten.hardswish.default,
+    aten.imag.default,
     aten.leaky_relu.default,
+    aten.lift.default,
+    aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
     aten.log_sigmoid.default,
     aten.masked_fill.Tensor,
+    aten.polar.default,
+    aten.real.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
     aten.rsub.Tensor,
     aten.special_expit.default,
     aten.to.device,
@@ -80,6 +90,31 @@ def pointwise(tracer: Tracer, call: Call) -> Ref | Decline:
         return Decline("its operands have their spatial axes at different places")
     call, links = align_operands(tracer, call, like, axes)
     return tracer.local(call.target, call.args, call.kwargs, like=like, axes=axes, links=links)
+
+
+@rule(aten._conj.default, aten.conj.default)
+def conjugate(tracer: Tracer, call: Call) -> Ref | Decline:
+    """The conjugate as values of its own: a lazy one cannot be handed to NumPy, by which maps are stored."""
+    result: Ref | Decline = pointwise(tracer, Call(aten.conj_physical.default, call.args, call.kwargs))
+    return result
+
+
+@rule(aten.view_as_real.default, aten.view_as_complex.default)
+def real_pairs(tracer: Tracer, call: Call) -> Ref | Decline:
+    """Complex numbers as pairs along a last axis, or such pairs as complex numbers."""
+    ref = call.args[0]
+    axes = tracer.axes(ref)
+    assert axes is not None
+    like = tracer.fake(call)
+    if max(axes) >= like.dim():
+        return Decline("its pairs lie along a spatial axis")
+    target = as_complex if call.target is aten.view_as_complex.default else call.target
+    return tracer.local(target, (ref,), like=like, axes=axes, links={ref.name: Link()})
+
+
+def as_complex(x: torch.Tensor) -> torch.Tensor:
+    """Pairs along the last axis of ``x``, of whatever strides, as complex numbers."""
+    return torch.view_as_complex(x.contiguous())
 
 
 def common_axes(tracer: Tracer, call: Call, ndim: int) -> Axes | None:

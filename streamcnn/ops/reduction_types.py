@@ -2,7 +2,7 @@
 
 Each is computed from partial results of disjoint tiles, merged in a fixed order and finished once; its
 gradient at a tile is a local formula of the tile's own values and the finished results. Partial results
-are merged in float64, whatever the map's dtype, so that the number of tiles does not matter.
+are merged in float64 or complex128, whatever the map's dtype, so that the number of tiles does not matter.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ Parts = tuple[Tensor, ...]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics of a map: float32 at least, and exact for whole numbers."""
+    """The dtype of statistics of a map: float32 at least, exact for whole numbers, complex as the map is."""
+    if dtype.is_complex:
+        return statistics_dtype(dtype.to_real()).to_complex()
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
+
+
+def _exact(value: Tensor) -> Tensor:
+    """A partial result in the type that partial results are merged in."""
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ class Sum(Reduction):
         return False
 
     def partial(self, x: Tensor, region: Region) -> Parts:
-        return (x.sum(self.dims, dtype=statistics_dtype(x.dtype)).double(),)
+        return (_exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
 
     def merge(self, first: Parts, second: Parts) -> Parts:
         return (first[0] + second[0],)
@@ -114,19 +121,19 @@ class Moments(Reduction):
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         count = math.prod(x.shape[dim] for dim in self.dims)
         spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
-        return (torch.full_like(spread, float(count)), mean.double().reshape(spread.shape), spread)
+        return (torch.full_like(spread, float(count)), _exact(mean).reshape(spread.shape), spread)
 
     def merge(self, first: Parts, second: Parts) -> Parts:
         (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
         count = count_a + count_b
         delta = mean_b - mean_a
         mean = mean_a + delta * (count_b / count)
-        return (count, mean, spread_a + spread_b + delta.square() * (count_a * count_b / count))
+        return (count, mean, spread_a + spread_b + _squared(delta) * (count_a * count_b / count))
 
     def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
         count, mean, spread = parts
-        result_dtype = statistics_dtype(dtype)
-        return (self._result(mean, result_dtype), self._result(spread / count, result_dtype))
+        mean_dtype = statistics_dtype(dtype)
+        return (self._result(mean, mean_dtype), self._result(spread / count, mean_dtype.to_real()))
 
     def gradient(
         self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -136,13 +143,18 @@ class Moments(Reduction):
             torch.zeros_like(mean) if grad is None else grad.to(mean.dtype) for grad in grads
         )
         slope, offset = grad_variance * (2 / self.count), grad_mean / self.count
-        if self.dims == (0, 2, 3):
+        if self.dims == (0, 2, 3) and not x.is_complex():
             # One fused pass: batch norm in eval mode is slope * (x - mean) + offset.
             one = torch.ones_like(mean).flatten()
             parameters = (slope.flatten(), offset.flatten(), mean.flatten(), one)
             return torch.batch_norm(dense(x), *parameters, False, 0.0, 0.0, torch.backends.cudnn.enabled)
         slope, offset, mean = (self._broadcast(value, mean.dtype) for value in (slope, offset, mean))
         return ((x - mean) * slope + offset).to(x.dtype)
+
+
+def _squared(value: Tensor) -> Tensor:
+    """The squared absolute value, which is real."""
+    return value.abs().square() if value.is_complex() else value.square()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +229,7 @@ class VectorNorm(Reduction):
         return (first[0] + second[0],)
 
     def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self._result(parts[0].pow(1 / self.power), dtype),)
+        return (self._result(parts[0].pow(1 / self.power), dtype.to_real()),)
 
     def gradient(
         self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -226,5 +238,5 @@ class VectorNorm(Reduction):
         norm = self._broadcast(results[0], x.dtype)
         # Where the norm is 0 every element is, and ATen takes the zero subgradient.
         safe = torch.where(norm == 0, 1, norm)
-        scaled = x / safe if self.power == 2 else x.sign() * (x.abs() / safe).pow(self.power - 1)
+        scaled = x / safe if self.power == 2 else x.sgn() * (x.abs() / safe).pow(self.power - 1)
         return scaled * self._broadcast(grads[0], x.dtype)

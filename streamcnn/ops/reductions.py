@@ -132,7 +132,18 @@ def variance(tracer: Tracer, call: Call) -> Any:
     result = tracer.small(torch.mul, biased, moments.count / max(moments.count - _correction(call, name), 0))
     if "std" in name:
         result = tracer.small(torch.sqrt, result)
-    return (result, mean) if "_mean" in name else result
+    likes = tracer.fake(call)
+    if "_mean" not in name:
+        return _rounded(tracer, result, likes)
+    return tuple(_rounded(tracer, *each) for each in zip((result, mean), likes, strict=True))
+
+
+def _rounded(tracer: Tracer, ref: Ref, like: Tensor) -> Ref:
+    """A statistic in the type that ATen gives it: a map in half precision has such statistics too."""
+    if tracer.spec(ref).dtype == like.dtype:
+        return ref
+    cast: Ref = tracer.small(aten.to.dtype, ref, like.dtype)
+    return cast
 
 
 def _correction(call: Call, name: str) -> float:

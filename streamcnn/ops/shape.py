@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import Sliding
+from streamcnn.axis_maps import AxisMap, Repeated, Same, Sliding
 from streamcnn.ops.pointwise import per_position
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
 from streamcnn.regions import Region
+from streamcnn.windows import with_extents
 
 aten = torch.ops.aten
 
@@ -63,63 +65,116 @@ def permute(tracer: Tracer, call: Call) -> Ref:
     aten.reshape_as.default,
 )
 def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
-    """Another grouping of the axes that leaves both spatial axes whole and in order."""
+    """Another grouping of the axes in which each spatial axis stays outermost in its group.
+
+    Alone, a spatial axis stays as it is. Split, its outer part is the spatial axis and the inner one a
+    channel (space to depth); merged with the axes right after it, both together are (depth to space).
+    """
     ref = call.args[0]
     like = tracer.fake(call)
     if tracer.axes(ref) is None:
         return Decline("it gives a small value the shape of a map")
-    expands = call.target in (aten.expand.default, aten.broadcast_to.default)
-    axes = _reshaped_axes(tracer.spec(ref).shape, like.shape, _axes(tracer, ref), expands)
-    if axes is None:
-        return Decline("it merges a spatial axis with another")
-    target = expanded if expands else reshaped
+    before, axes = tracer.spec(ref).shape, _axes(tracer, ref)
+    if call.target in (aten.expand.default, aten.broadcast_to.default):
+        return _expand(tracer, ref, like, axes)
+    moves = moved_axes(before, like.shape, axes)
+    if moves is None:
+        return Decline("it merges a spatial axis with another or splits it unevenly")
+    rows, cols = moves
     return tracer.local(
-        target,
-        (ref, tuple(like.shape), axes),
+        regrouped,
+        (ref, tuple(like.shape), moves),
         like=like,
-        axes=axes,
-        links={ref.name: Link()},
-        positional=True,
+        axes=(rows.place, cols.place),
+        links={ref.name: Link(rows.link, cols.link)},
     )
 
 
-def _reshaped_axes(before: Sequence[int], after: Sequence[int], axes: Axes, expands: bool) -> Axes | None:
-    """Where the spatial axes went, or ``None`` if they were merged or split."""
-    if expands:
-        shift = len(after) - len(before)
-        return (axes[0] + shift, axes[1] + shift) if _same_extents(before, after, axes, shift) else None
-    found: list[int] = []
-    for axis in axes:
-        matches = [
-            place
-            for place in range(len(after))
-            if after[place] == before[axis] and math.prod(after[:place]) == math.prod(before[:axis])
-        ]
-        matches = [place for place in matches if not found or place > found[-1]]
-        if not matches:
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Where a reshape takes a spatial axis."""
+
+    axis: int
+    """Its place before."""
+    place: int
+    """Its place after."""
+    size: int
+    """Its extent before."""
+    result: int
+    """Its extent after: less by a whole factor where it is split, more where it is merged."""
+
+    @property
+    def link(self) -> AxisMap:
+        """How positions after depend on those before."""
+        if self.result == self.size:
+            return Same()
+        if self.result < self.size:
+            factor = self.size // self.result
+            return Sliding(factor, factor)
+        return Repeated(self.result // self.size)
+
+
+def moved_axes(before: Sequence[int], after: Sequence[int], axes: Axes) -> tuple[Move, Move] | None:
+    """Where a reshape takes both spatial axes; ``None`` if one is not the outermost of a group of its own.
+
+    A group is the shortest run of axes that holds the same elements before and after. Its tile is reshaped
+    like the whole as long as the spatial axis is the outermost one on either side.
+    """
+    found: dict[int, Move] = {}
+    free, taken = 0, 0
+    for axis in sorted(axes):
+        if axis < taken:
             return None
-        found.append(matches[0])
-    return (found[0], found[1])
+        candidates = [
+            (Move(axis, place, before[axis], after[place]), stop, end)
+            for place in range(free, len(after))
+            if math.prod(after[:place]) == math.prod(before[:axis])
+            for stop, end in _group(before, after, axis, place)
+            if max(before[axis], after[place]) % min(before[axis], after[place]) == 0
+        ]
+        if not candidates:
+            return None
+        # One that keeps its extent; else of several, where axes of extent 1 are about, the longest.
+        found[axis], taken, free = max(candidates, key=lambda c: (c[0].result == c[0].size, c[0].result))
+    return found[axes[0]], found[axes[1]]
 
 
-def _same_extents(before: Sequence[int], after: Sequence[int], axes: Axes, shift: int) -> bool:
-    return all(before[axis] == after[axis + shift] for axis in axes)
+def _group(before: Sequence[int], after: Sequence[int], axis: int, place: int) -> list[tuple[int, int]]:
+    """Where the group that begins at ``axis`` and ``place`` ends before and after: one pair, or none."""
+    stop, end = axis + 1, place + 1
+    held, holds = before[axis], after[place]
+    while held != holds:
+        if held < holds and stop < len(before):
+            held, stop = held * before[stop], stop + 1
+        elif holds < held and end < len(after):
+            holds, end = holds * after[end], end + 1
+        else:
+            return []
+    return [(stop, end)]
 
 
-def _tile_shape(shape: tuple[int, ...], axes: Axes, out: Region) -> list[int]:
+def regrouped(x: Tensor, shape: tuple[int, ...], moves: tuple[Move, Move]) -> Tensor:
+    """The tile's part of ``x.reshape(shape)``, for a tile of whole groups."""
     extents = list(shape)
-    extents[axes[0]], extents[axes[1]] = out.size
-    return extents
+    for move in moves:
+        extents[move.place] = x.shape[move.axis] * move.result // move.size
+    return x.reshape(extents)
 
 
-def reshaped(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, origin: Region) -> Tensor:
-    """The tile's part of ``x.reshape(shape)``."""
-    return x.reshape(_tile_shape(shape, axes, out))
+def _expand(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes) -> Ref | Decline:
+    before, after = tracer.spec(ref).shape, tuple(like.shape)
+    shift = len(after) - len(before)
+    if any(before[axis] != after[axis + shift] for axis in axes):
+        return Decline("it repeats a spatial axis")
+    moved = (axes[0] + shift, axes[1] + shift)
+    return tracer.local(
+        expanded, (ref, after, moved), like=like, axes=moved, links={ref.name: Link()}, positional=True
+    )
 
 
 def expanded(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, origin: Region) -> Tensor:
     """The tile's part of ``x.expand(shape)``."""
-    return x.expand(_tile_shape(shape, axes, out))
+    return x.expand(with_extents(shape, axes, out.size))
 
 
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)

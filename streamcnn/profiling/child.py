@@ -26,6 +26,7 @@ from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import Timeline
+from streamcnn.program import has_gradient
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
 
@@ -115,15 +116,15 @@ def _refusal(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors among a model's outputs."""
+    """The floating-point and complex tensors among a model's outputs."""
     if isinstance(outputs, Tensor):
-        return [outputs] if outputs.is_floating_point() else []
+        return [outputs] if has_gradient(outputs.dtype) else []
     members = outputs.values() if isinstance(outputs, dict) else outputs
     return [tensor for member in members for tensor in _floats(member)]
 
 
 def _mean_square(output: Tensor) -> Tensor:
-    return output.float().square().mean()
+    return (output.abs() if output.is_complex() else output).float().square().mean()
 
 
 def main(arguments: Sequence[str]) -> None:

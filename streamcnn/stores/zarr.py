@@ -42,6 +42,8 @@ _STORED_AS = {
     torch.int8: "int8",
     torch.uint8: "uint8",
     torch.bool: "bool",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
 }
 
 _Array = NDArray[Any]
@@ -189,7 +191,7 @@ def _metadata(grid: ChunkGrid) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(grid.chunk)}},
         # One flat folder: a nested one would need a directory per row of chunks.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": False if stored_as == "bool" else 0,
+        "fill_value": _fill_value(stored_as),
         "codecs": [
             {"name": "transpose", "configuration": {"order": list(grid.file_order)}},
             {"name": "bytes", "configuration": {"endian": sys.byteorder}},
@@ -198,9 +200,18 @@ def _metadata(grid: ChunkGrid) -> dict[str, Any]:
     }
 
 
+def _fill_value(stored_as: str) -> Any:
+    """Zero as the metadata spell it."""
+    if stored_as.startswith("complex"):
+        return [0.0, 0.0]
+    return False if stored_as == "bool" else 0
+
+
 def _as_numpy(tensor: Tensor) -> _Array:
     """The tensor's memory as an array; bfloat16 as its bit pattern."""
-    array: _Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    plain = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    # Autograd may leave it to the reader to conjugate or negate.
+    array: _Array = plain.resolve_conj().resolve_neg().numpy()
     return array
 
 

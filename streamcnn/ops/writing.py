@@ -1,0 +1,141 @@
+"""Functional forms of assignments: a map with part of it, or all of it, replaced by other values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.axis_maps import Transposed
+from streamcnn.ops.convolution import chain
+from streamcnn.ops.pointwise import pointwise
+from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.program import Axes, Link, Ref
+from streamcnn.regions import Region
+
+aten = torch.ops.aten
+
+
+@rule(aten.copy.default)
+def copy(tracer: Tracer, call: Call) -> Any:
+    """Every value replaced by another; only shape and dtype of the first operand remain.
+
+    ATen's own operator has no gradient, so it is replaced among small values too.
+    """
+    target, value = call.bind("self", "src")
+    if tracer.axes(target) is None and tracer.axes(value) is None:
+        return tracer.small(copied, target, value)
+    return pointwise(tracer, Call(copied, (target, value), {}))
+
+
+def copied(target: Tensor, value: Tensor) -> Tensor:
+    """``value`` in the shape and type of ``target``."""
+    return value.to(target.dtype).expand(target.shape)
+
+
+@rule(aten.fill.Scalar, aten.fill.Tensor, aten.zero.default)
+def fill(tracer: Tracer, call: Call) -> Ref | Decline:
+    """One value everywhere."""
+    if any(tracer.axes(ref) is not None for ref in call.args[1:] if isinstance(ref, Ref)):
+        return Decline("it fills with a value that is a map")
+    result: Ref | Decline = pointwise(tracer, call)
+    return result
+
+
+@rule(aten.slice_scatter.default)
+def slice_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
+    """A map with a range along one axis replaced, as by ``x[:, a:b] = y``."""
+    into, part, dim, start, end, step = call.bind("self", "src", "dim", "start", "end", "step")
+    shape = tracer.spec(into).shape
+    dim = dim % len(shape)
+    start, end, step = slice(start, end, step).indices(shape[dim])
+    axes = tracer.axes(into) or tracer.axes(part)
+    assert axes is not None
+    return _replaced(tracer, into, part, axes, (dim, start, step, len(range(start, end, step))))
+
+
+@rule(aten.select_scatter.default)
+def select_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
+    """A map with one entry of an axis replaced, as by ``x[:, 1] = y``."""
+    into, part, dim, index = call.bind("self", "src", "dim", "index")
+    shape = tracer.spec(into).shape
+    dim = dim % len(shape)
+    start = index % shape[dim]
+    axes, inner = tracer.axes(into), tracer.axes(part)
+    if axes is None:
+        assert inner is not None
+        rows, cols = (axis + (axis >= dim) for axis in inner)
+        axes = (rows, cols)
+    if inner is None:
+        part = tracer.small(torch.unsqueeze, part, dim)
+    elif dim in axes or inner != tuple(axis - (dim < axis) for axis in axes):
+        return Decline("its operands have their spatial axes at different places")
+    else:
+        like = torch.empty(
+            _with_one(tracer.spec(part).shape, dim), dtype=tracer.spec(part).dtype, device="meta"
+        )
+        links = {part.name: Link()}
+        part = tracer.local(torch.unsqueeze, (part, dim), like=like, axes=axes, links=links)
+    return _replaced(tracer, into, part, axes, (dim, start, 1, 1))
+
+
+def _with_one(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], 1, *shape[dim:])
+
+
+def _replaced(
+    tracer: Tracer, into: Ref, part: Ref, axes: Axes, place: tuple[int, int, int, int]
+) -> Ref | Decline:
+    """``into`` with the entries that ``place`` (axis, first, step, how many) names replaced by ``part``."""
+    into, part = (tracer.promote(r, axes) if tracer.axes(r) is None else r for r in (into, part))
+    if not tracer.axes(into) == tracer.axes(part) == axes:
+        return Decline("its operands have their spatial axes at different places")
+    spec = tracer.spec(into)
+    dim, first, step, count = place
+    if count == 0:
+        return into
+    like = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    if dim not in axes:
+        args = (into, part, dim, first, first + step * (count - 1) + 1, step)
+        links = {into.name: Link(), part.name: Link()}
+        return tracer.local(aten.slice_scatter.default, args, like=like, axes=axes, links=links)
+    # Position i of the part is position first + i * step of the result: so does a transposed convolution.
+    along = Transposed(1, step, -first, 1)
+    link = Link(rows=along) if dim == axes[0] else Link(cols=along)
+    return tracer.local(
+        written,
+        (part, into, dim, axes.index(dim), first, step),
+        like=like,
+        axes=axes,
+        links={part.name: link, into.name: Link()},
+        positional=True,
+    )
+
+
+def written(
+    part: Tensor, into: Tensor, dim: int, side: int, first: int, step: int, *, out: Region, origin: Region
+) -> Tensor:
+    """``into``, which covers ``out``, with the positions that ``part``, which covers ``origin``, replaces."""
+    wanted, at_hand = out[side], origin[side]
+    start = max(at_hand.start, -((first - wanted.start) // step))
+    stop = min(at_hand.stop, (wanted.stop - 1 - first) // step + 1)
+    if stop <= start:
+        return into
+    inside = part.narrow(dim, start - at_hand.start, stop - start)
+    begin = first + start * step - wanted.start
+    return torch.slice_scatter(into, inside, dim, begin, begin + (stop - start - 1) * step + 1, step)
+
+
+class _Written(nn.Module):
+    """Rows, columns, channels and a border assigned to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.slice_scatter(x, x[:, 1:3].sin(), 1, 0, 2)
+        x = torch.select_scatter(x, x[:, 0] * x[:, 3], 1, 2)
+        inner = torch.slice_scatter(x[:, :, 3:-5], x[:, :, 3:-5, 2:9].cos(), 3, 1, 8)
+        x = torch.slice_scatter(x, inner, 2, 3, -5)
+        return torch.slice_scatter(x, torch.fill(x[..., ::3], 0.3), 3, None, None, 3)
+
+
+SAMPLES = (Sample("assignments to slices", lambda: chain(nn.Conv2d(3, 4, 3), _Written())),)

@@ -1,0 +1,163 @@
+"""What plans say of operators on whole maps: that they are there, why, how many, and what they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import traced
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamcnn import StreamingModel
+from streamcnn.cost_model import BACKWARD_WORK, resident_time, resident_work
+from streamcnn.plan import Plan
+from streamcnn.program import Kind, on_whole_maps
+from streamcnn.rates import NOMINAL
+from streamcnn.small_bytes import RUNTIME_BYTES
+
+WIDTH = 16
+RATES = NOMINAL["cpu"]
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of a map, by matrix products or by the fused operator."""
+
+    def __init__(self, *, fused: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.mix = nn.Linear(WIDTH, 3 * WIDTH)
+        self.fused = fused
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        query, key, value = self.mix(tokens).chunk(3, -1)
+        if self.fused:
+            attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+        else:
+            attended = torch.softmax(query @ key.transpose(1, 2), -1) @ value
+        return self.head((tokens + attended).mean(1))
+
+
+class InTheMiddle(nn.Module):
+    """A resident operator with maps before and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.last = nn.Conv2d(WIDTH, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + x.roll(3, 2)
+        return self.last(x.sin()).mean((2, 3))
+
+
+def plan_of(net: nn.Module, edge: int, *, tail: bool = True) -> Plan:
+    model = StreamingModel(net, "8GiB")
+    model._resident_tail = tail
+    return model.plan((1, 3, edge, edge), torch.float32)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_operations_of_attention(fused: bool) -> None:
+    program, differentiated = traced(Attention(fused=fused), (1, 3, 20, 30))
+    tokens = 600
+    works = {node.name: resident_work(program, node) for node in on_whole_maps(program)}
+    flops = {name: work.flops for name, work in works.items()}
+    assert flops["linear"] == 2 * tokens * WIDTH * 3 * WIDTH
+    product = 2 * tokens * tokens * WIDTH
+    if fused:
+        assert flops["scaled_dot_product_attention"] == 2 * product
+    else:
+        assert flops["matmul"] == flops["matmul_1"] == product
+        assert flops["softmax"] == tokens * tokens
+        # The product of queries and keys is read, and as much is written.
+        assert works["softmax"].nbytes == 2 * 4 * tokens * tokens
+    assert works["flatten"].nbytes == works["transpose"].flops == 0
+    # Everything is differentiated: once forward, and backward as often as there are operands.
+    time = resident_time(program, differentiated, RATES)
+    assert time.flops == sum((1 + BACKWARD_WORK) * each for each in flops.values())
+
+
+def test_operations_of_a_resident_convolution() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Unflatten(2, (4, 60)), nn.Conv2d(4, 8, 3))
+    program, _ = traced(net, (1, 3, 22, 14))
+    (node,) = (node for node in on_whole_maps(program) if node.name == "conv2d_1")
+    assert resident_work(program, node).flops == 2 * (4 * 8 * 9) * 2 * 58
+    assert not resident_work(program, node).grouped
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_time_grows_with_the_square_of_the_tokens(tail: bool) -> None:
+    small, large = (plan_of(Attention(), edge, tail=tail) for edge in (64, 128))
+    assert 12 < large.projected_seconds / small.projected_seconds < 20
+    # 16,384 tokens: a product of 2 x 16384^2 x 16 operations, twice forward and four times backward.
+    least = 6 * 2 * 16384**2 * WIDTH / RATES.dense_flops
+    assert large.projected_seconds > least
+    assert large.plain_seconds > least
+    assert large.projected_seconds == pytest.approx(large.plain_seconds, rel=0.1)
+    assert large.recomputation == pytest.approx(1.0, abs=0.01)
+
+
+def test_bytes_hold_the_attention_matrix() -> None:
+    matrix = 4 * 64**4
+    formed, fused = (plan_of(Attention(fused=fused), 64) for fused in (False, True))
+    # The matrix itself, its gradient and that of what it was made from.
+    assert formed.projected_bytes > 3 * matrix
+    assert formed.plain_bytes > 3 * matrix
+    assert fused.projected_bytes < matrix
+
+
+class MaskedAttention(nn.Module):
+    """The fused operator with dropout or with a mask that is trained."""
+
+    def __init__(self, num_tokens: int, dropout: float, *, masked: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, WIDTH)
+        self.dropout = dropout
+        self.mask = nn.Parameter(torch.zeros(1, 1, num_tokens, num_tokens)) if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.mix(x.flatten(2).transpose(1, 2))[:, None]
+        return F.scaled_dot_product_attention(tokens, tokens.sin(), tokens.cos(), self.mask, self.dropout)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "masked", "least"), [(0.0, False, 0.0), (0.1, False, 4.0), (0.0, True, 3.0)]
+)
+def test_bytes_hold_the_matrix_where_attention_is_not_one_kernel(
+    dropout: float, masked: bool, least: float
+) -> None:
+    matrix = 4 * 48**4
+    nbytes = plan_of(MaskedAttention(48**2, dropout, masked=masked), 48).projected_bytes
+    # A mask that is trained, and its gradient, are beside it.
+    assert least * matrix < nbytes - RUNTIME_BYTES < (least + 3) * matrix
+
+
+def test_a_tail_hides_no_reason() -> None:
+    with_tail, without = (plan_of(Attention(), 64, tail=tail) for tail in (True, False))
+    assert not with_tail.phases
+    assert with_tail.residents == without.residents
+    (reason,) = with_tail.residents
+    assert reason.startswith("aten.flatten: it merges a spatial axis with another")
+    lines = with_tail.explain().splitlines()
+    assert lines[-1] == f"resident: {reason}"
+    # The convolution, flatten, transpose, linear, chunk, transpose, two products, softmax, sum, mean, linear.
+    assert lines[-2] == "then 12 operators on whole maps (the resident tail)"
+    assert "then 11 operators on whole maps (the resident tail)" in without.explain()
+
+
+def test_resident_operators_in_the_middle_are_no_tail() -> None:
+    plan = plan_of(InTheMiddle(), 64, tail=False)
+    assert plan.num_resident == 0
+    assert [reason.partition(":")[0] for reason in plan.residents] == ["aten.roll"]
+    assert "resident tail" not in plan.explain().splitlines()[-2]
+
+
+def test_a_streamed_network_has_none() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    program, differentiated = traced(net, (2, 3, 20, 20))
+    assert on_whole_maps(program) == ()
+    assert resident_time(program, differentiated, RATES).seconds == 0
+    assert any(node.kind is Kind.SMALL for node in program.nodes.values())
