@@ -104,6 +104,8 @@ class Record:
         outputs = model(image, *args, **kwargs)
         self(f"{name} output", outputs)
         if backward:
+            # Forward has moved buffers: a refusal from here on must leave them so.
+            self.mark()
             backpropagate(outputs, self.num_passes)
         self.gradients(f"{name} gradient", image, args, kwargs)
         self(f"{name} buffer", dict(self.net.named_buffers()))

@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import os
+import random
 import re
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,6 +109,15 @@ def outcome_of(case: Case, *, streamed: bool) -> Outcome:
             found = differences(record.before, snapshot(net))
             outcome.changed = [difference for difference in found if difference.error > 0]
         record("state of PyTorch", _global_state())
+        # Passes are seeded: what they draw shows here.
+        record(
+            "random state",
+            {
+                "Python": str(hash(random.getstate())),
+                "NumPy": _numpy_state(),
+                "PyTorch": torch.get_rng_state(),
+            },
+        )
     record("net", net)
     record("world", world)
     outcome.values = record.values
@@ -148,7 +159,8 @@ def _compared(case: Case, plain: Outcome, streamed: Outcome) -> Result:
     found: list[Difference] = []
     for group in dict.fromkeys([*plain.values, *streamed.values]):
         for each in differences(plain.values.get(group, {}), streamed.values.get(group, {})):
-            found.append(Difference(f"{group}: {each.path}", each.error, each.expected, each.found))
+            name = f"{group}: {each.path}" if each.path else group
+            found.append(Difference(name, each.error, each.expected, each.found))
     wrong = [each for each in found if not each.error <= case.tolerance]
     faults = [
         f"{each.path}: plain {each.expected}; streamed {each.found}; error {each.error:.1e}" for each in wrong
@@ -203,6 +215,11 @@ def _unable(net: nn.Module) -> dict[str, str]:
             except Exception as error:
                 found[name] = f"{type(error).__name__}: {_first_line(error)}"
     return found
+
+
+def _numpy_state() -> str:
+    _, keys, *rest = np.random.get_state()
+    return str(hash((keys.tobytes(), *rest)))
 
 
 def _global_state() -> dict[str, Any]:

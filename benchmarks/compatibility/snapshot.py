@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import types
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOOR = 1e-6
 """Share of the largest norm below which a value counts as noise."""
@@ -89,6 +91,11 @@ class _Walk:
             self._items(path, dict(enumerate(value)))
         elif isinstance(value, (set, frozenset)):
             self._items(path, dict(enumerate(sorted(value, key=repr))))
+        elif isinstance(value, random.Random):
+            self.found[f"{path} state"] = str(hash(value.getstate()))
+        elif hasattr(type(value), "__slots__"):
+            slots = [name for name in type(value).__slots__ if hasattr(value, name)]
+            self._attributes(path, {name: getattr(value, name) for name in slots})
         if isinstance(value, nn.Module):
             self._module(path, value)
         elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
@@ -125,10 +132,9 @@ def _held(tensor: Tensor) -> Held:
         f" {'lazy' if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)}"
         f"{' requires gradient' if tensor.requires_grad else ''}{f' {hooks} hooks' if hooks else ''}"
     )
-    # Classes of other names, as that of fake tensors, differ by their name.
-    if type(tensor).__name__ not in ("Tensor", "Parameter", "Buffer") or tensor.is_meta:
+    if isinstance(tensor, FakeTensor) or tensor.is_meta or nn.parameter.is_lazy(tensor):
         return Held(what, None)
-    return Held(what, tensor.detach().clone())
+    return Held(what, tensor.detach().as_subclass(Tensor).clone())
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,9 @@ def differences(expected: Snapshot, found: Snapshot) -> list[Difference]:
 
 
 def _difference(path: str, expected: Any, found: Any, floor: float) -> Difference:
-    return Difference(path, _error(expected, found, floor), _text(expected), _text(found))
+    # What they share is not what differs.
+    whole = not (isinstance(expected, Held) and isinstance(found, Held) and expected.what == found.what)
+    return Difference(path, _error(expected, found, floor), _text(expected, whole), _text(found, whole))
 
 
 def _error(expected: Any, found: Any, floor: float) -> float:
@@ -184,7 +192,8 @@ def _norm(value: Tensor | None) -> float:
     )
 
 
-def _text(leaf: Any) -> str:
+def _text(leaf: Any, whole: bool) -> str:
+    """A leaf in words, for a tensor without its norm or without its type."""
     if isinstance(leaf, Held):
-        return leaf.what if leaf.value is None else f"{leaf.what}, norm {_norm(leaf.value):.6g}"
+        return leaf.what if whole or leaf.value is None else f"norm {_norm(leaf.value):.6g}"
     return repr(leaf) if isinstance(leaf, _PLAIN) else str(leaf)

@@ -74,10 +74,6 @@ CASES.add(
 CASES.add(
     "a vector with and without a gradient", Clinical, given(vector(grad=False), vector(), vector(grad=False))
 )
-CASES.add(
-    "a vector that is changed in place between passes", Clinical, lambda m, n, r: _changed_in_place(m, n, r)
-)
-CASES.add("a vector that another module computes", Clinical, lambda m, n, r: _computed(m, n, r))
 
 
 def _changed_in_place(model: Any, net: nn.Module, record: Record) -> None:
@@ -87,6 +83,9 @@ def _changed_in_place(model: Any, net: nn.Module, record: Record) -> None:
         clinical.mul_(2)
 
 
+CASES.add("a vector that is changed in place between passes", Clinical, _changed_in_place)
+
+
 def _computed(model: Any, net: nn.Module, record: Record) -> None:
     torch.manual_seed(5)
     encoder = nn.Linear(3, WIDTH).to(record.case.dtype)
@@ -94,6 +93,9 @@ def _computed(model: Any, net: nn.Module, record: Record) -> None:
     record.run(model, encoder(raw))
     record("the encoder's gradients", {name: p.grad for name, p in encoder.named_parameters()})
     record("the raw vector's gradient", raw.grad)
+
+
+CASES.add("a vector that another module computes", Clinical, _computed)
 
 
 class AnyShape(Small):
@@ -180,14 +182,16 @@ class ByEnum(Selected):
 
 CASES.add("a float, three values in turn", Scaled, valued(0.5, 3.0, 0.5))
 CASES.add("an int, then a float, then None", Scaled, valued(2, 2.0, None, True))
-CASES.add("a bool by keyword", Selected, lambda model, net, record: _squared(model, net, record))
-CASES.add("a string", Selected, valued("mean", "max", "mean"))
-CASES.add("an enum", ByEnum, valued(Mode.MEAN, Mode.MAX))
 
 
 def _squared(model: Any, net: nn.Module, record: Record) -> None:
     for squared in (False, True):
         record.run(model, squared=squared)
+
+
+CASES.add("a bool by keyword", Selected, _squared)
+CASES.add("a string", Selected, valued("mean", "max", "mean"))
+CASES.add("an enum", ByEnum, valued(Mode.MEAN, Mode.MAX))
 
 
 @CASES("a tuple of numbers", valued((3, 5), (7, 2)))
@@ -306,8 +310,6 @@ CASES.add("a second image of another size", TwoImages, given(_other_image(19, 13
 CASES.add(
     "a second image of several sizes in turn", TwoImages, given(_other_image(19, 13), _other_image(23, 31))
 )
-CASES.add("a second image that is the first", lambda: Siamese(), lambda m, n, r: _twice_the_same(m, n, r))
-CASES.add("a second image of the same size", lambda: Siamese(), given(lambda record: record.image(8)))
 
 
 class Siamese(Small):
@@ -323,10 +325,8 @@ def _twice_the_same(model: Any, net: nn.Module, record: Record) -> None:
     record.run(model, image, image=image)
 
 
-@CASES("the image by keyword", lambda model, net, record: _by_keyword(model, net, record))
-class ByKeyword(Small):
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return super().forward(x * scale)
+CASES.add("a second image that is the first", Siamese, _twice_the_same)
+CASES.add("a second image of the same size", Siamese, given(lambda record: record.image(8)))
 
 
 def _by_keyword(model: Any, net: nn.Module, record: Record) -> None:
@@ -335,6 +335,12 @@ def _by_keyword(model: Any, net: nn.Module, record: Record) -> None:
     record("output", out)
     out.square().sum().backward()
     record.gradients("gradient", image)
+
+
+@CASES("the image by keyword", _by_keyword)
+class ByKeyword(Small):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x * scale)
 
 
 def _wrong_arguments(model: Any, net: nn.Module, record: Record) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -89,14 +90,6 @@ CASES.add(
     wrapped(lambda m: torch.compile(m, backend="eager")),
     slow=True,
 )
-CASES.add("model.compile(backend='eager')", Small, lambda m, n, r: _compiled_in_place(m, n, r), slow=True)
-CASES.add("checkpoint(model, x, use_reentrant=False)", Normless, wrapped(_under_checkpoint(False)))
-CASES.add("checkpoint(model, x, use_reentrant=True)", Normless, wrapped(_under_checkpoint(True)))
-CASES.add("checkpoint(model, x) with batch norm", Small, wrapped(_under_checkpoint(False)))
-CASES.add("model inside nn.Sequential", Small, wrapped(lambda m: nn.Sequential(m, nn.Tanh())))
-CASES.add("model inside another module", Small, wrapped(Wrapper))
-CASES.add("model in a ModuleDict", Small, wrapped(lambda m: nn.ModuleDict({"a": m})["a"]))
-CASES.add("DataParallel without devices", Small, wrapped(nn.DataParallel))
 
 
 def _compiled_in_place(model: Any, net: nn.Module, record: Record) -> None:
@@ -105,6 +98,16 @@ def _compiled_in_place(model: Any, net: nn.Module, record: Record) -> None:
     record.run(model)
     model._compiled_call_impl = None
     torch._dynamo.reset()
+
+
+CASES.add("model.compile(backend='eager')", Small, _compiled_in_place, slow=True)
+CASES.add("checkpoint(model, x, use_reentrant=False)", Normless, wrapped(_under_checkpoint(False)))
+CASES.add("checkpoint(model, x, use_reentrant=True)", Normless, wrapped(_under_checkpoint(True)))
+CASES.add("checkpoint(model, x) with batch norm", Small, wrapped(_under_checkpoint(False)))
+CASES.add("model inside nn.Sequential", Small, wrapped(lambda m: nn.Sequential(m, nn.Tanh())))
+CASES.add("model inside another module", Small, wrapped(Wrapper))
+CASES.add("model in a ModuleDict", Small, wrapped(lambda m: nn.ModuleDict({"a": m})["a"]))
+CASES.add("DataParallel without devices", Small, wrapped(nn.DataParallel))
 
 
 def _nested(model: Any, net: nn.Module, record: Record) -> None:
@@ -135,12 +138,6 @@ class Parted(nn.Module):
 
 CASES.add("StreamingModel of a StreamingModel", Small, _nested, expected=SAME_OR_REFUSED)
 CASES.add("a streamed stem inside a plain net", Parted, _part_streamed)
-CASES.add(
-    "a streamed stem inside a streamed net",
-    Parted,
-    lambda m, n, r: _both_streamed(m, n, r),
-    expected=SAME_OR_REFUSED,
-)
 
 
 def _both_streamed(model: Any, net: Any, record: Record) -> None:
@@ -151,6 +148,14 @@ def _both_streamed(model: Any, net: Any, record: Record) -> None:
     finally:
         net.stem = net.stem.net if record.streamed else net.stem
         record.mark()
+
+
+CASES.add(
+    "a streamed stem inside a streamed net",
+    Parted,
+    _both_streamed,
+    expected=SAME_OR_REFUSED,
+)
 
 
 def _shared(model: Any, net: nn.Module, record: Record) -> None:
@@ -241,14 +246,6 @@ CASES.add("a TorchDispatchMode around", Small, under(Counting))
 CASES.add("set_default_device", Small, _default_device)
 CASES.add("with torch.device('cpu')", Small, under(lambda: torch.device("cpu")))
 CASES.add("detect_anomaly around", Small, under(lambda: torch.autograd.detect_anomaly(check_nan=False)))
-CASES.add("deterministic algorithms", Small, lambda m, n, r: _deterministic(m, n, r))
-CASES.add(
-    "autocast around, bfloat16",
-    Small,
-    under(lambda: torch.autocast("cpu", torch.bfloat16)),
-    dtype=torch.float32,
-    tolerance=3e-2,
-)
 
 
 def _deterministic(model: Any, net: nn.Module, record: Record) -> None:
@@ -257,6 +254,16 @@ def _deterministic(model: Any, net: nn.Module, record: Record) -> None:
         record.run(model)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+CASES.add("deterministic algorithms", Small, _deterministic)
+CASES.add(
+    "autocast around, bfloat16",
+    Small,
+    under(lambda: torch.autocast("cpu", torch.bfloat16)),
+    dtype=torch.float32,
+    tolerance=3e-2,
+)
 
 
 class Normed(Small):
@@ -365,6 +372,7 @@ def _changed_before_backward(model: Any, net: Any, record: Record) -> None:
     out = model(image)
     with torch.no_grad():
         net.head.bias.add_(1)
+    record.mark()
     backpropagate(out)
     record.gradients("gradient", image)
 
@@ -404,11 +412,6 @@ CASES.add("eval() before backward", Small, _mode_before_backward)
 CASES.add("a weight that backward needs changes before it", Small, _weight_before_backward)
 
 
-@CASES("a gradient scaler and clip_grad_norm_", lambda model, net, record: _clipped(model, net, record))
-class Clipped(Small):
-    pass
-
-
 def _clipped(model: Any, net: nn.Module, record: Record) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for index in range(3):
@@ -417,6 +420,11 @@ def _clipped(model: Any, net: nn.Module, record: Record) -> None:
         record(f"norm {index}", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
     record.run(model)
+
+
+@CASES("three updates with AdamW and clip_grad_norm_", _clipped)
+class Clipped(Small):
+    pass
 
 
 # --- copies -------------------------------------------------------------------------------------------
@@ -508,3 +516,133 @@ def _through_model(model: Any, net: Any, record: Record) -> None:
 
 
 CASES.add("registering and deleting on the model", Small, _through_model)
+
+
+# --- images of all kinds ------------------------------------------------------------------------------
+
+
+def imaged(make: Any) -> Steps:
+    """Two passes of images that ``make`` makes of a random one."""
+
+    def steps(model: Any, net: nn.Module, record: Record) -> None:
+        for seed in range(2):
+            record.run(model, image=make(record.image(seed, grad=False)))
+
+    return steps
+
+
+class Named(Tensor):
+    """A subclass of Tensor, as libraries of images have them."""
+
+
+def _upstream(model: Any, net: nn.Module, record: Record) -> None:
+    """A learned preprocessing in front: gradients flow on through the image."""
+    torch.manual_seed(3)
+    before = nn.Conv2d(3, 3, 1, dtype=torch.float64)
+    for seed in range(2):
+        record.run(model, image=before(record.image(seed, grad=False)))
+        record(f"gradients upstream {seed}", {name: p.grad for name, p in before.named_parameters()})
+        before.zero_grad()
+
+
+def _attacked(model: Any, net: nn.Module, record: Record) -> None:
+    """An image that an optimiser changes."""
+    image = nn.Parameter(record.image(grad=False))
+    optimizer = torch.optim.SGD([image], lr=10.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(image).square().sum().backward()
+        optimizer.step()
+        record(f"image after step {step}", image)
+    record.gradients("gradients")
+
+
+CASES.add(
+    "an image in channels_last", Small, imaged(lambda x: x.contiguous(memory_format=torch.channels_last))
+)
+CASES.add("an image that is a strided view", Small, imaged(lambda x: x.transpose(2, 3)[:, :, ::2]))
+CASES.add("an image that is expanded", Small, imaged(lambda x: x[:, :1].expand(-1, 3, -1, -1)))
+CASES.add(
+    "an image of a subclass of Tensor",
+    Small,
+    imaged(lambda x: x.as_subclass(Named)),
+    expected=SAME_OR_REFUSED,
+)
+CASES.add("an image that another module makes", Small, _upstream)
+CASES.add("an image that an optimiser changes", Small, _attacked)
+
+
+# --- hooks and modes of PyTorch's own -----------------------------------------------------------------
+
+
+def _global_hook(model: Any, net: nn.Module, record: Record) -> None:
+    seen: list[str] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        # The model itself is one module more when it is streamed.
+        if any(module is each for each in net.children()):
+            seen.append(type(module).__name__)
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        record.run(model)
+        record.run(model)
+    finally:
+        handle.remove()
+    record("seen", seen)
+
+
+def _hook_with_keywords(model: Any, net: Any, record: Record) -> None:
+    handles = [
+        net.norm.register_forward_hook(lambda m, args, kwargs, out: 2 * out, with_kwargs=True),
+        net.head.register_forward_pre_hook(
+            lambda m, args, kwargs: ((args[0] * 3,), kwargs), with_kwargs=True
+        ),
+        net.conv.register_forward_hook(lambda m, args, out: out + 1, always_call=True),
+    ]
+    record.run(model)
+    for handle in handles:
+        handle.remove()
+    record.run(model)
+
+
+class Tripling(torch.overrides.TorchFunctionMode):
+    """Changes what a function of PyTorch does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return 3 * out if func is F.relu else out
+
+
+def _function_mode(model: Any, net: nn.Module, record: Record) -> None:
+    record.run(model)
+    with Tripling():
+        record.run(model)
+    record.run(model)
+
+
+def _in_threads(model: Any, net: nn.Module, record: Record) -> None:
+    """Passes of two threads, one after the other."""
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            pool.submit(record.run, model).result()
+    record.run(model)
+
+
+@CASES("torch.manual_seed in forward", passes(2))
+class Seeds(Small):
+    def late(self, v: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return v + torch.rand(WIDTH, dtype=v.dtype)
+
+
+@CASES("net.training is set directly", between(lambda net: setattr(net, "training", False)))
+class Trained(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return x * 3 if self.training else x
+
+
+CASES.add("a forward hook of all modules", Small, _global_hook)
+CASES.add("hooks with keywords, and always called", Small, _hook_with_keywords)
+CASES.add("a TorchFunctionMode that changes a function", Small, _function_mode, expected=SAME_OR_REFUSED)
+CASES.add("passes in another thread", Small, _in_threads)

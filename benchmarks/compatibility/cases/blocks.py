@@ -162,13 +162,6 @@ CASES.add("autocast(bfloat16) inside", lambda: Cast(dtype=torch.bfloat16), passe
 CASES.add(
     "autocast(float16) inside autocast(bfloat16)", lambda: Cast(dtype=torch.float16), _under_autocast, **HALF
 )
-CASES.add("autocast(enabled=False) inside autocast", lambda: OnlyWide(), _under_autocast, **HALF)
-CASES.add(
-    "autocast(enabled=False) without autocast",
-    lambda: Cast(enabled=False),
-    dtype=torch.float32,
-    tolerance=1e-3,
-)
 
 
 class OnlyWide(Cast):
@@ -182,6 +175,15 @@ class OnlyWide(Cast):
             wide = F.conv2d(x.float() * 0 + 1000, self.extra.weight * 0 + 0.001) * WIDTH * 9
             x = self.extra(x.float())
         return x + (wide - wide.bfloat16().float()) * 100
+
+
+CASES.add("autocast(enabled=False) inside autocast", OnlyWide, _under_autocast, **HALF)
+CASES.add(
+    "autocast(enabled=False) without autocast",
+    lambda: Cast(enabled=False),
+    dtype=torch.float32,
+    tolerance=1e-3,
+)
 
 
 @CASES("a part in float32 of a bfloat16 net", passes(2), dtype=torch.bfloat16, tolerance=1e-1)
@@ -486,7 +488,14 @@ def _by_number(x: Tensor) -> Tensor:
     return x + survives * torch.tanh(x)
 
 
-@CASES("Dropout and DropPath layers in eval mode", lambda model, net, record: _in_eval(model, net, record))
+def _in_eval(model: Any, net: nn.Module, record: Record) -> None:
+    model.eval()
+    record.run(model)
+    with torch.no_grad():
+        record.run(model, backward=False)
+
+
+@CASES("Dropout and DropPath layers in eval mode", _in_eval)
 class Dropping(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -494,10 +503,3 @@ class Dropping(Small):
 
     def middle(self, x: Tensor) -> Tensor:
         return self.drop(x)
-
-
-def _in_eval(model: Any, net: nn.Module, record: Record) -> None:
-    model.eval()
-    record.run(model)
-    with torch.no_grad():
-        record.run(model, backward=False)

@@ -450,11 +450,6 @@ class GrowingParameters(Small):
         return x * sum(self.scales)
 
 
-CASES.add(
-    "modules in a plain list change order", lambda: PlainList(), between(lambda net: net.order.reverse())
-)
-
-
 class PlainList(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -465,6 +460,9 @@ class PlainList(Small):
         for layer in self.order:
             x = layer(x)
         return x
+
+
+CASES.add("modules in a plain list change order", PlainList, between(lambda net: net.order.reverse()))
 
 
 def _hook_comes_and_goes(model: Any, net: Any, record: Record) -> None:
@@ -537,11 +535,6 @@ CASES.add(
     Small,
     between(lambda net: setattr(net.conv, "weight", nn.Parameter(2 * net.conv.weight.detach()))),
 )
-CASES.add(
-    "weights are tied between passes",
-    lambda: Twin(),
-    between(lambda net: setattr(net.second, "weight", net.first.weight)),
-)
 
 
 class Twin(Small):
@@ -551,6 +544,13 @@ class Twin(Small):
 
     def middle(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x)))
+
+
+CASES.add(
+    "weights are tied between passes",
+    Twin,
+    between(lambda net: setattr(net.second, "weight", net.first.weight)),
+)
 
 
 @CASES("a branch on a weight's requires_grad", between(lambda net: net.conv.weight.requires_grad_(False)))

@@ -537,4 +537,4 @@ def _accumulates(model: Any, net: Any, record: Record) -> None:
     record.gradients("accumulated gradient", *images)
 
 
-CASES.add("gradients accumulate over two passes", lambda: ByLerp(), _accumulates)
+CASES.add("gradients accumulate over two passes", ByLerp, _accumulates)

@@ -164,6 +164,12 @@ def _(x: Tensor) -> None:
     x.index_copy_(1, torch.tensor([5]), x[:, :1].clone())
 
 
+@written("index_put_ of positions")
+def _(x: Tensor) -> None:
+    rows, columns = torch.tensor([3, 9]), torch.tensor([20, 5])
+    x.index_put_((torch.zeros(2, dtype=torch.long), torch.tensor([1, 2]), rows, columns), x.new_tensor(0.5))
+
+
 @written("clamp_, relu_ and pow_ in a chain")
 def _(x: Tensor) -> None:
     x.clamp_(-0.9, 0.9).add_(1).pow_(2)
@@ -394,6 +400,12 @@ CASES.on_map(
 )
 
 
+def _of_bytes(model: Any, net: nn.Module, record: Record, dtype: torch.dtype) -> None:
+    for seed in range(2):
+        image = (record.image(seed, grad=False) * 50 + 128).clamp(0, 255).to(dtype)
+        record.run(model, image=image)
+
+
 @CASES(
     "an embedding of the image's values",
     lambda model, net, record: _of_bytes(model, net, record, torch.float64),
@@ -408,12 +420,6 @@ class EmbeddedBytes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.table(x[:, 0].long()).permute(0, 3, 1, 2)
         return self.head(F.relu(self.norm(x)).mean((2, 3)))
-
-
-def _of_bytes(model: Any, net: nn.Module, record: Record, dtype: torch.dtype) -> None:
-    for seed in range(2):
-        image = (record.image(seed, grad=False) * 50 + 128).clamp(0, 255).to(dtype)
-        record.run(model, image=image)
 
 
 CASES.add(
@@ -610,10 +616,10 @@ class ReturnsImage(Small):
         return super().forward(x), x
 
 
-@CASES("a parameter is returned")
-class ReturnsParameter(Small):
+@CASES("a penalty on weights is returned")
+class ReturnsPenalty(Small):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x), self.head.weight
+        return super().forward(x), sum(p.square().sum() for p in self.parameters())
 
 
 @CASES("only what does not depend on the image is returned", expected=SAME_OR_REFUSED)
@@ -622,19 +628,19 @@ class ReturnsWeights(Small):
         return self.head.weight.square().sum()
 
 
-@CASES("another result in eval mode", lambda model, net, record: _train_and_eval(model, net, record))
-class TrainAndEval(Small):
-    def forward(self, x: Tensor) -> Any:
-        out = super().forward(x)
-        return {"out": out} if self.training else out.softmax(-1)
-
-
 def _train_and_eval(model: Any, net: nn.Module, record: Record) -> None:
     record.run(model)
     model.eval()
     record.run(model)
     model.train()
     record.run(model)
+
+
+@CASES("another result in eval mode", _train_and_eval)
+class TrainAndEval(Small):
+    def forward(self, x: Tensor) -> Any:
+        out = super().forward(x)
+        return {"out": out} if self.training else out.softmax(-1)
 
 
 # --- what is printed ----------------------------------------------------------------------------------
