@@ -1,0 +1,20 @@
+"""All cases, by kind."""
+
+from __future__ import annotations
+
+from benchmarks.compatibility.case import Case
+from benchmarks.compatibility.cases import (
+    arguments,
+    around,
+    blocks,
+    captures,
+    gradients,
+    leftovers,
+    operators,
+)
+
+
+def all_cases() -> list[Case]:
+    """Every case in the order of the table; a case's number is its place, from 1."""
+    kinds = (captures, gradients, leftovers, blocks, operators, arguments, around)
+    return [case for kind in kinds for case in kind.CASES]
