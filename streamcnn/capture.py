@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.fx import Node as FxNode
 from streamcnn.autocast import Casts
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import GradientHook, Whole, is_fake
-from streamcnn.in_place import functional_of, is_view, own_name, overwritten, scattered
+from streamcnn.in_place import functional_of, is_view, overwritten, own_name, scattered
 from streamcnn.program import Ref
 from streamcnn.windows import Axes
 
@@ -91,15 +92,15 @@ class RawGraph:
             f"{n.name}={_text(n.target)}{n.args}{n.kwargs}{n.state}{n.grad}{n.casts}" for n in self.nodes
         )
         constants = ((name, tuple(c.shape), c.dtype) for name, c in self.constants.items())
-        rest = (
-            self.image, self.image_shape, self.states, self.maps, self.outputs, self.updates
-        )
+        rest = (self.image, self.image_shape, self.states, self.maps, self.outputs, self.updates)
         object.__setattr__(self, "key", "\n".join([*nodes, *map(str, constants), *map(str, rest)]))
 
 
 def _text(target: Callable[..., Any]) -> str:
     """A target as part of a graph's key: those of the user's own are told apart by name alone."""
-    return str(target) if isinstance(target, (OpOverload, Whole)) else getattr(target, "__name__", str(target))
+    return (
+        str(target) if isinstance(target, (OpOverload, Whole)) else getattr(target, "__name__", str(target))
+    )
 
 
 def functionalized(
@@ -318,7 +319,7 @@ class _Functionalizer:
         while chain[-1] in self.viewed:
             chain.append(self.viewed[chain[-1]])
         new = {written: ref}
-        for view, parent in zip(chain, chain[1:], strict=False):
+        for view, parent in pairwise(chain):
             before = self._read(parent)
             target, args = scattered(view, before, new[view], _source(node, self))
             state = self.states.get(parent.name) if parent is chain[-1] else None
@@ -401,8 +402,10 @@ class _Functionalizer:
         if isinstance(value, FxNode):
             return self._read(value)
         if isinstance(value, (tuple, list)):
-            return type(value)(map(self._resolve, value)) if type(value) in (tuple, list) else tuple(
-                map(self._resolve, value)
+            return (
+                type(value)(map(self._resolve, value))
+                if type(value) in (tuple, list)
+                else tuple(map(self._resolve, value))
             )
         if isinstance(value, dict):
             return {key: self._resolve(each) for key, each in value.items()}

@@ -64,7 +64,7 @@ class GradientHook(Whole):
         hooked = value.view_as(value)
         if hooked.requires_grad:
             hook = self.hook
-            hooked.register_hook(lambda gradient: hook(gradient, *free))
+            hooked.register_hook(lambda gradient: hook(gradient, *free))  # type: ignore[no-untyped-call]
         return hooked
 
 
@@ -128,7 +128,7 @@ class Inliner(Interpreter):
         """Carry out a call: an ordinary one, an inlined one, or one that is recorded whole."""
         if target is self._through:
             return args[0]
-        if target is torch._C._autograd._get_data_attr:
+        if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()
         if isinstance(target, Whole):
             assert self._node is not None
@@ -137,8 +137,10 @@ class Inliner(Interpreter):
             return self._higher_order(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
-    def _higher_order(self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name, node = target.name(), self._node
+    def _higher_order(
+        self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        name, node = str(target), self._node
         assert node is not None
         if name in _INLINED:
             operands = args[2:] if name == "invoke_subgraph" else args[1:]
@@ -160,7 +162,7 @@ def _bound(
     kwargs: dict[str, Any],
 ) -> Callable[..., Any]:
     """``target`` with its bodies in their places, as a function of the other operands."""
-    if getattr(target, "name", lambda: "")() == "cond":
+    if str(target) == "cond":
         # Called as an operator it would be traced; what it means is this.
         def cond(predicate: Any, operands: Any) -> Any:
             return bodies[0 if bool(predicate) else 1](*operands)

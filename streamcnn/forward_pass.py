@@ -8,8 +8,7 @@ hooks, modes and compilers, and what the code does besides computing happens as 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,8 +41,8 @@ class ForwardPass:
     ) -> Any:
         """What ``net(image, *args, **kwargs)`` returns, given that ``run`` carries out its operators.
 
-        ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`. ``run`` is called
-        with the surroundings set aside.
+        ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`. ``run`` is
+        called with the surroundings set aside.
 
         Raises
         ------
@@ -101,9 +100,7 @@ class _Taken(Exception):
     """Ends a call whose graph is all that is wanted."""
 
 
-def _captured_anew(
-    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Capture:
+def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
     try:
         with _quiet():
             return capture_anew(net, image, args, kwargs)

@@ -105,7 +105,7 @@ class GuardedForward:
 
 
 class _Graphs:
-    """Dynamo's backend. It knows nothing of its owner, since Dynamo's cache is out of the collector's sight."""
+    """Dynamo's backend. It does not know its owner: the collector does not see into Dynamo's cache."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -118,7 +118,7 @@ class _Graphs:
 def _compiled(graphs: _Graphs) -> Callable[..., Any]:
     import torch._dynamo
 
-    torch._dynamo.allow_in_graph(as_image)
+    torch._dynamo.allow_in_graph(as_image)  # type: ignore[no-untyped-call]
     # Captured graphs belong to a code object, and their names to its globals. Those of its own go with it.
     own = types.FunctionType(_forward.__code__.replace(), {**_forward.__globals__}, "forward")
     return torch.compile(own, backend=graphs, fullgraph=True, dynamic=False)
@@ -159,13 +159,13 @@ class _GuardedCall:
         self.run = run
         self.has_begun = False
 
-    def lower(
-        self, module: GraphModule, inputs: Sequence[Any]
-    ) -> tuple[RawGraph, tuple[str | None, ...]]:
-        """Dynamo's graph as a raw one, and for each of its inputs the key of a state or None for the image."""
+    def lower(self, module: GraphModule, inputs: Sequence[Any]) -> tuple[RawGraph, tuple[str | None, ...]]:
+        """Dynamo's graph as a raw one, and for each input the key of a state, or None for the image."""
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         images = {
-            node.args[0] for node in module.graph.nodes if node.op == "call_function" and node.target is as_image
+            node.args[0]
+            for node in module.graph.nodes
+            if node.op == "call_function" and node.target is as_image
         }
         named = _names(self.net, self.arguments)
         keys = tuple(
@@ -211,7 +211,6 @@ def _path_of(place: str) -> str:
 @contextmanager
 def _dynamo_as_wanted() -> Iterator[None]:
     """Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
-    import torch._dynamo
     from torch._dynamo import config
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 

@@ -1,4 +1,4 @@
-"""In-place operators and views: what a call overwrites, its functional form, and how a view is written back."""
+"""In-place operators and views: what a call overwrites, its functional form, how a view is written back."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def _name(target: OpOverload) -> str:
 # --- functional forms ------------------------------------------------------------------------------------
 
 
-def functional_of(
-    node: FxNode, source: str
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The call that returns what the in-place ``node`` would have written, with its arguments.
 
     Raises
@@ -263,9 +261,7 @@ def _inverse(view: FxNode, shape: torch.Size) -> list[int]:
     return [list(moved).index(axis + 1) for axis in range(len(shape))]
 
 
-def _into_part(
-    view: FxNode, before: Ref, value: Ref
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _into_part(view: FxNode, before: Ref, value: Ref) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One of the parts of a split, written back."""
     parts, index = view.args
     assert isinstance(parts, FxNode)

@@ -116,9 +116,7 @@ class Planning:
     def plan(self, captured: Captured, wish: Wish, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
         key = (captured.settings, wish, machine.reserved, machine.rates.source, machine.libraries)
-        graph, planned = _kept(
-            self._plans, key, lambda: (captured.graph, _plan(captured, wish, machine))
-        )
+        graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, wish, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
 

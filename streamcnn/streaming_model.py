@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from streamcnn.autocast import autocast, autocast_state
 from streamcnn.capture import Given, RawGraph
@@ -268,7 +269,7 @@ class StreamingModel(nn.Module):
 
     # --- running -------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def forward(self, image: Image, *args: Any, **kwargs: Any) -> Any:
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
 
@@ -308,7 +309,7 @@ class StreamingModel(nn.Module):
     def _run(
         self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
     ) -> Sequence[Any]:
-        """Plan and carry out a captured forward pass; its results. ``image`` is that which wants a gradient."""
+        """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
         machine = Machine.here(reader.device)
         wish = self._wish(captured, reader.shape, reader.dtype, image_gradient=image is not None)
         planned = self._planning.plan(captured, self._present(captured, wish), machine)
@@ -339,8 +340,8 @@ class _Planned(Exception):
 def _refuse_changes(graph: RawGraph, image: Image) -> None:
     if graph.changes_image and isinstance(image, Tensor):
         raise UnsupportedModel(
-            "the forward pass overwrites the image, which belongs to the caller: use an operator that returns a "
-            "new tensor, as x = x - mean instead of x.sub_(mean)"
+            "the forward pass overwrites the image, which is the caller's: use an operator that returns "
+            "a new tensor, as x = x - mean instead of x.sub_(mean)"
         )
 
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import streamcnn.ops  # noqa: F401  fills the registry
 from streamcnn.autocast import as_recorded
-from streamcnn.capture import Given, RawGraph, RawNode
+from streamcnn.capture import RawGraph, RawNode
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import Whole
 from streamcnn.ops.pointwise import pointwise_rule

@@ -49,9 +49,7 @@ class Capture:
     """Put the module's attributes back as they were before the call."""
 
 
-def capture_anew(
-    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Capture:
+def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
     """Run ``net(image, *args, **kwargs)`` on fake tensors; ``image`` stands in for the image.
 
     Raises
@@ -166,7 +164,8 @@ def _names_of(tensor: Tensor) -> frozenset[str]:
     """The name of a traced tensor's node."""
     mode = get_proxy_mode()
     assert mode is not None
-    name: str = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node.name)
+    name = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node.name)
+    assert name is not None
     return frozenset({name})
 
 
@@ -186,8 +185,8 @@ class _Watch(TorchFunctionMode):
             return self._hook(*args)
         if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
             raise UnsupportedModel(
-                f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of its "
-                "own: return the map as a further result and ask autograd.grad for its gradient"
+                f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
+                "its own: return the map as a further result and ask autograd.grad for its gradient"
             )
         result = func(*args, **(kwargs or {}))
         if isinstance(result, FakeTensor):
@@ -200,8 +199,8 @@ class _Watch(TorchFunctionMode):
         node = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node)
         if node is None or (node.op == "placeholder" and node.name not in self.call.image_names):
             raise UnsupportedModel(
-                "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from outside: "
-                "set it once, outside of the forward pass"
+                "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from "
+                "outside: set it once, outside of the forward pass"
             )
         hooks = self.call.hooks.setdefault(node.name, [])
         hooks.append(hook)
@@ -235,18 +234,20 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     def run_whole(*tensors: Tensor) -> Any:
         given = iter(tensors)
-        filled = [next(given) if tensor else leaf for tensor, leaf in zip(is_tensor, rest, strict=True)]
+        filled: list[Any] = [
+            next(given) if tensor else leaf for tensor, leaf in zip(is_tensor, rest, strict=True)
+        ]
         run_args, run_kwargs = pytree.tree_unflatten(filled, spec)
         return cls.apply(*run_args, **run_kwargs)
 
-    operands = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return record_whole(Whole(cls.__name__, run_whole), operands, like)
+    given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return record_whole(Whole(cls.__name__, run_whole), given, like)
 
 
 @contextmanager
 def _named_submodules(net: nn.Module) -> Iterator[None]:
     """Note on each recorded call which submodule makes it."""
-    paths = {module: name for name, module in net.named_modules()}
+    paths: dict[nn.Module, str] = {module: name for name, module in net.named_modules()}
     outer: list[Any] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -435,10 +436,10 @@ def _refuse_backward_hooks(net: nn.Module) -> None:
     for name, module in net.named_modules():
         if any(getattr(module, kind, None) for kind in _BACKWARD_HOOKS):
             raise UnsupportedModel(
-                f"{_titled(name, module)} has a backward hook, which needs the gradient of a whole map at once: "
+                f"{_titled(name, module)} has a backward hook, which needs the gradients of whole maps: "
                 "remove it, or set it on a parameter or with Tensor.register_hook on a result of the model"
             )
     if module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks:
         raise UnsupportedModel(
-            "a backward hook is set on all modules, which needs the gradients of whole maps at once: remove it"
+            "a backward hook is set on all modules, which needs the gradients of whole maps: remove it"
         )

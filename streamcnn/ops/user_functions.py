@@ -140,10 +140,11 @@ def _keeps_linear(node: FxNode, linear: Mapping[FxNode, bool]) -> bool:
         return operands[:2] == [True, True]
     if name == "where":
         return not operands[0] and all(
-            each is True or (each is None and arg == 0) for each, arg in zip(operands[1:], node.args[1:], strict=True)
+            each is True or (each is None and arg == 0)
+            for each, arg in zip(operands[1:], node.args[1:], strict=True)
         )
     if name == "masked_fill":
-        return operands[0] is True and operands[1] is not True and node.args[2] == 0
+        return operands[:2] == [True, False] and bool(node.args[2] == 0)
     return False
 
 
@@ -174,7 +175,8 @@ class _UserFunctions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         reverse: Callable[..., Tensor] = _Reversed.apply
         sign: Callable[..., Tensor] = _Sign.apply
-        return sign(x) + reverse(x, 0.7) * torch.cos(x)
+        result: Tensor = sign(x) + reverse(x, 0.7) * torch.cos(x)
+        return result
 
 
 SAMPLES = (
