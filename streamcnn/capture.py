@@ -230,7 +230,7 @@ class _Functionalizer:
         found = {}
         for node in self.flat.graph.nodes:
             if is_argument(self.states.get(node.name, "")):
-                axes = _spatial_axes(tuple(node.meta["val"].shape), image_shape)
+                axes = spatial_axes(tuple(node.meta["val"].shape), image_shape)
                 if axes is not None and not self.writes.get(node, 0):
                     found[node.name] = axes
         return found
@@ -437,7 +437,7 @@ def is_argument(key: str) -> bool:
     return key.startswith(ARGUMENT)
 
 
-def _spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes | None:
+def spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes | None:
     """The spatial axes of an argument of the image's size, or of four axes as an image has them."""
     size = image_shape[2:]
     for first in (len(shape) - 2, len(shape) - 3):

@@ -27,6 +27,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
 from streamcnn.flattening import is_fake
 from streamcnn.forward_pass import ForwardPass, stand_in
+from streamcnn.parts import VALUE, parts_of
 from streamcnn.plan import Plan
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype
 from streamcnn.program import substitute
@@ -301,10 +302,27 @@ class StreamingModel(nn.Module):
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
             _refuse_changes(graph, image)
             captured = Captured(graph, states, reader.device)
-            return self._run(captured, reader, image if image_gradient else None, surroundings)
+            return self._run_parts(captured, reader, image if image_gradient else None, surroundings)
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
         return self._call(self.net, here, args, kwargs, run, surroundings)
+
+    def _run_parts(
+        self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
+    ) -> Sequence[Any]:
+        """Carry out a captured forward pass, where results depend on each other in parts; its results."""
+        graph = captured.graph
+        parts = parts_of(graph) if torch.is_grad_enabled() or graph.enables_grad else ()
+        if not parts:
+            return self._run(captured, reader, image, surroundings)
+        values: dict[str, Any] = {}
+        for part in parts:
+            taken = {name: values[name] for name in part.taken}
+            states = {**captured.states, **{f"{VALUE}{name}": value for name, value in taken.items()}}
+            piece = Captured(part.graph(graph, taken), states, captured.device)
+            values |= zip(part.given, self._run(piece, reader, image, surroundings), strict=True)
+        found: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
+        return [captured.states[each.key] if isinstance(each, Given) else each for each in found]
 
     def _run(
         self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings

@@ -1,0 +1,125 @@
+"""Results that depend on each other: one captured graph as a chain of graphs.
+
+A model that returns its features beside its logits lets the user ask for the gradient of one with respect
+to the other. To autograd a streamed pass is one node, and one result of a node is no function of
+another. So what comes after a result that others depend on is a pass of its own, which takes that result as
+an input; what else it needs of the values before it is handed over in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from streamcnn.capture import RawGraph, RawNode, spatial_axes
+from streamcnn.program import Ref, refs_in
+
+VALUE = "value "
+"""How the keys of values begin that an earlier part hands over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some calls of a graph, which are carried out in one pass."""
+
+    nodes: tuple[RawNode, ...]
+    taken: tuple[str, ...]
+    """Values of earlier parts that it reads."""
+    given: tuple[str, ...]
+    """Values that it hands over: results of the model, and what later parts read."""
+
+    def graph(self, whole: RawGraph, taken: Mapping[str, Tensor]) -> RawGraph:
+        """The part as a graph that takes the tensors ``taken``."""
+        axes = {name: spatial_axes(tuple(value.shape), whole.image_shape) for name, value in taken.items()}
+        inside = {node.name for node in self.nodes}
+        return replace(
+            whole,
+            nodes=self.nodes,
+            states={**whole.states, **{name: f"{VALUE}{name}" for name in taken}},
+            maps={**whole.maps, **{name: found for name, found in axes.items() if found is not None}},
+            outputs=tuple(map(Ref, self.given)),
+            updates={key: name for key, name in whole.updates.items() if name in inside},
+        )
+
+
+def parts_of(graph: RawGraph) -> tuple[Part, ...]:
+    """The parts of a graph in order; a single one where no result depends on another."""
+    depths = _depths(graph)
+    if len(set(depths.values())) < 2 or _rereads(graph):
+        return ()
+    nodes = {node.name: node for node in graph.nodes}
+    where: dict[str, int] = {}
+    deepest = max(depths.values())
+    for depth in range(deepest + 1):
+        roots = [name for name, found in depths.items() if found == depth]
+        if depth == deepest:
+            roots += graph.updates.values()
+        for name in _needed(nodes, roots):
+            where.setdefault(name, depth)
+    _keep_together(graph, where)
+    readers: dict[str, set[int]] = {name: set() for name in where}
+    for name, depth in where.items():
+        for operand in _operands(nodes[name]):
+            if operand in where and where[operand] != depth:
+                readers[operand].add(depth)
+    return tuple(
+        Part(
+            nodes=tuple(node for node in graph.nodes if where.get(node.name) == depth),
+            taken=tuple(name for name, found in readers.items() if depth in found),
+            given=tuple(
+                name for name, at in where.items() if at == depth and (name in depths or readers[name])
+            ),
+        )
+        for depth in range(deepest + 1)
+    )
+
+
+def _depths(graph: RawGraph) -> dict[str, int]:
+    """For each result that a call makes, how many others it depends on, one after another."""
+    results = {each.name for each in graph.outputs if isinstance(each, Ref)}
+    depths: dict[str, int] = {}
+    behind: dict[str, int] = {}
+    """For each call, the depth of what it hands on."""
+    for node in graph.nodes:
+        depth = max((behind.get(operand, 0) for operand in _operands(node)), default=0)
+        if node.name in results:
+            depths[node.name] = depth
+            depth += 1
+        behind[node.name] = depth
+    return depths
+
+
+def _operands(node: RawNode) -> tuple[str, ...]:
+    return refs_in((node.args, dict(node.kwargs)))
+
+
+def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    pending = [name for name in roots if name in nodes]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found[name] = None
+            pending.extend(operand for operand in _operands(nodes[name]) if operand in nodes)
+    return list(found)
+
+
+def _keep_together(graph: RawGraph, where: dict[str, int]) -> None:
+    """Put the items of several results into the part that makes them."""
+    for node in graph.nodes:
+        if node.name in where and getattr(node.target, "__name__", "") in ("getitem", "_item"):
+            source: Any = node.args[0]
+            where[node.name] = where[source.name]
+
+
+def _rereads(graph: RawGraph) -> bool:
+    """Whether a state is changed by a call of its own: a later part would read the new value for the old."""
+    return any(node.state is not None and _reads(graph, node.state) > 1 for node in graph.nodes)
+
+
+def _reads(graph: RawGraph, key: str) -> int:
+    names = {name for name, found in graph.states.items() if found == key}
+    return sum(not names.isdisjoint(_operands(node)) for node in graph.nodes)
