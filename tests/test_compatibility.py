@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compatibility.case import Case, Cases, Record, Small, one_pass
+from benchmarks.compatibility.case import Case, Cases, Record, Small, Steps, one_pass, passes
 from benchmarks.compatibility.cases import all_cases
 from benchmarks.compatibility.comparison import Result, compare
 from benchmarks.compatibility.snapshot import differences, snapshot
@@ -32,11 +32,13 @@ def test_case(case: Case) -> None:
 # --- the comparison would notice ----------------------------------------------------------------------
 
 
-def compared(monkeypatch: pytest.MonkeyPatch, forward: Any, expected: str = "same") -> Result:
+def compared(
+    monkeypatch: pytest.MonkeyPatch, forward: Any, expected: str = "same", steps: Steps = one_pass
+) -> Result:
     """A case whose streamed passes are ``forward(net, image)``."""
     monkeypatch.setattr(StreamingModel, "forward", lambda model, image: forward(model.net, image))
     cases = Cases("none")
-    cases.add("none", Small, one_pass, expected=expected)
+    cases.add("none", Small, steps, expected=expected)
     return compare(cases[0])
 
 
@@ -121,6 +123,16 @@ def test_a_refusal_must_not_change_the_net(monkeypatch: pytest.MonkeyPatch) -> N
         raise UnsupportedModel("too late")
 
     assert compared(monkeypatch, forward, "same or refused").verdict == "WRONG"
+
+
+def test_a_refusal_does_not_excuse_the_pass_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def forward(net: nn.Module, image: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * net(image) if len(calls) == 1 else _refuses(net, image)
+
+    assert compared(monkeypatch, forward, "same or refused", passes(2)).verdict == "WRONG"
 
 
 def test_a_refusal_does_not_do_where_another_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ from benchmarks.compatibility.case import SAME, SAME_OR_REFUSED, Case, Record, s
 from benchmarks.compatibility.snapshot import Difference, Snapshot, differences, snapshot
 from streamcnn.errors import StreamError
 
+_STATE = "state of PyTorch"
+_AT_THE_END = (_STATE, "random state", "net", "world")
+"""Names that are recorded after the script, wherever it ended."""
 _RUNS = "runs"
 """What is said of a plain script that has nothing to be compared with."""
 
@@ -87,7 +90,7 @@ def compare(case: Case) -> Result:
         return _compared(case, plain, streamed)
     text = _first_line(streamed.error)
     if isinstance(streamed.error, StreamError) or _is_expected(case, text):
-        faults = _faults_of_refusal(plain, streamed)
+        faults = _faults_of_refusal(case, plain, streamed)
         return Result(
             case, "WRONG" if faults else f"refused: {text}", 0.0, _RUNS, faults[0] if faults else text, faults
         )
@@ -108,7 +111,7 @@ def outcome_of(case: Case, *, streamed: bool) -> Outcome:
             outcome.error = error
             found = differences(record.before, snapshot(net))
             outcome.changed = [difference for difference in found if difference.error > 0]
-        record("state of PyTorch", _global_state())
+        record(_STATE, _global_state())
         # Passes are seeded: what they draw shows here.
         record(
             "random state",
@@ -154,17 +157,21 @@ def _is_expected(case: Case, text: str) -> bool:
     return case.expected not in (SAME, SAME_OR_REFUSED) and re.search(case.expected, text) is not None
 
 
-def _compared(case: Case, plain: Outcome, streamed: Outcome) -> Result:
-    """The verdict on two scripts that both ran to their end."""
+def _differences(plain: Outcome, streamed: Outcome, groups: Iterable[str]) -> list[Difference]:
+    """How the two differ in what they recorded under the names ``groups``."""
     found: list[Difference] = []
-    for group in dict.fromkeys([*plain.values, *streamed.values]):
+    for group in groups:
         for each in differences(plain.values.get(group, {}), streamed.values.get(group, {})):
             name = f"{group}: {each.path}" if each.path else group
             found.append(Difference(name, each.error, each.expected, each.found))
+    return found
+
+
+def _compared(case: Case, plain: Outcome, streamed: Outcome) -> Result:
+    """The verdict on two scripts that both ran to their end."""
+    found = _differences(plain, streamed, dict.fromkeys([*plain.values, *streamed.values]))
     wrong = [each for each in found if not each.error <= case.tolerance]
-    faults = [
-        f"{each.path}: plain {each.expected}; streamed {each.found}; error {each.error:.1e}" for each in wrong
-    ]
+    faults = [_text(each) for each in wrong]
     if plain.printed != streamed.printed:
         faults.append(f"printed: plain {plain.printed!r}; streamed {streamed.printed[:300]!r}")
     faults += [f"a warning: {text}" for text in streamed.warned if text not in plain.warned]
@@ -176,17 +183,22 @@ def _compared(case: Case, plain: Outcome, streamed: Outcome) -> Result:
     return Result(case, "WRONG" if faults else SAME, error, *texts, tuple(faults))
 
 
-def _faults_of_refusal(plain: Outcome, streamed: Outcome) -> tuple[str, ...]:
-    """What a refusal must not do: change the net, or print."""
-    faults = [
+def _text(each: Difference) -> str:
+    return f"{each.path}: plain {each.expected}; streamed {each.found}; error {each.error:.1e}"
+
+
+def _faults_of_refusal(case: Case, plain: Outcome, streamed: Outcome) -> tuple[str, ...]:
+    """What a refusal must not do: change the net, print, or come after a pass that was wrong."""
+    before = [group for group in streamed.values if group not in _AT_THE_END]
+    found = _differences(plain, streamed, before)
+    faults = [_text(each) for each in found if not each.error <= case.tolerance]
+    faults += [
         f"the refused pass changed {each.path}: {each.expected} to {each.found}" for each in streamed.changed
     ]
     if not plain.printed.startswith(streamed.printed):
         faults.append(f"the refused pass printed {streamed.printed[:300]!r}")
     faults += [f"a warning: {text}" for text in streamed.warned if text not in plain.warned]
-    if "state of PyTorch" in streamed.values:
-        apart = differences(plain.values["state of PyTorch"], streamed.values["state of PyTorch"])
-        faults += [f"state of PyTorch: {each.path}: {each.found}" for each in apart if each.error > 0]
+    faults += [_text(each) for each in _differences(plain, streamed, [_STATE]) if each.error > 0]
     return (*faults, *_less_able(plain, streamed))
 
 
