@@ -22,8 +22,17 @@ from torch.fx import Node as FxNode
 
 from streamcnn.autocast import Casts
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import GradientHook, Whole, is_fake
-from streamcnn.in_place import functional_of, is_view, overwritten, own_name, scattered
+from streamcnn.flattening import GradientHook, Whole, is_fake, is_recomputed, on_meta
+from streamcnn.in_place import (
+    asserted,
+    functional_of,
+    is_detached,
+    is_view,
+    overwritten,
+    own_name,
+    revalued,
+    scattered,
+)
 from streamcnn.program import Ref
 from streamcnn.windows import Axes
 
@@ -77,11 +86,13 @@ class RawGraph:
     """Of the states, further arguments that are maps, with their spatial axes."""
     constants: Mapping[str, Tensor]
     outputs: tuple[Any, ...]
-    """The results: refs, :class:`Given` ones, and plain values."""
+    """The results: refs, :class:`Given` ones, and plain values; then values that are checked."""
     updates: Mapping[str, str]
     """Key of a state that the pass changes to the node that holds its new value."""
     enables_grad: bool = False
     """Whether a block of the model turns gradients on where they were off."""
+    num_checks: int = 0
+    """How many of the results, the last ones, are values that the model only asserts something of."""
     changes_image: bool = False
     """Whether the model overwrites the image, as ``x.sub_(mean)`` does."""
     key: str = field(init=False, compare=False)
@@ -124,7 +135,7 @@ def functionalized(
     path_of
         The qualified name of a submodule, given its place in the captured call; for messages.
     hooks
-        Hooks on gradients by the name of the node that they are set on, besides those in the graph.
+        Hooks on gradients by the name of the node that they are set on.
 
     Raises
     ------
@@ -170,8 +181,8 @@ class _Functionalizer:
         self.states: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.image: FxNode | None = None
-        self.hooks = _hooks(flat)
-        self.own_hooks = hooks
+        self.hooks = hooks
+        self.checks: list[Ref] = []
         self.enables_grad = False
 
     def run(self, image_shape: tuple[int, ...]) -> RawGraph:
@@ -200,7 +211,8 @@ class _Functionalizer:
             states=self.states,
             maps=self._maps(image_shape),
             constants=self.constants,
-            outputs=outputs,
+            outputs=(*outputs, *self.checks),
+            num_checks=len(self.checks),
             updates={self.states[node.name]: self.values[node].name for node in changed},
             enables_grad=self.enables_grad,
             changes_image=bool(self.writes.get(self.image, 0)),
@@ -243,16 +255,12 @@ class _Functionalizer:
         name = getattr(target, "__name__", "")
         if name in _SIDE_EFFECTS and not isinstance(target, OpOverload):
             self._block(name, node)
-        elif isinstance(target, GradientHook):
-            # It stands where its value is made.
-            hooked = node.args[0]
-            assert isinstance(hooked, FxNode)
-            self.same[node] = self._itself(hooked)
         elif _is_check(target):
-            pass
+            self._check(node)
         elif (written := overwritten(node)) is not None:
             self._write_in_place(node, written)
-        else:
+        elif node.users or "val" in node.meta:
+            # A call without either has failed, and the model has caught the error.
             self._plain(node)
 
     def _block(self, name: str, node: FxNode) -> None:
@@ -284,19 +292,25 @@ class _Functionalizer:
         self.values[node] = self._hooked(node, ref)
 
     def _hooked(self, node: FxNode, ref: Ref) -> Ref:
-        """The value behind the hooks on its gradient; the first one that was set sees the gradient first."""
-        for call in reversed(self.hooks.get(node, ())):
-            free = tuple(self._resolve(value) for value in call.args[1:])
-            assert callable(call.target)
-            ref = self._append(node, self._fresh(call.name), call.target, (ref, *free), {}, allocates=False)
-        for hook in reversed(self.own_hooks.get(node.name, ())):
-            name = self._fresh(f"{node.name}_hooked")
-            ref = self._append(node, name, GradientHook(hook), (ref,), {}, allocates=False)
+        """The value behind hooks on its gradient; the first one to be set sees it first."""
+        for hook in reversed(self.hooks.get(node.name, ())):
+            target = GradientHook(hook, on_meta(node.meta["val"]))
+            ref = self._append(node, self._fresh(f"{node.name}_hooked"), target, (ref,), {}, allocates=False)
         return ref
+
+    def _check(self, node: FxNode) -> None:
+        """A call that raises if a value is not as it should be."""
+        value, *rest = self._resolve(node.args)
+        if not isinstance(value, Ref) or "_async" not in str(node.target):
+            return  # It says what is known already.
+        message = next((each for each in rest if isinstance(each, str)), "")
+        name = self._fresh(f"{node.name}_asserted")
+        self.checks.append(self._append(node, name, asserted, (value, message), {}, allocates=True))
 
     def _write_in_place(self, node: FxNode, written: FxNode) -> None:
         """A call that overwrites ``written`` and returns it."""
         written = self._itself(written)
+        self._refuse_twice(node, written)
         functional, args, kwargs = functional_of(node, _source(node, self))
         args, kwargs = self._resolve(args), self._resolve(kwargs)
         is_plain = written not in self.viewed and node.args and node.args[0] is written
@@ -326,11 +340,36 @@ class _Functionalizer:
             new[parent] = self._append(
                 node, self._fresh(f"{node.name}_into"), target, args, {}, allocates=False, state=state
             )
+        self._keep_gradients(node, chain, new)
         owner = chain[-1]
         self.writes[owner] = self.writes.get(owner, 0) + 1
         for member, value in new.items():
             self.values[member] = value
             self.seen[member] = self.writes[owner]
+
+    def _keep_gradients(self, node: FxNode, chain: list[FxNode], new: dict[FxNode, Any]) -> None:
+        """A write that autograd does not see changes the values of tensors and not where gradients go."""
+        unseen = self.ambient and not self.grad
+        for member in chain:
+            value = member.meta.get("val")
+            if unseen and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                inside, self.grad = self.grad, self.ambient
+                name = self._fresh(f"{node.name}_kept")
+                state = self.states.get(member.name) if member is chain[-1] else None
+                args = (self.values[member], new[member])
+                new[member] = self._append(node, name, revalued, args, {}, allocates=False, state=state)
+                self.grad = inside
+            unseen = unseen or (self.ambient and is_detached(member))
+
+    def _refuse_twice(self, node: FxNode, written: FxNode) -> None:
+        """Activation checkpointing runs its calls again, so that they change a state twice."""
+        owner = self._owner(written)
+        if is_recomputed(node) and owner.op == "placeholder" and self.ambient:
+            raise UnsupportedModel(
+                f"'{self.states.get(owner.name, owner.name)}' changes inside torch.utils.checkpoint, and plain "
+                "PyTorch changes it twice, forward and backward: call the layers without checkpoint() "
+                "(set_grad_checkpointing(False)); streaming stores and recomputes activations itself"
+            )
 
     def _append(
         self,
@@ -444,19 +483,6 @@ def spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes |
         if first >= 0 and shape[first : first + 2] == size and size != (1, 1):
             return first, first + 1
     return (2, 3) if len(shape) == 4 and min(shape[2:]) > 1 else None
-
-
-def _hooks(flat: GraphModule) -> dict[FxNode, list[FxNode]]:
-    """Hooks on gradients by the value that they are set on, in the order of being set."""
-    found: dict[FxNode, list[FxNode]] = {}
-    behind: dict[FxNode, FxNode] = {}
-    for node in flat.graph.nodes:
-        if isinstance(node.target, GradientHook):
-            value = node.args[0]
-            assert isinstance(value, FxNode)
-            behind[node] = value = behind.get(value, value)
-            found.setdefault(value, []).append(node)
-    return found
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
 from torch.fx import traceback as fx_traceback
@@ -33,6 +35,13 @@ _INLINED = frozenset(
     {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "hints_wrapper", "invoke_subgraph"}
 )
 """Higher-order operators whose body is part of the forward pass: streaming decides itself what it keeps."""
+
+
+RECOMPUTED = "recomputed"
+
+
+class CannotFlatten(Exception):
+    """A graph does not hold all that the forward pass does."""
 
 
 class Whole:
@@ -56,15 +65,15 @@ class Whole:
 class GradientHook(Whole):
     """Identity whose gradient passes through a hook that the user has set on the value."""
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
+    def __init__(self, hook: Callable[[Tensor], Tensor | None], like: Tensor) -> None:
         super().__init__("Tensor.register_hook", self._hooked)
         self.hook = hook
+        self.like = like
 
-    def _hooked(self, value: Tensor, *free: Any) -> Tensor:
+    def _hooked(self, value: Tensor) -> Tensor:
         hooked = value.view_as(value)
         if hooked.requires_grad:
-            hook = self.hook
-            hooked.register_hook(lambda gradient: hook(gradient, *free))  # type: ignore[no-untyped-call]
+            hooked.register_hook(self.hook)  # type: ignore[no-untyped-call]
         return hooked
 
 
@@ -97,13 +106,18 @@ def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
         return found
 
     proxies = pytree.tree_map_only(Tensor, proxy_of, args)
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
-        target.like = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, "meta"), like)
+    target.like = pytree.tree_map_only(Tensor, on_meta, like)
     with disable_proxy_modes_tracing():
         results = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, tensor.device), like)
     proxy = tracer.create_proxy("call_function", target, tuple(proxies), {})
     track_tensor_tree(results, proxy, constant=None, tracer=tracer)
     return results
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor like ``tensor`` on the meta device, which no mode sees being made."""
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        return _another(tensor, "meta")
 
 
 def _another(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -130,6 +144,10 @@ class Inliner(Interpreter):
             return args[0]
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()
+        if target in (_enter_inference_mode, _exit_inference_mode):
+            return _inference_mode(target, args[0])
+        if target in (_enter_autocast, _exit_autocast):
+            return _autocast(target, *args)
         if isinstance(target, Whole):
             assert self._node is not None
             return record_whole(target, args, self._node.meta["example_value"])
@@ -144,15 +162,45 @@ class Inliner(Interpreter):
         assert node is not None
         if name in _INLINED:
             operands = args[2:] if name == "invoke_subgraph" else args[1:]
+            if "checkpoint" in name:
+                mark_recomputed(args[0])
             return Inliner(args[0], self._through).run(*operands)
+        if name == "register_hook" or kwargs.get("dirty_idx"):
+            raise CannotFlatten(f"{name}: its side effects are in no graph")
         bodies = tuple(arg for arg in args if isinstance(arg, GraphModule))
         operands = tuple(arg for arg in args if not isinstance(arg, GraphModule))
-        if name == "register_hook":
-            whole: Whole = GradientHook(bodies[0])
-        else:
-            is_body = tuple(isinstance(arg, GraphModule) for arg in args)
-            whole = Whole(name, _bound(target, is_body, bodies, kwargs), bodies)
+        is_body = tuple(isinstance(arg, GraphModule) for arg in args)
+        whole = Whole(name, _bound(target, is_body, bodies, kwargs), bodies)
         return record_whole(whole, operands, node.meta["example_value"])
+
+
+def _inference_mode(target: Any, argument: Any) -> Any:
+    """A block in inference mode, as one without gradients: its tensors are used outside of it."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(not argument if target is _enter_inference_mode else argument)
+    return before
+
+
+def _autocast(target: Any, *args: Any) -> Any:
+    """A block under autocast. Entered as the user would, it is recorded and in force."""
+    if target is _exit_autocast:
+        args[0].__exit__(None, None, None)
+        return None
+    device, dtype, enabled, *_ = args
+    block = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+    block.__enter__()
+    return block
+
+
+def mark_recomputed(body: GraphModule) -> None:
+    """Note on the calls of ``body`` that activation checkpointing would run them twice."""
+    for node in body.graph.nodes:
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), RECOMPUTED: True}
+
+
+def is_recomputed(node: FxNode) -> bool:
+    """Whether activation checkpointing would run a call twice."""
+    return bool((node.meta.get("custom") or {}).get(RECOMPUTED))
 
 
 def _bound(
@@ -236,6 +284,11 @@ def _item(values: Any, index: int) -> Any:
 
 
 # --- fake tensors ----------------------------------------------------------------------------------------
+
+
+def reads_values(target: object) -> bool:
+    """Whether a call makes a Python number of a tensor."""
+    return target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
 
 def is_fake(value: object) -> bool:

@@ -8,18 +8,21 @@ hooks, modes and compilers, and what the code does besides computing happens as 
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture import CUMULATIVE, RawGraph
 from streamcnn.errors import StreamError, UnsupportedModel
 from streamcnn.guards import CannotBeGuarded, GuardedForward, Run
-from streamcnn.surroundings import Surroundings
+from streamcnn.surroundings import Surroundings, function_modes_aside
 from streamcnn.unguarded import Capture, capture_anew
 
 
@@ -58,11 +61,12 @@ class ForwardPass:
                     self._unguardable.add(mode)
             capture = _captured_anew(net, image, args, kwargs)
             try:
-                results = run(capture.graph, capture.states)
+                with function_modes_aside():
+                    results = run(capture.graph, capture.states)
             except BaseException:
                 capture.undo()
                 raise
-            return capture.result(results)
+            return capture.result(results[: len(results) - capture.graph.num_checks])
 
 
 def stand_in(
@@ -107,13 +111,31 @@ def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs:
     except StreamError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
         raise UnsupportedModel(
-            f"the model cannot be captured for an image of shape {tuple(image.shape)}: {reason}. "
-            "Allowed are modules whose forward takes the image first and does not branch on its values; "
-            "check that the plain model accepts this shape and these arguments."
+            f"the model cannot be captured for an image of shape {tuple(image.shape)}: "
+            f"{_reason(error)}{_line_of(error)}. Allowed are modules whose forward takes the image first "
+            "and does not branch on its values; check that the plain model accepts this shape and arguments."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why tracing has failed, in the user's words."""
+    if isinstance(error, DataDependentOutputException):
+        return "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
+    if isinstance(error, DynamicOutputShapeException):
+        return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _line_of(error: Exception) -> str:
+    """The last line of code outside PyTorch and this package that an error passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((_TORCH, _HERE))]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
+
+
+_TORCH, _HERE = (str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 @contextmanager
@@ -133,7 +155,11 @@ def _marked_cumulative(module: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Keep PyTorch's own log of a failed trace off the terminal; its reason is in our error."""
     with ExitStack() as settings:
-        for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
+        for name in (
+            "torch._dynamo",
+            "torch._subclasses.fake_tensor",
+            "torch.fx.experimental.symbolic_shapes",
+        ):
             logger = logging.getLogger(name)
             settings.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)

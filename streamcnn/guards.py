@@ -12,12 +12,17 @@ image's shape, which takes no memory.
 
 from __future__ import annotations
 
+import logging
+import operator
+import os
 import re
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +33,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture import ARGUMENT, RawGraph, functionalized
-from streamcnn.flattening import Inliner, flatten, is_fake
+from streamcnn.errors import StreamError
+from streamcnn.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
+from streamcnn.surroundings import function_modes_aside
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order."""
@@ -67,6 +74,7 @@ class GuardedForward:
     def __init__(self) -> None:
         self._compiled: Callable[..., Any] | None = None
         self._graphs = _Graphs()
+        self._unseen = _Unseen((), {})
 
     def __call__(
         self,
@@ -85,23 +93,56 @@ class GuardedForward:
         CannotBeGuarded
             If the forward pass cannot be captured whole; nothing has been run or changed.
         """
-        if self._compiled is None or self._graphs.count >= _MOST_GRAPHS:
+        unseen = _Unseen.by(net)
+        if self._compiled is None or self._graphs.count >= _MOST_GRAPHS or not unseen.is_same(self._unseen):
+            self._unseen = unseen
             self._graphs = _Graphs()
             self._compiled = _compiled(self._graphs)
         call = _GuardedCall(net, args, kwargs, run)
         outer, _present.call = _present.call, call
         try:
             with _dynamo_as_wanted():
-                result = self._compiled(net, image, args, kwargs)
-        except BaseException as error:
-            if call.has_begun or not isinstance(error, Exception):
-                raise
-            raise CannotBeGuarded(_first_line(error)) from error
+                result = _followed(call, self._compiled, net, image, args, kwargs)
         finally:
             _present.call = outer
         if not call.has_begun:
             raise CannotBeGuarded("no tensor operation depends on the image")
         return result
+
+
+def _followed(call: _GuardedCall, compiled: Callable[..., Any], *inputs: Any) -> Any:
+    """The result of a call, or the news that Dynamo cannot follow its code."""
+    try:
+        return compiled(*inputs)
+    except StreamError:
+        raise
+    except Exception as error:
+        if call.has_begun:
+            raise
+        raise CannotBeGuarded(_first_line(error)) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unseen:
+    """What Dynamo has no guards for: what modules' classes hold, and the environment's variables."""
+
+    members: tuple[Any, ...]
+    environment: Mapping[str, str]
+
+    @classmethod
+    def by(cls, net: nn.Module) -> _Unseen:
+        """As it is now."""
+        kinds = dict.fromkeys(kind for module in net.modules() for kind in type(module).__mro__)
+        members = tuple(chain.from_iterable(vars(kind).values() for kind in kinds))
+        return cls(members, dict(os.environ))
+
+    def is_same(self, other: _Unseen) -> bool:
+        """Whether nothing has changed in between."""
+        return (
+            len(self.members) == len(other.members)
+            and all(map(operator.is_, self.members, other.members))
+            and self.environment == other.environment
+        )
 
 
 class _Graphs:
@@ -133,15 +174,20 @@ class _Captured:
         self._keys: tuple[str | None, ...] = ()
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
+        with function_modes_aside():
+            return self._carried_out(inputs)
+
+    def _carried_out(self, inputs: Sequence[Any]) -> Sequence[Any]:
         call = _present.call
         assert call is not None
-        call.has_begun = True
         if self._graph is None:
             assert self._module is not None
             self._graph, self._keys = call.lower(self._module, inputs)
             self._module = None
+        call.has_begun = True
         states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
-        return call.run(self._graph, states)
+        results = call.run(self._graph, states)
+        return results[: len(results) - self._graph.num_checks]
 
 
 class _GuardedCall:
@@ -176,6 +222,8 @@ class _GuardedCall:
         mode = fakes[0].fake_mode  # type: ignore[attr-defined]
         grad = torch.is_grad_enabled()
         flat = flatten(Inliner(module, through=as_image).run, fakes, mode, grad=grad)
+        if any(reads_values(node.target) for node in flat.graph.nodes):
+            raise CannotFlatten("a number is read from a tensor")
         shape = next((tuple(f.shape) for f, key in zip(fakes, keys, strict=True) if key is None), ())
         device = fakes[0].device
         graph = functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
@@ -212,6 +260,7 @@ def _path_of(place: str) -> str:
 def _dynamo_as_wanted() -> Iterator[None]:
     """Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
     from torch._dynamo import config
+    from torch._dynamo.variables.misc import RandomVariable
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     handlers = TorchInGraphFunctionVariable._get_handlers()
@@ -225,17 +274,37 @@ def _dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\._dynamo")
         settings.enter_context(patch.dict(handlers, plain))
+        # Its state would be part of the graph and of no guard.
+        settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
+        settings.enter_context(_silent("torch._dynamo"))
         settings.enter_context(
             config.patch(
                 recompile_limit=many,
                 accumulated_recompile_limit=many,
                 suppress_errors=False,
+                skip_nnmodule_hook_guards=False,
                 force_parameter_static_shapes=True,
                 automatic_dynamic_shapes=False,
                 assume_static_by_default=True,
             )
         )
         yield
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep one of PyTorch's loggers off the terminal."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _never(value: object) -> bool:
+    return False
 
 
 def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:

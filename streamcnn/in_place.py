@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node as FxNode
 
 from streamcnn.errors import UnsupportedModel
+from streamcnn.flattening import is_fake
 from streamcnn.program import Ref
 
 aten = torch.ops.aten
@@ -30,7 +31,7 @@ _PERMUTED = frozenset(
     }
 )
 _DIVIDED = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
-_STORAGE = frozenset({"set_", "resize_", "resize_as_", "swap_", "set_data"})
+_STORAGE = frozenset({"set_", "resize_", "resize_as_", "swap_"})
 
 
 def overwritten(node: FxNode) -> FxNode | None:
@@ -69,19 +70,27 @@ def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[
     target = node.target
     assert isinstance(target, OpOverload)
     name = _name(target)
+    if name == "copy_" or _exchanges_data(node, target):
+        return _copy(node)
     if name in _STORAGE:
         raise UnsupportedModel(
             f"'{node.name}' ({source}) uses {target}, which exchanges or resizes a tensor's memory: "
             "use an operator that returns a new tensor instead"
         )
     args, kwargs = _with_defaults(node, target)
-    if name == "copy_":
-        return _copy(node)
     overload = _overload_of(target, name)
     if overload is not None:
         kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         return overload, args, kwargs
     return OnCopy(target), args, kwargs
+
+
+def _exchanges_data(node: FxNode, target: OpOverload) -> bool:
+    """Whether a call is ``x.data = y`` with ``y`` of the same kind."""
+    if target is not aten.set_.source_Tensor:
+        return False
+    into, given = (arg.meta["val"] for arg in node.args[:2] if isinstance(arg, FxNode))
+    return bool(into.shape == given.shape and into.dtype == given.dtype)
 
 
 def _copy(node: FxNode) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -104,16 +113,14 @@ def _overload_of(target: OpOverload, name: str) -> OpOverload | None:
     """The overload that takes the same arguments and returns a new tensor."""
     if name.startswith("bernoulli_"):
         return aten.bernoulli.p if target._overloadname == "float" else None
+    packet = target.overloadpacket
     if name.endswith("_"):
         packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
-        found = getattr(packet, target._overloadname, None) if packet is not None else None
-        return found if found is not None and not _draws(found) else None
-    packet = target.overloadpacket
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
-    for overload in packet.overloads():
-        found = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
-            return found  # type: ignore[no-any-return]
+    for overload in () if packet is None else packet.overloads():
+        found: OpOverload = getattr(packet, overload)
+        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted and not _draws(found):
+            return found
     return None
 
 
@@ -151,6 +158,43 @@ class OnCopy:
 
     def __repr__(self) -> str:
         return self.__name__
+
+
+# --- writes that autograd does not see, and checks -------------------------------------------------------
+
+
+class _Revalued(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor) -> Tensor:
+        return new.view_as(new)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def revalued(old: Tensor, new: Tensor) -> Tensor:
+    """``old`` after its values were overwritten by ``new`` where autograd did not see it."""
+    result: Tensor = _Revalued.apply(old, new)  # type: ignore[no-untyped-call]
+    return result
+
+
+def asserted(condition: Tensor, message: str) -> Tensor:
+    """``condition`` itself.
+
+    Raises
+    ------
+    AssertionError
+        If it does not hold.
+    """
+    if not is_fake(condition) and not bool(condition):
+        raise AssertionError(message)
+    return condition
+
+
+def is_detached(node: FxNode) -> bool:
+    """Whether a view cuts the gradient off."""
+    return isinstance(node.target, OpOverload) and _name(node.target) == "detach"
 
 
 # --- views -----------------------------------------------------------------------------------------------

@@ -221,11 +221,14 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
+_DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_copy.default)
+
+
 def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
     """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
     found = set(leaves)
     for node in program.nodes.values():
-        if not node.grad:
+        if not node.grad or node.target in _DETACHING:
             continue
         specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
         if any(has_gradient(spec.dtype) for spec in specs) and not found.isdisjoint(node.operands):

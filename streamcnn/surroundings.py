@@ -12,6 +12,9 @@ from typing import Any
 
 from torch._C import _autograd
 from torch.nn.modules import module as module_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 
@@ -43,6 +46,19 @@ class Surroundings:
         finally:
             _take_hooks()
             _take_modes()
+
+
+@contextmanager
+def function_modes_aside() -> Iterator[None]:
+    """Run a block whose calls the caller's function modes have seen already, when they were captured."""
+    modes = _get_current_function_mode_stack()
+    for _ in modes:
+        _pop_function_mode()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for mode in modes:
+            _push_function_mode(mode)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 import streamcnn.ops  # noqa: F401  fills the registry
@@ -191,11 +195,9 @@ class _Tracer:
         return self.values[name]
 
     def _present_value(self, name: str) -> Any:
-        """The value of a captured name; of a state as the calls before have left it."""
-        qualified = self.states.get(name)
-        if qualified is None or self.by_state[qualified] == Ref(name):
-            return self.values[name]
-        return self.by_state[qualified]
+        """The value of a captured name; of a state as rules of the calls before have left it."""
+        updated = self.updates.get(self.states.get(name, ""))
+        return self.values[name] if updated is None else updated
 
     def _item(self, raw: RawNode, value: Any, index: int) -> Any:
         if isinstance(value, tuple) and index < len(value):
@@ -263,7 +265,17 @@ class _Tracer:
 
         args, kwargs = substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of)
         with as_recorded(grad=True, casts=self.raw.casts if self.raw is not None else None):
-            return call.target(*args, **kwargs)
+            try:
+                return call.target(*args, **kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise UnsupportedModel(
+                    f"{_target_name(self.raw)} in {self._where()} gives a value or a shape that depends on "
+                    "the values of tensors (.item(), a boolean mask as an index, nonzero): keep it a tensor, "
+                    "or compute with torch.where and masks of fixed shape"
+                ) from error
+
+    def _where(self) -> str:
+        return (self.raw.source if self.raw is not None else "") or "the model"
 
     def _made(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device())

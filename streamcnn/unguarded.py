@@ -28,11 +28,11 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils import checkpoint
 
 from streamcnn.capture import ARGUMENT, RawGraph, functionalized
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import Whole, flatten, record_whole
+from streamcnn.flattening import RECOMPUTED, Whole, flatten, record_whole
 
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -78,7 +78,7 @@ def _traced(
     with mode:
         like = torch.empty(image.shape, dtype=image.dtype, device=image.device)
         like.requires_grad_(image.requires_grad)
-    call = _Call(net, args, kwargs, {id(tensor): key for key, tensor in states.items()})
+    call = _Call(net, args, kwargs, states)
     grad = torch.is_grad_enabled()
     inputs = [like, *(mode.from_tensor(tensor) for tensor in states.values())]
     flat = flatten(call.on(tuple(states)), inputs, mode, grad=grad)
@@ -110,11 +110,12 @@ class _Call:
     """A call of the module as a function of tensors, while it is traced."""
 
     def __init__(
-        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Mapping[int, str]
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], states: Mapping[str, Tensor]
     ) -> None:
         self.net = net
         self.arguments = (args, kwargs)
-        self.keys = keys
+        self.states = states
+        self.keys = {id(tensor): key for key, tensor in states.items()}
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
         """Hooks on gradients by the name of the traced value."""
         self.made: list[weakref.ref[Tensor]] = []
@@ -122,6 +123,13 @@ class _Call:
         self.places: list[_Place] = []
         """Where the module keeps tensors that its forward pass has made."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
+        """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
+        real = {id(fake): self.states[key] for fake, key in zip(fakes, keys, strict=True)}
+        for container, key, value in _entries(self.net):
+            if id(value) in real:
+                container[key] = real[id(value)]
 
     def result(self, values: Sequence[Any]) -> Any:
         """What the module returns, and keeps, given the results of its graph."""
@@ -150,9 +158,10 @@ class _Call:
             }
             self.image_names = _names_of(image)
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
-                with patch.object(torch.autograd.Function, "apply", classmethod(_apply)):
+                with _functions_whole():
                     result = self.net(image, *args, **kwargs)
                 self.places = _places_of_fakes(self.net, states)
+            self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)
             kept = [place.take() for place in self.places]
             return (*leaves, *kept)
@@ -179,7 +188,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedModel(
+                "the forward pass enters torch.inference_mode(), whose tensors have no gradient anywhere: "
+                "use torch.no_grad() for the block"
+            )
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func is Tensor.register_hook:
             return self._hook(*args)
@@ -220,17 +234,32 @@ class _Handle:
             self.hooks.remove(self.hook)
 
 
+@contextmanager
+def _functions_whole() -> Iterator[None]:
+    """Record the user's functions whole, and checkpointed calls as ordinary ones."""
+    with (
+        patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
+        patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
+    ):
+        yield
+
+
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``autograd.Function.apply`` while tracing: one call that is carried out as it is."""
-    if cls is CheckpointFunction:
+    if cls is checkpoint.CheckpointFunction:
         run, _, *operands = args
-        return run(*operands)
+        with _recomputed():
+            return run(*operands)
     original = super(torch.autograd.Function, cls).apply
     leaves, spec = pytree.tree_flatten((args, kwargs))
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
     with disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
+    if any(made is leaf for made in pytree.tree_leaves(like) for leaf in leaves if isinstance(made, Tensor)):
+        raise UnsupportedModel(
+            f"{cls.__name__} changes its input in place (mark_dirty): return a new tensor instead"
+        )
 
     def run_whole(*tensors: Tensor) -> Any:
         given = iter(tensors)
@@ -242,6 +271,23 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     return record_whole(Whole(cls.__name__, run_whole), given, like)
+
+
+@contextmanager
+def _recomputed() -> Iterator[None]:
+    """Note on each recorded call that activation checkpointing would run it twice."""
+    before = fx_traceback.current_meta.get("custom")
+    fx_traceback.current_meta["custom"] = {RECOMPUTED: True}
+    try:
+        yield
+    finally:
+        fx_traceback.current_meta["custom"] = before
+
+
+def _without_reentry(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """PyTorch's checkpointing without its recomputation."""
+    with _recomputed():
+        yield
 
 
 @contextmanager
@@ -333,21 +379,26 @@ class _Place:
 def _places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[_Place]:
     """Where submodules keep traced tensors other than the states that stand in for their own."""
     known = set(map(id, states))
-    found: list[_Place] = []
-    for module in net.modules():
-        pending: list[Any] = [vars(module)]
-        seen: set[int] = set()
-        while pending:
-            container = pending.pop()
-            if id(container) in seen:
-                continue
-            seen.add(id(container))
-            for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-                if isinstance(value, FakeTensor) and id(value) not in known:
-                    found.append(_Place(container, key))
-                elif isinstance(value, (dict, list, deque)):
-                    pending.append(value)
-    return found
+    return [
+        _Place(container, key)
+        for container, key, value in _entries(net)
+        if isinstance(value, FakeTensor) and id(value) not in known
+    ]
+
+
+def _entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
+    """Attributes of submodules, and what lists and dicts among them hold: container, key and value."""
+    seen: set[int] = set()
+    pending: list[Any] = [vars(module) for module in net.modules()]
+    while pending:
+        container = pending.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            yield container, key, value
+            if isinstance(value, (dict, list, deque)):
+                pending.append(value)
 
 
 class _Snapshot:

@@ -175,8 +175,8 @@ class _UserFunctions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         reverse: Callable[..., Tensor] = _Reversed.apply
         sign: Callable[..., Tensor] = _Sign.apply
-        result: Tensor = sign(x) + reverse(x, 0.7) * torch.cos(x)
-        return result
+        mixed: Tensor = sign(x) + reverse(x, 0.7) * torch.cos(x)
+        return mixed
 
 
 SAMPLES = (
