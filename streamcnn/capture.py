@@ -366,8 +366,8 @@ class _Functionalizer:
         owner = self._owner(written)
         if is_recomputed(node) and owner.op == "placeholder" and self.ambient:
             raise UnsupportedModel(
-                f"'{self.states.get(owner.name, owner.name)}' changes inside torch.utils.checkpoint, and plain "
-                "PyTorch changes it twice, forward and backward: call the layers without checkpoint() "
+                f"'{self.states.get(owner.name, owner.name)}' changes inside checkpoint(), "
+                "and plain PyTorch changes it twice, forward and backward: call the layers without checkpoint() "
                 "(set_grad_checkpointing(False)); streaming stores and recomputes activations itself"
             )
 

@@ -8,7 +8,8 @@ under ``vmap``) becomes one call of a :class:`Whole`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
+from torch.fx import node as fx_node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -85,9 +87,24 @@ def flatten(
     ``grad`` says whether gradients are on where it begins.
     """
     traced = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)
-    with mode, fx_traceback.preserve_node_meta(), torch.set_grad_enabled(grad):
+    with mode, fx_traceback.preserve_node_meta(), torch.set_grad_enabled(grad), _kept_if_unread():
         graph: GraphModule = traced(*inputs)
     return graph
+
+
+_UPDATING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
+"""Operators that move statistics although their schemas do not say so."""
+
+
+@contextmanager
+def _kept_if_unread() -> Iterator[None]:
+    """Keep calls in a graph that do something else than give a result that nobody reads."""
+    added = _UPDATING - fx_node._side_effectful_functions
+    fx_node._side_effectful_functions.update(added)
+    try:
+        yield
+    finally:
+        fx_node._side_effectful_functions.difference_update(added)
 
 
 def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
@@ -188,7 +205,7 @@ def _autocast(target: Any, *args: Any) -> Any:
         return None
     device, dtype, enabled, *_ = args
     block = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
-    block.__enter__()
+    block.__enter__()  # type: ignore[no-untyped-call]
     return block
 
 

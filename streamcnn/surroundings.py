@@ -51,7 +51,7 @@ class Surroundings:
 @contextmanager
 def function_modes_aside() -> Iterator[None]:
     """Run a block whose calls the caller's function modes have seen already, when they were captured."""
-    modes = _get_current_function_mode_stack()
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     for _ in modes:
         _pop_function_mode()  # type: ignore[no-untyped-call]
     try:
