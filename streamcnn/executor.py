@@ -275,6 +275,12 @@ class Execution:
                 if name in stores:
                     stores.pop(name).close()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that the stored maps take until the backward pass."""
+        homes = {name: self.plan.stores[name].home for name in self._checkpoints}
+        return sum(self._checkpoints[n].spec.nbytes for n, home in homes.items() if home is not Home.DISK)
+
     # --- shared --------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -133,8 +133,10 @@ class _Unseen:
     def by(cls, net: nn.Module) -> _Unseen:
         """As it is now."""
         kinds = dict.fromkeys(kind for module in net.modules() for kind in type(module).__mro__)
-        members = tuple(chain.from_iterable(vars(kind).values() for kind in kinds))
-        return cls(members, dict(os.environ))
+        # Dynamo itself patches the base class when it is used first, and not what a call goes through.
+        own = (vars(kind).values() for kind in kinds if kind not in (nn.Module, object))
+        calls = (getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__"))
+        return cls((*chain.from_iterable(own), *calls), dict(os.environ))
 
     def is_same(self, other: _Unseen) -> bool:
         """Whether nothing has changed in between."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -44,6 +45,10 @@ class Shrink(Protocol):
         """What was planned last has gone through: later passes of the same kind are to begin with it."""
 
 
+_waiting: WeakSet[Pass] = WeakSet()
+"""Passes whose backward pass is still to come."""
+
+
 class Pass:
     """One pass: an execution under its ceiling, and the report of both directions.
 
@@ -70,6 +75,8 @@ class Pass:
         self.shrink = shrink
         # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
         _warm_up(reader, planned.program, planned.plan)
+        self.execution: Execution
+        self.waiting_bytes = sum(other.execution.held_bytes for other in _waiting)
         self.ceiling = ceiling_for(reader.device)
         self.outputs = planned.program.outputs
         self.random_state = _random_state(reader.device)
@@ -129,7 +136,9 @@ class Pass:
             self.ceiling.give_back()
         self.shrink.keep()
         self._update(values)
-        if not self.plan.training:
+        if self.plan.training:
+            _waiting.add(self)
+        else:
             self.close()
         return {name: values[self.present_name(name)] for name in self.output_names}
 
@@ -219,6 +228,7 @@ class Pass:
 
     def close(self) -> None:
         """Free all stores and their folder."""
+        _waiting.discard(self)
         self.execution.close()
         self.stores.close()
 
@@ -257,6 +267,7 @@ class Pass:
             num_retries=self.num_retries,
             samples=tuple(self.samples),
             baseline_bytes=self.ceiling.baseline_bytes,
+            waiting_bytes=self.waiting_bytes,
         )
 
 

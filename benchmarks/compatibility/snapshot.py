@@ -25,6 +25,9 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 Snapshot = dict[str, Any]
 """Leaves by path: plain values, texts, and tensors as `Held`."""
 
+_OF_TORCH_COMPILE = ("_is_torch_compile", "_compiled_call_impl")
+"""Marks that ``torch.compile`` leaves on the very module that it is given, a net or a model of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -109,7 +112,7 @@ class _Walk:
             self.visit(f"{path}[{name}]", item)
 
     def _module(self, path: str, module: nn.Module) -> None:
-        attributes = dict(vars(module))
+        attributes = {name: value for name, value in vars(module).items() if name not in _OF_TORCH_COMPILE}
         for name in tuple(attributes):
             if "hooks" in name and isinstance(attributes[name], Mapping):
                 # Their keys are drawn from one counter for all modules.
