@@ -92,14 +92,14 @@ def flatten(
     return graph
 
 
-_UPDATING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
+UPDATING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
 """Operators that move statistics although their schemas do not say so."""
 
 
 @contextmanager
 def _kept_if_unread() -> Iterator[None]:
     """Keep calls in a graph that do something else than give a result that nobody reads."""
-    added = _UPDATING - fx_node._side_effectful_functions
+    added = UPDATING - fx_node._side_effectful_functions
     fx_node._side_effectful_functions.update(added)
     try:
         yield

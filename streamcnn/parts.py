@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from streamcnn.capture import RawGraph, RawNode, spatial_axes
+from streamcnn.flattening import UPDATING
 from streamcnn.program import Ref, refs_in
 
 VALUE = "value "
@@ -55,10 +56,9 @@ def parts_of(graph: RawGraph) -> tuple[Part, ...]:
     deepest = max(depths.values())
     for depth in range(deepest + 1):
         roots = [name for name, found in depths.items() if found == depth]
-        if depth == deepest:
-            roots += graph.updates.values()
         for name in _needed(nodes, roots):
             where.setdefault(name, depth)
+    _place_updates(graph, nodes, where)
     _keep_together(graph, where)
     readers: dict[str, set[int]] = {name: set() for name in where}
     for name, depth in where.items():
@@ -105,6 +105,19 @@ def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
             found[name] = None
             pending.extend(operand for operand in _operands(nodes[name]) if operand in nodes)
     return list(found)
+
+
+def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str, int]) -> None:
+    """Put what only changes states where it can be computed first.
+
+    A counter of batches has then moved before the norm that reads it, in whichever part that is.
+    """
+    for node in graph.nodes:
+        if node.name not in where and (node.state is not None or node.target in UPDATING):
+            needed = _needed(nodes, [node.name])
+            depth = max((where[name] for name in needed if name in where), default=0)
+            for name in needed:
+                where.setdefault(name, depth)
 
 
 def _keep_together(graph: RawGraph, where: dict[str, int]) -> None:
