@@ -367,8 +367,9 @@ class _Functionalizer:
         if is_recomputed(node) and owner.op == "placeholder" and self.ambient:
             raise UnsupportedModel(
                 f"'{self.states.get(owner.name, owner.name)}' changes inside checkpoint(), "
-                "and plain PyTorch changes it twice, forward and backward: call the layers without checkpoint() "
-                "(set_grad_checkpointing(False)); streaming stores and recomputes activations itself"
+                "and plain PyTorch changes it twice, forward and backward: call the layers without "
+                "checkpoint() (set_grad_checkpointing(False)); streaming stores and recomputes activations "
+                "itself"
             )
 
     def _append(
