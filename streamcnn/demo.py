@@ -254,7 +254,7 @@ def _make_images(settings: DemoSettings, console: Console) -> LabelledImages:
     for _ in generate(folder, spec, load_digits("uci"), num_train=settings.num_images, num_test=0, workers=0):
         pass
     dataset = TileDataset(folder, "train", positions=range(settings.num_images))
-    images = [dataset[position] for position in range(settings.num_images)]
+    images = [dataset[position][:2] for position in range(settings.num_images)]
     console.print(
         f"images: {len(images)} of {settings.size}x{settings.size} pixels in {folder}, "
         f"sums of digits {', '.join(str(label) for _, label in images)}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from streamcnn.program import has_gradient
 from streamcnn.streaming_model import StreamingModel
+from streamcnn.unguarded import taken_apart
 
 FLOOR = 1e-6
 """Share of the model's largest norm below which a value counts as noise: a bias before batch norm has a
@@ -25,7 +27,8 @@ class Verification:
     """Errors of a streamed pass against the plain one, each ``|a - b| / max(|b|, FLOOR * largest)``."""
 
     errors: Mapping[str, float]
-    """By name: ``output``, ``image gradient``, ``gradient of <parameter>``, ``buffer <name>``."""
+    """By name: ``output <i>``, ``image gradient``, ``gradient of <parameter>``, ``gradient of input <i>``,
+    ``gradient of <named input>``, ``buffer <name>``."""
     num_tiles: int
     """Tiles of the most finely cut phase."""
     num_phases: int
@@ -51,6 +54,19 @@ class Verification:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What both passes are called with."""
+
+    image: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def fresh(self) -> _Call:
+        """The same values in other tensors, of which all that can have a gradient ask for one."""
+        return _Call(*pytree.tree_map(_fresh, (self.image, self.args, self.kwargs)))
+
+
 def verify(
     net: nn.Module,
     shape: tuple[int, int, int, int],
@@ -58,6 +74,8 @@ def verify(
     tile: int | tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    inputs: Sequence[Any] = (),
+    named_inputs: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Compare a streamed pass of a copy of ``net`` with the plain one on a random image.
 
@@ -73,33 +91,59 @@ def verify(
     tile
         As for ``StreamingModel``.
     dtype
-        Type to compare in; float64 shows errors of the method, float32 those of rounding as well.
+        Real type to compare in; float64 shows errors of the method, float32 those of rounding as well.
+        Complex parameters, buffers and inputs get the complex type of that precision.
+    seed
+        Of the image and of the gradients that arrive at the outputs.
+    inputs, named_inputs
+        What else goes into the module after the image, in order and by name. Each pass takes copies of the
+        tensors, on the model's device. Those with a floating-point or complex type are cast, and their
+        gradients compared.
 
     Raises
     ------
     UnsupportedModel
         If the module cannot be captured at this shape.
     """
-    plain = copy.deepcopy(net).to(dtype)
+    plain: nn.Module = copy.deepcopy(net)
+    plain._apply(lambda state: _cast(state, dtype))  # type: ignore[no-untyped-call]
     dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
     for module in dropped:
         module.p = 0.0
     streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
     streamed._resident_tail = False
-    image = _images(shape, seed, dtype).to(streamed._device())
-    devices = [image.device] if image.is_cuda else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        expected, found = (_everything(model, image, seed) for model in (plain, streamed))
+    device = streamed._device()
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda given: _cast(given.to(device), dtype), (tuple(inputs), dict(named_inputs or {}))
+    )
+    call = _Call(_images(shape, seed, dtype).to(device), args, kwargs)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        expected, found = (_everything(model, call.fresh(), seed) for model in (plain, streamed))
         # That of the pass, whose image wants a gradient: another one would have to be captured first.
-        plan = streamed._planned(shape, dtype, image_gradient=True).plan
+        again = call.fresh()
+        planned = streamed._planned(shape, dtype, image_gradient=True, inputs=again.args, named=again.kwargs)
     errors, sizes = _errors(expected, found)
     return Verification(
         errors=errors,
         sizes=sizes,
-        num_tiles=max((phase.num_tiles for phase in plan.phases), default=0),
-        num_phases=len(plan.phases),
+        num_tiles=max((phase.num_tiles for phase in planned.plan.phases), default=0),
+        num_phases=len(planned.plan.phases),
         notes=(f"{len(dropped)} dropout layers were switched off",) if dropped else (),
     )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in the real or complex type of that precision; whole numbers and truths as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _fresh(leaf: Any) -> Any:
+    """A copy of a tensor, which asks for a gradient if it can have one."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone().requires_grad_(has_gradient(leaf.dtype))
 
 
 def _images(shape: tuple[int, int, int, int], seed: int, dtype: torch.dtype) -> Tensor:
@@ -113,24 +157,46 @@ def _images(shape: tuple[int, int, int, int], seed: int, dtype: torch.dtype) -> 
     return image * (1 + step / 2) + step
 
 
-def _everything(model: nn.Module, image: Tensor, seed: int) -> dict[str, dict[str, Tensor]]:
+def _everything(model: nn.Module, call: _Call, seed: int) -> dict[str, dict[str, Tensor]]:
     """Outputs, gradients and buffers after one forward and backward pass."""
-    image = image.clone().requires_grad_()
     torch.manual_seed(seed)
-    outputs: Any = [out for out in pytree.tree_leaves(model(image)) if isinstance(out, Tensor)]
+    outputs = _outputs(model(call.image, *call.args, **call.kwargs))
     generator = torch.Generator().manual_seed(seed + 1)
-    trained = [out for out in outputs if out.requires_grad]
+    trained = [out for out in outputs.values() if out.requires_grad]
     arriving = [
         torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in trained
     ]
     torch.autograd.backward(trained, arriving)
-    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
-    gradients["image gradient"] = image.grad
+    gradients = {f"gradient of {name}": leaf.grad for name, leaf in _leaves(model, call).items()}
+    gradients["image gradient"] = call.image.grad
     return {
-        "output": {f"output {index}": out.detach() for index, out in enumerate(outputs)},
+        "output": {name: out.detach() for name, out in outputs.items()},
         "gradient": {name: grad for name, grad in gradients.items() if grad is not None},
         "buffer": {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()},
     }
+
+
+def _outputs(result: Any) -> dict[str, Tensor]:
+    """All tensors and numbers of a result by name."""
+    found: list[Tensor] = []
+    for leaf in taken_apart(result)[0]:
+        if isinstance(leaf, (int, float, complex)):
+            found.append(torch.tensor(leaf, dtype=torch.complex128))
+        elif isinstance(leaf, Tensor):
+            found.append(leaf)
+    return {f"output {index}": value for index, value in enumerate(found)}
+
+
+def _leaves(model: nn.Module, call: _Call) -> dict[str, Tensor]:
+    """Parameters and further inputs by name; an input that is called as a parameter is told from it."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    given = {f"input {index}": value for index, value in enumerate(call.args)} | call.kwargs
+    for outer, value in given.items():
+        for path, leaf in pytree.tree_leaves_with_path(value):
+            name = f"{outer}{pytree.keystr(path)}"
+            if isinstance(leaf, Tensor):
+                found[f"input {name}" if name in found else name] = leaf
+    return found
 
 
 def _errors(
@@ -159,8 +225,12 @@ def _distance(value: Tensor | None, reference: Tensor) -> float:
         return _norm(reference)
     if value.shape != reference.shape:
         return math.inf
-    return _norm(value.double() - reference.double())
+    return _norm(_cast_up(value) - _cast_up(reference))
 
 
 def _norm(value: Tensor) -> float:
-    return float(torch.linalg.vector_norm(value.double()))
+    return float(torch.linalg.vector_norm(_cast_up(value)))
+
+
+def _cast_up(value: Tensor) -> Tensor:
+    return value.to(torch.complex128) if value.is_complex() else value.double()

@@ -21,6 +21,7 @@ from training_runs import assert_equal, final_state, log_without_times
 
 from streamcnn.cli.training import TERMINATED, parse_key_values
 from streamcnn.training import load_run, read_log
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.runs import read_run
 
 Run = Callable[..., tuple[int, str, str]]
@@ -58,6 +59,100 @@ def arguments(workplace: Path, out: str = "run", **changes: Any) -> list[str]:
     options = {"validation-split": "val", "epochs": 6, "batch": 2, "tile": 20, "learning-rate": 0.05}
     flat = [f"--{name}={value}" for name, value in {**options, **changes}.items()]
     return ["train", "factories:small", str(workplace / "images"), f"--out={workplace / out}", *flat]
+
+
+WITH_NUMBERS = """
+
+class WithNumbers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = small(), nn.Linear(4, 2)
+
+    def forward(self, x, numbers):
+        return self.head(torch.cat((self.features(x), numbers), 1))
+"""
+
+
+@pytest.fixture
+def table(workplace: Path) -> Path:
+    """All images, grey, so that only the column ``side`` tells classes apart, and a model that reads it."""
+    with (workplace / "factories.py").open("a") as file:
+        file.write("import torch\n" + WITH_NUMBERS)
+    rows = []
+    for path in sorted((workplace / "images").rglob("*.png")):
+        Image.fromarray(np.full((34, 30, 3), 128, np.uint8)).save(path)
+        split, name = path.relative_to(workplace / "images").parts[:2]
+        rows.append(f"{path.relative_to(workplace)},{name},{split},{1 if name == 'dark' else -1},0.5")
+    table = workplace / "table.csv"
+    table.write_text("\n".join(["image,label,split,side,other", *rows, ""]))
+    return table
+
+
+def with_inputs(table: Path, inputs: str = "side,other", **changes: Any) -> list[str]:
+    parts = arguments(table.parent, **{"inputs": inputs, **changes})
+    return [parts[0], "factories:WithNumbers", str(table), *parts[3:]]
+
+
+def test_numbers_of_a_table_go_into_the_model(table: Path, run: Run) -> None:
+    status, out, err = run(*with_inputs(table, epochs=4))
+    assert (status, err) == (0, "")
+    assert "best validation accuracy 100.0%" in out
+    folder = table.parent / "run"
+    assert read_run(folder).inputs == ("side", "other")
+    assert (folder / "report.html").exists()
+    # The same command goes on, one with other inputs does not.
+    assert run(*with_inputs(table, epochs=5))[0] == 0
+    status, _, err = run(*with_inputs(table, "other,side", epochs=5))
+    assert (status, "inputs was ['side', 'other'] and is ['other', 'side']" in err) == (1, True)
+
+    status, out, _ = run("evaluate", folder, "--json")
+    assert (status, json.loads(out)["accuracy"]) == (0, 1.0)
+    new = table.parent / "new.csv"
+    new.write_text("image,place,rest\nimages/val/dark/0.png,1,0.5\nimages/val/dark/2.png,-1,0.5\n")
+    status, out, _ = run("predict", folder, new, "--inputs", "place,rest", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [(answer["class"], Path(answer["image"]).name) for answer in answers] == [
+        ("dark", "0.png"),
+        ("bright", "2.png"),
+    ]
+    status, _, err = run("predict", folder, new)
+    assert (status, "there is no 'side', 'other' for inputs" in err) == (1, True)
+    status, _, err = run("predict", folder, table.parent / "images")
+    assert (status, "CSV file with the columns image,side,other" in err) == (2, True)
+    for command in (("predict", folder, new), ("evaluate", folder)):
+        status, _, err = run(*command, "--inputs", "place")
+        assert (status, "was trained with side,other: allowed are as many columns" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected", "message"),
+    [
+        ("side,none", 1, "there is no 'none' for inputs"),
+        ("split", 2, "other than image, label and split"),
+        ("side,side", 2, "each once"),
+        ("side", 1, "the model cannot be captured"),
+    ],
+)
+def test_wrong_inputs_are_refused(table: Path, run: Run, inputs: str, expected: int, message: str) -> None:
+    status, _, err = run(*with_inputs(table, inputs))
+    assert (status, message in err) == (expected, True), err
+
+
+def test_a_run_from_before_there_were_inputs_goes_on(workplace: Path, run: Run) -> None:
+    assert run(*arguments(workplace, epochs=1))[0] == 0
+    path = workplace / "run" / "run.json"
+    values = json.loads(path.read_text())
+    del values["inputs"]
+    path.write_text(json.dumps(values))
+    assert read_run(workplace / "run").inputs == ()
+    assert run("evaluate", workplace / "run")[0] == 0
+    checkpoints = CheckpointFolder(workplace / "run" / "checkpoints")
+    state = checkpoints.newest()
+    assert state is not None
+    del state["identity"]["inputs"]
+    checkpoints.save(state, state["progress"]["update"])
+    status, out, _ = run(*arguments(workplace, epochs=2))
+    assert (status, "12 updates in 2 epochs" in out) == (0, True)
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from streamcnn import CorruptImage, DatasetMismatch
 from streamcnn.data.augmentation import RandomAugmentation
-from streamcnn.data.dataset import ImageDataset
-from streamcnn.data.file_dataset import FileDataset, open_dataset
+from streamcnn.data.dataset import ImageDataset, collate
+from streamcnn.data.file_dataset import FileDataset, open_dataset, open_table
 from streamcnn.data.tile_store import Head, TileStoreWriter
 from streamcnn.regions import Region
 
@@ -76,6 +77,91 @@ def test_the_fingerprint_tells_labels_files_and_augmentations_apart(folder: Path
     table.write_text("image,label\ncat/a.png,4\n")
     write(folder / "cat/a.png", 200)
     assert open_dataset(table).fingerprint != first
+
+
+TABLE = "image,age,label,sex\ncat/a.png,63,4, 1 \ndog/a.png,-1.5e1,2,0\n"
+
+
+def test_columns_of_numbers_are_inputs(folder: Path) -> None:
+    table = folder / "labels.csv"
+    table.write_text(TABLE)
+    images = open_dataset(table, inputs=["sex", "age"])
+    sources, labels, *inputs = collate([images[0], images[1]])
+    assert len(sources) == 2
+    assert labels.tolist() == [4, 2]
+    assert len(inputs) == 1
+    assert torch.equal(inputs[0], torch.tensor([[1.0, 63.0], [0.0, -15.0]]))
+    assert inputs[0].dtype == torch.float32
+    assert torch.equal(open_dataset(table, inputs=["age"], positions=[1])[0][2], torch.tensor([-15.0]))
+    assert len(open_dataset(table)[0]) == 2
+
+
+def test_the_fingerprint_tells_inputs_apart(folder: Path) -> None:
+    table = folder / "labels.csv"
+    table.write_text(TABLE)
+    chosen = [(), ("age",), ("sex",), ("age", "sex"), ("sex", "age")]
+    found = {open_dataset(table, inputs=inputs).fingerprint for inputs in chosen}
+    table.write_text(TABLE.replace("63", "64"))
+    found.add(open_dataset(table, inputs=("age",)).fingerprint)
+    assert len(found) == len(chosen) + 1
+    # Of columns that are not asked for, nothing.
+    assert open_dataset(table).fingerprint in found
+
+
+def test_a_table_without_labels_names_images_and_inputs(folder: Path) -> None:
+    table = folder / "new.csv"
+    table.write_text("image,age\ncat/b.png,50\ndog/a.png,40\n")
+    found = list(open_table(table, ["age"]))
+    assert [path for path, *_ in found] == [folder / "cat/b.png", folder / "dog/a.png"]
+    assert [source.shape for _, source, *_ in found] == [(3, 6, 8)] * 2
+    assert [inputs.tolist() for *_, inputs in found] == [[50.0], [40.0]]
+    assert [len(each) for each in open_table(table)] == [2, 2]
+    with pytest.raises(DatasetMismatch, match="needed are image and label"):
+        open_dataset(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "message"),
+    [
+        (
+            "image,label\ncat/a.png,4\n",
+            ["age"],
+            r"columns \['image', 'label'\]: there is no 'age' for inputs",
+        ),
+        ("image,label,age,age\ncat/a.png,4,1,2\n", ["age"], "several columns 'age'; keep one"),
+        ("image,label,age\ncat/a.png,4,\n", ["age"], "line 2: age is blank; fill it in"),
+        ("image,label,age\ncat/a.png,4\n", ["age"], "line 2: age is blank; fill it in"),
+        ("image,label,age\ncat/a.png,4,old\n", ["age"], "line 2: age is 'old': allowed are finite numbers"),
+        ("image,label,age\ncat/a.png,4,nan\n", ["age"], "line 2: age is 'nan': allowed are finite numbers"),
+        ("image,label,age\ncat/a.png,4,1e39\n", ["age"], "line 2: age is '1e39': allowed are finite numbers"),
+        ("image,label,age\ncat/a.png,4,1\n", ["age", "age"], "allowed are names of columns, each once"),
+        ("image,label,age\ncat/a.png,4,1\n", ["label"], "other than image, label and split"),
+        ("image,label,age\ncat/a.png,4,1\n", "age", "inputs='age': allowed are names of columns"),
+    ],
+)
+def test_inputs_that_are_no_numbers_are_refused(
+    folder: Path, text: str, inputs: list[str], message: str
+) -> None:
+    (folder / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(folder / "labels.csv", inputs=inputs)
+
+
+def test_images_of_a_batch_have_the_same_inputs(folder: Path) -> None:
+    (folder / "labels.csv").write_text(TABLE)
+    one, two = (open_dataset(folder / "labels.csv", inputs=each)[0] for each in (["age"], ["age", "sex"]))
+    with pytest.raises(DatasetMismatch, match=r"inputs of different shapes: \[\(\(1,\),\), \(\(2,\),\)\]"):
+        collate([one, two])
+
+
+def test_only_tables_have_inputs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(DatasetMismatch, match="no columns to take inputs 'age' from"):
+        open_dataset(folder, inputs=["age"])
+    store = tmp_path_factory.mktemp("store")
+    with TileStoreWriter(store, Head("images", {})) as writer:
+        writer.finish()
+    with pytest.raises(DatasetMismatch, match="no columns to take inputs 'age' from"):
+        open_dataset(store, inputs=["age"])
 
 
 def test_images_are_augmented_and_read_ahead(folder: Path) -> None:

@@ -23,6 +23,7 @@ from streamcnn.errors import (
     RunMismatch,
     TrainingDiverged,
 )
+from streamcnn.regions import Region
 from streamcnn.training import Terminated, Trainer, TrainSettings, read_log, score
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 
@@ -63,6 +64,104 @@ def make_net() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(6, 3),
     )
+
+
+class ImagesWithNumbers(Images):
+    """Images that look alike, with a number that tells classes apart, and one that says nothing."""
+
+    def __init__(self, count: int, seed: int = 0, width: int = 2) -> None:
+        super().__init__(count, seed)
+        self.pixels = [torch.zeros_like(each) for each in self.pixels]
+        self.width = width
+
+    def __getitem__(self, position: int) -> tuple[ImageSource, int, Tensor]:  # type: ignore[override]
+        source, label = super().__getitem__(position)
+        return source, label, torch.tensor([label - 1.0, *[0.5] * (self.width - 1)])
+
+
+class WithNumbers(nn.Module):
+    """Takes two numbers of each image besides it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = make_net()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.cat((self.features(x), numbers), 1))
+        return found
+
+
+def make_trainer_with_numbers(folder: Path, *, streamed: bool = True, **changes: Any) -> Trainer:
+    torch.manual_seed(2)
+    net = WithNumbers()
+    net.features[3] = nn.Identity()
+    values: dict[str, Any] = {
+        "epochs": 6,
+        "batch_size": 2,
+        "accumulate": 2,
+        "learning_rate": 0.1,
+        "save_every": 2,
+        **changes,
+    }
+    return Trainer(
+        StreamingModel(net, tile=20) if streamed else OnTensors(net),
+        ImagesWithNumbers(14),
+        ImagesWithNumbers(5, seed=1),
+        TrainSettings(**values),
+        folder,
+    )
+
+
+class OnTensors(nn.Module):
+    """Plain PyTorch on whole images."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, sources: Sequence[ImageSource], *inputs: Tensor) -> Tensor:
+        whole = Region.whole(SIZE)
+        logits: Tensor = self.net(torch.stack([source.read(whole) for source in sources]), *inputs)
+        return logits
+
+
+def test_further_inputs_go_into_the_model(tmp_path: Path) -> None:
+    streamed = make_trainer_with_numbers(tmp_path / "streamed").run()
+    assert streamed.best_accuracy == 1.0
+    make_trainer_with_numbers(tmp_path / "plain", streamed=False).run()
+    found, expected = (
+        [line["loss"] for line in read_log(tmp_path / name) if line["kind"] == "update"]
+        for name in ("streamed", "plain")
+    )
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_with_further_inputs_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    make_trainer_with_numbers(tmp_path / "whole", epochs=2).run()
+    trainer = make_trainer_with_numbers(tmp_path / "killed", epochs=2)
+    original, calls = trainer._step, itertools.count(1)
+
+    def step() -> None:
+        original()
+        if next(calls) == 3:
+            raise Killed
+
+    trainer._step = step  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.run()
+    make_trainer_with_numbers(tmp_path / "killed", epochs=2).run()
+    assert_equal(final_state(tmp_path / "killed"), final_state(tmp_path / "whole"))
+
+
+def test_images_and_validation_have_the_same_inputs(tmp_path: Path) -> None:
+    trainer = make_trainer_with_numbers(tmp_path)
+    trainer.validation = ImagesWithNumbers(5, width=3)
+    with pytest.raises(DatasetMismatch, match=r"shapes \(\(2,\),\), and validation images \(\(3,\),\)"):
+        trainer.run()
+    trainer.validation = Images(5)
+    with pytest.raises(DatasetMismatch, match=r"validation images \(\): give both the same inputs"):
+        trainer.run()
 
 
 def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,9 @@ from streamcnn.errors import StreamError
 from streamcnn.units import parse_bytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamcnn.data.sources import ImageSource
     from streamcnn.training import Score, TrainedRun
 
 TERMINATED = 75
@@ -22,6 +26,12 @@ TERMINATED = 75
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Tile store, CSV file or folder of classes.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train wrote.")]
 Budget = Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...", help="Columns of numbers in the CSV file for the model, besides the image."
+    ),
+]
 KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
 
 
@@ -33,6 +43,7 @@ def train(
     tile: Tile = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     model_option: KeyValues = None,
+    inputs: Inputs = None,
     split: Annotated[str, typer.Option(help="Images to train on.")] = "train",
     validation_split: Annotated[
         str | None, typer.Option(help="Images to choose the best weights by; default: a share of the former.")
@@ -106,6 +117,7 @@ def train(
             model=model,
             model_options=options["model_option"],
             data=str(Path(data).resolve()),
+            inputs=parse_names(inputs),
             split=split,
             validation_split=validation_split,
             validation_share=validation_share,
@@ -140,19 +152,24 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Other images than the run's.")] = None,
+    inputs: Inputs = None,
     split: Annotated[str, typer.Option(help="Images to classify.")] = "test",
     budget: Budget = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Print how good a trained classifier is on labelled images."""
+    """Print how good a trained classifier is on labelled images.
+
+    Inputs are the columns that it was trained with, unless others are named.
+    """
     trained = _load(run, budget)
+    columns = _columns(trained, inputs)
     from streamcnn.data.file_dataset import open_dataset
     from streamcnn.training import score
 
-    images = open_dataset(trained.config.data if data is None else data, split)
+    images = open_dataset(trained.config.data if data is None else data, split, inputs=columns)
     images.renumber(trained.classes)
-    found = score(trained.model, images, batch_size=batch)
+    found = score(trained.model, images, batch_size=batch, device=trained.config.device)
     if as_json:
         mistakes = {
             images.names[at]: prediction
@@ -167,27 +184,36 @@ def evaluate(
 
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of them.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Images, folders of them, or CSV files that name images and their inputs.",
+        ),
+    ],
+    inputs: Inputs = None,
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """Print the class of each image and its probability."""
+    """Print the class of each image and its probability.
+
+    A classifier that was trained with inputs finds them in a CSV file, in the columns that it was trained
+    with unless others are named; labels are not needed.
+    """
     trained = _load(run, budget)
+    columns = _columns(trained, inputs)
     import torch
 
-    from streamcnn.data.image_files import find_images
-    from streamcnn.data.sources import open_image
-
-    for image in find_images(images):
+    for path, source, *further in _open_images(images, columns):
         with torch.no_grad():
-            logits = trained.model([open_image(image.path)])
+            logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
         probability, label = logits[0].double().softmax(0).max(0)
         name = str(int(label)) if trained.classes is None else trained.classes[int(label)]
         if as_json:
-            fields = {"image": str(image.path), "label": int(label), "class": name}
+            fields = {"image": str(path), "label": int(label), "class": name}
             typer.echo(json.dumps({**fields, "probability": float(probability)}))
         else:
-            typer.echo(f"{image.path}: {name}, {float(probability):.1%}")
+            typer.echo(f"{path}: {name}, {float(probability):.1%}")
 
 
 def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
@@ -210,6 +236,46 @@ def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[name] = value
     return found
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """``"age,sex"`` as names of columns."""
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def _columns(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
+    """The columns of a table that a trained classifier's inputs are in."""
+    from streamcnn.data.label_table import check_inputs
+
+    expected, columns = trained.config.inputs, parse_names(given)
+    parse("--inputs", check_inputs, columns)
+    if given is not None and len(columns) != len(expected):
+        described = ",".join(expected) or "no inputs"
+        exit_for_wrong_usage(
+            f"--inputs: the classifier was trained with {described}: allowed are as many columns, in order"
+        )
+    return columns or expected
+
+
+def _open_images(
+    paths: list[Path], columns: tuple[str, ...]
+) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
+    """The images that tables name, with their inputs, and the other images with none."""
+    from streamcnn.data.file_dataset import open_table
+    from streamcnn.data.image_files import find_images
+    from streamcnn.data.sources import open_image
+
+    tables = [path for path in paths if path.suffix.lower() == ".csv"]
+    loose = [path for path in paths if path not in tables]
+    if loose and columns:
+        exit_for_wrong_usage(
+            "IMAGE: the classifier takes inputs besides images: name images in a CSV file with the columns "
+            f"image,{','.join(columns)}"
+        )
+    for table in tables:
+        yield from open_table(table, columns)
+    for image in find_images(loose) if loose else ():
+        yield image.path, open_image(image.path)
 
 
 def _load(run: Path, budget: str | None) -> TrainedRun:

@@ -19,7 +19,8 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.data.tile_store import TileStore
 from streamcnn.errors import DatasetMismatch, some
 
-Sample = tuple[ImageSource, int]
+Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
+"""An image, its label, and what else of it goes into the model, in order."""
 
 
 class LabelledImages(Protocol):
@@ -45,7 +46,8 @@ class LabelledImages(Protocol):
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """Labelled images as ``(source, label)``; no pixel is read before the model asks.
+    """Labelled images as ``(source, label)``, or ``(source, label, inputs)`` where the model gets more of
+    an image than its pixels; no pixel is read before the model asks.
 
     Parameters
     ----------
@@ -94,6 +96,10 @@ class ImageDataset(Dataset[Sample], ABC):
         """What is known of an image beyond its label, for evaluation only; None where nothing is."""
         return None
 
+    def inputs(self, position: int) -> tuple[Tensor, ...]:
+        """What goes into the model after the image; ``_identities`` tell it from other values."""
+        return ()
+
     @property
     def num_classes(self) -> int:
         """One more than the largest label; all names of classes count."""
@@ -139,7 +145,7 @@ class ImageDataset(Dataset[Sample], ABC):
             drawn = self.augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
             if not drawn.is_identity:
                 source = AugmentedSource(source, drawn)
-        return source, self.labels[position]
+        return source, self.labels[position], *self.inputs(position)
 
 
 @final
@@ -232,9 +238,26 @@ def prefetched(dataset: ImageDataset, sampler: ResumableSampler) -> Iterator[Sam
         yield dataset[position]
 
 
-def collate(samples: Sequence[Sample]) -> tuple[list[ImageSource], Tensor]:
-    """A batch for ``StreamingModel``: the sources, and the labels ``(N,)`` as int64."""
-    return [source for source, _ in samples], torch.tensor([label for _, label in samples])
+def collate(samples: Sequence[Sample]) -> tuple[list[ImageSource], Tensor, *tuple[Tensor, ...]]:
+    """A batch for ``StreamingModel``: the sources, the labels ``(N,)`` as int64, and further inputs.
+
+    Each further input is stacked: of ``(K,)`` in each sample, there is one of ``(N, K)``.
+
+    Raises
+    ------
+    DatasetMismatch
+        If samples have further inputs of different numbers or shapes.
+    """
+    if len({input_shapes(sample) for sample in samples}) > 1:
+        shapes = [input_shapes(sample) for sample in samples]
+        raise DatasetMismatch(f"images of a batch have inputs of different shapes: {shapes}")
+    sources, labels, *inputs = zip(*samples, strict=True)
+    return list(sources), torch.tensor(labels), *(torch.stack(each) for each in inputs)
+
+
+def input_shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a sample's further inputs."""
+    return tuple(tuple(each.shape) for each in sample[2:])
 
 
 def no_split(path: Path, split: str | None, present: Iterable[str]) -> DatasetMismatch:

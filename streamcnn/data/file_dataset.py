@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import torch
+from torch import Tensor
+
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.image_files import find_images
@@ -30,6 +33,7 @@ class _LabelledFile:
     path: Path
     label: str
     split: str
+    inputs: tuple[float, ...] = ()
 
 
 @final
@@ -48,13 +52,18 @@ class FileDataset(ImageDataset):
         Of the images to take among those; None takes all.
     augmentation, seed
         As for ``TileDataset``.
+    inputs
+        Columns of the table with numbers that go into the model: each sample then is ``(source, label,
+        numbers)``, the last a float32 tensor (K,) in the order of these names, as the table has them.
 
     Raises
     ------
     DatasetMismatch
-        If there are no such images, or a label or an image is missing.
+        If there are no such images, a label or an image is missing, or an input is missing or no number.
     CorruptImage
         If a folder holds no image.
+    ValueError
+        If ``inputs`` name a column twice, or one that is no input.
     """
 
     def __init__(
@@ -65,9 +74,13 @@ class FileDataset(ImageDataset):
         positions: Sequence[int] | None = None,
         augmentation: RandomAugmentation | None = None,
         seed: int = 0,
+        inputs: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
-        every = _files_in_folders(self.path) if self.path.is_dir() else _files_of_table(self.path)
+        self.input_names = tuple(inputs)
+        if self.path.is_dir():
+            _refuse_inputs(self.path, inputs)
+        every = _files_in_folders(self.path) if self.path.is_dir() else _files_of_table(self.path, inputs)
         classes = class_names(file.label for file in every)
         files = [file for file in every if split is None or file.split == split]
         if not files:
@@ -84,10 +97,16 @@ class FileDataset(ImageDataset):
     def _open(self, position: int) -> ImageSource:
         return open_image(self._files[position].path)
 
+    def inputs(self, position: int) -> tuple[Tensor, ...]:
+        """The numbers of an image, (K,) in float32, if columns were named."""
+        return _as_inputs(self._files[position].inputs)
+
     def _identities(self) -> Iterator[str]:
         for file, label in zip(self._files, self.labels, strict=True):
             found = file.path.stat()
-            yield f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
+            identity = f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
+            numbers = dict(zip(self.input_names, file.inputs, strict=True))
+            yield f"{identity} {numbers}" if numbers else identity
 
     def prefetch(self, position: int) -> None:
         """Have the kernel read a file into its page cache; images that are folders are left alone."""
@@ -103,20 +122,58 @@ def open_dataset(
     positions: Sequence[int] | None = None,
     augmentation: RandomAugmentation | None = None,
     seed: int = 0,
+    inputs: Sequence[str] = (),
 ) -> ImageDataset:
     """The labelled images at ``path``: a tile store, a CSV file or folders of classes.
 
-    Parameters and errors are those of `TileDataset` and `FileDataset`.
+    Parameters and errors are those of `TileDataset` and `FileDataset`; only a CSV file has inputs.
     """
-    kind = TileDataset if is_tile_store(Path(path)) else FileDataset
-    return kind(path, split, positions=positions, augmentation=augmentation, seed=seed)
+    if not is_tile_store(Path(path)):
+        return FileDataset(
+            path, split, positions=positions, augmentation=augmentation, seed=seed, inputs=inputs
+        )
+    _refuse_inputs(path, inputs)
+    return TileDataset(path, split, positions=positions, augmentation=augmentation, seed=seed)
 
 
-def _files_of_table(path: Path) -> list[_LabelledFile]:
+def open_table(
+    path: str | Path, inputs: Sequence[str] = ()
+) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
+    """The images that a table names, whether or not it has labels: paths, sources and further inputs.
+
+    Parameters
+    ----------
+    path
+        A CSV file with the column ``image``.
+    inputs
+        As for `FileDataset`.
+
+    Raises
+    ------
+    DatasetMismatch, ValueError
+        As for `FileDataset`, besides labels.
+    """
+    for file in _files_of_table(Path(path), inputs, labelled=False):
+        yield file.path, open_image(file.path), *_as_inputs(file.inputs)
+
+
+def _as_inputs(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """The numbers as one tensor (K,), or nothing where there are none."""
+    return (torch.tensor(numbers, dtype=torch.float32),) if numbers else ()
+
+
+def _refuse_inputs(path: str | Path, inputs: Sequence[str]) -> None:
+    if inputs:
+        raise DatasetMismatch(
+            f"{path} has no columns to take inputs {some(inputs)} from: name images and inputs in a CSV file"
+        )
+
+
+def _files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) -> list[_LabelledFile]:
     """The images that a table names, in its order."""
     files = [
-        _LabelledFile(row.image, path.parent / row.image, row.label, row.split or UNSPLIT)
-        for row in read_rows(path)
+        _LabelledFile(row.image, path.parent / row.image, row.label, row.split or UNSPLIT, row.inputs)
+        for row in read_rows(path, inputs, labelled=labelled)
     ]
     missing = [str(file.path) for file in files if not file.path.exists() or not is_image(file.path)]
     if missing:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from streamcnn import torchvision_import
 from streamcnn.data.dataset import LabelledImages, collate
-from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
 
-Classify = Callable[[list[ImageSource]], Tensor]
-"""From a list of images to logits ``(N, classes)``."""
+Classify = Callable[..., Tensor]
+"""From a list of image sources, and further inputs if images have any, to logits ``(N, classes)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,7 @@ def score(
     batch_size: int = 1,
     casting: Callable[[], AbstractContextManager[None]] = nullcontext,
     before_batch: Callable[[], None] = lambda: None,
+    device: torch.device | str = "cpu",
 ) -> Score:
     """Classify all ``images``, without gradients; modes and weights are the caller's.
 
@@ -53,6 +53,8 @@ def score(
         The block in which it does.
     before_batch
         Called before each batch; an error of its own ends the classification.
+    device
+        Where further inputs go.
 
     Raises
     ------
@@ -68,9 +70,9 @@ def score(
         positions = range(at, min(at + batch_size, len(images)))
         if positions.stop < len(images):
             images.prefetch(positions.stop)
-        sources, labels = collate([images[position] for position in positions])
+        sources, labels, *inputs = collate([images[position] for position in positions])
         with torch.no_grad(), casting():
-            found = classify(sources)
+            found = classify(sources, *(each.to(device) for each in inputs))
         require_labels(labels, found)
         logits.append(found.double().cpu())
     return _score(torch.cat(logits), images.labels, classification)

@@ -223,7 +223,7 @@ def _mistakes(wrong: Sequence[int], predictions: Sequence[int], images: ImageDat
 
 
 def _mistake(position: int, found: int, images: ImageDataset) -> str:
-    source, label = images[position]
+    source, label, *_ = images[position]
     drawn = io.BytesIO()
     thumbnail(source, _EDGE, images.truth(position) or ()).save(drawn, format="PNG")
     name = images.names[position]

@@ -23,6 +23,7 @@ from streamcnn.atomic import replace_file
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.file_dataset import open_dataset
+from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.errors import DamagedCheckpoint, RunMismatch
@@ -51,6 +52,8 @@ class RunConfig:
     """Passed on to timm's ``create_model`` or to the factory."""
     data: str
     """A tile store, a CSV file or a folder of classes; see ``open_dataset``."""
+    inputs: tuple[str, ...] = ()
+    """Columns of the CSV file whose numbers go into the model after the image, as one tensor (N, K)."""
     split: str = "train"
     validation_split: str | None = None
     """None takes a share of the training images instead."""
@@ -69,6 +72,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share={self.validation_share}: allowed are shares between 0 and 1")
+        check_inputs(self.inputs)
         _require_device(self.device)
 
     def datasets(self) -> tuple[ImageDataset, ImageDataset]:
@@ -82,19 +86,28 @@ class RunConfig:
             If there are too few images for a share of them to be set aside.
         """
         seed = self.settings.seed
-        every = open_dataset(self.data, self.split)
+        every = open_dataset(self.data, self.split, inputs=self.inputs)
         augmented = None if self.augmentation == RandomAugmentation() else self.augmentation
         if self.validation_split is not None:
-            images = open_dataset(self.data, self.split, augmentation=augmented, seed=seed)
-            return images, open_dataset(self.data, self.validation_split)
+            images = open_dataset(
+                self.data, self.split, augmentation=augmented, seed=seed, inputs=self.inputs
+            )
+            return images, open_dataset(self.data, self.validation_split, inputs=self.inputs)
         chosen, rest = divide(every.labels, share=self.validation_share, seed=seed)
         if not chosen or not rest:
             raise ValueError(
                 f"validation_share={self.validation_share} of {len(every)} images leaves {len(chosen)} to "
                 f"train on and {len(rest)} to validate by: name a validation split, or take another share"
             )
-        images = open_dataset(self.data, self.split, positions=chosen, augmentation=augmented, seed=seed)
-        return images, open_dataset(self.data, self.split, positions=rest)
+        images = open_dataset(
+            self.data,
+            self.split,
+            positions=chosen,
+            augmentation=augmented,
+            seed=seed,
+            inputs=self.inputs,
+        )
+        return images, open_dataset(self.data, self.split, positions=rest, inputs=self.inputs)
 
     def build(self, num_classes: int, num_channels: int) -> StreamingModel:
         """The model, not yet trained.
@@ -128,7 +141,8 @@ class RunConfig:
         augmentation = values["augmentation"]
         return cls(
             **{
-                **{name: values[name] for name in cls.__slots__},
+                **{name: values[name] for name in cls.__slots__ if name != "inputs"},
+                "inputs": tuple(values.get("inputs", ())),
                 "tile": values["tile"] and tuple(values["tile"]),
                 "normalise": Normalise(**values["normalise"]),
                 "augmentation": RandomAugmentation(**{**augmentation, "gains": tuple(augmentation["gains"])}),
@@ -145,15 +159,17 @@ def make_trainer(
     Raises
     ------
     DatasetMismatch, ValueError
-        If there are no such images, or no such model.
+        If there are no such images or inputs, or no such model.
     """
     images, validation = config.datasets()
-    source, _ = images[0]
+    source = images[0][0]
     num_classes, num_channels = max(images.num_classes, validation.num_classes), source.shape[0]
     model = config.build(num_classes, num_channels)
     values = config.to_dict()
     # The images are told by more than their place, and settings by their names.
     identity = {key: value for key, value in values.items() if key not in ("data", "settings")}
+    # Runs from before there were inputs have none, and go on.
+    identity["inputs"] = identity["inputs"] or None
     classes = images.classes and list(images.classes)
     derived = {"num_classes": num_classes, "num_channels": num_channels, "classes": classes}
     return Trainer(

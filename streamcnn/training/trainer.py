@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from streamcnn.data.dataset import LabelledImages, collate
+from streamcnn.data.dataset import LabelledImages, collate, input_shapes
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import DamagedCheckpoint, RunMismatch, TrainingDiverged
+from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, RunMismatch, TrainingDiverged
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder
@@ -88,7 +88,8 @@ class Trainer:
     Parameters
     ----------
     model
-        Takes a list of image sources and gives logits ``(N, classes)``, as a ``StreamingModel`` does.
+        Takes a list of image sources and gives logits ``(N, classes)``, as a ``StreamingModel`` does. Where
+        images have further inputs, it takes those of the batch after the sources.
     images, validation
         What to train on, and what to choose the best weights by.
     settings
@@ -161,6 +162,8 @@ class Trainer:
             it was when the newest was written.
         DamagedCheckpoint
             If there are checkpoints and none can be read, or the best one is gone.
+        DatasetMismatch
+            If images to train on and to validate by have different further inputs.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         TrainingDiverged
@@ -229,6 +232,7 @@ class Trainer:
         self.sampler = self._make_sampler()
         self.progress = Progress()
         self._end_reason = None
+        self._require_same_inputs()
         self._identity = self._find_identity()
         self._plan_digest = self._find_plan_digest()
 
@@ -236,6 +240,15 @@ class Trainer:
         """The order of the images, at its beginning."""
         labels = self.images.labels if self.settings.balanced else None
         return ResumableSampler(self.images, seed=self.settings.seed, labels=labels)
+
+    def _require_same_inputs(self) -> None:
+        """Make sure that what the model is trained on is what it will be validated by."""
+        trained, validated = (input_shapes(images[0]) for images in (self.images, self.validation))
+        if trained != validated:
+            raise DatasetMismatch(
+                f"training images have inputs of the shapes {trained}, and validation images {validated}: "
+                "give both the same inputs"
+            )
 
     def _find_identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on."""
@@ -321,11 +334,12 @@ class Trainer:
         """
         if not isinstance(self.model, StreamingModel):
             return None
-        source, _ = self.images[0]
+        size = self.settings.batch_size
+        sources, _, *inputs = collate([self.images[0]] * size)
         was_training = self.model.training
         self.model.train()
         with torch.enable_grad(), self._casting():
-            plan = self.model.plan((self.settings.batch_size, *source.shape))
+            plan = self.model.plan((size, *sources[0].shape), inputs=self._on_device(inputs))
         self.model.train(was_training)
         plan.validate()
         return plan.digest
@@ -372,9 +386,9 @@ class Trainer:
         learning_rate, reports = self.optimizer.param_groups[0]["lr"], list[Report]()
         self.optimizer.zero_grad(set_to_none=True)
         for at in range(0, len(positions), size):
-            sources, labels = collate([self.images[p] for p in positions[at : at + size]])
+            sources, labels, *inputs = collate([self.images[p] for p in positions[at : at + size]])
             num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
-            loss, logits = self.differentiate(sources, labels, 1 / len(positions))
+            loss, logits = self.differentiate(sources, labels, 1 / len(positions), *self._on_device(inputs))
             if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
                 reports.append(self.model.last_report)
             loss_sum += loss
@@ -406,8 +420,11 @@ class Trainer:
             },
         )
 
+    def _on_device(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [each.to(self.device) for each in inputs]
+
     def differentiate(
-        self, sources: list[ImageSource], labels: Tensor, weight: float
+        self, sources: list[ImageSource], labels: Tensor, weight: float, *inputs: Tensor
     ) -> tuple[float, Tensor]:
         """Add the gradients of a batch, for subclasses whose model needs more than one pass.
 
@@ -417,13 +434,15 @@ class Trainer:
             Of the batch; labels are ``(N,)``, int64.
         weight
             Factor of the sum of its losses.
+        *inputs
+            What goes into the model after the sources, (N, …) each, on its device.
 
         Returns
         -------
         The sum of the images' losses, without the factor, and their logits ``(N, classes)``, detached.
         """
         with self._casting():
-            logits = self.model(sources)
+            logits = self.model(sources, *inputs)
             require_labels(labels, logits)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
         self.scaler.scale(weight * loss).backward()  # type: ignore[no-untyped-call]
@@ -474,6 +493,7 @@ class Trainer:
                     batch_size=self.settings.batch_size,
                     casting=self._casting,
                     before_batch=self._stop_if_asked,
+                    device=self.device,
                 )
         except _Asked:
             # With the model's own weights again.
