@@ -123,7 +123,7 @@ def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[st
 def _keep_together(graph: RawGraph, where: dict[str, int]) -> None:
     """Put the items of several results into the part that makes them."""
     for node in graph.nodes:
-        if node.name in where and getattr(node.target, "__name__", "") in ("getitem", "_item"):
+        if node.name in where and getattr(node.target, "__name__", "") == "getitem":
             source: Any = node.args[0]
             where[node.name] = where[source.name]
 
