@@ -22,9 +22,11 @@ from torch.fx import Node as FxNode
 
 from streamcnn.autocast import Casts
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import GradientHook, Whole, is_fake, is_recomputed, on_meta
+from streamcnn.flattening import UPDATING, GradientHook, Whole, is_fake, is_recomputed, on_meta
 from streamcnn.in_place import (
+    OnCopy,
     asserted,
+    changes_shape,
     functional_of,
     is_detached,
     is_view,
@@ -232,7 +234,12 @@ class _Functionalizer:
         if not isinstance(value, Tensor) or is_fake(value):
             raise UnsupportedModel(
                 f"the forward pass reads a tensor that tracing cannot follow ({_source(node, self)}): "
-                "assign to .data or storages outside the forward pass"
+                "a gradient taken inside, a torch.Generator of its own, or a storage that was exchanged"
+            )
+        if value.requires_grad and self.ambient:
+            raise UnsupportedModel(
+                "the forward pass reads a tensor from outside that requires a gradient "
+                f"({_source(node, self)}): register it as a parameter, or pass it to the model"
             )
         self.constants[node.name] = value
         self.values[node] = Ref(node.name)
@@ -257,8 +264,14 @@ class _Functionalizer:
             self._block(name, node)
         elif _is_check(target):
             self._check(node)
-        elif (written := overwritten(node)) is not None:
-            self._write_in_place(node, written)
+        elif _is_profiling(target):
+            pass
+        elif changes_shape(target):
+            self._plain(node)
+        elif len(written := overwritten(node)) == 1 and not isinstance(written[0], tuple):
+            self._write_in_place(node, written[0])
+        elif written:
+            self._write_several(node, [each for part in written for each in _as_tuple(part)])
         elif node.users or "val" in node.meta:
             # A call without either has failed, and the model has caught the error.
             self._plain(node)
@@ -288,8 +301,52 @@ class _Functionalizer:
         target = node.target
         assert callable(target)
         args, kwargs = self._resolved(node)
+        statistics = _statistics(node)
+        if statistics and isinstance(args[6], float) and math.isnan(args[6]):
+            args = (*args[:6], self._counter(statistics[0]), *args[7:])
+        if changes_shape(target):
+            target, args, kwargs = functional_of(node, _source(node, self))
+            args, kwargs = self._resolve(args), self._resolve(kwargs)
         ref = self._append(node, node.name, target, args, kwargs, allocates=parent is None)
         self.values[node] = self._hooked(node, ref)
+        for statistic in statistics:
+            self._refuse_twice(node, self._itself(statistic))
+            new = self._fresh(f"{node.name}_moved")
+            self._write(
+                node,
+                self._itself(statistic),
+                self._append(node, new, moved, (self._read(statistic), ref), {}, allocates=False),
+            )
+
+    def _counter(self, running: FxNode) -> Any:
+        """The counter of batches that belongs to a running mean, as it is now."""
+        key = self.states.get(self._itself(running).name, "")
+        wanted = f"{key.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
+        for node in self.flat.graph.nodes:
+            if self.states.get(node.name) == wanted:
+                return self._read(node)
+        raise UnsupportedModel(
+            f"a norm with momentum=None has no counter of batches beside {key or 'its running mean'}: "
+            "set a momentum"
+        )
+
+    def _write_several(self, node: FxNode, written: list[FxNode]) -> None:
+        """A call that overwrites several values, in a list or one each."""
+        functional, args, kwargs = functional_of(node, _source(node, self))
+        if isinstance(functional, OnCopy):
+            raise UnsupportedModel(
+                f"'{node.name}' ({_source(node, self)}) uses {node.target}, which overwrites several tensors "
+                "and has no functional form; use operators that return new tensors instead"
+            )
+        results = self._append(
+            node, node.name, functional, self._resolve(args), self._resolve(kwargs), allocates=False
+        )
+        self.values[node] = results
+        for index, each in enumerate(written):
+            value = self._itself(each)
+            name = self._fresh(f"{node.name}_{index}")
+            item = self._append(node, name, operator.getitem, (results, index), {}, allocates=False)
+            self._write(node, value, item)
 
     def _hooked(self, node: FxNode, ref: Ref) -> Ref:
         """The value behind hooks on its gradient; the first one to be set sees it first."""
@@ -487,6 +544,22 @@ def spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes |
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def moved(statistic: Tensor, normalised: Tensor) -> Tensor:
+    """A running statistic as the norm that gives ``normalised`` has moved it; the norm's rule computes it."""
+    raise AssertionError("it stands for a value, and is not called")
+
+
+def _statistics(node: FxNode) -> tuple[FxNode, ...]:
+    """The running statistics that a norm moves."""
+    if node.target not in UPDATING or not node.args[5]:
+        return ()
+    return tuple(each for each in node.args[3:5] if isinstance(each, FxNode))
+
+
+def _is_profiling(target: object) -> bool:
+    return isinstance(target, OpOverload) and target.namespace == "profiler"
 
 
 def _is_check(target: object) -> bool:

@@ -97,7 +97,7 @@ class Execution:
         self.program = program
         self.plan = plan
         self.image = image
-        self.small = SmallGraph(program, states, plan.differentiated)
+        self.small = SmallGraph(program, states, plan.differentiated, plan.levels)
         self.reports: list[PhaseReport] = []
         self._open_store = open_store
         self._after_step = after_step

@@ -39,6 +39,8 @@ _INLINED = frozenset(
 """Higher-order operators whose body is part of the forward pass: streaming decides itself what it keeps."""
 
 
+_SEEDING = ("manual_seed", "set_rng_state", "seed", "initial_seed")
+
 RECOMPUTED = "recomputed"
 
 
@@ -165,6 +167,11 @@ class Inliner(Interpreter):
             return _inference_mode(target, args[0])
         if target in (_enter_autocast, _exit_autocast):
             return _autocast(target, *args)
+        if getattr(target, "__name__", "") in _SEEDING:
+            raise UnsupportedModel(
+                f"the forward pass calls torch.{target.__name__}(), which would seed every pass alike: "
+                "draw with the generators as they are, or seed outside of it"
+            )
         if isinstance(target, Whole):
             assert self._node is not None
             return record_whole(target, args, self._node.meta["example_value"])

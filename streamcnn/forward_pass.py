@@ -141,14 +141,25 @@ _TORCH, _HERE = (str(Path(file).parent) for file in (torch.__file__, __file__))
 @contextmanager
 def _marked_cumulative(module: nn.Module) -> Iterator[None]:
     """Let batch norm with ``momentum=None`` be traced, whose forward reads a counter's value."""
-    marked = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
+    marked: list[Any] = [m for m in module.modules() if _averages(m)]
     for norm in marked:
         norm.momentum = CUMULATIVE
     try:
         yield
     finally:
         for norm in marked:
-            norm.momentum = None
+            if norm.momentum is CUMULATIVE:
+                norm.momentum = None
+
+
+def _averages(module: nn.Module) -> bool:
+    """Whether it is PyTorch's own batch norm, with a cumulative average."""
+    return (
+        isinstance(module, _BatchNorm)
+        and module.momentum is None
+        and module.num_batches_tracked is not None
+        and type(module).forward is _BatchNorm.forward
+    )
 
 
 @contextmanager

@@ -31,20 +31,31 @@ _PERMUTED = frozenset(
     }
 )
 _DIVIDED = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
+_SHAPES = frozenset(
+    {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_", "as_strided_"}
+)
 _STORAGE = frozenset({"set_", "resize_", "resize_as_", "swap_"})
 
 
-def overwritten(node: FxNode) -> FxNode | None:
-    """The value that a call overwrites and returns, if it does."""
+def overwritten(node: FxNode) -> tuple[Any, ...]:
+    """The values that a call overwrites; a list of them as a tuple."""
     target = node.target
     if not isinstance(target, OpOverload):
-        return None
+        return ()
+    found: list[Any] = []
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             if isinstance(value, FxNode):
-                return value
-    return None
+                found.append(value)
+            elif isinstance(value, (tuple, list)):
+                found.append(tuple(value))
+    return tuple(found)
+
+
+def changes_shape(target: object) -> bool:
+    """Whether an in-place call makes its argument a view of itself."""
+    return isinstance(target, OpOverload) and _name(target) in _SHAPES
 
 
 def own_name(target: object) -> bool:
@@ -80,8 +91,8 @@ def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[
     args, kwargs = _with_defaults(node, target)
     overload = _overload_of(target, name)
     if overload is not None:
-        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-        return overload, args, kwargs
+        outs = {argument.name for argument in target._schema.arguments if argument.is_out}
+        return overload, args, {key: value for key, value in kwargs.items() if key not in outs}
     return OnCopy(target), args, kwargs
 
 
@@ -119,13 +130,19 @@ def _overload_of(target: OpOverload, name: str) -> OpOverload | None:
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
     for overload in () if packet is None else packet.overloads():
         found: OpOverload = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted and not _draws(found):
+        alike = [(a.name, str(a.type)) for a in found._schema.arguments] == wanted
+        if alike and found is not target and not draws(found):
             return found
     return None
 
 
-def _draws(target: OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in target.tags
+def draws(target: object) -> bool:
+    """Whether a call takes random numbers from PyTorch's generators."""
+    if isinstance(target, OnCopy):
+        target = target.target
+    if isinstance(target, OpOverload):
+        return torch.Tag.nondeterministic_seeded in target.tags
+    return getattr(target, "__name__", "") in ("draw_seed", "draw_channel_mask")
 
 
 def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -194,7 +211,7 @@ def asserted(condition: Tensor, message: str) -> Tensor:
 
 def is_detached(node: FxNode) -> bool:
     """Whether a view cuts the gradient off."""
-    return isinstance(node.target, OpOverload) and _name(node.target) == "detach"
+    return isinstance(node.target, OpOverload) and _name(node.target).rstrip("_") == "detach"
 
 
 # --- views -----------------------------------------------------------------------------------------------
@@ -211,6 +228,8 @@ def is_view(node: FxNode) -> FxNode | None:
     schema = node.target._schema.arguments
     alias = schema[0].alias_info if schema else None
     parent = node.args[0]
+    if changes_shape(node.target) and isinstance(parent, FxNode):
+        return parent
     if alias is None or alias.is_write or not isinstance(parent, FxNode):
         return None
     return parent if _is_divided(node) or _shares_memory(node, parent) else None
@@ -242,7 +261,9 @@ def scattered(
     if view.target is operator.getitem:
         return _into_part(view, before, value)
     assert isinstance(view.target, OpOverload)
-    name, shape = _name(view.target), _parent_shape(view)
+    name, shape = _name(view.target).rstrip("_"), _parent_shape(view)
+    if name == "view" and view.target._overloadname == "dtype":
+        name = "a view of another type"
     if name in _PERMUTED:
         return aten.permute.default, (value, _inverse(view, shape))
     if name in ("slice", "narrow"):

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from streamcnn.capture import RawGraph, RawNode, spatial_axes
 from streamcnn.flattening import UPDATING
+from streamcnn.in_place import draws
 from streamcnn.program import Ref, refs_in
 
 VALUE = "value "
 """How the keys of values begin that an earlier part hands over."""
+
+
+BEFORE = "before "
+"""How the keys of states begin that are read as they were before the pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,12 @@ class Part:
         """The part as a graph that takes the tensors ``taken``."""
         axes = {name: spatial_axes(tuple(value.shape), whole.image_shape) for name, value in taken.items()}
         inside = {node.name for node in self.nodes}
+        # A part before may have changed a state by now; what this one reads of it is what it was.
+        states = {n: f"{BEFORE}{key}" if key in whole.updates else key for n, key in whole.states.items()}
         return replace(
             whole,
             nodes=self.nodes,
-            states={**whole.states, **{name: f"{VALUE}{name}" for name in taken}},
+            states={**states, **{name: f"{VALUE}{name}" for name in taken}},
             maps={**whole.maps, **{name: found for name, found in axes.items() if found is not None}},
             outputs=tuple(map(Ref, self.given)),
             updates={key: name for key, name in whole.updates.items() if name in inside},
@@ -47,16 +54,15 @@ class Part:
 
 
 def parts_of(graph: RawGraph) -> tuple[Part, ...]:
-    """The parts of a graph in order; a single one where no result depends on another."""
+    """The parts of a graph in order; none where no result depends on another."""
     depths = _depths(graph)
-    if len(set(depths.values())) < 2 or _rereads(graph):
+    if len(set(depths.values())) < 2:
         return ()
     nodes = {node.name: node for node in graph.nodes}
     where: dict[str, int] = {}
-    deepest = max(depths.values())
-    for depth in range(deepest + 1):
-        roots = [name for name, found in depths.items() if found == depth]
-        for name in _needed(nodes, roots):
+    _place_draws(graph, nodes, where)
+    for depth in range(max(depths.values()) + 1):
+        for name in _needed(nodes, [name for name, found in depths.items() if found == depth]):
             where.setdefault(name, depth)
     _place_updates(graph, nodes, where)
     _keep_together(graph, where)
@@ -65,15 +71,17 @@ def parts_of(graph: RawGraph) -> tuple[Part, ...]:
         for operand in _operands(nodes[name]):
             if operand in where and where[operand] != depth:
                 readers[operand].add(depth)
+    image = (graph.image,) if Ref(graph.image) in graph.outputs else ()
     return tuple(
         Part(
             nodes=tuple(node for node in graph.nodes if where.get(node.name) == depth),
             taken=tuple(name for name, found in readers.items() if depth in found),
-            given=tuple(
-                name for name, at in where.items() if at == depth and (name in depths or readers[name])
+            given=(
+                *(image if depth == 0 else ()),
+                *(name for name, at in where.items() if at == depth and (name in depths or readers[name])),
             ),
         )
-        for depth in range(deepest + 1)
+        for depth in range(max(depths.values()) + 1)
     )
 
 
@@ -107,13 +115,23 @@ def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def _place_draws(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str, int]) -> None:
+    """Put random numbers that depend on nothing into the first part, in the order of being drawn."""
+    for node in graph.nodes:
+        if draws(node.target):
+            needed = _needed(nodes, [node.name])
+            if len(needed) == 1 or all(graph.image not in _operands(nodes[name]) for name in needed):
+                where.update(dict.fromkeys(needed, 0))
+
+
 def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str, int]) -> None:
     """Put what only changes states where it can be computed first.
 
     A counter of batches has then moved before the norm that reads it, in whichever part that is.
     """
+    changed = set(graph.updates.values())
     for node in graph.nodes:
-        if node.name not in where and (node.state is not None or node.target in UPDATING):
+        if node.name not in where and (node.name in changed or node.target in UPDATING):
             needed = _needed(nodes, [node.name])
             depth = max((where[name] for name in needed if name in where), default=0)
             for name in needed:
@@ -126,13 +144,3 @@ def _keep_together(graph: RawGraph, where: dict[str, int]) -> None:
         if node.name in where and getattr(node.target, "__name__", "") == "getitem":
             source: Any = node.args[0]
             where[node.name] = where[source.name]
-
-
-def _rereads(graph: RawGraph) -> bool:
-    """Whether a state is changed by a call of its own: a later part would read the new value for the old."""
-    return any(node.state is not None and _reads(graph, node.state) > 1 for node in graph.nodes)
-
-
-def _reads(graph: RawGraph, key: str) -> int:
-    names = {name for name, found in graph.states.items() if found == key}
-    return sum(not names.isdisjoint(_operands(node)) for node in graph.nodes)

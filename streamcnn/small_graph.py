@@ -36,7 +36,11 @@ class SmallGraph:
     """Values and gradients of all small values of one pass."""
 
     def __init__(
-        self, program: Program, states: Mapping[str, Tensor], differentiated: frozenset[str]
+        self,
+        program: Program,
+        states: Mapping[str, Tensor],
+        differentiated: frozenset[str],
+        levels: Mapping[str, int],
     ) -> None:
         self.program = program
         self.differentiated = differentiated
@@ -45,7 +49,7 @@ class SmallGraph:
         self.gradients: dict[str, Tensor] = {}
         self.results: dict[str, Results] = {}
         """Finished reductions by node name."""
-        self._last_uses = _last_uses(program)
+        self._last_uses = _last_uses(program, levels)
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
         self._records: dict[int, _Record] = {}
@@ -150,14 +154,15 @@ class SmallGraph:
         return _by_barrier(record, barriers, found[len(flat) :])
 
 
-def _last_uses(program: Program) -> dict[str, tuple[str, ...]]:
+def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """For each small value, those that it is the last to read and that nothing else asks for.
 
     What a map reads too, or the model gives out, stays until the backward pass is there.
     """
     asked = {*program.output_names, *program.updates.values()}
     last: dict[str, str] = {}
-    for node in program.nodes.values():
+    # Levels run one after the other, whatever the order of the program.
+    for node in sorted(program.nodes.values(), key=lambda node: levels.get(node.name, 0)):
         for name in node.operands:
             if node.kind is Kind.SMALL:
                 last[name] = node.name

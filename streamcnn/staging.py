@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from streamcnn.in_place import draws
 from streamcnn.program import Kind, Node, Program
 
 
@@ -87,8 +88,12 @@ def assign_levels(program: Program, cuts: Collection[str] = ()) -> dict[str, int
     """The level of every node, in topological order."""
     levels: dict[str, int] = {}
     floor = highest = 1
+    drawn = 0
     for node in program.nodes.values():
         level = _level(program, node, levels)
+        if node.kind is Kind.SMALL and draws(node.target):
+            # Numbers are drawn in the order in which the model draws them.
+            level = drawn = max(level, drawn)
         if node.kind is Kind.LOCAL:
             level = max(level, floor)
             highest = max(highest, level)

@@ -68,7 +68,7 @@ class Pass:
         self.host = host
         self.known = states
         self.before: dict[str, Tensor] = {}
-        """What the forward pass has read of states that it has changed, for repeating it."""
+        """Copies of the states that the pass changes: what it reads, now and when it computes again."""
         self.is_spent = False
         """Whether a backward pass has used the stored maps up."""
         self.reader = reader
@@ -94,8 +94,11 @@ class Pass:
         self.program, self.plan = planned.program, planned.plan
         # Some code is taken to be there: only on the CPU is it anything that memory is refused for.
         self.is_trusting = self.reader.device.type == "cpu" and bool(planned.compiled)
-        known = {**self.known, **self.before}
-        self.states = {name: known[qualified] for name, qualified in self.program.states.items()}
+        read = set(self.program.states.values())
+        for qualified in self.program.updates.keys() & read - self.before.keys():
+            self.before[qualified] = self.known[qualified].detach().clone()
+        present = {**self.known, **self.before}
+        self.states = {name: present[qualified] for name, qualified in self.program.states.items()}
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
         self._present_names = dict(
             zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
@@ -112,6 +115,11 @@ class Pass:
             after_step=_checked(self.ceiling, planned.compiled),
             observer=self.host.observer,
         )
+
+    @property
+    def anchors(self) -> list[Tensor]:
+        """The user's own tensors whose gradients the backward pass gives, in order."""
+        return [self.known[self.program.states[name]] for name in self.leaf_states]
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -144,13 +152,9 @@ class Pass:
 
     def _update(self, values: Mapping[str, Tensor]) -> None:
         """Give the states that the module changes their new values."""
-        read = set(self.program.states.values()) if self.plan.training else set()
         with torch.no_grad():
             for qualified, name in self.program.updates.items():
-                state = self.known[qualified]
-                if qualified in read:
-                    self.before[qualified] = state.detach().clone()
-                state.copy_(values[name])
+                self.known[qualified].copy_(values[name])
 
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by node name of the parameters and the image, given those of outputs.
@@ -376,6 +380,9 @@ class Streamed(torch.autograd.Function):
         ctx.run = run
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
+        # What the user does to a result is no matter to what is computed from it later.
+        read = {operand for node in run.program.nodes.values() for operand in node.operands}
+        outputs |= {n: outputs[n].clone() for n in names if run.present_name(n) in read}
         constant = (n for n in names if run.present_name(n) not in run.plan.differentiated)
         ctx.mark_non_differentiable(*(outputs[n] for n in constant))
         ctx.set_materialize_grads(False)

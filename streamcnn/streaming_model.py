@@ -27,7 +27,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
 from streamcnn.flattening import is_fake
 from streamcnn.forward_pass import ForwardPass, stand_in
-from streamcnn.parts import VALUE, parts_of
+from streamcnn.parts import BEFORE, VALUE, parts_of
 from streamcnn.plan import Plan
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype
 from streamcnn.program import substitute
@@ -316,9 +316,11 @@ class StreamingModel(nn.Module):
         if not parts:
             return self._run(captured, reader, image, surroundings)
         values: dict[str, Any] = {}
+        before = {f"{BEFORE}{key}": _as_before(key, captured.states[key]) for key in graph.updates}
         for part in parts:
             taken = {name: values[name] for name in part.taken}
-            states = {**captured.states, **{f"{VALUE}{name}": value for name, value in taken.items()}}
+            handed = {f"{VALUE}{name}": value for name, value in taken.items()}
+            states = {**captured.states, **before, **handed}
             piece = Captured(part.graph(graph, taken), states, captured.device)
             values |= zip(part.given, self._run(piece, reader, image, surroundings), strict=True)
         found: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
@@ -341,7 +343,7 @@ class StreamingModel(nn.Module):
                 values = run.forward()
             outputs = tuple(values[name] for name in names)
         else:
-            anchors = [run.states[name] for name in run.leaf_states]
+            anchors = run.anchors
             if image is not None:
                 anchors.append(image)
             with surroundings.restored(), torch.enable_grad():
@@ -349,6 +351,16 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
         return [captured.states[each.key] if isinstance(each, Given) else each for each in results]
+
+
+def _as_before(key: str, state: Tensor) -> Tensor:
+    """A copy of a state that the pass changes."""
+    if state.requires_grad:
+        raise UnsupportedModel(
+            f"the forward pass changes '{key}', which requires a gradient, and has results that depend "
+            "on each other: change it outside, or return the results that the loss needs"
+        )
+    return state.detach().clone()
 
 
 class _Planned(Exception):

@@ -8,7 +8,7 @@ its rule; without one, or if the rule declines, the maps are gathered and the ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,9 +25,10 @@ from torch.utils import _pytree as pytree
 
 import streamcnn.ops  # noqa: F401  fills the registry
 from streamcnn.autocast import as_recorded
-from streamcnn.capture import RawGraph, RawNode
+from streamcnn.capture import RawGraph, RawNode, moved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import Whole
+from streamcnn.in_place import draws
 from streamcnn.ops.pointwise import pointwise_rule
 from streamcnn.ops.reduction_types import Reduction
 from streamcnn.ops.rules import Call, Decline, rule_for
@@ -40,6 +41,7 @@ from streamcnn.regions import Region
 _ALWAYS_LOWERED = frozenset(
     {
         torch.ops.aten.batch_norm.default,
+        torch.ops.aten.instance_norm.default,
         torch.ops.aten.copy.default,
         torch.ops.aten.dropout.default,
         torch.ops.aten.feature_dropout.default,
@@ -105,7 +107,7 @@ class _Mark:
     values: int
     gathered: int
     promoted: int
-    changes: int
+    moved: int
     plain_bytes: int
 
 
@@ -118,11 +120,8 @@ class _Tracer:
         self.values: dict[str, Any] = {}
         """Captured node name to a ref, a tuple of refs, or a plain value."""
         self.states: dict[str, str] = {}
-        self.by_state: dict[str, Ref] = {}
-        """Qualified name to the ref of a buffer's present value."""
-        self.updates: dict[str, Ref] = {}
-        self.changes: list[tuple[str, Ref, bool]] = []
-        """Buffers' new values in order: qualified name, ref, and whether it is an update to keep."""
+        self.moved: dict[str, Ref] = {}
+        """Statistics as norms have moved them, by the name of what they were."""
         self.gathered: dict[str, Ref] = {}
         self.promoted: dict[tuple[str, Axes], Ref] = {}
         self.raw: RawNode | None = None
@@ -137,7 +136,7 @@ class _Tracer:
             values=len(self.values),
             gathered=len(self.gathered),
             promoted=len(self.promoted),
-            changes=len(self.changes),
+            moved=len(self.moved),
             plain_bytes=self.plain_bytes,
         )
 
@@ -150,19 +149,10 @@ class _Tracer:
         fork.gathered = dict(islice(self.gathered.items(), mark.gathered))
         fork.promoted = dict(islice(self.promoted.items(), mark.promoted))
         fork.states = self.states
-        fork.by_state = {qualified: Ref(name) for name, qualified in self.states.items()}
-        for qualified, ref, is_update in self.changes[: mark.changes]:
-            fork.change(qualified, ref, is_update=is_update)
+        fork.moved = dict(islice(self.moved.items(), mark.moved))
         fork.plain_bytes = mark.plain_bytes
         fork.resident = True
         return fork
-
-    def change(self, qualified: str, ref: Ref, *, is_update: bool) -> None:
-        """Note that a buffer has a new value."""
-        self.changes.append((qualified, ref, is_update))
-        self.by_state[qualified] = ref
-        if is_update:
-            self.updates[qualified] = ref
 
     # --- recording -----------------------------------------------------------------------------------
 
@@ -172,32 +162,26 @@ class _Tracer:
     def add_state(self, name: str, qualified: str, tensor: Tensor) -> None:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         ref = self._add(name, fake, kind=Kind.STATE)
-        self.values[name] = self.by_state[qualified] = ref
+        self.values[name] = ref
         self.states[name] = qualified
 
     def record(self, raw: RawNode) -> None:
         """Lower one captured call."""
         self.raw = raw
-        # The rules that change states themselves are told of the states, not of their present values.
-        value_of = self._value if raw.target in _ALWAYS_LOWERED else self._present_value
-        args = substitute(raw.args, value_of)
-        kwargs = substitute(raw.kwargs, value_of)
+        args = substitute(raw.args, self._value)
+        kwargs = substitute(raw.kwargs, self._value)
+        if raw.target is moved:
+            self.values[raw.name] = self.moved[args[0].name]
+            return
         if raw.target is operator.getitem:
             self.values[raw.name] = self._item(raw, *args)
             return
         self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
-        if raw.state is not None:
-            self.change(raw.state, result, is_update=False)
         if raw.allocates and isinstance(result, Ref):
             self.plain_bytes += self.spec(result).nbytes
 
     def _value(self, name: str) -> Any:
         return self.values[name]
-
-    def _present_value(self, name: str) -> Any:
-        """The value of a captured name; of a state as rules of the calls before have left it."""
-        updated = self.updates.get(self.states.get(name, ""))
-        return self.values[name] if updated is None else updated
 
     def _item(self, raw: RawNode, value: Any, index: int) -> Any:
         if isinstance(value, tuple) and index < len(value):
@@ -336,15 +320,8 @@ class _Tracer:
             self.promoted[ref.name, axes] = self._add(name, fake, kind=Kind.PROMOTED, args=(ref,), axes=axes)
         return self.promoted[ref.name, axes]
 
-    def update(self, state: Ref, value: Ref) -> None:
-        self.change(self.states[state.name], value, is_update=True)
-
-    def present(self, state: Ref) -> Ref:
-        return self.by_state[self.states[state.name]]
-
-    def sibling(self, state: Ref, attribute: str) -> Ref | None:
-        owner = self.states[state.name].rpartition(".")[0]
-        return self.by_state.get(f"{owner}.{attribute}" if owner else attribute)
+    def update(self, statistic: Ref, value: Ref) -> None:
+        self.moved[statistic.name] = value
 
     # --- nodes ---------------------------------------------------------------------------------------
 
@@ -385,13 +362,9 @@ class _Tracer:
 
     def program(self, graph: RawGraph) -> Program:
         """The recorded program, without nodes that nothing needs."""
-        for qualified, name in graph.updates.items():
-            value = self.values[name]
-            if qualified not in self.updates:
-                self.updates[qualified] = value
         outputs = substitute(graph.outputs, self._final)
-        updates = {qualified: ref.name for qualified, ref in self.updates.items()}
-        needed = _needed(self.nodes, (*refs_in(outputs), *updates.values(), graph.image))
+        updates = {qualified: self._final(name).name for qualified, name in graph.updates.items()}
+        needed = _needed(self.nodes, (*refs_in(outputs), *updates.values(), *self._draws(), graph.image))
         states = {name: qualified for name, qualified in self.states.items() if name in needed}
         return Program(
             nodes={name: node for name, node in self.nodes.items() if name in needed},
@@ -402,6 +375,13 @@ class _Tracer:
             constants={name: c for name, c in graph.constants.items() if name in needed},
             plain_bytes=self.plain_bytes,
         )
+
+    def _draws(self) -> Iterator[str]:
+        """Small draws that nobody reads: they move the random state."""
+        for node in self.nodes.values():
+            wholes = any(self.nodes[name].kind is Kind.GATHER for name in node.operands)
+            if node.kind is Kind.SMALL and draws(node.target) and not wholes:
+                yield node.name
 
     def _final(self, name: str) -> Any:
         """A result of the model, whole."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import random
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -103,6 +106,9 @@ def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
         if isinstance(leaf, Tensor):
             found.setdefault(id(leaf), (f"{ARGUMENT}{pytree.keystr(path[1:])}", leaf))
+    for _, key, value in _entries(net):
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), (f"attribute {key} ({len(found)})", value))
     return dict(found.values())
 
 
@@ -123,6 +129,13 @@ class _Call:
         self.places: list[_Place] = []
         """Where the module keeps tensors that its forward pass has made."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def _put_attributes(self, fakes: Mapping[str, Tensor]) -> None:
+        """Let stand-ins take the places of tensors that are plain attributes."""
+        registered = {id(tensor) for tensor in (*self.net.parameters(), *self.net.buffers())}
+        for container, key, value in list(_entries(self.net)):
+            if isinstance(value, Tensor) and id(value) in self.keys and id(value) not in registered:
+                container[key] = fakes[self.keys[id(value)]]
 
     def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
         """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
@@ -157,13 +170,15 @@ class _Call:
                 )
             }
             self.image_names = _names_of(image)
+            self._put_attributes(by_key)
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
                 with _functions_whole():
                     result = self.net(image, *args, **kwargs)
                 self.places = _places_of_fakes(self.net, states)
+                _refuse_new_parameters(self.net, states)
+                kept = [place.take() for place in self.places]
             self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)
-            kept = [place.take() for place in self.places]
             return (*leaves, *kept)
 
         return function
@@ -184,11 +199,12 @@ class _Watch(TorchFunctionMode):
     def __init__(self, call: _Call) -> None:
         super().__init__()
         self.call = call
+        self.infers = torch.is_inference_mode_enabled()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() and not self.infers:
             raise UnsupportedModel(
                 "the forward pass enters torch.inference_mode(), whose tensors have no gradient anywhere: "
                 "use torch.no_grad() for the block"
@@ -197,6 +213,8 @@ class _Watch(TorchFunctionMode):
             return args[0].detach()
         if func is Tensor.register_hook:
             return self._hook(*args)
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            return _set_data(*args)
         if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
             raise UnsupportedModel(
                 f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
@@ -221,6 +239,17 @@ class _Watch(TorchFunctionMode):
         return _Handle(hooks, hook)
 
 
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``, which autograd does not see."""
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise UnsupportedModel(
+            f"the forward pass assigns a tensor of shape {tuple(value.shape)} to the .data of one of shape "
+            f"{tuple(tensor.shape)}: do so outside of it"
+        )
+    with torch.no_grad():
+        tensor.detach().copy_(value)
+
+
 @dataclass(slots=True)
 class _Handle:
     """What setting a hook returns."""
@@ -240,8 +269,18 @@ def _functions_whole() -> Iterator[None]:
     with (
         patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
         patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
+        patch.object(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
     ):
         yield
+
+
+def _refuse_bound(args: Any) -> Any:
+    """Called by the ``apply`` that was taken from a function before the pass: what goes past our own."""
+    cls = sys._getframe(1).f_locals.get("cls")
+    raise UnsupportedModel(
+        f"the forward pass calls the apply of {getattr(cls, '__name__', 'a function')} by another name, and "
+        "holds code that can only be captured without values: write the class's .apply(...) where it is called"
+    )
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -386,6 +425,17 @@ def _places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[_Place]:
     ]
 
 
+def _refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
+    known = set(map(id, states))
+    for name, module in net.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if isinstance(parameter, FakeTensor) and id(parameter) not in known:
+                raise UnsupportedModel(
+                    f"the forward pass makes parameter '{attribute}' of {_titled(name, module)}, and holds "
+                    "code that can only be captured without values: make it in __init__"
+                )
+
+
 def _entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
     """Attributes of submodules, and what lists and dicts among them hold: container, key and value."""
     seen: set[int] = set()
@@ -407,6 +457,7 @@ class _Snapshot:
     def __init__(self, net: nn.Module) -> None:
         self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
         self._contents: dict[int, tuple[Any, Any]] = {}
+        self._random = (random.getstate(), np.random.get_state())
         for _, _, attributes in self._modules:
             for value in attributes.values():
                 self._keep(value)
@@ -418,7 +469,9 @@ class _Snapshot:
                 self._keep(inner)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back, the numbers that Python and NumPy will draw included."""
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])
         for _, module, attributes in self._modules:
             vars(module).clear()
             vars(module).update(attributes)

@@ -6,7 +6,6 @@ running ones; its backward also gives the gradients of mean and variance, which 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -133,20 +132,16 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
     moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
     if running_mean is not None:
-        rate = _rate(tracer, running_mean, momentum)
+        rate = _rate(tracer, momentum)
         _update_running(tracer, running_mean, mean, rate, 1.0)
         unbiased = moments.count / max(moments.count - 1, 1)
         _update_running(tracer, running_var, variance, rate, unbiased)
     return _normalized(tracer, ref, mean, variance, weight, bias, eps)
 
 
-def _rate(tracer: Tracer, running: Ref, momentum: float) -> Any:
-    """The weight of the new statistics; a cumulative average reads the module's counter."""
-    if not math.isnan(momentum):
-        return momentum
-    counter = tracer.sibling(running, "num_batches_tracked")
-    assert counter is not None
-    return tracer.small(cumulative_rate, counter)
+def _rate(tracer: Tracer, momentum: float | Ref) -> Any:
+    """The weight of the new statistics; a cumulative average has the module's counter for it."""
+    return tracer.small(cumulative_rate, momentum) if isinstance(momentum, Ref) else momentum
 
 
 def cumulative_rate(counter: Tensor) -> Tensor:
@@ -155,7 +150,7 @@ def cumulative_rate(counter: Tensor) -> Tensor:
 
 
 def _update_running(tracer: Tracer, running: Ref, value: Ref, rate: Any, factor: float) -> None:
-    tracer.update(running, tracer.small(mixed, tracer.present(running), value, rate, factor))
+    tracer.update(running, tracer.small(mixed, running, value, rate, factor))
 
 
 def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -> Tensor:
@@ -183,9 +178,10 @@ def _small_batch_norm(
         small: Ref = tracer.small(torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False)
         return small
     assert running_var is not None
-    rate = _rate(tracer, running_mean, momentum)
-    present = tracer.present(running_mean), tracer.present(running_var)
-    result, new_mean, new_var = tracer.small(functional_batch_norm, ref, weight, bias, *present, rate, eps)
+    rate = _rate(tracer, momentum)
+    result, new_mean, new_var = tracer.small(
+        functional_batch_norm, ref, weight, bias, running_mean, running_var, rate, eps
+    )
     tracer.update(running_mean, new_mean)
     tracer.update(running_var, new_var)
     return result  # type: ignore[no-any-return]
@@ -232,6 +228,36 @@ def _repeated(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Any:
     if parameter is None:
         return None
     return tracer.small(repeated, _as_statistics(tracer, ref, parameter), tracer.spec(ref).shape[0])
+
+
+def _whole_instance_norm(tracer: Tracer, call: Call) -> Any:
+    """Instance norm of a small value, with its buffers' new values as results."""
+    ref, weight, bias, running_mean, running_var, own_statistics, momentum, eps = call.bind(
+        "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"
+    )
+    if not own_statistics or running_mean is None:
+        return tracer.small(call.target, *call.args, **call.kwargs)
+    result, new_mean, new_var = tracer.small(
+        functional_instance_norm, ref, weight, bias, running_mean, running_var, momentum, eps
+    )
+    tracer.update(running_mean, new_mean)
+    tracer.update(running_var, new_var)
+    return result
+
+
+def functional_instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Instance norm that returns the new running statistics and changes nothing."""
+    mean, var = running_mean.clone(), running_var.clone()
+    enabled = torch.backends.cudnn.enabled
+    return torch.instance_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
 
 
 def repeated(parameter: Tensor, times: int) -> Tensor:

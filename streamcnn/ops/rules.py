@@ -86,14 +86,8 @@ class Tracer(Protocol):
     def promote(self, ref: Ref, axes: Axes) -> Ref:
         """Record that a small value with spatial extent is read as a map."""
 
-    def update(self, state: Ref, value: Ref) -> None:
-        """Record that the buffer ``state`` takes ``value`` once the forward pass has succeeded."""
-
-    def present(self, state: Ref) -> Ref:
-        """The present value of the buffer ``state``, which a call before this one may have changed."""
-
-    def sibling(self, state: Ref, attribute: str) -> Ref | None:
-        """The present value of another buffer or parameter of the same submodule."""
+    def update(self, statistic: Ref, value: Ref) -> None:
+        """Record that the call moves ``statistic``, one of its operands, to ``value``."""
 
 
 Rule = Callable[[Tracer, Call], Any]
