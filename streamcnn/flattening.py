@@ -39,7 +39,12 @@ _INLINED = frozenset(
 """Higher-order operators whose body is part of the forward pass: streaming decides itself what it keeps."""
 
 
-_SEEDING = ("manual_seed", "set_rng_state", "seed", "initial_seed")
+SEEDING = ("manual_seed", "set_rng_state", "seed")
+"""Functions of ``torch`` that set its generators."""
+SEEDED = (
+    "the forward pass sets PyTorch's random state (manual_seed, fork_rng): draw with the generators as they are, "
+    "or seed outside of it"
+)
 
 RECOMPUTED = "recomputed"
 
@@ -167,11 +172,8 @@ class Inliner(Interpreter):
             return _inference_mode(target, args[0])
         if target in (_enter_autocast, _exit_autocast):
             return _autocast(target, *args)
-        if getattr(target, "__name__", "") in _SEEDING:
-            raise UnsupportedModel(
-                f"the forward pass calls torch.{target.__name__}(), which would seed every pass alike: "
-                "draw with the generators as they are, or seed outside of it"
-            )
+        if getattr(target, "__name__", "") in SEEDING:
+            raise UnsupportedModel(SEEDED)
         if isinstance(target, Whole):
             assert self._node is not None
             return record_whole(target, args, self._node.meta["example_value"])

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,7 +54,7 @@ class ForwardPass:
         UnsupportedModel
             If the call cannot be captured; the module is as it was.
         """
-        with (surroundings or Surroundings()).aside(), _marked_cumulative(net):
+        with (surroundings or Surroundings()).aside(), _cumulative_averages(net):
             mode = (net.training, torch.is_grad_enabled())
             if mode not in self._unguardable:
                 try:
@@ -139,27 +141,26 @@ _TORCH, _HERE = (str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 @contextmanager
-def _marked_cumulative(module: nn.Module) -> Iterator[None]:
-    """Let batch norm with ``momentum=None`` be traced, whose forward reads a counter's value."""
-    marked: list[Any] = [m for m in module.modules() if _averages(m)]
-    for norm in marked:
-        norm.momentum = CUMULATIVE
-    try:
+def _cumulative_averages(module: nn.Module) -> Iterator[None]:
+    """Let batch norm with ``momentum=None`` be traced, whose own forward reads a counter's value."""
+    if any(isinstance(m, _BatchNorm) and m.momentum is None for m in module.modules()):
+        with patch.object(_BatchNorm, "forward", _normalise):
+            yield
+    else:
         yield
-    finally:
-        for norm in marked:
-            if norm.momentum is CUMULATIVE:
-                norm.momentum = None
 
 
-def _averages(module: nn.Module) -> bool:
-    """Whether it is PyTorch's own batch norm, with a cumulative average."""
-    return (
-        isinstance(module, _BatchNorm)
-        and module.momentum is None
-        and module.num_batches_tracked is not None
-        and type(module).forward is _BatchNorm.forward
-    )
+def _normalise(self: Any, input: Tensor) -> Tensor:
+    """``_BatchNorm.forward``, which says :data:`CUMULATIVE` where that would read the counter."""
+    self._check_input_dim(input)
+    factor = 0.0 if self.momentum is None else self.momentum
+    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        factor = CUMULATIVE if self.momentum is None else factor
+    own_statistics = self.training or (self.running_mean is None and self.running_var is None)
+    tracked = not self.training or self.track_running_stats
+    mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+    return F.batch_norm(input, mean, var, self.weight, self.bias, own_statistics, factor, self.eps)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamcnn.capture import RawGraph, RawNode, spatial_axes
+from streamcnn.capture import RawGraph, RawNode, moved, spatial_axes
 from streamcnn.flattening import UPDATING
 from streamcnn.in_place import draws
 from streamcnn.program import Ref, refs_in
@@ -139,8 +139,10 @@ def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[st
 
 
 def _keep_together(graph: RawGraph, where: dict[str, int]) -> None:
-    """Put the items of several results into the part that makes them."""
+    """Put the items of several results, and statistics that a norm moves, into the part that makes them."""
     for node in graph.nodes:
+        if node.name in where and node.target is moved:
+            where[node.name] = where[node.args[1].name]
         if node.name in where and getattr(node.target, "__name__", "") == "getitem":
             source: Any = node.args[0]
             where[node.name] = where[source.name]

@@ -129,6 +129,24 @@ class StreamingModel(nn.Module):
         for registry in _SHARED_REGISTRIES:
             object.__setattr__(self, registry, getattr(net, registry))
 
+    def __getattr__(self, name: str) -> Any:
+        # Not found here: the module's own attributes and methods.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            net = self.__dict__.get("net")
+            if net is None:
+                raise
+            return getattr(net, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        net = self.__dict__.get("net")
+        own = net is None or name in self.__dict__ or hasattr(type(self), name)
+        if own or not hasattr(net, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(net, name, value)
+
     def train(self, mode: bool = True) -> StreamingModel:
         """Set train or eval mode of the module and everything in it."""
         self.net.train(mode)
@@ -301,6 +319,7 @@ class StreamingModel(nn.Module):
 
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
             _refuse_changes(graph, image)
+            _refuse_shared_memory(graph, states)
             captured = Captured(graph, states, reader.device)
             return self._run_parts(captured, reader, image if image_gradient else None, surroundings)
 
@@ -351,6 +370,29 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
         return [captured.states[each.key] if isinstance(each, Given) else each for each in results]
+
+
+def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
+    """A state that the pass changes must not be seen through another one."""
+    for key in graph.updates:
+        for other, state in states.items():
+            if other != key and _overlap(states[key], state):
+                raise UnsupportedModel(
+                    f"the forward pass changes '{key}', which shares memory with '{other}': give each a tensor "
+                    "of its own"
+                )
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have memory in common, as far as their extents tell."""
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr() or first is second:
+        return False
+    starts = (first.storage_offset(), second.storage_offset())
+    ends = (
+        start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        for start, t in zip(starts, (first, second), strict=True)
+    )
+    return first.numel() > 0 < second.numel() and max(starts) <= min(ends)
 
 
 def _as_before(key: str, state: Tensor) -> Tensor:

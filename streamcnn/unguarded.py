@@ -13,10 +13,11 @@ import dataclasses
 import gc
 import random
 import sys
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +36,7 @@ from torch.utils import checkpoint
 
 from streamcnn.capture import ARGUMENT, RawGraph, functionalized
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import RECOMPUTED, Whole, flatten, record_whole
+from streamcnn.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, record_whole
 
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -270,8 +271,16 @@ def _functions_whole() -> Iterator[None]:
         patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
         patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         patch.object(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
+        ExitStack() as generators,
     ):
+        for module in (torch, torch.random):
+            for name in SEEDING:
+                generators.enter_context(patch.object(module, name, _refuse_seed))
         yield
+
+
+def _refuse_seed(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModel(SEEDED)
 
 
 def _refuse_bound(args: Any) -> Any:
@@ -279,7 +288,7 @@ def _refuse_bound(args: Any) -> Any:
     cls = sys._getframe(1).f_locals.get("cls")
     raise UnsupportedModel(
         f"the forward pass calls the apply of {getattr(cls, '__name__', 'a function')} by another name, and "
-        "holds code that can only be captured without values: write the class's .apply(...) where it is called"
+        "holds code that can only be captured without values: write .apply(...) where it is called"
     )
 
 
@@ -451,6 +460,10 @@ def _entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
                 pending.append(value)
 
 
+_NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)
+"""What is not taken for an object whose attributes a forward pass may change."""
+
+
 class _Snapshot:
     """The attributes of all submodules, and the contents of containers among them."""
 
@@ -467,6 +480,8 @@ class _Snapshot:
             self._contents[id(value)] = (value, copy.copy(value))
             for inner in value.values() if isinstance(value, dict) else value:
                 self._keep(inner)
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NO_HELPERS):
+            self._keep(vars(value))
 
     def restore(self) -> None:
         """Put everything back, the numbers that Python and NumPy will draw included."""
