@@ -42,8 +42,8 @@ _INLINED = frozenset(
 SEEDING = ("manual_seed", "set_rng_state", "seed")
 """Functions of ``torch`` that set its generators."""
 SEEDED = (
-    "the forward pass sets PyTorch's random state (manual_seed, fork_rng): draw with the generators as they are, "
-    "or seed outside of it"
+    "the forward pass sets PyTorch's random state (manual_seed, fork_rng): draw with the generators as they "
+    "are, or seed outside of it"
 )
 
 RECOMPUTED = "recomputed"

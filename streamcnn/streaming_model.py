@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -374,19 +374,20 @@ class StreamingModel(nn.Module):
 
 def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
     """A state that the pass changes must not be seen through another one."""
-    for key in graph.updates:
-        for other, state in states.items():
-            if other != key and _overlap(states[key], state):
+    by_memory: dict[int, list[str]] = {}
+    for key, state in states.items() if graph.updates else ():
+        by_memory.setdefault(state.untyped_storage().data_ptr(), []).append(key)
+    for keys in by_memory.values():
+        for first, second in permutations(keys, 2):
+            if first in graph.updates and _overlap(states[first], states[second]):
                 raise UnsupportedModel(
-                    f"the forward pass changes '{key}', which shares memory with '{other}': give each a tensor "
-                    "of its own"
+                    f"the forward pass changes '{first}', which shares memory with '{second}': give each a "
+                    "tensor of its own"
                 )
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have memory in common, as far as their extents tell."""
-    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr() or first is second:
-        return False
+    """Whether two tensors of one storage have memory in common, as far as their extents tell."""
     starts = (first.storage_offset(), second.storage_offset())
     ends = (
         start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
