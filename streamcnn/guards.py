@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture import ARGUMENT, RawGraph, functionalized
+from streamcnn.capture import ARGUMENT, RawGraph
 from streamcnn.errors import StreamError
 from streamcnn.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
+from streamcnn.functional import functionalized
 from streamcnn.surroundings import function_modes_aside
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]

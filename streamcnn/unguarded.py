@@ -8,21 +8,14 @@ module put back as it was.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import gc
-import random
 import sys
-import types
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,11 +27,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture import ARGUMENT, RawGraph, functionalized
+from streamcnn.capture import ARGUMENT, RawGraph
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, record_whole
-
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+from streamcnn.functional import functionalized
+from streamcnn.leftovers import (
+    Place,
+    Snapshot,
+    entries,
+    places_of_fakes,
+    refuse_backward_hooks,
+    refuse_new_parameters,
+    refuse_remaining,
+)
+from streamcnn.results import taken_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,12 @@ def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: d
         If the forward pass cannot be followed, or leaves a tensor behind that would have no values; the
         module is as it was then.
     """
-    _refuse_backward_hooks(net)
-    before = _Snapshot(net)
+    refuse_backward_hooks(net)
+    before = Snapshot(net)
     try:
         capture, traced = _traced(net, image, args, kwargs, before)
         before.refuse_fakes()
-        _refuse_remaining(traced)
+        refuse_remaining(traced)
     except BaseException:
         before.restore()
         raise
@@ -75,7 +77,7 @@ def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: d
 
 
 def _traced(
-    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: _Snapshot
+    net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Snapshot
 ) -> tuple[Capture, list[weakref.ref[Tensor]]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     states = _states(net, args, kwargs)
@@ -107,7 +109,7 @@ def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
         if isinstance(leaf, Tensor):
             found.setdefault(id(leaf), (f"{ARGUMENT}{pytree.keystr(path[1:])}", leaf))
-    for _, key, value in _entries(net):
+    for _, key, value in entries(net):
         if isinstance(value, Tensor):
             found.setdefault(id(value), (f"attribute {key} ({len(found)})", value))
     return dict(found.values())
@@ -127,21 +129,21 @@ class _Call:
         """Hooks on gradients by the name of the traced value."""
         self.made: list[weakref.ref[Tensor]] = []
         self.image_names: frozenset[str] = frozenset()
-        self.places: list[_Place] = []
+        self.places: list[Place] = []
         """Where the module keeps tensors that its forward pass has made."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
 
     def _put_attributes(self, fakes: Mapping[str, Tensor]) -> None:
         """Let stand-ins take the places of tensors that are plain attributes."""
         registered = {id(tensor) for tensor in (*self.net.parameters(), *self.net.buffers())}
-        for container, key, value in list(_entries(self.net)):
+        for container, key, value in list(entries(self.net)):
             if isinstance(value, Tensor) and id(value) in self.keys and id(value) not in registered:
                 container[key] = fakes[self.keys[id(value)]]
 
     def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
         """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
         real = {id(fake): self.states[key] for fake, key in zip(fakes, keys, strict=True)}
-        for container, key, value in _entries(self.net):
+        for container, key, value in entries(self.net):
             if id(value) in real:
                 container[key] = real[id(value)]
 
@@ -175,8 +177,8 @@ class _Call:
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
                 with _functions_whole():
                     result = self.net(image, *args, **kwargs)
-                self.places = _places_of_fakes(self.net, states)
-                _refuse_new_parameters(self.net, states)
+                self.places = places_of_fakes(self.net, states)
+                refuse_new_parameters(self.net, states)
                 kept = [place.take() for place in self.places]
             self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)
@@ -361,204 +363,3 @@ def _named_submodules(net: nn.Module) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         fx_traceback.current_meta.pop("nn_module_stack", None)
-
-
-# --- results ---------------------------------------------------------------------------------------------
-
-
-def taken_apart(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The leaves of nested containers and dataclasses, and a function that puts others in their places."""
-    leaves, spec = pytree.tree_flatten(value)
-    inner: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
-    flat: list[Any] = []
-    for leaf in leaves:
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            names = [each.name for each in dataclasses.fields(leaf)]
-            parts, put = taken_apart([getattr(leaf, name) for name in names])
-            inner.append((len(parts), _with_fields(leaf, names, put)))
-            flat.extend(parts)
-        else:
-            inner.append((1, _only))
-            flat.append(leaf)
-
-    def rebuild(given: Sequence[Any]) -> Any:
-        rebuilt, start = [], 0
-        for count, put in inner:
-            rebuilt.append(put(given[start : start + count]))
-            start += count
-        return pytree.tree_unflatten(rebuilt, spec)
-
-    return flat, rebuild
-
-
-def _only(values: Sequence[Any]) -> Any:
-    return values[0]
-
-
-def _with_fields(
-    original: Any, names: Sequence[str], put: Callable[[Sequence[Any]], Any]
-) -> Callable[[Sequence[Any]], Any]:
-    def rebuild(values: Sequence[Any]) -> Any:
-        made = copy.copy(original)
-        for name, value in zip(names, put(values), strict=True):
-            object.__setattr__(made, name, value)
-        return made
-
-    return rebuild
-
-
-# --- what must not remain --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """An attribute of a submodule, or an entry of a list or dict there."""
-
-    container: Any
-    key: Any
-
-    def take(self) -> Tensor:
-        """What is there, which goes until its values are known."""
-        value: Tensor = self.container[self.key]
-        self.container[self.key] = None
-        return value
-
-
-def _places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[_Place]:
-    """Where submodules keep traced tensors other than the states that stand in for their own."""
-    known = set(map(id, states))
-    return [
-        _Place(container, key)
-        for container, key, value in _entries(net)
-        if isinstance(value, FakeTensor) and id(value) not in known
-    ]
-
-
-def _refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
-    known = set(map(id, states))
-    for name, module in net.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if isinstance(parameter, FakeTensor) and id(parameter) not in known:
-                raise UnsupportedModel(
-                    f"the forward pass makes parameter '{attribute}' of {_titled(name, module)}, and holds "
-                    "code that can only be captured without values: make it in __init__"
-                )
-
-
-def _entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """Attributes of submodules, and what lists and dicts among them hold: container, key and value."""
-    seen: set[int] = set()
-    pending: list[Any] = [vars(module) for module in net.modules()]
-    while pending:
-        container = pending.pop()
-        if id(container) in seen:
-            continue
-        seen.add(id(container))
-        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
-            yield container, key, value
-            if isinstance(value, (dict, list, deque)):
-                pending.append(value)
-
-
-_NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)
-"""What is not taken for an object whose attributes a forward pass may change."""
-
-
-class _Snapshot:
-    """The attributes of all submodules, and the contents of containers among them."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
-        self._contents: dict[int, tuple[Any, Any]] = {}
-        self._random = (random.getstate(), np.random.get_state())
-        for _, _, attributes in self._modules:
-            for value in attributes.values():
-                self._keep(value)
-
-    def _keep(self, value: Any) -> None:
-        if isinstance(value, (list, dict, set, deque)) and id(value) not in self._contents:
-            self._contents[id(value)] = (value, copy.copy(value))
-            for inner in value.values() if isinstance(value, dict) else value:
-                self._keep(inner)
-        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NO_HELPERS):
-            self._keep(vars(value))
-
-    def restore(self) -> None:
-        """Put everything back, the numbers that Python and NumPy will draw included."""
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])
-        for _, module, attributes in self._modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for container, contents in self._contents.values():
-            container.clear()
-            (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
-
-    def refuse_fakes(self) -> None:
-        """Raise if an attribute holds a tensor that was made while tracing."""
-        for name, module, _ in self._modules:
-            for attribute, value in vars(module).items():
-                for place, held in _named_values(attribute, value):
-                    if isinstance(held, FakeTensor):
-                        raise UnsupportedModel(_left_behind(f"'{place}' of {_titled(name, module)}"))
-
-
-def _named_values(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """A value and what containers hold, with names for messages."""
-    yield name, value
-    if depth and isinstance(value, dict):
-        for key, inner in value.items():
-            registry = name in ("_parameters", "_buffers", "_modules")
-            if not isinstance(inner, nn.Module):
-                yield from _named_values(str(key) if registry else f"{name}[{key!r}]", inner, depth - 1)
-    elif depth and isinstance(value, (list, tuple, set, deque)):
-        for index, inner in enumerate(value):
-            yield from _named_values(f"{name}[{index}]", inner, depth - 1)
-    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for each in dataclasses.fields(value):
-            yield from _named_values(f"{name}.{each.name}", getattr(value, each.name, None), depth - 1)
-
-
-def _titled(name: str, module: nn.Module) -> str:
-    return f"'{name}' ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
-
-
-def _left_behind(where: str) -> str:
-    return (
-        f"the forward pass leaves a tensor in {where}, and holds code that can only be captured without "
-        "values: return the tensor as a further result of the model (timm's features_only, torchvision's "
-        "create_feature_extractor) instead of keeping it"
-    )
-
-
-def _refuse_remaining(made: list[weakref.ref[Tensor]]) -> None:
-    """Raise if a tensor that was made while tracing is still held, by a hook's closure for example."""
-    gc.collect()
-    for reference in made:
-        tensor = reference()
-        if tensor is not None:
-            raise UnsupportedModel(_left_behind(_holder_of(tensor)))
-
-
-def _holder_of(tensor: Tensor) -> str:
-    for holder in gc.get_referrers(tensor):
-        if isinstance(holder, dict):
-            keys = [key for key, value in holder.items() if value is tensor]
-            if keys:
-                return f"a dict, under {keys[0]!r}"
-        if isinstance(holder, (list, tuple, set)):
-            return f"a {type(holder).__name__} outside the model"
-    return "an object outside the model (a hook, a closure or a global)"
-
-
-def _refuse_backward_hooks(net: nn.Module) -> None:
-    for name, module in net.named_modules():
-        if any(getattr(module, kind, None) for kind in _BACKWARD_HOOKS):
-            raise UnsupportedModel(
-                f"{_titled(name, module)} has a backward hook, which needs the gradients of whole maps: "
-                "remove it, or set it on a parameter or with Tensor.register_hook on a result of the model"
-            )
-    if module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks:
-        raise UnsupportedModel(
-            "a backward hook is set on all modules, which needs the gradients of whole maps: remove it"
-        )

@@ -14,8 +14,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from streamcnn.program import has_gradient
+from streamcnn.results import taken_apart
 from streamcnn.streaming_model import StreamingModel
-from streamcnn.unguarded import taken_apart
 
 FLOOR = 1e-6
 """Share of the model's largest norm below which a value counts as noise: a bias before batch norm has a

@@ -1,0 +1,177 @@
+"""What a forward pass has left in a module that ran on fake tensors: found, put back, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as module_hooks
+
+from streamcnn.errors import UnsupportedModel
+
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An attribute of a submodule, or an entry of a list or dict there."""
+
+    container: Any
+    key: Any
+
+    def take(self) -> Tensor:
+        """What is there, which goes until its values are known."""
+        value: Tensor = self.container[self.key]
+        self.container[self.key] = None
+        return value
+
+
+def places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[Place]:
+    """Where submodules keep traced tensors other than the states that stand in for their own."""
+    known = set(map(id, states))
+    return [
+        Place(container, key)
+        for container, key, value in entries(net)
+        if isinstance(value, FakeTensor) and id(value) not in known
+    ]
+
+
+def refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
+    known = set(map(id, states))
+    for name, module in net.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if isinstance(parameter, FakeTensor) and id(parameter) not in known:
+                raise UnsupportedModel(
+                    f"the forward pass makes parameter '{attribute}' of {_titled(name, module)}, and holds "
+                    "code that can only be captured without values: make it in __init__"
+                )
+
+
+def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
+    """Attributes of submodules, and what lists and dicts among them hold: container, key and value."""
+    seen: set[int] = set()
+    pending: list[Any] = [vars(module) for module in net.modules()]
+    while pending:
+        container = pending.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            yield container, key, value
+            if isinstance(value, (dict, list, deque)):
+                pending.append(value)
+
+
+_NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)
+"""What is not taken for an object whose attributes a forward pass may change."""
+
+
+class Snapshot:
+    """The attributes of all submodules, and the contents of containers among them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._random = (random.getstate(), np.random.get_state())
+        for _, _, attributes in self._modules:
+            for value in attributes.values():
+                self._keep(value)
+
+    def _keep(self, value: Any) -> None:
+        if isinstance(value, (list, dict, set, deque)) and id(value) not in self._contents:
+            self._contents[id(value)] = (value, copy.copy(value))
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._keep(inner)
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NO_HELPERS):
+            self._keep(vars(value))
+
+    def restore(self) -> None:
+        """Put everything back, the numbers that Python and NumPy will draw included."""
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])
+        for _, module, attributes in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for container, contents in self._contents.values():
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+
+    def refuse_fakes(self) -> None:
+        """Raise if an attribute holds a tensor that was made while tracing."""
+        for name, module, _ in self._modules:
+            for attribute, value in vars(module).items():
+                for place, held in _named_values(attribute, value):
+                    if isinstance(held, FakeTensor):
+                        raise UnsupportedModel(_left_behind(f"'{place}' of {_titled(name, module)}"))
+
+
+def _named_values(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """A value and what containers hold, with names for messages."""
+    yield name, value
+    if depth and isinstance(value, dict):
+        for key, inner in value.items():
+            registry = name in ("_parameters", "_buffers", "_modules")
+            if not isinstance(inner, nn.Module):
+                yield from _named_values(str(key) if registry else f"{name}[{key!r}]", inner, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set, deque)):
+        for index, inner in enumerate(value):
+            yield from _named_values(f"{name}[{index}]", inner, depth - 1)
+    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            yield from _named_values(f"{name}.{each.name}", getattr(value, each.name, None), depth - 1)
+
+
+def _titled(name: str, module: nn.Module) -> str:
+    return f"'{name}' ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+def _left_behind(where: str) -> str:
+    return (
+        f"the forward pass leaves a tensor in {where}, and holds code that can only be captured without "
+        "values: return the tensor as a further result of the model (timm's features_only, torchvision's "
+        "create_feature_extractor) instead of keeping it"
+    )
+
+
+def refuse_remaining(made: list[weakref.ref[Tensor]]) -> None:
+    """Raise if a tensor that was made while tracing is still held, by a hook's closure for example."""
+    gc.collect()
+    for reference in made:
+        tensor = reference()
+        if tensor is not None:
+            raise UnsupportedModel(_left_behind(_holder_of(tensor)))
+
+
+def _holder_of(tensor: Tensor) -> str:
+    for holder in gc.get_referrers(tensor):
+        if isinstance(holder, dict):
+            keys = [key for key, value in holder.items() if value is tensor]
+            if keys:
+                return f"a dict, under {keys[0]!r}"
+        if isinstance(holder, (list, tuple, set)):
+            return f"a {type(holder).__name__} outside the model"
+    return "an object outside the model (a hook, a closure or a global)"
+
+
+def refuse_backward_hooks(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if any(getattr(module, kind, None) for kind in _BACKWARD_HOOKS):
+            raise UnsupportedModel(
+                f"{_titled(name, module)} has a backward hook, which needs the gradients of whole maps: "
+                "remove it, or set it on a parameter or with Tensor.register_hook on a result of the model"
+            )
+    if module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks:
+        raise UnsupportedModel(
+            "a backward hook is set on all modules, which needs the gradients of whole maps: remove it"
+        )
