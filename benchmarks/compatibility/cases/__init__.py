@@ -11,10 +11,12 @@ from benchmarks.compatibility.cases import (
     gradients,
     leftovers,
     operators,
+    states,
+    unfollowed,
 )
 
 
 def all_cases() -> list[Case]:
     """Every case in the order of the table; a case's number is its place, from 1."""
-    kinds = (captures, gradients, leftovers, blocks, operators, arguments, around)
+    kinds = (captures, gradients, leftovers, blocks, operators, arguments, around, states, unfollowed)
     return [case for kind in kinds for case in kind.CASES]

@@ -1,0 +1,184 @@
+"""Code that Dynamo does not follow, and what it must not lose: a timer stands in front of each thing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, passes
+
+CASES = Cases("Code that Dynamo does not follow")
+
+
+class Timed(Small):
+    """Reads the clock, as many nets do to log how long they take."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        # A flag, and not the time itself: two runs must leave the same.
+        self.began = time.perf_counter() > 0
+        return super().maps(x)
+
+
+class TimedAverage(Timed):
+    """Keeps an average of the map's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(WIDTH))
+
+    def averaged(self, x: Tensor) -> Tensor:
+        """The average (C) after a map (N, C, H, W)."""
+        return 0.9 * self.average + 0.1 * x.detach().mean((0, 2, 3))
+
+
+@CASES("a timer", passes(2))
+class TimerAlone(Timed):
+    pass
+
+
+def _under_inference(model: Any, net: nn.Module, record: Record) -> None:
+    with torch.inference_mode():
+        record("output", model(record.image(grad=False)).clone())
+    record("buffers", dict(net.named_buffers()))
+
+
+CASES.add("a timer, inference_mode around", Timed, _under_inference)
+
+
+# --- functions and kinds of tensors -------------------------------------------------------------------
+
+
+class Sign(torch.autograd.Function):
+    """The sign, with a gradient that only its own backward gives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+_sign = Sign.apply
+
+
+@CASES("a timer, and autograd.Function by its class", passes(2))
+class TimedFunction(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        return Sign.apply(x) + x
+
+
+@CASES("a timer, and autograd.Function by an alias of apply", passes(2), expected=SAME_OR_REFUSED)
+class TimedAlias(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        return _sign(x) + x
+
+
+@CASES("a timer, and a branch on type(x)", passes(2))
+class TimedClass(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        return x * (2.0 if type(x) is Tensor else 1.0)
+
+
+@CASES("a timer, and record_function", passes(2))
+class TimedProfile(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        with torch.profiler.record_function("middle"):
+            return x.sin()
+
+
+# --- states -------------------------------------------------------------------------------------------
+
+
+@CASES("a timer, and a buffer is reassigned", passes(2))
+class TimedReassigned(TimedAverage):
+    def middle(self, x: Tensor) -> Tensor:
+        self.average = self.averaged(x)
+        return x - self.average[:, None, None]
+
+
+@CASES("a timer, and a buffer's .data is assigned", passes(2))
+class TimedBufferData(TimedAverage):
+    def middle(self, x: Tensor) -> Tensor:
+        self.average.data = self.averaged(x)
+        return x - self.average[:, None, None]
+
+
+@CASES("a timer, and a buffer by _foreach_mul_", passes(2))
+class TimedForeach(Timed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("decay", torch.ones(WIDTH))
+
+    def middle(self, x: Tensor) -> Tensor:
+        torch._foreach_mul_([self.decay], 0.5)
+        return x * self.decay[:, None, None]
+
+
+@CASES("a timer, and a buffer that is None is set", passes(2))
+class TimedNoneBuffer(Timed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", None)
+
+    def middle(self, x: Tensor) -> Tensor:
+        if self.center is None:
+            self.center = x.detach().mean((0, 2, 3))
+        return x - self.center[:, None, None]
+
+
+@CASES("a timer, and a norm with momentum=None", passes(3))
+class TimedMomentum(Timed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.momentum = None
+
+
+@CASES("a timer, and a parameter's .data is assigned", passes(2))
+class TimedParameterData(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        self.head.weight.data = self.head.weight.data * 0.5
+        return x
+
+
+@CASES("a timer, and a parameter is replaced", passes(2), expected=SAME_OR_REFUSED)
+class TimedParameter(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        self.head.bias = nn.Parameter(self.head.bias.detach() * 0.5)
+        return x
+
+
+@CASES("a timer, and a parameter is made in the first forward", passes(3), expected=SAME_OR_REFUSED)
+class TimedNewParameter(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(WIDTH, dtype=x.dtype))
+        return x * self.scale[:, None, None]
+
+
+@CASES("a timer, and self.features[name] = vector", passes(2))
+class TimedFeatures(Timed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: dict[str, Tensor] = {}
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.features["pooled"] = x.mean((2, 3))
+        return x
+
+
+def _held_with_gradient(model: Any, net: Any, record: Record) -> None:
+    clinical = torch.linspace(0, 1, 2 * WIDTH, dtype=torch.float64).view(2, WIDTH).requires_grad_()
+    net.clinical = clinical * 2
+    record.run(model)
+    record("clinical gradient", clinical.grad)
+
+
+@CASES("a timer, and self.clinical = vector with a gradient", _held_with_gradient)
+class TimedClinical(Timed):
+    def late(self, v: Tensor) -> Tensor:
+        return v * self.clinical
