@@ -365,6 +365,7 @@ class _Tracer:
         outputs = substitute(graph.outputs, self._final)
         updates = {qualified: self._final(name).name for qualified, name in graph.updates.items()}
         needed = _needed(self.nodes, (*refs_in(outputs), *updates.values(), *self._draws(), graph.image))
+        self._refuse_unread_draws(needed)
         states = {name: qualified for name, qualified in self.states.items() if name in needed}
         return Program(
             nodes={name: node for name, node in self.nodes.items() if name in needed},
@@ -377,11 +378,22 @@ class _Tracer:
         )
 
     def _draws(self) -> Iterator[str]:
-        """Small draws that nobody reads: they move the random state."""
+        """Small draws that nobody may read: they move the random state."""
         for node in self.nodes.values():
-            wholes = any(self.nodes[name].kind is Kind.GATHER for name in node.operands)
-            if node.kind is Kind.SMALL and draws(node.target) and not wholes:
+            if node.kind is Kind.SMALL and draws(node.target) and not self._reads_map(node):
                 yield node.name
+
+    def _reads_map(self, node: Node) -> bool:
+        return any(self.nodes[name].kind is Kind.GATHER for name in node.operands)
+
+    def _refuse_unread_draws(self, needed: set[str]) -> None:
+        for node in self.nodes.values():
+            unread = node.name not in needed and draws(node.target)
+            if unread and node.kind is Kind.SMALL and self._reads_map(node):
+                raise UnsupportedModel(
+                    f"'{node.name}' ({node.source or 'the model'}) draws random numbers of a map's size that "
+                    "nothing reads: remove it, since the numbers drawn later depend on it"
+                )
 
     def _final(self, name: str) -> Any:
         """A result of the model, whole."""

@@ -78,12 +78,6 @@ class TimedAlias(Timed):
         return _sign(x) + x
 
 
-@CASES("a timer, and a branch on type(x)", passes(2))
-class TimedClass(Timed):
-    def middle(self, x: Tensor) -> Tensor:
-        return x * (2.0 if type(x) is Tensor else 1.0)
-
-
 @CASES("a timer, and record_function", passes(2))
 class TimedProfile(Timed):
     def middle(self, x: Tensor) -> Tensor:
