@@ -378,7 +378,7 @@ class Streamed(torch.autograd.Function):
         # Saved only so that autograd notices a state or the image being changed before backward.
         ctx.save_for_backward(*anchors, *run.recomputed_from())
         ctx.run = run
-        ctx.places = [anchor.data_ptr() for anchor in anchors]
+        ctx.places = [anchor.data_ptr() for anchor in run.anchors]
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
         # What the user does to a result is no matter to what is computed from it later.
@@ -405,10 +405,9 @@ class Streamed(torch.autograd.Function):
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.run = None
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
-        if ctx.places != [anchor.data_ptr() for anchor in anchors]:
+        if ctx.places != [anchor.data_ptr() for anchor in run.anchors]:
             raise RuntimeError(
-                "the .data of a parameter or of the image was replaced between forward and backward: run the "
-                "forward pass again"
+                "the .data of a parameter was replaced between forward and backward: run the forward pass again"
             )
         arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
         with saved_tensors_hooks_aside():
