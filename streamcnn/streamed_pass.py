@@ -407,7 +407,8 @@ class Streamed(torch.autograd.Function):
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
         if ctx.places != [anchor.data_ptr() for anchor in run.anchors]:
             raise RuntimeError(
-                "the .data of a parameter was replaced between forward and backward: run the forward pass again"
+                "the .data of a parameter was replaced between forward and backward: run the "
+                "forward pass again"
             )
         arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
         with saved_tensors_hooks_aside():
