@@ -295,8 +295,9 @@ class _Functionalizer:
         written = self._itself(written)
         self._refuse_twice(node, written)
         functional, args, kwargs = functional_of(node, _source(node, self))
+        # Only then does the call as it is do on a tile what the functional one does.
+        is_plain = written not in self.viewed and args == node.args and own_name(node.target)
         args, kwargs = self._resolve(args), self._resolve(kwargs)
-        is_plain = written not in self.viewed and node.args and node.args[0] is written
         ref = self._append(
             node,
             node.name,
@@ -304,7 +305,7 @@ class _Functionalizer:
             args,
             kwargs,
             allocates=False,
-            in_place=node.target if is_plain and own_name(node.target) else None,
+            in_place=node.target if is_plain else None,
         )
         self.same[node] = written
         self._write(node, written, ref)
@@ -407,6 +408,8 @@ class _Functionalizer:
             args = (self._again(parts), *args[1:])
         target = node.target
         assert callable(target)
+        if changes_shape(target):
+            target = functional_of(node, _source(node, self))[0]
         return self._append(node, self._fresh(node.name), target, args, kwargs, allocates=False)
 
     def _resolved(self, node: FxNode) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -417,12 +420,10 @@ class _Functionalizer:
     def _resolve(self, value: Any) -> Any:
         if isinstance(value, FxNode):
             return self._read(value)
-        if isinstance(value, (tuple, list)):
-            return (
-                type(value)(map(self._resolve, value))
-                if type(value) in (tuple, list)
-                else tuple(map(self._resolve, value))
-            )
+        if isinstance(value, list):
+            return list(map(self._resolve, value))
+        if isinstance(value, tuple):
+            return tuple(map(self._resolve, value))
         if isinstance(value, dict):
             return {key: self._resolve(each) for key, each in value.items()}
         return value

@@ -291,6 +291,18 @@ def test_writes_through_views_reach_what_they_view() -> None:
     assert_same(update(model), update(plain))
 
 
+class Copied(Net):
+    def middle(self, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        y.copy_(x.sin() * 2)
+        return y.cos()
+
+
+def test_a_map_that_is_copied_into_another() -> None:
+    plain, model = pair(Copied())
+    assert_same(update(model), update(plain))
+
+
 class Clipped(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.conv.weight.data.clamp_(-0.1, 0.1)
