@@ -28,8 +28,8 @@ from streamcnn.autocast import as_recorded
 from streamcnn.capture import RawGraph, RawNode, moved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import Whole
-from streamcnn.in_place import draws
-from streamcnn.ops.pointwise import pointwise_rule
+from streamcnn.in_place import draws, revalued
+from streamcnn.ops.pointwise import pointwise, pointwise_rule
 from streamcnn.ops.reduction_types import Reduction
 from streamcnn.ops.rules import Call, Decline, rule_for
 from streamcnn.ops.user_functions import user_function
@@ -209,6 +209,8 @@ class _Tracer:
             return Decline("")
         if isinstance(call.target, Whole):
             return user_function(self, call)
+        if call.target is revalued:
+            return pointwise(self, call)
         rule = rule_for(call.target) or pointwise_rule(call.target)
         if rule is None:
             return Decline("it has no rule")
