@@ -7,10 +7,9 @@ hooks, modes and compilers, and what the code does besides computing happens as 
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture import CUMULATIVE, RawGraph
 from streamcnn.errors import StreamError, UnsupportedModel
-from streamcnn.guards import CannotBeGuarded, GuardedForward, Run
+from streamcnn.guards import CannotBeGuarded, GuardedForward, Run, silenced
 from streamcnn.surroundings import Surroundings, function_modes_aside
 from streamcnn.unguarded import Capture, capture_anew
 
@@ -166,13 +165,5 @@ def _normalise(self: Any, input: Tensor) -> Tensor:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep PyTorch's own log of a failed trace off the terminal; its reason is in our error."""
-    with ExitStack() as settings:
-        for name in (
-            "torch._dynamo",
-            "torch._subclasses.fake_tensor",
-            "torch.fx.experimental.symbolic_shapes",
-        ):
-            logger = logging.getLogger(name)
-            settings.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL + 1)
+    with silenced("torch._subclasses.fake_tensor"), silenced("torch.fx.experimental.symbolic_shapes"):
         yield

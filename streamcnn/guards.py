@@ -279,7 +279,7 @@ def _dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(patch.dict(handlers, plain))
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
-        settings.enter_context(_silent("torch._dynamo"))
+        settings.enter_context(silenced("torch._dynamo"))
         settings.enter_context(
             config.patch(
                 recompile_limit=many,
@@ -295,7 +295,7 @@ def _dynamo_as_wanted() -> Iterator[None]:
 
 
 @contextmanager
-def _silent(name: str) -> Iterator[None]:
+def silenced(name: str) -> Iterator[None]:
     """Keep one of PyTorch's loggers off the terminal."""
     logger = logging.getLogger(name)
     level = logger.level
