@@ -7,6 +7,7 @@ whose ``backward()`` fills the same gradients.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -289,7 +290,7 @@ class StreamingModel(nn.Module):
     # --- running -------------------------------------------------------------------------------------
 
     @_disable_dynamo
-    def forward(self, image: Image, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, image: Image | None = None, *args: Any, **kwargs: Any) -> Any:
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
 
         What else the module takes goes with it, by place or by name: tensors on its device, small ones and
@@ -304,6 +305,8 @@ class StreamingModel(nn.Module):
         UnsupportedModel, CorruptImage, DatasetMismatch
             For a module that cannot be captured and for images that cannot be used.
         """
+        if image is None:
+            image, kwargs = self._image_by_name(kwargs)
         if is_fake(image):
             # Inside another model, which is being captured.
             return self.net(image, *args, **kwargs)
@@ -325,6 +328,13 @@ class StreamingModel(nn.Module):
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
         return self._call(self.net, here, args, kwargs, run, surroundings)
+
+    def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
+        """The image that was passed under the name that the module gives it, and what else was passed."""
+        name = next(iter(inspect.signature(self.net.forward).parameters), "")
+        if name not in kwargs:
+            raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
+        return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
     def _run_parts(
         self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
@@ -377,6 +387,8 @@ def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None
     by_memory: dict[int, list[str]] = {}
     for key, state in states.items() if graph.updates else ():
         by_memory.setdefault(state.untyped_storage().data_ptr(), []).append(key)
+    # Tensors on the meta device have no memory.
+    by_memory.pop(0, None)
     for keys in by_memory.values():
         for first, second in permutations(keys, 2):
             if first in graph.updates and _overlap(states[first], states[second]):

@@ -15,6 +15,9 @@ from benchmarks.compatibility.snapshot import differences, snapshot
 from streamcnn import StreamingModel
 from streamcnn.errors import UnsupportedModel
 
+# TorchScript, which a case has, is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
 
 def _parameters() -> list[Any]:
     return [
