@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 from streamcnn.autocast import Casts
 from streamcnn.flattening import Whole
+from streamcnn.program import refs_in
 from streamcnn.windows import Axes
 
 CUMULATIVE = math.nan
@@ -40,6 +41,11 @@ class RawNode:
     """Whether autograd would record it."""
     casts: Casts | None = None
     """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
+    operands: tuple[str, ...] = field(init=False, compare=False)
+    """Names of the values it reads, each once."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operands", refs_in((self.args, dict(self.kwargs))))
 
 
 @dataclass(frozen=True, slots=True)

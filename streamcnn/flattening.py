@@ -8,6 +8,7 @@ under ``vmap``) becomes one call of a :class:`Whole`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -120,8 +121,8 @@ def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
     assert mode is not None
     tracer = mode.tracer
 
-    def proxy_of(tensor: Tensor) -> Any:
-        found = get_proxy_slot(tensor, tracer, None, lambda tracked: tracked.proxy)
+    def known(tensor: Tensor) -> Any:
+        found = proxy_of(tensor)
         if found is None:
             raise UnsupportedModel(
                 f"{target.name} takes a tensor that is no part of the forward pass: "
@@ -129,13 +130,20 @@ def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
             )
         return found
 
-    proxies = pytree.tree_map_only(Tensor, proxy_of, args)
+    proxies = pytree.tree_map_only(Tensor, known, args)
     target.like = pytree.tree_map_only(Tensor, on_meta, like)
     with disable_proxy_modes_tracing():
         results = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, tensor.device), like)
     proxy = tracer.create_proxy("call_function", target, tuple(proxies), {})
     track_tensor_tree(results, proxy, constant=None, tracer=tracer)
     return results
+
+
+def proxy_of(tensor: Tensor) -> Any:
+    """What stands for a tensor in the graph that is being made; None if that does not know it."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    return get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy)
 
 
 def on_meta(tensor: Tensor) -> Tensor:
@@ -301,12 +309,8 @@ def _fold(
     call.meta.update(region[0].meta)
     call.meta["example_value"] = tuple(node.meta["example_value"] for node in given)
     for index, node in enumerate(given):
-        copies[node] = graph.call_function(_item, (call, index))
+        copies[node] = graph.call_function(operator.getitem, (call, index))
         copies[node].meta.update(node.meta)
-
-
-def _item(values: Any, index: int) -> Any:
-    return values[index]
 
 
 # --- fake tensors ----------------------------------------------------------------------------------------

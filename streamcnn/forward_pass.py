@@ -67,7 +67,7 @@ class ForwardPass:
             except BaseException:
                 capture.undo()
                 raise
-            return capture.result(results[: len(results) - capture.graph.num_checks])
+            return capture.result(results)
 
 
 def stand_in(

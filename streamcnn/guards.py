@@ -39,7 +39,8 @@ from streamcnn.functional import functionalized
 from streamcnn.surroundings import function_modes_aside
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
-"""Carries a captured graph out, given the tensors of its states by key; its results in order."""
+"""Carries a captured graph out, given the tensors of its states by key; its results in order, without those
+that are only checked."""
 
 _MOST_GRAPHS = 32
 """Captured graphs kept before all are dropped: images of ever new sizes make one each."""
@@ -189,8 +190,7 @@ class _Captured:
             self._module = None
         call.has_begun = True
         states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
-        results = call.run(self._graph, states)
-        return results[: len(results) - self._graph.num_checks]
+        return call.run(self._graph, states)
 
 
 class _GuardedCall:

@@ -17,11 +17,11 @@ from streamcnn.program import Ref
 
 aten = torch.ops.aten
 
-_SAME_VALUES = frozenset({"alias", "detach", "contiguous", "to", "type_as", "lift_fresh", "view_as_same"})
+_SAME_VALUES = frozenset({"alias", "detach", "contiguous", "to", "type_as", "lift_fresh"})
 _REGROUPED = frozenset(
     {
         *("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"),
-        *("squeeze", "unsqueeze", "expand_as_same"),
+        *("squeeze", "unsqueeze"),
     }
 )
 _PERMUTED = frozenset(

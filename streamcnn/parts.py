@@ -17,7 +17,7 @@ from torch import Tensor
 from streamcnn.capture import RawGraph, RawNode, moved, spatial_axes
 from streamcnn.flattening import UPDATING
 from streamcnn.in_place import draws
-from streamcnn.program import Ref, refs_in
+from streamcnn.program import Ref
 
 VALUE = "value "
 """How the keys of values begin that an earlier part hands over."""
@@ -68,7 +68,7 @@ def parts_of(graph: RawGraph) -> tuple[Part, ...]:
     _keep_together(graph, where)
     readers: dict[str, set[int]] = {name: set() for name in where}
     for name, depth in where.items():
-        for operand in _operands(nodes[name]):
+        for operand in nodes[name].operands:
             if operand in where and where[operand] != depth:
                 readers[operand].add(depth)
     image = (graph.image,) if Ref(graph.image) in graph.outputs else ()
@@ -92,16 +92,12 @@ def _depths(graph: RawGraph) -> dict[str, int]:
     behind: dict[str, int] = {}
     """For each call, the depth of what it hands on."""
     for node in graph.nodes:
-        depth = max((behind.get(operand, 0) for operand in _operands(node)), default=0)
+        depth = max((behind.get(operand, 0) for operand in node.operands), default=0)
         if node.name in results:
             depths[node.name] = depth
             depth += 1
         behind[node.name] = depth
     return depths
-
-
-def _operands(node: RawNode) -> tuple[str, ...]:
-    return refs_in((node.args, dict(node.kwargs)))
 
 
 def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
@@ -111,7 +107,7 @@ def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
         name = pending.pop()
         if name not in found:
             found[name] = None
-            pending.extend(operand for operand in _operands(nodes[name]) if operand in nodes)
+            pending.extend(operand for operand in nodes[name].operands if operand in nodes)
     return list(found)
 
 
@@ -120,7 +116,7 @@ def _place_draws(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str,
     for node in graph.nodes:
         if draws(node.target):
             needed = _needed(nodes, [node.name])
-            if len(needed) == 1 or all(graph.image not in _operands(nodes[name]) for name in needed):
+            if len(needed) == 1 or all(graph.image not in nodes[name].operands for name in needed):
                 where.update(dict.fromkeys(needed, 0))
 
 

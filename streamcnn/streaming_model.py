@@ -324,7 +324,9 @@ class StreamingModel(nn.Module):
             _refuse_changes(graph, image)
             _refuse_shared_memory(graph, states)
             captured = Captured(graph, states, reader.device)
-            return self._run_parts(captured, reader, image if image_gradient else None, surroundings)
+            results = self._run_parts(captured, reader, image if image_gradient else None, surroundings)
+            asked = results[: len(results) - graph.num_checks]
+            return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
         return self._call(self.net, here, args, kwargs, run, surroundings)
@@ -352,8 +354,8 @@ class StreamingModel(nn.Module):
             states = {**captured.states, **before, **handed}
             piece = Captured(part.graph(graph, taken), states, captured.device)
             values |= zip(part.given, self._run(piece, reader, image, surroundings), strict=True)
-        found: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
-        return [captured.states[each.key] if isinstance(each, Given) else each for each in found]
+        results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
+        return results
 
     def _run(
         self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
@@ -379,7 +381,7 @@ class StreamingModel(nn.Module):
                 outputs = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
         by_name = dict(zip(names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
-        return [captured.states[each.key] if isinstance(each, Given) else each for each in results]
+        return results
 
 
 def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 The user's Python runs on fake tensors, as often as the model is called, and its operators are recorded; so
 what it prints, draws or counts happens as in plain PyTorch. Nothing that it reads can be out of date. A fake
-tensor that it leaves anywhere, in an attribute or with a hook, is found: then the pass is refused, and the
-module put back as it was.
+tensor that it leaves in an attribute, or in a list or dict there, gives way to the real one after the pass.
+Anywhere else it is found: then the pass is refused, and the module put back as it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
@@ -29,7 +29,7 @@ from torch.utils import checkpoint
 
 from streamcnn.capture import ARGUMENT, RawGraph
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, record_whole
+from streamcnn.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
 from streamcnn.functional import functionalized
 from streamcnn.leftovers import (
     Place,
@@ -128,7 +128,7 @@ class _Call:
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
         """Hooks on gradients by the name of the traced value."""
         self.made: list[weakref.ref[Tensor]] = []
-        self.image_names: frozenset[str] = frozenset()
+        self.image_name = ""
         self.places: list[Place] = []
         """Where the module keeps tensors that its forward pass has made."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
@@ -172,7 +172,7 @@ class _Call:
                     *self.net.named_buffers(remove_duplicate=False),
                 )
             }
-            self.image_names = _names_of(image)
+            self.image_name = proxy_of(image).node.name
             self._put_attributes(by_key)
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
                 with _functions_whole():
@@ -185,15 +185,6 @@ class _Call:
             return (*leaves, *kept)
 
         return function
-
-
-def _names_of(tensor: Tensor) -> frozenset[str]:
-    """The name of a traced tensor's node."""
-    mode = get_proxy_mode()
-    assert mode is not None
-    name = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node.name)
-    assert name is not None
-    return frozenset({name})
 
 
 class _Watch(TorchFunctionMode):
@@ -229,10 +220,9 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> _Handle:
-        mode = get_proxy_mode()
-        assert mode is not None
-        node = get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy.node)
-        if node is None or (node.op == "placeholder" and node.name not in self.call.image_names):
+        proxy = proxy_of(tensor)
+        node = None if proxy is None else proxy.node
+        if node is None or (node.op == "placeholder" and node.name != self.call.image_name):
             raise UnsupportedModel(
                 "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from "
                 "outside: set it once, outside of the forward pass"
