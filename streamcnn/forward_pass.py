@@ -8,10 +8,10 @@ hooks, modes and compilers, and what the code does besides computing happens as 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -22,9 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture import CUMULATIVE, RawGraph
 from streamcnn.errors import StreamError, UnsupportedModel
-from streamcnn.guards import CannotBeGuarded, GuardedForward, Run, silenced
+from streamcnn.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
 from streamcnn.surroundings import Surroundings, function_modes_aside
 from streamcnn.unguarded import Capture, capture_anew
+
+T = TypeVar("T")
 
 
 class ForwardPass:
@@ -69,6 +71,35 @@ class ForwardPass:
                 raise
             return capture.result(results)
 
+    def until_captured(
+        self,
+        net: nn.Module,
+        image: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        take: Callable[[RawGraph, Mapping[str, Tensor]], T],
+    ) -> T:
+        """What ``take`` makes of a call's graph and its states; the call ends there and leaves nothing.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the call cannot be captured; the module is as it was.
+        """
+        found: list[T] = []
+
+        def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+            found.append(take(graph, states))
+            raise _Taken
+
+        with suppress(_Taken):
+            self(net, image, args, kwargs, run)
+        return found[0]
+
+
+class _Taken(Exception):
+    """Ends a call whose graph is all that is wanted."""
+
 
 def stand_in(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, requires_grad: bool = False
@@ -86,23 +117,10 @@ def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Ra
     UnsupportedModel
         If the module cannot be captured at this shape.
     """
-    found: list[RawGraph] = []
-
-    def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
-        found.append(graph)
-        raise _Taken
-
     first = next(iter((*module.parameters(), *module.buffers())), None)
     device = torch.device("cpu") if first is None else first.device
-    try:
-        ForwardPass()(module, stand_in(shape, dtype, device), (), {}, take)
-    except _Taken:
-        pass
-    return found[0]
-
-
-class _Taken(Exception):
-    """Ends a call whose graph is all that is wanted."""
+    image = stand_in(shape, dtype, device)
+    return ForwardPass().until_captured(module, image, (), {}, lambda graph, states: graph)
 
 
 def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
@@ -125,18 +143,17 @@ def _reason(error: Exception) -> str:
         return "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
     if isinstance(error, DynamicOutputShapeException):
         return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return first_line(error).rstrip(".")
 
 
 def _line_of(error: Exception) -> str:
     """The last line of code outside PyTorch and this package that an error passed through."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((_TORCH, _HERE))]
+    own = [frame for frame in frames if not frame.filename.startswith((TORCH_FOLDER, _HERE))]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
 
 
-_TORCH, _HERE = (str(Path(file).parent) for file in (torch.__file__, __file__))
+_HERE = str(Path(__file__).parent)
 
 
 @contextmanager

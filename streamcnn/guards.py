@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those
 that are only checked."""
 
+TORCH_FOLDER = str(Path(torch.__file__).parent)
 _MOST_GRAPHS = 32
 """Captured graphs kept before all are dropped: images of ever new sizes make one each."""
 
@@ -121,7 +123,7 @@ def _followed(call: _GuardedCall, compiled: Callable[..., Any], *inputs: Any) ->
     except Exception as error:
         if call.has_begun:
             raise
-        raise CannotBeGuarded(_first_line(error)) from error
+        raise CannotBeGuarded(first_line(error)) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -267,16 +269,11 @@ def _dynamo_as_wanted() -> Iterator[None]:
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     handlers = TorchInGraphFunctionVariable._get_handlers()
-    plain = {
-        function: _said_to_torch_alone(handler)
-        for function, handler in handlers.items()
-        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling")
-    }
     many = 2**30
     with ExitStack() as settings:
         settings.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\._dynamo")
-        settings.enter_context(patch.dict(handlers, plain))
+        settings.enter_context(patch.dict(handlers, _plain_answers()))
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
         settings.enter_context(silenced("torch._dynamo"))
@@ -310,6 +307,18 @@ def _never(value: object) -> bool:
     return False
 
 
+@cache
+def _plain_answers() -> dict[Any, Callable[..., Any]]:
+    """Handlers of the functions that say whether code is being compiled; every pass has them in place."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    return {
+        function: _said_to_torch_alone(handler)
+        for function, handler in TorchInGraphFunctionVariable._get_handlers().items()
+        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling")
+    }
+
+
 def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo's answer to whether it is compiling, as PyTorch's own code gets it: to the user's it is no.
 
@@ -318,16 +327,14 @@ def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
     from torch._dynamo.variables import ConstantVariable
 
     def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if tx.f_code.co_filename.startswith(_TORCH):
+        if tx.f_code.co_filename.startswith(TORCH_FOLDER):
             return handler(self, tx, *args, **kwargs)
         return ConstantVariable.create(False)
 
     return handle
 
 
-_TORCH = str(Path(torch.__file__).parent)
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or what kind of error it is."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, permutations
 from pathlib import Path
@@ -244,19 +243,16 @@ class StreamingModel(nn.Module):
         machine: Machine | None = None,
     ) -> Planned:
         """The plan of a call that ends where it would be carried out."""
-        device, found = self._device(), []
+        device = self._device()
 
-        def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+        def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device)
             wish = self._wish(captured, shape, dtype, image_gradient=image_gradient)
             present = wish if machine is not None else self._present(captured, wish)
-            found.append(self._planning.plan(captured, present, machine or Machine.here(device)))
-            raise _Planned
+            return self._planning.plan(captured, present, machine or Machine.here(device))
 
         image = stand_in(shape, dtype, device, requires_grad=image_gradient)
-        with suppress(_Planned):
-            self._call(self.net, image, tuple(inputs), dict(named or {}), take)
-        return found[0]
+        return self._call.until_captured(self.net, image, tuple(inputs), dict(named or {}), take)
 
     def _wish(
         self,
@@ -418,10 +414,6 @@ def _as_before(key: str, state: Tensor) -> Tensor:
             "on each other: change it outside, or return the results that the loss needs"
         )
     return state.detach().clone()
-
-
-class _Planned(Exception):
-    """Ends a call that was to be planned only."""
 
 
 def _refuse_changes(graph: RawGraph, image: Image) -> None:
