@@ -14,6 +14,7 @@ from torch.fx import Node as FxNode
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import is_fake
 from streamcnn.program import Ref
+from streamcnn.schemas import bound, operator_name, places_of_axes
 
 aten = torch.ops.aten
 
@@ -55,16 +56,12 @@ def overwritten(node: FxNode) -> tuple[Any, ...]:
 
 def changes_shape(target: object) -> bool:
     """Whether an in-place call makes its argument a view of itself."""
-    return isinstance(target, OpOverload) and _name(target) in _SHAPES
+    return operator_name(target) in _SHAPES
 
 
 def own_name(target: object) -> bool:
     """Whether a target is the in-place form of an operator, ``relu_``, rather than one with ``out=``."""
-    return isinstance(target, OpOverload) and _name(target).endswith("_")
-
-
-def _name(target: OpOverload) -> str:
-    return target._schema.name.split("::")[1]
+    return operator_name(target).endswith("_")
 
 
 # --- functional forms ------------------------------------------------------------------------------------
@@ -80,7 +77,7 @@ def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[
     """
     target = node.target
     assert isinstance(target, OpOverload)
-    name = _name(target)
+    name = operator_name(target)
     if name == "copy_" or _exchanges_data(node, target):
         return _copy(node)
     if name in _STORAGE:
@@ -148,7 +145,7 @@ def draws(target: object) -> bool:
 def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's arguments, with the probability that ``bernoulli_`` leaves out."""
     args, kwargs = tuple(node.args), dict(node.kwargs)
-    if _name(target) == "bernoulli_" and target._overloadname == "float" and len(args) == 1:
+    if operator_name(target) == "bernoulli_" and target._overloadname == "float" and len(args) == 1:
         kwargs = {key: value for key, value in kwargs.items() if key != "p"}
         args = (*args, node.kwargs.get("p", 0.5))
     return args, kwargs
@@ -211,7 +208,7 @@ def asserted(condition: Tensor, message: str) -> Tensor:
 
 def is_detached(node: FxNode) -> bool:
     """Whether a view cuts the gradient off."""
-    return isinstance(node.target, OpOverload) and _name(node.target).rstrip("_") == "detach"
+    return operator_name(node.target).rstrip("_") == "detach"
 
 
 # --- views -----------------------------------------------------------------------------------------------
@@ -236,7 +233,7 @@ def is_view(node: FxNode) -> FxNode | None:
 
 
 def _is_divided(node: FxNode) -> bool:
-    return isinstance(node.target, OpOverload) and _name(node.target) in _DIVIDED
+    return operator_name(node.target) in _DIVIDED
 
 
 def _shares_memory(node: FxNode, parent: FxNode) -> bool:
@@ -261,7 +258,7 @@ def scattered(
     if view.target is operator.getitem:
         return _into_part(view, before, value)
     assert isinstance(view.target, OpOverload)
-    name, shape = _name(view.target).rstrip("_"), _parent_shape(view)
+    name, shape = operator_name(view.target).rstrip("_"), _parent_shape(view)
     if name == "view" and view.target._overloadname == "dtype":
         name = "a view of another type"
     if name in _PERMUTED:
@@ -299,12 +296,7 @@ def _parent_shape(view: FxNode) -> torch.Size:
 
 def _bound(view: FxNode, *names: str) -> list[Any]:
     """Arguments of a view's call by name, defaults filled in."""
-    assert isinstance(view.target, OpOverload)
-    values = {}
-    for position, argument in enumerate(view.target._schema.arguments):
-        given = view.kwargs.get(argument.name, argument.default_value)
-        values[argument.name] = view.args[position] if position < len(view.args) else given
-    return [values[name] for name in names]
+    return bound(view.target, view.args, view.kwargs, *names)
 
 
 def _sliced(view: FxNode, name: str, shape: torch.Size) -> tuple[int, int, int, int]:
@@ -319,11 +311,8 @@ def _sliced(view: FxNode, name: str, shape: torch.Size) -> tuple[int, int, int, 
 
 def _inverse(view: FxNode, shape: torch.Size) -> list[int]:
     """The permutation that undoes a view's."""
-    # Axis d of the probe has d + 1 positions, so the result's shape tells where each axis went.
-    probe = torch.empty(tuple(range(1, len(shape) + 1)), device="meta")
     assert callable(view.target)
-    moved = view.target(probe, *view.args[1:], **view.kwargs).shape
-    return [list(moved).index(axis + 1) for axis in range(len(shape))]
+    return places_of_axes(view.target, len(shape), view.args[1:], view.kwargs)
 
 
 def _into_part(view: FxNode, before: Ref, value: Ref) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -333,7 +322,7 @@ def _into_part(view: FxNode, before: Ref, value: Ref) -> tuple[Callable[..., Any
     assert isinstance(parts.target, OpOverload)
     assert isinstance(index, int)
     (dim,) = _bound(parts, "dim")
-    if _name(parts.target) == "unbind":
+    if operator_name(parts.target) == "unbind":
         return aten.select_scatter.default, (before, value, dim, index)
     sizes = [part.shape[dim] for part in parts.meta["val"]]
     start = sum(sizes[:index])

@@ -16,6 +16,7 @@ import torch
 from torch._ops import OpOverload
 
 from streamcnn.program import Axes, Link, Ref, TensorSpec
+from streamcnn.schemas import bound
 
 if TYPE_CHECKING:
     from streamcnn.ops.reduction_types import Reduction
@@ -38,16 +39,7 @@ class Call:
 
     def bind(self, *names: str) -> list[Any]:
         """Values of the schema's arguments ``names``, defaults filled in."""
-        assert isinstance(self.target, OpOverload)
-        values = {}
-        for position, argument in enumerate(self.target._schema.arguments):
-            if position < len(self.args):
-                values[argument.name] = self.args[position]
-            elif argument.name in self.kwargs:
-                values[argument.name] = self.kwargs[argument.name]
-            else:
-                values[argument.name] = argument.default_value
-        return [values[name] for name in names]
+        return bound(self.target, self.args, self.kwargs, *names)
 
 
 class Tracer(Protocol):

@@ -16,6 +16,7 @@ from streamcnn.ops.pointwise import per_position
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
 from streamcnn.regions import Region
+from streamcnn.schemas import places_of_axes
 from streamcnn.windows import with_extents
 
 aten = torch.ops.aten
@@ -40,10 +41,9 @@ def _axes(tracer: Tracer, ref: Ref) -> Axes:
 def permute(tracer: Tracer, call: Call) -> Ref:
     """Axes in another order."""
     ref = call.args[0]
-    # Axis d of the probe has d + 1 positions, so the result's shape tells where each axis went.
-    probe = torch.empty(tuple(range(1, len(tracer.spec(ref).shape) + 1)), device="meta")
-    moved = call.target(probe, *call.args[1:], **call.kwargs).shape
-    rows, cols = (moved.index(axis + 1) for axis in _axes(tracer, ref))
+    ndim = len(tracer.spec(ref).shape)
+    places = places_of_axes(call.target, ndim, call.args[1:], call.kwargs)
+    rows, cols = (places[axis] for axis in _axes(tracer, ref))
     links = {ref.name: Link()}
     like = tracer.fake(call)
     return tracer.local(call.target, call.args, call.kwargs, like=like, axes=(rows, cols), links=links)

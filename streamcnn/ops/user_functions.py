@@ -23,6 +23,7 @@ from streamcnn.ops.convolution import chain
 from streamcnn.ops.pointwise import align_operands, common_axes, pointwise, pointwise_rule
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule_for
 from streamcnn.program import Ref, refs_in
+from streamcnn.schemas import operator_name
 
 aten = torch.ops.aten
 
@@ -99,7 +100,7 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
             continue
         value = node.meta.get("val")
         keeps = isinstance(value, Tensor) and (value.dim() == 0 or value.shape == shape)
-        identity = _name(node.target) in _SAME_SHAPE and keeps
+        identity = operator_name(node.target) in _SAME_SHAPE and keeps
         if not identity and not (_treats_alike(node.target) and keeps):
             return False
     return True
@@ -107,11 +108,6 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
 
 def _treats_alike(target: Any) -> bool:
     return rule_for(target) is pointwise or pointwise_rule(target) is not None
-
-
-def _name(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    return "" if schema is None else schema.name.split("::")[1]
 
 
 def _is_linear(traced: GraphModule) -> bool:
@@ -128,7 +124,7 @@ def _is_linear(traced: GraphModule) -> bool:
 
 
 def _keeps_linear(node: FxNode, linear: Mapping[FxNode, bool]) -> bool:
-    name = _name(node.target)
+    name = operator_name(node.target)
     operands = [linear.get(arg, False) if isinstance(arg, FxNode) else None for arg in node.args]
     if name in _SAME_SHAPE or node.target is operator.getitem or name == "neg":
         return True

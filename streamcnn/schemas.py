@@ -1,0 +1,36 @@
+"""What ATen's schemas and shapes say of a call: its operator's name, its arguments by name, where axes go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+
+def operator_name(target: object) -> str:
+    """An operator's name without namespace and overload, ``"relu_"``; empty for what is no operator."""
+    return target._schema.name.split("::")[1] if isinstance(target, OpOverload) else ""
+
+
+def bound(target: object, args: Sequence[Any], kwargs: Mapping[str, Any], *names: str) -> list[Any]:
+    """Values of the schema's arguments ``names``, defaults filled in."""
+    assert isinstance(target, OpOverload)
+    values = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if position < len(args):
+            values[argument.name] = args[position]
+        else:
+            values[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return [values[name] for name in names]
+
+
+def places_of_axes(
+    target: Callable[..., Any], ndim: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[int]:
+    """Where a permutation puts each axis of a tensor; ``args`` are those after the tensor."""
+    # Axis d of the probe has d + 1 positions, so the result's shape tells where each axis went.
+    probe = torch.empty(tuple(range(1, ndim + 1)), device="meta")
+    after = list(target(probe, *args, **kwargs).shape)
+    return [after.index(axis + 1) for axis in range(ndim)]
