@@ -8,12 +8,13 @@ streaming, and holds nothing of the user's Python but functions that run whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from streamcnn.autocast import Casts
 from streamcnn.flattening import Whole
@@ -102,6 +103,19 @@ def moved(statistic: Tensor, normalised: Tensor) -> Tensor:
 
 ARGUMENT = "argument "
 """How the keys of further arguments begin."""
+
+
+def named_arguments(arguments: Any) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of a call's further arguments, which are its ``(args, kwargs)``."""
+    for path, leaf in pytree.tree_leaves_with_path(arguments):
+        if isinstance(leaf, Tensor):
+            yield f"{ARGUMENT}{pytree.keystr(path[1:])}", leaf
+
+
+def module_states(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names: tied ones have several."""
+    parameters = net.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(net.named_buffers(remove_duplicate=False))}
 
 
 def is_argument(key: str) -> bool:

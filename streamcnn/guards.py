@@ -31,9 +31,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-from streamcnn.capture import ARGUMENT, RawGraph
+from streamcnn.capture import RawGraph, module_states, named_arguments
 from streamcnn.errors import StreamError
 from streamcnn.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 from streamcnn.functional import functionalized
@@ -246,12 +245,8 @@ def _fake_of(node: torch.fx.Node, is_image: bool) -> Tensor:
 def _names(net: nn.Module, arguments: Any) -> dict[int, str]:
     """Keys of tensors by their identity: qualified names, or the place among further arguments."""
     named: dict[int, str] = {}
-    for path, leaf in pytree.tree_leaves_with_path(arguments):
-        if isinstance(leaf, Tensor):
-            named.setdefault(id(leaf), f"{ARGUMENT}{pytree.keystr(path[1:])}")
-    for tensors in (net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)):
-        for name, tensor in tensors:
-            named.setdefault(id(tensor), name)
+    for key, tensor in (*named_arguments(arguments), *module_states(net).items()):
+        named.setdefault(id(tensor), key)
     return named
 
 

@@ -186,12 +186,6 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
     return Planned(*make_plan(program, request, gradients))
 
 
-def module_states(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names: tied ones have several."""
-    parameters = net.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(net.named_buffers(remove_duplicate=False))}
-
-
 def module_dtype(net: nn.Module) -> torch.dtype:
     """The element type of a module's first parameter, or the default one."""
     first = next(net.parameters(), None)

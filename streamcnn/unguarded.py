@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture import ARGUMENT, RawGraph
+from streamcnn.capture import RawGraph, module_states, named_arguments
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
 from streamcnn.functional import functionalized
@@ -106,9 +106,8 @@ def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         found.setdefault(id(tensor), (name, tensor))
-    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
-        if isinstance(leaf, Tensor):
-            found.setdefault(id(leaf), (f"{ARGUMENT}{pytree.keystr(path[1:])}", leaf))
+    for name, tensor in named_arguments((args, kwargs)):
+        found.setdefault(id(tensor), (name, tensor))
     for _, key, value in entries(net):
         if isinstance(value, Tensor):
             found.setdefault(id(value), (f"attribute {key} ({len(found)})", value))
@@ -165,13 +164,7 @@ class _Call:
                 return by_key[self.keys[id(leaf)]] if id(leaf) in self.keys else leaf
 
             args, kwargs = pytree.tree_map(traced, self.arguments)
-            own = {
-                name: by_key[self.keys[id(tensor)]]
-                for name, tensor in (
-                    *self.net.named_parameters(remove_duplicate=False),
-                    *self.net.named_buffers(remove_duplicate=False),
-                )
-            }
+            own = {n: by_key[self.keys[id(state)]] for n, state in module_states(self.net).items()}
             self.image_name = proxy_of(image).node.name
             self._put_attributes(by_key)
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
