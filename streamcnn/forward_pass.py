@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from streamcnn.capture import CUMULATIVE, RawGraph
 from streamcnn.errors import StreamError, UnsupportedModel
 from streamcnn.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
-from streamcnn.surroundings import Surroundings, function_modes_aside
+from streamcnn.surroundings import Surroundings, collector, function_modes_aside
 from streamcnn.unguarded import Capture, capture_anew
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Ra
 
 def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
     try:
-        with _quiet():
+        with _quiet(), collector(on=False):
             return capture_anew(net, image, args, kwargs)
     except StreamError:
         raise

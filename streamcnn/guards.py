@@ -12,6 +12,7 @@ image's shape, which takes no memory.
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 import os
@@ -36,7 +37,7 @@ from streamcnn.capture import RawGraph, module_states, named_arguments
 from streamcnn.errors import StreamError
 from streamcnn.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 from streamcnn.functional import functionalized
-from streamcnn.surroundings import function_modes_aside
+from streamcnn.surroundings import collector, function_modes_aside
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those
@@ -116,7 +117,8 @@ class GuardedForward:
 def _followed(call: _GuardedCall, compiled: Callable[..., Any], *inputs: Any) -> Any:
     """The result of a call, or the news that Dynamo cannot follow its code."""
     try:
-        return compiled(*inputs)
+        with collector(on=False):
+            return compiled(*inputs)
     except StreamError:
         raise
     except Exception as error:
@@ -191,7 +193,8 @@ class _Captured:
             self._module = None
         call.has_begun = True
         states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
-        return call.run(self._graph, states)
+        with collector(call.collects):
+            return call.run(self._graph, states)
 
 
 class _GuardedCall:
@@ -207,6 +210,7 @@ class _GuardedCall:
         self.net = net
         self.arguments = (args, kwargs)
         self.run = run
+        self.collects = gc.isenabled()
         self.has_begun = False
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> tuple[RawGraph, tuple[str | None, ...]]:
@@ -259,7 +263,7 @@ def _path_of(place: str) -> str:
 @contextmanager
 def _dynamo_as_wanted() -> Iterator[None]:
     """Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
-    from torch._dynamo import config
+    from torch._dynamo import config, symbolic_convert
     from torch._dynamo.variables.misc import RandomVariable
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
@@ -272,6 +276,8 @@ def _dynamo_as_wanted() -> Iterator[None]:
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
         settings.enter_context(silenced("torch._dynamo"))
+        # It parses whole files for the sake of a line of the log.
+        settings.enter_context(patch.object(symbolic_convert, "get_funcname", _unnamed))
         settings.enter_context(
             config.patch(
                 recompile_limit=many,
@@ -300,6 +306,10 @@ def silenced(name: str) -> Iterator[None]:
 
 def _never(value: object) -> bool:
     return False
+
+
+def _unnamed(filename: str, lineno: int) -> None:
+    return None
 
 
 @cache

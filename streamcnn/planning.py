@@ -24,6 +24,7 @@ from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.program import Program, differentiated
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import SpillPlace
+from streamcnn.surroundings import collector
 from streamcnn.tracing import Trace
 
 CONTEXT_BYTES = 960 * 2**20
@@ -182,8 +183,9 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
     def gradients(program: Program) -> frozenset[str]:
         return differentiated(program, request.leaves & program.nodes.keys())
 
-    program = Trace(graph, captured.states, wish.dtype, captured.device).program
-    return Planned(*make_plan(program, request, gradients))
+    with collector(on=False):
+        program = Trace(graph, captured.states, wish.dtype, captured.device).program
+        return Planned(*make_plan(program, request, gradients))
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:

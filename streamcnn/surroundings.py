@@ -6,6 +6,7 @@ their tensors, and a profiler's mode must not see their operators. The pass itse
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,21 @@ class Surroundings:
         finally:
             _take_hooks()
             _take_modes()
+
+
+@contextmanager
+def collector(on: bool) -> Iterator[None]:
+    """Run a block with Python's cyclic collector at work or not.
+
+    Capture and planning make a great many objects, which stay, in a few seconds: the collector would walk
+    all of them and all of PyTorch's again and again, for a quarter of that time.
+    """
+    was_on = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        yield
+    finally:
+        (gc.enable if was_on else gc.disable)()
 
 
 @contextmanager

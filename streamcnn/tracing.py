@@ -128,6 +128,8 @@ class _Tracer:
         self.note = ""
         self.resident = False
         self.plain_bytes = 0
+        self.known: dict[Any, Any] = {}
+        """Fake results of calls by what they are functions of: networks repeat their blocks."""
 
     def mark(self) -> _Mark:
         """How much has been recorded."""
@@ -151,6 +153,7 @@ class _Tracer:
         fork.states = self.states
         fork.moved = dict(islice(self.moved.items(), mark.moved))
         fork.plain_bytes = mark.plain_bytes
+        fork.known = self.known
         fork.resident = True
         return fork
 
@@ -250,15 +253,25 @@ class _Tracer:
             return self.fakes[name]
 
         args, kwargs = substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of)
-        with as_recorded(grad=True, casts=self.raw.casts if self.raw is not None else None):
+        casts = self.raw.casts if self.raw is not None else None
+        key = (call.target, casts, _look(args), _look(kwargs))
+        with as_recorded(grad=True, casts=casts):
             try:
-                return call.target(*args, **kwargs)
+                return self._once(key, lambda: call.target(*args, **kwargs))
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedModel(
                     f"{_target_name(self.raw)} in {self._where()} gives a value or a shape that depends on "
                     "the values of tensors (.item(), a boolean mask as an index, nonzero): keep it a tensor, "
                     "or compute with torch.where and masks of fixed shape"
                 ) from error
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        try:
+            if key not in self.known:
+                self.known[key] = make()
+        except TypeError:
+            return make()
+        return self.known[key]
 
     def _where(self) -> str:
         return (self.raw.source if self.raw is not None else "") or "the model"
@@ -310,8 +323,12 @@ class _Tracer:
 
     def reduce(self, reduction: Reduction, ref: Ref) -> tuple[Ref, ...]:
         node = self.nodes[ref.name]
-        parts = reduction.partial(self.fakes[ref.name], Region.whole(node.size))
-        results = reduction.finish(parts, node.tensor.dtype)
+        fake = self.fakes[ref.name]
+
+        def finished() -> tuple[Tensor, ...]:
+            return reduction.finish(reduction.partial(fake, Region.whole(node.size)), node.tensor.dtype)
+
+        results = self._once((reduction, _look(fake)), finished)
         whole = self._add(self._fresh(), results, kind=Kind.REDUCTION, args=(ref,), reduction=reduction)
         return self._items(whole)
 
@@ -410,6 +427,17 @@ class _Tracer:
 def _target_name(raw: RawNode | None) -> str:
     target = raw.target if raw is not None else None
     return str(target.overloadpacket) if isinstance(target, OpOverload) else str(target)
+
+
+def _look(value: Any) -> Any:
+    """What the shape and type of a call's result can depend on, in an argument."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_look, value))
+    if isinstance(value, dict):
+        return tuple((key, _look(item)) for key, item in value.items())
+    return (type(value), value)
 
 
 def _spec_of(value: Any) -> TensorSpec:
