@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.class_folders import classes_in_folders
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.image_files import find_images
 from streamcnn.data.label_table import class_names, label_number, read_rows
 from streamcnn.data.sources import ImageSource, is_image, open_image
+from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
 from streamcnn.errors import DatasetMismatch, some
 
-SPLITS = ("train", "val", "validation", "test")
-"""Names of folders that are taken for splits if all that lie beside each other have one of them."""
 UNSPLIT = "train"
 """The split of images of which nothing says one."""
 
@@ -45,9 +45,10 @@ class FileDataset(ImageDataset):
     path
         A CSV file with the columns ``image`` (a path, taken from the table's folder if it is relative),
         ``label`` and, if wanted, ``split``; or a folder with a folder of images for each class, and above
-        them, if wanted, one for each split (``train``, ``val`` or ``validation``, ``test``).
+        them, if wanted, one for each split (``train``, ``val``, ``test``).
     split
-        Which images; None takes all. Where nothing says a split, it is ``train``.
+        Which images; None takes all. Where nothing says a split, it is ``train``. Usual spellings of
+        ``train``, ``val`` and ``test`` are one: ``Training``, ``valid``, ``Test_set``.
     positions
         Of the images to take among those; None takes all.
     augmentation, seed
@@ -82,7 +83,8 @@ class FileDataset(ImageDataset):
             _refuse_inputs(self.path, inputs)
         every = _files_in_folders(self.path) if self.path.is_dir() else _files_of_table(self.path, inputs)
         classes = class_names(file.label for file in every)
-        files = [file for file in every if split is None or file.split == split]
+        wanted = None if split is None else canonical(split)
+        files = [file for file in every if wanted is None or file.split == wanted]
         if not files:
             raise no_split(self.path, split, (file.split for file in every))
         self._files = files if positions is None else [files[p] for p in positions]
@@ -172,7 +174,9 @@ def _refuse_inputs(path: str | Path, inputs: Sequence[str]) -> None:
 def _files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) -> list[_LabelledFile]:
     """The images that a table names, in its order."""
     files = [
-        _LabelledFile(row.image, path.parent / row.image, row.label, row.split or UNSPLIT, row.inputs)
+        _LabelledFile(
+            row.image, path.parent / row.image, row.label, canonical(row.split or UNSPLIT), row.inputs
+        )
         for row in read_rows(path, inputs, labelled=labelled)
     ]
     missing = [str(file.path) for file in files if not file.path.exists() or not is_image(file.path)]
@@ -191,15 +195,8 @@ def _files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True)
 def _files_in_folders(folder: Path) -> list[_LabelledFile]:
     """The images in folders of their classes, by name."""
     images = find_images([folder])
-    parts = [Path(image.relative).parts for image in images]
-    depth = 1 if {part[0] for part in parts} <= set(SPLITS) else 0
-    loose = [image.relative for image, part in zip(images, parts, strict=True) if len(part) < depth + 2]
-    if loose:
-        raise DatasetMismatch(
-            f"{folder} has images in no folder of a class: {some(loose)}; move them into one, or name "
-            "images and labels in a CSV file"
-        )
+    found = classes_in_folders(folder, [image.relative for image in images])
     return [
-        _LabelledFile(image.relative, image.path, part[depth], part[0] if depth else UNSPLIT)
-        for image, part in zip(images, parts, strict=True)
+        _LabelledFile(image.relative, image.path, label, split or UNSPLIT)
+        for image, (label, split) in zip(images, found, strict=True)
     ]
