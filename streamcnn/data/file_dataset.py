@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -12,28 +10,13 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
-from streamcnn.data.class_folders import classes_in_folders
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
-from streamcnn.data.image_files import find_images
-from streamcnn.data.label_table import class_names, label_number, read_rows
-from streamcnn.data.sources import ImageSource, is_image, open_image
+from streamcnn.data.label_table import class_names, label_number
+from streamcnn.data.labelled_files import files_in_folders, files_of_table
+from streamcnn.data.sources import ImageSource, open_image
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
 from streamcnn.errors import DatasetMismatch, some
-
-UNSPLIT = "train"
-"""The split of images of which nothing says one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _LabelledFile:
-    """An image file and what is known of it."""
-
-    name: str
-    path: Path
-    label: str
-    split: str
-    inputs: tuple[float, ...] = ()
 
 
 @final
@@ -81,7 +64,7 @@ class FileDataset(ImageDataset):
         self.input_names = tuple(inputs)
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)
-        every = _files_in_folders(self.path) if self.path.is_dir() else _files_of_table(self.path, inputs)
+        every = files_in_folders(self.path) if self.path.is_dir() else files_of_table(self.path, inputs)
         classes = class_names(file.label for file in every)
         wanted = None if split is None else canonical(split)
         files = [file for file in every if wanted is None or file.split == wanted]
@@ -155,7 +138,7 @@ def open_table(
     DatasetMismatch, ValueError
         As for `FileDataset`, besides labels.
     """
-    for file in _files_of_table(Path(path), inputs, labelled=False):
+    for file in files_of_table(Path(path), inputs, labelled=False):
         yield file.path, open_image(file.path), *_as_inputs(file.inputs)
 
 
@@ -169,34 +152,3 @@ def _refuse_inputs(path: str | Path, inputs: Sequence[str]) -> None:
         raise DatasetMismatch(
             f"{path} has no columns to take inputs {some(inputs)} from: name images and inputs in a CSV file"
         )
-
-
-def _files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) -> list[_LabelledFile]:
-    """The images that a table names, in its order."""
-    files = [
-        _LabelledFile(
-            row.image, path.parent / row.image, row.label, canonical(row.split or UNSPLIT), row.inputs
-        )
-        for row in read_rows(path, inputs, labelled=labelled)
-    ]
-    missing = [str(file.path) for file in files if not file.path.exists() or not is_image(file.path)]
-    if missing:
-        raise DatasetMismatch(
-            f"{path} names {some(missing)}, where there is no image: give paths from the table's folder"
-        )
-    twice = [name for name, count in Counter(file.name for file in files).items() if count > 1]
-    if twice:
-        raise DatasetMismatch(f"{path} has {some(twice)} in several rows; keep one of each")
-    if not files:
-        raise DatasetMismatch(f"{path} has no rows: give one for each image")
-    return files
-
-
-def _files_in_folders(folder: Path) -> list[_LabelledFile]:
-    """The images in folders of their classes, by name."""
-    images = find_images([folder])
-    found = classes_in_folders(folder, [image.relative for image in images])
-    return [
-        _LabelledFile(image.relative, image.path, label, split or UNSPLIT)
-        for image, (label, split) in zip(images, found, strict=True)
-    ]
