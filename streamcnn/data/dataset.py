@@ -18,6 +18,7 @@ from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import ImageRecord, TileStore
+from streamcnn.data.uniform import check_channels
 from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
@@ -169,7 +170,7 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, or an image has no label.
+        If the split is not there, an image has no label, or images have different numbers of channels.
 
     Examples
     --------
@@ -194,6 +195,9 @@ class TileDataset(ImageDataset):
         records = self.store.records if split is None else _of_split(self.store, split)
         if not records:
             raise no_split(self.store.folder, split, (record.split for record in self.store.records))
+        check_channels(
+            self.store.folder, [record.name for record in records], [record.shape[0] for record in records]
+        )
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:

@@ -1,4 +1,7 @@
-"""Image files as a dataset: those that a table names, or those in folders of their classes."""
+"""Image files as a dataset: those that a table names, or those in folders of their classes.
+
+The head of every image is read when the data set is opened, so that a training does not end at one.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from streamcnn.data.labelled_files import files_in_folders, files_of_table
 from streamcnn.data.sources import ImageSource, open_image
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
+from streamcnn.data.uniform import check_channels, num_channels
 from streamcnn.errors import DatasetMismatch, some
 
 
@@ -43,9 +47,12 @@ class FileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If there are no such images, a label or an image is missing, or an input is missing or no number.
+        If there are no such images, a label or an image is missing, or an input is missing or no number; if
+        images have different numbers of channels, or folders may be splits and may be classes.
     CorruptImage
-        If a folder holds no image.
+        If a folder holds no image, or an image cannot be opened.
+    MissingExtra
+        If a format needs a package that is not installed.
     ValueError
         If ``inputs`` name a column twice, or one that is no input.
     """
@@ -65,6 +72,8 @@ class FileDataset(ImageDataset):
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)
         every = files_in_folders(self.path) if self.path.is_dir() else files_of_table(self.path, inputs)
+        channels = [num_channels(file.path) for file in every]
+        check_channels(self.path, [file.name for file in every], channels)
         classes = class_names(file.label for file in every)
         wanted = None if split is None else canonical(split)
         files = [file for file in every if wanted is None or file.split == wanted]
