@@ -128,7 +128,7 @@ def test_labels_may_be_numbers_or_missing(folder: Path, tmp_path: Path) -> None:
         ("image,label\none\n", "line 2: label is blank"),
         ("image,label\n,1\n", "line 2: image is blank"),
         ("image,label\none,1\none.tif,2\n", "line 3: 'one.tif' has a row already"),
-        ("image,label\none,1\ntwo three,-1\nzä,1.0\n", "labels '-1', '1.0' are no whole numbers"),
+        ("image,label\none,1\ntwo three,-1\nzä,1.5\n", "labels '-1', '1.5' are no whole numbers"),
         ("image,label\ndeep/two three,1\n", r"images without a row: '.*one\.tif', '.*zä\.zarr'"),
     ],
 )

@@ -5,6 +5,7 @@ Everything that can be wrong with names, labels and the store is found before th
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -97,12 +98,12 @@ def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, Row]) -> Iterator
 
 def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     """The table's row for each image, by the image's name in the store."""
-    by_path, by_name = _keyed(images, _paths), _keyed(images, _file_names)
+    ways = _keyed(images, _paths), _keyed(images, _file_names)
     rows: dict[str, Row] = {}
     unknown = []
     for row in read_rows(path):
         text = row.image
-        names = by_path.get(text) or by_name.get(text) or []
+        names = next((keys[way] for way in _spellings(path, text) for keys in ways if way in keys), [])
         if len(names) > 1:
             raise DatasetMismatch(
                 f"{path}, line {row.line}: {text!r} may be {some(names)}; give its path below the folder"
@@ -121,6 +122,14 @@ def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     return rows
 
 
+def _spellings(table: Path, text: str) -> Iterator[str]:
+    """Ways to write a path that a table names: on Windows, with detours, or from the table's folder."""
+    yield text
+    slashed = text.replace("\\", "/")
+    yield posixpath.normpath(slashed)
+    yield str((table.parent / slashed).resolve())
+
+
 def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]]) -> dict[str, list[str]]:
     """Names of the images that have each key."""
     found: dict[str, list[str]] = {}
@@ -131,7 +140,13 @@ def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]])
 
 
 def _paths(image: FoundImage) -> set[str]:
-    return {image.relative, PurePosixPath(image.relative).with_suffix("").as_posix(), str(image.path)}
+    paths = (image.path, *image.others)
+    return {
+        image.relative,
+        PurePosixPath(image.relative).with_suffix("").as_posix(),
+        *map(str, paths),
+        *(str(path.resolve()) for path in paths),
+    }
 
 
 def _file_names(image: FoundImage) -> set[str]:

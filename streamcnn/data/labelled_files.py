@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from streamcnn.data.image_files import find_images
 from streamcnn.data.label_table import Row, read_rows
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import is_image
-from streamcnn.data.splits import canonical
 from streamcnn.errors import DatasetMismatch, some
 
 UNSPLIT = "train"
@@ -40,7 +40,7 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     DatasetMismatch
         If the table is wrong, names what is no image, or one image in several rows.
     """
-    rows = list(read_rows(path, inputs, labelled=labelled))
+    rows = read_rows(path, inputs, labelled=labelled)
     if not rows:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
     paths = [_path_of(path.parent, row.image) for row in rows]
@@ -80,8 +80,7 @@ def _labelled(path: Path, rows: Sequence[Row], paths: Sequence[Path]) -> Iterato
                 f"{first.image!r}; keep one row of each"
             )
         others = tuple(each for each in scan.files if each != file)
-        split = canonical(row.split or UNSPLIT)
-        yield LabelledFile(row.image, file, row.label, split, row.inputs, others)
+        yield LabelledFile(row.image, file, row.label, row.split or UNSPLIT, row.inputs, others)
 
 
 def files_in_folders(folder: Path) -> list[LabelledFile]:
@@ -95,6 +94,12 @@ def files_in_folders(folder: Path) -> list[LabelledFile]:
     images = find_images([folder])
     found = classes_in_folders(folder, [image.relative for image in images])
     return [
-        LabelledFile(image.relative, image.path, label, split or UNSPLIT, others=image.others)
+        LabelledFile(
+            image.relative,
+            image.path,
+            unicodedata.normalize("NFC", label),
+            split or UNSPLIT,
+            others=image.others,
+        )
         for image, (label, split) in zip(images, found, strict=True)
     ]
