@@ -48,13 +48,21 @@ def parts_of_others(entries: Sequence[Path]) -> set[Path]:
         if ending in _SIDECARS:
             _require_image(path, entries)
             found.add(path)
-        elif ending == ".mrxs":
-            found |= {by_name[name] for name in (path.stem,) if name in by_name}
-        elif ending == ".vms":
-            text = path.read_text("latin-1")
-            names = (named.strip() for named in _NAMED_IN_VMS.findall(text))
-            found |= {by_name[name] for name in names if name in by_name}
+        else:
+            found |= {by_name[part.name] for part in further_files(path) if part.name in by_name}
     return found
+
+
+def further_files(path: Path) -> list[Path]:
+    """The files and folders beside a slide that its pixels lie in."""
+    ending = path.suffix.lower()
+    if ending == ".mrxs":
+        found = [path.with_suffix("")]
+    elif ending == ".vms":
+        found = [path.with_name(name.strip()) for name in _NAMED_IN_VMS.findall(path.read_text("latin-1"))]
+    else:
+        found = []
+    return [each for each in found if each.exists()]
 
 
 def _require_image(sidecar: Path, entries: Iterable[Path]) -> None:

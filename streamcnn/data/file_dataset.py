@@ -14,6 +14,7 @@ from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
+from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.label_table import class_names, label_number
 from streamcnn.data.labelled_files import files_in_folders, files_of_table
 from streamcnn.data.sources import ImageSource, open_image
@@ -99,6 +100,9 @@ class FileDataset(ImageDataset):
         for file, label in zip(self._files, self.labels, strict=True):
             found = file.path.stat()
             identity = f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
+            if file.others or file.path.is_dir():
+                # The time of a folder does not tell of what is written further down.
+                identity = f"{file.name} {label} {fingerprint([file.path, *file.others])}"
             numbers = dict(zip(self.input_names, file.inputs, strict=True))
             yield f"{identity} {numbers}" if numbers else identity
 

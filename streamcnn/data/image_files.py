@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from streamcnn.data.dicom import is_dicom
 from streamcnn.data.scans import Scan, one_of_each, raw_image
 from streamcnn.data.sources import is_image
 from streamcnn.data.sources.files import opening
+from streamcnn.data.store_names import distinct_names
 from streamcnn.data.tile_store import check_names, is_tile_store
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
@@ -40,8 +40,11 @@ class FoundImage:
 def find_images(paths: Sequence[Path]) -> list[FoundImage]:
     """All images among ``paths`` and in folders below them, in the order of their names.
 
-    The name in the store is the path below the folder that was given, without its ending. A scan in several
-    files is one image; files that only belong to one, hidden files and folders of thumbnails are none.
+    The name in the store is the path below the folder that was given, with %XX for what is neither a letter
+    of ASCII nor a digit nor one of ``_.() -``, and with its ending if two would have one name else.
+
+    A scan in several files is one image; files that only belong to one, hidden files and folders of
+    thumbnails are none.
 
     Raises
     ------
@@ -52,26 +55,31 @@ def find_images(paths: Sequence[Path]) -> list[FoundImage]:
         If two images would have one name, or one's name would be a folder of the other's; or one image would
         be there twice, or lies in several files that cannot be read together.
     """
-    found: dict[str, FoundImage] = {}
-    scans: dict[str, Scan] = {}
+    found: dict[str, tuple[Path, Scan]] = {}
     for given, scan in _scans_of(paths):
-        known = scans.setdefault(scan.key, scan)
+        _, known = found.setdefault(scan.key, (given, scan))
         if known.shown != scan.shown:
             raise DatasetMismatch(
                 f"{known.shown} and {scan.shown} are one image ({scan.key}): keep one of them, or put its "
                 "files into one folder"
             )
-        relative = scan.shown.relative_to(given) if scan.shown != given else Path(scan.shown.name)
+    relatives = [
+        (scan.shown.relative_to(given) if scan.shown != given else Path(scan.shown.name)).as_posix()
+        for given, scan in found.values()
+    ]
+    names = distinct_names(relatives)
+    by_name: dict[str, FoundImage] = {}
+    for name, relative, (_, scan) in zip(names, relatives, found.values(), strict=True):
         others = tuple(file for file in scan.files if file != scan.path)
-        image = FoundImage(_store_name(relative), scan.path, relative.as_posix(), others)
-        other = found.setdefault(image.name, image)
-        if other.path != image.path:
+        image = FoundImage(name, scan.path, relative, others)
+        other = by_name.setdefault(name, image)
+        if other is not image:
             raise DatasetMismatch(
-                f"{other.path} and {image.path} would both be {image.name!r} in the store: give them in "
+                f"{other.path} and {image.path} would both be {name!r} in the store: give them in "
                 "folders of their own, or rename one"
             )
-    check_names(found)
-    return [found[name] for name in sorted(found)]
+    check_names(by_name)
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def _scans_of(paths: Sequence[Path]) -> list[tuple[Path, Scan]]:
@@ -166,9 +174,3 @@ def _refuse_loose_levels(folder: Path, images: Sequence[Path]) -> None:
             f"{folder} is a zarr group with the arrays {some(arrays)}, which may be images or levels of one: "
             "allowed are OME-Zarr images, and arrays with names; give the arrays one by one"
         )
-
-
-def _store_name(relative: Path) -> str:
-    """A name of the characters that every system has in folders' names."""
-    name = relative.with_suffix("").as_posix()
-    return "/".join(re.sub(r"^[^A-Za-z0-9_]|[^A-Za-z0-9_.() -]", "_", part) for part in name.split("/"))

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from tifffile import TiffFile
 
+from streamcnn.data.companions import further_files
 from streamcnn.data.dicom import series_uid
 from streamcnn.errors import DatasetMismatch, some
 
@@ -72,7 +73,7 @@ def scan_of(path: Path) -> Scan:
             is_tiff = file.read(4) in _TIFF_MAGIC
         if is_tiff and (files := _files_of_ome(path)):
             return Scan(files[0], files[0], f"the OME-TIFF of {_place(min(files))}", files)
-    return Scan(path, path, f"the file {_place(path)}", (path,))
+    return Scan(path, path, f"the file {_place(path)}", (path, *further_files(path)))
 
 
 def _place(path: Path) -> str:
