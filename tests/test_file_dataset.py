@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 from streamcnn import CorruptImage, DatasetMismatch
@@ -15,6 +16,7 @@ from streamcnn.data.convert import convert
 from streamcnn.data.dataset import ImageDataset, collate
 from streamcnn.data.file_dataset import FileDataset, open_dataset, open_table
 from streamcnn.data.image_files import find_images
+from streamcnn.data.sources import write_zarr_image
 from streamcnn.data.tile_store import Head, TileStoreWriter
 from streamcnn.regions import Region
 
@@ -79,6 +81,15 @@ def test_the_fingerprint_tells_labels_files_and_augmentations_apart(folder: Path
     table.write_text("image,label\ncat/a.png,4\n")
     write(folder / "cat/a.png", 200)
     assert open_dataset(table).fingerprint != first
+
+
+def test_the_fingerprint_tells_a_rewritten_chunk(folder: Path) -> None:
+    write_zarr_image(folder / "scan.zarr", torch.zeros((3, 6, 8), dtype=torch.uint8))
+    (folder / "labels.csv").write_text("image,label\nscan.zarr,0\n")
+    first = open_dataset(folder / "labels.csv").fingerprint
+    assert open_dataset(folder / "labels.csv").fingerprint == first
+    zarr.open_array(folder / "scan.zarr", mode="r+")[0, 0, 0] = 7
+    assert open_dataset(folder / "labels.csv").fingerprint != first
 
 
 TABLE = "image,age,label,sex\ncat/a.png,63,4, 1 \ndog/a.png,-1.5e1,2,0\n"
