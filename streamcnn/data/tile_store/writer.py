@@ -37,7 +37,7 @@ from streamcnn.data.tile_store.format import (
 )
 from streamcnn.errors import DatasetMismatch, StreamError
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.() -]*(/[A-Za-z0-9_][A-Za-z0-9_.() -]*)*")
+_NAME = re.compile(r"[A-Za-z0-9_%][A-Za-z0-9_%.() -]*(/[A-Za-z0-9_%][A-Za-z0-9_%.() -]*)*")
 
 
 class TileStoreWriter:
@@ -185,10 +185,12 @@ def write_image_folder(
     origin: Mapping[str, Any],
     truth: Any = None,
     on_shard: Callable[[int, int], None] | None = None,
+    on_read: Callable[[], None] | None = None,
 ) -> ImageRecord:
     """Write one image into ``store`` and return its record; any process may do it.
 
-    An image of that name is replaced. ``on_shard`` is told the pixels written so far and in all.
+    An image of that name is replaced. ``on_shard`` is told the pixels written so far and in all. ``on_read``
+    is called when all pixels are read and nothing is replaced yet; if it raises, nothing will be.
 
     Raises
     ------
@@ -203,8 +205,8 @@ def write_image_folder(
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"image name {name!r}: allowed are letters, digits, and _ . - ( ) and blanks after the first "
-            "character, in parts divided by /"
+            f"image name {name!r}: allowed are letters, digits, _ and %, and . - ( ) and blanks after "
+            "the first character, in parts divided by /"
         )
     target = store / IMAGES / name
     _refuse_to_hide(target, store / IMAGES)
@@ -217,8 +219,15 @@ def write_image_folder(
             write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
             metadata, shards = record_files(partial)
             _flush(partial)
-            _remove(target)
+            if on_read is not None:
+                on_read()
+            if target.exists():
+                # Aside in one step, so that none is ever half removed.
+                aside = target.with_name(f".{target.name}.{os.getpid()}.old.partial")
+                shutil.rmtree(aside, ignore_errors=True)
+                target.rename(aside)
             partial.rename(target)
+            _remove_left(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -260,12 +269,10 @@ def _refuse_to_hide(target: Path, images: Path) -> None:
         raise DatasetMismatch(f"{target} {what}: give the image another name")
 
 
-def _remove(target: Path) -> None:
-    """Remove an image that was there, and what killed processes left of it."""
-    shutil.rmtree(target, ignore_errors=True)
+def _remove_left(target: Path) -> None:
+    """Remove the image that was there before, and what killed processes left of it."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        if left.name != f".{target.name}.{os.getpid()}.partial":
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _refuse_foreign(folder: Path) -> None:
