@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tifffile import TiffFile, TiffPageSeries
 from tifffile.zarr import ZarrTiffStore
 
+from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
@@ -172,7 +173,7 @@ def _layout(request: _Request, data: TiffPageSeries) -> Layout:
     axes, shape = data.get_axes(False), data.get_shape(False)
     if len(axes) == 3 and request.channels_last is not None and _UNKNOWN_AXES & set(axes):
         return Layout("YXC" if request.channels_last else "CYX")
-    return layout_by_names(request.name, axes, shape)
+    return layout_by_names(request.name, Axes(tuple(axes), tuple(axes)), shape)
 
 
 def _is_one_chunk(request: _Request, data: TiffPageSeries) -> bool:

@@ -76,7 +76,8 @@ class TileStore:
         # Not by zarr, which would read the metadata again: small images are opened all the time.
         known = json.loads(metadata[f"{level}/zarr.json"])
         array = zarr.Array(zarr.AsyncArray(known, StorePath(store, str(level))))
-        return ZarrSource(array, channels_last=False)
+        # Nor are chunks looked for: one that is missing is found by the manifest.
+        return ZarrSource(array, channels_last=False, missing_chunks="fill")
 
     def _group(self, record: ImageRecord) -> zarr.Group:
         """An image's levels, all metadata compared with the manifest."""
