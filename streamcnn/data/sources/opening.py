@@ -35,7 +35,7 @@ _ALLOWED = (
 
 
 def open_image(
-    path: str | Path, *, level: int = 0, channels_last: bool | None = None, series: int = 0
+    path: str | Path, *, level: int = 0, channels_last: bool | None = None, series: int | None = None
 ) -> ImageSource:
     """The image at ``path`` as a source that reads it region by region.
 
@@ -48,7 +48,8 @@ def open_image(
     channels_last
         Whether the channels are the last of three axes or the first, where the file does not say it.
     series
-        Which image of a TIFF file that holds several.
+        Which image of a TIFF file that holds several; by default the largest of full resolution that is no
+        macro, label or thumbnail.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def open_image(
         If the format needs a package that is not installed.
     """
     kind = _kind(Path(path))
-    if series != 0 and kind != "tiff":
+    if series not in (None, 0) and kind != "tiff":
         raise DatasetMismatch(f"{path} is no TIFF: allowed is series 0; leave series= out")
     if level != 0 and kind in ("npy", "picture"):
         raise DatasetMismatch(f"{path} has one resolution: allowed is level 0; leave level= out")
