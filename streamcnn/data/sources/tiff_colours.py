@@ -159,7 +159,7 @@ def _largest(page: TiffPage, white: int | None) -> int | None:
         most = max(value) if isinstance(value, tuple) and value else value
         if isinstance(most, int | float) and 0 < most < white:
             bits = max(8, int(most).bit_length())
-            return min(white, 2 ** (bits + bits % 2) - 1)
+            return min(white, (1 << (bits + bits % 2)) - 1)
     return white
 
 
