@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from source_contract import assert_reads, channels_last, cut, pixels, region
 
+from streamcnn.cli.images import info
 from streamcnn.data.normalisation import Normalise
-from streamcnn.data.sources import TiffSource, open_image
+from streamcnn.data.sources import TiffSource, as_sources, open_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.regions import Region
 
@@ -119,3 +120,25 @@ def test_what_a_lerc_mask_leaves_out_is_nan_or_refused(tmp_path: Path, dtype: st
     np.testing.assert_array_equal(
         source.read(Region.whole((64, 64))).numpy()[0], np.where(mask, image, np.float32("nan"))
     )
+
+
+def test_info_lists_all_images_and_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(channels_last(pixels(3, size=(50, 63))), photometric="rgb", subfiletype=1, metadata=None)
+        file.write(channels_last(LARGE), photometric="rgb", metadata=None)
+    info(tmp_path / "a.tif")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "series 0 name: reduced; levels: 50 x 63; opened: no" in lines
+    assert "series 1 levels: 150 x 202; opened: yes" in lines
+
+
+def test_images_of_different_depths_are_no_batch(tmp_path: Path) -> None:
+    image = pixels(1, "u2")[0] // 16
+    tifffile.imwrite(tmp_path / "full.tif", image, photometric="minisblack")
+    tag = (341, "H", 1, 4095, True)
+    tifffile.imwrite(tmp_path / "part.tif", image, photometric="minisblack", extratags=[tag])
+    sources = [TiffSource(tmp_path / name) for name in ("full.tif", "part.tif")]
+    with pytest.raises(
+        DatasetMismatch, match=r"part\.tif holds torch\.uint16 up to 4095, .*full\.tif up to 65535"
+    ):
+        as_sources(sources)

@@ -151,6 +151,11 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
                 f"{sources[0].shape} {sources[0].dtype}: allowed is one shape and dtype; "
                 "put images that differ into batches of their own"
             )
+        if source.largest != sources[0].largest:
+            raise DatasetMismatch(
+                f"{source.name} holds {source.dtype} up to {source.largest}, {sources[0].name} up to "
+                f"{sources[0].largest}: allowed is one range of values in a batch; scale them to one"
+            )
     return sources
 
 
