@@ -123,10 +123,18 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
 
 
 def _image_facts(path: Path) -> dict[str, Any]:
-    from streamcnn.data.sources import ZarrSource, open_image
+    from streamcnn.data.sources import TiffSource, ZarrSource, open_image
+    from streamcnn.data.sources.tiff_series import tiff_series
 
     source = open_image(path)
     facts: dict[str, Any] = {"shape": source.shape, "dtype": str(source.dtype).removeprefix("torch.")}
+    if isinstance(source, TiffSource):
+        for each in tiff_series(path):
+            facts[f"series {each.number}"] = {
+                **({"name": each.name} if each.name else {}),
+                "levels": [_by(size) for size in each.levels],
+                "opened": "yes" if each.is_default else "no",
+            }
     if isinstance(source, ZarrSource):
         facts["chunks"] = source.chunks
     return facts

@@ -88,7 +88,7 @@ def _scans_of(paths: Sequence[Path]) -> list[tuple[Path, Scan]]:
     files: dict[Path, list[Path]] = {}
     for given in paths:
         _require_image(given)
-        if is_image(given):
+        if is_image(given) and not (given.is_dir() and raw_image(given) is not None):
             files.setdefault(given.parent, []).append(given)
             continue
         scans = _scans_below(given)
@@ -130,10 +130,10 @@ def _scans_below(folder: Path) -> list[Scan]:
     for path in entries:
         if path in parts or is_tile_store(path):
             continue
-        if is_image(path):
-            images.append(path)
-        elif path.is_dir():
+        if path.is_dir() and (not is_image(path) or raw_image(path) is not None):
             below.append(path)
+        elif is_image(path):
+            images.append(path)
         elif path.suffix.lower() in _IMAGES or (not path.suffix and is_dicom(path)):
             unknown.append(path)
     _refuse_unknown(folder, unknown)

@@ -36,15 +36,27 @@ class ImageSource(ABC):
         Type of the pixels as stored.
     name : str
         What messages call the image: its path, or what else it is.
+    largest : int or None
+        Largest number that a pixel may be, which is less than that of `dtype` where the file says that fewer
+        bits are used; None for floats.
     """
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
     name: str
+    largest: int | None
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, name: str | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        name: str | None = None,
+        *,
+        largest: int | None = None,
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.largest = largest_of(dtype) if largest is None else largest
         self.name = name if name is not None else f"an image of shape {shape}"
         self._bytes_read = 0
         self._count_lock = ProcessLock()
@@ -139,7 +151,19 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
                 f"{sources[0].shape} {sources[0].dtype}: allowed is one shape and dtype; "
                 "put images that differ into batches of their own"
             )
+        if source.largest != sources[0].largest:
+            raise DatasetMismatch(
+                f"{source.name} holds {source.dtype} up to {source.largest}, {sources[0].name} up to "
+                f"{sources[0].largest}: allowed is one range of values in a batch; scale them to one"
+            )
     return sources
+
+
+def largest_of(dtype: torch.dtype) -> int | None:
+    """The largest number of a type of pixels; None for floats."""
+    if dtype == torch.bool:
+        return 1
+    return None if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
 
 
 def _with_advice(error: Exception) -> str:

@@ -59,8 +59,8 @@ def open_image(
     channels_last
         Whether the channels are the last of three axes or the first, where the file does not say it.
     series
-        Which image of a TIFF file or of an OME-Zarr folder that holds several; by default the first, of what
-        bioformats2raw wrote the first that is no label or overview of a slide.
+        Which image of a TIFF file or of an OME-Zarr folder that holds several; by default the largest of
+        full resolution that is no macro, label or thumbnail, of what bioformats2raw wrote the first such one.
     index
         Plane to take of each axis of a zarr array that is longer than 1 and neither rows, columns nor
         channels, by its name, as in ``{"t": 0}``.
@@ -102,7 +102,7 @@ def open_image(
             return ArraySource(where, channels_last=channels_last)
         case "tiff":
             return TiffSource(
-                where, series=series or 0, level=level, channels_last=channels_last, max_pixels=max_pixels
+                where, series=series, level=level, channels_last=channels_last, max_pixels=max_pixels
             )
         case "slide":
             return SlideSource(where, level=level)

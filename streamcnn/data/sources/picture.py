@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, torch_dtype
+from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
 from streamcnn.regions import Region
@@ -46,6 +47,8 @@ _HANDED_OUT = {
     "F": (1, "f4"),
 }
 
+_ORIENTATION = 274  # of EXIF's tags
+
 _limit_lock = ProcessLock()
 
 
@@ -54,8 +57,8 @@ class PictureSource(FileSource):
     """A picture, decoded whole when it is first read and kept from then on.
 
     Palettes, CMYK and YCbCr become RGB, a palette with transparency RGBA, one bit per pixel 0 and 255 in
-    uint8; 16-bit grey stays uint16. Of an animation it is the first frame. Pixels are as they lie in the
-    file: an orientation noted in it is not applied.
+    uint8; 16-bit grey stays uint16. Of an animation it is the first frame. Pixels are turned upright as
+    an orientation noted before them says.
 
     Parameters
     ----------
@@ -82,6 +85,7 @@ class PictureSource(FileSource):
             _check_depth(name, image)
             width, height = image.size
             self._mode = _mode(name, image)
+            self._orientation = _orientation(image)
         if width * height > max_pixels:
             raise DatasetMismatch(
                 f"{name} has {height} x {width} = {width * height} pixels: allowed are {max_pixels}, for a "
@@ -91,7 +95,9 @@ class PictureSource(FileSource):
         self._layout = Layout("YXC" if channels > 1 else "YX")
         self._pixels: NDArray[Any] | None = None
         self._decoding = ProcessLock()
-        super().__init__((channels, height, width), torch_dtype(name, np.dtype(dtype)), name)
+        self._stored_size = (height, width)
+        size = self._orientation.size(self._stored_size)
+        super().__init__((channels, *size), torch_dtype(name, np.dtype(dtype)), name)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._path, self._max_pixels)
@@ -100,7 +106,10 @@ class PictureSource(FileSource):
         with self._decoding:
             if self._pixels is None:
                 self._pixels = self._decode()
-        return self._layout.channels_first(self._pixels[self._layout.window(region)])
+        stored = self._orientation.stored_region(region, self._stored_size)
+        return self._orientation.upright(
+            self._layout.channels_first(self._pixels[self._layout.window(stored)])
+        )
 
     def _decode(self) -> NDArray[Any]:
         self._stamp.check()
@@ -135,6 +144,13 @@ def _mode(name: str, image: Image) -> str:
             f"{', '.join(_CONVERTED)}; convert the picture"
         )
     return mode
+
+
+def _orientation(image: Image) -> Orientation:
+    # Pillow would decode a PNG to see whether one is noted after its pixels.
+    if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
+        return Orientation()
+    return Orientation(int(image.getexif().get(_ORIENTATION, 1)))
 
 
 def _check_depth(name: str, image: Image) -> None:
