@@ -27,6 +27,7 @@ def convert(
     labels: str | Path | None = None,
     split: str = "train",
     level: int = 0,
+    channels_last: bool | None = None,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Iterator[ImageRecord]:
     """Write ``images`` into the store ``out``; iterate to do the work, image by image.
@@ -47,6 +48,8 @@ def convert(
         Of images of which the table says none.
     level
         Resolution to take from a pyramid; 0 is full.
+    channels_last
+        Whether the channels are the last of three axes or the first, of images that do not say it.
     on_shard
         Told the pixels of the present image that are written, and all of them.
 
@@ -68,7 +71,7 @@ def convert(
             yield from _labelled_anew(writer, rows)
         for image in missing:
             row = None if rows is None else rows[image.name]
-            source = open_image(image.path, level=level)
+            source = open_image(image.path, level=level, channels_last=channels_last)
             record = write_image_folder(
                 writer.folder,
                 source,
