@@ -39,6 +39,13 @@ def convert(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of images of which the CSV says none.")] = "train",
     level: Annotated[int, typer.Option(min=0, help="Resolution to take from a pyramid; 0 is full.")] = 0,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option(
+            "--channels-last/--channels-first",
+            help="Which of three axes the channels are, if nothing says it.",
+        ),
+    ] = None,
 ) -> None:
     """Write images of any format into a tile store, or add them to one."""
     from streamcnn.data.convert import convert as write
@@ -52,7 +59,16 @@ def convert(
         def on_shard(done: int, total: int) -> None:
             progress.update(present, completed=done, total=total)
 
-        for record in write(found, out, labels=labels, split=split, level=level, on_shard=on_shard):
+        records = write(
+            found,
+            out,
+            labels=labels,
+            split=split,
+            level=level,
+            channels_last=channels_last,
+            on_shard=on_shard,
+        )
+        for record in records:
             progress.advance(progress.task_ids[0])
             progress.console.print(
                 f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}",

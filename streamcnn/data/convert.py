@@ -31,6 +31,7 @@ def convert(
     labels: str | Path | None = None,
     split: str = "train",
     level: int = 0,
+    channels_last: bool | None = None,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Iterator[ImageRecord]:
     """Write ``images`` into the store ``out``; iterate to do the work, image by image.
@@ -53,6 +54,8 @@ def convert(
         Of images of which the table says none.
     level
         Resolution to take from a pyramid; 0 is full.
+    channels_last
+        Whether the channels are the last of three axes or the first, of images that do not say it.
     on_shard
         Told the pixels of the present image that are written, and all of them.
 
@@ -75,7 +78,22 @@ def convert(
             writer.set_classes(class_names(texts, writer.head.classes, numbered=numbered))
             yield from _labelled_anew(writer, rows)
         for image in missing:
+<<<<<<< HEAD
             record = _write(writer, image, None if rows is None else rows[image.name], split, level, on_shard)
+=======
+            row = None if rows is None else rows[image.name]
+            source = open_image(image.path, level=level, channels_last=channels_last)
+            record = write_image_folder(
+                writer.folder,
+                source,
+                name=image.name,
+                split=(None if row is None else row.split) or split,
+                label=None if row is None else label_number(row.label, writer.head.classes),
+                levels=num_levels(source.shape[1:]),
+                origin=_origin(image, level),
+                on_shard=on_shard,
+            )
+>>>>>>> h-arrays
             writer.add(record)
             yield record
         writer.finish()
