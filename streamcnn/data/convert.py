@@ -14,7 +14,7 @@ from typing import Any
 from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.image_files import FoundImage
 from streamcnn.data.label_table import Row, class_names, label_number, read_rows
-from streamcnn.data.sources import open_image
+from streamcnn.data.sources import ImageSource, open_image
 from streamcnn.data.store_names import older_name, store_name
 from streamcnn.data.tile_store import Head, ImageRecord, TileStoreWriter, check_names, write_image_folder
 from streamcnn.data.tile_store.arrays import num_levels
@@ -78,22 +78,9 @@ def convert(
             writer.set_classes(class_names(texts, writer.head.classes, numbered=numbered))
             yield from _labelled_anew(writer, rows)
         for image in missing:
-<<<<<<< HEAD
-            record = _write(writer, image, None if rows is None else rows[image.name], split, level, on_shard)
-=======
             row = None if rows is None else rows[image.name]
             source = open_image(image.path, level=level, channels_last=channels_last)
-            record = write_image_folder(
-                writer.folder,
-                source,
-                name=image.name,
-                split=(None if row is None else row.split) or split,
-                label=None if row is None else label_number(row.label, writer.head.classes),
-                levels=num_levels(source.shape[1:]),
-                origin=_origin(image, level),
-                on_shard=on_shard,
-            )
->>>>>>> h-arrays
+            record = _write(writer, image, source, row, split, level, on_shard)
             writer.add(record)
             yield record
         writer.finish()
@@ -102,6 +89,7 @@ def convert(
 def _write(
     writer: TileStoreWriter,
     image: FoundImage,
+    source: ImageSource,
     row: Row | None,
     split: str,
     level: int,
@@ -118,7 +106,6 @@ def _write(
             # From here on the store's files are not what this record says, whatever ends the process.
             writer.add(replace(before, origin={**before.origin, "fingerprint": ""}))
 
-    source = open_image(image.path, level=level)
     label = None if before is None else before.label
     return write_image_folder(
         writer.folder,
