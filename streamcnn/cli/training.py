@@ -32,6 +32,13 @@ Inputs = Annotated[
         metavar="NAME,...", help="Columns of numbers in the CSV file for the model, besides the image."
     ),
 ]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:FACTORY",
+        help="A factory that may be called where the run's file names it; may be given several times.",
+    ),
+]
 KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
 
 
@@ -156,13 +163,14 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Images to classify.")] = "test",
     budget: Budget = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Print how good a trained classifier is on labelled images.
 
     Inputs are the columns that it was trained with, unless others are named.
     """
-    trained = _load(run, budget)
+    trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
     from streamcnn.data.file_dataset import open_dataset
     from streamcnn.training import score
@@ -193,6 +201,7 @@ def predict(
     ],
     inputs: Inputs = None,
     budget: Budget = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Print the class of each image and its probability.
@@ -200,7 +209,7 @@ def predict(
     A classifier that was trained with inputs finds them in a CSV file, in the columns that it was trained
     with unless others are named; labels are not needed.
     """
-    trained = _load(run, budget)
+    trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
     import torch
 
@@ -278,11 +287,11 @@ def _open_images(
         yield image.path, open_image(image.path)
 
 
-def _load(run: Path, budget: str | None) -> TrainedRun:
+def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:
     budget_bytes = parse("--budget", parse_bytes, budget)
     from streamcnn.training import load_run
 
-    return load_run(run, budget=budget_bytes)
+    return load_run(run, budget=budget_bytes, trust=trust or ())
 
 
 def _print_score(found: Score, num_images: int, classes: tuple[str, ...] | None) -> None:
