@@ -69,12 +69,33 @@ def read_within(folder: Path, path: Path, *, error: type[StreamError], most_byte
     # Without waiting, as opening a pipe would.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", closefd=True) as file:
         state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise error(f"{path} is no regular file: put back the file that was there")
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise error(f"{path} has more than {most_bytes} bytes, the largest size: it is no such file")
-    return content
+        _require_regular(path, state, error)
+        if state.st_size > most_bytes:
+            raise error(
+                f"{path} has {state.st_size} bytes: allowed are {most_bytes} at most; it is no such file"
+            )
+        return file.read(state.st_size)
+
+
+def size_within(folder: Path, path: Path, *, error: type[StreamError]) -> int:
+    """Bytes of a regular file that lies in ``folder``, for one that something else will read.
+
+    Raises
+    ------
+    StreamError
+        Of the kind ``error``, if the file lies elsewhere, or is a folder, a pipe or a device.
+    OSError
+        If it is not there.
+    """
+    require_within(folder, path, error=error)
+    state = os.stat(path)
+    _require_regular(path, state, error)
+    return state.st_size
+
+
+def _require_regular(path: Path, state: os.stat_result, error: type[StreamError]) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        raise error(f"{path} is no regular file: put back the file that was there")
 
 
 def parse_json(

@@ -281,7 +281,7 @@ def test_a_run_file_that_cannot_be_read_is_a_clear_error(workplace: Path, run: R
     (workplace / "run").mkdir()
     (workplace / "run" / "run.json").write_text("{")
     status, _, err = run("evaluate", workplace / "run")
-    assert (status, "run.json cannot be read" in err) == (1, True)
+    assert (status, "run.json is no valid JSON" in err) == (1, True)
 
 
 def test_no_run_is_a_clear_error(tmp_path: Path, run: Run) -> None:

@@ -174,7 +174,7 @@ def test_a_missing_field_is_named(folder: Path, field: str) -> None:
         (b'{"budget": ' + b"9" * 5000 + b"}", "is no valid JSON"),
         (b'{"model": "\xff"}', "is no valid JSON"),
         (b"[]", "holds a list: allowed is an object"),
-        (b" " * (2**24 + 1), "has more than 16777216 bytes"),
+        (b" " * (2**24 + 1), "has 16777217 bytes: allowed are 16777216 at most"),
     ],
 )
 def test_json_that_is_none_is_one_clear_error(folder: Path, content: bytes, text: str) -> None:

@@ -16,6 +16,7 @@ from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.arrays import chunks_per_shard
 from streamcnn.data.tile_store.checks import CheckedStore, check_metadata, check_shard
 from streamcnn.data.tile_store.format import IMAGES, JOURNAL, ImageRecord, read_complete, read_manifest
+from streamcnn.documents import read_within, require_within
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 
@@ -70,6 +71,8 @@ class TileStore:
         if not 0 <= level < record.levels:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
         metadata = self._metadata(record)
+        for key in record.shards:
+            require_within(self.folder, self.path(record) / key, error=CorruptImage)
         store = CheckedStore(
             LocalStore(self.path(record), read_only=True), record.shards, chunks_per_shard(metadata)
         )
@@ -86,7 +89,9 @@ class TileStore:
     def _metadata(self, record: ImageRecord) -> dict[str, bytes]:
         """All metadata of an image, compared with the manifest."""
         folder = self.path(record)
-        return {key: check_metadata(folder / key, sha256) for key, sha256 in record.metadata.items()}
+        return {
+            key: check_metadata(self.folder, folder / key, sha256) for key, sha256 in record.metadata.items()
+        }
 
     def codec(self) -> str | None:
         """How pixels are compressed, from the first image; None in an empty store.
@@ -127,7 +132,7 @@ class TileStore:
         chunks = chunks_per_shard(self._metadata(record))
         for key, shard in record.shards.items():
             try:
-                content = (folder / key).read_bytes()
+                content = read_within(self.folder, folder / key, error=CorruptImage, most_bytes=2**40)
                 check_shard(content, shard, chunks[key.partition("/")[0]], key)
             except CorruptImage as error:
                 raise CorruptImage(f"{folder}: {error}") from error
