@@ -14,6 +14,7 @@ from hostile import make_store
 
 from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
 from streamcnn.errors import CorruptImage
+from streamcnn.text import html_text, printable
 
 
 @pytest.fixture
@@ -77,3 +78,25 @@ def test_links_out_of_a_store_are_not_read(store: Path, tmp_path: Path, name: st
     there = TileStore(store)
     with pytest.raises(CorruptImage, match=r"outside.*: allowed are files and links inside"):
         there.source(there.records[0])
+
+
+def test_a_shape_that_is_not_the_array_s_is_one_clear_error(store: Path) -> None:
+    change_manifest(store, lambda lines: lines[1].update(shape=[3, 10**9, 30]))
+    there = TileStore(store)
+    with pytest.raises(
+        CorruptImage, match=r"zarr\.json has shape \[3, 40, 30\] .* says \[3, 1000000000, 30\]"
+    ):
+        there.source(there.records[0])
+
+
+def test_text_that_a_terminal_would_act_on_is_escaped() -> None:
+    assert printable("a\x1b]0;x\x07\u202eb\udcff") == r"a\x1b]0;x\x07\u202eb\udcff"
+    assert html_text("<\x1b>") == r"&lt;\x1b&gt;"
+
+
+def test_a_class_named_by_escape_codes_is_escaped(
+    store: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    change_manifest(store, lambda lines: lines[0].update(classes=["\x1b[31mred", "[/bold]"]))
+    status, out, _ = run("info", store)
+    assert (status, "\x1b" in out, r"\x1b[31mred, [/bold]" in out) == (0, False, True)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
 from streamcnn.errors import StreamError
+from streamcnn.text import printable
 from streamcnn.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -147,13 +149,13 @@ def train(
     except Terminated as ended:
         typer.echo(f"streamcnn: {ended}; the same command goes on", err=True)
         raise typer.Exit(TERMINATED) from None
-    console.print(
+    best = (
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
-        f"{result.best_accuracy:.1%}: {result.best}",
-        soft_wrap=True,
-        highlight=False,
+        f"{result.best_accuracy:.1%}: {result.best}"
     )
-    console.print(f"page: {write_report(out)}", soft_wrap=True, highlight=False)
+    for line in (best, f"page: {write_report(out)}"):
+        # As text: brackets in a folder's name are no markup.
+        console.print(Text(printable(line)), soft_wrap=True, highlight=False)
 
 
 def evaluate(
@@ -222,7 +224,7 @@ def predict(
             fields = {"image": str(path), "label": int(label), "class": name}
             typer.echo(json.dumps({**fields, "probability": float(probability)}))
         else:
-            typer.echo(f"{path}: {name}, {float(probability):.1%}")
+            typer.echo(printable(f"{path}: {name}, {float(probability):.1%}"))
 
 
 def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
@@ -300,4 +302,4 @@ def _print_score(found: Score, num_images: int, classes: tuple[str, ...] | None)
     for label, row in enumerate(found.confusion):
         if sum(row):
             name = str(label) if classes is None else classes[label]
-            typer.echo(f"  {name}: {row[label]} of {sum(row)}")
+            typer.echo(printable(f"  {name}: {row[label]} of {sum(row)}"))

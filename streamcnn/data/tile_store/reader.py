@@ -78,6 +78,13 @@ class TileStore:
         )
         # Not by zarr, which would read the metadata again: small images are opened all the time.
         known = json.loads(metadata[f"{level}/zarr.json"])
+        said = tuple(-(-extent // 2**level) for extent in record.shape[1:])
+        if known.get("shape") != [record.shape[0], *said] or known.get("data_type") != record.dtype:
+            raise CorruptImage(
+                f"{self.path(record)}/{level}/zarr.json has shape {known.get('shape')} and data_type "
+                f"{known.get('data_type')!r}, the manifest says {[record.shape[0], *said]} and "
+                f"{record.dtype!r}: write the store again"
+            )
         array = zarr.Array(zarr.AsyncArray(known, StorePath(store, str(level))))
         return ZarrSource(array, channels_last=False)
 
