@@ -345,3 +345,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(workplace: 
     assert kills == num_kills, "the run was over too early for all kills"
     assert_equal(final_state(workplace / "killed"), final_state(workplace / "whole"))
     assert log_without_times(workplace / "killed") == log_without_times(workplace / "whole")
+
+
+def test_brackets_in_the_name_of_a_run_are_no_markup(workplace: Path, run: Run) -> None:
+    status, out, err = run(*arguments(workplace, "run[/bold]", epochs=1))
+    assert (status, err) == (0, "")
+    assert f"page: {workplace}/run[/bold]/report.html" in out
