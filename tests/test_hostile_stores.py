@@ -100,3 +100,10 @@ def test_a_class_named_by_escape_codes_is_escaped(
     change_manifest(store, lambda lines: lines[0].update(classes=["\x1b[31mred", "[/bold]"]))
     status, out, _ = run("info", store)
     assert (status, "\x1b" in out, r"\x1b[31mred, [/bold]" in out) == (0, False, True)
+
+
+def test_too_few_checksums_are_one_clear_error(store: Path) -> None:
+    change_manifest(store, lambda lines: lines[1]["shards"]["0/c/0/0/0"].update(chunk_crc32c=""))
+    ((_, error), (_, other)) = TileStore(store).verify()
+    assert str(error).endswith("shard 0/c/0/0/0 has 1 chunks, the manifest says 0")
+    assert other is None

@@ -151,7 +151,10 @@ def _checksums_by_end(index: bytes, shard: ShardRecord, key: str) -> dict[int, b
         shard.index_crc32c
     ):
         raise _changed(f"the index of shard {key}")
-    return dict(zip(_ends(index), shard.chunk_checksums(), strict=True))
+    ends, checksums = _ends(index), shard.chunk_checksums()
+    if len(ends) != len(checksums):
+        raise CorruptImage(f"shard {key} has {len(ends)} chunks, the manifest says {len(checksums)}")
+    return dict(zip(ends, checksums, strict=True))
 
 
 def _ends(index: bytes) -> list[int]:
