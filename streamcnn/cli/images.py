@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from streamcnn.cli.arguments import Json
+from streamcnn.text import printable
 from streamcnn.units import format_bytes, plural
 
 if TYPE_CHECKING:
@@ -70,8 +72,9 @@ def convert(
         )
         for record in records:
             progress.advance(progress.task_ids[0])
+            line = f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}"
             progress.console.print(
-                f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}",
+                Text(printable(line)),
                 soft_wrap=True,
                 highlight=False,
             )
@@ -110,7 +113,7 @@ def verify_store(path: Path, *, as_json: bool) -> bool:
             if error is not None:
                 errors[record.name] = str(error)
     for message in errors.values():
-        typer.echo(f"streamcnn: error: {message}", err=True)
+        typer.echo(printable(f"streamcnn: error: {message}", keep="\n"), err=True)
     _print_facts({**store_facts(store), "damaged": len(errors)}, as_json=as_json)
     return not errors
 
@@ -174,7 +177,7 @@ def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        typer.echo(f"{name:{width}}  {_text(name, value)}")
+        typer.echo(printable(f"{name:{width}}  {_text(name, value)}"))
 
 
 def _text(name: str, value: Any) -> str:

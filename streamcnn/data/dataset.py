@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.label_range import require_labels
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.splits import canonical
@@ -61,6 +62,11 @@ class ImageDataset(Dataset[Sample], ABC):
         Drawn for each image and epoch; see ``set_epoch``.
     seed
         Of the augmentations.
+
+    Raises
+    ------
+    DatasetMismatch
+        If a label is far larger than the number of images.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class ImageDataset(Dataset[Sample], ABC):
         augmentation: RandomAugmentation | None,
         seed: int,
     ) -> None:
+        require_labels(labels)
         self.names = names
         self.labels = labels
         self.classes = classes

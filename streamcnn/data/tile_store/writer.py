@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,17 +26,19 @@ from streamcnn.data.tile_store.format import (
     IMAGES,
     JOURNAL,
     LOCK,
+    MOST_BYTES,
+    NAME,
     Head,
     ImageRecord,
     parse_head,
     parse_record,
     read_complete,
     read_manifest,
+    require_known_label,
     write_manifest,
 )
-from streamcnn.errors import DatasetMismatch, StreamError
-
-_NAME = re.compile(r"[A-Za-z0-9_%][A-Za-z0-9_%.() -]*(/[A-Za-z0-9_%][A-Za-z0-9_%.() -]*)*")
+from streamcnn.documents import read_within, require_within
+from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 
 
 class TileStoreWriter:
@@ -55,6 +56,8 @@ class TileStoreWriter:
     ------
     DatasetMismatch
         If the folder holds a store with another head, or something that is no store.
+    CorruptImage
+        If what the folder holds already is damaged, or a link that leads out of it.
     StreamError
         If another process writes to the folder.
     """
@@ -68,6 +71,8 @@ class TileStoreWriter:
 
     def __enter__(self) -> Self:
         _refuse_foreign(self.folder)
+        for name in (IMAGES, JOURNAL, LOCK, COMPLETE):
+            require_within(self.folder, self.folder / name, error=CorruptImage)
         (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder)
         try:
@@ -113,8 +118,10 @@ class TileStoreWriter:
             self._go_on_with(head)
         whole = _whole_lines(path)
         if whole:
-            self._go_on_with(parse_head(whole[0], path))
+            head = parse_head(whole[0], path)
+            self._go_on_with(head)
             for record in (parse_record(line, path) for line in whole[1:]):
+                require_known_label(record, head, path)
                 self.records[record.name] = record
         self._open_journal()
 
@@ -199,16 +206,17 @@ def write_image_folder(
     DatasetMismatch
         If the name is a folder of other images, or lies in one.
     CorruptImage
-        If the source cannot be read.
+        If the source cannot be read, or a link leads out of the store.
     StreamError
         If it cannot be written, as on a full disk; nothing of the image is left.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             f"image name {name!r}: allowed are letters, digits, _ and %, and . - ( ) and blanks after "
             "the first character, in parts divided by /"
         )
     target = store / IMAGES / name
+    require_within(store, target, error=CorruptImage)
     _refuse_to_hide(target, store / IMAGES)
     # Two processes that write one image, against the rules, at least do not mix their files.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -216,6 +224,8 @@ def write_image_folder(
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_symlink():
+                partial.unlink()
             write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
             metadata, shards = record_files(partial)
             _flush(partial)
@@ -301,9 +311,11 @@ def _locked(folder: Path) -> FileLock:
 
 def _whole_lines(path: Path) -> list[str]:
     """The lines of a journal without one that was cut off."""
-    if not path.exists():
+    try:
+        content = read_within(path.parent, path, error=CorruptImage, most_bytes=MOST_BYTES)
+    except FileNotFoundError:
         return []
-    lines = path.read_text().split("\n")
+    lines = content.decode(errors="surrogateescape").split("\n")
     return lines[:-1]
 
 
