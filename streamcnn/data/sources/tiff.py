@@ -16,13 +16,19 @@ from tifffile import TiffFile, TiffPageSeries
 from tifffile.zarr import ZarrTiffStore
 
 from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.costs import REGION_COPIES, chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
+from streamcnn.data.sources.mapped import copied, mapped_bytes
+from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
+_CHUNK_COPIES = 3
+"""A tile or strip as stored, decoded, and once more where the codec or a predictor makes a copy."""
 _UNKNOWN_AXES = set("QI")  # tifffile's letters for an axis that nothing says a word about
 
 
@@ -70,8 +76,56 @@ class TiffSource(FileSource):
             opened = self._files.get()
         self._layout = opened.layout
         self._stamps = opened.stamps
+        self._piece = opened.piece
         shape = opened.layout.image_shape(opened.pixels.shape)
         super().__init__(shape, torch_dtype(name, opened.pixels.dtype), name)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of an image that is one tile or strip, once it has been decoded."""
+        decoded = self._files.get().decoded
+        return 0 if decoded is None else decoded.nbytes
+
+    @property
+    def pieces(self) -> str:
+        """Whether the image is in tiles or strips, and their extents in pixels."""
+        return self._piece
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Tiles or strips under a region, a few at a time, or all of an image that is a single one."""
+        opened = self._files.get()
+        channels, height, width = self.shape
+        pixel = channels * self.dtype.itemsize
+        if opened.store is None:
+            assert isinstance(opened.pixels, np.ndarray)
+            fixed = mapped_bytes(opened.pixels, self._layout)
+            return ReadingCost((height, width), pixel=REGION_COPIES * pixel, fixed=fixed)
+        assert isinstance(opened.pixels, zarr.Array)
+        if opened.is_one_chunk:
+            held = pixel * height * width
+            return ReadingCost(
+                (height, width), held=held, opening=_CHUNK_COPIES * held, pixel=REGION_COPIES * pixel
+            )
+        return chunked_cost(
+            self._layout,
+            opened.pixels.shape,
+            opened.pixels.chunks,
+            opened.pixels.dtype,
+            copies=_CHUNK_COPIES,
+            at_once=zarr.config.get("async.concurrency"),
+        )
+
+    def start(self) -> None:
+        """Start the threads that decode tiles and strips."""
+        if self._files.get().store is not None:
+            start_zarr_threads()
+
+    def release(self) -> None:
+        """Let go of an image that is one tile or strip."""
+        opened = self._files.get()
+        with opened.lock:
+            opened.decoded = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._request,)
@@ -80,7 +134,11 @@ class TiffSource(FileSource):
         for stamp in self._stamps:
             stamp.check()
         try:
-            return self._layout.channels_first(self._files.get().cut(self._layout.window(region)))
+            opened = self._files.get()
+            if opened.store is None:
+                assert isinstance(opened.pixels, np.ndarray)
+                return copied(opened.pixels, self._layout, region)
+            return self._layout.channels_first(opened.cut(self._layout.window(region)))
         except NotImplementedError:
             require("imagecodecs", extra="tiff")  # what does without it for other files lacks some cases
             raise
@@ -111,6 +169,10 @@ class _Opened:
     layout: Layout
     stamps: tuple[FileStamp, ...]
     is_one_chunk: bool
+    piece: str
+    """What it is cut into, for messages."""
+    decoded: NDArray[Any] | None = None
+    """All pixels, if they are one tile or strip that has been read."""
     lock: ProcessLock = field(default_factory=ProcessLock)
 
     def __post_init__(self) -> None:
@@ -122,8 +184,9 @@ class _Opened:
         """The pixels of a window; no file stays open after it."""
         if self.is_one_chunk:
             with self.lock:
-                if not isinstance(self.pixels, np.ndarray):
-                    self.pixels = self._decode(tuple(slice(None) for _ in self.pixels.shape))
+                if self.decoded is None:
+                    self.decoded = self._decode(tuple(slice(None) for _ in self.pixels.shape))
+                return self.decoded[window]
         return self._decode(window)
 
     def _decode(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
@@ -149,10 +212,13 @@ def _open(request: _Request) -> _Opened:
         check_complete(request.name, data)
         is_one_chunk = _is_one_chunk(request, data)
         stamps = (stamp, *_stamps_of_others(data, stamp))
+        piece = described(
+            f"TIFF {'tiles' if data.keyframe.is_tiled else 'strips'}", chunk_size(data.keyframe)
+        )
         if _is_mappable(data):
-            return _Opened(_mapped(data), None, layout, stamps, is_one_chunk=False)
+            return _Opened(_mapped(data), None, layout, stamps, is_one_chunk=False, piece=piece)
         store = data.aszarr(level=0, squeeze=False)
-        return _Opened(zarr.open_array(store, mode="r"), store, layout, stamps, is_one_chunk)
+        return _Opened(zarr.open_array(store, mode="r"), store, layout, stamps, is_one_chunk, piece)
 
 
 def _level(request: _Request, file: TiffFile) -> TiffPageSeries:

@@ -15,12 +15,18 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, MemoryStore
 
 from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.costs import chunked_cost, described
 from streamcnn.data.sources.files import PerProcess, opening
 from streamcnn.data.sources.guard import GuardedStore, MissingChunks, ZarrArray, guarded
 from streamcnn.data.sources.layout import Layout, layout_by_names, layout_by_shape, torch_dtype
 from streamcnn.data.sources.ome import open_level
+from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
+
+_CHUNK_COPIES = 2
+"""A chunk as stored, which need not be smaller, and decoded."""
 
 
 @final
@@ -77,6 +83,29 @@ class ZarrSource(FileSource):
     def chunks(self) -> tuple[int, ...]:
         """Extents of the array's chunks in pixels, in the array's own axis order."""
         return self._array.chunks
+
+    @property
+    def pieces(self) -> str:
+        """Extents of the chunks, in the array's own axis order."""
+        return described("zarr chunks", self.chunks)
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Chunks under a region, as stored and decoded: of an array with shards all, else a few at a time."""
+        array = self._array
+        at_once = zarr.config.get("async.concurrency") if array.shards is None else None
+        return chunked_cost(
+            self._layout,
+            array.shape,
+            array.chunks,
+            array.dtype,
+            copies=_CHUNK_COPIES,
+            at_once=at_once,
+        )
+
+    def start(self) -> None:
+        """Start zarr's threads."""
+        start_zarr_threads()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, self._request
