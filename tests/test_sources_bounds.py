@@ -46,7 +46,7 @@ def test_a_pipe_or_a_device_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_large_chunk_is_decoded_once_and_released(tmp_path: Path) -> None:
-    image = pixels(3, size=(200, 300))
+    image = pixels(3, size=(1200, 1300))
     array = zarr.create_array(tmp_path / "a", shape=image.shape, chunks=image.shape, dtype="u1")
     array[:] = image
     source = ZarrSource(tmp_path / "a")
@@ -56,8 +56,19 @@ def test_a_large_chunk_is_decoded_once_and_released(tmp_path: Path) -> None:
     assert_reads(source, image, region(100, 140, 10, 60))
     source.release()
     assert source.held_bytes == 0
-    with pytest.warns(UserWarning, match="180000 bytes, of which 1000 are kept at most: .*streamcnn convert"):
+    with pytest.warns(
+        UserWarning, match="4680000 bytes, of which 1000 are kept at most: .*streamcnn convert"
+    ):
         ZarrSource(array, missing_chunks="fill", cache_bytes=1000)
+
+
+def test_small_chunks_are_not_kept(tmp_path: Path) -> None:
+    image = pixels(3, size=(200, 300))
+    array = zarr.create_array(tmp_path / "a", shape=image.shape, chunks=image.shape, dtype="u1")
+    array[:] = image
+    source = ZarrSource(tmp_path / "a")
+    assert_reads(source, image, region(5, 40, 10, 60))
+    assert source.held_bytes == source.most_held_bytes == source.reading_cost.held == 0
 
 
 def test_convert_is_told_where_the_channels_are(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         with torch.enable_grad(), self._casting():
-            plan = self.model.plan((size, *sources[0].shape), inputs=self._on_device(inputs))
+            plan = self.model.plan(sources, inputs=self._on_device(inputs))
         self.model.train(was_training)
         plan.validate()
         return plan.digest

@@ -21,15 +21,18 @@ from streamcnn.data.sources.files import ProcessLock
 CACHE_BYTES = 2**26
 """Most bytes of decoded chunks that a source keeps unless the caller allows more."""
 
+_LEAST_BYTES = 2**22
+"""Of a chunk, to be kept: smaller ones are decoded again in little time, and plans count what is kept."""
+
 Window = tuple[slice | int, ...]
 
 
 class ChunkCache:
     """The chunks that were used last, of no more than ``limit`` bytes.
 
-    Chunks are kept where they are larger than what is read of them; smaller ones are read as if there were
-    no cache. A chunk that is larger than ``limit`` is not kept. Several threads may read at once; of a chunk
-    that two of them need, one waits for the other.
+    Chunks of 4 MiB and more are kept where they are larger than what is read of them; others are read as if
+    there were no cache. A chunk that is larger than ``limit`` is not kept. Several threads may read at once;
+    of a chunk that two of them need, one waits for the other.
 
     Parameters
     ----------
@@ -44,6 +47,7 @@ class ChunkCache:
         self._shape = shape
         self._chunk_bytes = math.prod(map(min, chunk, shape)) * itemsize
         self._limit = limit
+        self._keeps = _LEAST_BYTES <= self._chunk_bytes <= limit
         self._kept: OrderedDict[tuple[int, ...], NDArray[Any]] = OrderedDict()
         self._decoding: dict[tuple[int, ...], threading.Lock] = {}
         self._lock = ProcessLock()
@@ -65,6 +69,8 @@ class ChunkCache:
 
     def most_bytes(self) -> int:
         """Bytes that may come to be kept."""
+        if not self._keeps:
+            return 0
         num_chunks = math.prod(math.ceil(n / size) for n, size in zip(self._shape, self._chunk, strict=True))
         return min(num_chunks, self._limit // max(1, self._chunk_bytes)) * self._chunk_bytes
 
@@ -72,7 +78,7 @@ class ChunkCache:
         """The pixels of ``window``, which ``decode`` gives for any."""
         spans = [span(part, extent) for part, extent in zip(window, self._shape, strict=True)]
         wanted = math.prod(stop - start for start, stop in spans)
-        if self._chunk_bytes > self._limit or math.prod(map(min, self._chunk, self._shape)) <= wanted:
+        if not self._keeps or math.prod(map(min, self._chunk, self._shape)) <= wanted:
             return decode(window)
         out: NDArray[Any] | None = None
         places = (

@@ -13,8 +13,10 @@ from torch import Tensor
 from streamcnn.data.sources.base import FileSource, ImageSource
 from streamcnn.data.sources.files import FileStamp, check_shape, opening, regular
 from streamcnn.data.sources.layout import layout_by_shape, torch_dtype
+from streamcnn.data.sources.mapped import copied, lets_go, mapped_bytes
 from streamcnn.data.sources.places import local_path
 from streamcnn.errors import DatasetMismatch
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
 
@@ -40,6 +42,11 @@ class TensorSource(ImageSource):
 
     def __reduce__(self) -> tuple[type[TensorSource], tuple[Tensor]]:
         return TensorSource, (self._tensor,)
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Nothing: regions are views."""
+        return ReadingCost(self.shape[1:])
 
     def _read(self, region: Region) -> Tensor:
         rows, cols = region
@@ -93,9 +100,18 @@ class ArraySource(FileSource):
         origin = self._origin
         return _remade, (_mapping(origin) if _is_whole_map(origin) else origin, self._requested_layout)
 
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """The region's copy, and a band of a mapped file's pages."""
+        channels, height, width = self.shape
+        fixed = mapped_bytes(self._array, self._layout) if lets_go(self._array) else 0
+        return ReadingCost((height, width), pixel=channels * self.dtype.itemsize, fixed=fixed)
+
     def _load(self, region: Region) -> NDArray[Any]:
         if self._stamp is not None:  # touching a page beyond a file's end kills the process
             self._stamp.check()
+        if lets_go(self._array):
+            return copied(self._array, self._layout, region)
         return self._layout.channels_first(self._array[self._layout.window(region)])
 
 

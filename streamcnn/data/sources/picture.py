@@ -16,6 +16,7 @@ from streamcnn.data.sources.layout import Layout, torch_dtype
 from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
 if TYPE_CHECKING:
@@ -48,6 +49,14 @@ _HANDED_OUT = {
 }
 
 _ORIENTATION = 274  # of EXIF's tags
+_DECODED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
+"""Bytes of a pixel in Pillow's memory by mode; 4 in all others."""
+_SCRATCH = {"WEBP": 16, "GIF": 8, "BMP": 4}
+"""Bytes for each pixel that a decoder takes beside the picture, by format."""
+_PROGRESSIVE = 8
+"""The same of a progressive JPEG: the coefficients of up to four components, two bytes each."""
+_BAND_BYTES = 2**22
+"""Bytes of pixels that are copied out of Pillow's memory at a time, at least a row."""
 
 _limit_lock = ProcessLock()
 
@@ -86,6 +95,8 @@ class PictureSource(FileSource):
             width, height = image.size
             self._mode = _mode(name, image)
             self._orientation = _orientation(image)
+            self._format = image.format or "picture"
+            self._opening = width * height * (_DECODED.get(image.mode, 4) + _scratch(image))
         if width * height > max_pixels:
             raise DatasetMismatch(
                 f"{name} has {height} x {width} = {width * height} pixels: allowed are {max_pixels}, for a "
@@ -99,6 +110,36 @@ class PictureSource(FileSource):
         size = self._orientation.size(self._stored_size)
         super().__init__((channels, *size), torch_dtype(name, np.dtype(dtype)), name)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the picture, once it has been decoded."""
+        pixels = self._pixels
+        return 0 if pixels is None else pixels.nbytes
+
+    @property
+    def pieces(self) -> str:
+        """The format, and that it is one piece."""
+        return f"a {self._format} picture of {self.shape[1]} x {self.shape[2]} pixels, which is decoded whole"
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """The picture, and once Pillow's own copy of it and the decoder's memory."""
+        channels, height, width = self.shape
+        pixel = channels * self.dtype.itemsize
+        # Cut out of Pillow's picture, converted, as bytes in pieces and in one.
+        bands = 4 * max(_BAND_BYTES, 4 * width)
+        return ReadingCost(
+            (height, width),
+            held=pixel * height * width,
+            opening=self._opening + bands,
+            pixel=pixel,
+        )
+
+    def release(self) -> None:
+        """Let go of the picture."""
+        with self._decoding:
+            self._pixels = None
+
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._path, self._max_pixels)
 
@@ -106,15 +147,23 @@ class PictureSource(FileSource):
         with self._decoding:
             if self._pixels is None:
                 self._pixels = self._decode()
+            pixels = self._pixels
         stored = self._orientation.stored_region(region, self._stored_size)
-        return self._orientation.upright(
-            self._layout.channels_first(self._pixels[self._layout.window(stored)])
-        )
+        return self._orientation.upright(self._layout.channels_first(pixels[self._layout.window(stored)]))
 
     def _decode(self) -> NDArray[Any]:
         self._stamp.check()
+        height, width = self._stored_size
+        channels, dtype = _HANDED_OUT[self._mode]
+        pixels = np.empty((height, width, channels) if channels > 1 else (height, width), dtype)
+        rows = max(1, _BAND_BYTES // (4 * width))
         with _opened(self._path) as image:
-            return np.asarray(image if image.mode == self._mode else image.convert(self._mode))
+            for top in range(0, height, rows):
+                # In bands: Pillow hands out a picture as bytes, which are two copies of it.
+                band = image.crop((0, top, width, min(top + rows, height)))
+                band = band if band.mode == self._mode else band.convert(self._mode)
+                pixels[top : top + rows] = np.asarray(band)
+        return pixels
 
 
 @contextmanager
@@ -151,6 +200,13 @@ def _orientation(image: Image) -> Orientation:
     if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
         return Orientation()
     return Orientation(int(image.getexif().get(_ORIENTATION, 1)))
+
+
+def _scratch(image: Image) -> int:
+    """Bytes for each pixel that decoding takes beside the picture."""
+    if image.format == "JPEG" and image.info.get("progressive"):
+        return _PROGRESSIVE
+    return _SCRATCH.get(image.format or "", 0)
 
 
 def _check_depth(name: str, image: Image) -> None:

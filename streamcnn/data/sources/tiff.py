@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -17,18 +17,24 @@ from tifffile.zarr import ZarrTiffStore
 
 from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.costs import REGION_COPIES, chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
+from streamcnn.data.sources.mapped import copied, mapped_bytes
 from streamcnn.data.sources.orientation import Orientation
+from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
-from streamcnn.data.sources.tiff_colours import Colours, colours_of
+from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_of
 from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
 from streamcnn.data.sources.tiff_series import check_number, chosen_series
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
 _ORIENTATION = 274
+_CHUNK_COPIES = 3
+"""A tile or strip as stored, decoded, and once more where the codec or a predictor makes a copy."""
 _UNKNOWN_AXES = set("QI")  # tifffile's letters for an axis that nothing says a word about
 
 
@@ -82,6 +88,7 @@ class TiffSource(FileSource):
             opened = self._files.get()
         self._layout = opened.layout
         self._stamps = opened.stamps
+        self._piece = opened.piece
         self._colours = opened.colours
         self._orientation = opened.orientation
         channels, *stored = opened.layout.image_shape(opened.pixels.shape)
@@ -89,6 +96,56 @@ class TiffSource(FileSource):
         shape = (self._colours.num_channels(channels), *self._orientation.size(self._stored_size))
         dtype = torch_dtype(name, opened.pixels.dtype)
         super().__init__(shape, dtype, name, largest=self._colours.largest)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of an image that is one tile or strip, once it has been decoded."""
+        decoded = self._files.get().decoded
+        return 0 if decoded is None else decoded.nbytes
+
+    @property
+    def pieces(self) -> str:
+        """Whether the image is in tiles or strips, and their extents in pixels."""
+        return self._piece
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Tiles or strips under a region, a few at a time, or all of an image that is a single one."""
+        opened = self._files.get()
+        channels, height, width = self._layout.image_shape(opened.pixels.shape)
+        pixel = channels * opened.pixels.dtype.itemsize
+        if opened.store is None:
+            assert isinstance(opened.pixels, np.ndarray)
+            fixed = mapped_bytes(opened.pixels, self._layout)
+            cost = ReadingCost((height, width), pixel=REGION_COPIES * pixel, fixed=fixed)
+        elif opened.is_one_chunk:
+            held = pixel * height * width
+            copies = REGION_COPIES * pixel
+            cost = ReadingCost((height, width), held=held, opening=_CHUNK_COPIES * held, pixel=copies)
+        else:
+            assert isinstance(opened.pixels, zarr.Array)
+            cost = chunked_cost(
+                self._layout,
+                opened.pixels.shape,
+                opened.pixels.chunks,
+                opened.pixels.dtype,
+                copies=_CHUNK_COPIES,
+                at_once=zarr.config.get("async.concurrency"),
+            )
+        if not self._colours.is_plain:
+            cost = replace(cost, pixel=cost.pixel + pixel + COLOUR_BYTES)
+        return cost.transposed() if cost.size != self.shape[1:] else cost
+
+    def start(self) -> None:
+        """Start the threads that decode tiles and strips."""
+        if self._files.get().store is not None:
+            start_zarr_threads()
+
+    def release(self) -> None:
+        """Let go of an image that is one tile or strip."""
+        opened = self._files.get()
+        with opened.lock:
+            opened.decoded = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._request,)
@@ -98,7 +155,12 @@ class TiffSource(FileSource):
             stamp.check()
         stored = self._orientation.stored_region(region, self._stored_size)
         try:
-            pixels = self._layout.channels_first(self._files.get().cut(self._layout.window(stored)))
+            opened = self._files.get()
+            if opened.store is None:
+                assert isinstance(opened.pixels, np.ndarray)
+                pixels = copied(opened.pixels, self._layout, stored)
+            else:
+                pixels = self._layout.channels_first(opened.cut(self._layout.window(stored)))
         except NotImplementedError:
             require("imagecodecs", extra="tiff")  # what does without it for other files lacks some cases
             raise
@@ -133,6 +195,10 @@ class _Opened:
     orientation: Orientation
     stamps: tuple[FileStamp, ...]
     is_one_chunk: bool
+    piece: str
+    """What it is cut into, for messages."""
+    decoded: NDArray[Any] | None = None
+    """All pixels, if they are one tile or strip that has been read."""
     lock: ProcessLock = field(default_factory=ProcessLock)
 
     def __post_init__(self) -> None:
@@ -144,8 +210,9 @@ class _Opened:
         """The pixels of a window; no file stays open after it."""
         if self.is_one_chunk:
             with self.lock:
-                if not isinstance(self.pixels, np.ndarray):
-                    self.pixels = self._decode(tuple(slice(None) for _ in self.pixels.shape))
+                if self.decoded is None:
+                    self.decoded = self._decode(tuple(slice(None) for _ in self.pixels.shape))
+                return self.decoded[window]
         return self._decode(window)
 
     def _decode(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
@@ -173,12 +240,17 @@ def _open(request: _Request) -> _Opened:
         check_complete(request.name, data)
         is_one_chunk = _is_one_chunk(request, data)
         stamps = (stamp, *_stamps_of_others(data, stamp))
+        piece = described(
+            f"TIFF {'tiles' if data.keyframe.is_tiled else 'strips'}", chunk_size(data.keyframe)
+        )
         if _is_mappable(data):
-            return _Opened(_mapped(data), None, layout, colours, orientation, stamps, is_one_chunk=False)
+            return _Opened(
+                _mapped(data), None, layout, colours, orientation, stamps, is_one_chunk=False, piece=piece
+            )
         keep_lerc_masks(request.name, data.keyframe)
         store = data.aszarr(level=0, squeeze=False)
         array = zarr.open_array(store, mode="r")
-        return _Opened(array, store, layout, colours, orientation, stamps, is_one_chunk)
+        return _Opened(array, store, layout, colours, orientation, stamps, is_one_chunk, piece)
 
 
 def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageSeries]:

@@ -27,6 +27,10 @@ _CMYK = 1  # of the tag InkSet
 _INK_SET, _MAX_VALUE, _SIGNED_MAX_VALUE = 332, 281, 341
 
 
+COLOUR_BYTES = 64
+"""Bytes of each pixel that working out colours takes at most, beside the samples and the colours."""
+
+
 class Meaning(Enum):
     """What is done to the samples of a pixel."""
 

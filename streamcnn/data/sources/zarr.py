@@ -6,6 +6,7 @@ import functools
 import math
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -20,13 +21,19 @@ from streamcnn.data.sources.axes import Axes, array_axes
 from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.chunk_cache import CACHE_BYTES, ChunkCache, Window
 from streamcnn.data.sources.chunk_keys import with_present_chunks
+from streamcnn.data.sources.costs import chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, PerProcess, check_piece, check_shape, opening
 from streamcnn.data.sources.guard import GuardedStore, MissingChunks, ZarrArray, guarded
 from streamcnn.data.sources.layout import Layout, layout_by_names, layout_by_shape, torch_dtype
 from streamcnn.data.sources.ome import open_level
 from streamcnn.data.sources.places import base_store, place, zarr_store
+from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
+
+_CHUNK_COPIES = 2
+"""A chunk as stored, which need not be smaller, and decoded."""
 
 
 @final
@@ -128,6 +135,33 @@ class ZarrSource(FileSource):
     def most_held_bytes(self) -> int:
         """Bytes of decoded chunks that the source may come to keep."""
         return self._caches.get().most_bytes()
+
+    @property
+    def pieces(self) -> str:
+        """Extents of the chunks, in the array's own axis order."""
+        return described("zarr chunks", self.chunks)
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Chunks under a region, as stored and decoded, and those that are kept.
+
+        Of an array with shards all chunks are in memory at once, else a few at a time.
+        """
+        array = self._array
+        at_once = zarr.config.get("async.concurrency") if array.shards is None else None
+        cost = chunked_cost(
+            self._layout,
+            array.shape,
+            array.chunks,
+            array.dtype,
+            copies=_CHUNK_COPIES,
+            at_once=at_once,
+        )
+        return replace(cost, held=self.most_held_bytes)
+
+    def start(self) -> None:
+        """Start zarr's threads."""
+        start_zarr_threads()
 
     def release(self) -> None:
         """Let go of the chunks that `held_bytes` counts; the next read decodes them again."""
