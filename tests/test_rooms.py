@@ -59,9 +59,10 @@ def test_a_group_of_the_second_version_leaves_its_limit_less_what_it_must_keep(
     # A sixty-fourth is left for the kernel.
     assert found.nbytes == 400 * MIB - 400 * MIB // 64
     assert str(found) == (
-        f"the memory limit of the control group ({tmp_path}/pod/box/memory.max) is 1000 MiB, of which 600 MiB "
-        "are in use, so that 394 MiB can be had: raise it (docker run --memory, resources.limits.memory of "
-        "Kubernetes, MemoryMax= of systemd, --mem of Slurm) or end other processes in the group"
+        f"the memory limit of the control group ({tmp_path}/pod/box/memory.max) is 1000 MiB, of which "
+        "600 MiB are in use, so that 394 MiB can be had: raise it (docker run --memory, "
+        "resources.limits.memory of Kubernetes, MemoryMax= of systemd, --mem of Slurm) "
+        "or end other processes in the group"
     )
 
 

@@ -231,8 +231,8 @@ class DataLimit:
         self._baseline = self._given_baseline or Baseline.now(fill_holes=self._budget is not None)
         self._join_others()
         if self._baseline.resident_bytes is not None and resident_bytes() is not None:
-            # Before the limit, which is not to refuse a thread: Python waits for ever for one that dies of that
-            # as it begins. Under another block's limit the readings after every step have to do.
+            # Before the limit, which is not to refuse a thread: Python waits for ever for one that dies of
+            # that as it begins. Under another block's limit the readings after every step have to do.
             self._gauge.open(threaded=not self._is_shared)
         if self._budget is not None:
             try:
