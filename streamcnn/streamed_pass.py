@@ -24,7 +24,15 @@ from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planning import Planned
 from streamcnn.program import Program, Ref, refs_in
 from streamcnn.report import Report
-from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, free_bytes
+from streamcnn.stores import (
+    MemoryStore,
+    SpillFolder,
+    Store,
+    StoreSpec,
+    ZarrStore,
+    free_bytes,
+    remove_abandoned,
+)
 from streamcnn.surroundings import saved_tensors_hooks_aside
 from streamcnn.units import format_bytes
 
@@ -350,6 +358,9 @@ def _warm_up(reader: BatchReader, program: Program, plan: Plan) -> None:
 def _check_disk(plan: Plan, spill: Path | None) -> None:
     """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
     needed = plan.bytes_on(Home.DISK)
+    if needed:
+        # What killed processes have left takes no room from this one.
+        remove_abandoned(spill)
     if needed and needed > (free := free_bytes(spill)):
         raise PlanDoesNotFit(
             f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
