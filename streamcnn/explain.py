@@ -25,6 +25,8 @@ def explain_plan(plan: Plan) -> str:
         f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *_phases(plan),
     ]
+    if plan.limited_by:
+        lines.insert(1, f"instead of a larger budget, since {plan.limited_by}")
     if plan.num_resident:
         lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")
     lines.extend(f"resident: {reason}" for reason in dict.fromkeys(plan.residents))

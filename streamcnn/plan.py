@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from streamcnn.errors import PlanDoesNotFit
@@ -163,6 +163,9 @@ class Plan:
     """Bytes on top of that while the largest region of the image is read."""
     residents: tuple[str, ...] = ()
     """Operators run on whole maps for want of a rule, with the reason."""
+    limited_by: str = field(default="", compare=False)
+    """Which limit of the process or its control groups ``budget`` is, where that leaves less than the user's
+    budget, and what to do about it; empty where it is the user's."""
 
     @property
     def projected_bytes(self) -> int:
@@ -199,12 +202,14 @@ class Plan:
         largest = sorted(self.terms, key=lambda term: -term.nbytes)[:3]
         named = ", ".join(f"{term.name} {format_bytes(term.nbytes)}" for term in largest)
         needed, beyond = self.projected_bytes, self.projected_bytes - self.budget
+        advice = f"Raise budget= to at least {needed} bytes ({format_bytes(needed)}),"
+        if self.limited_by:
+            advice = f"A larger budget= does not help: {self.limited_by}. Or"
         raise PlanDoesNotFit(
             f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the "
             f"smallest needs {format_bytes(beyond)} more, in {self.worst}, at {self.worst_operator}, with "
-            f"tiles of {self.tile[0]}x{self.tile[1]} pixels (largest terms: {named}). Raise budget= to at "
-            f"least {needed} bytes ({format_bytes(needed)}), leave tile= to the planner, or use a smaller "
-            "batch, a narrower model or fewer resident operators."
+            f"tiles of {self.tile[0]}x{self.tile[1]} pixels (largest terms: {named}). {advice} leave tile= "
+            "to the planner, or use a smaller batch, a narrower model or fewer resident operators."
         )
 
     def explain(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from streamcnn.calibration import rates_for
 from streamcnn.capture import RawGraph
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.ceiling.rooms import Room
 from streamcnn.flattening import Whole
 from streamcnn.libraries import Libraries
 from streamcnn.plan import Home, Plan, StepKind
@@ -31,6 +32,7 @@ from streamcnn.tracing import Trace
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
 an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
+_ANY = 2**62
 _CACHED = 8
 """Plans kept, the most recently used ones."""
 
@@ -123,6 +125,23 @@ class Planning:
         graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, wish, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
+    def plan_within(self, wishes: Wishes, room: Room | None) -> tuple[Planned, Wish]:
+        """The plan within the budget and what other limits leave, whichever is less; what it was made for."""
+        wish = wishes.wish
+        planned = self.plan(wishes.captured, wishes.present(wish), wishes.machine)
+        if (
+            room is None
+            or planned.plan.projected_bytes <= room.nbytes
+            or room.nbytes >= (wish.budget or _ANY)
+        ):
+            return planned, wish
+        for nbytes in dict.fromkeys((room.rounded, room.nbytes)):
+            wish = replace(wishes.wish, budget=nbytes)
+            planned = self.plan(wishes.captured, wishes.present(wish), wishes.machine)
+            if planned.plan.fits:
+                break
+        return replace(planned, plan=replace(planned.plan, limited_by=str(room))), wish
+
 
 def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
     """What was planned for one graph, with the user's own functions and constants of an equal one."""
@@ -152,6 +171,16 @@ class Captured:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", (self.device, self.graph.key, _specs(self.states)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wishes:
+    """What a plan is wanted for, and what is planned for where that was refused memory before."""
+
+    captured: Captured
+    wish: Wish
+    machine: Machine
+    present: Callable[[Wish], Wish]
 
 
 def _kept(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T]) -> T:

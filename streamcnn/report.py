@@ -32,6 +32,9 @@ class Report:
     waiting_bytes: int = 0
     """Bytes of stores that other forward passes hold which still wait for their backward pass; not part of
     the budget of this one."""
+    is_shared: bool = False
+    """Whether another pass of this process ran at the same time: ``measured_bytes`` is the process's, so what
+    that one held counts too, and the lower ceiling of both held."""
 
     @property
     def bytes_moved(self) -> int:
@@ -48,6 +51,8 @@ class Report:
         ]
         if self.num_retries:
             lines.append(f"memory was refused: begun again {self.num_retries} times with smaller tiles")
+        if self.is_shared:
+            lines.append("another pass ran at the same time: the peak is that of both")
         if self.waiting_bytes:
             lines.append(
                 f"{format_bytes(self.waiting_bytes)} more are held by other forward passes that wait for "

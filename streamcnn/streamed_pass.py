@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -15,14 +15,24 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
+from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
+from streamcnn.interrupts import cleaning_up, undoing
 from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planning import Planned
 from streamcnn.program import Ref, refs_in
 from streamcnn.report import Report
-from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, free_bytes
+from streamcnn.stores import (
+    MemoryStore,
+    SpillFolder,
+    Store,
+    StoreSpec,
+    ZarrStore,
+    free_bytes,
+    remove_abandoned,
+)
 from streamcnn.surroundings import saved_tensors_hooks_aside
 from streamcnn.units import format_bytes
 
@@ -30,6 +40,7 @@ from streamcnn.units import format_bytes
 class Host(Protocol):
     """Whom a pass reports to, and where it may spill."""
 
+    budget: int | None
     spill: Path | None
     last_report: Report | None
     observer: Observer | None
@@ -86,6 +97,7 @@ class Pass:
         self.began = time.perf_counter()
         self.peak: int | None = None
         self.reading = "unknown"
+        self.is_shared = False
         self.samples: list[tuple[float, int]] = []
         self._begin(planned)
 
@@ -133,54 +145,76 @@ class Pass:
 
     def forward(self) -> dict[str, Tensor]:
         """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
+        state = _random_state(self.execution.device)
+
+        def undo() -> None:
+            self.close()
+            _set_random_state(state, self.execution.device)
+
+        return undoing(self._forward, undo)
+
+    def _forward(self) -> dict[str, Tensor]:
+        """A forward pass, begun again where it is refused memory."""
+        state = _random_state(self.execution.device)
         while True:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
-                with _random_state_kept(self.execution.device), self._ceiling("forward"):
-                    self.reader.open()
-                    values = self.execution.forward()
+                values = self._limited("forward", self._forward)
                 break
             except BudgetExceeded as error:
+                _set_random_state(state, self.execution.device)
                 self._begin_again(error)
             # Not before the error is let go of: its traceback holds the tile's tensors.
             self.ceiling.give_back()
         self.shrink.keep()
-        self._update(values)
+        outputs = {name: values[self.present_name(name)] for name in self.output_names}
         if self.plan.training:
             _waiting.add(self)
         else:
             self.close()
-        return {name: values[self.present_name(name)] for name in self.output_names}
+        # Last, so that nothing is left to be interrupted once the buffers have changed.
+        return self._updated(values, outputs)
 
-    def _update(self, values: Mapping[str, Tensor]) -> None:
-        """Give the states that the module changes their new values."""
-        with torch.no_grad():
-            for qualified, name in self.program.updates.items():
-                self.known[qualified].copy_(values[name])
+    def _updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``outputs``, the states that the module changes having their new values: all of them, or none."""
+        updates = self.program.updates
+        before = {q: self.before[q] if q in self.before else self.known[q].detach().clone() for q in updates}
+
+        def give(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with torch.no_grad():
+                for qualified in updates:
+                    self.known[qualified].copy_(found[qualified])
+            return outputs
+
+        new = {qualified: values[name] for qualified, name in updates.items()}
+        return undoing(partial(give, new), partial(give, before))
 
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by node name of the parameters and the image, given those of outputs.
 
         It may be called again: the forward pass is then repeated first.
         """
+        return cleaning_up(partial(self._backward, gradients), self.close)
+
+    def _backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A backward pass, begun again where it is refused memory."""
         repeat, self.is_spent = self.is_spent, True
         if repeat:
             self._restart(self.planned)
-        try:
-            while True:
-                try:
-                    if repeat:
-                        self._repeat_forward()
-                    with self._ceiling("backward"):
-                        found = self.execution.backward(self._arriving(gradients))
-                    self.shrink.keep()
-                    return found
-                except BudgetExceeded as error:
-                    self._begin_again(error)
-                    repeat = True
-                self.ceiling.give_back()
-        finally:
-            self.close()
+        while True:
+            try:
+                if repeat:
+                    self._repeat_forward()
+                found = self._limited("backward", partial(self._differentiate, gradients))
+                self.shrink.keep()
+                return found
+            except BudgetExceeded as error:
+                self._begin_again(error)
+                repeat = True
+            self.ceiling.give_back()
+
+    def _differentiate(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.execution.backward(self._arriving(gradients))
 
     def _arriving(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs' gradients by their present names, of which two outputs may share one."""
@@ -214,13 +248,18 @@ class Pass:
     def _repeat_forward(self) -> None:
         """The forward pass once more, for its stored maps: buffers and random state stay."""
         present = _random_state(self.reader.device)
-        _set_random_state(self.random_state, self.reader.device)
-        try:
-            with self._ceiling("forward"), torch.enable_grad():
-                self.reader.open()
-                self.execution.forward()
-        finally:
-            _set_random_state(present, self.reader.device)
+
+        def repeat() -> None:
+            _set_random_state(self.random_state, self.reader.device)
+            with torch.enable_grad():
+                self._limited("forward", self._forward)
+
+        cleaning_up(repeat, lambda: _set_random_state(present, self.reader.device))
+
+    def _forward(self) -> Mapping[str, Tensor]:
+        """Read what is decoded whole and carry out the forward pass, both under the ceiling."""
+        self.reader.open()
+        return self.execution.forward()
 
     def recomputed_from(self) -> list[Tensor]:
         """States without a gradient that the backward pass reads once more."""
@@ -240,22 +279,39 @@ class Pass:
         self.execution.close()
         self.stores.close()
 
-    @contextmanager
-    def _ceiling(self, direction: str) -> Iterator[None]:
-        """Enforce the budget, measure, and name the budget in an out-of-memory error."""
+    def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``run`` returns: enforce the budget, measure, and say so where memory is refused."""
         start = time.perf_counter()
         limit = self.ceiling.limit(self.plan.budget, reuse_heap=self.plan.reuses_heap)
         try:
-            with limit:
-                yield
+            found = self._within(limit, run)
         except BaseException as error:
-            self.close()
-            if self.plan.budget is not None and is_out_of_memory(error):
-                raise BudgetExceeded(_refusal(self.plan, direction, error)) from error
+            is_limited = self.plan.budget is not None or self.ceiling.room is not None
+            if is_limited and is_out_of_memory(error):
+                raise BudgetExceeded(_refusal(self.plan, direction, error, self._room())) from error
             raise
         finally:
             self.seconds += time.perf_counter() - start
         self._note(limit)
+        return found
+
+    def _within(self, limit: Limit, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``run`` returns under a limit; where it fails or is interrupted, nothing of either is left."""
+
+        def in_block() -> dict[str, Tensor]:
+            with limit:
+                return run()
+
+        def close() -> None:
+            limit.close()
+            self.close()
+
+        return undoing(in_block, close)
+
+    def _room(self) -> Room | None:
+        """The limit that leaves less than the user's budget, if one did."""
+        room, budget = self.ceiling.room, self.host.budget
+        return room if room is not None and (budget is None or room.nbytes < budget) else None
 
     def _note(self, limit: Limit) -> None:
         peak, at_most = limit.peak_bytes, limit.at_most_bytes
@@ -264,6 +320,7 @@ class Pass:
             if self.peak is None or at_most > self.peak:
                 self.reading = limit.reading
             self.peak = max(self.peak or 0, peak)
+        self.is_shared = self.is_shared or limit.is_shared
         self.samples.extend((when - self.began, nbytes) for when, nbytes in limit.samples)
         self.host.last_report = Report(
             budget=self.plan.budget,
@@ -276,25 +333,33 @@ class Pass:
             samples=tuple(self.samples),
             baseline_bytes=self.ceiling.baseline_bytes,
             waiting_bytes=self.waiting_bytes,
+            is_shared=self.is_shared,
         )
 
 
-def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
-    """What the user is told when memory was refused, or taken past the budget, and smaller tiles are none."""
-    assert plan.budget is not None
-    what = f"an allocation in the {direction} pass was refused: budget {format_bytes(plan.budget)}"
+def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None) -> str:
+    """What the user is told when memory was refused, or taken past the budget, and smaller tiles are none.
+
+    ``room`` is what another limit left, if that was less than the budget.
+    """
+    budget = "no budget" if plan.budget is None else f"budget {format_bytes(plan.budget)}"
+    what = f"an allocation in the {direction} pass was refused: {budget}"
     if isinstance(error, BudgetExceeded):
         what = str(error)
+    advice = "raise budget=" if room is None else f"a larger budget= does not help, since {room}"
     return (
         f"{what}, projected {format_bytes(plan.projected_bytes)} with tiles of "
         f"{plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
-        "Nothing was changed; raise budget="
+        f"Nothing was changed; {advice}"
     )
 
 
 def _check_disk(plan: Plan, spill: Path | None) -> None:
     """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
     needed = plan.bytes_on(Home.DISK)
+    if needed:
+        # What killed processes have left takes no room from this one.
+        remove_abandoned(spill)
     if needed and needed > (free := free_bytes(spill)):
         raise PlanDoesNotFit(
             f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
@@ -338,17 +403,6 @@ class _Stores:
         if self._folder is not None:
             self._folder.close()
             self._folder = None
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Put the random state back if the pass fails."""
-    state = _random_state(device)
-    try:
-        yield
-    except BaseException:
-        _set_random_state(state, device)
-        raise
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, permutations
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -22,15 +23,17 @@ from torch._compile import _disable_dynamo
 from streamcnn.autocast import autocast, autocast_state
 from streamcnn.capture import Given, RawGraph
 from streamcnn.ceiling.cuda import note_idle
+from streamcnn.ceiling.device import room_for
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
 from streamcnn.flattening import is_fake
 from streamcnn.forward_pass import ForwardPass, stand_in
+from streamcnn.interrupts import undoing
 from streamcnn.parts import BEFORE, VALUE, parts_of
 from streamcnn.plan import Plan
-from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype
+from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
 from streamcnn.program import substitute
 from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.report import Report
@@ -263,8 +266,9 @@ class StreamingModel(nn.Module):
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device)
             wish = self._wish(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
-            present = wish if machine is not None else self._present(captured, wish)
-            return self._planning.plan(captured, present, machine or Machine.here(device))
+            if machine is not None:
+                return self._planning.plan(captured, wish, machine)
+            return self._plan_here(captured, wish, Machine.here(device))[0]
 
         image = stand_in(shape, dtype, device, requires_grad=image_gradient)
         return self._call.until_captured(self.net, image, tuple(inputs), dict(named or {}), take)
@@ -292,9 +296,17 @@ class StreamingModel(nn.Module):
             reading=reading,
         )
 
-    def _present(self, captured: Captured, wish: Wish) -> Wish:
-        """What is planned for: the wish, or less where that was refused memory before."""
-        return self._smaller.get((captured.settings, wish), wish)
+    def _plan_here(self, captured: Captured, wish: Wish, machine: Machine) -> tuple[Planned, Wish]:
+        """The plan within the budget and the process's other limits, and what it was made for.
+
+        It is a smaller one where that was refused memory before and a smaller one went through.
+        """
+
+        def present(wish: Wish) -> Wish:
+            return self._smaller.get((captured.settings, wish), wish)
+
+        wishes = Wishes(captured, wish, machine, present)
+        return self._planning.plan_within(wishes, room_for(captured.device))
 
     def _device(self) -> torch.device:
         first = next(chain(self.net.parameters(), self.net.buffers()), None)
@@ -359,16 +371,26 @@ class StreamingModel(nn.Module):
         parts = parts_of(graph) if torch.is_grad_enabled() or graph.enables_grad else ()
         if not parts:
             return self._run(captured, reader, image, surroundings)
-        values: dict[str, Any] = {}
-        before = {f"{BEFORE}{key}": _as_before(key, captured.states[key]) for key in graph.updates}
-        for part in parts:
-            taken = {name: values[name] for name in part.taken}
-            handed = {f"{VALUE}{name}": value for name, value in taken.items()}
-            states = {**captured.states, **before, **handed}
-            piece = Captured(part.graph(graph, taken), states, captured.device)
-            values |= zip(part.given, self._run(piece, reader, image, surroundings), strict=True)
-        results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
-        return results
+        before = {key: _as_before(key, captured.states[key]) for key in graph.updates}
+
+        def run() -> Sequence[Any]:
+            values: dict[str, Any] = {}
+            unchanged = {f"{BEFORE}{key}": state for key, state in before.items()}
+            for part in parts:
+                taken = {name: values[name] for name in part.taken}
+                handed = {f"{VALUE}{name}": value for name, value in taken.items()}
+                states = {**captured.states, **unchanged, **handed}
+                piece = Captured(part.graph(graph, taken), states, captured.device)
+                values |= zip(part.given, self._run(piece, reader, image, surroundings), strict=True)
+            results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
+            return results
+
+        def undo() -> None:
+            with torch.no_grad():
+                for key, state in before.items():
+                    captured.states[key].copy_(state)
+
+        return undoing(run, undo)
 
     def _run(
         self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
@@ -382,24 +404,16 @@ class StreamingModel(nn.Module):
             image_gradient=image is not None,
             reading=reader.reading,
         )
-        planned = self._planning.plan(captured, self._present(captured, wish), machine)
-        program, plan = planned.program, planned.plan
-        reader.check(plan)
-        plan.validate()
+        planned, wish = self._plan_here(captured, wish, machine)
+        program = planned.program
+        reader.check(planned.plan)
+        planned.plan.validate()
         shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
         run = Pass(planned, reader, captured.states, self, shrink)
-        names = program.output_names
-        if not plan.training:
-            with surroundings.restored():
-                values = run.forward()
-            outputs = tuple(values[name] for name in names)
-        else:
-            anchors = run.anchors
-            if image is not None:
-                anchors.append(image)
-            with surroundings.restored(), torch.enable_grad():
-                outputs = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
-        by_name = dict(zip(names, outputs, strict=True))
+        outputs = undoing(
+            partial(_outputs, run, image, surroundings), partial(_undo, run, torch.is_grad_enabled())
+        )
+        by_name = dict(zip(program.output_names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
         return results
 
@@ -409,6 +423,26 @@ def _are_sources(
 ) -> TypeGuard[ImageSource | Sequence[ImageSource]]:
     """Whether it is images, and no shape."""
     return isinstance(image, ImageSource) or (len(image) > 0 and isinstance(image[0], ImageSource))
+
+
+def _outputs(run: Pass, image: Any, surroundings: Surroundings) -> tuple[Tensor, ...]:
+    """Run a pass forward; what the model returns of it, in order."""
+    if not run.plan.training:
+        with surroundings.restored():
+            values = run.forward()
+        return tuple(values[name] for name in run.output_names)
+    anchors = run.anchors
+    if image is not None:
+        anchors.append(image)
+    with surroundings.restored(), torch.enable_grad():
+        outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _undo(run: Pass, grad: bool) -> None:
+    """Leave nothing of a pass that has failed or was interrupted."""
+    run.close()
+    torch.set_grad_enabled(grad)
 
 
 def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:

@@ -10,17 +10,22 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import random
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from streamcnn.ceiling import allocator
+from streamcnn.ceiling import allocator, heap
 from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.process import status_bytes
 from streamcnn.ceiling.refusals import is_out_of_memory
 
 MB = 10**6
@@ -195,9 +200,9 @@ class Heap:
         tamed = [allocator.tame_allocator(), allocator.tame_allocator()]
         below = blocks(nbytes)
         self._pin = bytearray(200_000)
-        before = allocator.free_heap_bytes()
+        before = heap.free_heap_bytes()
         del below
-        self.facts = {"tamed": tamed, "freed": allocator.free_heap_bytes() - before}
+        self.facts = {"tamed": tamed, "freed": heap.free_heap_bytes() - before}
 
 
 def small_heap() -> Any:
@@ -210,7 +215,26 @@ def small_heap() -> Any:
 
 
 def large_heap() -> Any:
-    heap = Heap(100 * MB)
+    """One large hole, which is no part of a budget and is there again afterwards."""
+    facts = (hole := Heap(100 * MB)).facts
+    with DataLimit(60 * MB) as limit:
+        filled = heap.free_heap_bytes()
+        fits = error_of(lambda: torch.ones(13 * MB))
+        from_heap = error_of(lambda: blocks(70 * MB))
+        limit.check()
+    del limit
+    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") or 0, -1))
+    again = error_of(lambda: blocks(90 * MB))
+    return {**facts, "filled": filled, "errors": [fits, from_heap, again], "alive": hole is not None}
+
+
+def small_holes() -> Any:
+    """Holes that are too small to be filled, 100 MB of them."""
+    allocator.tame_allocator()
+    before = heap.free_heap_bytes()
+    walls = [(bytearray(200_000), bytearray(5_000)) for _ in range(500)]
+    walls = [(bytearray(), wall) for _, wall in walls]
+    freed = heap.free_heap_bytes() - before
     with DataLimit(60 * MB) as limit:
         large = torch.ones(10 * MB)
         limit.check()
@@ -221,12 +245,83 @@ def large_heap() -> Any:
         # Last, since the first error of PyTorch's allocator reads code that describes it.
         too_large = error_of(lambda: torch.ones(15 * MB))
     return {
-        **heap.facts,
+        "freed": freed,
         "errors": [checked, too_large],
         "within": within,
         "peak": limit.peak_bytes,
-        "alive": len(from_heap),
+        "alive": len(from_heap) + len(walls),
     }
+
+
+def overlapping() -> Any:
+    """Two blocks on two threads: the first is left before the second."""
+    resource.setrlimit(resource.RLIMIT_DATA, (2**40, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    limits = [soft_limit()]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = DataLimit(50 * MB), DataLimit(200 * MB)
+        for pool_action in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+            threads.submit(pool_action).result()
+            limits.append(soft_limit())
+        refused = threads.submit(error_of, lambda: torch.ones(60 * MB)).result()
+        fits = threads.submit(error_of, lambda: torch.ones(30 * MB)).result()
+        threads.submit(second.__exit__, None, None, None).result()
+    return {
+        "limits": [*limits, soft_limit()],
+        "errors": [refused, fits],
+        "shared": [first.is_shared, second.is_shared],
+    }
+
+
+def interleaved() -> Any:
+    """Blocks on several threads, entered and left in 200 random orders."""
+    own = 2**40
+    resource.setrlimit(resource.RLIMIT_DATA, (own, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    baseline = Baseline.now()
+    wrong = []
+    chance = random.Random(0)
+    with ThreadPoolExecutor(3) as threads:
+        # All of them now, since a limit may refuse a thread.
+        list(threads.map(time.sleep, [0.05] * 3))
+        for turn in range(200):
+            alone: dict[DataLimit, int] = {}
+            pending = [DataLimit(chance.randrange(200, 900) * MB, baseline=baseline) for _ in range(4)]
+            while pending or alone:
+                if pending and (not alone or chance.random() < 0.5):
+                    limit = pending.pop()
+                    threads.submit(limit.__enter__).result()
+                    alone[limit] = limit._ceiling(limit._budget or 0)
+                else:
+                    limit = chance.choice(list(alone))
+                    del alone[limit]
+                    threads.submit(limit.__exit__, None, None, None).result()
+                if soft_limit() != min([own, *alone.values()]):
+                    wrong.append([turn, soft_limit(), list(alone.values())])
+            # Without an order between them.
+            many = [DataLimit(chance.randrange(200, 900) * MB, baseline=baseline) for _ in range(6)]
+            list(threads.map(lambda limit: limit.__exit__(*[None] * 3), map(DataLimit.__enter__, many)))
+            if soft_limit() != own:
+                wrong.append([turn, soft_limit(), "at the end"])
+    return wrong
+
+
+def children() -> Any:
+    """The limits of processes that are started inside of a block: a forked one's, and another program's."""
+    resource.setrlimit(resource.RLIMIT_DATA, (2**40, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    before = soft_limit()
+    show = [sys.executable, "-c", "import resource as r; print(r.getrlimit(r.RLIMIT_DATA)[0])"]
+    with DataLimit(200 * MB):
+        forked = in_a_child(lambda: [soft_limit(), error_of(nested_in_a_child)])
+        inside = soft_limit()
+        program = int(subprocess.run(show, capture_output=True, check=True).stdout)
+    return {"before": before, "forked": forked, "inside": inside, "program": program, "after": soft_limit()}
+
+
+def nested_in_a_child() -> None:
+    before = soft_limit()
+    with DataLimit(100 * MB) as limit:
+        assert soft_limit() < before
+    assert soft_limit() == before
+    assert not limit.is_shared
 
 
 def code(nbytes: int) -> mmap.mmap:
@@ -281,6 +376,10 @@ CASES = (
     first_parallel_operator,
     small_heap,
     large_heap,
+    small_holes,
+    overlapping,
+    interleaved,
+    children,
     compiled_code,
     code_that_is_not_looked_for,
 )

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel, streaming_model
-from streamcnn.ceiling.allocator import free_heap_bytes, tame_allocator
-from streamcnn.ceiling.cpu import resident_bytes
+from streamcnn.ceiling.allocator import tame_allocator
+from streamcnn.ceiling.heap import free_heap_bytes
+from streamcnn.ceiling.process import resident_bytes
 from streamcnn.interpreter import TileRun
 
 MB = 10**6

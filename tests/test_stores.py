@@ -395,14 +395,10 @@ class TestSpillFolder:
 
     @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise RuntimeError('stop')"])
     def test_the_interpreters_end_leaves_no_files(self, tmp_path: Path, end: str) -> None:
-        # Only this module: importing PyTorch would take seconds.
-        source = Path(sys.modules[SpillFolder.__module__].__file__ or "")
         script = f"""
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("spill", {str(source)!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-spill = module.SpillFolder({str(tmp_path)!r})
+import json
+from streamcnn.stores import SpillFolder
+spill = SpillFolder({str(tmp_path)!r})
 spill.new_folder().mkdir()
 print(json.dumps(spill.path.exists()), flush=True)
 {end}

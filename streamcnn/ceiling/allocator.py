@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import sys
 import time
 from pathlib import Path
@@ -54,11 +53,11 @@ def tame_allocator(*, reuse: bool = False) -> bool:
     of 0.2). Trim threshold and the number of arenas made no difference. The setting is the process's and
     stays; other C libraries ignore it.
     """
-    libc = _libc()
-    if libc is None:
+    library = libc()
+    if library is None:
         return False
     threshold, trim = (_REUSING_THRESHOLD, _REUSING_TRIM) if reuse else (_FRUGAL_THRESHOLD, _FRUGAL_TRIM)
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold) and libc.mallopt(_M_TRIM_THRESHOLD, trim))
+    return bool(library.mallopt(_M_MMAP_THRESHOLD, threshold) and library.mallopt(_M_TRIM_THRESHOLD, trim))
 
 
 def start_thread_pool() -> None:
@@ -104,9 +103,9 @@ def wait_for_stack(thread: Thread) -> None:
 
 def trim_heap() -> None:
     """Give the heap's free pages back to the kernel, so that they are not resident any more."""
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
+    library = libc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 def free_matrix_buffers() -> None:
@@ -124,38 +123,14 @@ def _mkl() -> ctypes.CDLL | None:
     return library if hasattr(library, "mkl_serv_free_buffers") else None
 
 
-def free_heap_bytes() -> int:
-    """Bytes that the main heap holds free and will hand out without asking the kernel; 0 if unknown.
-
-    The heaps that glibc gives to other threads are left out: this thread cannot take from them, and what
-    those threads hold free they need again for what they did before, such as decoding chunks.
-    """
-    libc = _libc()
-    if libc is None:
-        return 0
-    heap = _malloc_info(libc).partition("</heap>")[0]
-    return sum(
-        int(size) for size in re.findall(r'<total type="(?:fast|rest)" count="\d+" size="(\d+)"', heap)
-    )
-
-
-def _malloc_info(libc: ctypes.CDLL) -> str:
-    """glibc's description of its heaps in XML, the main one first."""
-    libc.open_memstream.restype = ctypes.c_void_p
-    text, size = ctypes.c_void_p(), ctypes.c_size_t()
-    stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
-    libc.malloc_info(0, stream)
-    libc.fclose(stream)
-    try:
-        return ctypes.string_at(text.value or 0, size.value).decode()
-    finally:
-        libc.free(text)
-
-
 @functools.cache
-def _libc() -> ctypes.CDLL | None:
+def libc() -> ctypes.CDLL | None:
     """The C library if it is glibc, else None."""
     if sys.platform != "linux":
         return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return None
+    library.malloc.restype = ctypes.c_void_p
+    library.free.argtypes = [ctypes.c_void_p]
+    return library

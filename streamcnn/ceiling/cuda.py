@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from streamcnn.ceiling.gauge import Gauge, Overhead
 from streamcnn.ceiling.nvml import Nvml, Reading
 from streamcnn.ceiling.sampler import INTERVAL, Sampler
 from streamcnn.errors import BudgetExceeded
+from streamcnn.interrupts import cleaning_up, undoing
 from streamcnn.units import format_bytes
 
 MARGIN_BYTES = 2**27
@@ -63,7 +63,8 @@ class CudaLimit:
         self._budget = budget
         self._sampler = Sampler(gauge.read, interval)
         self._overhead: Overhead | None = None
-        self._cleanup = ExitStack()
+        self._is_measuring = False
+        self._is_shared = False
         self._final: Reading | None = None
         self._noted = 0
         """The most that the allocator held before another block reset its peak."""
@@ -84,6 +85,11 @@ class CudaLimit:
         """Name of the reading behind ``peak_bytes``."""
         peak = self._peak()
         return "unknown" if peak is None else peak.source.value
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other blocks were entered at the same time: their memory is part of the peak."""
+        return self._is_shared
 
     @property
     def samples(self) -> tuple[tuple[float, int], ...]:
@@ -109,20 +115,7 @@ class CudaLimit:
         )
 
     def __enter__(self) -> Self:
-        with ExitStack() as cleanup:
-            self._overhead = self._gauge.overhead()
-            if self._budget is not None:
-                cap = self._budget - self._overhead.nbytes - MARGIN_BYTES
-                cleanup.enter_context(self._gauge.capped(cap))
-            # After the cap has had cached memory given back that was held before the pass.
-            for outer in _active:
-                outer._note_peak()
-            self._gauge.reset_peak()
-            cleanup.enter_context(self._sampler)
-            _active.append(self)
-            cleanup.callback(_active.remove, self)
-            self._cleanup = cleanup.pop_all()
-        return self
+        return undoing(self._enter, self.close)
 
     def __exit__(
         self,
@@ -130,12 +123,36 @@ class CudaLimit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            self._cleanup.__exit__(kind, error, trace)
-        finally:
-            self._final = self._peak()
+        cleaning_up(self.close, self.close)
         if error is None:
+            self._sampler.raise_error()
             self.check()
+
+    def close(self) -> None:
+        """Lift the cap and end the measurement. Closing again does what an interrupt has left undone."""
+        self._sampler.close()
+        self._gauge.uncap(self)
+        if self._final is None and self._is_measuring:
+            self._sampler.sample()
+            self._final = self._peak()
+        while self in _active:
+            _active.remove(self)
+
+    def _enter(self) -> Self:
+        self._overhead = self._gauge.overhead()
+        others = list(_active)
+        if self._budget is not None:
+            self._gauge.cap(self, self._budget - self._overhead.nbytes - MARGIN_BYTES)
+        # After the cap has had cached memory given back that was held before the pass.
+        for other in others:
+            other._note_peak()
+            other._is_shared = True
+        self._gauge.reset_peak()
+        self._is_shared = bool(others)
+        _active.append(self)
+        self._sampler.start()
+        self._is_measuring = True
+        return self
 
     def _peak(self) -> Reading | None:
         """The largest sample or, where the allocator's own peak shows that samples missed more, that."""
@@ -165,6 +182,11 @@ class CudaCeiling:
     @property
     def baseline_bytes(self) -> int | None:
         """None: on a GPU the budget counts all that the process holds."""
+        return None
+
+    @property
+    def room(self) -> None:
+        """None: limits of the host's memory are not the card's."""
         return None
 
     def limit(self, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:

@@ -10,6 +10,7 @@ import torch
 from streamcnn.ceiling.allocator import trim_heap
 from streamcnn.ceiling.cpu import Baseline, DataLimit
 from streamcnn.ceiling.cuda import cuda_ceiling
+from streamcnn.ceiling.rooms import Room, host_room
 from streamcnn.errors import StreamError
 
 
@@ -24,6 +25,10 @@ class Limit(Protocol):
     def at_most_bytes(self) -> int | None:
         """What the most bytes held since entry cannot exceed; more than ``peak_bytes`` if samples may have
         missed a peak, None if unknown."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other blocks were entered at the same time: what they held is part of the peak."""
 
     @property
     def reading(self) -> str:
@@ -43,6 +48,9 @@ class Limit(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
+    def close(self) -> None:
+        """Lift the limit, if the block's end was interrupted. Closing again does nothing."""
+
 
 class Ceiling(Protocol):
     """Enforces a budget on one pass, direction by direction."""
@@ -50,6 +58,10 @@ class Ceiling(Protocol):
     @property
     def baseline_bytes(self) -> int | None:
         """What the process held when the pass began, if the budget counts from there; None if not."""
+
+    @property
+    def room(self) -> Room | None:
+        """What other limits left when the pass began; None where there are none."""
 
     def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
         """The limit for one direction.
@@ -87,6 +99,7 @@ class HostCeiling:
     def __init__(self, counted: int = 0) -> None:
         self._baseline = Baseline.now().less(counted)
         self._limit: DataLimit | None = None
+        self.room = host_room()
 
     @property
     def baseline_bytes(self) -> int | None:
@@ -94,8 +107,14 @@ class HostCeiling:
         return self._baseline.resident_bytes
 
     def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
-        """The kernel's limit."""
-        self._limit = DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
+        """The kernel's limit, below any that would end the process."""
+        room = self.room
+        if room is not None and not room.is_enforced and (budget is None or room.nbytes < budget):
+            self._limit = DataLimit(
+                room.nbytes, baseline=self._baseline, reuse_heap=reuse_heap, must_hold=budget is not None
+            )
+        else:
+            self._limit = DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
         return self._limit
 
     def check(self, *, compiled: bool = True) -> None:
@@ -114,6 +133,8 @@ class NoCeiling:
     baseline_bytes: int | None = None
     peak_bytes: int | None = None
     at_most_bytes: int | None = None
+    is_shared = False
+    room: Room | None = None
     reading = "unknown"
     samples: tuple[tuple[float, int], ...] = ()
 
@@ -151,6 +172,9 @@ class NoCeiling:
         trace: TracebackType | None,
     ) -> None: ...
 
+    def close(self) -> None:
+        """Nothing."""
+
 
 def ceiling_for(device: torch.device, *, counted: int = 0) -> Ceiling:
     """A ceiling for one pass on ``device``, counting from now.
@@ -168,3 +192,8 @@ def ceiling_for(device: torch.device, *, counted: int = 0) -> Ceiling:
 def reserved_bytes(device: torch.device) -> int:
     """Bytes of a budget on ``device`` that are taken before a pass begins; 0 where it counts from there."""
     return cuda_ceiling(device).reserved_bytes() if device.type == "cuda" else 0
+
+
+def room_for(device: torch.device) -> Room | None:
+    """What other limits leave of the memory that a pass on ``device`` takes; None where there are none."""
+    return host_room() if device.type == "cpu" else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import torch
 
+from streamcnn.ceiling.caps import LowestCap
 from streamcnn.ceiling.nvml import Nvml, Reading, Source
 
 ASSUMED_OVERHEAD = 2**30
@@ -49,9 +47,10 @@ class Gauge:
         self._nvml = nvml
         self._handle: Any = None
         self._idle: int | None = None
-        self._lock = Lock()
-        self._fractions: list[float] = []
-        self._fraction_before = 1.0
+        self._fractions = LowestCap[float](
+            lambda: cuda.get_per_process_memory_fraction(device),
+            lambda fraction: cuda.set_per_process_memory_fraction(fraction, device),
+        )
         if nvml is not None:
             uuid = str(cuda.get_device_properties(device).uuid)
             self._handle = nvml.find(uuid, device.index, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -109,32 +108,19 @@ class Gauge:
 
     # --- capping -------------------------------------------------------------------------------------
 
-    @contextmanager
-    def capped(self, nbytes: int) -> Iterator[None]:
-        """Let the allocator hold ``nbytes`` at most.
+    def cap(self, owner: object, nbytes: int) -> None:
+        """Let the allocator hold ``nbytes`` at most, until ``uncap`` is called for the same owner.
 
-        Blocks may overlap, on several threads too: the lowest cap holds, the user's own among them, and the
+        Caps may overlap, on several threads too: the lowest one holds, the user's own among them, and the
         one from before the first comes back after the last.
         """
-        fraction = min(1.0, max(0, nbytes) / self._total())
         if self.reserved() > nbytes:
             self.give_back()
-        with self._lock:
-            if not self._fractions:
-                self._fraction_before = self._cuda.get_per_process_memory_fraction(self.device)
-            self._fractions.append(fraction)
-        try:
-            self._apply()
-            yield
-        finally:
-            with self._lock:
-                self._fractions.remove(fraction)
-            self._apply()
+        self._fractions.put(owner, min(1.0, max(0, nbytes) / self._total()))
 
-    def _apply(self) -> None:
-        with self._lock:
-            lowest = min([self._fraction_before, *self._fractions])
-            self._cuda.set_per_process_memory_fraction(lowest, self.device)
+    def uncap(self, owner: object) -> None:
+        """Take an owner's cap away. Doing so again does nothing."""
+        self._fractions.drop(owner)
 
     def _total(self) -> int:
         """Bytes of which the allocator takes its fraction: the larger of CUDA's two figures, to be safe."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Event, Lock, Thread
+from threading import Lock, Thread, get_ident
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -13,6 +13,8 @@ INTERVAL = 0.02
 """Seconds between samples of a GPU's memory: a reading takes about a millisecond."""
 _MOST_SAMPLES = 4096
 """Samples kept at once; then every other one is dropped and they are taken half as often into the series."""
+_LONGEST_START = 0.5
+"""Seconds to wait at most for a thread to begin."""
 
 
 class Sized(Protocol):
@@ -27,11 +29,14 @@ R = TypeVar("R", bound=Sized)
 
 
 class Sampler(Generic[R]):
-    """A ``with`` block during which ``read`` is called on a thread of its own, at its begin and its end too.
+    """Calls ``read`` on a thread of its own from ``start`` until ``close``; a ``with`` block does both.
 
-    The thread ends with the block, whatever happens in it. What ``read`` raises ends the sampling, and the
-    block raises it if nothing else went wrong. A sample that finds no memory for itself is left out: under
-    a limit that is nearly reached, the block's own work decides whether there is enough.
+    A block's begin and end are read too. The thread ends with the block, whatever happens in it. What
+    ``read`` raises ends the sampling, and the block raises it if nothing else went wrong. A sample that finds
+    no memory for itself is left out: under a limit that is nearly reached, the block's own work decides
+    whether there is enough.
+
+    Nothing here waits for a Python lock that ``KeyboardInterrupt`` could leave taken.
 
     Parameters
     ----------
@@ -45,9 +50,10 @@ class Sampler(Generic[R]):
         self._read = read
         self._interval = interval
         self._thread: Thread | None = None
-        self._stopping = Event()
-        self._lock = Lock()
-        self._peak: R | None = None
+        self._running = Lock()
+        """Taken until the thread is to end."""
+        self._peaks: dict[int, R] = {}
+        """By thread, each of which changes its own alone."""
         self._error: BaseException | None = None
         self._samples: list[tuple[float, int]] = []
         self._stride = 1
@@ -56,17 +62,16 @@ class Sampler(Generic[R]):
     @property
     def peak(self) -> R | None:
         """The largest reading so far; None if none was known."""
-        return self._peak
+        return max(list(self._peaks.values()), key=lambda reading: reading.nbytes, default=None)
 
     @property
     def samples(self) -> tuple[tuple[float, int], ...]:
         """Readings in order: ``time.perf_counter()`` in seconds, bytes. Some 4096 at most, evenly spread."""
-        with self._lock:
-            return tuple(self._samples)
+        return tuple(sorted(self._samples))
 
     @property
     def thread(self) -> Thread | None:
-        """The thread, ended if the block has; None before that began."""
+        """The thread, ended if it was closed; None before the start."""
         return self._thread
 
     def sample(self) -> None:
@@ -74,21 +79,53 @@ class Sampler(Generic[R]):
         reading = self._read()
         if reading is None:
             return
-        with self._lock:
-            if self._peak is None or reading.nbytes > self._peak.nbytes:
-                self._peak = reading
-            if self._num_read % self._stride == 0:
-                self._samples.append((time.perf_counter(), reading.nbytes))
-            self._num_read += 1
-            if len(self._samples) > _MOST_SAMPLES:
-                del self._samples[1::2]
-                self._stride *= 2
+        mine = self._peaks.get(get_ident())
+        if mine is None or reading.nbytes > mine.nbytes:
+            self._peaks[get_ident()] = reading
+        if self._num_read % self._stride == 0:
+            self._samples.append((time.perf_counter(), reading.nbytes))
+        self._num_read += 1
+        if len(self._samples) > _MOST_SAMPLES:
+            del self._samples[1::2]
+            self._stride *= 2
+
+    def start(self, *, threaded: bool = True) -> None:
+        """Take a first reading and start the thread; without one, ``sample`` alone takes readings."""
+        self.sample()
+        if not threaded:
+            return
+        self._running.acquire(blocking=False)
+        self._thread = Thread(target=self._run, name="streamcnn-sampler", daemon=True)
+        try:
+            self._thread.start()
+        except Exception:
+            self._thread = None
+            raise
+
+    def close(self) -> None:
+        """End the thread. Closing again does what an interrupted call has left undone."""
+        thread = self._thread
+        if thread is None:
+            return
+        if self._running.locked():
+            self._running.release()
+        if not _shows_up(thread):
+            # Interrupted before it was there; it takes itself off the list of those that are to come.
+            thread.start()
+        thread.join()
+
+    def raise_error(self) -> None:
+        """Raise what a reading raised on the thread, if it did."""
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> Self:
-        self.sample()
-        self._thread = Thread(target=self._run, name="streamcnn-sampler", daemon=True)
-        self._thread.start()
-        return self
+        try:
+            self.start()
+            return self
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(
         self,
@@ -96,27 +133,24 @@ class Sampler(Generic[R]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stopping.set()
-        assert self._thread is not None
-        self._thread.join()
-        if error is not None:
-            return
-        if self._error is not None:
-            raise self._error
-        self.sample()
+        self.close()
+        if error is None:
+            self.raise_error()
+            self.sample()
 
     def _run(self) -> None:
         try:
-            while not self._stopped_in(self._interval):
+            # Taken by now only if it is to end.
+            while not self._running.acquire(timeout=self._interval):
                 with suppress(MemoryError):
                     self.sample()
         except BaseException as error:
             self._error = error
 
-    def _stopped_in(self, seconds: float) -> bool:
-        """Wait that long; whether the block has ended."""
-        try:
-            return self._stopping.wait(seconds)
-        except MemoryError:
-            time.sleep(seconds)
-            return self._stopping.is_set()
+
+def _shows_up(thread: Thread) -> bool:
+    """Whether a thread runs or has run, given a moment for it to begin."""
+    until = time.monotonic() + _LONGEST_START
+    while thread.ident is None and time.monotonic() < until:
+        time.sleep(0)
+    return thread.ident is not None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from streamcnn.ceiling.cpu import resident_bytes
+from streamcnn.ceiling.process import resident_bytes
 from streamcnn.executor import PassEvent
 from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Sample, Span, Timeline, thin
 

@@ -6,15 +6,39 @@ import itertools
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from streamcnn.stores.owners import abandoned, new_name
+
 
 def free_bytes(parent: str | os.PathLike[str] | None) -> int:
     """Bytes that can still be written to ``parent``, or to the system's temporary folder if None."""
     return shutil.disk_usage(parent or tempfile.gettempdir()).free
+
+
+def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
+    """Remove spill folders in ``parent`` that processes have left which were killed.
+
+    Only those of this user, of this start of this machine and of this space of process numbers; see
+    ``streamcnn.stores.owners``. What cannot be removed is warned of.
+    """
+    for folder in abandoned(Path(parent or tempfile.gettempdir())):
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            # Another process was faster.
+            continue
+        except OSError as error:
+            warnings.warn(
+                f"the spill folder {folder} of a process that was killed cannot be removed ({error}): "
+                "remove it by hand",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def remove_with(owner: object, folder: Path) -> weakref.finalize[[Path, int], Any]:
@@ -35,7 +59,8 @@ class SpillFolder:
     """A temporary folder with a sub-folder per store, removed with everything in it.
 
     Removed on ``close``, at the end of a ``with`` block, when collected and when the interpreter
-    exits, whichever comes first. Folders that were there before stay.
+    exits, whichever comes first. What a process leaves that is killed, the next one removes when it makes
+    a folder in the same place. All else that is there stays.
 
     Parameters
     ----------
@@ -49,9 +74,17 @@ class SpillFolder:
     """
 
     def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="streamcnn-", dir=parent)).absolute()
+        remove_abandoned(parent)
+        self.path = (Path(parent or tempfile.gettempdir()) / new_name()).absolute()
+        self._owner_process = os.getpid()
         self._numbers = itertools.count()
+        # Before the folder is there, so that no interrupt in between leaves it.
         self._remove = remove_with(self, self.path)
+        try:
+            self.path.mkdir(mode=0o700)
+        except OSError:
+            self._remove.detach()
+            raise
 
     def new_folder(self) -> Path:
         """A path inside that was never handed out before; nothing exists there yet.
@@ -66,8 +99,9 @@ class SpillFolder:
         return self.path / f"map-{next(self._numbers):06d}"
 
     def close(self) -> None:
-        """Remove the folder and all in it. Closing again does nothing."""
+        """Remove the folder and all in it. Closing again does what an interrupted call has left undone."""
         self._remove()
+        _remove_tree(self.path, self._owner_process)
 
     def __enter__(self) -> Self:
         return self

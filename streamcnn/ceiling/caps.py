@@ -1,0 +1,107 @@
+"""Caps that overlap: the lowest one holds, and what held before the first comes back after the last.
+
+``KeyboardInterrupt`` may come at any line. What is done here is done again by whoever cleans up, so every
+change may be made twice, and no interrupt leaves the lock taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from threading import RLock
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
+
+N = TypeVar("N", bound=float)
+
+
+class LowestCap(Generic[N]):
+    """The caps that are in force at a time, on all threads, and the user's own among them.
+
+    A forked child has none of them: its own cap is the user's.
+
+    Parameters
+    ----------
+    read, write
+        The cap that the system has now, and how to set it.
+    """
+
+    def __init__(self, read: Callable[[], N], write: Callable[[N], None]) -> None:
+        self._read = read
+        self._write = write
+        self._lock: Any = RLock()
+        self._caps: dict[object, N] = {}
+        self._own: N | None = None
+        """The user's; None while there are no others, when it is the system's present one."""
+        _all.add(self)
+
+    @property
+    def own(self) -> N:
+        """The cap that the user has set."""
+        own = self._own
+        return self._read() if own is None else own
+
+    def put(self, owner: object, cap: N) -> None:
+        """Have ``owner``'s cap be ``cap`` until it is dropped."""
+
+        def change() -> None:
+            if self._own is None:
+                self._own = self._read()
+            self._caps[owner] = cap
+
+        self._exclusively(change)
+
+    def move(self, owner: object, cap: N) -> None:
+        """Change ``owner``'s cap, if it has one."""
+
+        def change() -> None:
+            if owner in self._caps:
+                self._caps[owner] = cap
+
+        self._exclusively(change)
+
+    def drop(self, owner: object) -> None:
+        """Take ``owner``'s cap away. Doing so again does nothing."""
+        self._exclusively(lambda: self._caps.pop(owner, None))
+
+    def _exclusively(self, change: Callable[[], object]) -> None:
+        """Make a change and give the system the lowest cap, one thread at a time."""
+        # Twice: an interrupt in the first release leaves the lock to the second.
+        try:
+            try:
+                self._lock.acquire()
+                change()
+                self._apply()
+            finally:
+                if self._lock._is_owned():
+                    self._lock.release()
+        finally:
+            if self._lock._is_owned():
+                self._lock.release()
+
+    def _apply(self) -> None:
+        """Have the system's cap be the lowest one."""
+        if self._own is None:
+            return
+        lowest = min([self._own, *self._caps.values()])
+        if lowest != self._read():
+            self._write(lowest)
+        if not self._caps:
+            self._own = None
+
+    def _forget(self) -> None:
+        """Give a forked child the user's own cap; other threads, which may hold the lock, are not there."""
+        self._lock = RLock()
+        self._caps.clear()
+        self._apply()
+
+
+_all: WeakSet[LowestCap[Any]] = WeakSet()
+
+
+def _after_fork() -> None:
+    for cap in list(_all):
+        cap._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,180 @@
+"""What limits of others leave this process of host memory: its own ones, and those of its control groups.
+
+The kernel refuses what goes past ``RLIMIT_DATA`` and ``RLIMIT_AS``. A control group's limit, by which
+containers, systemd and Slurm limit memory, ends the process without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamcnn.ceiling.allocator import cache_thread_stack, start_thread_pool, trim_heap
+from streamcnn.ceiling.cpu import own_data_limit
+from streamcnn.ceiling.process import status_bytes
+from streamcnn.units import format_bytes
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+_NO_LIMIT = 2**62
+"""From here on a control group's limit of the first version means none."""
+_KERNELS_SHARE = 64
+"""The part of a control group's room, one in so many bytes, that is left for page tables and the like."""
+_LIBRARIES = 2**25
+"""Address space that is left for libraries' code and threads' stacks, which no plan counts."""
+_STEPS = 16
+"""How finely a room is told apart, so that a few bytes more or less make no new plan."""
+_RAISE_GROUPS = (
+    "raise it (docker run --memory, resources.limits.memory of Kubernetes, MemoryMax= of systemd, --mem of "
+    "Slurm) or end other processes in the group"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one limit leaves."""
+
+    nbytes: int
+    name: str
+    """What is limited by what, for an error's text."""
+    limit: int
+    """Bytes."""
+    used: int
+    """Bytes that are in use of it, those left out that can be taken back."""
+    advice: str
+    is_enforced: bool
+    """Whether the kernel refuses what goes past it, rather than end the process."""
+
+    @property
+    def rounded(self) -> int:
+        """``nbytes`` less a sixteenth at most."""
+        step = max(1, (1 << self.nbytes.bit_length()) // (2 * _STEPS))
+        return self.nbytes // step * step
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} is {format_bytes(self.limit)}, of which {format_bytes(self.used)} are in use, so "
+            f"that {format_bytes(self.nbytes)} can be had: {self.advice}"
+        )
+
+
+def host_room(*, cgroups: Path | None = None, membership: Path | None = None) -> Room | None:
+    """The least room that any limit leaves; None where nothing is limited.
+
+    Parameters
+    ----------
+    cgroups
+        Where control groups' folders are; ``/sys/fs/cgroup`` if None.
+    membership
+        The file that lists this process's groups; ``/proc/self/cgroup`` if None.
+    """
+    rooms = list(_rooms(cgroups or CGROUPS, membership or MEMBERSHIP))
+    if rooms:
+        # What every pass needs first is no part of its plan.
+        start_thread_pool()
+        cache_thread_stack()
+        trim_heap()
+        rooms = list(_rooms(cgroups or CGROUPS, membership or MEMBERSHIP))
+    return min(rooms, key=lambda room: room.nbytes, default=None)
+
+
+def _rooms(cgroups: Path, membership: Path) -> Iterator[Room]:
+    yield from _own_rooms()
+    for file, folder in _groups(cgroups, membership):
+        room = _group_room(file, folder)
+        if room is not None:
+            yield room
+
+
+def _own_rooms() -> Iterator[Room]:
+    """The process's own limits."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    limit, used = own_data_limit(), status_bytes("VmData")
+    if limit != sys.maxsize and used is not None:
+        name = "the process's own limit on its data segment, RLIMIT_DATA (ulimit -d),"
+        advice = "raise it (ulimit -d before the start, resource.setrlimit in the process)"
+        yield Room(max(0, limit - used), name, limit, used, advice, is_enforced=True)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = status_bytes("VmSize")
+    if limit != resource.RLIM_INFINITY and used is not None:
+        name = "the process's own limit on its address space, RLIMIT_AS (ulimit -v),"
+        advice = "raise it (ulimit -v before the start, resource.setrlimit in the process)"
+        yield Room(max(0, limit - used - _LIBRARIES), name, limit, used, advice, is_enforced=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """How one version of control groups calls things."""
+
+    limit: str
+    used: str
+    cached: tuple[str, ...]
+    """Lines of ``memory.stat`` with pages of files, which the kernel takes back where memory is short."""
+
+
+_FIRST = _Files(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+)
+_SECOND = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[_Files, Path]]:
+    """Folders of the groups that the process is in, and of those around them, as far as it sees them."""
+    try:
+        lines = membership.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            has_first = not (cgroups / "cgroup.controllers").exists()
+            yield from (
+                (_SECOND, each) for each in _levels(cgroups / "unified" if has_first else cgroups, path)
+            )
+        elif "memory" in controllers.split(","):
+            yield from ((_FIRST, each) for each in _levels(cgroups / "memory", path))
+
+
+def _levels(root: Path, path: str) -> Iterator[Path]:
+    """The folder of a group and those around it. In a container the path may be the host's: then the root."""
+    parts = [part for part in path.split("/") if part]
+    if ".." in parts:
+        parts = []
+    for length in range(len(parts), -1, -1):
+        yield root.joinpath(*parts[:length])
+
+
+def _group_room(files: _Files, folder: Path) -> Room | None:
+    """What a group's limit leaves; None if it has none or does not tell."""
+    limit, used = _number(folder / files.limit), _number(folder / files.used)
+    if limit is None or used is None or limit >= _NO_LIMIT:
+        return None
+    used = max(0, used - _cached(folder, files))
+    room = max(0, limit - used)
+    name = f"the memory limit of the control group ({folder / files.limit})"
+    return Room(room - room // _KERNELS_SHARE, name, limit, used, _RAISE_GROUPS, is_enforced=False)
+
+
+def _cached(folder: Path, files: _Files) -> int:
+    text = _text(folder / "memory.stat") or ""
+    fields = dict(line.split() for line in text.splitlines())
+    return sum(int(fields.get(name, 0)) for name in files.cached)
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is no such file or it says ``max``."""
+    text = (_text(file) or "").strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(file: Path) -> str | None:
+    """A file's text; None where it is not there, or not for this process, or its group has just gone."""
+    try:
+        return file.read_text()
+    except OSError:
+        return None
