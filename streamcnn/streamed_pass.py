@@ -159,7 +159,7 @@ class Pass:
         while True:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
-                values = self._limited("forward", self._forward)
+                values = self._limited("forward", self._run_forward)
                 break
             except BudgetExceeded as error:
                 _set_random_state(state, self.execution.device)
@@ -252,11 +252,11 @@ class Pass:
         def repeat() -> None:
             _set_random_state(self.random_state, self.reader.device)
             with torch.enable_grad():
-                self._limited("forward", self._forward)
+                self._limited("forward", self._run_forward)
 
         cleaning_up(repeat, lambda: _set_random_state(present, self.reader.device))
 
-    def _forward(self) -> Mapping[str, Tensor]:
+    def _run_forward(self) -> dict[str, Tensor]:
         """Read what is decoded whole and carry out the forward pass, both under the ceiling."""
         self.reader.open()
         return self.execution.forward()

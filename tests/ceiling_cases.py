@@ -12,8 +12,10 @@ import mmap
 import os
 import random
 import resource
+import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -305,15 +307,60 @@ def interleaved() -> Any:
 
 
 def children() -> Any:
-    """The limits of processes that are started inside of a block: a forked one's, and another program's."""
+    """The limits of processes that are started inside of a block, forked ones and programs."""
     resource.setrlimit(resource.RLIMIT_DATA, (2**40, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     before = soft_limit()
-    show = [sys.executable, "-c", "import resource as r; print(r.getrlimit(r.RLIMIT_DATA)[0])"]
-    with DataLimit(200 * MB):
+    programs, back = {}, []
+    with ThreadPoolExecutor(1) as thread, DataLimit(200 * MB):
         forked = in_a_child(lambda: [soft_limit(), error_of(nested_in_a_child)])
         inside = soft_limit()
-        program = int(subprocess.run(show, capture_output=True, check=True).stdout)
-    return {"before": before, "forked": forked, "inside": inside, "program": program, "after": soft_limit()}
+        for name, start in STARTS.items():
+            for who, run in {
+                "same": lambda start: start(),
+                "another": lambda s: thread.submit(s).result(),
+            }.items():
+                programs[f"{name}, {who} thread"] = run(start)
+                back.append(is_soon(lambda: soft_limit() == inside))
+        failed = error_of(lambda: subprocess.run(["/no/such/program"], check=True))
+        back.append(is_soon(lambda: soft_limit() == inside))
+    return {
+        "before": before,
+        "forked": forked,
+        "inside": inside,
+        "programs": programs,
+        "failed": failed,
+        "back": back,
+        "after": soft_limit(),
+    }
+
+
+def is_soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within ten seconds, with a sampler that looks every ten milliseconds."""
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+def by_subprocess() -> int:
+    return int(subprocess.run(SHOW, capture_output=True, check=True).stdout)
+
+
+def by_system() -> int:
+    with tempfile.NamedTemporaryFile("r") as file:
+        os.system(f"{shlex.join(SHOW)} > {shlex.quote(file.name)}")
+        return int(file.read())
+
+
+def by_posix_spawn() -> int:
+    with tempfile.NamedTemporaryFile("r") as file:
+        actions = [(os.POSIX_SPAWN_OPEN, 1, file.name, os.O_WRONLY, 0)]
+        os.waitpid(os.posix_spawn(SHOW[0], SHOW, os.environ, file_actions=actions), 0)
+        return int(file.read())
+
+
+SHOW = [sys.executable, "-c", "import resource as r; print(r.getrlimit(r.RLIMIT_DATA)[0])"]
+STARTS = {"subprocess": by_subprocess, "system": by_system, "posix_spawn": by_posix_spawn}
 
 
 def nested_in_a_child() -> None:

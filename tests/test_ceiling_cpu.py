@@ -171,10 +171,22 @@ def test_in_any_order_the_lowest_ceiling_holds_and_the_users_limit_comes_back(re
 
 
 @linux_only
-def test_forked_children_have_the_users_limit_and_ceilings_of_their_own(results: Any) -> None:
+def test_children_have_the_users_limit_and_forked_ones_ceilings_of_their_own(results: Any) -> None:
     result = results["children"]
+    assert result["inside"] < result["before"] == result["after"]
     assert result["forked"] == [result["before"], None]
-    assert result["program"] == result["inside"] < result["before"] == result["after"]
+    assert result["programs"] == {
+        f"{name}, {thread} thread": result["before"]
+        for name in ("subprocess", "system", "posix_spawn")
+        for thread in ("same", "another")
+    }
+
+
+@linux_only
+def test_the_ceiling_is_back_when_a_program_has_been_started_or_has_not(results: Any) -> None:
+    result = results["children"]
+    assert "FileNotFoundError" in result["failed"][1]
+    assert result["back"] == [True] * 7
 
 
 @linux_only

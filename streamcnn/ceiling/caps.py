@@ -12,13 +12,16 @@ from threading import RLock
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
+from streamcnn.ceiling.children import Start
+
 N = TypeVar("N", bound=float)
 
 
 class LowestCap(Generic[N]):
     """The caps that are in force at a time, on all threads, and the user's own among them.
 
-    A forked child has none of them: its own cap is the user's.
+    A forked child has none of them: its own cap is the user's. So is that of a program, if ``begin_start`` is
+    told of its start: no cap is in force while it is being started.
 
     Parameters
     ----------
@@ -33,6 +36,8 @@ class LowestCap(Generic[N]):
         self._caps: dict[object, N] = {}
         self._own: N | None = None
         """The user's; None while there are no others, when it is the system's present one."""
+        self._starts: list[Start] = []
+        """Programs that are being started."""
         _all.add(self)
 
     @property
@@ -64,6 +69,16 @@ class LowestCap(Generic[N]):
         """Take ``owner``'s cap away. Doing so again does nothing."""
         self._exclusively(lambda: self._caps.pop(owner, None))
 
+    def settle(self) -> None:
+        """Have the lowest cap in force again after a program's start. To be called every few milliseconds."""
+        if self._starts:
+            self._exclusively(lambda: None)
+
+    def begin_start(self, start: Start) -> None:
+        """Have no cap in force until a program has been started."""
+        if self._caps:
+            self._exclusively(lambda: self._starts.append(start))
+
     def _exclusively(self, change: Callable[[], object]) -> None:
         """Make a change and give the system the lowest cap, one thread at a time."""
         # Twice: an interrupt in the first release leaves the lock to the second.
@@ -83,16 +98,19 @@ class LowestCap(Generic[N]):
         """Have the system's cap be the lowest one."""
         if self._own is None:
             return
-        lowest = min([self._own, *self._caps.values()])
+        self._starts = [start for start in self._starts if not start.is_over()]
+        lowest = self._own if self._starts else min([self._own, *self._caps.values()])
         if lowest != self._read():
             self._write(lowest)
         if not self._caps:
             self._own = None
+            self._starts.clear()
 
     def _forget(self) -> None:
         """Give a forked child the user's own cap; other threads, which may hold the lock, are not there."""
         self._lock = RLock()
         self._caps.clear()
+        self._starts.clear()
         self._apply()
 
 

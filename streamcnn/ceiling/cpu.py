@@ -37,6 +37,7 @@ from streamcnn.ceiling.allocator import (
     trim_heap,
 )
 from streamcnn.ceiling.caps import LowestCap
+from streamcnn.ceiling.children import watch_starts
 from streamcnn.ceiling.heap import HoleFiller, free_heap_bytes
 from streamcnn.ceiling.peak import Peak, PeakGauge
 from streamcnn.ceiling.process import resident_bytes, status_bytes, untouched_code_bytes
@@ -107,7 +108,8 @@ class DataLimit:
     the whole process's, whichever thread allocates, the lowest one holds, and the user's own limit is back
     after the last. A thread whose first parallel PyTorch operator runs inside the block needs stacks for a
     thread pool of its own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that
-    thread first. Forked children have the user's own limit.
+    thread first. Forked children have the user's own limit, and so have programs: no ceiling is in force for
+    the few milliseconds in which one is started (``streamcnn.ceiling.children``).
 
     Parameters
     ----------
@@ -144,7 +146,7 @@ class DataLimit:
         self._reuse_heap = reuse_heap
         self._given_baseline = baseline
         self._baseline = Baseline(None, None)
-        self._gauge = PeakGauge()
+        self._gauge = PeakGauge(_data_caps.settle)
         self._is_shared = False
 
     @property
@@ -314,6 +316,7 @@ def _set_soft_limit(soft: int) -> None:
 
 _data_caps = LowestCap(_soft_limit, _set_soft_limit)
 """The ceilings of all blocks that are entered."""
+watch_starts(_data_caps.begin_start)
 _active: dict[DataLimit, int] = {}
 """Blocks that are entered, and the process in which they were."""
 

@@ -10,6 +10,7 @@ lower bound: a spike between two samples is missed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamcnn.ceiling.allocator import wait_for_stack
@@ -39,9 +40,15 @@ class PeakGauge:
     """Knows the peak of resident memory between ``open`` and ``close``.
 
     Closing again does what an interrupted call has left undone.
+
+    Parameters
+    ----------
+    besides
+        Called with every reading.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, besides: Callable[[], object]) -> None:
+        self._besides = besides
         self._file: ResidentFile | None = None
         self._mark = 0
         self._sampler = Sampler(self._read, _INTERVAL)
@@ -90,4 +97,5 @@ class PeakGauge:
 
     def _read(self) -> _Resident:
         assert self._file is not None
+        self._besides()
         return _Resident(self._file.read())
