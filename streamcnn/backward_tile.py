@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from streamcnn.autocast import autocast
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import Axes, cut
 from streamcnn.interpreter import TileRun
 from streamcnn.plan import Phase, Plan
 from streamcnn.program import has_gradient
-from streamcnn.regions import Region
 from streamcnn.small_graph import SmallGraph
-from streamcnn.windows import Axes, cut
 
 
 class Surroundings(Protocol):

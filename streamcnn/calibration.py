@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from streamcnn.atomic import replace_file
+from streamcnn.geometry.regions import Region
 from streamcnn.plan import Home
 from streamcnn.rates import NOMINAL, Rates
-from streamcnn.regions import Region
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 
 VARIABLE = "STREAMCNN_CALIBRATION"

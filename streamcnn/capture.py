@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.autocast import Casts
 from streamcnn.flattening import Whole
+from streamcnn.geometry.windows import Axes
 from streamcnn.program import refs_in
-from streamcnn.windows import Axes
 
 CUMULATIVE = math.nan
 """Stands for batch norm's ``momentum=None`` (a cumulative average) in a captured call."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from streamcnn.axis_maps import AxisMap
+from streamcnn.geometry.axis_maps import AxisMap
+from streamcnn.geometry.regions import Interval
 from streamcnn.program import Kind, Program
-from streamcnn.regions import Interval
 from streamcnn.staging import assign_levels
 
 _PROBE = 64

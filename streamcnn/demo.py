@@ -26,7 +26,7 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
 from streamcnn.extras import require
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.units import format_bytes, format_count, format_duration, parse_bytes
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from streamcnn.autocast import autocast, autocast_state
 from streamcnn.backward_tile import BackwardTile
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import cut
 from streamcnn.interpreter import TileRun
 from streamcnn.ops.reduction_types import Parts, Reduction
 from streamcnn.plan import Home, Phase, Plan, StepKind
 from streamcnn.program import Axes, Kind, Node, Program
-from streamcnn.regions import Region
 from streamcnn.small_graph import Results, SmallGraph
 from streamcnn.stores import Store, StoreSpec
-from streamcnn.windows import cut
 
 
 class ImageReader(Protocol):

@@ -22,6 +22,7 @@ from streamcnn.autocast import Casts
 from streamcnn.capture import Given, RawGraph, RawNode, is_argument, moved, spatial_axes
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import UPDATING, GradientHook, is_fake, is_recomputed, on_meta
+from streamcnn.geometry.windows import Axes
 from streamcnn.in_place import (
     OnCopy,
     asserted,
@@ -35,7 +36,6 @@ from streamcnn.in_place import (
     scattered,
 )
 from streamcnn.program import Ref
-from streamcnn.windows import Axes
 
 _SIDE_EFFECTS = frozenset(
     {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "lazy_load_decompositions"}

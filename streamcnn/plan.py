@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from streamcnn.errors import PlanDoesNotFit
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.units import format_bytes
 
 

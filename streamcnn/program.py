@@ -16,8 +16,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from streamcnn.autocast import Casts
-from streamcnn.axis_maps import AxisMap, Same
-from streamcnn.windows import Axes as Axes
+from streamcnn.geometry.axis_maps import AxisMap, Same
+from streamcnn.geometry.windows import Axes as Axes
 
 if TYPE_CHECKING:
     from streamcnn.ops.reduction_types import Reduction

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch._ops import OpOverload
 
+from streamcnn.geometry.regions import Indices, Intervals
 from streamcnn.libraries import num_products
 from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
 from streamcnn.plan import AxisStep, Phase
 from streamcnn.program import Link, Program, Ref
-from streamcnn.regions import Indices, Intervals
 from streamcnn.staging import Stage
 
 Parts = tuple[int, int]

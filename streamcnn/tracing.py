@@ -28,13 +28,13 @@ from streamcnn.autocast import as_recorded
 from streamcnn.capture import RawGraph, RawNode, moved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.flattening import Whole
+from streamcnn.geometry.regions import Region
 from streamcnn.in_place import draws, revalued
 from streamcnn.ops.pointwise import pointwise, pointwise_rule
 from streamcnn.ops.reduction_types import Reduction
 from streamcnn.ops.rules import Call, Decline, rule_for
 from streamcnn.ops.user_functions import user_function
 from streamcnn.program import Axes, Kind, Link, Local, Node, Program, Ref, TensorSpec, refs_in, substitute
-from streamcnn.regions import Region
 
 # Rules that also lower calls without any map, because their ATen form changes buffers, draws masks of its
 # own or has no gradient.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from streamcnn.axis_maps import AxisMap, Broadcast, Repeated, Same, Sliding, Transposed
+from streamcnn.geometry.axis_maps import AxisMap, Broadcast, Repeated, Same, Sliding, Transposed
 from streamcnn.ops.reduction_types import Sum
 from streamcnn.program import Kind, Link, Local, Node, Program, Ref, TensorSpec
 

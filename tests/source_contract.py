@@ -34,7 +34,7 @@ from streamcnn.data.sources import (
     ZarrSource,
     write_zarr_image,
 )
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 Array = NDArray[Any]
 Made = tuple[ImageSource, Array]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamcnn.data.augmentation import Augmentation, AugmentedSource, RandomAugmentation
 from streamcnn.data.sources import TensorSource
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 IMAGE = torch.arange(2 * 5 * 7, dtype=torch.uint8).view(2, 5, 7)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamcnn.axis_maps import (
+from streamcnn.geometry.axis_maps import (
     AxisMap,
     Broadcast,
     Gathered,
@@ -29,9 +29,9 @@ from streamcnn.axis_maps import (
     Transposed,
     reflected,
 )
+from streamcnn.geometry.regions import Interval, Intervals, Region
+from streamcnn.geometry.windows import padded, placed
 from streamcnn.ops.resampling import _bilinear_sources, _nearest_sources
-from streamcnn.regions import Interval, Intervals, Region
-from streamcnn.windows import padded, placed
 
 Operator = Callable[[Tensor], Tensor]
 AXES = (2, 3)

@@ -21,7 +21,7 @@ from streamcnn.data.convert import convert
 from streamcnn.data.image_files import FoundImage, find_images
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 def pixels(seed: int, channels: int = 3) -> NDArray[np.uint8]:

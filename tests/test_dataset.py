@@ -18,7 +18,7 @@ from streamcnn.data.dataset import TileDataset, collate, prefetched
 from streamcnn.data.sampling import ResumableSampler, balanced_subset, divide
 from streamcnn.data.sources import TensorSource
 from streamcnn.data.tile_store import Head, TileStoreWriter, write_image_folder
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 SIZE = (23, 31)
 

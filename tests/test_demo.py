@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from streamcnn import demo
 from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.demo import DemoSettings, build_network, draw_tiles, normalise, run_demo
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 class PlainModel(nn.Module):

@@ -32,7 +32,7 @@ from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
 from streamcnn.data.ultramnist.layout import REFERENCE_SIZE, PlacedDigit
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.training import TrainSettings
 
 

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel
 from streamcnn.data.reader import BatchReader
+from streamcnn.geometry.regions import Region
 from streamcnn.ops import samples
 from streamcnn.ops.rules import Sample
-from streamcnn.regions import Region
 
 DROPOUT = Sample(
     "dropout in train mode",

@@ -18,7 +18,7 @@ from streamcnn.data.file_dataset import FileDataset, open_dataset, open_table
 from streamcnn.data.image_files import find_images
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.data.tile_store import Head, TileStoreWriter
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 def write(path: Path, value: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from streamcnn import PlanDoesNotFit, StreamingModel
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan import AxisStep, Home, MemoryTerm, Phase, Plan, Segment, StorePlan
-from streamcnn.regions import Interval, Region
 
 SHAPE = (2, 3, 61, 47)
 KIB = 2**10

@@ -13,7 +13,7 @@ from streamcnn import StreamingModel
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import TensorSource
 from streamcnn.errors import CorruptImage
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 CPU = torch.device("cpu")
 IMAGE = torch.arange(2 * 3 * 11 * 13, dtype=torch.float32).reshape(2, 3, 11, 13)

@@ -17,8 +17,8 @@ from streamcnn.data.augmentation import Augmentation, AugmentedSource
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import ArraySource, ImageSource, TensorSource, open_image
 from streamcnn.errors import PlanDoesNotFit
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.reading import BatchCost, ReadingCost
-from streamcnn.regions import Interval, Region
 
 EDGE = 2600
 HELD = 3 * EDGE * EDGE

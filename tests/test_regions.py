@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcnn.regions import Interval, Intervals, Region
+from streamcnn.geometry.regions import Interval, Intervals, Region
 
 
 @st.composite

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import Repeated, Same, Sliding
+from streamcnn.geometry.axis_maps import Repeated, Same, Sliding
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.geometry.windows import cut, with_extents
 from streamcnn.ops.shape import moved_axes, regrouped
-from streamcnn.regions import Interval, Region
-from streamcnn.windows import cut, with_extents
 
 Function = Callable[[Tensor], Tensor]
 

@@ -20,7 +20,7 @@ from streamcnn.data.dicom import series_uid
 from streamcnn.data.file_dataset import open_dataset
 from streamcnn.data.image_files import find_images
 from streamcnn.data.sources import open_image, write_zarr_image
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 def picture(path: Path, value: int = 0) -> Path:

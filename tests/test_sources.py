@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from streamcnn.data.sources import ImageSource, TensorSource, ZarrSource, as_sources, write_zarr_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 SHAPE = (3, 37, 53)
 WHOLE = Region.whole(SHAPE[1:])

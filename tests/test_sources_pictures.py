@@ -29,7 +29,7 @@ from source_contract import (
 from streamcnn.data.sources import PictureSource, SlideSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.extras import MissingExtra
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -30,7 +30,7 @@ from source_contract import (
 
 from streamcnn.data.sources import TiffSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 WHOLE = region(0, 75, 0, 101)
 TILES: dict[str, Any] = {"photometric": "rgb", "tile": (32, 48), "compression": "zlib"}
@@ -305,7 +305,7 @@ def test_says_what_to_install_for_codecs_that_are_missing(tmp_path: Path) -> Non
         import sys
         sys.modules["imagecodecs"] = None
         from streamcnn.data.sources import TiffSource
-        from streamcnn.regions import Region
+        from streamcnn.geometry.regions import Region
         print(TiffSource(sys.argv[1] + "/zlib.tif").read(Region.whole((75, 101))).sum().item())
         for name in ("lzw", "packed"):
             try:
@@ -337,7 +337,7 @@ READ_LARGE = """
     import resource, sys
     import streamcnn, torch
     from streamcnn.data.sources import open_image
-    from streamcnn.regions import Interval, Region
+    from streamcnn.geometry.regions import Interval, Region
     def peak():
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

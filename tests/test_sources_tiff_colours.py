@@ -16,7 +16,7 @@ from streamcnn.cli.images import info
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources import TiffSource, as_sources, open_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 PART = region(3, 40, 7, 50)
 WHOLE = Region.whole((75, 101))

@@ -32,7 +32,7 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from streamcnn.data.sources import ZarrSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 class TestZarr(SourceContract):

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.stores.chunks import ChunkGrid
 

@@ -21,9 +21,9 @@ from streamcnn.backward_tile import BackwardTile
 from streamcnn.ceiling.device import HostCeiling
 from streamcnn.data.sources import ImageSource, write_zarr_image
 from streamcnn.executor import Execution
+from streamcnn.geometry.regions import Region
 from streamcnn.interpreter import TileRun
 from streamcnn.plan import Home
-from streamcnn.regions import Region
 from streamcnn.streamed_pass import Pass
 
 SHAPE = (2, 3, 37, 45)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from streamcnn import TensorSource
 from streamcnn.data import thumbnails
 from streamcnn.data.thumbnails import shrunk, thumbnail
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 300))

@@ -26,7 +26,7 @@ from streamcnn.data.sources import TensorSource
 from streamcnn.data.tile_store import TileStore, TileStoreWriter, arrays, write_image_folder
 from streamcnn.data.tile_store.checks import crc32c
 from streamcnn.data.tile_store.format import Head, ImageRecord
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 HEAD = Head("images", {"made by": "a test"})
 SIZE = (1100, 700)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import programs
 
+from streamcnn.geometry.regions import Interval
 from streamcnn.plan import Phase
 from streamcnn.program import Program
-from streamcnn.regions import Interval
 from streamcnn.staging import Stage, divide
 from streamcnn.tiling import Outline, cut, grid
 

@@ -23,7 +23,7 @@ from streamcnn.errors import (
     RunMismatch,
     TrainingDiverged,
 )
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 from streamcnn.training import Terminated, Trainer, TrainSettings, read_log, score
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 

@@ -19,7 +19,7 @@ from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
 from streamcnn.data.ultramnist import Digits, Recipe, Spec, load_digits, make_image
 from streamcnn.data.ultramnist.generate import generate
 from streamcnn.data.ultramnist.preview import write_contact_sheet
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 SPEC = Spec(seed=4, recipe=Recipe.BALANCED, size=96)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from streamcnn.data.ultramnist import Layout, Recipe, Spec, label_of, layout, make_layout
 from streamcnn.data.ultramnist.draws import Draws
 from streamcnn.data.ultramnist.layout import proportional
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 NUM_LAYOUTS = 4_200
 NUM_SIMULATED = 3_000

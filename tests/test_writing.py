@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import Transposed
+from streamcnn.geometry.axis_maps import Transposed
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.ops.writing import written
-from streamcnn.regions import Interval, Region
 
 aten = torch.ops.aten
 SHAPE = (2, 3, 21, 17)

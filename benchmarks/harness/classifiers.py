@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.harness.images import read_whole
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources import ImageSource
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.models import load_model
-from streamcnn.regions import Interval, Region
 
 HIDDEN = 100
 """Units between the two fully connected layers, as in the authors' code."""

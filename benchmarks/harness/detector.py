@@ -17,7 +17,7 @@ from streamcnn import StreamingModel
 from streamcnn.data.dataset import Sample, TileDataset
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.ultramnist.layout import PlacedDigit
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.streaming_model import Image
 from streamcnn.training import Trainer
 

@@ -22,7 +22,7 @@ from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, Spec
 from streamcnn.data.ultramnist.generate import Progress, generate
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 DATA_SEED = 0
 TWO_STEPS_BELOW = 512

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcnn.data.sources import ImageSource
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.reading import ReadingCost
-from streamcnn.regions import Interval, Region
 
 Pixels = NDArray[Any]
 _FLOAT_BYTES = 8

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from streamcnn.data.sources import ImageSource
 from streamcnn.extras import require
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 _PART_PIXELS = 2**22
 """Pixels that are read at a time, at least a block."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import Sliding, Transposed
+from streamcnn.geometry.axis_maps import Sliding, Transposed
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
 from streamcnn.program import Link, Ref
 

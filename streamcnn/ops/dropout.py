@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcnn.geometry.regions import Region
 from streamcnn.ops.pointwise import pointwise
 from streamcnn.ops.rules import Call, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
-from streamcnn.regions import Region
 
 aten = torch.ops.aten
 

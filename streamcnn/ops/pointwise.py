@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 
-from streamcnn.axis_maps import Broadcast, Same
+from streamcnn.geometry.axis_maps import Broadcast, Same
 from streamcnn.ops.rules import Call, Decline, Rule, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref, refs_in, substitute
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import Broadcast, Same, Sliding
+from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
 from streamcnn.ops.convolution import chain
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
 from streamcnn.program import Link, Ref

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamcnn.regions import Region
-from streamcnn.windows import Axes, dense
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import Axes, dense
 
 Parts = tuple[Tensor, ...]
 

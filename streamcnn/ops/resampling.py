@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from streamcnn.axis_maps import AxisMap, Gathered, Repeated, Sliding, reflected
+from streamcnn.geometry.axis_maps import AxisMap, Gathered, Repeated, Sliding, reflected
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.ops.convolution import chain
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
-from streamcnn.regions import Interval, Region
 
 aten = torch.ops.aten
 

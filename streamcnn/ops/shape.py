@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import AxisMap, Repeated, Same, Sliding
+from streamcnn.geometry.axis_maps import AxisMap, Repeated, Same, Sliding
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import with_extents
 from streamcnn.ops.pointwise import per_position
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
-from streamcnn.regions import Region
 from streamcnn.schemas import places_of_axes
-from streamcnn.windows import with_extents
 
 aten = torch.ops.aten
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.axis_maps import Transposed
+from streamcnn.geometry.axis_maps import Transposed
+from streamcnn.geometry.regions import Region
 from streamcnn.ops.convolution import chain
 from streamcnn.ops.pointwise import pointwise
 from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
 from streamcnn.program import Axes, Link, Ref
-from streamcnn.regions import Region
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.stores.base import StoreSpec
 
 _TARGET_NBYTES = 2**20

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 
 class Frontier:

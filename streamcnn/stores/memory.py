@@ -8,11 +8,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import cut
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.transfer import to_compute, to_host
-from streamcnn.windows import cut
 
 _HUGE_PAGE_BYTES = 2**25
 """Maps of at least this many bytes ask for 2 MiB pages, which are zeroed and mapped in fewer steps."""

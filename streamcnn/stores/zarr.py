@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.chunks import ChunkGrid, ChunkPart
 from streamcnn.stores.spill import remove_with

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamcnn.data.sources.axes import Axes
 from streamcnn.errors import DatasetMismatch
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 _DROPPED = "."
 _COLOURS = 4

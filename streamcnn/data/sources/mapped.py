@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.data.sources.layout import Layout
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 BAND_BYTES = 2**22
 """Bytes of the file that are resident at a time, at least one row of it."""

@@ -16,8 +16,8 @@ from streamcnn.data.sources.layout import layout_by_shape, torch_dtype
 from streamcnn.data.sources.mapped import copied, lets_go, mapped_bytes
 from streamcnn.data.sources.places import local_path
 from streamcnn.errors import DatasetMismatch
+from streamcnn.geometry.regions import Region
 from streamcnn.reading import ReadingCost
-from streamcnn.regions import Region
 
 
 @final

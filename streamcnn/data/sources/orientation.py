@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 _TRANSPOSED = (5, 6, 7, 8)
 _UPSIDE_DOWN = (3, 4, 7, 8)

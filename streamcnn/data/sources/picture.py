@@ -16,8 +16,8 @@ from streamcnn.data.sources.layout import Layout, torch_dtype
 from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.geometry.regions import Region
 from streamcnn.reading import ReadingCost
-from streamcnn.regions import Region
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile as Image

@@ -15,8 +15,8 @@ from streamcnn.data.sources.files import FileStamp, PerProcess, opening
 from streamcnn.data.sources.layout import torch_dtype
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.reading import ReadingCost
-from streamcnn.regions import Interval, Region
 
 _WHITE = "FFFFFF"
 _BLOCK = 256

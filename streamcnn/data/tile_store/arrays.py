@@ -24,7 +24,7 @@ from zarr.storage import LocalStore
 from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.checks import record_shard
 from streamcnn.data.tile_store.format import ShardRecord
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 CHUNK = 512
 """Edge of an inner chunk in pixels."""

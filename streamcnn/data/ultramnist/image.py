@@ -12,7 +12,7 @@ from streamcnn.data.ultramnist.background import changes, draw_background
 from streamcnn.data.ultramnist.digits import Digits, DigitSet
 from streamcnn.data.ultramnist.draws import Draws
 from streamcnn.data.ultramnist.layout import GLYPH_SIDE, Layout, Recipe, Spec, make_layout
-from streamcnn.regions import Region
+from streamcnn.geometry.regions import Region
 
 Mask = NDArray[np.bool_]
 

@@ -18,7 +18,7 @@ from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 from streamcnn.data.ultramnist.draws import Draws
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 NUM_CLASSES = 28
 GLYPH_SIDE = 28  # pixels of a digit's image before it is enlarged

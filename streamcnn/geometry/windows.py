@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamcnn.regions import Interval, Region
+from streamcnn.geometry.regions import Interval, Region
 
 Axes = tuple[int, int]
 """Positions of the spatial axes (H, W) in a tensor's shape."""

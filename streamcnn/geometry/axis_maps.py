@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from streamcnn.regions import Indices, Interval, Intervals
+from streamcnn.geometry.regions import Indices, Interval, Intervals
 
 Index = TypeVar("Index", int, Indices)
 

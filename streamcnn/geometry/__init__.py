@@ -1,0 +1,1 @@
+"""Integer geometry: regions of maps, how operators map them, windows of tensors."""
