@@ -35,8 +35,8 @@ from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
+from streamcnn.support.units import format_bytes, format_duration, parse_bytes
 from streamcnn.training.runs import present_devices
-from streamcnn.units import format_bytes, format_duration, parse_bytes
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from benchmarks.record import append, device_name, in_fresh_process
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, ZarrSource
 from streamcnn.data.sources import TensorSource, open_image, write_zarr_image
-from streamcnn.models import load_model
-from streamcnn.units import format_bytes, parse_bytes
+from streamcnn.support.models import load_model
+from streamcnn.support.units import format_bytes, parse_bytes
 
 app = typer.Typer(add_completion=False)
 

@@ -19,7 +19,7 @@ import typer
 from benchmarks.record import append, in_fresh_process
 from streamcnn import StreamingModel, planning
 from streamcnn.calibration import rates_for
-from streamcnn.models import load_model
+from streamcnn.support.models import load_model
 
 app = typer.Typer(add_completion=False)
 

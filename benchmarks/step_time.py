@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.record import append, device_name
 from streamcnn import StreamingModel
-from streamcnn.models import load_model
+from streamcnn.support.models import load_model
 
 
 def main(

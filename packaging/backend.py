@@ -2,8 +2,8 @@
 
 A ``.pth`` has to lie in the root of a wheel, to be read when Python starts, and setuptools puts none there by
 its configuration. So the wheel is made by setuptools and then written once more with two files beside the
-package: a copy of ``streamcnn/torchvision_import.py``, which says what it is for, and the ``.pth`` that calls
-it. Both ``pip install .`` and ``pip install -e .`` make such a wheel. The files are listed in its ``RECORD``,
+package: a copy of ``streamcnn/support/torchvision_import.py``, which says what it is for, and the ``.pth`` that
+calls it. Both ``pip install .`` and ``pip install -e .`` make such a wheel. The files are listed in its ``RECORD``,
 so ``pip uninstall`` removes them. It is a copy because to import ``streamcnn`` would import PyTorch whenever
 Python starts, and because an editable install may lose sight of the package.
 """
@@ -25,7 +25,7 @@ from setuptools.build_meta import get_requires_for_build_wheel as get_requires_f
 from setuptools.build_meta import prepare_metadata_for_build_editable as prepare_metadata_for_build_editable
 from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare_metadata_for_build_wheel
 
-_HOOK = Path("streamcnn", "torchvision_import.py")
+_HOOK = Path("streamcnn", "support", "torchvision_import.py")
 _MODULE = "streamcnn_torchvision_import"
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from streamcnn.atomic import replace_file
 from streamcnn.geometry.regions import Region
 from streamcnn.plan import Home
 from streamcnn.rates import NOMINAL, Rates
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+from streamcnn.support.atomic import replace_file
 
 VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep rates in, or "off" for nominal rates."""

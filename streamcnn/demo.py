@@ -25,10 +25,10 @@ from streamcnn.data.dataset import TileDataset
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
-from streamcnn.extras import require
 from streamcnn.geometry.regions import Region
 from streamcnn.streaming_model import StreamingModel
-from streamcnn.units import format_bytes, format_count, format_duration, parse_bytes
+from streamcnn.support.extras import require
+from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes
 
 _FIGURE_PIXELS = 1000  # the figure shows every n-th pixel, so that it has about as many
 
@@ -45,7 +45,7 @@ class DemoSettings:
     epochs: int = 8
     """Passes over all images, with one update per image."""
     budget: int | str = "384MiB"
-    """Bytes that the streamed step may hold, as `streamcnn.units.parse_bytes` reads them."""
+    """Bytes that the streamed step may hold, as `streamcnn.support.units.parse_bytes` reads them."""
     seed: int = 0
     """Of the images and of the network's first weights."""
     learning_rate: float = 3e-3

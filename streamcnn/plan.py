@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.units import format_bytes
+from streamcnn.support.units import format_bytes
 
 
 class Home(StrEnum):

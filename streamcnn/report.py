@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamcnn.executor import PhaseReport
-from streamcnn.units import format_bytes
+from streamcnn.support.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
-from streamcnn.interrupts import cleaning_up, undoing
 from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planning import Planned
 from streamcnn.program import Ref, refs_in
@@ -33,8 +32,9 @@ from streamcnn.stores import (
     free_bytes,
     remove_abandoned,
 )
+from streamcnn.support.interrupts import cleaning_up, undoing
+from streamcnn.support.units import format_bytes
 from streamcnn.surroundings import saved_tensors_hooks_aside
-from streamcnn.units import format_bytes
 
 
 class Host(Protocol):

@@ -30,7 +30,6 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
 from streamcnn.flattening import is_fake
 from streamcnn.forward_pass import ForwardPass, stand_in
-from streamcnn.interrupts import undoing
 from streamcnn.parts import BEFORE, VALUE, parts_of
 from streamcnn.plan import Plan
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
@@ -38,8 +37,9 @@ from streamcnn.program import substitute
 from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
+from streamcnn.support.interrupts import undoing
+from streamcnn.support.units import format_bytes, parse_bytes
 from streamcnn.surroundings import Surroundings
-from streamcnn.units import format_bytes, parse_bytes
 
 _SMALLEST_TILE = 32
 """Edge in pixels; below it, halos are nearly all of the work."""

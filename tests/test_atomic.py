@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamcnn.atomic import replace_file
+from streamcnn.support.atomic import replace_file
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -39,7 +39,7 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("streamcnn.atomic.os.fsync", full)
+    monkeypatch.setattr("streamcnn.support.atomic.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         replace_file(path, "after", flush=True)
     assert path.read_text() == "before"

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import streamcnn
-from streamcnn import cli, models
+from streamcnn import cli
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.errors import PlanDoesNotFit
+from streamcnn.support import models
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -24,9 +24,9 @@ from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, planning, 
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.interpreter import TileRun
-from streamcnn.models import load_model
 from streamcnn.plan import Home, Plan
 from streamcnn.program import Program
+from streamcnn.support.models import load_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -56,8 +56,8 @@ from streamcnn.data.dataset import TileDataset
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import load_digits
 from streamcnn.data.ultramnist.generate import Progress
+from streamcnn.support.units import parse_bytes
 from streamcnn.training import TrainSettings
-from streamcnn.units import parse_bytes
 
 ROOT = Path(__file__).parent.parent
 TINY = SCALES["tiny"]

@@ -14,7 +14,7 @@ from hostile import make_store
 
 from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
 from streamcnn.errors import CorruptImage
-from streamcnn.text import html_text, printable
+from streamcnn.support.text import html_text, printable
 
 
 @pytest.fixture

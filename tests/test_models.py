@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from streamcnn.errors import StreamError
-from streamcnn.extras import MissingExtra, require
-from streamcnn.models import load_model
+from streamcnn.support.extras import MissingExtra, require
+from streamcnn.support.models import load_model
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from profiles import FACTORY, PROFILES, SHAPE
 from streamcnn import StreamingModel, cli
 from streamcnn.data.sources import ZarrSource, write_zarr_image
 from streamcnn.errors import BudgetExceeded
-from streamcnn.models import load_model
 from streamcnn.profiling import ProfileFailed, TileProfile, child, profile_tiles, write_results
 from streamcnn.profiling.figures import FIGURES
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import fastest
+from streamcnn.support.models import load_model
 
 COUNTERS = 2**20
 """Bytes by which two readings may differ: the kernel counts pages per core and adds them up later."""

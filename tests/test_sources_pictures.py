@@ -28,8 +28,8 @@ from source_contract import (
 
 from streamcnn.data.sources import PictureSource, SlideSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.extras import MissingExtra
 from streamcnn.geometry.regions import Region
+from streamcnn.support.extras import MissingExtra
 
 Image = pytest.importorskip("PIL.Image")
 

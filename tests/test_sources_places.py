@@ -14,7 +14,7 @@ from source_contract import assert_reads, pixels, region, write_ome
 
 from streamcnn.data.sources import is_image, open_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.extras import MissingExtra
+from streamcnn.support.extras import MissingExtra
 
 IMAGE = pixels(3, size=(50, 60))
 

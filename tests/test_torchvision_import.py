@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from streamcnn import torchvision_import
+from streamcnn.support import torchvision_import
 
 ROOT = Path(__file__).parents[1]
 HOOK = "streamcnn_torchvision_import"

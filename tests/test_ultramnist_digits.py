@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits as load_scans
 from streamcnn.data.ultramnist import Digits, DigitSet, digits, load_digits
 from streamcnn.data.ultramnist.idx import CONTENT_SHA256, DOWNLOAD_SHA256, PAIRS
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.extras import MissingExtra
+from streamcnn.support.extras import MissingExtra
 
 TRAIN_IMAGES, TRAIN_LABELS = PAIRS["train"]
 TEST_IMAGES, TEST_LABELS = PAIRS["test"]

@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamcnn import torchvision_import
 from streamcnn.data.ultramnist import Digits, DigitSet, Recipe, Spec, load_digits, make_image, make_layout
 from streamcnn.data.ultramnist import background as backgrounds
 from streamcnn.data.ultramnist.background import Background, Circle, Triangle, changes, draw_background
 from streamcnn.data.ultramnist.draws import Draws
+from streamcnn.support import torchvision_import
 
 Mask = NDArray[np.bool_]
 

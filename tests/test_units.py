@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcnn.units import format_bytes, format_count, format_duration, parse_bytes
+from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from helpers import assert_streamed_equals_plain, calibrated, randomized
 from torch import Tensor, nn
 
 from benchmarks.networks import UNet
-from streamcnn.models import load_model
+from streamcnn.support.models import load_model
 
 # timm asks for a deprecated annotation when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

@@ -13,7 +13,7 @@ from benchmarks.harness.images import read_whole
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources import ImageSource
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.models import load_model
+from streamcnn.support.models import load_model
 
 HIDDEN = 100
 """Units between the two fully connected layers, as in the authors' code."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamcnn.units import parse_bytes
+from streamcnn.support.units import parse_bytes
 
 FOLDER = Path(__file__).parent / "methods"
 

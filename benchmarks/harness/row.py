@@ -37,7 +37,6 @@ from benchmarks.harness.method import Kind, Method, Stage
 from benchmarks.harness.scales import Scale
 from benchmarks.record import device_name
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
-from streamcnn.atomic import replace_file
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.data.augmentation import RandomAugmentation
@@ -48,6 +47,7 @@ from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist.layout import REFERENCE_SIZE
 from streamcnn.errors import TrainingDiverged
+from streamcnn.support.atomic import replace_file
 from streamcnn.training import Terminated, Trainer, TrainSettings, score
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.evaluation import require_metrics

@@ -13,8 +13,8 @@ from benchmarks.harness.method import Kind, Method, load_methods
 from benchmarks.harness.results import read, results_folder
 from benchmarks.harness.scales import Scale
 from streamcnn.data.ultramnist import Recipe
-from streamcnn.extras import require
-from streamcnn.units import format_bytes, format_duration
+from streamcnn.support.extras import require
+from streamcnn.support.units import format_bytes, format_duration
 
 PAPER_TABLES = {"Table 1": ("unrestricted", "11 GB"), "Table 4": ("24 GB, full", "24 GB, best")}
 """Columns of accuracies by the paper's table."""

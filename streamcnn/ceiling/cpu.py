@@ -42,8 +42,8 @@ from streamcnn.ceiling.heap import HoleFiller, free_heap_bytes
 from streamcnn.ceiling.peak import Peak, PeakGauge
 from streamcnn.ceiling.process import resident_bytes, status_bytes, untouched_code_bytes
 from streamcnn.errors import BudgetExceeded, StreamError
-from streamcnn.interrupts import cleaning_up, undoing
-from streamcnn.units import format_bytes
+from streamcnn.support.interrupts import cleaning_up, undoing
+from streamcnn.support.units import format_bytes
 
 _HEAP_SHARE = 8
 _HEAP_LEAST = 2**24

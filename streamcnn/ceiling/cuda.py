@@ -22,8 +22,8 @@ from streamcnn.ceiling.gauge import Gauge, Overhead
 from streamcnn.ceiling.nvml import Nvml, Reading
 from streamcnn.ceiling.sampler import INTERVAL, Sampler
 from streamcnn.errors import BudgetExceeded
-from streamcnn.interrupts import cleaning_up, undoing
-from streamcnn.units import format_bytes
+from streamcnn.support.interrupts import cleaning_up, undoing
+from streamcnn.support.units import format_bytes
 
 MARGIN_BYTES = 2**27
 """Kept free below the budget: some kernels are loaded only when they first run, after the measurement."""

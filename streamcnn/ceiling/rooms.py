@@ -14,7 +14,7 @@ from pathlib import Path
 from streamcnn.ceiling.allocator import cache_thread_stack, start_thread_pool, trim_heap
 from streamcnn.ceiling.cpu import own_data_limit
 from streamcnn.ceiling.process import status_bytes
-from streamcnn.units import format_bytes
+from streamcnn.support.units import format_bytes
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")

@@ -17,8 +17,8 @@ from rich.console import Console
 from streamcnn.cli import images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.errors import StreamError
-from streamcnn.text import printable
-from streamcnn.units import parse_bytes
+from streamcnn.support.text import printable
+from streamcnn.support.units import parse_bytes
 
 app = typer.Typer(
     help="Train any CNN on whole, very large images under a memory ceiling.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
-from streamcnn.text import printable
+from streamcnn.support.text import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +57,7 @@ def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
 
 def load(name: str) -> nn.Module:
     """The model of that name; a wrong name ends the command as wrong usage."""
-    from streamcnn.models import load_model
+    from streamcnn.support.models import load_model
 
     try:
         return load_model(name)

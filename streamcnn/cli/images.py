@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from streamcnn.cli.arguments import Json
-from streamcnn.text import printable
-from streamcnn.units import format_bytes, plural
+from streamcnn.support.text import printable
+from streamcnn.support.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from streamcnn.data.tile_store import TileStore

@@ -20,7 +20,7 @@ from streamcnn.cli.arguments import (
     parse,
     parse_extent,
 )
-from streamcnn.units import parse_bytes
+from streamcnn.support.units import parse_bytes
 
 
 class Optimizer(StrEnum):

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from streamcnn.cli.arguments import Batch, Channels, Model, Size, load, parse, parse_extent
-from streamcnn.text import printable
-from streamcnn.units import parse_bytes
+from streamcnn.support.text import printable
+from streamcnn.support.units import parse_bytes
 
 if TYPE_CHECKING:
     from streamcnn.profiling import TileProfile
@@ -38,8 +38,8 @@ def profile(
     shape = (batch, channels, *parse("--size", parse_extent, size))
     edges = parse("--tiles", parse_tiles, tiles)
     load(model)  # a wrong name ends here rather than in the first measurement
-    from streamcnn.extras import require
     from streamcnn.profiling import profile_tiles, write_results
+    from streamcnn.support.extras import require
 
     require("matplotlib.figure", extra="plots")
     measured = profile_tiles(model, shape, edges, budget_bytes, repeats=repeats)

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
 from streamcnn.errors import StreamError
-from streamcnn.text import printable
-from streamcnn.units import parse_bytes
+from streamcnn.support.text import printable
+from streamcnn.support.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def train(
     from streamcnn.cli.training_progress import TrainingProgress
     from streamcnn.data.augmentation import RandomAugmentation
     from streamcnn.data.normalisation import Normalise
-    from streamcnn.extras import require
+    from streamcnn.support.extras import require
     from streamcnn.training import RunConfig, Terminated, TrainSettings, make_trainer, write_report
 
     require("matplotlib.figure", extra="plots")  # now rather than after the run

@@ -9,8 +9,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from streamcnn.support.units import format_bytes
 from streamcnn.training import Trainer
-from streamcnn.units import format_bytes
 
 
 class TrainingProgress:

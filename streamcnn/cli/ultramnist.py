@@ -12,7 +12,7 @@ from rich.console import Console
 
 from streamcnn.cli.arguments import FAILED, Json
 from streamcnn.cli.images import progress_bar, verify_store
-from streamcnn.units import format_bytes, format_duration
+from streamcnn.support.units import format_bytes, format_duration
 
 app = typer.Typer(help="Make, check and look at UltraMNIST sets (arXiv 2206.12681).", no_args_is_help=True)
 

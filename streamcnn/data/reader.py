@@ -15,7 +15,7 @@ from streamcnn.errors import CorruptImage, DatasetMismatch, PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan import Plan
 from streamcnn.reading import HELD, NO_READING, OPENING, READING, BatchCost
-from streamcnn.units import format_bytes
+from streamcnn.support.units import format_bytes
 
 _LARGE_SHARE = 8
 """Reading is what a budget is too small for if it takes more than one byte in so many, whatever the tiles."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.data.sources import ImageSource
-from streamcnn.extras import require
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.support.extras import require
 
 _PART_PIXELS = 2**22
 """Pixels that are read at a time, at least a block."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamcnn.profiling.scales import bytes_step, seconds_ticks, upper_edge
 from streamcnn.profiling.tile_profile import TileProfile
-from streamcnn.units import format_bytes, format_duration
+from streamcnn.support.units import format_bytes, format_duration
 
 _MEMORY_WIDTH, _TIME_WIDTH, _HEIGHT = 540, 370, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 30, 48

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from streamcnn.data.sources import ZarrSource
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit, StreamError
-from streamcnn.models import load_model
 from streamcnn.plan import Plan
 from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.sketch import sketch_plan
@@ -29,6 +28,7 @@ from streamcnn.profiling.timeline import Timeline
 from streamcnn.program import has_gradient
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
+from streamcnn.support.models import load_model
 
 
 @dataclass(frozen=True, slots=True)

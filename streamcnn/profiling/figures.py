@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamcnn.extras import require
 from streamcnn.profiling.plan_drawing import draw_plan
 from streamcnn.profiling.scales import bytes_step, upper_edge
 from streamcnn.profiling.shapes import Arc, Box, Drawing, Label, Lines, Shape
@@ -21,7 +20,8 @@ from streamcnn.profiling.timeline_chart import (
     peak_label,
     phase_color,
 )
-from streamcnn.units import format_bytes
+from streamcnn.support.extras import require
+from streamcnn.support.units import format_bytes
 
 FIGURES = ("memory.png", "time.png", "memory_over_time.png", "plan.png")
 

@@ -39,7 +39,7 @@ def profile_tiles(
     Parameters
     ----------
     model
-        A name as :func:`streamcnn.models.load_model` reads it.
+        A name as :func:`streamcnn.support.models.load_model` reads it.
     shape
         Of the batch, ``(N, C, H, W)`` in pixels.
     tiles

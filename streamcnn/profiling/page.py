@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from streamcnn.html import html_page
 from streamcnn.profiling.chart import draw_memory_chart, draw_time_chart
 from streamcnn.profiling.plan_drawing import draw_plan
 from streamcnn.profiling.template import SCRIPT, STYLE
 from streamcnn.profiling.tile_profile import TileProfile, fastest
 from streamcnn.profiling.timeline_chart import OTHERS, draw_timeline, highest, phase_color, timeline_data
-from streamcnn.units import format_bytes, format_duration
+from streamcnn.support.html import html_page
+from streamcnn.support.units import format_bytes, format_duration
 
 COLUMNS = ("tile", "projected", "measured", "time", "recomputation", "moved", "verdict")
 """Headings of the table, here and on the terminal."""

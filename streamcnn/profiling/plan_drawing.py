@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from streamcnn.profiling.shapes import Arc, Box, Drawing, Group, Label, Lines, Shape
 from streamcnn.profiling.sketch import Kinds, PhaseSketch, PlanSketch, Shares, StoredMap
-from streamcnn.units import format_bytes, plural
+from streamcnn.support.units import format_bytes, plural
 
 COLUMN, ROW = 72.0, 352.0
 """Width of a column and height of a row of them."""

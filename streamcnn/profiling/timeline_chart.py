@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streamcnn.profiling.scales import bytes_step, seconds_ticks, with_room
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Span, Timeline
-from streamcnn.units import format_bytes
+from streamcnn.support.units import format_bytes
 
 _WIDTH, _HEIGHT = 1200, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 14, 22, 58

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from streamcnn.atomic import open_new, replace_file
-from streamcnn.documents import read_within, require_within
 from streamcnn.errors import DamagedCheckpoint, RunMismatch
+from streamcnn.support.atomic import open_new, replace_file
+from streamcnn.support.documents import read_within, require_within
 
 BEST = "best.txt"
 """Names the best checkpoint."""

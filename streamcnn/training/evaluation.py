@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamcnn import torchvision_import
 from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.errors import DatasetMismatch
-from streamcnn.extras import require
+from streamcnn.support import torchvision_import
+from streamcnn.support.extras import require
 
 Classify = Callable[..., Tensor]
 """From a list of image sources, and further inputs if images have any, to logits ``(N, classes)``."""

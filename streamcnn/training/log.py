@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from streamcnn.data.label_range import require_labels
-from streamcnn.documents import conform, parse_json, read_within, require_within
 from streamcnn.errors import RunMismatch
-from streamcnn.extras import require
+from streamcnn.support.documents import conform, parse_json, read_within, require_within
+from streamcnn.support.extras import require
 
 LOG = "log.jsonl"
 EVENTS = "events"

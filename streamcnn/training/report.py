@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamcnn.atomic import replace_file
 from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.errors import RunMismatch
-from streamcnn.extras import require
-from streamcnn.html import html_page
-from streamcnn.text import html_text as escape
+from streamcnn.support.atomic import replace_file
+from streamcnn.support.extras import require
+from streamcnn.support.html import html_page
+from streamcnn.support.text import html_text as escape
+from streamcnn.support.units import format_bytes, format_duration
 from streamcnn.training.log import read_log
 from streamcnn.training.runs import RunConfig, read_run
-from streamcnn.units import format_bytes, format_duration
 
 REPORT = "report.html"
 MAX_MISTAKES = 24

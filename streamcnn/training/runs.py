@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.atomic import replace_file
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.file_dataset import open_dataset
 from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
-from streamcnn.documents import conform, parse_json, read_within, require_flat
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
-from streamcnn.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust
 from streamcnn.streaming_model import StreamingModel
+from streamcnn.support.atomic import replace_file
+from streamcnn.support.documents import conform, parse_json, read_within, require_flat
+from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.settings import TrainSettings
 from streamcnn.training.state import require_state

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from streamcnn.documents import require_flat
 from streamcnn.errors import RunMismatch
+from streamcnn.support.documents import require_flat
 
 AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_EPOCH = ("epoch", "update")

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from streamcnn.documents import conform, require_flat
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
+from streamcnn.support.documents import conform, require_flat
 from streamcnn.training.checkpoints import is_checkpoint_name
 
 FORMAT = 1

@@ -17,9 +17,9 @@ from torch import Tensor
 from streamcnn.data.sources.files import ProcessLock, reason
 from streamcnn.data.sources.layout import to_tensor
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
-from streamcnn.extras import MissingExtra
 from streamcnn.geometry.regions import Region
 from streamcnn.reading import ReadingBytes, ReadingCost
+from streamcnn.support.extras import MissingExtra
 
 
 class ImageSource(ABC):

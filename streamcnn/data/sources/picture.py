@@ -15,9 +15,9 @@ from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, ProcessLock, ope
 from streamcnn.data.sources.layout import Layout, torch_dtype
 from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import DatasetMismatch
-from streamcnn.extras import require
 from streamcnn.geometry.regions import Region
 from streamcnn.reading import ReadingCost
+from streamcnn.support.extras import require
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile as Image

@@ -17,7 +17,7 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
 from streamcnn.data.sources.files import opening, regular
 from streamcnn.errors import CorruptImage
-from streamcnn.extras import MissingExtra, require
+from streamcnn.support.extras import MissingExtra, require
 
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")

@@ -14,9 +14,9 @@ from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.files import FileStamp, PerProcess, opening
 from streamcnn.data.sources.layout import torch_dtype
 from streamcnn.errors import DatasetMismatch
-from streamcnn.extras import require
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.reading import ReadingCost
+from streamcnn.support.extras import require
 
 _WHITE = "FFFFFF"
 _BLOCK = 256

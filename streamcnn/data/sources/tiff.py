@@ -28,9 +28,9 @@ from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_o
 from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
 from streamcnn.data.sources.tiff_series import check_number, chosen_series
 from streamcnn.errors import DatasetMismatch
-from streamcnn.extras import require
 from streamcnn.geometry.regions import Region
 from streamcnn.reading import ReadingCost
+from streamcnn.support.extras import require
 
 _ORIENTATION = 274
 _CHUNK_COPIES = 3

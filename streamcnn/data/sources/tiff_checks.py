@@ -12,7 +12,7 @@ import numpy as np
 from tifffile import COMPRESSION, TIFF, TiffFile, TiffPage, TiffPageSeries
 
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.extras import require
+from streamcnn.support.extras import require
 
 if TYPE_CHECKING:
     from tifffile import TiffFrame

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tifffile import COMPRESSION, TiffPage
 
 from streamcnn.errors import DatasetMismatch
-from streamcnn.extras import require
+from streamcnn.support.extras import require
 
 
 def keep_lerc_masks(name: str, page: TiffPage) -> None:

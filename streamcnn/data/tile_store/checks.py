@@ -20,8 +20,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from streamcnn.data.tile_store.format import ShardRecord
-from streamcnn.documents import read_within
 from streamcnn.errors import CorruptImage
+from streamcnn.support.documents import read_within
 
 CHECKSUM_BYTES = 4
 _ENTRY = np.dtype("<u8")

@@ -27,9 +27,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from streamcnn.atomic import replace_file
-from streamcnn.documents import conform, parse_json, read_within, require_flat
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.support.atomic import replace_file
+from streamcnn.support.documents import conform, parse_json, read_within, require_flat
 
 FORMAT = "streamcnn tile store"
 VERSION = 1

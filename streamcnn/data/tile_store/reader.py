@@ -16,8 +16,8 @@ from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.arrays import chunks_per_shard
 from streamcnn.data.tile_store.checks import CheckedStore, check_metadata, check_shard
 from streamcnn.data.tile_store.format import IMAGES, JOURNAL, ImageRecord, read_complete, read_manifest
-from streamcnn.documents import read_within, require_within
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.support.documents import read_within, require_within
 
 
 class TileStore:

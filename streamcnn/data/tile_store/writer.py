@@ -18,7 +18,6 @@ from typing import IO, Any, Self
 
 from filelock import FileLock, Timeout
 
-from streamcnn.atomic import replace_file
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.tile_store.arrays import record_files, write_image
 from streamcnn.data.tile_store.format import (
@@ -37,8 +36,9 @@ from streamcnn.data.tile_store.format import (
     require_known_label,
     write_manifest,
 )
-from streamcnn.documents import read_within, require_within
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
+from streamcnn.support.atomic import replace_file
+from streamcnn.support.documents import read_within, require_within
 
 
 class TileStoreWriter:

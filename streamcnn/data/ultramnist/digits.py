@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streamcnn.data.ultramnist.idx import DOWNLOAD_SHA256, PAIRS, IdxPair, read_pair
 from streamcnn.errors import CorruptImage, DatasetMismatch
-from streamcnn.extras import require
+from streamcnn.support.extras import require
 
 _NUM_DIGITS = 10
 _INK = 128  # of 255 grey levels: the first that counts as ink

@@ -8,7 +8,7 @@ from typing import Any
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.data.tile_store import ImageRecord, TileStore
 from streamcnn.errors import DatasetMismatch
-from streamcnn.extras import require
+from streamcnn.support.extras import require
 
 _COLUMNS = 7
 _GAP = 8

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from streamcnn import torchvision_import
 from streamcnn.errors import UntrustedModel
-from streamcnn.extras import require
+from streamcnn.support import torchvision_import
+from streamcnn.support.extras import require
 
 WEIGHT_OPTIONS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Of timm's ``create_model``: which weights to begin with, and the files and addresses that they are in."""
