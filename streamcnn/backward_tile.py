@@ -12,7 +12,7 @@ from streamcnn.autocast import autocast
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, cut
 from streamcnn.interpreter import TileRun
-from streamcnn.plan import Phase, Plan
+from streamcnn.plan.plan import Phase, Plan
 from streamcnn.program import has_gradient
 from streamcnn.small_graph import SmallGraph
 

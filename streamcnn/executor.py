@@ -25,7 +25,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import cut
 from streamcnn.interpreter import TileRun
 from streamcnn.ops.reduction_types import Parts, Reduction
-from streamcnn.plan import Home, Phase, Plan, StepKind
+from streamcnn.plan.plan import Home, Phase, Plan, StepKind
 from streamcnn.program import Axes, Kind, Node, Program
 from streamcnn.small_graph import Results, SmallGraph
 from streamcnn.stores import Store, StoreSpec

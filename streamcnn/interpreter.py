@@ -16,7 +16,7 @@ from streamcnn.autocast import as_recorded
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import cut, padded, placed, with_extents
 from streamcnn.ops.convolution import stored_convolve
-from streamcnn.plan import Phase
+from streamcnn.plan.plan import Phase
 from streamcnn.program import Axes, Link, Local, Node, Program, substitute
 
 Fetch = Callable[[str, Region], Tensor]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
-from streamcnn.plan import MemoryTerm
+from streamcnn.plan.plan import MemoryTerm
 from streamcnn.program import Program
 
 CACHED_KERNELS = 1024

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from streamcnn.libraries import Libraries
 from streamcnn.ops.convolution import is_convolution
-from streamcnn.plan import MemoryTerm
+from streamcnn.plan.plan import MemoryTerm
+from streamcnn.plan.reading import NO_READING, READING, BatchCost
+from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.program import Kind
-from streamcnn.reading import NO_READING, READING, BatchCost
 from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
 from streamcnn.staging import Stage
-from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import Outline, TiledStage
 
 Bytes = TypeVar("Bytes", int, NDArray[np.int64])

@@ -16,14 +16,14 @@ from streamcnn.cuts import choose_cuts
 from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, moments
 from streamcnn.options import Options
-from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
+from streamcnn.plan.plan import Home, MemoryTerm, Plan, Segment, StorePlan
+from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.program import Kind, Program, on_whole_maps
-from streamcnn.rates import NOMINAL, Rates
-from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import plain_bytes, total_bytes
 from streamcnn.staging import Staging, divide
-from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import share
 
 DEFAULT_EDGE = 512

@@ -20,7 +20,7 @@ import numpy as np
 
 from streamcnn.memory_model import reuse_waste
 from streamcnn.options import Option, Options
-from streamcnn.plan import Home, StorePlan
+from streamcnn.plan.plan import Home, StorePlan
 from streamcnn.small_bytes import SmallBytes
 from streamcnn.staging import Stage, Staging, gathered, recompute
 from streamcnn.table import Ints, StageRow, Table, Weighed

@@ -18,9 +18,9 @@ from torch._ops import OpOverload
 
 from streamcnn.libraries import KernelBytes, Libraries, num_products, num_sizes
 from streamcnn.ops.rules import Call
-from streamcnn.plan import MemoryTerm
+from streamcnn.plan.plan import MemoryTerm
+from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.program import Kind, Node, Program, Ref, TensorSpec
-from streamcnn.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.staging import Staging
 
 _SAVES_RESULT = frozenset(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.autocast import as_recorded
-from streamcnn.plan import Segment
+from streamcnn.plan.plan import Segment
 from streamcnn.program import Kind, Node, Program, TensorSpec, has_gradient, substitute, sum_dtype
 
 Results = tuple[Tensor, ...]

@@ -31,10 +31,10 @@ from streamcnn.executor import Observer
 from streamcnn.flattening import is_fake
 from streamcnn.forward_pass import ForwardPass, stand_in
 from streamcnn.parts import BEFORE, VALUE, parts_of
-from streamcnn.plan import Plan
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
 from streamcnn.program import substitute
-from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
 from streamcnn.support.interrupts import undoing

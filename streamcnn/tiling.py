@@ -17,7 +17,7 @@ from streamcnn.geometry.regions import Indices, Intervals
 from streamcnn.libraries import num_products
 from streamcnn.ops.convolution import convolve, is_convolution
 from streamcnn.ops.normalization import normalize
-from streamcnn.plan import AxisStep, Phase
+from streamcnn.plan.plan import AxisStep, Phase
 from streamcnn.program import Link, Program, Ref
 from streamcnn.staging import Stage
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from streamcnn import cli, planning
-from streamcnn.plan import Home, Plan
+from streamcnn.plan.plan import Home, Plan
 from streamcnn.program import Program
 
 # Plans are then the same on every machine.

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from streamcnn import StreamingModel, verification
 from streamcnn.capture import module_states
 from streamcnn.forward_pass import capture
-from streamcnn.plan import Plan
+from streamcnn.plan.plan import Plan
 from streamcnn.program import Program, differentiated
 from streamcnn.tracing import Trace
 from streamcnn.verification import FLOOR, Verification

@@ -12,8 +12,8 @@ from torch import nn
 
 from streamcnn import StreamingModel, calibration
 from streamcnn.calibration import calibrate, rates_for
-from streamcnn.plan import Home
-from streamcnn.rates import NOMINAL, Rates
+from streamcnn.plan.plan import Home
+from streamcnn.plan.rates import NOMINAL, Rates
 
 CPU = torch.device("cpu")
 

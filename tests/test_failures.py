@@ -30,7 +30,7 @@ from streamcnn import (
 from streamcnn.data.reader import BatchReader
 from streamcnn.executor import Execution
 from streamcnn.interpreter import TileRun
-from streamcnn.plan import Home
+from streamcnn.plan.plan import Home
 from streamcnn.small_graph import SmallGraph
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 

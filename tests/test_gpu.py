@@ -24,7 +24,7 @@ from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, planning, 
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.interpreter import TileRun
-from streamcnn.plan import Home, Plan
+from streamcnn.plan.plan import Home, Plan
 from streamcnn.program import Program
 from streamcnn.support.models import load_model
 

@@ -19,11 +19,11 @@ from streamcnn.memory_model import (
     reuse_waste,
     steps,
 )
-from streamcnn.plan import Home, StorePlan
+from streamcnn.plan.plan import Home, StorePlan
+from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.program import Program
 from streamcnn.small_bytes import SmallBytes, resident_step
 from streamcnn.staging import Staging, divide
-from streamcnn.stored_bytes import StoredBytes
 from streamcnn.tiling import Outline, TiledStage, cut
 
 SHAPE = (2, 3, 40, 60)

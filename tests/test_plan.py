@@ -13,7 +13,7 @@ from torch import nn
 
 from streamcnn import PlanDoesNotFit, StreamingModel
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.plan import AxisStep, Home, MemoryTerm, Phase, Plan, Segment, StorePlan
+from streamcnn.plan.plan import AxisStep, Home, MemoryTerm, Phase, Plan, Segment, StorePlan
 
 SHAPE = (2, 3, 61, 47)
 KIB = 2**10

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel, cli, planning
-from streamcnn.plan import Home
+from streamcnn.plan.plan import Home
 from streamcnn.planning import CONTEXT_BYTES, Machine
 
 SHAPE = (1, 3, 4000, 4000)

@@ -9,7 +9,7 @@ import pytest
 from profiles import FACTORY, MIB, PHASES, SHAPE, SKETCH
 
 from streamcnn import StreamingModel
-from streamcnn.plan import Plan
+from streamcnn.plan.plan import Plan
 from streamcnn.profiling.plan_drawing import (
     COLUMN,
     HALO,

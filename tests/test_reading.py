@@ -18,7 +18,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import ArraySource, ImageSource, TensorSource, open_image
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.reading import BatchCost, ReadingCost
+from streamcnn.plan.reading import BatchCost, ReadingCost
 
 EDGE = 2600
 HELD = 3 * EDGE * EDGE

@@ -14,13 +14,13 @@ from torch import nn
 from streamcnn.libraries import Libraries
 from streamcnn.memory_model import moments
 from streamcnn.options import Options
-from streamcnn.plan import Home
+from streamcnn.plan.plan import Home
+from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.program import Program
-from streamcnn.rates import NOMINAL, Rates
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import SmallBytes
 from streamcnn.staging import Staging, divide, gathered, recompute
-from streamcnn.stored_bytes import StoredBytes
 
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20

@@ -23,7 +23,7 @@ from streamcnn.data.sources import ImageSource, write_zarr_image
 from streamcnn.executor import Execution
 from streamcnn.geometry.regions import Region
 from streamcnn.interpreter import TileRun
-from streamcnn.plan import Home
+from streamcnn.plan.plan import Home
 from streamcnn.streamed_pass import Pass
 
 SHAPE = (2, 3, 37, 45)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamcnn.data.sources import ImageSource
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 
 Pixels = NDArray[Any]
 _FLOAT_BYTES = 8

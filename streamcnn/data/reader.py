@@ -13,8 +13,8 @@ from torch import Tensor
 from streamcnn.data.sources import ImageSource, as_sources
 from streamcnn.errors import CorruptImage, DatasetMismatch, PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.plan import Plan
-from streamcnn.reading import HELD, NO_READING, OPENING, READING, BatchCost
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.support.units import format_bytes
 
 _LARGE_SHARE = 8

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamcnn.data.sources import ZarrSource
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit, StreamError
-from streamcnn.plan import Plan
+from streamcnn.plan.plan import Plan
 from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import TileProfile

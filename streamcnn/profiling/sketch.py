@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamcnn.plan import AxisStep, Phase, Plan
+from streamcnn.plan.plan import AxisStep, Phase, Plan
 
 Kinds = tuple[tuple[str, int], ...]
 """Kinds of operators and how many there are of each, in the order of their first."""

@@ -18,7 +18,7 @@ from streamcnn.data.sources.files import ProcessLock, reason
 from streamcnn.data.sources.layout import to_tensor
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 from streamcnn.geometry.regions import Region
-from streamcnn.reading import ReadingBytes, ReadingCost
+from streamcnn.plan.reading import ReadingBytes, ReadingCost
 from streamcnn.support.extras import MissingExtra
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from streamcnn.data.sources.layout import Layout
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 
 REGION_COPIES = 2
 """What is cut out of the chunks, and the tensor: another copy where its axes are in another order."""

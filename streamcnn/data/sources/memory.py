@@ -17,7 +17,7 @@ from streamcnn.data.sources.mapped import copied, lets_go, mapped_bytes
 from streamcnn.data.sources.places import local_path
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 
 
 @final

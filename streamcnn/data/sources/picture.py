@@ -16,7 +16,7 @@ from streamcnn.data.sources.layout import Layout, torch_dtype
 from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 from streamcnn.support.extras import require
 
 if TYPE_CHECKING:

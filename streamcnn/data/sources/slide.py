@@ -15,7 +15,7 @@ from streamcnn.data.sources.files import FileStamp, PerProcess, opening
 from streamcnn.data.sources.layout import torch_dtype
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 from streamcnn.support.extras import require
 
 _WHITE = "FFFFFF"

@@ -29,7 +29,7 @@ from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
 from streamcnn.data.sources.tiff_series import check_number, chosen_series
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 from streamcnn.support.extras import require
 
 _ORIENTATION = 274

@@ -30,7 +30,7 @@ from streamcnn.data.sources.places import base_store, place, zarr_store
 from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.geometry.regions import Region
-from streamcnn.reading import ReadingCost
+from streamcnn.plan.reading import ReadingCost
 
 _CHUNK_COPIES = 2
 """A chunk as stored, which need not be smaller, and decoded."""

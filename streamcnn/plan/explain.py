@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamcnn.plan import Home, Phase, Plan
+from streamcnn.plan.plan import Home, Phase, Plan
 from streamcnn.support.units import format_bytes, format_duration, plural
 
 _PLACES = {Home.MEMORY: "in memory", Home.HOST: "in host RAM", Home.DISK: "on disk"}

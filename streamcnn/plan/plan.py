@@ -179,7 +179,7 @@ class Plan:
 
     def bytes_on(self, home: Home) -> int:
         """The most bytes of stored maps and gradient maps that are in ``home`` at one time."""
-        from streamcnn.stored_bytes import StoredBytes
+        from streamcnn.plan.stored_bytes import StoredBytes
 
         return StoredBytes(self.stores, self.levels, home).most
 
@@ -214,7 +214,7 @@ class Plan:
 
     def explain(self) -> str:
         """The plan in words, one line per phase."""
-        from streamcnn.explain import explain_plan
+        from streamcnn.plan.explain import explain_plan
 
         return explain_plan(self)
 
