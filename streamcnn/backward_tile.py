@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamcnn.autocast import autocast
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, cut
+from streamcnn.graph.autocast import autocast
+from streamcnn.graph.program import has_gradient
 from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Phase, Plan
-from streamcnn.program import has_gradient
 from streamcnn.small_graph import SmallGraph
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from streamcnn.autocast import Casts
-from streamcnn.flattening import Whole
 from streamcnn.geometry.windows import Axes
-from streamcnn.program import refs_in
+from streamcnn.graph.autocast import Casts
+from streamcnn.graph.flattening import Whole
+from streamcnn.graph.program import refs_in
 
 CUMULATIVE = math.nan
 """Stands for batch norm's ``momentum=None`` (a cumulative average) in a captured call."""

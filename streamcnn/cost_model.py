@@ -15,10 +15,10 @@ import torch
 from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode
 
-from streamcnn.ops.convolution import convolve_transposed, is_convolution
+from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
+from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
 from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import Rates
-from streamcnn.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
 from streamcnn.small_bytes import REUSABLE_BYTES, is_view
 from streamcnn.staging import Stage
 from streamcnn.tiling import TiledStage

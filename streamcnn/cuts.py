@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 from streamcnn.geometry.axis_maps import AxisMap
 from streamcnn.geometry.regions import Interval
-from streamcnn.program import Kind, Program
+from streamcnn.graph.program import Kind, Program
 from streamcnn.staging import assign_levels
 
 _PROBE = 64

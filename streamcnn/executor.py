@@ -19,14 +19,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from streamcnn.autocast import autocast, autocast_state
 from streamcnn.backward_tile import BackwardTile
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import cut
+from streamcnn.graph.autocast import autocast, autocast_state
+from streamcnn.graph.ops.reduction_types import Parts, Reduction
+from streamcnn.graph.program import Axes, Kind, Node, Program
 from streamcnn.interpreter import TileRun
-from streamcnn.ops.reduction_types import Parts, Reduction
 from streamcnn.plan.plan import Home, Phase, Plan, StepKind
-from streamcnn.program import Axes, Kind, Node, Program
 from streamcnn.small_graph import Results, SmallGraph
 from streamcnn.stores import Store, StoreSpec
 

@@ -18,12 +18,12 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
-from streamcnn.autocast import Casts
 from streamcnn.capture import Given, RawGraph, RawNode, is_argument, moved, spatial_axes
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import UPDATING, GradientHook, is_fake, is_recomputed, on_meta
 from streamcnn.geometry.windows import Axes
-from streamcnn.in_place import (
+from streamcnn.graph.autocast import Casts
+from streamcnn.graph.flattening import UPDATING, GradientHook, is_fake, is_recomputed, on_meta
+from streamcnn.graph.in_place import (
     OnCopy,
     asserted,
     changes_shape,
@@ -35,7 +35,7 @@ from streamcnn.in_place import (
     revalued,
     scattered,
 )
-from streamcnn.program import Ref
+from streamcnn.graph.program import Ref
 
 _SIDE_EFFECTS = frozenset(
     {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "lazy_load_decompositions"}

@@ -35,8 +35,8 @@ from torch.fx import GraphModule
 
 from streamcnn.capture import RawGraph, module_states, named_arguments
 from streamcnn.errors import StreamError
-from streamcnn.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 from streamcnn.functional import functionalized
+from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 from streamcnn.surroundings import collector, function_modes_aside
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]

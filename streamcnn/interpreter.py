@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from streamcnn.autocast import as_recorded
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import cut, padded, placed, with_extents
-from streamcnn.ops.convolution import stored_convolve
+from streamcnn.graph.autocast import as_recorded
+from streamcnn.graph.ops.convolution import stored_convolve
+from streamcnn.graph.program import Axes, Link, Local, Node, Program, substitute
 from streamcnn.plan.plan import Phase
-from streamcnn.program import Axes, Link, Local, Node, Program, substitute
 
 Fetch = Callable[[str, Region], Tensor]
 """Reads a region of one of the phase's input maps."""

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
+from streamcnn.graph.program import Program
 from streamcnn.plan.plan import MemoryTerm
-from streamcnn.program import Program
 
 CACHED_KERNELS = 1024
 """Kernels that oneDNN keeps, if ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` does not say otherwise."""

@@ -15,12 +15,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streamcnn.graph.ops.convolution import is_convolution
+from streamcnn.graph.program import Kind
 from streamcnn.libraries import Libraries
-from streamcnn.ops.convolution import is_convolution
 from streamcnn.plan.plan import MemoryTerm
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.program import Kind
 from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
 from streamcnn.staging import Stage
 from streamcnn.tiling import Outline, TiledStage

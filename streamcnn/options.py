@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from streamcnn.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
+from streamcnn.graph.program import Program
 from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, steps
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.program import Program
 from streamcnn.small_bytes import total_bytes
 from streamcnn.staging import Stage
 from streamcnn.tiling import Outline, Parts, TiledStage, cut, grid

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from streamcnn.capture import RawGraph, RawNode, moved, spatial_axes
-from streamcnn.flattening import UPDATING
-from streamcnn.in_place import draws
-from streamcnn.program import Ref
+from streamcnn.graph.flattening import UPDATING
+from streamcnn.graph.in_place import draws
+from streamcnn.graph.program import Ref
 
 VALUE = "value "
 """How the keys of values begin that an earlier part hands over."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from streamcnn.cost_model import plain_time, resident_time
 from streamcnn.cuts import choose_cuts
+from streamcnn.graph.program import Kind, Program, on_whole_maps
 from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, moments
 from streamcnn.options import Options
@@ -20,7 +21,6 @@ from streamcnn.plan.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.program import Kind, Program, on_whole_maps
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import plain_bytes, total_bytes
 from streamcnn.staging import Staging, divide

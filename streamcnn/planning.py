@@ -18,13 +18,13 @@ from streamcnn.calibration import rates_for
 from streamcnn.capture import RawGraph
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.ceiling.rooms import Room
-from streamcnn.flattening import Whole
+from streamcnn.graph.flattening import Whole
+from streamcnn.graph.program import Program, differentiated
 from streamcnn.libraries import Libraries
 from streamcnn.plan.plan import Home, Plan, StepKind
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planner import PlanRequest, make_plan
-from streamcnn.program import Program, differentiated
 from streamcnn.search import SpillPlace
 from streamcnn.surroundings import collector
 from streamcnn.tracing import Trace

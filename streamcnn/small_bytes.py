@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch._ops import OpOverload
 
+from streamcnn.graph.ops.rules import Call
+from streamcnn.graph.program import Kind, Node, Program, Ref, TensorSpec
 from streamcnn.libraries import KernelBytes, Libraries, num_products, num_sizes
-from streamcnn.ops.rules import Call
 from streamcnn.plan.plan import MemoryTerm
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
-from streamcnn.program import Kind, Node, Program, Ref, TensorSpec
 from streamcnn.staging import Staging
 
 _SAVES_RESULT = frozenset(

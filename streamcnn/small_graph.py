@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamcnn.autocast import as_recorded
+from streamcnn.graph.autocast import as_recorded
+from streamcnn.graph.program import Kind, Node, Program, TensorSpec, has_gradient, substitute, sum_dtype
 from streamcnn.plan.plan import Segment
-from streamcnn.program import Kind, Node, Program, TensorSpec, has_gradient, substitute, sum_dtype
 
 Results = tuple[Tensor, ...]
 

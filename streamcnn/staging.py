@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from streamcnn.in_place import draws
-from streamcnn.program import Kind, Node, Program
+from streamcnn.graph.in_place import draws
+from streamcnn.graph.program import Kind, Node, Program
 
 
 @dataclass(frozen=True, slots=True)

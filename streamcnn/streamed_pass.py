@@ -19,9 +19,9 @@ from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
+from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import Home, Plan, StepKind
 from streamcnn.planning import Planned
-from streamcnn.program import Ref, refs_in
 from streamcnn.report import Report
 from streamcnn.stores import (
     MemoryStore,

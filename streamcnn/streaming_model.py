@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from streamcnn.autocast import autocast, autocast_state
 from streamcnn.capture import Given, RawGraph
 from streamcnn.ceiling.cuda import note_idle
 from streamcnn.ceiling.device import room_for
@@ -28,13 +27,14 @@ from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
-from streamcnn.flattening import is_fake
 from streamcnn.forward_pass import ForwardPass, stand_in
+from streamcnn.graph.autocast import autocast, autocast_state
+from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.program import substitute
 from streamcnn.parts import BEFORE, VALUE, parts_of
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
-from streamcnn.program import substitute
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
 from streamcnn.support.interrupts import undoing

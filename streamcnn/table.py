@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.cost_model import Traffic, output_traffic
+from streamcnn.graph.program import Kind, Program
 from streamcnn.libraries import KernelBytes
 from streamcnn.memory_model import fresh_waste, is_differentiated
 from streamcnn.options import Option, Options
 from streamcnn.plan.plan import Home, StorePlan
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.program import Kind, Program
 from streamcnn.small_bytes import SmallBytes, total_bytes
 from streamcnn.staging import Stage, Staging
 

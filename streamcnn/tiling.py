@@ -14,11 +14,11 @@ import torch
 from torch._ops import OpOverload
 
 from streamcnn.geometry.regions import Indices, Intervals
+from streamcnn.graph.ops.convolution import convolve, is_convolution
+from streamcnn.graph.ops.normalization import normalize
+from streamcnn.graph.program import Link, Program, Ref
 from streamcnn.libraries import num_products
-from streamcnn.ops.convolution import convolve, is_convolution
-from streamcnn.ops.normalization import normalize
 from streamcnn.plan.plan import AxisStep, Phase
-from streamcnn.program import Link, Program, Ref
 from streamcnn.staging import Stage
 
 Parts = tuple[int, int]

@@ -23,18 +23,29 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-import streamcnn.ops  # noqa: F401  fills the registry
-from streamcnn.autocast import as_recorded
+import streamcnn.graph.ops  # noqa: F401  fills the registry
 from streamcnn.capture import RawGraph, RawNode, moved
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import Whole
 from streamcnn.geometry.regions import Region
-from streamcnn.in_place import draws, revalued
-from streamcnn.ops.pointwise import pointwise, pointwise_rule
-from streamcnn.ops.reduction_types import Reduction
-from streamcnn.ops.rules import Call, Decline, rule_for
-from streamcnn.ops.user_functions import user_function
-from streamcnn.program import Axes, Kind, Link, Local, Node, Program, Ref, TensorSpec, refs_in, substitute
+from streamcnn.graph.autocast import as_recorded
+from streamcnn.graph.flattening import Whole
+from streamcnn.graph.in_place import draws, revalued
+from streamcnn.graph.ops.pointwise import pointwise, pointwise_rule
+from streamcnn.graph.ops.reduction_types import Reduction
+from streamcnn.graph.ops.rules import Call, Decline, rule_for
+from streamcnn.graph.ops.user_functions import user_function
+from streamcnn.graph.program import (
+    Axes,
+    Kind,
+    Link,
+    Local,
+    Node,
+    Program,
+    Ref,
+    TensorSpec,
+    refs_in,
+    substitute,
+)
 
 # Rules that also lower calls without any map, because their ATen form changes buffers, draws masks of its
 # own or has no gradient.
@@ -112,7 +123,7 @@ class _Mark:
 
 
 class _Tracer:
-    """Records nodes; see :class:`streamcnn.ops.rules.Tracer` for what rules may call."""
+    """Records nodes; see :class:`streamcnn.graph.ops.rules.Tracer` for what rules may call."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}

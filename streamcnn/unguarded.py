@@ -29,8 +29,8 @@ from torch.utils import checkpoint
 
 from streamcnn.capture import RawGraph, module_states, named_arguments
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
 from streamcnn.functional import functionalized
+from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
 from streamcnn.leftovers import (
     Place,
     Snapshot,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from streamcnn.program import has_gradient
+from streamcnn.graph.program import has_gradient
 from streamcnn.results import taken_apart
 from streamcnn.streaming_model import StreamingModel
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from streamcnn import cli, planning
+from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Home, Plan
-from streamcnn.program import Program
 
 # Plans are then the same on every machine.
 os.environ["STREAMCNN_CALIBRATION"] = "off"

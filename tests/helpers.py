@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from streamcnn import StreamingModel, verification
 from streamcnn.capture import module_states
 from streamcnn.forward_pass import capture
+from streamcnn.graph.program import Program, differentiated
 from streamcnn.plan.plan import Plan
-from streamcnn.program import Program, differentiated
 from streamcnn.tracing import Trace
 from streamcnn.verification import FLOOR, Verification
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from streamcnn.geometry.axis_maps import AxisMap, Broadcast, Repeated, Same, Sliding, Transposed
-from streamcnn.ops.reduction_types import Sum
-from streamcnn.program import Kind, Link, Local, Node, Program, Ref, TensorSpec
+from streamcnn.graph.ops.reduction_types import Sum
+from streamcnn.graph.program import Kind, Link, Local, Node, Program, Ref, TensorSpec
 
 CHANNELS = 4
 

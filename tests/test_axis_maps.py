@@ -31,7 +31,7 @@ from streamcnn.geometry.axis_maps import (
 )
 from streamcnn.geometry.regions import Interval, Intervals, Region
 from streamcnn.geometry.windows import padded, placed
-from streamcnn.ops.resampling import _bilinear_sources, _nearest_sources
+from streamcnn.graph.ops.resampling import _bilinear_sources, _nearest_sources
 
 Operator = Callable[[Tensor], Tensor]
 AXES = (2, 3)

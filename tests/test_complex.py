@@ -11,7 +11,7 @@ from helpers import Shape
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
-from streamcnn.program import has_gradient
+from streamcnn.graph.program import has_gradient
 
 SHAPE = (2, 3, 21, 17)
 TILE = (8, 7)

@@ -19,9 +19,9 @@ from streamcnn.cost_model import (
     plain_time,
     stage_time,
 )
+from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Home, Plan
 from streamcnn.plan.rates import NOMINAL
-from streamcnn.program import Program
 from streamcnn.staging import divide
 from streamcnn.tiling import Outline, cut
 

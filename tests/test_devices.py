@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from streamcnn import StreamingModel
 from streamcnn.data.reader import BatchReader
 from streamcnn.geometry.regions import Region
-from streamcnn.ops import samples
-from streamcnn.ops.rules import Sample
+from streamcnn.graph.ops import samples
+from streamcnn.graph.ops.rules import Sample
 
 DROPOUT = Sample(
     "dropout in train mode",

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, planning, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.graph.program import Program
 from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Home, Plan
-from streamcnn.program import Program
 from streamcnn.support.models import load_model
 
 pytestmark = [

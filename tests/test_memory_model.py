@@ -8,6 +8,7 @@ import torch
 from helpers import traced
 from torch import nn
 
+from streamcnn.graph.program import Program
 from streamcnn.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.memory_model import (
     FRESH_WASTE_PERCENT,
@@ -21,7 +22,6 @@ from streamcnn.memory_model import (
 )
 from streamcnn.plan.plan import Home, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.program import Program
 from streamcnn.small_bytes import SmallBytes, resident_step
 from streamcnn.staging import Staging, divide
 from streamcnn.tiling import Outline, TiledStage, cut

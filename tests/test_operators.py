@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules import activation
 
 from streamcnn import StreamingModel
-from streamcnn.ops import samples
-from streamcnn.ops.rules import Sample
+from streamcnn.graph.ops import samples
+from streamcnn.graph.ops.rules import Sample
 
 SHAPE = (2, 3, 21, 17)
 TILE = (8, 7)

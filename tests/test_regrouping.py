@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Repeated, Same, Sliding
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.geometry.windows import cut, with_extents
-from streamcnn.ops.shape import moved_axes, regrouped
+from streamcnn.graph.ops.shape import moved_axes, regrouped
 
 Function = Callable[[Tensor], Tensor]
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from streamcnn import StreamingModel
 from streamcnn.cost_model import BACKWARD_WORK, resident_time, resident_work
+from streamcnn.graph.program import Kind, on_whole_maps
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.rates import NOMINAL
-from streamcnn.program import Kind, on_whole_maps
 from streamcnn.small_bytes import RUNTIME_BYTES
 
 WIDTH = 16

@@ -11,13 +11,13 @@ import torch
 from helpers import traced
 from torch import nn
 
+from streamcnn.graph.program import Program
 from streamcnn.libraries import Libraries
 from streamcnn.memory_model import moments
 from streamcnn.options import Options
 from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.program import Program
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import SmallBytes
 from streamcnn.staging import Staging, divide, gathered, recompute

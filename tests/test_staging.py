@@ -13,7 +13,7 @@ from programs import programs
 from torch import Tensor, nn
 
 from streamcnn.cuts import choose_cuts
-from streamcnn.program import Kind, Program
+from streamcnn.graph.program import Kind, Program
 from streamcnn.staging import Staging, assign_levels, divide
 from streamcnn.tiling import Outline, cut, grid
 

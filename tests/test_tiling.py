@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from programs import programs
 
 from streamcnn.geometry.regions import Interval
+from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
-from streamcnn.program import Program
 from streamcnn.staging import Stage, divide
 from streamcnn.tiling import Outline, cut, grid
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Transposed
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.ops.writing import written
+from streamcnn.graph.ops.writing import written
 
 aten = torch.ops.aten
 SHAPE = (2, 3, 21, 17)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from streamcnn.data.sources import ZarrSource
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit, StreamError
+from streamcnn.graph.program import has_gradient
 from streamcnn.plan.plan import Plan
 from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import Timeline
-from streamcnn.program import has_gradient
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.support.models import load_model

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Same, Sliding
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
-from streamcnn.ops.pointwise import per_position
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.program import Axes, Link, Ref
-from streamcnn.schemas import places_of_axes
+from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.graph.program import Axes, Link, Ref
+from streamcnn.graph.schemas import places_of_axes
 
 aten = torch.ops.aten
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from streamcnn.program import Axes, Link, Ref, TensorSpec
-from streamcnn.schemas import bound
+from streamcnn.graph.program import Axes, Link, Ref, TensorSpec
+from streamcnn.graph.schemas import bound
 
 if TYPE_CHECKING:
-    from streamcnn.ops.reduction_types import Reduction
+    from streamcnn.graph.ops.reduction_types import Reduction
 
 
 @dataclass(frozen=True, slots=True)

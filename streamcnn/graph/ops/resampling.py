@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from streamcnn.geometry.axis_maps import AxisMap, Gathered, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.ops.convolution import chain
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.program import Axes, Link, Ref
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.graph.program import Axes, Link, Ref
 
 aten = torch.ops.aten
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
-from streamcnn.ops.convolution import chain
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
-from streamcnn.program import Link, Ref
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
+from streamcnn.graph.program import Link, Ref
 
 aten = torch.ops.aten
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense
-from streamcnn.ops.convolution import chain
-from streamcnn.ops.pointwise import per_position, pointwise, trailing_norm
-from streamcnn.ops.reduction_types import Moments, statistics_dtype
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.program import Link, Ref
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
+from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.graph.program import Link, Ref
 
 aten = torch.ops.aten
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Transposed
 from streamcnn.geometry.regions import Region
-from streamcnn.ops.convolution import chain
-from streamcnn.ops.pointwise import pointwise
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.program import Axes, Link, Ref
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import pointwise
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.graph.program import Axes, Link, Ref
 
 aten = torch.ops.aten
 

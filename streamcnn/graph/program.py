@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from streamcnn.autocast import Casts
 from streamcnn.geometry.axis_maps import AxisMap, Same
 from streamcnn.geometry.windows import Axes as Axes
+from streamcnn.graph.autocast import Casts
 
 if TYPE_CHECKING:
-    from streamcnn.ops.reduction_types import Reduction
+    from streamcnn.graph.ops.reduction_types import Reduction
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.regions import Region
-from streamcnn.ops.pointwise import pointwise
-from streamcnn.ops.rules import Call, Sample, Tracer, rule
-from streamcnn.program import Axes, Link, Ref
+from streamcnn.graph.ops.pointwise import pointwise
+from streamcnn.graph.ops.rules import Call, Sample, Tracer, rule
+from streamcnn.graph.program import Axes, Link, Ref
 
 aten = torch.ops.aten
 

@@ -1,6 +1,6 @@
 """Operator families. Importing this package fills the registry of rules."""
 
-from streamcnn.ops import (
+from streamcnn.graph.ops import (
     convolution,
     dropout,
     normalization,
@@ -12,7 +12,7 @@ from streamcnn.ops import (
     user_functions,
     writing,
 )
-from streamcnn.ops.rules import Sample
+from streamcnn.graph.ops.rules import Sample
 
 FAMILIES = (
     convolution,

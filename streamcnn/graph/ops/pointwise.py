@@ -9,8 +9,8 @@ from torch import nn
 from torch._ops import OpOverload
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
-from streamcnn.ops.rules import Call, Decline, Rule, Sample, Tracer, rule
-from streamcnn.program import Axes, Link, Ref, refs_in, substitute
+from streamcnn.graph.ops.rules import Call, Decline, Rule, Sample, Tracer, rule
+from streamcnn.graph.program import Axes, Link, Ref, refs_in, substitute
 
 aten = torch.ops.aten
 

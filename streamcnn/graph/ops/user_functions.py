@@ -18,12 +18,12 @@ from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from streamcnn.flattening import Whole
-from streamcnn.ops.convolution import chain
-from streamcnn.ops.pointwise import align_operands, common_axes, pointwise, pointwise_rule
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule_for
-from streamcnn.program import Ref, refs_in
-from streamcnn.schemas import operator_name
+from streamcnn.graph.flattening import Whole
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise, pointwise_rule
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule_for
+from streamcnn.graph.program import Ref, refs_in
+from streamcnn.graph.schemas import operator_name
 
 aten = torch.ops.aten
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.ops.convolution import chain
-from streamcnn.ops.pointwise import per_position, pointwise
-from streamcnn.ops.reduction_types import Extremum, FirstMaximum, Moments, Reduction, Sum, VectorNorm
-from streamcnn.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.program import Link, Ref
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import per_position, pointwise
+from streamcnn.graph.ops.reduction_types import Extremum, FirstMaximum, Moments, Reduction, Sum, VectorNorm
+from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
+from streamcnn.graph.program import Link, Ref
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ from torch._ops import OpOverload
 from torch.fx import Node as FxNode
 
 from streamcnn.errors import UnsupportedModel
-from streamcnn.flattening import is_fake
-from streamcnn.program import Ref
-from streamcnn.schemas import bound, operator_name, places_of_axes
+from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.program import Ref
+from streamcnn.graph.schemas import bound, operator_name, places_of_axes
 
 aten = torch.ops.aten
 
