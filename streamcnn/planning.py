@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.calibration import rates_for
-from streamcnn.capture import RawGraph
+from streamcnn.capture.capture import RawGraph
+from streamcnn.capture.surroundings import collector
+from streamcnn.capture.tracing import Trace
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.ceiling.rooms import Room
 from streamcnn.graph.flattening import Whole
@@ -26,8 +28,6 @@ from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.search import SpillPlace
-from streamcnn.surroundings import collector
-from streamcnn.tracing import Trace
 
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on

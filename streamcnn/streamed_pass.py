@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.surroundings import saved_tensors_hooks_aside
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.ceiling.rooms import Room
@@ -34,7 +35,6 @@ from streamcnn.stores import (
 )
 from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
-from streamcnn.surroundings import saved_tensors_hooks_aside
 
 
 class Host(Protocol):

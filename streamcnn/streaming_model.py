@@ -20,18 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from streamcnn.capture import Given, RawGraph
+from streamcnn.capture.capture import Given, RawGraph
+from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.capture.parts import BEFORE, VALUE, parts_of
+from streamcnn.capture.surroundings import Surroundings
 from streamcnn.ceiling.cuda import note_idle
 from streamcnn.ceiling.device import room_for
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
-from streamcnn.forward_pass import ForwardPass, stand_in
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import substitute
-from streamcnn.parts import BEFORE, VALUE, parts_of
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
@@ -39,7 +40,6 @@ from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
 from streamcnn.support.interrupts import undoing
 from streamcnn.support.units import format_bytes, parse_bytes
-from streamcnn.surroundings import Surroundings
 
 _SMALLEST_TILE = 32
 """Edge in pixels; below it, halos are nearly all of the work."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.results import taken_apart
 from streamcnn.graph.program import has_gradient
-from streamcnn.results import taken_apart
 from streamcnn.streaming_model import StreamingModel
 
 FLOOR = 1e-6

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel, verification
-from streamcnn.capture import module_states
-from streamcnn.forward_pass import capture
+from streamcnn.capture.capture import module_states
+from streamcnn.capture.forward_pass import capture
+from streamcnn.capture.tracing import Trace
 from streamcnn.graph.program import Program, differentiated
 from streamcnn.plan.plan import Plan
-from streamcnn.tracing import Trace
 from streamcnn.verification import FLOOR, Verification
 
 TOLERANCE = 1e-9

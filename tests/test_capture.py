@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, capture, guards, planning
+from streamcnn import StreamingModel, planning
+from streamcnn.capture import capture, guards
 from streamcnn.errors import UnsupportedModel
 
 SHAPE = (2, 3, 29, 37)
@@ -319,7 +320,7 @@ def test_a_write_that_autograd_does_not_see_keeps_the_gradient() -> None:
 
 
 def test_equal_graphs_have_equal_keys() -> None:
-    from streamcnn.forward_pass import capture as captured
+    from streamcnn.capture.forward_pass import capture as captured
 
     first, second = (captured(Net(), SHAPE, torch.float32) for _ in range(2))
     assert first.key == second.key

@@ -27,11 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture import RawGraph, module_states, named_arguments
-from streamcnn.errors import UnsupportedModel
-from streamcnn.functional import functionalized
-from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
-from streamcnn.leftovers import (
+from streamcnn.capture.capture import RawGraph, module_states, named_arguments
+from streamcnn.capture.functional import functionalized
+from streamcnn.capture.leftovers import (
     Place,
     Snapshot,
     entries,
@@ -40,7 +38,9 @@ from streamcnn.leftovers import (
     refuse_new_parameters,
     refuse_remaining,
 )
-from streamcnn.results import taken_apart
+from streamcnn.capture.results import taken_apart
+from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
 
 
 @dataclass(frozen=True, slots=True)

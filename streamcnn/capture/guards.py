@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from streamcnn.capture import RawGraph, module_states, named_arguments
+from streamcnn.capture.capture import RawGraph, module_states, named_arguments
+from streamcnn.capture.functional import functionalized
+from streamcnn.capture.surroundings import collector, function_modes_aside
 from streamcnn.errors import StreamError
-from streamcnn.functional import functionalized
 from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
-from streamcnn.surroundings import collector, function_modes_aside
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those

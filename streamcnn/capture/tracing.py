@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 import streamcnn.graph.ops  # noqa: F401  fills the registry
-from streamcnn.capture import RawGraph, RawNode, moved
+from streamcnn.capture.capture import RawGraph, RawNode, moved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.autocast import as_recorded

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
-from streamcnn.capture import Given, RawGraph, RawNode, is_argument, moved, spatial_axes
+from streamcnn.capture.capture import Given, RawGraph, RawNode, is_argument, moved, spatial_axes
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.windows import Axes
 from streamcnn.graph.autocast import Casts

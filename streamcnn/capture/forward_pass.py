@@ -1,7 +1,7 @@
 """A call of the user's module, its operators carried out by somebody else.
 
-The call is captured with guards where its Python code can be followed (:mod:`streamcnn.guards`), and anew
-for each call where not (:mod:`streamcnn.unguarded`). Either way it happens outside of the caller's own
+The call is captured with guards where its Python code can be followed (:mod:`streamcnn.capture.guards`), and anew
+for each call where not (:mod:`streamcnn.capture.unguarded`). Either way it happens outside of the caller's own
 hooks, modes and compilers, and what the code does besides computing happens as in plain PyTorch.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from streamcnn.capture import CUMULATIVE, RawGraph
+from streamcnn.capture.capture import CUMULATIVE, RawGraph
+from streamcnn.capture.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
+from streamcnn.capture.surroundings import Surroundings, collector, function_modes_aside
+from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import StreamError, UnsupportedModel
-from streamcnn.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
-from streamcnn.surroundings import Surroundings, collector, function_modes_aside
-from streamcnn.unguarded import Capture, capture_anew
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""From a user's forward pass to a program, under guards."""
