@@ -17,8 +17,9 @@ import torch
 import typer
 
 from benchmarks.record import append, in_fresh_process
-from streamcnn import StreamingModel, planning
-from streamcnn.calibration import rates_for
+from streamcnn import StreamingModel
+from streamcnn.runtime import planning
+from streamcnn.runtime.calibration import rates_for
 from streamcnn.support.models import load_model
 
 app = typer.Typer(add_completion=False)

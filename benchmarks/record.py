@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from streamcnn.calibration import processor
+from streamcnn.runtime.calibration import processor
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,7 +10,7 @@ from streamcnn.errors import PlanDoesNotFit as PlanDoesNotFit
 from streamcnn.errors import StreamError as StreamError
 from streamcnn.errors import UnsupportedModel as UnsupportedModel
 from streamcnn.plan.plan import Plan as Plan
-from streamcnn.report import Report as Report
-from streamcnn.streaming_model import StreamingModel as StreamingModel
+from streamcnn.runtime.report import Report as Report
+from streamcnn.runtime.streaming_model import StreamingModel as StreamingModel
 from streamcnn.verification import Verification as Verification
 from streamcnn.verification import verify as verify

@@ -26,7 +26,7 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
 from streamcnn.geometry.regions import Region
-from streamcnn.streaming_model import StreamingModel
+from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.extras import require
 from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.capture.results import taken_apart
 from streamcnn.graph.program import has_gradient
-from streamcnn.streaming_model import StreamingModel
+from streamcnn.runtime.streaming_model import StreamingModel
 
 FLOOR = 1e-6
 """Share of the model's largest norm below which a value counts as noise: a bias before batch norm has a

@@ -11,9 +11,10 @@ import hypothesis
 import pytest
 import torch
 
-from streamcnn import cli, planning
+from streamcnn import cli
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Home, Plan
+from streamcnn.runtime import planning
 
 # Plans are then the same on every machine.
 os.environ["STREAMCNN_CALIBRATION"] = "off"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import StreamingModel, calibration
-from streamcnn.calibration import calibrate, rates_for
+from streamcnn import StreamingModel
 from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.runtime import calibration
+from streamcnn.runtime.calibration import calibrate, rates_for
 
 CPU = torch.device("cpu")
 
@@ -92,7 +93,7 @@ def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(
         read_bytes={**measured[0].read_bytes, Home.DISK: 1e6},
         write_bytes={**measured[0].write_bytes, Home.DISK: 1e6},
     )
-    monkeypatch.setattr("streamcnn.planning.rates_for", lambda device: slow)
+    monkeypatch.setattr("streamcnn.runtime.planning.rates_for", lambda device: slow)
     other = StreamingModel(net, "150MB").plan(shape)
     assert other.projected_seconds > first.projected_seconds
     assert other.bytes_on(Home.DISK) < first.bytes_on(Home.DISK)

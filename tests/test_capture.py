@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, planning
+from streamcnn import StreamingModel
 from streamcnn.capture import capture, guards
 from streamcnn.errors import UnsupportedModel
+from streamcnn.runtime import planning
 
 SHAPE = (2, 3, 29, 37)
 TOLERANCE = 1e-9

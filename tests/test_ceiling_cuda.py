@@ -18,7 +18,7 @@ from fake_cuda import CONTEXT, FakeCuda
 from fake_nvml import Device, FakeNvml, NVMLError_NotSupported, Process
 from torch import Tensor, nn
 
-from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, planning, streamed_pass, streaming_model
+from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import cuda, device
 from streamcnn.ceiling.cuda import MARGIN_BYTES, RESERVED_STEP, CudaCeiling, CudaLimit
 from streamcnn.ceiling.gauge import ASSUMED_OVERHEAD, Gauge
@@ -26,6 +26,7 @@ from streamcnn.ceiling.nvml import Nvml, Reading, Source
 from streamcnn.ceiling.sampler import Sampler
 from streamcnn.errors import StreamError
 from streamcnn.interpreter import TileRun
+from streamcnn.runtime import planning, streamed_pass, streaming_model
 
 MB, GB = 10**6, 10**9
 GPU = torch.device("cuda:0")

@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import BudgetExceeded, StreamingModel, streaming_model
+from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.allocator import tame_allocator
 from streamcnn.ceiling.heap import free_heap_bytes
 from streamcnn.ceiling.process import resident_bytes
 from streamcnn.interpreter import TileRun
+from streamcnn.runtime import streaming_model
 
 MB = 10**6
 SHAPE = (1, 3, 900, 800)

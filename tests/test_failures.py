@@ -25,12 +25,12 @@ from streamcnn import (
     TensorSource,
     UnsupportedModel,
     ZarrSource,
-    streamed_pass,
 )
 from streamcnn.data.reader import BatchReader
 from streamcnn.executor import Execution
 from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Home
+from streamcnn.runtime import streamed_pass
 from streamcnn.small_graph import SmallGraph
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 

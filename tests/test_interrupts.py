@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, streamed_pass
+from streamcnn import StreamingModel
 from streamcnn.ceiling import cpu
 from streamcnn.ceiling.cpu import DataLimit
+from streamcnn.runtime import streamed_pass
 
 PACKAGE = Path(streamed_pass.__file__).parent
 TRACED = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from streamcnn.report import Report
+from streamcnn.runtime.report import Report
 
 REPORT = Report(
     budget=2**30,

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, streaming_model
+from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import rooms
 from streamcnn.ceiling.rooms import Room, host_room
 from streamcnn.interpreter import TileRun
+from streamcnn.runtime import streaming_model
 
 MIB = 2**20
 SHAPE = (1, 3, 700, 600)

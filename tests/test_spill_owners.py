@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import StreamingModel, streamed_pass
+from streamcnn import StreamingModel
+from streamcnn.runtime import streamed_pass
 from streamcnn.stores import SpillFolder, owners, remove_abandoned
 from streamcnn.stores.owners import Owner
 

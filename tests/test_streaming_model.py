@@ -24,7 +24,7 @@ from streamcnn.executor import Execution
 from streamcnn.geometry.regions import Region
 from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Home
-from streamcnn.streamed_pass import Pass
+from streamcnn.runtime.streamed_pass import Pass
 
 SHAPE = (2, 3, 37, 45)
 TILE = 16

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamcnn import verify
 from streamcnn.executor import Execution
 from streamcnn.interpreter import TileRun
-from streamcnn.streamed_pass import Pass
+from streamcnn.runtime.streamed_pass import Pass
 from streamcnn.verification import Verification, _errors
 
 SHAPE = (2, 3, 25, 29)

@@ -18,7 +18,7 @@ from streamcnn.data.dataset import Sample, TileDataset
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.ultramnist.layout import PlacedDigit
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.streaming_model import Image
+from streamcnn.runtime.streaming_model import Image
 from streamcnn.training import Trainer
 
 NUM_VALUES = 10

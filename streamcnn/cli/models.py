@@ -61,7 +61,7 @@ def plan(
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
     net = load(model)
     from streamcnn import StreamingModel
-    from streamcnn.planning import Machine
+    from streamcnn.runtime.planning import Machine
 
     streamed = StreamingModel(net, budget=budget_bytes, tile=tile_extent)
     if card:

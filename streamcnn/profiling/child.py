@@ -26,8 +26,8 @@ from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import Timeline
-from streamcnn.report import Report
-from streamcnn.streaming_model import StreamingModel
+from streamcnn.runtime.report import Report
+from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.models import load_model
 
 

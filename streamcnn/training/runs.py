@@ -27,7 +27,7 @@ from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
-from streamcnn.streaming_model import StreamingModel
+from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.atomic import replace_file
 from streamcnn.support.documents import conform, parse_json, read_within, require_flat
 from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust

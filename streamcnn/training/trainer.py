@@ -31,8 +31,8 @@ from streamcnn.data.dataset import LabelledImages, collate, input_shapes
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, TrainingDiverged
-from streamcnn.report import Report
-from streamcnn.streaming_model import StreamingModel
+from streamcnn.runtime.report import Report
+from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
 from streamcnn.training.log import RunLog

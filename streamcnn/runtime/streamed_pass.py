@@ -22,8 +22,8 @@ from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import Home, Plan, StepKind
-from streamcnn.planning import Planned
-from streamcnn.report import Report
+from streamcnn.runtime.planning import Planned
+from streamcnn.runtime.report import Report
 from streamcnn.stores import (
     MemoryStore,
     SpillFolder,

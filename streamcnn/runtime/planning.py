@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from streamcnn.calibration import rates_for
 from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.surroundings import collector
 from streamcnn.capture.tracing import Trace
@@ -27,6 +26,7 @@ from streamcnn.plan.plan import Home, Plan, StepKind
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planner import PlanRequest, make_plan
+from streamcnn.runtime.calibration import rates_for
 from streamcnn.search import SpillPlace
 
 CONTEXT_BYTES = 960 * 2**20

@@ -35,9 +35,9 @@ from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import substitute
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
-from streamcnn.report import Report
-from streamcnn.streamed_pass import Pass, Streamed
+from streamcnn.runtime.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
+from streamcnn.runtime.report import Report
+from streamcnn.runtime.streamed_pass import Pass, Streamed
 from streamcnn.support.interrupts import undoing
 from streamcnn.support.units import format_bytes, parse_bytes
 

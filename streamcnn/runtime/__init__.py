@@ -1,0 +1,1 @@
+"""A user's module streamed: captures and plans that are kept, passes, reports."""
