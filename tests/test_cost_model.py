@@ -10,7 +10,10 @@ from helpers import traced
 from torch import nn
 
 from streamcnn import StreamingModel
-from streamcnn.cost_model import (
+from streamcnn.graph.program import Program
+from streamcnn.plan.plan import Home, Plan
+from streamcnn.plan.rates import NOMINAL
+from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     Traffic,
     all_works,
@@ -19,11 +22,8 @@ from streamcnn.cost_model import (
     plain_time,
     stage_time,
 )
-from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Home, Plan
-from streamcnn.plan.rates import NOMINAL
-from streamcnn.staging import divide
-from streamcnn.tiling import Outline, cut
+from streamcnn.planning.staging import divide
+from streamcnn.planning.tiling import Outline, cut
 
 SHAPE = (2, 3, 40, 60)
 PIXELS = 40 * 60

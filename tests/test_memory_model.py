@@ -9,8 +9,10 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.libraries import CACHED_KERNELS, KernelBytes, Libraries
-from streamcnn.memory_model import (
+from streamcnn.plan.plan import Home, StorePlan
+from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.libraries import CACHED_KERNELS, KernelBytes, Libraries
+from streamcnn.planning.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
     REUSE_BYTES_PER_STAGE,
@@ -20,11 +22,9 @@ from streamcnn.memory_model import (
     reuse_waste,
     steps,
 )
-from streamcnn.plan.plan import Home, StorePlan
-from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.small_bytes import SmallBytes, resident_step
-from streamcnn.staging import Staging, divide
-from streamcnn.tiling import Outline, TiledStage, cut
+from streamcnn.planning.small_bytes import SmallBytes, resident_step
+from streamcnn.planning.staging import Staging, divide
+from streamcnn.planning.tiling import Outline, TiledStage, cut
 
 SHAPE = (2, 3, 40, 60)
 LIBRARIES = Libraries(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)

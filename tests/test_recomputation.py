@@ -13,7 +13,7 @@ from test_random_networks import Step, assert_streams, networks, patient, tiles
 from test_zoo import NETS
 from torch import nn
 
-from streamcnn.search import Candidate, Search
+from streamcnn.planning.search import Candidate, Search
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn import StreamingModel
-from streamcnn.cost_model import BACKWARD_WORK, resident_time, resident_work
 from streamcnn.graph.program import Kind, on_whole_maps
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.rates import NOMINAL
-from streamcnn.small_bytes import RUNTIME_BYTES
+from streamcnn.planning.cost_model import BACKWARD_WORK, resident_time, resident_work
+from streamcnn.planning.small_bytes import RUNTIME_BYTES
 
 WIDTH = 16
 RATES = NOMINAL["cpu"]

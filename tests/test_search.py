@@ -12,15 +12,15 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.libraries import Libraries
-from streamcnn.memory_model import moments
-from streamcnn.options import Options
 from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.search import Candidate, Search, SpillPlace
-from streamcnn.small_bytes import SmallBytes
-from streamcnn.staging import Staging, divide, gathered, recompute
+from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.memory_model import moments
+from streamcnn.planning.options import Options
+from streamcnn.planning.search import Candidate, Search, SpillPlace
+from streamcnn.planning.small_bytes import SmallBytes
+from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20

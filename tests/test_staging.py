@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from programs import programs
 from torch import Tensor, nn
 
-from streamcnn.cuts import choose_cuts
 from streamcnn.graph.program import Kind, Program
-from streamcnn.staging import Staging, assign_levels, divide
-from streamcnn.tiling import Outline, cut, grid
+from streamcnn.planning.cuts import choose_cuts
+from streamcnn.planning.staging import Staging, assign_levels, divide
+from streamcnn.planning.tiling import Outline, cut, grid
 
 some = settings(max_examples=80)
 SHAPE = (2, 3, 32, 40)

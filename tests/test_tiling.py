@@ -9,8 +9,8 @@ from programs import programs
 from streamcnn.geometry.regions import Interval
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
-from streamcnn.staging import Stage, divide
-from streamcnn.tiling import Outline, cut, grid
+from streamcnn.planning.staging import Stage, divide
+from streamcnn.planning.tiling import Outline, cut, grid
 
 some = settings(max_examples=60)
 tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))

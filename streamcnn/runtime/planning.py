@@ -21,13 +21,13 @@ from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.ceiling.rooms import Room
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
-from streamcnn.libraries import Libraries
 from streamcnn.plan.plan import Home, Plan, StepKind
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.planner import PlanRequest, make_plan
+from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.planner import PlanRequest, make_plan
+from streamcnn.planning.search import SpillPlace
 from streamcnn.runtime.calibration import rates_for
-from streamcnn.search import SpillPlace
 
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from streamcnn.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
 from streamcnn.graph.program import Program
-from streamcnn.libraries import Libraries
-from streamcnn.memory_model import is_differentiated, library_terms, steps
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.small_bytes import total_bytes
-from streamcnn.staging import Stage
-from streamcnn.tiling import Outline, Parts, TiledStage, cut, grid
+from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
+from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.memory_model import is_differentiated, library_terms, steps
+from streamcnn.planning.small_bytes import total_bytes
+from streamcnn.planning.staging import Stage
+from streamcnn.planning.tiling import Outline, Parts, TiledStage, cut, grid
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from streamcnn.graph.ops.convolution import is_convolution
 from streamcnn.graph.program import Kind
-from streamcnn.libraries import Libraries
 from streamcnn.plan.plan import MemoryTerm
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
-from streamcnn.staging import Stage
-from streamcnn.tiling import Outline, TiledStage
+from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
+from streamcnn.planning.staging import Stage
+from streamcnn.planning.tiling import Outline, TiledStage
 
 Bytes = TypeVar("Bytes", int, NDArray[np.int64])
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from streamcnn.geometry.axis_maps import AxisMap
 from streamcnn.geometry.regions import Interval
 from streamcnn.graph.program import Kind, Program
-from streamcnn.staging import assign_levels
+from streamcnn.planning.staging import assign_levels
 
 _PROBE = 64
 """Output positions over which an operator's reach is measured."""

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcnn.cost_model import Traffic, output_traffic
 from streamcnn.graph.program import Kind, Program
-from streamcnn.libraries import KernelBytes
-from streamcnn.memory_model import fresh_waste, is_differentiated
-from streamcnn.options import Option, Options
 from streamcnn.plan.plan import Home, StorePlan
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.small_bytes import SmallBytes, total_bytes
-from streamcnn.staging import Stage, Staging
+from streamcnn.planning.cost_model import Traffic, output_traffic
+from streamcnn.planning.libraries import KernelBytes
+from streamcnn.planning.memory_model import fresh_waste, is_differentiated
+from streamcnn.planning.options import Option, Options
+from streamcnn.planning.small_bytes import SmallBytes, total_bytes
+from streamcnn.planning.staging import Stage, Staging
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -17,9 +17,9 @@ from streamcnn.geometry.regions import Indices, Intervals
 from streamcnn.graph.ops.convolution import convolve, is_convolution
 from streamcnn.graph.ops.normalization import normalize
 from streamcnn.graph.program import Link, Program, Ref
-from streamcnn.libraries import num_products
 from streamcnn.plan.plan import AxisStep, Phase
-from streamcnn.staging import Stage
+from streamcnn.planning.libraries import num_products
+from streamcnn.planning.staging import Stage
 
 Parts = tuple[int, int]
 """Number of tiles (rows, columns)."""

@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from streamcnn.cost_model import plain_time, resident_time
-from streamcnn.cuts import choose_cuts
 from streamcnn.graph.program import Kind, Program, on_whole_maps
-from streamcnn.libraries import Libraries
-from streamcnn.memory_model import is_differentiated, library_terms, moments
-from streamcnn.options import Options
 from streamcnn.plan.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.search import Candidate, Search, SpillPlace
-from streamcnn.small_bytes import plain_bytes, total_bytes
-from streamcnn.staging import Staging, divide
-from streamcnn.tiling import share
+from streamcnn.planning.cost_model import plain_time, resident_time
+from streamcnn.planning.cuts import choose_cuts
+from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.memory_model import is_differentiated, library_terms, moments
+from streamcnn.planning.options import Options
+from streamcnn.planning.search import Candidate, Search, SpillPlace
+from streamcnn.planning.small_bytes import plain_bytes, total_bytes
+from streamcnn.planning.staging import Staging, divide
+from streamcnn.planning.tiling import share
 
 DEFAULT_EDGE = 512
 """Tile edge where neither a budget nor a tile is given."""

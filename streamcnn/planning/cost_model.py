@@ -19,9 +19,9 @@ from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
 from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
 from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import Rates
-from streamcnn.small_bytes import REUSABLE_BYTES, is_view
-from streamcnn.staging import Stage
-from streamcnn.tiling import TiledStage
+from streamcnn.planning.small_bytes import REUSABLE_BYTES, is_view
+from streamcnn.planning.staging import Stage
+from streamcnn.planning.tiling import TiledStage
 
 BACKWARD_WORK = 2
 """Arithmetic of an operator's backward pass over its forward pass: one product per operand."""

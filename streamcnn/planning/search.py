@@ -18,12 +18,12 @@ from itertools import combinations, product
 
 import numpy as np
 
-from streamcnn.memory_model import reuse_waste
-from streamcnn.options import Option, Options
 from streamcnn.plan.plan import Home, StorePlan
-from streamcnn.small_bytes import SmallBytes
-from streamcnn.staging import Stage, Staging, gathered, recompute
-from streamcnn.table import Ints, StageRow, Table, Weighed
+from streamcnn.planning.memory_model import reuse_waste
+from streamcnn.planning.options import Option, Options
+from streamcnn.planning.small_bytes import SmallBytes
+from streamcnn.planning.staging import Stage, Staging, gathered, recompute
+from streamcnn.planning.table import Ints, StageRow, Table, Weighed
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """How many times the fewest spilled maps are tried: more of them leave room for larger tiles."""
