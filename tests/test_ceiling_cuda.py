@@ -25,7 +25,7 @@ from streamcnn.ceiling.gauge import ASSUMED_OVERHEAD, Gauge
 from streamcnn.ceiling.nvml import Nvml, Reading, Source
 from streamcnn.ceiling.sampler import Sampler
 from streamcnn.errors import StreamError
-from streamcnn.interpreter import TileRun
+from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime import planning, streamed_pass, streaming_model
 
 MB, GB = 10**6, 10**9

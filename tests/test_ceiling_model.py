@@ -22,7 +22,7 @@ from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.allocator import tame_allocator
 from streamcnn.ceiling.heap import free_heap_bytes
 from streamcnn.ceiling.process import resident_bytes
-from streamcnn.interpreter import TileRun
+from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime import streaming_model
 
 MB = 10**6

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.execution.interpreter import TileRun
 from streamcnn.graph.program import Program
-from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Home, Plan
 from streamcnn.runtime import planning
 from streamcnn.support.models import load_model

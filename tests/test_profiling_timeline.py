@@ -15,7 +15,7 @@ from profiles import MIB, PROFILES, TIMELINE
 from torch import nn
 
 from streamcnn import StreamingModel
-from streamcnn.executor import PassEvent
+from streamcnn.execution.executor import PassEvent
 from streamcnn.profiling import recorder as recording
 from streamcnn.profiling.recorder import Recorder
 from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Sample, Span, Timeline, thin

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.device import HostCeiling
-from streamcnn.interpreter import TileRun
+from streamcnn.execution.interpreter import TileRun
 
 SHAPE = (2, 3, 150, 131)
 

@@ -14,7 +14,7 @@ from torch import nn
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import rooms
 from streamcnn.ceiling.rooms import Room, host_room
-from streamcnn.interpreter import TileRun
+from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime import streaming_model
 
 MIB = 2**20

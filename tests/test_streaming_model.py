@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel, TensorSource, ZarrSource
-from streamcnn.backward_tile import BackwardTile
 from streamcnn.ceiling.device import HostCeiling
 from streamcnn.data.sources import ImageSource, write_zarr_image
-from streamcnn.executor import Execution
+from streamcnn.execution.backward_tile import BackwardTile
+from streamcnn.execution.executor import Execution
+from streamcnn.execution.interpreter import TileRun
 from streamcnn.geometry.regions import Region
-from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Home
 from streamcnn.runtime.streamed_pass import Pass
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn import verify
-from streamcnn.executor import Execution
-from streamcnn.interpreter import TileRun
+from streamcnn.execution.executor import Execution
+from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime.streamed_pass import Pass
 from streamcnn.verification import Verification, _errors
 

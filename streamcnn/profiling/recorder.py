@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from streamcnn.ceiling.process import resident_bytes
-from streamcnn.executor import PassEvent
+from streamcnn.execution.executor import PassEvent
 from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Sample, Span, Timeline, thin
 
 _INTERVAL = 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamcnn.executor import PhaseReport
+from streamcnn.execution.executor import PhaseReport
 from streamcnn.support.units import format_bytes
 
 

@@ -19,7 +19,7 @@ from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
-from streamcnn.executor import Execution, Observer
+from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import Home, Plan, StepKind
 from streamcnn.runtime.planning import Planned

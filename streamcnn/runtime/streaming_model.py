@@ -29,7 +29,7 @@ from streamcnn.ceiling.device import room_for
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
-from streamcnn.executor import Observer
+from streamcnn.execution.executor import Observer
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import substitute

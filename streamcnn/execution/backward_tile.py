@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from streamcnn.execution.interpreter import TileRun
+from streamcnn.execution.small_graph import SmallGraph
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, cut
 from streamcnn.graph.autocast import autocast
 from streamcnn.graph.program import has_gradient
-from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Phase, Plan
-from streamcnn.small_graph import SmallGraph
 
 
 class Surroundings(Protocol):

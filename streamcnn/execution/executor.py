@@ -19,15 +19,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from streamcnn.backward_tile import BackwardTile
+from streamcnn.execution.backward_tile import BackwardTile
+from streamcnn.execution.interpreter import TileRun
+from streamcnn.execution.small_graph import Results, SmallGraph
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import cut
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.reduction_types import Parts, Reduction
 from streamcnn.graph.program import Axes, Kind, Node, Program
-from streamcnn.interpreter import TileRun
 from streamcnn.plan.plan import Home, Phase, Plan, StepKind
-from streamcnn.small_graph import Results, SmallGraph
 from streamcnn.stores import Store, StoreSpec
 
 
