@@ -15,9 +15,9 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from streamcnn import demo
+from streamcnn.cli import demo
+from streamcnn.cli.demo import DemoSettings, build_network, draw_tiles, normalise, run_demo
 from streamcnn.data.sources import ImageSource, TensorSource
-from streamcnn.demo import DemoSettings, build_network, draw_tiles, normalise, run_demo
 from streamcnn.geometry.regions import Region
 
 
