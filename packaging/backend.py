@@ -2,10 +2,10 @@
 
 A ``.pth`` has to lie in the root of a wheel, to be read when Python starts, and setuptools puts none there by
 its configuration. So the wheel is made by setuptools and then written once more with two files beside the
-package: a copy of ``streamcnn/support/torchvision_import.py``, which says what it is for, and the ``.pth`` that
-calls it. Both ``pip install .`` and ``pip install -e .`` make such a wheel. The files are listed in its ``RECORD``,
-so ``pip uninstall`` removes them. It is a copy because to import ``streamcnn`` would import PyTorch whenever
-Python starts, and because an editable install may lose sight of the package.
+package: a copy of ``streamcnn/support/torchvision_import.py``, which says what it is for, and the ``.pth``
+that calls it. Both ``pip install .`` and ``pip install -e .`` make such a wheel. They are listed in its
+``RECORD``, so ``pip uninstall`` removes them. It is a copy because to import ``streamcnn`` would import
+PyTorch whenever Python starts, and because an editable install may lose sight of the package.
 """
 
 from __future__ import annotations

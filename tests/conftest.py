@@ -13,7 +13,8 @@ import torch
 
 from streamcnn import cli
 from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Home, Plan
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.storage import Home
 from streamcnn.runtime import planning
 
 # Plans are then the same on every machine.

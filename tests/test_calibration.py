@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import StreamingModel
-from streamcnn.plan.plan import Home
+from streamcnn import StreamingModel, calibration
 from streamcnn.plan.rates import NOMINAL, Rates
-from streamcnn.runtime import calibration
+from streamcnn.plan.storage import Home
 from streamcnn.runtime.calibration import calibrate, rates_for
 
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ from torch import nn
 
 from streamcnn import StreamingModel
 from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Home, Plan
+from streamcnn.plan.plan import Plan
 from streamcnn.plan.rates import NOMINAL
+from streamcnn.plan.storage import Home
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     Traffic,

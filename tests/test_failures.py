@@ -30,8 +30,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.execution.small_graph import SmallGraph
-from streamcnn.plan.plan import Home
-from streamcnn.runtime import streamed_pass
+from streamcnn.plan.storage import Home
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
 SHAPE = (2, 3, 37, 45)

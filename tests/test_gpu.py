@@ -25,8 +25,8 @@ from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Home, Plan
-from streamcnn.runtime import planning
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.storage import Home
 from streamcnn.support.models import load_model
 
 pytestmark = [

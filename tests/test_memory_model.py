@@ -9,7 +9,7 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Home, StorePlan
+from streamcnn.plan.storage import Home, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.planning.memory_model import (

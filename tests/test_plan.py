@@ -13,7 +13,8 @@ from torch import nn
 
 from streamcnn import PlanDoesNotFit, StreamingModel
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.plan.plan import AxisStep, Home, MemoryTerm, Phase, Plan, Segment, StorePlan
+from streamcnn.plan.plan import AxisStep, Phase, Plan, Segment
+from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
 
 SHAPE = (2, 3, 61, 47)
 KIB = 2**10

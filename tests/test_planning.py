@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import StreamingModel, cli
-from streamcnn.plan.plan import Home
-from streamcnn.runtime import planning
+from streamcnn import StreamingModel, cli, planning
+from streamcnn.plan.storage import Home
 from streamcnn.runtime.planning import CONTEXT_BYTES, Machine
 
 SHAPE = (1, 3, 4000, 4000)

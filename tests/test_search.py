@@ -12,8 +12,8 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.storage import Home
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import moments

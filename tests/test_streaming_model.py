@@ -23,7 +23,7 @@ from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.geometry.regions import Region
-from streamcnn.plan.plan import Home
+from streamcnn.plan.storage import Home
 from streamcnn.runtime.streamed_pass import Pass
 
 SHAPE = (2, 3, 37, 45)

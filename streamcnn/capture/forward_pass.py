@@ -1,8 +1,8 @@
 """A call of the user's module, its operators carried out by somebody else.
 
-The call is captured with guards where its Python code can be followed (:mod:`streamcnn.capture.guards`), and anew
-for each call where not (:mod:`streamcnn.capture.unguarded`). Either way it happens outside of the caller's own
-hooks, modes and compilers, and what the code does besides computing happens as in plain PyTorch.
+The call is captured with guards where its Python code can be followed (:mod:`streamcnn.capture.guards`), and
+anew for each call where not (:mod:`streamcnn.capture.unguarded`). Either way it happens outside of the
+caller's own hooks, modes and compilers, and what the code does besides computing happens as in plain PyTorch.
 """
 
 from __future__ import annotations

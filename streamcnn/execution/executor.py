@@ -27,7 +27,8 @@ from streamcnn.geometry.windows import cut
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.reduction_types import Parts, Reduction
 from streamcnn.graph.program import Axes, Kind, Node, Program
-from streamcnn.plan.plan import Home, Phase, Plan, StepKind
+from streamcnn.plan.plan import Phase, Plan, StepKind
+from streamcnn.plan.storage import Home
 from streamcnn.stores import Store, StoreSpec
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from streamcnn.plan.plan import Home, Phase, Plan
+from typing import TYPE_CHECKING
+
+from streamcnn.plan.storage import Home
 from streamcnn.support.units import format_bytes, format_duration, plural
+
+if TYPE_CHECKING:
+    from streamcnn.plan.plan import Phase, Plan
 
 _PLACES = {Home.MEMORY: "in memory", Home.HOST: "in host RAM", Home.DISK: "on disk"}
 

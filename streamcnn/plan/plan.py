@@ -10,22 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.plan.explain import explain_plan
+from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
+from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.support.units import format_bytes
-
-
-class Home(StrEnum):
-    """Where a stored map lives."""
-
-    MEMORY = "memory"
-    """The compute device's memory."""
-    HOST = "host"
-    """Host RAM, where that is not the compute device's memory."""
-    DISK = "disk"
-    """A chunked zarr array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,29 +91,6 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class StorePlan:
-    """A stored map: where, how large, and when it can go."""
-
-    home: Home
-    gradient_home: Home
-    nbytes: int
-    kept: bool
-    """Whether the backward pass needs it."""
-    last_reader: int
-    """Level of the last phase or segment that reads it in the forward pass."""
-    tile: tuple[int, int]
-    """Extents of a tile in the map's own positions, a hint for chunking."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryTerm:
-    """One named term of the projected bytes."""
-
-    name: str
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """How one image shape is run; see :meth:`explain`."""
 
@@ -179,8 +147,6 @@ class Plan:
 
     def bytes_on(self, home: Home) -> int:
         """The most bytes of stored maps and gradient maps that are in ``home`` at one time."""
-        from streamcnn.plan.stored_bytes import StoredBytes
-
         return StoredBytes(self.stores, self.levels, home).most
 
     @property
@@ -214,8 +180,6 @@ class Plan:
 
     def explain(self) -> str:
         """The plan in words, one line per phase."""
-        from streamcnn.plan.explain import explain_plan
-
         return explain_plan(self)
 
     def to_json(self) -> str:

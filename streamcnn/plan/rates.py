@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamcnn.plan.plan import Home
+from streamcnn.plan.storage import Home
 
 
 @dataclass(frozen=True, slots=True)

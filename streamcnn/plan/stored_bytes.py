@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from streamcnn.plan.plan import Home, MemoryTerm, StorePlan
+from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
 
 
 class StoredBytes:

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
 from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
-from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import Rates
+from streamcnn.plan.storage import Home
 from streamcnn.planning.small_bytes import REUSABLE_BYTES, is_view
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import TiledStage

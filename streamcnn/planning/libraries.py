@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch._ops import OpOverload
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.plan import MemoryTerm
+from streamcnn.plan.storage import MemoryTerm
 
 CACHED_KERNELS = 1024
 """Kernels that oneDNN keeps, if ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` does not say otherwise."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from streamcnn.graph.ops.convolution import is_convolution
 from streamcnn.graph.program import Kind
-from streamcnn.plan.plan import MemoryTerm
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
+from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes

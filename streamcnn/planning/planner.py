@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from streamcnn.graph.program import Kind, Program, on_whole_maps
-from streamcnn.plan.plan import Home, MemoryTerm, Plan, Segment, StorePlan
+from streamcnn.plan.plan import Plan, Segment
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.cuts import choose_cuts

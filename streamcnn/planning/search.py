@@ -18,7 +18,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from streamcnn.plan.plan import Home, StorePlan
+from streamcnn.plan.storage import Home, StorePlan
 from streamcnn.planning.memory_model import reuse_waste
 from streamcnn.planning.options import Option, Options
 from streamcnn.planning.small_bytes import SmallBytes

@@ -18,8 +18,8 @@ from torch._ops import OpOverload
 
 from streamcnn.graph.ops.rules import Call
 from streamcnn.graph.program import Kind, Node, Program, Ref, TensorSpec
-from streamcnn.plan.plan import MemoryTerm
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
+from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.libraries import KernelBytes, Libraries, num_products, num_sizes
 from streamcnn.planning.staging import Staging
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.graph.program import Kind, Program
-from streamcnn.plan.plan import Home, StorePlan
 from streamcnn.plan.rates import Rates
+from streamcnn.plan.storage import Home, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.cost_model import Traffic, output_traffic
 from streamcnn.planning.libraries import KernelBytes

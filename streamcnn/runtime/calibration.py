@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from streamcnn.geometry.regions import Region
-from streamcnn.plan.plan import Home
 from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.storage import Home
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.support.atomic import replace_file
 

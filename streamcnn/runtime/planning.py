@@ -21,9 +21,10 @@ from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.ceiling.rooms import Room
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
-from streamcnn.plan.plan import Home, Plan, StepKind
+from streamcnn.plan.plan import Plan, StepKind
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.plan.storage import Home
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.planner import PlanRequest, make_plan
 from streamcnn.planning.search import SpillPlace

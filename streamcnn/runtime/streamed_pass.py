@@ -21,7 +21,8 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
-from streamcnn.plan.plan import Home, Plan, StepKind
+from streamcnn.plan.plan import Plan, StepKind
+from streamcnn.plan.storage import Home
 from streamcnn.runtime.planning import Planned
 from streamcnn.runtime.report import Report
 from streamcnn.stores import (

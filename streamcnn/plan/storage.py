@@ -1,0 +1,40 @@
+"""Where stored maps live, how large they are, and how long they are held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Home(StrEnum):
+    """Where a stored map lives."""
+
+    MEMORY = "memory"
+    """The compute device's memory."""
+    HOST = "host"
+    """Host RAM, where that is not the compute device's memory."""
+    DISK = "disk"
+    """A chunked zarr array."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlan:
+    """A stored map: where, how large, and when it can go."""
+
+    home: Home
+    gradient_home: Home
+    nbytes: int
+    kept: bool
+    """Whether the backward pass needs it."""
+    last_reader: int
+    """Level of the last phase or segment that reads it in the forward pass."""
+    tile: tuple[int, int]
+    """Extents of a tile in the map's own positions, a hint for chunking."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTerm:
+    """One named term of the projected bytes."""
+
+    name: str
+    nbytes: int
