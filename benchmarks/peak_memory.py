@@ -280,7 +280,7 @@ def one(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype:
         "projected_seconds": round(plan.projected_seconds, 1),
         "recomputation": round(plan.recomputation, 3),
         "tile": list(plan.tile),
-        "on_disk_bytes": sum(s.nbytes for s in plan.stores.values() if s.home.value == "disk"),
+        "on_disk_bytes": sum(s.nbytes for s in plan.stores.values() if s.tier.value == "disk"),
         "bytes_moved": report and report.bytes_moved,
         "worst": plan.worst,
         "plan": plan.digest,

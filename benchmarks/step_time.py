@@ -64,7 +64,7 @@ def main(
         "all_seconds": {name: [round(s, 3) for s in values] for name, values in seconds.items()},
         "projected_bytes": report.projected_bytes,
         "measured_bytes": report.measured_bytes,
-        "on_disk": sum(store.home.value == "disk" for store in plan.stores.values()),
+        "on_disk": sum(store.tier.value == "disk" for store in plan.stores.values()),
     }
     command = "python -m benchmarks.step_time " + " ".join(sys.argv[1:])
     print(append("step_time", command, **fields) if record else fields)

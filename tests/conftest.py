@@ -14,7 +14,7 @@ import torch
 from streamcnn import cli
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.runtime import planning
 
 # Plans are then the same on every machine.
@@ -46,7 +46,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def spilled(*args: Any) -> tuple[Program, Plan]:
         program, plan = original(*args)
         stores = {
-            name: dataclasses.replace(store, home=Home.DISK, gradient_home=Home.DISK)
+            name: dataclasses.replace(store, tier=Tier.DISK, gradient_tier=Tier.DISK)
             for name, store in plan.stores.items()
         }
         return program, dataclasses.replace(plan, stores=stores)

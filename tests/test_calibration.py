@@ -12,7 +12,7 @@ from torch import nn
 
 from streamcnn import StreamingModel, calibration
 from streamcnn.plan.rates import NOMINAL, Rates
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.runtime.calibration import calibrate, rates_for
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_this_machine() -> None:
     assert rates.grouped_flops < rates.dense_flops
     assert 0 < rates.operator_seconds < 0.1
     for by_home in (rates.read_bytes, rates.write_bytes):
-        assert set(by_home) == set(Home)
+        assert set(by_home) == set(Tier)
         assert all(1e5 < rate < 1e13 for rate in by_home.values())
     assert rates.fresh_bytes > 1e6
 
@@ -89,11 +89,11 @@ def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(
     slow = dataclasses.replace(
         measured[0],
         source="slow",
-        read_bytes={**measured[0].read_bytes, Home.DISK: 1e6},
-        write_bytes={**measured[0].write_bytes, Home.DISK: 1e6},
+        read_bytes={**measured[0].read_bytes, Tier.DISK: 1e6},
+        write_bytes={**measured[0].write_bytes, Tier.DISK: 1e6},
     )
     monkeypatch.setattr("streamcnn.runtime.planning.rates_for", lambda device: slow)
     other = StreamingModel(net, "150MB").plan(shape)
     assert other.projected_seconds > first.projected_seconds
-    assert other.bytes_on(Home.DISK) < first.bytes_on(Home.DISK)
+    assert other.bytes_on(Tier.DISK) < first.bytes_on(Tier.DISK)
     assert other.recomputation > first.recomputation

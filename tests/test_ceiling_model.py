@@ -88,7 +88,7 @@ def within(model: StreamingModel, image: Tensor) -> dict[str, Any]:
         "measured": [training.measured_bytes, model.last_report.measured_bytes],
         "reading": training.reading,
         "projected": plan.projected_bytes,
-        "homes": sorted({store.home.value for store in plan.stores.values()}),
+        "homes": sorted({store.tier.value for store in plan.stores.values()}),
         "digest": plan.digest,
     }
 

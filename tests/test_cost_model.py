@@ -13,7 +13,7 @@ from streamcnn import StreamingModel
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.rates import NOMINAL
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     Traffic,
@@ -90,8 +90,8 @@ def test_what_is_moved_to_and_from_stores() -> None:
     # Read forward and backward; the gradient is added: read and written.
     assert moved == Traffic(3 * moved.written, moved.written)
     assert moved.written == tiled.covered("conv2d") * nbytes // PIXELS > nbytes
-    assert Traffic(10, 20).seconds(RATES, Home.DISK) == pytest.approx(
-        10 / RATES.read_bytes[Home.DISK] + 20 / RATES.write_bytes[Home.DISK]
+    assert Traffic(10, 20).seconds(RATES, Tier.DISK) == pytest.approx(
+        10 / RATES.read_bytes[Tier.DISK] + 20 / RATES.write_bytes[Tier.DISK]
     )
 
 

@@ -30,7 +30,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.execution.small_graph import SmallGraph
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
 SHAPE = (2, 3, 37, 45)
@@ -290,7 +290,7 @@ def test_a_spill_folder_that_has_gone(on_disk: None, tmp_path: Path) -> None:
 
 def test_a_disk_without_room(on_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path)
-    needed = model.plan(tuple(make_image().shape), torch.float64).bytes_on(Home.DISK)
+    needed = model.plan(tuple(make_image().shape), torch.float64).bytes_on(Tier.DISK)
     before = everything_of(model)
     monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed - 1)
     with pytest.raises(PlanDoesNotFit, match=r"spills .* at a time, and .* has .* left: pass spill="):

@@ -26,7 +26,7 @@ from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.support.models import load_model
 
 pytestmark = [
@@ -290,8 +290,8 @@ def test_streamed_is_plain_in_float64(name: str) -> None:
     assert found.max_error < 1e-7, found.explain()
 
 
-@pytest.mark.parametrize("home", [Home.HOST, Home.DISK])
-def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, home: Home) -> None:
+@pytest.mark.parametrize("home", [Tier.HOST, Tier.DISK])
+def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> None:
     net = make_net().double().to(GPU)
     image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
     expected = update(copy.deepcopy(net), image)
@@ -300,7 +300,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, home: Home
     def away(*args: Any) -> tuple[Program, Plan]:
         program, plan = original(*args)
         stores = {
-            name: dataclasses.replace(store, home=home, gradient_home=home)
+            name: dataclasses.replace(store, tier=tier, gradient_tier=tier)
             for name, store in plan.stores.items()
         }
         return program, dataclasses.replace(plan, stores=stores)
@@ -313,7 +313,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, home: Home
         net.zero_grad()
         net.load_state_dict(make_net().double().state_dict())
         assert_same(update(model, image), expected, 1e-10)
-    assert {store.home for store in model.plan(SHAPE, torch.float64).stores.values()} == {home}
+    assert {store.tier for store in model.plan(SHAPE, torch.float64).stores.values()} == {tier}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.storage import Home, StorePlan
+from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.planning.memory_model import (
@@ -157,8 +157,8 @@ def test_the_moments_of_a_pass() -> None:
     (name,) = staging.stored
     nbytes = program.nodes[name].nbytes
     small = SmallBytes(program, staging, traced(make_net(), SHAPE)[1], LIBRARIES)
-    for home, in_memory in ((Home.MEMORY, nbytes), (Home.DISK, 0)):
-        store = StorePlan(home, home, nbytes, kept=True, last_reader=2, tile=(20, 20))
+    for tier, in_memory in ((Tier.MEMORY, nbytes), (Tier.DISK, 0)):
+        store = StorePlan(tier, tier, nbytes, kept=True, last_reader=2, tile=(20, 20))
         found = moments(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
         assert [moment.name for moment in found] == [
             "phase 1, forward",
@@ -194,21 +194,21 @@ def test_stored_maps_live_until_their_last_reader() -> None:
     levels = {"a": 1, "b": 2, "c": 3, "d": 5}
     stores = {
         # Read again in the backward pass, its gradient from phase 3 on down.
-        "a": StorePlan(Home.MEMORY, Home.MEMORY, 1, kept=True, last_reader=3, tile=(1, 1)),
+        "a": StorePlan(Tier.MEMORY, Tier.MEMORY, 1, kept=True, last_reader=3, tile=(1, 1)),
         # Gone after phase 3.
-        "b": StorePlan(Home.MEMORY, Home.MEMORY, 10, kept=False, last_reader=3, tile=(1, 1)),
+        "b": StorePlan(Tier.MEMORY, Tier.MEMORY, 10, kept=False, last_reader=3, tile=(1, 1)),
         # On disk.
-        "c": StorePlan(Home.DISK, Home.DISK, 100, kept=True, last_reader=4, tile=(1, 1)),
+        "c": StorePlan(Tier.DISK, Tier.DISK, 100, kept=True, last_reader=4, tile=(1, 1)),
         # In host RAM, which is not the device's memory.
-        "d": StorePlan(Home.HOST, Home.HOST, 1000, kept=True, last_reader=5, tile=(1, 1)),
+        "d": StorePlan(Tier.HOST, Tier.HOST, 1000, kept=True, last_reader=5, tile=(1, 1)),
     }
     stored = StoredBytes(stores, levels)
     assert stored.forward_bytes.tolist() == [0, 1, 11, 11, 1, 1]
     # The map, and its gradient map while phases up to its last reader are differentiated.
     assert stored.backward_bytes.tolist() == [0, 2, 2, 2, 1, 1]
     assert stored.most == 11
-    assert StoredBytes(stores, levels, Home.DISK).backward_bytes.tolist() == [0, 0, 0, 200, 200, 100]
-    assert StoredBytes(stores, levels, Home.HOST).most == 2000
+    assert StoredBytes(stores, levels, Tier.DISK).backward_bytes.tolist() == [0, 0, 0, 200, 200, 100]
+    assert StoredBytes(stores, levels, Tier.HOST).most == 2000
 
 
 def test_a_resident_tail_holds_what_autograd_saves() -> None:

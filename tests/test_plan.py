@@ -14,7 +14,7 @@ from torch import nn
 from streamcnn import PlanDoesNotFit, StreamingModel
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.plan import AxisStep, Phase, Plan, Segment
-from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
+from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 
 SHAPE = (2, 3, 61, 47)
 KIB = 2**10
@@ -76,8 +76,8 @@ def make_plan(**changes: Any) -> Plan:
         "phases": (make_phase(1), make_phase(2, nodes=("relu",), stored=(), reductions=(), halo=(0, 0))),
         "segments": (Segment(1, ("norm",)),),
         "stores": {
-            "conv": StorePlan(Home.MEMORY, Home.DISK, 300 * KIB, kept=True, last_reader=2, tile=(4, 4)),
-            "skip": StorePlan(Home.DISK, Home.DISK, 200 * KIB, kept=False, last_reader=2, tile=(4, 4)),
+            "conv": StorePlan(Tier.MEMORY, Tier.DISK, 300 * KIB, kept=True, last_reader=2, tile=(4, 4)),
+            "skip": StorePlan(Tier.DISK, Tier.DISK, 200 * KIB, kept=False, last_reader=2, tile=(4, 4)),
         },
         "levels": {"conv": 1, "norm": 1, "skip": 1, "relu": 2},
         "differentiated": frozenset({"conv"}),

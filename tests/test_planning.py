@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel, cli, planning
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.runtime.planning import CONTEXT_BYTES, Machine
 
 SHAPE = (1, 3, 4000, 4000)
@@ -38,8 +38,8 @@ def test_a_card_that_is_not_here() -> None:
     terms = {term.name: term.nbytes for term in plan.terms}
     assert terms["compiled kernels"] == terms["address space of compiled code"] == 0
     # Twenty gigabytes of maps: the host takes what it has room for.
-    assert plan.bytes_on(Home.HOST) <= 4 * 10**9
-    assert plan.bytes_on(Home.DISK) > 0
+    assert plan.bytes_on(Tier.HOST) <= 4 * 10**9
+    assert plan.bytes_on(Tier.DISK) > 0
     lines = plan.explain().splitlines()
     assert lines[1].startswith("fits in 5.59 GiB with tiles of ")
     assert lines[1].endswith(" on disk")

@@ -13,9 +13,9 @@ from streamcnn.plan.plan import Plan
 from streamcnn.profiling.plan_drawing import (
     COLUMN,
     HALO,
-    HOMES,
     RESIDENT,
     ROW,
+    TIERS,
     TILE,
     WALL,
     describe_phase,
@@ -79,8 +79,8 @@ def test_a_sketch_says_what_the_plan_says(plan: Plan) -> None:
         assert sum(count for _, count in drawn.operators) == len(phase.nodes)
         assert sum(count for _, count in drawn.reductions) == len(phase.reductions)
         assert drawn.grid[0] * drawn.grid[1] == phase.num_tiles
-        assert [(m.name, m.nbytes, m.home) for m in drawn.stored] == [
-            (name, plan.stores[name].nbytes, plan.stores[name].home) for name in phase.stored
+        assert [(m.name, m.nbytes, m.tier) for m in drawn.stored] == [
+            (name, plan.stores[name].nbytes, plan.stores[name].tier) for name in phase.stored
         ]
         assert drawn.halo == phase.halo
 
@@ -130,7 +130,7 @@ def test_a_halo_too_thin_to_be_seen_is_framed() -> None:
 
 def test_stored_maps_stand_in_proportion_to_their_bytes_in_the_colour_of_their_home() -> None:
     drawing = draw_plan(SKETCH)
-    heights = {home: [box.height for box in of_color(drawing, color)] for home, color in HOMES.items()}
+    heights = {tier: [box.height for box in of_color(drawing, color)] for tier, color in TIERS.items()}
     (largest,) = heights["disk"]
     assert heights["memory"] == [pytest.approx(largest / 3), pytest.approx(largest / 6)]
     assert heights["host"] == [pytest.approx(largest / 6)]

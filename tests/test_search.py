@@ -13,12 +13,12 @@ from torch import nn
 
 from streamcnn.graph.program import Program
 from streamcnn.plan.rates import NOMINAL, Rates
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import moments
 from streamcnn.planning.options import Options
-from streamcnn.planning.search import Candidate, Search, SpillPlace
+from streamcnn.planning.search import Candidate, Search, SpillTier
 from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
@@ -33,14 +33,14 @@ SLOW_DISK = Rates(
     memory_bytes=CPU.memory_bytes,
     fresh_bytes=CPU.fresh_bytes,
     operator_seconds=CPU.operator_seconds,
-    read_bytes={**CPU.read_bytes, Home.DISK: 2e7},
-    write_bytes={**CPU.write_bytes, Home.DISK: 1e7},
+    read_bytes={**CPU.read_bytes, Tier.DISK: 2e7},
+    write_bytes={**CPU.write_bytes, Tier.DISK: 1e7},
 )
 FAST_DISK = replace(
     SLOW_DISK,
     source="a fast disk",
-    read_bytes={**CPU.read_bytes, Home.DISK: 1e12},
-    write_bytes={**CPU.write_bytes, Home.DISK: 1e12},
+    read_bytes={**CPU.read_bytes, Tier.DISK: 1e12},
+    write_bytes={**CPU.write_bytes, Tier.DISK: 1e12},
 )
 
 
@@ -75,7 +75,7 @@ NETS = {
 
 def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
     program, wanted = traced(net, SHAPE)
-    return Search(Options(program, wanted, rates, None, LIBRARIES), budget, (SpillPlace(Home.DISK),))
+    return Search(Options(program, wanted, rates, None, LIBRARIES), budget, (SpillTier(Tier.DISK),))
 
 
 def stagings(program: Program) -> Iterator[Staging]:
@@ -96,16 +96,16 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
     ways = [search.options.of(stage) for stage in staging.stages]
     table = search._table(staging)
     names = sorted(staging.stored)
-    for homes in itertools.product((Home.MEMORY, Home.DISK), repeat=len(names)):
-        stores = table.stores(dict(zip(names, homes, strict=True)))
+    for tiers in itertools.product((Tier.MEMORY, Tier.DISK), repeat=len(names)):
+        stores = table.stores(dict(zip(names, tiers, strict=True)))
         stored = StoredBytes(stores, staging.levels)
         for chosen in itertools.product(*ways):
             moved = {name: each for row in table.rows for name, each in row.outputs.items()}
             for option in chosen:
                 for name, traffic in option.moved.items():
                     moved[name] += traffic
-            disk = sum(moved[name].seconds(search.options.rates, stores[name].home) for name in names)
-            for reuses_heap in (False,) if Home.DISK in homes else (True, False):
+            disk = sum(moved[name].seconds(search.options.rates, stores[name].tier) for name in names)
+            for reuses_heap in (False,) if Tier.DISK in tiers else (True, False):
                 tiled = [option.tiled for option in chosen]
                 nbytes = max(m.nbytes for m in moments(tiled, small, stored, reuses_heap=reuses_heap))
                 seconds = disk + sum(

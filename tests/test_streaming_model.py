@@ -23,7 +23,7 @@ from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.geometry.regions import Region
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.runtime.streamed_pass import Pass
 
 SHAPE = (2, 3, 37, 45)
@@ -680,12 +680,12 @@ def test_a_source_is_never_read_as_a_whole() -> None:
 def test_maps_on_disk_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, twin = streamed_and_plain(spill=tmp_path)
     stores = model.plan(SHAPE).stores.values()
-    assert {store.home for store in stores} == {store.gradient_home for store in stores} == {Home.DISK}
+    assert {store.tier for store in stores} == {store.gradient_tier for store in stores} == {Tier.DISK}
     found = everything(model, make_image())
     monkeypatch.undo()
     in_memory = StreamingModel(twin, tile=TILE)
     in_memory._resident_tail = False
-    assert {store.home for store in in_memory.plan(SHAPE).stores.values()} == {Home.MEMORY}
+    assert {store.tier for store in in_memory.plan(SHAPE).stores.values()} == {Tier.MEMORY}
     expected = everything(in_memory, make_image())
     largest = max(float(value.norm()) for value in expected.values())
     for name, value in expected.items():

@@ -28,7 +28,7 @@ from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.reduction_types import Parts, Reduction
 from streamcnn.graph.program import Axes, Kind, Node, Program
 from streamcnn.plan.plan import Phase, Plan, StepKind
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.stores import Store, StoreSpec
 
 
@@ -57,7 +57,7 @@ class PassEvent:
 Observer = Callable[[PassEvent], None]
 """Told of every event, in the thread that runs the pass."""
 
-OpenStore = Callable[[StoreSpec, Home, tuple[int, int]], Store]
+OpenStore = Callable[[StoreSpec, Tier, tuple[int, int]], Store]
 """Opens an empty store, given a tile's extents as a hint for chunking."""
 
 
@@ -134,7 +134,7 @@ class Execution:
 
     def _forward_phase(self, phase: Phase) -> None:
         for name in phase.stored:
-            self._checkpoints[name] = self._open(name, self.plan.stores[name].home)
+            self._checkpoints[name] = self._open(name, self.plan.stores[name].tier)
         feeds = _feeds(self.program, phase)
         parts: dict[str, Parts] = {}
         with torch.no_grad(), autocast(self.device, self.autocast):
@@ -259,7 +259,7 @@ class Execution:
     def _gradient_store(self, name: str) -> Store:
         if name not in self._gradients:
             planned = self.plan.stores.get(name)
-            self._gradients[name] = self._open(name, planned.gradient_home if planned else Home.MEMORY)
+            self._gradients[name] = self._open(name, planned.gradient_tier if planned else Tier.MEMORY)
         return self._gradients[name]
 
     def _whole_gradient(self, name: str) -> Tensor:
@@ -279,8 +279,8 @@ class Execution:
     @property
     def held_bytes(self) -> int:
         """Bytes of memory that the stored maps take until the backward pass."""
-        homes = {name: self.plan.stores[name].home for name in self._checkpoints}
-        return sum(self._checkpoints[n].spec.nbytes for n, home in homes.items() if home is not Home.DISK)
+        tiers = {name: self.plan.stores[name].tier for name in self._checkpoints}
+        return sum(self._checkpoints[n].spec.nbytes for n, tier in tiers.items() if tier is not Tier.DISK)
 
     # --- shared --------------------------------------------------------------------------------------
 
@@ -300,11 +300,11 @@ class Execution:
             return cut(value, self.axes(name), Region.whole(node.size), part)
         return self._checkpoints[name].read(part)
 
-    def _open(self, name: str, home: Home) -> Store:
+    def _open(self, name: str, tier: Tier) -> Store:
         node = self.program.nodes[name]
         spec = StoreSpec(node.tensor.shape, node.tensor.dtype, self.axes(name))
         planned = self.plan.stores.get(name)
-        return self._open_store(spec, home, planned.tile if planned else node.size)
+        return self._open_store(spec, tier, planned.tile if planned else node.size)
 
     def axes(self, name: str) -> Axes:
         """Spatial axes of a map."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.support.units import format_bytes, format_duration, plural
 
 if TYPE_CHECKING:
     from streamcnn.plan.plan import Phase, Plan
 
-_PLACES = {Home.MEMORY: "in memory", Home.HOST: "in host RAM", Home.DISK: "on disk"}
+_PLACES = {Tier.MEMORY: "in memory", Tier.HOST: "in host RAM", Tier.DISK: "on disk"}
 
 
 def explain_plan(plan: Plan) -> str:
@@ -51,9 +51,9 @@ def _verdict(plan: Plan) -> str:
             f"does not fit: the smallest plan needs {beyond} more, in {plan.worst}, at {plan.worst_operator}"
         )
     away = [
-        f"{format_bytes(plan.bytes_on(home))} of checkpoints and their gradients {_PLACES[home]}"
-        for home in (Home.HOST, Home.DISK)
-        if plan.bytes_on(home)
+        f"{format_bytes(plan.bytes_on(tier))} of checkpoints and their gradients {_PLACES[tier]}"
+        for tier in (Tier.HOST, Tier.DISK)
+        if plan.bytes_on(tier)
     ]
     return ", ".join([f"{fits} with tiles of {height}x{width} pixels", *(f"up to {each}" for each in away)])
 
@@ -77,8 +77,8 @@ def _time(plan: Plan) -> str:
 
 def _stored(plan: Plan) -> str:
     parts = []
-    for home, place in _PLACES.items():
-        maps = [store.nbytes for store in plan.stores.values() if store.home is home]
+    for tier, place in _PLACES.items():
+        maps = [store.nbytes for store in plan.stores.values() if store.tier is tier]
         if maps:
             parts.append(f"{plural(len(maps), 'stored map')} {place} ({format_bytes(sum(maps))})")
     return ", ".join(parts) or "no stored maps"
@@ -101,7 +101,7 @@ def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:
     num_rows, num_cols = len(phase.rows), len(phase.cols)
     height, width = plan.image_shape[2:]
     stored = (
-        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_PLACES[plan.stores[name].home]})"
+        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_PLACES[plan.stores[name].tier]})"
         for name in phase.stored
     )
     return (

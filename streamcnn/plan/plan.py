@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.explain import explain_plan
-from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
+from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.support.units import format_bytes
 
@@ -145,9 +145,9 @@ class Plan:
         """Whether the projected bytes stay within the budget."""
         return self.budget is None or self.projected_bytes <= self.budget
 
-    def bytes_on(self, home: Home) -> int:
-        """The most bytes of stored maps and gradient maps that are in ``home`` at one time."""
-        return StoredBytes(self.stores, self.levels, home).most
+    def bytes_on(self, tier: Tier) -> int:
+        """The most bytes of stored maps and gradient maps that are in ``tier`` at one time."""
+        return StoredBytes(self.stores, self.levels, tier).most
 
     @property
     def digest(self) -> str:
@@ -210,13 +210,19 @@ class Plan:
             "projected_seconds": self.projected_seconds,
             "plain_seconds": self.plain_seconds,
             "recomputation": self.recomputation,
-            "bytes_on": {home.value: self.bytes_on(home) for home in Home},
+            "bytes_on": {tier.value: self.bytes_on(tier) for tier in Tier},
             "terms": {term.name: term.nbytes for term in self.terms},
             "image_held_bytes": self.image_held_bytes,
             "image_read_bytes": self.image_read_bytes,
             "num_resident": self.num_resident,
             "residents": list(self.residents),
-            "stores": {name: asdict(store) for name, store in self.stores.items()},
+            "stores": {name: _as_json(store) for name, store in self.stores.items()},
             "phases": phases,
         }
         return json.dumps(fields)
+
+
+def _as_json(store: StorePlan) -> dict[str, object]:
+    """A store's fields; tiers by the names that they have had in files from the first."""
+    fields = asdict(store)
+    return {"home": fields.pop("tier"), "gradient_home": fields.pop("gradient_tier"), **fields}

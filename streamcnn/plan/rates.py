@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Rates:
     """Bytes of new memory that the operating system hands out, each page zeroed first."""
     operator_seconds: float
     """What an operator on a tile costs however small the tile is, in seconds."""
-    read_bytes: Mapping[Home, float]
+    read_bytes: Mapping[Tier, float]
     """Bytes read from a store."""
-    write_bytes: Mapping[Home, float]
+    write_bytes: Mapping[Tier, float]
     """Bytes written to a store."""
 
 
@@ -38,8 +38,8 @@ NOMINAL = {
         memory_bytes=8e9,
         fresh_bytes=1.5e9,
         operator_seconds=1e-4,
-        read_bytes={Home.MEMORY: 8e9, Home.HOST: 8e9, Home.DISK: 1e9},
-        write_bytes={Home.MEMORY: 5e9, Home.HOST: 5e9, Home.DISK: 5e8},
+        read_bytes={Tier.MEMORY: 8e9, Tier.HOST: 8e9, Tier.DISK: 1e9},
+        write_bytes={Tier.MEMORY: 5e9, Tier.HOST: 5e9, Tier.DISK: 5e8},
     ),
     "cuda": Rates(
         source="nominal",
@@ -48,8 +48,8 @@ NOMINAL = {
         memory_bytes=4e11,
         fresh_bytes=1e13,
         operator_seconds=2e-5,
-        read_bytes={Home.MEMORY: 4e11, Home.HOST: 1.2e10, Home.DISK: 1e9},
-        write_bytes={Home.MEMORY: 4e11, Home.HOST: 1.2e10, Home.DISK: 5e8},
+        read_bytes={Tier.MEMORY: 4e11, Tier.HOST: 1.2e10, Tier.DISK: 1e9},
+        write_bytes={Tier.MEMORY: 4e11, Tier.HOST: 1.2e10, Tier.DISK: 5e8},
     ),
 }
 """Round figures by type of device, for machines that were not measured: two cores, a card of 2018."""

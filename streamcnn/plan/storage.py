@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Home(StrEnum):
-    """Where a stored map lives."""
+class Tier(StrEnum):
+    """Storage tiers: where a stored map lives, the fastest first."""
 
     MEMORY = "memory"
     """The compute device's memory."""
@@ -21,8 +21,8 @@ class Home(StrEnum):
 class StorePlan:
     """A stored map: where, how large, and when it can go."""
 
-    home: Home
-    gradient_home: Home
+    tier: Tier
+    gradient_tier: Tier
     nbytes: int
     kept: bool
     """Whether the backward pass needs it."""

@@ -1,4 +1,4 @@
-"""Bytes of stored maps and gradient maps in one place, at every moment of a pass."""
+"""Bytes of stored maps and gradient maps in one tier, at every moment of a pass."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
+from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 
 
 class StoredBytes:
-    """What is held in ``home`` while the phases of each level run.
+    """What is held in ``tier`` while the phases of each level run.
 
     A map lives from its phase to its last reader, or as long as the backward pass needs it; its gradient map
     from the backward phase of its last reader to its own.
     """
 
     def __init__(
-        self, stores: Mapping[str, StorePlan], levels: Mapping[str, int], home: Home = Home.MEMORY
+        self, stores: Mapping[str, StorePlan], levels: Mapping[str, int], tier: Tier = Tier.MEMORY
     ) -> None:
         num_levels = max(levels.values(), default=0) + 1
         self._forward, self._kept, self._gradients = np.zeros((3, num_levels), np.int64)
         for name, store in stores.items():
             made, last = levels[name], store.last_reader
-            if store.home is home:
+            if store.tier is tier:
                 self._forward[made : num_levels if store.kept else last + 1] += store.nbytes
                 self._kept[made:] += store.nbytes * store.kept
-            if store.gradient_home is home and store.kept:
+            if store.gradient_tier is tier and store.kept:
                 self._gradients[made : last + 1] += store.nbytes
         self.forward_bytes = self._forward
         """By level: the sum of what :meth:`forward` names; likewise the next."""

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
 from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
 from streamcnn.plan.rates import Rates
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.planning.small_bytes import REUSABLE_BYTES, is_view
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import TiledStage
@@ -169,9 +169,9 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.read + other.read, self.written + other.written)
 
-    def seconds(self, rates: Rates, home: Home) -> float:
-        """Projected time in a store at ``home``."""
-        return self.read / rates.read_bytes[home] + self.written / rates.write_bytes[home]
+    def seconds(self, rates: Rates, tier: Tier) -> float:
+        """Projected time in a store at ``tier``."""
+        return self.read / rates.read_bytes[tier] + self.written / rates.write_bytes[tier]
 
 
 def input_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:

@@ -15,14 +15,14 @@ from streamcnn.graph.program import Kind, Program, on_whole_maps
 from streamcnn.plan.plan import Plan, Segment
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.plan.storage import Home, MemoryTerm, StorePlan
+from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.cuts import choose_cuts
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, moments
 from streamcnn.planning.options import Options
-from streamcnn.planning.search import Candidate, Search, SpillPlace
+from streamcnn.planning.search import Candidate, Search, SpillTier
 from streamcnn.planning.small_bytes import plain_bytes, total_bytes
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import share
@@ -58,8 +58,8 @@ class PlanRequest:
     """Bytes to plan for, where that is less than the budget."""
     tile: tuple[int, int] | None = None
     """Tile edges in input pixels; ``None`` leaves them to the planner."""
-    places: tuple[SpillPlace, ...] = (SpillPlace(Home.DISK),)
-    """Where stored maps go that the budget has no room for, the fastest place first."""
+    spill_tiers: tuple[SpillTier, ...] = (SpillTier(Tier.DISK),)
+    """Where stored maps go that the budget has no room for, the fastest tier first."""
     rates: Rates = NOMINAL["cpu"]
     """How fast the machine computes and moves bytes."""
     reading: BatchCost = NO_READING
@@ -131,7 +131,7 @@ class _Attempt:
             known,
             reading=request.reading,
         )
-        search = Search(options, request.room, request.places)
+        search = Search(options, request.room, request.spill_tiers)
         return cls(search, search.best(_stagings(program, tile)), tail)
 
     @property

@@ -18,7 +18,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from streamcnn.plan.storage import Home, StorePlan
+from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.memory_model import reuse_waste
 from streamcnn.planning.options import Option, Options
 from streamcnn.planning.small_bytes import SmallBytes
@@ -51,10 +51,10 @@ class _Fate(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class SpillPlace:
+class SpillTier:
     """Where maps go that the budget has no room for."""
 
-    home: Home
+    tier: Tier
     capacity: int | None = None
     """Bytes that it takes; ``None`` for any number."""
 
@@ -79,7 +79,7 @@ class Candidate:
     @property
     def spilled(self) -> frozenset[str]:
         """Stored maps that are not in the device's memory."""
-        return frozenset(name for name, store in self.stores.items() if store.home is not Home.MEMORY)
+        return frozenset(name for name, store in self.stores.items() if store.tier is not Tier.MEMORY)
 
     @property
     def rank(self) -> tuple[bool, float, int]:
@@ -90,10 +90,10 @@ class Candidate:
 class Search:
     """Candidates of one program under a budget (bytes; ``None`` for no ceiling)."""
 
-    def __init__(self, options: Options, budget: int | None, places: Sequence[SpillPlace]) -> None:
+    def __init__(self, options: Options, budget: int | None, spill_tiers: Sequence[SpillTier]) -> None:
         self.options = options
         self.budget = budget
-        self.places = places
+        self.spill_tiers = spill_tiers
         self.program = options.program
         self._whole = gathered(self.program)
         self._small: tuple[Mapping[str, int], SmallBytes] | None = None
@@ -159,7 +159,7 @@ class Search:
         moved, passes = 0.0, 1
         for option, row in zip(found.options, self._table(found.staging).rows, strict=True):
             for traffic in (option.moved.get(name), row.outputs.get(name)):
-                moved += 0.0 if traffic is None else traffic.seconds(rates, found.stores[name].home)
+                moved += 0.0 if traffic is None else traffic.seconds(rates, found.stores[name].tier)
             if name in row.outputs and row.is_differentiated and option.tiled.stage.reductions:
                 # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
                 passes = _AGAIN_BACKWARD
@@ -180,11 +180,11 @@ class Search:
 
     def _spill_order(self, staging: Staging) -> list[str]:
         """Stored maps, those first that free most bytes for the time that moving them takes."""
-        moved, home = self._table(staging).moved(), self.places[-1].home
+        moved, tier = self._table(staging).moved(), self.spill_tiers[-1].tier
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
-            seconds = moved[name].seconds(self.options.rates, home)
+            seconds = moved[name].seconds(self.options.rates, tier)
             # Rounded, so that of equally dear ones the larger comes first.
             return float(f"{seconds / nbytes:.3g}"), -nbytes, name
 
@@ -208,7 +208,7 @@ class Search:
         reuses_heap = reuses_heap and not spilled
         staging = self._staging(base, again)
         table, small = self._table(staging), self.small_bytes(staging)
-        stores = table.stores(self._homes(staging, spilled))
+        stores = table.stores(self._tiers(staging, spilled))
         weighed = table.weigh(stores, small, self.options.rates, reuses_heap=reuses_heap)
         choices = (
             _choose(weighed, small.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
@@ -251,18 +251,18 @@ class Search:
             self._rows[stage] = StageRow.of(self.options, stage)
         return self._rows[stage]
 
-    def _homes(self, staging: Staging, spilled: frozenset[str]) -> dict[str, Home]:
-        """Where each stored map lives: spilled ones in the first place that has room, else in the last."""
-        homes = dict.fromkeys(staging.stored, Home.MEMORY)
-        free = [place.capacity for place in self.places]
+    def _tiers(self, staging: Staging, spilled: frozenset[str]) -> dict[str, Tier]:
+        """Where each stored map lives: spilled ones in the first tier that has room, else in the last."""
+        tiers = dict.fromkeys(staging.stored, Tier.MEMORY)
+        free = [place.capacity for place in self.spill_tiers]
         for name in sorted(spilled, key=self.program.position):
             # A map and its gradient map.
             nbytes = 2 * self.program.nodes[name].nbytes
             index = next((i for i, n in enumerate(free) if n is None or n >= nbytes), len(free) - 1)
             left = free[index]
             free[index] = None if left is None else left - nbytes
-            homes[name] = self.places[index].home
-        return homes
+            tiers[name] = self.spill_tiers[index].tier
+        return tiers
 
     def small_bytes(self, staging: Staging) -> SmallBytes:
         """What is not cut into tiles, worked out once for a staging and all that compute more of it again."""

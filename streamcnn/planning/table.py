@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.rates import Rates
-from streamcnn.plan.storage import Home, StorePlan
+from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.cost_model import Traffic, output_traffic
 from streamcnn.planning.libraries import KernelBytes
@@ -163,12 +163,12 @@ class Table:
             lives=_lives(program, staging, rows),
         )
 
-    def stores(self, homes: Mapping[str, Home]) -> dict[str, StorePlan]:
+    def stores(self, tiers: Mapping[str, Tier]) -> dict[str, StorePlan]:
         """The plan of each stored map, given where it lives; tiles' extents are left at nothing."""
         return {
             name: StorePlan(
-                home=homes[name],
-                gradient_home=homes[name],
+                tier=tiers[name],
+                gradient_tier=tiers[name],
                 nbytes=moved.written,
                 kept=kept,
                 last_reader=last,
@@ -201,7 +201,7 @@ class Table:
             forward, backward = forward + fresh_waste(forward), backward + fresh_waste(backward)
             tail += fresh_waste(tail)
         outputs = (
-            moved.seconds(rates, stores[name].home)
+            moved.seconds(rates, stores[name].tier)
             for row in self.rows
             for name, moved in row.outputs.items()
         )
@@ -220,8 +220,8 @@ class Table:
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], rates: Rates) -> Floats:
         """(stages, options): projected time spent on the inputs' stores."""
-        homes = [stores[name].home for name in self.inputs]
-        slowness = np.array([(1 / rates.read_bytes[h], 1 / rates.write_bytes[h]) for h in homes])
+        tiers = [stores[name].tier for name in self.inputs]
+        slowness = np.array([(1 / rates.read_bytes[h], 1 / rates.write_bytes[h]) for h in tiers])
         slowness = slowness.reshape(-1, 2)
         summed = np.zeros_like(self.seconds[True])
         np.add.at(summed, self.reader, self.read * slowness[:, :1] + self.written * slowness[:, 1:])

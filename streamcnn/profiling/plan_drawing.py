@@ -29,7 +29,7 @@ _THINNEST = 1.5
 INK, SOFT, RULE, LIT = "#1c2430", "#5b6675", "#dde2e8", "#ffffff"
 TILE, HALO, RESIDENT = "#6ea3ee", "#ffb14a", "#e4f2e7"
 BARRIER, WALL = "#a3402a", "#dfaea2"
-HOMES = {"memory": "#1f6feb", "host": "#0f8f7e", "disk": "#c77700"}
+TIERS = {"memory": "#1f6feb", "host": "#0f8f7e", "disk": "#c77700"}
 _PLACES = {"memory": "in memory", "host": "in host RAM", "disk": "on disk"}
 
 
@@ -80,9 +80,9 @@ def _corner(place: tuple[int, int]) -> tuple[float, float]:
 
 
 def _legend(plan: PlanSketch) -> Iterator[Shape]:
-    homes = {store.home for phase in plan.phases for store in phase.stored}
+    tiers = {store.tier for phase in plan.phases for store in phase.stored}
     entries = [(TILE, "one tile of the grid"), (HALO, "its halo, at scale or a thin frame")]
-    entries += [(color, f"map stored {_PLACES[home]}") for home, color in HOMES.items() if home in homes]
+    entries += [(color, f"map stored {_PLACES[tier]}") for tier, color in TIERS.items() if tier in tiers]
     x = _GUTTER + 4
     for color, text in entries:
         yield Box(x, 8, 11, 11, fill=color)
@@ -188,7 +188,7 @@ def _bars(stored: Sequence[StoredMap], x: float, ground: float, most: int) -> It
     left = x + COLUMN / 2 - len(stored) * (width + 3) / 2
     heights = [max(2.0, store.nbytes / most * _TALLEST) for store in stored]
     for index, (store, height) in enumerate(zip(stored, heights, strict=True)):
-        yield Box(left + index * (width + 3), ground - height, width, height, HOMES[store.home])
+        yield Box(left + index * (width + 3), ground - height, width, height, TIERS[store.tier])
     total = sum(store.nbytes for store in stored)
     yield Label(x + COLUMN / 2, ground - max(heights) - 5, format_bytes(total), SOFT, 10.5)
 
@@ -262,4 +262,4 @@ def _listed(kinds: Kinds) -> str:
 
 
 def _stored(store: StoredMap) -> str:
-    return f"{store.name} {format_bytes(store.nbytes)} {_PLACES[store.home]}"
+    return f"{store.name} {format_bytes(store.nbytes)} {_PLACES[store.tier]}"

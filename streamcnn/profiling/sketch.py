@@ -25,7 +25,7 @@ class StoredMap:
 
     name: str
     nbytes: int
-    home: str
+    tier: str
     """``"memory"``, ``"host"`` or ``"disk"``."""
 
 
@@ -97,7 +97,7 @@ def _sketch_phase(plan: Plan, phase: Phase) -> PhaseSketch:
         operators=count_kinds(phase.nodes),
         inputs=phase.inputs,
         stored=tuple(
-            StoredMap(name, plan.stores[name].nbytes, plan.stores[name].home.value) for name in phase.stored
+            StoredMap(name, plan.stores[name].nbytes, plan.stores[name].tier.value) for name in phase.stored
         ),
         reductions=count_kinds(phase.reductions),
         grid=(len(phase.rows), len(phase.cols)),

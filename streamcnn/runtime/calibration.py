@@ -21,7 +21,7 @@ import torch
 
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.rates import NOMINAL, Rates
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.support.atomic import replace_file
 
@@ -81,23 +81,23 @@ def calibrate(device: torch.device) -> Rates:
     )
 
 
-def _stores(device: torch.device, memory: float, fresh: float) -> tuple[dict[Home, float], dict[Home, float]]:
+def _stores(device: torch.device, memory: float, fresh: float) -> tuple[dict[Tier, float], dict[Tier, float]]:
     """Bytes per second read from and written to a store at every place.
 
     A store in the device's memory hands out views, which operators make contiguous, and takes new memory.
     """
     spec = StoreSpec(_TILE, torch.float32, (2, 3))
     host = torch.device("cpu")
-    read, written = {Home.MEMORY: memory}, {Home.MEMORY: 1 / (1 / memory + 1 / fresh)}
+    read, written = {Tier.MEMORY: memory}, {Tier.MEMORY: 1 / (1 / memory + 1 / fresh)}
     with SpillFolder() as folder:
-        homes: dict[Home, Callable[[], Store]] = {
-            Home.HOST: lambda: MemoryStore(spec, host, device),
-            Home.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], device),
+        tiers: dict[Tier, Callable[[], Store]] = {
+            Tier.HOST: lambda: MemoryStore(spec, host, device),
+            Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], device),
         }
-        for home, new in homes.items():
-            read[home], written[home] = _store(device, new())
+        for tier, new in tiers.items():
+            read[tier], written[tier] = _store(device, new())
         # Maps soon outgrow what the kernel buffers.
-        written[Home.DISK] = min(written[Home.DISK], _flushed(folder.path / "flushed"))
+        written[Tier.DISK] = min(written[Tier.DISK], _flushed(folder.path / "flushed"))
     return read, written
 
 
@@ -191,7 +191,7 @@ def _write(path: Path, known: dict[str, Any]) -> None:
 
 def _from_json(fields: dict[str, Any]) -> Rates:
     by_home = {
-        name: {Home(home): rate for home, rate in fields[name].items()}
+        name: {Tier(tier): rate for tier, rate in fields[name].items()}
         for name in ("read_bytes", "write_bytes")
     }
     return Rates(**{**fields, **by_home})

@@ -24,10 +24,10 @@ from streamcnn.graph.program import Program, differentiated
 from streamcnn.plan.plan import Plan, StepKind
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.planner import PlanRequest, make_plan
-from streamcnn.planning.search import SpillPlace
+from streamcnn.planning.search import SpillTier
 from streamcnn.runtime.calibration import rates_for
 
 CONTEXT_BYTES = 960 * 2**20
@@ -45,8 +45,8 @@ class Machine:
     """What a plan is made for."""
 
     rates: Rates
-    places: tuple[SpillPlace, ...]
-    """Where maps go that the device's memory has no room for, the fastest place first."""
+    spill_tiers: tuple[SpillTier, ...]
+    """Where maps go that the device's memory has no room for, the fastest tier first."""
     reserved: int
     """Bytes of the budget that are taken before a pass begins."""
     libraries: Libraries
@@ -54,11 +54,11 @@ class Machine:
     @classmethod
     def here(cls, device: torch.device) -> Machine:
         """This machine, computing on ``device``; its rates are measured if they never were."""
-        places: tuple[SpillPlace, ...] = (SpillPlace(Home.DISK),)
+        spill_tiers: tuple[SpillTier, ...] = (SpillTier(Tier.DISK),)
         if device.type != "cpu":
-            places = (SpillPlace(Home.HOST), *places)
+            spill_tiers = (SpillTier(Tier.HOST), *spill_tiers)
         libraries = Libraries.card() if device.type == "cuda" else Libraries.host(torch.get_num_threads())
-        return cls(rates_for(device), places, reserved_bytes(device), libraries)
+        return cls(rates_for(device), spill_tiers, reserved_bytes(device), libraries)
 
     @classmethod
     def card(cls, net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
@@ -75,7 +75,7 @@ class Machine:
         buffers = sum(b.nbytes for b in net.buffers())
         return cls(
             rates=NOMINAL["cuda"],
-            places=(SpillPlace(Home.HOST, host_bytes), SpillPlace(Home.DISK)),
+            spill_tiers=(SpillTier(Tier.HOST, host_bytes), SpillTier(Tier.DISK)),
             reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
             libraries=Libraries.card(),
         )
@@ -207,7 +207,7 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
         target=wish.target,
         tile=wish.tile,
         reserved=machine.reserved,
-        places=machine.places,
+        spill_tiers=machine.spill_tiers,
         rates=machine.rates,
         libraries=machine.libraries,
         tail=wish.tail,

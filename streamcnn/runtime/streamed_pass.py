@@ -22,7 +22,7 @@ from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import Plan, StepKind
-from streamcnn.plan.storage import Home
+from streamcnn.plan.storage import Tier
 from streamcnn.runtime.planning import Planned
 from streamcnn.runtime.report import Report
 from streamcnn.stores import (
@@ -357,7 +357,7 @@ def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None
 
 def _check_disk(plan: Plan, spill: Path | None) -> None:
     """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
-    needed = plan.bytes_on(Home.DISK)
+    needed = plan.bytes_on(Tier.DISK)
     if needed:
         # What killed processes have left takes no room from this one.
         remove_abandoned(spill)
@@ -392,12 +392,12 @@ class _Stores:
         self._device = device
         self._folder: SpillFolder | None = None
 
-    def open(self, spec: StoreSpec, home: Home, tile: tuple[int, int]) -> Store:
-        """An empty store in ``home``."""
-        if home is Home.DISK:
+    def open(self, spec: StoreSpec, tier: Tier, tile: tuple[int, int]) -> Store:
+        """An empty store in ``tier``."""
+        if tier is Tier.DISK:
             self._folder = self._folder or SpillFolder(self._parent)
             return ZarrStore(spec, self._folder.new_folder(), tile, self._device)
-        return MemoryStore(spec, torch.device("cpu") if home is Home.HOST else self._device, self._device)
+        return MemoryStore(spec, torch.device("cpu") if tier is Tier.HOST else self._device, self._device)
 
     def close(self) -> None:
         """Remove the folder on disk, if there is one."""
