@@ -15,10 +15,10 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import moments
-from streamcnn.planning.options import Options
-from streamcnn.planning.search import Candidate, Search, SpillTier
+from streamcnn.planning.search import Search, Solution, SpillTier
 from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
@@ -75,7 +75,7 @@ NETS = {
 
 def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
     program, wanted = traced(net, SHAPE)
-    return Search(Options(program, wanted, rates, None, LIBRARIES), budget, (SpillTier(Tier.DISK),))
+    return Search(TilingCandidates(program, wanted, rates, None, LIBRARIES), budget, (SpillTier(Tier.DISK),))
 
 
 def stagings(program: Program) -> Iterator[Staging]:
@@ -92,8 +92,8 @@ def stagings(program: Program) -> Iterator[Staging]:
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
     """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    small = SmallBytes(search.program, staging, search.options.differentiated, LIBRARIES)
-    ways = [search.options.of(stage) for stage in staging.stages]
+    small = SmallBytes(search.program, staging, search.tilings.differentiated, LIBRARIES)
+    ways = [search.tilings.of(stage) for stage in staging.stages]
     table = search._table(staging)
     names = sorted(staging.stored)
     for tiers in itertools.product((Tier.MEMORY, Tier.DISK), repeat=len(names)):
@@ -101,21 +101,21 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
         stored = StoredBytes(stores, staging.levels)
         for chosen in itertools.product(*ways):
             moved = {name: each for row in table.rows for name, each in row.outputs.items()}
-            for option in chosen:
-                for name, traffic in option.moved.items():
+            for tiling in chosen:
+                for name, traffic in tiling.moved.items():
                     moved[name] += traffic
-            disk = sum(moved[name].seconds(search.options.rates, stores[name].tier) for name in names)
+            disk = sum(moved[name].seconds(search.tilings.rates, stores[name].tier) for name in names)
             for reuses_heap in (False,) if Tier.DISK in tiers else (True, False):
-                tiled = [option.tiled for option in chosen]
+                tiled = [tiling.tiled for tiling in chosen]
                 nbytes = max(m.nbytes for m in moments(tiled, small, stored, reuses_heap=reuses_heap))
                 seconds = disk + sum(
-                    option.time.seconds + (0 if reuses_heap else option.time.fresh_seconds)
-                    for option in chosen
+                    tiling.time.seconds + (0 if reuses_heap else tiling.time.fresh_seconds)
+                    for tiling in chosen
                 )
                 yield nbytes, seconds
 
 
-def found_by(search: Search) -> Candidate:
+def found_by(search: Search) -> Solution:
     return search.improved(search.best([divide(search.program)]))
 
 

@@ -13,7 +13,7 @@ from programs import programs
 from torch import Tensor, nn
 
 from streamcnn.graph.program import Kind, Program
-from streamcnn.planning.cuts import choose_cuts
+from streamcnn.planning.split_points import choose_cuts
 from streamcnn.planning.staging import Staging, assign_levels, divide
 from streamcnn.planning.tiling import Outline, cut, grid
 

@@ -17,13 +17,13 @@ from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
-from streamcnn.planning.cuts import choose_cuts
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, moments
-from streamcnn.planning.options import Options
-from streamcnn.planning.search import Candidate, Search, SpillTier
+from streamcnn.planning.search import Search, Solution, SpillTier
 from streamcnn.planning.small_bytes import plain_bytes, total_bytes
+from streamcnn.planning.split_points import choose_cuts
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import share
 
@@ -82,11 +82,11 @@ def make_plan(
     attempts = [whole]
     if request.tail:
         attempts += [
-            _Attempt.of(retrace(tail.start), request, differentiate, tail, whole.search.options)
+            _Attempt.of(retrace(tail.start), request, differentiate, tail, whole.search.tilings)
             for tail in _tails(whole, request)
         ]
     best = min(attempts, key=lambda attempt: attempt.rank)
-    best = replace(best, candidate=best.search.improved(best.candidate))
+    best = replace(best, solution=best.search.improved(best.solution))
     return best.search.program, best.plan(request, whole)
 
 
@@ -106,7 +106,7 @@ class _Attempt:
     """The search over one program and what it found."""
 
     search: Search
-    candidate: Candidate
+    solution: Solution
     tail: _Tail | None
 
     @classmethod
@@ -116,13 +116,13 @@ class _Attempt:
         request: PlanRequest,
         differentiate: Callable[[Program], frozenset[str]],
         tail: _Tail | None,
-        known: Options | None = None,
+        known: TilingCandidates | None = None,
     ) -> _Attempt:
-        """The best candidate that only spills."""
+        """The best solution that only spills."""
         tile = request.tile
         if tile is None and request.room is None:
             tile = (DEFAULT_EDGE, DEFAULT_EDGE)
-        options = Options(
+        tilings = TilingCandidates(
             program,
             differentiate(program),
             request.rates,
@@ -131,46 +131,46 @@ class _Attempt:
             known,
             reading=request.reading,
         )
-        search = Search(options, request.room, request.spill_tiers)
+        search = Search(tilings, request.room, request.spill_tiers)
         return cls(search, search.best(_stagings(program, tile)), tail)
 
     @property
     def seconds(self) -> float:
         """Projected time, the tail's included; what runs on whole maps in any case is left out."""
-        return self.candidate.seconds + (self.tail.seconds if self.tail else 0.0)
+        return self.solution.seconds + (self.tail.seconds if self.tail else 0.0)
 
     @property
     def rank(self) -> tuple[bool, float]:
         """Smaller is better."""
-        fits = self.candidate.fits
-        return not fits, self.seconds if fits else self.candidate.nbytes
+        fits = self.solution.fits
+        return not fits, self.seconds if fits else self.solution.nbytes
 
     def plan(self, request: PlanRequest, whole: _Attempt) -> Plan:
         """The frozen plan; ``whole`` is the attempt without a tail, whose program has every operator."""
-        candidate, options = self.candidate, self.search.options
-        program, staging, differentiated = options.program, candidate.staging, options.differentiated
-        stores = _with_tiles(candidate)
-        tiled = tuple(option.tiled for option in candidate.options)
+        solution, tilings = self.solution, self.search.tilings
+        program, staging, differentiated = tilings.program, solution.staging, tilings.differentiated
+        stores = _with_tiles(solution)
+        tiled = tuple(tiling.tiled for tiling in solution.tilings)
         worst = max(
             moments(
                 tiled,
                 self.search.small_bytes(staging),
                 StoredBytes(stores, staging.levels),
-                reuses_heap=candidate.reuses_heap,
+                reuses_heap=solution.reuses_heap,
             ),
             key=lambda moment: moment.nbytes,
         )
-        assert worst.nbytes == candidate.nbytes, (worst, candidate.nbytes)
-        everything, training = whole.search.options, bool(request.leaves)
+        assert worst.nbytes == solution.nbytes, (worst, solution.nbytes)
+        everything, training = whole.search.tilings, bool(request.leaves)
         resident = resident_time(everything.program, everything.differentiated, request.rates)
         plain = plain_time(everything.works, request.rates, backward=training) + resident
-        flops = sum(option.time.flops for option in candidate.options) + resident.flops
+        flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
         flops += self.tail.flops if self.tail else 0
         return Plan(
             image_shape=request.image_shape,
             dtype=request.dtype,
             training=training,
-            tile=_tile(program, request, candidate),
+            tile=_tile(program, request, solution),
             phases=tuple(
                 each.phase(differentiated=is_differentiated(each.stage, differentiated)) for each in tiled
             ),
@@ -179,7 +179,7 @@ class _Attempt:
             levels=dict(staging.levels),
             differentiated=differentiated,
             budget=request.budget,
-            reuses_heap=candidate.reuses_heap,
+            reuses_heap=solution.reuses_heap,
             terms=(*_reserved(request), *worst.terms),
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
@@ -230,21 +230,21 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
     # Without what libraries take for a step: a tail has its own.
     backward = bool(request.leaves)
     steps = [
-        option.nbytes - total_bytes(library_terms(option.tiled.outline, request.libraries, backward=backward))
-        for option in whole.candidate.options
+        tiling.nbytes - total_bytes(library_terms(tiling.tiled.outline, request.libraries, backward=backward))
+        for tiling in whole.solution.tilings
     ]
     largest = max(steps, default=0)
     allowed = [largest]
-    if request.room is not None and request.tile is None and whole.candidate.fits:
-        allowed.append(largest + request.room - whole.candidate.nbytes)
+    if request.room is not None and request.tile is None and whole.solution.fits:
+        allowed.append(largest + request.room - whole.solution.nbytes)
     tails = {tail.start: tail for nbytes in allowed if (tail := _tail(whole, nbytes)) is not None}
     return iter(tails.values())
 
 
 def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
     """The longest tail whose maps together take no more than ``allowed`` bytes."""
-    options = whole.search.options
-    nodes = [node for node in options.program.nodes.values() if node.kind is Kind.LOCAL]
+    tilings = whole.search.tilings
+    nodes = [node for node in tilings.program.nodes.values() if node.kind is Kind.LOCAL]
     total, length = 0, 0
     for node in reversed(nodes):
         total += TAIL_COPIES * node.nbytes
@@ -253,28 +253,28 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
         length += 1
     if not length:
         return None
-    works = {node.name: options.works[node.name] for node in nodes[-length:]}
-    time = plain_time(works, options.rates, backward=bool(options.differentiated))
+    works = {node.name: tilings.works[node.name] for node in nodes[-length:]}
+    time = plain_time(works, tilings.rates, backward=bool(tilings.differentiated))
     return _Tail(nodes[-length].name.partition(".")[0], time.seconds, time.flops)
 
 
-def _with_tiles(candidate: Candidate) -> dict[str, StorePlan]:
-    """The candidate's stores with the extents of the tiles that write them."""
+def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
+    """The solution's stores with the extents of the tiles that write them."""
     return {
-        name: replace(candidate.stores[name], tile=option.tiled.largest_own(name))
-        for option in candidate.options
-        for name in option.tiled.stage.stored
+        name: replace(solution.stores[name], tile=tiling.tiled.largest_own(name))
+        for tiling in solution.tilings
+        for name in tiling.tiled.stage.stored
     }
 
 
-def _tile(program: Program, request: PlanRequest, candidate: Candidate) -> tuple[int, int]:
+def _tile(program: Program, request: PlanRequest, solution: Solution) -> tuple[int, int]:
     """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
     height, width = program.nodes[program.image].size
     if request.tile is not None:
         return min(request.tile[0], height), min(request.tile[1], width)
-    if not candidate.options:
+    if not solution.tilings:
         return height, width
-    first = candidate.options[0].tiled
+    first = solution.tilings[0].tiled
     return share(height, first.rows.num_parts), share(width, first.cols.num_parts)
 
 

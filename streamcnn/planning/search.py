@@ -1,9 +1,9 @@
 """The search for the fastest plan of one program: tiles, stores and recomputation under a budget.
 
-A candidate is a staging (which maps are stored, where stretches are cut), the set of stored maps that are
+A solution is a staging (which maps are stored, where stretches are cut), the set of stored maps that are
 spilled, and whether the C library reuses freed blocks. Given these, phases are independent of each other:
 each takes the tiles with the least projected time among those whose steps fit into what the budget leaves
-at that moment. What remains is a search over candidates: the spilled maps are first the cheapest ones to
+at that moment. What remains is a search over solutions: the spilled maps are first the cheapest ones to
 spill, as few as let a plan fit or some more; then, one by one, a spilled map is brought back or computed
 again instead, wherever that is faster.
 """
@@ -19,11 +19,11 @@ from itertools import combinations, product
 import numpy as np
 
 from streamcnn.plan.storage import StorePlan, Tier
+from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, Ints, StageRow
+from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.memory_model import reuse_waste
-from streamcnn.planning.options import Option, Options
 from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Stage, Staging, gathered, recompute
-from streamcnn.planning.table import Ints, StageRow, Table, Weighed
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """How many times the fewest spilled maps are tried: more of them leave room for larger tiles."""
@@ -34,9 +34,9 @@ THOROUGH = 8
 _AGAIN_BACKWARD = 4
 """Passes over a map's operators that are added where its readers differentiate them too, at least."""
 CHOICE_ROUNDS = 16
-"""How often options are chosen anew where they do not fit, at most."""
+"""How often candidates are chosen anew where they do not fit, at most."""
 KERNEL_ROUNDS = 4
-"""How often options are chosen anew for what the last ones hold of kernels, at most."""
+"""How often candidates are chosen anew for what the last ones hold of kernels, at most."""
 _ANY = 2**62
 _TABLES = 16
 """Tables kept; the search goes to and fro between a staging and one with a map less."""
@@ -60,7 +60,7 @@ class SpillTier:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Candidate:
+class Solution:
     """A complete choice with its projected time and bytes."""
 
     base: Staging
@@ -69,7 +69,7 @@ class Candidate:
     """Maps that it stores and that are computed again instead."""
     staging: Staging
     stores: Mapping[str, StorePlan]
-    options: tuple[Option, ...]
+    tilings: tuple[TilingCandidate, ...]
     """How each stage is cut."""
     reuses_heap: bool
     seconds: float
@@ -88,24 +88,26 @@ class Candidate:
 
 
 class Search:
-    """Candidates of one program under a budget (bytes; ``None`` for no ceiling)."""
+    """Solutions of one program under a budget (bytes; ``None`` for no ceiling)."""
 
-    def __init__(self, options: Options, budget: int | None, spill_tiers: Sequence[SpillTier]) -> None:
-        self.options = options
+    def __init__(
+        self, tilings: TilingCandidates, budget: int | None, spill_tiers: Sequence[SpillTier]
+    ) -> None:
+        self.tilings = tilings
         self.budget = budget
         self.spill_tiers = spill_tiers
-        self.program = options.program
+        self.program = tilings.program
         self._whole = gathered(self.program)
         self._small: tuple[Mapping[str, int], SmallBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str]], Staging] = {}
-        self._tables: dict[Staging, Table] = {}
+        self._tables: dict[Staging, CandidateTable] = {}
 
-    def best(self, stagings: Iterable[Staging]) -> Candidate:
-        """The best of the candidates that only spill, over all stagings."""
+    def best(self, stagings: Iterable[Staging]) -> Solution:
+        """The best of the solutions that only spill, over all stagings."""
         return min((c for staging in stagings for c in self._spilling(staging)), key=lambda c: c.rank)
 
-    def improved(self, found: Candidate) -> Candidate:
+    def improved(self, found: Solution) -> Solution:
         """``found`` with maps kept elsewhere, or computed again, wherever that is faster.
 
         Where few maps can be stored, pairs of them are moved together too.
@@ -125,7 +127,7 @@ class Search:
                 break
         return found
 
-    def _moved(self, found: Candidate, names: tuple[str, ...], thorough: bool) -> Iterator[Candidate]:
+    def _moved(self, found: Solution, names: tuple[str, ...], thorough: bool) -> Iterator[Solution]:
         """``found`` with each of ``names`` in memory, spilled or computed again, as far as that may pay."""
         for fates in product(_Fate, repeat=len(names)):
             by_fate = {fate: {n for n, f in zip(names, fates, strict=True) if f is fate} for fate in _Fate}
@@ -137,16 +139,16 @@ class Search:
             ):
                 continue
             for reuses_heap in (True, False) if thorough else (found.reuses_heap,):
-                yield self.candidate(
+                yield self.solution(
                     found.base,
                     (found.again - set(names)) | again,
                     (found.spilled - set(names)) | by_fate[_Fate.SPILLED],
                     reuses_heap=reuses_heap,
                 )
 
-    def _may_pay(self, found: Candidate, name: str) -> bool:
+    def _may_pay(self, found: Solution, name: str) -> bool:
         """Whether computing a map again can be faster than moving it, halos left out."""
-        nodes, rates = self.program.nodes, self.options.rates
+        nodes, rates = self.program.nodes, self.tilings.rates
         pending, chain = [name], dict[str, None]()
         while pending:
             place = pending.pop()
@@ -155,24 +157,24 @@ class Search:
                 continue
             chain[place] = None
             pending.extend(local.links)
-        again = sum(self.options.works[each].seconds(rates) for each in chain)
+        again = sum(self.tilings.works[each].seconds(rates) for each in chain)
         moved, passes = 0.0, 1
-        for option, row in zip(found.options, self._table(found.staging).rows, strict=True):
-            for traffic in (option.moved.get(name), row.outputs.get(name)):
+        for tiling, row in zip(found.tilings, self._table(found.staging).rows, strict=True):
+            for traffic in (tiling.moved.get(name), row.outputs.get(name)):
                 moved += 0.0 if traffic is None else traffic.seconds(rates, found.stores[name].tier)
-            if name in row.outputs and row.is_differentiated and option.tiled.stage.reductions:
+            if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions:
                 # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
                 passes = _AGAIN_BACKWARD
         return passes * again < moved
 
-    def _spilling(self, staging: Staging) -> Iterator[Candidate]:
-        """Candidates of a staging with maps spilled in the order of what that costs per byte."""
+    def _spilling(self, staging: Staging) -> Iterator[Solution]:
+        """Solutions of a staging with maps spilled in the order of what that costs per byte."""
         order = self._spill_order(staging)
 
-        def spill(count: int) -> Candidate:
-            return self.candidate(staging, frozenset(), frozenset(order[:count]), reuses_heap=False)
+        def spill(count: int) -> Solution:
+            return self.solution(staging, frozenset(), frozenset(order[:count]), reuses_heap=False)
 
-        yield self.candidate(staging, frozenset(), frozenset(), reuses_heap=True)
+        yield self.solution(staging, frozenset(), frozenset(), reuses_heap=True)
         fewest = _fewest(len(order), lambda count: spill(count).fits)
         counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
         for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
@@ -184,15 +186,15 @@ class Search:
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
-            seconds = moved[name].seconds(self.options.rates, tier)
+            seconds = moved[name].seconds(self.tilings.rates, tier)
             # Rounded, so that of equally dear ones the larger comes first.
             return float(f"{seconds / nbytes:.3g}"), -nbytes, name
 
         return sorted(staging.stored, key=price)
 
-    def candidate(
+    def solution(
         self, base: Staging, again: frozenset[str], spilled: frozenset[str], *, reuses_heap: bool
-    ) -> Candidate:
+    ) -> Solution:
         """The fastest tiles that fit, given what is stored where.
 
         Parameters
@@ -209,18 +211,18 @@ class Search:
         staging = self._staging(base, again)
         table, small = self._table(staging), self.small_bytes(staging)
         stores = table.stores(self._tiers(staging, spilled))
-        weighed = table.weigh(stores, small, self.options.rates, reuses_heap=reuses_heap)
+        scores = table.score(stores, small, self.tilings.rates, reuses_heap=reuses_heap)
         choices = (
-            _choose(weighed, small.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
+            _choose(scores, small.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
             for heap in (table.heaps if reuses_heap else (_ANY,))
         )
         choice = min(choices, key=lambda choice: choice.rank)
-        return Candidate(
+        return Solution(
             base=base,
             again=again,
             staging=staging,
             stores=stores,
-            options=tuple(row.options[i] for row, i in zip(table.rows, choice.indices, strict=True)),
+            tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
             reuses_heap=reuses_heap,
             seconds=choice.seconds,
             nbytes=choice.nbytes,
@@ -238,17 +240,17 @@ class Search:
             self._stagings[key] = staging
         return self._stagings[key]
 
-    def _table(self, staging: Staging) -> Table:
+    def _table(self, staging: Staging) -> CandidateTable:
         if staging not in self._tables:
             if len(self._tables) >= _TABLES:
                 self._tables.pop(next(iter(self._tables)))
             rows = tuple(self._row(stage) for stage in staging.stages)
-            self._tables[staging] = Table.of(self.program, staging, rows)
+            self._tables[staging] = CandidateTable.of(self.program, staging, rows)
         return self._tables[staging]
 
     def _row(self, stage: Stage) -> StageRow:
         if stage not in self._rows:
-            self._rows[stage] = StageRow.of(self.options, stage)
+            self._rows[stage] = StageRow.of(self.tilings, stage)
         return self._rows[stage]
 
     def _tiers(self, staging: Staging, spilled: frozenset[str]) -> dict[str, Tier]:
@@ -268,9 +270,9 @@ class Search:
         """What is not cut into tiles, worked out once for a staging and all that compute more of it again."""
         # Computing a map again changes stages, not levels or segments.
         if self._small is None or self._small[0] is not staging.levels:
-            options = self.options
+            tilings = self.tilings
             small = SmallBytes(
-                self.program, staging, options.differentiated, options.libraries, options.reading
+                self.program, staging, tilings.differentiated, tilings.libraries, tilings.reading
             )
             self._small = (staging.levels, small)
         return self._small[1]
@@ -278,7 +280,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Which option each stage takes, and what comes of it."""
+    """Which candidate each stage takes, and what comes of it."""
 
     indices: tuple[int, ...]
     seconds: float
@@ -291,8 +293,10 @@ class _Choice:
         return not self.fits, self.seconds if self.fits else self.nbytes
 
 
-def _choose(weighed: Weighed, tail_heap: int, heap: int, budget: int | None, *, reuses_heap: bool) -> _Choice:
-    """For each stage the fastest option that fits, where steps hold no more than ``heap`` reusable bytes.
+def _choose(
+    scores: CandidateScores, tail_heap: int, heap: int, budget: int | None, *, reuses_heap: bool
+) -> _Choice:
+    """For each stage the fastest candidate that fits, where steps hold no more than ``heap`` reusable bytes.
 
     If not all fit, what takes less is looked for until nothing is found.
     """
@@ -300,7 +304,7 @@ def _choose(weighed: Weighed, tail_heap: int, heap: int, budget: int | None, *, 
     room = allowed
     best: _Choice | None = None
     for _ in range(CHOICE_ROUNDS):
-        choice = _choose_once(weighed, tail_heap, heap, room, reuses_heap=reuses_heap)
+        choice = _choose_once(scores, tail_heap, heap, room, reuses_heap=reuses_heap)
         if best is not None and choice.nbytes >= best.nbytes:
             break
         best = choice
@@ -312,35 +316,35 @@ def _choose(weighed: Weighed, tail_heap: int, heap: int, budget: int | None, *, 
 
 
 def _choose_once(
-    weighed: Weighed, tail_heap: int, heap: int, allowed: float, *, reuses_heap: bool
+    scores: CandidateScores, tail_heap: int, heap: int, allowed: float, *, reuses_heap: bool
 ) -> _Choice:
-    """For each stage the fastest option that fits; what is held of kernels depends on all of them."""
-    num_stages = len(weighed.seconds)
+    """For each stage the fastest candidate that fits; what is held of kernels depends on all of them."""
+    num_stages = len(scores.seconds)
     room = allowed - (reuse_waste(heap, tail_heap, num_stages) if reuses_heap else 0)
-    kernels, choice = weighed.kernels(None), None
+    kernels, choice = scores.kernels(None), None
     for _ in range(KERNEL_ROUNDS):
-        before, choice = choice, _fastest(weighed, weighed.peaks(kernels), heap, room)
+        before, choice = choice, _fastest(scores, scores.peaks(kernels), heap, room)
         if before is not None and np.array_equal(before, choice):
             break
-        kernels = weighed.kernels(choice)
+        kernels = scores.kernels(choice)
     assert choice is not None
     rows = np.arange(len(choice))
-    phases = int(weighed.peaks(kernels)[rows, choice].max(initial=0))
-    nbytes = max(phases, weighed.tail_peak(kernels), weighed.opening)
+    phases = int(scores.peaks(kernels)[rows, choice].max(initial=0))
+    nbytes = max(phases, scores.tail_peak(kernels), scores.opening)
     if reuses_heap:
-        nbytes += reuse_waste(int(weighed.heap[rows, choice].max(initial=0)), tail_heap, num_stages)
+        nbytes += reuse_waste(int(scores.heap[rows, choice].max(initial=0)), tail_heap, num_stages)
     return _Choice(
         indices=tuple(choice.tolist()),
-        seconds=float(weighed.seconds[rows, choice].sum()) + weighed.outputs,
+        seconds=float(scores.seconds[rows, choice].sum()) + scores.outputs,
         nbytes=nbytes,
         fits=nbytes <= allowed,
     )
 
 
-def _fastest(weighed: Weighed, peaks: Ints, heap: int, room: float) -> Ints:
-    """By stage: the fastest option that fits; where none does, the smallest."""
-    fitting = (peaks <= room) & (weighed.heap <= heap)
-    seconds = np.where(fitting, weighed.seconds, np.inf)
+def _fastest(scores: CandidateScores, peaks: Ints, heap: int, room: float) -> Ints:
+    """By stage: the fastest candidate that fits; where none does, the smallest."""
+    fitting = (peaks <= room) & (scores.heap <= heap)
+    seconds = np.where(fitting, scores.seconds, np.inf)
     choice: Ints = np.where(fitting.any(axis=1), seconds.argmin(axis=1), peaks.argmin(axis=1))
     return choice
 

@@ -1,4 +1,4 @@
-"""The ways to cut one stage into tiles, each with its projected time and bytes."""
+"""Tiling candidates: the ways to cut one stage into tiles, each with its projected time and bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ save nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Option:
+class TilingCandidate:
     """One way to cut a stage."""
 
     tiled: TiledStage
@@ -43,7 +43,7 @@ class Option:
         return max(self.forward, self.backward)
 
 
-class Options:
+class TilingCandidates:
     """All ways to cut the stages of a program, worked out once each."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Options:
         rates: Rates,
         tile: tuple[int, int] | None,
         libraries: Libraries,
-        known: Options | None = None,
+        known: TilingCandidates | None = None,
         *,
         reading: BatchCost = NO_READING,
     ) -> None:
@@ -64,9 +64,9 @@ class Options:
         self.reading = reading
         self.works: Mapping[str, Work] = all_works(program)
         self._tile = tile
-        self._known: dict[Stage, tuple[Option, ...]] = {} if known is None else dict(known._known)
+        self._known: dict[Stage, tuple[TilingCandidate, ...]] = {} if known is None else dict(known._known)
 
-    def of(self, stage: Stage) -> tuple[Option, ...]:
+    def of(self, stage: Stage) -> tuple[TilingCandidate, ...]:
         """The ways to cut ``stage``, the coarsest first."""
         found = self._known.get(stage)
         if found is None or not self._is_same(found[0].tiled.outline):
@@ -78,15 +78,15 @@ class Options:
         names = (*outline.stage.nodes, *outline.stage.inputs)
         return all(outline.program.nodes[name] is self.program.nodes[name] for name in names)
 
-    def _all(self, outline: Outline) -> Iterator[Option]:
+    def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
         # Smaller tiles take no less of that.
         fine = FINE_BYTES + total_bytes(
             library_terms(outline, self.libraries, backward=self._visits(outline))
         )
         for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
-            option = self._option(outline, parts)
-            yield option
-            if option.nbytes <= fine:
+            tiling = self._tiling(outline, parts)
+            yield tiling
+            if tiling.nbytes <= fine:
                 return
 
     def _visits(self, outline: Outline) -> bool:
@@ -103,11 +103,11 @@ class Options:
             if edge < max(height, width):
                 yield min(edge, height), min(edge, width)
 
-    def _option(self, outline: Outline, parts: Parts) -> Option:
+    def _tiling(self, outline: Outline, parts: Parts) -> TilingCandidate:
         tiled = cut(outline, parts)
         backward = self._visits(outline)
         forward, after = steps(tiled, self.libraries, self.reading, backward=backward)
-        return Option(
+        return TilingCandidate(
             tiled,
             time=stage_time(tiled, self.works, self.rates, backward=backward),
             forward=forward.nbytes,

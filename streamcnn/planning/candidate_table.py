@@ -1,4 +1,4 @@
-"""All ways to cut all stages of a staging as arrays, so that a choice of stores is weighed in one go."""
+"""All ways to cut all stages of a staging as arrays, so that a choice of stores is scored in one go."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
 from streamcnn.planning.libraries import KernelBytes
 from streamcnn.planning.memory_model import fresh_waste, is_differentiated
-from streamcnn.planning.options import Option, Options
 from streamcnn.planning.small_bytes import SmallBytes, total_bytes
 from streamcnn.planning.staging import Stage, Staging
 
@@ -26,23 +26,23 @@ Floats = NDArray[np.float64]
 _FEWEST_HEAPS, _HEAP_TRIALS = 6, 96
 """How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
 _NEVER = 2**62
-"""Bytes of an option that a stage does not have."""
+"""Bytes of a candidate that a stage does not have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Weighed:
-    """Projected bytes and seconds of every option, given where maps are stored."""
+class CandidateScores:
+    """Projected bytes and seconds of every candidate, given where maps are stored."""
 
     forward: Ints
-    """(stages, options): bytes of a forward step with all that is held beside it but compiled kernels."""
+    """(stages, candidates): bytes of a forward step with all that is held beside it but compiled kernels."""
     backward: Ints
     """The same of a backward step; 0 if there is none."""
     num_kernels: Ints
-    """(stages, options): kernels that the stage compiles in a forward pass."""
+    """(stages, candidates): kernels that the stage compiles in a forward pass."""
     heap: Ints
-    """(stages, options): bytes of it in blocks that the C library may keep when they are freed."""
+    """(stages, candidates): bytes of it in blocks that the C library may keep when they are freed."""
     seconds: Floats
-    """(stages, options): time of the stage, its inputs' stores included."""
+    """(stages, candidates): time of the stage, its inputs' stores included."""
     outputs: float
     """Seconds of what stages move however they are cut."""
     tail: int
@@ -54,7 +54,7 @@ class Weighed:
     small: SmallBytes
 
     def kernels(self, choice: Ints | None) -> KernelBytes:
-        """What is kept of kernels where each stage takes the option of ``choice``; that of none if None."""
+        """What is kept of kernels where each stage takes the candidate of ``choice``; that of none if None."""
         num_levels = len(self.small.num_kernels)
         if choice is None:
             return self.small.kernels(np.zeros(num_levels, np.int64))
@@ -62,7 +62,7 @@ class Weighed:
         return self.small.kernels(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
 
     def peaks(self, kernels: KernelBytes) -> Ints:
-        """(stages, options): bytes of the stage's worst step with all that is held beside it."""
+        """(stages, candidates): bytes of the stage's worst step with all that is held beside it."""
         forward = self.forward + kernels.forward_bytes[self.levels, None]
         backward = self.backward + kernels.backward_bytes[self.levels, None]
         peaks: Ints = np.maximum(forward, np.where(self.backward > 0, backward, 0))
@@ -75,9 +75,9 @@ class Weighed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageRow:
-    """The options of one stage as arrays of one entry per option."""
+    """The candidates of one stage as arrays of one entry for each."""
 
-    options: tuple[Option, ...]
+    tilings: tuple[TilingCandidate, ...]
     forward: Ints
     backward: Ints
     heap: Ints
@@ -85,27 +85,27 @@ class StageRow:
     seconds: Mapping[bool, Floats]
     """By whether the C library reuses freed blocks."""
     inputs: tuple[str, ...]
-    """Stored inputs; what follows are arrays (inputs, options)."""
+    """Stored inputs; what follows are arrays (inputs, candidates)."""
     read: Ints
     written: Ints
     outputs: Mapping[str, Traffic]
     is_differentiated: bool
 
     @classmethod
-    def of(cls, options: Options, stage: Stage) -> StageRow:
+    def of(cls, tilings: TilingCandidates, stage: Stage) -> StageRow:
         """The row of a stage."""
-        found = options.of(stage)
+        found = tilings.of(stage)
         inputs = tuple(found[0].moved)
-        moved = [[option.moved[name] for option in found] for name in inputs]
+        moved = [[tiling.moved[name] for tiling in found] for name in inputs]
         shape = (len(inputs), len(found))
-        times = [option.time for option in found]
-        backward = is_differentiated(stage, options.differentiated)
+        times = [tiling.time for tiling in found]
+        backward = is_differentiated(stage, tilings.differentiated)
         return cls(
-            options=found,
-            forward=np.array([option.forward for option in found], np.int64),
-            backward=np.array([option.backward for option in found], np.int64),
-            heap=np.array([option.heap for option in found], np.int64),
-            num_kernels=np.array([option.tiled.num_kernels for option in found], np.int64),
+            tilings=found,
+            forward=np.array([tiling.forward for tiling in found], np.int64),
+            backward=np.array([tiling.backward for tiling in found], np.int64),
+            heap=np.array([tiling.heap for tiling in found], np.int64),
+            num_kernels=np.array([tiling.tiled.num_kernels for tiling in found], np.int64),
             seconds={
                 True: np.array([time.seconds for time in times]),
                 False: np.array([time.seconds + time.fresh_seconds for time in times]),
@@ -113,14 +113,14 @@ class StageRow:
             inputs=inputs,
             read=np.array([[each.read for each in row] for row in moved], np.int64).reshape(shape),
             written=np.array([[each.written for each in row] for row in moved], np.int64).reshape(shape),
-            outputs=output_traffic(options.program, stage, backward=backward),
+            outputs=output_traffic(tilings.program, stage, backward=backward),
             is_differentiated=backward,
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Table:
-    """The options of every stage of a staging; arrays are (stages, options), padded at the right."""
+class CandidateTable:
+    """The candidates of every stage of a staging; arrays are (stages, candidates), padded at the right."""
 
     staging: Staging
     rows: tuple[StageRow, ...]
@@ -130,7 +130,7 @@ class Table:
     num_kernels: Ints
     seconds: Mapping[bool, Floats]
     inputs: tuple[str, ...]
-    """Which map is read, by row of the arrays (inputs, options) that follow."""
+    """Which map is read, by row of the arrays (inputs, candidates) that follow."""
     reader: Ints
     """Which stage reads it."""
     read: Ints
@@ -141,9 +141,9 @@ class Table:
     """For each stored map the level of its last reader, and whether the backward pass needs it."""
 
     @classmethod
-    def of(cls, program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> Table:
+    def of(cls, program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> CandidateTable:
         """The table of a staging with the rows of its stages."""
-        width = max((len(row.options) for row in rows), default=1)
+        width = max((len(row.tilings) for row in rows), default=1)
         heap = _padded([row.heap for row in rows], width, 0)
         return cls(
             staging=staging,
@@ -183,14 +183,14 @@ class Table:
         """What a pass moves of each stored map with every stage cut coarsest."""
         moved = {name: traffic for row in self.rows for name, traffic in row.outputs.items()}
         for row in self.rows:
-            for name, traffic in row.options[0].moved.items():
+            for name, traffic in row.tilings[0].moved.items():
                 moved[name] += traffic
         return moved
 
-    def weigh(
+    def score(
         self, stores: Mapping[str, StorePlan], small: SmallBytes, rates: Rates, *, reuses_heap: bool
-    ) -> Weighed:
-        """Bytes and seconds of every option with maps stored as in ``stores``."""
+    ) -> CandidateScores:
+        """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
         levels = np.array([stage.level for stage in self.staging.stages], np.int64)
         before = stored.forward_bytes[levels] + small.forward_bytes[levels]
@@ -205,7 +205,7 @@ class Table:
             for row in self.rows
             for name, moved in row.outputs.items()
         )
-        return Weighed(
+        return CandidateScores(
             forward=before[:, None] + forward,
             backward=np.where(backward > 0, after[:, None] + backward, 0),
             num_kernels=self.num_kernels,
@@ -219,7 +219,7 @@ class Table:
         )
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], rates: Rates) -> Floats:
-        """(stages, options): projected time spent on the inputs' stores."""
+        """(stages, candidates): projected time spent on the inputs' stores."""
         tiers = [stores[name].tier for name in self.inputs]
         slowness = np.array([(1 / rates.read_bytes[h], 1 / rates.write_bytes[h]) for h in tiers])
         slowness = slowness.reshape(-1, 2)
