@@ -24,7 +24,7 @@ from streamcnn.planning.memory_model import (
 )
 from streamcnn.planning.small_bytes import SmallBytes, resident_step
 from streamcnn.planning.staging import Staging, divide
-from streamcnn.planning.tiling import Outline, TiledStage, cut
+from streamcnn.planning.tiling import Outline, TiledStage, tile_stage
 
 SHAPE = (2, 3, 40, 60)
 LIBRARIES = Libraries(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)
@@ -45,7 +45,7 @@ def make_net() -> nn.Sequential:
 def tiled_stages(parts: tuple[int, int]) -> tuple[Program, Staging, list[TiledStage]]:
     program = traced(make_net(), SHAPE)[0]
     staging = divide(program)
-    return program, staging, [cut(Outline.of(program, stage), parts) for stage in staging.stages]
+    return program, staging, [tile_stage(Outline.of(program, stage), parts) for stage in staging.stages]
 
 
 def terms_of(step: object) -> dict[str, int]:
@@ -113,7 +113,7 @@ class ChannelsMixed(nn.Module):
 def test_matrix_products_take_buffers_on_every_thread() -> None:
     program = traced(ChannelsMixed(), SHAPE)[0]
     (stage,) = divide(program).stages
-    forward, backward = steps(cut(Outline.of(program, stage), (2, 3)), LIBRARIES, backward=True)
+    forward, backward = steps(tile_stage(Outline.of(program, stage), (2, 3)), LIBRARIES, backward=True)
     assert backward is not None
     assert terms_of(forward)["buffers of matrix products"] == 2 * LIBRARIES.matrix_bytes
     # The gradients are products too, and find buffers there.

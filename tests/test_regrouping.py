@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Repeated, Same, Sliding
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.geometry.windows import cut, with_extents
+from streamcnn.geometry.windows import crop, with_extents
 from streamcnn.graph.ops.shape import moved_axes, regrouped
 
 Function = Callable[[Tensor], Tensor]
@@ -196,14 +196,14 @@ def test_a_tile_is_reshaped_like_the_whole(
     out = Region(*intervals)
     sizes = [move.size for move in moves]
     part = Region(*(m.link.required(i, n) for m, i, n in zip(moves, out, sizes, strict=True)))
-    at_hand = cut(whole, axes, Region.whole((sizes[0], sizes[1])), part)
+    at_hand = crop(whole, axes, Region.whole((sizes[0], sizes[1])), part)
     found = regrouped(at_hand, after, moves)
     covered = Region(*(m.link.result(p, i) for m, p, i in zip(moves, part, out, strict=True)))
     assert covered.contains(out)
     assert tuple(found.shape) == with_extents(after, places, covered.size)
     whole_after = Region.whole((after[places[0]], after[places[1]]))
-    expected = cut(whole.reshape(after), places, whole_after, out)
-    assert torch.equal(cut(found, places, covered, out), expected)
+    expected = crop(whole.reshape(after), places, whole_after, out)
+    assert torch.equal(crop(found, places, covered, out), expected)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from programs import programs
 from torch import Tensor, nn
 
 from streamcnn.graph.program import Kind, Program
-from streamcnn.planning.split_points import choose_cuts
+from streamcnn.planning.split_points import choose_split_points
 from streamcnn.planning.staging import Staging, assign_levels, divide
-from streamcnn.planning.tiling import Outline, cut, grid
+from streamcnn.planning.tiling import Outline, grid, tile_stage
 
 some = settings(max_examples=80)
 SHAPE = (2, 3, 32, 40)
@@ -26,8 +26,8 @@ def staged(draw: st.DrawFn) -> tuple[Program, set[str], Staging]:
     """A program, some places to cut it at, and how it is divided."""
     program = draw(programs())
     local = [node.name for node in program.nodes.values() if node.kind is Kind.LOCAL]
-    cuts = set(draw(st.lists(st.sampled_from(local), max_size=2)))
-    return program, cuts, divide(program, cuts)
+    split_points = set(draw(st.lists(st.sampled_from(local), max_size=2)))
+    return program, split_points, divide(program, split_points)
 
 
 @some
@@ -45,9 +45,9 @@ def test_levels_never_fall_and_rise_after_reductions(case: tuple[Program, set[st
 @some
 @given(staged())
 def test_what_follows_a_cut_is_in_a_later_phase(case: tuple[Program, set[str], Staging]) -> None:
-    program, cuts, staging = case
+    program, split_points, staging = case
     local = [node.name for node in program.nodes.values() if node.kind is Kind.LOCAL]
-    for place in cuts:
+    for place in split_points:
         before, after = local[: local.index(place) + 1], local[local.index(place) + 1 :]
         for later in after:
             assert staging.levels[later] > max(staging.levels[name] for name in before)
@@ -97,17 +97,17 @@ def test_what_is_gathered_is_stored(case: tuple[Program, set[str], Staging]) -> 
 @some
 @given(programs())
 def test_no_cuts_without_a_limit(program: Program) -> None:
-    assert choose_cuts(program, float("inf")) == frozenset()
+    assert choose_split_points(program, float("inf")) == frozenset()
 
 
 @some
 @given(programs(), st.integers(0, 30))
 def test_a_cut_follows_an_operator_of_the_phase_that_it_cuts(program: Program, limit: int) -> None:
-    cuts = choose_cuts(program, limit)
-    assert all(program.nodes[name].kind is Kind.LOCAL for name in cuts)
-    levels = assign_levels(program, cuts)
+    split_points = choose_split_points(program, limit)
+    assert all(program.nodes[name].kind is Kind.LOCAL for name in split_points)
+    levels = assign_levels(program, split_points)
     highest = max(levels.values(), default=0)
-    assert all(levels[name] < highest for name in cuts)
+    assert all(levels[name] < highest for name in split_points)
 
 
 # --- the blocks of networks ---------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_long_stretches_are_cut() -> None:
     net = nn.Sequential(*(nn.Conv2d(3, 3, 7, padding=3) for _ in range(12)), nn.AdaptiveAvgPool2d(1))
     program, plan = streaming_plan(net, (1, 3, 200, 200), 64)
     outlines = [Outline.of(program, stage) for stage in divide(program).stages]
-    uncut = [cut(outline, grid(outline, (64, 64))).phase(differentiated=True) for outline in outlines]
+    uncut = [tile_stage(outline, grid(outline, (64, 64))).phase(differentiated=True) for outline in outlines]
     assert len(uncut) == 1
     assert max(uncut[0].halo) >= 60
     assert len(plan.phases) > 3

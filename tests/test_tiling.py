@@ -10,7 +10,7 @@ from streamcnn.geometry.regions import Interval
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
 from streamcnn.planning.staging import Stage, divide
-from streamcnn.planning.tiling import Outline, cut, grid
+from streamcnn.planning.tiling import Outline, grid, tile_stage
 
 some = settings(max_examples=60)
 tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -19,7 +19,7 @@ tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))
 def phases(program: Program, tile: tuple[int, int]) -> list[tuple[Stage, Phase]]:
     """Every stage and its phase."""
     outlines = [Outline.of(program, stage) for stage in divide(program).stages]
-    tiled = [cut(outline, grid(outline, tile)) for outline in outlines]
+    tiled = [tile_stage(outline, grid(outline, tile)) for outline in outlines]
     return [(each.stage, each.phase(differentiated=False)) for each in tiled]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.execution.small_graph import SmallGraph
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import Axes, cut
+from streamcnn.geometry.windows import Axes, crop
 from streamcnn.graph.autocast import autocast
 from streamcnn.graph.program import has_gradient
 from streamcnn.plan.plan import Phase, Plan
@@ -104,7 +104,7 @@ class BackwardTile:
         own = phase.own(self.tile.row, self.tile.col, name)
         needed = phase.needed(self.tile.row, self.tile.col, name)
         axes = self.execution.axes(name)
-        share = cut(value.detach(), axes, needed, own)
+        share = crop(value.detach(), axes, needed, own)
 
         def add(gradient: Tensor) -> Tensor:
             part = self._share_gradient(name, share)
@@ -112,7 +112,7 @@ class BackwardTile:
                 return gradient
             # The engine may hand the same tensor to another consumer, so it is not changed in place.
             total = gradient.clone()
-            cut(total, axes, needed, own).add_(part)
+            crop(total, axes, needed, own).add_(part)
             return total
 
         tapped: Tensor = _Tap.apply(value, add)  # type: ignore[no-untyped-call]

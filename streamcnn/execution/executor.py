@@ -23,7 +23,7 @@ from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.execution.small_graph import Results, SmallGraph
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import cut
+from streamcnn.geometry.windows import crop
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.reduction_types import Parts, Reduction
 from streamcnn.graph.program import Axes, Kind, Node, Program
@@ -156,7 +156,7 @@ class Execution:
         def observe(name: str, value: Tensor) -> Tensor:
             if name in phase.stored or name in feeds:
                 own = phase.own(tile.row, tile.col, name)
-                share = cut(value, self.axes(name), phase.needed(tile.row, tile.col, name), own)
+                share = crop(value, self.axes(name), phase.needed(tile.row, tile.col, name), own)
                 if name in phase.stored:
                     self._checkpoints[name].write(own, share)
                 for reduction in feeds.get(name, ()):
@@ -297,7 +297,7 @@ class Execution:
             return self.image.read(part)
         if node.kind is Kind.PROMOTED:
             value: Tensor = self.small.values[node.operands[0]]
-            return cut(value, self.axes(name), Region.whole(node.size), part)
+            return crop(value, self.axes(name), Region.whole(node.size), part)
         return self._checkpoints[name].read(part)
 
     def _open(self, name: str, tier: Tier) -> Store:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import cut, padded, placed, with_extents
+from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.ops.convolution import stored_convolve
 from streamcnn.graph.program import Axes, Link, Local, Node, Program, substitute
@@ -86,7 +86,7 @@ class TileRun:
         part = Region(link.rows.required(out.rows, size[0]), link.cols.required(out.cols, size[1]))
         if name not in values:
             return fetch(name, part), part
-        return cut(values[name], self._axes(name), self.phase.needed(self.row, self.col, name), part), part
+        return crop(values[name], self._axes(name), self.phase.needed(self.row, self.col, name), part), part
 
     def _window(self, link: Link, out: Region) -> Region:
         return Region(link.rows.window(out.rows), link.cols.window(out.cols))

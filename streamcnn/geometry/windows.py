@@ -31,7 +31,7 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def cut(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
+def crop(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
     """The view of ``x``, which covers one region, on a part of it."""
     for axis, outer, inner in zip(axes, covered, part, strict=True):
         if outer != inner:
@@ -55,16 +55,16 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) -> Tensor:
-        ctx.cut = (axes, window, covered)
+        ctx.crop = (axes, window, covered)
         result = x.new_empty(with_extents(tuple(x.shape), axes, window.size))
-        cut(result, axes, window, covered).copy_(x)
+        crop(result, axes, window, covered).copy_(x)
         for strip in _frame(window, covered):
-            cut(result, axes, window, strip).fill_(fill)
+            crop(result, axes, window, strip).fill_(fill)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return cut(grads[0], *ctx.cut), None, None, None, None
+        return crop(grads[0], *ctx.crop), None, None, None, None
 
 
 def _frame(outer: Region, inner: Region) -> list[Region]:
@@ -84,4 +84,4 @@ def placed(x: Tensor, axes: Axes, covered: Region, out: Region) -> Tensor:
     kept = Region(*(a.intersect(b) for a, b in zip(covered, out, strict=True)))
     if 0 in kept.size:
         return x.new_zeros(with_extents(tuple(x.shape), axes, out.size))
-    return padded(cut(x, axes, covered, kept), axes, kept, out, 0.0)
+    return padded(crop(x, axes, covered, kept), axes, kept, out, 0.0)

@@ -1,4 +1,4 @@
-"""All ways to cut all stages of a staging as arrays, so that a choice of stores is scored in one go."""
+"""All ways to tile all stages of a staging as arrays, so that a choice of stores is scored in one go."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CandidateScores:
     seconds: Floats
     """(stages, candidates): time of the stage, its inputs' stores included."""
     outputs: float
-    """Seconds of what stages move however they are cut."""
+    """Seconds of what stages move however they are tiled."""
     tail: int
     """Bytes of the resident tail with all that is held beside it but compiled kernels."""
     opening: int
@@ -54,7 +54,7 @@ class CandidateScores:
     small: SmallBytes
 
     def kernels(self, choice: Ints | None) -> KernelBytes:
-        """What is kept of kernels where each stage takes the candidate of ``choice``; that of none if None."""
+        """What is kept of kernels where stages take the candidates of ``choice``; that of none if None."""
         num_levels = len(self.small.num_kernels)
         if choice is None:
             return self.small.kernels(np.zeros(num_levels, np.int64))
@@ -180,7 +180,7 @@ class CandidateTable:
         }
 
     def moved(self) -> dict[str, Traffic]:
-        """What a pass moves of each stored map with every stage cut coarsest."""
+        """What a pass moves of each stored map with every stage tiled coarsest."""
         moved = {name: traffic for row in self.rows for name, traffic in row.outputs.items()}
         for row in self.rows:
             for name, traffic in row.tilings[0].moved.items():

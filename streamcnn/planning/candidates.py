@@ -1,4 +1,4 @@
-"""Tiling candidates: the ways to cut one stage into tiles, each with its projected time and bytes."""
+"""Tiling candidates: the ways to tile one stage, each with its projected time and bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, steps
 from streamcnn.planning.small_bytes import total_bytes
 from streamcnn.planning.staging import Stage
-from streamcnn.planning.tiling import Outline, Parts, TiledStage, cut, grid
+from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, tile_stage
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
@@ -24,7 +24,7 @@ save nothing."""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TilingCandidate:
-    """One way to cut a stage."""
+    """One way to tile a stage."""
 
     tiled: TiledStage
     time: StageTime
@@ -44,7 +44,7 @@ class TilingCandidate:
 
 
 class TilingCandidates:
-    """All ways to cut the stages of a program, worked out once each."""
+    """All ways to tile the stages of a program, worked out once each."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class TilingCandidates:
         self._known: dict[Stage, tuple[TilingCandidate, ...]] = {} if known is None else dict(known._known)
 
     def of(self, stage: Stage) -> tuple[TilingCandidate, ...]:
-        """The ways to cut ``stage``, the coarsest first."""
+        """The ways to tile ``stage``, the coarsest first."""
         found = self._known.get(stage)
         if found is None or not self._is_same(found[0].tiled.outline):
             found = self._known[stage] = tuple(self._all(Outline.of(self.program, stage)))
@@ -103,8 +103,8 @@ class TilingCandidates:
             if edge < max(height, width):
                 yield min(edge, height), min(edge, width)
 
-    def _tiling(self, outline: Outline, parts: Parts) -> TilingCandidate:
-        tiled = cut(outline, parts)
+    def _tiling(self, outline: Outline, parts: TileCounts) -> TilingCandidate:
+        tiled = tile_stage(outline, parts)
         backward = self._visits(outline)
         forward, after = steps(tiled, self.libraries, self.reading, backward=backward)
         return TilingCandidate(

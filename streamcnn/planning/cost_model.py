@@ -187,7 +187,7 @@ def input_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:
 
 
 def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, Traffic]:
-    """What a stage moves of each map that it stores, however it is cut."""
+    """What a stage moves of each map that it stores, however it is tiled."""
     reduced = {program.nodes[name].operands[0] for name in stage.reductions}
     found = {}
     for name in stage.stored:

@@ -1,7 +1,7 @@
 """The planner: a frozen plan for one image shape under a budget.
 
 For each of a few places where the resident tail may begin, the program is staged with more and with fewer
-cuts, and the search picks tiles, stores and what to compute again. Of the plans that fit, the one with the
+split points, and the search picks tiles, stores and what to compute again. Of the plans that fit, the one with the
 least projected time is taken. If none fits, the one that comes closest is returned; it can be read, and
 running it is refused.
 """
@@ -23,14 +23,14 @@ from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, moments
 from streamcnn.planning.search import Search, Solution, SpillTier
 from streamcnn.planning.small_bytes import plain_bytes, total_bytes
-from streamcnn.planning.split_points import choose_cuts
+from streamcnn.planning.split_points import choose_split_points
 from streamcnn.planning.staging import Staging, divide
-from streamcnn.planning.tiling import share
+from streamcnn.planning.tiling import largest_part
 
 DEFAULT_EDGE = 512
 """Tile edge where neither a budget nor a tile is given."""
 HALO_LIMITS = (16, 64, 128, 256, 512)
-"""Input pixels of halo at which a stretch without a barrier is cut, the values that are tried."""
+"""Input pixels of halo at which a stretch without a barrier is split, the values that are tried."""
 HALO_SHARE = 0.25
 """The same as a share of the tile's edge, where that is given."""
 TAIL_COPIES = 2
@@ -216,10 +216,10 @@ def _reserved(request: PlanRequest) -> tuple[MemoryTerm, ...]:
 
 
 def _stagings(program: Program, tile: tuple[int, int] | None) -> Iterator[Staging]:
-    """The program staged with fewer and more cuts, each way once."""
+    """The program staged with fewer and more split points, each way once."""
     limits = HALO_LIMITS if tile is None else (HALO_SHARE * min(tile),)
-    for cuts in dict.fromkeys(choose_cuts(program, limit) for limit in limits):
-        yield divide(program, cuts)
+    for split_points in dict.fromkeys(choose_split_points(program, limit) for limit in limits):
+        yield divide(program, split_points)
 
 
 def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
@@ -275,7 +275,7 @@ def _tile(program: Program, request: PlanRequest, solution: Solution) -> tuple[i
     if not solution.tilings:
         return height, width
     first = solution.tilings[0].tiled
-    return share(height, first.rows.num_parts), share(width, first.cols.num_parts)
+    return largest_part(height, first.rows.num_parts), largest_part(width, first.cols.num_parts)
 
 
 def _named(program: Program, operator: str) -> str:

@@ -1,6 +1,6 @@
 """The search for the fastest plan of one program: tiles, stores and recomputation under a budget.
 
-A solution is a staging (which maps are stored, where stretches are cut), the set of stored maps that are
+A solution is a staging (which maps are stored, where stretches are split), the set of stored maps that are
 spilled, and whether the C library reuses freed blocks. Given these, phases are independent of each other:
 each takes the tiles with the least projected time among those whose steps fit into what the budget leaves
 at that moment. What remains is a search over solutions: the spilled maps are first the cheapest ones to
@@ -70,7 +70,7 @@ class Solution:
     staging: Staging
     stores: Mapping[str, StorePlan]
     tilings: tuple[TilingCandidate, ...]
-    """How each stage is cut."""
+    """How each stage is tiled."""
     reuses_heap: bool
     seconds: float
     nbytes: int

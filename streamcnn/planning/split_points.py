@@ -1,7 +1,7 @@
-"""Where to cut stretches of local operators that have no barrier.
+"""Split points: where stretches of local operators that have no barrier are divided.
 
-Every operator with a window adds to the halo that a tile of its phase needs; a cut stores a map and starts
-the halo anew. Cuts are put where the least has to be stored.
+Every operator with a window adds to the halo that a tile of its phase needs; splitting stores a map and
+starts the halo anew. It is done where the least has to be stored.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ _PROBE = 64
 """Output positions over which an operator's reach is measured."""
 
 
-def choose_cuts(program: Program, limit: float) -> frozenset[str]:
-    """Nodes after which to cut so that no phase piles up more halo than ``limit`` input pixels.
+def choose_split_points(program: Program, limit: float) -> frozenset[str]:
+    """Nodes after which to split so that no phase piles up more halo than ``limit`` input pixels.
 
     An operator that needs more on its own is left as it is.
     """
     crossing = _crossing_bytes(program)
-    cuts: set[str] = set()
+    split_points: set[str] = set()
     while True:
-        levels = assign_levels(program, cuts)
-        place = _next_cut(program, levels, crossing, limit, cuts)
+        levels = assign_levels(program, split_points)
+        place = _next_split_point(program, levels, crossing, limit, split_points)
         if place is None:
-            return frozenset(cuts)
-        cuts.add(place)
+            return frozenset(split_points)
+        split_points.add(place)
 
 
-def _next_cut(
+def _next_split_point(
     program: Program,
     levels: Mapping[str, int],
     crossing: Mapping[str, int],
     limit: float,
-    cuts: Collection[str],
+    split_points: Collection[str],
 ) -> str | None:
     """The best place before the first operator whose phase has piled up too much, or ``None``."""
     reach = _reaches(program, levels)
@@ -46,7 +46,7 @@ def _next_cut(
         if node.kind is not Kind.LOCAL:
             continue
         if reach[node.name] > limit:
-            places = [n for n in before if levels[n] == levels[node.name] and n not in cuts]
+            places = [n for n in before if levels[n] == levels[node.name] and n not in split_points]
             # Not so early that hardly any halo is saved.
             places = [n for n in places if reach[n] >= limit / 3] or [n for n in places if reach[n] > 0]
             if places:

@@ -2,7 +2,7 @@
 
 Every node gets a level. A map that uses a reduction's result is one level above it, since every position
 of the reduced map must have been seen first; what a level's maps need is a phase, and the small values of
-a level are computed after it. A cut raises the level for every later map, so that long stretches without
+a level are computed after it. A split point raises the level for every later map, so that long stretches without
 a barrier do not pile up halo.
 """
 
@@ -43,9 +43,9 @@ class Staging:
     """Small values, reductions and gathers by level."""
 
 
-def divide(program: Program, cuts: Collection[str] = ()) -> Staging:
-    """Divide ``program`` into phases; a new one starts after each node named in ``cuts``."""
-    levels = assign_levels(program, cuts)
+def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
+    """Divide ``program`` into phases; a new one starts after each node named in ``split_points``."""
+    levels = assign_levels(program, split_points)
     stored = choose_checkpoints(program, levels)
     reductions: dict[int, list[str]] = {}
     segments: dict[int, list[str]] = {}
@@ -84,7 +84,7 @@ def recompute(program: Program, staging: Staging, name: str) -> Staging:
     return replace(staging, stored=stored, stages=tuple(stages))
 
 
-def assign_levels(program: Program, cuts: Collection[str] = ()) -> dict[str, int]:
+def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[str, int]:
     """The level of every node, in topological order."""
     levels: dict[str, int] = {}
     floor = highest = 1
@@ -98,7 +98,7 @@ def assign_levels(program: Program, cuts: Collection[str] = ()) -> dict[str, int
             level = max(level, floor)
             highest = max(highest, level)
         levels[node.name] = level
-        if node.name in cuts:
+        if node.name in split_points:
             floor = highest + 1
     return levels
 

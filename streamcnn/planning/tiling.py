@@ -21,13 +21,13 @@ from streamcnn.plan.plan import AxisStep, Phase
 from streamcnn.planning.libraries import num_products
 from streamcnn.planning.staging import Stage
 
-Parts = tuple[int, int]
+TileCounts = tuple[int, int]
 """Number of tiles (rows, columns)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
-    """What is true of a stage however it is cut."""
+    """What is true of a stage however it is tiled."""
 
     program: Program
     stage: Stage
@@ -150,7 +150,7 @@ class TiledStage:
 
     @property
     def stage(self) -> Stage:
-        """The stage that is cut."""
+        """The stage that is tiled."""
         return self.outline.stage
 
     @property
@@ -170,7 +170,7 @@ class TiledStage:
     def largest_own(self, name: str) -> tuple[int, int]:
         """The most rows and columns of output ``name`` that a tile is responsible for."""
         height, width = self.program.nodes[name].size
-        return share(height, self.rows.num_parts), share(width, self.cols.num_parts)
+        return largest_part(height, self.rows.num_parts), largest_part(width, self.cols.num_parts)
 
     def covered(self, name: str) -> int:
         """Positions of ``name`` that all tiles together need, repeated ones counted each time."""
@@ -198,11 +198,13 @@ class TiledStage:
     def _halo(self, axis: int) -> int:
         grid = (self.rows, self.cols)[axis]
         nodes, inputs = self.program.nodes, self.stage.inputs
-        beyond = [grid.largest[name] - share(nodes[name].size[axis], grid.num_parts) for name in inputs]
+        beyond = [
+            grid.largest[name] - largest_part(nodes[name].size[axis], grid.num_parts) for name in inputs
+        ]
         return max((0, *beyond))
 
 
-def grid(outline: Outline, tile: tuple[int, int]) -> Parts:
+def grid(outline: Outline, tile: tuple[int, int]) -> TileCounts:
     """Number of tiles (rows, columns) so that none spans more than ``tile`` (h, w) input pixels.
 
     No more than there are positions in the smallest output, since every tile owns a part of each.
@@ -210,11 +212,11 @@ def grid(outline: Outline, tile: tuple[int, int]) -> Parts:
     nodes = outline.program.nodes
     image = nodes[outline.program.image].size
     sizes = [nodes[name].size for name in outline.owned]
-    rows, cols = (min(share(image[axis], tile[axis]), min(s[axis] for s in sizes)) for axis in (0, 1))
+    rows, cols = (min(largest_part(image[axis], tile[axis]), min(s[axis] for s in sizes)) for axis in (0, 1))
     return (rows, cols)
 
 
-def cut(outline: Outline, parts: Parts) -> TiledStage:
+def tile_stage(outline: Outline, parts: TileCounts) -> TiledStage:
     """A stage in ``parts`` (rows, columns) of tiles."""
     rows = AxisGrid.of(outline, 0, parts[0])
     cols = rows if outline.square and parts[0] == parts[1] else AxisGrid.of(outline, 1, parts[1])
@@ -226,7 +228,7 @@ def cut(outline: Outline, parts: Parts) -> TiledStage:
     return TiledStage(outline, rows, cols, in_place)
 
 
-def share(extent: int, num_parts: int) -> int:
+def largest_part(extent: int, num_parts: int) -> int:
     """The most positions in one of ``num_parts`` even parts of ``extent``."""
     return -(-extent // num_parts)
 
