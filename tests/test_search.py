@@ -18,7 +18,7 @@ from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import moments
-from streamcnn.planning.search import Search, Solution, SpillTier
+from streamcnn.planning.search import OffloadTier, Search, Solution
 from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
@@ -75,7 +75,9 @@ NETS = {
 
 def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
     program, wanted = traced(net, SHAPE)
-    return Search(TilingCandidates(program, wanted, rates, None, LIBRARIES), budget, (SpillTier(Tier.DISK),))
+    return Search(
+        TilingCandidates(program, wanted, rates, None, LIBRARIES), budget, (OffloadTier(Tier.DISK),)
+    )
 
 
 def stagings(program: Program) -> Iterator[Staging]:

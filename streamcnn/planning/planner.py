@@ -1,8 +1,8 @@
 """The planner: a frozen plan for one image shape under a budget.
 
 For each of a few places where the resident tail may begin, the program is staged with more and with fewer
-split points, and the search picks tiles, stores and what to compute again. Of the plans that fit, the one with the
-least projected time is taken. If none fits, the one that comes closest is returned; it can be read, and
+split points, and the search picks tiles, stores and what to recompute. Of the plans that fit, the one with
+the least projected time is taken. If none fits, the one that comes closest is returned; it can be read, and
 running it is refused.
 """
 
@@ -21,7 +21,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, moments
-from streamcnn.planning.search import Search, Solution, SpillTier
+from streamcnn.planning.search import OffloadTier, Search, Solution
 from streamcnn.planning.small_bytes import plain_bytes, total_bytes
 from streamcnn.planning.split_points import choose_split_points
 from streamcnn.planning.staging import Staging, divide
@@ -58,7 +58,7 @@ class PlanRequest:
     """Bytes to plan for, where that is less than the budget."""
     tile: tuple[int, int] | None = None
     """Tile edges in input pixels; ``None`` leaves them to the planner."""
-    spill_tiers: tuple[SpillTier, ...] = (SpillTier(Tier.DISK),)
+    offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
     """Where stored maps go that the budget has no room for, the fastest tier first."""
     rates: Rates = NOMINAL["cpu"]
     """How fast the machine computes and moves bytes."""
@@ -118,7 +118,7 @@ class _Attempt:
         tail: _Tail | None,
         known: TilingCandidates | None = None,
     ) -> _Attempt:
-        """The best solution that only spills."""
+        """The best solution that only offloads."""
         tile = request.tile
         if tile is None and request.room is None:
             tile = (DEFAULT_EDGE, DEFAULT_EDGE)
@@ -131,7 +131,7 @@ class _Attempt:
             known,
             reading=request.reading,
         )
-        search = Search(tilings, request.room, request.spill_tiers)
+        search = Search(tilings, request.room, request.offload_tiers)
         return cls(search, search.best(_stagings(program, tile)), tail)
 
     @property

@@ -1,11 +1,11 @@
 """The search for the fastest plan of one program: tiles, stores and recomputation under a budget.
 
 A solution is a staging (which maps are stored, where stretches are split), the set of stored maps that are
-spilled, and whether the C library reuses freed blocks. Given these, phases are independent of each other:
+offloaded, and whether the C library reuses freed blocks. Given these, phases are independent of each other:
 each takes the tiles with the least projected time among those whose steps fit into what the budget leaves
-at that moment. What remains is a search over solutions: the spilled maps are first the cheapest ones to
-spill, as few as let a plan fit or some more; then, one by one, a spilled map is brought back or computed
-again instead, wherever that is faster.
+at that moment. What remains is a search over solutions: the offloaded maps are first the cheapest ones to
+offload, as few as let a plan fit or some more; then, one by one, an offloaded map is brought back or
+recomputed instead, wherever that is faster.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Stage, Staging, gathered, recompute
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
-"""How many times the fewest spilled maps are tried: more of them leave room for larger tiles."""
+"""How many times the fewest offloaded maps are tried: more of them leave room for larger tiles."""
 ROUNDS = 2
-"""How often all spilled maps are looked at once more."""
+"""How often all offloaded maps are looked at once more."""
 THOROUGH = 8
-"""Up to so many stored maps, every count of spilled ones and every pair of moves is tried."""
-_AGAIN_BACKWARD = 4
+"""Up to so many stored maps, every count of offloaded ones and every pair of moves is tried."""
+_RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that are added where its readers differentiate them too, at least."""
 CHOICE_ROUNDS = 16
 """How often candidates are chosen anew where they do not fit, at most."""
@@ -42,16 +42,16 @@ _TABLES = 16
 """Tables kept; the search goes to and fro between a staging and one with a map less."""
 
 
-class _Fate(Enum):
+class _Policy(Enum):
     """What becomes of a map that could be stored."""
 
-    IN_MEMORY = "in memory"
-    SPILLED = "spilled"
-    AGAIN = "computed again"
+    KEEP = "keep"
+    OFFLOAD = "offload"
+    RECOMPUTE = "recompute"
 
 
 @dataclass(frozen=True, slots=True)
-class SpillTier:
+class OffloadTier:
     """Where maps go that the budget has no room for."""
 
     tier: Tier
@@ -65,8 +65,8 @@ class Solution:
 
     base: Staging
     """The staging before maps were taken out of it."""
-    again: frozenset[str]
-    """Maps that it stores and that are computed again instead."""
+    recomputed: frozenset[str]
+    """Maps that it stores and that are recomputed instead."""
     staging: Staging
     stores: Mapping[str, StorePlan]
     tilings: tuple[TilingCandidate, ...]
@@ -77,7 +77,7 @@ class Solution:
     fits: bool
 
     @property
-    def spilled(self) -> frozenset[str]:
+    def offloaded(self) -> frozenset[str]:
         """Stored maps that are not in the device's memory."""
         return frozenset(name for name, store in self.stores.items() if store.tier is not Tier.MEMORY)
 
@@ -91,11 +91,11 @@ class Search:
     """Solutions of one program under a budget (bytes; ``None`` for no ceiling)."""
 
     def __init__(
-        self, tilings: TilingCandidates, budget: int | None, spill_tiers: Sequence[SpillTier]
+        self, tilings: TilingCandidates, budget: int | None, offload_tiers: Sequence[OffloadTier]
     ) -> None:
         self.tilings = tilings
         self.budget = budget
-        self.spill_tiers = spill_tiers
+        self.offload_tiers = offload_tiers
         self.program = tilings.program
         self._whole = gathered(self.program)
         self._small: tuple[Mapping[str, int], SmallBytes] | None = None
@@ -104,11 +104,11 @@ class Search:
         self._tables: dict[Staging, CandidateTable] = {}
 
     def best(self, stagings: Iterable[Staging]) -> Solution:
-        """The best of the solutions that only spill, over all stagings."""
-        return min((c for staging in stagings for c in self._spilling(staging)), key=lambda c: c.rank)
+        """The best of the solutions that only offload, over all stagings."""
+        return min((c for staging in stagings for c in self._offloading(staging)), key=lambda c: c.rank)
 
     def improved(self, found: Solution) -> Solution:
-        """``found`` with maps kept elsewhere, or computed again, wherever that is faster.
+        """``found`` with maps kept elsewhere, or recomputed, wherever that is faster.
 
         Where few maps can be stored, pairs of them are moved together too.
         """
@@ -118,7 +118,7 @@ class Search:
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
             names = sorted(
-                found.base.stored if thorough else found.spilled,
+                found.base.stored if thorough else found.offloaded,
                 key=lambda n: (-self.program.nodes[n].nbytes, n),
             )
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
@@ -128,26 +128,28 @@ class Search:
         return found
 
     def _moved(self, found: Solution, names: tuple[str, ...], thorough: bool) -> Iterator[Solution]:
-        """``found`` with each of ``names`` in memory, spilled or computed again, as far as that may pay."""
-        for fates in product(_Fate, repeat=len(names)):
-            by_fate = {fate: {n for n, f in zip(names, fates, strict=True) if f is fate} for fate in _Fate}
-            again = by_fate[_Fate.AGAIN]
-            if not again.isdisjoint(self._whole):
+        """``found`` with each of ``names`` in memory, offloaded or recomputed, as far as that may pay."""
+        for policies in product(_Policy, repeat=len(names)):
+            by_policy = {
+                policy: {n for n, f in zip(names, policies, strict=True) if f is policy} for policy in _Policy
+            }
+            recomputed = by_policy[_Policy.RECOMPUTE]
+            if not recomputed.isdisjoint(self._whole):
                 continue
             if not thorough and (
-                by_fate[_Fate.SPILLED] or not all(self._may_pay(found, name) for name in again)
+                by_policy[_Policy.OFFLOAD] or not all(self._may_pay(found, name) for name in recomputed)
             ):
                 continue
             for reuses_heap in (True, False) if thorough else (found.reuses_heap,):
                 yield self.solution(
                     found.base,
-                    (found.again - set(names)) | again,
-                    (found.spilled - set(names)) | by_fate[_Fate.SPILLED],
+                    (found.recomputed - set(names)) | recomputed,
+                    (found.offloaded - set(names)) | by_policy[_Policy.OFFLOAD],
                     reuses_heap=reuses_heap,
                 )
 
     def _may_pay(self, found: Solution, name: str) -> bool:
-        """Whether computing a map again can be faster than moving it, halos left out."""
+        """Whether recomputing a map can be faster than moving it, halos left out."""
         nodes, rates = self.program.nodes, self.tilings.rates
         pending, chain = [name], dict[str, None]()
         while pending:
@@ -157,32 +159,32 @@ class Search:
                 continue
             chain[place] = None
             pending.extend(local.links)
-        again = sum(self.tilings.works[each].seconds(rates) for each in chain)
+        recomputed = sum(self.tilings.works[each].seconds(rates) for each in chain)
         moved, passes = 0.0, 1
         for tiling, row in zip(found.tilings, self._table(found.staging).rows, strict=True):
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):
                 moved += 0.0 if traffic is None else traffic.seconds(rates, found.stores[name].tier)
             if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions:
                 # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
-                passes = _AGAIN_BACKWARD
-        return passes * again < moved
+                passes = _RECOMPUTED_BACKWARD
+        return passes * recomputed < moved
 
-    def _spilling(self, staging: Staging) -> Iterator[Solution]:
-        """Solutions of a staging with maps spilled in the order of what that costs per byte."""
-        order = self._spill_order(staging)
+    def _offloading(self, staging: Staging) -> Iterator[Solution]:
+        """Solutions of a staging with maps offloaded in the order of what that costs per byte."""
+        order = self._offload_order(staging)
 
-        def spill(count: int) -> Solution:
+        def offload(count: int) -> Solution:
             return self.solution(staging, frozenset(), frozenset(order[:count]), reuses_heap=False)
 
         yield self.solution(staging, frozenset(), frozenset(), reuses_heap=True)
-        fewest = _fewest(len(order), lambda count: spill(count).fits)
+        fewest = _fewest(len(order), lambda count: offload(count).fits)
         counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
         for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
-            yield spill(count)
+            yield offload(count)
 
-    def _spill_order(self, staging: Staging) -> list[str]:
+    def _offload_order(self, staging: Staging) -> list[str]:
         """Stored maps, those first that free most bytes for the time that moving them takes."""
-        moved, tier = self._table(staging).moved(), self.spill_tiers[-1].tier
+        moved, tier = self._table(staging).moved(), self.offload_tiers[-1].tier
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
@@ -193,24 +195,24 @@ class Search:
         return sorted(staging.stored, key=price)
 
     def solution(
-        self, base: Staging, again: frozenset[str], spilled: frozenset[str], *, reuses_heap: bool
+        self, base: Staging, recomputed: frozenset[str], offloaded: frozenset[str], *, reuses_heap: bool
     ) -> Solution:
         """The fastest tiles that fit, given what is stored where.
 
         Parameters
         ----------
-        again
-            Maps that ``base`` stores and that are computed again instead.
-        spilled
+        recomputed
+            Maps that ``base`` stores and that are recomputed instead.
+        offloaded
             Maps that are stored outside the device's memory.
         reuses_heap
-            Whether the C library may keep freed blocks. Where maps are spilled it may not: memory is short
+            Whether the C library may keep freed blocks. Where maps are offloaded it may not: memory is short
             then, and what such a heap loses is known too roughly.
         """
-        reuses_heap = reuses_heap and not spilled
-        staging = self._staging(base, again)
+        reuses_heap = reuses_heap and not offloaded
+        staging = self._staging(base, recomputed)
         table, small = self._table(staging), self.small_bytes(staging)
-        stores = table.stores(self._tiers(staging, spilled))
+        stores = table.stores(self._tiers(staging, offloaded))
         scores = table.score(stores, small, self.tilings.rates, reuses_heap=reuses_heap)
         choices = (
             _choose(scores, small.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
@@ -219,7 +221,7 @@ class Search:
         choice = min(choices, key=lambda choice: choice.rank)
         return Solution(
             base=base,
-            again=again,
+            recomputed=recomputed,
             staging=staging,
             stores=stores,
             tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
@@ -229,13 +231,13 @@ class Search:
             fits=choice.fits,
         )
 
-    def _staging(self, base: Staging, again: frozenset[str]) -> Staging:
-        key = (base, again)
+    def _staging(self, base: Staging, recomputed: frozenset[str]) -> Staging:
+        key = (base, recomputed)
         if key not in self._stagings:
             if len(self._stagings) >= _TABLES:
                 self._stagings.pop(next(iter(self._stagings)))
             staging = base
-            for name in sorted(again, key=self.program.position):
+            for name in sorted(recomputed, key=self.program.position):
                 staging = recompute(self.program, staging, name)
             self._stagings[key] = staging
         return self._stagings[key]
@@ -253,22 +255,22 @@ class Search:
             self._rows[stage] = StageRow.of(self.tilings, stage)
         return self._rows[stage]
 
-    def _tiers(self, staging: Staging, spilled: frozenset[str]) -> dict[str, Tier]:
-        """Where each stored map lives: spilled ones in the first tier that has room, else in the last."""
+    def _tiers(self, staging: Staging, offloaded: frozenset[str]) -> dict[str, Tier]:
+        """Where each stored map lives: offloaded ones in the first tier that has room, else in the last."""
         tiers = dict.fromkeys(staging.stored, Tier.MEMORY)
-        free = [place.capacity for place in self.spill_tiers]
-        for name in sorted(spilled, key=self.program.position):
+        free = [each.capacity for each in self.offload_tiers]
+        for name in sorted(offloaded, key=self.program.position):
             # A map and its gradient map.
             nbytes = 2 * self.program.nodes[name].nbytes
             index = next((i for i, n in enumerate(free) if n is None or n >= nbytes), len(free) - 1)
             left = free[index]
             free[index] = None if left is None else left - nbytes
-            tiers[name] = self.spill_tiers[index].tier
+            tiers[name] = self.offload_tiers[index].tier
         return tiers
 
     def small_bytes(self, staging: Staging) -> SmallBytes:
-        """What is not cut into tiles, worked out once for a staging and all that compute more of it again."""
-        # Computing a map again changes stages, not levels or segments.
+        """What is not cut into tiles, worked out once for a staging and all that recompute more of it."""
+        # Recomputing a map changes stages, not levels or segments.
         if self._small is None or self._small[0] is not staging.levels:
             tilings = self.tilings
             small = SmallBytes(

@@ -2,8 +2,8 @@
 
 Every node gets a level. A map that uses a reduction's result is one level above it, since every position
 of the reduced map must have been seen first; what a level's maps need is a phase, and the small values of
-a level are computed after it. A split point raises the level for every later map, so that long stretches without
-a barrier do not pile up halo.
+a level are computed after it. A split point raises the level for every later map, so that long stretches
+without a barrier do not pile up halo.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
 
 
 def recompute(program: Program, staging: Staging, name: str) -> Staging:
-    """The same staging but that checkpoint ``name`` is computed again by every phase that reads it.
+    """The same staging but that checkpoint ``name`` is recomputed by every phase that reads it.
 
     A barrier between the map and what it is computed from is passed with its finished result, so its
     phase becomes longer by local operators only. A map that an operator takes whole must be stored.

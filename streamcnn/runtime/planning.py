@@ -27,7 +27,7 @@ from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.planner import PlanRequest, make_plan
-from streamcnn.planning.search import SpillTier
+from streamcnn.planning.search import OffloadTier
 from streamcnn.runtime.calibration import rates_for
 
 CONTEXT_BYTES = 960 * 2**20
@@ -45,7 +45,7 @@ class Machine:
     """What a plan is made for."""
 
     rates: Rates
-    spill_tiers: tuple[SpillTier, ...]
+    offload_tiers: tuple[OffloadTier, ...]
     """Where maps go that the device's memory has no room for, the fastest tier first."""
     reserved: int
     """Bytes of the budget that are taken before a pass begins."""
@@ -54,11 +54,11 @@ class Machine:
     @classmethod
     def here(cls, device: torch.device) -> Machine:
         """This machine, computing on ``device``; its rates are measured if they never were."""
-        spill_tiers: tuple[SpillTier, ...] = (SpillTier(Tier.DISK),)
+        offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
         if device.type != "cpu":
-            spill_tiers = (SpillTier(Tier.HOST), *spill_tiers)
+            offload_tiers = (OffloadTier(Tier.HOST), *offload_tiers)
         libraries = Libraries.card() if device.type == "cuda" else Libraries.host(torch.get_num_threads())
-        return cls(rates_for(device), spill_tiers, reserved_bytes(device), libraries)
+        return cls(rates_for(device), offload_tiers, reserved_bytes(device), libraries)
 
     @classmethod
     def card(cls, net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
@@ -75,7 +75,7 @@ class Machine:
         buffers = sum(b.nbytes for b in net.buffers())
         return cls(
             rates=NOMINAL["cuda"],
-            spill_tiers=(SpillTier(Tier.HOST, host_bytes), SpillTier(Tier.DISK)),
+            offload_tiers=(OffloadTier(Tier.HOST, host_bytes), OffloadTier(Tier.DISK)),
             reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
             libraries=Libraries.card(),
         )
@@ -207,7 +207,7 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
         target=wish.target,
         tile=wish.tile,
         reserved=machine.reserved,
-        spill_tiers=machine.spill_tiers,
+        offload_tiers=machine.offload_tiers,
         rates=machine.rates,
         libraries=machine.libraries,
         tail=wish.tail,

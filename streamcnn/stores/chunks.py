@@ -84,16 +84,16 @@ class ChunkGrid:
     def _part(self, cuts: tuple[_Cut, ...]) -> ChunkPart:
         height = self.spec.axes[0]
         rows = cuts[height].inside
-        in_rows = [slice(cut.inside.start, cut.inside.stop) for cut in cuts]
+        in_rows = [slice(crop.inside.start, crop.inside.stop) for crop in cuts]
         in_rows[height] = slice(0, rows.size)
         return ChunkPart(
-            index=tuple(cut.index for cut in cuts),
+            index=tuple(crop.index for crop in cuts),
             rows=rows,
             in_rows=tuple(in_rows),
-            in_tile=tuple(cut.in_tile for cut in cuts),
+            in_tile=tuple(crop.in_tile for crop in cuts),
             fills_rows=all(
-                cut.inside.size == extent
-                for axis, (cut, extent) in enumerate(zip(cuts, self.chunk, strict=True))
+                crop.inside.size == extent
+                for axis, (crop, extent) in enumerate(zip(cuts, self.chunk, strict=True))
                 if axis != height
             ),
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import cut
+from streamcnn.geometry.windows import crop
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.transfer import to_compute, to_host
@@ -65,7 +65,7 @@ class MemoryStore(Store):
         tile = to_host(tile, self.spec.dtype) if self._on_host else tile.to(self.spec.dtype)
         whole = self._allocated()
         for part, holds in self._frontier.split(region):
-            share = cut(tile, self.spec.axes, region, part)
+            share = crop(tile, self.spec.axes, region, part)
             target = self._view(whole, part)
             target.add_(share) if holds else target.copy_(share)
 
@@ -79,7 +79,7 @@ class MemoryStore(Store):
             return self._map
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
-        return cut(whole, self.spec.axes, Region.whole(self.spec.size), region)
+        return crop(whole, self.spec.axes, Region.whole(self.spec.size), region)
 
 
 def _zeros(spec: StoreSpec, device: torch.device) -> Tensor:
