@@ -18,7 +18,7 @@ from streamcnn.planning.memory_model import (
     REUSE_BYTES_PER_STAGE,
     REUSE_WASTE,
     fresh_waste,
-    moments,
+    peak_points,
     reuse_waste,
     steps,
 )
@@ -159,26 +159,26 @@ def test_the_moments_of_a_pass() -> None:
     small = SmallBytes(program, staging, traced(make_net(), SHAPE)[1], LIBRARIES)
     for tier, in_memory in ((Tier.MEMORY, nbytes), (Tier.DISK, 0)):
         store = StorePlan(tier, tier, nbytes, kept=True, last_reader=2, tile=(20, 20))
-        found = moments(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
-        assert [moment.name for moment in found] == [
+        found = peak_points(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
+        assert [point.name for point in found] == [
             "phase 1, forward",
             "phase 2, forward",
             "the resident tail",
             "phase 2, backward",
             "phase 1, backward",
         ]
-        for moment in found:
-            terms = terms_of(moment)
+        for point in found:
+            terms = terms_of(point)
             assert terms["stored maps"] == in_memory
             # Made in phase 2's backward pass, read and freed in phase 1's.
             assert terms.get("gradient maps", in_memory) == in_memory
-            assert moment.nbytes == sum(terms.values())
+            assert point.nbytes == sum(terms.values())
         # oneDNN keeps a kernel of each convolution and shape, two more once its level is differentiated:
-        kernels = [terms_of(moment)["compiled kernels"] // LIBRARIES.kernel_bytes for moment in found]
+        kernels = [terms_of(point)["compiled kernels"] // LIBRARIES.kernel_bytes for point in found]
         # of the first convolution for two shapes of tiles, of the second for one.
         assert kernels == [2, 3, 5, 5, 9]
         # Parameters get a gradient from their last reader on, in the order of the backward pass.
-        gradients = [terms_of(moment).get("parameter gradients", 0) for moment in found]
+        gradients = [terms_of(point).get("parameter gradients", 0) for point in found]
         assert gradients[:2] == [0, 0]
         assert gradients[2:] == sorted(gradients[2:])
         assert (

@@ -42,7 +42,7 @@ REDUCTION_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class PeakPoint:
     """Projected bytes at one point of a pass."""
 
     name: str
@@ -56,10 +56,10 @@ class Moment:
         return total_bytes(self.terms)
 
 
-def moments(
+def peak_points(
     tiled: Sequence[TiledStage], small: SmallBytes, stored: StoredBytes, *, reuses_heap: bool
-) -> list[Moment]:
-    """All moments of a pass, in order.
+) -> list[PeakPoint]:
+    """All peak points of a pass, in order.
 
     They are the first read of images that are decoded whole, every phase forward, the resident tail, and
     every differentiated phase backward.
@@ -78,14 +78,14 @@ def moments(
     for stage in tiled:
         num_kernels[stage.stage.level] += stage.num_kernels
     kernels = small.kernels(num_kernels)
-    found: list[Moment] = []
+    found: list[PeakPoint] = []
 
     def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
         lost = (
             reuse_waste(heap, small.tail_step.heap, len(tiled)) if reuses_heap else fresh_waste(step.nbytes)
         )
         waste = MemoryTerm("allocator waste", lost)
-        found.append(Moment(name, step.operator, (*chain(*held), *step.terms, waste)))
+        found.append(PeakPoint(name, step.operator, (*chain(*held), *step.terms, waste)))
 
     if small.reading.opening:
         add("the first read", Step((), "", 0), small.opening())
@@ -138,7 +138,7 @@ def library_terms(outline: Outline, libraries: Libraries, *, backward: bool) -> 
 def _forward_step(tile: _LargestTile) -> Step:
     """One tile without autograd: values live from their operator to their last use."""
     tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
-    most = _Most()
+    most = _PeakTracker()
     alive: dict[str, int] = {}
     beside_reading = 0
     for name in tiled.stage.nodes:
@@ -165,7 +165,7 @@ def _backward_step(tile: _LargestTile) -> Step:
     """One tile with autograd: values are kept, gradients flow back operator by operator."""
     tiled, nodes = tile.tiled, tile.program.nodes
     skipped = frozenset(tiled.outline.skipped)
-    most = _Most()
+    most = _PeakTracker()
     values = 0
     for name in tiled.stage.nodes:
         values += tile.padded(name) + (0 if name in skipped else tile.made(name))
@@ -191,7 +191,7 @@ def _backward_step(tile: _LargestTile) -> Step:
 
 
 @dataclass(slots=True)
-class _Most:
+class _PeakTracker:
     """The operator at which most is held so far."""
 
     operator: str = ""

@@ -20,7 +20,7 @@ from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.libraries import Libraries
-from streamcnn.planning.memory_model import is_differentiated, library_terms, moments
+from streamcnn.planning.memory_model import is_differentiated, library_terms, peak_points
 from streamcnn.planning.search import OffloadTier, Search, Solution
 from streamcnn.planning.small_bytes import plain_bytes, total_bytes
 from streamcnn.planning.split_points import choose_split_points
@@ -152,13 +152,13 @@ class _Attempt:
         stores = _with_tiles(solution)
         tiled = tuple(tiling.tiled for tiling in solution.tilings)
         worst = max(
-            moments(
+            peak_points(
                 tiled,
                 self.search.small_bytes(staging),
                 StoredBytes(stores, staging.levels),
                 reuses_heap=solution.reuses_heap,
             ),
-            key=lambda moment: moment.nbytes,
+            key=lambda point: point.nbytes,
         )
         assert worst.nbytes == solution.nbytes, (worst, solution.nbytes)
         everything, training = whole.search.tilings, bool(request.leaves)
