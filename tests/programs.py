@@ -1,4 +1,4 @@
-"""Random programs, without a module or a tensor: maps, windows, reductions and small values."""
+"""Random programs, without a module or a tensor: maps, windows, reductions and global values."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def programs(draw: st.DrawFn, max_nodes: int = 9) -> Program:
                 (name,),
                 reduction=Sum(shape, (2, 3), False),
             )
-            small = growing.add(Kind.SMALL, TensorSpec((1, CHANNELS), torch.float32), (reduced,))
+            small = growing.add(Kind.GLOBAL, TensorSpec((1, CHANNELS), torch.float32), (reduced,))
             growing.local(size, {name: Link()}, (small,), heavy=False)
         elif choice == "broadcast":
             row = growing.local((1, size[1]), {name: Link(rows=Sliding(size[0]))})

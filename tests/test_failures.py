@@ -28,8 +28,8 @@ from streamcnn import (
 )
 from streamcnn.data.reader import BatchReader
 from streamcnn.execution.executor import Execution
+from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.execution.small_graph import SmallGraph
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
@@ -131,8 +131,8 @@ FORWARD = [
     (ZarrStore, "__init__", 0),
     (SpillFolder, "__init__", 0),
     (TileRun, "_evaluate", 10),
-    (SmallGraph, "run", 1),
-    (SmallGraph, "_evaluate", 6),
+    (GlobalGraph, "run", 1),
+    (GlobalGraph, "_evaluate", 6),
     (Execution, "_barrier", 1),
 ]
 BACKWARD = [
@@ -141,9 +141,9 @@ BACKWARD = [
     (ZarrStore, "add", 0),
     (ZarrStore, "add", 3),
     (TileRun, "_evaluate", 4),
-    (SmallGraph, "backward", 0),
-    (SmallGraph, "backward", 1),
-    (SmallGraph, "accumulate", 3),
+    (GlobalGraph, "backward", 0),
+    (GlobalGraph, "backward", 1),
+    (GlobalGraph, "accumulate", 3),
     (Execution, "share_gradient", 3),
 ]
 

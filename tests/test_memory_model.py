@@ -11,6 +11,7 @@ from torch import nn
 from streamcnn.graph.program import Program
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.global_bytes import GlobalBytes, resident_step
 from streamcnn.planning.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.planning.memory_model import (
     FRESH_WASTE_PERCENT,
@@ -22,7 +23,6 @@ from streamcnn.planning.memory_model import (
     reuse_waste,
     steps,
 )
-from streamcnn.planning.small_bytes import SmallBytes, resident_step
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import Outline, TiledStage, tile_stage
 
@@ -156,10 +156,12 @@ def test_the_moments_of_a_pass() -> None:
     program, staging, tiled = tiled_stages((2, 3))
     (name,) = staging.stored
     nbytes = program.nodes[name].nbytes
-    small = SmallBytes(program, staging, traced(make_net(), SHAPE)[1], LIBRARIES)
+    global_bytes = GlobalBytes(program, staging, traced(make_net(), SHAPE)[1], LIBRARIES)
     for tier, in_memory in ((Tier.MEMORY, nbytes), (Tier.DISK, 0)):
         store = StorePlan(tier, tier, nbytes, kept=True, last_reader=2, tile=(20, 20))
-        found = peak_points(tiled, small, StoredBytes({name: store}, staging.levels), reuses_heap=False)
+        found = peak_points(
+            tiled, global_bytes, StoredBytes({name: store}, staging.levels), reuses_heap=False
+        )
         assert [point.name for point in found] == [
             "phase 1, forward",
             "phase 2, forward",

@@ -18,7 +18,7 @@ from streamcnn import StreamingModel
 from streamcnn.execution.executor import PassEvent
 from streamcnn.profiling import recorder as recording
 from streamcnn.profiling.recorder import Recorder
-from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Sample, Span, Timeline, thin
+from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Sample, Span, Timeline, thin
 from streamcnn.profiling.timeline_chart import areas, directions, draw_timeline, highest, limits, phase_color
 
 
@@ -128,7 +128,7 @@ def test_parts_have_their_names_and_do_not_overlap() -> None:
     timeline = recorder.timeline(0)
     assert timeline is not None
     parts = [(span.part, span.direction) for span in timeline.spans]
-    assert parts[:2] == [("phase", "forward"), (SMALL_VALUES, "forward")]
+    assert parts[:2] == [("phase", "forward"), (GLOBAL_VALUES, "forward")]
     assert parts[2:] == [(TAIL, "forward"), (TAIL, "backward")]
     assert all(one.start <= one.stop <= other.start for one, other in pairwise(timeline.spans))
 
@@ -203,8 +203,8 @@ def test_spans_in_words() -> None:
     labels = [span.label for span in TIMELINE.spans]
     assert labels[0] == "phase 1, forward"
     assert labels[2:5] == ["resident tail, forward", "in between", "resident tail, backward"]
-    assert Span(SMALL_VALUES, 3, "forward", 0, 1).label == "small values after phase 3, forward"
-    assert Span(SMALL_VALUES, 0, "backward", 0, 1).label == "small values at the start, backward"
+    assert Span(GLOBAL_VALUES, 3, "forward", 0, 1).label == "global values after phase 3, forward"
+    assert Span(GLOBAL_VALUES, 0, "backward", 0, 1).label == "global values at the start, backward"
 
 
 def test_areas_cover_the_spans_and_touch_every_sample() -> None:

@@ -13,7 +13,7 @@ from streamcnn.graph.program import Kind, on_whole_maps
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.rates import NOMINAL
 from streamcnn.planning.cost_model import BACKWARD_WORK, resident_time, resident_work
-from streamcnn.planning.small_bytes import RUNTIME_BYTES
+from streamcnn.planning.global_bytes import RUNTIME_BYTES
 
 WIDTH = 16
 RATES = NOMINAL["cpu"]
@@ -160,4 +160,4 @@ def test_a_streamed_network_has_none() -> None:
     program, differentiated = traced(net, (2, 3, 20, 20))
     assert on_whole_maps(program) == ()
     assert resident_time(program, differentiated, RATES).seconds == 0
-    assert any(node.kind is Kind.SMALL for node in program.nodes.values())
+    assert any(node.kind is Kind.GLOBAL for node in program.nodes.values())

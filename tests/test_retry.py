@@ -211,7 +211,7 @@ def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class TwoOutputs(nn.Module):
-    """The second output is the first where that is a small value, and another node where it is a map."""
+    """The second output is the first where that is a global value, and another node where it is a map."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,10 +16,10 @@ from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
+from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import peak_points
 from streamcnn.planning.search import OffloadTier, Search, Solution
-from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
 SHAPE = (1, 3, 250, 230)
@@ -94,7 +94,7 @@ def stagings(program: Program) -> Iterator[Staging]:
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
     """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    small = SmallBytes(search.program, staging, search.tilings.differentiated, LIBRARIES)
+    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, LIBRARIES)
     ways = [search.tilings.of(stage) for stage in staging.stages]
     table = search._table(staging)
     names = sorted(staging.stored)
@@ -109,7 +109,9 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
             disk = sum(moved[name].seconds(search.tilings.rates, stores[name].tier) for name in names)
             for reuses_heap in (False,) if Tier.DISK in tiers else (True, False):
                 tiled = [tiling.tiled for tiling in chosen]
-                nbytes = max(m.nbytes for m in peak_points(tiled, small, stored, reuses_heap=reuses_heap))
+                nbytes = max(
+                    m.nbytes for m in peak_points(tiled, global_bytes, stored, reuses_heap=reuses_heap)
+                )
                 seconds = disk + sum(
                     tiling.time.seconds + (0 if reuses_heap else tiling.time.fresh_seconds)
                     for tiling in chosen

@@ -81,7 +81,7 @@ def test_every_checkpoint_and_reduction_has_one_phase(case: tuple[Program, set[s
     reductions = [name for stage in staging.stages for name in stage.reductions]
     assert sorted(reductions) == sorted(n for n, node in program.nodes.items() if node.kind is Kind.REDUCTION)
     small = [name for names in staging.segments.values() for name in names]
-    expected = (Kind.SMALL, Kind.REDUCTION, Kind.GATHER)
+    expected = (Kind.GLOBAL, Kind.REDUCTION, Kind.GATHER)
     assert sorted(small) == sorted(n for n, node in program.nodes.items() if node.kind in expected)
 
 

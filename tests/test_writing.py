@@ -1,4 +1,4 @@
-"""Functional assignments: slice_scatter and its kin, with maps and small values on either side."""
+"""Functional assignments: slice_scatter and its kin, with maps and global values on either side."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_other_assignment_is_resident(case: tuple[Function, tuple[int, ...]]) ->
 
 
 class SmallCopy(nn.Module):
-    """``aten.copy`` among small values."""
+    """``aten.copy`` among global values."""
 
     def __init__(self) -> None:
         super().__init__()

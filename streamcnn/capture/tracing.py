@@ -2,7 +2,7 @@
 
 The trace carries fake tensors along, under the autocast state that the model will run in, so every
 node's shape and dtype is what running it would give. A call with a map among its operands is given to
-its rule; without one, or if the rule declines, the maps are gathered and the call becomes a small value.
+its rule; without one, or if the rule declines, the maps are gathered and the call becomes a global value.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class _Tracer:
             self.note = result.reason
             call = self._gather_maps(call)
         rule = rule_for(call.target) if call.target in _ALWAYS_LOWERED else None
-        result = rule(self, call) if rule else self.small(call.target, *call.args, **call.kwargs)
+        result = rule(self, call) if rule else self.global_value(call.target, *call.args, **call.kwargs)
         self.note = ""
         return result
 
@@ -237,7 +237,7 @@ class _Tracer:
         return Call(call.target, substitute(call.args, whole), substitute(dict(call.kwargs), whole))
 
     def gather(self, ref: Ref) -> Ref:
-        """The whole of a map as a small value, recorded once."""
+        """The whole of a map as a global value, recorded once."""
         if ref.name not in self.gathered:
             node = self.nodes[ref.name]
             if node.kind is Kind.PROMOTED:
@@ -290,18 +290,18 @@ class _Tracer:
     def _made(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device())
 
-    def small(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def global_value(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = self.fake(Call(target, args, kwargs))
         if not isinstance(result, (tuple, list)):
-            return self._add(self._fresh(), result, kind=Kind.SMALL, target=target, args=args, kwargs=kwargs)
+            return self._add(self._fresh(), result, kind=Kind.GLOBAL, target=target, args=args, kwargs=kwargs)
         whole = self._add(
-            self._fresh(), tuple(result), kind=Kind.SMALL, target=target, args=args, kwargs=kwargs
+            self._fresh(), tuple(result), kind=Kind.GLOBAL, target=target, args=args, kwargs=kwargs
         )
         return self._items(whole)
 
     def _items(self, whole: Ref) -> tuple[Ref, ...]:
         count = len(self.fakes[whole.name])
-        return tuple(self.small(operator.getitem, whole, index) for index in range(count))
+        return tuple(self.global_value(operator.getitem, whole, index) for index in range(count))
 
     def local(
         self,
@@ -370,12 +370,12 @@ class _Tracer:
         spec = tuple(map(_spec_of, fake)) if isinstance(fake, tuple) else _spec_of(fake)
         defaults: dict[str, Any] = {"target": None, "args": (), "kwargs": {}}
         source = self.raw.source if self.raw is not None else ""
-        note = self.note if kind is Kind.SMALL else ""
+        note = self.note if kind is Kind.GLOBAL else ""
         if note:
             note = f"{_target_name(self.raw)}: {note}"
             self.note = ""
         grad, casts = (True, None) if self.raw is None else (self.raw.grad, self.raw.casts)
-        # What only moves a value between maps and small values serves readers inside and outside of blocks.
+        # What only moves a value between maps and global values serves readers inside and outside of blocks.
         grad = grad or kind in (Kind.GATHER, Kind.PROMOTED)
         self.nodes[name] = Node(
             name=name,
@@ -410,7 +410,7 @@ class _Tracer:
     def _draws(self) -> Iterator[str]:
         """Small draws that nobody may read: they move the random state."""
         for node in self.nodes.values():
-            if node.kind is Kind.SMALL and draws(node.target) and not self._reads_map(node):
+            if node.kind is Kind.GLOBAL and draws(node.target) and not self._reads_map(node):
                 yield node.name
 
     def _reads_map(self, node: Node) -> bool:
@@ -419,7 +419,7 @@ class _Tracer:
     def _refuse_unread_draws(self, needed: set[str]) -> None:
         for node in self.nodes.values():
             unread = node.name not in needed and draws(node.target)
-            if unread and node.kind is Kind.SMALL and self._reads_map(node):
+            if unread and node.kind is Kind.GLOBAL and self._reads_map(node):
                 raise UnsupportedModel(
                     f"'{node.name}' ({node.source or 'the model'}) draws random numbers of a map's size that "
                     "nothing reads: remove it, since the numbers drawn later depend on it"

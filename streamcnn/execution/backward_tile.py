@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.execution.small_graph import SmallGraph
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, crop
 from streamcnn.graph.autocast import autocast
@@ -21,7 +21,7 @@ class Surroundings(Protocol):
     """What a tile reads from and delivers to: the execution it belongs to."""
 
     plan: Plan
-    small: SmallGraph
+    global_graph: GlobalGraph
     device: torch.device
     autocast: torch.dtype | None
 
@@ -48,12 +48,12 @@ class BackwardTile:
         execution: Surroundings,
         tile: TileRun,
         feeds: Mapping[str, tuple[str, ...]],
-        small: Mapping[str, Tensor],
+        global_values: Mapping[str, Tensor],
     ) -> None:
         self.execution = execution
         self.tile = tile
         self.feeds = feeds
-        self.small = small
+        self.global_values = global_values
         self.leaves: dict[tuple[str, Region], Tensor] = {}
         self.roots: list[tuple[Tensor, Tensor]] = []
         self.taps: list[Tensor] = []
@@ -67,11 +67,11 @@ class BackwardTile:
             for name in self.feeds:
                 if name in phase.inputs:
                     self._root(name, self._fetch(name, phase.own(self.tile.row, self.tile.col, name)))
-            self.tile.run(self._fetch, self.small, self._observe)
+            self.tile.run(self._fetch, self.global_values, self._observe)
         self._reach_taps()
-        small = {name: leaf for name, leaf in self.small.items() if leaf.requires_grad}
+        global_values = {name: leaf for name, leaf in self.global_values.items() if leaf.requires_grad}
         maps = {key: leaf for key, leaf in self.leaves.items() if leaf.requires_grad}
-        inputs = [*small.values(), *maps.values()]
+        inputs = [*global_values.values(), *maps.values()]
         if not self.roots or not inputs:
             return
         outputs, gradients = zip(*self.roots, strict=True)
@@ -80,9 +80,9 @@ class BackwardTile:
         self.taps.clear()
         with autocast(device, None):
             found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        for name, gradient in zip(small, found, strict=False):
-            execution.small.accumulate(name, gradient)
-        for (name, part), gradient in zip(maps, found[len(small) :], strict=True):
+        for name, gradient in zip(global_values, found, strict=False):
+            execution.global_graph.accumulate(name, gradient)
+        for (name, part), gradient in zip(maps, found[len(global_values) :], strict=True):
             if gradient is not None:
                 execution.add_gradient(name, part, gradient)
 

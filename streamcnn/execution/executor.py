@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from streamcnn.execution.backward_tile import BackwardTile
+from streamcnn.execution.global_graph import GlobalGraph, Results
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.execution.small_graph import Results, SmallGraph
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop
 from streamcnn.graph.autocast import autocast, autocast_state
@@ -47,7 +47,7 @@ class PassEvent:
     """A part of a pass begins or ends; parts do not overlap."""
 
     part: str
-    """``"phase"``, or ``"segment"``: the small values of a level, the resident tail among them."""
+    """``"phase"``, or ``"segment"``: the global values of a level, the resident tail among them."""
     level: int
     direction: str
     """``"forward"`` or ``"backward"``."""
@@ -98,7 +98,7 @@ class Execution:
         self.program = program
         self.plan = plan
         self.image = image
-        self.small = SmallGraph(program, states, plan.differentiated, plan.levels)
+        self.global_graph = GlobalGraph(program, states, plan.differentiated, plan.levels)
         self.reports: list[PhaseReport] = []
         self._open_store = open_store
         self._after_step = after_step
@@ -116,7 +116,7 @@ class Execution:
     # --- forward -------------------------------------------------------------------------------------
 
     def forward(self) -> dict[str, Tensor]:
-        """Run every phase and segment; the small values by name, the model's outputs among them."""
+        """Run every phase and segment; the global values by name, the model's outputs among them."""
         try:
             for level in self._levels:
                 if level in self._phases:
@@ -124,13 +124,13 @@ class Execution:
                         self._forward_phase(self._phases[level])
                 if level in self._segments:
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
-                        self.small.run(self._segments[level], self._barrier, record=self.plan.training)
+                        self.global_graph.run(self._segments[level], self._barrier, record=self.plan.training)
                     self._after_step(("segment", "forward", level, 0, 0))
                 self._free_checkpoints(level)
         except BaseException:
             self.close()
             raise
-        return self.small.values
+        return self.global_graph.values
 
     def _forward_phase(self, phase: Phase) -> None:
         for name in phase.stored:
@@ -166,7 +166,7 @@ class Execution:
         for name in feeds:
             if name in phase.inputs:
                 observe(name, self.fetch(name, phase.needed(tile.row, tile.col, name)))
-        tile.run(self.fetch, self.small.values, observe)
+        tile.run(self.fetch, self.global_graph.values, observe)
 
     def _add_partial(self, name: str, share: Tensor, own: Region, parts: dict[str, Parts]) -> None:
         reduction = self._reduction(name)
@@ -191,7 +191,7 @@ class Execution:
         """Gradients of the states and of the image by node name, given those of the model's outputs."""
         try:
             for name, gradient in gradients.items():
-                self.small.accumulate(name, gradient)
+                self.global_graph.accumulate(name, gradient)
             for level in reversed(self._levels):
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
@@ -200,7 +200,9 @@ class Execution:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])
                 self._free_level(level)
-            found = {n: self.small.take(n) for n in self.program.states if n in self.small.gradients}
+            found = {
+                n: self.global_graph.take(n) for n in self.program.states if n in self.global_graph.gradients
+            }
             if self.program.image in self._gradients:
                 found[self.program.image] = self._whole_gradient(self.program.image)
             return found
@@ -211,9 +213,9 @@ class Execution:
         for name in [n for n in self._gradients if self.program.nodes[n].kind is Kind.PROMOTED]:
             source = self.program.nodes[name].operands[0]
             if self.plan.levels[source] == level:
-                self.small.accumulate(source, self._whole_gradient(name))
+                self.global_graph.accumulate(source, self._whole_gradient(name))
         with autocast(self.device, None):
-            barriers = self.small.backward(level)
+            barriers = self.global_graph.backward(level)
         for name, grads in barriers.items():
             node = self.program.nodes[name]
             if node.kind is Kind.REDUCTION:
@@ -224,7 +226,7 @@ class Execution:
                 self._gradient_store(source).add(whole, grads[0])
 
     def _backward_phase(self, phase: Phase) -> None:
-        leaves = self.small.leaves(_small_operands(self.program, phase))
+        leaves = self.global_graph.leaves(_global_operands(self.program, phase))
         feeds = _feeds(self.program, phase)
         for row in range(len(phase.rows)):
             for col in range(len(phase.cols)):
@@ -244,7 +246,9 @@ class Execution:
             if grads is None:
                 continue
             values = self._checkpoints[name].read(own) if name in phase.stored else share.detach()
-            part = self._reduction(reduction).gradient(values, own, self.small.results[reduction], grads)
+            part = self._reduction(reduction).gradient(
+                values, own, self.global_graph.results[reduction], grads
+            )
             if total is None:
                 total = part.expand_as(share)
             else:
@@ -296,7 +300,7 @@ class Execution:
         if node.kind is Kind.IMAGE:
             return self.image.read(part)
         if node.kind is Kind.PROMOTED:
-            value: Tensor = self.small.values[node.operands[0]]
+            value: Tensor = self.global_graph.values[node.operands[0]]
             return crop(value, self.axes(name), Region.whole(node.size), part)
         return self._checkpoints[name].read(part)
 
@@ -352,7 +356,7 @@ def _feeds(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:
     return {name: tuple(reductions) for name, reductions in feeds.items()}
 
 
-def _small_operands(program: Program, phase: Phase) -> tuple[str, ...]:
+def _global_operands(program: Program, phase: Phase) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for name in phase.nodes:
         node = program.nodes[name]

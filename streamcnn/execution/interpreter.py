@@ -36,18 +36,18 @@ class TileRun:
     skipped: frozenset[str] = frozenset()
     """Convolutions whose value is stored and read by no operator of the phase."""
 
-    def run(self, fetch: Fetch, small: Mapping[str, Any], observe: Observe) -> None:
+    def run(self, fetch: Fetch, global_values: Mapping[str, Any], observe: Observe) -> None:
         """Evaluate the phase's operators in order, dropping each value after its last use."""
         values: dict[str, Tensor] = {}
         for name in self.phase.nodes:
-            value = self._evaluate(self.program.nodes[name], values, fetch, small)
+            value = self._evaluate(self.program.nodes[name], values, fetch, global_values)
             values[name] = observe(name, value)
             del value
             for dead in self.phase.releases.get(name, ()):
                 del values[dead]
 
     def _evaluate(
-        self, node: Node, values: Mapping[str, Tensor], fetch: Fetch, small: Mapping[str, Any]
+        self, node: Node, values: Mapping[str, Tensor], fetch: Fetch, global_values: Mapping[str, Any]
     ) -> Tensor:
         local = node.local
         assert local is not None
@@ -58,7 +58,7 @@ class TileRun:
         def value_of(name: str) -> Any:
             link = local.links.get(name)
             if link is None:
-                return small[name]
+                return global_values[name]
             operand, at_hand[name] = self._operand(name, link, out, values, fetch)
             if local.fill is None:
                 return operand

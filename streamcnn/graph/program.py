@@ -1,4 +1,4 @@
-"""A captured model as plain data: one list of operations over maps and small values.
+"""A captured model as plain data: one list of operations over maps and global values.
 
 A :class:`Program` is what planning and running share. It holds no tensor: parameters, buffers and
 constants are named and looked up in the user's module when a pass starts.
@@ -64,13 +64,13 @@ class Kind(Enum):
     LOCAL = "local"
     """A map, computed tile by tile."""
     PROMOTED = "promoted"
-    """A small value with spatial extent, read as a map."""
+    """A global value with spatial extent, read as a map."""
     REDUCTION = "reduction"
-    """A small value that needs every position of a map."""
+    """A global value that needs every position of a map."""
     GATHER = "gather"
-    """A whole map taken as a small value, for an operator that must be resident."""
-    SMALL = "small"
-    """A small value computed once from small values."""
+    """A whole map taken as a global value, for an operator that must be resident."""
+    GLOBAL = "global"
+    """A global value computed once from global values."""
     STATE = "state"
     """A parameter, buffer or constant of the user's module."""
 
@@ -199,16 +199,16 @@ class Program:
 
 
 def on_whole_maps(program: Program) -> tuple[Node, ...]:
-    """The resident operators: small values worked out from a whole map, and what follows from those.
+    """The resident operators: global values worked out from a whole map, and what follows from those.
 
     Views are among them, and the parts of a tuple are not.
     """
     found: set[str] = set()
     for node in program.nodes.values():
-        if node.kind is Kind.GATHER or (node.kind is Kind.SMALL and not found.isdisjoint(node.operands)):
+        if node.kind is Kind.GATHER or (node.kind is Kind.GLOBAL and not found.isdisjoint(node.operands)):
             found.add(node.name)
     nodes = (program.nodes[name] for name in program.nodes if name in found)
-    return tuple(node for node in nodes if node.kind is Kind.SMALL and node.target is not operator.getitem)
+    return tuple(node for node in nodes if node.kind is Kind.GLOBAL and node.target is not operator.getitem)
 
 
 def has_gradient(dtype: torch.dtype) -> bool:

@@ -84,7 +84,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Small values computed at one level, after the phase of that level."""
+    """Global values computed at one level, after the phase of that level."""
 
     level: int
     nodes: tuple[str, ...]

@@ -42,7 +42,7 @@ class StoredBytes:
         return (MemoryTerm("stored maps", int(self._forward[level])),)
 
     def tail(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the small values of ``level``, the last one, are worked out and differentiated."""
+        """While the global values of ``level``, the last one, are worked out and differentiated."""
         return *self.forward(level), self._gradient_maps(level)
 
     def backward(self, level: int) -> tuple[MemoryTerm, ...]:

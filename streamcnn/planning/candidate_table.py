@@ -15,9 +15,9 @@ from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
+from streamcnn.planning.global_bytes import GlobalBytes, total_bytes
 from streamcnn.planning.libraries import KernelBytes
 from streamcnn.planning.memory_model import fresh_waste, is_differentiated
-from streamcnn.planning.small_bytes import SmallBytes, total_bytes
 from streamcnn.planning.staging import Stage, Staging
 
 Ints = NDArray[np.int64]
@@ -51,15 +51,15 @@ class CandidateScores:
     """Bytes of the first read of images that are decoded whole; 0 if there are none."""
     levels: Ints
     """By stage."""
-    small: SmallBytes
+    global_bytes: GlobalBytes
 
     def kernels(self, choice: Ints | None) -> KernelBytes:
         """What is kept of kernels where stages take the candidates of ``choice``; that of none if None."""
-        num_levels = len(self.small.num_kernels)
+        num_levels = len(self.global_bytes.num_kernels)
         if choice is None:
-            return self.small.kernels(np.zeros(num_levels, np.int64))
+            return self.global_bytes.kernels(np.zeros(num_levels, np.int64))
         chosen = self.num_kernels[np.arange(len(choice)), choice]
-        return self.small.kernels(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
+        return self.global_bytes.kernels(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
 
     def peaks(self, kernels: KernelBytes) -> Ints:
         """(stages, candidates): bytes of the stage's worst step with all that is held beside it."""
@@ -70,7 +70,7 @@ class CandidateScores:
 
     def tail_peak(self, kernels: KernelBytes) -> int:
         """Bytes of the resident tail with all that is held beside it."""
-        return self.tail + int(kernels.backward_bytes[self.small.last])
+        return self.tail + int(kernels.backward_bytes[self.global_bytes.last])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,14 +188,14 @@ class CandidateTable:
         return moved
 
     def score(
-        self, stores: Mapping[str, StorePlan], small: SmallBytes, rates: Rates, *, reuses_heap: bool
+        self, stores: Mapping[str, StorePlan], global_bytes: GlobalBytes, rates: Rates, *, reuses_heap: bool
     ) -> CandidateScores:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
         levels = np.array([stage.level for stage in self.staging.stages], np.int64)
-        before = stored.forward_bytes[levels] + small.forward_bytes[levels]
-        after = stored.backward_bytes[levels] + small.backward_bytes[levels]
-        tail = small.tail_step.nbytes
+        before = stored.forward_bytes[levels] + global_bytes.forward_bytes[levels]
+        after = stored.backward_bytes[levels] + global_bytes.backward_bytes[levels]
+        tail = global_bytes.tail_step.nbytes
         forward, backward = self.forward, self.backward
         if not reuses_heap:
             forward, backward = forward + fresh_waste(forward), backward + fresh_waste(backward)
@@ -212,10 +212,10 @@ class CandidateTable:
             heap=self.heap,
             seconds=self.seconds[reuses_heap] + self._input_seconds(stores, rates),
             outputs=sum(outputs),
-            tail=tail + total_bytes(stored.tail(small.last), small.tail()),
-            opening=total_bytes(small.opening()) if small.reading.opening else 0,
+            tail=tail + total_bytes(stored.tail(global_bytes.last), global_bytes.tail()),
+            opening=total_bytes(global_bytes.opening()) if global_bytes.reading.opening else 0,
             levels=levels,
-            small=small,
+            global_bytes=global_bytes,
         )
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], rates: Rates) -> Floats:

@@ -9,9 +9,9 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
+from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, steps
-from streamcnn.planning.small_bytes import total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, tile_stage
 

@@ -19,7 +19,7 @@ from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
 from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
 from streamcnn.plan.rates import Rates
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.small_bytes import REUSABLE_BYTES, is_view
+from streamcnn.planning.global_bytes import REUSABLE_BYTES, is_view
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import TiledStage
 

@@ -90,7 +90,7 @@ class KernelBytes:
         so_far = by_level.cumsum()
         differentiated = so_far[-1] - so_far + by_level if training else 0 * by_level
         self.forward_bytes = each * np.minimum(so_far, CACHED_KERNELS)
-        """By level, while its phase runs forward; likewise backward, and at its small values."""
+        """By level, while its phase runs forward; likewise backward, and at its global values."""
         self.backward_bytes = each * np.minimum(so_far[-1] + 2 * differentiated, CACHED_KERNELS)
 
     def forward(self, level: int) -> MemoryTerm:
@@ -98,5 +98,5 @@ class KernelBytes:
         return MemoryTerm("compiled kernels", int(self.forward_bytes[level]))
 
     def backward(self, level: int) -> MemoryTerm:
-        """While the phase of ``level`` runs backward, or its small values are differentiated."""
+        """While the phase of ``level`` runs backward, or its global values are differentiated."""
         return MemoryTerm("compiled kernels", int(self.backward_bytes[level]))

@@ -1,7 +1,7 @@
 """Projected bytes: what carrying out a plan takes, as sums of named terms.
 
 All figures are bytes above the baseline of a loaded model. A stage's step is projected for its largest
-tile; what lives across steps (stored maps, gradients, small values) is added per phase, and the plan's
+tile; what lives across steps (stored maps, gradients, global values) is added per phase, and the plan's
 projection is that of its worst moment.
 """
 
@@ -20,8 +20,8 @@ from streamcnn.graph.program import Kind
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.global_bytes import REUSABLE_BYTES, GlobalBytes, Step, total_bytes
 from streamcnn.planning.libraries import Libraries
-from streamcnn.planning.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TiledStage
 
@@ -57,7 +57,7 @@ class PeakPoint:
 
 
 def peak_points(
-    tiled: Sequence[TiledStage], small: SmallBytes, stored: StoredBytes, *, reuses_heap: bool
+    tiled: Sequence[TiledStage], global_bytes: GlobalBytes, stored: StoredBytes, *, reuses_heap: bool
 ) -> list[PeakPoint]:
     """All peak points of a pass, in order.
 
@@ -67,39 +67,43 @@ def peak_points(
     pairs = [
         steps(
             stage,
-            small.libraries,
-            small.reading,
-            backward=is_differentiated(stage.stage, small.differentiated),
+            global_bytes.libraries,
+            global_bytes.reading,
+            backward=is_differentiated(stage.stage, global_bytes.differentiated),
         )
         for stage in tiled
     ]
     heap = max((step.heap for pair in pairs for step in pair if step is not None), default=0)
-    num_kernels = np.zeros_like(small.num_kernels)
+    num_kernels = np.zeros_like(global_bytes.num_kernels)
     for stage in tiled:
         num_kernels[stage.stage.level] += stage.num_kernels
-    kernels = small.kernels(num_kernels)
+    kernels = global_bytes.kernels(num_kernels)
     found: list[PeakPoint] = []
 
     def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
         lost = (
-            reuse_waste(heap, small.tail_step.heap, len(tiled)) if reuses_heap else fresh_waste(step.nbytes)
+            reuse_waste(heap, global_bytes.tail_step.heap, len(tiled))
+            if reuses_heap
+            else fresh_waste(step.nbytes)
         )
         waste = MemoryTerm("allocator waste", lost)
         found.append(PeakPoint(name, step.operator, (*chain(*held), *step.terms, waste)))
 
-    if small.reading.opening:
-        add("the first read", Step((), "", 0), small.opening())
+    if global_bytes.reading.opening:
+        add("the first read", Step((), "", 0), global_bytes.opening())
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
         held = (kernels.forward(level),)
-        add(f"phase {level}, forward", step, held, small.forward(level), stored.forward(level))
-    held = (kernels.backward(small.last),)
-    add("the resident tail", small.tail_step, held, small.tail(), stored.tail(small.last))
+        add(f"phase {level}, forward", step, held, global_bytes.forward(level), stored.forward(level))
+    held = (kernels.backward(global_bytes.last),)
+    add(
+        "the resident tail", global_bytes.tail_step, held, global_bytes.tail(), stored.tail(global_bytes.last)
+    )
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
             held = (kernels.backward(level),)
-            add(f"phase {level}, backward", after, held, small.backward(level), stored.backward(level))
+            add(f"phase {level}, backward", after, held, global_bytes.backward(level), stored.backward(level))
     return found
 
 

@@ -19,10 +19,10 @@ from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
+from streamcnn.planning.global_bytes import plain_bytes, total_bytes
 from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import is_differentiated, library_terms, peak_points
 from streamcnn.planning.search import OffloadTier, Search, Solution
-from streamcnn.planning.small_bytes import plain_bytes, total_bytes
 from streamcnn.planning.split_points import choose_split_points
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import largest_part
@@ -154,7 +154,7 @@ class _Attempt:
         worst = max(
             peak_points(
                 tiled,
-                self.search.small_bytes(staging),
+                self.search.global_bytes(staging),
                 StoredBytes(stores, staging.levels),
                 reuses_heap=solution.reuses_heap,
             ),

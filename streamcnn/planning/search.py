@@ -21,8 +21,8 @@ import numpy as np
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, Ints, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
+from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import reuse_waste
-from streamcnn.planning.small_bytes import SmallBytes
 from streamcnn.planning.staging import Stage, Staging, gathered, recompute
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
@@ -98,7 +98,7 @@ class Search:
         self.offload_tiers = offload_tiers
         self.program = tilings.program
         self._whole = gathered(self.program)
-        self._small: tuple[Mapping[str, int], SmallBytes] | None = None
+        self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str]], Staging] = {}
         self._tables: dict[Staging, CandidateTable] = {}
@@ -211,11 +211,11 @@ class Search:
         """
         reuses_heap = reuses_heap and not offloaded
         staging = self._staging(base, recomputed)
-        table, small = self._table(staging), self.small_bytes(staging)
+        table, global_bytes = self._table(staging), self.global_bytes(staging)
         stores = table.stores(self._tiers(staging, offloaded))
-        scores = table.score(stores, small, self.tilings.rates, reuses_heap=reuses_heap)
+        scores = table.score(stores, global_bytes, self.tilings.rates, reuses_heap=reuses_heap)
         choices = (
-            _choose(scores, small.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
+            _choose(scores, global_bytes.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
             for heap in (table.heaps if reuses_heap else (_ANY,))
         )
         choice = min(choices, key=lambda choice: choice.rank)
@@ -268,16 +268,16 @@ class Search:
             tiers[name] = self.offload_tiers[index].tier
         return tiers
 
-    def small_bytes(self, staging: Staging) -> SmallBytes:
+    def global_bytes(self, staging: Staging) -> GlobalBytes:
         """What is not cut into tiles, worked out once for a staging and all that recompute more of it."""
         # Recomputing a map changes stages, not levels or segments.
-        if self._small is None or self._small[0] is not staging.levels:
+        if self._global_bytes is None or self._global_bytes[0] is not staging.levels:
             tilings = self.tilings
-            small = SmallBytes(
+            global_bytes = GlobalBytes(
                 self.program, staging, tilings.differentiated, tilings.libraries, tilings.reading
             )
-            self._small = (staging.levels, small)
-        return self._small[1]
+            self._global_bytes = (staging.levels, global_bytes)
+        return self._global_bytes[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Staging: which maps are stored, and which operators run in which phase.
 
 Every node gets a level. A map that uses a reduction's result is one level above it, since every position
-of the reduced map must have been seen first; what a level's maps need is a phase, and the small values of
+of the reduced map must have been seen first; what a level's maps need is a phase, and the global values of
 a level are computed after it. A split point raises the level for every later map, so that long stretches
 without a barrier do not pile up halo.
 """
@@ -33,14 +33,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Staging:
-    """A program divided into phases and segments of small values."""
+    """A program divided into phases and segments of global values."""
 
     levels: Mapping[str, int]
     stored: frozenset[str]
     """Local maps that are checkpoints."""
     stages: tuple[Stage, ...]
     segments: Mapping[int, tuple[str, ...]]
-    """Small values, reductions and gathers by level."""
+    """Global values, reductions and gathers by level."""
 
 
 def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
@@ -56,7 +56,7 @@ def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
             kept.setdefault(level, []).append(node.name)
         if node.kind is Kind.REDUCTION:
             reductions.setdefault(level, []).append(node.name)
-        if node.kind in (Kind.SMALL, Kind.REDUCTION, Kind.GATHER):
+        if node.kind in (Kind.GLOBAL, Kind.REDUCTION, Kind.GATHER):
             segments.setdefault(level, []).append(node.name)
     stages = tuple(
         _stage(program, levels, stored, level, tuple(kept.get(level, ())), tuple(reductions.get(level, ())))
@@ -91,7 +91,7 @@ def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[
     drawn = 0
     for node in program.nodes.values():
         level = _level(program, node, levels)
-        if node.kind is Kind.SMALL and draws(node.target):
+        if node.kind is Kind.GLOBAL and draws(node.target):
             # Numbers are drawn in the order in which the model draws them.
             level = drawn = max(level, drawn)
         if node.kind is Kind.LOCAL:
@@ -106,7 +106,7 @@ def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[
 def _level(program: Program, node: Node, levels: Mapping[str, int]) -> int:
     operands = [(program.nodes[name].kind, levels[name]) for name in node.operands]
     if node.kind is Kind.LOCAL:
-        # A small value or a promoted one is ready only after its own level's phase.
+        # A global value or a promoted one is ready only after its own level's phase.
         return max((level + (kind is not Kind.LOCAL) for kind, level in operands), default=1)
     if node.kind is Kind.REDUCTION:
         kind, level = operands[0]

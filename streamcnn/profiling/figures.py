@@ -10,7 +10,7 @@ from streamcnn.profiling.plan_drawing import draw_plan
 from streamcnn.profiling.scales import bytes_step, upper_edge
 from streamcnn.profiling.shapes import Arc, Box, Drawing, Label, Lines, Shape
 from streamcnn.profiling.tile_profile import TileProfile, fastest
-from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Timeline
+from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Timeline
 from streamcnn.profiling.timeline_chart import (
     OTHERS,
     areas,
@@ -207,7 +207,7 @@ def _draw_timeline(axes: Any, profile: TileProfile, timeline: Timeline, top: int
 def _timeline_key(figure: Any) -> None:
     patches = require("matplotlib.patches", extra="plots")
     named = {f"phases, {name}": phase_color(name, 0.7) for name in ("forward", "backward")}
-    named.update({name: OTHERS[name] for name in (SMALL_VALUES, TAIL, BETWEEN)})
+    named.update({name: OTHERS[name] for name in (GLOBAL_VALUES, TAIL, BETWEEN)})
     handles = [patches.Patch(color=color, label=name) for name, color in named.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
 

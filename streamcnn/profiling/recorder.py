@@ -10,7 +10,7 @@ from typing import Self
 
 from streamcnn.ceiling.process import resident_bytes
 from streamcnn.execution.executor import PassEvent
-from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Sample, Span, Timeline, thin
+from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Sample, Span, Timeline, thin
 
 _INTERVAL = 0.01
 """Seconds between readings at first; one takes some 0.1 ms."""
@@ -103,7 +103,7 @@ class Recorder:
     def _part(self, event: PassEvent) -> str:
         if event.part == "phase":
             return event.part
-        return TAIL if event.level == self._tail else SMALL_VALUES
+        return TAIL if event.level == self._tail else GLOBAL_VALUES
 
     def _open(self, part: str, level: int, direction: str, moment: float) -> None:
         self._spans.append(Span(part, level, direction, moment, moment))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-SMALL_VALUES, TAIL, BETWEEN = "small values", "resident tail", "in between"
+GLOBAL_VALUES, TAIL, BETWEEN = "global values", "resident tail", "in between"
 """Parts of an update that are no phase. The last is the loss, and stores that take long to be freed."""
 
 
@@ -37,8 +37,8 @@ class Span:
     def label(self) -> str:
         """The span in words."""
         name = self.part if self.part in (TAIL, BETWEEN) else f"{self.part} {self.level}"
-        if self.part == SMALL_VALUES:
-            name = f"small values after phase {self.level}" if self.level else "small values at the start"
+        if self.part == GLOBAL_VALUES:
+            name = f"global values after phase {self.level}" if self.level else "global values at the start"
         return f"{name}, {self.direction}" if self.direction else name
 
 

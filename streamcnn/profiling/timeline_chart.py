@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamcnn.profiling.scales import bytes_step, seconds_ticks, with_room
 from streamcnn.profiling.tile_profile import TileProfile
-from streamcnn.profiling.timeline import BETWEEN, SMALL_VALUES, TAIL, Span, Timeline
+from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Span, Timeline
 from streamcnn.support.units import format_bytes
 
 _WIDTH, _HEIGHT = 1200, 280
@@ -20,7 +20,7 @@ _PALE_TO_DEEP = {
     "forward": ((190, 214, 250), (29, 78, 190)),
     "backward": ((253, 217, 170), (194, 85, 12)),
 }
-OTHERS = {SMALL_VALUES: "#7b3fb5", TAIL: "#58a782", BETWEEN: "#c9d0d9"}
+OTHERS = {GLOBAL_VALUES: "#7b3fb5", TAIL: "#58a782", BETWEEN: "#c9d0d9"}
 """Colours of what is no phase."""
 
 Areas = list[tuple[str, list[tuple[float, int]]]]

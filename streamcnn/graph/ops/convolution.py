@@ -98,7 +98,7 @@ def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
     if bias is None:
         return result
     # The bias also reaches positions of output padding, which no input position reaches.
-    column = tracer.small(torch.Tensor.reshape, bias, (1, -1, 1, 1))
+    column = tracer.global_value(torch.Tensor.reshape, bias, (1, -1, 1, 1))
     return tracer.local(torch.add, (result, column), like=like, axes=(2, 3), links={result.name: Link()})
 
 

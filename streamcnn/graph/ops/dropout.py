@@ -24,20 +24,20 @@ _BITS = 24
 
 @rule(aten.dropout.default)
 def dropout(tracer: Tracer, call: Call) -> Any:
-    """Dropout of single elements, of maps, streamed or resident, and of small values."""
+    """Dropout of single elements, of maps, streamed or resident, and of global values."""
     ref, probability, train = call.bind("input", "p", "train")
     axes = tracer.axes(ref)
     if not train or probability == 0:
         return _unchanged(tracer, ref)
     if axes is None and len(tracer.spec(ref).shape) < 4:
         # The head's: drawn as plain PyTorch draws it.
-        return tracer.small(call.target, *call.args, **call.kwargs)
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
     like, links = tracer.fake(call), {ref.name: Link()}
     # A seed per layer, drawn in program order: which layers are resident does not change a mask.
-    seed = tracer.small(draw_seed, device=torch.device(like.device))
+    seed = tracer.global_value(draw_seed, device=torch.device(like.device))
     arguments = (ref, seed, probability, tracer.spec(ref).shape)
     if axes is None:
-        return tracer.small(drop_elements, *arguments)
+        return tracer.global_value(drop_elements, *arguments)
     return tracer.local(drop_elements, (*arguments, axes), like=like, axes=axes, links=links, positional=True)
 
 
@@ -50,9 +50,9 @@ def feature_dropout(tracer: Tracer, call: Call) -> Any:
         return _unchanged(tracer, ref)
     shape = (*spec.shape[:2], *(1,) * (len(spec.shape) - 2))
     device = torch.device(tracer.fake(call).device)
-    mask = tracer.small(draw_channel_mask, shape, probability, dtype=spec.dtype, device=device)
+    mask = tracer.global_value(draw_channel_mask, shape, probability, dtype=spec.dtype, device=device)
     if tracer.axes(ref) is None:
-        return tracer.small(torch.mul, ref, mask)
+        return tracer.global_value(torch.mul, ref, mask)
     return pointwise(tracer, Call(aten.mul.Tensor, (ref, mask), {}))
 
 

@@ -99,12 +99,12 @@ def _normalized(
 def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | None:
     """A per-channel value in the type of the statistics of ``ref``, as ATen's kernels want them together.
 
-    Cast once as a small value: tiles' gradients add up in that type, and the sum alone is rounded.
+    Cast once as a global value: tiles' gradients add up in that type, and the sum alone is rounded.
     """
     dtype = statistics_dtype(tracer.spec(ref).dtype)
     if parameter is None or tracer.spec(parameter).dtype == dtype:
         return parameter
-    cast: Ref = tracer.small(aten.to.dtype, parameter, dtype)
+    cast: Ref = tracer.global_value(aten.to.dtype, parameter, dtype)
     return cast
 
 
@@ -122,9 +122,9 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
         "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"
     )
     if training and tracer.axes(ref) is None:
-        return _small_batch_norm(tracer, ref, weight, bias, running_mean, running_var, momentum, eps)
+        return _global_batch_norm(tracer, ref, weight, bias, running_mean, running_var, momentum, eps)
     if tracer.axes(ref) is None:
-        return tracer.small(call.target, *call.args, **call.kwargs)
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
     if tracer.axes(ref) != (2, 3):
         return Decline("it is not applied to a map of shape (N, C, H, W)")
     if not training:
@@ -141,7 +141,7 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
 
 def _rate(tracer: Tracer, momentum: float | Ref) -> Any:
     """The weight of the new statistics; a cumulative average has the module's counter for it."""
-    return tracer.small(cumulative_rate, momentum) if isinstance(momentum, Ref) else momentum
+    return tracer.global_value(cumulative_rate, momentum) if isinstance(momentum, Ref) else momentum
 
 
 def cumulative_rate(counter: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def cumulative_rate(counter: Tensor) -> Tensor:
 
 
 def _update_running(tracer: Tracer, running: Ref, value: Ref, rate: Any, factor: float) -> None:
-    tracer.update(running, tracer.small(mixed, running, value, rate, factor))
+    tracer.update(running, tracer.global_value(mixed, running, value, rate, factor))
 
 
 def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -> Tensor:
@@ -163,7 +163,7 @@ def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -
     return mean.to(running.dtype)
 
 
-def _small_batch_norm(
+def _global_batch_norm(
     tracer: Tracer,
     ref: Ref,
     weight: Ref | None,
@@ -173,13 +173,15 @@ def _small_batch_norm(
     momentum: float,
     eps: float,
 ) -> Ref:
-    """Train-mode batch norm of a small value, with its buffers' new values as results."""
+    """Train-mode batch norm of a global value, with its buffers' new values as results."""
     if running_mean is None:
-        small: Ref = tracer.small(torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False)
-        return small
+        global_value: Ref = tracer.global_value(
+            torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False
+        )
+        return global_value
     assert running_var is not None
     rate = _rate(tracer, momentum)
-    result, new_mean, new_var = tracer.small(
+    result, new_mean, new_var = tracer.global_value(
         functional_batch_norm, ref, weight, bias, running_mean, running_var, rate, eps
     )
     tracer.update(running_mean, new_mean)
@@ -217,27 +219,27 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
     mean, variance = tracer.reduce(moments, ref)
     if running_mean is not None:
         unbiased = moments.count / max(moments.count - 1, 1)
-        _update_running(tracer, running_mean, tracer.small(torch.mean, mean, 0), momentum, 1.0)
-        _update_running(tracer, running_var, tracer.small(torch.mean, variance, 0), momentum, unbiased)
+        _update_running(tracer, running_mean, tracer.global_value(torch.mean, mean, 0), momentum, 1.0)
+        _update_running(tracer, running_var, tracer.global_value(torch.mean, variance, 0), momentum, unbiased)
     weight, bias = (_repeated(tracer, ref, parameter) for parameter in (weight, bias))
-    mean, variance = (tracer.small(torch.flatten, value) for value in (mean, variance))
+    mean, variance = (tracer.global_value(torch.flatten, value) for value in (mean, variance))
     return _normalized(tracer, ref, mean, variance, weight, bias, eps)
 
 
 def _repeated(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Any:
     if parameter is None:
         return None
-    return tracer.small(repeated, _as_statistics(tracer, ref, parameter), tracer.spec(ref).shape[0])
+    return tracer.global_value(repeated, _as_statistics(tracer, ref, parameter), tracer.spec(ref).shape[0])
 
 
 def _whole_instance_norm(tracer: Tracer, call: Call) -> Any:
-    """Instance norm of a small value, with its buffers' new values as results."""
+    """Instance norm of a global value, with its buffers' new values as results."""
     ref, weight, bias, running_mean, running_var, own_statistics, momentum, eps = call.bind(
         "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"
     )
     if not own_statistics or running_mean is None:
-        return tracer.small(call.target, *call.args, **call.kwargs)
-    result, new_mean, new_var = tracer.small(
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
+    result, new_mean, new_var = tracer.global_value(
         functional_instance_norm, ref, weight, bias, running_mean, running_var, momentum, eps
     )
     tracer.update(running_mean, new_mean)
@@ -288,7 +290,7 @@ def _grouped(
         links={ref.name: Link()},
     )
     statistics = tracer.reduce(Moments(split, (2, 3, 4), False), grouped)
-    mean, variance = (tracer.small(per_channel, value, channels) for value in statistics)
+    mean, variance = (tracer.global_value(per_channel, value, channels) for value in statistics)
     weight, bias = (_repeated(tracer, ref, parameter) for parameter in (weight, bias))
     return _normalized(tracer, ref, mean, variance, weight, bias, eps)
 

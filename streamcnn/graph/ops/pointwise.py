@@ -131,7 +131,7 @@ def common_axes(tracer: Tracer, call: Call, ndim: int) -> Axes | None:
 def align_operands(
     tracer: Tracer, call: Call, like: torch.Tensor, axes: Axes
 ) -> tuple[Call, dict[str, Link]]:
-    """The call with small values of spatial extent promoted to maps, and the links of its maps."""
+    """The call with global values of spatial extent promoted to maps, and the links of its maps."""
     renamed: dict[str, Ref] = {}
     links: dict[str, Link] = {}
     for name in refs_in((call.args, dict(call.kwargs))):
@@ -143,7 +143,7 @@ def align_operands(
             if extents == (1, 1):
                 continue
             if min(local_axes) < 0:
-                operand = tracer.small(
+                operand = tracer.global_value(
                     torch.Tensor.reshape, operand, (1,) * (like.dim() - len(shape)) + shape
                 )
                 local_axes = axes
@@ -231,7 +231,7 @@ def from_metadata(tracer: Tracer, call: Call) -> Ref:
     value: Any = call.bind("fill_value")[0] if call.target is aten.new_full.default else 0.0
     if call.target is aten.new_ones.default:
         value = 1.0
-    created: Ref = tracer.small(
+    created: Ref = tracer.global_value(
         torch.full, tuple(like.shape), value, dtype=like.dtype, device=torch.device(like.device)
     )
     return created

@@ -77,7 +77,7 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
         size = tracer.spec(ref).shape[axis + 2]
         counts = _window_counts(axis_maps[axis], like.shape[axis + 2], size, count_padding)
         shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
-        factor = tracer.small(
+        factor = tracer.global_value(
             _reciprocal, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device)
         )
         mapped = tracer.promote(factor, (2, 3))

@@ -1,4 +1,4 @@
-"""The kinds of reductions: small values that need every position of a map.
+"""The kinds of reductions: global values that need every position of a map.
 
 Each is computed from partial results of disjoint tiles, merged in a fixed order and finished once; its
 gradient at a tile is a local formula of the tile's own values and the finished results. Partial results

@@ -129,9 +129,11 @@ def variance(tracer: Tracer, call: Call) -> Any:
         return chosen or Decline("it returns several tensors per position")
     moments = Moments(tracer.spec(call.args[0]).shape, chosen, keepdim)
     mean, biased = tracer.reduce(moments, call.args[0])
-    result = tracer.small(torch.mul, biased, moments.count / max(moments.count - _correction(call, name), 0))
+    result = tracer.global_value(
+        torch.mul, biased, moments.count / max(moments.count - _correction(call, name), 0)
+    )
     if "std" in name:
-        result = tracer.small(torch.sqrt, result)
+        result = tracer.global_value(torch.sqrt, result)
     likes = tracer.fake(call)
     if "_mean" not in name:
         return _rounded(tracer, result, likes)
@@ -142,7 +144,7 @@ def _rounded(tracer: Tracer, ref: Ref, like: Tensor) -> Ref:
     """A statistic in the type that ATen gives it: a map in half precision has such statistics too."""
     if tracer.spec(ref).dtype == like.dtype:
         return ref
-    cast: Ref = tracer.small(aten.to.dtype, ref, like.dtype)
+    cast: Ref = tracer.global_value(aten.to.dtype, ref, like.dtype)
     return cast
 
 

@@ -1,7 +1,7 @@
 """What streaming knows about operators: one rule per ATen overload, kept in a registry.
 
 A rule sees a captured call and records, through a :class:`Tracer`, the nodes that carry it out:
-local operators with their windows, reductions, small values. It answers :class:`Decline` with a reason
+local operators with their windows, reductions, global values. It answers :class:`Decline` with a reason
 when it cannot, and the operator then runs resident, on whole maps. An overload without a rule is
 resident too: unknown is never assumed pointwise.
 """
@@ -49,13 +49,13 @@ class Tracer(Protocol):
         """Shape and dtype of a recorded value."""
 
     def axes(self, ref: Ref) -> Axes | None:
-        """Spatial axes of a map; ``None`` for a small value."""
+        """Spatial axes of a map; ``None`` for a global value."""
 
     def fake(self, call: Call) -> Any:
         """The call's result on fake tensors, for its shape and dtype."""
 
-    def small(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Record a call on small values; a tuple of refs if the target returns several tensors."""
+    def global_value(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Record a call on global values; a tuple of refs if the target returns several tensors."""
 
     def local(
         self,
@@ -76,7 +76,7 @@ class Tracer(Protocol):
         """Record a reduction of a map; a tuple of refs if it has several results."""
 
     def promote(self, ref: Ref, axes: Axes) -> Ref:
-        """Record that a small value with spatial extent is read as a map."""
+        """Record that a global value with spatial extent is read as a map."""
 
     def update(self, statistic: Ref, value: Ref) -> None:
         """Record that the call moves ``statistic``, one of its operands, to ``value``."""

@@ -73,7 +73,7 @@ def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
     ref = call.args[0]
     like = tracer.fake(call)
     if tracer.axes(ref) is None:
-        return Decline("it gives a small value the shape of a map")
+        return Decline("it gives a global value the shape of a map")
     before, axes = tracer.spec(ref).shape, _axes(tracer, ref)
     if call.target in (aten.expand.default, aten.broadcast_to.default):
         return _expand(tracer, ref, like, axes)
@@ -198,7 +198,7 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | Decline:
 
 
 def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
-    """A small value among maps, as a map."""
+    """A global value among maps, as a map."""
     if tracer.axes(ref) is not None:
         return ref
     axes = next(axes for other in refs if (axes := tracer.axes(other)) is not None)

@@ -21,11 +21,11 @@ aten = torch.ops.aten
 def copy(tracer: Tracer, call: Call) -> Any:
     """Every value replaced by another; only shape and dtype of the first operand remain.
 
-    ATen's own operator has no gradient, so it is replaced among small values too.
+    ATen's own operator has no gradient, so it is replaced among global values too.
     """
     target, value = call.bind("self", "src")
     if tracer.axes(target) is None and tracer.axes(value) is None:
-        return tracer.small(copied, target, value)
+        return tracer.global_value(copied, target, value)
     return pointwise(tracer, Call(copied, (target, value), {}))
 
 
@@ -68,7 +68,7 @@ def select_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
         rows, cols = (axis + (axis >= dim) for axis in inner)
         axes = (rows, cols)
     if inner is None:
-        part = tracer.small(torch.unsqueeze, part, dim)
+        part = tracer.global_value(torch.unsqueeze, part, dim)
     elif dim in axes or inner != tuple(axis - (dim < axis) for axis in axes):
         return Decline("its operands have their spatial axes at different places")
     else:

@@ -1,6 +1,6 @@
-"""The small values of a pass: evaluated once, differentiated segment by segment.
+"""The global values of a pass: evaluated once, differentiated segment by segment.
 
-A segment holds the small values of one level. Within it ordinary autograd runs; what enters it from
+A segment holds the global values of one level. Within it ordinary autograd runs; what enters it from
 elsewhere is a leaf, so that in the backward pass a segment can be differentiated as soon as all later
 phases have delivered their gradients, and before any earlier one has.
 """
@@ -26,14 +26,14 @@ class _Record:
     """A segment's autograd graph between forward and backward."""
 
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    """Small values from earlier segments and states, by name."""
+    """Global values from earlier segments and states, by name."""
     barriers: dict[str, Results] = field(default_factory=dict)
     """Results of reductions and gathered maps, by name."""
     values: dict[str, Any] = field(default_factory=dict)
 
 
-class SmallGraph:
-    """Values and gradients of all small values of one pass."""
+class GlobalGraph:
+    """Values and gradients of all global values of one pass."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class SmallGraph:
             self._records[segment.level] = current
 
     def _evaluate(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Any:
-        if node.kind is not Kind.SMALL:
+        if node.kind is not Kind.GLOBAL:
             results = tuple(self._leaf(node.name, tensor) for tensor in barrier(node))
             current.barriers[node.name] = results
             if node.kind is Kind.GATHER:
@@ -100,7 +100,7 @@ class SmallGraph:
             return {name: self._leaf(name, self.values[name]) for name in names}
 
     def accumulate(self, name: str, gradient: Tensor | None) -> None:
-        """Add to the gradient of a small value; :meth:`take` gives the sum in the value's own type."""
+        """Add to the gradient of a global value; :meth:`take` gives the sum in the value's own type."""
         if gradient is None:
             return
         known = self.gradients.get(name)
@@ -115,7 +115,7 @@ class SmallGraph:
             self._summed.add(name)
 
     def take(self, name: str) -> Tensor:
-        """The gradient of a small value, which is forgotten here."""
+        """The gradient of a global value, which is forgotten here."""
         gradient = self.gradients.pop(name)
         self._summed.discard(name)
         spec = self.program.nodes[name].spec
@@ -155,7 +155,7 @@ class SmallGraph:
 
 
 def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """For each small value, those that it is the last to read and that nothing else asks for.
+    """For each global value, those that it is the last to read and that nothing else asks for.
 
     What a map reads too, or the model gives out, stays until the backward pass is there.
     """
@@ -164,13 +164,13 @@ def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[s
     # Levels run one after the other, whatever the order of the program.
     for node in sorted(program.nodes.values(), key=lambda node: levels.get(node.name, 0)):
         for name in node.operands:
-            if node.kind is Kind.SMALL:
+            if node.kind is Kind.GLOBAL:
                 last[name] = node.name
             else:
                 asked.add(name)
     dead: dict[str, list[str]] = {}
     for name, reader in last.items():
-        if program.nodes[name].kind in (Kind.SMALL, Kind.GATHER, Kind.REDUCTION) and name not in asked:
+        if program.nodes[name].kind in (Kind.GLOBAL, Kind.GATHER, Kind.REDUCTION) and name not in asked:
             dead.setdefault(reader, []).append(name)
     return {reader: tuple(names) for reader, names in dead.items()}
 

@@ -1,4 +1,4 @@
-"""Projected bytes of what is not cut into tiles: small values, the resident tail, plain PyTorch.
+"""Projected bytes of what is not cut into tiles: global values, the resident tail, plain PyTorch.
 
 The tail is ordinary PyTorch on whole maps, so what it holds is what autograd saves. Which operands and
 results an operator saves is known here by its name; one that is not listed is taken to save its operands.
@@ -223,7 +223,7 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
     and result, and the copies that a convolution works on.
     """
     image = program.nodes[program.image].nbytes
-    made = (node for node in program.nodes.values() if node.kind in (Kind.LOCAL, Kind.SMALL))
+    made = (node for node in program.nodes.values() if node.kind in (Kind.LOCAL, Kind.GLOBAL))
     largest = max((node.nbytes for node in made), default=0)
     if not differentiated:
         return image + 3 * largest
@@ -231,8 +231,8 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
     return program.plain_bytes + image + states + 4 * largest
 
 
-class SmallBytes:
-    """Bytes of small values, of the parameters' gradients and of decoded images at every moment of a pass."""
+class GlobalBytes:
+    """Bytes of global values, of the parameters' gradients and of decoded images at every moment of a pass."""
 
     _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
 
@@ -258,7 +258,7 @@ class SmallBytes:
         self.last = last
         """The level of the resident tail."""
         self.num_kernels = np.zeros(num_levels, np.int64)
-        """By level: the kernels that its small values compile in a forward pass."""
+        """By level: the kernels that its global values compile in a forward pass."""
         self._gathered = {
             staging.levels[node.name]
             for node in nodes.values()
@@ -275,10 +275,10 @@ class SmallBytes:
         """By level: the sum of what :meth:`forward` names; likewise the next."""
         self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
         self.tail_step = resident_step(program, segments.get(last, ()), libraries, differentiated)
-        """What the resident tail takes beyond the small values before it."""
+        """What the resident tail takes beyond the global values before it."""
 
     def kernels(self, num_kernels: NDArray[np.int64]) -> KernelBytes:
-        """What is kept of kernels where phases compile so many by level, those of small values included."""
+        """What is kept of kernels where phases compile so many by level, those of global values included."""
         return KernelBytes(
             self.libraries.kernel_bytes,
             self.num_kernels + num_kernels,
@@ -287,13 +287,13 @@ class SmallBytes:
 
     def forward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs forward."""
-        return *self._always(), self._small(level - 1), *self._whole(level)
+        return *self._always(), self._global_bytes(level - 1), *self._whole(level)
 
     def tail(self) -> tuple[MemoryTerm, ...]:
         """While the resident tail runs, whose own step comes on top, its parameters' gradients included."""
         return (
             *self._always(),
-            self._small(self.last - 1),
+            self._global_bytes(self.last - 1),
             *self._whole(self.last),
             *self._other_gradients(),
         )
@@ -307,7 +307,7 @@ class SmallBytes:
         # Those of the last level, the resident tail, are only there while no tile is.
         return (
             *self._always(),
-            self._small(min(level, self.last - 1)),
+            self._global_bytes(min(level, self.last - 1)),
             *self._gradients(level),
         )
 
@@ -319,13 +319,13 @@ class SmallBytes:
         """For the image as a whole, where an operator on whole maps reads it at ``level``."""
         return _if_any(READING, self._whole_image if level in self._gathered else 0)
 
-    def _small(self, level: int) -> MemoryTerm:
-        """Small values of the levels up to ``level``."""
+    def _global_bytes(self, level: int) -> MemoryTerm:
+        """Global values of the levels up to ``level``."""
         if level < 0:
-            return MemoryTerm("small values", 0)
+            return MemoryTerm("global values", 0)
         # Their gradients flow back one operator at a time: two of the largest at once.
         flow = 2 * self._largest[level] if self.differentiated else 0
-        return MemoryTerm("small values", self._values[level] + flow)
+        return MemoryTerm("global values", self._values[level] + flow)
 
     def _gradients(self, level: int) -> tuple[MemoryTerm, ...]:
         if not self.differentiated:
