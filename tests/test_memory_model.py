@@ -12,7 +12,6 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.global_bytes import GlobalBytes, resident_step
-from streamcnn.planning.libraries import CACHED_KERNELS, KernelBytes, Libraries
 from streamcnn.planning.memory_model import (
     FRESH_WASTE_PERCENT,
     REUSE_BYTES,
@@ -23,11 +22,12 @@ from streamcnn.planning.memory_model import (
     reuse_waste,
     steps,
 )
+from streamcnn.planning.overhead import CACHED_KERNELS, BackendOverhead, KernelBytes
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import Outline, TiledStage, tile_stage
 
 SHAPE = (2, 3, 40, 60)
-LIBRARIES = Libraries(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)
+OVERHEAD = BackendOverhead(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)
 ROW = 4 * 2
 """Bytes of one position of one channel: float32, two images."""
 
@@ -54,7 +54,7 @@ def terms_of(step: object) -> dict[str, int]:
 
 def test_a_forward_step() -> None:
     _, _, (first, _) = tiled_stages((2, 3))
-    step, _ = steps(first, LIBRARIES, backward=True)
+    step, _ = steps(first, OVERHEAD, backward=True)
     region = ROW * 3 * (20 + 1) * (20 + 2)  # 3 channels, one row of halo at the inner edge, two columns
     own = ROW * 8 * 20 * 20  # 8 channels of the convolution's result
     assert terms_of(step) == {
@@ -64,18 +64,18 @@ def test_a_forward_step() -> None:
         "live activations": own,
         # Copies of it while its statistics are worked out.
         "operator workspace": 2 * own,
-        "address space of compiled code": LIBRARIES.code_bytes,
+        "address space of compiled code": OVERHEAD.code_bytes,
         "buffers of matrix products": 0,
     }
     assert 2 * own > 2 * region + own + 4 * 8 * 3 * 9
     assert step.operator == "conv2d"
     # All blocks are small, so the C library may keep all of them; code is not in blocks.
-    assert step.heap == step.nbytes - LIBRARIES.code_bytes
+    assert step.heap == step.nbytes - OVERHEAD.code_bytes
 
 
 def test_a_backward_step_of_a_stored_convolution() -> None:
     _, _, (first, _) = tiled_stages((2, 3))
-    _, step = steps(first, LIBRARIES, backward=True)
+    _, step = steps(first, OVERHEAD, backward=True)
     region = ROW * 3 * 21 * 22
     own = ROW * 8 * 20 * 20
     weights = 4 * 8 * 3 * 9
@@ -93,7 +93,7 @@ def test_a_backward_step_of_a_stored_convolution() -> None:
         # The gradient, and its copies in the layouts that convolutions work in.
         "a tile's parameter gradients": 3 * weights,
         # Of the value, and of the gradients of operand and weights.
-        "address space of compiled code": 3 * LIBRARIES.code_bytes,
+        "address space of compiled code": 3 * OVERHEAD.code_bytes,
         "buffers of matrix products": 0,
     }
 
@@ -113,12 +113,12 @@ class ChannelsMixed(nn.Module):
 def test_matrix_products_take_buffers_on_every_thread() -> None:
     program = traced(ChannelsMixed(), SHAPE)[0]
     (stage,) = divide(program).stages
-    forward, backward = steps(tile_stage(Outline.of(program, stage), (2, 3)), LIBRARIES, backward=True)
+    forward, backward = steps(tile_stage(Outline.of(program, stage), (2, 3)), OVERHEAD, backward=True)
     assert backward is not None
-    assert terms_of(forward)["buffers of matrix products"] == 2 * LIBRARIES.matrix_bytes
+    assert terms_of(forward)["buffers of matrix products"] == 2 * OVERHEAD.matrix_bytes
     # The gradients are products too, and find buffers there.
-    assert terms_of(backward)["buffers of matrix products"] == 2 * LIBRARIES.matrix_bytes
-    assert Libraries.host(8).matrix_bytes == 8 * Libraries.host(1).matrix_bytes
+    assert terms_of(backward)["buffers of matrix products"] == 2 * OVERHEAD.matrix_bytes
+    assert BackendOverhead.host(8).matrix_bytes == 8 * BackendOverhead.host(1).matrix_bytes
 
 
 def test_kernels_are_kept_for_every_shape_of_tile() -> None:
@@ -156,7 +156,7 @@ def test_the_moments_of_a_pass() -> None:
     program, staging, tiled = tiled_stages((2, 3))
     (name,) = staging.stored
     nbytes = program.nodes[name].nbytes
-    global_bytes = GlobalBytes(program, staging, traced(make_net(), SHAPE)[1], LIBRARIES)
+    global_bytes = GlobalBytes(program, staging, traced(make_net(), SHAPE)[1], OVERHEAD)
     for tier, in_memory in ((Tier.MEMORY, nbytes), (Tier.DISK, 0)):
         store = StorePlan(tier, tier, nbytes, kept=True, last_reader=2, tile=(20, 20))
         found = peak_points(
@@ -176,7 +176,7 @@ def test_the_moments_of_a_pass() -> None:
             assert terms.get("gradient maps", in_memory) == in_memory
             assert point.nbytes == sum(terms.values())
         # oneDNN keeps a kernel of each convolution and shape, two more once its level is differentiated:
-        kernels = [terms_of(point)["compiled kernels"] // LIBRARIES.kernel_bytes for point in found]
+        kernels = [terms_of(point)["compiled kernels"] // OVERHEAD.kernel_bytes for point in found]
         # of the first convolution for two shapes of tiles, of the second for one.
         assert kernels == [2, 3, 5, 5, 9]
         # Parameters get a gradient from their last reader on, in the order of the backward pass.
@@ -218,7 +218,7 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     staging = divide(program)
     names = staging.segments[max(staging.segments)]
     image, wide, narrow = (ROW * channels * 40 * 60 for channels in (3, 8, 4))
-    step = resident_step(program, names, LIBRARIES, program.states)
+    step = resident_step(program, names, OVERHEAD, program.states)
     terms = terms_of(step)
     # The first convolution saves the image, the norm its operand, ReLU its result, which is the second
     # convolution's operand, the pooling its own. The second convolution holds most: operand and result or
@@ -229,6 +229,6 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     assert terms["saved by the resident tail"] == pytest.approx(image + 2 * wide + narrow, abs=200)
     # The second convolution's weights; the norm's and the first convolution's have no gradient yet.
     assert terms["parameter gradients"] == 4 * 8 * 4
-    assert terms["address space of compiled code"] == 2 * 2 * LIBRARIES.code_bytes
-    inference = resident_step(program, names, LIBRARIES, ())
+    assert terms["address space of compiled code"] == 2 * 2 * OVERHEAD.code_bytes
+    inference = resident_step(program, names, OVERHEAD, ())
     assert terms_of(inference)["saved by the resident tail"] == 0

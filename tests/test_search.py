@@ -17,15 +17,15 @@ from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.libraries import Libraries
 from streamcnn.planning.memory_model import peak_points
+from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.search import OffloadTier, Search, Solution
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20
 CPU = NOMINAL["cpu"]
-LIBRARIES = Libraries.host(1)
+OVERHEAD = BackendOverhead.host(1)
 SLOW_DISK = Rates(
     source="a slow disk",
     dense_flops=CPU.dense_flops,
@@ -75,9 +75,7 @@ NETS = {
 
 def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
     program, wanted = traced(net, SHAPE)
-    return Search(
-        TilingCandidates(program, wanted, rates, None, LIBRARIES), budget, (OffloadTier(Tier.DISK),)
-    )
+    return Search(TilingCandidates(program, wanted, rates, None, OVERHEAD), budget, (OffloadTier(Tier.DISK),))
 
 
 def stagings(program: Program) -> Iterator[Staging]:
@@ -94,7 +92,7 @@ def stagings(program: Program) -> Iterator[Staging]:
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
     """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, LIBRARIES)
+    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, OVERHEAD)
     ways = [search.tilings.of(stage) for stage in staging.stages]
     table = search._table(staging)
     names = sorted(staging.stored)

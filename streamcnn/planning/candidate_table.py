@@ -16,8 +16,8 @@ from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
 from streamcnn.planning.global_bytes import GlobalBytes, total_bytes
-from streamcnn.planning.libraries import KernelBytes
 from streamcnn.planning.memory_model import fresh_waste, is_differentiated
+from streamcnn.planning.overhead import KernelBytes
 from streamcnn.planning.staging import Stage, Staging
 
 Ints = NDArray[np.int64]

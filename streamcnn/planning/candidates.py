@@ -10,8 +10,8 @@ from streamcnn.plan.rates import Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
 from streamcnn.planning.global_bytes import total_bytes
-from streamcnn.planning.libraries import Libraries
-from streamcnn.planning.memory_model import is_differentiated, library_terms, steps
+from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
+from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, tile_stage
 
@@ -52,7 +52,7 @@ class TilingCandidates:
         differentiated: frozenset[str],
         rates: Rates,
         tile: tuple[int, int] | None,
-        libraries: Libraries,
+        overhead: BackendOverhead,
         known: TilingCandidates | None = None,
         *,
         reading: BatchCost = NO_READING,
@@ -60,7 +60,7 @@ class TilingCandidates:
         self.program = program
         self.differentiated = differentiated
         self.rates = rates
-        self.libraries = libraries
+        self.overhead = overhead
         self.reading = reading
         self.works: Mapping[str, Work] = all_works(program)
         self._tile = tile
@@ -81,7 +81,7 @@ class TilingCandidates:
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
         # Smaller tiles take no less of that.
         fine = FINE_BYTES + total_bytes(
-            library_terms(outline, self.libraries, backward=self._visits(outline))
+            overhead_terms(outline, self.overhead, backward=self._visits(outline))
         )
         for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
             tiling = self._tiling(outline, parts)
@@ -106,7 +106,7 @@ class TilingCandidates:
     def _tiling(self, outline: Outline, parts: TileCounts) -> TilingCandidate:
         tiled = tile_stage(outline, parts)
         backward = self._visits(outline)
-        forward, after = steps(tiled, self.libraries, self.reading, backward=backward)
+        forward, after = steps(tiled, self.overhead, self.reading, backward=backward)
         return TilingCandidate(
             tiled,
             time=stage_time(tiled, self.works, self.rates, backward=backward),

@@ -20,7 +20,7 @@ from streamcnn.graph.ops.rules import Call
 from streamcnn.graph.program import Kind, Node, Program, Ref, TensorSpec
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
-from streamcnn.planning.libraries import KernelBytes, Libraries, num_products, num_sizes
+from streamcnn.planning.overhead import BackendOverhead, KernelBytes, num_products, num_sizes
 from streamcnn.planning.staging import Staging
 
 _SAVES_RESULT = frozenset(
@@ -63,7 +63,7 @@ def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
 
 
 def resident_step(
-    program: Program, names: Iterable[str], libraries: Libraries, differentiated: Collection[str]
+    program: Program, names: Iterable[str], overhead: BackendOverhead, differentiated: Collection[str]
 ) -> Step:
     """Operators run one after another on whole values, then differentiated in reverse.
 
@@ -72,7 +72,7 @@ def resident_step(
     parameters.
     """
     training = bool(differentiated)
-    values = _Values(program, tuple(names), differentiated, fuses_all=not libraries.kernel_bytes)
+    values = _Values(program, tuple(names), differentiated, fuses_all=not overhead.kernel_bytes)
     arriving = values.state_bytes(differentiated)
     gradients = sum(arriving.values())
     saved = most = before = arrived = flow = workspace = heap = 0
@@ -92,7 +92,7 @@ def resident_step(
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
-        *libraries.terms(
+        *overhead.terms(
             (2 if training else 1) * values.num_convolutions, num_products(program, values.names)
         ),
     )
@@ -232,7 +232,7 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
 
 
 class GlobalBytes:
-    """Bytes of global values, of the parameters' gradients and of decoded images at every moment of a pass."""
+    """Bytes of global values, parameters' gradients and decoded images at every moment of a pass."""
 
     _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
 
@@ -241,10 +241,10 @@ class GlobalBytes:
         program: Program,
         staging: Staging,
         differentiated: Collection[str],
-        libraries: Libraries,
+        overhead: BackendOverhead,
         reading: BatchCost = NO_READING,
     ) -> None:
-        self.libraries = libraries
+        self.overhead = overhead
         self.reading = reading
         nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
@@ -274,13 +274,13 @@ class GlobalBytes:
         self.forward_bytes = np.array([total_bytes(self.forward(level)) for level in range(num_levels)])
         """By level: the sum of what :meth:`forward` names; likewise the next."""
         self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
-        self.tail_step = resident_step(program, segments.get(last, ()), libraries, differentiated)
+        self.tail_step = resident_step(program, segments.get(last, ()), overhead, differentiated)
         """What the resident tail takes beyond the global values before it."""
 
     def kernels(self, num_kernels: NDArray[np.int64]) -> KernelBytes:
         """What is kept of kernels where phases compile so many by level, those of global values included."""
         return KernelBytes(
-            self.libraries.kernel_bytes,
+            self.overhead.kernel_bytes,
             self.num_kernels + num_kernels,
             training=bool(self.differentiated),
         )

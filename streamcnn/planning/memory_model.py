@@ -21,7 +21,7 @@ from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.global_bytes import REUSABLE_BYTES, GlobalBytes, Step, total_bytes
-from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TiledStage
 
@@ -67,7 +67,7 @@ def peak_points(
     pairs = [
         steps(
             stage,
-            global_bytes.libraries,
+            global_bytes.overhead,
             global_bytes.reading,
             backward=is_differentiated(stage.stage, global_bytes.differentiated),
         )
@@ -126,17 +126,19 @@ def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
 
 
 def steps(
-    tiled: TiledStage, libraries: Libraries, reading: BatchCost = NO_READING, *, backward: bool
+    tiled: TiledStage, overhead: BackendOverhead, reading: BatchCost = NO_READING, *, backward: bool
 ) -> tuple[Step, Step | None]:
     """The largest tile of a stage forward and, if wanted, backward."""
-    tile = _LargestTile(tiled, libraries, reading)
+    tile = _LargestTile(tiled, overhead, reading)
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
-def library_terms(outline: Outline, libraries: Libraries, *, backward: bool) -> tuple[MemoryTerm, MemoryTerm]:
+def overhead_terms(
+    outline: Outline, overhead: BackendOverhead, *, backward: bool
+) -> tuple[MemoryTerm, MemoryTerm]:
     """What libraries take for a tile whatever its size, for its values and, backward, for their gradients."""
     # The products of gradients mostly find buffers of their sizes there.
-    return libraries.terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
+    return overhead.terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
 
 
 def _forward_step(tile: _LargestTile) -> Step:
@@ -211,8 +213,8 @@ class _PeakTracker:
 class _LargestTile:
     """Bytes of maps on the largest tile of a stage."""
 
-    def __init__(self, tiled: TiledStage, libraries: Libraries, reading: BatchCost) -> None:
-        self.libraries = libraries
+    def __init__(self, tiled: TiledStage, overhead: BackendOverhead, reading: BatchCost) -> None:
+        self.overhead = overhead
         self.reading = reading
         self.program = tiled.program
         self.tiled = tiled
@@ -285,14 +287,14 @@ class _LargestTile:
         if image not in self.tiled.stage.inputs:
             return step
         nbytes = self.reading.of(self.tiled.largest(image)).transient
-        libraries = library_terms(self.tiled.outline, self.libraries, backward=backward)
-        read = Step((*beside, MemoryTerm(READING, nbytes), *libraries), image, step.heap)
+        overhead = overhead_terms(self.tiled.outline, self.overhead, backward=backward)
+        read = Step((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.heap)
         return read if nbytes and read.nbytes > step.nbytes else step
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
         """A step of these terms and of what libraries take for it."""
-        libraries = library_terms(self.tiled.outline, self.libraries, backward=backward)
-        return Step((*terms, *libraries), operator, int(self._heap_share() * total_bytes(terms)))
+        overhead = overhead_terms(self.tiled.outline, self.overhead, backward=backward)
+        return Step((*terms, *overhead), operator, int(self._heap_share() * total_bytes(terms)))
 
     def _heap_share(self) -> float:
         """The share of the tile's bytes that is in blocks which the heap may keep."""

@@ -20,8 +20,8 @@ from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.global_bytes import plain_bytes, total_bytes
-from streamcnn.planning.libraries import Libraries
-from streamcnn.planning.memory_model import is_differentiated, library_terms, peak_points
+from streamcnn.planning.memory_model import is_differentiated, overhead_terms, peak_points
+from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.search import OffloadTier, Search, Solution
 from streamcnn.planning.split_points import choose_split_points
 from streamcnn.planning.staging import Staging, divide
@@ -48,7 +48,7 @@ class PlanRequest:
     dtype: str
     leaves: frozenset[str]
     """States and image whose gradients are wanted; empty for inference."""
-    libraries: Libraries
+    overhead: BackendOverhead
     """What they take beside tensors."""
     budget: int | None = None
     """Bytes that ``reserved`` and the plan may take together; ``None`` for no ceiling."""
@@ -127,7 +127,7 @@ class _Attempt:
             differentiate(program),
             request.rates,
             tile,
-            request.libraries,
+            request.overhead,
             known,
             reading=request.reading,
         )
@@ -230,7 +230,7 @@ def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
     # Without what libraries take for a step: a tail has its own.
     backward = bool(request.leaves)
     steps = [
-        tiling.nbytes - total_bytes(library_terms(tiling.tiled.outline, request.libraries, backward=backward))
+        tiling.nbytes - total_bytes(overhead_terms(tiling.tiled.outline, request.overhead, backward=backward))
         for tiling in whole.solution.tilings
     ]
     largest = max(steps, default=0)

@@ -274,7 +274,7 @@ class Search:
         if self._global_bytes is None or self._global_bytes[0] is not staging.levels:
             tilings = self.tilings
             global_bytes = GlobalBytes(
-                self.program, staging, tilings.differentiated, tilings.libraries, tilings.reading
+                self.program, staging, tilings.differentiated, tilings.overhead, tilings.reading
             )
             self._global_bytes = (staging.levels, global_bytes)
         return self._global_bytes[1]

@@ -18,7 +18,7 @@ from streamcnn.graph.ops.convolution import convolve, is_convolution
 from streamcnn.graph.ops.normalization import normalize
 from streamcnn.graph.program import Link, Program, Ref
 from streamcnn.plan.plan import AxisStep, Phase
-from streamcnn.planning.libraries import num_products
+from streamcnn.planning.overhead import num_products
 from streamcnn.planning.staging import Stage
 
 TileCounts = tuple[int, int]

@@ -25,7 +25,7 @@ from streamcnn.plan.plan import Plan, StepKind
 from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.libraries import Libraries
+from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.planner import PlanRequest, make_plan
 from streamcnn.planning.search import OffloadTier
 from streamcnn.runtime.calibration import rates_for
@@ -49,7 +49,7 @@ class Machine:
     """Where maps go that the device's memory has no room for, the fastest tier first."""
     reserved: int
     """Bytes of the budget that are taken before a pass begins."""
-    libraries: Libraries
+    overhead: BackendOverhead
 
     @classmethod
     def here(cls, device: torch.device) -> Machine:
@@ -57,8 +57,10 @@ class Machine:
         offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
         if device.type != "cpu":
             offload_tiers = (OffloadTier(Tier.HOST), *offload_tiers)
-        libraries = Libraries.card() if device.type == "cuda" else Libraries.host(torch.get_num_threads())
-        return cls(rates_for(device), offload_tiers, reserved_bytes(device), libraries)
+        overhead = BackendOverhead.host(torch.get_num_threads())
+        if device.type == "cuda":
+            overhead = BackendOverhead.card()
+        return cls(rates_for(device), offload_tiers, reserved_bytes(device), overhead)
 
     @classmethod
     def card(cls, net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
@@ -77,7 +79,7 @@ class Machine:
             rates=NOMINAL["cuda"],
             offload_tiers=(OffloadTier(Tier.HOST, host_bytes), OffloadTier(Tier.DISK)),
             reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
-            libraries=Libraries.card(),
+            overhead=BackendOverhead.card(),
         )
 
 
@@ -122,7 +124,7 @@ class Planning:
 
     def plan(self, captured: Captured, wish: Wish, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
-        key = (captured.settings, wish, machine.reserved, machine.rates.source, machine.libraries)
+        key = (captured.settings, wish, machine.reserved, machine.rates.source, machine.overhead)
         graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, wish, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
@@ -209,7 +211,7 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
         reserved=machine.reserved,
         offload_tiers=machine.offload_tiers,
         rates=machine.rates,
-        libraries=machine.libraries,
+        overhead=machine.overhead,
         tail=wish.tail,
         reading=wish.reading,
     )

@@ -175,10 +175,10 @@ def _global_batch_norm(
 ) -> Ref:
     """Train-mode batch norm of a global value, with its buffers' new values as results."""
     if running_mean is None:
-        global_value: Ref = tracer.global_value(
+        result: Ref = tracer.global_value(
             torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False
         )
-        return global_value
+        return result
     assert running_var is not None
     rate = _rate(tracer, momentum)
     result, new_mean, new_var = tracer.global_value(

@@ -1,4 +1,4 @@
-"""Bytes that libraries take beside tensors: oneDNN's compiled kernels and MKL's buffers.
+"""Backend overhead: what libraries take beside tensors, oneDNN's compiled kernels and MKL's buffers.
 
 oneDNN compiles kernels for every shape of a convolution's operands, so as many as a stage has kinds of tiles,
 and keeps the last thousand of them.
@@ -37,7 +37,7 @@ def _is_product(target: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Libraries:
+class BackendOverhead:
     """What libraries take beside tensors where a plan is carried out."""
 
     kernel_bytes: int
@@ -48,7 +48,7 @@ class Libraries:
     """Address space of the buffers of one matrix product."""
 
     @classmethod
-    def host(cls, num_threads: int) -> Libraries:
+    def host(cls, num_threads: int) -> BackendOverhead:
         """oneDNN and MKL on a CPU.
 
         A kernel: 100 KB for one forward, 180 to 290 KB for the three of a convolution that is differentiated,
@@ -60,7 +60,7 @@ class Libraries:
         return cls(kernel_bytes=3 * 2**15, code_bytes=2**20, matrix_bytes=5 * 2**20 * num_threads)
 
     @classmethod
-    def card(cls) -> Libraries:
+    def card(cls) -> BackendOverhead:
         """On a GPU, where what libraries take is measured before a pass and reserved."""
         return cls(kernel_bytes=0, code_bytes=0, matrix_bytes=0)
 
