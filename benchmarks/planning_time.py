@@ -17,9 +17,8 @@ import torch
 import typer
 
 from benchmarks.record import append, in_fresh_process
-from streamcnn import StreamingModel
-from streamcnn.runtime import planning
-from streamcnn.runtime.calibration import rates_for
+from streamcnn import StreamingModel, planning
+from streamcnn.runtime.calibration import hardware_profile
 from streamcnn.support.models import load_model
 
 app = typer.Typer(add_completion=False)
@@ -43,7 +42,7 @@ def run(
 @app.command(hidden=True)
 def one(model: str, size: int, budget: str) -> None:
     """Plan in this process; the seconds as JSON on the last line."""
-    rates_for(torch.device("cpu"))
+    hardware_profile(torch.device("cpu"))
     net = load_model(model).train()
     seconds: dict[str, float] = {}
     for name in ("Trace", "make_plan"):

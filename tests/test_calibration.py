@@ -1,4 +1,4 @@
-"""Rates: measured once for a machine, kept, and the same plan from the same rates."""
+"""Hardware profiles: measured once for a machine, kept, and the same plan from the same profile."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel, calibration
-from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime.calibration import calibrate, rates_for
+from streamcnn.runtime.calibration import calibrate, hardware_profile
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Rates]:
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[HardwareProfile]:
     """Made-up measurements, each twice as fast as the one before, kept in a file of their own."""
-    made: list[Rates] = []
+    made: list[HardwareProfile] = []
 
-    def measure(device: torch.device) -> Rates:
-        rates = NOMINAL["cpu"]
-        made.append(dataclasses.replace(rates, source="made up", dense_flops=2 ** len(made) * 1e9))
+    def measure(device: torch.device) -> HardwareProfile:
+        hardware = NOMINAL["cpu"]
+        made.append(dataclasses.replace(hardware, source="made up", dense_flops=2 ** len(made) * 1e9))
         return made[-1]
 
     monkeypatch.setenv(calibration.VARIABLE, str(tmp_path / "deep" / "rates.json"))
@@ -33,52 +33,52 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Rates]:
     return made
 
 
-def test_a_machine_is_measured_once(measured: list[Rates]) -> None:
-    assert rates_for(CPU) == rates_for(CPU) == measured[0]
+def test_a_machine_is_measured_once(measured: list[HardwareProfile]) -> None:
+    assert hardware_profile(CPU) == hardware_profile(CPU) == measured[0]
     assert len(measured) == 1
 
 
 def test_another_number_of_threads_is_another_machine(
-    measured: list[Rates], monkeypatch: pytest.MonkeyPatch
+    measured: list[HardwareProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = rates_for(CPU)
+    first = hardware_profile(CPU)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert rates_for(CPU) != first
+    assert hardware_profile(CPU) != first
     assert len(measured) == 2
 
 
 @pytest.mark.parametrize("left", ["", "{", "[]"])
-def test_a_damaged_file_is_measured_again(measured: list[Rates], tmp_path: Path, left: str) -> None:
-    rates_for(CPU)
+def test_a_damaged_file_is_measured_again(measured: list[HardwareProfile], tmp_path: Path, left: str) -> None:
+    hardware_profile(CPU)
     path = tmp_path / "deep" / "rates.json"
     path.write_text(left)
-    assert rates_for(CPU) == measured[1]
+    assert hardware_profile(CPU) == measured[1]
     assert json.loads(path.read_text())
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_nominal_rates_where_nothing_shall_be_measured(
-    measured: list[Rates], monkeypatch: pytest.MonkeyPatch
+    measured: list[HardwareProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(calibration.VARIABLE, "off")
-    assert rates_for(CPU) is NOMINAL["cpu"]
+    assert hardware_profile(CPU) is NOMINAL["cpu"]
     assert not measured
 
 
 def test_this_machine() -> None:
-    rates = calibrate(CPU)
-    assert rates.source.endswith(f"torch {torch.__version__}")
-    assert 1e8 < rates.dense_flops < 1e14
-    assert rates.grouped_flops < rates.dense_flops
-    assert 0 < rates.operator_seconds < 0.1
-    for by_home in (rates.read_bytes, rates.write_bytes):
+    hardware = calibrate(CPU)
+    assert hardware.source.endswith(f"torch {torch.__version__}")
+    assert 1e8 < hardware.dense_flops < 1e14
+    assert hardware.grouped_flops < hardware.dense_flops
+    assert 0 < hardware.operator_seconds < 0.1
+    for by_home in (hardware.read_bytes, hardware.write_bytes):
         assert set(by_home) == set(Tier)
         assert all(1e5 < rate < 1e13 for rate in by_home.values())
-    assert rates.fresh_bytes > 1e6
+    assert hardware.fresh_bytes > 1e6
 
 
 def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(
-    measured: list[Rates], monkeypatch: pytest.MonkeyPatch
+    measured: list[HardwareProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(16, 16, 3, padding=1) if i else nn.Conv2d(3, 16, 3) for i in range(4)]
@@ -92,7 +92,7 @@ def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(
         read_bytes={**measured[0].read_bytes, Tier.DISK: 1e6},
         write_bytes={**measured[0].write_bytes, Tier.DISK: 1e6},
     )
-    monkeypatch.setattr("streamcnn.runtime.planning.rates_for", lambda device: slow)
+    monkeypatch.setattr("streamcnn.runtime.planning.hardware_profile", lambda device: slow)
     other = StreamingModel(net, "150MB").plan(shape)
     assert other.projected_seconds > first.projected_seconds
     assert other.bytes_on(Tier.DISK) < first.bytes_on(Tier.DISK)

@@ -11,8 +11,8 @@ from torch import nn
 
 from streamcnn import StreamingModel
 from streamcnn.graph.program import Program
+from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.plan import Plan
-from streamcnn.plan.rates import NOMINAL
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
@@ -28,7 +28,7 @@ from streamcnn.planning.tiling import Outline, tile_stage
 
 SHAPE = (2, 3, 40, 60)
 PIXELS = 40 * 60
-RATES = NOMINAL["cpu"]
+HARDWARE = NOMINAL["cpu"]
 
 
 def make_net() -> nn.Sequential:
@@ -68,12 +68,14 @@ def test_the_time_of_a_stage() -> None:
     works = all_works(program)
     tiled = tile_stage(Outline.of(program, stage), (2, 3))
     assert stage.nodes == ("conv2d",)
-    once = 2 * (3 * 8 * 9) * 2 * PIXELS / RATES.dense_flops + works["conv2d"].nbytes / RATES.memory_bytes
-    forward = stage_time(tiled, works, RATES, backward=False)
-    assert forward.seconds == pytest.approx(once + 6 * RATES.operator_seconds)
-    assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / RATES.fresh_bytes)
+    once = (
+        2 * (3 * 8 * 9) * 2 * PIXELS / HARDWARE.dense_flops + works["conv2d"].nbytes / HARDWARE.memory_bytes
+    )
+    forward = stage_time(tiled, works, HARDWARE, backward=False)
+    assert forward.seconds == pytest.approx(once + 6 * HARDWARE.operator_seconds)
+    assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / HARDWARE.fresh_bytes)
     # Its result is stored, so the backward pass only differentiates it.
-    both = stage_time(tiled, works, RATES, backward=True)
+    both = stage_time(tiled, works, HARDWARE, backward=True)
     assert both.seconds == pytest.approx((1 + BACKWARD_WORK) * forward.seconds)
     assert both.flops == (1 + BACKWARD_WORK) * works["conv2d"].flops
 
@@ -90,8 +92,8 @@ def test_what_is_moved_to_and_from_stores() -> None:
     # Read forward and backward; the gradient is added: read and written.
     assert moved == Traffic(3 * moved.written, moved.written)
     assert moved.written == tiled.covered("conv2d") * nbytes // PIXELS > nbytes
-    assert Traffic(10, 20).seconds(RATES, Tier.DISK) == pytest.approx(
-        10 / RATES.read_bytes[Tier.DISK] + 20 / RATES.write_bytes[Tier.DISK]
+    assert Traffic(10, 20).seconds(HARDWARE, Tier.DISK) == pytest.approx(
+        10 / HARDWARE.read_bytes[Tier.DISK] + 20 / HARDWARE.write_bytes[Tier.DISK]
     )
 
 
@@ -123,5 +125,8 @@ def test_recomputation_is_counted_tile_by_tile() -> None:
 def test_plain_pytorch_takes_new_memory_for_large_blocks_alone() -> None:
     works = {"conv": dataclasses.replace(all_works(program_of_net())["conv2d"], made=2**25)}
     small = {"conv": dataclasses.replace(works["conv"], made=2**25 - 1)}
-    more = plain_time(works, RATES, backward=False).seconds - plain_time(small, RATES, backward=False).seconds
-    assert more == pytest.approx(2**25 / RATES.fresh_bytes)
+    more = (
+        plain_time(works, HARDWARE, backward=False).seconds
+        - plain_time(small, HARDWARE, backward=False).seconds
+    )
+    assert more == pytest.approx(2**25 / HARDWARE.fresh_bytes)

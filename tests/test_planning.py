@@ -29,8 +29,8 @@ def test_a_card_that_is_not_here() -> None:
     weights = sum(p.nbytes for p in net.parameters())
     assert machine.reserved == CONTEXT_BYTES + 3 * weights + sum(b.nbytes for b in net.buffers())
     # Were it as fast as a card is, all maps would be computed again.
-    slow = dataclasses.replace(machine.rates, dense_flops=1e11)
-    plan = StreamingModel(net, "6GB").plan_for(dataclasses.replace(machine, rates=slow), SHAPE)
+    slow = dataclasses.replace(machine.hardware, dense_flops=1e11)
+    plan = StreamingModel(net, "6GB").plan_for(dataclasses.replace(machine, hardware=slow), SHAPE)
     assert plan.fits
     assert plan.terms[0].name == "reserved (context, libraries, weights, optimiser)"
     assert plan.terms[0].nbytes == machine.reserved
@@ -85,5 +85,5 @@ def test_a_plan_is_made_once_for_each_machine(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 1
     # What is reserved and how fast the machine is are part of what a plan depends on.
     model.plan_for(dataclasses.replace(here, reserved=10**6), shape)
-    model.plan_for(dataclasses.replace(here, rates=dataclasses.replace(here.rates, source="x")), shape)
+    model.plan_for(dataclasses.replace(here, hardware=dataclasses.replace(here.hardware, source="x")), shape)
     assert len(made) == 3

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from streamcnn import StreamingModel
 from streamcnn.graph.program import Kind, on_whole_maps
+from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.plan import Plan
-from streamcnn.plan.rates import NOMINAL
 from streamcnn.planning.cost_model import BACKWARD_WORK, resident_time, resident_work
 from streamcnn.planning.global_bytes import RUNTIME_BYTES
 
 WIDTH = 16
-RATES = NOMINAL["cpu"]
+HARDWARE = NOMINAL["cpu"]
 
 
 class Attention(nn.Module):
@@ -76,7 +76,7 @@ def test_operations_of_attention(fused: bool) -> None:
         assert works["softmax"].nbytes == 2 * 4 * tokens * tokens
     assert works["flatten"].nbytes == works["transpose"].flops == 0
     # Everything is differentiated: once forward, and backward as often as there are operands.
-    time = resident_time(program, differentiated, RATES)
+    time = resident_time(program, differentiated, HARDWARE)
     assert time.flops == sum((1 + BACKWARD_WORK) * each for each in flops.values())
 
 
@@ -93,7 +93,7 @@ def test_time_grows_with_the_square_of_the_tokens(tail: bool) -> None:
     small, large = (plan_of(Attention(), edge, tail=tail) for edge in (64, 128))
     assert 12 < large.projected_seconds / small.projected_seconds < 20
     # 16,384 tokens: a product of 2 x 16384^2 x 16 operations, twice forward and four times backward.
-    least = 6 * 2 * 16384**2 * WIDTH / RATES.dense_flops
+    least = 6 * 2 * 16384**2 * WIDTH / HARDWARE.dense_flops
     assert large.projected_seconds > least
     assert large.plain_seconds > least
     assert large.projected_seconds == pytest.approx(large.plain_seconds, rel=0.1)
@@ -159,5 +159,5 @@ def test_a_streamed_network_has_none() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     program, differentiated = traced(net, (2, 3, 20, 20))
     assert on_whole_maps(program) == ()
-    assert resident_time(program, differentiated, RATES).seconds == 0
+    assert resident_time(program, differentiated, HARDWARE).seconds == 0
     assert any(node.kind is Kind.GLOBAL for node in program.nodes.values())

@@ -12,7 +12,7 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
@@ -26,7 +26,7 @@ SHAPE = (1, 3, 250, 230)
 MIB = 2**20
 CPU = NOMINAL["cpu"]
 OVERHEAD = BackendOverhead.host(1)
-SLOW_DISK = Rates(
+SLOW_DISK = HardwareProfile(
     source="a slow disk",
     dense_flops=CPU.dense_flops,
     grouped_flops=CPU.grouped_flops,
@@ -73,9 +73,11 @@ NETS = {
 }
 
 
-def searching(net: nn.Module, budget: int | None, rates: Rates) -> Search:
+def searching(net: nn.Module, budget: int | None, hardware: HardwareProfile) -> Search:
     program, wanted = traced(net, SHAPE)
-    return Search(TilingCandidates(program, wanted, rates, None, OVERHEAD), budget, (OffloadTier(Tier.DISK),))
+    return Search(
+        TilingCandidates(program, wanted, hardware, None, OVERHEAD), budget, (OffloadTier(Tier.DISK),)
+    )
 
 
 def stagings(program: Program) -> Iterator[Staging]:
@@ -104,7 +106,7 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
             for tiling in chosen:
                 for name, traffic in tiling.moved.items():
                     moved[name] += traffic
-            disk = sum(moved[name].seconds(search.tilings.rates, stores[name].tier) for name in names)
+            disk = sum(moved[name].seconds(search.tilings.hardware, stores[name].tier) for name in names)
             for reuses_heap in (False,) if Tier.DISK in tiers else (True, False):
                 tiled = [tiling.tiled for tiling in chosen]
                 nbytes = max(
@@ -123,9 +125,9 @@ def found_by(search: Search) -> Solution:
 
 @pytest.mark.parametrize("rates", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])
 @pytest.mark.parametrize("name", NETS)
-def test_the_search_comes_within_5_percent_of_the_best(name: str, rates: Rates) -> None:
+def test_the_search_comes_within_5_percent_of_the_best(name: str, hardware: HardwareProfile) -> None:
     net = NETS[name]()
-    everything = searching(net, None, rates)
+    everything = searching(net, None, hardware)
     all_of_them = [
         each for staging in stagings(everything.program) for each in projections(everything, staging)
     ]
@@ -134,7 +136,7 @@ def test_the_search_comes_within_5_percent_of_the_best(name: str, rates: Rates) 
     for share in (0.02, 0.1, 0.25, 0.5, 0.8):
         budget = int(smallest + share * (largest - smallest))
         best = min(seconds for nbytes, seconds in all_of_them if nbytes <= budget)
-        found = found_by(searching(net, budget, rates))
+        found = found_by(searching(net, budget, hardware))
         assert found.fits
         gaps.append(found.seconds / best)
     assert max(gaps) <= 1.05, gaps

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.graph.program import Kind, Program
-from streamcnn.plan.rates import Rates
+from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
@@ -188,7 +188,12 @@ class CandidateTable:
         return moved
 
     def score(
-        self, stores: Mapping[str, StorePlan], global_bytes: GlobalBytes, rates: Rates, *, reuses_heap: bool
+        self,
+        stores: Mapping[str, StorePlan],
+        global_bytes: GlobalBytes,
+        hardware: HardwareProfile,
+        *,
+        reuses_heap: bool,
     ) -> CandidateScores:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
@@ -201,7 +206,7 @@ class CandidateTable:
             forward, backward = forward + fresh_waste(forward), backward + fresh_waste(backward)
             tail += fresh_waste(tail)
         outputs = (
-            moved.seconds(rates, stores[name].tier)
+            moved.seconds(hardware, stores[name].tier)
             for row in self.rows
             for name, moved in row.outputs.items()
         )
@@ -210,7 +215,7 @@ class CandidateTable:
             backward=np.where(backward > 0, after[:, None] + backward, 0),
             num_kernels=self.num_kernels,
             heap=self.heap,
-            seconds=self.seconds[reuses_heap] + self._input_seconds(stores, rates),
+            seconds=self.seconds[reuses_heap] + self._input_seconds(stores, hardware),
             outputs=sum(outputs),
             tail=tail + total_bytes(stored.tail(global_bytes.last), global_bytes.tail()),
             opening=total_bytes(global_bytes.opening()) if global_bytes.reading.opening else 0,
@@ -218,10 +223,10 @@ class CandidateTable:
             global_bytes=global_bytes,
         )
 
-    def _input_seconds(self, stores: Mapping[str, StorePlan], rates: Rates) -> Floats:
+    def _input_seconds(self, stores: Mapping[str, StorePlan], hardware: HardwareProfile) -> Floats:
         """(stages, candidates): projected time spent on the inputs' stores."""
         tiers = [stores[name].tier for name in self.inputs]
-        slowness = np.array([(1 / rates.read_bytes[h], 1 / rates.write_bytes[h]) for h in tiers])
+        slowness = np.array([(1 / hardware.read_bytes[h], 1 / hardware.write_bytes[h]) for h in tiers])
         slowness = slowness.reshape(-1, 2)
         summed = np.zeros_like(self.seconds[True])
         np.add.at(summed, self.reader, self.read * slowness[:, :1] + self.written * slowness[:, 1:])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.rates import Rates
+from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
 from streamcnn.planning.global_bytes import total_bytes
@@ -50,7 +50,7 @@ class TilingCandidates:
         self,
         program: Program,
         differentiated: frozenset[str],
-        rates: Rates,
+        hardware: HardwareProfile,
         tile: tuple[int, int] | None,
         overhead: BackendOverhead,
         known: TilingCandidates | None = None,
@@ -59,7 +59,7 @@ class TilingCandidates:
     ) -> None:
         self.program = program
         self.differentiated = differentiated
-        self.rates = rates
+        self.hardware = hardware
         self.overhead = overhead
         self.reading = reading
         self.works: Mapping[str, Work] = all_works(program)
@@ -109,7 +109,7 @@ class TilingCandidates:
         forward, after = steps(tiled, self.overhead, self.reading, backward=backward)
         return TilingCandidate(
             tiled,
-            time=stage_time(tiled, self.works, self.rates, backward=backward),
+            time=stage_time(tiled, self.works, self.hardware, backward=backward),
             forward=forward.nbytes,
             backward=after.nbytes if after else 0,
             heap=max(forward.heap, after.heap if after else 0),

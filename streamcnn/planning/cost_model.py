@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
 from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
-from streamcnn.plan.rates import Rates
+from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.global_bytes import REUSABLE_BYTES, is_view
 from streamcnn.planning.staging import Stage
@@ -44,10 +44,10 @@ class Work:
     num_positions: int
     """Spatial positions of the result."""
 
-    def seconds(self, rates: Rates) -> float:
+    def seconds(self, hardware: HardwareProfile) -> float:
         """Projected time in memory that the process has already."""
-        rate = rates.grouped_flops if self.grouped else rates.dense_flops
-        return self.flops / rate + self.nbytes / rates.memory_bytes
+        rate = hardware.grouped_flops if self.grouped else hardware.dense_flops
+        return self.flops / rate + self.nbytes / hardware.memory_bytes
 
 
 def work(program: Program, node: Node) -> Work:
@@ -94,13 +94,13 @@ def _specs(spec: TensorSpec | tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return spec if isinstance(spec, tuple) else (spec,)
 
 
-def resident_time(program: Program, differentiated: Collection[str], rates: Rates) -> StageTime:
+def resident_time(program: Program, differentiated: Collection[str], hardware: HardwareProfile) -> StageTime:
     """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles."""
     nodes = on_whole_maps(program)
     works = {node.name: resident_work(program, node) for node in nodes if not is_view(node)}
     both = {name: each for name, each in works.items() if name in differentiated}
     once = {name: each for name, each in works.items() if name not in differentiated}
-    return plain_time(both, rates, backward=True) + plain_time(once, rates, backward=False)
+    return plain_time(both, hardware, backward=True) + plain_time(once, hardware, backward=False)
 
 
 def _multiplications(program: Program, node: Node) -> int:
@@ -140,7 +140,9 @@ class StageTime:
         )
 
 
-def stage_time(tiled: TiledStage, works: Mapping[str, Work], rates: Rates, *, backward: bool) -> StageTime:
+def stage_time(
+    tiled: TiledStage, works: Mapping[str, Work], hardware: HardwareProfile, *, backward: bool
+) -> StageTime:
     """Time of a stage; with its backward pass, in which all but the skipped operators are run again."""
     seconds = fresh = flops = 0.0
     skipped, num_tiles = frozenset(tiled.outline.skipped), tiled.num_tiles
@@ -149,8 +151,8 @@ def stage_time(tiled: TiledStage, works: Mapping[str, Work], rates: Rates, *, ba
         if backward:
             passes += BACKWARD_WORK + (name not in skipped)
         repeated = passes * tiled.covered(name) / each.num_positions
-        zeroing = repeated * each.made / rates.fresh_bytes
-        seconds += repeated * each.seconds(rates) + passes * num_tiles * rates.operator_seconds
+        zeroing = repeated * each.made / hardware.fresh_bytes
+        seconds += repeated * each.seconds(hardware) + passes * num_tiles * hardware.operator_seconds
         if repeated * each.made >= passes * num_tiles * REUSABLE_BYTES:
             seconds += zeroing
         else:
@@ -169,9 +171,9 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.read + other.read, self.written + other.written)
 
-    def seconds(self, rates: Rates, tier: Tier) -> float:
+    def seconds(self, hardware: HardwareProfile, tier: Tier) -> float:
         """Projected time in a store at ``tier``."""
-        return self.read / rates.read_bytes[tier] + self.written / rates.write_bytes[tier]
+        return self.read / hardware.read_bytes[tier] + self.written / hardware.write_bytes[tier]
 
 
 def input_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:
@@ -197,14 +199,14 @@ def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[st
     return found
 
 
-def plain_time(works: Mapping[str, Work], rates: Rates, *, backward: bool) -> StageTime:
+def plain_time(works: Mapping[str, Work], hardware: HardwareProfile, *, backward: bool) -> StageTime:
     """Plain PyTorch on whole maps: every operator once forward and once backward."""
     seconds = flops = 0.0
     passes = 1 + BACKWARD_WORK * backward
     for each in works.values():
-        seconds += passes * (each.seconds(rates) + rates.operator_seconds)
+        seconds += passes * (each.seconds(hardware) + hardware.operator_seconds)
         if each.made >= REUSABLE_BYTES:
-            seconds += passes * each.made / rates.fresh_bytes
+            seconds += passes * each.made / hardware.fresh_bytes
         flops += passes * each.flops
     return StageTime(seconds, 0.0, int(flops))
 

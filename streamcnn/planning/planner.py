@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from streamcnn.graph.program import Kind, Program, on_whole_maps
+from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.plan import Plan, Segment
-from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
@@ -60,7 +60,7 @@ class PlanRequest:
     """Tile edges in input pixels; ``None`` leaves them to the planner."""
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
     """Where stored maps go that the budget has no room for, the fastest tier first."""
-    rates: Rates = NOMINAL["cpu"]
+    hardware: HardwareProfile = NOMINAL["cpu"]
     """How fast the machine computes and moves bytes."""
     reading: BatchCost = NO_READING
     """What reading the batch takes in the memory that the budget is of."""
@@ -125,7 +125,7 @@ class _Attempt:
         tilings = TilingCandidates(
             program,
             differentiate(program),
-            request.rates,
+            request.hardware,
             tile,
             request.overhead,
             known,
@@ -162,8 +162,8 @@ class _Attempt:
         )
         assert worst.nbytes == solution.nbytes, (worst, solution.nbytes)
         everything, training = whole.search.tilings, bool(request.leaves)
-        resident = resident_time(everything.program, everything.differentiated, request.rates)
-        plain = plain_time(everything.works, request.rates, backward=training) + resident
+        resident = resident_time(everything.program, everything.differentiated, request.hardware)
+        plain = plain_time(everything.works, request.hardware, backward=training) + resident
         flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
         flops += self.tail.flops if self.tail else 0
         return Plan(
@@ -254,7 +254,7 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
     if not length:
         return None
     works = {node.name: tilings.works[node.name] for node in nodes[-length:]}
-    time = plain_time(works, tilings.rates, backward=bool(tilings.differentiated))
+    time = plain_time(works, tilings.hardware, backward=bool(tilings.differentiated))
     return _Tail(nodes[-length].name.partition(".")[0], time.seconds, time.flops)
 
 

@@ -150,7 +150,7 @@ class Search:
 
     def _may_pay(self, found: Solution, name: str) -> bool:
         """Whether recomputing a map can be faster than moving it, halos left out."""
-        nodes, rates = self.program.nodes, self.tilings.rates
+        nodes, hardware = self.program.nodes, self.tilings.hardware
         pending, chain = [name], dict[str, None]()
         while pending:
             place = pending.pop()
@@ -159,11 +159,11 @@ class Search:
                 continue
             chain[place] = None
             pending.extend(local.links)
-        recomputed = sum(self.tilings.works[each].seconds(rates) for each in chain)
+        recomputed = sum(self.tilings.works[each].seconds(hardware) for each in chain)
         moved, passes = 0.0, 1
         for tiling, row in zip(found.tilings, self._table(found.staging).rows, strict=True):
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):
-                moved += 0.0 if traffic is None else traffic.seconds(rates, found.stores[name].tier)
+                moved += 0.0 if traffic is None else traffic.seconds(hardware, found.stores[name].tier)
             if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions:
                 # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
                 passes = _RECOMPUTED_BACKWARD
@@ -188,7 +188,7 @@ class Search:
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
-            seconds = moved[name].seconds(self.tilings.rates, tier)
+            seconds = moved[name].seconds(self.tilings.hardware, tier)
             # Rounded, so that of equally dear ones the larger comes first.
             return float(f"{seconds / nbytes:.3g}"), -nbytes, name
 
@@ -213,7 +213,7 @@ class Search:
         staging = self._staging(base, recomputed)
         table, global_bytes = self._table(staging), self.global_bytes(staging)
         stores = table.stores(self._tiers(staging, offloaded))
-        scores = table.score(stores, global_bytes, self.tilings.rates, reuses_heap=reuses_heap)
+        scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_heap=reuses_heap)
         choices = (
             _choose(scores, global_bytes.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
             for heap in (table.heaps if reuses_heap else (_ANY,))

@@ -1,8 +1,8 @@
-"""The rates of this machine: measured once in a few seconds, kept in the user's cache folder.
+"""The hardware profile of this machine: measured once in a few seconds, kept in the user's cache folder.
 
 What is measured is what plans are made of: a dense and a depthwise convolution, a pointwise operator, new
 memory from the operating system, small operators, and the stores, through the store classes themselves. The
-file is keyed by device, number of threads and PyTorch's version; a plan made with the same rates is the same.
+file is keyed by device, number of threads and PyTorch's version; plans made with equal profiles are equal.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from streamcnn.geometry.regions import Region
-from streamcnn.plan.rates import NOMINAL, Rates
+from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.support.atomic import replace_file
 
 VARIABLE = "STREAMCNN_CALIBRATION"
-"""Environment variable: a file to keep rates in, or "off" for nominal rates."""
+"""Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _REPEATS = 4
 _INTERPRETED = 20
 """What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
@@ -36,10 +36,10 @@ _FLUSHED_BYTES = 2**27
 """Bytes that are written through to the disk, to see how fast it is."""
 
 
-def rates_for(device: torch.device) -> Rates:
-    """The rates of ``device``: those kept for it, or measured now and kept.
+def hardware_profile(device: torch.device) -> HardwareProfile:
+    """The hardware profile of ``device``: that kept for it, or measured now and kept.
 
-    With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` they are nominal ones.
+    With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` it is the nominal one.
     """
     choice = os.environ.get(VARIABLE, "")
     if choice == "off":
@@ -53,7 +53,7 @@ def rates_for(device: torch.device) -> Rates:
     return _from_json(known[key])
 
 
-def calibrate(device: torch.device) -> Rates:
+def calibrate(device: torch.device) -> HardwareProfile:
     """Measure the rates of ``device`` and of its stores; takes a few seconds and some 200 MB."""
     with torch.no_grad():
         x = torch.rand(_TILE, device=device)
@@ -69,7 +69,7 @@ def calibrate(device: torch.device) -> Rates:
         small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
         memory, fresh = 2 * x.nbytes / pointwise, _fresh(device)
         read, written = _stores(device, memory, fresh)
-    return Rates(
+    return HardwareProfile(
         source=_key(device),
         dense_flops=window * channels / dense_seconds,
         grouped_flops=window / grouped_seconds,
@@ -189,9 +189,9 @@ def _write(path: Path, known: dict[str, Any]) -> None:
     replace_file(path, json.dumps(known, indent=2), concurrent=True)
 
 
-def _from_json(fields: dict[str, Any]) -> Rates:
+def _from_json(fields: dict[str, Any]) -> HardwareProfile:
     by_home = {
         name: {Tier(tier): rate for tier, rate in fields[name].items()}
         for name in ("read_bytes", "write_bytes")
     }
-    return Rates(**{**fields, **by_home})
+    return HardwareProfile(**{**fields, **by_home})

@@ -21,14 +21,14 @@ from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.ceiling.rooms import Room
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
+from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.plan import Plan, StepKind
-from streamcnn.plan.rates import NOMINAL, Rates
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.planner import PlanRequest, make_plan
 from streamcnn.planning.search import OffloadTier
-from streamcnn.runtime.calibration import rates_for
+from streamcnn.runtime.calibration import hardware_profile
 
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
@@ -44,7 +44,7 @@ T = TypeVar("T")
 class Machine:
     """What a plan is made for."""
 
-    rates: Rates
+    hardware: HardwareProfile
     offload_tiers: tuple[OffloadTier, ...]
     """Where maps go that the device's memory has no room for, the fastest tier first."""
     reserved: int
@@ -60,7 +60,7 @@ class Machine:
         overhead = BackendOverhead.host(torch.get_num_threads())
         if device.type == "cuda":
             overhead = BackendOverhead.card()
-        return cls(rates_for(device), offload_tiers, reserved_bytes(device), overhead)
+        return cls(hardware_profile(device), offload_tiers, reserved_bytes(device), overhead)
 
     @classmethod
     def card(cls, net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
@@ -76,7 +76,7 @@ class Machine:
         parameters = sum(p.nbytes for p in net.parameters())
         buffers = sum(b.nbytes for b in net.buffers())
         return cls(
-            rates=NOMINAL["cuda"],
+            hardware=NOMINAL["cuda"],
             offload_tiers=(OffloadTier(Tier.HOST, host_bytes), OffloadTier(Tier.DISK)),
             reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
             overhead=BackendOverhead.card(),
@@ -124,7 +124,7 @@ class Planning:
 
     def plan(self, captured: Captured, wish: Wish, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
-        key = (captured.settings, wish, machine.reserved, machine.rates.source, machine.overhead)
+        key = (captured.settings, wish, machine.reserved, machine.hardware.source, machine.overhead)
         graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, wish, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
@@ -210,7 +210,7 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
         tile=wish.tile,
         reserved=machine.reserved,
         offload_tiers=machine.offload_tiers,
-        rates=machine.rates,
+        hardware=machine.hardware,
         overhead=machine.overhead,
         tail=wish.tail,
         reading=wish.reading,

@@ -186,7 +186,7 @@ def _global_batch_norm(
     )
     tracer.update(running_mean, new_mean)
     tracer.update(running_var, new_var)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def functional_batch_norm(

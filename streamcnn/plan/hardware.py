@@ -1,4 +1,4 @@
-"""How fast a machine computes and moves bytes: what projected times are made of."""
+"""Hardware profiles: how fast a machine computes and moves bytes, which projected times are made of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamcnn.plan.storage import Tier
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class HardwareProfile:
     """Rates of one device with its stores, all per second."""
 
     source: str
@@ -31,7 +31,7 @@ class Rates:
 
 
 NOMINAL = {
-    "cpu": Rates(
+    "cpu": HardwareProfile(
         source="nominal",
         dense_flops=1e11,
         grouped_flops=1e10,
@@ -41,7 +41,7 @@ NOMINAL = {
         read_bytes={Tier.MEMORY: 8e9, Tier.HOST: 8e9, Tier.DISK: 1e9},
         write_bytes={Tier.MEMORY: 5e9, Tier.HOST: 5e9, Tier.DISK: 5e8},
     ),
-    "cuda": Rates(
+    "cuda": HardwareProfile(
         source="nominal",
         dense_flops=1e13,
         grouped_flops=1e12,
