@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from streamcnn.geometry.axis_maps import AxisMap, Broadcast, Repeated, Same, Sliding, Transposed
 from streamcnn.graph.ops.reduction_types import Sum
-from streamcnn.graph.program import Kind, Link, Local, Node, Program, Ref, TensorSpec
+from streamcnn.graph.program import Access, Kind, Local, Node, Program, Ref, TensorSpec
 
 CHANNELS = 4
 
@@ -45,10 +45,14 @@ class _Growing:
         return name
 
     def local(
-        self, size: tuple[int, int], links: dict[str, Link], small: tuple[str, ...] = (), heavy: bool = True
+        self,
+        size: tuple[int, int],
+        accesses: dict[str, Access],
+        small: tuple[str, ...] = (),
+        heavy: bool = True,
     ) -> str:
-        local = Local(links, heavy=heavy)
-        return self.add(Kind.LOCAL, _spec(size), (*links, *small), axes=(2, 3), local=local)
+        local = Local(accesses, heavy=heavy)
+        return self.add(Kind.LOCAL, _spec(size), (*accesses, *small), axes=(2, 3), local=local)
 
     def maps(self) -> list[str]:
         return [name for name, node in self.nodes.items() if node.is_map]
@@ -66,11 +70,11 @@ def programs(draw: st.DrawFn, max_nodes: int = 9) -> Program:
         choice = draw(st.sampled_from(["window", "window", "pointwise", "join", "gate", "broadcast"]))
         if choice == "window" and max(size) < 60:
             (rows, height), (cols, width) = draw(_axis(size[0])), draw(_axis(size[1]))
-            growing.local((height, width), {name: Link(rows, cols)})
+            growing.local((height, width), {name: Access(rows, cols)})
         elif choice == "join":
             partners = [other for other in maps if growing.nodes[other].size == size]
             other = draw(st.sampled_from(partners))
-            growing.local(size, {name: Link(), other: Link()}, heavy=False)
+            growing.local(size, {name: Access(), other: Access()}, heavy=False)
         elif choice == "gate":
             shape = growing.nodes[name].tensor.shape
             reduced = growing.add(
@@ -80,12 +84,12 @@ def programs(draw: st.DrawFn, max_nodes: int = 9) -> Program:
                 reduction=Sum(shape, (2, 3), False),
             )
             small = growing.add(Kind.GLOBAL, TensorSpec((1, CHANNELS), torch.float32), (reduced,))
-            growing.local(size, {name: Link()}, (small,), heavy=False)
+            growing.local(size, {name: Access()}, (small,), heavy=False)
         elif choice == "broadcast":
-            row = growing.local((1, size[1]), {name: Link(rows=Sliding(size[0]))})
-            growing.local(size, {name: Link(), row: Link(rows=Broadcast())}, heavy=False)
+            row = growing.local((1, size[1]), {name: Access(rows=Sliding(size[0]))})
+            growing.local(size, {name: Access(), row: Access(rows=Broadcast())}, heavy=False)
         else:
-            growing.local(size, {name: Link(Same(), Same())}, heavy=False)
+            growing.local(size, {name: Access(Same(), Same())}, heavy=False)
     return _finished(growing)
 
 

@@ -67,7 +67,7 @@ def test_every_phase_has_what_it_reads(case: tuple[Program, set[str], Staging]) 
             )
         done = set(stage.inputs)
         for name in stage.nodes:
-            assert set(program.nodes[name].local.links) <= done
+            assert set(program.nodes[name].local.accesses) <= done
             done.add(name)
         assert set(stage.owned(program)) <= done
 

@@ -2,7 +2,7 @@
 
 The trace carries fake tensors along, under the autocast state that the model will run in, so every
 node's shape and dtype is what running it would give. A call with a map among its operands is given to
-its rule; without one, or if the rule declines, the maps are gathered and the call becomes a global value.
+its rule; without one, or if the rule refuses, the maps are gathered and the call becomes a global value.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from streamcnn.graph.flattening import Whole
 from streamcnn.graph.in_place import draws, revalued
 from streamcnn.graph.ops.pointwise import pointwise, pointwise_rule
 from streamcnn.graph.ops.reduction_types import Reduction
-from streamcnn.graph.ops.rules import Call, Decline, rule_for
+from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
 from streamcnn.graph.ops.user_functions import user_function
 from streamcnn.graph.program import (
+    Access,
     Axes,
     Kind,
-    Link,
     Local,
     Node,
     Program,
@@ -209,7 +209,7 @@ class _Tracer:
         operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
         if any(self.axes(ref) is not None for ref in operands):
             result = self._stream(call)
-            if not isinstance(result, Decline):
+            if not isinstance(result, NotStreamable):
                 return result
             self.note = result.reason
             call = self._gather_maps(call)
@@ -220,14 +220,14 @@ class _Tracer:
 
     def _stream(self, call: Call) -> Any:
         if self.resident:
-            return Decline("")
+            return NotStreamable("")
         if isinstance(call.target, Whole):
             return user_function(self, call)
         if call.target is revalued:
             return pointwise(self, call)
         rule = rule_for(call.target) or pointwise_rule(call.target)
         if rule is None:
-            return Decline("it has no rule")
+            return NotStreamable("it has no rule")
         return rule(self, call)
 
     def _gather_maps(self, call: Call) -> Call:
@@ -311,13 +311,13 @@ class _Tracer:
         *,
         like: Tensor,
         axes: Axes,
-        links: Mapping[str, Link],
+        accesses: Mapping[str, Access],
         fill: float | None = None,
         positional: bool = False,
         heavy: bool = False,
     ) -> Ref:
         fake = torch.empty(like.shape, dtype=like.dtype, device=self._device())
-        local = Local(dict(links), fill, positional, heavy)
+        local = Local(dict(accesses), fill, positional, heavy)
         raw = self.raw
         in_place = raw.in_place if raw is not None and target is raw.target and local.pointwise else None
         return self._add(

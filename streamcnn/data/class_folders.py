@@ -12,7 +12,7 @@ _TABLE = "or name images, labels and splits in a CSV file"
 _NO_CLASSES = {"annotation", "annotations", "label", "labels", "mask", "masks"}
 """What folders beside those of images are called."""
 
-Parts = tuple[str, ...]
+PathParts = tuple[str, ...]
 
 
 def classes_in_folders(folder: Path, relatives: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -44,7 +44,7 @@ def classes_in_folders(folder: Path, relatives: Sequence[str]) -> list[tuple[str
     return [(name, split) for name, split in found]
 
 
-def _refuse_loose(folder: Path, relatives: Sequence[str], parts: Sequence[Parts], *, depth: int) -> None:
+def _refuse_loose(folder: Path, relatives: Sequence[str], parts: Sequence[PathParts], *, depth: int) -> None:
     loose = [relative for relative, part in zip(relatives, parts, strict=True) if len(part) <= depth]
     if loose:
         raise DatasetMismatch(
@@ -53,7 +53,7 @@ def _refuse_loose(folder: Path, relatives: Sequence[str], parts: Sequence[Parts]
         )
 
 
-def _splits(folder: Path, parts: Sequence[Parts]) -> dict[str, str] | None:
+def _splits(folder: Path, parts: Sequence[PathParts]) -> dict[str, str] | None:
     """The split that each topmost folder is; None if they are classes."""
     tops = sorted({part[0] for part in parts})
     splits = {top: split for top in tops if (split := split_of_folder(top)) is not None}
@@ -88,7 +88,7 @@ def _refuse_one_split_twice(folder: Path, splits: dict[str, str]) -> None:
             )
 
 
-def _refuse_doubtful_classes(folder: Path, parts: Sequence[Parts]) -> None:
+def _refuse_doubtful_classes(folder: Path, parts: Sequence[PathParts]) -> None:
     """Refuse folders that are taken for classes and look like something else."""
     tops = sorted({part[0] for part in parts})
     _refuse_splits_below(folder, parts)
@@ -107,7 +107,7 @@ def _refuse_doubtful_classes(folder: Path, parts: Sequence[Parts]) -> None:
     _refuse_same_folders(folder, tops, parts)
 
 
-def _refuse_same_folders(folder: Path, tops: Sequence[str], parts: Sequence[Parts]) -> None:
+def _refuse_same_folders(folder: Path, tops: Sequence[str], parts: Sequence[PathParts]) -> None:
     """Refuse topmost folders that hold the same folders: they are splits, or a folder too much."""
     below = [{part[1].casefold() for part in parts if part[0] == top and len(part) > 2} for top in tops]
     common = sorted(set.intersection(*below)) if below else []
@@ -124,7 +124,7 @@ def _refuse_same_folders(folder: Path, tops: Sequence[str], parts: Sequence[Part
     )
 
 
-def _refuse_splits_below(folder: Path, parts: Sequence[Parts]) -> None:
+def _refuse_splits_below(folder: Path, parts: Sequence[PathParts]) -> None:
     """Refuse folders of splits below those of classes, which would be trained on and tested on."""
     below = {name: split for part in parts for name in part[1:-1] if (split := split_of_folder(name))}
     if len(set(below.values())) > 1:

@@ -25,7 +25,7 @@ from streamcnn.execution.interpreter import TileRun
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop
 from streamcnn.graph.autocast import autocast, autocast_state
-from streamcnn.graph.ops.reduction_types import Parts, Reduction
+from streamcnn.graph.ops.reduction_types import Partials, Reduction
 from streamcnn.graph.program import Axes, Kind, Node, Program
 from streamcnn.plan.plan import Phase, Plan, StepKind
 from streamcnn.plan.storage import Tier
@@ -136,7 +136,7 @@ class Execution:
         for name in phase.stored:
             self._checkpoints[name] = self._open(name, self.plan.stores[name].tier)
         feeds = _feeds(self.program, phase)
-        parts: dict[str, Parts] = {}
+        parts: dict[str, Partials] = {}
         with torch.no_grad(), autocast(self.device, self.autocast):
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
@@ -149,7 +149,7 @@ class Execution:
             self._finished[name] = node.reduction.finish(parts[name], dtype)
 
     def _forward_tile(
-        self, tile: TileRun, feeds: Mapping[str, tuple[str, ...]], parts: dict[str, Parts]
+        self, tile: TileRun, feeds: Mapping[str, tuple[str, ...]], parts: dict[str, Partials]
     ) -> None:
         phase = tile.phase
 
@@ -168,7 +168,7 @@ class Execution:
                 observe(name, self.fetch(name, phase.needed(tile.row, tile.col, name)))
         tile.run(self.fetch, self.global_graph.values, observe)
 
-    def _add_partial(self, name: str, share: Tensor, own: Region, parts: dict[str, Parts]) -> None:
+    def _add_partial(self, name: str, share: Tensor, own: Region, parts: dict[str, Partials]) -> None:
         reduction = self._reduction(name)
         partial = reduction.partial(share, own)
         parts[name] = reduction.merge(parts[name], partial) if name in parts else partial
@@ -361,5 +361,5 @@ def _global_operands(program: Program, phase: Phase) -> tuple[str, ...]:
     for name in phase.nodes:
         node = program.nodes[name]
         assert node.local is not None
-        names.update(dict.fromkeys(n for n in node.operands if n not in node.local.links))
+        names.update(dict.fromkeys(n for n in node.operands if n not in node.local.accesses))
     return tuple(names)

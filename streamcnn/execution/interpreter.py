@@ -16,7 +16,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.ops.convolution import stored_convolve
-from streamcnn.graph.program import Axes, Link, Local, Node, Program, substitute
+from streamcnn.graph.program import Access, Axes, Local, Node, Program, substitute
 from streamcnn.plan.plan import Phase
 
 Fetch = Callable[[str, Region], Tensor]
@@ -56,13 +56,13 @@ class TileRun:
         at_hand: dict[str, Region] = {}
 
         def value_of(name: str) -> Any:
-            link = local.links.get(name)
-            if link is None:
+            access = local.accesses.get(name)
+            if access is None:
                 return global_values[name]
-            operand, at_hand[name] = self._operand(name, link, out, values, fetch)
+            operand, at_hand[name] = self._operand(name, access, out, values, fetch)
             if local.fill is None:
                 return operand
-            return padded(operand, self._axes(name), at_hand[name], self._window(link, out), local.fill)
+            return padded(operand, self._axes(name), at_hand[name], self._window(access, out), local.fill)
 
         args = substitute(node.args, value_of)
         kwargs = substitute(dict(node.kwargs), value_of)
@@ -80,16 +80,16 @@ class TileRun:
         return value if result == out else placed(value, node.axes, result, out)
 
     def _operand(
-        self, name: str, link: Link, out: Region, values: Mapping[str, Tensor], fetch: Fetch
+        self, name: str, access: Access, out: Region, values: Mapping[str, Tensor], fetch: Fetch
     ) -> tuple[Tensor, Region]:
         size = self.program.nodes[name].size
-        part = Region(link.rows.required(out.rows, size[0]), link.cols.required(out.cols, size[1]))
+        part = Region(access.rows.required(out.rows, size[0]), access.cols.required(out.cols, size[1]))
         if name not in values:
             return fetch(name, part), part
         return crop(values[name], self._axes(name), self.phase.needed(self.row, self.col, name), part), part
 
-    def _window(self, link: Link, out: Region) -> Region:
-        return Region(link.rows.window(out.rows), link.cols.window(out.cols))
+    def _window(self, access: Access, out: Region) -> Region:
+        return Region(access.rows.window(out.rows), access.cols.window(out.cols))
 
     def _axes(self, name: str) -> Axes:
         axes = self.program.nodes[name].axes
@@ -102,5 +102,5 @@ def _result_region(local: Local, at_hand: Mapping[str, Region], out: Region) -> 
     if local.fill is not None or local.positional:
         return out
     name, part = next(iter(at_hand.items()))
-    link = local.links[name]
-    return Region(link.rows.result(part.rows, out.rows), link.cols.result(part.cols, out.cols))
+    access = local.accesses[name]
+    return Region(access.rows.result(part.rows, out.rows), access.cols.result(part.cols, out.cols))

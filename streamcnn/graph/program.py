@@ -76,7 +76,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Access:
     """How a local operator reads one of its map operands, per axis (rows, columns)."""
 
     rows: AxisMap = field(default_factory=Same)
@@ -90,12 +90,12 @@ class Link:
 class Local:
     """How a local operator runs on a tile.
 
-    The interpreter cuts each map operand to the window its link asks for, pads with ``fill`` what lies
+    The interpreter cuts each map operand to the window that its access asks for, pads with ``fill`` what lies
     outside the operand, and calls the node's target. With ``fill=None`` the operand is only cut, and
     the target's result is cut or zero-padded to the region wanted.
     """
 
-    links: Mapping[str, Link]
+    accesses: Mapping[str, Access]
     fill: float | None = None
     positional: bool = False
     """The target also takes ``out`` (the region wanted) and ``origin`` (that of its first map operand)."""
@@ -105,7 +105,9 @@ class Local:
     """Whether every output position reads the same position only, at little cost."""
 
     def __post_init__(self) -> None:
-        pointwise = not self.heavy and all(axis.pointwise for link in self.links.values() for axis in link)
+        pointwise = not self.heavy and all(
+            axis.pointwise for access in self.accesses.values() for axis in access
+        )
         object.__setattr__(self, "pointwise", pointwise)
 
 

@@ -53,7 +53,7 @@ class Work:
 def work(program: Program, node: Node) -> Work:
     """The work of one local operator on its whole map."""
     assert node.local is not None
-    read = sum(program.nodes[name].nbytes for name in node.local.links)
+    read = sum(program.nodes[name].nbytes for name in node.local.accesses)
     flops = 2 * _multiplications(program, node) if node.local.heavy else node.tensor.numel
     return Work(flops, read + node.nbytes, node.nbytes, _is_depthwise(program, node), math.prod(node.size))
 
@@ -113,7 +113,7 @@ def _multiplications(program: Program, node: Node) -> int:
     place = node
     if node.target is convolve_transposed:
         assert node.local is not None
-        place = program.nodes[next(iter(node.local.links))]
+        place = program.nodes[next(iter(node.local.accesses))]
     return largest * place.tensor.shape[0] * math.prod(place.size)
 
 

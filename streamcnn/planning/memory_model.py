@@ -242,7 +242,7 @@ class _LargestTile:
         """Bytes of the map operands of an operator."""
         local = self.program.nodes[name].local
         assert local is not None
-        return sum(self.nbytes(operand) for operand in local.links)
+        return sum(self.nbytes(operand) for operand in local.accesses)
 
     def padded(self, name: str) -> int:
         """Bytes of the padded copies that an operator reads at the border of the map."""
@@ -273,7 +273,7 @@ class _LargestTile:
         """Whether an operator reads a region of the image."""
         local, image = self.program.nodes[name].local, self.program.image
         assert local is not None
-        return image in self.tiled.stage.inputs and image in local.links
+        return image in self.tiled.stage.inputs and image in local.accesses
 
     def or_reading(self, step: Step, beside: tuple[MemoryTerm, ...], *, backward: bool) -> Step:
         """The step, at the moment when a region of the image is read if that takes more.

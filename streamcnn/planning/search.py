@@ -158,7 +158,7 @@ class Search:
             if local is None or place in chain or (place in found.stores and place != name):
                 continue
             chain[place] = None
-            pending.extend(local.links)
+            pending.extend(local.accesses)
         recomputed = sum(self.tilings.works[each].seconds(hardware) for each in chain)
         moved, passes = 0.0, 1
         for tiling, row in zip(found.tilings, self._table(found.staging).rows, strict=True):

@@ -63,10 +63,10 @@ def _reaches(program: Program, levels: Mapping[str, int]) -> dict[str, float]:
         if node.local is None:
             continue
         widest = 0.0
-        for name, link in node.local.links.items():
+        for name, access in node.local.accesses.items():
             operand = program.nodes[name]
             inherited = reach.get(name, 0.0) if levels[name] == levels[node.name] else 0.0
-            for axis, axis_map in enumerate(link):
+            for axis, axis_map in enumerate(access):
                 pixel = image[axis] / operand.size[axis]
                 grown = _growth(axis_map, node.size[axis], operand.size[axis]) * pixel
                 widest = max(widest, inherited + grown)

@@ -154,9 +154,9 @@ def gathered(program: Program) -> set[str]:
 def _bases(program: Program, node: Node, bases: Mapping[str, frozenset[str]]) -> frozenset[str] | None:
     """The stored maps from which ``node`` can be recomputed cheaply, or ``None``."""
     assert node.local is not None
-    if not node.local.pointwise or any(name not in bases for name in node.local.links):
+    if not node.local.pointwise or any(name not in bases for name in node.local.accesses):
         return None
-    return frozenset().union(*(bases[name] for name in node.local.links))
+    return frozenset().union(*(bases[name] for name in node.local.accesses))
 
 
 def _worth_recomputing(program: Program, node: Node, bases: frozenset[str] | None) -> bool:
@@ -186,7 +186,7 @@ def _stage(
         elif name not in inside:
             inside.add(name)
             assert node.local is not None
-            pending.extend(node.local.links)
+            pending.extend(node.local.accesses)
     return Stage(
         level=level,
         nodes=tuple(sorted(inside, key=program.position)),

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from streamcnn.geometry.regions import Indices, Intervals
 from streamcnn.graph.ops.convolution import convolve, is_convolution
 from streamcnn.graph.ops.normalization import normalize
-from streamcnn.graph.program import Link, Program, Ref
+from streamcnn.graph.program import Access, Program, Ref
 from streamcnn.plan.plan import AxisStep, Phase
 from streamcnn.planning.overhead import num_products
 from streamcnn.planning.staging import Stage
@@ -54,7 +54,7 @@ class Outline:
         owned = stage.owned(program)
         consumed = frozenset(name for name in stage.nodes if readers[name])
         sizes = [program.nodes[name].size for name in (*stage.nodes, *stage.inputs)]
-        links = [link for name in stage.nodes for link in _links(program, name).values()]
+        accesses = [access for name in stage.nodes for access in _accesses(program, name).values()]
         convolutions = {name for name in stage.nodes if is_convolution(program.nodes[name].target)}
         return cls(
             program=program,
@@ -71,7 +71,7 @@ class Outline:
                 if (operand := _overwritten(program, name, readers)) is not None and operand not in owned
             },
             square=all(height == width for height, width in sizes)
-            and all(link.rows == link.cols for link in links),
+            and all(access.rows == access.cols for access in accesses),
         )
 
 
@@ -98,8 +98,8 @@ class AxisGrid:
         own = {name: Intervals.evenly(nodes[name].size[axis], num_parts) for name in outline.owned}
         needed = dict(own)
         for name in reversed(outline.stage.nodes):
-            for operand, link in _links(outline.program, name).items():
-                axis_map = (link.rows, link.cols)[axis]
+            for operand, access in _accesses(outline.program, name).items():
+                axis_map = (access.rows, access.cols)[axis]
                 part = axis_map.required_each(needed[name], nodes[operand].size[axis])
                 needed[operand] = needed[operand].hull(part) if operand in needed else part
         sizes = _sizes(needed, num_parts)
@@ -233,10 +233,10 @@ def largest_part(extent: int, num_parts: int) -> int:
     return -(-extent // num_parts)
 
 
-def _links(program: Program, name: str) -> Mapping[str, Link]:
+def _accesses(program: Program, name: str) -> Mapping[str, Access]:
     local = program.nodes[name].local
     assert local is not None
-    return local.links
+    return local.accesses
 
 
 def _readers(program: Program, stage: Stage) -> dict[str, list[str]]:

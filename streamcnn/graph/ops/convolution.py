@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Sliding, Transposed
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
-from streamcnn.graph.program import Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
+from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
 
 @rule(aten.conv2d.default, aten.conv2d.padding)
-def conv2d(tracer: Tracer, call: Call) -> Ref | Decline:
+def conv2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """2-D convolution: any kernel, stride, dilation, groups and padding, ``same`` included."""
     ref, weight, bias, stride, padding, dilation, groups = call.bind(
         "input", "weight", "bias", "stride", "padding", "dilation", "groups"
     )
     if tracer.axes(ref) != (2, 3) or tracer.axes(weight) is not None:
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     kernel = tracer.spec(weight).shape[2:]
     stride, dilation = as_pair(stride), as_pair(dilation)
     low = _padding_before(padding, kernel, dilation)
@@ -37,7 +37,7 @@ def conv2d(tracer: Tracer, call: Call) -> Ref | Decline:
         (ref, weight, bias, stride, dilation, groups),
         like=like,
         axes=(2, 3),
-        links={ref.name: Link(rows, cols)},
+        accesses={ref.name: Access(rows, cols)},
         fill=0.0,
         heavy=True,
     )
@@ -74,15 +74,15 @@ def convolve_complex(x: Tensor, *arguments: Any) -> Tensor:
 
 
 @rule(aten.conv_transpose2d.input)
-def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
+def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """2-D transposed convolution, output padding included."""
     ref, weight, bias, stride, padding, dilation, groups = call.bind(
         "input", "weight", "bias", "stride", "padding", "dilation", "groups"
     )
     if tracer.axes(ref) != (2, 3) or tracer.axes(weight) is not None:
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     if tracer.spec(ref).dtype.is_complex:
-        return Decline("it is applied to complex values")
+        return NotStreamable("it is applied to complex values")
     kernel = tracer.spec(weight).shape[2:]
     stride, dilation, low = as_pair(stride), as_pair(dilation), as_pair(padding)
     rows, cols = (Transposed(k, s, p, d) for k, s, p, d in zip(kernel, stride, low, dilation, strict=True))
@@ -92,14 +92,14 @@ def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | Decline:
         (ref, weight, stride, dilation, groups),
         like=like,
         axes=(2, 3),
-        links={ref.name: Link(rows, cols)},
+        accesses={ref.name: Access(rows, cols)},
         heavy=True,
     )
     if bias is None:
         return result
     # The bias also reaches positions of output padding, which no input position reaches.
     column = tracer.global_value(torch.Tensor.reshape, bias, (1, -1, 1, 1))
-    return tracer.local(torch.add, (result, column), like=like, axes=(2, 3), links={result.name: Link()})
+    return tracer.local(torch.add, (result, column), like=like, axes=(2, 3), accesses={result.name: Access()})
 
 
 def convolve_transposed(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, Sample, Tracer, rule
-from streamcnn.graph.program import Axes, Link, Ref
+from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
 
@@ -32,13 +32,15 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     if axes is None and len(tracer.spec(ref).shape) < 4:
         # The head's: drawn as plain PyTorch draws it.
         return tracer.global_value(call.target, *call.args, **call.kwargs)
-    like, links = tracer.fake(call), {ref.name: Link()}
+    like, accesses = tracer.fake(call), {ref.name: Access()}
     # A seed per layer, drawn in program order: which layers are resident does not change a mask.
     seed = tracer.global_value(draw_seed, device=torch.device(like.device))
     arguments = (ref, seed, probability, tracer.spec(ref).shape)
     if axes is None:
         return tracer.global_value(drop_elements, *arguments)
-    return tracer.local(drop_elements, (*arguments, axes), like=like, axes=axes, links=links, positional=True)
+    return tracer.local(
+        drop_elements, (*arguments, axes), like=like, axes=axes, accesses=accesses, positional=True
+    )
 
 
 @rule(aten.feature_dropout.default)

@@ -16,8 +16,8 @@ from streamcnn.geometry.windows import dense
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
 from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.graph.program import Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
@@ -93,7 +93,7 @@ def _normalized(
     like = torch.empty(tracer.spec(ref).shape, dtype=tracer.spec(ref).dtype, device="meta")
     weight, bias = (_as_statistics(tracer, ref, parameter) for parameter in (weight, bias))
     arguments = (ref, mean, variance, weight, bias, eps)
-    return tracer.local(normalize, arguments, like=like, axes=(2, 3), links={ref.name: Link()})
+    return tracer.local(normalize, arguments, like=like, axes=(2, 3), accesses={ref.name: Access()})
 
 
 def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | None:
@@ -126,7 +126,7 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
     if tracer.axes(ref) is None:
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     if not training:
         return _fixed(tracer, call, ref)
     moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
@@ -212,7 +212,7 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
         "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"
     )
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     if not own_statistics:
         return _fixed(tracer, call, ref)
     moments = Moments(tracer.spec(ref).shape, (2, 3), False)
@@ -272,7 +272,7 @@ def group_norm(tracer: Tracer, call: Call) -> Any:
     """Group norm over each image's groups of channels."""
     ref, num_groups, weight, bias, eps = call.bind("input", "num_groups", "weight", "bias", "eps")
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     return _grouped(tracer, ref, num_groups, weight, bias, eps)
 
 
@@ -287,7 +287,7 @@ def _grouped(
         (ref, num_groups),
         like=torch.empty(split, dtype=spec.dtype, device="meta"),
         axes=(3, 4),
-        links={ref.name: Link()},
+        accesses={ref.name: Access()},
     )
     statistics = tracer.reduce(Moments(split, (2, 3, 4), False), grouped)
     mean, variance = (tracer.global_value(per_channel, value, channels) for value in statistics)

@@ -9,8 +9,8 @@ from torch import nn
 from torch._ops import OpOverload
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
-from streamcnn.graph.ops.rules import Call, Decline, Rule, Sample, Tracer, rule
-from streamcnn.graph.program import Axes, Link, Ref, refs_in, substitute
+from streamcnn.graph.ops.rules import Call, NotStreamable, Rule, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Axes, Ref, refs_in, substitute
 
 aten = torch.ops.aten
 
@@ -80,36 +80,36 @@ def pointwise_rule(target: object) -> Rule | None:
 
 
 @rule(*_UNTAGGED, *(overload for name in _ALIASES for overload in _overloads(name)))
-def pointwise(tracer: Tracer, call: Call) -> Ref | Decline:
+def pointwise(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Each result position from the same position of every operand, with broadcasting."""
     like = tracer.fake(call)
     if not isinstance(like, torch.Tensor):
-        return Decline("it returns several tensors")
+        return NotStreamable("it returns several tensors")
     axes = common_axes(tracer, call, like.dim())
     if axes is None:
-        return Decline("its operands have their spatial axes at different places")
-    call, links = align_operands(tracer, call, like, axes)
-    return tracer.local(call.target, call.args, call.kwargs, like=like, axes=axes, links=links)
+        return NotStreamable("its operands have their spatial axes at different places")
+    call, accesses = align_operands(tracer, call, like, axes)
+    return tracer.local(call.target, call.args, call.kwargs, like=like, axes=axes, accesses=accesses)
 
 
 @rule(aten._conj.default, aten.conj.default)
-def conjugate(tracer: Tracer, call: Call) -> Ref | Decline:
+def conjugate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """The conjugate as values of its own: a lazy one cannot be handed to NumPy, by which maps are stored."""
-    result: Ref | Decline = pointwise(tracer, Call(aten.conj_physical.default, call.args, call.kwargs))
+    result: Ref | NotStreamable = pointwise(tracer, Call(aten.conj_physical.default, call.args, call.kwargs))
     return result
 
 
 @rule(aten.view_as_real.default, aten.view_as_complex.default)
-def real_pairs(tracer: Tracer, call: Call) -> Ref | Decline:
+def real_pairs(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Complex numbers as pairs along a last axis, or such pairs as complex numbers."""
     ref = call.args[0]
     axes = tracer.axes(ref)
     assert axes is not None
     like = tracer.fake(call)
     if max(axes) >= like.dim():
-        return Decline("its pairs lie along a spatial axis")
+        return NotStreamable("its pairs lie along a spatial axis")
     target = as_complex if call.target is aten.view_as_complex.default else call.target
-    return tracer.local(target, (ref,), like=like, axes=axes, links={ref.name: Link()})
+    return tracer.local(target, (ref,), like=like, axes=axes, accesses={ref.name: Access()})
 
 
 def as_complex(x: torch.Tensor) -> torch.Tensor:
@@ -130,10 +130,10 @@ def common_axes(tracer: Tracer, call: Call, ndim: int) -> Axes | None:
 
 def align_operands(
     tracer: Tracer, call: Call, like: torch.Tensor, axes: Axes
-) -> tuple[Call, dict[str, Link]]:
-    """The call with global values of spatial extent promoted to maps, and the links of its maps."""
+) -> tuple[Call, dict[str, Access]]:
+    """The call with global values of spatial extent promoted to maps, and the accesses to its maps."""
     renamed: dict[str, Ref] = {}
-    links: dict[str, Link] = {}
+    accesses: dict[str, Access] = {}
     for name in refs_in((call.args, dict(call.kwargs))):
         operand = Ref(name)
         shape = tracer.spec(operand).shape
@@ -152,8 +152,8 @@ def align_operands(
             Same() if extent == like.shape[axis] else Broadcast()
             for extent, axis in zip(extents, axes, strict=True)
         )
-        links[operand.name] = Link(rows, cols)
-    return rename(call, renamed), links
+        accesses[operand.name] = Access(rows, cols)
+    return rename(call, renamed), accesses
 
 
 def rename(call: Call, renamed: dict[str, Ref]) -> Call:
@@ -173,49 +173,55 @@ def per_position(tracer: Tracer, call: Call, ref: Ref, *, heavy: bool = False) -
     assert axes is not None
     like = tracer.fake(call)
     return tracer.local(
-        call.target, call.args, call.kwargs, like=like, axes=axes, links={ref.name: Link()}, heavy=heavy
+        call.target,
+        call.args,
+        call.kwargs,
+        like=like,
+        axes=axes,
+        accesses={ref.name: Access()},
+        heavy=heavy,
     )
 
 
 @rule(aten.linear.default)
-def linear(tracer: Tracer, call: Call) -> Ref | Decline:
+def linear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A linear layer on the last axis, where that is not a spatial one."""
     ref, weight = call.bind("input", "weight")
     axes = tracer.axes(ref)
     ndim = len(tracer.spec(ref).shape)
     if axes is None or tracer.axes(weight) is not None:
-        return Decline("its weight depends on the position")
+        return NotStreamable("its weight depends on the position")
     if ndim - 1 in axes:
-        return Decline("it mixes positions: the layer is applied along a spatial axis")
+        return NotStreamable("it mixes positions: the layer is applied along a spatial axis")
     return per_position(tracer, call, ref, heavy=True)
 
 
 @rule(aten.prelu.default)
-def prelu(tracer: Tracer, call: Call) -> Ref | Decline:
+def prelu(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """PReLU, whose slopes belong to axis 1 whatever the broadcasting rules say."""
     ref, slopes = call.bind("self", "weight")
     if tracer.axes(slopes) is not None or 1 in (tracer.axes(ref) or ()):
-        return Decline("its slopes depend on the position")
+        return NotStreamable("its slopes depend on the position")
     return per_position(tracer, call, ref)
 
 
 @rule(aten.rms_norm.default)
-def trailing_norm(tracer: Tracer, call: Call) -> Ref | Decline:
+def trailing_norm(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Layer norm over trailing axes that are not spatial (channels last)."""
     ref, shape = call.bind("input", "normalized_shape")
     axes = tracer.axes(ref)
     if axes is None or max(axes) >= len(tracer.spec(ref).shape) - len(shape):
-        return Decline("it normalises over space and has an affine part that depends on the position")
+        return NotStreamable("it normalises over space and has an affine part that depends on the position")
     return per_position(tracer, call, ref)
 
 
 @rule(aten.softmax.int, aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
-def along_channels(tracer: Tracer, call: Call) -> Ref | Decline:
+def along_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """An operator along one axis that is not spatial."""
     ref, dim = call.args[0], call.bind("dim")[0]
     axes = tracer.axes(ref)
     if axes is None or dim % len(tracer.spec(ref).shape) in axes:
-        return Decline("it runs along a spatial axis")
+        return NotStreamable("it runs along a spatial axis")
     return per_position(tracer, call, ref)
 
 

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, as_pair, rule
-from streamcnn.graph.program import Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
+from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
 
 @rule(aten.max_pool2d.default)
-def max_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
+def max_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Max pooling; what lies outside the map is minus infinity."""
     ref, kernel, stride, padding, dilation = call.bind("self", "kernel_size", "stride", "padding", "dilation")
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     kernel, dilation = as_pair(kernel), as_pair(dilation)
     stride = as_pair(stride or kernel)
     rows, cols = (
@@ -31,7 +31,7 @@ def max_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
         (ref, kernel, stride, dilation),
         like=tracer.fake(call),
         axes=(2, 3),
-        links={ref.name: Link(rows, cols)},
+        accesses={ref.name: Access(rows, cols)},
         fill=-math.inf,
         heavy=True,
     )
@@ -50,13 +50,13 @@ def max_pool(
 
 
 @rule(aten.avg_pool2d.default)
-def avg_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
+def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Average pooling: sums of windows, then a divisor per row and per column."""
     ref, kernel, stride, padding, ceil_mode, count_padding, divisor = call.bind(
         "self", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
     )
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     like = tracer.fake(call)
     kernel, padding = as_pair(kernel), as_pair(padding)
     stride = as_pair(stride or kernel)
@@ -67,7 +67,7 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
         (ref, kernel, stride, divisor if uniform else 1),
         like=like,
         axes=(2, 3),
-        links={ref.name: Link(*axis_maps)},
+        accesses={ref.name: Access(*axis_maps)},
         fill=0.0,
         heavy=True,
     )
@@ -81,8 +81,8 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | Decline:
             _reciprocal, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device)
         )
         mapped = tracer.promote(factor, (2, 3))
-        links = {pooled.name: Link(), mapped.name: _only(axis)}
-        pooled = tracer.local(torch.mul, (pooled, mapped), like=like, axes=(2, 3), links=links)
+        accesses = {pooled.name: Access(), mapped.name: _only(axis)}
+        pooled = tracer.local(torch.mul, (pooled, mapped), like=like, axes=(2, 3), accesses=accesses)
     return pooled
 
 
@@ -107,9 +107,9 @@ def _reciprocal(
     return (1.0 / torch.tensor(counts, dtype=torch.float64, device=device)).to(dtype).reshape(shape)
 
 
-def _only(axis: int) -> Link:
+def _only(axis: int) -> Access:
     """Read along one spatial axis, broadcast along the other."""
-    return Link(Same(), Broadcast()) if axis == 0 else Link(Broadcast(), Same())
+    return Access(Same(), Broadcast()) if axis == 0 else Access(Broadcast(), Same())
 
 
 SAMPLES = (

@@ -18,7 +18,7 @@ from torch import Tensor
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, dense
 
-Parts = tuple[Tensor, ...]
+Partials = tuple[Tensor, ...]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,15 +53,15 @@ class Reduction(ABC):
         return True
 
     @abstractmethod
-    def partial(self, x: Tensor, region: Region) -> Parts:
+    def partial(self, x: Tensor, region: Region) -> Partials:
         """Partial results of a tile ``x`` that covers ``region``."""
 
     @abstractmethod
-    def merge(self, first: Parts, second: Parts) -> Parts:
+    def merge(self, first: Partials, second: Partials) -> Partials:
         """Partial results of two disjoint tiles together."""
 
     @abstractmethod
-    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The results for a map of ``dtype``."""
 
     @abstractmethod
@@ -92,13 +92,13 @@ class Sum(Reduction):
     def needs_values(self) -> bool:
         return False
 
-    def partial(self, x: Tensor, region: Region) -> Parts:
+    def partial(self, x: Tensor, region: Region) -> Partials:
         return (_exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
 
-    def merge(self, first: Parts, second: Parts) -> Parts:
+    def merge(self, first: Partials, second: Partials) -> Partials:
         return (first[0] + second[0],)
 
-    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0] * self.scale, dtype),)
 
     def gradient(
@@ -116,21 +116,21 @@ class Moments(Reduction):
     ``E[x^2] - E[x]^2`` loses everything where the mean is large against the deviation.
     """
 
-    def partial(self, x: Tensor, region: Region) -> Parts:
+    def partial(self, x: Tensor, region: Region) -> Partials:
         dtype = statistics_dtype(x.dtype)
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         count = math.prod(x.shape[dim] for dim in self.dims)
         spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
         return (torch.full_like(spread, float(count)), _exact(mean).reshape(spread.shape), spread)
 
-    def merge(self, first: Parts, second: Parts) -> Parts:
+    def merge(self, first: Partials, second: Partials) -> Partials:
         (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
         count = count_a + count_b
         delta = mean_b - mean_a
         mean = mean_a + delta * (count_b / count)
         return (count, mean, spread_a + spread_b + _squared(delta) * (count_a * count_b / count))
 
-    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         count, mean, spread = parts
         mean_dtype = statistics_dtype(dtype)
         return (self._result(mean, mean_dtype), self._result(spread / count, mean_dtype.to_real()))
@@ -163,17 +163,17 @@ class Extremum(Reduction):
 
     sign: int = 1
 
-    def partial(self, x: Tensor, region: Region) -> Parts:
+    def partial(self, x: Tensor, region: Region) -> Partials:
         best = (x * self.sign).amax(self.dims, keepdim=True)
         ties = (x * self.sign == best).sum(self.dims)
         return (best.reshape(ties.shape).double(), ties)
 
-    def merge(self, first: Parts, second: Parts) -> Parts:
+    def merge(self, first: Partials, second: Partials) -> Partials:
         best = torch.maximum(first[0], second[0])
         ties = torch.where(first[0] == best, first[1], 0) + torch.where(second[0] == best, second[1], 0)
         return (best, ties)
 
-    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0] * self.sign, dtype), self._result(parts[1], torch.float64))
 
     def gradient(
@@ -195,15 +195,15 @@ class FirstMaximum(Reduction):
         cols = torch.arange(region.cols.start, region.cols.stop, device=x.device)
         return (rows[:, None] * self.shape[self.axes[1]] + cols).flatten()
 
-    def partial(self, x: Tensor, region: Region) -> Parts:
+    def partial(self, x: Tensor, region: Region) -> Partials:
         best, index = x.flatten(-2).max(-1)
         return (best.double(), self._positions(x, region)[index])
 
-    def merge(self, first: Parts, second: Parts) -> Parts:
+    def merge(self, first: Partials, second: Partials) -> Partials:
         later = (second[0] > first[0]) | ((second[0] == first[0]) & (second[1] < first[1]))
         return (torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1]))
 
-    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0], dtype), self._result(parts[1], torch.int64))
 
     def gradient(
@@ -221,14 +221,14 @@ class VectorNorm(Reduction):
 
     power: float = 2.0
 
-    def partial(self, x: Tensor, region: Region) -> Parts:
+    def partial(self, x: Tensor, region: Region) -> Partials:
         norm = torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype))
         return (norm.double().pow(self.power),)
 
-    def merge(self, first: Parts, second: Parts) -> Parts:
+    def merge(self, first: Partials, second: Partials) -> Partials:
         return (first[0] + second[0],)
 
-    def finish(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0].pow(1 / self.power), dtype.to_real()),)
 
     def gradient(

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import Extremum, FirstMaximum, Moments, Reduction, Sum, VectorNorm
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.graph.program import Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
 
-def spatial_dims(tracer: Tracer, ref: Ref, dims: Sequence[int] | None) -> tuple[int, ...] | Decline | None:
+def spatial_dims(
+    tracer: Tracer, ref: Ref, dims: Sequence[int] | None
+) -> tuple[int, ...] | NotStreamable | None:
     """The reduced dims if they hold both spatial axes, ``None`` if neither, and a refusal for one."""
     ndim = len(tracer.spec(ref).shape)
     axes = tracer.axes(ref)
@@ -26,7 +28,7 @@ def spatial_dims(tracer: Tracer, ref: Ref, dims: Sequence[int] | None) -> tuple[
     chosen = tuple(sorted(dim % ndim for dim in dims)) if dims else tuple(range(ndim))
     inside = sum(axis in chosen for axis in axes)
     if inside == 1:
-        return Decline("it reduces one of the two spatial axes")
+        return NotStreamable("it reduces one of the two spatial axes")
     return chosen if inside == 2 else None
 
 
@@ -39,9 +41,14 @@ def without_space(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int], kee
     ndim = len(tracer.spec(ref).shape)
     chosen = {dim % ndim for dim in dims}
     rows, cols = (axis - sum(dim < axis for dim in chosen) for axis in axes)
-    links = {ref.name: Link()}
+    accesses = {ref.name: Access()}
     return tracer.local(
-        call.target, call.args, call.kwargs, like=tracer.fake(call), axes=(rows, cols), links=links
+        call.target,
+        call.args,
+        call.kwargs,
+        like=tracer.fake(call),
+        axes=(rows, cols),
+        accesses=accesses,
     )
 
 
@@ -50,7 +57,7 @@ def _reduce_or_local(
 ) -> Any:
     ref = call.args[0]
     chosen = spatial_dims(tracer, ref, dims)
-    if isinstance(chosen, Decline):
+    if isinstance(chosen, NotStreamable):
         return chosen
     if chosen is None:
         assert dims is not None
@@ -69,7 +76,7 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
         return Sum(shape, chosen, keep, 1 / math.prod(shape[dim] for dim in chosen) if average else 1.0)
 
     if call.bind("dtype")[0] is not None:
-        return Decline("it converts to another dtype while reducing")
+        return NotStreamable("it converts to another dtype while reducing")
     like = tracer.fake(call)
     if like.dtype != tracer.spec(call.args[0]).dtype:
         # A sum of whole numbers or of a mask is a whole number.
@@ -95,7 +102,9 @@ def vector_norm(tracer: Tracer, call: Call) -> Any:
     """The p-norm over both spatial axes and any others."""
     power, dims, keepdim, dtype = call.bind("ord", "dim", "keepdim", "dtype")
     if dtype is not None or not 1 <= power < math.inf:
-        return Decline(f"norms with dtype= or of order {power} are not streamed: allowed are orders >= 1")
+        return NotStreamable(
+            f"norms with dtype= or of order {power} are not streamed: allowed are orders >= 1"
+        )
     result = _reduce_or_local(
         tracer, call, dims, keepdim, lambda shape, chosen, keep: VectorNorm(shape, chosen, keep, power)
     )
@@ -126,7 +135,7 @@ def variance(tracer: Tracer, call: Call) -> Any:
         assert dims is not None
         return without_space(tracer, call, call.args[0], dims, keepdim)
     if not isinstance(chosen, tuple):
-        return chosen or Decline("it returns several tensors per position")
+        return chosen or NotStreamable("it returns several tensors per position")
     moments = Moments(tracer.spec(call.args[0]).shape, chosen, keepdim)
     mean, biased = tracer.reduce(moments, call.args[0])
     result = tracer.global_value(
@@ -160,7 +169,7 @@ def adaptive_pool(tracer: Tracer, call: Call) -> Any:
     """Adaptive pooling to one position; other sizes are resident."""
     ref, size = call.bind("self", "output_size")
     if tuple(size) != (1, 1) or tracer.axes(ref) not in ((1, 2), (2, 3)):
-        return Decline(f"its windows for output size {tuple(size)} are of unequal extents")
+        return NotStreamable(f"its windows for output size {tuple(size)} are of unequal extents")
     shape, axes = tracer.spec(ref).shape, tracer.axes(ref)
     assert axes is not None
     if call.target is aten.adaptive_avg_pool2d.default:
@@ -174,7 +183,7 @@ def extremum_and_position(tracer: Tracer, call: Call) -> Any:
     """Largest or smallest channel and which it is; its gradient goes to that one alone, unlike ``amax``'s."""
     ref, dim, keepdim = call.bind("self", "dim", "keepdim")
     if spatial_dims(tracer, ref, (dim,)) is not None:
-        return Decline("it runs along a spatial axis")
+        return NotStreamable("it runs along a spatial axis")
     parts = (Call(_result, (call.target, index, ref, dim, keepdim), {}) for index in (0, 1))
     return tuple(without_space(tracer, part, ref, (dim,), keepdim) for part in parts)
 
@@ -192,12 +201,12 @@ def _result(target: Any, index: int, x: Tensor, dim: int, keepdim: bool) -> Tens
     aten.argmax.default,
     aten.argmin.default,
 )
-def over_channels(tracer: Tracer, call: Call) -> Ref | Decline:
+def over_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A reduction that is streamed over channels only."""
     ref, dims, keepdim = call.bind("self", "dim", "keepdim")
     dims = (dims,) if isinstance(dims, int) else dims
     if spatial_dims(tracer, ref, dims) is not None:
-        return Decline("it reduces spatial axes, for which it has no partial results")
+        return NotStreamable("it reduces spatial axes, for which it has no partial results")
     return without_space(tracer, call, ref, dims, keepdim)
 
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from streamcnn.geometry.axis_maps import AxisMap, Gathered, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.graph.program import Axes, Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
 
@@ -36,12 +36,12 @@ def pixel_unshuffle(tracer: Tracer, call: Call) -> Ref:
 def _regridded(tracer: Tracer, call: Call, ref: Ref, axis_map: AxisMap) -> Ref:
     axes = tracer.axes(ref)
     assert axes is not None
-    links = {ref.name: Link(axis_map, axis_map)}
-    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=axes, links=links)
+    accesses = {ref.name: Access(axis_map, axis_map)}
+    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=axes, accesses=accesses)
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
-def pad(tracer: Tracer, call: Call) -> Ref | Decline:
+def pad(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Padding or cropping of the spatial axes: constant, reflecting, replicating or circular."""
     ref, pads = call.bind("self", "pad")
     constant = call.target is aten.constant_pad_nd.default
@@ -54,11 +54,11 @@ def pad(tracer: Tracer, call: Call) -> Ref | Decline:
         or any(b for axis, b in enumerate(before) if axis not in axes)
         or _pads_channels(pads, like, axes)
     ):
-        return Decline("it pads other axes than the spatial ones")
+        return NotStreamable("it pads other axes than the spatial ones")
     if mode == "constant":
         rows, cols = (Sliding(padding=before[axis]) for axis in axes)
-        links = {ref.name: Link(rows, cols)}
-        return tracer.local(same, (ref,), like=like, axes=axes, links=links, fill=float(value))
+        accesses = {ref.name: Access(rows, cols)}
+        return tracer.local(same, (ref,), like=like, axes=axes, accesses=accesses, fill=float(value))
     sources = []
     for axis in axes:
         size = tracer.spec(ref).shape[axis]
@@ -106,7 +106,7 @@ def _gathered(
         (ref, tuple(sources), None if weights is None else tuple(weights), axes),
         like=like,
         axes=axes,
-        links={ref.name: Link(rows, cols)},
+        accesses={ref.name: Access(rows, cols)},
         positional=True,
         heavy=True,
     )
@@ -147,11 +147,11 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
 
 
 @rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
-def upsample_nearest(tracer: Tracer, call: Call) -> Ref | Decline:
+def upsample_nearest(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Nearest-neighbour resampling to any size, larger or smaller."""
     ref = call.args[0]
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
     factors = _whole_factors(like.shape[2:], sizes)
     steps = _steps(call)
@@ -173,8 +173,8 @@ def _upsampled(
     tracer: Tracer, ref: Ref, like: Tensor, factors: tuple[int, int], target: Any, reach: int
 ) -> Ref:
     rows, cols = (Repeated(factor, reach if factor > 1 else 0) for factor in factors)
-    links = {ref.name: Link(rows, cols)}
-    return tracer.local(target, (ref, factors), like=like, axes=(2, 3), links=links)
+    accesses = {ref.name: Access(rows, cols)}
+    return tracer.local(target, (ref, factors), like=like, axes=(2, 3), accesses=accesses)
 
 
 def repeat_nearest(x: Tensor, factors: tuple[int, int]) -> Tensor:
@@ -206,11 +206,11 @@ def _nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int,
 
 
 @rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default)
-def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | Decline:
+def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Bilinear resampling, corners aligned or not, to any size."""
     ref, align_corners = call.args[0], call.bind("align_corners")[0]
     if tracer.axes(ref) != (2, 3):
-        return Decline("it is not applied to a map of shape (N, C, H, W)")
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
     factors = _whole_factors(like.shape[2:], sizes)
     steps = _steps(call)

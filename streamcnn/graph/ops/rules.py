@@ -1,7 +1,7 @@
 """What streaming knows about operators: one rule per ATen overload, kept in a registry.
 
 A rule sees a captured call and records, through a :class:`Tracer`, the nodes that carry it out:
-local operators with their windows, reductions, global values. It answers :class:`Decline` with a reason
+local operators with their windows, reductions, global values. It answers :class:`NotStreamable` with a reason
 when it cannot, and the operator then runs resident, on whole maps. An overload without a rule is
 resident too: unknown is never assumed pointwise.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from streamcnn.graph.program import Axes, Link, Ref, TensorSpec
+from streamcnn.graph.program import Access, Axes, Ref, TensorSpec
 from streamcnn.graph.schemas import bound
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Decline:
+class NotStreamable:
     """A rule's answer when the call cannot be streamed."""
 
     reason: str
@@ -65,7 +65,7 @@ class Tracer(Protocol):
         *,
         like: torch.Tensor,
         axes: Axes,
-        links: Mapping[str, Link],
+        accesses: Mapping[str, Access],
         fill: float | None = None,
         positional: bool = False,
         heavy: bool = False,

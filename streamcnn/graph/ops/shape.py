@@ -15,8 +15,8 @@ from streamcnn.geometry.axis_maps import AxisMap, Repeated, Same, Sliding
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
 from streamcnn.graph.ops.pointwise import per_position
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.graph.program import Axes, Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Axes, Ref
 from streamcnn.graph.schemas import places_of_axes
 
 aten = torch.ops.aten
@@ -44,9 +44,9 @@ def permute(tracer: Tracer, call: Call) -> Ref:
     ndim = len(tracer.spec(ref).shape)
     places = places_of_axes(call.target, ndim, call.args[1:], call.kwargs)
     rows, cols = (places[axis] for axis in _axes(tracer, ref))
-    links = {ref.name: Link()}
+    accesses = {ref.name: Access()}
     like = tracer.fake(call)
-    return tracer.local(call.target, call.args, call.kwargs, like=like, axes=(rows, cols), links=links)
+    return tracer.local(call.target, call.args, call.kwargs, like=like, axes=(rows, cols), accesses=accesses)
 
 
 @rule(
@@ -64,7 +64,7 @@ def permute(tracer: Tracer, call: Call) -> Ref:
     aten.view_as.default,
     aten.reshape_as.default,
 )
-def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
+def reshape(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Another grouping of the axes in which each spatial axis stays outermost in its group.
 
     Alone, a spatial axis stays as it is. Split, its outer part is the spatial axis and the inner one a
@@ -73,20 +73,20 @@ def reshape(tracer: Tracer, call: Call) -> Ref | Decline:
     ref = call.args[0]
     like = tracer.fake(call)
     if tracer.axes(ref) is None:
-        return Decline("it gives a global value the shape of a map")
+        return NotStreamable("it gives a global value the shape of a map")
     before, axes = tracer.spec(ref).shape, _axes(tracer, ref)
     if call.target in (aten.expand.default, aten.broadcast_to.default):
         return _expand(tracer, ref, like, axes)
     moves = moved_axes(before, like.shape, axes)
     if moves is None:
-        return Decline("it merges a spatial axis with another or splits it unevenly")
+        return NotStreamable("it merges a spatial axis with another or splits it unevenly")
     rows, cols = moves
     return tracer.local(
         regrouped,
         (ref, tuple(like.shape), moves),
         like=like,
         axes=(rows.place, cols.place),
-        links={ref.name: Link(rows.link, cols.link)},
+        accesses={ref.name: Access(rows.access, cols.access)},
     )
 
 
@@ -104,7 +104,7 @@ class Move:
     """Its extent after: less by a whole factor where it is split, more where it is merged."""
 
     @property
-    def link(self) -> AxisMap:
+    def access(self) -> AxisMap:
         """How positions after depend on those before."""
         if self.result == self.size:
             return Same()
@@ -161,14 +161,19 @@ def regrouped(x: Tensor, shape: tuple[int, ...], moves: tuple[Move, Move]) -> Te
     return x.reshape(extents)
 
 
-def _expand(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes) -> Ref | Decline:
+def _expand(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes) -> Ref | NotStreamable:
     before, after = tracer.spec(ref).shape, tuple(like.shape)
     shift = len(after) - len(before)
     if any(before[axis] != after[axis + shift] for axis in axes):
-        return Decline("it repeats a spatial axis")
+        return NotStreamable("it repeats a spatial axis")
     moved = (axes[0] + shift, axes[1] + shift)
     return tracer.local(
-        expanded, (ref, after, moved), like=like, axes=moved, links={ref.name: Link()}, positional=True
+        expanded,
+        (ref, after, moved),
+        like=like,
+        axes=moved,
+        accesses={ref.name: Access()},
+        positional=True,
     )
 
 
@@ -178,7 +183,7 @@ def expanded(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, orig
 
 
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
-def concatenate(tracer: Tracer, call: Call) -> Ref | Decline:
+def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Maps of one size side by side along another axis than the spatial ones."""
     refs, dim = call.bind("tensors", "dim")
     if any(tracer.axes(ref) is None for ref in refs):
@@ -186,15 +191,15 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | Decline:
     like = tracer.fake(call)
     all_axes = {tracer.axes(ref) for ref in refs}
     if None in all_axes or len(all_axes) != 1:
-        return Decline("its operands have their spatial axes at different places")
+        return NotStreamable("its operands have their spatial axes at different places")
     rows, cols = _axes(tracer, refs[0])
     dim = dim % like.dim()
     if call.target is aten.stack.default:
         rows, cols = rows + (dim <= rows), cols + (dim <= cols)
     if dim in (rows, cols):
-        return Decline("it joins maps along a spatial axis")
-    links = {ref.name: Link() for ref in refs}
-    return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), links=links)
+        return NotStreamable("it joins maps along a spatial axis")
+    accesses = {ref.name: Access() for ref in refs}
+    return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), accesses=accesses)
 
 
 def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
@@ -213,13 +218,13 @@ def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
     aten.tensor_split.sections,
     aten.tensor_split.indices,
 )
-def split(tracer: Tracer, call: Call) -> tuple[Ref, ...] | Decline:
+def split(tracer: Tracer, call: Call) -> tuple[Ref, ...] | NotStreamable:
     """Consecutive ranges of channels."""
     ref, dim = call.bind("self", "dim")
     parts = tracer.fake(call)
     dim = dim % parts[0].dim()
     if dim in _axes(tracer, ref):
-        return Decline("it splits a spatial axis")
+        return NotStreamable("it splits a spatial axis")
     sizes = [part.shape[dim] for part in parts]
     starts = [0, *accumulate(sizes)]
     return tuple(
@@ -234,31 +239,31 @@ def _slice_channels(tracer: Tracer, ref: Ref, dim: int, start: int, stop: int, s
 
 
 @rule(aten.unbind.int)
-def unbind(tracer: Tracer, call: Call) -> tuple[Ref, ...] | Decline:
+def unbind(tracer: Tracer, call: Call) -> tuple[Ref, ...] | NotStreamable:
     """Each entry of an axis that is not spatial."""
     ref, dim = call.bind("self", "dim")
     shape = tracer.spec(ref).shape
     dim = dim % len(shape)
     if dim in _axes(tracer, ref):
-        return Decline("it splits a spatial axis")
+        return NotStreamable("it splits a spatial axis")
     return tuple(_entry(tracer, ref, dim, index) for index in range(shape[dim]))
 
 
 @rule(aten.select.int)
-def select(tracer: Tracer, call: Call) -> Ref | Decline:
+def select(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """One entry of an axis that is not spatial."""
     ref, dim, index = call.bind("self", "dim", "index")
     dim = dim % len(tracer.spec(ref).shape)
     if dim in _axes(tracer, ref):
-        return Decline("it takes one row or column of a map")
+        return NotStreamable("it takes one row or column of a map")
     return _entry(tracer, ref, dim, index)
 
 
 def _entry(tracer: Tracer, ref: Ref, dim: int, index: int) -> Ref:
     call = Call(aten.select.int, (ref, dim, index), {})
     rows, cols = (axis - (dim < axis) for axis in _axes(tracer, ref))
-    links = {ref.name: Link()}
-    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=(rows, cols), links=links)
+    accesses = {ref.name: Access()}
+    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=(rows, cols), accesses=accesses)
 
 
 @rule(aten.slice.Tensor, aten.narrow.default)
@@ -276,8 +281,8 @@ def slice_axis(tracer: Tracer, call: Call) -> Ref:
     size = tracer.spec(ref).shape[dim]
     first = max(start + size, 0) if (start or 0) < 0 else start or 0
     along = Sliding(1, step, -first)
-    link = Link(rows=along) if dim == axes[0] else Link(cols=along)
-    return tracer.local(strided, (ref, dim, step), like=like, axes=axes, links={ref.name: link})
+    access = Access(rows=along) if dim == axes[0] else Access(cols=along)
+    return tracer.local(strided, (ref, dim, step), like=like, axes=axes, accesses={ref.name: access})
 
 
 def strided(x: Tensor, dim: int, step: int) -> Tensor:
@@ -292,24 +297,24 @@ def strided(x: Tensor, dim: int, step: int) -> Tensor:
     aten.repeat.default,
     aten.repeat_interleave.self_int,
 )
-def rearrange_channels(tracer: Tracer, call: Call) -> Ref | Decline:
+def rearrange_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Channels in another order or more than once."""
     ref = call.args[0]
     axes = _axes(tracer, ref)
     if call.target is aten.index_select.default and call.bind("dim")[0] % len(tracer.spec(ref).shape) in axes:
-        return Decline("it selects rows or columns")
+        return NotStreamable("it selects rows or columns")
     if call.target is aten.repeat_interleave.self_int:
         dim = call.bind("dim")[0]
         if dim is None or dim % len(tracer.spec(ref).shape) in axes:
-            return Decline("it repeats rows or columns")
+            return NotStreamable("it repeats rows or columns")
     if call.target is aten.flip.default and {d % len(tracer.spec(ref).shape) for d in call.args[1]} & set(
         axes
     ):
-        return Decline("it mirrors a spatial axis")
+        return NotStreamable("it mirrors a spatial axis")
     if call.target is aten.repeat.default:
         repeats = call.args[1]
         if len(repeats) != len(tracer.spec(ref).shape) or any(repeats[axis] != 1 for axis in axes):
-            return Decline("it repeats a map along space")
+            return NotStreamable("it repeats a map along space")
     return per_position(tracer, call, ref)
 
 

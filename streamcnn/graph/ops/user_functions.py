@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise, pointwise_rule
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule_for
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule_for
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.graph.schemas import operator_name
 
@@ -38,14 +38,14 @@ def user_function(tracer: Tracer, call: Call) -> Any:
     whole = call.target
     assert isinstance(whole, Whole)
     if whole.name != "autograd_function_apply" or len(whole.bodies) != 2:
-        return Decline("it is carried out as a whole")
+        return NotStreamable("it is carried out as a whole")
     (like, *others) = pytree.tree_leaves(tracer.fake(call))
     reason = "it has several results" if others else _why_not_local(tracer, call, whole, like)
     axes = None if reason else common_axes(tracer, call, like.dim())
     if axes is None:
-        return Decline(reason or "its operands have their spatial axes at different places")
-    aligned, links = align_operands(tracer, Call(_First(whole), call.args, call.kwargs), like, axes)
-    return (tracer.local(aligned.target, aligned.args, like=like, axes=axes, links=links),)
+        return NotStreamable(reason or "its operands have their spatial axes at different places")
+    aligned, accesses = align_operands(tracer, Call(_First(whole), call.args, call.kwargs), like, axes)
+    return (tracer.local(aligned.target, aligned.args, like=like, axes=axes, accesses=accesses),)
 
 
 class _First:

@@ -11,8 +11,8 @@ from streamcnn.geometry.axis_maps import Transposed
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import pointwise
-from streamcnn.graph.ops.rules import Call, Decline, Sample, Tracer, rule
-from streamcnn.graph.program import Axes, Link, Ref
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
 
@@ -35,16 +35,16 @@ def copied(target: Tensor, value: Tensor) -> Tensor:
 
 
 @rule(aten.fill.Scalar, aten.fill.Tensor, aten.zero.default)
-def fill(tracer: Tracer, call: Call) -> Ref | Decline:
+def fill(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """One value everywhere."""
     if any(tracer.axes(ref) is not None for ref in call.args[1:] if isinstance(ref, Ref)):
-        return Decline("it fills with a value that is a map")
-    result: Ref | Decline = pointwise(tracer, call)
+        return NotStreamable("it fills with a value that is a map")
+    result: Ref | NotStreamable = pointwise(tracer, call)
     return result
 
 
 @rule(aten.slice_scatter.default)
-def slice_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
+def slice_scatter(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A map with a range along one axis replaced, as by ``x[:, a:b] = y``."""
     into, part, dim, start, end, step = call.bind("self", "src", "dim", "start", "end", "step")
     shape = tracer.spec(into).shape
@@ -56,7 +56,7 @@ def slice_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
 
 
 @rule(aten.select_scatter.default)
-def select_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
+def select_scatter(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A map with one entry of an axis replaced, as by ``x[:, 1] = y``."""
     into, part, dim, index = call.bind("self", "src", "dim", "index")
     shape = tracer.spec(into).shape
@@ -70,13 +70,13 @@ def select_scatter(tracer: Tracer, call: Call) -> Ref | Decline:
     if inner is None:
         part = tracer.global_value(torch.unsqueeze, part, dim)
     elif dim in axes or inner != tuple(axis - (dim < axis) for axis in axes):
-        return Decline("its operands have their spatial axes at different places")
+        return NotStreamable("its operands have their spatial axes at different places")
     else:
         like = torch.empty(
             _with_one(tracer.spec(part).shape, dim), dtype=tracer.spec(part).dtype, device="meta"
         )
-        links = {part.name: Link()}
-        part = tracer.local(torch.unsqueeze, (part, dim), like=like, axes=axes, links=links)
+        accesses = {part.name: Access()}
+        part = tracer.local(torch.unsqueeze, (part, dim), like=like, axes=axes, accesses=accesses)
     return _replaced(tracer, into, part, axes, (dim, start, 1, 1))
 
 
@@ -86,11 +86,11 @@ def _with_one(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 def _replaced(
     tracer: Tracer, into: Ref, part: Ref, axes: Axes, place: tuple[int, int, int, int]
-) -> Ref | Decline:
+) -> Ref | NotStreamable:
     """``into`` with the entries that ``place`` (axis, first, step, how many) names replaced by ``part``."""
     into, part = (tracer.promote(r, axes) if tracer.axes(r) is None else r for r in (into, part))
     if not tracer.axes(into) == tracer.axes(part) == axes:
-        return Decline("its operands have their spatial axes at different places")
+        return NotStreamable("its operands have their spatial axes at different places")
     spec = tracer.spec(into)
     dim, first, step, count = place
     if count == 0:
@@ -98,17 +98,17 @@ def _replaced(
     like = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     if dim not in axes:
         args = (into, part, dim, first, first + step * (count - 1) + 1, step)
-        links = {into.name: Link(), part.name: Link()}
-        return tracer.local(aten.slice_scatter.default, args, like=like, axes=axes, links=links)
+        accesses = {into.name: Access(), part.name: Access()}
+        return tracer.local(aten.slice_scatter.default, args, like=like, axes=axes, accesses=accesses)
     # Position i of the part is position first + i * step of the result: so does a transposed convolution.
     along = Transposed(1, step, -first, 1)
-    link = Link(rows=along) if dim == axes[0] else Link(cols=along)
+    access = Access(rows=along) if dim == axes[0] else Access(cols=along)
     return tracer.local(
         written,
         (part, into, dim, axes.index(dim), first, step),
         like=like,
         axes=axes,
-        links={part.name: link, into.name: Link()},
+        accesses={part.name: access, into.name: Access()},
         positional=True,
     )
 
