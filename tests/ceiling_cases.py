@@ -199,7 +199,7 @@ class Heap:
     """A heap that holds so many bytes free, below a block that keeps it from shrinking."""
 
     def __init__(self, nbytes: int) -> None:
-        tamed = [allocator.tame_allocator(), allocator.tame_allocator()]
+        tamed = [allocator.set_mmap_threshold(), allocator.set_mmap_threshold()]
         below = blocks(nbytes)
         self._pin = bytearray(200_000)
         before = heap.free_heap_bytes()
@@ -232,7 +232,7 @@ def large_heap() -> Any:
 
 def small_holes() -> Any:
     """Holes that are too small to be filled, 100 MB of them."""
-    allocator.tame_allocator()
+    allocator.set_mmap_threshold()
     before = heap.free_heap_bytes()
     walls = [(bytearray(200_000), bytearray(5_000)) for _ in range(500)]
     walls = [(bytearray(), wall) for _, wall in walls]

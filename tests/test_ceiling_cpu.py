@@ -273,7 +273,7 @@ def test_a_kernel_that_ignores_the_limit_is_an_error(monkeypatch: pytest.MonkeyP
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "libc", lambda: None)
     monkeypatch.setattr(heap, "libc", lambda: None)
-    assert allocator.tame_allocator() is False
+    assert allocator.set_mmap_threshold() is False
     assert heap.HoleFiller().nbytes == 0
     assert heap.free_heap_bytes() == 0
     allocator.trim_heap()

@@ -427,12 +427,12 @@ class TestProcess:
         session = Nvml.open(FakeNvml(card))
         monkeypatch.setattr(cuda, "_session", lambda: session)
         fake.initialised = False
-        cuda.note_idle(cuda=fake)
+        cuda.record_idle_memory(cuda=fake)
         card.used = 4 * GB
-        cuda.note_idle(cuda=fake)
+        cuda.record_idle_memory(cuda=fake)
         fake.initialised = True
         card.used = 9 * GB
-        cuda.note_idle(cuda=fake)
+        cuda.record_idle_memory(cuda=fake)
         assert cuda._idle == {"GPU-aaaa": 4 * GB}
 
     def test_a_model_notes_it_before_it_moves(self, monkeypatch: pytest.MonkeyPatch) -> None:

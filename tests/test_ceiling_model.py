@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import BudgetExceeded, StreamingModel
-from streamcnn.ceiling.allocator import tame_allocator
+from streamcnn import BudgetExceeded, StreamingModel, streaming_model
+from streamcnn.ceiling.allocator import set_mmap_threshold
 from streamcnn.ceiling.heap import free_heap_bytes
 from streamcnn.ceiling.process import resident_bytes
 from streamcnn.execution.interpreter import TileRun
@@ -186,7 +186,7 @@ def with_free_heap() -> dict[str, Any]:
     torch.set_num_threads(1)
     # Code of libraries that runs for the first time is resident then, 6 to 20 MB more or less by chance.
     StreamingModel(make_net(), BUDGET)(torch.randn(SHAPE)).sum().backward()
-    tame_allocator()
+    set_mmap_threshold()
     blocks = [bytearray(100_000) for _ in range(2 * BUDGET // 100_000)]
     # The last one stays, and keeps the heap from shrinking.
     del blocks[:-1]

@@ -195,10 +195,10 @@ def test_a_tile_is_reshaped_like_the_whole(
         intervals.append(Interval(start, data.draw(st.integers(start + 1, move.result))))
     out = Region(*intervals)
     sizes = [move.size for move in moves]
-    part = Region(*(m.link.required(i, n) for m, i, n in zip(moves, out, sizes, strict=True)))
+    part = Region(*(m.access.required(i, n) for m, i, n in zip(moves, out, sizes, strict=True)))
     at_hand = crop(whole, axes, Region.whole((sizes[0], sizes[1])), part)
     found = regrouped(at_hand, after, moves)
-    covered = Region(*(m.link.result(p, i) for m, p, i in zip(moves, part, out, strict=True)))
+    covered = Region(*(m.access.result(p, i) for m, p, i in zip(moves, part, out, strict=True)))
     assert covered.contains(out)
     assert tuple(found.shape) == with_extents(after, places, covered.size)
     whole_after = Region.whole((after[places[0]], after[places[1]]))
@@ -222,10 +222,10 @@ def test_a_tile_is_reshaped_like_the_whole(
 )
 def test_links(before: tuple[int, ...], after: tuple[int, ...], links: tuple[object, object] | None) -> None:
     moves = moved_axes(before, after, (2, 3))
-    assert (None if moves is None else tuple(move.link for move in moves)) == links
+    assert (None if moves is None else tuple(move.access for move in moves)) == links
 
 
 def test_merging_repeats() -> None:
     moves = moved_axes((2, 6, 3, 9, 2), (2, 18, 18), (1, 3))
     assert moves is not None
-    assert [move.link for move in moves] == [Repeated(3), Repeated(2)]
+    assert [move.access for move in moves] == [Repeated(3), Repeated(2)]

@@ -66,8 +66,8 @@ def _wanted_by(
     """For each map, what every operator that reads it requires of it."""
     wanted: dict[str, list[Interval]] = {name: [] for name in needed}
     for reader in stage.nodes:
-        for name, link in program.nodes[reader].local.accesses.items():
-            axis_map = (link.rows, link.cols)[axis]
+        for name, access in program.nodes[reader].local.accesses.items():
+            axis_map = (access.rows, access.cols)[axis]
             wanted[name].append(axis_map.required(needed[reader], program.nodes[name].size[axis]))
     return wanted
 

@@ -342,7 +342,7 @@ class _Row:
     def _limited(self, *, reuse_heap: bool) -> Iterator[Limit]:
         """A block under the ceiling, in which refused memory is `Refused`."""
         gc.collect()
-        self.ceiling.give_back()
+        self.ceiling.empty_cache()
         try:
             with self.ceiling.limit(self.task.budget, reuse_heap=reuse_heap) as limit:
                 yield limit

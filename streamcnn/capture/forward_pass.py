@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
 from streamcnn.capture.capture import CUMULATIVE, RawGraph
 from streamcnn.capture.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
-from streamcnn.capture.surroundings import Surroundings, collector, function_modes_aside
 from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import StreamError, UnsupportedModel
 
@@ -43,19 +43,19 @@ class ForwardPass:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         run: Run,
-        surroundings: Surroundings | None = None,
+        caller_modes: CallerModes | None = None,
     ) -> Any:
         """What ``net(image, *args, **kwargs)`` returns, given that ``run`` carries out its operators.
 
         ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`. ``run`` is
-        called with the surroundings set aside.
+        called with their modes set aside.
 
         Raises
         ------
         UnsupportedModel
             If the call cannot be captured; the module is as it was.
         """
-        with (surroundings or Surroundings()).aside(), _cumulative_averages(net):
+        with (caller_modes or CallerModes()).aside(), _cumulative_averages(net):
             mode = (net.training, torch.is_grad_enabled())
             if mode not in self._unguardable:
                 try:

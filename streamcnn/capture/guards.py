@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.functional import functionalized
-from streamcnn.capture.surroundings import collector, function_modes_aside
 from streamcnn.errors import StreamError
 from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 

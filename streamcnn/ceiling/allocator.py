@@ -27,7 +27,7 @@ _PARALLEL_GRAIN = 2**15
 """Elements from which PyTorch runs a pointwise operator on several threads."""
 
 
-def tame_allocator(*, reuse: bool = False) -> bool:
+def set_mmap_threshold(*, reuse: bool = False) -> bool:
     """Have large blocks come from the kernel and go back to it; True if that took effect.
 
     Large are 256 KiB and more, or with ``reuse`` 32 MiB and more: smaller ones then stay in the heap.

@@ -32,8 +32,8 @@ from typing import Self
 from streamcnn.ceiling.allocator import (
     cache_thread_stack,
     free_matrix_buffers,
+    set_mmap_threshold,
     start_thread_pool,
-    tame_allocator,
     trim_heap,
 )
 from streamcnn.ceiling.caps import LowestCap
@@ -238,7 +238,7 @@ class DataLimit:
 
     def _enter(self) -> Self:
         if self._budget is not None:
-            tame_allocator(reuse=self._reuse_heap)
+            set_mmap_threshold(reuse=self._reuse_heap)
         self._baseline = self._given_baseline or Baseline.now(fill_holes=self._budget is not None)
         self._join_others()
         if self._baseline.resident_bytes is not None and resident_bytes() is not None:

@@ -199,9 +199,9 @@ class CudaCeiling:
         if self._limit is not None:
             self._limit.check()
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """Return cached memory to the card, before a pass is begun again."""
-        self._gauge.give_back()
+        self._gauge.empty_cache()
 
     def reserved_bytes(self) -> int:
         """Bytes of a budget that a plan cannot have: overhead, live tensors and the margin, rounded up.
@@ -218,7 +218,7 @@ def cuda_ceiling(device: torch.device) -> CudaCeiling:
     return CudaCeiling(_gauge(torch.device(device.type, index)))
 
 
-def note_idle(*, cuda: Any = torch.cuda) -> None:
+def record_idle_memory(*, cuda: Any = torch.cuda) -> None:
     """Remember what is in use on every card, while this process holds nothing there.
 
     That tells this process's memory from others' where NVML knows no processes. Once PyTorch has a CUDA

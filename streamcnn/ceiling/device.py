@@ -83,7 +83,7 @@ class Ceiling(Protocol):
             Whether libraries may have compiled code since the last call.
         """
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """Return cached memory to the device, before a pass is begun again."""
 
 
@@ -122,7 +122,7 @@ class HostCeiling:
         if self._limit is not None:
             self._limit.check(compiled=compiled)
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """The heap's free pages, which are resident until then."""
         trim_heap()
 
@@ -159,7 +159,7 @@ class NoCeiling:
     def check(self, *, compiled: bool = True) -> None:
         """Nothing."""
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """Nothing."""
 
     def __enter__(self) -> Self:

@@ -115,7 +115,7 @@ class Gauge:
         one from before the first comes back after the last.
         """
         if self.reserved() > nbytes:
-            self.give_back()
+            self.empty_cache()
         self._fractions.put(owner, min(1.0, max(0, nbytes) / self._total()))
 
     def uncap(self, owner: object) -> None:
@@ -129,6 +129,6 @@ class Gauge:
             int(self._cuda.mem_get_info(self.device)[1]),
         )
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """Return the allocator's cached memory to the device."""
         self._cuda.empty_cache()

@@ -13,7 +13,7 @@ import re
 from collections import deque
 from weakref import finalize
 
-from streamcnn.ceiling.allocator import libc, tame_allocator
+from streamcnn.ceiling.allocator import libc, set_mmap_threshold
 
 LEAST_HOLE = 2**18
 """Bytes of the smallest hole that is filled: smaller blocks come from the heap in a fresh process too."""
@@ -55,7 +55,7 @@ class HoleFiller:
         # No Python code, which an interrupt could end: what a finalizer raises is lost.
         finalize(self, deque[None](maxlen=0).extend, map(library.free, self._blocks)).atexit = False
         free = _free_in(_malloc_info(library).rpartition("</heap>")[2])
-        if free >= max(at_least, LEAST_HOLE) and tame_allocator():
+        if free >= max(at_least, LEAST_HOLE) and set_mmap_threshold():
             self._fill(library, free)
 
     @property

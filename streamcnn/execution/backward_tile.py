@@ -17,7 +17,7 @@ from streamcnn.graph.program import has_gradient
 from streamcnn.plan.plan import Phase, Plan
 
 
-class Surroundings(Protocol):
+class TileContext(Protocol):
     """What a tile reads from and delivers to: the execution it belongs to."""
 
     plan: Plan
@@ -45,7 +45,7 @@ class BackwardTile:
 
     def __init__(
         self,
-        execution: Surroundings,
+        execution: TileContext,
         tile: TileRun,
         feeds: Mapping[str, tuple[str, ...]],
         global_values: Mapping[str, Tensor],

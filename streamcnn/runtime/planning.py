@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from streamcnn.capture.caller_modes import collector
 from streamcnn.capture.capture import RawGraph
-from streamcnn.capture.surroundings import collector
 from streamcnn.capture.tracing import Trace
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.ceiling.rooms import Room

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.surroundings import saved_tensors_hooks_aside
+from streamcnn.capture.caller_modes import saved_tensors_hooks_aside
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.ceiling.rooms import Room
@@ -38,7 +38,7 @@ from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
 
 
-class Host(Protocol):
+class PassOwner(Protocol):
     """Whom a pass reports to, and where it may spill."""
 
     budget: int | None
@@ -74,10 +74,10 @@ class Pass:
         planned: Planned,
         reader: BatchReader,
         states: Mapping[str, Tensor],
-        host: Host,
+        owner: PassOwner,
         shrink: Shrink,
     ) -> None:
-        self.host = host
+        self.owner = owner
         self.known = states
         self.before: dict[str, Tensor] = {}
         """Copies of the states that the pass changes: what it reads, now and when it computes again."""
@@ -118,8 +118,8 @@ class Pass:
             zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
         )
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
-        _check_disk(self.plan, self.host.spill)
-        self.stores = _Stores(self.host.spill, self.reader.device)
+        _check_disk(self.plan, self.owner.spill)
+        self.stores = _Stores(self.owner.spill, self.reader.device)
         self.execution = Execution(
             self.program,
             self.plan,
@@ -127,7 +127,7 @@ class Pass:
             self.reader,
             self.stores.open,
             after_step=_checked(self.ceiling, planned.compiled),
-            observer=self.host.observer,
+            observer=self.owner.observer,
         )
 
     @property
@@ -166,7 +166,7 @@ class Pass:
                 _set_random_state(state, self.execution.device)
                 self._begin_again(error)
             # Not before the error is let go of: its traceback holds the tile's tensors.
-            self.ceiling.give_back()
+            self.ceiling.empty_cache()
         self.shrink.keep()
         outputs = {name: values[self.present_name(name)] for name in self.output_names}
         if self.plan.training:
@@ -212,7 +212,7 @@ class Pass:
             except BudgetExceeded as error:
                 self._begin_again(error)
                 repeat = True
-            self.ceiling.give_back()
+            self.ceiling.empty_cache()
 
     def _differentiate(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.execution.backward(self._arriving(gradients))
@@ -311,7 +311,7 @@ class Pass:
 
     def _room(self) -> Room | None:
         """The limit that leaves less than the user's budget, if one did."""
-        room, budget = self.ceiling.room, self.host.budget
+        room, budget = self.ceiling.room, self.owner.budget
         return room if room is not None and (budget is None or room.nbytes < budget) else None
 
     def _note(self, limit: Limit) -> None:
@@ -323,7 +323,7 @@ class Pass:
             self.peak = max(self.peak or 0, peak)
         self.is_shared = self.is_shared or limit.is_shared
         self.samples.extend((when - self.began, nbytes) for when, nbytes in limit.samples)
-        self.host.last_report = Report(
+        self.owner.last_report = Report(
             budget=self.plan.budget,
             projected_bytes=self.plan.projected_bytes,
             measured_bytes=self.peak,

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from streamcnn.capture.caller_modes import CallerModes
 from streamcnn.capture.capture import Given, RawGraph
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.parts import BEFORE, VALUE, parts_of
-from streamcnn.capture.surroundings import Surroundings
-from streamcnn.ceiling.cuda import note_idle
+from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.device import room_for
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
@@ -120,7 +120,7 @@ class StreamingModel(nn.Module):
         """What went through instead of a wish that was refused memory, by what was captured and the wish."""
         self.training = net.training
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
-        note_idle()
+        record_idle_memory()
         if device is not None:
             self.to(device)
 
@@ -343,18 +343,18 @@ class StreamingModel(nn.Module):
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
 
-        surroundings = Surroundings()
+        caller_modes = CallerModes()
 
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
             _refuse_changes(graph, image)
             _refuse_shared_memory(graph, states)
             captured = Captured(graph, states, reader.device)
-            results = self._run_parts(captured, reader, image if image_gradient else None, surroundings)
+            results = self._run_parts(captured, reader, image if image_gradient else None, caller_modes)
             asked = results[: len(results) - graph.num_checks]
             return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
-        return self._call(self.net, here, args, kwargs, run, surroundings)
+        return self._call(self.net, here, args, kwargs, run, caller_modes)
 
     def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
         """The image that was passed under the name that the module gives it, and what else was passed."""
@@ -364,13 +364,13 @@ class StreamingModel(nn.Module):
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
     def _run_parts(
-        self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
+        self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
     ) -> Sequence[Any]:
         """Carry out a captured forward pass, where results depend on each other in parts; its results."""
         graph = captured.graph
         parts = parts_of(graph) if torch.is_grad_enabled() or graph.enables_grad else ()
         if not parts:
-            return self._run(captured, reader, image, surroundings)
+            return self._run(captured, reader, image, caller_modes)
         before = {key: _as_before(key, captured.states[key]) for key in graph.updates}
 
         def run() -> Sequence[Any]:
@@ -381,7 +381,7 @@ class StreamingModel(nn.Module):
                 handed = {f"{VALUE}{name}": value for name, value in taken.items()}
                 states = {**captured.states, **unchanged, **handed}
                 piece = Captured(part.graph(graph, taken), states, captured.device)
-                values |= zip(part.given, self._run(piece, reader, image, surroundings), strict=True)
+                values |= zip(part.given, self._run(piece, reader, image, caller_modes), strict=True)
             results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
             return results
 
@@ -393,7 +393,7 @@ class StreamingModel(nn.Module):
         return undoing(run, undo)
 
     def _run(
-        self, captured: Captured, reader: BatchReader, image: Any, surroundings: Surroundings
+        self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
     ) -> Sequence[Any]:
         """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
         machine = Machine.here(reader.device)
@@ -411,7 +411,7 @@ class StreamingModel(nn.Module):
         shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
         run = Pass(planned, reader, captured.states, self, shrink)
         outputs = undoing(
-            partial(_outputs, run, image, surroundings), partial(_undo, run, torch.is_grad_enabled())
+            partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
         )
         by_name = dict(zip(program.output_names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
@@ -425,16 +425,16 @@ def _are_sources(
     return isinstance(image, ImageSource) or (len(image) > 0 and isinstance(image[0], ImageSource))
 
 
-def _outputs(run: Pass, image: Any, surroundings: Surroundings) -> tuple[Tensor, ...]:
+def _outputs(run: Pass, image: Any, caller_modes: CallerModes) -> tuple[Tensor, ...]:
     """Run a pass forward; what the model returns of it, in order."""
     if not run.plan.training:
-        with surroundings.restored():
+        with caller_modes.restored():
             values = run.forward()
         return tuple(values[name] for name in run.output_names)
     anchors = run.anchors
     if image is not None:
         anchors.append(image)
-    with surroundings.restored(), torch.enable_grad():
+    with caller_modes.restored(), torch.enable_grad():
         outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
     return outputs
 

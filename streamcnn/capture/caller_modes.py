@@ -19,7 +19,7 @@ from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 
-class Surroundings:
+class CallerModes:
     """The caller's hooks and modes, which can be set aside and restored within."""
 
     def __init__(self) -> None:
