@@ -17,7 +17,8 @@ import torch
 import typer
 
 from benchmarks.record import append, in_fresh_process
-from streamcnn import StreamingModel, planning
+from streamcnn import StreamingModel
+from streamcnn.runtime import plan_cache
 from streamcnn.runtime.calibration import hardware_profile
 from streamcnn.support.models import load_model
 
@@ -61,7 +62,7 @@ def one(model: str, size: int, budget: str) -> None:
 
 def _time(name: str, seconds: dict[str, float]) -> None:
     """Have planning's call of ``name`` note how long it takes."""
-    original = getattr(planning, name)
+    original = getattr(plan_cache, name)
 
     def timed(*args: Any) -> Any:
         start = time.perf_counter()
@@ -69,7 +70,7 @@ def _time(name: str, seconds: dict[str, float]) -> None:
         seconds[name] = time.perf_counter() - start
         return result
 
-    setattr(planning, name, timed)
+    setattr(plan_cache, name, timed)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from streamcnn import cli
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime import planning
+from streamcnn.runtime import plan_cache
 
 # Plans are then the same on every machine.
 os.environ["STREAMCNN_CALIBRATION"] = "off"
@@ -41,7 +41,7 @@ def _seeded() -> None:
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every stored map and its gradient on the disk."""
-    original = planning.make_plan
+    original = plan_cache.make_plan
 
     def spilled(*args: Any) -> tuple[Program, Plan]:
         program, plan = original(*args)
@@ -51,7 +51,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         return program, dataclasses.replace(plan, stores=stores)
 
-    monkeypatch.setattr(planning, "make_plan", spilled)
+    monkeypatch.setattr(plan_cache, "make_plan", spilled)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import StreamingModel, calibration
+from streamcnn import StreamingModel
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
+from streamcnn.runtime import calibration
 from streamcnn.runtime.calibration import calibrate, hardware_profile
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(
         read_bytes={**measured[0].read_bytes, Tier.DISK: 1e6},
         write_bytes={**measured[0].write_bytes, Tier.DISK: 1e6},
     )
-    monkeypatch.setattr("streamcnn.runtime.planning.hardware_profile", lambda device: slow)
+    monkeypatch.setattr("streamcnn.runtime.machines.hardware_profile", lambda device: slow)
     other = StreamingModel(net, "150MB").plan(shape)
     assert other.projected_seconds > first.projected_seconds
     assert other.bytes_on(Tier.DISK) < first.bytes_on(Tier.DISK)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamcnn import StreamingModel
 from streamcnn.capture import capture, guards
 from streamcnn.errors import UnsupportedModel
-from streamcnn.runtime import planning
+from streamcnn.runtime import plan_cache
 
 SHAPE = (2, 3, 29, 37)
 TOLERANCE = 1e-9
@@ -84,7 +84,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(owner, name, call)
 
     counted(guards, "functionalized", "graphs")
-    counted(planning, "make_plan", "plans")
+    counted(plan_cache, "make_plan", "plans")
     return counts
 
 

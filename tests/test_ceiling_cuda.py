@@ -26,7 +26,7 @@ from streamcnn.ceiling.nvml import Nvml, Reading, Source
 from streamcnn.ceiling.sampler import Sampler
 from streamcnn.errors import StreamError
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.runtime import planning, streamed_pass, streaming_model
+from streamcnn.runtime import machines, streamed_pass, streaming_model
 
 MB, GB = 10**6, 10**9
 GPU = torch.device("cuda:0")
@@ -557,7 +557,7 @@ class OnCard:
 
         monkeypatch.setattr(TileRun, "_evaluate", evaluated)
         monkeypatch.setattr(streamed_pass, "ceiling_for", lambda device, *, counted: CudaCeiling(gauge))
-        monkeypatch.setattr(planning, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes())
+        monkeypatch.setattr(machines, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes())
 
 
 def update(model: StreamingModel) -> dict[str, Tensor]:

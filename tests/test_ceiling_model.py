@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import BudgetExceeded, StreamingModel, streaming_model
+from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.allocator import set_mmap_threshold
 from streamcnn.ceiling.heap import free_heap_bytes
 from streamcnn.ceiling.process import resident_bytes
@@ -116,7 +116,7 @@ def limit_inside(model: StreamingModel, image: Tensor) -> list[int]:
 def refused(model: StreamingModel, image: Tensor) -> list[Any]:
     """What a plan does that promises too much: in forward, and in backward alone."""
     results = []
-    planned = model._planning.plan
+    planned = model._plans.plan
     streaming_model._SMALLEST_TILE = 256  # so that there are no smaller tiles
 
     def optimistic(*args: Any) -> Any:
@@ -126,12 +126,12 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
 
     for fails_forward in (True, False):
         before = states_of(model)
-        model._planning.plan = optimistic
+        model._plans.plan = optimistic
         try:
             if fails_forward:
                 model(image)
             else:
-                model._planning.plan = planned
+                model._plans.plan = planned
                 output = model(image)
                 before = states_of(model)
                 node = output.grad_fn
@@ -140,27 +140,27 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
         except BudgetExceeded as error:
             results.append([str(error), identical(before, states_of(model)), soft_limit()])
         finally:
-            model._planning.plan = planned
+            model._plans.plan = planned
     streaming_model._SMALLEST_TILE = 32
     return results
 
 
 def retried(model: StreamingModel, image: Tensor, fails_forward: bool) -> dict[str, Any]:
     """A plan that promises too much, refused by the kernel; then smaller tiles."""
-    planned = model._planning.plan
+    planned = model._plans.plan
     budget = TOO_SMALL
 
     def optimistic(*args: Any) -> Any:
         found = planned(*args)
         # Only at first: what is planned after a refusal is to be right.
-        model._planning.plan = planned
+        model._plans.plan = planned
         return dataclasses.replace(found, plan=dataclasses.replace(found.plan, budget=budget, terms=()))
 
     model.zero_grad()
     if fails_forward:
-        model._planning.plan = optimistic
+        model._plans.plan = optimistic
     output = model(image)
-    model._planning.plan = planned
+    model._plans.plan = planned
     if not fails_forward:
         run = output.grad_fn.run
         run.plan = dataclasses.replace(run.plan, budget=budget)

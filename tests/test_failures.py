@@ -31,6 +31,7 @@ from streamcnn.execution.executor import Execution
 from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.plan.storage import Tier
+from streamcnn.runtime import streamed_pass
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
 SHAPE = (2, 3, 37, 45)

@@ -27,6 +27,7 @@ from streamcnn.execution.interpreter import TileRun
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
+from streamcnn.runtime import plan_cache
 from streamcnn.support.models import load_model
 
 pytestmark = [
@@ -290,12 +291,12 @@ def test_streamed_is_plain_in_float64(name: str) -> None:
     assert found.max_error < 1e-7, found.explain()
 
 
-@pytest.mark.parametrize("home", [Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> None:
     net = make_net().double().to(GPU)
     image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
     expected = update(copy.deepcopy(net), image)
-    original = planning.make_plan
+    original = plan_cache.make_plan
 
     def away(*args: Any) -> tuple[Program, Plan]:
         program, plan = original(*args)
@@ -305,7 +306,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, tier: Tier
         }
         return program, dataclasses.replace(plan, stores=stores)
 
-    monkeypatch.setattr(planning, "make_plan", away)
+    monkeypatch.setattr(plan_cache, "make_plan", away)
     model = StreamingModel(net, "3GB", tile=32)
     model._resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.

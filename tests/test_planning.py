@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from streamcnn import StreamingModel, cli, planning
+from streamcnn import StreamingModel, cli
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime.planning import CONTEXT_BYTES, Machine
+from streamcnn.runtime import plan_cache
+from streamcnn.runtime.machines import CONTEXT_BYTES, cuda_card, this_machine
 
 SHAPE = (1, 3, 4000, 4000)
 MODEL = "resnet18"
@@ -25,7 +26,7 @@ def make_net() -> nn.Sequential:
 
 def test_a_card_that_is_not_here() -> None:
     net = make_net()
-    machine = Machine.card(net, host_bytes=4 * 10**9, optimizer_copies=2)
+    machine = cuda_card(net, host_bytes=4 * 10**9, optimizer_copies=2)
     weights = sum(p.nbytes for p in net.parameters())
     assert machine.reserved == CONTEXT_BYTES + 3 * weights + sum(b.nbytes for b in net.buffers())
     # Were it as fast as a card is, all maps would be computed again.
@@ -47,7 +48,7 @@ def test_a_card_that_is_not_here() -> None:
 
 def test_the_smallest_budget_named_counts_what_the_card_holds() -> None:
     net = make_net()
-    machine = Machine.card(net, host_bytes=10**12, optimizer_copies=2)
+    machine = cuda_card(net, host_bytes=10**12, optimizer_copies=2)
     refused = StreamingModel(net, 10**6).plan_for(machine, SHAPE)
     assert not refused.fits
     enough = StreamingModel(net, refused.projected_bytes).plan_for(machine, SHAPE)
@@ -74,10 +75,10 @@ def test_the_command_plans_for_a_card(
 
 def test_a_plan_is_made_once_for_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = planning.make_plan
-    monkeypatch.setattr(planning, "make_plan", lambda *args: made.append(1) or original(*args))
+    original = plan_cache.make_plan
+    monkeypatch.setattr(plan_cache, "make_plan", lambda *args: made.append(1) or original(*args))
     model = StreamingModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)), "1GB")
-    here = Machine.here(torch.device("cpu"))
+    here = this_machine(torch.device("cpu"))
     shape = (1, 3, 100, 90)
     first = model.plan_for(here, shape)
     assert model.plan_for(here, shape) is first

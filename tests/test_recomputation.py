@@ -13,7 +13,7 @@ from test_random_networks import Step, assert_streams, networks, patient, tiles
 from test_zoo import NETS
 from torch import nn
 
-from streamcnn.planning.search import Candidate, Search
+from streamcnn.planning.search import Search, Solution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -25,11 +25,11 @@ class EveryOther:
         self.step = step
         self.count = 0
 
-    def __call__(self, search: Search, found: Candidate) -> Candidate:
+    def __call__(self, search: Search, found: Solution) -> Solution:
         free = sorted(found.base.stored - search._whole, key=search.program.position)
-        again = frozenset(free[:: self.step])
-        self.count += len(again)
-        return search.candidate(found.base, again, frozenset(), reuses_heap=True)
+        recomputed = frozenset(free[:: self.step])
+        self.count += len(recomputed)
+        return search.solution(found.base, recomputed, frozenset(), reuses_heap=True)
 
 
 @pytest.mark.parametrize(

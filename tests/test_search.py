@@ -19,7 +19,8 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import peak_points
 from streamcnn.planning.overhead import BackendOverhead
-from streamcnn.planning.search import OffloadTier, Search, Solution
+from streamcnn.planning.search import Search, Solution
+from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
 
 SHAPE = (1, 3, 250, 230)
@@ -123,7 +124,7 @@ def found_by(search: Search) -> Solution:
     return search.improved(search.best([divide(search.program)]))
 
 
-@pytest.mark.parametrize("rates", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])
+@pytest.mark.parametrize("hardware", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_search_comes_within_5_percent_of_the_best(name: str, hardware: HardwareProfile) -> None:
     net = NETS[name]()

@@ -61,11 +61,11 @@ def plan(
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
     net = load(model)
     from streamcnn import StreamingModel
-    from streamcnn.runtime.planning import Machine
+    from streamcnn.runtime.machines import cuda_card
 
     streamed = StreamingModel(net, budget=budget_bytes, tile=tile_extent)
     if card:
-        machine = Machine.card(net, host_bytes=host_bytes or 0, optimizer_copies=optimizer.copies)
+        machine = cuda_card(net, host_bytes=host_bytes or 0, optimizer_copies=optimizer.copies)
         planned = streamed.plan_for(machine, shape)
     else:
         planned = streamed.plan(shape)

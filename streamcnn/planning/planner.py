@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from streamcnn.graph.program import Kind, Program, on_whole_maps
-from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.plan import Plan, Segment
-from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
+from streamcnn.plan.storage import MemoryTerm, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.global_bytes import plain_bytes, total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, peak_points
-from streamcnn.planning.overhead import BackendOverhead
-from streamcnn.planning.search import OffloadTier, Search, Solution
+from streamcnn.planning.search import Search, Solution
+from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.split_points import choose_split_points
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import largest_part
@@ -40,54 +38,20 @@ Retrace = Callable[[str | None], Program]
 """The program with everything from the named captured call on resident; ``None`` for no tail."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What the planner is asked for."""
-
-    image_shape: tuple[int, int, int, int]
-    dtype: str
-    leaves: frozenset[str]
-    """States and image whose gradients are wanted; empty for inference."""
-    overhead: BackendOverhead
-    """What they take beside tensors."""
-    budget: int | None = None
-    """Bytes that ``reserved`` and the plan may take together; ``None`` for no ceiling."""
-    reserved: int = 0
-    """Bytes of the budget that the device holds already: what the plan does not allocate itself."""
-    target: int | None = None
-    """Bytes to plan for, where that is less than the budget."""
-    tile: tuple[int, int] | None = None
-    """Tile edges in input pixels; ``None`` leaves them to the planner."""
-    offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
-    """Where stored maps go that the budget has no room for, the fastest tier first."""
-    hardware: HardwareProfile = NOMINAL["cpu"]
-    """How fast the machine computes and moves bytes."""
-    reading: BatchCost = NO_READING
-    """What reading the batch takes in the memory that the budget is of."""
-    tail: bool = True
-    """Whether what is left at the end may run whole."""
-
-    @property
-    def room(self) -> int | None:
-        """Bytes that the plan may take beside what is reserved."""
-        allowed = self.budget if self.target is None else self.target
-        return None if allowed is None else allowed - self.reserved
-
-
 def make_plan(
-    retrace: Retrace, request: PlanRequest, differentiate: Callable[[Program], frozenset[str]]
+    retrace: Retrace, spec: PassSpec, machine: Machine, differentiate: Callable[[Program], frozenset[str]]
 ) -> tuple[Program, Plan]:
     """The best plan found and the program it is for; check :attr:`Plan.fits` before running it."""
-    whole = _Attempt.of(retrace(None), request, differentiate, None)
+    whole = _Attempt.of(retrace(None), spec, machine, differentiate, None)
     attempts = [whole]
-    if request.tail:
+    if spec.tail:
         attempts += [
-            _Attempt.of(retrace(tail.start), request, differentiate, tail, whole.search.tilings)
-            for tail in _tails(whole, request)
+            _Attempt.of(retrace(tail.start), spec, machine, differentiate, tail, whole.search.tilings)
+            for tail in _tails(whole, spec, machine)
         ]
     best = min(attempts, key=lambda attempt: attempt.rank)
     best = replace(best, solution=best.search.improved(best.solution))
-    return best.search.program, best.plan(request, whole)
+    return best.search.program, best.plan(spec, machine, whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +77,26 @@ class _Attempt:
     def of(
         cls,
         program: Program,
-        request: PlanRequest,
+        spec: PassSpec,
+        machine: Machine,
         differentiate: Callable[[Program], frozenset[str]],
         tail: _Tail | None,
         known: TilingCandidates | None = None,
     ) -> _Attempt:
         """The best solution that only offloads."""
-        tile = request.tile
-        if tile is None and request.room is None:
+        tile = spec.tile
+        if tile is None and spec.room(machine.reserved) is None:
             tile = (DEFAULT_EDGE, DEFAULT_EDGE)
         tilings = TilingCandidates(
             program,
             differentiate(program),
-            request.hardware,
+            machine.hardware,
             tile,
-            request.overhead,
+            machine.overhead,
             known,
-            reading=request.reading,
+            reading=spec.reading,
         )
-        search = Search(tilings, request.room, request.offload_tiers)
+        search = Search(tilings, spec.room(machine.reserved), machine.offload_tiers)
         return cls(search, search.best(_stagings(program, tile)), tail)
 
     @property
@@ -145,7 +110,7 @@ class _Attempt:
         fits = self.solution.fits
         return not fits, self.seconds if fits else self.solution.nbytes
 
-    def plan(self, request: PlanRequest, whole: _Attempt) -> Plan:
+    def plan(self, spec: PassSpec, machine: Machine, whole: _Attempt) -> Plan:
         """The frozen plan; ``whole`` is the attempt without a tail, whose program has every operator."""
         solution, tilings = self.solution, self.search.tilings
         program, staging, differentiated = tilings.program, solution.staging, tilings.differentiated
@@ -161,16 +126,16 @@ class _Attempt:
             key=lambda point: point.nbytes,
         )
         assert worst.nbytes == solution.nbytes, (worst, solution.nbytes)
-        everything, training = whole.search.tilings, bool(request.leaves)
-        resident = resident_time(everything.program, everything.differentiated, request.hardware)
-        plain = plain_time(everything.works, request.hardware, backward=training) + resident
+        everything, training = whole.search.tilings, bool(spec.leaves)
+        resident = resident_time(everything.program, everything.differentiated, machine.hardware)
+        plain = plain_time(everything.works, machine.hardware, backward=training) + resident
         flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
         flops += self.tail.flops if self.tail else 0
         return Plan(
-            image_shape=request.image_shape,
-            dtype=request.dtype,
+            image_shape=spec.image_shape,
+            dtype=str(spec.dtype).removeprefix("torch."),
             training=training,
-            tile=_tile(program, request, solution),
+            tile=_tile(program, spec, machine, solution),
             phases=tuple(
                 each.phase(differentiated=is_differentiated(each.stage, differentiated)) for each in tiled
             ),
@@ -178,9 +143,9 @@ class _Attempt:
             stores=stores,
             levels=dict(staging.levels),
             differentiated=differentiated,
-            budget=request.budget,
+            budget=spec.budget,
             reuses_heap=solution.reuses_heap,
-            terms=(*_reserved(request), *worst.terms),
+            terms=(*_reserved(spec, machine), *worst.terms),
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
             plain_bytes=plain_bytes(everything.program, everything.differentiated),
@@ -189,10 +154,10 @@ class _Attempt:
             recomputation=flops / plain.flops if plain.flops else 1.0,
             num_resident=_num_last(program, staging),
             # In the tail nothing streams, so only the program without one has the reasons.
-            image_held_bytes=request.reading.held,
+            image_held_bytes=spec.reading.held,
             image_read_bytes=max(
                 (
-                    request.reading.of(each.largest(program.image)).transient
+                    spec.reading.of(each.largest(program.image)).transient
                     for each in tiled
                     if program.image in each.stage.inputs
                 ),
@@ -208,11 +173,11 @@ def _num_last(program: Program, staging: Staging) -> int:
     return sum(staging.levels[node.name] == last for node in on_whole_maps(program))
 
 
-def _reserved(request: PlanRequest) -> tuple[MemoryTerm, ...]:
+def _reserved(spec: PassSpec, machine: Machine) -> tuple[MemoryTerm, ...]:
     """The term of what is held already, if that counts."""
-    if not request.reserved:
+    if not machine.reserved:
         return ()
-    return (MemoryTerm("reserved (context, libraries, weights, optimiser)", request.reserved),)
+    return (MemoryTerm("reserved (context, libraries, weights, optimiser)", machine.reserved),)
 
 
 def _stagings(program: Program, tile: tuple[int, int] | None) -> Iterator[Staging]:
@@ -222,21 +187,22 @@ def _stagings(program: Program, tile: tuple[int, int] | None) -> Iterator[Stagin
         yield divide(program, split_points)
 
 
-def _tails(whole: _Attempt, request: PlanRequest) -> Iterator[_Tail]:
+def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]:
     """Tails to try: one that takes no more than the largest step does, and one that fills the budget.
 
     A tail lives when no tile does: after the last forward step and before the first backward one.
     """
     # Without what libraries take for a step: a tail has its own.
-    backward = bool(request.leaves)
+    backward = bool(spec.leaves)
     steps = [
-        tiling.nbytes - total_bytes(overhead_terms(tiling.tiled.outline, request.overhead, backward=backward))
+        tiling.nbytes - total_bytes(overhead_terms(tiling.tiled.outline, machine.overhead, backward=backward))
         for tiling in whole.solution.tilings
     ]
     largest = max(steps, default=0)
     allowed = [largest]
-    if request.room is not None and request.tile is None and whole.solution.fits:
-        allowed.append(largest + request.room - whole.solution.nbytes)
+    room = spec.room(machine.reserved)
+    if room is not None and spec.tile is None and whole.solution.fits:
+        allowed.append(largest + room - whole.solution.nbytes)
     tails = {tail.start: tail for nbytes in allowed if (tail := _tail(whole, nbytes)) is not None}
     return iter(tails.values())
 
@@ -267,11 +233,11 @@ def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
     }
 
 
-def _tile(program: Program, request: PlanRequest, solution: Solution) -> tuple[int, int]:
+def _tile(program: Program, spec: PassSpec, machine: Machine, solution: Solution) -> tuple[int, int]:
     """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
     height, width = program.nodes[program.image].size
-    if request.tile is not None:
-        return min(request.tile[0], height), min(request.tile[1], width)
+    if spec.tile is not None:
+        return min(spec.tile[0], height), min(spec.tile[1], width)
     if not solution.tilings:
         return height, width
     first = solution.tilings[0].tiled

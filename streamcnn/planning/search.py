@@ -23,6 +23,7 @@ from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, 
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import reuse_waste
+from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Stage, Staging, gathered, recompute
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
@@ -48,15 +49,6 @@ class _Policy(Enum):
     KEEP = "keep"
     OFFLOAD = "offload"
     RECOMPUTE = "recompute"
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadTier:
-    """Where maps go that the budget has no room for."""
-
-    tier: Tier
-    capacity: int | None = None
-    """Bytes that it takes; ``None`` for any number."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

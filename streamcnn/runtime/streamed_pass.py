@@ -23,7 +23,7 @@ from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import Plan, StepKind
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime.planning import Planned
+from streamcnn.runtime.plan_cache import Planned
 from streamcnn.runtime.report import Report
 from streamcnn.stores import (
     MemoryStore,

@@ -35,7 +35,9 @@ from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import substitute
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.runtime.planning import Captured, Machine, Planned, Planning, Wish, Wishes, module_dtype
+from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.runtime.machines import this_machine
+from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned, module_dtype
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Pass, Streamed
 from streamcnn.support.interrupts import undoing
@@ -114,10 +116,10 @@ class StreamingModel(nn.Module):
         self.observer: Observer | None = None
         """Told when a part of a pass begins and when it ends."""
         self._resident_tail = True
-        self._planning = Planning()
+        self._plans = PlanCache()
         self._call = ForwardPass()
-        self._smaller: dict[tuple[Any, ...], Wish] = {}
-        """What went through instead of a wish that was refused memory, by what was captured and the wish."""
+        self._smaller: dict[tuple[Any, ...], PassSpec] = {}
+        """What went through instead of a spec that was refused memory, by what was captured and the spec."""
         self.training = net.training
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
@@ -168,7 +170,7 @@ class StreamingModel(nn.Module):
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
-            "_planning": Planning(),
+            "_plans": PlanCache(),
             "_call": ForwardPass(),
             "last_report": None,
             "observer": None,
@@ -265,15 +267,15 @@ class StreamingModel(nn.Module):
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device)
-            wish = self._wish(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
+            spec = self._spec(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
             if machine is not None:
-                return self._planning.plan(captured, wish, machine)
-            return self._plan_here(captured, wish, Machine.here(device))[0]
+                return self._plans.plan(captured, spec, machine)
+            return self._plan_here(captured, spec, this_machine(device))[0]
 
         image = stand_in(shape, dtype, device, requires_grad=image_gradient)
         return self._call.until_captured(self.net, image, tuple(inputs), dict(named or {}), take)
 
-    def _wish(
+    def _spec(
         self,
         captured: Captured,
         shape: tuple[int, int, int, int],
@@ -281,32 +283,33 @@ class StreamingModel(nn.Module):
         *,
         image_gradient: bool,
         reading: BatchCost,
-    ) -> Wish:
+    ) -> PassSpec:
         trains = torch.is_grad_enabled() or captured.graph.enables_grad
-        trainable = (key for key, state in captured.states.items() if state.requires_grad)
-        return Wish(
-            shape=shape,
+        states = captured.states
+        leaves = {name for name, key in captured.graph.states.items() if trains and states[key].requires_grad}
+        if image_gradient:
+            leaves.add(captured.graph.image)
+        return PassSpec(
+            image_shape=shape,
             dtype=dtype,
             casts=autocast_state(captured.device),
-            trainable=frozenset(trainable) if trains else frozenset(),
-            image_gradient=image_gradient,
+            leaves=frozenset(leaves),
             budget=self.budget,
             tile=self.tile,
             tail=self._resident_tail,
             reading=reading,
         )
 
-    def _plan_here(self, captured: Captured, wish: Wish, machine: Machine) -> tuple[Planned, Wish]:
+    def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
         """The plan within the budget and the process's other limits, and what it was made for.
 
         It is a smaller one where that was refused memory before and a smaller one went through.
         """
 
-        def present(wish: Wish) -> Wish:
-            return self._smaller.get((captured.settings, wish), wish)
+        def present(spec: PassSpec) -> PassSpec:
+            return self._smaller.get((captured.settings, spec), spec)
 
-        wishes = Wishes(captured, wish, machine, present)
-        return self._planning.plan_within(wishes, room_for(captured.device))
+        return self._plans.plan_within(captured, spec, machine, room_for(captured.device), present)
 
     def _device(self) -> torch.device:
         first = next(chain(self.net.parameters(), self.net.buffers()), None)
@@ -396,19 +399,19 @@ class StreamingModel(nn.Module):
         self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
     ) -> Sequence[Any]:
         """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
-        machine = Machine.here(reader.device)
-        wish = self._wish(
+        machine = this_machine(reader.device)
+        spec = self._spec(
             captured,
             reader.shape,
             reader.dtype,
             image_gradient=image is not None,
             reading=reader.reading,
         )
-        planned, wish = self._plan_here(captured, wish, machine)
+        planned, spec = self._plan_here(captured, spec, machine)
         program = planned.program
         reader.check(planned.plan)
         planned.plan.validate()
-        shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
+        shrink = _Smaller(self._plans, captured, spec, machine, self._smaller)
         run = Pass(planned, reader, captured.states, self, shrink)
         outputs = undoing(
             partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
@@ -494,24 +497,24 @@ class _Smaller:
 
     def __init__(
         self,
-        planning: Planning,
+        plans: PlanCache,
         captured: Captured,
-        wish: Wish,
+        spec: PassSpec,
         machine: Machine,
-        kept: dict[tuple[Any, ...], Wish],
+        kept: dict[tuple[Any, ...], PassSpec],
     ) -> None:
-        self._planning = planning
+        self._plans = plans
         self._captured = captured
-        self._wish = wish
+        self._spec = spec
         self._machine = machine
         self._kept = kept
         self._grad = torch.is_grad_enabled()
-        self._found: Wish | None = None
+        self._found: PassSpec | None = None
 
     def __call__(self, plan: Plan) -> Planned | None:
-        for smaller in _smaller_wishes(self._wish, plan):
-            with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._wish.casts):
-                found = self._planning.plan(self._captured, smaller, self._machine)
+        for smaller in _smaller_specs(self._spec, plan):
+            with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._spec.casts):
+                found = self._plans.plan(self._captured, smaller, self._machine)
             allowed = smaller.target or smaller.budget
             if allowed is None or found.plan.projected_bytes <= allowed:
                 self._found = smaller
@@ -520,16 +523,16 @@ class _Smaller:
 
     def keep(self) -> None:
         if self._found is not None:
-            self._kept[self._captured.settings, self._wish] = self._found
+            self._kept[self._captured.settings, self._spec] = self._found
 
 
-def _smaller_wishes(wish: Wish, plan: Plan) -> Iterator[Wish]:
+def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
     """What to ask for after ``plan`` was refused memory: tiles of half its size, or a plan for less."""
-    if wish.tile is None and wish.budget is not None:
+    if spec.tile is None and spec.budget is not None:
         for percent in _LESS_PERCENT:
-            yield replace(wish, target=plan.projected_bytes * percent // 100)
+            yield replace(spec, target=plan.projected_bytes * percent // 100)
     elif (tile := _halved(plan.tile)) is not None:
-        yield replace(wish, tile=tile)
+        yield replace(spec, tile=tile)
 
 
 def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:

@@ -1,0 +1,61 @@
+"""What the planner is asked for: the pass, and the machine that is to carry it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from streamcnn.plan.hardware import HardwareProfile
+from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.plan.storage import Tier
+from streamcnn.planning.overhead import BackendOverhead
+
+
+@dataclass(frozen=True, slots=True)
+class PassSpec:
+    """A pass that a plan is wanted for, whatever the machine."""
+
+    image_shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    """Of the image."""
+    casts: torch.dtype | None
+    """What autocast casts to, if it is on."""
+    leaves: frozenset[str]
+    """States and image whose gradients are wanted; empty for inference."""
+    budget: int | None
+    """Bytes that the plan and what is reserved on the machine may take together; None for no ceiling."""
+    tile: tuple[int, int] | None = None
+    """Tile edges in input pixels; None leaves them to the planner."""
+    target: int | None = None
+    """Bytes to plan for, where that is less than the budget."""
+    tail: bool = True
+    """Whether what is left at the end may run whole."""
+    reading: BatchCost = NO_READING
+    """What reading the batch takes in the memory that the budget is of."""
+
+    def room(self, reserved: int) -> int | None:
+        """Bytes that the plan may take beside ``reserved`` bytes."""
+        allowed = self.budget if self.target is None else self.target
+        return None if allowed is None else allowed - reserved
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadTier:
+    """Where maps go that the device's memory has no room for."""
+
+    tier: Tier
+    capacity: int | None = None
+    """Bytes that it takes; None for any number."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Machine:
+    """What a plan is made for."""
+
+    hardware: HardwareProfile
+    offload_tiers: tuple[OffloadTier, ...]
+    """The fastest tier first."""
+    reserved: int
+    """Bytes of the budget that the device holds before a pass begins: what no plan allocates itself."""
+    overhead: BackendOverhead

@@ -1,0 +1,135 @@
+"""From a captured forward pass to its plan, each thing once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.capture.caller_modes import collector
+from streamcnn.capture.capture import RawGraph
+from streamcnn.capture.tracing import Trace
+from streamcnn.ceiling.rooms import Room
+from streamcnn.graph.flattening import Whole
+from streamcnn.graph.program import Program, differentiated
+from streamcnn.plan.plan import Plan, StepKind
+from streamcnn.planning.planner import make_plan
+from streamcnn.planning.spec import Machine, PassSpec
+
+_ANY = 2**62
+_CACHED = 8
+"""Plans kept, the most recently used ones."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A program, the plan to carry it out by, and what is known from having done so."""
+
+    program: Program
+    plan: Plan
+    compiled: set[StepKind] = field(default_factory=set)
+    """Kinds of steps that have been carried out, for which libraries have compiled their code."""
+
+
+class PlanCache:
+    """The plans of one module's captured forward passes, the most recently used ones."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, tuple[RawGraph, Planned]] = OrderedDict()
+
+    def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
+        """The plan for what was captured, whatever mode the module is in by now."""
+        key = (captured.settings, spec, machine.reserved, machine.hardware.source, machine.overhead)
+        graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, spec, machine)))
+        return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
+
+    def plan_within(
+        self,
+        captured: Captured,
+        spec: PassSpec,
+        machine: Machine,
+        room: Room | None,
+        present: Callable[[PassSpec], PassSpec],
+    ) -> tuple[Planned, PassSpec]:
+        """The plan within the budget and what other limits leave, whichever is less; what it was made for.
+
+        ``present`` tells what is planned for instead of a specification that was refused memory before.
+        """
+        planned = self.plan(captured, present(spec), machine)
+        if (
+            room is None
+            or planned.plan.projected_bytes <= room.nbytes
+            or room.nbytes >= (spec.budget or _ANY)
+        ):
+            return planned, spec
+        for nbytes in dict.fromkeys((room.rounded, room.nbytes)):
+            within = replace(spec, budget=nbytes)
+            planned = self.plan(captured, present(within), machine)
+            if planned.plan.fits:
+                break
+        return replace(planned, plan=replace(planned.plan, limited_by=str(room))), within
+
+
+def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
+    """What was planned for one graph, with the user's own functions and constants of an equal one."""
+    targets = {
+        id(old.target): new.target
+        for old, new in zip(known.nodes, graph.nodes, strict=True)
+        if isinstance(old.target, Whole)
+    }
+    nodes = {
+        name: replace(node, target=targets[id(node.target)]) if id(node.target) in targets else node
+        for name, node in planned.program.nodes.items()
+    }
+    constants = {name: graph.constants[name] for name in planned.program.constants}
+    return replace(planned, program=replace(planned.program, nodes=nodes, constants=constants))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """A forward pass as it was captured, and the tensors of one call of it."""
+
+    graph: RawGraph
+    states: Mapping[str, Tensor]
+    """Parameters, buffers and further arguments by key."""
+    device: torch.device
+    settings: tuple[Any, ...] = field(init=False)
+    """What a plan is a function of, besides the specification and the machine."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", (self.device, self.graph.key, _specs(self.states)))
+
+
+def _kept(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T]) -> T:
+    """The value of ``key``, made if it is not there; the oldest goes when there are too many."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > _CACHED:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
+
+
+def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
+    def gradients(program: Program) -> frozenset[str]:
+        return differentiated(program, spec.leaves & program.nodes.keys())
+
+    with collector(on=False):
+        program = Trace(captured.graph, captured.states, spec.dtype, captured.device).program
+        return Planned(*make_plan(program, spec, machine, gradients))
+
+
+def module_dtype(net: nn.Module) -> torch.dtype:
+    """The element type of a module's first parameter, or the default one."""
+    first = next(net.parameters(), None)
+    return torch.get_default_dtype() if first is None else first.dtype
+
+
+def _specs(states: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    return tuple((name, state.shape, state.dtype) for name, state in states.items())
