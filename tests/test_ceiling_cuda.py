@@ -437,7 +437,7 @@ class TestProcess:
 
     def test_a_model_notes_it_before_it_moves(self, monkeypatch: pytest.MonkeyPatch) -> None:
         order: list[str] = []
-        monkeypatch.setattr(streaming_model, "note_idle", lambda: order.append("idle"))
+        monkeypatch.setattr(streaming_model, "record_idle_memory", lambda: order.append("idle"))
         monkeypatch.setattr(StreamingModel, "to", lambda model, *args: order.append("to"))
         StreamingModel(nn.Conv2d(3, 4, 3), device="cpu")
         assert order == ["idle", "to"]

@@ -48,7 +48,7 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class TrainingStage:
     """One of several trainings, each going on with the weights of the one before."""
 
     resolution: int
@@ -82,7 +82,7 @@ class Method:
     schedule: str = "ExponentialLR"
     clip_norm: float | None = None
     """Largest norm of the gradients of an update."""
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[TrainingStage, ...] = ()
     hyperparameters: tuple[Hyperparameters, ...] = ()
     published: Mapping[str, str] = field(default_factory=dict)
     """Accuracies in percent as the paper has them, by the column of its table."""
@@ -156,7 +156,7 @@ def _method(values: dict[str, Any]) -> Method:
         **{
             **values,
             "kind": Kind(values["kind"]),
-            "stages": tuple(Stage(**stage) for stage in values.get("stages", ())),
+            "stages": tuple(TrainingStage(**stage) for stage in values.get("stages", ())),
             "hyperparameters": tuple(Hyperparameters(**known) for known in values.get("hyperparameters", ())),
         }
     )

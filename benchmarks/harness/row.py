@@ -33,7 +33,7 @@ from benchmarks.harness.classifiers import (
 )
 from benchmarks.harness.detector import DetectorTrainer, DigitSums, ImagesWithDigits
 from benchmarks.harness.images import ShrunkImages, read_whole, steps_to
-from benchmarks.harness.method import Kind, Method, Stage
+from benchmarks.harness.method import Kind, Method, TrainingStage
 from benchmarks.harness.scales import Scale
 from benchmarks.record import device_name
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
@@ -269,7 +269,7 @@ class _Row:
         self.store = store
         self.ceiling: Ceiling = ceiling_for(torch.device(task.device))
         self.stages = task.method.stages or (
-            Stage(resolution=task.method.resolution or 0, learning_rate=0.0),
+            TrainingStage(resolution=task.method.resolution or 0, learning_rate=0.0),
         )
         self.attempts = Attempts(task.folder)
         self.seconds = 0.0
@@ -315,7 +315,7 @@ class _Row:
             "training_peak_bytes": self.peak,
         }
 
-    def _settings(self, stage: Stage, fit: Fit) -> TrainSettings:
+    def _settings(self, stage: TrainingStage, fit: Fit) -> TrainSettings:
         method, scale = self.task.method, self.task.scale
         known = method.hyperparameters_for(self.task.budget)
         options = (
@@ -462,7 +462,7 @@ class _Row:
 
     def _train(
         self,
-        stage: Stage,
+        stage: TrainingStage,
         fit: Fit,
         images: LabelledImages,
         validation: LabelledImages,
@@ -562,7 +562,7 @@ class _Row:
 
     # --- data and model ------------------------------------------------------------------------------
 
-    def _datasets(self, stage: Stage) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
+    def _datasets(self, stage: TrainingStage) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
         """For training, for validation, and for the test."""
         task = self.task
         labels = TileDataset(self.store, "train").labels
