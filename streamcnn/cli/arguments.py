@@ -13,6 +13,8 @@ from streamcnn.text import printable
 if TYPE_CHECKING:
     from torch import nn
 
+    from streamcnn.data.sources import ImageChoice
+
 Given = TypeVar("Given")
 T = TypeVar("T")
 
@@ -25,6 +27,22 @@ Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
 Channels = Annotated[int, typer.Option(min=1, help="Channels of the image.")]
 Tile = Annotated[
     str | None, typer.Option(help="Tile in input pixels: 512 or 512x256; default: the planner's.")
+]
+Series = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Which image of files that hold several; default: the largest that is no label or macro."
+    ),
+]
+Level = Annotated[
+    int | None, typer.Option(min=0, help="Resolution to take from a pyramid; 0, the default, is full.")
+]
+ChannelsLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--channels-last/--channels-first",
+        help="Which of three axes the channels are, if nothing says it.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -45,6 +63,20 @@ def parse_extent(text: str) -> tuple[int, int]:
             "for example 4000 or 4000x3000"
         )
     return height, width
+
+
+def choice_of(
+    series: int | None, level: int | None, channels_last: bool | None, *, otherwise: ImageChoice | None = None
+) -> ImageChoice:
+    """What the options choose; those that are not given are as in ``otherwise``, or by default."""
+    from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice
+
+    before = otherwise or DEFAULT_CHOICE
+    return ImageChoice(
+        before.series if series is None else series,
+        before.level if level is None else level,
+        before.channels_last if channels_last is None else channels_last,
+    )
 
 
 def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources import ImageSource, as_sources
 from streamcnn.errors import CorruptImage, DatasetMismatch, PlanDoesNotFit
 from streamcnn.plan import Plan
@@ -48,6 +49,8 @@ class BatchReader:
     def __init__(self, image: Image, device: torch.device, preprocess: Preprocess | None = None) -> None:
         self._tensor = image.detach() if isinstance(image, Tensor) else None
         self._sources = [] if isinstance(image, Tensor) else as_sources(image)
+        if isinstance(preprocess, Normalise) and self._sources:
+            preprocess = preprocess.for_pixels_up_to(self._sources[0].largest)
         self._preprocess = preprocess
         self.device = device
         stored = self._stored_shape()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streamcnn.data.sources.base import ImageSource as ImageSource
 from streamcnn.data.sources.base import as_sources as as_sources
+from streamcnn.data.sources.base import largest_of as largest_of
 from streamcnn.data.sources.choice import DEFAULT_CHOICE as DEFAULT_CHOICE
 from streamcnn.data.sources.choice import ImageChoice as ImageChoice
 from streamcnn.data.sources.memory import ArraySource as ArraySource

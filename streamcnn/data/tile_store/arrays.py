@@ -72,7 +72,7 @@ def write_image(
             done += math.prod(region.size)
             if on_shard is not None:
                 on_shard(done, total)
-        smaller = _Halved(ZarrSource(array, channels_last=False))
+        smaller = _Halved(ZarrSource(array, channels_last=False, largest=source.largest))
 
 
 def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
@@ -148,7 +148,8 @@ class _Halved(ImageSource):
 
     def __init__(self, source: ImageSource) -> None:
         channels, height, width = source.shape
-        super().__init__((channels, math.ceil(height / 2), math.ceil(width / 2)), source.dtype)
+        size = math.ceil(height / 2), math.ceil(width / 2)
+        super().__init__((channels, *size), source.dtype, largest=source.largest)
         self._source = source
 
     def _read(self, region: Region) -> Tensor:
