@@ -186,9 +186,8 @@ def make_trainer(
     # Runs from before there were inputs, choices and ranges have none, and go on.
     identity["inputs"] = identity["inputs"] or None
     identity["choice"] = dict(config.choice.made) or None
-    is_by_range = identity["normalise"].pop("divisor") == "range" and source.largest != largest_of(
-        source.dtype
-    )
+    identity["normalise"] = {key: identity["normalise"][key] for key in ("mean", "std")}
+    is_by_range = config.normalise.divisor == "range" and source.largest != largest_of(source.dtype)
     identity["largest"] = source.largest if is_by_range else None
     classes = images.classes and list(images.classes)
     derived = {
@@ -329,9 +328,9 @@ def _found(folder: Path) -> Mapping[str, Any]:
 
 
 def _divides_by_type(values: Mapping[str, Any]) -> bool:
-    """Whether a run's values are from before pixels were divided by what images say is their largest."""
+    """Whether a run is from before pixels were divided by what images say is their largest."""
     normalise = values.get("normalise")
-    return isinstance(normalise, dict) and "divisor" not in normalise
+    return isinstance(normalise, dict) and normalise.get("divisor", "type") == "type"
 
 
 def _read(folder: Path) -> tuple[RunConfig, _Made]:
