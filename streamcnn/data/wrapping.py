@@ -1,7 +1,7 @@
 """Integers that do not fit their type: PyTorch goes on with what is left of them, without a word.
 
-``tile * 2 - 255`` of bytes is such arithmetic. To find it, a function is called with pixels of all values, and
-every operation of its own between integers is compared with the same one in float64.
+``tile * 2 - 255`` of bytes is such arithmetic. To find it, a function is called with pixels of all values,
+and every operation of its own between integers is compared with the same one in float64.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_wrap(
     pixels = torch.tensor(_pixels(*values, channels), dtype=torch.float64 if dtype.itemsize == 8 else None)
     tile = pixels.to(dtype).T.reshape(1, channels, 1, -1).contiguous()
     try:
-        with torch.no_grad(), _Watch():
+        with torch.no_grad(), _Watch():  # type: ignore[no-untyped-call]
             function(tile)
     except Wraps as found:
         return found
@@ -73,7 +73,7 @@ def _pixels(least: int, largest: int, channels: int) -> list[list[int]]:
     return pixels
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Carries out every operation on the CPU, and raises `Wraps` where an integer does not fit."""
 
     def __torch_dispatch__(
@@ -99,7 +99,8 @@ class _Watch(TorchDispatchMode):
 
 def _compare(name: str, exact: Tensor, result: Tensor) -> None:
     """Raise `Wraps` where a result is not the exact one, but for what conversions cut off on purpose."""
-    wanted, got = torch.broadcast_tensors(exact.trunc(), result.to(torch.float64))
+    got = result.to(torch.float64)
+    wanted = exact.trunc().expand_as(got)
     differs = (wanted - got).abs() > _RELATIVE * wanted.abs() + 0.5
     if differs.any():
         at = int(differs.flatten().nonzero()[0])
