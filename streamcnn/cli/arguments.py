@@ -87,12 +87,16 @@ def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
         exit_for_wrong_usage(f"{option}: {error}")
 
 
-def load(name: str) -> nn.Module:
-    """The model of that name; a wrong name ends the command as wrong usage."""
-    from streamcnn.models import load_model
+def load(name: str, *, num_channels: int | None = None) -> nn.Module:
+    """The model of that name; a wrong name ends the command as wrong usage.
 
+    One of timm's is made for images of ``num_channels``, as for training, if they are given.
+    """
+    from streamcnn.models import is_factory, load_model
+
+    options = {} if num_channels is None or is_factory(name) else {"in_chans": num_channels}
     try:
-        return load_model(name)
+        return load_model(name, **options)
     except ValueError as error:
         exit_for_wrong_usage(f"MODEL: {error}")
 

@@ -127,7 +127,7 @@ class BatchReader:
         return tile
 
     def _check_arithmetic(self, tile: Tensor) -> None:
-        """Refuse integer arithmetic that wraps for values such as the tile's; looked at when new ones come."""
+        """Refuse integer arithmetic that wraps for values such as the tile's, when there are new ones."""
         if self._preprocess is None or self._is_own or not is_integer(tile.dtype):
             return
         pixels = tile.detach().cpu().numpy()
