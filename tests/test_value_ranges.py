@@ -121,6 +121,14 @@ def test_a_picture_of_the_image_is_as_bright_as_its_range(tmp_path: Path) -> Non
     np.testing.assert_array_equal(shrunk(source, 1)[..., 0], expected)
 
 
+def test_viewers_are_told_the_range(tmp_path: Path) -> None:
+    write_pgm(tmp_path / "in/a.pgm", 100)
+    list(convert(find_images([tmp_path / "in"]), tmp_path / "store"))
+    attributes = json.loads((tmp_path / "store/images/a/zarr.json").read_text())["attributes"]
+    (channel,) = attributes["ome"]["omero"]["channels"]
+    assert channel["window"] == {"min": 0, "max": 100, "start": 0, "end": 100}
+
+
 def test_a_tile_store_keeps_the_range(tmp_path: Path) -> None:
     write_pgm(tmp_path / "in/a.pgm", 4095)
     (record,) = convert(find_images([tmp_path / "in"]), tmp_path / "store")
