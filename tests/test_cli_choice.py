@@ -60,13 +60,13 @@ def train(run: Run, data: Path, out: Path, *options: str) -> tuple[int, str, str
 
 def test_a_run_reads_images_as_it_was_told(workplace: Path, run: Run) -> None:
     images, folder = workplace / "images", workplace / "run"
-    status, _, err = train(run, images, folder, "--level=1", "--epochs=10")
+    status, _, err = train(run, images, folder, "--level=1", "--epochs=6")
     assert (status, err) == (0, "")
     assert read_run(folder).choice == ImageChoice(level=1)
     assert load_run(folder, trust=["choice_factories:small"]).choice == ImageChoice(level=1)
     # It goes on with the same choice, and with no other one.
-    assert train(run, images, folder, "--level=1", "--epochs=11")[0] == 0
-    status, _, err = train(run, images, folder, "--epochs=11")
+    assert train(run, images, folder, "--level=1", "--epochs=7")[0] == 0
+    status, _, err = train(run, images, folder, "--epochs=7")
     assert (status, "choice was {'level': 1} and is None" in err) == (1, True)
 
     assert json.loads(run("evaluate", TRUST, folder, "--json")[1])["accuracy"] == 1.0
@@ -95,7 +95,7 @@ def test_what_a_store_was_made_of_is_what_predict_reads(workplace: Path, run: Ru
     assert run("convert", workplace / "images", store, f"--labels={labels}", "--level=1")[0] == 0
     status, _, err = train(run, store, folder, "--level=1")
     assert (status, "is a tile store, whose images were chosen when it was written" in err) == (1, True)
-    assert train(run, store, folder, "--epochs=10")[::2] == (0, "")
+    assert train(run, store, folder, "--epochs=6")[::2] == (0, "")
     assert load_run(folder, trust=["choice_factories:small"]).choice == ImageChoice(level=1)
     assert json.loads(run("evaluate", TRUST, folder, "--json")[1])["accuracy"] == 1.0
     lines = run("predict", TRUST, folder, workplace / "images/test", "--json")[1].splitlines()

@@ -320,3 +320,11 @@ def test_info_refuses_to_choose_in_a_tile_store(tmp_path: Path, run: Run) -> Non
     assert TileStore(tmp_path / "store").records[0].shape == OTHER.shape
     status, _, err = run("info", tmp_path / "store", "--level", "1")
     assert (status, "is a tile store, whose images were chosen when it was written" in err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["info", "plan", "convert", "train", "evaluate", "predict"])
+def test_every_command_that_opens_images_chooses(run: Run, command: str) -> None:
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    for option in ("--series", "--level", "--channels-last", "--channels-first"):
+        assert option in out

@@ -79,7 +79,7 @@ class ImageDataset(Dataset[Sample], ABC):
         names: tuple[str, ...],
         labels: tuple[int, ...],
         *,
-        choice: ImageChoice,
+        choice: ImageChoice = DEFAULT_CHOICE,
         classes: tuple[str, ...] | None,
         augmentation: RandomAugmentation | None,
         seed: int,
