@@ -108,13 +108,13 @@ def write_grey_tiff(path: Path) -> None:
             "a.png",
             lambda path: Image.new("RGB", (8, 6)).save(path),
             ImageChoice(series=1),
-            "is no TIFF or OME-Zarr: allowed is series 0; leave series= out (--series)",
+            "is no TIFF or OME-Zarr: allowed is series 0; leave series= out, or give --series 0",
         ),
         (
             "a.png",
             lambda path: Image.new("RGB", (8, 6)).save(path),
             ImageChoice(level=1),
-            "has one resolution: allowed is level 0; leave level= out (--level)",
+            "has one resolution: allowed is level 0; leave level= out, or give --level 0",
         ),
         (
             "a.svs",
@@ -127,7 +127,7 @@ def write_grey_tiff(path: Path) -> None:
             "a.svs",
             lambda path: write_pyramid(path, [LARGE, SMALL]),
             ImageChoice(series=1),
-            "is no TIFF or OME-Zarr: allowed is series 0; leave series= out (--series)",
+            "is no TIFF or OME-Zarr: allowed is series 0; leave series= out, or give --series 0",
         ),
         (
             "a.tif",

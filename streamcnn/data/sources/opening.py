@@ -86,10 +86,12 @@ def open_image(
     kind = _kind(where)
     if series not in (None, 0) and kind in ("npy", "picture", "slide"):
         raise DatasetMismatch(
-            f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out (--series)"
+            f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out, or give --series 0"
         )
     if level != 0 and kind in ("npy", "picture"):
-        raise DatasetMismatch(f"{path} has one resolution: allowed is level 0; leave level= out (--level)")
+        raise DatasetMismatch(
+            f"{path} has one resolution: allowed is level 0; leave level= out, or give --level 0"
+        )
     if channels_last is not None and kind in ("picture", "slide"):
         raise DatasetMismatch(
             f"{path} is a {kind}, whose format says where the channels are: leave {told(channels_last)} out"
