@@ -14,22 +14,35 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from streamcnn.cli.arguments import Json
+from streamcnn.cli.arguments import ChannelsLast, Json, Level, Series, choice_of
 from streamcnn.text import printable
 from streamcnn.units import format_bytes, plural
 
 if TYPE_CHECKING:
+    from streamcnn.data.sources import ImageChoice
     from streamcnn.data.tile_store import TileStore
 
 
 def info(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An image, or the folder of a tile store.")],
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     as_json: Json = False,
 ) -> None:
-    """Print what an image or a tile store is, without reading pixels."""
+    """Print what an image or a tile store is, without reading pixels.
+
+    Of an image that is all its series and levels, and which of them is taken.
+    """
+    from streamcnn.data.file_dataset import refuse_choice
     from streamcnn.data.tile_store import TileStore, is_tile_store
 
-    facts = store_facts(TileStore(path)) if is_tile_store(path) else _image_facts(path)
+    choice = choice_of(series, level, channels_last)
+    if is_tile_store(path):
+        refuse_choice(path, choice)
+        facts = store_facts(TileStore(path))
+    else:
+        facts = _image_facts(path, choice)
     _print_facts(facts, as_json=as_json)
 
 
@@ -40,21 +53,16 @@ def convert(
         Path | None, typer.Option(help="CSV with the columns image, label and, if wanted, split.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of images of which the CSV says none.")] = "train",
-    level: Annotated[int, typer.Option(min=0, help="Resolution to take from a pyramid; 0 is full.")] = 0,
-    channels_last: Annotated[
-        bool | None,
-        typer.Option(
-            "--channels-last/--channels-first",
-            help="Which of three axes the channels are, if nothing says it.",
-        ),
-    ] = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
 ) -> None:
     """Write images of any format into a tile store, or add them to one."""
     from streamcnn.data.convert import convert as write
     from streamcnn.data.image_files import find_images
 
     console = Console()
-    found = find_images(sources)
+    found = find_images(sources, series)
     with progress_bar(console, "images", len(found)) as progress:
         present = progress.add_task("pixels of the present one", total=None)
 
@@ -66,8 +74,7 @@ def convert(
             out,
             labels=labels,
             split=split,
-            level=level,
-            channels_last=channels_last,
+            choice=choice_of(series, level, channels_last),
             on_shard=on_shard,
         )
         for record in records:
@@ -141,19 +148,25 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
         yield progress
 
 
-def _image_facts(path: Path) -> dict[str, Any]:
-    from streamcnn.data.sources import TiffSource, ZarrSource, open_image
-    from streamcnn.data.sources.tiff_series import tiff_series
+def _image_facts(path: Path, choice: ImageChoice) -> dict[str, Any]:
+    from streamcnn.data.sources import ZarrSource, largest_of, open_chosen
+    from streamcnn.data.sources.listing import series_of
+    from streamcnn.data.sources.series import taken_of
 
-    source = open_image(path)
+    source = open_chosen(path, choice)
     facts: dict[str, Any] = {"shape": source.shape, "dtype": str(source.dtype).removeprefix("torch.")}
-    if isinstance(source, TiffSource):
-        for each in tiff_series(path):
+    if source.largest != largest_of(source.dtype):
+        facts["largest"] = source.largest
+    listed = series_of(path, source)
+    if listed:
+        taken = taken_of(listed, choice.series)
+        for each in listed:
             facts[f"series {each.number}"] = {
                 **({"name": each.name} if each.name else {}),
                 "levels": [_by(size) for size in each.levels],
-                "opened": "yes" if each.is_default else "no",
+                "opened": "yes" if each is taken else "no",
             }
+        facts["taken"] = {"series": taken.number, "level": choice.level}
     if isinstance(source, ZarrSource):
         facts["chunks"] = source.chunks
     return facts

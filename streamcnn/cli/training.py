@@ -11,7 +11,18 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
+from streamcnn.cli.arguments import (
+    ChannelsLast,
+    Json,
+    Level,
+    Model,
+    Series,
+    Tile,
+    choice_of,
+    exit_for_wrong_usage,
+    parse,
+    parse_extent,
+)
 from streamcnn.errors import StreamError
 from streamcnn.text import printable
 from streamcnn.units import parse_bytes
@@ -19,7 +30,7 @@ from streamcnn.units import parse_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streamcnn.data.sources import ImageSource
+    from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.training import Score, TrainedRun
 
 TERMINATED = 75
@@ -53,6 +64,9 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     model_option: KeyValues = None,
     inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     split: Annotated[str, typer.Option(help="Images to train on.")] = "train",
     validation_split: Annotated[
         str | None, typer.Option(help="Images to choose the best weights by; default: a share of the former.")
@@ -127,6 +141,7 @@ def train(
             model_options=options["model_option"],
             data=str(Path(data).resolve()),
             inputs=parse_names(inputs),
+            choice=choice_of(series, level, channels_last),
             split=split,
             validation_split=validation_split,
             validation_share=validation_share,
@@ -162,6 +177,9 @@ def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Other images than the run's.")] = None,
     inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     split: Annotated[str, typer.Option(help="Images to classify.")] = "test",
     budget: Budget = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
@@ -170,14 +188,20 @@ def evaluate(
 ) -> None:
     """Print how good a trained classifier is on labelled images.
 
-    Inputs are the columns that it was trained with, unless others are named.
+    Inputs are the columns that it was trained with, and images are read as they were then, unless told
+    otherwise.
     """
     trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
     from streamcnn.data.file_dataset import open_dataset
+    from streamcnn.data.tile_store import is_tile_store
     from streamcnn.training import score
 
-    images = open_dataset(trained.config.data if data is None else data, split, inputs=columns)
+    where = trained.config.data if data is None else data
+    # What is in a tile store was read when it was written.
+    as_trained = None if is_tile_store(where) else trained.choice
+    choice = choice_of(series, level, channels_last, otherwise=as_trained)
+    images = open_dataset(where, split, choice=choice, inputs=columns)
     images.renumber(trained.classes)
     found = score(trained.model, images, batch_size=batch, device=trained.config.device)
     if as_json:
@@ -202,6 +226,9 @@ def predict(
         ),
     ],
     inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     budget: Budget = None,
     trust: Trust = None,
     as_json: Json = False,
@@ -209,13 +236,15 @@ def predict(
     """Print the class of each image and its probability.
 
     A classifier that was trained with inputs finds them in a CSV file, in the columns that it was trained
-    with unless others are named; labels are not needed.
+    with unless others are named; labels are not needed. Images are read as in training, unless told
+    otherwise.
     """
     trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
+    choice = choice_of(series, level, channels_last, otherwise=trained.choice)
     import torch
 
-    for path, source, *further in _open_images(images, columns):
+    for path, source, *further in _open_images(images, columns, choice):
         with torch.no_grad():
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
         probability, label = logits[0].double().softmax(0).max(0)
@@ -269,12 +298,12 @@ def _columns(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
 
 
 def _open_images(
-    paths: list[Path], columns: tuple[str, ...]
+    paths: list[Path], columns: tuple[str, ...], choice: ImageChoice
 ) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
     """The images that tables name, with their inputs, and the other images with none."""
     from streamcnn.data.file_dataset import open_table
     from streamcnn.data.image_files import find_images
-    from streamcnn.data.sources import open_image
+    from streamcnn.data.sources import open_chosen
 
     tables = [path for path in paths if path.suffix.lower() == ".csv"]
     loose = [path for path in paths if path not in tables]
@@ -284,9 +313,9 @@ def _open_images(
             f"image,{','.join(columns)}"
         )
     for table in tables:
-        yield from open_table(table, columns)
-    for image in find_images(loose) if loose else ():
-        yield image.path, open_image(image.path)
+        yield from open_table(table, columns, choice)
+    for image in find_images(loose, choice.series) if loose else ():
+        yield image.path, open_chosen(image.path, choice)
 
 
 def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:

@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
 from streamcnn.data.label_range import require_labels
 from streamcnn.data.sampling import ResumableSampler
-from streamcnn.data.sources import ImageSource
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, largest_of
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import ImageRecord, TileStore
-from streamcnn.data.uniform import check_channels
+from streamcnn.data.uniform import ImageKind, check_alike
 from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
@@ -56,6 +56,8 @@ class ImageDataset(Dataset[Sample], ABC):
     ----------
     names, labels
         Of all images; a label is its class's number.
+    choice
+        How the files were read that the pixels come from.
     classes
         Names of the labels 0, 1, …; None where labels are numbers.
     augmentation
@@ -69,11 +71,15 @@ class ImageDataset(Dataset[Sample], ABC):
         If a label is far larger than the number of images.
     """
 
+    choice: ImageChoice
+    """How the files were read that the pixels come from; of a store, when it was written."""
+
     def __init__(
         self,
         names: tuple[str, ...],
         labels: tuple[int, ...],
         *,
+        choice: ImageChoice = DEFAULT_CHOICE,
         classes: tuple[str, ...] | None,
         augmentation: RandomAugmentation | None,
         seed: int,
@@ -82,6 +88,7 @@ class ImageDataset(Dataset[Sample], ABC):
         self.names = names
         self.labels = labels
         self.classes = classes
+        self.choice = choice
         self.augmentation = augmentation
         self._seed = seed
         self._epoch = 0
@@ -177,7 +184,8 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, an image has no label, or images have different numbers of channels.
+        If the split is not there, an image has no label, or images of the store have different numbers of
+        channels, types or ranges of values.
 
     Examples
     --------
@@ -202,9 +210,8 @@ class TileDataset(ImageDataset):
         records = self.store.records if split is None else _of_split(self.store, split)
         if not records:
             raise no_split(self.store.folder, split, (record.split for record in self.store.records))
-        check_channels(
-            self.store.folder, [record.name for record in records], [record.shape[0] for record in records]
-        )
+        every = self.store.records
+        check_alike(self.store.folder, [each.name for each in every], [_kind(each) for each in every])
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:
@@ -214,6 +221,7 @@ class TileDataset(ImageDataset):
         super().__init__(
             tuple(record.name for record in self.records),
             tuple(record.label for record in self.records if record.label is not None),
+            choice=_choice_of(records),
             classes=self.store.head.classes,
             augmentation=augmentation,
             seed=seed,
@@ -235,6 +243,24 @@ class TileDataset(ImageDataset):
         for key in record.shards:
             if key.startswith("0/"):
                 will_need(self.store.path(record) / key)
+
+
+def _kind(record: ImageRecord) -> ImageKind:
+    """What an image of a store is, by the manifest."""
+    largest = largest_of(getattr(torch, record.dtype)) if record.largest is None else record.largest
+    return ImageKind(record.shape[0], record.dtype, largest)
+
+
+def _choice_of(records: Sequence[ImageRecord]) -> ImageChoice:
+    """How the files of a store's images were read; the default where that is not one thing."""
+    found = set()
+    for record in records:
+        series, level, last = (record.origin.get(name) for name in ("series", "level", "channels_last"))
+        try:
+            found.add(ImageChoice(series, 0 if level is None else level, last))
+        except ValueError:
+            return DEFAULT_CHOICE  # of another program, that means something else by these words
+    return found.pop() if len(found) == 1 else DEFAULT_CHOICE
 
 
 def _of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:

@@ -37,14 +37,15 @@ class FoundImage:
     """The further files of an image that lies in several."""
 
 
-def find_images(paths: Sequence[Path]) -> list[FoundImage]:
+def find_images(paths: Sequence[Path], series: int | None = None) -> list[FoundImage]:
     """All images among ``paths`` and in folders below them, in the order of their names.
 
     The name in the store is the path below the folder that was given, with %XX for what is neither a letter
     of ASCII nor a digit nor one of ``_.() -``, and with its ending if two would have one name else.
 
-    A scan in several files is one image; files that only belong to one, hidden files and folders of
-    thumbnails are none.
+    Of a folder that bioformats2raw wrote, ``series`` is the image to take; by default it is the only one
+    besides those of the label and the glass. A scan in several files is one image; files that only belong to
+    one, hidden files and folders of thumbnails are none.
 
     Raises
     ------
@@ -56,7 +57,7 @@ def find_images(paths: Sequence[Path]) -> list[FoundImage]:
         be there twice, or lies in several files that cannot be read together.
     """
     found: dict[str, tuple[Path, Scan]] = {}
-    for given, scan in _scans_of(paths):
+    for given, scan in _scans_of(paths, series):
         _, known = found.setdefault(scan.key, (given, scan))
         if known.shown != scan.shown:
             raise DatasetMismatch(
@@ -82,16 +83,16 @@ def find_images(paths: Sequence[Path]) -> list[FoundImage]:
     return [by_name[name] for name in sorted(by_name)]
 
 
-def _scans_of(paths: Sequence[Path]) -> list[tuple[Path, Scan]]:
+def _scans_of(paths: Sequence[Path], series: int | None) -> list[tuple[Path, Scan]]:
     """The scans at all paths, each with the path that it was found at."""
     found: list[tuple[Path, Scan]] = []
     files: dict[Path, list[Path]] = {}
     for given in paths:
         _require_image(given)
-        if is_image(given) and not (given.is_dir() and raw_image(given) is not None):
+        if is_image(given) and not (given.is_dir() and raw_image(given, series) is not None):
             files.setdefault(given.parent, []).append(given)
             continue
-        scans = _scans_below(given)
+        scans = _scans_below(given, series)
         if not scans:
             raise CorruptImage(f"no image is known at {given}: see docs/images.md for the formats")
         kept = without_thumbnails([scan.shown.relative_to(given).as_posix() for scan in scans])
@@ -118,9 +119,9 @@ def _require_image(given: Path) -> None:
         )
 
 
-def _scans_below(folder: Path) -> list[Scan]:
+def _scans_below(folder: Path, series: int | None) -> list[Scan]:
     """Scans in a folder and its folders; not in one that is an image itself, or a tile store."""
-    raw = raw_image(folder)
+    raw = raw_image(folder, series)
     if raw is not None:
         return [Scan(raw, folder, f"the image {folder.resolve()}", (raw,))]
     with opening(str(folder), "folder of images"):
@@ -130,7 +131,7 @@ def _scans_below(folder: Path) -> list[Scan]:
     for path in entries:
         if path in parts or is_tile_store(path):
             continue
-        if path.is_dir() and (not is_image(path) or raw_image(path) is not None):
+        if path.is_dir() and (not is_image(path) or raw_image(path, series) is not None):
             below.append(path)
         elif is_image(path):
             images.append(path)
@@ -140,7 +141,7 @@ def _scans_below(folder: Path) -> list[Scan]:
     _refuse_loose_levels(folder, images)
     found = one_of_each(images)
     for path in below:
-        inside = _scans_below(path)
+        inside = _scans_below(path, series)
         if not inside and path.suffix.lower() in _IMAGES:
             _refuse_unknown(folder, [path])
         found += inside

@@ -83,15 +83,15 @@ def _labelled(path: Path, rows: Sequence[Row], paths: Sequence[Path]) -> Iterato
         yield LabelledFile(row.image, file, row.label, row.split or UNSPLIT, row.inputs, others)
 
 
-def files_in_folders(folder: Path) -> list[LabelledFile]:
-    """The images in folders of their classes, by name.
+def files_in_folders(folder: Path, series: int | None = None) -> list[LabelledFile]:
+    """The images in folders of their classes, by name; ``series`` as for `find_images`.
 
     Raises
     ------
     CorruptImage, DatasetMismatch
         As from `find_images` and `classes_in_folders`.
     """
-    images = find_images([folder])
+    images = find_images([folder], series)
     found = classes_in_folders(folder, [image.relative for image in images])
     return [
         LabelledFile(

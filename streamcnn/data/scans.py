@@ -137,10 +137,10 @@ def _ome_root(path: Path) -> ElementTree.Element | None:
         return None
 
 
-def raw_image(folder: Path) -> Path | None:
+def raw_image(folder: Path, series: int | None = None) -> Path | None:
     """The image in a folder that bioformats2raw wrote, without those of the label and the glass.
 
-    Returns None for any other folder.
+    Returns None for any other folder, and the folder itself if a series of it is asked for.
 
     Raises
     ------
@@ -149,18 +149,21 @@ def raw_image(folder: Path) -> Path | None:
     """
     if not _is_raw(folder):
         return None
-    series = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
+    if series is not None:
+        return folder
+    groups = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
     names = _series_names(folder / "OME" / "METADATA.ome.xml")
     images = [
         path
-        for at, path in enumerate(series)
+        for at, path in enumerate(groups)
         if at == 0 or at >= len(names) or _NO_SCAN.search(names[at]) is None
     ]
     if len(images) != 1:
         described = some([path.name for path in images])
         raise DatasetMismatch(
             f"{folder} of bioformats2raw holds {len(images)} images ({described}): "
-            "allowed is one, besides those of the label and the glass; give the folder of the one to take"
+            "allowed is one, besides those of the label and the glass; give the folder of the one to take, "
+            "or series= (--series)"
         )
     return images[0]
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streamcnn.data.sources.base import ImageSource
+from streamcnn.data.sources.choice import ImageChoice
 from streamcnn.data.sources.files import MAX_PIXELS, opening, regular
 from streamcnn.data.sources.guard import MissingChunks
+from streamcnn.data.sources.layout import told
 from streamcnn.data.sources.memory import ArraySource
 from streamcnn.data.sources.ome import is_ome_image
 from streamcnn.data.sources.picture import FORMATS, PictureSource
@@ -57,7 +59,8 @@ def open_image(
     level
         Resolution of a TIFF pyramid, an OME-Zarr image or a slide; 0 is full.
     channels_last
-        Whether the channels are the last of three axes or the first, where the file does not say it.
+        Whether the channels are the last of three axes or the first, where the file does not say it; where it
+        does, only what it says is allowed.
     series
         Which image of a TIFF file or of an OME-Zarr folder that holds several; by default the largest of
         full resolution that is no macro, label or thumbnail, of what bioformats2raw wrote the first such one.
@@ -74,18 +77,26 @@ def open_image(
     CorruptImage
         If there is nothing at the path, or it is damaged or no image.
     DatasetMismatch
-        If there is no such level, series or plane, pixels or axes are not what a source can have or are not
-        certain, or the image is too large.
+        If there is no such level, series or plane, an option does not apply to the format, pixels or axes are
+        not what a source can have or are not certain, or the image is too large.
     MissingExtra
         If the format or the place needs a package that is not installed.
     """
     where = place(path)
     kind = _kind(where)
-    if series not in (None, 0) and kind not in ("tiff", "zarr"):
-        raise DatasetMismatch(f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out")
+    if series not in (None, 0) and kind in ("npy", "picture", "slide"):
+        raise DatasetMismatch(
+            f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out, or give --series 0"
+        )
     if level != 0 and kind in ("npy", "picture"):
-        raise DatasetMismatch(f"{path} has one resolution: allowed is level 0; leave level= out")
-    if index and kind != "zarr":
+        raise DatasetMismatch(
+            f"{path} has one resolution: allowed is level 0; leave level= out, or give --level 0"
+        )
+    if channels_last is not None and kind in ("picture", "slide"):
+        raise DatasetMismatch(
+            f"{path} is a {kind}, whose format says where the channels are: leave {told(channels_last)} out"
+        )
+    if index and kind in ("npy", "picture", "slide", "tiff"):
         raise DatasetMismatch(f"{path} is no zarr array: planes are taken of these alone; leave index= out")
     match kind:
         case "zarr":
@@ -109,6 +120,17 @@ def open_image(
         case "picture":
             return PictureSource(where, max_pixels=max_pixels)
     raise CorruptImage(f"{path} is {_found(where)}: allowed are {_ALLOWED}; convert the image")
+
+
+def open_chosen(path: str | Path, choice: ImageChoice) -> ImageSource:
+    """The image at ``path`` that ``choice`` means, as from `open_image`.
+
+    Raises
+    ------
+    CorruptImage, DatasetMismatch, MissingExtra
+        As from `open_image`.
+    """
+    return open_image(path, series=choice.series, level=choice.level, channels_last=choice.channels_last)
 
 
 def is_image(path: str | Path) -> bool:

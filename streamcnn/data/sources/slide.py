@@ -117,6 +117,18 @@ def _starts(axis: Interval) -> range:
     return range(axis.start // _BLOCK * _BLOCK, axis.stop, _BLOCK)
 
 
+def slide_levels(path: str) -> tuple[tuple[int, int], ...]:
+    """Height and width in pixels of each resolution of a slide, the full one first.
+
+    Raises
+    ------
+    CorruptImage
+        If OpenSlide cannot open it.
+    """
+    with opening(path, "slide"), _open(path) as slide:
+        return tuple((height, width) for width, height in slide.level_dimensions)
+
+
 def _open(path: str) -> Any:
     return require("openslide", extra="slides").OpenSlide(path)
 

@@ -58,7 +58,8 @@ class TiffSource(FileSource):
         thumbnail, the first of equals.
     level : resolution of a pyramid; 0 is full
     channels_last : bool, optional
-        Which axis of a stack of three axes is the channels, where the file does not say it.
+        Which axis of a stack of three axes is the channels, where the file does not say it; where it does, it
+        may say the same and nothing else.
     max_pixels : largest tile or strip, in pixels, that may be decoded
 
     Raises
@@ -66,8 +67,8 @@ class TiffSource(FileSource):
     CorruptImage
         If there is no such file, it is no TIFF, damaged or cut short.
     DatasetMismatch
-        If there is no such image or level, it has other axes, too large strips, colours of an unknown kind,
-        or pixels of a type that PyTorch lacks.
+        If there is no such image or level, it has other axes, channels elsewhere than is told, too large
+        strips, colours of an unknown kind, or pixels of a type that PyTorch lacks.
     MissingExtra
         If its compression needs imagecodecs, which is not installed.
     """
@@ -270,7 +271,8 @@ def _layout(request: _Request, data: TiffPageSeries) -> Layout:
     axes, shape = data.get_axes(False), data.get_shape(False)
     long = [axis for axis, extent in zip(axes, shape, strict=True) if axis in "YX" or extent != 1]
     if len(long) != 3 or not _UNKNOWN_AXES & set(long):
-        return layout_by_names(request.name, Axes(tuple(axes), tuple(axes)), shape)
+        names = Axes(tuple(axes), tuple(axes))
+        return layout_by_names(request.name, names, shape, channels_last=request.channels_last)
     if request.channels_last is None:
         raise DatasetMismatch(
             f"{request.name} has {_planes(axes, shape)}: allowed is one axis of channels, and nothing says "

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from tifffile import TiffFile, TiffPageSeries
 
 from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.series import SeriesFacts
 from streamcnn.errors import DatasetMismatch
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
 _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesFacts:
-    """What a file says of one of its images.
-
-    Attributes
-    ----------
-    number
-        What ``series=`` calls it.
-    name
-        Its name in the file, or why it is not opened by default; may be empty.
-    levels
-        Height and width in pixels of each resolution, the full one first.
-    is_default
-        Whether it is opened where no series is asked for.
-    """
-
-    number: int
-    name: str
-    levels: tuple[tuple[int, int], ...]
-    is_default: bool
 
 
 def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeries:

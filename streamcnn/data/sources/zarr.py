@@ -64,6 +64,7 @@ class ZarrSource(FileSource):
         ``write_empty_chunks``.
     max_pixels : largest chunk, in pixels, that may be decoded
     cache_bytes : most bytes of decoded chunks that are kept
+    largest : largest number that a pixel may be, where that is less than its type's; no zarr array says it
 
     Raises
     ------
@@ -88,6 +89,7 @@ class ZarrSource(FileSource):
         missing_chunks: MissingChunks = "some",
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = CACHE_BYTES,
+        largest: int | None = None,
     ) -> None:
         if missing_chunks not in ("some", "fill", "error"):
             raise ValueError(f'missing_chunks={missing_chunks!r}: allowed are "some", "fill" and "error"')
@@ -101,6 +103,7 @@ class ZarrSource(FileSource):
             missing_chunks=missing_chunks,
             max_pixels=max_pixels,
             cache_bytes=cache_bytes,
+            largest=largest,
         )
         name = _name(array_or_path, level, series)
         array, axes = _open(name, array_or_path, level, series)
@@ -119,7 +122,7 @@ class ZarrSource(FileSource):
         cache = functools.partial(ChunkCache, array.chunks, array.shape, array.dtype.itemsize, cache_bytes)
         self._caches = PerProcess(cache)
         self._caches.get().warn_if_too_small(name, "chunks")
-        super().__init__(shape, dtype, name)
+        super().__init__(shape, dtype, name, largest=largest)
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -234,7 +237,7 @@ def _open(
     name: str, array_or_path: ZarrArray | str | Path, level: int, series: int | None
 ) -> tuple[ZarrArray, Axes | None]:
     """The array of the level, and its axes if they are named."""
-    node = array_or_path if isinstance(array_or_path, zarr.Array) else _open_node(array_or_path)
+    node = array_or_path if isinstance(array_or_path, zarr.Array) else open_node(array_or_path)
     if isinstance(node, zarr.Group):
         with opening(name, "OME-Zarr image"):
             array, axes = open_level(name, node, level, series)
@@ -247,7 +250,14 @@ def _open(
     return node, array_axes(node.metadata, node.attrs)
 
 
-def _open_node(path: str | Path) -> ZarrArray | zarr.Group:
+def open_node(path: str | Path) -> ZarrArray | zarr.Group:
+    """The array or the group at a path.
+
+    Raises
+    ------
+    CorruptImage
+        If there is neither, or its metadata is damaged.
+    """
     where = place(path)
     try:
         with opening(str(path), "zarr array"):

@@ -72,7 +72,7 @@ def write_image(
             done += math.prod(region.size)
             if on_shard is not None:
                 on_shard(done, total)
-        smaller = _Halved(ZarrSource(array, channels_last=False))
+        smaller = _Halved(ZarrSource(array, channels_last=False, largest=source.largest))
 
 
 def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
@@ -148,7 +148,8 @@ class _Halved(ImageSource):
 
     def __init__(self, source: ImageSource) -> None:
         channels, height, width = source.shape
-        super().__init__((channels, math.ceil(height / 2), math.ceil(width / 2)), source.dtype)
+        size = math.ceil(height / 2), math.ceil(width / 2)
+        super().__init__((channels, *size), source.dtype, largest=source.largest)
         self._source = source
 
     def _read(self, region: Region) -> Tensor:
@@ -189,12 +190,12 @@ def _attributes(source: ImageSource, name: str, levels: int) -> dict[str, Any]:
     multiscale = {"name": name, "axes": axes, "datasets": datasets, "type": "mean"}
     ome: dict[str, Any] = {"version": "0.5", "multiscales": [multiscale]}
     if source.dtype == torch.uint8 and source.shape[0] in (1, 3):
-        ome["omero"] = {"channels": _channels(source.shape[0])}
+        ome["omero"] = {"channels": _channels(source.shape[0], source.largest or 255)}
     return {"ome": ome}
 
 
-def _channels(count: int) -> list[dict[str, Any]]:
-    """How a viewer shows grey or red, green and blue."""
+def _channels(count: int, largest: int) -> list[dict[str, Any]]:
+    """How a viewer shows grey or red, green and blue, of which ``largest`` is brightest."""
     colours = _RGB if count == 3 else (("grey", "FFFFFF"),)
-    window = {"min": 0, "max": 255, "start": 0, "end": 255}
+    window = {"min": 0, "max": largest, "start": 0, "end": largest}
     return [{"label": label, "color": colour, "active": True, "window": window} for label, colour in colours]

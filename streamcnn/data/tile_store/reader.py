@@ -87,7 +87,7 @@ class TileStore:
             )
         array = zarr.Array(zarr.AsyncArray(known, StorePath(store, str(level))))
         # Nor are chunks looked for: one that is missing is found by the manifest.
-        return ZarrSource(array, channels_last=False, missing_chunks="fill")
+        return ZarrSource(array, channels_last=False, missing_chunks="fill", largest=record.largest)
 
     def _group(self, record: ImageRecord) -> zarr.Group:
         """An image's levels, all metadata compared with the manifest."""

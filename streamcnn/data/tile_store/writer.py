@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 from filelock import FileLock, Timeout
 
 from streamcnn.atomic import replace_file
-from streamcnn.data.sources import ImageSource
+from streamcnn.data.sources import ImageSource, largest_of
 from streamcnn.data.tile_store.arrays import record_files, write_image
 from streamcnn.data.tile_store.format import (
     COMPLETE,
@@ -252,6 +252,7 @@ def write_image_folder(
         shards=shards,
         origin=origin,
         truth=truth,
+        largest=None if source.largest == largest_of(source.dtype) else source.largest,
     )
 
 
