@@ -290,7 +290,7 @@ def test_names_the_file_of_a_plane_that_is_not_there(tmp_path: Path) -> None:
 def run(script: str, *arguments: object) -> str:
     """What a fresh interpreter prints."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
