@@ -66,6 +66,11 @@ def read_within(folder: Path, path: Path, *, error: type[StreamError], most_byte
         If it is not there or cannot be read.
     """
     require_within(folder, path, error=error)
+    return read_regular(path, error=error, most_bytes=most_bytes)
+
+
+def read_regular(path: Path, *, error: type[StreamError], most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file, wherever it lies; parameters and errors are those of `read_within`."""
     # Without waiting, as opening a pipe would.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", closefd=True) as file:
         state = os.fstat(file.fileno())

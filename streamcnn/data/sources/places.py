@@ -21,7 +21,8 @@ from streamcnn.extras import MissingExtra, require
 
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
-_METADATA_BYTES = 2**26
+METADATA_BYTES = 2**26
+"""Largest file of zarr's metadata."""
 _EXTRA = "remote"
 # A Path makes one slash of two.
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
@@ -79,7 +80,7 @@ class RegularFiles(WrapperStore[LocalStore]):
             If it is no regular file, or too large to be metadata.
         """
         is_metadata = key.rpartition("/")[2] in _METADATA_FILES
-        check_stored(self._store, key, _METADATA_BYTES if is_metadata else None)
+        check_stored(self._store, key, METADATA_BYTES if is_metadata else None)
         return await self._store.get(key, prototype, byte_range)
 
 
