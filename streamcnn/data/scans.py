@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tifffile import TiffFile
-
 from streamcnn.data.companions import further_files
 from streamcnn.data.dicom import series_uid
+from streamcnn.data.sources.tiff_series import opened_tiff
 from streamcnn.errors import DatasetMismatch, some
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -130,7 +129,7 @@ def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main:
 def _ome_root(path: Path) -> ElementTree.Element | None:
     """An OME-TIFF's description; None for any other TIFF, and for damaged ones."""
     try:
-        with TiffFile(path) as file:
+        with opened_tiff(path) as file:
             text = file.ome_metadata
         return None if text is None else ElementTree.fromstring(text)
     except Exception:  # a damaged file fails in as many ways as it has fields; opening it says how

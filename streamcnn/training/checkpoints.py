@@ -173,6 +173,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is no checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise DamagedCheckpoint(f"{path} holds a {type(state).__name__}: allowed is a dict of what was saved")
+    _require_plain_tensors(state, path)
     return state
 
 
@@ -201,6 +202,26 @@ def _require_plain_archive(path: Path) -> None:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise DamagedCheckpoint(f"{path} holds packed or overlapping entries: no checkpoint is written so")
+
+
+def _require_plain_tensors(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse tensors whose elements are not the bytes in the file.
+
+    PyTorch reads indices of sparse tensors without looking whether they lie inside, and uses them so.
+    """
+    known: set[int] = set()
+    todo: list[Any] = [state]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, torch.Tensor):
+            if each.layout != torch.strided or each.device.type != "cpu" or each.is_quantized:
+                raise DamagedCheckpoint(
+                    f"{path} holds a tensor of layout {each.layout} and type {each.dtype} on {each.device}: "
+                    "allowed are dense tensors; no checkpoint is written so"
+                )
+        elif isinstance(each, Mapping | list | tuple | set) and id(each) not in known:
+            known.add(id(each))
+            todo += [*each.keys(), *each.values()] if isinstance(each, Mapping) else each
 
 
 def _flush(path: Path) -> None:

@@ -275,7 +275,7 @@ def present_devices() -> list[str]:
 
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     """The model's state that a checkpoint was validated by: the averaged one, if there is one."""
-    averaged = state["averaged"]
+    averaged = state.get("averaged")
     if averaged is None:
         return dict(state["model"])
     prefix = "module."

@@ -205,6 +205,11 @@ def _use_run(folder: Path, attempts: Attempts) -> None:
             write_report(folder / "run")  # half a second each
 
 
+def _documents_of_run(folder: Path) -> list[Path]:
+    settings, log = folder / "run" / "run.json", folder / "run" / "log.jsonl"
+    return [settings, settings, log]
+
+
 def _use_checkpoint(folder: Path, attempts: Attempts) -> None:
     with attempts.attempt():
         load_run(folder / "run", trust=[FACTORY])
@@ -222,7 +227,8 @@ def _odd_in_state(random: Random) -> Any:
             torch.zeros(2, 3, dtype=torch.int64),
             torch.zeros(1, dtype=torch.complex64),
             torch.zeros(1).expand(10**12),
-            torch.sparse_coo_tensor([[0]], [1.0], (10**12,)),
+            torch.sparse_coo_tensor([[10**9]], [1.0], (10**12,), check_invariants=False),
+            torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8),
             torch.zeros(3, device="meta"),
             (1, 2),
             b"bytes",
@@ -258,9 +264,7 @@ TARGETS: dict[str, Target] = {
     "scans": Target(_use_scans, _every_file, refused=frozenset({"scans"})),
     "digits": Target(_use_digits, _every_file),
     "rates": Target(_use_rates, _every_file),
-    "run": Target(
-        _use_run, lambda folder: [folder / "run" / "run.json", folder / "run" / "run.json", folder / "run" / "log.jsonl"]
-    ),
+    "run": Target(_use_run, _documents_of_run, reads_elsewhere=True),
     "checkpoint": Target(
         _use_checkpoint, lambda folder: sorted((folder / "run" / "checkpoints").iterdir()), _mend_checkpoint
     ),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tifffile import TiffFile, TiffPageSeries
 
-from streamcnn.data.sources.files import opening
-from streamcnn.errors import DatasetMismatch
+from streamcnn.data.sources.files import opening, regular
+from streamcnn.data.sources.tiff_bounds import check_ome
+from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
 _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
@@ -37,6 +38,18 @@ class SeriesFacts:
     is_default: bool
 
 
+def opened_tiff(path: str | Path) -> TiffFile:
+    """A TIFF file, of which the head is read.
+
+    Raises
+    ------
+    CorruptImage
+        If it is a pipe, a socket or a device.
+    """
+    regular(path)
+    return TiffFile(path)
+
+
 def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeries:
     """The image of that number; None is the largest of full resolution, the first of equals.
 
@@ -45,12 +58,31 @@ def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeri
     DatasetMismatch
         If there is no such image.
     """
-    images = file.series
+    images = all_series(path, file)
     if series is None:
         main = [image for image in images if not _is_accessory(image)]
         return max(main or images, key=_num_pixels)
     check_number(path, "image", series, len(images))
     return images[series]
+
+
+def all_series(path: str, file: TiffFile) -> list[TiffPageSeries]:
+    """All images of a file.
+
+    Raises
+    ------
+    CorruptImage, DatasetMismatch
+        If its description claims what cannot be.
+    """
+    check_ome(path, file)
+    # Of files that an image goes on in, those are opened that were looked at.
+    file._multifile = bool(file.is_ome)
+    try:
+        return file.series
+    except MemoryError as error:
+        raise CorruptImage(
+            f"{path} tells of more planes than memory has place for a list of; its metadata is damaged"
+        ) from error
 
 
 def check_number(path: str, what: str, asked: int, found: int) -> None:
@@ -67,8 +99,9 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
     CorruptImage
         If there is no such file, or it is damaged.
     """
-    with opening(str(path), "TIFF"), TiffFile(path) as file:
-        default = chosen_series(str(path), file, None) if file.series else None
+    with opening(str(path), "TIFF"), opened_tiff(path) as file:
+        images = all_series(str(path), file)
+        default = chosen_series(str(path), file, None) if images else None
         return [
             SeriesFacts(
                 number,
@@ -76,7 +109,7 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
                 tuple(_size(level) for level in image.levels),
                 image is default,
             )
-            for number, image in enumerate(file.series)
+            for number, image in enumerate(images)
         ]
 
 
