@@ -231,8 +231,8 @@ class _Measured:
     write_bytes: dict[Home, float]
 
     def __post_init__(self) -> None:
-        numbers = [getattr(self, name) for name in self.__slots__ if name.endswith(("_flops", "_seconds"))]
-        numbers += [self.memory_bytes, self.fresh_bytes, *self.read_bytes.values(), *self.write_bytes.values()]
+        numbers = [self.dense_flops, self.grouped_flops, self.memory_bytes, self.fresh_bytes]
+        numbers += [self.operator_seconds, *self.read_bytes.values(), *self.write_bytes.values()]
         if not all(_LEAST <= number <= 1 / _LEAST for number in numbers):
             raise ValueError(f"allowed are rates and seconds of {_LEAST} to {1 / _LEAST}")
         if not set(self.read_bytes) == set(self.write_bytes) == set(Home):
@@ -248,6 +248,6 @@ def _usable(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise RatesUnusable(
-            f"cannot keep this machine's rates in {path}: {error.strerror}; name another file in the environment "
-            f"variable {VARIABLE}, or set it to off"
+            f"cannot keep this machine's rates in {path}: {error.strerror}; name another file in the "
+            f"environment variable {VARIABLE}, or set it to off"
         ) from error

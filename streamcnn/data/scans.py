@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,10 @@ from xml.etree import ElementTree
 
 from streamcnn.data.companions import further_files
 from streamcnn.data.dicom import series_uid
+from streamcnn.data.sources.places import METADATA_BYTES, zarr_object
 from streamcnn.data.sources.tiff_series import opened_tiff
-from streamcnn.errors import DatasetMismatch, some
+from streamcnn.documents import read_regular
+from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LAYOUT = "bioformats2raw.layout"
@@ -168,7 +169,8 @@ def _is_raw(folder: Path) -> bool:
     for name in ("zarr.json", ".zattrs"):
         attributes = _json(folder / name)
         if name == "zarr.json":
-            attributes = attributes.get("attributes", {})
+            found = attributes.get("attributes")
+            attributes = found if isinstance(found, dict) else {}
         ome = attributes.get("ome", {})
         if _LAYOUT in attributes or (isinstance(ome, dict) and _LAYOUT in ome):
             return True
@@ -178,16 +180,16 @@ def _is_raw(folder: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """A file's JSON object; an empty one where there is none, or it is damaged, as opening it will tell."""
     try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return zarr_object(path)
+    except (CorruptImage, FileNotFoundError, NotADirectoryError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _series_names(path: Path) -> list[str]:
     """The names of the images in bioformats2raw's copy of the OME-XML; none if it is not there."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError):
+        content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
+        root = ElementTree.fromstring(content)
+    except (CorruptImage, OSError, ElementTree.ParseError, RecursionError):
         return []
     return [image.get("Name", "") for image in root if image.tag.endswith("Image")]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from streamcnn.atomic import open_new, replace_file
-from streamcnn.documents import read_within, require_within
+from streamcnn.documents import read_within, require_within, size_within
 from streamcnn.errors import DamagedCheckpoint, RunMismatch
 
 BEST = "best.txt"
@@ -161,7 +161,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         If it is not there.
     """
     expected = _expected_digest(path)
-    require_within(path.parent, path, error=DamagedCheckpoint)
+    size_within(path.parent, path, error=DamagedCheckpoint)
     if _digest(path) != expected:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
     _require_plain_archive(path)

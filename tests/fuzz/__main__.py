@@ -18,7 +18,9 @@ from .seeds import SEEDS
 def main(
     minutes: Annotated[float, typer.Option(help="How long to go on.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed makes the same inputs.")] = 0,
-    target: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SEEDS)}; default: all.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(SEEDS)}; default: all.")
+    ] = None,
     inputs: Annotated[int | None, typer.Option(help="So many of each target instead of a time.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for inputs that are faults.")] = Path("fuzz-faults"),
 ) -> None:

@@ -112,7 +112,9 @@ def run(
             return tallies
 
 
-def _opened(target: str, seed: int, indices: range, seeds: Path, work: Path) -> Iterator[tuple[Case, Outcome]]:
+def _opened(
+    target: str, seed: int, indices: range, seeds: Path, work: Path
+) -> Iterator[tuple[Case, Outcome]]:
     worker = Worker(target, seeds, work)
     try:
         for index in indices:
@@ -143,7 +145,9 @@ def keep(tallies: dict[str, Tally], work: Path, out: Path) -> list[str]:
             shutil.rmtree(place, ignore_errors=True)
             (place / "input").mkdir(parents=True)
             done = make_case(case, work / "seeds", place / "input")
-            (place / "fault.json").write_text(json.dumps({**asdict(case), "text": text, "changes": done}, indent=2))
+            (place / "fault.json").write_text(
+                json.dumps({**asdict(case), "text": text, "changes": done}, indent=2)
+            )
             lines.append(f"{place}: {kind.partition(' ')[0]}: {text} ({done})")
     return lines
 

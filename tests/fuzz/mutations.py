@@ -15,10 +15,53 @@ from .values import NAMES, NUMBERS, changed
 Mutation = Callable[[Random, bytes], bytes]
 
 _TIFF_TAGS = (
-    *(254, 256, 257, 258, 259, 262, 266, 270, 273, 274, 277, 278, 279, 284, 306, 317, 320, 322, 323, 324, 325),
+    *(
+        254,
+        256,
+        257,
+        258,
+        259,
+        262,
+        266,
+        270,
+        273,
+        274,
+        277,
+        278,
+        279,
+        284,
+        306,
+        317,
+        320,
+        322,
+        323,
+        324,
+        325,
+    ),
     *(330, 338, 339, 347, 34665, 42112, 50838),
 )
-_TIFF_VALUES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 255, 1000, 34892, 50000, 65535, 2**20, 2**31, 2**32 - 1)
+_TIFF_VALUES = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    16,
+    32,
+    64,
+    255,
+    1000,
+    34892,
+    50000,
+    65535,
+    2**20,
+    2**31,
+    2**32 - 1,
+)
 
 
 def mutate(random: Random, folder: Path, files: list[Path]) -> str:
@@ -119,7 +162,9 @@ def _csv(random: Random, content: bytes) -> bytes:
             ]
         )()
     ending = random.choice(["\n", "\n", "\r\n", "\r", "\n\n"])
-    return ending.join(",".join(row) for row in rows).encode(random.choice(["utf-8", "utf-8", "utf-16", "utf-8-sig"]))
+    return ending.join(",".join(row) for row in rows).encode(
+        random.choice(["utf-8", "utf-8", "utf-16", "utf-8-sig"])
+    )
 
 
 def _xml(random: Random, content: bytes) -> bytes:
@@ -189,7 +234,9 @@ def _png(random: Random, content: bytes) -> bytes:
         case 1:
             chunks.insert(random.randrange(len(chunks) + 1), (name, data))
         case 2:
-            kind = random.choice([b"tRNS", b"PLTE", b"eXIf", b"acTL", b"fcTL", b"iCCP", b"zTXt", b"sBIT", b"iTXt"])
+            kind = random.choice(
+                [b"tRNS", b"PLTE", b"eXIf", b"acTL", b"fcTL", b"iCCP", b"zTXt", b"sBIT", b"iTXt"]
+            )
             bomb = b"x\0\0" + zlib.compress(bytes(2**24))
             chunks.insert(1, (kind, random.choice([b"", bytes(3), random.randbytes(40), bomb])))
         case 3 if name == b"IHDR":

@@ -82,7 +82,9 @@ def _raw_ome_zarr(folder: Path) -> None:
     )
     for series in range(2):
         group = root.create_group(str(series))
-        group.attrs["multiscales"] = [{"version": "0.4", "datasets": [{"path": "0"}], "axes": ["c", "y", "x"]}]
+        group.attrs["multiscales"] = [
+            {"version": "0.4", "datasets": [{"path": "0"}], "axes": ["c", "y", "x"]}
+        ]
         group.create_array("0", shape=_PIXELS.shape, dtype=np.uint8, chunks=(1, 20, 30))[:] = _PIXELS
     zarr.consolidate_metadata(folder / "image.zarr")
 
@@ -126,7 +128,9 @@ def _npy(folder: Path) -> None:
 def _table(folder: Path) -> None:
     for name in ("a", "b", "c"):
         Image.fromarray(_LAST).save(folder / f"{name}.png")
-    (folder / "labels.csv").write_text("image,label,split,age\na.png,cat,train,1.5\nb.png,dog,val,2\nc.png,cat,train,3\n")
+    (folder / "labels.csv").write_text(
+        "image,label,split,age\na.png,cat,train,1.5\nb.png,dog,val,2\nc.png,cat,train,3\n"
+    )
 
 
 def _scans(folder: Path) -> None:
@@ -202,4 +206,3 @@ SEEDS: dict[str, dict[str, Make]] = {
     "run": {"run": _run},
     "checkpoint": {"run": _run},
 }
-

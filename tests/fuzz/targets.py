@@ -120,7 +120,10 @@ def _use_store(folder: Path, attempts: Attempts) -> None:
             json.dumps(store_facts(store))
         for _ in store.verify():
             pass
-    with attempts.attempt(), TileStoreWriter(folder / "store", Head("images", {"made by": "a test"})) as writer:
+    with (
+        attempts.attempt(),
+        TileStoreWriter(folder / "store", Head("images", {"made by": "a test"})) as writer,
+    ):
         writer.finish()
 
 

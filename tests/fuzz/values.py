@@ -16,7 +16,20 @@ NAMES = (
     *("", ".", "..", "/", "../canary", "../canary/secret", "../../canary/secret", "../canary/secret.tif"),
     *("/etc/passwd", "/dev/zero", "/proc/self/mem", "/dev/stdin", "a\0b", "\x1b[31mred\x1b[0m", "\u202etxt"),
     *("[bold]b[/bold]", "<script>alert(1)</script>", "x" * 300, "0" * 5000, "zarr.json", "NaN", "1e999", "é"),
-    *("uint8", "<u2", "|O", ">f8", "<M8[ns]", "complex128", "V8", "r8", "string", "os:system", "gzip", "pickle"),
+    *(
+        "uint8",
+        "<u2",
+        "|O",
+        ">f8",
+        "<M8[ns]",
+        "complex128",
+        "V8",
+        "r8",
+        "string",
+        "os:system",
+        "gzip",
+        "pickle",
+    ),
 )
 """``../canary`` is a folder beside the one that is opened, which nothing may look into."""
 
@@ -29,7 +42,18 @@ def odd_value(random: Random, names: tuple[str, ...] = NAMES) -> Any:
     if kind < 6:
         return random.choice(names)
     return random.choice(
-        [None, True, False, [], {}, [[]], {"": None}, [None] * 5, nested(random.choice([5, 40, 900])), [1, "a"]]
+        [
+            None,
+            True,
+            False,
+            [],
+            {},
+            [[]],
+            {"": None},
+            [None] * 5,
+            nested(random.choice([5, 40, 900])),
+            [1, "a"],
+        ]
     )
 
 
@@ -78,7 +102,13 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     todo = [value]
     while todo:
         holder = todo.pop()
-        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        keys = (
+            list(holder)
+            if isinstance(holder, dict)
+            else range(len(holder))
+            if isinstance(holder, list)
+            else ()
+        )
         for key in keys:
             yield holder, key
             todo.append(holder[key])

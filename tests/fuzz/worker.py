@@ -26,11 +26,29 @@ MOST_TEXT = 5000
 SECRET = "what nobody may read 7d1f"
 
 _WATCHED = {
-    *("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink"),
+    *(
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "os.remove",
+        "os.rename",
+        "os.mkdir",
+        "os.rmdir",
+        "os.link",
+        "os.symlink",
+    ),
     *("os.truncate", "os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.copyfile", "shutil.move"),
 }
 _FORBIDDEN = {
-    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "socket.getaddrinfo"),
+    *(
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "subprocess.Popen",
+        "socket.connect",
+        "socket.getaddrinfo",
+    ),
     *("urllib.Request", "ctypes.dlopen"),
 }
 
@@ -78,7 +96,15 @@ class Watch:
         self.inside: str | None = None
         self.reads_elsewhere = False
         self.found: list[str] = []
-        roots = (sys.prefix, sys.base_prefix, os.fspath(Path(__file__).parents[2]), "/usr", "/lib", "/proc", "/sys")
+        roots = (
+            sys.prefix,
+            sys.base_prefix,
+            os.fspath(Path(__file__).parents[2]),
+            "/usr",
+            "/lib",
+            "/proc",
+            "/sys",
+        )
         self._known = tuple(os.path.realpath(root) for root in roots)
         sys.addaudithook(self._hook)
 
@@ -88,7 +114,11 @@ class Watch:
         if event in _FORBIDDEN:
             self.found.append(f"{event} {args!r:.200}")
         elif event in _WATCHED:
-            paths = args if event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile") else args[:1]
+            paths = (
+                args
+                if event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile")
+                else args[:1]
+            )
             is_read = event in ("os.listdir", "os.scandir") or (event == "open" and not _writes(args))
             for path in paths:
                 if isinstance(path, str | bytes | os.PathLike) and not self._may(os.fsdecode(path), is_read):
@@ -170,7 +200,8 @@ def _opened(case: Case, folder: Path, watch: Watch) -> Outcome:
 def _where(frames: list[traceback.FrameSummary]) -> str:
     ours = [frame for frame in frames if "/streamcnn/" in frame.filename] or list(frames)
     return " < ".join(
-        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in (frames[-1], *reversed(ours[-3:]))
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+        for frame in (frames[-1], *reversed(ours[-3:]))
     )
 
 

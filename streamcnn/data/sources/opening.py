@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from streamcnn.data.sources.base import ImageSource
 from streamcnn.data.sources.files import MAX_PIXELS, opening, regular
@@ -16,18 +15,17 @@ from streamcnn.data.sources.memory import ArraySource
 from streamcnn.data.sources.ome import is_ome_image
 from streamcnn.data.sources.picture import FORMATS, PictureSource
 from streamcnn.data.sources.places import (
-    METADATA_BYTES,
     ZARR_FILES,
     head_of,
     holds_zarr,
     is_zarr_zip,
     place,
     remote_store,
+    zarr_object,
 )
 from streamcnn.data.sources.slide import SlideSource
 from streamcnn.data.sources.tiff import TiffSource
 from streamcnn.data.sources.zarr import ZarrSource
-from streamcnn.documents import parse_json, read_regular
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _SLIDES = (".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
@@ -183,29 +181,14 @@ def _is_mere_group(folder: Path) -> bool:
     try:
         if not (folder / "zarr.json").is_file():
             attributes = folder / ".zattrs"
-            found = _object(attributes) if attributes.is_file() else {}
+            found = zarr_object(attributes) if attributes.is_file() else {}
             return not (folder / ".zarray").is_file() and not is_ome_image(found)
-        metadata = _object(folder / "zarr.json")
+        metadata = zarr_object(folder / "zarr.json")
     except (CorruptImage, OSError):
         return False
     attributes_of_v3 = metadata.get("attributes")
     is_image = isinstance(attributes_of_v3, dict) and is_ome_image(attributes_of_v3)
     return metadata.get("node_type") == "group" and not is_image
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of zarr's metadata.
-
-    Raises
-    ------
-    CorruptImage
-        If it holds none.
-    """
-    content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
-    found = parse_json(content, path, error=CorruptImage, finite=False)
-    if not isinstance(found, dict):
-        raise CorruptImage(f"{path} holds a {type(found).__name__}: allowed is an object")
-    return found
 
 
 def _found(where: Path | str) -> str:

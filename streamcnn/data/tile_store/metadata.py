@@ -79,7 +79,7 @@ class Level:
         return math.prod(map(operator.floordiv, shard, chunk))
 
 
-def parse_level(content: bytes, where: Path) -> tuple[Level, dict[str, Any]]:
+def parse_level(content: bytes, where: Path) -> tuple[Level, Any]:
     """What a level's ``zarr.json`` says, and all that it holds.
 
     Raises

@@ -306,6 +306,10 @@ def _locked(folder: Path) -> FileLock:
         raise StreamError(
             f"{folder} is being written by another process: wait for it or give another folder"
         ) from error
+    except OSError as error:
+        raise StreamError(
+            f"cannot lock {folder / LOCK}: {error.strerror}; see that you may write there, and that it is a file"
+        ) from error
     return lock
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from streamcnn.documents import open_regular
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 PAIRS = {
@@ -36,6 +37,8 @@ CONTENT_SHA256 = {
 _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049
 _SIDE = 28
 _MAX_LABEL = 9
+_MOST_BYTES = 2**30
+"""Of a file, decompressed: ten times as much as the largest set of digits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,10 +87,17 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(path: Path) -> bytes:
+    """What a file holds, of which no more is decompressed than there can be digits."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with open_regular(path, error=CorruptImage) as file:
+            content = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(_MOST_BYTES + 1)
+    except CorruptImage:
+        raise
     except (OSError, EOFError, zlib.error) as error:
         raise CorruptImage(f"cannot read {path}: {error}; get the file again") from error
+    if len(content) > _MOST_BYTES:
+        raise CorruptImage(f"{path} holds more than {_MOST_BYTES} bytes: allowed are digits, in fewer")
+    return content
 
 
 def _parse(content: bytes, path: Path, magic: int, *, num_axes: int) -> NDArray[np.uint8]:
