@@ -238,8 +238,23 @@ def test_an_archive_that_unpacks_to_more_is_refused(folder: Path) -> None:
         load(folder)
 
 
+UNCHECKED: dict[str, Any] = {"check_invariants": False}
 STATES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda s: s.pop("progress"), "progress is missing"),
+    (lambda s: s["progress"].pop("update"), "progress.update is missing"),
+    (lambda s: s["progress"].pop("best_accuracy"), "progress.best_accuracy is missing"),
+    (
+        lambda s: s["model"].update({"0.bias": torch.sparse_coo_tensor([[10**9]], [1.0], (4,), **UNCHECKED)}),
+        "holds a tensor of layout torch.sparse_coo .*: allowed are dense tensors",
+    ),
+    (
+        lambda s: s["model"].update({"0.bias": torch.zeros(4, device="meta")}),
+        "holds a tensor of layout torch.strided .* on meta: allowed are dense tensors",
+    ),
+    (
+        lambda s: s["optimizer"].update(a=[{1: (torch.sparse_coo_tensor([[9]], [1.0], (4,), **UNCHECKED),)}]),
+        "holds a tensor of layout torch.sparse_coo .*: allowed are dense tensors",
+    ),
     (lambda s: s.update(progress=3), "progress is 3: allowed is an object"),
     (lambda s: s["progress"].update(update="x"), "progress.update is 'x': allowed is a valid integer"),
     (lambda s: s["progress"].update(update=-1), "progress: update=-1: allowed are 0 and more"),
@@ -302,6 +317,30 @@ def test_states_that_pytorch_does_not_take_are_one_clear_error(folder: Path) -> 
         checkpoints.save(state, 1)
         with pytest.raises(DamagedCheckpoint, match="holds states that cannot be gone on with"):
             make_trainer(config_of(folder), folder).run()
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "digest", "best.txt", "log.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_no_part_of_a_run(folder: Path, name: str, kind: str) -> None:
+    places = {"checkpoint": best(folder), "digest": best(folder).with_name(f"{best(folder).name}.sha256")}
+    places |= {"best.txt": folder / "checkpoints/best.txt", "log.jsonl": folder / "log.jsonl"}
+    path = places[name]
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    text = rf"{path.name}( leads to /dev/zero| is no regular file)"
+    if name == "log.jsonl":
+        with pytest.raises(RunMismatch, match=text):
+            read_log(folder)
+        with pytest.raises(RunMismatch, match=text):
+            make_trainer(config_of(folder), folder).run()
+    else:
+        with pytest.raises(DamagedCheckpoint, match=text):
+            load(folder)
 
 
 # --- links -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from streamcnn.cli.arguments import (
     parse,
     parse_extent,
 )
+from streamcnn.text import printable
 from streamcnn.units import parse_bytes
 
 
@@ -69,7 +70,7 @@ def plan(
         planned = streamed.plan_for(machine, shape)
     else:
         planned = streamed.plan(shape)
-    typer.echo(planned.to_json() if as_json else planned.explain())
+    typer.echo(planned.to_json() if as_json else printable(planned.explain(), keep="\n"))
 
 
 def verify(
@@ -91,7 +92,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps({"max_error": report.max_error, "errors": report.errors}))
     else:
-        typer.echo(report.explain())
+        typer.echo(printable(report.explain(), keep="\n"))
     if not report.max_error <= tolerance:  # so that NaN fails
         typer.echo(f"streamcnn: error {report.max_error:.1e} is beyond {tolerance:.1e}", err=True)
         raise typer.Exit(FAILED)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
 from streamcnn.errors import StreamError
-from streamcnn.text import printable
+from streamcnn.text import as_text, printable
 from streamcnn.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -154,8 +153,7 @@ def train(
         f"{result.best_accuracy:.1%}: {result.best}"
     )
     for line in (best, f"page: {write_report(out)}"):
-        # As text: brackets in a folder's name are no markup.
-        console.print(Text(printable(line)), soft_wrap=True, highlight=False)
+        console.print(as_text(line), soft_wrap=True, highlight=False)
 
 
 def evaluate(

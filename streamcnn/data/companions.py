@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from streamcnn.data.sources.files import is_there
 from streamcnn.documents import read_regular
 from streamcnn.errors import DatasetMismatch
 
@@ -63,7 +64,7 @@ def further_files(path: Path) -> list[Path]:
         found = [path.parent / name for name in _names_in_vms(path)]
     else:
         found = []
-    return [each for each in found if each.exists()]
+    return [each for each in found if is_there(each)]
 
 
 def _names_in_vms(path: Path) -> list[str]:

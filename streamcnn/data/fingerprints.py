@@ -31,6 +31,8 @@ def fingerprint(paths: Sequence[Path]) -> str:
         for path in paths:
             for part in _of_folder(path) if path.is_dir() else _of_file(path):
                 known.update(part)
+    except CorruptImage:
+        raise
     except OSError as error:
         raise CorruptImage(
             f"cannot read {error.filename}: {error.strerror}; see that it is there and that you may read it"

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from streamcnn.data.companions import further_files
 from streamcnn.data.dicom import series_uid
+from streamcnn.data.sources.files import is_there
 from streamcnn.data.sources.places import METADATA_BYTES, zarr_object
 from streamcnn.data.sources.tiff_series import opened_tiff
 from streamcnn.documents import read_regular
@@ -113,7 +114,7 @@ def _files_of_ome(path: Path) -> tuple[Path, ...]:
             f"{path} is a part of an OME-TIFF with {len(images)} images in {len(every)} files: allowed is "
             "one image in a file or in several; write each as a file of its own"
         )
-    return (main, *sorted(file for file in every - {main} if file.exists()))
+    return (main, *sorted(file for file in every - {main} if is_there(file)))
 
 
 def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main: Path) -> set[Path]:

@@ -22,6 +22,7 @@ import torch
 from streamcnn.atomic import open_new, replace_file
 from streamcnn.documents import read_within, require_within, size_within
 from streamcnn.errors import DamagedCheckpoint, RunMismatch
+from streamcnn.text import printable
 
 BEST = "best.txt"
 """Names the best checkpoint."""
@@ -139,7 +140,7 @@ class CheckpointFolder:
                 damaged[path] = str(error)
                 continue
             for bad, text in damaged.items():
-                warnings.warn(f"{text}; going on from {path.name}, the one before", stacklevel=2)
+                warnings.warn(f"{printable(text)}; going on from {path.name}, the one before", stacklevel=2)
                 bad.rename(bad.with_name(bad.name + _DAMAGED))
             return state
         if damaged:

@@ -308,7 +308,7 @@ def _locked(folder: Path) -> FileLock:
         ) from error
     except OSError as error:
         raise StreamError(
-            f"cannot lock {folder / LOCK}: {error.strerror}; see that you may write there, and that it is a file"
+            f"cannot lock {folder / LOCK}: {error.strerror}; see that it is a file which you may write to"
         ) from error
     return lock
 
