@@ -37,7 +37,7 @@ from streamcnn.data.sources import (
     open_image,
     write_zarr_image,
 )
-from streamcnn.data.sources.tiff_bounds import _picture_size
+from streamcnn.data.sources.tiff_bounds import _picture_size, check_micromanager
 from streamcnn.data.sources.tiff_series import tiff_series
 from streamcnn.data.ultramnist import load_digits
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
@@ -83,7 +83,7 @@ def test_a_tiff_that_tells_of_more_planes_than_can_be_is_refused(
     path = write_ome(tmp_path, text)
     for open_it in (open_image, TiffSource, tiff_series):
         with pytest.raises(
-            DatasetMismatch, match=rf"a\.tif has OME-XML that tells of {count} planes or parts: allowed"
+            DatasetMismatch, match=rf"a\.tif has metadata that tell of {count} planes or parts: allowed"
         ):
             open_it(path)
 
@@ -126,6 +126,31 @@ def test_a_tiff_that_goes_on_in_a_pipe_is_refused(tmp_path: Path) -> None:
     part = '<TiffData IFD="0"><UUID FileName="b.tif">urn:uuid:1</UUID></TiffData>'
     with pytest.raises(CorruptImage, match=r"b\.tif is a named pipe"):
         TiffSource(write_ome(tmp_path, ome(part)))
+
+
+def ndtiff_index(*names: str) -> bytes:
+    """The index of an NDTiff dataset: a plane of uint8 in each file."""
+    parts = []
+    for at, name in enumerate(names):
+        axes, encoded = json.dumps({"channel": at}).encode(), name.encode()
+        parts += [struct.pack("<I", len(axes)), axes, struct.pack("<I", len(encoded)), encoded]
+        parts.append(struct.pack("<8I", 8, 30, 40, 0, 0, 0, 0, 0))
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("name", ["../b.tif", "/etc/passwd", "b.tif"])
+def test_an_ndtiff_that_goes_on_elsewhere_or_in_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "a.tif"
+    tifffile.imwrite(path, pixels(1, size=_SIZE)[0], metadata=None)
+    os.mkfifo(folder / "b.tif")
+    (folder / "NDTiff.index").write_bytes(ndtiff_index("a.tif", name))
+    with tifffile.TiffFile(path) as file:
+        file.__dict__["is_ndtiff"] = True
+        file.__dict__["is_mmstack"] = False
+        with pytest.raises(CorruptImage, match=r"leads to .*: allowed are files|b\.tif is a named pipe"):
+            check_micromanager("a.tif", file)
 
 
 def change_tag(path: Path, code: int, value: int) -> None:

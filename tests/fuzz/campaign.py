@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,7 @@ def make_seeds(folder: Path, targets: list[str]) -> None:
 
 
 def _make_seeds(folder: Path, targets: list[str]) -> None:
+    warnings.simplefilter("ignore")  # zarr's, of metadata that are not in the specification
     for target in targets:
         for name, make in SEEDS[target].items():
             place = folder / target / name

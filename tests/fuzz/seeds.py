@@ -18,7 +18,6 @@ from PIL import Image
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from streamcnn.data.sources import write_zarr_image
-from streamcnn.data.tile_store import Head, TileStoreWriter
 from streamcnn.data.tile_store.format import JOURNAL, parse_head, parse_record, read_complete
 from streamcnn.rates import NOMINAL
 
@@ -40,7 +39,8 @@ def _unfinished_store(folder: Path) -> None:
     assert complete is not None
     manifest, _ = complete
     head, *records = manifest.read_bytes().splitlines()
-    assert parse_head(head, manifest) and all(parse_record(line, manifest) for line in records)
+    assert parse_head(head, manifest)
+    assert all(parse_record(line, manifest) for line in records)
     (store / JOURNAL).write_bytes(manifest.read_bytes())
     (store / "complete.json").unlink()
     manifest.unlink()
@@ -109,9 +109,10 @@ def _two_file_ome(folder: Path) -> None:
     names = "image.tif", "other.tif"
     parts = "".join(where.format(c=c, name=name) for c, name in enumerate(names))
     xml = (
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0"><Image ID="Image:0">'
-        '<Pixels DimensionOrder="XYCZT" ID="Pixels:0" SizeC="2" SizeT="1" SizeX="30" SizeY="40" SizeZ="1" '
-        f'Type="uint8"><Channel ID="C:0"/><Channel ID="C:1"/>{parts}</Pixels></Image></OME>'
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
+        '<Image ID="Image:0"><Pixels DimensionOrder="XYCZT" ID="Pixels:0" SizeC="2" SizeT="1" SizeX="30" '
+        'SizeY="40" SizeZ="1" Type="uint8"><Channel ID="C:0"/><Channel ID="C:1"/>'
+        f"{parts}</Pixels></Image></OME>"
     )
     for c, name in enumerate(names):
         tifffile.imwrite(folder / name, _PIXELS[c], description=xml, metadata=None, tile=(16, 16))

@@ -192,7 +192,7 @@ def _use_rates(folder: Path, attempts: Attempts) -> None:
             assert all(0 < number < float("inf") for number in numbers)
             assert len(rates.read_bytes) == len(rates.write_bytes) == 3
             if measured:
-                attempts.refusals.append("measured again")
+                attempts.refusals.append("rates: measured again")
     finally:
         calibration._key, calibration.calibrate = before[0], before[1]
         os.environ[calibration.VARIABLE] = before[2] or "off"

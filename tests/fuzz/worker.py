@@ -21,7 +21,7 @@ from .targets import TARGETS, Attempts
 
 MEMORY_BYTES = 2**28
 """What an input may take on top of what the process holds after it has opened a valid one."""
-MOST_TEXT = 5000
+MOST_TEXT = 3000
 """Characters of an error's text."""
 SECRET = "what nobody may read 7d1f"
 
@@ -147,7 +147,7 @@ def serve(connection: Connection, target: str, seeds: Path, root: Path) -> None:
     warnings.simplefilter("ignore")
     logging.disable()
     sys.path.append(str(seeds / target / "run"))  # of the factory that runs name
-    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdin = open(os.devnull)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     watch = Watch()
     tempfile.tempdir = str(root / "case")
@@ -191,7 +191,9 @@ def _opened(case: Case, folder: Path, watch: Watch) -> Outcome:
         return Outcome("escape", "the file beside the folder was changed")
     if any(SECRET in text for text in attempts.refusals):
         return Outcome("escape", "a text shows the file beside the folder")
-    wrong = [text for text in attempts.refusals if not text.strip() or len(text) > MOST_TEXT]
+    wrong = [
+        text for text in attempts.refusals if not text.partition(":")[2].strip() or len(text) > MOST_TEXT
+    ]
     if wrong:
         return Outcome("fault", f"text of {len(wrong[0])} characters: {wrong[0]:.300}")
     return Outcome("refused" if attempts.refusals else "accepted", "\n".join(attempts.refusals))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tifffile import COMPRESSION, TiffFile, TiffPage
+from tifffile import COMPRESSION, TiffFile, TiffPage, read_ndtiff_index
 
 from streamcnn.data.sources.files import check_piece, is_there, regular
 from streamcnn.documents import require_within
@@ -68,6 +68,28 @@ def check_ome(name: str, file: TiffFile) -> None:
     _check_planes(name, num_parts)
 
 
+def check_micromanager(name: str, file: TiffFile) -> None:
+    """Raise if a file of Micro-Manager goes on in files that must not be opened.
+
+    Raises
+    ------
+    CorruptImage
+        If one lies elsewhere, or is a pipe, a socket or a device.
+    DatasetMismatch
+        If there are too many planes.
+    """
+    main = Path(file.filehandle.path)
+    if file.is_ndtiff:
+        index = main.parent / "NDTiff.index"
+        _check_companion(main, index.name)
+        for count, (_, other, *_) in enumerate(read_ndtiff_index(index)):
+            _check_planes(name, count)
+            _check_companion(main, other)
+    if file.is_mmstack:
+        for path in main.parent.glob("*_MMStack*.tif"):
+            _check_companion(main, path.name)
+
+
 def _number(name: str, element: ElementTree.Element, key: str) -> int:
     """A whole number among an element's attributes; 0 where it is not there."""
     text = element.get(key, "0")
@@ -87,8 +109,8 @@ def _num_steps(name: str, element: ElementTree.Element) -> int:
 def _check_planes(name: str, count: int) -> None:
     if count > _MOST_PLANES:
         raise DatasetMismatch(
-            f"{name} has OME-XML that tells of {count} planes or parts: allowed are {_MOST_PLANES}; its "
-            "metadata is damaged, or the image has to be divided"
+            f"{name} has metadata that tell of {count} planes or parts: allowed are {_MOST_PLANES}; they "
+            "are damaged, or the image has to be divided"
         )
 
 

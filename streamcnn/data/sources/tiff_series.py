@@ -9,7 +9,7 @@ from pathlib import Path
 from tifffile import TiffFile, TiffPageSeries
 
 from streamcnn.data.sources.files import opening, regular
-from streamcnn.data.sources.tiff_bounds import check_ome
+from streamcnn.data.sources.tiff_bounds import check_micromanager, check_ome
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
@@ -74,10 +74,11 @@ def all_series(path: str, file: TiffFile) -> list[TiffPageSeries]:
     CorruptImage, DatasetMismatch
         If its description claims what cannot be.
     """
-    check_ome(path, file)
-    # Of files that an image goes on in, those are opened that were looked at.
-    file._multifile = bool(file.is_ome)
     try:
+        check_ome(path, file)
+        check_micromanager(path, file)
+        # Of files that an image goes on in, those are opened that were looked at.
+        file._multifile = bool(file.is_ome)
         return file.series
     except MemoryError as error:
         raise CorruptImage(
