@@ -37,7 +37,8 @@ from streamcnn.data.sources import (
     open_image,
     write_zarr_image,
 )
-from streamcnn.data.sources.tiff_bounds import _picture_size, check_micromanager
+from streamcnn.data.sources.picture_heads import picture_size
+from streamcnn.data.sources.tiff_bounds import check_micromanager
 from streamcnn.data.sources.tiff_series import tiff_series
 from streamcnn.data.ultramnist import load_digits
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
@@ -188,7 +189,7 @@ def test_tiles_and_strips_of_any_size_are_not_decoded(
         TiffSource(path)
 
 
-@pytest.mark.parametrize("codec", ["jpeg", "jpeg2k", "png", "webp", "lerc"])
+@pytest.mark.parametrize("codec", ["jpeg", "jpeg2k", "jpegxl", "jpegxr", "png", "webp", "lerc"])
 def test_a_tile_that_holds_a_larger_picture_is_not_decoded(tmp_path: Path, codec: str) -> None:
     path = tmp_path / "a.tif"
     names = {"jpeg2k": "jpeg2000"}
@@ -212,13 +213,32 @@ def test_a_tile_that_holds_a_larger_picture_is_not_decoded(tmp_path: Path, codec
         TiffSource(path).read(region(0, 9, 0, 9))
 
 
-def test_heads_of_pictures_that_are_cut_short_say_nothing() -> None:
-    for codec, compression in (("jpeg", 7), ("jpeg2k", 34712), ("png", 34933), ("webp", 50001)):
-        whole = bytes(getattr(imagecodecs, f"{codec}_encode")(np.zeros((30, 20, 3), np.uint8)))
-        sizes = {_picture_size(whole[:length], compression) for length in range(len(whole) + 1)}
-        assert sizes == {None, (30, 20)}
-    lossy = bytes(imagecodecs.webp_encode(pixels(3, size=(30, 20)).transpose(1, 2, 0).copy(), lossless=False))
-    assert _picture_size(lossy, 50001) == (30, 20)
+HEADS = [
+    ("jpeg", 7),
+    ("jpeg2k", 34712),
+    ("jpegxl", 50002),
+    ("jpegxr", 34934),
+    ("png", 34933),
+    ("webp", 50001),
+]
+
+
+@pytest.mark.parametrize(("codec", "compression"), HEADS)
+def test_the_size_of_a_picture_stands_in_its_head(codec: str, compression: int) -> None:
+    encode = getattr(imagecodecs, f"{codec}_encode")
+    for height, width in ((30, 20), (64, 64), (40, 80), (600, 1500), (1, 9)):
+        whole = bytes(encode(np.zeros((height, width, 3), np.uint8)))
+        assert picture_size(whole, compression) == (height, width)
+        assert picture_size(whole[:3], compression) is None
+    sizes = {picture_size(whole[:length], compression) for length in range(len(whole))}
+    assert sizes <= {None, (1, 9)}
+
+
+def test_the_size_of_a_lossy_webp_stands_in_its_head() -> None:
+    image = np.ascontiguousarray(pixels(3, size=(30, 20)).transpose(1, 2, 0))
+    lossy = bytes(imagecodecs.webp_encode(image, lossless=False))
+    assert lossy[12:16] == b"VP8 "
+    assert picture_size(lossy, 50001) == (30, 20)
 
 
 def test_memory_for_a_hostile_tiff_is_bounded(tmp_path: Path) -> None:

@@ -7,15 +7,14 @@ and has codecs of pictures decode what a tile holds, of whatever size that is.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tifffile import COMPRESSION, TiffFile, TiffPage, read_ndtiff_index
+from tifffile import TiffFile, TiffPage, read_ndtiff_index
 
 from streamcnn.data.sources.files import check_piece, is_there, regular
+from streamcnn.data.sources.picture_heads import picture_size
 from streamcnn.documents import require_within
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
@@ -25,9 +24,6 @@ _SLACK_PIXELS = 2**16
 """By which a tile's own picture may be larger than twice the tile."""
 _COUNTS = {"IFD", "FirstC", "FirstT", "FirstZ", "SamplesPerPixel"}
 _STEPS = ("Start", "End", "Step")
-_JPEG = frozenset({COMPRESSION.OJPEG, COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY, COMPRESSION.ALT_JPEG})
-_HEAD_BYTES = 2**12
-"""In which the size stands, for all but JPEG."""
 
 
 def check_ome(name: str, file: TiffFile) -> None:
@@ -134,13 +130,13 @@ def check_chunk(name: str, page: TiffPage, size: tuple[int, int], max_pixels: in
 def bound_pictures(name: str, page: TiffPage, size: tuple[int, int]) -> None:
     """Let the page's decoder refuse a tile whose own picture is larger than the tile of ``size`` (H, W).
 
-    Reading such a tile raises `CorruptImage`. JPEG, JPEG 2000, PNG, WebP and LERC say how large they are.
+    Reading such a tile raises `CorruptImage`.
     """
     unbounded: Any = page.decode
     limit = 2 * math.prod(size) + _SLACK_PIXELS
 
     def decode(data: bytes | None, *args: Any, **options: Any) -> Any:
-        found = None if data is None else _picture_size(bytes(data), page.compression)
+        found = None if data is None else picture_size(bytes(data), page.compression)
         if found is not None and math.prod(found) > limit:
             raise CorruptImage(
                 f"a tile or strip of {name} holds a picture of {found[0]} x {found[1]} pixels, its place has "
@@ -149,61 +145,3 @@ def bound_pictures(name: str, page: TiffPage, size: tuple[int, int]) -> None:
         return unbounded(data, *args, **options)
 
     page.__dict__["decode"] = decode  # where tifffile keeps it once it is made
-
-
-def _picture_size(data: bytes, compression: int) -> tuple[int, int] | None:
-    """Height and width of a picture that a tile holds, by its own head; None where that is not known."""
-    try:
-        return _size_of_jpeg(data) if compression in _JPEG else _size_by_magic(data[:_HEAD_BYTES])
-    except struct.error:
-        return None
-
-
-def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
-    """The largest that a frame's header says: a decoder may take any of them."""
-    return max(_frames(data), key=math.prod, default=None)
-
-
-def _frames(data: bytes) -> Iterator[tuple[int, int]]:
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF, 0x01, *range(0xD0, 0xD9)):
-            at += 1
-            continue
-        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            yield struct.unpack_from(">HH", data, at + 5)
-        if kind == 0xDA:  # entropy-coded data follow, in which no header stands
-            return
-        at += 2 + length
-
-
-def _size_by_magic(head: bytes) -> tuple[int, int] | None:
-    if head.startswith(b"\x89PNG"):
-        width, height = struct.unpack_from(">II", head, 16)
-        return height, width
-    if head.startswith(b"Lerc2 "):
-        (version,) = struct.unpack_from("<i", head, 6)
-        height, width = struct.unpack_from("<ii", head, 14 if version >= 3 else 10)
-        return height, width
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return _size_of_webp(head)
-    at = head.find(b"\xff\x4f\xff\x51")  # a codestream of JPEG 2000, alone or in its boxes
-    if at >= 0:
-        right, bottom, left, top = struct.unpack_from(">IIII", head, at + 8)
-        return bottom - top, right - left
-    return None
-
-
-def _size_of_webp(head: bytes) -> tuple[int, int] | None:
-    match head[12:16]:
-        case b"VP8X":
-            width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
-        case b"VP8L":
-            (bits,) = struct.unpack_from("<I", head, 21)
-            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        case b"VP8 ":
-            width, height = (each & 0x3FFF for each in struct.unpack_from("<HH", head, 26))
-        case _:
-            return None
-    return height, width

@@ -8,7 +8,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +99,7 @@ def _read(path: Path) -> bytes:
         raise CorruptImage(f"cannot read {path}: {error}; get the file again") from error
 
 
-def _bounded(file: IO[bytes], path: Path) -> bytes:
+def _bounded(file: gzip.GzipFile | BinaryIO, path: Path) -> bytes:
     pieces: list[bytes] = []
     total = 0
     # In pieces, for a buffer is made for as much as is asked for.
