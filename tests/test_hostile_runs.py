@@ -110,6 +110,28 @@ def test_a_timm_model_of_any_size_is_compared_before_memory_is_taken(folder: Pat
         load_run(folder)
 
 
+def test_a_factory_s_model_of_any_size_is_compared_before_memory_is_taken(folder: Path) -> None:
+    change_json(folder / RUN, lambda found: found.update(model_options={"width": 10**12}))
+    with pytest.raises(
+        DamagedCheckpoint, match=r"of another model than the run's: 0.bias is \[4\] there and"
+    ):
+        load(folder)
+
+
+def test_a_factory_that_looks_at_its_weights_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hostile_factories
+
+    plain = hostile_factories.small
+
+    def looking() -> torch.nn.Module:
+        net = plain()
+        assert net[0].weight.abs().sum().item() >= 0  # fails where there are no numbers
+        return net
+
+    monkeypatch.setattr(hostile_factories, "small", looking)
+    assert load(folder).classes == ("bright", "dark")
+
+
 def nested(depth: int) -> Any:
     return {"a": nested(depth - 1)} if depth else 1
 

@@ -244,6 +244,8 @@ def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
             found[name] = value
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply: allowed are plain values") from None
     return found
 
 
