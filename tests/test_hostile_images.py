@@ -106,6 +106,33 @@ def test_a_tiff_with_damaged_numbers_is_refused(tmp_path: Path, text: str, said:
         TiffSource(path)
 
 
+LAUGHS = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+XML_BOMBS = [
+    f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e0 "ha">{LAUGHS}]><OME>&e11;</OME>',
+    f"<OME>{'<a>' * 300_000}{'</a>' * 300_000}</OME>",
+]
+
+
+@pytest.mark.parametrize("text", XML_BOMBS, ids=["laughs", "depth"])
+def test_xml_that_grows_without_end_is_read_no_further(tmp_path: Path, text: str) -> None:
+    tiff = tmp_path / "tiff" / "a.tif"
+    tiff.parent.mkdir()
+    tifffile.imwrite(tiff, pixels(1, size=_SIZE)[0], description=text, metadata=None, tile=(16, 16))
+    raw = tmp_path / "raw"
+    group = zarr.create_group(raw, zarr_format=2)
+    group.attrs["bioformats2raw.layout"] = 3
+    group.create_group("0")
+    (raw / "OME").mkdir()
+    (raw / "OME" / "METADATA.ome.xml").write_text(text)
+    for use in (open_image, tiff_series, find_images_of):
+        with refused_or_not():
+            use(tiff)
+    with refused_or_not():
+        find_images([raw])
+    with pytest.raises(CorruptImage):
+        ZarrSource(raw)
+
+
 @pytest.mark.parametrize("name", ["../b.tif", "{elsewhere}/b.tif", "inside/../../b.tif"])
 def test_a_tiff_that_goes_on_in_another_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder, elsewhere = tmp_path / "folder", tmp_path
