@@ -420,6 +420,8 @@ def test_links_out_of_a_run_are_not_read(folder: Path, tmp_path: Path, name: str
     [
         (b"{}", "line 1 is no update and no epoch"),
         (b"[]", "line 1 is no update and no epoch"),
+        (b'{"kind": ["update"]}', "line 1 is no update and no epoch"),
+        (b'{"kind": {}}', "line 1 is no update and no epoch"),
         (b'{"kind": "epoch", "epoch": 0}', "line 1: loss is missing"),
         (b'{"kind": "update", "update": "x"}', "line 1: update is 'x': allowed is a valid integer"),
         (b"\xff", "line 1 is no valid JSON"),

@@ -140,7 +140,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def _line(content: bytes, where: str) -> dict[str, Any]:
     # A loss may be no number.
     found = parse_json(content, where, error=RunMismatch, finite=False)
-    if not isinstance(found, dict) or found.get("kind") not in _LINES:
+    if not isinstance(found, dict) or found.get("kind") not in tuple(_LINES):
         raise RunMismatch(f"{where} is no update and no epoch: put back what `streamcnn train` wrote")
     kind = _LINES[found["kind"]]
     known: dict[str, Any] = {name: found[name] for name in kind.__slots__ if name in found}
