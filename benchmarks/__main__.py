@@ -35,6 +35,7 @@ from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
+from streamcnn.text import as_text
 from streamcnn.training.runs import present_devices
 from streamcnn.units import format_bytes, format_duration, parse_bytes
 
@@ -79,11 +80,10 @@ def run(
     deadline = Deadline(seconds)
     source = load_digits(digits)
     for note in source.notes:
-        console.print(note, soft_wrap=True, highlight=False)
+        console.print(as_text(note), soft_wrap=True, highlight=False)
     images = work / size.name / "images"
-    console.print(
-        f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}", highlight=False
-    )
+    described = f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}"
+    console.print(as_text(described), highlight=False)
     try:
         fingerprint = fingerprint_of(_generated(size, images, source, workers, deadline, console))
         for seed, method in itertools.product(numbers, chosen):
@@ -100,7 +100,7 @@ def run(
                 shutil.rmtree(folder, ignore_errors=True)
             found = _in_a_process(key, work / size.name, folder, deadline)
             record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
-            console.print(_line(method, seed, found), soft_wrap=True, highlight=False)
+            console.print(as_text(_line(method, seed, found)), soft_wrap=True, highlight=False)
     except OutOfTime:
         console.print("out of time: the same command goes on", highlight=False)
 

@@ -45,6 +45,10 @@ class UntrustedModel(StreamError, PermissionError):
     """A file names code to be run that the caller has not allowed."""
 
 
+class RatesUnusable(StreamError, OSError):
+    """The file that keeps this machine's rates can be neither read nor written."""
+
+
 class TrainingDiverged(StreamError, ArithmeticError):
     """The loss is no number any more."""
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def printable(text: object, *, keep: str = "") -> str:
@@ -30,3 +34,10 @@ def printable(text: object, *, keep: str = "") -> str:
 def html_text(text: object) -> str:
     """``text`` for an HTML page, in its body or in an attribute."""
     return escape(printable(text, keep="\n"), quote=True)
+
+
+def as_text(text: object) -> Text:
+    """``text`` for a console of rich, which takes brackets in a plain string for markup; lines are kept."""
+    from rich.text import Text
+
+    return Text(printable(text, keep="\n"))

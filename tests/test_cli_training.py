@@ -295,6 +295,8 @@ def test_options_of_options_are_read_as_json_or_text() -> None:
     assert found == {"momentum": 0.9, "nesterov": True, "mode": "max", "betas": [0.9, 0.99]}
     with pytest.raises(ValueError, match="mode is given twice"):
         parse_key_values(["mode=min", "mode=max"])
+    with pytest.raises(ValueError, match="a is nested too deeply: allowed are plain values"):
+        parse_key_values([f"a={'[' * 100_000}"])
 
 
 def test_sigterm_saves_and_has_a_status_of_its_own(workplace: Path) -> None:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import os
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numcodecs
 import numpy as np
 import pytest
 import zarr
 from source_contract import assert_reads, pixels, region
 from typer.testing import CliRunner
+from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
+from zarr.codecs import numcodecs as numcodecs_of_zarr
 
 from streamcnn.cli import app
 from streamcnn.data.sources import ZarrSource, open_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
+BOMB = np.zeros(5_000_000, "u1")
+CODECS = [
+    numcodecs.GZip(),
+    numcodecs.LZMA(),
+    numcodecs.LZ4(),
+    numcodecs.Blosc(),
+    numcodecs.Zstd(),
+    numcodecs.BZ2(),
+    numcodecs.Zlib(),
+]
 
-@pytest.mark.parametrize("codec", [numcodecs.Zstd(), numcodecs.Zlib(), numcodecs.Blosc(), numcodecs.BZ2()])
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.codec_id)
 def test_a_chunk_that_inflates_to_more_than_its_place_is_not_inflated(tmp_path: Path, codec: Any) -> None:
     path = tmp_path / "a.zarr"
     array = zarr.create_array(
@@ -26,8 +42,64 @@ def test_a_chunk_that_inflates_to_more_than_its_place_is_not_inflated(tmp_path: 
     )
     array[:] = image = pixels(1, size=(64, 64))[0]
     assert_reads(ZarrSource(path), image[None], region(0, 9, 3, 64))
-    (path / "0.0").write_bytes(codec.encode(np.zeros(5_000_000, "u1")))
+    (path / "0.0").write_bytes(codec.encode(BOMB))
     with pytest.raises(CorruptImage, match=r"a\.zarr: a chunk inflates to .*, its array has place for 4096"):
+        ZarrSource(path).read(region(0, 9, 3, 64))
+
+
+@pytest.mark.parametrize("name", ["gzip", "lzma", "lz4", "blosc", "zstd", "bz2"])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_chunk_of_version_3_is_not_inflated_either(tmp_path: Path, name: str, is_sharded: bool) -> None:
+    """Where zarr has no codec of its own, that of numcodecs."""
+    own: dict[str, Any] = {"gzip": GzipCodec(), "blosc": BloscCodec(), "zstd": ZstdCodec()}
+    others: dict[str, Any] = {"lzma": numcodecs_of_zarr.LZMA, "lz4": numcodecs_of_zarr.LZ4}
+    others["bz2"] = numcodecs_of_zarr.BZ2
+    path = tmp_path / "a.zarr"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zarr: numcodecs' are no part of the format
+        array = zarr.create_array(
+            path,
+            shape=(64, 64),
+            chunks=(32, 64) if is_sharded else (64, 64),
+            shards=(64, 64) if is_sharded else None,
+            dtype="u1",
+            compressors=own[name] if name in own else others[name](),
+        )
+        array[:] = image = pixels(1, size=(64, 64))[0]
+        assert_reads(ZarrSource(path), image[None], region(0, 9, 3, 64))
+        place = path / "c/0/0"
+        bomb = numcodecs.get_codec({"id": name}).encode(BOMB)
+        place.write_bytes(in_shard(bomb) if is_sharded else bomb)
+        limit = 32 * 64 if is_sharded else 64 * 64
+        with pytest.raises(
+            CorruptImage, match=rf"a\.zarr: a chunk inflates to .*, its array has place for {limit}"
+        ):
+            ZarrSource(path).read(region(0, 9, 3, 64))
+
+
+def in_shard(chunk: bytes) -> bytes:
+    """A shard of two chunks with the one in the first's place, and the other missing."""
+    index = struct.pack("<4Q", 0, len(chunk), 2**64 - 1, 2**64 - 1)
+    return chunk + index + google_crc32c.value(index).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.codec_id)
+def test_a_chunk_behind_a_filter_is_not_inflated(tmp_path: Path, codec: Any) -> None:
+    path = tmp_path / "a.zarr"
+    array = zarr.create_array(
+        path,
+        shape=(64, 64),
+        chunks=(64, 64),
+        dtype="u1",
+        zarr_format=2,
+        filters=[numcodecs.Delta("u1")],
+        compressors=codec,
+    )
+    array[:] = pixels(1, size=(64, 64))[0]
+    (path / "0.0").write_bytes(codec.encode(BOMB))
+    with pytest.raises(
+        CorruptImage, match=r"a\.zarr: a chunk inflates to .*, its array has place for 131072"
+    ):
         ZarrSource(path).read(region(0, 9, 3, 64))
 
 

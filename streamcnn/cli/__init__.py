@@ -7,6 +7,7 @@ wrong usage answer at once.
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -31,12 +32,26 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line and exit; errors that a user can act on are one line on standard error."""
+    _make_logs_printable()
     try:
         app()
     except StreamError as error:
         typer.echo(printable(f"streamcnn: error: {error}", keep="\n"), err=True)
         raise SystemExit(FAILED) from None
     raise SystemExit(0)
+
+
+class _Printable(logging.Formatter):
+    """What libraries log of files, such as what is wrong with a TIFF's tags, as text that is shown alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
+
+
+def _make_logs_printable() -> None:
+    """Of what nothing else handles, which goes to standard error."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from streamcnn.cli.arguments import ChannelsLast, Json, Level, Series, choice_of
-from streamcnn.text import printable
+from streamcnn.text import as_text, printable
 from streamcnn.units import format_bytes, plural
 
 if TYPE_CHECKING:
@@ -80,11 +79,7 @@ def convert(
         for record in records:
             progress.advance(progress.task_ids[0])
             line = f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}"
-            progress.console.print(
-                Text(printable(line)),
-                soft_wrap=True,
-                highlight=False,
-            )
+            progress.console.print(as_text(line), soft_wrap=True, highlight=False)
 
 
 def store_facts(store: TileStore) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def plan(
         planned = streamed.plan(shape if source is None else [source] * batch)
     if source is not None and not as_json:
         typer.echo(printable(_file_line(source)))
-    typer.echo(planned.to_json() if as_json else planned.explain())
+    typer.echo(planned.to_json() if as_json else printable(planned.explain(), keep="\n"))
 
 
 def _refuse_beside_image(image: Path | None, given: dict[str, Any], chosen: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps({"max_error": report.max_error, "errors": report.errors}))
     else:
-        typer.echo(report.explain())
+        typer.echo(printable(report.explain(), keep="\n"))
     if not report.max_error <= tolerance:  # so that NaN fails
         typer.echo(f"streamcnn: error {report.max_error:.1e} is beyond {tolerance:.1e}", err=True)
         raise typer.Exit(FAILED)

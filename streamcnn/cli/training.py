@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from streamcnn.cli.arguments import (
     ChannelsLast,
@@ -24,7 +23,7 @@ from streamcnn.cli.arguments import (
     parse_extent,
 )
 from streamcnn.errors import StreamError
-from streamcnn.text import printable
+from streamcnn.text import as_text, printable
 from streamcnn.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -169,8 +168,7 @@ def train(
         f"{result.best_accuracy:.1%}: {result.best}"
     )
     for line in (best, f"page: {write_report(out)}"):
-        # As text: brackets in a folder's name are no markup.
-        console.print(Text(printable(line)), soft_wrap=True, highlight=False)
+        console.print(as_text(line), soft_wrap=True, highlight=False)
 
 
 def evaluate(
@@ -275,6 +273,8 @@ def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
             found[name] = value
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply: allowed are plain values") from None
     return found
 
 

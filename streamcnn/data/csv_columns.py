@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from streamcnn.data.splits import canonical
+from streamcnn.documents import open_regular
 from streamcnn.errors import DatasetMismatch, some
 
 _OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
@@ -36,10 +38,10 @@ def read_cells(
         If the file cannot be read, lacks a column or has one twice, or a row has more cells than columns.
     """
     try:
-        file = path.open(newline="", encoding="utf-8-sig")
+        content = open_regular(path, error=DatasetMismatch)
     except OSError as error:
         raise DatasetMismatch(f"cannot read the table {path}: {error.strerror}") from error
-    with file, _readable(path):
+    with io.TextIOWrapper(content, newline="", encoding="utf-8-sig") as file, _readable(path):
         yield from _cells(path, file, needed, optional, numbers)
 
 

@@ -315,7 +315,7 @@ def will_need(path: Path) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return
     try:

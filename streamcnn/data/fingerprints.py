@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from streamcnn.data.sources.places import METADATA_BYTES
+from streamcnn.documents import open_regular, read_regular
 from streamcnn.errors import CorruptImage
 
 _END_BYTES = 2**16
@@ -29,6 +31,8 @@ def fingerprint(paths: Sequence[Path]) -> str:
         for path in paths:
             for part in _of_folder(path) if path.is_dir() else _of_file(path):
                 known.update(part)
+    except CorruptImage:
+        raise
     except OSError as error:
         raise CorruptImage(
             f"cannot read {error.filename}: {error.strerror}; see that it is there and that you may read it"
@@ -37,7 +41,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def _of_file(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_regular(path, error=CorruptImage) as file:
         found = os.fstat(file.fileno())
         yield _line(path.name, found)
         yield file.read(_END_BYTES)
@@ -52,7 +56,7 @@ def _of_folder(folder: Path) -> Iterator[bytes]:
             path = Path(place, name)
             yield _line(path.relative_to(folder).as_posix(), path.stat())
             if name in _ZARR_METADATA:
-                yield path.read_bytes()
+                yield read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
 
 
 def _raise(error: OSError) -> None:

@@ -13,6 +13,7 @@ from streamcnn.data.image_files import find_images
 from streamcnn.data.label_table import Row, read_rows
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import is_image
+from streamcnn.data.sources.files import is_there
 from streamcnn.errors import DatasetMismatch, some
 
 UNSPLIT = "train"
@@ -44,7 +45,7 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     if not rows:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
     paths = [_path_of(path.parent, row.image) for row in rows]
-    missing = [at for at, file in enumerate(paths) if not file.exists() or not is_image(file)]
+    missing = [at for at, file in enumerate(paths) if not is_there(file) or not is_image(file)]
     if missing:
         raise DatasetMismatch(
             f"{path} names {some([str(paths[at]) for at in missing])}, where there is no image (line "
@@ -58,7 +59,7 @@ def _path_of(folder: Path, text: str) -> Path:
     """The path that a table names, which may have been written on Windows."""
     path = folder / text
     other = folder / text.replace("\\", "/")
-    return other if not path.exists() and other.exists() else path
+    return other if not is_there(path) and is_there(other) else path
 
 
 def _refuse_rows_twice(path: Path, rows: Sequence[Row]) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from streamcnn.atomic import open_new, replace_file
-from streamcnn.documents import read_within, require_within
+from streamcnn.documents import read_within, require_within, size_within
 from streamcnn.errors import DamagedCheckpoint, RunMismatch
+from streamcnn.text import printable
 
 BEST = "best.txt"
 """Names the best checkpoint."""
@@ -139,7 +140,7 @@ class CheckpointFolder:
                 damaged[path] = str(error)
                 continue
             for bad, text in damaged.items():
-                warnings.warn(f"{text}; going on from {path.name}, the one before", stacklevel=2)
+                warnings.warn(f"{printable(text)}; going on from {path.name}, the one before", stacklevel=2)
                 bad.rename(bad.with_name(bad.name + _DAMAGED))
             return state
         if damaged:
@@ -161,7 +162,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         If it is not there.
     """
     expected = _expected_digest(path)
-    require_within(path.parent, path, error=DamagedCheckpoint)
+    size_within(path.parent, path, error=DamagedCheckpoint)
     if _digest(path) != expected:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
     _require_plain_archive(path)
@@ -173,6 +174,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is no checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise DamagedCheckpoint(f"{path} holds a {type(state).__name__}: allowed is a dict of what was saved")
+    _require_plain_tensors(state, path)
     return state
 
 
@@ -201,6 +203,26 @@ def _require_plain_archive(path: Path) -> None:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise DamagedCheckpoint(f"{path} holds packed or overlapping entries: no checkpoint is written so")
+
+
+def _require_plain_tensors(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse tensors whose elements are not the bytes in the file.
+
+    PyTorch reads indices of sparse tensors without looking whether they lie inside, and uses them so.
+    """
+    known: set[int] = set()
+    todo: list[Any] = [state]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, torch.Tensor):
+            if each.layout != torch.strided or each.device.type != "cpu" or each.is_quantized:
+                raise DamagedCheckpoint(
+                    f"{path} holds a tensor of layout {each.layout} and type {each.dtype} on {each.device}: "
+                    "allowed are dense tensors; no checkpoint is written so"
+                )
+        elif isinstance(each, Mapping | list | tuple | set) and id(each) not in known:
+            known.add(id(each))
+            todo += [*each.keys(), *each.values()] if isinstance(each, Mapping) else each
 
 
 def _flush(path: Path) -> None:

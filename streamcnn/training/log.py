@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from streamcnn.data.label_range import require_labels
-from streamcnn.documents import conform, parse_json, read_within, require_within
+from streamcnn.documents import conform, parse_json, read_within, require_within, size_within
 from streamcnn.errors import RunMismatch
 from streamcnn.extras import require
 
@@ -77,7 +77,7 @@ class RunLog:
         # Lines are cut off, and events written, so neither may be a link to something else.
         for place in (path, folder / EVENTS):
             require_within(folder, place, error=RunMismatch)
-        present = path.stat().st_size if path.exists() else 0
+        present = size_within(folder, path, error=RunMismatch) if path.exists() else 0
         if present < nbytes:
             raise RunMismatch(
                 f"{path} has {present} bytes, and had {nbytes} when the newest checkpoint was written: put "
@@ -140,7 +140,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def _line(content: bytes, where: str) -> dict[str, Any]:
     # A loss may be no number.
     found = parse_json(content, where, error=RunMismatch, finite=False)
-    if not isinstance(found, dict) or found.get("kind") not in _LINES:
+    if not isinstance(found, dict) or found.get("kind") not in tuple(_LINES):
         raise RunMismatch(f"{where} is no update and no epoch: put back what `streamcnn train` wrote")
     kind = _LINES[found["kind"]]
     known: dict[str, Any] = {name: found[name] for name in kind.__slots__ if name in found}

@@ -293,7 +293,7 @@ def present_devices() -> list[str]:
 
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     """The model's state that a checkpoint was validated by: the averaged one, if there is one."""
-    averaged = state["averaged"]
+    averaged = state.get("averaged")
     if averaged is None:
         return dict(state["model"])
     prefix = "module."
@@ -354,13 +354,23 @@ def _restored(config: RunConfig, made: _Made, weights: Mapping[str, Any], where:
         # Weights come from the checkpoint: nothing else that the file names is read or downloaded.
         options = {key: found for key, found in config.model_options.items() if key not in WEIGHT_OPTIONS}
         config = replace(config, model_options=options)
-        # First without memory: what the file asks for may be of any size.
-        with torch.device("meta"):
-            _require_same_shapes(config.make_net(made.num_classes, made.num_channels), weights, where)
+    _compare_without_memory(config, made, weights, where)
     model = config.build(made.num_classes, made.num_channels)
     _require_same_shapes(model, weights, where)
     model.load_state_dict(weights)
     return model
+
+
+def _compare_without_memory(config: RunConfig, made: _Made, weights: Mapping[str, Any], where: Path) -> None:
+    """Compare the network with a checkpoint before memory is taken: the file may ask for any size."""
+    try:
+        with torch.device("meta"):
+            net = config.make_net(made.num_classes, made.num_channels)
+    except Exception:
+        if not is_factory(config.model):
+            raise
+        return  # a factory may look at its weights; one that fails in earnest will do so when it is called
+    _require_same_shapes(net, weights, where)
 
 
 def _require_same_shapes(net: nn.Module, weights: Mapping[str, Any], where: Path) -> None:

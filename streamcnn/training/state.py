@@ -102,6 +102,9 @@ def require_state(state: Mapping[str, Any], where: Path) -> None:
     names = tuple(_Facts.__slots__)
     facts = {name: state[name] for name in names if name in state}
     conform(_Facts, facts, where, error=DamagedCheckpoint)
+    for name in ("update", "best_accuracy"):
+        if name not in state["progress"]:
+            raise DamagedCheckpoint(f"{where}: progress.{name} is missing")
     for name in ("model", "averaged"):
         if name == "model" or state.get(name) is not None:
             _require_tensors(name, state.get(name), where)

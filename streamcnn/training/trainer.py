@@ -33,6 +33,7 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, TrainingDiverged
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
+from streamcnn.text import printable
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
 from streamcnn.training.log import RunLog
@@ -277,8 +278,8 @@ class Trainer:
             present = circumstances.get(name)
             if before != present:
                 warnings.warn(
-                    f"the run began with {name} {before} and goes on with {present}: rounding may make it "
-                    "end differently from one without a break",
+                    f"the run began with {printable(f'{name} {before}')} and goes on with {present}: "
+                    "rounding may make it end differently from one without a break",
                     stacklevel=3,
                 )
         self.net.load_state_dict(saved["model"])

@@ -19,6 +19,8 @@ MAX_VALUES_PER_PIXEL = 4
 """Most channels of such an image of the largest size; with more channels, so many fewer pixels."""
 _LARGEST_IMAGE = 10**12
 _MOST_CHANNELS = 2**16
+_MOST_TEXT = 500
+"""Characters of a library's error that are shown."""
 
 T = TypeVar("T")
 
@@ -105,6 +107,14 @@ class FileStamp:
             )
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path that a file names, which may be no path at all."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def regular(path: str | Path) -> os.stat_result:
     """What is at a path, if reading it cannot block or go on without end.
 
@@ -179,5 +189,11 @@ def check_piece(name: str, what: str, size: tuple[int, int], channels: int, max_
 def reason(error: Exception) -> str:
     """The error's text, after its type where the text alone says little."""
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError):
-        return f"{type(error).__name__}: {error}"
-    return str(error) or type(error).__name__
+        return f"{type(error).__name__}: {shortened(error)}"
+    return shortened(error) or type(error).__name__
+
+
+def shortened(error: Exception) -> str:
+    """The first 500 characters of an error's text, in which there may be all of a file's metadata."""
+    text = str(error)
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"

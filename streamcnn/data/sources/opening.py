@@ -5,7 +5,6 @@ Only slides are told by their ending, for most of them are TIFF files that OpenS
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,15 @@ from streamcnn.data.sources.layout import told
 from streamcnn.data.sources.memory import ArraySource
 from streamcnn.data.sources.ome import is_ome_image
 from streamcnn.data.sources.picture import FORMATS, PictureSource
-from streamcnn.data.sources.places import ZARR_FILES, head_of, holds_zarr, is_zarr_zip, place, remote_store
+from streamcnn.data.sources.places import (
+    ZARR_FILES,
+    head_of,
+    holds_zarr,
+    is_zarr_zip,
+    place,
+    remote_store,
+    zarr_object,
+)
 from streamcnn.data.sources.slide import SlideSource
 from streamcnn.data.sources.tiff import TiffSource
 from streamcnn.data.sources.zarr import ZarrSource
@@ -193,16 +200,17 @@ def _kind_of_url(url: str) -> str:
 
 def _is_mere_group(folder: Path) -> bool:
     """Whether a zarr folder is a group of other things; False where its metadata cannot be read."""
-    is_array_of_v2 = (folder / ".zarray").is_file()
     try:
         if not (folder / "zarr.json").is_file():
             attributes = folder / ".zattrs"
-            found = json.loads(attributes.read_bytes()) if attributes.is_file() else {}
-            return not is_array_of_v2 and not is_ome_image(found)
-        metadata = json.loads((folder / "zarr.json").read_bytes())
-        return metadata["node_type"] == "group" and not is_ome_image(metadata.get("attributes", {}))
-    except (AttributeError, LookupError, OSError, TypeError, ValueError):
+            found = zarr_object(attributes) if attributes.is_file() else {}
+            return not (folder / ".zarray").is_file() and not is_ome_image(found)
+        metadata = zarr_object(folder / "zarr.json")
+    except (CorruptImage, OSError):
         return False
+    attributes_of_v3 = metadata.get("attributes")
+    is_image = isinstance(attributes_of_v3, dict) and is_ome_image(attributes_of_v3)
+    return metadata.get("node_type") == "group" and not is_image
 
 
 def _found(where: Path | str) -> str:

@@ -16,12 +16,14 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
 from streamcnn.data.sources.files import opening, regular
+from streamcnn.documents import parse_json, read_regular
 from streamcnn.errors import CorruptImage
 from streamcnn.extras import MissingExtra, require
 
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
-_METADATA_BYTES = 2**26
+METADATA_BYTES = 2**26
+"""Largest file of zarr's metadata."""
 _EXTRA = "remote"
 # A Path makes one slash of two.
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
@@ -65,8 +67,8 @@ def local_path(path: str | Path) -> Path:
     return where
 
 
-class RegularFiles(WrapperStore[LocalStore]):
-    """A folder of which only regular files are read, and metadata of a size that metadata has."""
+class RegularFiles(WrapperStore[Store]):
+    """A folder or zip file of which only regular files are read, and metadata of a size that metadata has."""
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -79,7 +81,7 @@ class RegularFiles(WrapperStore[LocalStore]):
             If it is no regular file, or too large to be metadata.
         """
         is_metadata = key.rpartition("/")[2] in _METADATA_FILES
-        check_stored(self._store, key, _METADATA_BYTES if is_metadata else None)
+        check_stored(self._store, key, METADATA_BYTES if is_metadata else None)
         return await self._store.get(key, prototype, byte_range)
 
 
@@ -101,6 +103,21 @@ def check_stored(store: Store, key: str, most: int | None) -> None:
         size = None if member is None else member.file_size
     if size is not None and most is not None and size > most:
         raise CorruptImage(f"{key} has {size} bytes, allowed are {most}; copy the image again")
+
+
+def zarr_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of zarr's metadata.
+
+    Raises
+    ------
+    CorruptImage
+        If it holds none.
+    """
+    content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
+    found = parse_json(content, path, error=CorruptImage, finite=False)
+    if not isinstance(found, dict):
+        raise CorruptImage(f"{path} holds a {type(found).__name__}: allowed is an object")
+    return found
 
 
 def base_store(store: Store) -> Store:
@@ -135,7 +152,7 @@ def zarr_store(where: Path | str) -> tuple[Store, str]:
             f"{where} is a zip file without {', '.join(ZARR_FILES)} on top or in its one folder: allowed is "
             "one zarr array or OME-Zarr image; unpack it"
         )
-    return store, root
+    return RegularFiles(store), root
 
 
 def zip_root(names: list[str]) -> str | None:

@@ -23,10 +23,11 @@ from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
 from streamcnn.data.sources.mapped import copied, mapped_bytes
 from streamcnn.data.sources.orientation import Orientation
 from streamcnn.data.sources.threads import start_zarr_threads
+from streamcnn.data.sources.tiff_bounds import bound_pictures, check_chunk
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
 from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_of
 from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
-from streamcnn.data.sources.tiff_series import check_number, chosen_series
+from streamcnn.data.sources.tiff_series import check_number, chosen_series, opened_tiff
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
 from streamcnn.reading import ReadingCost
@@ -231,7 +232,7 @@ def _close(store: ZarrTiffStore, process: int) -> None:
 
 def _open(request: _Request) -> _Opened:
     stamp = FileStamp.of(request.path)
-    with TiffFile(request.path) as file:
+    with opened_tiff(request.path) as file:
         check_directories(request.name, file)
         image, data = _level(request, file)
         layout = _layout(request, data)
@@ -248,6 +249,7 @@ def _open(request: _Request) -> _Opened:
             return _Opened(
                 _mapped(data), None, layout, colours, orientation, stamps, is_one_chunk=False, piece=piece
             )
+        bound_pictures(request.name, data.keyframe, chunk_size(data.keyframe))
         keep_lerc_masks(request.name, data.keyframe)
         store = data.aszarr(level=0, squeeze=False)
         array = zarr.open_array(store, mode="r")
@@ -302,12 +304,8 @@ def _is_one_chunk(request: _Request, data: TiffPageSeries) -> bool:
     """
     page = data.keyframe
     height, width = chunk_size(page)
-    if height * width > request.max_pixels and not _is_mappable(data):
-        raise DatasetMismatch(
-            f"{request.name} is compressed in pieces of {height} x {width} = {height * width} pixels: "
-            f"allowed are {request.max_pixels}, for each is decoded whole; give max_pixels= or write it with "
-            "tiles"
-        )
+    if not _is_mappable(data):
+        check_chunk(request.name, page, (height, width), request.max_pixels)
     return height >= page.imagelength and width >= page.imagewidth
 
 

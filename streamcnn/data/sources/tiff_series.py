@@ -7,12 +7,25 @@ from pathlib import Path
 
 from tifffile import TiffFile, TiffPageSeries
 
-from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.files import opening, regular
 from streamcnn.data.sources.series import SeriesFacts
-from streamcnn.errors import DatasetMismatch
+from streamcnn.data.sources.tiff_bounds import check_micromanager, check_ome
+from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
 _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
+
+
+def opened_tiff(path: str | Path) -> TiffFile:
+    """A TIFF file, of which the head is read.
+
+    Raises
+    ------
+    CorruptImage
+        If it is a pipe, a socket or a device.
+    """
+    regular(path)
+    return TiffFile(path)
 
 
 def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeries:
@@ -23,12 +36,32 @@ def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeri
     DatasetMismatch
         If there is no such image.
     """
-    images = file.series
+    images = all_series(path, file)
     if series is None:
         main = [image for image in images if not _is_accessory(image)]
         return max(main or images, key=_num_pixels)
     check_number(path, "image", series, len(images))
     return images[series]
+
+
+def all_series(path: str, file: TiffFile) -> list[TiffPageSeries]:
+    """All images of a file.
+
+    Raises
+    ------
+    CorruptImage, DatasetMismatch
+        If its description claims what cannot be.
+    """
+    try:
+        check_ome(path, file)
+        check_micromanager(path, file)
+        # Of files that an image goes on in, those are opened that were looked at.
+        file._multifile = bool(file.is_ome)
+        return file.series
+    except MemoryError as error:
+        raise CorruptImage(
+            f"{path} tells of more planes than memory has place for a list of; its metadata is damaged"
+        ) from error
 
 
 def check_number(path: str, what: str, asked: int, found: int) -> None:
@@ -45,8 +78,9 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
     CorruptImage
         If there is no such file, or it is damaged.
     """
-    with opening(str(path), "TIFF"), TiffFile(path) as file:
-        default = chosen_series(str(path), file, None) if file.series else None
+    with opening(str(path), "TIFF"), opened_tiff(path) as file:
+        images = all_series(str(path), file)
+        default = chosen_series(str(path), file, None) if images else None
         return [
             SeriesFacts(
                 number,
@@ -54,7 +88,7 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
                 tuple(_size(level) for level in image.levels),
                 image is default,
             )
-            for number, image in enumerate(file.series)
+            for number, image in enumerate(images)
         ]
 
 

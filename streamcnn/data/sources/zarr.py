@@ -241,13 +241,14 @@ def _open(
     if isinstance(node, zarr.Group):
         with opening(name, "OME-Zarr image"):
             array, axes = open_level(name, node, level, series)
-        return array, axes or array_axes(array.metadata, array.attrs)
+            return array, axes or array_axes(array.metadata, array.attrs)
     for what, asked in (("level", level), ("series", series or 0)):
         if asked != 0:
             raise DatasetMismatch(
                 f"{name} is one array: allowed is {what} 0; give an OME-Zarr image for others"
             )
-    return node, array_axes(node.metadata, node.attrs)
+    with opening(name, "zarr array"):
+        return node, array_axes(node.metadata, node.attrs)
 
 
 def open_node(path: str | Path) -> ZarrArray | zarr.Group:

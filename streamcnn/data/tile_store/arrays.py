@@ -7,9 +7,7 @@ were chosen by ``benchmarks/tile_codecs.py``.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from zarr.storage import LocalStore
 from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.checks import record_shard
 from streamcnn.data.tile_store.format import ShardRecord
+from streamcnn.data.tile_store.metadata import chunks_per_shard
 from streamcnn.regions import Interval, Region
 
 CHUNK = 512
@@ -86,26 +85,13 @@ def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     metadata = {key: path.read_bytes() for key, path in files.items() if path.name == "zarr.json"}
-    chunks = chunks_per_shard(metadata)
+    chunks = chunks_per_shard(folder, metadata)
     shards = {
         key: record_shard(path, chunks[key.partition("/")[0]])
         for key, path in files.items()
         if key not in metadata
     }
     return {key: hashlib.sha256(content).hexdigest() for key, content in metadata.items()}, shards
-
-
-def chunks_per_shard(metadata: Mapping[str, bytes]) -> dict[str, int]:
-    """Number of inner chunks in a shard by the path of the level; of an image's ``zarr.json`` files."""
-    found = {}
-    for key, content in metadata.items():
-        node = json.loads(content)
-        if node["node_type"] == "array":
-            shard = node["chunk_grid"]["configuration"]["chunk_shape"]
-            (sharding,) = node["codecs"]
-            chunk = sharding["configuration"]["chunk_shape"]
-            found[key.rpartition("/")[0]] = math.prod(map(operator.floordiv, shard, chunk))
-    return found
 
 
 def _create(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray:

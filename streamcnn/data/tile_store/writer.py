@@ -307,6 +307,10 @@ def _locked(folder: Path) -> FileLock:
         raise StreamError(
             f"{folder} is being written by another process: wait for it or give another folder"
         ) from error
+    except OSError as error:
+        raise StreamError(
+            f"cannot lock {folder / LOCK}: {error.strerror}; see that it is a file which you may write to"
+        ) from error
     return lock
 
 
