@@ -41,6 +41,14 @@ class RunMismatch(StreamError, ValueError):
     """A run cannot go on with another model, other data or other settings than it began with."""
 
 
+class RunInUse(StreamError, BlockingIOError):
+    """Another process trains in the run's folder."""
+
+
+class CannotWrite(StreamError, OSError):
+    """The disk is full, or a folder may not be written to."""
+
+
 class TrainingDiverged(StreamError, ArithmeticError):
     """The loss is no number any more."""
 

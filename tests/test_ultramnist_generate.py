@@ -76,7 +76,9 @@ def test_a_set_can_grow(folder: Path, tmp_path: Path, digits: Digits) -> None:
 def test_a_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, digits: Digits, way: int) -> None:
     # It slows down at the third image, so that it is stopped in time on a busy machine too.
     code = f"""
-        import time
+        import signal, time
+        # Whatever the process that runs the tests ignores, as in a shell's background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from streamcnn.data.ultramnist import Recipe, Spec, load_digits
         from streamcnn.data.ultramnist.generate import generate
         if __name__ == "__main__":
@@ -99,7 +101,7 @@ def test_a_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, digits: Di
         assert process.poll() is None
     os.kill(process.pid, way)
     # The workers hold the pipe too: it ends when the last of them has gone.
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     with pytest.raises(DatasetMismatch, match="is not finished"):
         TileStore(tmp_path)
     states = list(generate(tmp_path, SPEC, digits, num_train=30, num_test=5))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +23,8 @@ if TYPE_CHECKING:
     from streamcnn.data.sources import ImageSource
     from streamcnn.training import Score, TrainedRun
 
-TERMINATED = 75
-"""Exit status of a run that SIGTERM ended: the same command goes on with it."""
+BY_SIGNAL = 128
+"""Exit status of a run that a signal ended, less the signal's number."""
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Tile store, CSV file or folder of classes.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train wrote.")]
@@ -74,7 +77,8 @@ def train(
 ) -> None:
     """Train a classifier on whole images; the same command goes on with a run that was interrupted.
 
-    Exit status 75 after SIGTERM, when the state is saved.
+    At SIGINT (Ctrl-C), SIGTERM or SIGHUP it saves its state and ends with exit status 130, 143 or 129; at a
+    second one it ends at once.
     """
     budget_bytes = parse("--budget", parse_bytes, budget)
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
@@ -90,7 +94,14 @@ def train(
     from streamcnn.data.augmentation import RandomAugmentation
     from streamcnn.data.normalisation import Normalise
     from streamcnn.extras import require
-    from streamcnn.training import RunConfig, Terminated, TrainSettings, make_trainer, write_report
+    from streamcnn.training import (
+        RunConfig,
+        StoppedAtOnce,
+        Terminated,
+        TrainSettings,
+        make_trainer,
+        write_report,
+    )
 
     require("matplotlib.figure", extra="plots")  # now rather than after the run
 
@@ -134,12 +145,13 @@ def train(
     except ValueError as error:
         exit_for_wrong_usage(str(error))
     console = Console()
+    trainer.on_end = _say_that_it_ends
     try:
         with TrainingProgress(trainer, budget_bytes, console):
             result = trainer.run()
-    except Terminated as ended:
+    except (Terminated, StoppedAtOnce) as ended:
         typer.echo(f"streamcnn: {ended}; the same command goes on", err=True)
-        raise typer.Exit(TERMINATED) from None
+        raise typer.Exit(BY_SIGNAL + (ended.signal or 0)) from None
     console.print(
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
         f"{result.best_accuracy:.1%}: {result.best}",
@@ -276,6 +288,19 @@ def _open_images(
         yield from open_table(table, columns)
     for image in find_images(loose) if loose else ():
         yield image.path, open_image(image.path)
+
+
+def _say_that_it_ends(reason: str) -> None:
+    """Tell who gave a signal what comes; a terminal that has hung up is written to no more."""
+    if reason == "SIGHUP":
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+                os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    # Not through sys.stderr, which the signal may have interrupted in a write.
+    text = f"streamcnn: {reason}: saving after the present update; once more stops at once\n"
+    os.write(sys.stderr.fileno(), text.encode())
 
 
 def _load(run: Path, budget: str | None) -> TrainedRun:

@@ -55,7 +55,9 @@ class AugmentedSource(ImageSource):
     def __init__(self, source: ImageSource, augmentation: Augmentation) -> None:
         channels, height, width = source.shape
         turned = augmentation.quarter_turns % 2 == 1
-        super().__init__((channels, *((width, height) if turned else (height, width))), source.dtype)
+        super().__init__(
+            (channels, *((width, height) if turned else (height, width))), source.dtype, source.name
+        )
         self._source = source
         self._augmentation = augmentation
 

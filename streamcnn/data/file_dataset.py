@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.content import content_digest
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.image_files import find_images
 from streamcnn.data.label_table import class_names, label_number, read_rows
@@ -103,8 +104,7 @@ class FileDataset(ImageDataset):
 
     def _identities(self) -> Iterator[str]:
         for file, label in zip(self._files, self.labels, strict=True):
-            found = file.path.stat()
-            identity = f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
+            identity = f"{file.name} {label} {content_digest(file.path)}"
             numbers = dict(zip(self.input_names, file.inputs, strict=True))
             yield f"{identity} {numbers}" if numbers else identity
 

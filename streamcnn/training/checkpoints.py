@@ -14,11 +14,12 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from streamcnn.atomic import replace_file
+from streamcnn.disk import writing
 from streamcnn.errors import DamagedCheckpoint
 
 BEST = "best.txt"
@@ -27,6 +28,7 @@ KEPT = 2
 """Checkpoints kept besides the best."""
 _NAME = re.compile(r"save-(\d+)-update-(\d+)\.pt")
 _TEMPORARY = ".partial"
+_DIGEST = ".sha256"
 _DAMAGED = ".damaged"
 """Added to the name of a checkpoint that was passed over, which then counts no more."""
 
@@ -55,32 +57,66 @@ class CheckpointFolder:
         ----------
         state
             Tensors, numbers, texts, and lists, tuples and dicts of them.
+
+        Raises
+        ------
+        CannotWrite
+            If there is no room, or the folder may not be written to; earlier checkpoints are as they were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / self.next_name(update)
-        temporary = path.with_name(path.name + _TEMPORARY)
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-        _flush(temporary)
-        # The digest first: whatever has the final name has one.
-        replace_file(_digest_path(path), f"{_digest(temporary)}  {path.name}\n", flush=True)
-        _flush(self.folder)
-        os.replace(temporary, path)
-        _flush(self.folder)
-        best = self.best()
-        for old in self.paths()[KEPT:]:
-            if old != best:
-                old.unlink()
-                _digest_path(old).unlink(missing_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path, before = self.folder / self.next_name(update), self.paths()
+        kept = f"The checkpoint before it, {before[0].name}, is as it was" if before else ""
+        with writing(path, needed=tensor_bytes(state), kept=kept):
+            self._write(state, path)
+            best = self.best()
+            for old in self.paths()[KEPT:]:
+                if old != best:
+                    old.unlink()
+                    _digest_path(old).unlink(missing_ok=True)
+            self._remove_leftovers()
         return path
 
+    def _write(self, state: Mapping[str, Any], path: Path) -> None:
+        """Write a checkpoint and its digest, or nothing."""
+        temporary = path.with_name(path.name + _TEMPORARY)
+        try:
+            with temporary.open("wb") as file:
+                _save(state, file)
+            _flush(temporary)
+            # The digest first: whatever has the final name has one.
+            replace_file(_digest_path(path), f"{_digest(temporary)}  {path.name}\n", flush=True)
+            _flush(self.folder)
+            os.replace(temporary, path)
+            _flush(self.folder)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            if not path.exists():
+                _digest_path(path).unlink(missing_ok=True)
+            raise
+
+    def _remove_leftovers(self) -> None:
+        """Remove what processes left that were killed while they saved."""
+        for left in self.folder.glob(f"save-*{_TEMPORARY}"):
+            left.unlink()
+        for digest in self.folder.glob(f"save-*.pt{_DIGEST}"):
+            if not digest.with_suffix("").exists():
+                digest.unlink()
+
     def mark_best(self, name: str | None) -> None:
-        """Keep the checkpoint of that name as the best, instead of the one before; None marks none."""
-        if name is None:
-            (self.folder / BEST).unlink(missing_ok=True)
-            return
-        replace_file(self.folder / BEST, f"{name}\n", flush=True)
-        _flush(self.folder)
+        """Keep the checkpoint of that name as the best, instead of the one before; None marks none.
+
+        Raises
+        ------
+        CannotWrite
+            If the folder may not be written to, or there is no room.
+        """
+        with writing(self.folder / BEST):
+            if name is None:
+                (self.folder / BEST).unlink(missing_ok=True)
+                return
+            replace_file(self.folder / BEST, f"{name}\n", flush=True)
+            _flush(self.folder)
 
     def best(self) -> Path | None:
         """The best checkpoint; None if none was marked."""
@@ -114,7 +150,8 @@ class CheckpointFolder:
                 continue
             for bad, text in damaged.items():
                 warnings.warn(f"{text}; going on from {path.name}, the one before", stacklevel=2)
-                bad.rename(bad.with_name(bad.name + _DAMAGED))
+                with writing(self.folder):
+                    bad.rename(bad.with_name(bad.name + _DAMAGED))
             return state
         if damaged:
             raise DamagedCheckpoint(
@@ -143,6 +180,54 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def tensor_bytes(state: object) -> int:
+    """Bytes of all tensors in a state, those that share memory counted once."""
+    found: dict[int, int] = {}
+
+    def count(part: object) -> None:
+        if isinstance(part, torch.Tensor):
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, Mapping):
+            for value in part.values():
+                count(value)
+        elif isinstance(part, (list, tuple)):
+            for value in part:
+                count(value)
+
+    count(state)
+    return sum(found.values())
+
+
+class _Target:
+    """A file for `torch.save`, whose own error does not say why a write failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write ``state``; an `OSError` stays what it is."""
+    target = _Target(file)
+    try:
+        torch.save(dict(state), target)  # type: ignore[arg-type]
+    except RuntimeError:
+        if target.error is None:
+            raise
+        raise target.error from None
+
+
 def _flush(path: Path) -> None:
     """Have a file's bytes, or a folder's names, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -158,7 +243,7 @@ def _digest(path: Path) -> str:
 
 
 def _digest_path(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(path.name + _DIGEST)
 
 
 def _serial(path: Path) -> int:

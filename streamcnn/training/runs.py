@@ -7,6 +7,7 @@
       log.jsonl       a line for each update and each epoch
       checkpoints/    the two newest and the best, see `streamcnn.training.checkpoints`
       events/         for TensorBoard, if wanted
+      run.lock        locked while a process trains, which `run.pid` then names
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from streamcnn.data.file_dataset import open_dataset
 from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
+from streamcnn.disk import writing
 from streamcnn.errors import DamagedCheckpoint, RunMismatch
 from streamcnn.models import load_model
 from streamcnn.streaming_model import StreamingModel
@@ -272,7 +274,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _write(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the run's file."""
-    replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
+    with writing(folder / RUN):
+        replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
 
 
 def _require_device(name: str) -> None:

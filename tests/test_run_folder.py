@@ -1,0 +1,209 @@
+"""A run's folder: one process at a time, full disks, files that errors name, pictures that were replaced."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from streamcnn import StreamingModel, TensorSource
+from streamcnn.data.content import content_digest
+from streamcnn.data.reader import BatchReader
+from streamcnn.disk import writing
+from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, TrainingDiverged
+from streamcnn.regions import Region
+from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.evaluation import score
+from streamcnn.training.lock import HOLDER, holding
+from streamcnn.training.log import LOG, RunLog, read_log
+from streamcnn.training.naming import open_batch
+from streamcnn.training.signals import StoppedAtOnce, heeding
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+    with holding(tmp_path), pytest.raises(RunInUse) as caught, holding(tmp_path):
+        raise AssertionError
+    assert str(caught.value) == (
+        f"{tmp_path} is in use: process {os.getpid()} trains there; wait until it is over, stop it, or give "
+        "another folder"
+    )
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from streamcnn.training.lock import holding\n"
+        "with holding(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(RunInUse, match=f"process {process.pid} trains there"), holding(tmp_path):
+            raise AssertionError
+        process.kill()
+    assert (tmp_path / HOLDER).exists()
+    with holding(tmp_path):
+        assert (tmp_path / HOLDER).read_text().startswith(f"{os.getpid()} ")
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("nbytes", [400_000, 900_000, 999_999])
+def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path, nbytes: int) -> None:
+    checkpoints = CheckpointFolder(tmp_path)
+    state = {"weight": torch.zeros(250_000)}
+    first = checkpoints.save(state, 1)
+    before = sorted(tmp_path.iterdir())
+    with files_of_at_most(nbytes), pytest.raises(CannotWrite) as caught:
+        checkpoints.save(state, 2)
+    assert f"cannot write {tmp_path}/save-000002-update-00000002.pt: " in str(caught.value)
+    assert "File too large" in str(caught.value)
+    assert "977 KiB needed" in str(caught.value)
+    assert f"The checkpoint before it, {first.name}, is as it was" in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+    assert torch.equal(load_checkpoint(first)["weight"], state["weight"])
+
+
+def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match=r"the disk at /.* is full \(No space left on device\): 2.00 KiB "):
+        with writing(tmp_path / "a", needed=2048):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_line_of_the_log_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.write("update", {"text": "a" * 30_000}, 1)
+        with files_of_at_most(50_000), pytest.raises(CannotWrite, match=LOG):
+            log.write("update", {"text": "b" * 30_000}, 2)
+        assert log.flush() == (tmp_path / LOG).stat().st_size
+    assert [line["update"] for line in read_log(tmp_path)] == [1]
+
+
+def test_a_file_in_a_folders_place_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(CannotWrite, match="run/checkpoints: Not a directory: give a folder"):
+        CheckpointFolder(tmp_path / "run" / "checkpoints").save({}, 1)
+
+
+class Images:
+    """Three images of one number each."""
+
+    labels = (0, 1, 0)
+    fingerprint = "three"
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        self.shapes = shapes or ((4, 4),) * 3
+
+    def set_epoch(self, epoch: int) -> None:
+        assert epoch == 0
+
+    def prefetch(self, position: int) -> None:
+        assert position < 3
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, position: int) -> tuple[TensorSource, int]:
+        source = TensorSource(torch.full((1, *self.shapes[position]), float(position)))
+        source.name = f"{position}.png"
+        return source, self.labels[position]
+
+
+def test_a_pixel_that_is_no_number_names_file_and_place() -> None:
+    pixels = torch.zeros(1, 6, 5)
+    pixels[0, 4, 3] = torch.nan
+    bad, good = TensorSource(pixels), TensorSource(torch.zeros(1, 6, 5))
+    bad.name = "/slides/b.tif"
+    with pytest.raises(CorruptImage) as caught:
+        BatchReader([good, bad], torch.device("cpu")).read(Region.whole((6, 5)))
+    assert str(caught.value).startswith(
+        "image 1 of the batch (/slides/b.tif) is nan for the model in channel 0 at row 4, column 3: "
+    )
+
+
+def test_images_of_different_shapes_are_named() -> None:
+    sources, *_ = open_batch(Images((4, 4), (4, 5)), [0, 1], "update 1 of epoch 1")
+    model = StreamingModel(nn.Conv2d(1, 2, 1))
+    with pytest.raises(ValueError, match=r"image 1 of the batch is \(1, 4, 5\) torch.float32 \(1.png\)"):
+        model(sources)
+
+
+def test_an_answer_that_is_no_number_names_the_image() -> None:
+    def classify(sources: list[TensorSource]) -> torch.Tensor:
+        return torch.tensor([[torch.inf if source.name == "1.png" else 0.0, 1.0] for source in sources])
+
+    with pytest.raises(TrainingDiverged, match=r"NaN or infinity for image 1 \(1.png\): see"):
+        score(classify, Images(), batch_size=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [100_000, 30_000_000])
+def test_a_replaced_picture_is_noticed_and_a_new_time_is_not(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(os.urandom(size))
+    known = content_digest(path)
+    os.utime(path, ns=(1, 1))
+    assert content_digest(path) == known
+    path.write_bytes(os.urandom(size))
+    os.utime(path, ns=(1, 1))
+    assert content_digest(path) != known
+
+
+def test_images_in_folders_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    for name in ("c/0/0", "c/0/1", "zarr.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("same size")
+    known = content_digest(tmp_path)
+    (tmp_path / "c/0/1").write_text("size same")
+    assert content_digest(tmp_path) != known
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """SIGINT as in a terminal, whatever the process that runs the tests was given."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
+def test_a_second_signal_stops_at_once() -> None:
+    seen: list[signal.Signals] = []
+
+    def signalled_twice() -> None:
+        with heeding(seen.append):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert seen == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StoppedAtOnce, match="second signal, SIGINT") as caught:
+        signalled_twice()
+    assert caught.value.signal == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("sigint")
+def test_what_was_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seen: list[signal.Signals] = []
+    with heeding(seen.append):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (seen, signal.getsignal(signal.SIGINT)) == ([], signal.SIG_IGN)
