@@ -2,6 +2,7 @@
 
     python -m benchmarks.peak_memory run resnet18 resnet50 --sizes 1000,2000 --budgets 512MiB,1GiB
     python -m benchmarks.peak_memory random --cases 60 --seed 0
+    python -m benchmarks.peak_memory images --size 3000 --budgets 64MiB,192MiB
     python -m benchmarks.peak_memory compare FIRST.pt SECOND.pt
 
 Images are zarr arrays of random bytes on disk, made beforehand and read tile by tile. On the CPU the peak is
@@ -14,21 +15,26 @@ case that does not fit is refused before it starts and is a result too.
 from __future__ import annotations
 
 import json
+import os
 import random as randomness
+import select
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import tifffile
 import torch
 import typer
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.record import append, device_name, in_fresh_process
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, ZarrSource
-from streamcnn.data.sources import write_zarr_image
+from streamcnn.data.sources import TensorSource, open_image, write_zarr_image
 from streamcnn.models import load_model
 from streamcnn.units import format_bytes, parse_bytes
 
@@ -99,6 +105,105 @@ def random(
             wrong.append(name)
     print(f"{cases - len(wrong)} of {cases} within budget or refused at planning; wrong: {wrong or 'none'}")
     raise SystemExit(bool(wrong))
+
+
+@app.command()
+def images(
+    size: Annotated[int, typer.Option(help="Edge of the square image.")] = 3000,
+    budgets: Annotated[str, typer.Option(help="Ceilings, separated by commas.")] = "64MiB,192MiB",
+    record: Record = True,
+) -> None:
+    """An image in four formats: resident memory, as this process sees it, keeps to a budget, or a refusal."""
+    command, wrong = _command(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in _write_formats(Path(folder), size):
+            for budget in budgets.split(","):
+                found = _watched(path, budget)
+                name = f"{path.name} {size}x{size} {budget}"
+                _report(command, name, found, record=record)
+                if found["outcome"] == "finished" and found["resident_bytes"] > found["budget"]:
+                    wrong.append(name)
+                if found["outcome"] == "exceeded" or (found["outcome"] == "refused" and not found["refusal"]):
+                    wrong.append(name)
+    print(f"wrong: {wrong or 'none'}")
+    raise SystemExit(bool(wrong))
+
+
+@app.command(hidden=True)
+def reading(path: Path, budget: str) -> None:
+    """One update of a small network on one image; waits for a line before it and after it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+    streamed = StreamingModel(net.train(), budget, preprocess=lambda pixels: pixels / 255 - 0.5)
+    # What is imported and captured on first use is no part of a pass.
+    streamed([TensorSource(torch.zeros(3, 64, 64, dtype=torch.uint8))]).sum().backward()
+    source = open_image(path)
+    plan, refusal, outcome = streamed.plan(source), "", "finished"
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        streamed(source).square().mean().backward()
+    except PlanDoesNotFit as error:
+        outcome, text = "refused", str(error)
+        refusal = text.replace(str(path.parent), "") if "streamcnn convert" in text else ""
+    except BudgetExceeded:
+        outcome = "exceeded"
+    report = streamed.last_report if outcome == "finished" else None
+    result = {
+        "device": device_name(cpu=True),
+        "outcome": outcome,
+        "budget": parse_bytes(budget),
+        "measured_bytes": report and report.measured_bytes,
+        "projected_bytes": plan.projected_bytes,
+        "image_held_bytes": plan.image_held_bytes,
+        "image_read_bytes": plan.image_read_bytes,
+        "refusal": refusal,
+    }
+    print(json.dumps(result), flush=True)
+    sys.stdin.readline()
+
+
+def _watched(path: Path, budget: str) -> dict[str, Any]:
+    """What `reading` finds, and its peak of resident memory above its start as this process reads it."""
+    command = [sys.executable, "-m", "benchmarks.peak_memory", "reading", str(path), budget]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        statm, page = Path(f"/proc/{child.pid}/statm"), os.sysconf("SC_PAGE_SIZE")
+        before = peak = int(statm.read_text().split()[1])
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        while not select.select([child.stdout], [], [], 0.003)[0]:
+            peak = max(peak, int(statm.read_text().split()[1]))
+        found: dict[str, Any] = json.loads(child.stdout.readline())
+        child.stdin.write("end\n")
+        child.stdin.flush()
+    return {**found, "resident_bytes": (peak - before) * page}
+
+
+def _write_formats(folder: Path, size: int) -> list[Path]:
+    """The same random image as a PNG, a TIFF in one strip, and zarr arrays in one chunk and in many."""
+    random_numbers = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, size, size), dtype=torch.uint8, generator=random_numbers)
+    channels_last = pixels.permute(1, 2, 0).contiguous().numpy()
+    paths = [folder / name for name in ("image.png", "one-strip.tif", "one-chunk.zarr", "chunked.zarr")]
+    Image.fromarray(channels_last).save(paths[0], compress_level=1)
+    tifffile.imwrite(paths[1], channels_last, compression="zlib", rowsperstrip=size, photometric="rgb")
+    write_zarr_image(paths[2], pixels, chunk=size)
+    write_zarr_image(paths[3], pixels, chunk=512)
+    return paths
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import BinaryIO
 
 
 def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concurrent: bool = False) -> None:
@@ -30,7 +31,7 @@ def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concu
     infix = f".{secrets.token_hex(4)}" if concurrent else ""
     temporary = path.with_name(f".{path.name}{infix}.partial")
     try:
-        with temporary.open("wb") as file:
+        with open_new(temporary) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             if flush:
                 file.flush()
@@ -39,3 +40,15 @@ def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concu
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A new file to write bytes to, in the place of what was there; a link there is replaced, not followed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb")

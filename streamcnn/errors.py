@@ -41,6 +41,10 @@ class RunMismatch(StreamError, ValueError):
     """A run cannot go on with another model, other data or other settings than it began with."""
 
 
+class UntrustedModel(StreamError, PermissionError):
+    """A file names code to be run that the caller has not allowed."""
+
+
 class RunInUse(StreamError, BlockingIOError):
     """Another process trains in the run's folder."""
 

@@ -19,6 +19,7 @@ def explain_plan(plan: Plan) -> str:
         _verdict(plan),
         f"projected peak {format_bytes(plan.projected_bytes)}, in {plan.worst}, at {plan.worst_operator}",
         *(f"  {term.name:<{width}}{format_bytes(term.nbytes):>12}" for term in terms),
+        *_reading(plan),
         _time(plan),
         f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
         f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
@@ -48,6 +49,15 @@ def _verdict(plan: Plan) -> str:
         if plan.bytes_on(home)
     ]
     return ", ".join([f"{fits} with tiles of {height}x{width} pixels", *(f"up to {each}" for each in away)])
+
+
+def _reading(plan: Plan) -> list[str]:
+    """What images take beside the tiles, if they do."""
+    held, read = plan.image_held_bytes, plan.image_read_bytes
+    parts = [f"holds {format_bytes(held)}"] if held else []
+    if read:
+        parts.append(f"takes up to {format_bytes(read)}{' more' if held else ''} for a region")
+    return [f"reading the image {' and '.join(parts)}"] if parts else []
 
 
 def _time(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from streamcnn.libraries import Libraries
 from streamcnn.ops.convolution import is_convolution
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind
+from streamcnn.reading import NO_READING, READING, BatchCost
 from streamcnn.small_bytes import REUSABLE_BYTES, SmallBytes, Step, total_bytes
 from streamcnn.staging import Stage
 from streamcnn.stored_bytes import StoredBytes
@@ -58,9 +59,18 @@ class Moment:
 def moments(
     tiled: Sequence[TiledStage], small: SmallBytes, stored: StoredBytes, *, reuses_heap: bool
 ) -> list[Moment]:
-    """All moments of a pass: every phase forward, the resident tail, every differentiated phase backward."""
+    """All moments of a pass, in order.
+
+    They are the first read of images that are decoded whole, every phase forward, the resident tail, and
+    every differentiated phase backward.
+    """
     pairs = [
-        steps(stage, small.libraries, backward=is_differentiated(stage.stage, small.differentiated))
+        steps(
+            stage,
+            small.libraries,
+            small.reading,
+            backward=is_differentiated(stage.stage, small.differentiated),
+        )
         for stage in tiled
     ]
     heap = max((step.heap for pair in pairs for step in pair if step is not None), default=0)
@@ -77,6 +87,8 @@ def moments(
         waste = MemoryTerm("allocator waste", lost)
         found.append(Moment(name, step.operator, (*chain(*held), *step.terms, waste)))
 
+    if small.reading.opening:
+        add("the first read", Step((), "", 0), small.opening())
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
         held = (kernels.forward(level),)
@@ -109,9 +121,11 @@ def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
     return any(name in differentiated for name in (*stage.stored, *stage.reductions))
 
 
-def steps(tiled: TiledStage, libraries: Libraries, *, backward: bool) -> tuple[Step, Step | None]:
+def steps(
+    tiled: TiledStage, libraries: Libraries, reading: BatchCost = NO_READING, *, backward: bool
+) -> tuple[Step, Step | None]:
     """The largest tile of a stage forward and, if wanted, backward."""
-    tile = _LargestTile(tiled, libraries)
+    tile = _LargestTile(tiled, libraries, reading)
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
@@ -126,7 +140,10 @@ def _forward_step(tile: _LargestTile) -> Step:
     tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
     most = _Most()
     alive: dict[str, int] = {}
+    beside_reading = 0
     for name in tiled.stage.nodes:
+        if tile.reads_image(name):
+            beside_reading = max(beside_reading, sum(alive.values()))
         alive[name] = tile.made(name)
         live = sum(alive.values())
         most.offer(name, live + tile.padded(name), tile.workspace(name))
@@ -134,12 +151,14 @@ def _forward_step(tile: _LargestTile) -> Step:
             most.offer(name, live, REDUCTION_COPIES * tile.own(name))
         for dead in tiled.outline.releases.get(name, ()):
             del alive[dead]
+    regions = MemoryTerm("input regions", tile.reads())
     terms = (
-        MemoryTerm("input regions", tile.reads()),
+        regions,
         MemoryTerm("live activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
     )
-    return tile.step(terms, most.operator, backward=False)
+    step = tile.step(terms, most.operator, backward=False)
+    return tile.or_reading(step, (regions, MemoryTerm("live activations", beside_reading)), backward=False)
 
 
 def _backward_step(tile: _LargestTile) -> Step:
@@ -156,16 +175,19 @@ def _backward_step(tile: _LargestTile) -> Step:
     most.offer(most.operator, 0, REDUCTION_COPIES * max(own, default=0))
     parameters = {n for name in tiled.stage.nodes for n in nodes[name].operands}
     weights = sum(nodes[n].nbytes for n in parameters if nodes[n].kind is Kind.STATE)
-    terms = (
+    before = (
         MemoryTerm("input regions and their gradients", 2 * tile.reads()),
         MemoryTerm("autograd graph of a tile", values),
+    )
+    terms = (
+        *before,
         MemoryTerm("arriving gradients", sum(own)),
         MemoryTerm("gradients of activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
         # The tile's own, and its copies in the layouts that convolutions work in.
         MemoryTerm("a tile's parameter gradients", 3 * weights),
     )
-    return tile.step(terms, most.operator, backward=True)
+    return tile.or_reading(tile.step(terms, most.operator, backward=True), before, backward=True)
 
 
 @dataclass(slots=True)
@@ -185,8 +207,9 @@ class _Most:
 class _LargestTile:
     """Bytes of maps on the largest tile of a stage."""
 
-    def __init__(self, tiled: TiledStage, libraries: Libraries) -> None:
+    def __init__(self, tiled: TiledStage, libraries: Libraries, reading: BatchCost) -> None:
         self.libraries = libraries
+        self.reading = reading
         self.program = tiled.program
         self.tiled = tiled
         self.known: dict[str, int] = {}
@@ -239,6 +262,28 @@ class _LargestTile:
             self.nbytes(name) * (1 if nodes[name].kind is Kind.LOCAL else 2)
             for name in self.tiled.stage.inputs
         )
+
+    def reads_image(self, name: str) -> bool:
+        """Whether an operator reads a region of the image."""
+        local, image = self.program.nodes[name].local, self.program.image
+        assert local is not None
+        return image in self.tiled.stage.inputs and image in local.links
+
+    def or_reading(self, step: Step, beside: tuple[MemoryTerm, ...], *, backward: bool) -> Step:
+        """The step, at the moment when a region of the image is read if that takes more.
+
+        Parameters
+        ----------
+        beside
+            What is held then.
+        """
+        image = self.program.image
+        if image not in self.tiled.stage.inputs:
+            return step
+        nbytes = self.reading.of(self.tiled.largest(image)).transient
+        libraries = library_terms(self.tiled.outline, self.libraries, backward=backward)
+        read = Step((*beside, MemoryTerm(READING, nbytes), *libraries), image, step.heap)
+        return read if nbytes and read.nbytes > step.nbytes else step
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
         """A step of these terms and of what libraries take for it."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+from collections.abc import Collection
+from pathlib import Path
 
 from torch import nn
 
 from streamcnn import torchvision_import
+from streamcnn.errors import UntrustedModel
 from streamcnn.extras import require
+
+WEIGHT_OPTIONS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Of timm's ``create_model``: which weights to begin with, and the files and addresses that they are in."""
 
 
 def load_model(name: str, **kwargs: object) -> nn.Module:
@@ -31,10 +37,40 @@ def load_model(name: str, **kwargs: object) -> nn.Module:
     MissingExtra
         If it is a timm name and timm is not installed.
     """
-    model = _call_factory(name, kwargs) if ":" in name else _create_with_timm(name, kwargs)
+    model = _call_factory(name, kwargs) if is_factory(name) else _create_with_timm(name, kwargs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}: allowed is a torch.nn.Module")
     return model
+
+
+def is_factory(name: str) -> bool:
+    """Whether a model's name is ``package.module:factory``, which is code that is run, and no timm name."""
+    return ":" in name
+
+
+def require_trust(name: str, trust: Collection[str], where: Path) -> None:
+    """Make sure that a model that a file names may be made: its factory is any callable of any module.
+
+    Parameters
+    ----------
+    name
+        Of the model.
+    trust
+        Factories that may be called.
+    where
+        The file that names the model.
+
+    Raises
+    ------
+    UntrustedModel
+        If it is a factory that is not among them.
+    """
+    if is_factory(name) and name not in trust:
+        raise UntrustedModel(
+            f"{where} names the factory {name!r}, which is code that would be run: allowed are timm models "
+            f"and factories that you trust; if this one is yours, add --trust {name!r}, in Python "
+            f"trust=[{name!r}]"
+        )
 
 
 def _call_factory(name: str, kwargs: dict[str, object]) -> object:
@@ -72,3 +108,7 @@ def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f"{name} does not take {kwargs}: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} cannot be made with {kwargs} ({type(error).__name__}: {error}): give other options"
+        ) from error

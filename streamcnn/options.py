@@ -10,6 +10,7 @@ from streamcnn.libraries import Libraries
 from streamcnn.memory_model import is_differentiated, library_terms, steps
 from streamcnn.program import Program
 from streamcnn.rates import Rates
+from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.small_bytes import total_bytes
 from streamcnn.staging import Stage
 from streamcnn.tiling import Outline, Parts, TiledStage, cut, grid
@@ -53,11 +54,14 @@ class Options:
         tile: tuple[int, int] | None,
         libraries: Libraries,
         known: Options | None = None,
+        *,
+        reading: BatchCost = NO_READING,
     ) -> None:
         self.program = program
         self.differentiated = differentiated
         self.rates = rates
         self.libraries = libraries
+        self.reading = reading
         self.works: Mapping[str, Work] = all_works(program)
         self._tile = tile
         self._known: dict[Stage, tuple[Option, ...]] = {} if known is None else dict(known._known)
@@ -102,7 +106,7 @@ class Options:
     def _option(self, outline: Outline, parts: Parts) -> Option:
         tiled = cut(outline, parts)
         backward = self._visits(outline)
-        forward, after = steps(tiled, self.libraries, backward=backward)
+        forward, after = steps(tiled, self.libraries, self.reading, backward=backward)
         return Option(
             tiled,
             time=stage_time(tiled, self.works, self.rates, backward=backward),

@@ -157,6 +157,10 @@ class Plan:
     """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
     num_resident: int
     """Operators that run on whole maps after the last tile: the resident tail."""
+    image_held_bytes: int = 0
+    """Bytes of the budget that images take as long as the pass needs them, such as a decoded PNG."""
+    image_read_bytes: int = 0
+    """Bytes on top of that while the largest region of the image is read."""
     residents: tuple[str, ...] = ()
     """Operators run on whole maps for want of a rule, with the reason."""
 
@@ -239,6 +243,8 @@ class Plan:
             "recomputation": self.recomputation,
             "bytes_on": {home.value: self.bytes_on(home) for home in Home},
             "terms": {term.name: term.nbytes for term in self.terms},
+            "image_held_bytes": self.image_held_bytes,
+            "image_read_bytes": self.image_read_bytes,
             "num_resident": self.num_resident,
             "residents": list(self.residents),
             "stores": {name: asdict(store) for name, store in self.stores.items()},

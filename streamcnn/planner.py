@@ -19,6 +19,7 @@ from streamcnn.options import Options
 from streamcnn.plan import Home, MemoryTerm, Plan, Segment, StorePlan
 from streamcnn.program import Kind, Program, on_whole_maps
 from streamcnn.rates import NOMINAL, Rates
+from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.search import Candidate, Search, SpillPlace
 from streamcnn.small_bytes import plain_bytes, total_bytes
 from streamcnn.staging import Staging, divide
@@ -60,6 +61,8 @@ class PlanRequest:
     """Where stored maps go that the budget has no room for, the fastest place first."""
     rates: Rates = NOMINAL["cpu"]
     """How fast the machine computes and moves bytes."""
+    reading: BatchCost = NO_READING
+    """What reading the batch takes in the memory that the budget is of."""
     tail: bool = True
     """Whether what is left at the end may run whole."""
 
@@ -118,7 +121,15 @@ class _Attempt:
         tile = request.tile
         if tile is None and request.room is None:
             tile = (DEFAULT_EDGE, DEFAULT_EDGE)
-        options = Options(program, differentiate(program), request.rates, tile, request.libraries, known)
+        options = Options(
+            program,
+            differentiate(program),
+            request.rates,
+            tile,
+            request.libraries,
+            known,
+            reading=request.reading,
+        )
         search = Search(options, request.room, request.places)
         return cls(search, search.best(_stagings(program, tile)), tail)
 
@@ -177,6 +188,15 @@ class _Attempt:
             recomputation=flops / plain.flops if plain.flops else 1.0,
             num_resident=_num_last(program, staging),
             # In the tail nothing streams, so only the program without one has the reasons.
+            image_held_bytes=request.reading.held,
+            image_read_bytes=max(
+                (
+                    request.reading.of(each.largest(program.image)).transient
+                    for each in tiled
+                    if program.image in each.stage.inputs
+                ),
+                default=0,
+            ),
             residents=tuple(f"{node.note} ({node.source})" for node in everything.program.residents),
         )
 

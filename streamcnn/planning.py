@@ -23,6 +23,7 @@ from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planner import PlanRequest, make_plan
 from streamcnn.program import Program, differentiated
 from streamcnn.rates import NOMINAL, Rates
+from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.search import SpillPlace
 from streamcnn.surroundings import collector
 from streamcnn.tracing import Trace
@@ -96,6 +97,8 @@ class Wish:
     """Bytes to plan for, where that is less than the budget."""
     tail: bool = True
     """Whether a resident tail may be chosen."""
+    reading: BatchCost = NO_READING
+    """What reading the images takes in host memory, if that is what the budget is of."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,6 +181,7 @@ def _plan(captured: Captured, wish: Wish, machine: Machine) -> Planned:
         rates=machine.rates,
         libraries=machine.libraries,
         tail=wish.tail,
+        reading=wish.reading,
     )
 
     def gradients(program: Program) -> frozenset[str]:

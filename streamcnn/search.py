@@ -269,7 +269,9 @@ class Search:
         # Computing a map again changes stages, not levels or segments.
         if self._small is None or self._small[0] is not staging.levels:
             options = self.options
-            small = SmallBytes(self.program, staging, options.differentiated, options.libraries)
+            small = SmallBytes(
+                self.program, staging, options.differentiated, options.libraries, options.reading
+            )
             self._small = (staging.levels, small)
         return self._small[1]
 
@@ -323,7 +325,8 @@ def _choose_once(
         kernels = weighed.kernels(choice)
     assert choice is not None
     rows = np.arange(len(choice))
-    nbytes = int(max(weighed.peaks(kernels)[rows, choice].max(initial=0), weighed.tail_peak(kernels)))
+    phases = int(weighed.peaks(kernels)[rows, choice].max(initial=0))
+    nbytes = max(phases, weighed.tail_peak(kernels), weighed.opening)
     if reuses_heap:
         nbytes += reuse_waste(int(weighed.heap[rows, choice].max(initial=0)), tail_heap, num_stages)
     return _Choice(

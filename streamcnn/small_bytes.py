@@ -20,6 +20,7 @@ from streamcnn.libraries import KernelBytes, Libraries, num_products, num_sizes
 from streamcnn.ops.rules import Call
 from streamcnn.plan import MemoryTerm
 from streamcnn.program import Kind, Node, Program, Ref, TensorSpec
+from streamcnn.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.staging import Staging
 
 _SAVES_RESULT = frozenset(
@@ -231,14 +232,20 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
 
 
 class SmallBytes:
-    """Bytes of small values and of the parameters' gradients at every moment of a pass."""
+    """Bytes of small values, of the parameters' gradients and of decoded images at every moment of a pass."""
 
     _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
 
     def __init__(
-        self, program: Program, staging: Staging, differentiated: Collection[str], libraries: Libraries
+        self,
+        program: Program,
+        staging: Staging,
+        differentiated: Collection[str],
+        libraries: Libraries,
+        reading: BatchCost = NO_READING,
     ) -> None:
         self.libraries = libraries
+        self.reading = reading
         nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
         last = max(segments, default=0)
@@ -252,6 +259,12 @@ class SmallBytes:
         """The level of the resident tail."""
         self.num_kernels = np.zeros(num_levels, np.int64)
         """By level: the kernels that its small values compile in a forward pass."""
+        self._gathered = {
+            staging.levels[node.name]
+            for node in nodes.values()
+            if node.kind is Kind.GATHER and node.operands[0] == program.image
+        }
+        self._whole_image = reading.of(nodes[program.image].size).transient
         for level, names in segments.items():
             self.num_kernels[level] = sum(_convolves(nodes[name]) for name in names)
         whole = [n for n in nodes.values() if n.kind is Kind.PROMOTED or n.name == program.image]
@@ -274,24 +287,37 @@ class SmallBytes:
 
     def forward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs forward."""
-        return self._runtime, self._small(level - 1)
+        return *self._always(), self._small(level - 1), *self._whole(level)
 
     def tail(self) -> tuple[MemoryTerm, ...]:
         """While the resident tail runs, whose own step comes on top, its parameters' gradients included."""
         return (
-            self._runtime,
+            *self._always(),
             self._small(self.last - 1),
+            *self._whole(self.last),
             *self._other_gradients(),
         )
+
+    def opening(self) -> tuple[MemoryTerm, ...]:
+        """While images that are decoded whole are read for the first time, before anything else."""
+        return (*self._always(), *_if_any(OPENING, self.reading.opening))
 
     def backward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs backward."""
         # Those of the last level, the resident tail, are only there while no tile is.
         return (
-            self._runtime,
+            *self._always(),
             self._small(min(level, self.last - 1)),
             *self._gradients(level),
         )
+
+    def _always(self) -> tuple[MemoryTerm, ...]:
+        """At every moment."""
+        return (self._runtime, *_if_any(HELD, self.reading.held))
+
+    def _whole(self, level: int) -> tuple[MemoryTerm, ...]:
+        """For the image as a whole, where an operator on whole maps reads it at ``level``."""
+        return _if_any(READING, self._whole_image if level in self._gathered else 0)
 
     def _small(self, level: int) -> MemoryTerm:
         """Small values of the levels up to ``level``."""
@@ -314,6 +340,11 @@ class SmallBytes:
             MemoryTerm("gradients of the image and of promoted values", self._inputs),
             MemoryTerm("outputs in the loss", self._outputs),
         )
+
+
+def _if_any(name: str, nbytes: int) -> tuple[MemoryTerm, ...]:
+    """A term of what most images do not take."""
+    return (MemoryTerm(name, nbytes),) if nbytes else ()
 
 
 def _states_by_level(

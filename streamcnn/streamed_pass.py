@@ -20,7 +20,7 @@ from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.executor import Execution, Observer
 from streamcnn.plan import Home, Plan, StepKind
 from streamcnn.planning import Planned
-from streamcnn.program import Program, Ref, refs_in
+from streamcnn.program import Ref, refs_in
 from streamcnn.report import Report
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, free_bytes
 from streamcnn.surroundings import saved_tensors_hooks_aside
@@ -74,10 +74,11 @@ class Pass:
         self.reader = reader
         self.shrink = shrink
         # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
-        _warm_up(reader, planned.program, planned.plan)
+        reader.start()
         self.execution: Execution
         self.waiting_bytes = sum(other.execution.held_bytes for other in _waiting)
-        self.ceiling = ceiling_for(reader.device)
+        # What images hold already is planned for as if they were yet to be decoded, and counts as that.
+        self.ceiling = ceiling_for(reader.device, counted=reader.held_bytes)
         self.outputs = planned.program.outputs
         self.random_state = _random_state(reader.device)
         self.seconds = 0.0
@@ -136,6 +137,7 @@ class Pass:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
                 with _random_state_kept(self.execution.device), self._ceiling("forward"):
+                    self.reader.open()
                     values = self.execution.forward()
                 break
             except BudgetExceeded as error:
@@ -215,6 +217,7 @@ class Pass:
         _set_random_state(self.random_state, self.reader.device)
         try:
             with self._ceiling("forward"), torch.enable_grad():
+                self.reader.open()
                 self.execution.forward()
         finally:
             _set_random_state(present, self.reader.device)
@@ -231,8 +234,9 @@ class Pass:
         return [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
 
     def close(self) -> None:
-        """Free all stores and their folder."""
+        """Free all stores and their folder, and the decoded images that no other pass waits with."""
         _waiting.discard(self)
+        self.reader.release(but=[source for other in _waiting for source in other.reader.sources])
         self.execution.close()
         self.stores.close()
 
@@ -286,14 +290,6 @@ def _refusal(plan: Plan, direction: str, error: BaseException) -> str:
         f"{plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
         "Nothing was changed; raise budget="
     )
-
-
-def _warm_up(reader: BatchReader, program: Program, plan: Plan) -> None:
-    """Read the middle tile of the first phase that reads the image, where most chunks meet."""
-    for phase in plan.phases:
-        if program.image in phase.inputs:
-            reader.warm_up(phase.needed(len(phase.rows) // 2, len(phase.cols) // 2, program.image))
-            return
 
 
 def _check_disk(plan: Plan, spill: Path | None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from streamcnn.autocast import autocast, autocast_state
 from streamcnn.capture import Given, RawGraph
 from streamcnn.ceiling.cuda import note_idle
 from streamcnn.data.reader import BatchReader, Image, Preprocess
+from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.executor import Observer
 from streamcnn.flattening import is_fake
@@ -31,6 +32,7 @@ from streamcnn.parts import BEFORE, VALUE, parts_of
 from streamcnn.plan import Plan
 from streamcnn.planning import Captured, Machine, Planned, Planning, Wish, module_dtype
 from streamcnn.program import substitute
+from streamcnn.reading import NO_READING, BatchCost
 from streamcnn.report import Report
 from streamcnn.streamed_pass import Pass, Streamed
 from streamcnn.surroundings import Surroundings
@@ -179,7 +181,7 @@ class StreamingModel(nn.Module):
 
     def plan(
         self,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
         dtype: torch.dtype | None = None,
         *,
         inputs: Sequence[Any] = (),
@@ -187,13 +189,15 @@ class StreamingModel(nn.Module):
     ) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run now, in the present mode.
 
+        Given the images themselves, a source or a list of them, the plan also counts what reading them takes.
+
         A plan that does not fit the budget is returned all the same; see ``Plan.fits``. With gradients
         disabled it is a plan for inference.
 
         Parameters
         ----------
         dtype
-            Of the image; ``None`` for that of the module's parameters.
+            Of the image; ``None`` for that of the module's parameters, or of the images that are given.
         inputs, named_inputs
             What else goes into the module after the image, in order and by name.
 
@@ -202,8 +206,18 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
+        if _are_sources(shape):
+            reader = BatchReader(shape, self._device(), self.preprocess)
+            size, dtype, reading = reader.shape, dtype or reader.dtype, reader.reading
+        else:
+            size, reading = cast("tuple[int, int, int, int]", shape), NO_READING
         planned = self._planned(
-            shape, dtype or module_dtype(self.net), image_gradient=False, inputs=inputs, named=named_inputs
+            size,
+            dtype or module_dtype(self.net),
+            image_gradient=False,
+            inputs=inputs,
+            named=named_inputs,
+            reading=reading,
         )
         return planned.plan
 
@@ -241,13 +255,14 @@ class StreamingModel(nn.Module):
         inputs: Sequence[Any] = (),
         named: Mapping[str, Any] | None = None,
         machine: Machine | None = None,
+        reading: BatchCost = NO_READING,
     ) -> Planned:
         """The plan of a call that ends where it would be carried out."""
         device = self._device()
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device)
-            wish = self._wish(captured, shape, dtype, image_gradient=image_gradient)
+            wish = self._wish(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
             present = wish if machine is not None else self._present(captured, wish)
             return self._planning.plan(captured, present, machine or Machine.here(device))
 
@@ -261,6 +276,7 @@ class StreamingModel(nn.Module):
         dtype: torch.dtype,
         *,
         image_gradient: bool,
+        reading: BatchCost,
     ) -> Wish:
         trains = torch.is_grad_enabled() or captured.graph.enables_grad
         trainable = (key for key, state in captured.states.items() if state.requires_grad)
@@ -273,6 +289,7 @@ class StreamingModel(nn.Module):
             budget=self.budget,
             tile=self.tile,
             tail=self._resident_tail,
+            reading=reading,
         )
 
     def _present(self, captured: Captured, wish: Wish) -> Wish:
@@ -358,9 +375,16 @@ class StreamingModel(nn.Module):
     ) -> Sequence[Any]:
         """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
         machine = Machine.here(reader.device)
-        wish = self._wish(captured, reader.shape, reader.dtype, image_gradient=image is not None)
+        wish = self._wish(
+            captured,
+            reader.shape,
+            reader.dtype,
+            image_gradient=image is not None,
+            reading=reader.reading,
+        )
         planned = self._planning.plan(captured, self._present(captured, wish), machine)
         program, plan = planned.program, planned.plan
+        reader.check(plan)
         plan.validate()
         shrink = _Smaller(self._planning, captured, wish, machine, self._smaller)
         run = Pass(planned, reader, captured.states, self, shrink)
@@ -378,6 +402,13 @@ class StreamingModel(nn.Module):
         by_name = dict(zip(names, outputs, strict=True))
         results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
         return results
+
+
+def _are_sources(
+    image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+) -> TypeGuard[ImageSource | Sequence[ImageSource]]:
+    """Whether it is images, and no shape."""
+    return isinstance(image, ImageSource) or (len(image) > 0 and isinstance(image[0], ImageSource))
 
 
 def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:

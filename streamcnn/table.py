@@ -47,6 +47,8 @@ class Weighed:
     """Seconds of what stages move however they are cut."""
     tail: int
     """Bytes of the resident tail with all that is held beside it but compiled kernels."""
+    opening: int
+    """Bytes of the first read of images that are decoded whole; 0 if there are none."""
     levels: Ints
     """By stage."""
     small: SmallBytes
@@ -211,6 +213,7 @@ class Table:
             seconds=self.seconds[reuses_heap] + self._input_seconds(stores, rates),
             outputs=sum(outputs),
             tail=tail + total_bytes(stored.tail(small.last), small.tail()),
+            opening=total_bytes(small.opening()) if small.reading.opening else 0,
             levels=levels,
             small=small,
         )

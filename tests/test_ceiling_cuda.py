@@ -555,7 +555,7 @@ class OnCard:
             return value
 
         monkeypatch.setattr(TileRun, "_evaluate", evaluated)
-        monkeypatch.setattr(streamed_pass, "ceiling_for", lambda device: CudaCeiling(gauge))
+        monkeypatch.setattr(streamed_pass, "ceiling_for", lambda device, *, counted: CudaCeiling(gauge))
         monkeypatch.setattr(planning, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes())
 
 

@@ -36,6 +36,10 @@ def small(width=4):
     )
 """
 
+TRUST = "--trust=factories:small"
+"""What evaluate and predict need to call that factory."""
+TRUST_NUMBERS = "--trust=factories:WithNumbers"
+
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -105,21 +109,21 @@ def test_numbers_of_a_table_go_into_the_model(table: Path, run: Run) -> None:
     status, _, err = run(*with_inputs(table, "other,side", epochs=5))
     assert (status, "inputs was ['side', 'other'] and is ['other', 'side']" in err) == (1, True)
 
-    status, out, _ = run("evaluate", folder, "--json")
+    status, out, _ = run("evaluate", TRUST_NUMBERS, folder, "--json")
     assert (status, json.loads(out)["accuracy"]) == (0, 1.0)
     new = table.parent / "new.csv"
     new.write_text("image,place,rest\nimages/val/dark/0.png,1,0.5\nimages/val/dark/2.png,-1,0.5\n")
-    status, out, _ = run("predict", folder, new, "--inputs", "place,rest", "--json")
+    status, out, _ = run("predict", TRUST_NUMBERS, folder, new, "--inputs", "place,rest", "--json")
     answers = [json.loads(line) for line in out.splitlines()]
     assert [(answer["class"], Path(answer["image"]).name) for answer in answers] == [
         ("dark", "0.png"),
         ("bright", "2.png"),
     ]
-    status, _, err = run("predict", folder, new)
+    status, _, err = run("predict", TRUST_NUMBERS, folder, new)
     assert (status, "there is no 'side', 'other' for inputs" in err) == (1, True)
-    status, _, err = run("predict", folder, table.parent / "images")
+    status, _, err = run("predict", TRUST_NUMBERS, folder, table.parent / "images")
     assert (status, "CSV file with the columns image,side,other" in err) == (2, True)
-    for command in (("predict", folder, new), ("evaluate", folder)):
+    for command in (("predict", TRUST_NUMBERS, folder, new), ("evaluate", TRUST_NUMBERS, folder)):
         status, _, err = run(*command, "--inputs", "place")
         assert (status, "was trained with side,other: allowed are as many columns" in err) == (2, True)
 
@@ -145,7 +149,7 @@ def test_a_run_from_before_there_were_inputs_goes_on(workplace: Path, run: Run) 
     del values["inputs"]
     path.write_text(json.dumps(values))
     assert read_run(workplace / "run").inputs == ()
-    assert run("evaluate", workplace / "run")[0] == 0
+    assert run("evaluate", TRUST, workplace / "run")[0] == 0
     checkpoints = CheckpointFolder(workplace / "run" / "checkpoints")
     state = checkpoints.newest()
     assert state is not None
@@ -179,19 +183,19 @@ def test_a_classifier_is_trained_evaluated_and_asked(workplace: Path, run: Run) 
     first = read_log(folder)[0]
     assert (first["kind"], first["measured_bytes"] > 0) == ("update", True)
 
-    status, out, _ = run("evaluate", folder)
+    status, out, _ = run("evaluate", TRUST, folder)
     assert status == 0
     assert out.splitlines()[0].startswith("accuracy 100.0% of 6 images")
     assert out.splitlines()[1:] == ["  bright: 3 of 3", "  dark: 3 of 3"]
-    status, out, _ = run("evaluate", folder, "--json", "--split", "val", "--batch", 3)
+    status, out, _ = run("evaluate", TRUST, folder, "--json", "--split", "val", "--batch", 3)
     found = json.loads(out)
     assert (found["accuracy"], found["confusion"], found["num_images"]) == (1.0, [[2, 0], [0, 2]], 4)
 
-    status, out, _ = run("predict", folder, workplace / "images" / "test" / "dark", "--json")
+    status, out, _ = run("predict", TRUST, folder, workplace / "images" / "test" / "dark", "--json")
     answers = [json.loads(line) for line in out.splitlines()]
     assert [answer["class"] for answer in answers] == ["dark"] * 3
     assert all(answer["label"] == 1 and 0.5 < answer["probability"] <= 1 for answer in answers)
-    status, out, _ = run("predict", folder, workplace / "images" / "test" / "dark" / "0.png")
+    status, out, _ = run("predict", TRUST, folder, workplace / "images" / "test" / "dark" / "0.png")
     assert out.startswith(f"{workplace / 'images' / 'test' / 'dark' / '0.png'}: dark, ")
 
 
@@ -207,7 +211,7 @@ def test_a_timm_model_takes_classes_and_channels_of_the_images(workplace: Path, 
 def test_averaged_weights_are_those_that_are_used(workplace: Path, run: Run) -> None:
     run(*arguments(workplace, **{"ema-decay": 0.9, "epochs": 1}))
     saved = final_state(workplace / "run")
-    weights = load_run(workplace / "run").model.state_dict()
+    weights = load_run(workplace / "run", trust=["factories:small"]).model.state_dict()
     assert torch.equal(weights["0.weight"], saved["averaged"]["module.0.weight"])
     assert not torch.equal(weights["0.weight"], saved["model"]["0.weight"])
 
@@ -261,17 +265,17 @@ def test_classes_are_those_that_the_run_was_trained_with(workplace: Path, run: R
     folder, images = workplace / "run", workplace / "images"
     # Alone, it would be class 0.
     (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,dark\n")
-    status, out, _ = run("evaluate", folder, "--data", workplace / "some.csv", "--split", "train")
+    status, out, _ = run("evaluate", TRUST, folder, "--data", workplace / "some.csv", "--split", "train")
     assert (status, out.splitlines()[1:]) == (0, ["  dark: 1 of 1"])
     (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,grey\n")
-    status, _, err = run("evaluate", folder, "--data", workplace / "some.csv", "--split", "train")
+    status, _, err = run("evaluate", TRUST, folder, "--data", workplace / "some.csv", "--split", "train")
     assert (status, "there are images of 'grey'; known classes are 'bright', 'dark'" in err) == (1, True)
     (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,1\n")
-    status, _, err = run("evaluate", folder, "--data", workplace / "some.csv", "--split", "train")
+    status, _, err = run("evaluate", TRUST, folder, "--data", workplace / "some.csv", "--split", "train")
     assert (status, "labels are numbers here, and names where the classes are from" in err) == (1, True)
     shutil.copy(images / "test" / "dark" / "0.png", workplace / "new.png")
     shutil.rmtree(images)
-    status, out, _ = run("predict", folder, workplace / "new.png")
+    status, out, _ = run("predict", TRUST, folder, workplace / "new.png")
     assert (status, ": dark, " in out) == (0, True)
 
 
@@ -286,7 +290,7 @@ def test_a_run_file_that_cannot_be_read_is_a_clear_error(workplace: Path, run: R
     (workplace / "run").mkdir()
     (workplace / "run" / "run.json").write_text("{")
     status, _, err = run("evaluate", workplace / "run")
-    assert (status, "run.json cannot be read" in err) == (1, True)
+    assert (status, "run.json is no valid JSON" in err) == (1, True)
 
 
 def test_no_run_is_a_clear_error(tmp_path: Path, run: Run) -> None:
@@ -357,3 +361,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(workplace: 
     assert kills == num_kills, "the run was over too early for all kills"
     assert_equal(final_state(workplace / "killed"), final_state(workplace / "whole"))
     assert log_without_times(workplace / "killed") == log_without_times(workplace / "whole")
+
+
+def test_brackets_in_the_name_of_a_run_are_no_markup(workplace: Path, run: Run) -> None:
+    status, out, err = run(*arguments(workplace, "run[/bold]", epochs=1))
+    assert (status, err) == (0, "")
+    assert f"page: {workplace}/run[/bold]/report.html" in out

@@ -6,19 +6,21 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from numpy.typing import NDArray
 
 from streamcnn import CorruptImage, DatasetMismatch
 from streamcnn.data.convert import convert
 from streamcnn.data.image_files import FoundImage, find_images
 from streamcnn.data.sources import write_zarr_image
-from streamcnn.data.tile_store import TileStore
+from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
 from streamcnn.regions import Region
 
 
@@ -47,7 +49,7 @@ def test_every_image_below_a_folder_is_found(folder: Path) -> None:
     assert find_images([folder]) == [
         FoundImage("deep/two three", folder / "deep/two three.npy", "deep/two three.npy"),
         FoundImage("one", folder / "one.tif", "one.tif"),
-        FoundImage("z_", folder / "zä.zarr", "zä.zarr"),
+        FoundImage("z%C3%A4", folder / "zä.zarr", "zä.zarr"),
     ]
     assert find_images([folder / "one.tif"]) == [FoundImage("one", folder / "one.tif", "one.tif")]
 
@@ -58,8 +60,11 @@ def test_what_is_no_image_is_named(folder: Path) -> None:
     with pytest.raises(CorruptImage, match=r"no image is known at .*notes\.txt"):
         find_images([folder / "notes.txt"])
     np.save(folder / "one.npy", pixels(4))
-    with pytest.raises(DatasetMismatch, match=r"one\.npy and .*one\.tif would both be 'one' in the store"):
-        find_images([folder])
+    np.save(folder / "deep/one.npy", pixels(5))
+    with pytest.raises(
+        DatasetMismatch, match=r"one\.npy and .*one\.npy would both be 'one\.npy' in the store"
+    ):
+        find_images([folder / "one.npy", folder / "deep"])
 
 
 def test_images_are_written_with_their_labels(folder: Path, tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_images_are_written_with_their_labels(folder: Path, tmp_path: Path) -> N
     assert [(r.name, r.split, r.label) for r in records] == [
         ("deep/two three", "test", 1),
         ("one", "train", 0),
-        ("z_", "train", 0),
+        ("z%C3%A4", "train", 0),
     ]
     assert store.head.classes == ("cat", "dog")
     assert told == [(1200, 1200)] * 3
@@ -128,7 +133,7 @@ def test_labels_may_be_numbers_or_missing(folder: Path, tmp_path: Path) -> None:
         ("image,label\none\n", "line 2: label is blank"),
         ("image,label\n,1\n", "line 2: image is blank"),
         ("image,label\none,1\none.tif,2\n", "line 3: 'one.tif' has a row already"),
-        ("image,label\none,1\ntwo three,-1\nzä,1.0\n", "labels '-1', '1.0' are no whole numbers"),
+        ("image,label\none,1\ntwo three,-1\nzä,1.5\n", "labels '-1', '1.5' are no whole numbers"),
         ("image,label\ndeep/two three,1\n", r"images without a row: '.*one\.tif', '.*zä\.zarr'"),
     ],
 )
@@ -145,18 +150,26 @@ def test_a_name_that_two_files_have_needs_its_path(folder: Path, tmp_path: Path)
     np.save(folder / "kä/one.npy", pixels(5))
     np.save(folder / "kä/two three.npy", pixels(6))
     images = find_images([folder])
-    assert [image.name for image in images] == ["deep/two three", "k_/one", "k_/two three", "one", "z_"]
-    with pytest.raises(DatasetMismatch, match="line 2: 'two three' may be 'deep/two three', 'k_/two three'"):
+    assert [image.name for image in images] == [
+        "deep/two three",
+        "k%C3%A4/one",
+        "k%C3%A4/two three",
+        "one",
+        "z%C3%A4",
+    ]
+    with pytest.raises(
+        DatasetMismatch, match="line 2: 'two three' may be 'deep/two three', 'k%C3%A4/two three'"
+    ):
         list(convert(images, tmp_path / "out", labels=table(folder, "image,label\ntwo three,1\n")))
     # As Excel writes it.
     text = "\ufeffimage,label\none,1\nkä/one,2\ndeep/two three.npy,3\nzä,4\nkä/two three,5\n"
     records = convert(images, tmp_path / "out", labels=table(folder, text))
     assert {record.name: record.label for record in records} == {
         "one": 1,
-        "k_/one": 2,
+        "k%C3%A4/one": 2,
         "deep/two three": 3,
-        "z_": 4,
-        "k_/two three": 5,
+        "z%C3%A4": 4,
+        "k%C3%A4/two three": 5,
     }
 
 
@@ -217,9 +230,117 @@ def test_classes_keep_their_numbers_through_interruptions(folder: Path, tmp_path
 
 def test_another_image_of_a_name_is_refused(folder: Path, tmp_path: Path) -> None:
     list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
-    os.utime(folder / "one.tif", ns=(1, 1))
-    with pytest.raises(DatasetMismatch, match=r"has an image 'one' already, level 0 of .*one\.tif"):
-        list(convert(find_images([folder / "one.tif"]), tmp_path / "out"))
+    tifffile.imwrite(tmp_path / "one.tif", pixels(9), photometric="rgb")
+    with pytest.raises(
+        DatasetMismatch, match=r"has an image 'one' already, level 0 of .*in/one\.tif; level 0"
+    ):
+        list(convert(find_images([tmp_path / "one.tif"]), tmp_path / "out"))
+
+
+def stored(out: Path, name: str) -> NDArray[np.uint8]:
+    store = TileStore(out)
+    (record,) = (record for record in store.records if record.name == name)
+    return store.source(record).read(Region.whole((40, 30))).numpy().transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["one.tif", "zä.zarr", "deep/two three.npy"])
+def test_an_image_that_was_changed_is_written_again(folder: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    rows = table(folder, "image,label,split\none,cat,test\ntwo three,dog,test\nzä,cat,test\n")
+    list(convert(find_images([folder]), out, labels=rows))
+    new, path = pixels(9), folder / name
+    if name.endswith(".tif"):
+        tifffile.imwrite(path, new, photometric="rgb", tile=(16, 16))
+    elif name.endswith(".npy"):
+        np.save(path, new)
+    else:
+        zarr.open_array(path, mode="r+")[:] = new.transpose(2, 0, 1)
+    before = {record.name: record for record in TileStore(out).records}
+    (record,) = convert(find_images([folder]), out)
+    assert (record.label, record.split) == (before[record.name].label, "test")
+    assert np.array_equal(stored(out, record.name), new)
+    assert all(error is None for _, error in TileStore(out).verify())
+    assert list(convert(find_images([folder]), out)) == []
+
+
+def test_an_image_that_changes_while_it_is_read_is_not_taken(folder: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "out", folder / "zä.zarr"
+    list(convert(find_images([path]), out))
+    zarr.open_array(path, mode="r+")[:] = 1
+
+    def change(*_: int) -> None:
+        zarr.open_array(path, mode="r+")[:] = 2
+
+    with pytest.raises(CorruptImage, match=r"zä\.zarr was changed while it was read: convert it again"):
+        list(convert(find_images([path]), out, on_shard=change))
+    assert np.array_equal(stored(out, "z%C3%A4"), pixels(3))
+    assert len(list(convert(find_images([path]), out))) == 1
+    assert (stored(out, "z%C3%A4") == 2).all()
+
+
+def test_an_image_that_was_being_replaced_is_written_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, path = tmp_path / "out", folder / "one.tif"
+    list(convert(find_images([path]), out))
+    content, times = path.read_bytes(), path.stat()
+    tifffile.imwrite(path, pixels(9), photometric="rgb")
+    kept = TileStoreWriter.add
+    monkeypatch.setattr(
+        TileStoreWriter, "add", lambda self, r: kept(self, r) if not r.origin["fingerprint"] else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        list(convert(find_images([path]), out))
+    monkeypatch.undo()
+    path.write_bytes(content)  # as it was, so that nothing but the journal tells
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(list(convert(find_images([path]), out))) == 1
+    assert np.array_equal(stored(out, "one"), pixels(1))
+
+
+def test_stores_of_before_are_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    np.save(folder / "ä.npy", pixels(4))
+    (image,) = find_images([folder / "ä.npy"])
+    (record,) = convert([replace(image, name="_")], out)
+    found = image.path.stat()
+    origin = {"path": str(image.path.resolve()), "level": 0}
+    with TileStoreWriter(out, Head("images", {})) as writer:
+        times = {"nbytes": found.st_size, "modified": found.st_mtime_ns}
+        writer.add(replace(record, origin={**origin, **times}))
+        writer.finish()
+    assert list(convert([image], out)) == []
+    assert np.array_equal(stored(out, "_"), pixels(4))
+    os.utime(image.path, ns=(1, 1))
+    assert [r.name for r in convert([image], out)] == ["_"]
+
+
+def test_names_in_a_store_are_never_shared(tmp_path: Path) -> None:
+    files = [
+        "图像一.png",
+        "图像二.png",
+        "a+b.png",
+        "a=b.png",
+        "a%2Bb.png",
+        "img1.png",
+        "img1.jpg",
+        "x" * 240 + ".png",
+    ]
+    for value, name in enumerate(files):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        np.save(tmp_path / "x.npy", np.full((40, 30, 3), value, np.uint8))
+        (tmp_path / "x.npy").rename(tmp_path / "in" / name)
+    images = {image.relative: image.name for image in find_images([tmp_path / "in"])}
+    assert images["图像一.png"] == "%E5%9B%BE%E5%83%8F%E4%B8%80"
+    assert images["图像二.png"] == "%E5%9B%BE%E5%83%8F%E4%BA%8C"
+    assert [images[name] for name in files[2:7]] == ["a%2Bb", "a%3Db", "a%252Bb", "img1.png", "img1.jpg"]
+    assert len(images[files[-1]]) == 174
+    list(convert(find_images([tmp_path / "in"]), tmp_path / "out"))
+    assert all((stored(tmp_path / "out", images[name]) == value).all() for value, name in enumerate(files))
+    # One after the other, too.
+    for name in ("img1.png", "img1.jpg"):
+        list(convert(find_images([tmp_path / "in" / name]), tmp_path / "more"))
+    assert [record.name for record in TileStore(tmp_path / "more").records] == ["img1", "img1.jpg"]
 
 
 def test_a_damaged_image_leaves_the_finished_ones(folder: Path, tmp_path: Path) -> None:
@@ -228,7 +349,7 @@ def test_a_damaged_image_leaves_the_finished_ones(folder: Path, tmp_path: Path) 
     with pytest.raises(CorruptImage, match=r"one\.tif"):
         list(convert(find_images([folder]), tmp_path / "out"))
     (folder / "one.tif").write_bytes(content)
-    assert [r.name for r in convert(find_images([folder]), tmp_path / "out")] == ["one", "z_"]
+    assert [r.name for r in convert(find_images([folder]), tmp_path / "out")] == ["one", "z%C3%A4"]
 
 
 LARGE = """

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 from streamcnn import CorruptImage, DatasetMismatch
 from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.convert import convert
 from streamcnn.data.dataset import ImageDataset, collate
 from streamcnn.data.file_dataset import FileDataset, open_dataset, open_table
+from streamcnn.data.image_files import find_images
+from streamcnn.data.sources import write_zarr_image
 from streamcnn.data.tile_store import Head, TileStoreWriter
 from streamcnn.regions import Region
 
@@ -77,6 +81,15 @@ def test_the_fingerprint_tells_labels_files_and_augmentations_apart(folder: Path
     table.write_text("image,label\ncat/a.png,4\n")
     write(folder / "cat/a.png", 200)
     assert open_dataset(table).fingerprint != first
+
+
+def test_the_fingerprint_tells_a_rewritten_chunk(folder: Path) -> None:
+    write_zarr_image(folder / "scan.zarr", torch.zeros((3, 6, 8), dtype=torch.uint8))
+    (folder / "labels.csv").write_text("image,label\nscan.zarr,0\n")
+    first = open_dataset(folder / "labels.csv").fingerprint
+    assert open_dataset(folder / "labels.csv").fingerprint == first
+    zarr.open_array(folder / "scan.zarr", mode="r+")[0, 0, 0] = 7
+    assert open_dataset(folder / "labels.csv").fingerprint != first
 
 
 TABLE = "image,age,label,sex\ncat/a.png,63,4, 1 \ndog/a.png,-1.5e1,2,0\n"
@@ -194,6 +207,51 @@ def test_a_table_that_does_not_fit_is_refused(folder: Path, text: str, message: 
 def test_images_in_no_folder_of_a_class_are_refused(folder: Path) -> None:
     write(folder / "loose.png", 1)
     with pytest.raises(DatasetMismatch, match=r"in no folder of a class: 'loose.png'"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(4, "RGBA"), (1, "L")])
+def test_images_of_other_channels_are_named_at_once(folder: Path, channels: int, mode: str) -> None:
+    Image.new(mode, (8, 6)).save(folder / "dog/odd.png")
+    message = (
+        f"{folder} mixes numbers of channels: 4 of its images have 3, such as ant/deep/a.png; others have "
+        f"not: 'dog/odd.png ({channels})'; convert them, or take them out"
+    )
+    with pytest.raises(DatasetMismatch) as refused:
+        open_dataset(folder)
+    assert str(refused.value) == message
+    table = folder / "labels.csv"
+    table.write_text("image,label,split\ncat/a.png,0,train\ndog/odd.png,0,test\n")
+    with pytest.raises(
+        DatasetMismatch, match=rf"1 of its images have 3, .* 'dog/odd.png \({channels}\)'; convert"
+    ):
+        open_dataset(table, "train")
+    write(folder / "dog/odd.png", 7)
+    assert len(open_dataset(folder)) == 5
+
+
+def test_a_store_of_other_channels_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    Image.new("L", (8, 6)).save(folder / "odd.png")
+    table, store = folder / "labels.csv", tmp_path_factory.mktemp("out") / "store"
+    table.write_text("image,label\ncat/a.png,0\nodd.png,1\n")
+    list(
+        convert(
+            [each for each in find_images([folder]) if each.name in ("cat/a", "odd")], store, labels=table
+        )
+    )
+    with pytest.raises(
+        DatasetMismatch, match=r"1 of its images have 3, such as cat/a; .*: 'odd \(1\)'; convert them"
+    ):
+        open_dataset(store)
+
+
+def test_an_image_that_cannot_be_opened_is_named_at_once(folder: Path) -> None:
+    whole = (folder / "dog/a.png").read_bytes()
+    (folder / "dog/a.png").write_bytes(whole[:20])
+    with pytest.raises(CorruptImage, match=r"dog/a\.png"):
+        open_dataset(folder)
+    (folder / "dog/a.png").write_bytes(b"")
+    with pytest.raises(CorruptImage, match=r"dog holds 'a\.png', called like an image .*\(it is empty\)"):
         open_dataset(folder)
 
 

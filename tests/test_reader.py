@@ -108,7 +108,7 @@ def test_a_sum_that_overflows_is_no_corrupt_image() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
-def test_an_image_is_read_once_before_the_ceiling_is_there() -> None:
+def test_an_image_is_read_under_the_ceiling_alone() -> None:
     import resource
 
     limits = []
@@ -122,7 +122,5 @@ def test_an_image_is_read_once_before_the_ceiling_is_there() -> None:
     model = StreamingModel(net, "1GiB", tile=16)
     model._resident_tail = False
     model(Watched(torch.rand(3, 40, 40)))
-    first, *others = limits
-    assert first == resource.getrlimit(resource.RLIMIT_DATA)[0]
-    assert others
-    assert first not in others
+    assert limits
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] not in limits

@@ -89,11 +89,14 @@ def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+UPDATE = {"seconds": 1.0, "megapixels_per_second": 1.0, "measured_bytes": None, "projected_bytes": None}
+
+
 def test_a_line_of_the_log_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
-        log.write("update", {"text": "a" * 30_000}, 1)
+        log.write("update", {**UPDATE, "text": "a" * 30_000}, 1)
         with files_of_at_most(50_000), pytest.raises(CannotWrite, match=LOG):
-            log.write("update", {"text": "b" * 30_000}, 2)
+            log.write("update", {**UPDATE, "text": "b" * 30_000}, 2)
         assert log.flush() == (tmp_path / LOG).stat().st_size
     assert [line["update"] for line in read_log(tmp_path)] == [1]
 

@@ -109,15 +109,18 @@ def test_reads_only_the_chunks_under_the_region(tmp_path: Path, image: torch.Ten
         source.read(region(15, 32, 32, 48))
 
 
-def test_tells_channels_from_the_shorter_end_unless_it_is_told(tmp_path: Path) -> None:
+def test_tells_channels_by_a_shape_that_leaves_no_doubt_or_is_told(tmp_path: Path) -> None:
+    certain = zarr.create_array(tmp_path / "certain.zarr", shape=(60, 200, 3), dtype="u1")
+    certain[:] = 1
+    assert ZarrSource(certain).shape == (3, 60, 200)
+    assert ZarrSource(certain, channels_last=False).shape == (60, 200, 3)
     array = zarr.create_array(tmp_path / "a.zarr", shape=(6, 20, 5), dtype="u1")
-    assert ZarrSource(array).shape == (5, 6, 20)
-    assert ZarrSource(array, channels_last=False).shape == (6, 20, 5)
-    assert pickle.loads(pickle.dumps(ZarrSource(tmp_path / "a.zarr", channels_last=False))).shape == (
-        6,
-        20,
-        5,
-    )
+    array[:] = 1
+    with pytest.raises(DatasetMismatch, match=r"may be \(C, H, W\) or \(H, W, C\): give channels_last=False"):
+        ZarrSource(array)
+    assert ZarrSource(array, channels_last=True).shape == (5, 6, 20)
+    source = ZarrSource(tmp_path / "a.zarr", channels_last=False)
+    assert source.shape == pickle.loads(pickle.dumps(source)).shape == (6, 20, 5)
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 5, 7)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,42 @@ def test_refuses_objects_and_other_axes() -> None:
 
 def test_channels_are_where_they_are_said_to_be() -> None:
     array = np.zeros((6, 20, 5))
-    assert ArraySource(array).shape == (5, 6, 20)
+    assert ArraySource(array, channels_last=True).shape == (5, 6, 20)
     assert ArraySource(array, channels_last=False).shape == (6, 20, 5)
     assert pickle.loads(pickle.dumps(ArraySource(array, channels_last=False))).shape == (6, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "image_shape"),
+    [
+        ((3, 50, 60), (3, 50, 60)),
+        ((50, 60, 3), (3, 50, 60)),
+        ((4, 5, 6), (4, 5, 6)),
+        ((200, 1600, 1700), (200, 1600, 1700)),
+        ((1600, 1700, 200), (200, 1600, 1700)),
+        ((1, 64, 5), (1, 64, 5)),
+    ],
+)
+def test_a_shape_tells_the_channels_where_it_leaves_no_doubt(
+    tmp_path: Path, shape: tuple[int, ...], image_shape: tuple[int, ...]
+) -> None:
+    assert ArraySource(np.broadcast_to(np.uint8(1), shape)).shape == image_shape
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(145, 145, 200), (200, 145, 145), (6, 20, 5), (3, 500, 3), (32, 200, 200), (5, 5, 5), (50, 3, 60)],
+)
+def test_a_guess_that_is_not_certain_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    array = np.zeros(shape, "u1")
+    np.save(tmp_path / "a.npy", array)
+    message = (
+        f"has 3 axes {shape} without names, which may be (C, H, W) or (H, W, C): give channels_last="
+        "False for the former, channels_last=True for the latter (--channels-first or --channels-last of "
+        "streamcnn convert)"
+    )
+    for origin in (array, tmp_path / "a.npy"):
+        with pytest.raises(DatasetMismatch, match=re.escape(message)):
+            ArraySource(origin)
+        assert ArraySource(origin, channels_last=False).shape == shape
+        assert ArraySource(origin, channels_last=True).shape == (shape[2], *shape[:2])

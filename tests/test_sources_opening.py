@@ -141,7 +141,7 @@ def test_options_go_to_the_sources_that_have_them(tmp_path: Path) -> None:
     assert open_image(tmp_path / "a.npy", channels_last=False).shape == (6, 20, 5)
     for options, message in (
         ({"level": 1}, r"a\.npy has one resolution: allowed is level 0"),
-        ({"series": 1}, r"a\.npy is no TIFF: allowed is series 0"),
+        ({"series": 1}, r"a\.npy is no TIFF or OME-Zarr: allowed is series 0; leave series= out"),
     ):
         with pytest.raises(DatasetMismatch, match=message):
             open_image(tmp_path / "a.npy", **options)  # type: ignore[arg-type]

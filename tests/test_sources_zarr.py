@@ -184,7 +184,7 @@ def test_refuses_to_look_into_shards_that_it_cannot_read(tmp_path: Path) -> None
         (tmp_path / name / "zarr.json").write_text(metadata)
         with pytest.raises(DatasetMismatch, match=rf'{name} has shards inside .* missing_chunks="fill"'):
             ZarrSource(tmp_path / name, missing_chunks="error")
-    with pytest.raises(ValueError, match=r'missing_chunks=.maybe.: allowed are "fill" and "error"'):
+    with pytest.raises(ValueError, match=r'missing_chunks=.maybe.: allowed are "some", "fill" and "error"'):
         ZarrSource(tmp_path / name, missing_chunks="maybe")  # type: ignore[arg-type]
 
 

@@ -245,7 +245,7 @@ def test_a_changed_manifest_is_an_error(store: TileStore) -> None:
     with pytest.raises(CorruptImage, match="cannot read the manifest"):
         TileStore(store.folder)
     (store.folder / "complete.json").write_text("{")
-    with pytest.raises(CorruptImage, match=r"complete\.json is damaged"):
+    with pytest.raises(CorruptImage, match=r"complete\.json is no valid JSON"):
         TileStore(store.folder)
 
 

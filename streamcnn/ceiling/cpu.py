@@ -32,7 +32,7 @@ import mmap
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -92,6 +92,15 @@ class Baseline:
         trim_heap()
         data, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
         return cls(None if data is None else data - _untouched_code_bytes(), resident, free_heap_bytes())
+
+    def less(self, nbytes: int) -> Baseline:
+        """The baseline without ``nbytes`` of resident memory, which then count as taken since."""
+        data, resident = self.data_bytes, self.resident_bytes
+        return replace(
+            self,
+            data_bytes=None if data is None else data - nbytes,
+            resident_bytes=None if resident is None else resident - nbytes,
+        )
 
 
 class DataLimit:

@@ -76,10 +76,16 @@ class Ceiling(Protocol):
 
 
 class HostCeiling:
-    """Host memory: both directions count from what the process held at first; the kernel refuses."""
+    """Host memory: both directions count from what the process held at first; the kernel refuses.
 
-    def __init__(self) -> None:
-        self._baseline = Baseline.now()
+    Parameters
+    ----------
+    counted
+        Bytes of that which count towards the budget all the same.
+    """
+
+    def __init__(self, counted: int = 0) -> None:
+        self._baseline = Baseline.now().less(counted)
         self._limit: DataLimit | None = None
 
     @property
@@ -146,11 +152,17 @@ class NoCeiling:
     ) -> None: ...
 
 
-def ceiling_for(device: torch.device) -> Ceiling:
-    """A ceiling for one pass on ``device``, counting from now."""
+def ceiling_for(device: torch.device, *, counted: int = 0) -> Ceiling:
+    """A ceiling for one pass on ``device``, counting from now.
+
+    Parameters
+    ----------
+    counted
+        Bytes of host memory that are held already and count towards a budget of it all the same.
+    """
     if device.type == "cuda":
         return cuda_ceiling(device)
-    return HostCeiling() if device.type == "cpu" else NoCeiling(device)
+    return HostCeiling(counted) if device.type == "cpu" else NoCeiling(device)
 
 
 def reserved_bytes(device: torch.device) -> int:

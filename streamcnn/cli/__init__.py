@@ -17,6 +17,7 @@ from rich.console import Console
 from streamcnn.cli import images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.errors import StreamError
+from streamcnn.text import printable
 from streamcnn.units import parse_bytes
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ def main() -> NoReturn:
     try:
         app()
     except StreamError as error:
-        typer.echo(f"streamcnn: error: {error}", err=True)
+        typer.echo(printable(f"streamcnn: error: {error}", keep="\n"), err=True)
         raise SystemExit(FAILED) from None
     raise SystemExit(0)
 

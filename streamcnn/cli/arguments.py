@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
+from streamcnn.text import printable
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -65,5 +67,5 @@ def load(name: str) -> nn.Module:
 
 def exit_for_wrong_usage(message: str) -> NoReturn:
     """End the command with a line on standard error."""
-    typer.echo(f"streamcnn: error: {message}", err=True)
+    typer.echo(printable(f"streamcnn: error: {message}", keep="\n"), err=True)
     raise typer.Exit(WRONG_USAGE)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from streamcnn.cli.arguments import Json
+from streamcnn.text import printable
 from streamcnn.units import format_bytes, plural
 
 if TYPE_CHECKING:
@@ -39,6 +41,13 @@ def convert(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of images of which the CSV says none.")] = "train",
     level: Annotated[int, typer.Option(min=0, help="Resolution to take from a pyramid; 0 is full.")] = 0,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option(
+            "--channels-last/--channels-first",
+            help="Which of three axes the channels are, if nothing says it.",
+        ),
+    ] = None,
 ) -> None:
     """Write images of any format into a tile store, or add them to one."""
     from streamcnn.data.convert import convert as write
@@ -52,10 +61,20 @@ def convert(
         def on_shard(done: int, total: int) -> None:
             progress.update(present, completed=done, total=total)
 
-        for record in write(found, out, labels=labels, split=split, level=level, on_shard=on_shard):
+        records = write(
+            found,
+            out,
+            labels=labels,
+            split=split,
+            level=level,
+            channels_last=channels_last,
+            on_shard=on_shard,
+        )
+        for record in records:
             progress.advance(progress.task_ids[0])
+            line = f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}"
             progress.console.print(
-                f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}",
+                Text(printable(line)),
                 soft_wrap=True,
                 highlight=False,
             )
@@ -94,7 +113,7 @@ def verify_store(path: Path, *, as_json: bool) -> bool:
             if error is not None:
                 errors[record.name] = str(error)
     for message in errors.values():
-        typer.echo(f"streamcnn: error: {message}", err=True)
+        typer.echo(printable(f"streamcnn: error: {message}", keep="\n"), err=True)
     _print_facts({**store_facts(store), "damaged": len(errors)}, as_json=as_json)
     return not errors
 
@@ -123,10 +142,18 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
 
 
 def _image_facts(path: Path) -> dict[str, Any]:
-    from streamcnn.data.sources import ZarrSource, open_image
+    from streamcnn.data.sources import TiffSource, ZarrSource, open_image
+    from streamcnn.data.sources.tiff_series import tiff_series
 
     source = open_image(path)
     facts: dict[str, Any] = {"shape": source.shape, "dtype": str(source.dtype).removeprefix("torch.")}
+    if isinstance(source, TiffSource):
+        for each in tiff_series(path):
+            facts[f"series {each.number}"] = {
+                **({"name": each.name} if each.name else {}),
+                "levels": [_by(size) for size in each.levels],
+                "opened": "yes" if each.is_default else "no",
+            }
     if isinstance(source, ZarrSource):
         facts["chunks"] = source.chunks
     return facts
@@ -150,7 +177,7 @@ def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        typer.echo(f"{name:{width}}  {_text(name, value)}")
+        typer.echo(printable(f"{name:{width}}  {_text(name, value)}"))
 
 
 def _text(name: str, value: Any) -> str:

@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from streamcnn.cli.arguments import Batch, Channels, Model, Size, load, parse, parse_extent
+from streamcnn.text import printable
 from streamcnn.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ def profile(
         profiles = _collect(measured, edges, console)
     write_results(profiles, model, shape, output)
     if not as_json:
-        console.print(f"page: {output / 'report.html'}", soft_wrap=True, highlight=False)
+        page = printable(f"page: {output / 'report.html'}")
+        console.print(Text(page), soft_wrap=True, highlight=False)
 
 
 def parse_tiles(text: str) -> tuple[int, ...]:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
 from streamcnn.errors import StreamError
+from streamcnn.text import printable
 from streamcnn.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +35,13 @@ Inputs = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,...", help="Columns of numbers in the CSV file for the model, besides the image."
+    ),
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:FACTORY",
+        help="A factory that may be called where the run's file names it; may be given several times.",
     ),
 ]
 KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
@@ -152,13 +161,13 @@ def train(
     except (Terminated, StoppedAtOnce) as ended:
         typer.echo(f"streamcnn: {ended}; the same command goes on", err=True)
         raise typer.Exit(BY_SIGNAL + (ended.signal or 0)) from None
-    console.print(
+    best = (
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
-        f"{result.best_accuracy:.1%}: {result.best}",
-        soft_wrap=True,
-        highlight=False,
+        f"{result.best_accuracy:.1%}: {result.best}"
     )
-    console.print(f"page: {write_report(out)}", soft_wrap=True, highlight=False)
+    for line in (best, f"page: {write_report(out)}"):
+        # As text: brackets in a folder's name are no markup.
+        console.print(Text(printable(line)), soft_wrap=True, highlight=False)
 
 
 def evaluate(
@@ -168,13 +177,14 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Images to classify.")] = "test",
     budget: Budget = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Print how good a trained classifier is on labelled images.
 
     Inputs are the columns that it was trained with, unless others are named.
     """
-    trained = _load(run, budget)
+    trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
     from streamcnn.data.file_dataset import open_dataset
     from streamcnn.training import score
@@ -205,6 +215,7 @@ def predict(
     ],
     inputs: Inputs = None,
     budget: Budget = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Print the class of each image and its probability.
@@ -212,7 +223,7 @@ def predict(
     A classifier that was trained with inputs finds them in a CSV file, in the columns that it was trained
     with unless others are named; labels are not needed.
     """
-    trained = _load(run, budget)
+    trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
     import torch
 
@@ -225,7 +236,7 @@ def predict(
             fields = {"image": str(path), "label": int(label), "class": name}
             typer.echo(json.dumps({**fields, "probability": float(probability)}))
         else:
-            typer.echo(f"{path}: {name}, {float(probability):.1%}")
+            typer.echo(printable(f"{path}: {name}, {float(probability):.1%}"))
 
 
 def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
@@ -303,11 +314,11 @@ def _say_that_it_ends(reason: str) -> None:
     os.write(sys.stderr.fileno(), text.encode())
 
 
-def _load(run: Path, budget: str | None) -> TrainedRun:
+def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:
     budget_bytes = parse("--budget", parse_bytes, budget)
     from streamcnn.training import load_run
 
-    return load_run(run, budget=budget_bytes)
+    return load_run(run, budget=budget_bytes, trust=trust or ())
 
 
 def _print_score(found: Score, num_images: int, classes: tuple[str, ...] | None) -> None:
@@ -316,4 +327,4 @@ def _print_score(found: Score, num_images: int, classes: tuple[str, ...] | None)
     for label, row in enumerate(found.confusion):
         if sum(row):
             name = str(label) if classes is None else classes[label]
-            typer.echo(f"  {name}: {row[label]} of {sum(row)}")
+            typer.echo(printable(f"  {name}: {row[label]} of {sum(row)}"))

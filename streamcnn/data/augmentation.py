@@ -9,7 +9,7 @@ deformation, rotation by any angle) is not of this kind.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcnn.data.sources import ImageSource
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Interval, Region
 
 Pixels = NDArray[Any]
+_FLOAT_BYTES = 8
+"""Of a sample of an integer type, while its intensity is changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +58,41 @@ class AugmentedSource(ImageSource):
     def __init__(self, source: ImageSource, augmentation: Augmentation) -> None:
         channels, height, width = source.shape
         turned = augmentation.quarter_turns % 2 == 1
-        super().__init__(
-            (channels, *((width, height) if turned else (height, width))), source.dtype, source.name
-        )
+        shape = (channels, width, height) if turned else source.shape
+        super().__init__(shape, source.dtype, source.name, largest=source.largest)
         self._source = source
         self._augmentation = augmentation
 
     def __reduce__(self) -> tuple[type[AugmentedSource], tuple[ImageSource, Augmentation]]:
         return AugmentedSource, (self._source, self._augmentation)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the image as stored holds."""
+        return self._source.held_bytes
+
+    @property
+    def pieces(self) -> str:
+        """Those of the image as stored."""
+        return self._source.pieces
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """The image's as stored, copies of the region, and floats for its intensity."""
+        chosen, channels = self._augmentation, self.shape[0]
+        cost = self._source.reading_cost
+        cost = cost.transposed() if chosen.quarter_turns % 2 else cost
+        floats = 2 * (self.dtype.itemsize if self.dtype.is_floating_point else _FLOAT_BYTES)
+        sample = 2 * self.dtype.itemsize + (0 if chosen.gain == 1 else floats)
+        return replace(cost, pixel=cost.pixel + channels * sample)
+
+    def start(self) -> None:
+        """Start what reads the image as stored."""
+        self._source.start()
+
+    def release(self) -> None:
+        """Let go of what the image as stored holds."""
+        self._source.release()
 
     def _read(self, region: Region) -> Tensor:
         chosen = self._augmentation
@@ -72,7 +102,8 @@ class AugmentedSource(ImageSource):
             pixels = np.flip(pixels, 2)
         pixels = np.rot90(pixels, chosen.quarter_turns, (1, 2))
         pixels = _with_intensity(pixels, invert=chosen.invert, gain=chosen.gain)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+        # A copy in any case: of an axis of one pixel, NumPy takes a backward stride for contiguous.
+        return torch.from_numpy(pixels.copy())
 
     def _stored_region(self, region: Region) -> Region:
         """Where the pixels of ``region`` are in the image as stored."""

@@ -5,17 +5,21 @@ Everything that can be wrong with names, labels and the store is found before th
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.image_files import FoundImage
 from streamcnn.data.label_table import Row, class_names, label_number, read_rows
-from streamcnn.data.sources import open_image
+from streamcnn.data.sources import ImageSource, open_image
+from streamcnn.data.store_names import older_name, store_name
 from streamcnn.data.tile_store import Head, ImageRecord, TileStoreWriter, check_names, write_image_folder
 from streamcnn.data.tile_store.arrays import num_levels
-from streamcnn.errors import DatasetMismatch, some
+from streamcnn.data.tile_store.format import IMAGES
+from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 KIND = "images"
 
@@ -27,10 +31,13 @@ def convert(
     labels: str | Path | None = None,
     split: str = "train",
     level: int = 0,
+    channels_last: bool | None = None,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Iterator[ImageRecord]:
     """Write ``images`` into the store ``out``; iterate to do the work, image by image.
 
+    An image that the store has is left alone if its files are the same, by `fingerprint`, and written again
+    if they were changed; it keeps its label and split unless ``labels`` says others.
     Holds some shards of 16 MiB at a time, and an image that has to be decoded whole.
 
     Parameters
@@ -47,6 +54,8 @@ def convert(
         Of images of which the table says none.
     level
         Resolution to take from a pyramid; 0 is full.
+    channels_last
+        Whether the channels are the last of three axes or the first, of images that do not say it.
     on_shard
         Told the pixels of the present image that are written, and all of them.
 
@@ -55,12 +64,14 @@ def convert(
     DatasetMismatch
         If the table does not fit the images, or the store holds something else.
     CorruptImage
-        If an image cannot be read.
+        If an image cannot be read, or is changed while it is read.
     """
-    rows = None if labels is None else _read_table(Path(labels), images)
+    table = None if labels is None else _read_table(Path(labels), images)
     with TileStoreWriter(out, Head(KIND, {})) as writer:
-        check_names((*writer.records, *(image.name for image in images)))
-        missing = [image for image in images if _is_missing(image, level, writer.records)]
+        named = {image.name: _named(image, level, writer.records) for image in images}
+        rows = None if table is None else {named[name].name: row for name, row in table.items()}
+        check_names((*writer.records, *(image.name for image in named.values())))
+        missing = [image for image in named.values() if not _is_current(writer, image, level)]
         if rows is not None:
             numbered = any(record.label is not None for record in writer.records.values())
             texts = [row.label for row in rows.values()]
@@ -68,20 +79,45 @@ def convert(
             yield from _labelled_anew(writer, rows)
         for image in missing:
             row = None if rows is None else rows[image.name]
-            source = open_image(image.path, level=level)
-            record = write_image_folder(
-                writer.folder,
-                source,
-                name=image.name,
-                split=(None if row is None else row.split) or split,
-                label=None if row is None else label_number(row.label, writer.head.classes),
-                levels=num_levels(source.shape[1:]),
-                origin=_origin(image, level),
-                on_shard=on_shard,
-            )
+            source = open_image(image.path, level=level, channels_last=channels_last)
+            record = _write(writer, image, source, row, split, level, on_shard)
             writer.add(record)
             yield record
         writer.finish()
+
+
+def _write(
+    writer: TileStoreWriter,
+    image: FoundImage,
+    source: ImageSource,
+    row: Row | None,
+    split: str,
+    level: int,
+    on_shard: Callable[[int, int], None] | None,
+) -> ImageRecord:
+    """Write an image, in place of an older one if the store has it; what a table says counts for both."""
+    before = writer.records.get(image.name)
+    origin = _origin(image, level)
+
+    def on_read() -> None:
+        if _origin(image, level) != origin:
+            raise CorruptImage(f"{image.path} was changed while it was read: convert it again")
+        if before is not None:
+            # From here on the store's files are not what this record says, whatever ends the process.
+            writer.add(replace(before, origin={**before.origin, "fingerprint": ""}))
+
+    label = None if before is None else before.label
+    return write_image_folder(
+        writer.folder,
+        source,
+        name=image.name,
+        split=(None if row is None else row.split) or (split if before is None else before.split),
+        label=label if row is None else label_number(row.label, writer.head.classes),
+        levels=num_levels(source.shape[1:]),
+        origin=origin,
+        on_shard=on_shard,
+        on_read=on_read,
+    )
 
 
 def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, Row]) -> Iterator[ImageRecord]:
@@ -97,12 +133,12 @@ def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, Row]) -> Iterator
 
 def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     """The table's row for each image, by the image's name in the store."""
-    by_path, by_name = _keyed(images, _paths), _keyed(images, _file_names)
+    ways = _keyed(images, _paths), _keyed(images, _file_names)
     rows: dict[str, Row] = {}
     unknown = []
     for row in read_rows(path):
         text = row.image
-        names = by_path.get(text) or by_name.get(text) or []
+        names = next((keys[way] for way in _spellings(path, text) for keys in ways if way in keys), [])
         if len(names) > 1:
             raise DatasetMismatch(
                 f"{path}, line {row.line}: {text!r} may be {some(names)}; give its path below the folder"
@@ -121,6 +157,14 @@ def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     return rows
 
 
+def _spellings(table: Path, text: str) -> Iterator[str]:
+    """Ways to write a path that a table names: on Windows, with detours, or from the table's folder."""
+    yield text
+    slashed = text.replace("\\", "/")
+    yield posixpath.normpath(slashed)
+    yield str((table.parent / slashed).resolve())
+
+
 def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]]) -> dict[str, list[str]]:
     """Names of the images that have each key."""
     found: dict[str, list[str]] = {}
@@ -131,7 +175,13 @@ def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]])
 
 
 def _paths(image: FoundImage) -> set[str]:
-    return {image.relative, PurePosixPath(image.relative).with_suffix("").as_posix(), str(image.path)}
+    paths = (image.path, *image.others)
+    return {
+        image.relative,
+        PurePosixPath(image.relative).with_suffix("").as_posix(),
+        *map(str, paths),
+        *(str(path.resolve()) for path in paths),
+    }
 
 
 def _file_names(image: FoundImage) -> set[str]:
@@ -140,26 +190,44 @@ def _file_names(image: FoundImage) -> set[str]:
 
 def _origin(image: FoundImage, level: int) -> dict[str, Any]:
     """Where an image came from, and what tells whether it is still the same."""
-    found = image.path.stat()
-    origin: dict[str, Any] = {"path": str(image.path.resolve()), "level": level}
-    return (
-        origin if image.path.is_dir() else {**origin, "nbytes": found.st_size, "modified": found.st_mtime_ns}
-    )
+    known = fingerprint([image.path, *image.others])
+    return {"path": str(image.path.resolve()), "level": level, "fingerprint": known}
 
 
-def _is_missing(image: FoundImage, level: int, records: Mapping[str, ImageRecord]) -> bool:
-    """Whether an image is still to be written.
+def _named(image: FoundImage, level: int, records: Mapping[str, ImageRecord]) -> FoundImage:
+    """The image under the name that the store has for it, or else will have.
 
     Raises
     ------
     DatasetMismatch
         If the store has another image of that name.
     """
+    path = str(image.path.resolve())
+    for name in (image.name, older_name(image.relative), store_name(image.relative, ending=True)):
+        record = records.get(name)
+        if record is not None and (record.origin.get("path"), record.origin.get("level")) == (path, level):
+            return replace(image, name=name)
     record = records.get(image.name)
-    if record is not None and dict(record.origin) != _origin(image, level):
-        raise DatasetMismatch(
-            f"the store has an image {image.name!r} already, level {record.origin.get('level')} of "
-            f"{record.origin.get('path')}; level {level} of {image.path} is another one, or was changed: "
-            "rename it or write to another store"
-        )
-    return record is None
+    if record is None:
+        return image
+    longer = store_name(image.relative, ending=True)
+    if Path(str(record.origin.get("path"))).name != image.path.name and longer not in records:
+        return replace(image, name=longer)
+    raise DatasetMismatch(
+        f"the store has an image {image.name!r} already, level {record.origin.get('level')} of "
+        f"{record.origin.get('path')}; level {level} of {image.path} is another one: "
+        "rename it or write to another store"
+    )
+
+
+def _is_current(writer: TileStoreWriter, image: FoundImage, level: int) -> bool:
+    """Whether the store has an image as its files are now."""
+    record = writer.records.get(image.name)
+    if record is None or not (writer.folder / IMAGES / image.name / "zarr.json").is_file():
+        return False
+    if "fingerprint" in record.origin:
+        return dict(record.origin) == _origin(image, level)
+    # Stores of before have the time of files, and nothing of folders.
+    found = image.path.stat()
+    known = record.origin.get("nbytes"), record.origin.get("modified")
+    return known == (found.st_size, found.st_mtime_ns) and image.path.is_file()

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.label_range import require_labels
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.data.tile_store import TileStore
+from streamcnn.data.splits import canonical
+from streamcnn.data.tile_store import ImageRecord, TileStore
+from streamcnn.data.uniform import check_channels
 from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
@@ -59,6 +62,11 @@ class ImageDataset(Dataset[Sample], ABC):
         Drawn for each image and epoch; see ``set_epoch``.
     seed
         Of the augmentations.
+
+    Raises
+    ------
+    DatasetMismatch
+        If a label is far larger than the number of images.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class ImageDataset(Dataset[Sample], ABC):
         augmentation: RandomAugmentation | None,
         seed: int,
     ) -> None:
+        require_labels(labels)
         self.names = names
         self.labels = labels
         self.classes = classes
@@ -168,7 +177,7 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, or an image has no label.
+        If the split is not there, an image has no label, or images have different numbers of channels.
 
     Examples
     --------
@@ -190,9 +199,12 @@ class TileDataset(ImageDataset):
         seed: int = 0,
     ) -> None:
         self.store = store if isinstance(store, TileStore) else TileStore(store)
-        records = self.store.records if split is None else self.store.split(split)
+        records = self.store.records if split is None else _of_split(self.store, split)
         if not records:
             raise no_split(self.store.folder, split, (record.split for record in self.store.records))
+        check_channels(
+            self.store.folder, [record.name for record in records], [record.shape[0] for record in records]
+        )
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:
@@ -223,6 +235,12 @@ class TileDataset(ImageDataset):
         for key in record.shards:
             if key.startswith("0/"):
                 will_need(self.store.path(record) / key)
+
+
+def _of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:
+    """The images of a split, however it is spelled."""
+    wanted = canonical(split)
+    return tuple(record for record in store.records if canonical(record.split) == wanted)
 
 
 def prefetched(dataset: ImageDataset, sampler: ResumableSampler) -> Iterator[Sample]:

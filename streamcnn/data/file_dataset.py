@@ -1,10 +1,11 @@
-"""Image files as a dataset: those that a table names, or those in folders of their classes."""
+"""Image files as a dataset: those that a table names, or those in folders of their classes.
+
+The head of every image is read when the data set is opened, so that a training does not end at one.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -12,29 +13,15 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
-from streamcnn.data.content import content_digest
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
-from streamcnn.data.image_files import find_images
-from streamcnn.data.label_table import class_names, label_number, read_rows
-from streamcnn.data.sources import ImageSource, is_image, open_image
+from streamcnn.data.fingerprints import fingerprint
+from streamcnn.data.label_table import class_names, label_number
+from streamcnn.data.labelled_files import files_in_folders, files_of_table
+from streamcnn.data.sources import ImageSource, open_image
+from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
+from streamcnn.data.uniform import check_channels, num_channels
 from streamcnn.errors import DatasetMismatch, some
-
-SPLITS = ("train", "val", "validation", "test")
-"""Names of folders that are taken for splits if all that lie beside each other have one of them."""
-UNSPLIT = "train"
-"""The split of images of which nothing says one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _LabelledFile:
-    """An image file and what is known of it."""
-
-    name: str
-    path: Path
-    label: str
-    split: str
-    inputs: tuple[float, ...] = ()
 
 
 @final
@@ -46,9 +33,10 @@ class FileDataset(ImageDataset):
     path
         A CSV file with the columns ``image`` (a path, taken from the table's folder if it is relative),
         ``label`` and, if wanted, ``split``; or a folder with a folder of images for each class, and above
-        them, if wanted, one for each split (``train``, ``val`` or ``validation``, ``test``).
+        them, if wanted, one for each split (``train``, ``val``, ``test``).
     split
-        Which images; None takes all. Where nothing says a split, it is ``train``.
+        Which images; None takes all. Where nothing says a split, it is ``train``. Usual spellings of
+        ``train``, ``val`` and ``test`` are one: ``Training``, ``valid``, ``Test_set``.
     positions
         Of the images to take among those; None takes all.
     augmentation, seed
@@ -60,9 +48,12 @@ class FileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If there are no such images, a label or an image is missing, or an input is missing or no number.
+        If there are no such images, a label or an image is missing, or an input is missing or no number; if
+        images have different numbers of channels, or folders may be splits and may be classes.
     CorruptImage
-        If a folder holds no image.
+        If a folder holds no image, or an image cannot be opened.
+    MissingExtra
+        If a format needs a package that is not installed.
     ValueError
         If ``inputs`` name a column twice, or one that is no input.
     """
@@ -81,9 +72,12 @@ class FileDataset(ImageDataset):
         self.input_names = tuple(inputs)
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)
-        every = _files_in_folders(self.path) if self.path.is_dir() else _files_of_table(self.path, inputs)
+        every = files_in_folders(self.path) if self.path.is_dir() else files_of_table(self.path, inputs)
+        channels = [num_channels(file.path) for file in every]
+        check_channels(self.path, [file.name for file in every], channels)
         classes = class_names(file.label for file in every)
-        files = [file for file in every if split is None or file.split == split]
+        wanted = None if split is None else canonical(split)
+        files = [file for file in every if wanted is None or file.split == wanted]
         if not files:
             raise no_split(self.path, split, (file.split for file in every))
         self._files = files if positions is None else [files[p] for p in positions]
@@ -104,7 +98,11 @@ class FileDataset(ImageDataset):
 
     def _identities(self) -> Iterator[str]:
         for file, label in zip(self._files, self.labels, strict=True):
-            identity = f"{file.name} {label} {content_digest(file.path)}"
+            found = file.path.stat()
+            identity = f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
+            if file.others or file.path.is_dir():
+                # The time of a folder does not tell of what is written further down.
+                identity = f"{file.name} {label} {fingerprint([file.path, *file.others])}"
             numbers = dict(zip(self.input_names, file.inputs, strict=True))
             yield f"{identity} {numbers}" if numbers else identity
 
@@ -153,7 +151,7 @@ def open_table(
     DatasetMismatch, ValueError
         As for `FileDataset`, besides labels.
     """
-    for file in _files_of_table(Path(path), inputs, labelled=False):
+    for file in files_of_table(Path(path), inputs, labelled=False):
         yield file.path, open_image(file.path), *_as_inputs(file.inputs)
 
 
@@ -167,39 +165,3 @@ def _refuse_inputs(path: str | Path, inputs: Sequence[str]) -> None:
         raise DatasetMismatch(
             f"{path} has no columns to take inputs {some(inputs)} from: name images and inputs in a CSV file"
         )
-
-
-def _files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) -> list[_LabelledFile]:
-    """The images that a table names, in its order."""
-    files = [
-        _LabelledFile(row.image, path.parent / row.image, row.label, row.split or UNSPLIT, row.inputs)
-        for row in read_rows(path, inputs, labelled=labelled)
-    ]
-    missing = [str(file.path) for file in files if not file.path.exists() or not is_image(file.path)]
-    if missing:
-        raise DatasetMismatch(
-            f"{path} names {some(missing)}, where there is no image: give paths from the table's folder"
-        )
-    twice = [name for name, count in Counter(file.name for file in files).items() if count > 1]
-    if twice:
-        raise DatasetMismatch(f"{path} has {some(twice)} in several rows; keep one of each")
-    if not files:
-        raise DatasetMismatch(f"{path} has no rows: give one for each image")
-    return files
-
-
-def _files_in_folders(folder: Path) -> list[_LabelledFile]:
-    """The images in folders of their classes, by name."""
-    images = find_images([folder])
-    parts = [Path(image.relative).parts for image in images]
-    depth = 1 if {part[0] for part in parts} <= set(SPLITS) else 0
-    loose = [image.relative for image, part in zip(images, parts, strict=True) if len(part) < depth + 2]
-    if loose:
-        raise DatasetMismatch(
-            f"{folder} has images in no folder of a class: {some(loose)}; move them into one, or name "
-            "images and labels in a CSV file"
-        )
-    return [
-        _LabelledFile(image.relative, image.path, part[depth], part[0] if depth else UNSPLIT)
-        for image, part in zip(images, parts, strict=True)
-    ]

@@ -2,81 +2,175 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamcnn.data.companions import is_hidden, parts_of_others, without_thumbnails
+from streamcnn.data.dicom import is_dicom
+from streamcnn.data.scans import Scan, one_of_each, raw_image
 from streamcnn.data.sources import is_image
+from streamcnn.data.sources.files import opening
+from streamcnn.data.store_names import distinct_names
 from streamcnn.data.tile_store import check_names, is_tile_store
-from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.errors import CorruptImage, DatasetMismatch, some
+
+_IMAGES = frozenset(
+    ".avif .bmp .bif .btf .cr2 .czi .dcm .dib .dng .ecw .exr .gif .hdr .heic .heif .img .j2k .jfif .jp2 .jpe "
+    ".jpeg .jpf .jpg .jpx .jxl .jxr .lif .mha .mhd .mrxs .n5 .nd2 .ndpi .nef .nii .npy .npz .nrrd .oib .oif "
+    ".oir .pbm .pcx .pgm .png .pnm .ppm .psd .ras .scn .sid .svs .svslide .tf8 .tga .tif .tiff .vms .vmu "
+    ".webp .xcf .zarr .zvi".split()
+)
+"""Endings that images have, whether or not they can be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
-    """An image file and the name that it will have in the store."""
+    """An image and the name that it will have in the store."""
 
     name: str
     path: Path
+    """What is opened."""
     relative: str
     """Path below the folder that was given, with its ending."""
+    others: tuple[Path, ...] = ()
+    """The further files of an image that lies in several."""
 
 
 def find_images(paths: Sequence[Path]) -> list[FoundImage]:
     """All images among ``paths`` and in folders below them, in the order of their names.
 
-    The name in the store is the path below the folder that was given, without its ending.
+    The name in the store is the path below the folder that was given, with %XX for what is neither a letter
+    of ASCII nor a digit nor one of ``_.() -``, and with its ending if two would have one name else.
+
+    A scan in several files is one image; files that only belong to one, hidden files and folders of
+    thumbnails are none.
 
     Raises
     ------
     CorruptImage
-        If a path does not exist or holds no image.
+        If a path does not exist or holds no image, or a file is called like an image and is none that is
+        known.
     DatasetMismatch
-        If two images would have one name, or one's name would be a folder of the other's.
+        If two images would have one name, or one's name would be a folder of the other's; or one image would
+        be there twice, or lies in several files that cannot be read together.
     """
-    found: dict[str, FoundImage] = {}
+    found: dict[str, tuple[Path, Scan]] = {}
+    for given, scan in _scans_of(paths):
+        _, known = found.setdefault(scan.key, (given, scan))
+        if known.shown != scan.shown:
+            raise DatasetMismatch(
+                f"{known.shown} and {scan.shown} are one image ({scan.key}): keep one of them, or put its "
+                "files into one folder"
+            )
+    relatives = [
+        (scan.shown.relative_to(given) if scan.shown != given else Path(scan.shown.name)).as_posix()
+        for given, scan in found.values()
+    ]
+    names = distinct_names(relatives)
+    by_name: dict[str, FoundImage] = {}
+    for name, relative, (_, scan) in zip(names, relatives, found.values(), strict=True):
+        others = tuple(file for file in scan.files if file != scan.path)
+        image = FoundImage(name, scan.path, relative, others)
+        other = by_name.setdefault(name, image)
+        if other is not image:
+            raise DatasetMismatch(
+                f"{other.path} and {image.path} would both be {name!r} in the store: give them in "
+                "folders of their own, or rename one"
+            )
+    check_names(by_name)
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _scans_of(paths: Sequence[Path]) -> list[tuple[Path, Scan]]:
+    """The scans at all paths, each with the path that it was found at."""
+    found: list[tuple[Path, Scan]] = []
+    files: dict[Path, list[Path]] = {}
     for given in paths:
-        for path in _images_at(given):
-            relative = path.relative_to(given) if path != given else Path(path.name)
-            image = FoundImage(_store_name(relative), path, relative.as_posix())
-            other = found.setdefault(image.name, image)
-            if other.path != path:
-                raise DatasetMismatch(
-                    f"{other.path} and {path} would both be {image.name!r} in the store: give them in "
-                    "folders of their own, or rename one"
-                )
-    check_names(found)
-    return [found[name] for name in sorted(found)]
+        _require_image(given)
+        if is_image(given) and not (given.is_dir() and raw_image(given) is not None):
+            files.setdefault(given.parent, []).append(given)
+            continue
+        scans = _scans_below(given)
+        if not scans:
+            raise CorruptImage(f"no image is known at {given}: see docs/images.md for the formats")
+        kept = without_thumbnails([scan.shown.relative_to(given).as_posix() for scan in scans])
+        found += [(given, scan) for scan in scans if scan.shown.relative_to(given).as_posix() in kept]
+    for beside in files.values():
+        parts = parts_of_others(beside)
+        whole = [path for path in beside if path not in parts]
+        if not whole:
+            raise DatasetMismatch(f"{beside[0]} is a part of another image; give that one")
+        scans = one_of_each(whole)
+        found += [(scan.shown, scan) for scan in scans]
+    return found
 
 
-def _images_at(given: Path) -> list[Path]:
-    """The image at a path, or all of them below it."""
+def _require_image(given: Path) -> None:
+    """Make sure that a path is an image or a folder that may hold some."""
     if not given.exists():
         raise CorruptImage(f"there is nothing at {given}: give images or folders of images")
     if is_tile_store(given):
         raise DatasetMismatch(f"{given} is a tile store already: give the images that it was made from")
-    if is_image(given):
-        return [given]
-    found = _images_below(given) if given.is_dir() else []
-    if not found:
-        raise CorruptImage(f"no image is known at {given}: see docs/images.md for the formats")
-    return found
+    if not is_image(given) and not given.is_dir():
+        raise CorruptImage(
+            f"no image is known at {given}{_content(given)}: see docs/images.md for the formats"
+        )
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """Images in a folder and its folders; not in one that is an image itself, or a tile store."""
-    found: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or is_tile_store(path):
+def _scans_below(folder: Path) -> list[Scan]:
+    """Scans in a folder and its folders; not in one that is an image itself, or a tile store."""
+    raw = raw_image(folder)
+    if raw is not None:
+        return [Scan(raw, folder, f"the image {folder.resolve()}", (raw,))]
+    with opening(str(folder), "folder of images"):
+        entries = sorted(path for path in folder.iterdir() if not is_hidden(path))
+    parts = parts_of_others(entries)
+    images, unknown, below = [], [], []
+    for path in entries:
+        if path in parts or is_tile_store(path):
             continue
-        if is_image(path):
-            found.append(path)
-        elif path.is_dir():
-            found += _images_below(path)
+        if path.is_dir() and (not is_image(path) or raw_image(path) is not None):
+            below.append(path)
+        elif is_image(path):
+            images.append(path)
+        elif path.suffix.lower() in _IMAGES or (not path.suffix and is_dicom(path)):
+            unknown.append(path)
+    _refuse_unknown(folder, unknown)
+    _refuse_loose_levels(folder, images)
+    found = one_of_each(images)
+    for path in below:
+        inside = _scans_below(path)
+        if not inside and path.suffix.lower() in _IMAGES:
+            _refuse_unknown(folder, [path])
+        found += inside
     return found
 
 
-def _store_name(relative: Path) -> str:
-    """A name of the characters that every system has in folders' names."""
-    name = relative.with_suffix("").as_posix()
-    return "/".join(re.sub(r"^[^A-Za-z0-9_]|[^A-Za-z0-9_.() -]", "_", part) for part in name.split("/"))
+def _refuse_unknown(folder: Path, unknown: Sequence[Path]) -> None:
+    """Refuse what is called like an image and is none that can be read, rather than pass it over."""
+    if unknown:
+        described = some([path.name for path in unknown])
+        raise CorruptImage(
+            f"{folder} holds {described}, called like an image and none that is known{_content(unknown[0])}: "
+            "see docs/images.md for the formats; convert it, copy it again, or move it away"
+        )
+
+
+def _content(path: Path) -> str:
+    """What a file begins with, in brackets."""
+    if path.is_dir():
+        return " (a folder with no image in it)"
+    with opening(str(path), "image"), path.open("rb") as file:
+        head = file.read(16)
+    return f" (it begins with {head!r})" if head else " (it is empty)"
+
+
+def _refuse_loose_levels(folder: Path, images: Sequence[Path]) -> None:
+    """Refuse arrays 0, 1, 2 of one zarr group, which may be images and may be levels of one."""
+    arrays = [path.name for path in images if path.name.isdecimal() and path.is_dir()]
+    if len(arrays) > 1 and any((folder / name).is_file() for name in ("zarr.json", ".zgroup")):
+        raise DatasetMismatch(
+            f"{folder} is a zarr group with the arrays {some(arrays)}, which may be images or levels of one: "
+            "allowed are OME-Zarr images, and arrays with names; give the arrays one by one"
+        )

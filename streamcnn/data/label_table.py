@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from streamcnn.data.csv_columns import read_cells
+from streamcnn.data.splits import canonical
 from streamcnn.errors import DatasetMismatch, some
 
 _COLUMNS = ("image", "label")
 _LARGEST = 3.4e38
 """Of the numbers that float32 has."""
+_NOTHING = {"#n/a", "<na>", "n/a", "na", "nan", "nat", "null"}
+"""What programs write into a cell that they have nothing for, without regard to case."""
+_NUMBER = re.compile(r"[-+]?[0-9]*[.,]?[0-9]*")
+_WHOLE = re.compile(r"[0-9]+([.]0*)?")
+"""A label that is a number; pandas writes 1 as 1.0 where one is missing in the column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +37,8 @@ class Row:
     """Numbers of the columns that were asked for, in that order."""
 
 
-def read_rows(path: Path, inputs: Sequence[str] = (), *, labelled: bool = True) -> Iterator[Row]:
-    """The table's rows; no image and no label is blank.
+def read_rows(path: Path, inputs: Sequence[str] = (), *, labelled: bool = True) -> list[Row]:
+    """The table's rows; no image and no label is blank, and labels are all whole numbers or all names.
 
     Parameters
     ----------
@@ -46,33 +52,80 @@ def read_rows(path: Path, inputs: Sequence[str] = (), *, labelled: bool = True) 
     Raises
     ------
     DatasetMismatch
-        If it cannot be read, lacks a column, has a blank cell, or no number where one is wanted.
+        If it cannot be read, lacks a column, has a blank cell, or no number where one is wanted; or if
+        labels are numbers and names, or differ in nothing but case.
     ValueError
         If ``inputs`` name a column twice, or one that is no input.
     """
     check_inputs(inputs)
     needed = _COLUMNS if labelled else _COLUMNS[:1]
-    try:
-        file = path.open(newline="", encoding="utf-8-sig")
-    except OSError as error:
-        raise DatasetMismatch(f"cannot read the table {path}: {error.strerror}") from error
-    with file, _readable(path):
-        table = csv.DictReader(file)
-        present = table.fieldnames or ()
-        if not set(needed) <= set(present):
+    optional = ("split",) if labelled else ()
+    rows = [
+        _row(f"{path}, line {line}", line, cells, (*needed, *inputs), inputs)
+        for line, cells in read_cells(path, needed, optional, inputs)
+    ]
+    return _with_labels_of_one_kind(path, rows) if labelled else rows
+
+
+def _row(where: str, line: int, cells: dict[str, str], filled: Sequence[str], inputs: Sequence[str]) -> Row:
+    blank = [column for column in filled if not cells[column]]
+    if blank:
+        raise DatasetMismatch(f"{where}: {blank[0]} is blank; fill it in")
+    for column in ("label", "split"):
+        if cells.get(column, "").casefold() in _NOTHING:
             raise DatasetMismatch(
-                f"{path} has the columns {table.fieldnames}: needed are {' and '.join(needed)}, and split if "
-                "wanted"
+                f"{where}: {column} is {cells[column]!r}, which stands for a missing one; fill it in, or "
+                "take the row out"
             )
-        _require_inputs(path, inputs, present)
-        for row in table:
-            cells = {column: (row.get(column) or "").strip() for column in (*_COLUMNS, "split", *inputs)}
-            blank = [column for column in (*needed, *inputs) if not cells[column]]
-            where = f"{path}, line {table.line_num}"
-            if blank:
-                raise DatasetMismatch(f"{where}: {blank[0]} is blank; fill it in")
-            numbers = tuple(_number(cells[column], f"{where}: {column}") for column in inputs)
-            yield Row(table.line_num, cells["image"], cells["label"], cells["split"] or None, numbers)
+    numbers = tuple(_number(cells[column], f"{where}: {column}") for column in inputs)
+    label = unicodedata.normalize("NFC", cells.get("label", ""))
+    split = cells.get("split")
+    return Row(line, cells["image"], label, canonical(split) if split else None, numbers)
+
+
+def _with_labels_of_one_kind(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows with whole numbers written in one way; refused where labels are of two kinds."""
+    first = {row.label: row for row in reversed(rows)}
+    by_line = sorted(first.values(), key=lambda row: row.line)
+    doubtful = [row for row in by_line if _NUMBER.fullmatch(row.label) and not _WHOLE.fullmatch(row.label)]
+    if doubtful:
+        raise _no_whole_numbers([row.label for row in doubtful], f" ({path}, line {doubtful[0].line})")
+    numbers = [row for row in by_line if _WHOLE.fullmatch(row.label)]
+    names = [row for row in by_line if not _WHOLE.fullmatch(row.label)]
+    if numbers and names:
+        raise DatasetMismatch(
+            f"{path}, line {names[0].line}: label {names[0].label!r} is a name, label {numbers[0].label!r} "
+            f"in line {numbers[0].line} a number: give whole numbers from 0 on, or names, for all"
+        )
+    alike = _alike([row.label for row in names])
+    if alike is not None:
+        lines = " and ".join(str(first[label].line) for label in alike)
+        raise DatasetMismatch(f"{path}, lines {lines}: {_of_alike(alike)}")
+    return [replace(row, label=str(int(row.label.partition(".")[0]))) for row in rows] if numbers else [*rows]
+
+
+def _no_whole_numbers(labels: Sequence[str], where: str = "") -> DatasetMismatch:
+    return DatasetMismatch(
+        f"labels {some(labels)} are no whole numbers from 0 on: give such numbers, or names of classes{where}"
+    )
+
+
+def _alike(labels: Iterable[str]) -> tuple[str, str] | None:
+    """Two labels which differ in nothing but case, blanks or accents' encoding, if there are such.
+
+    Single letters may: they are classes of handwriting.
+    """
+    known: dict[str, str] = {}
+    for label in labels:
+        plain = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        other = known.setdefault(plain, label)
+        if other != label and len(plain) > 1:
+            return other, label
+    return None
+
+
+def _of_alike(labels: tuple[str, str]) -> str:
+    return f"labels {labels[0]!r} and {labels[1]!r} differ in nothing but case or blanks; write them alike"
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
@@ -91,18 +144,6 @@ def check_inputs(inputs: Sequence[str]) -> None:
         )
 
 
-def _require_inputs(path: Path, inputs: Sequence[str], present: Collection[str]) -> None:
-    """Make sure that a table has all columns that are wanted, and of these only one each."""
-    missing = [column for column in inputs if column not in present]
-    if missing:
-        raise DatasetMismatch(
-            f"{path} has the columns {list(present)}: there is no {some(missing)} for inputs"
-        )
-    twice = [column for column in inputs if list(present).count(column) > 1]
-    if twice:
-        raise DatasetMismatch(f"{path} has several columns {some(twice)}; keep one of each")
-
-
 def _number(text: str, where: str) -> float:
     """A cell's number, which float32 can hold."""
     try:
@@ -112,15 +153,6 @@ def _number(text: str, where: str) -> float:
     if not abs(number) <= _LARGEST:
         raise DatasetMismatch(f"{where} is {text!r}: allowed are finite numbers, such as 63 or 0.5")
     return number
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """A block in which bytes that are no text, or no table, are an error of the file."""
-    try:
-        yield
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetMismatch(f"cannot read the table {path}: {error}; save it as CSV in UTF-8") from error
 
 
 def class_names(
@@ -140,20 +172,28 @@ def class_names(
     Raises
     ------
     DatasetMismatch
-        If some are names and others numbers.
+        If some are names and others numbers, or names differ in nothing but case.
     """
     labels = sorted(set(texts))
+    alike = _alike((*(known or ()), *labels))
+    if alike is not None and not set(alike) <= set(known or ()):
+        raise DatasetMismatch(_of_alike(alike))
     names = [label for label in labels if not label.isdecimal()]
     if known is None and (numbered or not names):
         if names:
             raise DatasetMismatch(
                 f"labels {some(names)} are names, those in the store are numbers: give whole numbers"
             )
+        if len({int(label) for label in labels}) < len(labels):
+            raise DatasetMismatch(f"labels {some(labels)} are not as many numbers; write each in one way")
         return None
-    doubtful = [label for label in names if re.fullmatch(r"[-+]?[0-9]*[.,]?[0-9]*", label)]
+    doubtful = [label for label in names if _NUMBER.fullmatch(label)]
     if doubtful:
+        raise _no_whole_numbers(doubtful)
+    numbers = [label for label in labels if label.isdecimal() and label not in (known or ())]
+    if known is not None and numbers:
         raise DatasetMismatch(
-            f"labels {some(doubtful)} are no whole numbers from 0 on: give such numbers, or names of classes"
+            f"labels {some(numbers)} are numbers, those in the store are names: give names of classes"
         )
     return (*(known or ()), *(label for label in labels if label not in (known or ())))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 class Normalise:
     """Pixels of any type as float32, from which ``mean`` is taken and which are divided by ``std``.
 
-    Integers are first divided by the largest number of their type. The defaults take bytes to -1 to 1, as
-    in the UltraMNIST paper.
+    Integers are first divided by the largest number of their type; bool is 0 and 1. The defaults take bytes
+    to -1 to 1, as in the UltraMNIST paper.
 
     Raises
     ------
@@ -30,7 +30,8 @@ class Normalise:
 
     def __call__(self, tile: Tensor) -> Tensor:
         """A tile of the same shape."""
-        scale = 1.0 if tile.is_floating_point() else float(torch.iinfo(tile.dtype).max)
+        is_scaled = not tile.is_floating_point() and tile.dtype != torch.bool
+        scale = float(torch.iinfo(tile.dtype).max) if is_scaled else 1.0
         # In place on a copy: two more tiles would be held at a time.
         pixels = tile.to(torch.float32, copy=True)
         return pixels.sub_(self.mean * scale).div_(self.std * scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.sources import ImageSource, as_sources
-from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.errors import CorruptImage, DatasetMismatch, PlanDoesNotFit
+from streamcnn.plan import Plan
+from streamcnn.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.regions import Interval, Region
+from streamcnn.units import format_bytes
+
+_LARGE_SHARE = 8
+"""Reading is what a budget is too small for if it takes more than one byte in so many, whatever the tiles."""
 
 Preprocess = Callable[[Tensor], Tensor]
 """A pointwise function of a tile (N, C, h, w) as stored, on the device, to the float tile for the model."""
@@ -29,6 +35,8 @@ class BatchReader:
         (N, C, H, W) as the model sees it, after ``preprocess``.
     dtype
         Floating-point type that the model sees.
+    reading
+        What reading takes in host memory, if the budget is of that: on a GPU it is not.
 
     Raises
     ------
@@ -58,6 +66,7 @@ class BatchReader:
             )
         self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
         self.dtype = probe.dtype
+        self.reading = self._cost()
         self._keeps_last = device.type != "cpu" and self._tensor is None
         self._last: tuple[Region, Tensor] | None = None
 
@@ -115,16 +124,74 @@ class BatchReader:
             f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
         )
 
-    def warm_up(self, region: Region) -> None:
-        """Read ``region`` once for nothing: on first use a library starts threads and makes buffers.
+    def _cost(self) -> BatchCost:
+        if self._tensor is not None or self.device.type != "cpu":
+            return NO_READING
+        pixel = self._sources[0].shape[0] * self._stored_dtype().itemsize
+        return BatchCost(tuple(source.reading_cost for source in self._sources), pixel)
+
+    def check(self, plan: Plan) -> None:
+        """See that a plan fits, as far as it depends on how the images are stored.
+
+        Raises
+        ------
+        PlanDoesNotFit
+            If it does not, and what reading takes whatever the tiles is the reason; the text names the file.
+        """
+        if plan.fits or not self.reading.costs:
+            return
+        assert plan.budget is not None
+        least = self.reading.least
+        counted = sum(term.nbytes for term in plan.terms if term.name in (HELD, OPENING, READING))
+        is_reason = plan.projected_bytes - counted <= plan.budget and _LARGE_SHARE * least > plan.budget
+        if least <= plan.budget and not is_reason:
+            return
+        source = max(self._sources, key=lambda source: source.reading_cost.least)
+        own = source.reading_cost.least
+        others = f"; with the batch's other images {format_bytes(least)}" if own < least else ""
+        raise PlanDoesNotFit(
+            f"reading {source.name} takes {format_bytes(own)}{others}, however small the tiles are, and the "
+            f"budget for everything is {format_bytes(plan.budget)}: the image is stored as {source.pieces}. "
+            f"Write it in small chunks with `streamcnn convert {source.name} OUT` and read it from there, or "
+            f"raise budget= to at least {plan.projected_bytes} bytes ({format_bytes(plan.projected_bytes)})."
+        )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of decoded pixels that the images keep now: a part of what ``reading`` says is held."""
+        return sum(source.held_bytes for source in self._distinct())
+
+    def start(self) -> None:
+        """Start the threads that read the images, whose stacks are no part of a budget."""
+        for source in self._distinct():
+            source.start()
+
+    def open(self) -> None:
+        """Decode the images that are only decoded whole, one after the other, and keep them.
 
         Raises
         ------
         CorruptImage
             If pixels cannot be read.
         """
-        for source in self._sources[:1]:
-            source.read(region)
+        for source in self._sources if self.reading.opening else ():
+            source.read(Region(Interval(0, 1), Interval(0, 1)))
+
+    def release(self, *, but: Iterable[ImageSource] = ()) -> None:
+        """Have the images let go of decoded pixels, except those that are in use elsewhere."""
+        used = {id(source) for source in but}
+        for source in self._distinct():
+            if id(source) not in used:
+                source.release()
+
+    @property
+    def sources(self) -> Sequence[ImageSource]:
+        """The images of the batch; none of a tensor."""
+        return self._sources
+
+    def _distinct(self) -> Iterable[ImageSource]:
+        """Each source once: a batch may hold one twice."""
+        return {id(source): source for source in self._sources}.values()
 
     def _stored(self, region: Region) -> Tensor:
         """The pixels of ``region`` as they are stored; on the host, unless the image is a tensor elsewhere.

@@ -60,8 +60,7 @@ def measure(model: str, folder: Path, tile: int, budget: int | None, repeats: in
         preprocess=lambda pixels: pixels / 255 - 0.5,
     )
     sources = [ZarrSource(path) for path in sorted(folder.glob("image-*.zarr"))]
-    channels, height, width = sources[0].shape
-    plan = streamed.plan((len(sources), channels, height, width))
+    plan = streamed.plan(sources)
     refusal, updates = _run(streamed, sources, plan, 1 + repeats)
     most = max(updates, key=lambda update: update.report.measured_bytes or 0, default=None)
     return TileProfile(

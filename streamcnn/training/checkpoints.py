@@ -12,23 +12,27 @@ import hashlib
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from streamcnn.atomic import replace_file
+from streamcnn.atomic import open_new, replace_file
 from streamcnn.disk import writing
-from streamcnn.errors import DamagedCheckpoint
+from streamcnn.documents import read_within, require_within
+from streamcnn.errors import DamagedCheckpoint, RunMismatch
 
 BEST = "best.txt"
 """Names the best checkpoint."""
 KEPT = 2
 """Checkpoints kept besides the best."""
-_NAME = re.compile(r"save-(\d+)-update-(\d+)\.pt")
+_NAME = re.compile(r"save-([0-9]{1,18})-update-([0-9]{1,18})\.pt")
 _TEMPORARY = ".partial"
 _DIGEST = ".sha256"
+_MARKER_BYTES = 2**12
+_DIGEST_BYTES = 2**12
 _DAMAGED = ".damaged"
 """Added to the name of a checkpoint that was passed over, which then counts no more."""
 
@@ -40,9 +44,15 @@ class CheckpointFolder:
     ----------
     folder
         Created with the first checkpoint. Files of other names in it are left alone.
+
+    Raises
+    ------
+    RunMismatch
+        If the folder is a link that leads out of the folder above it.
     """
 
     def __init__(self, folder: Path) -> None:
+        require_within(folder.parent, folder, error=RunMismatch)
         self.folder = folder
 
     def next_name(self, update: int) -> str:
@@ -81,7 +91,7 @@ class CheckpointFolder:
         """Write a checkpoint and its digest, or nothing."""
         temporary = path.with_name(path.name + _TEMPORARY)
         try:
-            with temporary.open("wb") as file:
+            with open_new(temporary) as file:
                 _save(state, file)
             _flush(temporary)
             # The digest first: whatever has the final name has one.
@@ -119,9 +129,25 @@ class CheckpointFolder:
             _flush(self.folder)
 
     def best(self) -> Path | None:
-        """The best checkpoint; None if none was marked."""
+        """The best checkpoint; None if none was marked.
+
+        Raises
+        ------
+        DamagedCheckpoint
+            If what was marked is no checkpoint's name.
+        """
         marker = self.folder / BEST
-        return self.folder / marker.read_text().strip() if marker.exists() else None
+        try:
+            content = read_within(self.folder, marker, error=DamagedCheckpoint, most_bytes=_MARKER_BYTES)
+        except FileNotFoundError:
+            return None
+        name = content.decode(errors="backslashreplace").strip()
+        if not is_checkpoint_name(name):
+            raise DamagedCheckpoint(
+                f"{marker} names {name!r}: allowed are checkpoints beside it, such as "
+                "'save-000001-update-00000010.pt'; train the run on"
+            )
+        return self.folder / name
 
     def paths(self) -> list[Path]:
         """The checkpoints that are there, the newest first, the best among them."""
@@ -166,17 +192,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises
     ------
     DamagedCheckpoint
-        If its digest is missing or another one.
+        If its digest is missing or another one, or it is no archive of tensors and plain values. Code that it
+        names is never run.
     FileNotFoundError
         If it is not there.
     """
-    try:
-        expected = _digest_path(path).read_text().split()[0]
-    except (FileNotFoundError, IndexError):
-        raise DamagedCheckpoint(f"{path} has no digest beside it") from None
+    expected = _expected_digest(path)
+    require_within(path.parent, path, error=DamagedCheckpoint)
     if _digest(path) != expected:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    _require_plain_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # what is made to look like a checkpoint fails in any way
+        raise DamagedCheckpoint(f"{path} is no checkpoint: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise DamagedCheckpoint(f"{path} holds a {type(state).__name__}: allowed is a dict of what was saved")
     return state
 
 
@@ -226,6 +259,33 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
         if target.error is None:
             raise
         raise target.error from None
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint may be called so; such a name leads nowhere else."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _expected_digest(path: Path) -> str:
+    """The digest beside a checkpoint."""
+    beside = _digest_path(path)
+    try:
+        content = read_within(path.parent, beside, error=DamagedCheckpoint, most_bytes=_DIGEST_BYTES)
+        return content.decode("ascii", errors="replace").split()[0]
+    except (FileNotFoundError, IndexError):
+        raise DamagedCheckpoint(f"{path} has no digest beside it") from None
+
+
+def _require_plain_archive(path: Path) -> None:
+    """Refuse an archive whose tensors take more memory than the file has bytes, or that is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise DamagedCheckpoint(f"{path} is no checkpoint: {error}") from error
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise DamagedCheckpoint(f"{path} holds packed or overlapping entries: no checkpoint is written so")
 
 
 def _flush(path: Path) -> None:

@@ -5,16 +5,49 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from streamcnn.data.label_range import require_labels
 from streamcnn.disk import writing
+from streamcnn.documents import conform, parse_json, read_within, require_within
 from streamcnn.errors import RunMismatch
 from streamcnn.extras import require
 
 LOG = "log.jsonl"
 EVENTS = "events"
+_MOST_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """What a line of an update has at least."""
+
+    update: int
+    seconds: float
+    megapixels_per_second: float
+    measured_bytes: int | None
+    projected_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """What a line of an epoch has at least."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    predictions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require_labels(self.predictions, "predictions")
+
+
+_LINES: dict[str, type[Any]] = {"update": _Update, "epoch": _Epoch}
 
 
 class RunLog:
@@ -37,13 +70,16 @@ class RunLog:
     MissingExtra
         If TensorBoard is wanted and not installed.
     RunMismatch
-        If the log is shorter than ``nbytes``.
+        If the log is shorter than ``nbytes``, or a link that leads out of the folder.
     CannotWrite
         If it may not be written to, or there is no room; then and later.
     """
 
     def __init__(self, folder: Path, *, nbytes: int = 0, update: int = 0, events: bool = False) -> None:
         path = folder / LOG
+        # Lines are cut off, and events written, so neither may be a link to something else.
+        for place in (path, folder / EVENTS):
+            require_within(folder, place, error=RunMismatch)
         present = path.stat().st_size if path.exists() else 0
         if present < nbytes:
             raise RunMismatch(
@@ -106,5 +142,27 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's log, in order."""
-    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    """All lines of a run's log, in order.
+
+    Raises
+    ------
+    RunMismatch
+        If it is not there, or a line is no JSON object with a kind.
+    """
+    path = folder / LOG
+    try:
+        content = read_within(folder, path, error=RunMismatch, most_bytes=_MOST_BYTES)
+    except FileNotFoundError:
+        raise RunMismatch(f"{folder} has no {LOG}: give the folder that `streamcnn train` wrote") from None
+    return [_line(line, f"{path}, line {at}") for at, line in enumerate(content.splitlines(), 1)]
+
+
+def _line(content: bytes, where: str) -> dict[str, Any]:
+    # A loss may be no number.
+    found = parse_json(content, where, error=RunMismatch, finite=False)
+    if not isinstance(found, dict) or found.get("kind") not in _LINES:
+        raise RunMismatch(f"{where} is no update and no epoch: put back what `streamcnn train` wrote")
+    kind = _LINES[found["kind"]]
+    known: dict[str, Any] = {name: found[name] for name in kind.__slots__ if name in found}
+    conform(kind, known, where, error=RunMismatch)
+    return found

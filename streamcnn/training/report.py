@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from streamcnn.disk import writing
 from streamcnn.errors import RunMismatch
 from streamcnn.extras import require
 from streamcnn.html import html_page
+from streamcnn.text import html_text as escape
 from streamcnn.training.log import read_log
 from streamcnn.training.runs import RunConfig, read_run
 from streamcnn.units import format_bytes, format_duration
@@ -194,7 +194,7 @@ def _figure(caption: str, figure: Any) -> str:
 
 def _image(png: io.BytesIO, description: str) -> str:
     encoded = base64.b64encode(png.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{encoded}" alt="{escape(description, quote=True)}">'
+    return f'<img src="data:image/png;base64,{encoded}" alt="{escape(description)}">'
 
 
 def _confusion(predictions: Sequence[int], images: ImageDataset) -> str:

@@ -13,12 +13,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from streamcnn.atomic import replace_file
 from streamcnn.data.augmentation import RandomAugmentation
@@ -28,11 +29,13 @@ from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.disk import writing
-from streamcnn.errors import DamagedCheckpoint, RunMismatch
-from streamcnn.models import load_model
+from streamcnn.documents import conform, parse_json, read_within, require_flat
+from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
+from streamcnn.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.settings import TrainSettings
+from streamcnn.training.state import require_state
 from streamcnn.training.trainer import Listener, Trainer
 
 RUN = "run.json"
@@ -74,6 +77,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share={self.validation_share}: allowed are shares between 0 and 1")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget={self.budget}: allowed are 1 byte and more, or None")
+        if self.tile is not None and min(self.tile) < 1:
+            raise ValueError(f"tile={self.tile}: allowed are heights and widths of 1 pixel and more, or None")
+        require_flat("model_options", self.model_options)
         check_inputs(self.inputs)
         _require_device(self.device)
 
@@ -120,17 +128,27 @@ class RunConfig:
             What a timm model is made for, unless ``model_options`` say otherwise; a factory is told
             ``model_options`` alone.
         """
-        options = dict(self.model_options)
-        if ":" not in self.model:
-            options = {"num_classes": num_classes, "in_chans": num_channels, **options}
         torch.manual_seed(self.settings.seed)
         return StreamingModel(
-            load_model(self.model, **options),
+            self.make_net(num_classes, num_channels),
             self.budget,
             tile=self.tile,
             preprocess=self.normalise,
             device=self.device,
         )
+
+    def make_net(self, num_classes: int, num_channels: int) -> nn.Module:
+        """The network alone, as for ``build``.
+
+        Raises
+        ------
+        ValueError
+            If there is no such model, or it does not take the options.
+        """
+        options = dict(self.model_options)
+        if not is_factory(self.model):
+            options = {"num_classes": num_classes, "in_chans": num_channels, **options}
+        return load_model(self.model, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """All values by name, as JSON has them."""
@@ -138,19 +156,16 @@ class RunConfig:
         return found
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The config that ``to_dict`` gave, whatever else there is in ``values``."""
-        augmentation = values["augmentation"]
-        return cls(
-            **{
-                **{name: values[name] for name in cls.__slots__ if name != "inputs"},
-                "inputs": tuple(values.get("inputs", ())),
-                "tile": values["tile"] and tuple(values["tile"]),
-                "normalise": Normalise(**values["normalise"]),
-                "augmentation": RandomAugmentation(**{**augmentation, "gains": tuple(augmentation["gains"])}),
-                "settings": TrainSettings(**values["settings"]),
-            }
-        )
+    def from_dict(cls, values: Mapping[str, Any], where: str | Path = RUN) -> RunConfig:
+        """The config that ``to_dict`` gave, whatever else there is in ``values``.
+
+        Raises
+        ------
+        RunMismatch
+            If a value is missing or has no meaning.
+        """
+        known = {name: values[name] for name in cls.__slots__ if name in values}
+        return conform(cls, known, where, error=RunMismatch)
 
 
 def make_trainer(
@@ -201,7 +216,7 @@ class TrainedRun:
     validation_accuracy: float
 
 
-def load_run(folder: Path, *, budget: int | None = None) -> TrainedRun:
+def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] = ()) -> TrainedRun:
     """The classifier of the run in ``folder``, by its best checkpoint.
 
     Parameters
@@ -210,16 +225,21 @@ def load_run(folder: Path, *, budget: int | None = None) -> TrainedRun:
         Of a run that is finished or still going on.
     budget
         Bytes that a pass may hold; None takes the run's.
+    trust
+        Factories ``package.module:factory`` that may be called if the run names one. Anyone who can write the
+        run's files can name any callable there.
 
     Raises
     ------
+    UntrustedModel
+        If the run's model is a factory that is not in ``trust``.
     RunMismatch
-        If there is no run, or none of its epochs is over.
+        If there is no run, its file holds something else, or none of its epochs is over.
     DamagedCheckpoint
-        If the best checkpoint is damaged.
+        If the best checkpoint is damaged, or of another model.
     """
-    values = _read(folder)
-    config = RunConfig.from_dict(values)
+    config, made = _read(folder)
+    require_trust(config.model, trust, folder / RUN)
     best = CheckpointFolder(folder / "checkpoints").best()
     if best is None:
         raise RunMismatch(f"no epoch of the run in {folder} is over: train it on")
@@ -227,12 +247,16 @@ def load_run(folder: Path, *, budget: int | None = None) -> TrainedRun:
         state = load_checkpoint(best)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{best}, the best checkpoint, is not there: train the run on") from None
-    model = config.build(values["num_classes"], values["num_channels"])
+    require_state(state, best)
+    try:
+        model = _restored(config, made, best_weights(state), best)
+    except StreamError:
+        raise
+    except ValueError as error:
+        raise RunMismatch(f"{folder / RUN}: {error}") from error
     model.budget = model.budget if budget is None else budget
-    model.load_state_dict(best_weights(state))
     progress = state["progress"]
-    classes = values["classes"] and tuple(values["classes"])
-    return TrainedRun(config, model.eval(), classes, progress["update"], progress["best_accuracy"])
+    return TrainedRun(config, model.eval(), made.classes, progress["update"], progress["best_accuracy"])
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -241,9 +265,9 @@ def read_run(folder: Path) -> RunConfig:
     Raises
     ------
     RunMismatch
-        If there is none.
+        If there is none, or its file holds something else.
     """
-    return RunConfig.from_dict(_read(folder))
+    return _read(folder)[0]
 
 
 def present_devices() -> list[str]:
@@ -260,16 +284,65 @@ def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in averaged.items() if key.startswith(prefix)}
 
 
-def _read(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What a run's file says of the model that was made for the images."""
+
+    num_classes: int
+    num_channels: int
+    classes: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "num_channels"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are 1 and more, below 2**31")
+        if self.classes is not None and len(self.classes) > self.num_classes:
+            raise ValueError(f"classes: {len(self.classes)} names for num_classes={self.num_classes}")
+
+
+def _read(folder: Path) -> tuple[RunConfig, _Made]:
+    path = folder / RUN
     try:
-        values: dict[str, Any] = json.loads((folder / RUN).read_text())
-    except FileNotFoundError:
+        content = read_within(folder, path, error=RunMismatch)
+    except (FileNotFoundError, NotADirectoryError):
         raise RunMismatch(f"{folder} has no run: give the folder that `streamcnn train` wrote") from None
-    except ValueError as error:
-        raise RunMismatch(
-            f"{folder / RUN} cannot be read ({error}): put back what `streamcnn train` wrote"
-        ) from None
-    return values
+    except PermissionError as error:
+        raise RunMismatch(f"{path} cannot be read: {error.strerror}") from None
+    values = parse_json(content, path, error=RunMismatch)
+    if not isinstance(values, dict):
+        raise RunMismatch(f"{path} holds a {type(values).__name__}: allowed is an object of settings by name")
+    made = {name: values[name] for name in _Made.__slots__ if name in values}
+    return RunConfig.from_dict(values, path), conform(_Made, made, path, error=RunMismatch)
+
+
+def _restored(config: RunConfig, made: _Made, weights: Mapping[str, Any], where: Path) -> StreamingModel:
+    """The run's model with weights of a checkpoint."""
+    if not is_factory(config.model):
+        # Weights come from the checkpoint: nothing else that the file names is read or downloaded.
+        options = {key: found for key, found in config.model_options.items() if key not in WEIGHT_OPTIONS}
+        config = replace(config, model_options=options)
+        # First without memory: what the file asks for may be of any size.
+        with torch.device("meta"):
+            _require_same_shapes(config.make_net(made.num_classes, made.num_channels), weights, where)
+    model = config.build(made.num_classes, made.num_channels)
+    _require_same_shapes(model, weights, where)
+    model.load_state_dict(weights)
+    return model
+
+
+def _require_same_shapes(net: nn.Module, weights: Mapping[str, Any], where: Path) -> None:
+    """Make sure that a checkpoint's tensors are those of ``net``."""
+    wanted, found = (
+        {key: list(tensor.shape) for key, tensor in state.items() if isinstance(tensor, Tensor)}
+        for state in (net.state_dict(), weights)
+    )
+    differing = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+    if differing:
+        key = differing[0]
+        raise DamagedCheckpoint(
+            f"{where} is of another model than the run's: {key} is {found.get(key, 'missing')} there and "
+            f"{wanted.get(key, 'missing')} in the model, and {len(differing) - 1} more differ"
+        )
 
 
 def _write(folder: Path, values: Mapping[str, Any]) -> None:

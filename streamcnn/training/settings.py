@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from streamcnn.documents import require_flat
 from streamcnn.errors import RunMismatch
 
 AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +29,9 @@ class TrainSettings:
     ValueError
         If a value has no meaning; the text says what is allowed.
     """
+
+    # Pydantic's, for settings that are read from a file.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     epochs: int = 10
     """Most passes over the training images."""
@@ -62,16 +67,20 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are 1 and more")
-        if not self.learning_rate > 0:
+            _require_whole(name, getattr(self, name), 1, 2**31 - 1)
+        _require_whole("seed", self.seed, -(2**63), 2**64 - 1)
+        for name in ("learning_rate", "clip_norm", "ema_decay"):
+            _require_number(name, getattr(self, name))
+        for name in ("optimizer_options", "schedule_options"):
+            _require_options(name, getattr(self, name))
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate}: allowed are positive numbers")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm}: allowed are positive numbers, or None")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: allowed are 0 and more, and less than 1")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience={self.patience}: allowed are 1 and more, or None")
+        if self.patience is not None:
+            _require_whole("patience", self.patience, 1, 2**31 - 1, otherwise=", or None")
         if self.autocast is not None and self.autocast not in AUTOCAST_TYPES:
             raise ValueError(f"autocast={self.autocast!r}: allowed are {', '.join(AUTOCAST_TYPES)}, or None")
         if self.schedule_every not in PER_EPOCH:
@@ -155,6 +164,26 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             f"the run cannot go on, since it began differently: {'; '.join(differing)}. Go on with what it "
             "began with, or begin another run in another folder"
         )
+
+
+def _require_whole(name: str, found: object, least: int, most: int, *, otherwise: str = "") -> None:
+    """Make sure that a setting is a whole number in a range."""
+    if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
+        allowed = "1 and more" if least == 1 else f"{least} to {most}"
+        raise ValueError(f"{name}={found!r}: allowed are {allowed}{otherwise}")
+
+
+def _require_number(name: str, found: object) -> None:
+    """Make sure that a setting is a number, or None."""
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float)):
+        raise ValueError(f"{name}={found!r}: allowed are numbers")
+
+
+def _require_options(name: str, found: object) -> None:
+    """Make sure that arguments are by name."""
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{name}={found!r}: allowed are values by name")
+    require_flat(name, found)
 
 
 def _class_of(module: Any, base: type, name: str, setting: str) -> Any:

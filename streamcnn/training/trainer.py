@@ -30,7 +30,7 @@ from streamcnn.data.dataset import LabelledImages, collate, input_shapes
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.disk import writing
-from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, RunMismatch, TrainingDiverged
+from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, TrainingDiverged
 from streamcnn.report import Report
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder
@@ -40,11 +40,10 @@ from streamcnn.training.log import RunLog
 from streamcnn.training.naming import naming, open_batch
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
 from streamcnn.training.signals import heeding
+from streamcnn.training.state import FORMAT, Progress, require_state, restoring
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Told the kind and the values of each line that is written to the log."""
-FORMAT = 1
-"""Of a checkpoint's contents."""
 
 
 class _Asked(Exception):
@@ -63,25 +62,6 @@ class Terminated(Exception):
     def __init__(self, text: str, number: int | None = None) -> None:
         super().__init__(text)
         self.signal = number
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is."""
-
-    update: int = 0
-    epoch: int = 0
-    """Epochs that are over."""
-    num_images: int = 0
-    """Images of the present epoch so far; what follows is summed over them."""
-    loss_sum: float = 0.0
-    num_right: int = 0
-    best_accuracy: float = -1.0
-    """On the validation images."""
-    best: str | None = None
-    """Name of the checkpoint with that accuracy."""
-    epochs_since_best: int = 0
-    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +187,13 @@ class Trainer:
     def _run(self) -> TrainResult:
         """As `run`, in a folder that is this process's."""
         saved = self.checkpoints.newest()
+        if saved is not None:
+            require_state(saved, self.checkpoints.folder)
         if saved is not None and not saved["progress"]["update"] and saved["identity"] != self._identity:
             saved = None  # nothing was trained, so nothing is lost
         if saved is not None:
-            self._restore(saved)
+            with restoring(self.checkpoints.folder):
+                self._restore(saved)
         is_new, nbytes = saved is None, 0 if saved is None else saved["log_bytes"]
         del saved  # as large as model and optimiser together
         with RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log:
@@ -323,11 +306,6 @@ class Trainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
-        if saved["format"] != FORMAT:
-            raise RunMismatch(
-                f"{self.checkpoints.folder} has checkpoints of format {saved['format']}, this version writes "
-                f"{FORMAT}: go on with the version that wrote them ({saved['versions']})"
-            )
         require_same(self._identity, saved["identity"])
         circumstances = {**_versions(), "plan": self._plan_digest}
         for name, before in {**saved["versions"], "plan": saved["plan"]}.items():
@@ -375,7 +353,7 @@ class Trainer:
         self.model.train()
         with naming("the first plan", [0], [sources[0].name]):
             with torch.enable_grad(), self._casting():
-                plan = self.model.plan((size, *sources[0].shape), inputs=self._on_device(inputs))
+                plan = self.model.plan(sources, inputs=self._on_device(inputs))
             self.model.train(was_training)
             plan.validate()
         return plan.digest

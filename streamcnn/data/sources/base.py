@@ -18,6 +18,7 @@ from streamcnn.data.sources.files import ProcessLock, reason
 from streamcnn.data.sources.layout import to_tensor
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 from streamcnn.extras import MissingExtra
+from streamcnn.reading import ReadingBytes, ReadingCost
 from streamcnn.regions import Region
 
 
@@ -36,15 +37,27 @@ class ImageSource(ABC):
         Type of the pixels as stored.
     name : str
         What messages call the image: its path, or what else it is.
+    largest : int or None
+        Largest number that a pixel may be, which is less than that of `dtype` where the file says that fewer
+        bits are used; None for floats.
     """
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
     name: str
+    largest: int | None
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, name: str | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        name: str | None = None,
+        *,
+        largest: int | None = None,
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.largest = largest_of(dtype) if largest is None else largest
         self.name = name if name is not None else f"an image of shape {shape}"
         self._bytes_read = 0
         self._count_lock = ProcessLock()
@@ -53,6 +66,42 @@ class ImageSource(ABC):
     def bytes_read(self) -> int:
         """Bytes of pixels handed out so far, decoded; a pixel read twice counts twice."""
         return self._bytes_read
+
+    # --- what reading takes --------------------------------------------------------------------------
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of decoded pixels that the source keeps in memory now, the caller's own left out."""
+        return 0
+
+    @property
+    def pieces(self) -> str:
+        """How messages name the parts that are decoded whole, such as "zarr chunks of 3 x 512 x 512"."""
+        return f"pixels in a {type(self).__name__}"
+
+    @final
+    def reading_bytes(self, region_size: tuple[int, int]) -> ReadingBytes:
+        """Host memory in bytes that reading regions of ``region_size`` (h, w) takes.
+
+        ``held`` stays between reads until `release`: pixels that are decoded whole, a cache at its limit.
+        ``transient`` comes on top while one region is read: the region itself, the chunks, tiles or strips
+        that it touches, encoded and decoded, and the codec's copies.
+        """
+        return self.reading_cost.of(region_size)
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """`reading_bytes` for regions of any size, and what the first read takes on top."""
+        channels, height, width = self.shape
+        return ReadingCost((height, width), pixel=channels * self.dtype.itemsize)
+
+    def start(self) -> None:
+        """Start the threads that read the image, if it has any, so that no limit on memory counts them."""
+        return
+
+    def release(self) -> None:
+        """Let go of the pixels that `held_bytes` counts; the next read decodes them again."""
+        return
 
     @final
     def read(self, region: Region) -> Tensor:
@@ -139,7 +188,19 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
                 f"{sources[0].shape} {sources[0].dtype} ({sources[0].name}): allowed is one shape and dtype; "
                 "put images that differ into batches of their own"
             )
+        if source.largest != sources[0].largest:
+            raise DatasetMismatch(
+                f"{source.name} holds {source.dtype} up to {source.largest}, {sources[0].name} up to "
+                f"{sources[0].largest}: allowed is one range of values in a batch; scale them to one"
+            )
     return sources
+
+
+def largest_of(dtype: torch.dtype) -> int | None:
+    """The largest number of a type of pixels; None for floats."""
+    if dtype == torch.bool:
+        return 1
+    return None if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
 
 
 def _with_advice(error: Exception) -> str:

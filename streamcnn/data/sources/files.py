@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from streamcnn.errors import CorruptImage, StreamError
+from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 
 MAX_PIXELS = 100_000_000
 """Largest image, in pixels, that is decoded whole unless the caller allows more."""
+MAX_VALUES_PER_PIXEL = 4
+"""Most channels of such an image of the largest size; with more channels, so many fewer pixels."""
+_LARGEST_IMAGE = 10**12
+_MOST_CHANNELS = 2**16
 
 T = TypeVar("T")
+
+_ENDLESS = {
+    stat.S_ISFIFO: "named pipe",
+    stat.S_ISSOCK: "socket",
+    stat.S_ISCHR: "device",
+    stat.S_ISBLK: "device",
+}
 
 
 class ProcessLock:
@@ -67,8 +79,14 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: str | Path) -> FileStamp:
-        """The file as it is now."""
-        found = os.stat(path)
+        """The file as it is now.
+
+        Raises
+        ------
+        CorruptImage
+            If it is a pipe, a socket or a device.
+        """
+        found = regular(path)
         return cls(str(path), found.st_size, found.st_mtime_ns)
 
     def check(self) -> None:
@@ -85,6 +103,25 @@ class FileStamp:
                 f"the file was changed since it was opened ({self.size} bytes then, {now.size} now); "
                 "open it again"
             )
+
+
+def regular(path: str | Path) -> os.stat_result:
+    """What is at a path, if reading it cannot block or go on without end.
+
+    Raises
+    ------
+    CorruptImage
+        If it is a pipe, a socket or a device.
+    OSError
+        If there is nothing, or it may not be looked at.
+    """
+    found = os.stat(path)
+    for is_one, kind in _ENDLESS.items():
+        if is_one(found.st_mode):
+            raise CorruptImage(
+                f"{path} is a {kind}: allowed are files and folders; write the image to a file"
+            )
+    return found
 
 
 @contextmanager
@@ -104,6 +141,39 @@ def opening(name: str, what: str) -> Iterator[None]:
         raise CorruptImage(
             f"cannot open {name} as a {what}: {reason(error)}; it is damaged or something else"
         ) from error
+
+
+def check_shape(name: str, shape: tuple[int, int, int]) -> None:
+    """Raise `DatasetMismatch` if no image has so many channels, rows and columns, or has none."""
+    channels, height, width = shape
+    if 0 in shape:
+        raise DatasetMismatch(
+            f"{name} has {channels} channels of {height} x {width} pixels: allowed are images with pixels"
+        )
+    if height * width > _LARGEST_IMAGE or channels > _MOST_CHANNELS:
+        raise DatasetMismatch(
+            f"{name} has {channels} channels of {height} x {width} pixels: allowed are {_MOST_CHANNELS} "
+            f"channels and {_LARGEST_IMAGE} pixels; its metadata is damaged, or the image has to be divided"
+        )
+
+
+def check_piece(name: str, what: str, size: tuple[int, int], channels: int, max_pixels: int) -> None:
+    """Raise `DatasetMismatch` if a piece that is decoded whole is too large.
+
+    Parameters
+    ----------
+    what : what the pieces are called, as in ``chunks``
+    size : height and width of one
+    channels : values of one pixel that are decoded with it, time and depth among them
+    max_pixels : most pixels; pixels of more than four values count for more
+    """
+    height, width = size
+    if height * width * max(MAX_VALUES_PER_PIXEL, channels) > max_pixels * MAX_VALUES_PER_PIXEL:
+        raise DatasetMismatch(
+            f"{name} has {what} of {height} x {width} = {height * width} pixels with {channels} values each: "
+            f"allowed are {max_pixels} pixels of up to {MAX_VALUES_PER_PIXEL} values, or as many values in "
+            f"all, for each is decoded whole; give max_pixels= or write it with smaller {what}"
+        )
 
 
 def reason(error: Exception) -> str:

@@ -4,13 +4,14 @@ Zarr answers what is not there with the array's fill value: a chunk that was nev
 that was lost, a shard file of no bytes, and an inner chunk that would lie beyond the end of its shard.
 Looked at through `GuardedStore`, the last two are always errors, and so is everything once the whole
 array is gone; with ``missing="error"`` the first two are errors too. Nothing is read for it that zarr does
-not read.
+not read. What is larger than a chunk can be, as stored or decoded, is an error before it is read.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,11 +24,15 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import StorePath, WrapperStore
 
+from streamcnn.data.sources.chunk_cache import Window, span
+from streamcnn.data.sources.inflating import SLACK_BYTES, bounded, most_stored
+from streamcnn.data.sources.places import check_stored
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 ZarrArray = zarr.Array[Any]  # of either format version
-MissingChunks = Literal["fill", "error"]
+MissingChunks = Literal["some", "fill", "error"]
 
+_MOST_IN_SHARD = 2**20
 _EMPTY = np.iinfo(np.uint64).max
 
 Coordinates = tuple[int, ...]
@@ -55,20 +60,58 @@ class ShardIndex:
         return frozenset(tuple(map(int, position)) for position in empty)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Most bytes that chunks can take as they are stored."""
+
+    file: int
+    """Of a chunk, or of a shard."""
+    range: int
+    """Of a shard's index, and of a chunk inside of a shard."""
+
+    @classmethod
+    def of(cls, name: str, array: ZarrArray) -> StoredBytes:
+        """What the chunks and shards of an array can take.
+
+        Raises
+        ------
+        DatasetMismatch
+            If a shard holds too many chunks.
+        """
+        chunk = most_stored(math.prod(array.chunks) * array.dtype.itemsize)
+        if array.shards is None:
+            return cls(chunk, chunk)
+        num_chunks = math.prod(map(operator.floordiv, array.shards, array.chunks))
+        if num_chunks > _MOST_IN_SHARD:
+            raise DatasetMismatch(
+                f"{name} has shards of {num_chunks} chunks: allowed are {_MOST_IN_SHARD}, for where they lie "
+                "is read whole; write it with larger chunks or smaller shards"
+            )
+        index = 16 * num_chunks + SLACK_BYTES
+        shard = most_stored(math.prod(array.shards) * array.dtype.itemsize)
+        return cls(shard + index, max(chunk, index))
+
+
 class GuardedStore(WrapperStore[Store]):
     """A store of one array that refuses what is cut short or gone."""
 
     def __init__(
-        self, store: Store, metadata_key: str, missing: MissingChunks, index: ShardIndex | None
+        self,
+        store: Store,
+        metadata_key: str,
+        missing: MissingChunks,
+        index: ShardIndex | None,
+        most: StoredBytes,
     ) -> None:
         super().__init__(store)
         self._metadata_key = metadata_key
         self._missing = missing
         self._index = index
+        self._most = most
         self._empty_chunks: dict[str, frozenset[Coordinates]] = {}
 
     def _with_store(self, store: Store) -> GuardedStore:
-        return GuardedStore(store, self._metadata_key, self._missing, self._index)
+        return GuardedStore(store, self._metadata_key, self._missing, self._index, self._most)
 
     def __str__(self) -> str:
         return str(self._store)
@@ -81,8 +124,12 @@ class GuardedStore(WrapperStore[Store]):
         Raises
         ------
         CorruptImage
-            If they are fewer than were asked for, or missing where they must not be.
+            If they are fewer than were asked for, more than they can be, no file, or missing where they
+            must not be.
         """
+        if isinstance(byte_range, RangeByteRequest):
+            self._check_range(key, byte_range)
+        check_stored(self._store, key, self._most.file if byte_range is None else None)
         found = await self._store.get(key, prototype, byte_range)
         if found is None:
             await self._check_may_be_missing(key)
@@ -92,17 +139,25 @@ class GuardedStore(WrapperStore[Store]):
             self._empty_chunks[key] = self._index.empty_chunks(found.as_numpy_array())
         return found
 
+    def _check_range(self, key: str, byte_range: RangeByteRequest) -> None:
+        length = byte_range.end - byte_range.start
+        if length > self._most.range:
+            raise CorruptImage(
+                f"shard {key} says of a chunk that it takes {length} bytes, allowed are {self._most.range}; "
+                "copy the image again"
+            )
+
     async def _check_may_be_missing(self, key: str) -> None:
         if self._missing == "error":
             raise _missing(key)
         if not await self._store.exists(self._metadata_key):
             raise CorruptImage(f"the array is gone since it was opened ({self._metadata_key}); put it back")
 
-    def check_window(self, array: ZarrArray, window: tuple[slice | int, ...]) -> None:
+    def check_window(self, array: ZarrArray, window: Window) -> None:
         """Raise `CorruptImage` if an inner chunk under ``window``, which was just read, was never written."""
         if self._index is None or not any(self._empty_chunks.values()):
             return
-        for chunk in _chunks_under(window, array.chunks):
+        for chunk in _chunks_under(window, array.chunks, array.shape):
             pairs = list(map(divmod, chunk, self._index.chunks_per_shard))
             key = array.metadata.encode_chunk_key(tuple(shard for shard, _ in pairs))
             key = f"{array.path}/{key}" if array.path else key
@@ -116,14 +171,16 @@ def guarded(name: str, array: ZarrArray, missing: MissingChunks) -> tuple[ZarrAr
     Raises
     ------
     DatasetMismatch
-        If inner chunks must be there and the array's shards do not let themselves be looked into.
+        If inner chunks must be there and the array's shards do not let themselves be looked into, or
+        chunks are such as must not be read.
     """
     metadata = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
     key = f"{array.path}/{metadata}" if array.path else metadata
     index = _shard_index(name, array) if missing == "error" else None
-    store = GuardedStore(array.store, key, missing, index)
+    store = GuardedStore(array.store, key, missing, index, StoredBytes.of(name, array))
     # Its metadata is known: opening it by zarr would read it again, in as long as a small image takes.
-    return zarr.Array(zarr.AsyncArray(array.metadata, StorePath(store, array.path))), store
+    decoded: Any = bounded(name, array.metadata)
+    return zarr.Array(zarr.AsyncArray(decoded, StorePath(store, array.path))), store
 
 
 def _shard_index(name: str, array: ZarrArray) -> ShardIndex | None:
@@ -160,11 +217,11 @@ def _least(byte_range: ByteRequest | None) -> int:
     return byte_range.suffix if isinstance(byte_range, SuffixByteRequest) else 1
 
 
-def _chunks_under(window: tuple[slice | int, ...], chunks: Coordinates) -> Iterator[Coordinates]:
+def _chunks_under(window: Window, chunks: Coordinates, shape: Coordinates) -> Iterator[Coordinates]:
     spans = []
-    for part, extent in zip(window, chunks, strict=True):
-        start, stop = (part.start, part.stop) if isinstance(part, slice) else (part, part + 1)
-        spans.append(range(start // extent, -(-stop // extent)))
+    for part, size, extent in zip(window, chunks, shape, strict=True):
+        start, stop = span(part, extent)
+        spans.append(range(start // size, -(-stop // size)))
     return itertools.product(*spans)
 
 

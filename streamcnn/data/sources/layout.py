@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streamcnn.data.sources.axes import Axes
 from streamcnn.errors import DatasetMismatch
 from streamcnn.regions import Region
 
 _DROPPED = "."
+_COLOURS = 4
+"""Most channels of a colour picture."""
+_SHORTER = 8
+"""How many times as long rows and columns are at least, for an axis to be channels beyond doubt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The axes of an array in its own order, one letter each.
 
-    ``C``, ``Y`` and ``X`` are channels, rows and columns; any other is an axis of extent 1.
+    ``C``, ``Y`` and ``X`` are channels, rows and columns; of any other one plane is taken.
     """
 
     axes: str
+    planes: tuple[int, ...] = ()
+    """Which plane of each axis is taken; the first where this is empty."""
 
     def image_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Channels, height and width in pixels of an array of ``shape``."""
@@ -35,7 +42,8 @@ class Layout:
         """What to index the array with for ``region``."""
         rows, cols = (slice(axis.start, axis.stop) for axis in region)
         parts: dict[str, slice] = {"C": slice(None), "Y": rows, "X": cols}
-        return tuple(parts.get(axis, 0) for axis in self.axes)
+        planes = self.planes or (0,) * len(self.axes)
+        return tuple(parts.get(axis, plane) for axis, plane in zip(self.axes, planes, strict=True))
 
     def channels_first(self, pixels: NDArray[Any]) -> NDArray[Any]:
         """A view ``(C, h, w)`` of what `window` cut out."""
@@ -48,13 +56,14 @@ class Layout:
 def layout_by_shape(name: str, shape: tuple[int, ...], channels_last: bool | None) -> Layout:
     """The layout of an array that does not say which axis is which.
 
-    Two axes are one channel. Of three the last is the channels if ``channels_last`` says so or, where
-    that is None, if it is shorter than the first.
+    Two axes are one channel. Of three, ``channels_last`` says which are the channels. Where that is None,
+    they are the first or the last axis if this one alone is so short that it can be nothing else: 4 or
+    fewer where the other two have more, or an eighth of both others or less.
 
     Raises
     ------
     DatasetMismatch
-        If there are fewer or more axes.
+        If there are fewer or more axes, or which are the channels is not certain.
     """
     if len(shape) not in (2, 3):
         raise DatasetMismatch(
@@ -64,42 +73,115 @@ def layout_by_shape(name: str, shape: tuple[int, ...], channels_last: bool | Non
     if len(shape) == 2:
         return Layout("YX")
     if channels_last is None:
-        channels_last = shape[2] < shape[0]
+        channels_last = _are_channels_last(name, shape)
     return Layout("YXC" if channels_last else "CYX")
 
 
-def layout_by_names(name: str, axes: Sequence[str], shape: tuple[int, ...]) -> Layout:
+def _are_channels_last(name: str, shape: tuple[int, ...]) -> bool:
+    first = _can_only_be_channels(shape[0], shape[1:])
+    last = _can_only_be_channels(shape[2], shape[:2])
+    if first == last:
+        raise DatasetMismatch(
+            f"{name} has 3 axes {shape} without names, which may be (C, H, W) or (H, W, C): give "
+            "channels_last=False for the former, channels_last=True for the latter (--channels-first or "
+            "--channels-last of streamcnn convert)"
+        )
+    return last
+
+
+def _can_only_be_channels(extent: int, others: tuple[int, ...]) -> bool:
+    return extent <= _COLOURS < min(others) or extent * _SHORTER <= min(others)
+
+
+def layout_by_names(
+    name: str,
+    axes: Axes,
+    shape: tuple[int, ...],
+    *,
+    channels_last: bool | None = None,
+    index: Mapping[str, int] | None = None,
+) -> Layout:
     """The layout of an array whose metadata names its axes.
 
     Parameters
     ----------
     name : what messages call the image
-    axes : one name per axis; ``y`` and ``x`` are needed, ``c`` or ``s`` (samples) is the channels
+    axes : one per axis; rows and columns are needed
         Any other may be there with extent 1, such as time or depth.
+    shape : extents of the array
+    channels_last : whether an axis of a name that is not known, last or first, is the channels
+    index : which plane to take of axes that are longer than 1, by their names; None where none may be taken
 
     Raises
     ------
     DatasetMismatch
-        If rows or columns are missing, or more than one other axis is longer than 1.
+        If rows or columns are missing, more than one other axis is longer than 1, or there is no such
+        axis or plane.
     """
-    letters = [axis.upper() for axis in axes]
+    letters = [letter.upper() for letter in axes.letters]
     if len(letters) != len(shape) or letters.count("Y") != 1 or letters.count("X") != 1:
         raise DatasetMismatch(
-            f"{name} has axes {', '.join(axes)} of extents {shape}: allowed are one y, one x and at most "
-            "one of channels; store one image per array"
+            f"{name} has axes {', '.join(axes.names)} of extents {shape}: allowed are one y, one x and at "
+            "most one of channels; store one image per array"
         )
+    planes = _planes(name, axes, shape, index or {})
     kept = [
-        letter if letter in "YX" or extent != 1 else _DROPPED
-        for letter, extent in zip(letters, shape, strict=True)
+        letter if letter in "YX" or (extent != 1 and position not in planes) else _DROPPED
+        for position, (letter, extent) in enumerate(zip(letters, shape, strict=True))
     ]
-    others = [letter for letter in kept if letter not in ("Y", "X", _DROPPED)]
-    if others not in ([], ["C"], ["S"]):
-        long = {axis: n for axis, n in zip(axes, shape, strict=True) if axis.upper() in others}
-        raise DatasetMismatch(
-            f"{name} has {' and '.join(f'{n} planes along {axis!r}' for axis, n in long.items())}: allowed "
-            "is one axis of channels ('c' or 's'), every other of extent 1; store each plane as an image"
-        )
-    return Layout("".join("C" if letter == "S" else letter for letter in kept))
+    others = [position for position, letter in enumerate(kept) if letter not in ("Y", "X", _DROPPED)]
+    if len(others) == 1 and not _is_known(kept[others[0]]) and channels_last is not None:
+        is_where_it_should_be = others[0] == (len(shape) - 1 if channels_last else 0)
+        if is_where_it_should_be and not axes.is_never_channels(others[0]):
+            kept[others[0]] = "C"
+    if len(others) > 1 or not all(_is_known(kept[position]) for position in others):
+        raise _several_planes(name, axes, shape, others, can_index=index is not None)
+    return Layout(
+        "".join("C" if letter == "S" else letter for letter in kept),
+        tuple(planes.get(position, 0) for position in range(len(shape))) if planes else (),
+    )
+
+
+def _is_known(letter: str) -> bool:
+    return letter in ("C", "S")
+
+
+def _planes(name: str, axes: Axes, shape: tuple[int, ...], index: Mapping[str, int]) -> dict[int, int]:
+    """Which plane is taken of the axes that ``index`` names, by their position."""
+    names = [axis.lower() for axis in axes.names]
+    planes = {}
+    for axis, plane in index.items():
+        if axis.lower() not in names:
+            raise DatasetMismatch(
+                f"{name} has no axis {axis!r} to take a plane of: allowed in index= are "
+                f"{', '.join(axes.names)}"
+            )
+        position = names.index(axis.lower())
+        if axes.letters[position].upper() in ("Y", "X"):
+            raise DatasetMismatch(f"{name} needs all of its axis {axis!r}: leave it out of index=")
+        if not 0 <= plane < shape[position]:
+            raise DatasetMismatch(
+                f"{name} has no plane {plane} along {axis!r}: allowed are 0..{shape[position] - 1}"
+            )
+        planes[position] = plane
+    return planes
+
+
+def _several_planes(
+    name: str, axes: Axes, shape: tuple[int, ...], others: list[int], *, can_index: bool
+) -> DatasetMismatch:
+    long = " and ".join(f"{shape[position]} planes along {axes.names[position]!r}" for position in others)
+    unknown = [position for position in others if not _is_known(axes.letters[position].upper())]
+    advice = "store each plane as an image"
+    if can_index:
+        example = ", ".join(f"{axes.names[position]!r}: 0" for position in unknown or others[1:])
+        advice = f"give index={{{example}}} to take one plane, or {advice}"
+        if len(others) == 1 and not axes.is_never_channels(others[0]):
+            is_last = others[0] == len(shape) - 1
+            advice = f"give channels_last={is_last} if {axes.names[others[0]]!r} is the channels, {advice}"
+    return DatasetMismatch(
+        f"{name} has {long}: allowed is one axis of channels ('c' or 's'), every other of extent 1; {advice}"
+    )
 
 
 def torch_dtype(name: str, dtype: np.dtype[Any]) -> torch.dtype:

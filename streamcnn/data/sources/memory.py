@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcnn.data.sources.base import FileSource, ImageSource
-from streamcnn.data.sources.files import FileStamp, opening
+from streamcnn.data.sources.files import FileStamp, check_shape, opening, regular
 from streamcnn.data.sources.layout import layout_by_shape, torch_dtype
+from streamcnn.data.sources.mapped import copied, lets_go, mapped_bytes
+from streamcnn.data.sources.places import local_path
 from streamcnn.errors import DatasetMismatch
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
 
@@ -40,6 +43,11 @@ class TensorSource(ImageSource):
     def __reduce__(self) -> tuple[type[TensorSource], tuple[Tensor]]:
         return TensorSource, (self._tensor,)
 
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Nothing: regions are views."""
+        return ReadingCost(self.shape[1:])
+
     def _read(self, region: Region) -> Tensor:
         rows, cols = region
         return self._tensor[:, rows.start : rows.stop, cols.start : cols.stop]
@@ -57,15 +65,16 @@ class ArraySource(FileSource):
     array_or_path : array, or path of a ``.npy`` file
         Two axes ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``.
     channels_last : bool, optional
-        Which of the two a three-axis array is. By default it is ``(H, W, C)`` when its last axis is
-        shorter than its first.
+        Which of the two a three-axis array is. By default it is told by the shape, where that leaves no
+        doubt: the channels are 4 or fewer and all else is more, or an eighth of rows and columns or less.
 
     Raises
     ------
     CorruptImage
         If there is no ``.npy`` file at the path, or it is damaged or cut short.
     DatasetMismatch
-        If the array has another number of axes, or pixels of a type that PyTorch lacks.
+        If the array has another number of axes or such as are not certain, or pixels of a type that PyTorch
+        lacks.
     """
 
     def __init__(
@@ -79,19 +88,30 @@ class ArraySource(FileSource):
         else:
             name = str(array_or_path)
             with opening(name, ".npy file"):
-                self._array = np.lib.format.open_memmap(name, mode="r")
+                regular(where := local_path(name))
+                self._array = np.lib.format.open_memmap(where, mode="r")
         self._stamp = _stamp(self._array)
         self._layout = layout_by_shape(name, self._array.shape, channels_last)
         shape = self._layout.image_shape(self._array.shape)
+        check_shape(name, shape)
         super().__init__(shape, torch_dtype(name, self._array.dtype), name)
 
     def __reduce__(self) -> tuple[object, ...]:
         origin = self._origin
         return _remade, (_mapping(origin) if _is_whole_map(origin) else origin, self._requested_layout)
 
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """The region's copy, and a band of a mapped file's pages."""
+        channels, height, width = self.shape
+        fixed = mapped_bytes(self._array, self._layout) if lets_go(self._array) else 0
+        return ReadingCost((height, width), pixel=channels * self.dtype.itemsize, fixed=fixed)
+
     def _load(self, region: Region) -> NDArray[Any]:
         if self._stamp is not None:  # touching a page beyond a file's end kills the process
             self._stamp.check()
+        if lets_go(self._array):
+            return copied(self._array, self._layout, region)
         return self._layout.channels_first(self._array[self._layout.window(region)])
 
 

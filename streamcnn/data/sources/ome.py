@@ -1,44 +1,71 @@
-"""OME-Zarr groups: which array is a level of the image, and what its axes are (OME-NGFF 0.4 and 0.5)."""
+"""OME-Zarr groups: which array is a level of the image, and what its axes are (OME-NGFF 0.4 and 0.5).
+
+What bioformats2raw writes is a group of such images, its series, of which some may be a slide's label or its
+overview: the names of series are in a file of OME-XML beside them.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+from xml.etree import ElementTree
 
 import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
+from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.guard import ZarrArray
+from streamcnn.data.sources.places import check_stored
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _OLD_AXES = ("t", "c", "z", "y", "x")  # before version 0.3 there were always these five
+_SERIES = "bioformats2raw.layout"
+_OTHER_GROUPS = {
+    "plate": "a plate of many images",
+    "well": "a well of many images",
+    "labels": "a group of label images",
+}
+_NO_SLIDE = re.compile(r"\b(label|macro|overview|thumbnail)\b", re.IGNORECASE)
+_XML_BYTES = 2**26
 
 
 def is_ome_image(attributes: Mapping[str, Any]) -> bool:
-    """Whether a group with these attributes is an image in several resolutions."""
-    return "multiscales" in _metadata(attributes)
+    """Whether a group with these attributes is an image in several resolutions, or a series of some."""
+    metadata = _metadata(attributes)
+    return "multiscales" in metadata or _SERIES in metadata
 
 
-def open_level(name: str, group: zarr.Group, level: int) -> tuple[ZarrArray, tuple[str, ...]]:
-    """A level's array and the names of its axes; level 0 is the full resolution.
+def open_level(name: str, group: zarr.Group, level: int, series: int | None) -> tuple[ZarrArray, Axes | None]:
+    """A level's array and its axes, None if they are not named; level 0 is the full resolution.
+
+    Parameters
+    ----------
+    name : what messages call the image
+    series : which of several images; by default the first that is no label or overview of a slide
 
     Raises
     ------
     CorruptImage
         If the group holds no image, or its metadata is damaged.
     DatasetMismatch
-        If there is no such level.
+        If there is no such level or series.
     """
     metadata = _metadata(dict(group.attrs))
+    if _SERIES in metadata and "multiscales" not in metadata:
+        group, metadata, series = _series(name, group, metadata, series)
     if "multiscales" not in metadata:
-        members = ", ".join(sorted(group.keys())[:5]) or "nothing"
-        raise CorruptImage(
-            f"{name} is a zarr group that says nothing of an image, with {members} inside: allowed are "
-            "arrays and OME-Zarr images; give the folder of one"
-        )
+        raise _no_image(name, group, metadata)
     try:
-        image = metadata["multiscales"][0]
+        images = metadata["multiscales"]
+        if series and not 0 <= series < len(images):
+            raise DatasetMismatch(f"{name} has no series {series}: allowed are 0..{len(images) - 1}")
+        image = images[series or 0]
         paths = [dataset["path"] for dataset in image["datasets"]]
-        axes = tuple(axis if isinstance(axis, str) else axis["name"] for axis in image.get("axes", _OLD_AXES))
+        axes = image.get("axes", _OLD_AXES)
+        names = [axis if isinstance(axis, str) else axis["name"] for axis in axes]
+        types = [None if isinstance(axis, str) else axis.get("type") for axis in axes]
     except (AttributeError, LookupError, TypeError) as error:
         raise _damaged(name, f"its OME metadata lacks {error}") from error
     if not 0 <= level < len(paths):
@@ -46,7 +73,68 @@ def open_level(name: str, group: zarr.Group, level: int) -> tuple[ZarrArray, tup
     array = group.get(paths[level])
     if not isinstance(array, zarr.Array):
         raise _damaged(name, f"there is no array {paths[level]!r}, which should be level {level}")
-    return array, axes
+    return array, Axes.of_names(names, types)
+
+
+def _series(
+    name: str, group: zarr.Group, metadata: Mapping[str, Any], series: int | None
+) -> tuple[zarr.Group, Mapping[str, Any], int]:
+    """One image of a group that bioformats2raw wrote, its metadata, and which of its own images is meant."""
+    paths = _series_paths(group, metadata)
+    titles = _titles(group)
+    if series is None:
+        slides = [n for n, _ in enumerate(paths) if not _NO_SLIDE.search(titles.get(n, ""))]
+        series = slides[0] if slides else 0
+    if not 0 <= series < len(paths):
+        named = ", ".join(f"{n}{f' ({titles[n]})' if titles.get(n) else ''}" for n, _ in enumerate(paths))
+        raise DatasetMismatch(f"{name} has no series {series}: allowed are {named or 'none'}")
+    image = group.get(paths[series])
+    if not isinstance(image, zarr.Group):
+        raise _damaged(name, f"there is no group {paths[series]!r}, which should be series {series}")
+    return image, _metadata(dict(image.attrs)), 0
+
+
+def _series_paths(group: zarr.Group, metadata: Mapping[str, Any]) -> list[str]:
+    """Where the series are: as the group OME says or, where it does not, in groups 0, 1, 2, ..."""
+    listing = group.get("OME")
+    said: Any = None
+    if isinstance(listing, zarr.Group):
+        said = _metadata(dict(listing.attrs)).get("series")
+    said = said if isinstance(said, list) else metadata.get("series")
+    if isinstance(said, list) and all(isinstance(path, str) for path in said):
+        return said
+    paths: list[str] = []
+    while isinstance(group.get(str(len(paths))), zarr.Group):
+        paths.append(str(len(paths)))
+    return paths
+
+
+def _titles(group: zarr.Group) -> dict[int, str]:
+    """Names of the series, of those that have one."""
+    key = f"{group.path}/OME/METADATA.ome.xml".removeprefix("/")
+    check_stored(group.store, key, _XML_BYTES)
+    found = sync(group.store.get(key, default_buffer_prototype()))
+    if found is None:
+        return {}
+    try:
+        root = ElementTree.fromstring(found.to_bytes())
+    except ElementTree.ParseError as error:
+        raise _damaged(str(group.store_path), f"{key}: {error}") from error
+    images = [element for element in root if element.tag.rpartition("}")[2] == "Image"]
+    return {number: image.get("Name", "") for number, image in enumerate(images)}
+
+
+def _no_image(name: str, group: zarr.Group, metadata: Mapping[str, Any]) -> CorruptImage:
+    for key, what in _OTHER_GROUPS.items():
+        if key in metadata:
+            return CorruptImage(
+                f"{name} is {what}: allowed is one image; give the folder of one inside of it"
+            )
+    members = ", ".join(sorted(group.keys())[:5]) or "nothing"
+    return CorruptImage(
+        f"{name} is a zarr group that says nothing of an image, with {members} inside: allowed are "
+        "arrays and OME-Zarr images; give the folder of one"
+    )
 
 
 def _metadata(attributes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,20 +6,23 @@ Only slides are told by their ending, for most of them are TIFF files that OpenS
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from streamcnn.data.sources.base import ImageSource
-from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.files import MAX_PIXELS, opening, regular
+from streamcnn.data.sources.guard import MissingChunks
 from streamcnn.data.sources.memory import ArraySource
 from streamcnn.data.sources.ome import is_ome_image
 from streamcnn.data.sources.picture import FORMATS, PictureSource
+from streamcnn.data.sources.places import ZARR_FILES, head_of, holds_zarr, is_zarr_zip, place, remote_store
 from streamcnn.data.sources.slide import SlideSource
 from streamcnn.data.sources.tiff import TiffSource
 from streamcnn.data.sources.zarr import ZarrSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _SLIDES = (".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
-_ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
+_ZIP = b"PK\x03\x04"
 _MAGIC = {
     "npy": (b"\x93NUMPY",),
     "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
@@ -29,53 +32,83 @@ _MAGIC = {
     ),
 }
 _ALLOWED = (
-    "folders of a zarr array or an OME-Zarr image, .npy files, TIFF files, pictures "
+    "folders of a zarr array or an OME-Zarr image, zip files of one, .npy files, TIFF files, pictures "
     f"({', '.join(FORMATS)}) and slides ({', '.join(_SLIDES)})"
 )
 
 
 def open_image(
-    path: str | Path, *, level: int = 0, channels_last: bool | None = None, series: int = 0
+    path: str | Path,
+    *,
+    level: int = 0,
+    channels_last: bool | None = None,
+    series: int | None = None,
+    index: Mapping[str, int] | None = None,
+    missing_chunks: MissingChunks = "some",
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageSource:
     """The image at ``path`` as a source that reads it region by region.
 
     Parameters
     ----------
     path
-        File, or folder of a zarr array or OME-Zarr image.
+        File, folder of a zarr array or OME-Zarr image, zip file of one, or its URL; ``~`` and ``file://``
+        are understood.
     level
         Resolution of a TIFF pyramid, an OME-Zarr image or a slide; 0 is full.
     channels_last
         Whether the channels are the last of three axes or the first, where the file does not say it.
     series
-        Which image of a TIFF file that holds several.
+        Which image of a TIFF file or of an OME-Zarr folder that holds several; by default the largest of
+        full resolution that is no macro, label or thumbnail, of what bioformats2raw wrote the first such one.
+    index
+        Plane to take of each axis of a zarr array that is longer than 1 and neither rows, columns nor
+        channels, by its name, as in ``{"t": 0}``.
+    missing_chunks
+        What to do where a zarr array lacks chunks: see `ZarrSource`.
+    max_pixels
+        Most pixels of what can only be decoded whole: a picture, a tile or strip, a chunk.
 
     Raises
     ------
     CorruptImage
         If there is nothing at the path, or it is damaged or no image.
     DatasetMismatch
-        If there is no such level or series, or pixels or axes are not what a source can have.
+        If there is no such level, series or plane, pixels or axes are not what a source can have or are not
+        certain, or the image is too large.
     MissingExtra
-        If the format needs a package that is not installed.
+        If the format or the place needs a package that is not installed.
     """
-    kind = _kind(Path(path))
-    if series != 0 and kind != "tiff":
-        raise DatasetMismatch(f"{path} is no TIFF: allowed is series 0; leave series= out")
+    where = place(path)
+    kind = _kind(where)
+    if series not in (None, 0) and kind not in ("tiff", "zarr"):
+        raise DatasetMismatch(f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out")
     if level != 0 and kind in ("npy", "picture"):
         raise DatasetMismatch(f"{path} has one resolution: allowed is level 0; leave level= out")
+    if index and kind != "zarr":
+        raise DatasetMismatch(f"{path} is no zarr array: planes are taken of these alone; leave index= out")
     match kind:
         case "zarr":
-            return ZarrSource(path, channels_last=channels_last, level=level)
+            return ZarrSource(
+                where,
+                channels_last=channels_last,
+                level=level,
+                series=series,
+                index=index,
+                missing_chunks=missing_chunks,
+                max_pixels=max_pixels,
+            )
         case "npy":
-            return ArraySource(path, channels_last=channels_last)
+            return ArraySource(where, channels_last=channels_last)
         case "tiff":
-            return TiffSource(path, series=series, level=level, channels_last=channels_last)
+            return TiffSource(
+                where, series=series, level=level, channels_last=channels_last, max_pixels=max_pixels
+            )
         case "slide":
-            return SlideSource(path, level=level)
+            return SlideSource(where, level=level)
         case "picture":
-            return PictureSource(path)
-    raise CorruptImage(f"{path} is {_found(Path(path))}: allowed are {_ALLOWED}; convert the image")
+            return PictureSource(where, max_pixels=max_pixels)
+    raise CorruptImage(f"{path} is {_found(where)}: allowed are {_ALLOWED}; convert the image")
 
 
 def is_image(path: str | Path) -> bool:
@@ -88,20 +121,52 @@ def is_image(path: str | Path) -> bool:
     CorruptImage
         If there is nothing at the path, or it may not be read.
     """
-    folder = Path(path)
-    kind = _kind(folder)
-    return kind is not None and (kind != "zarr" or not _is_mere_group(folder))
+    where = place(path)
+    kind = _kind(where)
+    if kind == "zarr" and isinstance(where, Path) and where.is_dir():
+        return not _is_mere_group(where)
+    return kind is not None
 
 
-def _kind(path: Path) -> str | None:
-    with opening(str(path), "image"):
-        if path.is_dir():
-            return "zarr" if any((path / name).is_file() for name in _ZARR_FILES) else None
-        with path.open("rb") as file:
+def _kind(where: Path | str) -> str | None:
+    with opening(str(where), "image"):
+        if isinstance(where, str):
+            return _kind_of_url(where)
+        regular(where)
+        if where.is_dir():
+            return "zarr" if any((where / name).is_file() for name in ZARR_FILES) else None
+        with where.open("rb") as file:
             head = file.read(16)
-    if path.suffix.lower() in _SLIDES:
+        if head.startswith(_ZIP) and is_zarr_zip(where):
+            return "zarr"
+    if where.suffix.lower() in _SLIDES:
         return "slide"
+    return _kind_of_head(head)
+
+
+def _kind_of_head(head: bytes) -> str | None:
     return next((kind for kind, starts in _MAGIC.items() if head.startswith(starts)), None)
+
+
+def _kind_of_url(url: str) -> str:
+    """Elsewhere there are zarr arrays alone.
+
+    Raises
+    ------
+    CorruptImage
+        If there is something else.
+    """
+    store = remote_store(url)
+    if holds_zarr(store):
+        return "zarr"
+    head = head_of(store, 16)
+    if head is None:
+        raise CorruptImage(f"no zarr array at {url}: give the URL of the folder that holds its zarr.json")
+    what = _kind_of_head(head) or ("zip file" if head.startswith(_ZIP) else "file")
+    raise CorruptImage(
+        f"{url} is a {what}: allowed elsewhere than on this machine are folders of a zarr array or an OME-"
+        "Zarr image; download it, or write it as one"
+    )
 
 
 def _is_mere_group(folder: Path) -> bool:
@@ -118,9 +183,10 @@ def _is_mere_group(folder: Path) -> bool:
         return False
 
 
-def _found(path: Path) -> str:
-    if path.is_dir():
-        return f"a folder without {', '.join(_ZARR_FILES)}"
-    with path.open("rb") as file:
+def _found(where: Path | str) -> str:
+    assert isinstance(where, Path), "what is elsewhere has a kind"
+    if where.is_dir():
+        return f"a folder without {', '.join(ZARR_FILES)}"
+    with where.open("rb") as file:
         head = file.read(16)
     return f"no image that is known (it begins with {head!r})" if head else "an empty file"

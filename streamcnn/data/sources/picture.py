@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, torch_dtype
+from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
 if TYPE_CHECKING:
@@ -46,6 +48,16 @@ _HANDED_OUT = {
     "F": (1, "f4"),
 }
 
+_ORIENTATION = 274  # of EXIF's tags
+_DECODED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
+"""Bytes of a pixel in Pillow's memory by mode; 4 in all others."""
+_SCRATCH = {"WEBP": 16, "GIF": 8, "BMP": 4}
+"""Bytes for each pixel that a decoder takes beside the picture, by format."""
+_PROGRESSIVE = 8
+"""The same of a progressive JPEG: the coefficients of up to four components, two bytes each."""
+_BAND_BYTES = 2**22
+"""Bytes of pixels that are copied out of Pillow's memory at a time, at least a row."""
+
 _limit_lock = ProcessLock()
 
 
@@ -54,8 +66,8 @@ class PictureSource(FileSource):
     """A picture, decoded whole when it is first read and kept from then on.
 
     Palettes, CMYK and YCbCr become RGB, a palette with transparency RGBA, one bit per pixel 0 and 255 in
-    uint8; 16-bit grey stays uint16. Of an animation it is the first frame. Pixels are as they lie in the
-    file: an orientation noted in it is not applied.
+    uint8; 16-bit grey stays uint16. Of an animation it is the first frame. Pixels are turned upright as
+    an orientation noted before them says.
 
     Parameters
     ----------
@@ -82,6 +94,9 @@ class PictureSource(FileSource):
             _check_depth(name, image)
             width, height = image.size
             self._mode = _mode(name, image)
+            self._orientation = _orientation(image)
+            self._format = image.format or "picture"
+            self._opening = width * height * (_DECODED.get(image.mode, 4) + _scratch(image))
         if width * height > max_pixels:
             raise DatasetMismatch(
                 f"{name} has {height} x {width} = {width * height} pixels: allowed are {max_pixels}, for a "
@@ -91,7 +106,39 @@ class PictureSource(FileSource):
         self._layout = Layout("YXC" if channels > 1 else "YX")
         self._pixels: NDArray[Any] | None = None
         self._decoding = ProcessLock()
-        super().__init__((channels, height, width), torch_dtype(name, np.dtype(dtype)), name)
+        self._stored_size = (height, width)
+        size = self._orientation.size(self._stored_size)
+        super().__init__((channels, *size), torch_dtype(name, np.dtype(dtype)), name)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the picture, once it has been decoded."""
+        pixels = self._pixels
+        return 0 if pixels is None else pixels.nbytes
+
+    @property
+    def pieces(self) -> str:
+        """The format, and that it is one piece."""
+        return f"a {self._format} picture of {self.shape[1]} x {self.shape[2]} pixels, which is decoded whole"
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """The picture, and once Pillow's own copy of it and the decoder's memory."""
+        channels, height, width = self.shape
+        pixel = channels * self.dtype.itemsize
+        # Cut out of Pillow's picture, converted, as bytes in pieces and in one.
+        bands = 4 * max(_BAND_BYTES, 4 * width)
+        return ReadingCost(
+            (height, width),
+            held=pixel * height * width,
+            opening=self._opening + bands,
+            pixel=pixel,
+        )
+
+    def release(self) -> None:
+        """Let go of the picture."""
+        with self._decoding:
+            self._pixels = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._path, self._max_pixels)
@@ -100,12 +147,23 @@ class PictureSource(FileSource):
         with self._decoding:
             if self._pixels is None:
                 self._pixels = self._decode()
-        return self._layout.channels_first(self._pixels[self._layout.window(region)])
+            pixels = self._pixels
+        stored = self._orientation.stored_region(region, self._stored_size)
+        return self._orientation.upright(self._layout.channels_first(pixels[self._layout.window(stored)]))
 
     def _decode(self) -> NDArray[Any]:
         self._stamp.check()
+        height, width = self._stored_size
+        channels, dtype = _HANDED_OUT[self._mode]
+        pixels = np.empty((height, width, channels) if channels > 1 else (height, width), dtype)
+        rows = max(1, _BAND_BYTES // (4 * width))
         with _opened(self._path) as image:
-            return np.asarray(image if image.mode == self._mode else image.convert(self._mode))
+            for top in range(0, height, rows):
+                # In bands: Pillow hands out a picture as bytes, which are two copies of it.
+                band = image.crop((0, top, width, min(top + rows, height)))
+                band = band if band.mode == self._mode else band.convert(self._mode)
+                pixels[top : top + rows] = np.asarray(band)
+        return pixels
 
 
 @contextmanager
@@ -135,6 +193,20 @@ def _mode(name: str, image: Image) -> str:
             f"{', '.join(_CONVERTED)}; convert the picture"
         )
     return mode
+
+
+def _orientation(image: Image) -> Orientation:
+    # Pillow would decode a PNG to see whether one is noted after its pixels.
+    if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
+        return Orientation()
+    return Orientation(int(image.getexif().get(_ORIENTATION, 1)))
+
+
+def _scratch(image: Image) -> int:
+    """Bytes for each pixel that decoding takes beside the picture."""
+    if image.format == "JPEG" and image.info.get("progressive"):
+        return _PROGRESSIVE
+    return _SCRATCH.get(image.format or "", 0)
 
 
 def _check_depth(name: str, image: Image) -> None:

@@ -15,10 +15,17 @@ from streamcnn.data.sources.files import FileStamp, PerProcess, opening
 from streamcnn.data.sources.layout import torch_dtype
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Interval, Region
 
 _WHITE = "FFFFFF"
 _BLOCK = 256
+_CACHE_BYTES = 2**25
+"""Of decoded tiles, that OpenSlide keeps for each open slide."""
+_PIXEL_BYTES = 20
+"""RGBA, RGB in four bytes, its bytes in pieces and in one, the region, and that with channels first."""
+_CODEC_BYTES = 2**23
+"""For the tile that is being decoded."""
 
 
 @final
@@ -58,6 +65,16 @@ class SlideSource(FileSource):
         self._downsample = float(slide.level_downsamples[level])
         self._background = f"#{slide.properties.get('openslide.background-color', _WHITE)}"
         super().__init__((3, height, width), torch_dtype(name, np.dtype("u1")), name)
+
+    @property
+    def pieces(self) -> str:
+        """The kind of file."""
+        return "a slide that OpenSlide reads, with a cache of decoded tiles"
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """The region in Pillow's memory and as an array, and OpenSlide's cache."""
+        return ReadingCost(self.shape[1:], held=_CACHE_BYTES, pixel=_PIXEL_BYTES, fixed=_CODEC_BYTES)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, self._request

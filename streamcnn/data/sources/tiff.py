@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,14 +15,26 @@ from numpy.typing import NDArray
 from tifffile import TiffFile, TiffPageSeries
 from tifffile.zarr import ZarrTiffStore
 
+from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.costs import REGION_COPIES, chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
+from streamcnn.data.sources.mapped import copied, mapped_bytes
+from streamcnn.data.sources.orientation import Orientation
+from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
+from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_of
+from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
+from streamcnn.data.sources.tiff_series import check_number, chosen_series
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
 
+_ORIENTATION = 274
+_CHUNK_COPIES = 3
+"""A tile or strip as stored, decoded, and once more where the codec or a predictor makes a copy."""
 _UNKNOWN_AXES = set("QI")  # tifffile's letters for an axis that nothing says a word about
 
 
@@ -34,10 +46,16 @@ class TiffSource(FileSource):
     or strip is decoded whole when it is first read and kept from then on. The file is open only while it
     is read. Tiles that a sparse file leaves out read as its fill value.
 
+    Pixels are turned upright as the file's orientation says. Grey is inverted where 0 is white, CMYK and
+    Aperio's YCbCr become RGB, and colours that were multiplied by alpha are divided by it. Pixels that a LERC
+    mask leaves out are NaN.
+
     Parameters
     ----------
     path : file
-    series : which image of the file
+    series : int, optional
+        Which image of the file. By default it is the largest of full resolution that is no macro, label or
+        thumbnail, the first of equals.
     level : resolution of a pyramid; 0 is full
     channels_last : bool, optional
         Which axis of a stack of three axes is the channels, where the file does not say it.
@@ -48,8 +66,8 @@ class TiffSource(FileSource):
     CorruptImage
         If there is no such file, it is no TIFF, damaged or cut short.
     DatasetMismatch
-        If there is no such image or level, it has other axes, too large strips, or pixels of a type that
-        PyTorch lacks.
+        If there is no such image or level, it has other axes, too large strips, colours of an unknown kind,
+        or pixels of a type that PyTorch lacks.
     MissingExtra
         If its compression needs imagecodecs, which is not installed.
     """
@@ -58,7 +76,7 @@ class TiffSource(FileSource):
         self,
         path: str | Path,
         *,
-        series: int = 0,
+        series: int | None = None,
         level: int = 0,
         channels_last: bool | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -70,8 +88,64 @@ class TiffSource(FileSource):
             opened = self._files.get()
         self._layout = opened.layout
         self._stamps = opened.stamps
-        shape = opened.layout.image_shape(opened.pixels.shape)
-        super().__init__(shape, torch_dtype(name, opened.pixels.dtype), name)
+        self._piece = opened.piece
+        self._colours = opened.colours
+        self._orientation = opened.orientation
+        channels, *stored = opened.layout.image_shape(opened.pixels.shape)
+        self._stored_size = (stored[0], stored[1])
+        shape = (self._colours.num_channels(channels), *self._orientation.size(self._stored_size))
+        dtype = torch_dtype(name, opened.pixels.dtype)
+        super().__init__(shape, dtype, name, largest=self._colours.largest)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of an image that is one tile or strip, once it has been decoded."""
+        decoded = self._files.get().decoded
+        return 0 if decoded is None else decoded.nbytes
+
+    @property
+    def pieces(self) -> str:
+        """Whether the image is in tiles or strips, and their extents in pixels."""
+        return self._piece
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Tiles or strips under a region, a few at a time, or all of an image that is a single one."""
+        opened = self._files.get()
+        channels, height, width = self._layout.image_shape(opened.pixels.shape)
+        pixel = channels * opened.pixels.dtype.itemsize
+        if opened.store is None:
+            assert isinstance(opened.pixels, np.ndarray)
+            fixed = mapped_bytes(opened.pixels, self._layout)
+            cost = ReadingCost((height, width), pixel=REGION_COPIES * pixel, fixed=fixed)
+        elif opened.is_one_chunk:
+            held = pixel * height * width
+            copies = REGION_COPIES * pixel
+            cost = ReadingCost((height, width), held=held, opening=_CHUNK_COPIES * held, pixel=copies)
+        else:
+            assert isinstance(opened.pixels, zarr.Array)
+            cost = chunked_cost(
+                self._layout,
+                opened.pixels.shape,
+                opened.pixels.chunks,
+                opened.pixels.dtype,
+                copies=_CHUNK_COPIES,
+                at_once=zarr.config.get("async.concurrency"),
+            )
+        if not self._colours.is_plain:
+            cost = replace(cost, pixel=cost.pixel + pixel + COLOUR_BYTES)
+        return cost.transposed() if cost.size != self.shape[1:] else cost
+
+    def start(self) -> None:
+        """Start the threads that decode tiles and strips."""
+        if self._files.get().store is not None:
+            start_zarr_threads()
+
+    def release(self) -> None:
+        """Let go of an image that is one tile or strip."""
+        opened = self._files.get()
+        with opened.lock:
+            opened.decoded = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._request,)
@@ -79,11 +153,19 @@ class TiffSource(FileSource):
     def _load(self, region: Region) -> NDArray[Any]:
         for stamp in self._stamps:
             stamp.check()
+        stored = self._orientation.stored_region(region, self._stored_size)
         try:
-            return self._layout.channels_first(self._files.get().cut(self._layout.window(region)))
+            opened = self._files.get()
+            if opened.store is None:
+                assert isinstance(opened.pixels, np.ndarray)
+                pixels = copied(opened.pixels, self._layout, stored)
+            else:
+                pixels = self._layout.channels_first(opened.cut(self._layout.window(stored)))
         except NotImplementedError:
             require("imagecodecs", extra="tiff")  # what does without it for other files lacks some cases
             raise
+        coloured = pixels if self._colours.is_plain else self._colours.apply(pixels)
+        return self._orientation.upright(coloured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +173,7 @@ class _Request:
     """What a source was asked to open."""
 
     path: str
-    series: int
+    series: int | None
     level: int
     channels_last: bool | None
     max_pixels: int
@@ -109,8 +191,14 @@ class _Opened:
     pixels: zarr.Array[Any] | NDArray[Any]
     store: ZarrTiffStore | None
     layout: Layout
+    colours: Colours
+    orientation: Orientation
     stamps: tuple[FileStamp, ...]
     is_one_chunk: bool
+    piece: str
+    """What it is cut into, for messages."""
+    decoded: NDArray[Any] | None = None
+    """All pixels, if they are one tile or strip that has been read."""
     lock: ProcessLock = field(default_factory=ProcessLock)
 
     def __post_init__(self) -> None:
@@ -122,8 +210,9 @@ class _Opened:
         """The pixels of a window; no file stays open after it."""
         if self.is_one_chunk:
             with self.lock:
-                if not isinstance(self.pixels, np.ndarray):
-                    self.pixels = self._decode(tuple(slice(None) for _ in self.pixels.shape))
+                if self.decoded is None:
+                    self.decoded = self._decode(tuple(slice(None) for _ in self.pixels.shape))
+                return self.decoded[window]
         return self._decode(window)
 
     def _decode(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
@@ -143,36 +232,62 @@ def _open(request: _Request) -> _Opened:
     stamp = FileStamp.of(request.path)
     with TiffFile(request.path) as file:
         check_directories(request.name, file)
-        data = _level(request, file)
+        image, data = _level(request, file)
         layout = _layout(request, data)
+        colours = colours_of(request.name, data, is_ome=file.is_ome)
+        orientation = _orientation(image, data)
         check_decodable(request.name, data.keyframe)
         check_complete(request.name, data)
         is_one_chunk = _is_one_chunk(request, data)
         stamps = (stamp, *_stamps_of_others(data, stamp))
+        piece = described(
+            f"TIFF {'tiles' if data.keyframe.is_tiled else 'strips'}", chunk_size(data.keyframe)
+        )
         if _is_mappable(data):
-            return _Opened(_mapped(data), None, layout, stamps, is_one_chunk=False)
+            return _Opened(
+                _mapped(data), None, layout, colours, orientation, stamps, is_one_chunk=False, piece=piece
+            )
+        keep_lerc_masks(request.name, data.keyframe)
         store = data.aszarr(level=0, squeeze=False)
-        return _Opened(zarr.open_array(store, mode="r"), store, layout, stamps, is_one_chunk)
+        array = zarr.open_array(store, mode="r")
+        return _Opened(array, store, layout, colours, orientation, stamps, is_one_chunk, piece)
 
 
-def _level(request: _Request, file: TiffFile) -> TiffPageSeries:
-    images = file.series
-    _check_number(request.path, "image", request.series, len(images))
-    levels = images[request.series].levels
-    _check_number(request.path, "level", request.level, len(levels))
-    return levels[request.level]
+def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageSeries]:
+    """The image, and that resolution of it which is asked for."""
+    image = chosen_series(request.path, file, request.series)
+    check_number(request.path, "level", request.level, len(image.levels))
+    return image, image.levels[request.level]
 
 
-def _check_number(path: str, what: str, asked: int, found: int) -> None:
-    if not 0 <= asked < found:
-        raise DatasetMismatch(f"{path} has no {what} {asked}: allowed are 0..{found - 1}")
+def _orientation(image: TiffPageSeries, data: TiffPageSeries) -> Orientation:
+    """The level's own; many writers note it for the full resolution alone."""
+    at_full = image.keyframe.tags.valueof(_ORIENTATION, 1)
+    return Orientation(int(data.keyframe.tags.valueof(_ORIENTATION, at_full)))
 
 
 def _layout(request: _Request, data: TiffPageSeries) -> Layout:
     axes, shape = data.get_axes(False), data.get_shape(False)
-    if len(axes) == 3 and request.channels_last is not None and _UNKNOWN_AXES & set(axes):
-        return Layout("YXC" if request.channels_last else "CYX")
-    return layout_by_names(request.name, axes, shape)
+    long = [axis for axis, extent in zip(axes, shape, strict=True) if axis in "YX" or extent != 1]
+    if len(long) != 3 or not _UNKNOWN_AXES & set(long):
+        return layout_by_names(request.name, Axes(tuple(axes), tuple(axes)), shape)
+    if request.channels_last is None:
+        raise DatasetMismatch(
+            f"{request.name} has {_planes(axes, shape)}: allowed is one axis of channels, and nothing says "
+            "that these are: give channels_last=False if each plane is a channel, or "
+            "channels_last=True if the last of these axes is the channels"
+        )
+    letters = iter("YXC" if request.channels_last else "CYX")
+    kept = (axis in "YX" or extent != 1 for axis, extent in zip(axes, shape, strict=True))
+    return Layout("".join(next(letters) if each else "." for each in kept))
+
+
+def _planes(axes: str, shape: tuple[int, ...]) -> str:
+    return " and ".join(
+        f"{extent} planes along {axis!r}"
+        for axis, extent in zip(axes, shape, strict=True)
+        if axis not in "YX" and extent != 1
+    )
 
 
 def _is_one_chunk(request: _Request, data: TiffPageSeries) -> bool:

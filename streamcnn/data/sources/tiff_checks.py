@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tifffile import COMPRESSION, PHOTOMETRIC, TIFF, TiffFile, TiffPage, TiffPageSeries
+from tifffile import COMPRESSION, TIFF, TiffFile, TiffPage, TiffPageSeries
 
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.extras import require
@@ -17,30 +17,20 @@ from streamcnn.extras import require
 if TYPE_CHECKING:
     from tifffile import TiffFrame
 
-_JPEG = {COMPRESSION.OJPEG, COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY, COMPRESSION.ALT_JPEG}
 _HEADER_BYTES = 8
 _ADVICE = "it was cut short or damaged, copy it again"
 
 
 def check_decodable(name: str, page: TiffPage) -> None:
-    """Raise if the pixels cannot be decoded, or would not be what they look like.
+    """Raise if the pixels cannot be decoded.
 
     Raises
     ------
     MissingExtra
         If their compression needs a package that is not installed.
     DatasetMismatch
-        If there is no decoder, or the colours are indices or no RGB.
+        If there is no decoder.
     """
-    if page.photometric == PHOTOMETRIC.PALETTE:
-        raise DatasetMismatch(
-            f"{name} holds numbers of colours in a palette: allowed are grey and colours; convert it to RGB"
-        )
-    if page.photometric == PHOTOMETRIC.YCBCR and page.compression not in _JPEG:
-        raise DatasetMismatch(
-            f"{name} holds YCbCr colours that are not JPEG-compressed: allowed are grey and RGB; convert it "
-            "to RGB, or open it as a slide"
-        )
     try:
         TIFF.DECOMPRESSORS[page.compression]
         if page.predictor != 1 and page.compression not in TIFF.IMAGE_COMPRESSIONS:

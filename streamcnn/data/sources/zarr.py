@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -14,43 +17,64 @@ from torch import Tensor
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, MemoryStore
 
+from streamcnn.data.sources.axes import Axes, array_axes
 from streamcnn.data.sources.base import FileSource
-from streamcnn.data.sources.files import PerProcess, opening
+from streamcnn.data.sources.chunk_cache import CACHE_BYTES, ChunkCache, Window
+from streamcnn.data.sources.chunk_keys import with_present_chunks
+from streamcnn.data.sources.costs import chunked_cost, described
+from streamcnn.data.sources.files import MAX_PIXELS, PerProcess, check_piece, check_shape, opening
 from streamcnn.data.sources.guard import GuardedStore, MissingChunks, ZarrArray, guarded
 from streamcnn.data.sources.layout import Layout, layout_by_names, layout_by_shape, torch_dtype
 from streamcnn.data.sources.ome import open_level
+from streamcnn.data.sources.places import base_store, place, zarr_store
+from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
+
+_CHUNK_COPIES = 2
+"""A chunk as stored, which need not be smaller, and decoded."""
 
 
 @final
 class ZarrSource(FileSource):
     """An image in a zarr array or OME-Zarr group, of which only the chunks under a region are read.
 
-    By default, chunks that were never written read as the array's fill value: this is how zarr stores
-    constant areas, so a lost chunk file cannot be told from one.
+    Chunks that are larger than what is read of them are kept, decoded, in a cache; others are decoded each
+    time.
 
     Parameters
     ----------
-    array_or_path : zarr array, or folder of one or of an OME-Zarr image
-        Two axes ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``. The axes of an
-        OME-Zarr image are those of its metadata; time and depth may be there with extent 1.
+    array_or_path : zarr array, or folder, zip file or URL of one or of an OME-Zarr image
+        Its axes are those that OME metadata, ``dimension_names`` or xarray's ``_ARRAY_DIMENSIONS`` name: rows
+        and columns, in any order, and channels. Any other may be there with extent 1, such as time or depth.
+        Without names two axes ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``.
     channels_last : bool, optional
-        Which of the two a three-axis array is. By default it is ``(H, W, C)`` when its last axis
-        is shorter than its first, as it is whenever an image has fewer channels than rows. OME-Zarr
-        images say it themselves.
+        Which of the two a three-axis array without names is, or whether an axis of a name that is not known
+        is the channels. By default it is told by the shape, where that leaves no doubt.
     level : resolution of an OME-Zarr image; 0 is full
-    missing_chunks : ``"fill"`` or ``"error"``
-        Whether reading a chunk that is not in the store gives the fill value or a `CorruptImage`. Images
-        written by `write_zarr_image` have all their chunks; other writers leave out those that hold the
-        fill value alone unless they are told to ``write_empty_chunks``.
+    series : which of several images, as bioformats2raw writes them
+        By default the first that is no label or overview of a slide.
+    index : plane to take of each axis that is longer than 1 and no channels, by the axis's name
+    missing_chunks : ``"some"``, ``"fill"`` or ``"error"``
+        Whether reading a chunk that is not in the store gives the array's fill value, which is how zarr
+        stores constant areas, or a `CorruptImage`. With ``"some"`` an array of which no chunk is there is
+        refused when it is opened; with ``"fill"`` it is not. Images written by `write_zarr_image` have all
+        their chunks; other writers leave out those that hold the fill value alone unless they are told to
+        ``write_empty_chunks``.
+    max_pixels : largest chunk, in pixels, that may be decoded
+    cache_bytes : most bytes of decoded chunks that are kept
 
     Raises
     ------
     CorruptImage
-        If there is no zarr array or OME-Zarr image at the path, or its metadata cannot be read.
+        If there is no zarr array or OME-Zarr image at the path, its metadata cannot be read, or none of its
+        chunks is there.
     DatasetMismatch
-        If the image has other axes, no such level, or pixels of a type that PyTorch lacks.
+        If the image has other axes or such as are not certain, no such level, series or plane, too large
+        chunks, or pixels of a type that PyTorch lacks.
+    MissingExtra
+        If reading from a URL needs a package that is not installed.
     """
 
     def __init__(
@@ -59,34 +83,101 @@ class ZarrSource(FileSource):
         *,
         channels_last: bool | None = None,
         level: int = 0,
-        missing_chunks: MissingChunks = "fill",
+        series: int | None = None,
+        index: Mapping[str, int] | None = None,
+        missing_chunks: MissingChunks = "some",
+        max_pixels: int = MAX_PIXELS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        if missing_chunks not in ("fill", "error"):
-            raise ValueError(f'missing_chunks={missing_chunks!r}: allowed are "fill" and "error"')
-        self._request = (array_or_path, channels_last, level, missing_chunks)
-        name = _name(array_or_path, level)
-        array, axes = _open(name, array_or_path, level)
-        self._layout = _layout(name, array, axes, channels_last)
-        self._array = array
-        self._guarded = PerProcess(_Guarding(name, array, missing_chunks))
+        if missing_chunks not in ("some", "fill", "error"):
+            raise ValueError(f'missing_chunks={missing_chunks!r}: allowed are "some", "fill" and "error"')
+        self._request = functools.partial(
+            ZarrSource,
+            array_or_path,
+            channels_last=channels_last,
+            level=level,
+            series=series,
+            index=None if index is None else dict(index),
+            missing_chunks=missing_chunks,
+            max_pixels=max_pixels,
+            cache_bytes=cache_bytes,
+        )
+        name = _name(array_or_path, level, series)
+        array, axes = _open(name, array_or_path, level, series)
+        self._layout = _layout(name, array, axes, channels_last, index)
+        shape = self._layout.image_shape(array.shape)
+        check_shape(name, shape)
+        _check_chunks(name, array, self._layout, max_pixels)
+        dtype = torch_dtype(name, array.dtype)
         with opening(name, "zarr array"):
+            self._guarded = PerProcess(_Guarding(name, array, missing_chunks))
             self._guarded.get()
-        super().__init__(self._layout.image_shape(array.shape), torch_dtype(name, array.dtype), name)
+            if missing_chunks != "fill" or array.metadata.zarr_format == 2:  # v3 says how chunks are named
+                array = with_present_chunks(name, array, may_be_empty=missing_chunks == "fill")
+                self._guarded = PerProcess(_Guarding(name, array, missing_chunks))
+        self._array = array
+        cache = functools.partial(ChunkCache, array.chunks, array.shape, array.dtype.itemsize, cache_bytes)
+        self._caches = PerProcess(cache)
+        self._caches.get().warn_if_too_small(name, "chunks")
+        super().__init__(shape, dtype, name)
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """Extents of the array's chunks in pixels, in the array's own axis order."""
         return self._array.chunks
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of decoded chunks that the source keeps in memory now."""
+        return self._caches.get().held_bytes()
+
+    @property
+    def most_held_bytes(self) -> int:
+        """Bytes of decoded chunks that the source may come to keep."""
+        return self._caches.get().most_bytes()
+
+    @property
+    def pieces(self) -> str:
+        """Extents of the chunks, in the array's own axis order."""
+        return described("zarr chunks", self.chunks)
+
+    @property
+    def reading_cost(self) -> ReadingCost:
+        """Chunks under a region, as stored and decoded, and those that are kept.
+
+        Of an array with shards all chunks are in memory at once, else a few at a time.
+        """
+        array = self._array
+        at_once = zarr.config.get("async.concurrency") if array.shards is None else None
+        cost = chunked_cost(
+            self._layout,
+            array.shape,
+            array.chunks,
+            array.dtype,
+            copies=_CHUNK_COPIES,
+            at_once=at_once,
+        )
+        return replace(cost, held=self.most_held_bytes)
+
+    def start(self) -> None:
+        """Start zarr's threads."""
+        start_zarr_threads()
+
+    def release(self) -> None:
+        """Let go of the chunks that `held_bytes` counts; the next read decodes them again."""
+        self._caches.get().clear()
+
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, self._request
+        return _reopen, (self._request,)
 
     def _load(self, region: Region) -> NDArray[Any]:
+        return self._layout.channels_first(self._caches.get().read(self._layout.window(region), self._decode))
+
+    def _decode(self, window: Window) -> NDArray[Any]:
         array, store = self._guarded.get()
-        window = self._layout.window(region)
         pixels = np.asarray(array[window])
         store.check_window(array, window)
-        return self._layout.channels_first(pixels)
+        return pixels
 
 
 def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = 512) -> None:
@@ -108,6 +199,7 @@ def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = 512) -> No
         chunks=(channels, min(chunk, height), min(chunk, width)),
         dtype=pixels.dtype,
         compressors=ZstdCodec(level=1, checksum=True),
+        dimension_names=("c", "y", "x"),
         overwrite=True,
         config={"write_empty_chunks": True},
     )
@@ -125,35 +217,42 @@ class _Guarding:
 
     def __call__(self) -> tuple[ZarrArray, GuardedStore]:
         array = self._array
-        if not self._is_first and not isinstance(array.store, LocalStore | MemoryStore):
+        if not self._is_first and not isinstance(base_store(array.store), LocalStore | MemoryStore):
             array = pickle.loads(pickle.dumps(array))
         self._is_first = False
         return guarded(self._name, array, self._missing)
 
 
-def _name(array_or_path: ZarrArray | str | Path, level: int) -> str:
+def _name(array_or_path: ZarrArray | str | Path, level: int, series: int | None) -> str:
     if isinstance(array_or_path, zarr.Array):
         return str(array_or_path.store_path)
-    return f"{array_or_path} (level {level})" if level else str(array_or_path)
+    parts = [f"{what} {n}" for what, n in (("series", series), ("level", level)) if n]
+    return f"{array_or_path} ({', '.join(parts)})" if parts else str(array_or_path)
 
 
 def _open(
-    name: str, array_or_path: ZarrArray | str | Path, level: int
-) -> tuple[ZarrArray, Sequence[str] | None]:
-    """The array of the level, and the names of its axes if they are known."""
-    node = array_or_path if isinstance(array_or_path, zarr.Array) else _open_node(Path(array_or_path))
+    name: str, array_or_path: ZarrArray | str | Path, level: int, series: int | None
+) -> tuple[ZarrArray, Axes | None]:
+    """The array of the level, and its axes if they are named."""
+    node = array_or_path if isinstance(array_or_path, zarr.Array) else _open_node(array_or_path)
     if isinstance(node, zarr.Group):
         with opening(name, "OME-Zarr image"):
-            return open_level(name, node, level)
-    if level != 0:
-        raise DatasetMismatch(f"{name} is one array: allowed is level 0; give an OME-Zarr image for others")
-    return node, None
+            array, axes = open_level(name, node, level, series)
+        return array, axes or array_axes(array.metadata, array.attrs)
+    for what, asked in (("level", level), ("series", series or 0)):
+        if asked != 0:
+            raise DatasetMismatch(
+                f"{name} is one array: allowed is {what} 0; give an OME-Zarr image for others"
+            )
+    return node, array_axes(node.metadata, node.attrs)
 
 
-def _open_node(path: Path) -> ZarrArray | zarr.Group:
+def _open_node(path: str | Path) -> ZarrArray | zarr.Group:
+    where = place(path)
     try:
         with opening(str(path), "zarr array"):
-            return zarr.open(str(path), mode="r")
+            store, root = zarr_store(where)
+            return zarr.open(store, path=root or None, mode="r")
     except CorruptImage as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise CorruptImage(
@@ -162,14 +261,27 @@ def _open_node(path: Path) -> ZarrArray | zarr.Group:
         raise
 
 
-def _layout(name: str, array: ZarrArray, axes: Sequence[str] | None, channels_last: bool | None) -> Layout:
-    if axes is None:
-        return layout_by_shape(name, array.shape, channels_last)
-    return layout_by_names(name, axes, array.shape)
+def _layout(
+    name: str,
+    array: ZarrArray,
+    axes: Axes | None,
+    channels_last: bool | None,
+    index: Mapping[str, int] | None,
+) -> Layout:
+    if axes is not None:
+        return layout_by_names(name, axes, array.shape, channels_last=channels_last, index=index or {})
+    if index:
+        raise DatasetMismatch(f"{name} does not name its axes: leave index= out")
+    return layout_by_shape(name, array.shape, channels_last)
 
 
-def _reopen(
-    array_or_path: ZarrArray | str | Path, channels_last: bool | None, level: int, missing: MissingChunks
-) -> ZarrSource:
+def _check_chunks(name: str, array: ZarrArray, layout: Layout, max_pixels: int) -> None:
+    """Raise `DatasetMismatch` if a chunk, of all that it holds beside an image's pixels, is too large."""
+    channels, height, width = layout.image_shape(array.chunks)
+    others = [extent for axis, extent in zip(layout.axes, array.chunks, strict=True) if axis not in "CYX"]
+    check_piece(name, "chunks", (height, width), channels * math.prod(others), max_pixels)
+
+
+def _reopen(request: Callable[[], ZarrSource]) -> ZarrSource:
     """The pickle of a `ZarrSource` is what it was made from."""
-    return ZarrSource(array_or_path, channels_last=channels_last, level=level, missing_chunks=missing)
+    return request()

@@ -20,6 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from streamcnn.data.tile_store.format import ShardRecord
+from streamcnn.documents import read_within
 from streamcnn.errors import CorruptImage
 
 CHECKSUM_BYTES = 4
@@ -118,16 +119,18 @@ def check_shard(content: bytes, shard: ShardRecord, num_chunks: int, key: str) -
         start = end
 
 
-def check_metadata(path: Path, sha256: str) -> bytes:
+def check_metadata(store: Path, path: Path, sha256: str) -> bytes:
     """The content of a ``zarr.json``, compared with its checksum.
 
     Raises
     ------
     CorruptImage
-        If it is missing, cannot be read or was changed.
+        If it is missing, cannot be read, was changed, or is a link that leads out of ``store``.
     """
     try:
-        content = path.read_bytes()
+        content = read_within(store, path, error=CorruptImage)
+    except CorruptImage:
+        raise
     except OSError as error:
         raise CorruptImage(f"cannot read {path}: {error.strerror}; copy the store again") from error
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -148,7 +151,10 @@ def _checksums_by_end(index: bytes, shard: ShardRecord, key: str) -> dict[int, b
         shard.index_crc32c
     ):
         raise _changed(f"the index of shard {key}")
-    return dict(zip(_ends(index), shard.chunk_checksums(), strict=True))
+    ends, checksums = _ends(index), shard.chunk_checksums()
+    if len(ends) != len(checksums):
+        raise CorruptImage(f"shard {key} has {len(ends)} chunks, the manifest says {len(checksums)}")
+    return dict(zip(ends, checksums, strict=True))
 
 
 def _ends(index: bytes) -> list[int]:

@@ -19,14 +19,16 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from streamcnn.atomic import replace_file
+from streamcnn.documents import conform, parse_json, read_within, require_flat
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 FORMAT = "streamcnn tile store"
@@ -35,17 +37,51 @@ COMPLETE = "complete.json"
 JOURNAL = "journal.jsonl"
 LOCK = "writer.lock"
 IMAGES = "images"
+NAME = re.compile(r"[A-Za-z0-9_%][A-Za-z0-9_%.() -]*(/[A-Za-z0-9_%][A-Za-z0-9_%.() -]*)*")
+"""Names of images; none leads out of the folder of images."""
+DTYPES = (
+    *("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "float32", "float64", "bool"),
+)
+MOST_BYTES = 2**30
+"""Largest manifest and journal."""
+_MOST_LEVELS = 32
+_MANIFEST = re.compile(r"manifest-[0-9a-f]{12}\.jsonl")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHARD = re.compile(r"(0|[1-9][0-9]?)/c/0/(0|[1-9][0-9]{0,9})/(0|[1-9][0-9]{0,9})")
+_STRICT: dict[str, Any] = {"extra": "forbid"}
+"""Pydantic's, for what is read from a manifest."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """One shard file as it was written."""
+    """One shard file as it was written.
+
+    Raises
+    ------
+    ValueError
+        If the size is negative, or a checksum is none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     nbytes: int
     index_crc32c: str
     """Checksum of the shard's index in hexadecimal, as stored in its last four bytes."""
     chunk_crc32c: str
     """Checksums of the compressed inner chunks in the order of the file, four bytes each, in base 64."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.nbytes < 2**63:
+            raise ValueError(f"nbytes={self.nbytes}: allowed are 0 and more, below 2**63")
+        if not re.fullmatch("[0-9a-f]{8}", self.index_crc32c):
+            raise ValueError(f"index_crc32c={self.index_crc32c[:80]!r}: allowed are 8 hexadecimal digits")
+        try:
+            whole = len(base64.b64decode(self.chunk_crc32c, validate=True)) % 4 == 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"chunk_crc32c={self.chunk_crc32c[:80]!r}: allowed are checksums in base 64")
 
     def chunk_checksums(self) -> list[bytes]:
         """The checksums of the inner chunks, as stored behind each."""
@@ -55,7 +91,15 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of a store: what it is, and what its files were when it was written."""
+    """One image of a store: what it is, and what its files were when it was written.
+
+    Raises
+    ------
+    ValueError
+        If a value has no meaning, or a name leads out of the folder.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     name: str
     """Path of its folder below ``images/``, with forward slashes."""
@@ -76,6 +120,36 @@ class ImageRecord:
     truth: Any = None
     """What is known beyond the label, for evaluation only."""
 
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name={self.name[:80]!r}: allowed are letters, digits, and _ . - ( ) and blanks after the "
+                "first character, in parts divided by /"
+            )
+        if self.label is not None and not 0 <= self.label < 2**63:
+            raise ValueError(f"label={self.label}: allowed are 0 and more, below 2**63, and None")
+        if not all(1 <= extent < 2**31 for extent in self.shape):
+            raise ValueError(f"shape={self.shape}: allowed are extents of 1 and more, below 2**31")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype[:80]!r}: allowed are {', '.join(DTYPES)}")
+        if not 1 <= self.levels <= _MOST_LEVELS:
+            raise ValueError(f"levels={self.levels}: allowed are 1 to {_MOST_LEVELS}")
+        self._require_files()
+        require_flat("origin", self.origin)
+        require_flat("truth", self.truth)
+
+    def _require_files(self) -> None:
+        """Make sure that all files are those of an image."""
+        known = {"zarr.json", *(f"{level}/zarr.json" for level in range(self.levels))}
+        if self.metadata.keys() != known:
+            raise ValueError(f"metadata: allowed are {', '.join(sorted(known))}")
+        if not all(_SHA256.fullmatch(sha256) for sha256 in self.metadata.values()):
+            raise ValueError("metadata: allowed are SHA-256 in 64 hexadecimal digits")
+        for key in self.shards:
+            match = _SHARD.fullmatch(key)
+            if match is None or int(match[1]) >= self.levels:
+                raise ValueError(f"shards: {key[:80]!r} is no shard: allowed are such as 0/c/0/0/0")
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of all shards on disk."""
@@ -93,7 +167,15 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a store says of itself, the first line of its manifest."""
+    """What a store says of itself, the first line of its manifest.
+
+    Raises
+    ------
+    ValueError
+        If two classes have one name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     kind: str
     """``"ultramnist"`` or ``"images"``."""
@@ -102,18 +184,25 @@ class Head:
     classes: tuple[str, ...] | None = None
     """Names of the labels 0, 1, …; None where labels are numbers."""
 
+    def __post_init__(self) -> None:
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: allowed is each name once")
+        require_flat("provenance", self.provenance)
+
     def to_json(self) -> str:
         """The first line of a manifest."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, separators=(",", ":"))
 
 
-def parse_head(line: str, path: Path) -> Head:
+def parse_head(line: str | bytes, path: Path) -> Head:
     """The first line of a manifest.
 
     Raises
     ------
     DatasetMismatch
         If it is another format, or a version that this program cannot read.
+    CorruptImage
+        If it is no head.
     """
     found = _parse_line(line, path)
     if found.get("format") != FORMAT or found.get("version") != VERSION:
@@ -121,26 +210,46 @@ def parse_head(line: str, path: Path) -> Head:
             f"{path} is {found.get('format')!r} version {found.get('version')!r}: allowed is {FORMAT!r} "
             f"version {VERSION}; use the program that wrote it, or convert the images again"
         )
-    classes = found["classes"]
-    return Head(found["kind"], found["provenance"], None if classes is None else tuple(classes))
+    known = {key: value for key, value in found.items() if key not in ("format", "version")}
+    return conform(Head, known, path, error=CorruptImage)
 
 
-def parse_record(line: str, path: Path) -> ImageRecord:
-    """A line of a manifest that describes an image."""
+def parse_record(line: str | bytes, path: Path) -> ImageRecord:
+    """A line of a manifest that describes an image.
+
+    Raises
+    ------
+    CorruptImage
+        If it describes none.
+    """
     found = _parse_line(line, path)
-    shards = {key: ShardRecord(**shard) for key, shard in found["shards"].items()}
-    return ImageRecord(**{**found, "shape": tuple(found["shape"]), "shards": shards})
+    name = found.get("name")
+    where = f"{path}, image {name!r}" if isinstance(name, str) and len(name) < 256 else str(path)
+    return conform(ImageRecord, found, where, error=CorruptImage)
 
 
-def _parse_line(line: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorruptImage(
-            f"{path} holds a line that is no JSON object ({error}); write the store again"
-        ) from error
-    assert isinstance(found, dict)
+def _parse_line(line: str | bytes, path: Path) -> dict[str, Any]:
+    found = parse_json(line, f"a line of {path}", error=CorruptImage)
+    if not isinstance(found, dict):
+        raise CorruptImage(f"{path} holds a line that is no JSON object: write the store again")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Complete:
+    """What ``complete.json`` says."""
+
+    manifest: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not _MANIFEST.fullmatch(self.manifest):
+            raise ValueError(
+                f"manifest={self.manifest[:80]!r}: allowed are files beside it such as "
+                "'manifest-0123456789ab.jsonl'"
+            )
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"sha256={self.sha256[:80]!r}: allowed are 64 hexadecimal digits")
 
 
 def is_tile_store(folder: str | Path) -> bool:
@@ -158,12 +267,11 @@ def read_complete(folder: Path) -> tuple[Path, str] | None:
     """
     path = folder / COMPLETE
     try:
-        found = json.loads(path.read_text())
-        return folder / found["manifest"], found["sha256"]
+        content = read_within(folder, path, error=CorruptImage)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptImage(f"{path} is damaged ({error}); write the store again") from error
+    found = conform(_Complete, parse_json(content, path, error=CorruptImage), path, error=CorruptImage)
+    return folder / found.manifest, found.sha256
 
 
 def read_manifest(path: Path, sha256: str) -> tuple[Head, dict[str, ImageRecord]]:
@@ -172,10 +280,12 @@ def read_manifest(path: Path, sha256: str) -> tuple[Head, dict[str, ImageRecord]
     Raises
     ------
     CorruptImage
-        If the manifest is missing or was changed.
+        If the manifest is missing, was changed, or holds something else.
     """
     try:
-        content = path.read_bytes()
+        content = read_within(path.parent, path, error=CorruptImage, most_bytes=MOST_BYTES)
+    except CorruptImage:
+        raise
     except OSError as error:
         raise CorruptImage(
             f"cannot read the manifest {path}: {error.strerror}; copy the store again"
@@ -185,9 +295,31 @@ def read_manifest(path: Path, sha256: str) -> tuple[Head, dict[str, ImageRecord]
             f"{path} is not what {COMPLETE} says (its SHA-256 differs): it was changed after it was written; "
             "copy the store again"
         )
-    head, *lines = content.decode().splitlines()
-    records = (parse_record(line, path) for line in lines)
-    return parse_head(head, path), {record.name: record for record in records}
+    head, *lines = content.removesuffix(b"\n").split(b"\n")
+    known = parse_head(head, path)
+    records: dict[str, ImageRecord] = {}
+    for line in lines:
+        record = parse_record(line, path)
+        if record.name in records:
+            raise CorruptImage(f"{path} has two images {record.name!r}: write the store again")
+        require_known_label(record, known, path)
+        records[record.name] = record
+    return known, records
+
+
+def require_known_label(record: ImageRecord, head: Head, path: Path) -> None:
+    """Make sure that an image's label has a name, if labels have names.
+
+    Raises
+    ------
+    CorruptImage
+        If not.
+    """
+    if record.label is not None and head.classes is not None and record.label >= len(head.classes):
+        raise CorruptImage(
+            f"{path}, image {record.name!r}: label={record.label}: allowed are labels of the "
+            f"{len(head.classes)} classes; write the store again"
+        )
 
 
 def write_manifest(folder: Path, head: Head, records: Iterable[ImageRecord]) -> None:

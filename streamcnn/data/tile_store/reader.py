@@ -16,6 +16,7 @@ from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.arrays import chunks_per_shard
 from streamcnn.data.tile_store.checks import CheckedStore, check_metadata, check_shard
 from streamcnn.data.tile_store.format import IMAGES, JOURNAL, ImageRecord, read_complete, read_manifest
+from streamcnn.documents import read_within, require_within
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 
@@ -70,13 +71,23 @@ class TileStore:
         if not 0 <= level < record.levels:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
         metadata = self._metadata(record)
+        for key in record.shards:
+            require_within(self.folder, self.path(record) / key, error=CorruptImage)
         store = CheckedStore(
             LocalStore(self.path(record), read_only=True), record.shards, chunks_per_shard(metadata)
         )
         # Not by zarr, which would read the metadata again: small images are opened all the time.
         known = json.loads(metadata[f"{level}/zarr.json"])
+        said = tuple(-(-extent // 2**level) for extent in record.shape[1:])
+        if known.get("shape") != [record.shape[0], *said] or known.get("data_type") != record.dtype:
+            raise CorruptImage(
+                f"{self.path(record)}/{level}/zarr.json has shape {known.get('shape')} and data_type "
+                f"{known.get('data_type')!r}, the manifest says {[record.shape[0], *said]} and "
+                f"{record.dtype!r}: write the store again"
+            )
         array = zarr.Array(zarr.AsyncArray(known, StorePath(store, str(level))))
-        return ZarrSource(array, channels_last=False)
+        # Nor are chunks looked for: one that is missing is found by the manifest.
+        return ZarrSource(array, channels_last=False, missing_chunks="fill")
 
     def _group(self, record: ImageRecord) -> zarr.Group:
         """An image's levels, all metadata compared with the manifest."""
@@ -86,7 +97,9 @@ class TileStore:
     def _metadata(self, record: ImageRecord) -> dict[str, bytes]:
         """All metadata of an image, compared with the manifest."""
         folder = self.path(record)
-        return {key: check_metadata(folder / key, sha256) for key, sha256 in record.metadata.items()}
+        return {
+            key: check_metadata(self.folder, folder / key, sha256) for key, sha256 in record.metadata.items()
+        }
 
     def codec(self) -> str | None:
         """How pixels are compressed, from the first image; None in an empty store.
@@ -127,7 +140,7 @@ class TileStore:
         chunks = chunks_per_shard(self._metadata(record))
         for key, shard in record.shards.items():
             try:
-                content = (folder / key).read_bytes()
+                content = read_within(self.folder, folder / key, error=CorruptImage, most_bytes=2**40)
                 check_shard(content, shard, chunks[key.partition("/")[0]], key)
             except CorruptImage as error:
                 raise CorruptImage(f"{folder}: {error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,17 +26,19 @@ from streamcnn.data.tile_store.format import (
     IMAGES,
     JOURNAL,
     LOCK,
+    MOST_BYTES,
+    NAME,
     Head,
     ImageRecord,
     parse_head,
     parse_record,
     read_complete,
     read_manifest,
+    require_known_label,
     write_manifest,
 )
-from streamcnn.errors import DatasetMismatch, StreamError
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.() -]*(/[A-Za-z0-9_][A-Za-z0-9_.() -]*)*")
+from streamcnn.documents import read_within, require_within
+from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 
 
 class TileStoreWriter:
@@ -55,6 +56,8 @@ class TileStoreWriter:
     ------
     DatasetMismatch
         If the folder holds a store with another head, or something that is no store.
+    CorruptImage
+        If what the folder holds already is damaged, or a link that leads out of it.
     StreamError
         If another process writes to the folder.
     """
@@ -68,6 +71,8 @@ class TileStoreWriter:
 
     def __enter__(self) -> Self:
         _refuse_foreign(self.folder)
+        for name in (IMAGES, JOURNAL, LOCK, COMPLETE):
+            require_within(self.folder, self.folder / name, error=CorruptImage)
         (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder)
         try:
@@ -113,8 +118,10 @@ class TileStoreWriter:
             self._go_on_with(head)
         whole = _whole_lines(path)
         if whole:
-            self._go_on_with(parse_head(whole[0], path))
+            head = parse_head(whole[0], path)
+            self._go_on_with(head)
             for record in (parse_record(line, path) for line in whole[1:]):
+                require_known_label(record, head, path)
                 self.records[record.name] = record
         self._open_journal()
 
@@ -185,10 +192,12 @@ def write_image_folder(
     origin: Mapping[str, Any],
     truth: Any = None,
     on_shard: Callable[[int, int], None] | None = None,
+    on_read: Callable[[], None] | None = None,
 ) -> ImageRecord:
     """Write one image into ``store`` and return its record; any process may do it.
 
-    An image of that name is replaced. ``on_shard`` is told the pixels written so far and in all.
+    An image of that name is replaced. ``on_shard`` is told the pixels written so far and in all. ``on_read``
+    is called when all pixels are read and nothing is replaced yet; if it raises, nothing will be.
 
     Raises
     ------
@@ -197,16 +206,17 @@ def write_image_folder(
     DatasetMismatch
         If the name is a folder of other images, or lies in one.
     CorruptImage
-        If the source cannot be read.
+        If the source cannot be read, or a link leads out of the store.
     StreamError
         If it cannot be written, as on a full disk; nothing of the image is left.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
-            f"image name {name!r}: allowed are letters, digits, and _ . - ( ) and blanks after the first "
-            "character, in parts divided by /"
+            f"image name {name!r}: allowed are letters, digits, _ and %, and . - ( ) and blanks after "
+            "the first character, in parts divided by /"
         )
     target = store / IMAGES / name
+    require_within(store, target, error=CorruptImage)
     _refuse_to_hide(target, store / IMAGES)
     # Two processes that write one image, against the rules, at least do not mix their files.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -214,11 +224,20 @@ def write_image_folder(
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_symlink():
+                partial.unlink()
             write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
             metadata, shards = record_files(partial)
             _flush(partial)
-            _remove(target)
+            if on_read is not None:
+                on_read()
+            if target.exists():
+                # Aside in one step, so that none is ever half removed.
+                aside = target.with_name(f".{target.name}.{os.getpid()}.old.partial")
+                shutil.rmtree(aside, ignore_errors=True)
+                target.rename(aside)
             partial.rename(target)
+            _remove_left(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -260,12 +279,10 @@ def _refuse_to_hide(target: Path, images: Path) -> None:
         raise DatasetMismatch(f"{target} {what}: give the image another name")
 
 
-def _remove(target: Path) -> None:
-    """Remove an image that was there, and what killed processes left of it."""
-    shutil.rmtree(target, ignore_errors=True)
+def _remove_left(target: Path) -> None:
+    """Remove the image that was there before, and what killed processes left of it."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        if left.name != f".{target.name}.{os.getpid()}.partial":
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -294,9 +311,11 @@ def _locked(folder: Path) -> FileLock:
 
 def _whole_lines(path: Path) -> list[str]:
     """The lines of a journal without one that was cut off."""
-    if not path.exists():
+    try:
+        content = read_within(path.parent, path, error=CorruptImage, most_bytes=MOST_BYTES)
+    except FileNotFoundError:
         return []
-    lines = path.read_text().split("\n")
+    lines = content.decode(errors="surrogateescape").split("\n")
     return lines[:-1]
 
 

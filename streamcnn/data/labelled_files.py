@@ -1,0 +1,105 @@
+"""Image files and what is known of each: from a table, or from the folders that they lie in."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamcnn.data.class_folders import classes_in_folders
+from streamcnn.data.image_files import find_images
+from streamcnn.data.label_table import Row, read_rows
+from streamcnn.data.scans import scan_of
+from streamcnn.data.sources import is_image
+from streamcnn.errors import DatasetMismatch, some
+
+UNSPLIT = "train"
+"""The split of images of which nothing says one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledFile:
+    """An image file and what is known of it."""
+
+    name: str
+    path: Path
+    label: str
+    split: str
+    inputs: tuple[float, ...] = ()
+    others: tuple[Path, ...] = ()
+    """The further files of an image that lies in several."""
+
+
+def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) -> list[LabelledFile]:
+    """The images that a table names, in its order.
+
+    Raises
+    ------
+    DatasetMismatch
+        If the table is wrong, names what is no image, or one image in several rows.
+    """
+    rows = read_rows(path, inputs, labelled=labelled)
+    if not rows:
+        raise DatasetMismatch(f"{path} has no rows: give one for each image")
+    paths = [_path_of(path.parent, row.image) for row in rows]
+    missing = [at for at, file in enumerate(paths) if not file.exists() or not is_image(file)]
+    if missing:
+        raise DatasetMismatch(
+            f"{path} names {some([str(paths[at]) for at in missing])}, where there is no image (line "
+            f"{rows[missing[0]].line}): give paths from the table's folder"
+        )
+    _refuse_rows_twice(path, rows)
+    return list(_labelled(path, rows, paths))
+
+
+def _path_of(folder: Path, text: str) -> Path:
+    """The path that a table names, which may have been written on Windows."""
+    path = folder / text
+    other = folder / text.replace("\\", "/")
+    return other if not path.exists() and other.exists() else path
+
+
+def _refuse_rows_twice(path: Path, rows: Sequence[Row]) -> None:
+    counts = Counter(row.image for row in rows)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        lines = ", ".join(str(row.line) for row in rows if row.image == twice[0])
+        raise DatasetMismatch(f"{path} has {some(twice)} in several rows (lines {lines}); keep one of each")
+
+
+def _labelled(path: Path, rows: Sequence[Row], paths: Sequence[Path]) -> Iterator[LabelledFile]:
+    known: dict[str, Row] = {}
+    for row, file in zip(rows, paths, strict=True):
+        scan = scan_of(file)
+        first = known.setdefault(scan.key, row)
+        if first is not row:
+            raise DatasetMismatch(
+                f"{path}, line {row.line}: {row.image!r} is the same image as line {first.line}, "
+                f"{first.image!r}; keep one row of each"
+            )
+        others = tuple(each for each in scan.files if each != file)
+        yield LabelledFile(row.image, file, row.label, row.split or UNSPLIT, row.inputs, others)
+
+
+def files_in_folders(folder: Path) -> list[LabelledFile]:
+    """The images in folders of their classes, by name.
+
+    Raises
+    ------
+    CorruptImage, DatasetMismatch
+        As from `find_images` and `classes_in_folders`.
+    """
+    images = find_images([folder])
+    found = classes_in_folders(folder, [image.relative for image in images])
+    return [
+        LabelledFile(
+            image.relative,
+            image.path,
+            unicodedata.normalize("NFC", label),
+            split or UNSPLIT,
+            others=image.others,
+        )
+        for image, (label, split) in zip(images, found, strict=True)
+    ]

@@ -1,0 +1,194 @@
+"""Which files are one scan: a DICOM series, an OME-TIFF of several files, a folder of bioformats2raw.
+
+`companions` knows what lies beside an image; here several files, each of which could be opened, are one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from tifffile import TiffFile
+
+from streamcnn.data.companions import further_files
+from streamcnn.data.dicom import series_uid
+from streamcnn.errors import DatasetMismatch, some
+
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_LAYOUT = "bioformats2raw.layout"
+_NO_SCAN = re.compile(r"\b(label|macro|thumbnail|overview|barcode)( image)?( \d+)?\W*$", re.IGNORECASE)
+"""What Bio-Formats calls the pictures of a slide's label and of the whole glass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One image, in however many files."""
+
+    path: Path
+    """What `open_image` takes."""
+    shown: Path
+    """What it goes by: of a folder of several images that folder, else ``path``."""
+    key: str
+    """The same for all files of a scan, wherever they lie."""
+    files: tuple[Path, ...]
+    """All files and folders that its pixels lie in."""
+
+
+def one_of_each(paths: Sequence[Path]) -> list[Scan]:
+    """The scans of images that lie in one folder, in their order; a scan's first file stands for it.
+
+    Raises
+    ------
+    DatasetMismatch
+        If an OME-TIFF of several files cannot be read.
+    """
+    found: dict[str, Scan] = {}
+    for path in paths:
+        scan = scan_of(path)
+        known = found.setdefault(scan.key, scan)
+        if path not in known.files:
+            found[scan.key] = replace(known, files=(*known.files, path))
+    return list(found.values())
+
+
+def scan_of(path: Path) -> Scan:
+    """The scan that an image belongs to, as far as this file says it.
+
+    Raises
+    ------
+    DatasetMismatch
+        If it is an OME-TIFF of several files that cannot be read.
+    OSError
+        If it cannot be read.
+    """
+    if path.is_file():
+        if path.suffix.lower() == ".dcm" and (series := series_uid(path)) is not None:
+            return Scan(path, path, f"the DICOM series {series}", (path,))
+        with path.open("rb") as file:
+            is_tiff = file.read(4) in _TIFF_MAGIC
+        if is_tiff and (files := _files_of_ome(path)):
+            return Scan(files[0], files[0], f"the OME-TIFF of {_place(min(files))}", files)
+    return Scan(path, path, f"the file {_place(path)}", (path, *further_files(path)))
+
+
+def _place(path: Path) -> str:
+    """Where a file lies on its disk: the same for all links to it."""
+    found = path.stat()
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def _files_of_ome(path: Path) -> tuple[Path, ...]:
+    """The files of an OME-TIFF in several files, the one to open first; none if it is another TIFF.
+
+    Raises
+    ------
+    DatasetMismatch
+        If it holds several images, or the description lies in a file that is no TIFF.
+    """
+    root = _ome_root(path)
+    if root is None:
+        return ()
+    main = path
+    elsewhere = [each.get("MetadataFile", "") for each in root if each.tag.endswith("BinaryOnly")]
+    if elsewhere:
+        main = path.with_name(Path(elsewhere[0]).name)
+        described = _ome_root(main) if main.is_file() and main != path else None
+        if described is None:
+            raise DatasetMismatch(
+                f"{path} is a part of an OME-TIFF in several files, described by {main.name}: allowed are "
+                "those whose TIFF files describe it; write the image as one file"
+            )
+        root = described
+    images = [_files_of_image(root, image, main) for image in root if image.tag.endswith("Image")]
+    every = {path, *(file for files in images for file in files)}
+    if every == {path}:
+        return ()
+    if len(images) > 1:
+        raise DatasetMismatch(
+            f"{path} is a part of an OME-TIFF with {len(images)} images in {len(every)} files: allowed is "
+            "one image in a file or in several; write each as a file of its own"
+        )
+    return (main, *sorted(file for file in every - {main} if file.exists()))
+
+
+def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main: Path) -> set[Path]:
+    """The files that an image's planes lie in."""
+    found = set()
+    for each in image.iter():
+        if each.tag.endswith("UUID") and (name := each.get("FileName")):
+            # A file that was renamed names itself as it was called before.
+            is_main = each.text is not None and each.text == root.get("UUID")
+            found.add(main if is_main else main.with_name(Path(name).name))
+    return found
+
+
+def _ome_root(path: Path) -> ElementTree.Element | None:
+    """An OME-TIFF's description; None for any other TIFF, and for damaged ones."""
+    try:
+        with TiffFile(path) as file:
+            text = file.ome_metadata
+        return None if text is None else ElementTree.fromstring(text)
+    except Exception:  # a damaged file fails in as many ways as it has fields; opening it says how
+        return None
+
+
+def raw_image(folder: Path) -> Path | None:
+    """The image in a folder that bioformats2raw wrote, without those of the label and the glass.
+
+    Returns None for any other folder.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there are several images.
+    """
+    if not _is_raw(folder):
+        return None
+    series = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
+    names = _series_names(folder / "OME" / "METADATA.ome.xml")
+    images = [
+        path
+        for at, path in enumerate(series)
+        if at == 0 or at >= len(names) or _NO_SCAN.search(names[at]) is None
+    ]
+    if len(images) != 1:
+        described = some([path.name for path in images])
+        raise DatasetMismatch(
+            f"{folder} of bioformats2raw holds {len(images)} images ({described}): "
+            "allowed is one, besides those of the label and the glass; give the folder of the one to take"
+        )
+    return images[0]
+
+
+def _is_raw(folder: Path) -> bool:
+    for name in ("zarr.json", ".zattrs"):
+        attributes = _json(folder / name)
+        if name == "zarr.json":
+            attributes = attributes.get("attributes", {})
+        ome = attributes.get("ome", {})
+        if _LAYOUT in attributes or (isinstance(ome, dict) and _LAYOUT in ome):
+            return True
+    return False
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none, or it is damaged, as opening it will tell."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _series_names(path: Path) -> list[str]:
+    """The names of the images in bioformats2raw's copy of the OME-XML; none if it is not there."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError):
+        return []
+    return [image.get("Name", "") for image in root if image.tag.endswith("Image")]

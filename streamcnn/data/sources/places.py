@@ -1,0 +1,207 @@
+"""Where images are: paths and URLs, and the zarr stores that lie there."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
+
+from streamcnn.data.sources.files import opening, regular
+from streamcnn.errors import CorruptImage
+from streamcnn.extras import MissingExtra, require
+
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
+_METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
+_METADATA_BYTES = 2**26
+_EXTRA = "remote"
+# A Path makes one slash of two.
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
+
+
+def place(path: str | Path) -> Path | str:
+    """A path with ``~`` and ``file://`` resolved, or the URL of what is elsewhere.
+
+    Raises
+    ------
+    CorruptImage
+        If a ``file://`` URL names another machine, or there is no home folder.
+    """
+    text = os.fspath(path)
+    match = _URL.fullmatch(text)
+    if match is None:
+        try:
+            return Path(text).expanduser()
+        except RuntimeError as error:
+            raise CorruptImage(f"cannot find {text}: {error}; give the whole path") from error
+    rest = match["rest"]
+    if match["scheme"].lower() != "file":
+        return f"{match['scheme']}://{rest.removeprefix('/')}"
+    url = urlsplit(text)
+    if url.netloc not in ("", "localhost"):
+        raise CorruptImage(f"{text} lies on another machine ({url.netloc}): allowed is file:///path")
+    return Path(unquote(url.path))
+
+
+def local_path(path: str | Path) -> Path:
+    """A path with ``~`` and ``file://`` resolved.
+
+    Raises
+    ------
+    CorruptImage
+        If it is the URL of something elsewhere.
+    """
+    where = place(path)
+    if isinstance(where, str):
+        raise CorruptImage(f"{where} is not on this machine: allowed elsewhere are zarr arrays; download it")
+    return where
+
+
+class RegularFiles(WrapperStore[LocalStore]):
+    """A folder of which only regular files are read, and metadata of a size that metadata has."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """The bytes under ``key``.
+
+        Raises
+        ------
+        CorruptImage
+            If it is no regular file, or too large to be metadata.
+        """
+        is_metadata = key.rpartition("/")[2] in _METADATA_FILES
+        check_stored(self._store, key, _METADATA_BYTES if is_metadata else None)
+        return await self._store.get(key, prototype, byte_range)
+
+
+def check_stored(store: Store, key: str, most: int | None) -> None:
+    """Raise `CorruptImage` if what lies under ``key`` blocks, never ends or has more than ``most`` bytes.
+
+    Stores whose sizes are not known without asking over a network are not looked at.
+    """
+    store = base_store(store)
+    size = None
+    if isinstance(store, LocalStore):
+        try:
+            found = regular(store.root / key)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        size = found.st_size if stat.S_ISREG(found.st_mode) else None
+    elif isinstance(store, ZipStore) and store._is_open:
+        member = store._zf.NameToInfo.get(key)
+        size = None if member is None else member.file_size
+    if size is not None and most is not None and size > most:
+        raise CorruptImage(f"{key} has {size} bytes, allowed are {most}; copy the image again")
+
+
+def base_store(store: Store) -> Store:
+    """The store that others are wrapped around."""
+    while isinstance(store, WrapperStore):
+        store = store._store
+    return store
+
+
+def zarr_store(where: Path | str) -> tuple[Store, str]:
+    """The store of a folder, a zip file or a URL, and the path of the image inside of it.
+
+    Raises
+    ------
+    CorruptImage
+        If it is a zip file without a zarr array or group.
+    MissingExtra
+        If reading from there needs a package that is not installed.
+    """
+    if isinstance(where, str):
+        return remote_store(where), ""
+    if not where.is_file():
+        return RegularFiles(LocalStore(where, read_only=True)), ""
+    with opening(str(where), "zip file"):
+        regular(where)
+        store = ZipStore(where, mode="r")
+        store._sync_open()
+        root = zip_root(store._zf.namelist())
+    if root is None:
+        store.close()
+        raise CorruptImage(
+            f"{where} is a zip file without {', '.join(ZARR_FILES)} on top or in its one folder: allowed is "
+            "one zarr array or OME-Zarr image; unpack it"
+        )
+    return store, root
+
+
+def zip_root(names: list[str]) -> str | None:
+    """The folder of a zip file that holds a zarr array or group; None if there is none."""
+    tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
+    roots: list[str] = ["", *(tops if len(tops) == 1 else ())]
+    for root in roots:
+        if any((f"{root}/{name}" if root else name) in names for name in ZARR_FILES):
+            return root
+    return None
+
+
+def is_zarr_zip(path: Path) -> bool:
+    """Whether a zip file holds a zarr array or group; False where it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return zip_root(archive.namelist()) is not None
+    except zipfile.BadZipFile:
+        return False
+
+
+def holds_zarr(store: Store) -> bool:
+    """Whether a store is that of a zarr array or group."""
+
+    async def look() -> bool:
+        for name in ZARR_FILES:
+            if await store.exists(name):
+                return True
+        return False
+
+    return sync(look())
+
+
+def remote_store(url: str) -> FsspecStore:
+    """The store of a URL.
+
+    Raises
+    ------
+    CorruptImage
+        If there are no such URLs.
+    MissingExtra
+        If reading from there needs a package that is not installed.
+    """
+    require("fsspec", extra=_EXTRA)
+    try:
+        return FsspecStore.from_url(url, read_only=True)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{url} cannot be read because a package is not installed ({error}): install the optional "
+            f"dependencies with  pip install 'streamcnn[{_EXTRA}]'"
+        ) from error
+    except ValueError as error:  # fsspec's for a protocol that it does not know
+        raise CorruptImage(
+            f"{url} cannot be read: {error}; allowed are paths, file://, https://, s3://, gs:// and what "
+            "else fsspec knows"
+        ) from error
+
+
+def head_of(store: FsspecStore, num_bytes: int) -> bytes | None:
+    """The first bytes of the file at a store's URL; None if there is no file."""
+
+    async def read() -> Any:
+        try:
+            return await store.fs._cat_file(store.path, start=0, end=num_bytes)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    found = sync(read())
+    return None if found is None else bytes(found[:num_bytes])

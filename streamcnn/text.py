@@ -1,0 +1,32 @@
+"""Text that others chose, such as names of files and classes, made safe to show."""
+
+from __future__ import annotations
+
+from html import escape
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    r"""``text`` with every character that a terminal would act on as its escape sequence.
+
+    Escape and control characters, those that change the direction of writing, other invisible ones, and the
+    bytes of file names that are no text become ``\x1b``, ``\u202e`` and so on.
+
+    Parameters
+    ----------
+    text
+        What to show.
+    keep
+        Characters to leave as they are, such as ``"\n"`` in a text of several lines.
+    """
+    characters = str(text)
+    if characters.isprintable():
+        return characters
+    return "".join(
+        each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
+        for each in characters
+    )
+
+
+def html_text(text: object) -> str:
+    """``text`` for an HTML page, in its body or in an attribute."""
+    return escape(printable(text, keep="\n"), quote=True)

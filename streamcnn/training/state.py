@@ -1,0 +1,151 @@
+"""What a checkpoint holds besides tensors, and the proof that one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from streamcnn.documents import conform, require_flat
+from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
+from streamcnn.training.checkpoints import is_checkpoint_name
+
+FORMAT = 1
+"""Of a checkpoint's contents."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is.
+
+    Raises
+    ------
+    ValueError
+        If a count is negative, the accuracy is none, or ``best`` is no checkpoint's name.
+    """
+
+    update: int = 0
+    epoch: int = 0
+    """Epochs that are over."""
+    num_images: int = 0
+    """Images of the present epoch so far; what follows is summed over them."""
+    loss_sum: float = 0.0
+    num_right: int = 0
+    best_accuracy: float = -1.0
+    """On the validation images."""
+    best: str | None = None
+    """Name of the checkpoint with that accuracy."""
+    epochs_since_best: int = 0
+    is_over: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("update", "epoch", "num_images", "num_right", "epochs_since_best"):
+            _require_count(name, getattr(self, name))
+        if not -1 <= self.best_accuracy <= 1:
+            raise ValueError(f"best_accuracy={self.best_accuracy}: allowed are shares, and -1 for none")
+        if self.best is not None and not is_checkpoint_name(self.best):
+            raise ValueError(f"best={self.best!r}: allowed are names of checkpoints, and None")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sampler is."""
+
+    length: int
+    seed: int
+    epoch: int
+    position: int
+
+    def __post_init__(self) -> None:
+        for name in ("length", "epoch", "position"):
+            _require_count(name, getattr(self, name))
+        if self.position > self.length:
+            raise ValueError(f"position={self.position}: allowed are 0 to length={self.length}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """All of a checkpoint that is no tensor and no state of PyTorch's."""
+
+    format: int
+    versions: Mapping[str, str]
+    identity: Mapping[str, Any]
+    progress: Progress
+    sampler: _Place
+    plan: str | None
+    log_bytes: int
+
+    def __post_init__(self) -> None:
+        _require_count("log_bytes", self.log_bytes)
+        require_flat("identity", self.identity)
+
+
+def require_state(state: Mapping[str, Any], where: Path) -> None:
+    """Make sure that ``state`` is what a trainer saves; tensors' shapes are compared by whoever loads them.
+
+    Raises
+    ------
+    DamagedCheckpoint
+        Naming the checkpoint and the field that is missing or something else.
+    RunMismatch
+        If it is of another format.
+    """
+    if isinstance(state.get("format"), int) and state["format"] != FORMAT:
+        raise RunMismatch(
+            f"{where} has checkpoints of format {state['format']}, this version writes {FORMAT}: go on with "
+            f"the version that wrote them ({state.get('versions')})"
+        )
+    names = tuple(_Facts.__slots__)
+    facts = {name: state[name] for name in names if name in state}
+    conform(_Facts, facts, where, error=DamagedCheckpoint)
+    for name in ("model", "averaged"):
+        if name == "model" or state.get(name) is not None:
+            _require_tensors(name, state.get(name), where)
+    for name in ("optimizer", "scaler", "random"):
+        _require_mapping(name, state.get(name), where)
+    if state.get("schedule") is not None:
+        _require_mapping("schedule", state["schedule"], where)
+
+
+@contextmanager
+def restoring(where: Path) -> Iterator[None]:
+    """Turn what PyTorch, NumPy and Python raise of states that are not theirs into one error."""
+    try:
+        yield
+    except (StreamError, MemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"the newest checkpoint in {where} holds states that cannot be gone on with "
+            f"({type(error).__name__}: {error}): begin another run in another folder"
+        ) from error
+
+
+def _require_tensors(name: str, found: object, where: Path) -> None:
+    _require_mapping(name, found, where)
+    assert isinstance(found, dict)
+    wrong = [
+        key
+        for key, value in found.items()
+        if not isinstance(value, Tensor) and not key.endswith("_extra_state")
+    ]
+    if wrong:
+        raise DamagedCheckpoint(
+            f"{where}: {name}.{wrong[0]} is a {type(found[wrong[0]]).__name__}: allowed is a tensor"
+        )
+
+
+def _require_mapping(name: str, found: object, where: Path) -> None:
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise DamagedCheckpoint(
+            f"{where}: {name} is a {type(found).__name__}: allowed is a dict with names as keys"
+        )
+
+
+def _require_count(name: str, found: int) -> None:
+    if not 0 <= found < 2**63:
+        raise ValueError(f"{name}={found}: allowed are 0 and more, below 2**63")

@@ -1,0 +1,79 @@
+"""What is refused before memory is taken for it, and what is kept so that it is not decoded again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+from source_contract import assert_reads, pixels, region
+from typer.testing import CliRunner
+
+from streamcnn.cli import app
+from streamcnn.data.sources import ZarrSource, open_image
+from streamcnn.errors import CorruptImage, DatasetMismatch
+
+
+@pytest.mark.parametrize("codec", [numcodecs.Zstd(), numcodecs.Zlib(), numcodecs.Blosc(), numcodecs.BZ2()])
+def test_a_chunk_that_inflates_to_more_than_its_place_is_not_inflated(tmp_path: Path, codec: Any) -> None:
+    path = tmp_path / "a.zarr"
+    array = zarr.create_array(
+        path, shape=(64, 64), chunks=(64, 64), dtype="u1", zarr_format=2, compressors=codec
+    )
+    array[:] = image = pixels(1, size=(64, 64))[0]
+    assert_reads(ZarrSource(path), image[None], region(0, 9, 3, 64))
+    (path / "0.0").write_bytes(codec.encode(np.zeros(5_000_000, "u1")))
+    with pytest.raises(CorruptImage, match=r"a\.zarr: a chunk inflates to .*, its array has place for 4096"):
+        ZarrSource(path).read(region(0, 9, 3, 64))
+
+
+def test_a_chunk_larger_than_is_allowed_is_refused_when_the_image_is_opened(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "a", shape=(64, 64), chunks=(40_000, 50_000), dtype="u1")
+    with pytest.raises(DatasetMismatch, match="has chunks of 40000 x 50000 = 2000000000 pixels"):
+        open_image(tmp_path / "a")
+    assert array.shape == (64, 64)
+
+
+def test_a_pipe_or_a_device_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for path, what in ((tmp_path / "a.png", "named pipe"), (Path("/dev/zero"), "device")):
+        with pytest.raises(CorruptImage, match=f"{path} is a {what}: allowed are files and folders"):
+            open_image(path)
+
+
+def test_a_large_chunk_is_decoded_once_and_released(tmp_path: Path) -> None:
+    image = pixels(3, size=(1200, 1300))
+    array = zarr.create_array(tmp_path / "a", shape=image.shape, chunks=image.shape, dtype="u1")
+    array[:] = image
+    source = ZarrSource(tmp_path / "a")
+    assert_reads(source, image, region(5, 40, 10, 60))
+    assert source.held_bytes == source.most_held_bytes == image.nbytes
+    next((tmp_path / "a/c").rglob("0/0")).joinpath("0").unlink()
+    assert_reads(source, image, region(100, 140, 10, 60))
+    source.release()
+    assert source.held_bytes == 0
+    with pytest.warns(
+        UserWarning, match="4680000 bytes, of which 1000 are kept at most: .*streamcnn convert"
+    ):
+        ZarrSource(array, missing_chunks="fill", cache_bytes=1000)
+
+
+def test_small_chunks_are_not_kept(tmp_path: Path) -> None:
+    image = pixels(3, size=(200, 300))
+    array = zarr.create_array(tmp_path / "a", shape=image.shape, chunks=image.shape, dtype="u1")
+    array[:] = image
+    source = ZarrSource(tmp_path / "a")
+    assert_reads(source, image, region(5, 40, 10, 60))
+    assert source.held_bytes == source.most_held_bytes == source.reading_cost.held == 0
+
+
+def test_convert_is_told_where_the_channels_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((145, 145, 200), "u1"))
+    arguments = ["convert", str(tmp_path / "a.npy"), str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--channels-last"])
+    assert result.exit_code == 0
+    assert "200 x 145 x 145 uint8" in result.output
