@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -17,44 +19,104 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel, TensorSource
-from streamcnn.data.content import content_digest
 from streamcnn.data.reader import BatchReader
 from streamcnn.disk import writing
 from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, TrainingDiverged
 from streamcnn.regions import Region
+from streamcnn.signals import StoppedAtOnce, heeding
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.evaluation import score
-from streamcnn.training.lock import HOLDER, holding
+from streamcnn.training.lock import HOLDER, LOCK, holding
 from streamcnn.training.log import LOG, RunLog, read_log
 from streamcnn.training.naming import open_batch
-from streamcnn.training.signals import StoppedAtOnce, heeding
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     with holding(tmp_path), pytest.raises(RunInUse) as caught, holding(tmp_path):
         raise AssertionError
     assert str(caught.value) == (
-        f"{tmp_path} is in use: process {os.getpid()} trains there; wait until it is over, stop it, or give "
-        "another folder"
+        f"{tmp_path} is in use: process {os.getpid()} on {platform.node()} trains there; wait until it is "
+        "over, stop it, or give another folder"
     )
     assert not (tmp_path / HOLDER).exists()
 
 
-def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+def hold(folder: Path) -> subprocess.Popen[bytes]:
+    """A process that holds the folder until it is killed."""
     code = (
         "import sys; from pathlib import Path; from streamcnn.training.lock import holding\n"
         "with holding(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-        with pytest.raises(RunInUse, match=f"process {process.pid} trains there"), holding(tmp_path):
+    command = [sys.executable, "-c", code, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    with hold(tmp_path) as process:
+        described = f"process {process.pid} on {platform.node()} trains there"
+        with pytest.raises(RunInUse, match=described), holding(tmp_path):
             raise AssertionError
         process.kill()
     assert (tmp_path / HOLDER).exists()
     with holding(tmp_path):
         assert (tmp_path / HOLDER).read_text().startswith(f"{os.getpid()} ")
+
+
+def test_the_free_lock_of_another_machine_is_taken_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / HOLDER).write_text("7 elsewhere\x1b\n")
+    with pytest.warns(UserWarning, match=r"process 7 on elsewhere\\x1b has not ended .* taken for dead"):
+        with holding(tmp_path):
+            assert (tmp_path / HOLDER).read_text() == f"{os.getpid()} {platform.node()}\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "text"),
+    [
+        (
+            errno.ENOLCK,
+            CannotWrite,
+            "run.lock: No locks available: give a folder on a disk that has",
+        ),
+        (errno.EROFS, CannotWrite, "run.lock: Read-only file system: give a folder that you may write to"),
+    ],
+)
+def test_a_folder_that_cannot_be_locked_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], text: str
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(error, match=text), holding(tmp_path / "run"):
+        raise AssertionError
+    assert not (tmp_path / "run" / HOLDER).exists()
+
+
+def test_without_locks_of_the_disk_a_file_is_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="flock not supported"), holding(tmp_path):
+        with pytest.raises(RunInUse, match=r"; if it is dead, remove run\.lock there$"), holding(tmp_path):
+            raise AssertionError
+    with pytest.warns(UserWarning, match="flock not supported"), holding(tmp_path / "new"):
+        assert (tmp_path / "new" / LOCK).exists()
+    assert sorted(os.listdir(tmp_path)) == []
+
+
+def test_a_new_folder_goes_again_if_nothing_was_written(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), holding(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    with holding(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    assert sorted(os.listdir(tmp_path / "run")) == ["file", LOCK]
 
 
 @contextmanager
@@ -156,27 +218,6 @@ def test_an_answer_that_is_no_number_names_the_image() -> None:
 
     with pytest.raises(TrainingDiverged, match=r"NaN or infinity for image 1 \(1.png\): see"):
         score(classify, Images(), batch_size=2)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("size", [100_000, 30_000_000])
-def test_a_replaced_picture_is_noticed_and_a_new_time_is_not(tmp_path: Path, size: int) -> None:
-    path = tmp_path / "a.tif"
-    path.write_bytes(os.urandom(size))
-    known = content_digest(path)
-    os.utime(path, ns=(1, 1))
-    assert content_digest(path) == known
-    path.write_bytes(os.urandom(size))
-    os.utime(path, ns=(1, 1))
-    assert content_digest(path) != known
-
-
-def test_images_in_folders_are_told_apart_by_their_files(tmp_path: Path) -> None:
-    for name in ("c/0/0", "c/0/1", "zarr.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("same size")
-    known = content_digest(tmp_path)
-    (tmp_path / "c/0/1").write_text("size same")
-    assert content_digest(tmp_path) != known
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
 """The command line: parses arguments and prints results; everything is decided elsewhere.
 
 Results go to standard output, errors to standard error. Exit status 0 is success, 1 a run that
-failed, 2 wrong usage. PyTorch is imported by the commands that need it, so that ``--help`` and
-wrong usage answer at once.
+failed, 2 wrong usage, and 130, 143 and 129 are SIGINT (Ctrl-C), SIGTERM and SIGHUP. PyTorch is
+imported by the commands that need it, so that ``--help`` and wrong usage answer at once.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from signal import Signals
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,7 +17,9 @@ from rich.console import Console
 
 from streamcnn.cli import images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
+from streamcnn.cli.ending import say_ending, status_of
 from streamcnn.errors import StreamError
+from streamcnn.signals import raising
 from streamcnn.text import printable
 from streamcnn.units import parse_bytes
 
@@ -31,11 +34,18 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line and exit; errors that a user can act on are one line on standard error."""
-    try:
-        app()
-    except StreamError as error:
-        typer.echo(printable(f"streamcnn: error: {error}", keep="\n"), err=True)
-        raise SystemExit(FAILED) from None
+    with raising() as signals:
+        try:
+            app()
+        except StreamError as error:
+            typer.echo(printable(f"streamcnn: error: {error}", keep="\n"), err=True)
+            raise SystemExit(FAILED) from None
+        except SystemExit:
+            if not signals:
+                raise
+            # Typer has one status for all of them.
+            say_ending(signals[0], f"ended by {Signals(signals[0]).name}")
+            raise SystemExit(status_of(signals[0])) from None
     raise SystemExit(0)
 
 

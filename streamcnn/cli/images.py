@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from streamcnn.cli.arguments import Json
+from streamcnn.cli.ending import keeping
 from streamcnn.text import printable
 from streamcnn.units import format_bytes, plural
 
@@ -55,7 +56,7 @@ def convert(
 
     console = Console()
     found = find_images(sources)
-    with progress_bar(console, "images", len(found)) as progress:
+    with keeping("finished images"), progress_bar(console, "images", len(found)) as progress:
         present = progress.add_task("pixels of the present one", total=None)
 
         def on_shard(done: int, total: int) -> None:

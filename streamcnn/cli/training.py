@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
+from streamcnn.cli.ending import say_ending, status_of
 from streamcnn.errors import StreamError
 from streamcnn.text import printable
 from streamcnn.units import parse_bytes
@@ -24,9 +22,6 @@ if TYPE_CHECKING:
 
     from streamcnn.data.sources import ImageSource
     from streamcnn.training import Score, TrainedRun
-
-BY_SIGNAL = 128
-"""Exit status of a run that a signal ended, less the signal's number."""
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Tile store, CSV file or folder of classes.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train wrote.")]
@@ -154,13 +149,13 @@ def train(
     except ValueError as error:
         exit_for_wrong_usage(str(error))
     console = Console()
-    trainer.on_end = _say_that_it_ends
+    trainer.on_end = _say_that_it_saves
     try:
         with TrainingProgress(trainer, budget_bytes, console):
             result = trainer.run()
     except (Terminated, StoppedAtOnce) as ended:
-        typer.echo(f"streamcnn: {ended}; the same command goes on", err=True)
-        raise typer.Exit(BY_SIGNAL + (ended.signal or 0)) from None
+        say_ending(ended.signal, f"{ended}; the same command goes on")
+        raise typer.Exit(status_of(ended.signal)) from None
     best = (
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
         f"{result.best_accuracy:.1%}: {result.best}"
@@ -301,17 +296,8 @@ def _open_images(
         yield image.path, open_image(image.path)
 
 
-def _say_that_it_ends(reason: str) -> None:
-    """Tell who gave a signal what comes; a terminal that has hung up is written to no more."""
-    if reason == "SIGHUP":
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
-                os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    # Not through sys.stderr, which the signal may have interrupted in a write.
-    text = f"streamcnn: {reason}: saving after the present update; once more stops at once\n"
-    os.write(sys.stderr.fileno(), text.encode())
+def _say_that_it_saves(reason: str, number: int | None) -> None:
+    say_ending(number, f"{reason}: saving after the present update; once more stops at once")
 
 
 def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from streamcnn.data.dataset import LabelledImages, collate, input_shapes
+from streamcnn.data.dataset import ImageDataset, LabelledImages, collate, input_shapes
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.disk import writing
 from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, TrainingDiverged
 from streamcnn.report import Report
+from streamcnn.signals import heeding
 from streamcnn.streaming_model import StreamingModel
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
@@ -39,7 +39,6 @@ from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
 from streamcnn.training.naming import naming, open_batch
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
-from streamcnn.training.signals import heeding
 from streamcnn.training.state import FORMAT, Progress, require_state, restoring
 
 Listener = Callable[[str, Mapping[str, Any]], None]
@@ -99,7 +98,8 @@ class Trainer:
     on_start
         Called when it is certain that the run begins or goes on.
     on_end
-        Called with the reason as soon as the run is asked to end, in a signal's handler if a signal asks.
+        Called with the reason, and the signal's number or None, as soon as the run is asked to end: in the
+        signal's handler, if a signal asks.
 
     Raises
     ------
@@ -121,7 +121,7 @@ class Trainer:
         events: bool = False,
         listener: Listener | None = None,
         on_start: Callable[[], None] = lambda: None,
-        on_end: Callable[[str], None] = lambda reason: None,
+        on_end: Callable[[str, int | None], None] = lambda reason, number: None,
     ) -> None:
         for what, data in (("training", images), ("validation", validation)):
             if not len(data):
@@ -178,10 +178,9 @@ class Trainer:
         StoppedAtOnce
             After a second signal; the newest checkpoint is the one before.
         """
-        self._begin()
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._end_reason = self._signal = None
         with holding(self.folder), heeding(self._end_by):
+            self._begin()
             return self._run()
 
     def _run(self) -> TrainResult:
@@ -200,6 +199,7 @@ class Trainer:
             self.on_start()
             if is_new:
                 self._save()
+            self._end_if_asked()
             while not self.progress.is_over:
                 if self.sampler.epoch == self.progress.epoch:
                     self._train_epoch()
@@ -226,7 +226,7 @@ class Trainer:
             What ended it, for the error's text.
         """
         self._end_reason = reason
-        self.on_end(reason)
+        self.on_end(reason, self._signal)
 
     def _end_by(self, number: signal.Signals) -> None:
         self._signal = number
@@ -249,7 +249,6 @@ class Trainer:
             self.averaged = AveragedModel(self.net, multi_avg_fn=average)
         self.sampler = self._make_sampler()
         self.progress = Progress()
-        self._end_reason = self._signal = None
         self._require_same_inputs()
         self._identity = self._find_identity()
         self._plan_digest = self._find_plan_digest()
@@ -306,7 +305,7 @@ class Trainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
-        require_same(self._identity, saved["identity"])
+        require_same(self._identity, self._known(saved["identity"]))
         circumstances = {**_versions(), "plan": self._plan_digest}
         for name, before in {**saved["versions"], "plan": saved["plan"]}.items():
             present = circumstances.get(name)
@@ -336,6 +335,15 @@ class Trainer:
         self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
         self.progress.is_over = self._is_over()
+
+    def _known(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's identity, with the fingerprints of today for images that older ones tell as well."""
+        found = dict(identity)
+        for name, images in (("images", self.images), ("validation", self.validation)):
+            if found.get(name) != self._identity[name] and isinstance(images, ImageDataset):
+                if found.get(name) == images.former_fingerprint:
+                    found[name] = self._identity[name]
+        return found
 
     def _find_plan_digest(self) -> str | None:
         """The fingerprint of the plan that updates are carried out by, if the model is streamed.
