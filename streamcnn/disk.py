@@ -17,7 +17,9 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
-def writing(path: Path, *, needed: int | None = None, kept: str = "") -> Iterator[None]:
+def writing(
+    path: Path, *, needed: int | None = None, at_most: bool = False, kept: str = ""
+) -> Iterator[None]:
     """Turn an `OSError` of the block, which writes ``path``, into one `CannotWrite`.
 
     Parameters
@@ -26,6 +28,8 @@ def writing(path: Path, *, needed: int | None = None, kept: str = "") -> Iterato
         A file or a folder, which need not be there.
     needed
         Bytes that are to be written, if they are known.
+    at_most
+        Whether fewer may do, as for what is compressed.
     kept
         What is as it was, for the error's text: a sentence without its full stop.
 
@@ -40,15 +44,20 @@ def writing(path: Path, *, needed: int | None = None, kept: str = "") -> Iterato
     except StreamError:
         raise
     except OSError as error:
-        found = CannotWrite(f"cannot write {path}: {_reason(path, error, needed)}{kept and f'. {kept}'}")
+        size = "" if needed is None else f"{'up to ' * at_most}{format_bytes(needed)} needed, "
+        found = CannotWrite(f"cannot write {path}: {_reason(path, error, size)}{kept and f'. {kept}'}")
         found.errno = error.errno
         raise found from error
 
 
-def _reason(path: Path, error: OSError, needed: int | None) -> str:
+def is_full(error: OSError) -> bool:
+    """Whether it is an error of a disk, or of a share of one, that has no more room."""
+    return error.errno in _FULL
+
+
+def _reason(path: Path, error: OSError, size: str) -> str:
     text = error.strerror or str(error)
-    size = "" if needed is None else f"{format_bytes(needed)} needed, "
-    if error.errno in _FULL:
+    if is_full(error):
         disk = mount_point(path)
         free = format_bytes(shutil.disk_usage(disk).free)
         return (

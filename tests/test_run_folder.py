@@ -6,12 +6,10 @@ import errno
 import fcntl
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,12 @@ from torch import nn
 
 from streamcnn import StreamingModel, TensorSource
 from streamcnn.data.reader import BatchReader
-from streamcnn.disk import writing
 from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, TrainingDiverged
 from streamcnn.regions import Region
 from streamcnn.signals import StoppedAtOnce, heeding
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import score
 from streamcnn.training.lock import HOLDER, LOCK, holding
-from streamcnn.training.log import LOG, RunLog, read_log
 from streamcnn.training.naming import open_batch
 
 
@@ -117,50 +113,6 @@ def test_a_new_folder_goes_again_if_nothing_was_written(tmp_path: Path) -> None:
     with holding(tmp_path / "run"):
         (tmp_path / "run" / "file").touch()
     assert sorted(os.listdir(tmp_path / "run")) == ["file", LOCK]
-
-
-@contextmanager
-def files_of_at_most(nbytes: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("nbytes", [400_000, 900_000, 999_999])
-def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path, nbytes: int) -> None:
-    checkpoints = CheckpointFolder(tmp_path)
-    state = {"weight": torch.zeros(250_000)}
-    first = checkpoints.save(state, 1)
-    before = sorted(tmp_path.iterdir())
-    with files_of_at_most(nbytes), pytest.raises(CannotWrite) as caught:
-        checkpoints.save(state, 2)
-    assert f"cannot write {tmp_path}/save-000002-update-00000002.pt: " in str(caught.value)
-    assert "File too large" in str(caught.value)
-    assert "977 KiB needed" in str(caught.value)
-    assert f"The checkpoint before it, {first.name}, is as it was" in str(caught.value)
-    assert sorted(tmp_path.iterdir()) == before
-    assert torch.equal(load_checkpoint(first)["weight"], state["weight"])
-
-
-def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path) -> None:
-    with pytest.raises(CannotWrite, match=r"the disk at /.* is full \(No space left on device\): 2.00 KiB "):
-        with writing(tmp_path / "a", needed=2048):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-UPDATE = {"seconds": 1.0, "megapixels_per_second": 1.0, "measured_bytes": None, "projected_bytes": None}
-
-
-def test_a_line_of_the_log_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
-        log.write("update", {**UPDATE, "text": "a" * 30_000}, 1)
-        with files_of_at_most(50_000), pytest.raises(CannotWrite, match=LOG):
-            log.write("update", {**UPDATE, "text": "b" * 30_000}, 2)
-        assert log.flush() == (tmp_path / LOG).stat().st_size
-    assert [line["update"] for line in read_log(tmp_path)] == [1]
 
 
 def test_a_file_in_a_folders_place_is_one_error(tmp_path: Path) -> None:

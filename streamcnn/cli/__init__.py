@@ -17,7 +17,8 @@ from rich.console import Console
 
 from streamcnn.cli import images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
-from streamcnn.cli.ending import say_ending, status_of
+from streamcnn.cli.ending import leave_output, say_ending, status_of
+from streamcnn.disk import is_full
 from streamcnn.errors import StreamError
 from streamcnn.signals import raising
 from streamcnn.text import printable
@@ -38,8 +39,15 @@ def main() -> NoReturn:
         try:
             app()
         except StreamError as error:
-            typer.echo(printable(f"streamcnn: error: {error}", keep="\n"), err=True)
-            raise SystemExit(FAILED) from None
+            _fail(str(error))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            # Of a file that is written to whoever writes says more; what is left is the output.
+            place = error.filename or "standard output"
+            if error.filename is None:
+                leave_output()
+            _fail(f"cannot write {place}: {error.strerror}: make room there, or write elsewhere")
         except SystemExit:
             if not signals:
                 raise
@@ -47,6 +55,11 @@ def main() -> NoReturn:
             say_ending(signals[0], f"ended by {Signals(signals[0]).name}")
             raise SystemExit(status_of(signals[0])) from None
     raise SystemExit(0)
+
+
+def _fail(text: str) -> NoReturn:
+    typer.echo(printable(f"streamcnn: error: {text}", keep="\n"), err=True)
+    raise SystemExit(FAILED) from None
 
 
 def _print_version(wanted: bool) -> None:

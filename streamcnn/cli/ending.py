@@ -43,10 +43,19 @@ def status_of(number: int | None) -> int:
     return 1 if number is None else BY_SIGNAL + number
 
 
+def leave_output() -> None:
+    """Write nothing more on standard output, which has failed: not even what is left of it."""
+    _leave(_OUTPUT)
+
+
 def _leave_terminal() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (_OUTPUT, _ERRORS):
         with contextlib.suppress(OSError):  # it is closed
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-                os.dup2(nowhere, descriptor)
+                _leave(descriptor)
+
+
+def _leave(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)

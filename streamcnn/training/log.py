@@ -102,9 +102,10 @@ class RunLog:
         line = json.dumps({"kind": kind, "update": update, **values}, allow_nan=True)
         self._append(line.encode() + b"\n")
         if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._writer.add_scalar(f"{kind}/{name}", value, update)
+            with writing(self._events):
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool):
+                        self._writer.add_scalar(f"{kind}/{name}", value, update)
 
     def _append(self, line: bytes) -> None:
         """Write a line, or nothing of it."""
@@ -138,7 +139,8 @@ class RunLog:
     ) -> None:
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with writing(self._events):
+                self._writer.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamcnn.data.dataset import LabelledImages, Sample, collate
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import StreamError
+from streamcnn.errors import CannotWrite, StreamError
 
 _MOST = 5
 
@@ -38,6 +38,8 @@ def naming(where: str, positions: Sequence[int], names: Sequence[str]) -> Iterat
     """
     try:
         yield
+    except CannotWrite:
+        raise  # that is about the disk
     except StreamError as error:
         text = str(error)
         error.args = (f"{text} ({where}, {listed(positions, names, text)})", *error.args[1:])

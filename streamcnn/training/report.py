@@ -47,8 +47,8 @@ def write_report(folder: Path) -> Path:
     config = read_run(folder)
     _, validation = config.datasets()
     page = render_report(config, read_log(folder), validation)
-    with writing(folder / REPORT, needed=len(page)):
-        replace_file(folder / REPORT, page)
+    with writing(folder / REPORT, needed=len(page.encode())):
+        replace_file(folder / REPORT, page, concurrent=True)
     return folder / REPORT
 
 
