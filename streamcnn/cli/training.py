@@ -222,9 +222,13 @@ def predict(
     columns = _columns(trained, inputs)
     import torch
 
-    for path, source, *further in _open_images(images, columns):
-        with torch.no_grad():
+    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.naming import naming
+
+    for at, (path, source, *further) in enumerate(_open_images(images, columns)):
+        with torch.no_grad(), naming("prediction", [at], [str(path)]):
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
+        require_finite(logits, [at], [str(path)])
         probability, label = logits[0].double().softmax(0).max(0)
         name = str(int(label)) if trained.classes is None else trained.classes[int(label)]
         if as_json:

@@ -15,7 +15,7 @@ from streamcnn import torchvision_import
 from streamcnn.data.dataset import LabelledImages
 from streamcnn.errors import DatasetMismatch, TrainingDiverged
 from streamcnn.extras import require
-from streamcnn.training.naming import listed, naming, open_batch
+from streamcnn.training.naming import naming, not_finite, open_batch
 
 Classify = Callable[..., Tensor]
 """From a list of image sources, and further inputs if images have any, to logits ``(N, classes)``."""
@@ -80,7 +80,7 @@ def score(
                 found = classify(sources, *(each.to(device) for each in inputs))
             require_labels(labels, found)
         logits.append(found.double().cpu())
-        _require_finite(logits[-1], positions, names)
+        require_finite(logits[-1], positions, names)
     return _score(torch.cat(logits), images.labels, classification)
 
 
@@ -111,10 +111,16 @@ def require_labels(labels: Tensor, logits: Tensor) -> None:
         )
 
 
-def _require_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> None:
-    bad = [at for at, row in enumerate(logits) if not torch.isfinite(row).all()]
-    if bad:
-        found = listed([positions[at] for at in bad], [names[at] for at in bad])
+def require_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> None:
+    """Make sure that a classifier's logits (N, classes) are numbers.
+
+    Raises
+    ------
+    TrainingDiverged
+        If not, naming the images, by their positions and names.
+    """
+    found = not_finite(logits, positions, names)
+    if found:
         raise TrainingDiverged(
             f"the model gives NaN or infinity for {found}: see that the images are what it expects, or train "
             "it anew with a smaller learning_rate, or with clip_norm"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from streamcnn.data.dataset import LabelledImages, Sample, collate
@@ -23,6 +24,12 @@ def listed(positions: Sequence[int], names: Sequence[str], text: str = "") -> st
     rest = len(positions) - _MOST
     what = "image" if len(positions) == 1 else "images"
     return f"{what} {', '.join(shown)}" + (f" and {rest} more" if rest > 0 else "")
+
+
+def not_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> str:
+    """The images whose logits (N, classes) have NaN or infinity among them; empty if there is none."""
+    bad = [at for at, row in enumerate(logits) if not torch.isfinite(row).all()]
+    return listed([positions[at] for at in bad], [names[at] for at in bad]) if bad else ""
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
 from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
-from streamcnn.training.naming import naming, open_batch
+from streamcnn.training.naming import naming, not_finite, open_batch
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
 from streamcnn.training.state import FORMAT, Progress, require_state, restoring
 
@@ -249,6 +249,7 @@ class Trainer:
             self.averaged = AveragedModel(self.net, multi_avg_fn=average)
         self.sampler = self._make_sampler()
         self.progress = Progress()
+        self._untried = set[str]()
         self._require_same_inputs()
         self._identity = self._find_identity()
         self._plan_digest = self._find_plan_digest()
@@ -323,6 +324,7 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.load_state_dict(saved["averaged"])
         self.sampler.load_state_dict(saved["sampler"])
+        self._untried = {"update", "epoch"}
         self.progress = Progress(**saved["progress"])
         _set_random_states(saved["random"], self.device)
         # The run may have been killed before that was marked, or a later one be marked that is passed over.
@@ -419,9 +421,11 @@ class Trainer:
                     sources, labels, 1 / len(positions), *self._on_device(inputs)
                 )
                 if not math.isfinite(loss):
+                    found = not_finite(logits, batch, names)
+                    which = f", as the model gives NaN or infinity for {found}" if found else ""
                     raise TrainingDiverged(
-                        f"the loss of update {progress.update + 1} is {loss}: see that the images are what "
-                        "the model expects, or begin another run with a smaller learning_rate, or with "
+                        f"the loss of update {progress.update + 1} is {loss}{which}: see that the images are "
+                        "what the model expects, or begin another run with a smaller learning_rate, or with "
                         "clip_norm; the checkpoints are from before it"
                     )
             if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
@@ -485,18 +489,29 @@ class Trainer:
         if self.listener is not None and self._signal is None:
             self.listener(kind, values)
 
+    @contextmanager
+    def _first_use(self, what: str) -> Iterator[None]:
+        """Tell a checkpoint whose states were changed where they are used: loading does not look at all."""
+        if what not in self._untried:
+            yield
+            return
+        with restoring(self.checkpoints.folder):
+            yield
+        self._untried.discard(what)
+
     def _step(self) -> None:
         """Change the weights by their gradients."""
         settings = self.settings
         if settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.net)
-        if self.schedule is not None and settings.schedule_every == "update":
-            self.schedule.step()
+        with self._first_use("update"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.net)
+            if self.schedule is not None and settings.schedule_every == "update":
+                self.schedule.step()
 
     @contextmanager
     def _casting(self) -> Iterator[None]:
@@ -554,7 +569,8 @@ class Trainer:
         """Note the validation, decide what comes next, and save."""
         progress, settings = self.progress, self.settings
         if self.schedule is not None and settings.schedule_every == "epoch":
-            settings.step_schedule(self.schedule, found.loss)
+            with self._first_use("epoch"):
+                settings.step_schedule(self.schedule, found.loss)
         self._note(
             "epoch",
             {
