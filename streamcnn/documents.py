@@ -67,14 +67,18 @@ def read_within(folder: Path, path: Path, *, error: type[StreamError], most_byte
     """
     require_within(folder, path, error=error)
     # Without waiting, as opening a pipe would.
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", closefd=True) as file:
-        state = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        state = os.fstat(descriptor)
         _require_regular(path, state, error)
         if state.st_size > most_bytes:
             raise error(
                 f"{path} has {state.st_size} bytes: allowed are {most_bytes} at most; it is no such file"
             )
-        return file.read(state.st_size)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(state.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def size_within(folder: Path, path: Path, *, error: type[StreamError]) -> int:

@@ -9,22 +9,28 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import FACTORY, make_run
 from torch import nn
 
 from streamcnn import StreamingModel, TensorSource
 from streamcnn.data.reader import BatchReader
-from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, TrainingDiverged
+from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, StreamError, TrainingDiverged
 from streamcnn.regions import Region
 from streamcnn.signals import StoppedAtOnce, heeding
+from streamcnn.training import load_run, make_trainer, read_log
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import score
 from streamcnn.training.lock import HOLDER, LOCK, holding
 from streamcnn.training.naming import open_batch
+from streamcnn.training.runs import read_run
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
@@ -119,6 +125,67 @@ def test_a_file_in_a_folders_place_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(CannotWrite, match="run/checkpoints: Not a directory: give a folder"):
         CheckpointFolder(tmp_path / "run" / "checkpoints").save({}, 1)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/BEST", "checkpoints/best.txt", "log.jsonl"])
+def test_a_folder_or_a_file_in_the_other_ones_place_is_one_error(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path)
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    best = checkpoints.best()
+    assert best is not None
+    place = folder / name.replace("BEST", best.name)
+    if place.is_dir():
+        place.rename(folder / "aside")
+        place.touch()
+    else:
+        place.unlink()
+        place.mkdir()
+    read = (lambda: read_log(folder)) if name == "log.jsonl" else lambda: load_run(folder, trust=[FACTORY])
+    with pytest.raises(StreamError, match=rf"{place.name}\S* (cannot be read|is no regular file)"):
+        read()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "log.jsonl"])
+def test_a_run_does_not_go_on_with_the_other_kind_of_place(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path)
+    (folder / name).rename(folder / "aside")
+    if name == "checkpoints":
+        (folder / name).touch()
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(StreamError, match=rf"{name}.* (cannot be read|is no regular file|Is a directory)"):
+        one_more_epoch(folder)
+    assert not (folder / HOLDER).exists()
+
+
+def one_more_epoch(folder: Path) -> None:
+    config = read_run(folder)
+    make_trainer(replace(config, settings=replace(config.settings, epochs=2)), folder).run()
+
+
+def test_a_run_that_may_not_be_written_to_may_be_read(tmp_path: Path, run: Run) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write to all folders; see the test of a read-only disk")
+    folder = make_run(tmp_path)
+    assert_read_only(folder, run, lambda: [path.chmod(0o555) for path in (folder, *folder.glob("c*"))])
+
+
+def test_a_run_on_a_read_only_disk_may_be_read(tmp_path: Path, run: Run) -> None:
+    folder = make_run(tmp_path)
+    mounted = subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        assert_read_only(folder, run, lambda: None)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def assert_read_only(folder: Path, run: Run, forbid: Callable[[], object]) -> None:
+    forbid()
+    assert run("evaluate", folder, "--split=val", f"--trust={FACTORY}")[0] == 0
+    with pytest.raises(CannotWrite, match=r"run\.lock: .*: give a folder that you may write to, on a disk"):
+        one_more_epoch(folder)
 
 
 class Images:

@@ -13,7 +13,8 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ import torch
 from streamcnn.atomic import open_new, replace_file
 from streamcnn.disk import writing
 from streamcnn.documents import read_within, require_within
-from streamcnn.errors import DamagedCheckpoint, RunMismatch
+from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 
 BEST = "best.txt"
 """Names the best checkpoint."""
@@ -138,7 +139,8 @@ class CheckpointFolder:
         """
         marker = self.folder / BEST
         try:
-            content = read_within(self.folder, marker, error=DamagedCheckpoint, most_bytes=_MARKER_BYTES)
+            with _reading(marker):
+                content = read_within(self.folder, marker, error=DamagedCheckpoint, most_bytes=_MARKER_BYTES)
         except FileNotFoundError:
             return None
         name = content.decode(errors="backslashreplace").strip()
@@ -150,12 +152,19 @@ class CheckpointFolder:
         return self.folder / name
 
     def paths(self) -> list[Path]:
-        """The checkpoints that are there, the newest first, the best among them."""
-        if not self.folder.exists():
+        """The checkpoints that are there, the newest first, the best among them.
+
+        Raises
+        ------
+        DamagedCheckpoint
+            If the folder cannot be read, or is none.
+        """
+        try:
+            with _reading(self.folder):
+                found = list(self.folder.iterdir())
+        except FileNotFoundError:
             return []
-        return sorted(
-            (p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), key=_serial, reverse=True
-        )
+        return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_serial, reverse=True)
 
     def newest(self) -> dict[str, Any] | None:
         """What the newest intact checkpoint holds; None where there is none at all.
@@ -197,9 +206,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     FileNotFoundError
         If it is not there.
     """
-    expected = _expected_digest(path)
-    require_within(path.parent, path, error=DamagedCheckpoint)
-    if _digest(path) != expected:
+    with _reading(path):
+        expected = _expected_digest(path)
+        require_within(path.parent, path, error=DamagedCheckpoint)
+        found = _digest(path)
+    if found != expected:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
     _require_plain_archive(path)
     try:
@@ -259,6 +270,20 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
         if target.error is None:
             raise
         raise target.error from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of an error in reading what could not be read; that it is not there, whoever asked says."""
+    try:
+        yield
+    except (StreamError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"{path} cannot be read: {error.strerror}: see that it is what `streamcnn train` wrote, and that "
+            "you may read it"
+        ) from error
 
 
 def is_checkpoint_name(name: str) -> bool:
