@@ -25,6 +25,7 @@ from streamcnn.data.dataset import TileDataset
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
+from streamcnn.disk import writing
 from streamcnn.extras import require
 from streamcnn.regions import Region
 from streamcnn.streaming_model import StreamingModel
@@ -221,6 +222,8 @@ def draw_tiles(image: tuple[ImageSource, int], prediction: int, plan: PlanView, 
     ------
     MissingExtra
         If matplotlib is not installed.
+    CannotWrite
+        If there is no room, or the folder may not be written to.
     """
     source, label = image
     _, height, width = source.shape
@@ -237,7 +240,8 @@ def draw_tiles(image: tuple[ImageSource, int], prediction: int, plan: PlanView, 
         f"{height}x{width} pixels in tiles of {tile_height}x{tile_width}: "
         f"predicted sum {prediction}, true sum {label}"
     )
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Module:

@@ -49,6 +49,14 @@ class RatesUnusable(StreamError, OSError):
     """The file that keeps this machine's rates can be neither read nor written."""
 
 
+class RunInUse(StreamError, BlockingIOError):
+    """Another process trains in the run's folder."""
+
+
+class CannotWrite(StreamError, OSError):
+    """The disk is full, or a folder may not be written to."""
+
+
 class TrainingDiverged(StreamError, ArithmeticError):
     """The loss is no number any more."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import random
 import shutil
 import signal
@@ -19,7 +21,7 @@ import torch
 from PIL import Image
 from training_runs import assert_equal, final_state, log_without_times
 
-from streamcnn.cli.training import TERMINATED, parse_key_values
+from streamcnn.cli.training import parse_key_values
 from streamcnn.training import load_run, read_log
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.runs import read_run
@@ -159,8 +161,19 @@ def test_a_run_from_before_there_were_inputs_goes_on(workplace: Path, run: Run) 
     assert (status, "12 updates in 2 epochs" in out) == (0, True)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from streamcnn.cli import main; main()", *arguments]
+def start(arguments: list[str], ignored: str = "") -> subprocess.Popen[str]:
+    # Whatever the process that runs the tests ignores: under nohup it ignores SIGHUP, for example.
+    code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if {ignored!r}:
+    signal.signal(getattr(signal, {ignored!r}), signal.SIG_IGN)
+from streamcnn.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -299,14 +312,71 @@ def test_options_of_options_are_read_as_json_or_text() -> None:
         parse_key_values([f"a={'[' * 100_000}"])
 
 
-def test_sigterm_saves_and_has_a_status_of_its_own(workplace: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
+def test_a_signal_saves_and_has_a_status_of_its_own(
+    workplace: Path, number: signal.Signals, status: int
+) -> None:
     process = start(arguments(workplace, epochs=100000))
     wait_for_checkpoint(workplace / "run", process, after=0)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == TERMINATED, err
+    process.send_signal(number)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
     update = final_state(workplace / "run")["progress"]["update"]
-    assert f"ended by SIGTERM after update {update}; the state is saved" in err
+    assert f"ended by {number.name} after update {update}; the state is saved" in err
+
+
+@pytest.mark.timeout(900)
+def test_one_process_trains_in_a_folder_and_others_may_read_it(workplace: Path, run: Run) -> None:
+    folder = workplace / "run"
+    assert run(*arguments(workplace, epochs=1))[0] == 0
+    process = start(arguments(workplace, epochs=100000))
+    wait_for_checkpoint(folder, process, after=6)
+    status, out, err = run(*arguments(workplace, epochs=100000))
+    assert (status, out) == (1, "")
+    assert err == (
+        f"streamcnn: error: {folder} is in use: process {process.pid} on {platform.node()} trains there; "
+        "wait until it is over, stop it, or give another folder\n"
+    )
+    assert run("evaluate", TRUST, folder)[0] == 0
+    process.kill()
+    process.communicate(timeout=300)
+    updates = newest_update(folder)
+    status, out, err = run(*arguments(workplace, epochs=-(-updates // 6)))
+    assert (status, err) == (0, "")
+    numbers = [line["update"] for line in read_log(folder) if line["kind"] == "update"]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert not (folder / "run.pid").exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_signal_that_was_ignored_is_ignored(workplace: Path) -> None:
+    process = start(arguments(workplace, epochs=100000), ignored="SIGHUP")
+    wait_for_checkpoint(workplace / "run", process, after=0)
+    process.send_signal(signal.SIGHUP)
+    wait_for_checkpoint(workplace / "run", process, after=newest_update(workplace / "run"))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, "SIGHUP" in err) == (130, False)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_another_command_has_its_status(workplace: Path, number: signal.Signals) -> None:
+    pipe = workplace / "pipe.csv"
+    os.mkfifo(pipe)
+    with start(["convert", str(workplace / "images"), str(workplace / "out"), f"--labels={pipe}"]) as process:
+        # It waits for the rest of the table.
+        with pipe.open("w"):
+            process.send_signal(number)
+            assert process.stderr is not None
+            err = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert err == (
+        f"streamcnn: finished images are kept; the same command goes on\nstreamcnn: ended by {number.name}\n"
+    )
 
 
 def newest_update(folder: Path) -> int:

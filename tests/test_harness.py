@@ -737,3 +737,39 @@ def test_the_list_of_methods_has_all_of_them() -> None:
     found = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"})
     assert found.exit_code == 0
     assert all(name in found.output for name in load_methods())
+
+
+ROW = """
+import pathlib, signal, sys, time
+place = pathlib.Path(sys.argv[1])
+
+def save(number, _):
+    time.sleep(0.3)
+    with place.open("a") as file:
+        file.write(signal.Signals(number).name)
+    raise SystemExit
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+place.touch()
+time.sleep(99)
+"""
+
+
+def test_a_row_saves_at_the_ctrl_c_of_a_terminal(tmp_path: Path) -> None:
+    row = [sys.executable, "-c", ROW, str(tmp_path / "row")]
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from benchmarks.__main__ import Deadline, _ended\n"
+        f"_ended({row!r}, Deadline(None))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "row").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        # As a terminal does: to all processes of the group.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
+    assert (tmp_path / "row").read_text() == "SIGTERM"

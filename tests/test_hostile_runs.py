@@ -333,6 +333,10 @@ def test_states_that_pytorch_does_not_take_are_one_clear_error(folder: Path) -> 
         lambda s: s["random"].update(python=(3, (1, 2), None)),
         lambda s: s["optimizer"].pop("param_groups"),
         lambda s: s["random"].pop("torch"),
+        # What loading does not look at.
+        lambda s: s["optimizer"]["param_groups"][0].pop("betas"),
+        lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)),
+        lambda s: s["optimizer"]["param_groups"][0].update(capturable=True),
     ):
         state = load_checkpoint(best(folder))
         change(state)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from streamcnn.cli.arguments import ChannelsLast, Json, Level, Series, choice_of
+from streamcnn.cli.ending import keeping
 from streamcnn.text import as_text, printable
 from streamcnn.units import format_bytes, plural
 
@@ -62,7 +63,7 @@ def convert(
 
     console = Console()
     found = find_images(sources, series)
-    with progress_bar(console, "images", len(found)) as progress:
+    with keeping("finished images"), progress_bar(console, "images", len(found)) as progress:
         present = progress.add_task("pixels of the present one", total=None)
 
         def on_shard(done: int, total: int) -> None:

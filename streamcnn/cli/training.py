@@ -22,6 +22,7 @@ from streamcnn.cli.arguments import (
     parse,
     parse_extent,
 )
+from streamcnn.cli.ending import say_ending, status_of
 from streamcnn.errors import StreamError
 from streamcnn.text import as_text, printable
 from streamcnn.units import parse_bytes
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
     from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.training import Score, TrainedRun
-
-TERMINATED = 75
-"""Exit status of a run that SIGTERM ended: the same command goes on with it."""
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Tile store, CSV file or folder of classes.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train wrote.")]
@@ -96,7 +94,8 @@ def train(
 ) -> None:
     """Train a classifier on whole images; the same command goes on with a run that was interrupted.
 
-    Exit status 75 after SIGTERM, when the state is saved.
+    At SIGINT (Ctrl-C), SIGTERM or SIGHUP it saves its state and ends with exit status 130, 143 or 129; at a
+    second one it ends at once.
     """
     budget_bytes = parse("--budget", parse_bytes, budget)
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
@@ -112,7 +111,14 @@ def train(
     from streamcnn.data.augmentation import RandomAugmentation
     from streamcnn.data.normalisation import Normalise
     from streamcnn.extras import require
-    from streamcnn.training import RunConfig, Terminated, TrainSettings, make_trainer, write_report
+    from streamcnn.training import (
+        RunConfig,
+        StoppedAtOnce,
+        Terminated,
+        TrainSettings,
+        make_trainer,
+        write_report,
+    )
 
     require("matplotlib.figure", extra="plots")  # now rather than after the run
 
@@ -157,12 +163,13 @@ def train(
     except ValueError as error:
         exit_for_wrong_usage(str(error))
     console = Console()
+    trainer.on_end = _say_that_it_saves
     try:
         with TrainingProgress(trainer, budget_bytes, console):
             result = trainer.run()
-    except Terminated as ended:
-        typer.echo(f"streamcnn: {ended}; the same command goes on", err=True)
-        raise typer.Exit(TERMINATED) from None
+    except (Terminated, StoppedAtOnce) as ended:
+        say_ending(ended.signal, f"{ended}; the same command goes on")
+        raise typer.Exit(status_of(ended.signal)) from None
     best = (
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
         f"{result.best_accuracy:.1%}: {result.best}"
@@ -242,9 +249,13 @@ def predict(
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)
     import torch
 
-    for path, source, *further in _open_images(images, columns, choice):
-        with torch.no_grad():
+    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.naming import naming
+
+    for at, (path, source, *further) in enumerate(_open_images(images, columns, choice)):
+        with torch.no_grad(), naming("prediction", [at], [str(path)]):
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
+        require_finite(logits, [at], [str(path)])
         probability, label = logits[0].double().softmax(0).max(0)
         name = str(int(label)) if trained.classes is None else trained.classes[int(label)]
         if as_json:
@@ -316,6 +327,10 @@ def _open_images(
         yield from open_table(table, columns, choice)
     for image in find_images(loose, choice.series) if loose else ():
         yield image.path, open_chosen(image.path, choice)
+
+
+def _say_that_it_saves(reason: str, number: int | None) -> None:
+    say_ending(number, f"{reason}: saving after the present update; once more stops at once")
 
 
 def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from streamcnn.cli.arguments import FAILED, Json
+from streamcnn.cli.ending import keeping
 from streamcnn.cli.images import progress_bar, verify_store
 from streamcnn.text import as_text, printable
 from streamcnn.units import format_bytes, format_duration
@@ -52,7 +53,7 @@ def generate(
         console.print(as_text(note), soft_wrap=True, highlight=False)
     spec = Spec(seed=seed, recipe=Recipe(recipe.value), size=size)
     started, first, stored, done = time.perf_counter(), None, 0, 0
-    with progress_bar(console, "images", train + test) as progress:
+    with keeping("finished images"), progress_bar(console, "images", train + test) as progress:
         for state in write(out, spec, loaded, num_train=train, num_test=test, workers=workers):
             first = state.done if first is None else first
             done, stored = state.done, state.stored_bytes

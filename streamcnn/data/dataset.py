@@ -6,6 +6,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -24,6 +25,10 @@ from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
 """An image, its label, and what else of it goes into the model, in order."""
+
+
+OF_CONTENT = "content "
+"""What a fingerprint begins with that does not depend on when files were written."""
 
 
 class LabelledImages(Protocol):
@@ -101,6 +106,10 @@ class ImageDataset(Dataset[Sample], ABC):
     def _identities(self) -> Iterator[str]:
         """What tells each image and its label from another."""
 
+    def _former_identities(self) -> Iterator[str]:
+        """``_identities`` as older versions had them."""
+        return self._identities()
+
     @abstractmethod
     def prefetch(self, position: int) -> None:
         """Have the kernel read an image's files into its page cache, and return at once.
@@ -123,10 +132,24 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images, their labels and augmentations from others: a SHA-256."""
+        """What tells these images, their labels and augmentations from others: a text with a SHA-256.
+
+        Raises
+        ------
+        CorruptImage
+            If an image's files cannot be read.
+        """
+        return f"{OF_CONTENT}{self._digest(self._identities())}"
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What ``fingerprint`` was before it was of content alone: it changed with the times of files."""
+        return self._digest(self._former_identities())
+
+    def _digest(self, identities: Iterable[str]) -> str:
         known = hashlib.sha256(repr((self.augmentation, self._seed)).encode())
-        for identity in self._identities():
-            known.update(identity.encode() + b"\n")
+        for identity in identities:
+            known.update(identity.encode(errors="surrogateescape") + b"\n")
         return known.hexdigest()
 
     def renumber(self, classes: tuple[str, ...] | None) -> None:
@@ -235,6 +258,10 @@ class TileDataset(ImageDataset):
         return self.records[position].truth
 
     def _identities(self) -> Iterator[str]:
+        # Where an image came from is left out: it names the times of the files that it was made of.
+        return (replace(record, origin={}).to_json() for record in self.records)
+
+    def _former_identities(self) -> Iterator[str]:
         return (record.to_json() for record in self.records)
 
     def prefetch(self, position: int) -> None:

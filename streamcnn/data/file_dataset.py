@@ -5,7 +5,8 @@ The head of every image is read when the data set is opened, so that a training 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import final
 
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
-from streamcnn.data.fingerprints import fingerprint
+from streamcnn.data.fingerprints import content_digest, fingerprint
 from streamcnn.data.label_table import class_names, label_number
-from streamcnn.data.labelled_files import files_in_folders, files_of_table
+from streamcnn.data.labelled_files import LabelledFile, files_in_folders, files_of_table
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
 from streamcnn.data.uniform import check_alike, kind_of_file
 from streamcnn.errors import DatasetMismatch, some
+
+_READERS = 8
+"""Files that are read at a time, to tell them from others."""
 
 
 @final
@@ -104,12 +108,17 @@ class FileDataset(ImageDataset):
         return _as_inputs(self._files[position].inputs)
 
     def _identities(self) -> Iterator[str]:
-        for file, label in zip(self._files, self.labels, strict=True):
-            found = file.path.stat()
-            identity = f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
-            if file.others or file.path.is_dir():
-                # The time of a folder does not tell of what is written further down.
-                identity = f"{file.name} {label} {fingerprint([file.path, *file.others])}"
+        # Beside one another: a disk or a file server answers some requests sooner than one by one.
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcnn-content") as readers:
+            yield from self._described(readers.map(_content, self._files))
+
+    def _former_identities(self) -> Iterator[str]:
+        """As `_identities` once were, of times that files were written at."""
+        return self._described(map(_times, self._files))
+
+    def _described(self, known: Iterable[str]) -> Iterator[str]:
+        for file, label, each in zip(self._files, self.labels, known, strict=True):
+            identity = f"{file.name} {label} {each}"
             numbers = dict(zip(self.input_names, file.inputs, strict=True))
             # Only what is not as usual, so that a run from before goes on.
             made = [str(each) for each in (dict(self.choice.made), numbers) if each]
@@ -120,6 +129,18 @@ class FileDataset(ImageDataset):
         path = self._files[position].path
         if path.is_file():
             will_need(path)
+
+
+def _content(file: LabelledFile) -> str:
+    return content_digest([file.path, *file.others])
+
+
+def _times(file: LabelledFile) -> str:
+    if file.others or file.path.is_dir():
+        # The time of a folder does not tell of what is written further down.
+        return fingerprint([file.path, *file.others])
+    found = file.path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def open_dataset(

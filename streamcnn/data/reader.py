@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,10 +121,7 @@ class BatchReader:
         tile = self._prepared(stored.to(self.device))
         # One pass over the sum finds any NaN or infinity without a mask of the tile's size.
         if not torch.isfinite(tile.sum()) and not torch.isfinite(tile).all():
-            raise CorruptImage(
-                f"the image holds NaN or infinite values in rows {_span(region.rows)}, columns "
-                f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
-            )
+            raise CorruptImage(self._describe_bad_pixel(tile, region))
         return tile
 
     def _check_arithmetic(self, tile: Tensor) -> None:
@@ -144,6 +142,19 @@ class BatchReader:
                 "allowed are results that fit the type; turn the tile into floats first, such as "
                 "tile.float() * 2 - 255"
             )
+    def _describe_bad_pixel(self, tile: Tensor, region: Region) -> str:
+        """The first pixel of a tile (N, C, h, w) that is NaN or infinite, and whose it is."""
+        at = next(at for at, image in enumerate(tile) if not torch.isfinite(image).all())
+        first = int((~torch.isfinite(tile[at])).flatten().to(torch.uint8).argmax())
+        channel, row, column = np.unravel_index(first, tuple(tile.shape[1:]))
+        name = f" ({self._sources[at].name})" if self._sources else ""
+        value = float(tile[at].flatten()[first])
+        row, column = region.rows.start + row, region.cols.start + column
+        return (
+            f"image {at} of the batch{name} is {value} for the model in channel {channel} at row {row}, "
+            f"column {column}: it holds NaN or infinite values in rows {_span(region.rows)}, columns "
+            f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
+        )
 
     def _cost(self) -> BatchCost:
         if self._tensor is not None or self.device.type != "cpu":

@@ -7,6 +7,7 @@
       log.jsonl       a line for each update and each epoch
       checkpoints/    the two newest and the best, see `streamcnn.training.checkpoints`
       events/         for TensorBoard, if wanted
+      run.lock        locked while a process trains, which `run.pid` then names
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, largest_of
+from streamcnn.disk import writing
 from streamcnn.documents import conform, parse_json, read_within, require_flat
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 from streamcnn.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust
@@ -390,7 +392,8 @@ def _require_same_shapes(net: nn.Module, weights: Mapping[str, Any], where: Path
 
 def _write(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the run's file."""
-    replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
+    with writing(folder / RUN):
+        replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
 
 
 def _require_device(name: str) -> None:

@@ -184,8 +184,8 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
             )
         if (source.shape, source.dtype) != (sources[0].shape, sources[0].dtype):
             raise DatasetMismatch(
-                f"image {position} of the batch is {source.shape} {source.dtype}, image 0 is "
-                f"{sources[0].shape} {sources[0].dtype}: allowed is one shape and dtype; "
+                f"image {position} of the batch is {source.shape} {source.dtype} ({source.name}), image 0 is "
+                f"{sources[0].shape} {sources[0].dtype} ({sources[0].name}): allowed is one shape and dtype; "
                 "put images that differ into batches of their own"
             )
         if source.largest != sources[0].largest:

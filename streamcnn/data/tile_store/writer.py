@@ -7,10 +7,11 @@ a writer goes on with what the journal lacks. Readers see nothing of it before `
 from __future__ import annotations
 
 import glob
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -37,6 +38,7 @@ from streamcnn.data.tile_store.format import (
     require_known_label,
     write_manifest,
 )
+from streamcnn.disk import writing
 from streamcnn.documents import read_within, require_within
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 
@@ -60,6 +62,8 @@ class TileStoreWriter:
         If what the folder holds already is damaged, or a link that leads out of it.
     StreamError
         If another process writes to the folder.
+    CannotWrite
+        If there is no room, or the folder may not be written to; then and later.
     """
 
     def __init__(self, folder: str | Path, head: Head) -> None:
@@ -73,8 +77,9 @@ class TileStoreWriter:
         _refuse_foreign(self.folder)
         for name in (IMAGES, JOURNAL, LOCK, COMPLETE):
             require_within(self.folder, self.folder / name, error=CorruptImage)
-        (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        with _told(self.folder):
+            (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
         try:
             self._resume()
         except BaseException:
@@ -152,7 +157,8 @@ class TileStoreWriter:
     def _close_journal(self) -> None:
         journal, self._journal = self._journal, None
         if journal is not None:
-            journal.close()
+            with _told(self.folder / JOURNAL):
+                journal.close()
 
     def _close(self) -> None:
         try:
@@ -207,7 +213,7 @@ def write_image_folder(
         If the name is a folder of other images, or lies in one.
     CorruptImage
         If the source cannot be read, or a link leads out of the store.
-    StreamError
+    CannotWrite
         If it cannot be written, as on a full disk; nothing of the image is left.
     """
     if not NAME.fullmatch(name):
@@ -220,7 +226,8 @@ def write_image_folder(
     _refuse_to_hide(target, store / IMAGES)
     # Two processes that write one image, against the rules, at least do not mix their files.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with _told(target):
+    # All smaller levels together are a third of the first.
+    with _told(target, math.prod(source.shape) * source.dtype.itemsize * 4 // 3):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -256,18 +263,9 @@ def write_image_folder(
     )
 
 
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
     """Say of an error in writing what was written, and that nothing is lost."""
-    try:
-        yield
-    except StreamError:
-        raise
-    except OSError as error:
-        raise StreamError(
-            f"cannot write {path}: {error.strerror or error}; make room or give another folder, then start "
-            "again: finished images are kept"
-        ) from error
+    return writing(path, needed=needed, at_most=True, kept="Finished images are kept")
 
 
 def _refuse_to_hide(target: Path, images: Path) -> None:
