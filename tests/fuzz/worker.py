@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import resource
@@ -152,6 +153,8 @@ def serve(connection: Connection, target: str, seeds: Path, root: Path) -> None:
     watch = Watch()
     tempfile.tempdir = str(root / "case")
     os.environ.update(XDG_CACHE_HOME=str(root / "case"), MPLCONFIGDIR=str(root / "mpl"))
+    (root / "mpl").mkdir(exist_ok=True)
+    importlib.import_module("matplotlib.font_manager")  # it writes down what fonts there are
     for variant in sorted((seeds / target).iterdir()):
         # Valid files are opened first: whatever is imported and started once is there then.
         folder = _fresh(root)
