@@ -17,6 +17,7 @@ from tifffile.zarr import ZarrTiffStore
 
 from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.chunk_cache import CACHE_BYTES, ChunkCache, Window
 from streamcnn.data.sources.costs import REGION_COPIES, chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
@@ -43,8 +44,9 @@ class TiffSource(FileSource):
     """One level of one image of a TIFF file, of which only the tiles or strips under a region are decoded.
 
     Pixels that lie uncompressed in one piece are mapped into memory. An image that is one compressed tile
-    or strip is decoded whole when it is first read and kept from then on. The file is open only while it
-    is read. Tiles that a sparse file leaves out read as its fill value.
+    or strip is decoded whole when it is first read and kept from then on. Of several tiles or strips, those
+    that are larger than what is read of them are kept, decoded, in a cache; others are decoded each time. The
+    file is open only while it is read. Tiles that a sparse file leaves out read as its fill value.
 
     Pixels are turned upright as the file's orientation says. Grey is inverted where 0 is white, CMYK and
     Aperio's YCbCr become RGB, and colours that were multiplied by alpha are divided by it. Pixels that a LERC
@@ -60,6 +62,7 @@ class TiffSource(FileSource):
     channels_last : bool, optional
         Which axis of a stack of three axes is the channels, where the file does not say it.
     max_pixels : largest tile or strip, in pixels, that may be decoded
+    cache_bytes : most bytes of decoded tiles or strips that are kept, unless the image is a single one
 
     Raises
     ------
@@ -80,12 +83,15 @@ class TiffSource(FileSource):
         level: int = 0,
         channels_last: bool | None = None,
         max_pixels: int = MAX_PIXELS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._request = _Request(str(path), series, level, channels_last, max_pixels)
+        self._request = _Request(str(path), series, level, channels_last, max_pixels, cache_bytes)
         name = self._request.name
         with opening(name, "TIFF"):
             self._files = PerProcess(functools.partial(_open, self._request))
             opened = self._files.get()
+        if opened.cache is not None:
+            opened.cache.warn_if_too_small(name, opened.pieces)
         self._layout = opened.layout
         self._stamps = opened.stamps
         self._piece = opened.piece
@@ -99,9 +105,8 @@ class TiffSource(FileSource):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of an image that is one tile or strip, once it has been decoded."""
-        decoded = self._files.get().decoded
-        return 0 if decoded is None else decoded.nbytes
+        """Bytes of decoded tiles or strips that the source keeps in memory now."""
+        return self._files.get().held_bytes()
 
     @property
     def pieces(self) -> str:
@@ -110,7 +115,7 @@ class TiffSource(FileSource):
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """Tiles or strips under a region, a few at a time, or all of an image that is a single one."""
+        """Tiles or strips under a region, a few at a time, and those that are kept."""
         opened = self._files.get()
         channels, height, width = self._layout.image_shape(opened.pixels.shape)
         pixel = channels * opened.pixels.dtype.itemsize
@@ -132,6 +137,8 @@ class TiffSource(FileSource):
                 copies=_CHUNK_COPIES,
                 at_once=zarr.config.get("async.concurrency"),
             )
+            assert opened.cache is not None
+            cost = replace(cost, held=opened.cache.most_bytes())
         if not self._colours.is_plain:
             cost = replace(cost, pixel=cost.pixel + pixel + COLOUR_BYTES)
         return cost.transposed() if cost.size != self.shape[1:] else cost
@@ -142,10 +149,8 @@ class TiffSource(FileSource):
             start_zarr_threads()
 
     def release(self) -> None:
-        """Let go of an image that is one tile or strip."""
-        opened = self._files.get()
-        with opened.lock:
-            opened.decoded = None
+        """Let go of the tiles or strips that `held_bytes` counts; the next read decodes them again."""
+        self._files.get().release()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._request,)
@@ -177,6 +182,7 @@ class _Request:
     level: int
     channels_last: bool | None
     max_pixels: int
+    cache_bytes: int
 
     @property
     def name(self) -> str:
@@ -194,9 +200,13 @@ class _Opened:
     colours: Colours
     orientation: Orientation
     stamps: tuple[FileStamp, ...]
-    is_one_chunk: bool
+    pieces: str
+    """What it is cut into, ``"tiles"`` or ``"strips"``."""
     piece: str
-    """What it is cut into, for messages."""
+    """The same with their extents, for messages."""
+    is_one_chunk: bool = False
+    cache: ChunkCache | None = None
+    """Of tiles or strips that have been read, if there are several."""
     decoded: NDArray[Any] | None = None
     """All pixels, if they are one tile or strip that has been read."""
     lock: ProcessLock = field(default_factory=ProcessLock)
@@ -206,16 +216,30 @@ class _Opened:
             # When a read fails, zarr lets the other tiles' reads run on, and they open the file again.
             weakref.finalize(self, _close, self.store, os.getpid())
 
-    def cut(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
+    def held_bytes(self) -> int:
+        """Bytes of decoded pixels that are kept now."""
+        if self.cache is not None:
+            return self.cache.held_bytes()
+        return 0 if self.decoded is None else self.decoded.nbytes
+
+    def release(self) -> None:
+        """Let go of all decoded pixels."""
+        if self.cache is not None:
+            self.cache.clear()
+        with self.lock:
+            self.decoded = None
+
+    def cut(self, window: Window) -> NDArray[Any]:
         """The pixels of a window; no file stays open after it."""
         if self.is_one_chunk:
             with self.lock:
                 if self.decoded is None:
                     self.decoded = self._decode(tuple(slice(None) for _ in self.pixels.shape))
                 return self.decoded[window]
-        return self._decode(window)
+        assert self.cache is not None, "what is neither mapped nor one piece has several"
+        return self.cache.read(window, self._decode)
 
-    def _decode(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
+    def _decode(self, window: Window) -> NDArray[Any]:
         try:
             return np.asarray(self.pixels[window])
         finally:
@@ -240,17 +264,17 @@ def _open(request: _Request) -> _Opened:
         check_complete(request.name, data)
         is_one_chunk = _is_one_chunk(request, data)
         stamps = (stamp, *_stamps_of_others(data, stamp))
-        piece = described(
-            f"TIFF {'tiles' if data.keyframe.is_tiled else 'strips'}", chunk_size(data.keyframe)
-        )
+        pieces = "tiles" if data.keyframe.is_tiled else "strips"
+        piece = described(f"TIFF {pieces}", chunk_size(data.keyframe))
         if _is_mappable(data):
-            return _Opened(
-                _mapped(data), None, layout, colours, orientation, stamps, is_one_chunk=False, piece=piece
-            )
+            return _Opened(_mapped(data), None, layout, colours, orientation, stamps, pieces, piece)
         keep_lerc_masks(request.name, data.keyframe)
         store = data.aszarr(level=0, squeeze=False)
         array = zarr.open_array(store, mode="r")
-        return _Opened(array, store, layout, colours, orientation, stamps, is_one_chunk, piece)
+        cache = None
+        if not is_one_chunk:
+            cache = ChunkCache(array.chunks, array.shape, array.dtype.itemsize, request.cache_bytes)
+        return _Opened(array, store, layout, colours, orientation, stamps, pieces, piece, is_one_chunk, cache)
 
 
 def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageSeries]:
@@ -334,4 +358,5 @@ def _reopen(request: _Request) -> TiffSource:
         level=request.level,
         channels_last=request.channels_last,
         max_pixels=request.max_pixels,
+        cache_bytes=request.cache_bytes,
     )
