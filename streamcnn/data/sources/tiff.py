@@ -23,15 +23,18 @@ from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, Proc
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
 from streamcnn.data.sources.mapped import copied, mapped_bytes
 from streamcnn.data.sources.orientation import Orientation
+from streamcnn.data.sources.places import place
+from streamcnn.data.sources.remote import REMOTE_BYTES
 from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
 from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_of
 from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
-from streamcnn.data.sources.tiff_series import check_number, chosen_series
+from streamcnn.data.sources.tiff_series import check_number, chosen_series, tiff_file
 from streamcnn.errors import DatasetMismatch
 from streamcnn.extras import require
 from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
+from streamcnn.text import without_secrets
 
 _ORIENTATION = 274
 _CHUNK_COPIES = 3
@@ -54,7 +57,7 @@ class TiffSource(FileSource):
 
     Parameters
     ----------
-    path : file
+    path : file, or URL of one elsewhere
     series : int, optional
         Which image of the file. By default it is the largest of full resolution that is no macro, label or
         thumbnail, the first of equals.
@@ -85,8 +88,9 @@ class TiffSource(FileSource):
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._request = _Request(str(path), series, level, channels_last, max_pixels, cache_bytes)
+        self._request = _Request(place(path), series, level, channels_last, max_pixels, cache_bytes)
         name = self._request.name
+        self._is_remote = isinstance(self._request.path, str)
         with opening(name, "TIFF"):
             self._files = PerProcess(functools.partial(_open, self._request))
             opened = self._files.get()
@@ -139,6 +143,8 @@ class TiffSource(FileSource):
             )
             assert opened.cache is not None
             cost = replace(cost, held=opened.cache.most_bytes())
+        if self._is_remote:
+            cost = replace(cost, fixed=cost.fixed + REMOTE_BYTES)
         if not self._colours.is_plain:
             cost = replace(cost, pixel=cost.pixel + pixel + COLOUR_BYTES)
         return cost.transposed() if cost.size != self.shape[1:] else cost
@@ -177,7 +183,7 @@ class TiffSource(FileSource):
 class _Request:
     """What a source was asked to open."""
 
-    path: str
+    path: Path | str
     series: int | None
     level: int
     channels_last: bool | None
@@ -187,7 +193,8 @@ class _Request:
     @property
     def name(self) -> str:
         parts = [f"{what} {n}" for what, n in (("image", self.series), ("level", self.level)) if n]
-        return f"{self.path} ({', '.join(parts)})" if parts else self.path
+        shown = without_secrets(str(self.path))
+        return f"{shown} ({', '.join(parts)})" if parts else shown
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -253,34 +260,38 @@ def _close(store: ZarrTiffStore, process: int) -> None:
 
 
 def _open(request: _Request) -> _Opened:
-    stamp = FileStamp.of(request.path)
-    with TiffFile(request.path) as file:
+    stamps = [FileStamp.of(request.path)] if isinstance(request.path, Path) else []
+    with tiff_file(request.path) as file:
         check_directories(request.name, file)
         image, data = _level(request, file)
         layout = _layout(request, data)
         colours = colours_of(request.name, data, is_ome=file.is_ome)
         orientation = _orientation(image, data)
         check_decodable(request.name, data.keyframe)
+        _refuse_several_files_elsewhere(request, data)
         check_complete(request.name, data)
         is_one_chunk = _is_one_chunk(request, data)
-        stamps = (stamp, *_stamps_of_others(data, stamp))
+        stamps += _stamps_of_others(data, stamps)
         pieces = "tiles" if data.keyframe.is_tiled else "strips"
         piece = described(f"TIFF {pieces}", chunk_size(data.keyframe))
         if _is_mappable(data):
-            return _Opened(_mapped(data), None, layout, colours, orientation, stamps, pieces, piece)
+            return _Opened(_mapped(data), None, layout, colours, orientation, tuple(stamps), pieces, piece)
         keep_lerc_masks(request.name, data.keyframe)
         store = data.aszarr(level=0, squeeze=False)
         array = zarr.open_array(store, mode="r")
         cache = None
         if not is_one_chunk:
             cache = ChunkCache(array.chunks, array.shape, array.dtype.itemsize, request.cache_bytes)
-        return _Opened(array, store, layout, colours, orientation, stamps, pieces, piece, is_one_chunk, cache)
+        return _Opened(
+            array, store, layout, colours, orientation, tuple(stamps), pieces, piece, is_one_chunk, cache
+        )
 
 
 def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageSeries]:
     """The image, and that resolution of it which is asked for."""
-    image = chosen_series(request.path, file, request.series)
-    check_number(request.path, "level", request.level, len(image.levels))
+    shown = without_secrets(str(request.path))
+    image = chosen_series(shown, file, request.series)
+    check_number(shown, "level", request.level, len(image.levels))
     return image, image.levels[request.level]
 
 
@@ -345,10 +356,21 @@ def _mapped(data: TiffPageSeries) -> NDArray[Any]:
     return np.memmap(file.filehandle.path, dtype, "r", data.dataoffset, data.get_shape(False))
 
 
-def _stamps_of_others(data: TiffPageSeries, main: FileStamp) -> list[FileStamp]:
+def _refuse_several_files_elsewhere(request: _Request, data: TiffPageSeries) -> None:
+    """Raise `DatasetMismatch` if planes of an image at a URL lie in files that cannot be looked for there."""
+    if isinstance(request.path, str) and (data.is_multifile or any(page is None for page in data)):
+        raise DatasetMismatch(
+            f"{request.name} lies in several files: allowed elsewhere than on this machine are images in one "
+            "file; download them, or write the image as one"
+        )
+
+
+def _stamps_of_others(data: TiffPageSeries, main: list[FileStamp]) -> list[FileStamp]:
     """The other files of an image that lies in several."""
-    paths = {page.parent.filehandle.path for page in data if page is not None} if data.is_multifile else set()
-    return [FileStamp.of(path) for path in sorted(paths) if not Path(path).samefile(main.path)]
+    if not data.is_multifile:
+        return []
+    paths = {page.parent.filehandle.path for page in data if page is not None}
+    return [FileStamp.of(path) for path in sorted(paths) if not Path(path).samefile(main[0].path)]
 
 
 def _reopen(request: _Request) -> TiffSource:

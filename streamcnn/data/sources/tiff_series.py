@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from tifffile import TiffFile, TiffPageSeries
 
 from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.places import place
+from streamcnn.data.sources.remote import RemoteFile
 from streamcnn.errors import DatasetMismatch
+from streamcnn.text import without_secrets
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
 _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
@@ -59,6 +63,23 @@ def check_number(path: str, what: str, asked: int, found: int) -> None:
         raise DatasetMismatch(f"{path} has no {what} {asked}: allowed are 0..{found - 1}")
 
 
+def tiff_file(where: Path | str) -> TiffFile:
+    """A TIFF file at a path or a URL, opened.
+
+    Raises
+    ------
+    CorruptImage
+        If it lies on a server that sends files only as a whole.
+    MissingExtra
+        If reading from there needs a package that is not installed.
+    OSError
+        If there is no such file.
+    """
+    if isinstance(where, Path):
+        return TiffFile(where)
+    return TiffFile(cast(IO[bytes], RemoteFile(where)))
+
+
 def tiff_series(path: str | Path) -> list[SeriesFacts]:
     """All images of a TIFF file.
 
@@ -67,8 +88,8 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
     CorruptImage
         If there is no such file, or it is damaged.
     """
-    with opening(str(path), "TIFF"), TiffFile(path) as file:
-        default = chosen_series(str(path), file, None) if file.series else None
+    with opening(str(path), "TIFF"), tiff_file(place(path)) as file:
+        default = chosen_series(without_secrets(str(path)), file, None) if file.series else None
         return [
             SeriesFacts(
                 number,
