@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image, or the folder of a tile store.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="An image, its URL, or the folder of a tile store.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Print what an image or a tile store is, without reading pixels."""
+    from streamcnn.data.sources.places import place
     from streamcnn.data.tile_store import TileStore, is_tile_store
 
-    facts = store_facts(TileStore(path)) if is_tile_store(path) else _image_facts(path)
+    where = place(path)
+    facts = store_facts(TileStore(where)) if is_tile_store(where) else _image_facts(where)
     _print_facts(facts, as_json=as_json)
 
 
@@ -141,7 +145,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
         yield progress
 
 
-def _image_facts(path: Path) -> dict[str, Any]:
+def _image_facts(path: Path | str) -> dict[str, Any]:
     from streamcnn.data.sources import TiffSource, ZarrSource, open_image
     from streamcnn.data.sources.tiff_series import tiff_series
 

@@ -18,6 +18,7 @@ from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.label_table import class_names, label_number
 from streamcnn.data.labelled_files import files_in_folders, files_of_table
 from streamcnn.data.sources import ImageSource, open_image
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
 from streamcnn.data.uniform import check_channels, num_channels
@@ -51,7 +52,7 @@ class FileDataset(ImageDataset):
         If there are no such images, a label or an image is missing, or an input is missing or no number; if
         images have different numbers of channels, or folders may be splits and may be classes.
     CorruptImage
-        If a folder holds no image, or an image cannot be opened.
+        If a folder holds no image, an image cannot be opened, or the path is not on this machine.
     MissingExtra
         If a format needs a package that is not installed.
     ValueError
@@ -68,7 +69,7 @@ class FileDataset(ImageDataset):
         seed: int = 0,
         inputs: Sequence[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.input_names = tuple(inputs)
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)
@@ -126,7 +127,8 @@ def open_dataset(
 
     Parameters and errors are those of `TileDataset` and `FileDataset`; only a CSV file has inputs.
     """
-    if not is_tile_store(Path(path)):
+    path = local_path(path)
+    if not is_tile_store(path):
         return FileDataset(
             path, split, positions=positions, augmentation=augmentation, seed=seed, inputs=inputs
         )
@@ -151,7 +153,7 @@ def open_table(
     DatasetMismatch, ValueError
         As for `FileDataset`, besides labels.
     """
-    for file in files_of_table(Path(path), inputs, labelled=False):
+    for file in files_of_table(local_path(path), inputs, labelled=False):
         yield file.path, open_image(file.path), *_as_inputs(file.inputs)
 
 

@@ -61,8 +61,8 @@ def local_path(path: str | Path) -> Path:
     where = place(path)
     if isinstance(where, str):
         raise CorruptImage(
-            f"{without_secrets(where)} is not on this machine: allowed elsewhere are zarr arrays and TIFF "
-            "files; download it"
+            f"{without_secrets(where)} is not on this machine: allowed are files and folders on it; download "
+            "it, or read it with open_image, which takes zarr arrays and TIFF files elsewhere"
         )
     return where
 
