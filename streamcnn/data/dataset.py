@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.copies import LEAST_BYTES, check_copies, same_keys
 from streamcnn.data.label_range import require_labels
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
@@ -177,7 +179,8 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, an image has no label, or images have different numbers of channels.
+        If the split is not there, an image has no label or is there in two splits, or images have different
+        numbers of channels.
 
     Examples
     --------
@@ -205,6 +208,7 @@ class TileDataset(ImageDataset):
         check_channels(
             self.store.folder, [record.name for record in records], [record.shape[0] for record in records]
         )
+        self._check_copies()
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:
@@ -222,6 +226,13 @@ class TileDataset(ImageDataset):
     def _open(self, position: int) -> ImageSource:
         return self.store.source(self.records[position])
 
+    def _check_copies(self) -> None:
+        """Compare images by the checksums of their chunks."""
+        every = self.store.records
+        copies = same_keys(map(_checksums, every))
+        names, splits = [record.name for record in every], [canonical(record.split) for record in every]
+        check_copies(self.store.folder, names, splits, copies, [record.label for record in every])
+
     def truth(self, position: int) -> Any:
         """What the store knows beyond the label: of UltraMNIST, the boxes and values of the digits."""
         return self.records[position].truth
@@ -235,6 +246,14 @@ class TileDataset(ImageDataset):
         for key in record.shards:
             if key.startswith("0/"):
                 will_need(self.store.path(record) / key)
+
+
+def _checksums(record: ImageRecord) -> Hashable | None:
+    """What two images of the same pixels have in common; None of a small image."""
+    if record.stored_bytes < LEAST_BYTES:
+        return None
+    shards = sorted((key, *astuple(shard)) for key, shard in record.shards.items())
+    return (record.shape, record.dtype, *shards)
 
 
 def _of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:

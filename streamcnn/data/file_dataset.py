@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.copies import check_copies, same_files
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.label_table import class_names, label_number
@@ -50,7 +51,8 @@ class FileDataset(ImageDataset):
     ------
     DatasetMismatch
         If there are no such images, a label or an image is missing, or an input is missing or no number; if
-        images have different numbers of channels, or folders may be splits and may be classes.
+        images have different numbers of channels, one is there in two splits, or folders may be splits and
+        may be classes.
     CorruptImage
         If a folder holds no image, an image cannot be opened, or the path is not on this machine.
     MissingExtra
@@ -75,7 +77,10 @@ class FileDataset(ImageDataset):
             _refuse_inputs(self.path, inputs)
         every = files_in_folders(self.path) if self.path.is_dir() else files_of_table(self.path, inputs)
         channels = [num_channels(file.path) for file in every]
-        check_channels(self.path, [file.name for file in every], channels)
+        names, splits = [file.name for file in every], [file.split for file in every]
+        check_channels(self.path, names, channels)
+        copies = same_files([(file.path, *file.others) for file in every])
+        check_copies(self.path, names, splits, copies, [file.label for file in every])
         classes = class_names(file.label for file in every)
         wanted = None if split is None else canonical(split)
         files = [file for file in every if wanted is None or file.split == wanted]
