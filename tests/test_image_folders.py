@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from streamcnn.cli import app
 from streamcnn.data.convert import convert
 from streamcnn.data.file_dataset import open_dataset, open_table
 from streamcnn.data.image_files import find_images
+from streamcnn.data.sources import open_image
 from streamcnn.data.store_names import distinct_names
 from streamcnn.data.tile_store import TileStore
 from streamcnn.errors import CorruptImage, DatasetMismatch
@@ -161,6 +163,39 @@ def test_every_command_that_opens_images_knows_the_place(home: Path, place: str)
         assert len(list(open_table(table))) == 2
     for folder in ("~/set", f"file://{home}/set"):
         assert open_dataset(folder).classes == ("cat", "dog")
+
+
+def test_info_says_what_a_folder_of_images_holds(home: Path) -> None:
+    result = CliRunner().invoke(app, ["info", "~/set"])
+    assert result.output.splitlines() == [
+        "kind     folder of images",
+        "images   2",
+        "endings  .tif: 2",
+        "folders  cat, dog",
+        "first    cat/1.tif",
+    ]
+    (home / "empty").mkdir()
+    result = CliRunner().invoke(app, ["info", str(home / "empty")])
+    assert str(result.exception).startswith(f"no image is known at {home / 'empty'}: see docs/images.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "stored_as"),
+    [
+        ("set/cat/1.tif", "TIFF strips of 16 x 16"),
+        ("a.zarr", "zarr chunks of 3 x 8 x 8"),
+        ("a.npy", "an array in one piece, of which the pages under a region are read"),
+    ],
+)
+def test_info_says_how_an_image_is_stored_and_what_reading_takes(
+    home: Path, name: str, stored_as: str
+) -> None:
+    np.save(home / "a.npy", np.zeros((3, 16, 16), np.uint8))
+    result = CliRunner().invoke(app, ["info", f"~/{name}", "--json"])
+    facts = json.loads(result.output)
+    assert (facts["shape"], facts["stored_as"]) == ([3, 16, 16], stored_as)
+    assert (facts["pixel_bytes"], facts["held_bytes"]) == (3 * 16 * 16, 0)
+    assert facts["tile_bytes"] == open_image(home / name).reading_bytes((16, 16)).transient
 
 
 def test_images_elsewhere_are_refused_where_files_are_needed(home: Path) -> None:

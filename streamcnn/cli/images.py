@@ -19,21 +19,34 @@ from streamcnn.text import printable
 from streamcnn.units import format_bytes, plural
 
 if TYPE_CHECKING:
+    from streamcnn.data.sources import ImageSource
     from streamcnn.data.tile_store import TileStore
+
+_TILE = 512
+"""Height and width in pixels of the tile whose reading is described."""
+_FOLDERS = 10
+"""Folders that are named at most."""
 
 
 def info(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="An image, its URL, or the folder of a tile store.")
+        str,
+        typer.Argument(metavar="PATH", help="An image, its URL, or a folder of images or of a tile store."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Print what an image or a tile store is, without reading pixels."""
+    """Print what an image, a folder of images or a tile store is, without reading pixels."""
+    from streamcnn.data.sources import is_image
     from streamcnn.data.sources.places import place
     from streamcnn.data.tile_store import TileStore, is_tile_store
 
     where = place(path)
-    facts = store_facts(TileStore(where)) if is_tile_store(where) else _image_facts(where)
+    if is_tile_store(where):
+        facts = store_facts(TileStore(where))
+    elif isinstance(where, Path) and where.is_dir() and not is_image(where):
+        facts = _folder_facts(where)
+    else:
+        facts = _image_facts(where)
     _print_facts(facts, as_json=as_json)
 
 
@@ -160,7 +173,36 @@ def _image_facts(path: Path | str) -> dict[str, Any]:
             }
     if isinstance(source, ZarrSource):
         facts["chunks"] = source.chunks
+    facts |= _reading_facts(source)
     return facts
+
+
+def _reading_facts(source: ImageSource) -> dict[str, Any]:
+    """How an image is stored, and what it takes to have its pixels."""
+    channels, height, width = source.shape
+    takes = source.reading_bytes((min(_TILE, height), min(_TILE, width)))
+    return {
+        "stored_as": source.pieces,
+        "pixel_bytes": channels * height * width * source.dtype.itemsize,
+        "held_bytes": takes.held,
+        "tile_bytes": takes.transient,
+    }
+
+
+def _folder_facts(folder: Path) -> dict[str, Any]:
+    """How many images of which kinds there are, and where the first is."""
+    from streamcnn.data.image_files import find_images
+
+    found = find_images([folder])
+    endings = Counter(Path(image.relative).suffix.lower() or "none" for image in found)
+    folders = sorted({image.relative.rpartition("/")[0] or "." for image in found})
+    return {
+        "kind": "folder of images",
+        "images": len(found),
+        "endings": dict(sorted(endings.items())),
+        "folders": folders if len(folders) <= _FOLDERS else [*folders[:_FOLDERS], "..."],
+        "first": found[0].relative,
+    }
 
 
 def _balance(counts: Counter[int | None]) -> str:
