@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", re.IGNORECASE)
 
 
 def printable(text: object, *, keep: str = "") -> str:
@@ -29,6 +33,13 @@ def printable(text: object, *, keep: str = "") -> str:
         each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
         for each in characters
     )
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without the users, passwords and queries of the URLs in it, which let one in."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1?...", _USER.sub("...@", text))
 
 
 def html_text(text: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import random
 import shutil
@@ -365,14 +364,16 @@ def test_a_signal_that_was_ignored_is_ignored(workplace: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_another_command_has_its_status(workplace: Path, number: signal.Signals) -> None:
-    pipe = workplace / "pipe.csv"
-    os.mkfifo(pipe)
-    with start(["convert", str(workplace / "images"), str(workplace / "out"), f"--labels={pipe}"]) as process:
-        # It waits for the rest of the table.
-        with pipe.open("w"):
-            process.send_signal(number)
-            assert process.stderr is not None
-            err = process.stderr.read()
+    picture = workplace / "images" / "train" / "dark" / "0.png"
+    for index in range(2000):
+        shutil.copy(picture, picture.with_name(f"copy-{index}.png"))
+    out = workplace / "out"
+    process = start(["convert", str(workplace / "images"), str(out)])
+    while not any((out / "images").glob("*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert err == (
         f"streamcnn: finished images are kept; the same command goes on\nstreamcnn: ended by {number.name}\n"

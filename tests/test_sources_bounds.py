@@ -12,14 +12,17 @@ import google_crc32c
 import numcodecs
 import numpy as np
 import pytest
+import tifffile
+import torch
 import zarr
 from source_contract import assert_reads, pixels, region
 from typer.testing import CliRunner
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as numcodecs_of_zarr
 
+from streamcnn import StreamingModel
 from streamcnn.cli import app
-from streamcnn.data.sources import ZarrSource, open_image
+from streamcnn.data.sources import TiffSource, ZarrSource, open_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 BOMB = np.zeros(5_000_000, "u1")
@@ -141,6 +144,79 @@ def test_small_chunks_are_not_kept(tmp_path: Path) -> None:
     source = ZarrSource(tmp_path / "a")
     assert_reads(source, image, region(5, 40, 10, 60))
     assert source.held_bytes == source.most_held_bytes == source.reading_cost.held == 0
+
+
+def decoded_pieces(source: TiffSource, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by one for every tile or strip that is decoded from now on."""
+    decoded: list[object] = []
+    store = source._files.get().store
+    really = store.get
+
+    async def get(key: str, *args: Any, **options: Any) -> Any:
+        decoded.append(key)
+        return await really(key, *args, **options)
+
+    monkeypatch.setattr(store, "get", get)
+    return decoded
+
+
+LARGE_PIECES = {
+    "strips": {"rowsperstrip": 1100},
+    "tiles": {"tile": (1408, 1408)},
+}
+"""In a TIFF of 2200 x 2300 pixels, pieces of 4 MiB and more."""
+
+
+@pytest.mark.parametrize("kind", ["strips", "tiles"])
+def test_large_tiles_and_strips_are_decoded_once_and_released(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pixels(3, size=(2200, 2300))
+    stored = np.moveaxis(image, 0, -1)
+    options: Any = {"photometric": "rgb", "compression": "zlib", **LARGE_PIECES[kind]}
+    tifffile.imwrite(tmp_path / "a.tif", stored, **options)
+    source = TiffSource(tmp_path / "a.tif")
+    decoded = decoded_pieces(source, monkeypatch)
+    for top in range(0, 2200, 512):
+        for left in range(0, 2300, 512):
+            assert_reads(source, image, region(top, min(top + 512, 2200), left, min(left + 512, 2300)))
+    num_pieces, height, width = (2, 1100, 2300) if kind == "strips" else (4, 1408, 1408)
+    assert len(decoded) == num_pieces
+    assert source.held_bytes >= image.nbytes
+    assert source.reading_cost.held == num_pieces * 3 * height * width
+    assert source.held_bytes <= source.reading_bytes((512, 512)).held
+    source.release()
+    assert source.held_bytes == 0
+    assert_reads(source, image, region(1000, 1200, 10, 60))
+    assert len(decoded) == num_pieces + (2 if kind == "strips" else 1)
+    with pytest.warns(
+        UserWarning,
+        match=rf"a\.tif has {kind} of {3 * height * width} bytes, of which 1000 are kept at most: each is "
+        "decoded again for every tile that meets it; write the image in smaller ones with streamcnn convert",
+    ):
+        assert TiffSource(tmp_path / "a.tif", cache_bytes=1000).reading_cost.held == 0
+
+
+def test_strips_that_are_kept_are_in_the_plan_and_in_the_measured_peak(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (2200, 2300, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", compression="zlib", rowsperstrip=1100)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1))
+    source = open_image(tmp_path / "a.tif")
+    model = StreamingModel(net, "300MiB", preprocess=lambda tile: tile / 255)
+    plan = model.plan(source)
+    assert {term.name: term.nbytes for term in plan.terms}["decoded image"] == stored.nbytes
+    model(source).sum().backward()
+    assert source.held_bytes == 0
+    assert stored.nbytes < model.last_report.measured_bytes <= plan.projected_bytes  # type: ignore[union-attr,operator]
+
+
+def test_small_tiles_are_not_kept(tmp_path: Path) -> None:
+    image = pixels(3, size=(200, 300))
+    options: Any = {"photometric": "rgb", "compression": "zlib", "tile": (128, 128)}
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(image, 0, -1), **options)
+    source = TiffSource(tmp_path / "a.tif")
+    assert_reads(source, image, region(5, 40, 10, 60))
+    assert source.held_bytes == source.reading_cost.held == 0
 
 
 def test_convert_is_told_where_the_channels_are(tmp_path: Path) -> None:

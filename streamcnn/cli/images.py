@@ -19,30 +19,42 @@ from streamcnn.text import as_text, printable
 from streamcnn.units import format_bytes, plural
 
 if TYPE_CHECKING:
-    from streamcnn.data.sources import ImageChoice
+    from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.data.tile_store import TileStore
+
+_TILE = 512
+"""Height and width in pixels of the tile whose reading is described."""
+_FOLDERS = 10
+"""Folders that are named at most."""
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image, or the folder of a tile store.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="An image, its URL, or a folder of images or of a tile store."),
+    ],
     series: Series = None,
     level: Level = None,
     channels_last: ChannelsLast = None,
     as_json: Json = False,
 ) -> None:
-    """Print what an image or a tile store is, without reading pixels.
+    """Print what an image, a folder of images or a tile store is, without reading pixels.
 
     Of an image that is all its series and levels, and which of them is taken.
     """
     from streamcnn.data.file_dataset import refuse_choice
+    from streamcnn.data.sources import is_image
+    from streamcnn.data.sources.places import place
     from streamcnn.data.tile_store import TileStore, is_tile_store
 
-    choice = choice_of(series, level, channels_last)
-    if is_tile_store(path):
-        refuse_choice(path, choice)
-        facts = store_facts(TileStore(path))
+    where, choice = place(path), choice_of(series, level, channels_last)
+    if is_tile_store(where):
+        refuse_choice(where, choice)
+        facts = store_facts(TileStore(where))
+    elif isinstance(where, Path) and where.is_dir() and not is_image(where):
+        facts = _folder_facts(where, choice)
     else:
-        facts = _image_facts(path, choice)
+        facts = _image_facts(where, choice)
     _print_facts(facts, as_json=as_json)
 
 
@@ -144,7 +156,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
         yield progress
 
 
-def _image_facts(path: Path, choice: ImageChoice) -> dict[str, Any]:
+def _image_facts(path: Path | str, choice: ImageChoice) -> dict[str, Any]:
     from streamcnn.data.sources import ZarrSource, largest_of, open_chosen
     from streamcnn.data.sources.listing import series_of
     from streamcnn.data.sources.series import taken_of
@@ -165,7 +177,36 @@ def _image_facts(path: Path, choice: ImageChoice) -> dict[str, Any]:
         facts["taken"] = {"series": taken.number, "level": choice.level}
     if isinstance(source, ZarrSource):
         facts["chunks"] = source.chunks
+    facts |= _reading_facts(source)
     return facts
+
+
+def _reading_facts(source: ImageSource) -> dict[str, Any]:
+    """How an image is stored, and what it takes to have its pixels."""
+    channels, height, width = source.shape
+    takes = source.reading_bytes((min(_TILE, height), min(_TILE, width)))
+    return {
+        "stored_as": source.pieces,
+        "pixel_bytes": channels * height * width * source.dtype.itemsize,
+        "held_bytes": takes.held,
+        "tile_bytes": takes.transient,
+    }
+
+
+def _folder_facts(folder: Path, choice: ImageChoice) -> dict[str, Any]:
+    """How many images of which kinds there are, and where the first is."""
+    from streamcnn.data.image_files import find_images
+
+    found = find_images([folder], choice.series)
+    endings = Counter(Path(image.relative).suffix.lower() or "none" for image in found)
+    folders = sorted({image.relative.rpartition("/")[0] or "." for image in found})
+    return {
+        "kind": "folder of images",
+        "images": len(found),
+        "endings": dict(sorted(endings.items())),
+        "folders": folders if len(folders) <= _FOLDERS else [*folders[:_FOLDERS], "..."],
+        "first": found[0].relative,
+    }
 
 
 def _balance(counts: Counter[int | None]) -> str:

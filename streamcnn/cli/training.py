@@ -110,6 +110,7 @@ def train(
     from streamcnn.cli.training_progress import TrainingProgress
     from streamcnn.data.augmentation import RandomAugmentation
     from streamcnn.data.normalisation import Normalise
+    from streamcnn.data.sources.places import local_path
     from streamcnn.extras import require
     from streamcnn.training import (
         RunConfig,
@@ -144,7 +145,7 @@ def train(
         config = RunConfig(
             model=model,
             model_options=options["model_option"],
-            data=str(Path(data).resolve()),
+            data=str(local_path(data).resolve()),
             inputs=parse_names(inputs),
             choice=choice_of(series, level, channels_last),
             split=split,

@@ -6,6 +6,7 @@ Everything that can be wrong with names, labels and the store is found before th
 from __future__ import annotations
 
 import posixpath
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,8 @@ from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.image_files import FoundImage
 from streamcnn.data.label_table import Row, class_names, label_number, read_rows
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
-from streamcnn.data.store_names import older_name, store_name
+from streamcnn.data.sources.places import local_path
+from streamcnn.data.store_names import older_name, store_name, unlike_name
 from streamcnn.data.tile_store import Head, ImageRecord, TileStoreWriter, check_names, write_image_folder
 from streamcnn.data.tile_store.arrays import num_levels
 from streamcnn.data.tile_store.format import IMAGES
@@ -65,11 +67,11 @@ def convert(
     CorruptImage
         If an image cannot be read, or is changed while it is read.
     """
-    table = None if labels is None else _read_table(Path(labels), images)
-    with TileStoreWriter(out, Head(KIND, {})) as writer:
+    table = None if labels is None else _read_table(local_path(labels), images)
+    with TileStoreWriter(local_path(out), Head(KIND, {})) as writer:
         named = {image.name: _named(image, choice, writer.records) for image in images}
         rows = None if table is None else {named[name].name: row for name, row in table.items()}
-        check_names((*writer.records, *(image.name for image in named.values())))
+        check_names((*writer.records, *(image.name for image in named.values())), in_any_case=True)
         missing = [image for image in named.values() if not _is_current(writer, image, choice)]
         if rows is not None:
             numbered = any(record.label is not None for record in writer.records.values())
@@ -132,7 +134,9 @@ def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, Row]) -> Iterator
 
 def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     """The table's row for each image, by the image's name in the store."""
-    ways = _keyed(images, _paths), _keyed(images, _file_names)
+    ways = [_keyed(images, _paths), _keyed(images, _file_names)]
+    # Names of files have accents encoded in either way, by the system that wrote them.
+    ways += [{nfc: names for key, names in keys.items() if (nfc := _nfc(key)) not in keys} for keys in ways]
     rows: dict[str, Row] = {}
     unknown = []
     for row in read_rows(path):
@@ -162,6 +166,11 @@ def _spellings(table: Path, text: str) -> Iterator[str]:
     slashed = text.replace("\\", "/")
     yield posixpath.normpath(slashed)
     yield str((table.parent / slashed).resolve())
+    yield _nfc(slashed)
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]]) -> dict[str, list[str]]:
@@ -203,20 +212,21 @@ def _named(image: FoundImage, choice: ImageChoice, records: Mapping[str, ImageRe
         If the store has another image of that name.
     """
     wanted = (str(image.path.resolve()), choice.series, choice.level)
-    for name in (image.name, older_name(image.relative), store_name(image.relative, ending=True)):
+    longer, unlike = store_name(image.relative, ending=True), unlike_name(image.relative)
+    before = (store_name(image.relative), older_name(image.relative))
+    for name in (image.name, *before, longer, unlike):
         record = records.get(name)
         if record is not None and _picture(record) == wanted:
             return replace(image, name=name)
     record = records.get(image.name)
     if record is None:
-        return image
-    longer = store_name(image.relative, ending=True)
+        is_alike = image.name.casefold() in {name.casefold() for name in records}
+        return replace(image, name=unlike) if is_alike else image
     if Path(str(record.origin.get("path"))).name != image.path.name and longer not in records:
         return replace(image, name=longer)
     path, series, level = _picture(record)
-    before = _described(series, level)
     raise DatasetMismatch(
-        f"the store has an image {image.name!r} already, {before} of {path}; "
+        f"the store has an image {image.name!r} already, {_described(series, level)} of {path}; "
         f"{_described(choice.series, choice.level)} of {image.path} is another one: rename it or write to "
         "another store"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.copies import LEAST_BYTES, check_copies, same_keys
 from streamcnn.data.label_range import require_labels
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, largest_of
@@ -207,8 +208,8 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, an image has no label, or images of the store have different numbers of
-        channels, types or ranges of values.
+        If the split is not there, an image has no label or is there in two splits, or images of the store
+        have different numbers of channels, types or ranges of values.
 
     Examples
     --------
@@ -235,6 +236,7 @@ class TileDataset(ImageDataset):
             raise no_split(self.store.folder, split, (record.split for record in self.store.records))
         every = self.store.records
         check_alike(self.store.folder, [each.name for each in every], [_kind(each) for each in every])
+        self._check_copies()
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:
@@ -252,6 +254,13 @@ class TileDataset(ImageDataset):
 
     def _open(self, position: int) -> ImageSource:
         return self.store.source(self.records[position])
+
+    def _check_copies(self) -> None:
+        """Compare images by the checksums of their chunks."""
+        every = self.store.records
+        copies = same_keys(map(_checksums, every))
+        names, splits = [record.name for record in every], [canonical(record.split) for record in every]
+        check_copies(self.store.folder, names, splits, copies, [record.label for record in every])
 
     def truth(self, position: int) -> Any:
         """What the store knows beyond the label: of UltraMNIST, the boxes and values of the digits."""
@@ -288,6 +297,14 @@ def _choice_of(records: Sequence[ImageRecord]) -> ImageChoice:
         except ValueError:
             return DEFAULT_CHOICE  # of another program, that means something else by these words
     return found.pop() if len(found) == 1 else DEFAULT_CHOICE
+
+
+def _checksums(record: ImageRecord) -> Hashable | None:
+    """What two images of the same pixels have in common; None of a small image."""
+    if record.stored_bytes < LEAST_BYTES:
+        return None
+    shards = sorted((key, *astuple(shard)) for key, shard in record.shards.items())
+    return (record.shape, record.dtype, *shards)
 
 
 def _of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.copies import check_copies, same_files
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.fingerprints import content_digest, fingerprint
 from streamcnn.data.label_table import class_names, label_number
 from streamcnn.data.labelled_files import LabelledFile, files_in_folders, files_of_table
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
 from streamcnn.data.uniform import check_alike, kind_of_file
@@ -55,10 +57,10 @@ class FileDataset(ImageDataset):
     ------
     DatasetMismatch
         If there are no such images, a label or an image is missing, or an input is missing or no number; if
-        images have different numbers of channels, types or ranges of values, or folders may be splits and may
-        be classes; or the choice does not apply to an image.
+        images have different numbers of channels, types or ranges of values, one is there in two splits, or
+        folders may be splits and may be classes; or the choice does not apply to an image.
     CorruptImage
-        If a folder holds no image, or an image cannot be opened.
+        If a folder holds no image, an image cannot be opened, or the path is not on this machine.
     MissingExtra
         If a format needs a package that is not installed.
     ValueError
@@ -76,15 +78,17 @@ class FileDataset(ImageDataset):
         choice: ImageChoice = DEFAULT_CHOICE,
         inputs: Sequence[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.input_names = tuple(inputs)
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)
             every = files_in_folders(self.path, choice.series)
         else:
             every = files_of_table(self.path, inputs)
-        kinds = [kind_of_file(file.path, choice) for file in every]
-        check_alike(self.path, [file.name for file in every], kinds)
+        names, splits = [file.name for file in every], [file.split for file in every]
+        check_alike(self.path, names, [kind_of_file(file.path, choice) for file in every])
+        copies = same_files([(file.path, *file.others) for file in every])
+        check_copies(self.path, names, splits, copies, [file.label for file in every])
         classes = class_names(file.label for file in every)
         wanted = None if split is None else canonical(split)
         files = [file for file in every if wanted is None or file.split == wanted]
@@ -158,7 +162,8 @@ def open_dataset(
     Parameters and errors are those of `TileDataset` and `FileDataset`; only a CSV file has inputs, and the
     images of a tile store were chosen when it was written.
     """
-    if not is_tile_store(Path(path)):
+    path = local_path(path)
+    if not is_tile_store(path):
         return FileDataset(
             path,
             split,
@@ -206,7 +211,7 @@ def open_table(
     DatasetMismatch, ValueError
         As for `FileDataset`, besides labels.
     """
-    for file in files_of_table(Path(path), inputs, labelled=False):
+    for file in files_of_table(local_path(path), inputs, labelled=False):
         yield file.path, open_chosen(file.path, choice), *_as_inputs(file.inputs)
 
 

@@ -11,6 +11,7 @@ from streamcnn.data.dicom import is_dicom
 from streamcnn.data.scans import Scan, one_of_each, raw_image
 from streamcnn.data.sources import is_image
 from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.store_names import distinct_names
 from streamcnn.data.tile_store import check_names, is_tile_store
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
@@ -50,14 +51,14 @@ def find_images(paths: Sequence[Path], series: int | None = None) -> list[FoundI
     Raises
     ------
     CorruptImage
-        If a path does not exist or holds no image, or a file is called like an image and is none that is
-        known.
+        If a path does not exist, is not on this machine or holds no image, or a file is called like an image
+        and is none that is known.
     DatasetMismatch
         If two images would have one name, or one's name would be a folder of the other's; or one image would
         be there twice, or lies in several files that cannot be read together.
     """
     found: dict[str, tuple[Path, Scan]] = {}
-    for given, scan in _scans_of(paths, series):
+    for given, scan in _scans_of([local_path(path) for path in paths], series):
         _, known = found.setdefault(scan.key, (given, scan))
         if known.shown != scan.shown:
             raise DatasetMismatch(
@@ -119,13 +120,17 @@ def _require_image(given: Path) -> None:
         )
 
 
-def _scans_below(folder: Path, series: int | None) -> list[Scan]:
-    """Scans in a folder and its folders; not in one that is an image itself, or a tile store."""
+def _scans_below(folder: Path, series: int | None, above: Sequence[Path] = ()) -> list[Scan]:
+    """Scans in a folder and its folders; not in one that is an image itself, or a tile store.
+
+    A link to a folder that it lies in, one of those ``above``, is passed over: all images there are found.
+    """
     raw = raw_image(folder, series)
     if raw is not None:
         return [Scan(raw, folder, f"the image {folder.resolve()}", (raw,))]
     with opening(str(folder), "folder of images"):
         entries = sorted(path for path in folder.iterdir() if not is_hidden(path))
+    entries = [path for path in entries if not _is_broken_link(path)]
     parts = parts_of_others(entries)
     images, unknown, below = [], [], []
     for path in entries:
@@ -140,12 +145,33 @@ def _scans_below(folder: Path, series: int | None) -> list[Scan]:
     _refuse_unknown(folder, unknown)
     _refuse_loose_levels(folder, images)
     found = one_of_each(images)
+    around = (*above, folder)
     for path in below:
-        inside = _scans_below(path, series)
+        if path.is_symlink() and any(path.samefile(each) for each in around):
+            continue
+        inside = _scans_below(path, series, around)
         if not inside and path.suffix.lower() in _IMAGES:
             _refuse_unknown(folder, [path])
         found += inside
     return found
+
+
+def _is_broken_link(path: Path) -> bool:
+    """Whether a link leads nowhere; refused if it may have led to an image or a folder.
+
+    Raises
+    ------
+    CorruptImage
+        If it is called like an image or a folder.
+    """
+    if not path.is_symlink() or path.exists():
+        return False
+    if path.suffix.lower() in _IMAGES or not path.suffix:
+        raise CorruptImage(
+            f"{path} is a link to {path.readlink()}, where there is nothing: put back what was there, or "
+            "remove the link"
+        )
+    return True
 
 
 def _refuse_unknown(folder: Path, unknown: Sequence[Path]) -> None:

@@ -14,7 +14,8 @@ from streamcnn.data.label_table import Row, read_rows
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import is_image
 from streamcnn.data.sources.files import is_there
-from streamcnn.errors import DatasetMismatch, some
+from streamcnn.data.sources.places import local_path
+from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 UNSPLIT = "train"
 """The split of images of which nothing says one."""
@@ -44,7 +45,7 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     rows = read_rows(path, inputs, labelled=labelled)
     if not rows:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
-    paths = [_path_of(path.parent, row.image) for row in rows]
+    paths = [_path_of(path, row) for row in rows]
     missing = [at for at, file in enumerate(paths) if not is_there(file) or not is_image(file)]
     if missing:
         raise DatasetMismatch(
@@ -55,11 +56,21 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     return list(_labelled(path, rows, paths))
 
 
-def _path_of(folder: Path, text: str) -> Path:
-    """The path that a table names, which may have been written on Windows."""
-    path = folder / text
-    other = folder / text.replace("\\", "/")
-    return other if not is_there(path) and is_there(other) else path
+def _path_of(table: Path, row: Row) -> Path:
+    """The path that a row names, which may have been written on Windows or macOS.
+
+    Raises
+    ------
+    DatasetMismatch
+        If it is not on this machine.
+    """
+    texts = [row.image, row.image.replace("\\", "/")]
+    texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
+    try:
+        paths = [table.parent / local_path(text) for text in texts]
+    except CorruptImage as error:
+        raise DatasetMismatch(f"{table}, line {row.line}: {error}") from None
+    return next((path for path in paths if is_there(path)), paths[0])
 
 
 def _refuse_rows_twice(path: Path, rows: Sequence[Row]) -> None:

@@ -142,6 +142,7 @@ class BatchReader:
                 "allowed are results that fit the type; turn the tile into floats first, such as "
                 "tile.float() * 2 - 255"
             )
+
     def _describe_bad_pixel(self, tile: Tensor, region: Region) -> str:
         """The first pixel of a tile (N, C, h, w) that is NaN or infinite, and whose it is."""
         at = next(at for at, image in enumerate(tile) if not torch.isfinite(image).all())

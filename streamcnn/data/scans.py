@@ -16,7 +16,7 @@ from streamcnn.data.companions import further_files
 from streamcnn.data.dicom import series_uid
 from streamcnn.data.sources.files import is_there
 from streamcnn.data.sources.places import METADATA_BYTES, zarr_object
-from streamcnn.data.sources.tiff_series import opened_tiff
+from streamcnn.data.sources.tiff_series import tiff_file
 from streamcnn.documents import read_regular
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
@@ -131,7 +131,7 @@ def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main:
 def _ome_root(path: Path) -> ElementTree.Element | None:
     """An OME-TIFF's description; None for any other TIFF, and for damaged ones."""
     try:
-        with opened_tiff(path) as file:
+        with tiff_file(path) as file:
             text = file.ome_metadata
         return None if text is None else ElementTree.fromstring(text)
     except Exception:  # a damaged file fails in as many ways as it has fields; opening it says how

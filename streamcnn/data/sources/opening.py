@@ -6,7 +6,8 @@ Only slides are told by their ending, for most of them are TIFF files that OpenS
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from streamcnn.data.sources.base import ImageSource
 from streamcnn.data.sources.choice import ImageChoice
@@ -18,19 +19,21 @@ from streamcnn.data.sources.ome import is_ome_image
 from streamcnn.data.sources.picture import FORMATS, PictureSource
 from streamcnn.data.sources.places import (
     ZARR_FILES,
-    head_of,
     holds_zarr,
     is_zarr_zip,
     place,
     remote_store,
     zarr_object,
 )
+from streamcnn.data.sources.remote import RemoteFile, trouble
 from streamcnn.data.sources.slide import SlideSource
 from streamcnn.data.sources.tiff import TiffSource
 from streamcnn.data.sources.zarr import ZarrSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.text import without_secrets
 
 _SLIDES = (".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
+_TIFFS = (".btf", ".tf2", ".tf8", ".tif", ".tiff")
 _ZIP = b"PK\x03\x04"
 _MAGIC = {
     "npy": (b"\x93NUMPY",),
@@ -61,8 +64,8 @@ def open_image(
     Parameters
     ----------
     path
-        File, folder of a zarr array or OME-Zarr image, zip file of one, or its URL; ``~`` and ``file://``
-        are understood.
+        File, folder of a zarr array or OME-Zarr image, or zip file of one; ``~`` and ``file://`` are
+        understood. URL of a zarr array, an OME-Zarr image or a TIFF file elsewhere.
     level
         Resolution of a TIFF pyramid, an OME-Zarr image or a slide; 0 is full.
     channels_last
@@ -91,6 +94,7 @@ def open_image(
     """
     where = place(path)
     kind = _kind(where)
+    path = without_secrets(str(path))
     if series not in (None, 0) and kind in ("npy", "picture", "slide"):
         raise DatasetMismatch(
             f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out, or give --series 0"
@@ -178,23 +182,32 @@ def _kind_of_head(head: bytes) -> str | None:
 
 
 def _kind_of_url(url: str) -> str:
-    """Elsewhere there are zarr arrays alone.
+    """Elsewhere there are zarr arrays and TIFF files alone.
 
     Raises
     ------
     CorruptImage
         If there is something else.
     """
-    store = remote_store(url)
-    if holds_zarr(store):
+    is_named_tiff = PurePosixPath(urlsplit(url).path).suffix.lower() in _TIFFS
+    if not is_named_tiff and holds_zarr(remote_store(url)):
         return "zarr"
-    head = head_of(store, 16)
-    if head is None:
-        raise CorruptImage(f"no zarr array at {url}: give the URL of the folder that holds its zarr.json")
-    what = _kind_of_head(head) or ("zip file" if head.startswith(_ZIP) else "file")
+    shown = without_secrets(url)
+    try:
+        head = RemoteFile(url).read(16)
+    except FileNotFoundError as error:
+        if trouble(error) is not None:
+            raise
+        raise CorruptImage(
+            f"no image at {shown}: give the URL of a TIFF file, or of the folder that holds a zarr.json"
+        ) from None
+    kind = _kind_of_head(head)
+    if kind == "tiff":
+        return kind
+    what = kind or ("zip file" if head.startswith(_ZIP) else "file")
     raise CorruptImage(
-        f"{url} is a {what}: allowed elsewhere than on this machine are folders of a zarr array or an OME-"
-        "Zarr image; download it, or write it as one"
+        f"{shown} is a {what}: allowed elsewhere than on this machine are TIFF files and folders of a zarr "
+        "array or an OME-Zarr image; download it, or write it as one"
     )
 
 

@@ -16,15 +16,15 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
 from streamcnn.data.sources.files import opening, regular
+from streamcnn.data.sources.remote import using_fsspec
 from streamcnn.documents import parse_json, read_regular
 from streamcnn.errors import CorruptImage
-from streamcnn.extras import MissingExtra, require
+from streamcnn.text import without_secrets
 
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
 METADATA_BYTES = 2**26
 """Largest file of zarr's metadata."""
-_EXTRA = "remote"
 # A Path makes one slash of two.
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
 
@@ -63,7 +63,10 @@ def local_path(path: str | Path) -> Path:
     """
     where = place(path)
     if isinstance(where, str):
-        raise CorruptImage(f"{where} is not on this machine: allowed elsewhere are zarr arrays; download it")
+        raise CorruptImage(
+            f"{without_secrets(where)} is not on this machine: allowed are files and folders on it; download "
+            "it, or read it with open_image, which takes zarr arrays and TIFF files elsewhere"
+        )
     return where
 
 
@@ -196,29 +199,5 @@ def remote_store(url: str) -> FsspecStore:
     MissingExtra
         If reading from there needs a package that is not installed.
     """
-    require("fsspec", extra=_EXTRA)
-    try:
+    with using_fsspec(url):
         return FsspecStore.from_url(url, read_only=True)
-    except ImportError as error:
-        raise MissingExtra(
-            f"{url} cannot be read because a package is not installed ({error}): install the optional "
-            f"dependencies with  pip install 'streamcnn[{_EXTRA}]'"
-        ) from error
-    except ValueError as error:  # fsspec's for a protocol that it does not know
-        raise CorruptImage(
-            f"{url} cannot be read: {error}; allowed are paths, file://, https://, s3://, gs:// and what "
-            "else fsspec knows"
-        ) from error
-
-
-def head_of(store: FsspecStore, num_bytes: int) -> bytes | None:
-    """The first bytes of the file at a store's URL; None if there is no file."""
-
-    async def read() -> Any:
-        try:
-            return await store.fs._cat_file(store.path, start=0, end=num_bytes)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-
-    found = sync(read())
-    return None if found is None else bytes(found[:num_bytes])

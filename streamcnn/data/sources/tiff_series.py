@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import IO, cast
 
 from tifffile import TiffFile, TiffPageSeries
 
 from streamcnn.data.sources.files import opening, regular
+from streamcnn.data.sources.places import place
+from streamcnn.data.sources.remote import RemoteFile
 from streamcnn.data.sources.series import SeriesFacts
 from streamcnn.data.sources.tiff_bounds import check_micromanager, check_ome
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.text import without_secrets
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
 _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
-
-
-def opened_tiff(path: str | Path) -> TiffFile:
-    """A TIFF file, of which the head is read.
-
-    Raises
-    ------
-    CorruptImage
-        If it is a pipe, a socket or a device.
-    """
-    regular(path)
-    return TiffFile(path)
 
 
 def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeries:
@@ -70,6 +62,24 @@ def check_number(path: str, what: str, asked: int, found: int) -> None:
         raise DatasetMismatch(f"{path} has no {what} {asked}: allowed are 0..{found - 1}")
 
 
+def tiff_file(where: Path | str) -> TiffFile:
+    """A TIFF file at a path or a URL, opened.
+
+    Raises
+    ------
+    CorruptImage
+        If it is a pipe, a socket or a device, or lies on a server that sends files only as a whole.
+    MissingExtra
+        If reading from there needs a package that is not installed.
+    OSError
+        If there is no such file.
+    """
+    if isinstance(where, Path):
+        regular(where)
+        return TiffFile(where)
+    return TiffFile(cast(IO[bytes], RemoteFile(where)))
+
+
 def tiff_series(path: str | Path) -> list[SeriesFacts]:
     """All images of a TIFF file.
 
@@ -78,9 +88,10 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
     CorruptImage
         If there is no such file, or it is damaged.
     """
-    with opening(str(path), "TIFF"), opened_tiff(path) as file:
-        images = all_series(str(path), file)
-        default = chosen_series(str(path), file, None) if images else None
+    with opening(str(path), "TIFF"), tiff_file(place(path)) as file:
+        shown = without_secrets(str(path))
+        images = all_series(shown, file)
+        default = chosen_series(shown, file, None) if images else None
         return [
             SeriesFacts(
                 number,

@@ -27,10 +27,12 @@ from streamcnn.data.sources.guard import GuardedStore, MissingChunks, ZarrArray,
 from streamcnn.data.sources.layout import Layout, layout_by_names, layout_by_shape, torch_dtype
 from streamcnn.data.sources.ome import open_level
 from streamcnn.data.sources.places import base_store, place, zarr_store
+from streamcnn.data.sources.remote import trouble
 from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.reading import ReadingCost
 from streamcnn.regions import Region
+from streamcnn.text import without_secrets
 
 _CHUNK_COPIES = 2
 """A chunk as stored, which need not be smaller, and decoded."""
@@ -228,9 +230,10 @@ class _Guarding:
 
 def _name(array_or_path: ZarrArray | str | Path, level: int, series: int | None) -> str:
     if isinstance(array_or_path, zarr.Array):
-        return str(array_or_path.store_path)
+        return without_secrets(str(array_or_path.store_path))
+    shown = without_secrets(str(array_or_path))
     parts = [f"{what} {n}" for what, n in (("series", series), ("level", level)) if n]
-    return f"{array_or_path} ({', '.join(parts)})" if parts else str(array_or_path)
+    return f"{shown} ({', '.join(parts)})" if parts else shown
 
 
 def _open(
@@ -260,16 +263,17 @@ def open_node(path: str | Path) -> ZarrArray | zarr.Group:
         If there is neither, or its metadata is damaged.
     """
     where = place(path)
-    try:
-        with opening(str(path), "zarr array"):
-            store, root = zarr_store(where)
+    with opening(str(where), "zarr array"):
+        store, root = zarr_store(where)
+        try:
             return zarr.open(store, path=root or None, mode="r")
-    except CorruptImage as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CorruptImage(
-                f"no zarr array at {path}: give the folder that holds its zarr.json"
-            ) from error.__cause__
-        raise
+        except FileNotFoundError as error:
+            if trouble(error) is not None:
+                raise
+            shown = without_secrets(str(path))
+            raise CorruptImage(f"no zarr array at {shown}: give the folder that holds its zarr.json") from (
+                error if isinstance(where, Path) else None
+            )
 
 
 def _layout(

@@ -13,6 +13,7 @@ from zarr.storage import LocalStore, StorePath
 
 from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.tile_store.checks import CheckedStore, check_metadata, check_shard
 from streamcnn.data.tile_store.format import IMAGES, JOURNAL, ImageRecord, read_complete, read_manifest
 from streamcnn.data.tile_store.metadata import chunks_per_shard, parse_level
@@ -44,7 +45,7 @@ class TileStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         complete = read_complete(self.folder)
         if complete is None:
             raise _no_store(self.folder)

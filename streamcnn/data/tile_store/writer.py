@@ -169,21 +169,21 @@ class TileStoreWriter:
                 self._lock = None
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Refuse names of which one is a folder in another's path.
+def check_names(names: Iterable[str], *, in_any_case: bool = False) -> None:
+    """Refuse names of which one is a folder in another's path, on disks that do not tell case too if asked.
 
     Raises
     ------
     DatasetMismatch
         Naming two such images.
     """
-    known = set(names)
-    for name in sorted(known):
-        for parent in PurePosixPath(name).parents:
+    known = {name.casefold() if in_any_case else name: name for name in names}
+    for key, name in sorted(known.items()):
+        for parent in PurePosixPath(key).parents:
             if str(parent) in known:
                 raise DatasetMismatch(
-                    f"images {str(parent)!r} and {name!r} cannot be in one store, as the first would be a "
-                    "folder of the second: rename one"
+                    f"images {known[str(parent)]!r} and {name!r} cannot be in one store, as the first would "
+                    "be a folder of the second: rename one"
                 )
 
 
