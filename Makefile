@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Whatever the environment says: without bytecode on the disk, every process that a test starts would
+# compile anew what it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu bench-gpu lint clean
+.PHONY: help demo test test-slow test-gpu fuzz bench-gpu lint clean
 
 help:
 	@echo "make demo       train a small CNN on four 4000x4000 images under a memory budget (minutes)"
@@ -13,6 +16,7 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench-gpu  a short UltraMNIST benchmark on a CUDA device; call it again to go on"
+	@echo "make fuzz       open files that are changed at random, for ten minutes"
 	@echo "make lint       ruff, mypy and the import contracts"
 
 # torch goes in first and alone: whatever depends on it then takes the build that is there.
@@ -27,13 +31,16 @@ demo: $(INSTALLED)
 	$(BIN)/streamcnn demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --minutes 10
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks run --scale gpu --budget 11GB --device cuda --seconds 440 --workers 8 \
@@ -47,4 +54,4 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info demo-output fuzz-faults .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

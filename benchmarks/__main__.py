@@ -7,6 +7,7 @@ python -m benchmarks table --scale paper
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import filelock
 import typer
@@ -35,6 +36,8 @@ from benchmarks.harness.table import PAPER_TABLES, write_table
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
+from streamcnn.support.signals import BY_SIGNAL, raising
+from streamcnn.support.text import as_text
 from streamcnn.support.units import format_bytes, format_duration, parse_bytes
 from streamcnn.training.runs import present_devices
 
@@ -79,11 +82,10 @@ def run(
     deadline = Deadline(seconds)
     source = load_digits(digits)
     for note in source.notes:
-        console.print(note, soft_wrap=True, highlight=False)
+        console.print(as_text(note), soft_wrap=True, highlight=False)
     images = work / size.name / "images"
-    console.print(
-        f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}", highlight=False
-    )
+    described = f"{size.num_train + size.num_test} images of {size.canvas} pixels: {images}"
+    console.print(as_text(described), highlight=False)
     try:
         fingerprint = fingerprint_of(_generated(size, images, source, workers, deadline, console))
         for seed, method in itertools.product(numbers, chosen):
@@ -100,7 +102,7 @@ def run(
                 shutil.rmtree(folder, ignore_errors=True)
             found = _in_a_process(key, work / size.name, folder, deadline)
             record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
-            console.print(_line(method, seed, found), soft_wrap=True, highlight=False)
+            console.print(as_text(_line(method, seed, found)), soft_wrap=True, highlight=False)
     except OutOfTime:
         console.print("out of time: the same command goes on", highlight=False)
 
@@ -249,16 +251,25 @@ def _ended(command: list[str], deadline: Deadline) -> subprocess.CompletedProces
     ------
     OutOfTime
         If it was ended where it had nothing to save, or takes too long.
+    KeyboardInterrupt
+        If a signal asked this process to end, when the row has saved; at a second one at once.
     """
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    # Apart from the terminal, whose Ctrl-C would be a second signal to a row, and end it before it has saved.
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         try:
             try:
                 out, words = process.communicate(timeout=deadline.seconds_left)
             except subprocess.TimeoutExpired:
                 process.terminate()
                 out, words = process.communicate(timeout=_SECONDS_TO_SAVE)
-                if process.returncode == -signal.SIGTERM:
+                if process.returncode in (-signal.SIGTERM, BY_SIGNAL + signal.SIGTERM):
                     raise OutOfTime from None
+            except KeyboardInterrupt:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=_SECONDS_TO_SAVE)
+                raise
         except subprocess.TimeoutExpired:
             raise OutOfTime from None
         finally:
@@ -316,5 +327,17 @@ def _scale(name: str) -> Scale:
     return SCALES[name]
 
 
+def main() -> NoReturn:
+    """Run the command line and exit, at a signal with the status that shells expect."""
+    with raising() as signals:
+        try:
+            app()
+        except SystemExit:
+            if not signals:
+                raise
+            raise SystemExit(BY_SIGNAL + signals[0]) from None
+    raise SystemExit(0)
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -45,6 +45,18 @@ class UntrustedModel(StreamError, PermissionError):
     """A file names code to be run that the caller has not allowed."""
 
 
+class RatesUnusable(StreamError, OSError):
+    """The file that keeps this machine's rates can be neither read nor written."""
+
+
+class RunInUse(StreamError, BlockingIOError):
+    """Another process trains in the run's folder."""
+
+
+class CannotWrite(StreamError, OSError):
+    """The disk is full, or a folder may not be written to."""
+
+
 class TrainingDiverged(StreamError, ArithmeticError):
     """The loss is no number any more."""
 

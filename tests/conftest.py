@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +26,18 @@ os.environ["STREAMCNN_CALIBRATION"] = "off"
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 
+# PyTorch writes a trace of what it compiles for whoever listens. pytest listens to each logger that does not
+# hand its records on.
+logging.getLogger("torch.__trace").propagate = True
+
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
+
+
+def pytest_collection_finish() -> None:
+    # The collector would walk all of PyTorch's objects again and again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

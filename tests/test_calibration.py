@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel
+from streamcnn.errors import RatesUnusable
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
-from streamcnn.plan.storage import Tier
+from streamcnn.plan.plan import Tier
 from streamcnn.runtime import calibration
 from streamcnn.runtime.calibration import calibrate, hardware_profile
 
@@ -56,6 +58,57 @@ def test_a_damaged_file_is_measured_again(measured: list[HardwareProfile], tmp_p
     assert hardware_profile(CPU) == measured[1]
     assert json.loads(path.read_text())
     assert list(path.parent.iterdir()) == [path]
+
+
+GOOD = json.loads(json.dumps(dataclasses.asdict(NOMINAL["cpu"])))
+CRAFTED = [
+    *(
+        {name: value}
+        for name in ("dense_flops", "operator_seconds")
+        for value in ("1", None, [], -1, 0, 1e99)
+    ),
+    *({name: value} for name in ("read_bytes", "write_bytes") for value in (3, [], {}, {"disk": 1.0})),
+    {"read_bytes": {**GOOD["read_bytes"], "../x": 1.0}},
+    {"read_bytes": {**GOOD["read_bytes"], "disk": "fast"}},
+    {"source": 7},
+]
+
+
+@pytest.mark.parametrize("values", CRAFTED, ids=str)
+def test_rates_that_are_none_are_measured_again(
+    measured: list[HardwareProfile], tmp_path: Path, values: dict[str, object]
+) -> None:
+    path = tmp_path / "deep" / "rates.json"
+    hardware_profile(CPU)
+    (key,) = json.loads(path.read_text())
+    path.write_text(json.dumps({key: {**GOOD, **values}, "another machine": GOOD}))
+    assert hardware_profile(CPU) == measured[1]
+    assert json.loads(path.read_text())["another machine"] == GOOD
+
+
+@pytest.mark.parametrize("left", ["3", "[" * 100_000, '{"a": NaN}', '{"a": 1, "a": 2}', "\xff"])
+def test_a_file_that_is_no_json_object_is_measured_again(
+    measured: list[HardwareProfile], tmp_path: Path, left: str
+) -> None:
+    hardware_profile(CPU)
+    (tmp_path / "deep" / "rates.json").write_text(left, encoding="latin-1")
+    assert hardware_profile(CPU) == measured[1]
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe", "folder", "file/rates.json"])
+def test_rates_are_kept_in_a_file(
+    measured: list[HardwareProfile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    path = tmp_path / place
+    monkeypatch.setenv(calibration.VARIABLE, str(path))
+    text = f"{path} is no regular file"
+    if place.startswith("file/"):
+        text = f"cannot keep this machine's rates in {path}: .*STREAMCNN_CALIBRATION, or set it to off"
+    with pytest.raises(RatesUnusable, match=text):
+        hardware_profile(CPU)
 
 
 def test_nominal_rates_where_nothing_shall_be_measured(

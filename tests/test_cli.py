@@ -102,9 +102,26 @@ def test_info_prints_what_the_file_says(run: Run, tmp_path: Path) -> None:
     write_zarr_image(tmp_path / "a.zarr", torch.zeros(3, 70, 50, dtype=torch.uint8), chunk=32)
     status, out, err = run("info", tmp_path / "a.zarr")
     assert (status, err) == (0, "")
-    assert out.splitlines() == ["shape   3 x 70 x 50", "dtype   uint8", "chunks  3 x 32 x 32"]
+    assert out.splitlines() == [
+        "shape        3 x 70 x 50",
+        "dtype        uint8",
+        "chunks       3 x 32 x 32",
+        "stored_as    zarr chunks of 3 x 32 x 32",
+        "pixel_bytes  10.3 KiB",
+        "held_bytes   0 bytes",
+        "tile_bytes   56.5 KiB",
+    ]
     _, out, _ = run("info", tmp_path / "a.zarr", "--json")
-    assert json.loads(out) == {"shape": [3, 70, 50], "dtype": "uint8", "chunks": [3, 32, 32]}
+    assert json.loads(out) == {
+        "shape": [3, 70, 50],
+        "dtype": "uint8",
+        "chunks": [3, 32, 32],
+        "stored_as": "zarr chunks of 3 x 32 x 32",
+        "pixel_bytes": 3 * 70 * 50,
+        "held_bytes": 0,
+        # Six chunks as stored and decoded, what is cut out of them, and the tensor.
+        "tile_bytes": 2 * 6 * 3 * 32 * 32 + 2 * 3 * 70 * 50,
+    }
 
 
 def test_a_failed_run_is_one_line_and_status_1(run: Run, tmp_path: Path) -> None:

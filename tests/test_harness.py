@@ -76,7 +76,7 @@ ENB3-1024 79.1 54.5
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
-    return generated(TINY, tmp_path_factory.mktemp("tiny") / "images", load_digits("uci"))
+    return generated(TINY, tmp_path_factory.mktemp("tiny") / "images", load_digits("uci"), workers=0)
 
 
 def constant(value: float, size: int = 40) -> TensorSource:
@@ -290,16 +290,10 @@ def test_batches_leave_no_image_alone() -> None:
 # Rows
 
 
-def run_harness(work: Path, *arguments: str) -> str:
-    """The harness in a process, its results beside its images."""
-    code = (
-        "import sys; from pathlib import Path; from benchmarks import record\n"
-        f"record.RESULTS = Path({str(work / 'results')!r})\n"
-        "from benchmarks.__main__ import app; app()"
-    )
-    command = [sys.executable, "-c", code, *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+def run_harness(*arguments: str) -> str:
+    """The harness in this process; its rows have theirs."""
+    finished = CliRunner().invoke(app, arguments)
+    assert finished.exit_code == 0, finished.output
     return finished.stdout
 
 
@@ -310,9 +304,10 @@ def test_rows_finish_within_their_budget_or_are_refused(
     arguments = ("run", "--scale=tiny", "--digits=uci", f"--work={tmp_path}", "--device=cpu")
     # Refused by arithmetic: libraries that are refused memory in an operator crash now and then.
     methods = "--methods=STREAM-PYRAMID,PYRAMID-1024,unconstrained,STREAM-RN50"
-    out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
-    assert "STREAM-RN50, seed 0: refused: " in out
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    out = run_harness(*arguments, "--budget=150MB", methods)
+    assert "STREAM-RN50, seed 0: refused: " in out
     found = {line["method"]: line for line in read("tiny")}
     assert found["STREAM-RN50"]["outcome"] == "refused"
     for name in ("STREAM-PYRAMID", "PYRAMID-1024", "unconstrained"):
@@ -322,7 +317,7 @@ def test_rows_finish_within_their_budget_or_are_refused(
         assert found[name]["batch_size"] == 4
     assert found["PYRAMID-1024"]["resolution"] == 16
     # What is done is left out; a failed row is not.
-    out = run_harness(tmp_path, *arguments, "--budget=150MB", methods)
+    out = run_harness(*arguments, "--budget=150MB", methods)
     assert "seed 0" not in out
     key = Key("tiny", 150 * 10**6, "STREAM-RN50", 0, False, "cpu", found["STREAM-RN50"]["images"])
     assert done(key)
@@ -433,7 +428,7 @@ class TestTheEndOfTime:
             generated(scale, folder, digits, on_image=stop)
         assert seen == [0, 1, 2, 3]
         seen.clear()
-        generated(scale, folder, digits, on_image=lambda progress: seen.append(progress.done))
+        generated(scale, folder, digits, workers=0, on_image=lambda progress: seen.append(progress.done))
         assert seen[0] >= 3
         assert seen[-1] == 32
 
@@ -447,7 +442,8 @@ class TestTheEndOfTime:
 
     def test_the_same_command_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-        options = ("--scale=tiny", "--digits=uci", f"--work={tmp_path}", "--device=cpu", "--budget=1GB")
+        images = ("--digits=uci", "--workers=0", f"--work={tmp_path}")
+        options = ("--scale=tiny", *images, "--device=cpu", "--budget=1GB")
         ends: list[dict[str, Any] | OutOfTime] = []
 
         def row(*_: object) -> dict[str, Any]:
@@ -731,7 +727,7 @@ def test_wrong_usage_is_told_before_anything_is_made(
 
 
 def test_a_method_that_is_not_built_yet_says_so(tmp_path: Path) -> None:
-    arguments = ("--scale=tiny", "--budget=150MB", f"--work={tmp_path}", "--digits=uci")
+    arguments = ("--scale=tiny", "--budget=150MB", f"--work={tmp_path}", "--digits=uci", "--workers=0")
     found = CliRunner().invoke(app, ["run", *arguments, "--methods=PARTITION-RN50"])
     assert found.exit_code == 0
     assert "PARTITION-RN50 is not run: tiles divided among processes: not built yet" in found.output
@@ -741,3 +737,39 @@ def test_the_list_of_methods_has_all_of_them() -> None:
     found = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"})
     assert found.exit_code == 0
     assert all(name in found.output for name in load_methods())
+
+
+ROW = """
+import pathlib, signal, sys, time
+place = pathlib.Path(sys.argv[1])
+
+def save(number, _):
+    time.sleep(0.3)
+    with place.open("a") as file:
+        file.write(signal.Signals(number).name)
+    raise SystemExit
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+place.touch()
+time.sleep(99)
+"""
+
+
+def test_a_row_saves_at_the_ctrl_c_of_a_terminal(tmp_path: Path) -> None:
+    row = [sys.executable, "-c", ROW, str(tmp_path / "row")]
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from benchmarks.__main__ import Deadline, _ended\n"
+        f"_ended({row!r}, Deadline(None))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "row").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        # As a terminal does: to all processes of the group.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
+    assert (tmp_path / "row").read_text() == "SIGTERM"

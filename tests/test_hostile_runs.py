@@ -110,6 +110,28 @@ def test_a_timm_model_of_any_size_is_compared_before_memory_is_taken(folder: Pat
         load_run(folder)
 
 
+def test_a_factory_s_model_of_any_size_is_compared_before_memory_is_taken(folder: Path) -> None:
+    change_json(folder / RUN, lambda found: found.update(model_options={"width": 10**12}))
+    with pytest.raises(
+        DamagedCheckpoint, match=r"of another model than the run's: 0.bias is \[4\] there and"
+    ):
+        load(folder)
+
+
+def test_a_factory_that_looks_at_its_weights_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hostile_factories
+
+    plain = hostile_factories.small
+
+    def looking() -> torch.nn.Module:
+        net = plain()
+        assert net[0].weight.abs().sum().item() >= 0  # fails where there are no numbers
+        return net
+
+    monkeypatch.setattr(hostile_factories, "small", looking)
+    assert load(folder).classes == ("bright", "dark")
+
+
 def nested(depth: int) -> Any:
     return {"a": nested(depth - 1)} if depth else 1
 
@@ -238,8 +260,23 @@ def test_an_archive_that_unpacks_to_more_is_refused(folder: Path) -> None:
         load(folder)
 
 
+UNCHECKED: dict[str, Any] = {"check_invariants": False}
 STATES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda s: s.pop("progress"), "progress is missing"),
+    (lambda s: s["progress"].pop("update"), "progress.update is missing"),
+    (lambda s: s["progress"].pop("best_accuracy"), "progress.best_accuracy is missing"),
+    (
+        lambda s: s["model"].update({"0.bias": torch.sparse_coo_tensor([[10**9]], [1.0], (4,), **UNCHECKED)}),
+        "holds a tensor of layout torch.sparse_coo .*: allowed are dense tensors",
+    ),
+    (
+        lambda s: s["model"].update({"0.bias": torch.zeros(4, device="meta")}),
+        "holds a tensor of layout torch.strided .* on meta: allowed are dense tensors",
+    ),
+    (
+        lambda s: s["optimizer"].update(a=[{1: (torch.sparse_coo_tensor([[9]], [1.0], (4,), **UNCHECKED),)}]),
+        "holds a tensor of layout torch.sparse_coo .*: allowed are dense tensors",
+    ),
     (lambda s: s.update(progress=3), "progress is 3: allowed is an object"),
     (lambda s: s["progress"].update(update="x"), "progress.update is 'x': allowed is a valid integer"),
     (lambda s: s["progress"].update(update=-1), "progress: update=-1: allowed are 0 and more"),
@@ -296,12 +333,40 @@ def test_states_that_pytorch_does_not_take_are_one_clear_error(folder: Path) -> 
         lambda s: s["random"].update(python=(3, (1, 2), None)),
         lambda s: s["optimizer"].pop("param_groups"),
         lambda s: s["random"].pop("torch"),
+        # What loading does not look at.
+        lambda s: s["optimizer"]["param_groups"][0].pop("betas"),
+        lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)),
+        lambda s: s["optimizer"]["param_groups"][0].update(capturable=True),
     ):
         state = load_checkpoint(best(folder))
         change(state)
         checkpoints.save(state, 1)
         with pytest.raises(DamagedCheckpoint, match="holds states that cannot be gone on with"):
             make_trainer(config_of(folder), folder).run()
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "digest", "best.txt", "log.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_no_part_of_a_run(folder: Path, name: str, kind: str) -> None:
+    places = {"checkpoint": best(folder), "digest": best(folder).with_name(f"{best(folder).name}.sha256")}
+    places |= {"best.txt": folder / "checkpoints/best.txt", "log.jsonl": folder / "log.jsonl"}
+    path = places[name]
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    text = rf"{path.name}( leads to /dev/zero| is no regular file)"
+    if name == "log.jsonl":
+        with pytest.raises(RunMismatch, match=text):
+            read_log(folder)
+        with pytest.raises(RunMismatch, match=text):
+            make_trainer(config_of(folder), folder).run()
+    else:
+        with pytest.raises(DamagedCheckpoint, match=text):
+            load(folder)
 
 
 # --- links -----------------------------------------------------------------------------------------------
@@ -359,6 +424,8 @@ def test_links_out_of_a_run_are_not_read(folder: Path, tmp_path: Path, name: str
     [
         (b"{}", "line 1 is no update and no epoch"),
         (b"[]", "line 1 is no update and no epoch"),
+        (b'{"kind": ["update"]}', "line 1 is no update and no epoch"),
+        (b'{"kind": {}}', "line 1 is no update and no epoch"),
         (b'{"kind": "epoch", "epoch": 0}', "line 1: loss is missing"),
         (b'{"kind": "update", "update": "x"}', "line 1: update is 'x': allowed is a valid integer"),
         (b"\xff", "line 1 is no valid JSON"),

@@ -148,3 +148,9 @@ def test_folders_that_differ_in_case_are_refused(folder: Path) -> None:
         Image.fromarray(np.full((6, 8, 3), value, np.uint8)).save(folder / "all" / place / "dog/a.png")
     with pytest.raises(DatasetMismatch, match="labels 'Cat' and 'cat' differ in nothing but case or blanks"):
         open_dataset(folder / "all")
+
+
+def test_a_header_of_any_length_is_shown_in_part(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("x" * 9000 + "\n")
+    with pytest.raises(DatasetMismatch, match=r"labels\.csv has the columns \['x{498}…: needed are image"):
+        read_rows(tmp_path / "labels.csv")

@@ -142,7 +142,7 @@ def browse(page: Path, *options: str, fragment: str = "") -> tuple[str, str]:
         "--dump-dom",
         page.as_uri() + fragment,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 

@@ -71,22 +71,34 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, net: nn.Module) -> int:
-    """Operators that an update evaluates."""
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[dict[str, Tensor], int]:
+    """What an update of a new net leaves that is refused nothing, and the operators that it evaluates."""
     counter = RefusedOnce(-1)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TileRun, "_evaluate", lambda run, *args: counter(run, *args))
-        update(StreamingModel(net, "1GiB", tile=64))
-    return counter.calls
+        left = update(StreamingModel(make_net(), "1GiB", tile=64))
+    return {name: value.clone() for name, value in left.items()}, counter.calls
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[dict[str, Tensor], int]:
+    """What an update leaves without a tile of its own, and the bytes that its plan projects."""
+    model = StreamingModel(make_net(), "1GiB")
+    model._resident_tail = False
+    left = update(model)
+    projected = model.plan(SHAPE, torch.float64).projected_bytes
+    return {name: value.clone() for name, value in left.items()}, projected
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.6, 0.8, 0.999])
-def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    net = make_net()
-    expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64))
-    refused = RefusedOnce(1 + int(share * counted(monkeypatch, copy.deepcopy(net))))
+def test_the_result_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[dict[str, Tensor], int], share: float
+) -> None:
+    expected, num_calls = undisturbed
+    refused = RefusedOnce(1 + int(share * num_calls))
     monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
-    model = StreamingModel(net, "1GiB", tile=64)
+    model = StreamingModel(make_net(), "1GiB", tile=64)
     found = update(model)
     assert model.last_report is not None
     assert model.last_report.num_retries == 1
@@ -95,15 +107,13 @@ def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, share: float) -
 
 
 @pytest.mark.parametrize("at", [2, 12])
-def test_without_a_tile_of_its_own_it_is_planned_for_less(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    net = make_net()
-    planned = StreamingModel(copy.deepcopy(net), "1GiB")
-    planned._resident_tail = False
-    expected = update(planned)
-    projected = planned.plan(SHAPE, torch.float64).projected_bytes
+def test_without_a_tile_of_its_own_it_is_planned_for_less(
+    monkeypatch: pytest.MonkeyPatch, planned: tuple[dict[str, Tensor], int], at: int
+) -> None:
+    expected, projected = planned
     refused = RefusedOnce(at)
     monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
-    model = StreamingModel(net, "1GiB")
+    model = StreamingModel(make_net(), "1GiB")
     model._resident_tail = False
     found = update(model)
     assert model.last_report is not None
@@ -134,10 +144,10 @@ def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.9])
 def test_where_code_was_not_looked_for_it_is_begun_as_before(
-    monkeypatch: pytest.MonkeyPatch, share: float
+    monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[dict[str, Tensor], int], share: float
 ) -> None:
     net = make_net()
-    num_calls = counted(monkeypatch, copy.deepcopy(net))
+    _, num_calls = undisturbed
     first, second = (StreamingModel(copy.deepcopy(net), "1GiB", tile=64) for _ in range(2))
     for model in (first, second):
         update(model)
@@ -181,10 +191,11 @@ def test_what_did_not_go_through_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert model.plan(SHAPE, torch.float64) == wanted
 
 
-def test_the_mode_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = make_net()
-    expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64))
-    model = StreamingModel(net, "1GiB", tile=64)
+def test_the_mode_is_that_of_the_first_try(
+    monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[dict[str, Tensor], int]
+) -> None:
+    expected, _ = undisturbed
+    model = StreamingModel(make_net(), "1GiB", tile=64)
     refused = RefusedOnce(-1)
     monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
     torch.manual_seed(7)

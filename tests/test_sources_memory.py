@@ -98,8 +98,7 @@ def test_a_guess_that_is_not_certain_is_refused(tmp_path: Path, shape: tuple[int
     np.save(tmp_path / "a.npy", array)
     message = (
         f"has 3 axes {shape} without names, which may be (C, H, W) or (H, W, C): give channels_last="
-        "False for the former, channels_last=True for the latter (--channels-first or --channels-last of "
-        "streamcnn convert)"
+        "False for the former, channels_last=True for the latter (--channels-first or --channels-last)"
     )
     for origin in (array, tmp_path / "a.npy"):
         with pytest.raises(DatasetMismatch, match=re.escape(message)):

@@ -64,12 +64,6 @@ def test_a_palette_becomes_colours(tmp_path: Path) -> None:
     assert_reads(PictureSource(tmp_path / "a.png"), expected, region(3, 40, 7, 50))
 
 
-def test_one_bit_becomes_black_and_white(tmp_path: Path) -> None:
-    bits = pixels(1) > 99
-    save(tmp_path / "a.png", Image.fromarray(bits[0]))
-    assert_reads(PictureSource(tmp_path / "a.png"), bits * np.uint8(255), region(3, 40, 7, 50))
-
-
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", Image.fromarray(channels_last(pixels())).convert("CMYK"))
     with Image.open(tmp_path / "a.jpg") as picture:

@@ -55,11 +55,11 @@ def test_urls_by_fsspec(path: Path) -> None:
     files = fsspec.filesystem("memory")
     for file in (file for file in path.rglob("*") if file.is_file()):
         files.pipe(f"/places/{file.relative_to(path)}", file.read_bytes())
-    files.pipe("/places/x.tif", b"II*\0" + bytes(50))
+    files.pipe("/places/x.png", b"\x89PNG\r\n\x1a\n" + bytes(50))
     assert_reads(open_image("memory://places"), IMAGE, region(5, 40, 10, 60))
-    with pytest.raises(CorruptImage, match=r"memory://places/x\.tif is a tiff: allowed elsewhere"):
-        open_image("memory://places/x.tif")
-    with pytest.raises(CorruptImage, match="no zarr array at memory://nothing: give the URL"):
+    with pytest.raises(CorruptImage, match=r"memory://places/x\.png is a picture: allowed elsewhere"):
+        open_image("memory://places/x.png")
+    with pytest.raises(CorruptImage, match="no image at memory://nothing: give the URL"):
         open_image("memory://nothing")
     with pytest.raises(CorruptImage, match="foo://x cannot be read: Protocol not known: foo; allowed are"):
         open_image("foo://x")

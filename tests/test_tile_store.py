@@ -339,7 +339,7 @@ def test_starting_again_on_a_full_disk_keeps_the_journal(tmp_path: Path) -> None
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "StreamError: cannot write" in run.stderr
+    assert f"CannotWrite: cannot write {tmp_path}/journal.jsonl: it would be larger than" in run.stderr
     assert (tmp_path / "journal.jsonl").read_bytes() == before
     with TileStoreWriter(tmp_path, HEAD) as writer:
         assert len(writer.records) == 10
@@ -433,8 +433,9 @@ def test_a_full_disk_is_one_error_and_nothing_is_left(tmp_path: Path) -> None:
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
     run = run_and_write(tmp_path, f"{ignore}; {limit}", "writer.finish()")
     assert run.returncode == 1
-    assert "StreamError: cannot write" in run.stderr
-    assert "File too large; make room or give another folder, then start again" in run.stderr
+    assert f"CannotWrite: cannot write {tmp_path}/images/second: it would be larger than" in run.stderr
+    assert "(File too large): up to " in run.stderr
+    assert "needed, raise the limit, as with `ulimit -f`. Finished images are kept\n" in run.stderr
     assert os.listdir(tmp_path / "images") == ["first"]
     with TileStoreWriter(tmp_path, HEAD) as writer:
         assert list(writer.records) == ["first"]

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,23 @@ def test_images_and_validation_have_the_same_inputs(tmp_path: Path) -> None:
         trainer.run()
 
 
+@cache
+def shared_model() -> StreamingModel:
+    return StreamingModel(make_net(), tile=20)
+
+
+def fresh_model() -> StreamingModel:
+    """As a new one, but that it knows its plans: to capture each anew takes most of a short run's time."""
+    # Captured passes hold in one environment, and pytest makes the test's name a part of that.
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    model = shared_model()
+    model.load_state_dict(make_net().state_dict())
+    model.zero_grad(set_to_none=True)
+    model.train()
+    model.budget, model.last_report = None, None
+    return model
+
+
 def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> Trainer:
     values: dict[str, Any] = {
         "epochs": 3,
@@ -176,7 +194,7 @@ def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> 
         "save_every": 2,
         **changes,
     }
-    model = StreamingModel(make_net() if net is None else net, tile=20)
+    model = fresh_model() if net is None else StreamingModel(net, tile=20)
     return Trainer(
         model, Images(14), Images(5, seed=1), TrainSettings(**values), folder, identity={"model": "small"}
     )
@@ -184,9 +202,9 @@ def make_trainer(folder: Path, net: nn.Module | None = None, **changes: Any) -> 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a break."""
+    """A run without a break, of a model of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    make_trainer(folder).run()
+    make_trainer(folder, make_net()).run()
     return folder
 
 

@@ -263,7 +263,7 @@ def _path_of(place: str) -> str:
 @contextmanager
 def _dynamo_as_wanted() -> Iterator[None]:
     """Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
-    from torch._dynamo import config, symbolic_convert
+    from torch._dynamo import config, guards, symbolic_convert
     from torch._dynamo.variables.misc import RandomVariable
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
@@ -278,11 +278,15 @@ def _dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(silenced("torch._dynamo"))
         # It parses whole files for the sake of a line of the log.
         settings.enter_context(patch.object(symbolic_convert, "get_funcname", _unnamed))
+        # For another line it fills a buffer larger than the processor's caches, and times the guards.
+        settings.enter_context(patch.object(guards, "profile_guard_manager", _untimed))
         settings.enter_context(
             config.patch(
                 recompile_limit=many,
                 accumulated_recompile_limit=many,
                 suppress_errors=False,
+                # What a capture leaves is collected when the caller's own garbage is.
+                run_gc_after_compile=False,
                 skip_nnmodule_hook_guards=False,
                 force_parameter_static_shapes=True,
                 automatic_dynamic_shapes=False,
@@ -310,6 +314,10 @@ def _never(value: object) -> bool:
 
 def _unnamed(filename: str, lineno: int) -> None:
     return None
+
+
+def _untimed(*_: Any) -> float:
+    return 0.0
 
 
 @cache

@@ -1,14 +1,16 @@
 """The command line: parses arguments and prints results; everything is decided elsewhere.
 
 Results go to standard output, errors to standard error. Exit status 0 is success, 1 a run that
-failed, 2 wrong usage. PyTorch is imported by the commands that need it, so that ``--help`` and
-wrong usage answer at once.
+failed, 2 wrong usage, and 130, 143 and 129 are SIGINT (Ctrl-C), SIGTERM and SIGHUP. PyTorch is
+imported by the commands that need it, so that ``--help`` and wrong usage answer at once.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from signal import Signals
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,7 +18,10 @@ from rich.console import Console
 
 from streamcnn.cli import images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
+from streamcnn.cli.ending import leave_output, say_ending, status_of
 from streamcnn.errors import StreamError
+from streamcnn.support.disk import is_full
+from streamcnn.support.signals import raising
 from streamcnn.support.text import printable
 from streamcnn.support.units import parse_bytes
 
@@ -31,12 +36,45 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line and exit; errors that a user can act on are one line on standard error."""
-    try:
-        app()
-    except StreamError as error:
-        typer.echo(printable(f"streamcnn: error: {error}", keep="\n"), err=True)
-        raise SystemExit(FAILED) from None
+    _make_logs_printable()
+    with raising() as signals:
+        try:
+            app()
+        except StreamError as error:
+            _fail(str(error))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            # Of a file that is written to whoever writes says more; what is left is the output.
+            place = error.filename or "standard output"
+            if error.filename is None:
+                leave_output()
+            _fail(f"cannot write {place}: {error.strerror}: make room there, or write elsewhere")
+        except SystemExit:
+            if not signals:
+                raise
+            # Typer has one status for all of them.
+            say_ending(signals[0], f"ended by {Signals(signals[0]).name}")
+            raise SystemExit(status_of(signals[0])) from None
     raise SystemExit(0)
+
+
+class _Printable(logging.Formatter):
+    """What libraries log of files, such as what is wrong with a TIFF's tags, as text that is shown alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
+
+
+def _make_logs_printable() -> None:
+    """Of what nothing else handles, which goes to standard error."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
+
+
+def _fail(text: str) -> NoReturn:
+    typer.echo(printable(f"streamcnn: error: {text}", keep="\n"), err=True)
+    raise SystemExit(FAILED) from None
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,6 +13,8 @@ from streamcnn.support.text import printable
 if TYPE_CHECKING:
     from torch import nn
 
+    from streamcnn.data.sources import ImageChoice
+
 Given = TypeVar("Given")
 T = TypeVar("T")
 
@@ -25,6 +27,22 @@ Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
 Channels = Annotated[int, typer.Option(min=1, help="Channels of the image.")]
 Tile = Annotated[
     str | None, typer.Option(help="Tile in input pixels: 512 or 512x256; default: the planner's.")
+]
+Series = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Which image of files that hold several; default: the largest that is no label or macro."
+    ),
+]
+Level = Annotated[
+    int | None, typer.Option(min=0, help="Resolution to take from a pyramid; 0, the default, is full.")
+]
+ChannelsLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--channels-last/--channels-first",
+        help="Which of three axes the channels are, if nothing says it.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -47,6 +65,20 @@ def parse_extent(text: str) -> tuple[int, int]:
     return height, width
 
 
+def choice_of(
+    series: int | None, level: int | None, channels_last: bool | None, *, otherwise: ImageChoice | None = None
+) -> ImageChoice:
+    """What the options choose; those that are not given are as in ``otherwise``, or by default."""
+    from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice
+
+    before = otherwise or DEFAULT_CHOICE
+    return ImageChoice(
+        before.series if series is None else series,
+        before.level if level is None else level,
+        before.channels_last if channels_last is None else channels_last,
+    )
+
+
 def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
     """The value of an option; wrong text ends the command as wrong usage."""
     try:
@@ -55,12 +87,16 @@ def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
         exit_for_wrong_usage(f"{option}: {error}")
 
 
-def load(name: str) -> nn.Module:
-    """The model of that name; a wrong name ends the command as wrong usage."""
-    from streamcnn.support.models import load_model
+def load(name: str, *, num_channels: int | None = None) -> nn.Module:
+    """The model of that name; a wrong name ends the command as wrong usage.
 
+    One of timm's is made for images of ``num_channels``, as for training, if they are given.
+    """
+    from streamcnn.support.models import is_factory, load_model
+
+    options = {} if num_channels is None or is_factory(name) else {"in_chans": num_channels}
     try:
-        return load_model(name)
+        return load_model(name, **options)
     except ValueError as error:
         exit_for_wrong_usage(f"MODEL: {error}")
 

@@ -27,7 +27,9 @@ from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
 from streamcnn.geometry.regions import Region
 from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
+from streamcnn.support.text import as_text
 from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes
 
 _FIGURE_PIXELS = 1000  # the figure shows every n-th pixel, so that it has about as many
@@ -154,7 +156,7 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
         f"{format_bytes(plan.plain_bytes)} in plain PyTorch, "
         f"the budget is {'none' if budget is None else format_bytes(budget)}"
     )
-    console.print(plan.explain(), markup=False, highlight=False, soft_wrap=True)
+    console.print(as_text(plan.explain()), soft_wrap=True)
     started = time.perf_counter()
     losses, measured = train(model, images, settings, console)
     seconds = time.perf_counter() - started
@@ -220,6 +222,8 @@ def draw_tiles(image: tuple[ImageSource, int], prediction: int, plan: PlanView, 
     ------
     MissingExtra
         If matplotlib is not installed.
+    CannotWrite
+        If there is no room, or the folder may not be written to.
     """
     source, label = image
     _, height, width = source.shape
@@ -236,7 +240,8 @@ def draw_tiles(image: tuple[ImageSource, int], prediction: int, plan: PlanView, 
         f"{height}x{width} pixels in tiles of {tile_height}x{tile_width}: "
         f"predicted sum {prediction}, true sum {label}"
     )
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Module:
@@ -255,9 +260,12 @@ def _make_images(settings: DemoSettings, console: Console) -> LabelledImages:
         pass
     dataset = TileDataset(folder, "train", positions=range(settings.num_images))
     images = [dataset[position][:2] for position in range(settings.num_images)]
+    labels = ", ".join(str(label) for _, label in images)
     console.print(
-        f"images: {len(images)} of {settings.size}x{settings.size} pixels in {folder}, "
-        f"sums of digits {', '.join(str(label) for _, label in images)}",
+        as_text(
+            f"images: {len(images)} of {settings.size}x{settings.size} pixels in {folder}, "
+            f"sums of digits {labels}"
+        ),
         soft_wrap=True,
     )
     return images
@@ -298,4 +306,4 @@ def _print_result(result: DemoResult, settings: DemoSettings, console: Console) 
             f"the network knows only {result.num_right} of {len(result.labels)} images: "
             f"it did not overfit in {settings.epochs} epochs; try more"
         )
-    console.print(f"figure: {result.figure}", soft_wrap=True)
+    console.print(as_text(f"figure: {result.figure}"), soft_wrap=True)

@@ -12,24 +12,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from streamcnn.cli.arguments import Json
-from streamcnn.support.text import printable
+from streamcnn.cli.arguments import ChannelsLast, Json, Level, Series, choice_of
+from streamcnn.cli.ending import keeping
+from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import format_bytes, plural
 
 if TYPE_CHECKING:
+    from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.data.tile_store import TileStore
+
+_TILE = 512
+"""Height and width in pixels of the tile whose reading is described."""
+_FOLDERS = 10
+"""Folders that are named at most."""
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image, or the folder of a tile store.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="An image, its URL, or a folder of images or of a tile store."),
+    ],
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     as_json: Json = False,
 ) -> None:
-    """Print what an image or a tile store is, without reading pixels."""
+    """Print what an image, a folder of images or a tile store is, without reading pixels.
+
+    Of an image that is all its series and levels, and which of them is taken.
+    """
+    from streamcnn.data.file_dataset import refuse_choice
+    from streamcnn.data.sources import is_image
+    from streamcnn.data.sources.places import place
     from streamcnn.data.tile_store import TileStore, is_tile_store
 
-    facts = store_facts(TileStore(path)) if is_tile_store(path) else _image_facts(path)
+    where, choice = place(path), choice_of(series, level, channels_last)
+    if is_tile_store(where):
+        refuse_choice(where, choice)
+        facts = store_facts(TileStore(where))
+    elif isinstance(where, Path) and where.is_dir() and not is_image(where):
+        facts = _folder_facts(where, choice)
+    else:
+        facts = _image_facts(where, choice)
     _print_facts(facts, as_json=as_json)
 
 
@@ -40,22 +65,17 @@ def convert(
         Path | None, typer.Option(help="CSV with the columns image, label and, if wanted, split.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of images of which the CSV says none.")] = "train",
-    level: Annotated[int, typer.Option(min=0, help="Resolution to take from a pyramid; 0 is full.")] = 0,
-    channels_last: Annotated[
-        bool | None,
-        typer.Option(
-            "--channels-last/--channels-first",
-            help="Which of three axes the channels are, if nothing says it.",
-        ),
-    ] = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
 ) -> None:
     """Write images of any format into a tile store, or add them to one."""
     from streamcnn.data.convert import convert as write
     from streamcnn.data.image_files import find_images
 
     console = Console()
-    found = find_images(sources)
-    with progress_bar(console, "images", len(found)) as progress:
+    found = find_images(sources, series)
+    with keeping("finished images"), progress_bar(console, "images", len(found)) as progress:
         present = progress.add_task("pixels of the present one", total=None)
 
         def on_shard(done: int, total: int) -> None:
@@ -66,18 +86,13 @@ def convert(
             out,
             labels=labels,
             split=split,
-            level=level,
-            channels_last=channels_last,
+            choice=choice_of(series, level, channels_last),
             on_shard=on_shard,
         )
         for record in records:
             progress.advance(progress.task_ids[0])
             line = f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}"
-            progress.console.print(
-                Text(printable(line)),
-                soft_wrap=True,
-                highlight=False,
-            )
+            progress.console.print(as_text(line), soft_wrap=True, highlight=False)
 
 
 def store_facts(store: TileStore) -> dict[str, Any]:
@@ -141,22 +156,57 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
         yield progress
 
 
-def _image_facts(path: Path) -> dict[str, Any]:
-    from streamcnn.data.sources import TiffSource, ZarrSource, open_image
-    from streamcnn.data.sources.tiff_series import tiff_series
+def _image_facts(path: Path | str, choice: ImageChoice) -> dict[str, Any]:
+    from streamcnn.data.sources import ZarrSource, largest_of, open_chosen
+    from streamcnn.data.sources.listing import series_of
+    from streamcnn.data.sources.series import taken_of
 
-    source = open_image(path)
+    source = open_chosen(path, choice)
     facts: dict[str, Any] = {"shape": source.shape, "dtype": str(source.dtype).removeprefix("torch.")}
-    if isinstance(source, TiffSource):
-        for each in tiff_series(path):
+    if source.largest != largest_of(source.dtype):
+        facts["largest"] = source.largest
+    listed = series_of(path, source)
+    if listed:
+        taken = taken_of(listed, choice.series)
+        for each in listed:
             facts[f"series {each.number}"] = {
                 **({"name": each.name} if each.name else {}),
                 "levels": [_by(size) for size in each.levels],
-                "opened": "yes" if each.is_default else "no",
+                "opened": "yes" if each is taken else "no",
             }
+        facts["taken"] = {"series": taken.number, "level": choice.level}
     if isinstance(source, ZarrSource):
         facts["chunks"] = source.chunks
+    facts |= _reading_facts(source)
     return facts
+
+
+def _reading_facts(source: ImageSource) -> dict[str, Any]:
+    """How an image is stored, and what it takes to have its pixels."""
+    channels, height, width = source.shape
+    takes = source.reading_bytes((min(_TILE, height), min(_TILE, width)))
+    return {
+        "stored_as": source.pieces,
+        "pixel_bytes": channels * height * width * source.dtype.itemsize,
+        "held_bytes": takes.held,
+        "tile_bytes": takes.transient,
+    }
+
+
+def _folder_facts(folder: Path, choice: ImageChoice) -> dict[str, Any]:
+    """How many images of which kinds there are, and where the first is."""
+    from streamcnn.data.image_files import find_images
+
+    found = find_images([folder], choice.series)
+    endings = Counter(Path(image.relative).suffix.lower() or "none" for image in found)
+    folders = sorted({image.relative.rpartition("/")[0] or "." for image in found})
+    return {
+        "kind": "folder of images",
+        "images": len(found),
+        "endings": dict(sorted(endings.items())),
+        "folders": folders if len(folders) <= _FOLDERS else [*folders[:_FOLDERS], "..."],
+        "first": found[0].relative,
+    }
 
 
 def _balance(counts: Counter[int | None]) -> str:

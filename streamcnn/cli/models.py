@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,15 +13,24 @@ from streamcnn.cli.arguments import (
     FAILED,
     Batch,
     Channels,
+    ChannelsLast,
     Json,
+    Level,
     Model,
+    Series,
     Size,
     Tile,
+    choice_of,
+    exit_for_wrong_usage,
     load,
     parse,
     parse_extent,
 )
+from streamcnn.support.text import printable
 from streamcnn.support.units import parse_bytes
+
+if TYPE_CHECKING:
+    from streamcnn.data.sources import ImageSource
 
 
 class Optimizer(StrEnum):
@@ -38,9 +48,18 @@ class Optimizer(StrEnum):
 
 def plan(
     model: Model,
-    size: Size = "4000",
+    size: Annotated[
+        str | None, typer.Option(help="Height and width in pixels: 4000 or 4000x3000; default: 4000.")
+    ] = None,
     batch: Batch = 1,
-    channels: Channels = 3,
+    channels: Annotated[int | None, typer.Option(min=1, help="Channels of the image; default: 3.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="An image, for its size and channels, and for what reading it takes."),
+    ] = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
     tile: Tile = None,
     card: Annotated[
@@ -54,22 +73,57 @@ def plan(
     ] = Optimizer.adam,
     as_json: Json = False,
 ) -> None:
-    """Print how an image would be streamed and what that is projected to hold; runs nothing."""
+    """Print how an image would be streamed and what that is projected to hold; runs nothing.
+
+    Of a file that is given, the head alone is read; it is planned for as train takes it.
+    """
     budget_bytes = parse("--budget", parse_bytes, budget)
     host_bytes = parse("--host-memory", parse_bytes, host_memory)
-    shape = (batch, channels, *parse("--size", parse_extent, size))
+    extent = parse("--size", parse_extent, size or "4000")
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
-    net = load(model)
+    given = {"--size": size, "--channels": channels}
+    chosen = {"--series": series, "--level": level, "--channels-last/--channels-first": channels_last}
+    _refuse_beside_image(image, given, chosen)
+    source = None
+    if image is not None:
+        from streamcnn.data.sources import open_chosen
+
+        source = open_chosen(image, choice_of(series, level, channels_last))
+    shape = (batch, channels or 3, *extent) if source is None else (batch, *source.shape)
+    net = load(model, num_channels=None if source is None else shape[1])
     from streamcnn import StreamingModel
-    from streamcnn.runtime.machines import cuda_card
+    from streamcnn.data.normalisation import Normalise
 
     streamed = StreamingModel(net, budget=budget_bytes, tile=tile_extent)
+    if source is not None:
+        streamed.preprocess = Normalise()
     if card:
+        from streamcnn.runtime.machines import cuda_card
+
         machine = cuda_card(net, host_bytes=host_bytes or 0, optimizer_copies=optimizer.copies)
         planned = streamed.plan_for(machine, shape)
     else:
-        planned = streamed.plan(shape)
-    typer.echo(planned.to_json() if as_json else planned.explain())
+        planned = streamed.plan(shape if source is None else [source] * batch)
+    if source is not None and not as_json:
+        typer.echo(printable(_file_line(source)))
+    typer.echo(planned.to_json() if as_json else printable(planned.explain(), keep="\n"))
+
+
+def _refuse_beside_image(image: Path | None, given: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """End the command if options contradict each other: a file has a size, and no file leaves no choice."""
+    wrong = [name for name, value in (chosen if image is None else given).items() if value is not None]
+    if wrong and image is None:
+        exit_for_wrong_usage(f"{', '.join(wrong)}: chooses in a file: give it with --image, or leave it out")
+    if wrong:
+        exit_for_wrong_usage(f"{', '.join(wrong)}: {image} says it: leave it out, or leave --image out")
+
+
+def _file_line(source: ImageSource) -> str:
+    """What an image is that is planned for, as it is stored."""
+    channels, height, width = source.shape
+    dtype = str(source.dtype).removeprefix("torch.")
+    values = dtype if source.largest is None else f"{dtype} up to {source.largest}"
+    return f"{source.name}: {channels} x {height} x {width} of {values}, stored as {source.pieces}"
 
 
 def verify(
@@ -91,7 +145,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps({"max_error": report.max_error, "errors": report.errors}))
     else:
-        typer.echo(report.explain())
+        typer.echo(printable(report.explain(), keep="\n"))
     if not report.max_error <= tolerance:  # so that NaN fails
         typer.echo(f"streamcnn: error {report.max_error:.1e} is beyond {tolerance:.1e}", err=True)
         raise typer.Exit(FAILED)

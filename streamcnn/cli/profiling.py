@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from streamcnn.cli.arguments import Batch, Channels, Model, Size, load, parse, parse_extent
-from streamcnn.support.text import printable
+from streamcnn.support.text import as_text
 from streamcnn.support.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def profile(
         profiles = _collect(measured, edges, console)
     write_results(profiles, model, shape, output)
     if not as_json:
-        page = printable(f"page: {output / 'report.html'}")
-        console.print(Text(page), soft_wrap=True, highlight=False)
+        console.print(as_text(f"page: {output / 'report.html'}"), soft_wrap=True, highlight=False)
 
 
 def parse_tiles(text: str) -> tuple[int, ...]:
@@ -89,7 +87,7 @@ def _collect(measured: Iterable[TileProfile], edges: Sequence[int], console: Con
             profiles.append(profile)
             progress.update(task, advance=1, description=f"tile {following}")
             if not console.is_terminal:
-                console.print(_line(profile), soft_wrap=True, highlight=False, markup=False)
+                console.print(as_text(_line(profile)), soft_wrap=True, highlight=False)
     if console.is_terminal:
         console.print(_table(profiles))
     return profiles
@@ -112,5 +110,5 @@ def _table(profiles: Sequence[TileProfile]) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for profile in profiles:
-        table.add_row(*cells(profile), style="" if profile.refusal is None else "dim")
+        table.add_row(*map(as_text, cells(profile)), style="" if profile.refusal is None else "dim")
     return table

@@ -9,21 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from streamcnn.cli.arguments import Json, Model, Tile, exit_for_wrong_usage, parse, parse_extent
+from streamcnn.cli.arguments import (
+    ChannelsLast,
+    Json,
+    Level,
+    Model,
+    Series,
+    Tile,
+    choice_of,
+    exit_for_wrong_usage,
+    parse,
+    parse_extent,
+)
+from streamcnn.cli.ending import say_ending, status_of
 from streamcnn.errors import StreamError
-from streamcnn.support.text import printable
+from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streamcnn.data.sources import ImageSource
+    from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.training import Score, TrainedRun
-
-TERMINATED = 75
-"""Exit status of a run that SIGTERM ended: the same command goes on with it."""
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Tile store, CSV file or folder of classes.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train wrote.")]
@@ -53,6 +61,9 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     model_option: KeyValues = None,
     inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     split: Annotated[str, typer.Option(help="Images to train on.")] = "train",
     validation_split: Annotated[
         str | None, typer.Option(help="Images to choose the best weights by; default: a share of the former.")
@@ -83,7 +94,8 @@ def train(
 ) -> None:
     """Train a classifier on whole images; the same command goes on with a run that was interrupted.
 
-    Exit status 75 after SIGTERM, when the state is saved.
+    At SIGINT (Ctrl-C), SIGTERM or SIGHUP it saves its state and ends with exit status 130, 143 or 129; at a
+    second one it ends at once.
     """
     budget_bytes = parse("--budget", parse_bytes, budget)
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
@@ -98,8 +110,16 @@ def train(
     from streamcnn.cli.training_progress import TrainingProgress
     from streamcnn.data.augmentation import RandomAugmentation
     from streamcnn.data.normalisation import Normalise
+    from streamcnn.data.sources.places import local_path
     from streamcnn.support.extras import require
-    from streamcnn.training import RunConfig, Terminated, TrainSettings, make_trainer, write_report
+    from streamcnn.training import (
+        RunConfig,
+        StoppedAtOnce,
+        Terminated,
+        TrainSettings,
+        make_trainer,
+        write_report,
+    )
 
     require("matplotlib.figure", extra="plots")  # now rather than after the run
 
@@ -125,8 +145,9 @@ def train(
         config = RunConfig(
             model=model,
             model_options=options["model_option"],
-            data=str(Path(data).resolve()),
+            data=str(local_path(data).resolve()),
             inputs=parse_names(inputs),
+            choice=choice_of(series, level, channels_last),
             split=split,
             validation_split=validation_split,
             validation_share=validation_share,
@@ -143,25 +164,28 @@ def train(
     except ValueError as error:
         exit_for_wrong_usage(str(error))
     console = Console()
+    trainer.on_end = _say_that_it_saves
     try:
         with TrainingProgress(trainer, budget_bytes, console):
             result = trainer.run()
-    except Terminated as ended:
-        typer.echo(f"streamcnn: {ended}; the same command goes on", err=True)
-        raise typer.Exit(TERMINATED) from None
+    except (Terminated, StoppedAtOnce) as ended:
+        say_ending(ended.signal, f"{ended}; the same command goes on")
+        raise typer.Exit(status_of(ended.signal)) from None
     best = (
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
         f"{result.best_accuracy:.1%}: {result.best}"
     )
     for line in (best, f"page: {write_report(out)}"):
-        # As text: brackets in a folder's name are no markup.
-        console.print(Text(printable(line)), soft_wrap=True, highlight=False)
+        console.print(as_text(line), soft_wrap=True, highlight=False)
 
 
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Other images than the run's.")] = None,
     inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     split: Annotated[str, typer.Option(help="Images to classify.")] = "test",
     budget: Budget = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
@@ -170,14 +194,20 @@ def evaluate(
 ) -> None:
     """Print how good a trained classifier is on labelled images.
 
-    Inputs are the columns that it was trained with, unless others are named.
+    Inputs are the columns that it was trained with, and images are read as they were then, unless told
+    otherwise.
     """
     trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
     from streamcnn.data.file_dataset import open_dataset
+    from streamcnn.data.tile_store import is_tile_store
     from streamcnn.training import score
 
-    images = open_dataset(trained.config.data if data is None else data, split, inputs=columns)
+    where = trained.config.data if data is None else data
+    # What is in a tile store was read when it was written.
+    as_trained = None if is_tile_store(where) else trained.choice
+    choice = choice_of(series, level, channels_last, otherwise=as_trained)
+    images = open_dataset(where, split, choice=choice, inputs=columns)
     images.renumber(trained.classes)
     found = score(trained.model, images, batch_size=batch, device=trained.config.device)
     if as_json:
@@ -202,6 +232,9 @@ def predict(
         ),
     ],
     inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
     budget: Budget = None,
     trust: Trust = None,
     as_json: Json = False,
@@ -209,15 +242,21 @@ def predict(
     """Print the class of each image and its probability.
 
     A classifier that was trained with inputs finds them in a CSV file, in the columns that it was trained
-    with unless others are named; labels are not needed.
+    with unless others are named; labels are not needed. Images are read as in training, unless told
+    otherwise.
     """
     trained = _load(run, budget, trust)
     columns = _columns(trained, inputs)
+    choice = choice_of(series, level, channels_last, otherwise=trained.choice)
     import torch
 
-    for path, source, *further in _open_images(images, columns):
-        with torch.no_grad():
+    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.naming import naming
+
+    for at, (path, source, *further) in enumerate(_open_images(images, columns, choice)):
+        with torch.no_grad(), naming("prediction", [at], [str(path)]):
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
+        require_finite(logits, [at], [str(path)])
         probability, label = logits[0].double().softmax(0).max(0)
         name = str(int(label)) if trained.classes is None else trained.classes[int(label)]
         if as_json:
@@ -246,6 +285,8 @@ def parse_key_values(texts: list[str] | None) -> dict[str, Any]:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
             found[name] = value
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply: allowed are plain values") from None
     return found
 
 
@@ -269,12 +310,12 @@ def _columns(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
 
 
 def _open_images(
-    paths: list[Path], columns: tuple[str, ...]
+    paths: list[Path], columns: tuple[str, ...], choice: ImageChoice
 ) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
     """The images that tables name, with their inputs, and the other images with none."""
     from streamcnn.data.file_dataset import open_table
     from streamcnn.data.image_files import find_images
-    from streamcnn.data.sources import open_image
+    from streamcnn.data.sources import open_chosen
 
     tables = [path for path in paths if path.suffix.lower() == ".csv"]
     loose = [path for path in paths if path not in tables]
@@ -284,9 +325,13 @@ def _open_images(
             f"image,{','.join(columns)}"
         )
     for table in tables:
-        yield from open_table(table, columns)
-    for image in find_images(loose) if loose else ():
-        yield image.path, open_image(image.path)
+        yield from open_table(table, columns, choice)
+    for image in find_images(loose, choice.series) if loose else ():
+        yield image.path, open_chosen(image.path, choice)
+
+
+def _say_that_it_saves(reason: str, number: int | None) -> None:
+    say_ending(number, f"{reason}: saving after the present update; once more stops at once")
 
 
 def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 
 from streamcnn.cli.arguments import FAILED, Json
+from streamcnn.cli.ending import keeping
 from streamcnn.cli.images import progress_bar, verify_store
+from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import format_bytes, format_duration
 
 app = typer.Typer(help="Make, check and look at UltraMNIST sets (arXiv 2206.12681).", no_args_is_help=True)
@@ -48,23 +50,22 @@ def generate(
     console = Console()
     loaded = load_digits(digits)
     for note in loaded.notes:
-        console.print(note, soft_wrap=True, highlight=False)
+        console.print(as_text(note), soft_wrap=True, highlight=False)
     spec = Spec(seed=seed, recipe=Recipe(recipe.value), size=size)
     started, first, stored, done = time.perf_counter(), None, 0, 0
-    with progress_bar(console, "images", train + test) as progress:
+    with keeping("finished images"), progress_bar(console, "images", train + test) as progress:
         for state in write(out, spec, loaded, num_train=train, num_test=test, workers=workers):
             first = state.done if first is None else first
             done, stored = state.done, state.stored_bytes
             progress.update(progress.task_ids[0], completed=done)
     made, seconds = done - (first or 0), time.perf_counter() - started
     there = TileStore(out)
-    console.print(
+    line = (
         f"{out}: {len(there.split('train'))} training and {len(there.split('test'))} test images of "
-        f"{size}x{size} pixels, {made} of them made now in "
-        f"{format_duration(seconds)}" + (f", {format_bytes(stored // made)} each on disk" if made else ""),
-        soft_wrap=True,
-        highlight=False,
+        f"{size}x{size} pixels, {made} of them made now in {format_duration(seconds)}"
     )
+    line += f", {format_bytes(stored // made)} each on disk" if made else ""
+    console.print(as_text(line), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -87,4 +88,4 @@ def preview(
     from streamcnn.data.ultramnist.preview import write_contact_sheet
 
     count = write_contact_sheet(TileStore(store), output, split=split, edge=edge, boxes=boxes)
-    typer.echo(f"{output}: {count} images of split {split}")
+    typer.echo(printable(f"{output}: {count} images of split {split}"))

@@ -35,9 +35,10 @@ class Augmentation:
     quarter_turns: int = 0
     """Turns by 90 degrees against the clock, 0 to 3."""
     invert: bool = False
-    """Black and white change places: 255 - x for uint8, -1 - x for signed integers, 1 - x for floats."""
+    """Black and white change places: 255 - x for uint8, 4095 - x where the image says that it has 12 bits,
+    -1 - x for signed integers, 1 - x for floats."""
     gain: float = 1.0
-    """Factor of the distance from the middle of the type's range; of floats, from 0.5."""
+    """Factor of the distance from the middle of the image's range; of floats, from 0.5."""
 
     def __post_init__(self) -> None:
         if self.quarter_turns not in range(4):
@@ -101,7 +102,7 @@ class AugmentedSource(ImageSource):
         if chosen.mirror:
             pixels = np.flip(pixels, 2)
         pixels = np.rot90(pixels, chosen.quarter_turns, (1, 2))
-        pixels = _with_intensity(pixels, invert=chosen.invert, gain=chosen.gain)
+        pixels = _with_intensity(pixels, self.largest, invert=chosen.invert, gain=chosen.gain)
         # A copy in any case: of an axis of one pixel, NumPy takes a backward stride for contiguous.
         return torch.from_numpy(pixels.copy())
 
@@ -151,19 +152,33 @@ class RandomAugmentation:
         )
 
 
-def _with_intensity(pixels: Pixels, *, invert: bool, gain: float) -> Pixels:
-    """``pixels`` inverted and with more or less contrast, in the range of their type."""
+def _with_intensity(pixels: Pixels, largest: int | None, *, invert: bool, gain: float) -> Pixels:
+    """``pixels`` inverted and with more or less contrast, in their range."""
     dtype = pixels.dtype
     if np.issubdtype(dtype, np.floating):
         pixels = 1 - pixels if invert else pixels
         return pixels if gain == 1 else (pixels - 0.5) * dtype.type(gain) + dtype.type(0.5)
+    assert largest is not None
+    least = np.iinfo(dtype).min if dtype.kind == "i" else 0
     if invert:
-        pixels = ~pixels  # the least value becomes the largest, in signed types too
+        pixels = _inverted(pixels, largest)
     if gain == 1:
         return pixels
-    least, largest = np.iinfo(dtype).min, np.iinfo(dtype).max
-    middle = (least + largest) / 2
-    return ((pixels - middle) * gain + middle).round().clip(least, largest).astype(dtype)
+    # Of signed types that of the type: nothing says how small the image's numbers may be.
+    middle = -0.5 if dtype.kind == "i" else largest / 2
+    from_middle = np.subtract(pixels, middle, dtype=np.float64)
+    changed: Pixels = (from_middle * gain + middle).round().clip(least, largest).astype(dtype)
+    return changed
+
+
+def _inverted(pixels: Pixels, largest: int) -> Pixels:
+    """The least value becomes the largest, in signed types too."""
+    dtype = pixels.dtype
+    if dtype.kind != "u" or largest == np.iinfo(dtype).max:
+        return ~pixels
+    top = dtype.type(largest)
+    inverted: Pixels = top - np.minimum(pixels, top)
+    return inverted
 
 
 def _reversed(interval: Interval, size: int) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -30,7 +31,8 @@ def classes_in_folders(folder: Path, relatives: Sequence[str]) -> list[tuple[str
     DatasetMismatch
         If an image lies in no folder of a class, or folders may be splits and may be classes.
     """
-    parts = [PurePosixPath(relative).parts for relative in relatives]
+    # One name has its accents encoded in two ways, by the systems that wrote it.
+    parts = [PurePosixPath(unicodedata.normalize("NFC", relative)).parts for relative in relatives]
     _refuse_loose(folder, relatives, parts, depth=1)
     splits = _splits(folder, parts)
     if splits is None:

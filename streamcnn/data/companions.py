@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from streamcnn.data.sources.files import is_there
 from streamcnn.errors import DatasetMismatch
+from streamcnn.support.documents import read_regular
 
 _SYSTEM = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information"}
 """What systems write into folders, without regard to case."""
@@ -59,10 +61,19 @@ def further_files(path: Path) -> list[Path]:
     if ending == ".mrxs":
         found = [path.with_suffix("")]
     elif ending == ".vms":
-        found = [path.with_name(name.strip()) for name in _NAMED_IN_VMS.findall(path.read_text("latin-1"))]
+        found = [path.parent / name for name in _names_in_vms(path)]
     else:
         found = []
-    return [each for each in found if each.exists()]
+    return [each for each in found if is_there(each)]
+
+
+def _names_in_vms(path: Path) -> list[str]:
+    """Names of files beside a slide that it names; none where it is no file."""
+    if not path.is_file():
+        return []
+    content = read_regular(path, error=DatasetMismatch).decode("latin-1")
+    names = (Path(name.strip().replace("\\", "/")).name for name in _NAMED_IN_VMS.findall(content))
+    return [name for name in names if name and "\0" not in name]
 
 
 def _require_image(sidecar: Path, entries: Iterable[Path]) -> None:

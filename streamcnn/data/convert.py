@@ -6,6 +6,7 @@ Everything that can be wrong with names, labels and the store is found before th
 from __future__ import annotations
 
 import posixpath
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -14,8 +15,9 @@ from typing import Any
 from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.image_files import FoundImage
 from streamcnn.data.label_table import Row, class_names, label_number, read_rows
-from streamcnn.data.sources import ImageSource, open_image
-from streamcnn.data.store_names import older_name, store_name
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
+from streamcnn.data.sources.places import local_path
+from streamcnn.data.store_names import older_name, store_name, unlike_name
 from streamcnn.data.tile_store import Head, ImageRecord, TileStoreWriter, check_names, write_image_folder
 from streamcnn.data.tile_store.arrays import num_levels
 from streamcnn.data.tile_store.format import IMAGES
@@ -30,14 +32,14 @@ def convert(
     *,
     labels: str | Path | None = None,
     split: str = "train",
-    level: int = 0,
-    channels_last: bool | None = None,
+    choice: ImageChoice = DEFAULT_CHOICE,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Iterator[ImageRecord]:
     """Write ``images`` into the store ``out``; iterate to do the work, image by image.
 
-    An image that the store has is left alone if its files are the same, by `fingerprint`, and written again
-    if they were changed; it keeps its label and split unless ``labels`` says others.
+    An image that the store has is left alone if its files are the same, by `fingerprint`, and so is the
+    choice. It is written again if files were changed, or its channels are read from another axis; it keeps
+    its label and split unless ``labels`` says others.
     Holds some shards of 16 MiB at a time, and an image that has to be decoded whole.
 
     Parameters
@@ -52,26 +54,25 @@ def convert(
         store has already take what it says.
     split
         Of images of which the table says none.
-    level
-        Resolution to take from a pyramid; 0 is full.
-    channels_last
-        Whether the channels are the last of three axes or the first, of images that do not say it.
+    choice
+        Which image of each file, in which resolution, and where its channels are.
     on_shard
         Told the pixels of the present image that are written, and all of them.
 
     Raises
     ------
     DatasetMismatch
-        If the table does not fit the images, or the store holds something else.
+        If the table does not fit the images, the store holds something else, such as another series or level
+        under an image's name, or the choice does not apply to an image.
     CorruptImage
         If an image cannot be read, or is changed while it is read.
     """
-    table = None if labels is None else _read_table(Path(labels), images)
-    with TileStoreWriter(out, Head(KIND, {})) as writer:
-        named = {image.name: _named(image, level, writer.records) for image in images}
+    table = None if labels is None else _read_table(local_path(labels), images)
+    with TileStoreWriter(local_path(out), Head(KIND, {})) as writer:
+        named = {image.name: _named(image, choice, writer.records) for image in images}
         rows = None if table is None else {named[name].name: row for name, row in table.items()}
-        check_names((*writer.records, *(image.name for image in named.values())))
-        missing = [image for image in named.values() if not _is_current(writer, image, level)]
+        check_names((*writer.records, *(image.name for image in named.values())), in_any_case=True)
+        missing = [image for image in named.values() if not _is_current(writer, image, choice)]
         if rows is not None:
             numbered = any(record.label is not None for record in writer.records.values())
             texts = [row.label for row in rows.values()]
@@ -79,8 +80,8 @@ def convert(
             yield from _labelled_anew(writer, rows)
         for image in missing:
             row = None if rows is None else rows[image.name]
-            source = open_image(image.path, level=level, channels_last=channels_last)
-            record = _write(writer, image, source, row, split, level, on_shard)
+            source = open_chosen(image.path, choice)
+            record = _write(writer, image, source, row, split, choice, on_shard)
             writer.add(record)
             yield record
         writer.finish()
@@ -92,15 +93,15 @@ def _write(
     source: ImageSource,
     row: Row | None,
     split: str,
-    level: int,
+    choice: ImageChoice,
     on_shard: Callable[[int, int], None] | None,
 ) -> ImageRecord:
     """Write an image, in place of an older one if the store has it; what a table says counts for both."""
     before = writer.records.get(image.name)
-    origin = _origin(image, level)
+    origin = _origin(image, choice)
 
     def on_read() -> None:
-        if _origin(image, level) != origin:
+        if _origin(image, choice) != origin:
             raise CorruptImage(f"{image.path} was changed while it was read: convert it again")
         if before is not None:
             # From here on the store's files are not what this record says, whatever ends the process.
@@ -133,7 +134,9 @@ def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, Row]) -> Iterator
 
 def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     """The table's row for each image, by the image's name in the store."""
-    ways = _keyed(images, _paths), _keyed(images, _file_names)
+    ways = [_keyed(images, _paths), _keyed(images, _file_names)]
+    # Names of files have accents encoded in either way, by the system that wrote them.
+    ways += [{nfc: names for key, names in keys.items() if (nfc := _nfc(key)) not in keys} for keys in ways]
     rows: dict[str, Row] = {}
     unknown = []
     for row in read_rows(path):
@@ -163,6 +166,11 @@ def _spellings(table: Path, text: str) -> Iterator[str]:
     slashed = text.replace("\\", "/")
     yield posixpath.normpath(slashed)
     yield str((table.parent / slashed).resolve())
+    yield _nfc(slashed)
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _keyed(images: Sequence[FoundImage], keys: Callable[[FoundImage], set[str]]) -> dict[str, list[str]]:
@@ -188,13 +196,14 @@ def _file_names(image: FoundImage) -> set[str]:
     return {image.path.name, image.path.stem}
 
 
-def _origin(image: FoundImage, level: int) -> dict[str, Any]:
+def _origin(image: FoundImage, choice: ImageChoice) -> dict[str, Any]:
     """Where an image came from, and what tells whether it is still the same."""
     known = fingerprint([image.path, *image.others])
-    return {"path": str(image.path.resolve()), "level": level, "fingerprint": known}
+    place = {"path": str(image.path.resolve()), "level": choice.level, "fingerprint": known}
+    return {**place, **choice.made}
 
 
-def _named(image: FoundImage, level: int, records: Mapping[str, ImageRecord]) -> FoundImage:
+def _named(image: FoundImage, choice: ImageChoice, records: Mapping[str, ImageRecord]) -> FoundImage:
     """The image under the name that the store has for it, or else will have.
 
     Raises
@@ -202,32 +211,45 @@ def _named(image: FoundImage, level: int, records: Mapping[str, ImageRecord]) ->
     DatasetMismatch
         If the store has another image of that name.
     """
-    path = str(image.path.resolve())
-    for name in (image.name, older_name(image.relative), store_name(image.relative, ending=True)):
+    wanted = (str(image.path.resolve()), choice.series, choice.level)
+    longer, unlike = store_name(image.relative, ending=True), unlike_name(image.relative)
+    before = (store_name(image.relative), older_name(image.relative))
+    for name in (image.name, *before, longer, unlike):
         record = records.get(name)
-        if record is not None and (record.origin.get("path"), record.origin.get("level")) == (path, level):
+        if record is not None and _picture(record) == wanted:
             return replace(image, name=name)
     record = records.get(image.name)
     if record is None:
-        return image
-    longer = store_name(image.relative, ending=True)
+        is_alike = image.name.casefold() in {name.casefold() for name in records}
+        return replace(image, name=unlike) if is_alike else image
     if Path(str(record.origin.get("path"))).name != image.path.name and longer not in records:
         return replace(image, name=longer)
+    path, series, level = _picture(record)
     raise DatasetMismatch(
-        f"the store has an image {image.name!r} already, level {record.origin.get('level')} of "
-        f"{record.origin.get('path')}; level {level} of {image.path} is another one: "
-        "rename it or write to another store"
+        f"the store has an image {image.name!r} already, {_described(series, level)} of {path}; "
+        f"{_described(choice.series, choice.level)} of {image.path} is another one: rename it or write to "
+        "another store"
     )
 
 
-def _is_current(writer: TileStoreWriter, image: FoundImage, level: int) -> bool:
-    """Whether the store has an image as its files are now."""
+def _picture(record: ImageRecord) -> tuple[Any, Any, Any]:
+    """Of which file, series and level an image of the store is."""
+    return tuple(record.origin.get(name) for name in ("path", "series", "level"))  # type: ignore[return-value]
+
+
+def _described(series: Any, level: Any) -> str:
+    return f"level {level}" if series is None else f"series {series}, level {level}"
+
+
+def _is_current(writer: TileStoreWriter, image: FoundImage, choice: ImageChoice) -> bool:
+    """Whether the store has an image as its files are now, and as it is asked for."""
     record = writer.records.get(image.name)
     if record is None or not (writer.folder / IMAGES / image.name / "zarr.json").is_file():
         return False
     if "fingerprint" in record.origin:
-        return dict(record.origin) == _origin(image, level)
-    # Stores of before have the time of files, and nothing of folders.
+        return dict(record.origin) == _origin(image, choice)
+    # Stores of before have the time of files, and nothing of folders and of channels.
     found = image.path.stat()
     known = record.origin.get("nbytes"), record.origin.get("modified")
-    return known == (found.st_size, found.st_mtime_ns) and image.path.is_file()
+    is_same = known == (found.st_size, found.st_mtime_ns) and image.path.is_file()
+    return is_same and choice.channels_last is None

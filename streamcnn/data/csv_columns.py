@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TextIO
 
 from streamcnn.data.splits import canonical
 from streamcnn.errors import DatasetMismatch, some
+from streamcnn.support.documents import open_regular
 
 _OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
+_MOST_TEXT = 500
 _MANY = 100
 """More values than a column of splits has."""
 
@@ -36,10 +39,10 @@ def read_cells(
         If the file cannot be read, lacks a column or has one twice, or a row has more cells than columns.
     """
     try:
-        file = path.open(newline="", encoding="utf-8-sig")
+        content = open_regular(path, error=DatasetMismatch)
     except OSError as error:
         raise DatasetMismatch(f"cannot read the table {path}: {error.strerror}") from error
-    with file, _readable(path):
+    with io.TextIOWrapper(content, newline="", encoding="utf-8-sig") as file, _readable(path):
         yield from _cells(path, file, needed, optional, numbers)
 
 
@@ -52,7 +55,7 @@ def _cells(
     places = {name: _place(path, name, present) for name in (*needed, *optional)}
     if any(places[name] is None for name in needed):
         raise DatasetMismatch(
-            f"{path} has the columns {header}: needed are {' and '.join(needed)}, and split if "
+            f"{path} has the columns {_shown(header)}: needed are {' and '.join(needed)}, and split if "
             f"wanted{_advice(header)}"
         )
     _require_numbers(path, numbers, present)
@@ -86,6 +89,12 @@ def _place(path: Path, name: str, present: Sequence[str]) -> int | None:
     return places[0] if places else None
 
 
+def _shown(names: Sequence[str]) -> str:
+    """Names of columns, of which a damaged file may have any number of any length."""
+    text = str(list(names))
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
+
+
 def _advice(header: Sequence[str]) -> str:
     for mark, described in _OTHER_SEPARATORS.items():
         if len(header) == 1 and mark in header[0]:
@@ -98,7 +107,7 @@ def _require_numbers(path: Path, numbers: Sequence[str], present: Sequence[str])
     missing = [column for column in numbers if column not in present]
     if missing:
         raise DatasetMismatch(
-            f"{path} has the columns {list(present)}: there is no {some(missing)} for inputs"
+            f"{path} has the columns {_shown(present)}: there is no {some(missing)} for inputs"
         )
     twice = [column for column in numbers if present.count(column) > 1]
     if twice:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -14,16 +15,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.copies import LEAST_BYTES, check_copies, same_keys
 from streamcnn.data.label_range import require_labels
 from streamcnn.data.sampling import ResumableSampler
-from streamcnn.data.sources import ImageSource
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, largest_of
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import ImageRecord, TileStore
-from streamcnn.data.uniform import check_channels
+from streamcnn.data.uniform import ImageKind, check_alike
 from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
 """An image, its label, and what else of it goes into the model, in order."""
+
+
+OF_CONTENT = "content "
+"""What a fingerprint begins with that does not depend on when files were written."""
 
 
 class LabelledImages(Protocol):
@@ -56,6 +62,8 @@ class ImageDataset(Dataset[Sample], ABC):
     ----------
     names, labels
         Of all images; a label is its class's number.
+    choice
+        How the files were read that the pixels come from.
     classes
         Names of the labels 0, 1, …; None where labels are numbers.
     augmentation
@@ -69,11 +77,15 @@ class ImageDataset(Dataset[Sample], ABC):
         If a label is far larger than the number of images.
     """
 
+    choice: ImageChoice
+    """How the files were read that the pixels come from; of a store, when it was written."""
+
     def __init__(
         self,
         names: tuple[str, ...],
         labels: tuple[int, ...],
         *,
+        choice: ImageChoice = DEFAULT_CHOICE,
         classes: tuple[str, ...] | None,
         augmentation: RandomAugmentation | None,
         seed: int,
@@ -82,6 +94,7 @@ class ImageDataset(Dataset[Sample], ABC):
         self.names = names
         self.labels = labels
         self.classes = classes
+        self.choice = choice
         self.augmentation = augmentation
         self._seed = seed
         self._epoch = 0
@@ -93,6 +106,10 @@ class ImageDataset(Dataset[Sample], ABC):
     @abstractmethod
     def _identities(self) -> Iterator[str]:
         """What tells each image and its label from another."""
+
+    def _former_identities(self) -> Iterator[str]:
+        """``_identities`` as older versions had them."""
+        return self._identities()
 
     @abstractmethod
     def prefetch(self, position: int) -> None:
@@ -116,10 +133,24 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images, their labels and augmentations from others: a SHA-256."""
+        """What tells these images, their labels and augmentations from others: a text with a SHA-256.
+
+        Raises
+        ------
+        CorruptImage
+            If an image's files cannot be read.
+        """
+        return f"{OF_CONTENT}{self._digest(self._identities())}"
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What ``fingerprint`` was before it was of content alone: it changed with the times of files."""
+        return self._digest(self._former_identities())
+
+    def _digest(self, identities: Iterable[str]) -> str:
         known = hashlib.sha256(repr((self.augmentation, self._seed)).encode())
-        for identity in self._identities():
-            known.update(identity.encode() + b"\n")
+        for identity in identities:
+            known.update(identity.encode(errors="surrogateescape") + b"\n")
         return known.hexdigest()
 
     def renumber(self, classes: tuple[str, ...] | None) -> None:
@@ -177,7 +208,8 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, an image has no label, or images have different numbers of channels.
+        If the split is not there, an image has no label or is there in two splits, or images of the store
+        have different numbers of channels, types or ranges of values.
 
     Examples
     --------
@@ -202,9 +234,9 @@ class TileDataset(ImageDataset):
         records = self.store.records if split is None else _of_split(self.store, split)
         if not records:
             raise no_split(self.store.folder, split, (record.split for record in self.store.records))
-        check_channels(
-            self.store.folder, [record.name for record in records], [record.shape[0] for record in records]
-        )
+        every = self.store.records
+        check_alike(self.store.folder, [each.name for each in every], [_kind(each) for each in every])
+        self._check_copies()
         self.records = records if positions is None else tuple(records[p] for p in positions)
         unlabelled = next((record.name for record in self.records if record.label is None), None)
         if unlabelled is not None:
@@ -214,6 +246,7 @@ class TileDataset(ImageDataset):
         super().__init__(
             tuple(record.name for record in self.records),
             tuple(record.label for record in self.records if record.label is not None),
+            choice=_choice_of(records),
             classes=self.store.head.classes,
             augmentation=augmentation,
             seed=seed,
@@ -222,11 +255,22 @@ class TileDataset(ImageDataset):
     def _open(self, position: int) -> ImageSource:
         return self.store.source(self.records[position])
 
+    def _check_copies(self) -> None:
+        """Compare images by the checksums of their chunks."""
+        every = self.store.records
+        copies = same_keys(map(_checksums, every))
+        names, splits = [record.name for record in every], [canonical(record.split) for record in every]
+        check_copies(self.store.folder, names, splits, copies, [record.label for record in every])
+
     def truth(self, position: int) -> Any:
         """What the store knows beyond the label: of UltraMNIST, the boxes and values of the digits."""
         return self.records[position].truth
 
     def _identities(self) -> Iterator[str]:
+        # Where an image came from is left out: it names the times of the files that it was made of.
+        return (replace(record, origin={}).to_json() for record in self.records)
+
+    def _former_identities(self) -> Iterator[str]:
         return (record.to_json() for record in self.records)
 
     def prefetch(self, position: int) -> None:
@@ -235,6 +279,32 @@ class TileDataset(ImageDataset):
         for key in record.shards:
             if key.startswith("0/"):
                 will_need(self.store.path(record) / key)
+
+
+def _kind(record: ImageRecord) -> ImageKind:
+    """What an image of a store is, by the manifest."""
+    largest = largest_of(getattr(torch, record.dtype)) if record.largest is None else record.largest
+    return ImageKind(record.shape[0], record.dtype, largest)
+
+
+def _choice_of(records: Sequence[ImageRecord]) -> ImageChoice:
+    """How the files of a store's images were read; the default where that is not one thing."""
+    found = set()
+    for record in records:
+        series, level, last = (record.origin.get(name) for name in ("series", "level", "channels_last"))
+        try:
+            found.add(ImageChoice(series, 0 if level is None else level, last))
+        except ValueError:
+            return DEFAULT_CHOICE  # of another program, that means something else by these words
+    return found.pop() if len(found) == 1 else DEFAULT_CHOICE
+
+
+def _checksums(record: ImageRecord) -> Hashable | None:
+    """What two images of the same pixels have in common; None of a small image."""
+    if record.stored_bytes < LEAST_BYTES:
+        return None
+    shards = sorted((key, *astuple(shard)) for key, shard in record.shards.items())
+    return (record.shape, record.dtype, *shards)
 
 
 def _of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:
@@ -289,7 +359,7 @@ def will_need(path: Path) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return
     try:

@@ -5,7 +5,8 @@ The head of every image is read when the data set is opened, so that a training 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import final
 
@@ -13,15 +14,20 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.copies import check_copies, same_files
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
-from streamcnn.data.fingerprints import fingerprint
+from streamcnn.data.fingerprints import content_digest, fingerprint
 from streamcnn.data.label_table import class_names, label_number
-from streamcnn.data.labelled_files import files_in_folders, files_of_table
-from streamcnn.data.sources import ImageSource, open_image
+from streamcnn.data.labelled_files import LabelledFile, files_in_folders, files_of_table
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
-from streamcnn.data.uniform import check_channels, num_channels
+from streamcnn.data.uniform import check_alike, kind_of_file
 from streamcnn.errors import DatasetMismatch, some
+
+_READERS = 8
+"""Files that are read at a time, to tell them from others."""
 
 
 @final
@@ -41,6 +47,8 @@ class FileDataset(ImageDataset):
         Of the images to take among those; None takes all.
     augmentation, seed
         As for ``TileDataset``.
+    choice
+        Which image of each file, in which resolution, and where its channels are.
     inputs
         Columns of the table with numbers that go into the model: each sample then is ``(source, label,
         numbers)``, the last a float32 tensor (K,) in the order of these names, as the table has them.
@@ -49,9 +57,10 @@ class FileDataset(ImageDataset):
     ------
     DatasetMismatch
         If there are no such images, a label or an image is missing, or an input is missing or no number; if
-        images have different numbers of channels, or folders may be splits and may be classes.
+        images have different numbers of channels, types or ranges of values, one is there in two splits, or
+        folders may be splits and may be classes; or the choice does not apply to an image.
     CorruptImage
-        If a folder holds no image, or an image cannot be opened.
+        If a folder holds no image, an image cannot be opened, or the path is not on this machine.
     MissingExtra
         If a format needs a package that is not installed.
     ValueError
@@ -66,15 +75,20 @@ class FileDataset(ImageDataset):
         positions: Sequence[int] | None = None,
         augmentation: RandomAugmentation | None = None,
         seed: int = 0,
+        choice: ImageChoice = DEFAULT_CHOICE,
         inputs: Sequence[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.input_names = tuple(inputs)
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)
-        every = files_in_folders(self.path) if self.path.is_dir() else files_of_table(self.path, inputs)
-        channels = [num_channels(file.path) for file in every]
-        check_channels(self.path, [file.name for file in every], channels)
+            every = files_in_folders(self.path, choice.series)
+        else:
+            every = files_of_table(self.path, inputs)
+        names, splits = [file.name for file in every], [file.split for file in every]
+        check_alike(self.path, names, [kind_of_file(file.path, choice) for file in every])
+        copies = same_files([(file.path, *file.others) for file in every])
+        check_copies(self.path, names, splits, copies, [file.label for file in every])
         classes = class_names(file.label for file in every)
         wanted = None if split is None else canonical(split)
         files = [file for file in every if wanted is None or file.split == wanted]
@@ -84,33 +98,53 @@ class FileDataset(ImageDataset):
         super().__init__(
             tuple(file.name for file in self._files),
             tuple(label_number(file.label, classes) for file in self._files),
+            choice=choice,
             classes=classes,
             augmentation=augmentation,
             seed=seed,
         )
 
     def _open(self, position: int) -> ImageSource:
-        return open_image(self._files[position].path)
+        return open_chosen(self._files[position].path, self.choice)
 
     def inputs(self, position: int) -> tuple[Tensor, ...]:
         """The numbers of an image, (K,) in float32, if columns were named."""
         return _as_inputs(self._files[position].inputs)
 
     def _identities(self) -> Iterator[str]:
-        for file, label in zip(self._files, self.labels, strict=True):
-            found = file.path.stat()
-            identity = f"{file.name} {label} {found.st_size} {found.st_mtime_ns}"
-            if file.others or file.path.is_dir():
-                # The time of a folder does not tell of what is written further down.
-                identity = f"{file.name} {label} {fingerprint([file.path, *file.others])}"
+        # Beside one another: a disk or a file server answers some requests sooner than one by one.
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcnn-content") as readers:
+            yield from self._described(readers.map(_content, self._files))
+
+    def _former_identities(self) -> Iterator[str]:
+        """As `_identities` once were, of times that files were written at."""
+        return self._described(map(_times, self._files))
+
+    def _described(self, known: Iterable[str]) -> Iterator[str]:
+        for file, label, each in zip(self._files, self.labels, known, strict=True):
+            identity = f"{file.name} {label} {each}"
             numbers = dict(zip(self.input_names, file.inputs, strict=True))
-            yield f"{identity} {numbers}" if numbers else identity
+            # Only what is not as usual, so that a run from before goes on.
+            made = [str(each) for each in (dict(self.choice.made), numbers) if each]
+            yield " ".join((identity, *made))
 
     def prefetch(self, position: int) -> None:
         """Have the kernel read a file into its page cache; images that are folders are left alone."""
         path = self._files[position].path
         if path.is_file():
             will_need(path)
+
+
+def _content(file: LabelledFile) -> str:
+    return content_digest([file.path, *file.others])
+
+
+def _times(file: LabelledFile) -> str:
+    if file.others or file.path.is_dir():
+        # The time of a folder does not tell of what is written further down.
+        return fingerprint([file.path, *file.others])
+    found = file.path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def open_dataset(
@@ -120,22 +154,48 @@ def open_dataset(
     positions: Sequence[int] | None = None,
     augmentation: RandomAugmentation | None = None,
     seed: int = 0,
+    choice: ImageChoice = DEFAULT_CHOICE,
     inputs: Sequence[str] = (),
 ) -> ImageDataset:
     """The labelled images at ``path``: a tile store, a CSV file or folders of classes.
 
-    Parameters and errors are those of `TileDataset` and `FileDataset`; only a CSV file has inputs.
+    Parameters and errors are those of `TileDataset` and `FileDataset`; only a CSV file has inputs, and the
+    images of a tile store were chosen when it was written.
     """
-    if not is_tile_store(Path(path)):
+    path = local_path(path)
+    if not is_tile_store(path):
         return FileDataset(
-            path, split, positions=positions, augmentation=augmentation, seed=seed, inputs=inputs
+            path,
+            split,
+            positions=positions,
+            augmentation=augmentation,
+            seed=seed,
+            choice=choice,
+            inputs=inputs,
         )
     _refuse_inputs(path, inputs)
+    refuse_choice(path, choice)
     return TileDataset(path, split, positions=positions, augmentation=augmentation, seed=seed)
 
 
+def refuse_choice(path: str | Path, choice: ImageChoice) -> None:
+    """Refuse to choose among the images of a tile store.
+
+    Raises
+    ------
+    DatasetMismatch
+        If something is chosen.
+    """
+    if choice.made:
+        options = ", ".join(f"{name}=" for name in choice.made)
+        raise DatasetMismatch(
+            f"{path} is a tile store, whose images were chosen when it was written: leave {options} out "
+            f"({choice}), or write another store with `streamcnn convert`"
+        )
+
+
 def open_table(
-    path: str | Path, inputs: Sequence[str] = ()
+    path: str | Path, inputs: Sequence[str] = (), choice: ImageChoice = DEFAULT_CHOICE
 ) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
     """The images that a table names, whether or not it has labels: paths, sources and further inputs.
 
@@ -143,7 +203,7 @@ def open_table(
     ----------
     path
         A CSV file with the column ``image``.
-    inputs
+    inputs, choice
         As for `FileDataset`.
 
     Raises
@@ -151,8 +211,8 @@ def open_table(
     DatasetMismatch, ValueError
         As for `FileDataset`, besides labels.
     """
-    for file in files_of_table(Path(path), inputs, labelled=False):
-        yield file.path, open_image(file.path), *_as_inputs(file.inputs)
+    for file in files_of_table(local_path(path), inputs, labelled=False):
+        yield file.path, open_chosen(file.path, choice), *_as_inputs(file.inputs)
 
 
 def _as_inputs(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:

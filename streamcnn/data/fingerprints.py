@@ -1,14 +1,27 @@
-"""What tells whether files are still those that were read, without reading all of them."""
+"""What tells whether files are still those that were read, without reading all of them.
+
+`fingerprint` is quick and changes with a file's time. `content_digest` is of bytes alone: files that were
+copied, moved or touched keep it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from streamcnn.data.sources.places import METADATA_BYTES
 from streamcnn.errors import CorruptImage
+from streamcnn.support.documents import open_regular, read_regular
 
+BLOCK = 2**16
+"""Bytes that are read at a place."""
+WHOLE_BYTES = 2**23
+"""Most bytes of an image that are all read."""
+NUM_BLOCKS = 32
+"""Blocks that are read of a larger one."""
 _END_BYTES = 2**16
 _ZARR_METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
@@ -25,19 +38,88 @@ def fingerprint(paths: Sequence[Path]) -> str:
         If one cannot be read.
     """
     known = hashlib.sha256()
-    try:
+    with _told():
         for path in paths:
             for part in _of_folder(path) if path.is_dir() else _of_file(path):
                 known.update(part)
+    return known.hexdigest()
+
+
+def content_digest(paths: Sequence[Path]) -> str:
+    """A SHA-256 of the files of one image, and of all files in folders, whatever their times and place.
+
+    All sizes count, the names in folders, and zarr's metadata. Of other bytes all count up to 8 MiB in an
+    image; of more, 32 blocks of 64 KiB, spread evenly from the first to the last. So another picture of the
+    same size is noticed, and some changed pixels in a large file may not be.
+
+    Raises
+    ------
+    CorruptImage
+        If one cannot be read.
+    """
+    known = hashlib.sha256()
+    with _told():
+        files = [each for path in paths for each in _files(path)]
+        sizes = [path.stat().st_size for _, path in files]
+        for (name, path), size in zip(files, sizes, strict=True):
+            known.update(os.fsencode(f"{name}\0{size}\n"))
+            if path.name in _ZARR_METADATA:
+                known.update(read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES))
+        for at, start in _places(sizes):
+            with open_regular(files[at][1], error=CorruptImage) as file:
+                file.seek(start)
+                known.update(file.read(BLOCK))
+    return known.hexdigest()
+
+
+def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where to read a block: numbers of files, and places in them in bytes."""
+    total = sum(sizes)
+    if total <= WHOLE_BYTES:
+        for at, size in enumerate(sizes):
+            yield from ((at, start) for start in range(0, size, BLOCK))
+        return
+    at, before = 0, 0
+    for number in range(NUM_BLOCKS):
+        place = number * (total - 1) // (NUM_BLOCKS - 1)
+        while place >= before + sizes[at]:
+            before += sizes[at]
+            at += 1
+        # All of the last block, and not its last byte.
+        yield at, max(0, min(place - before, sizes[at] - BLOCK))
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    """Files with their names in a folder; a file that is given goes by its size and bytes alone."""
+    if not path.is_dir():
+        yield "", path
+        return
+    for place, names in _walk(path):
+        for name in names:
+            file = Path(place, name)
+            yield file.relative_to(path).as_posix(), file
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Iterable[str]]]:
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        folders.sort()
+        yield place, sorted(names)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except CorruptImage:
+        raise
     except OSError as error:
         raise CorruptImage(
             f"cannot read {error.filename}: {error.strerror}; see that it is there and that you may read it"
         ) from error
-    return known.hexdigest()
 
 
 def _of_file(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_regular(path, error=CorruptImage) as file:
         found = os.fstat(file.fileno())
         yield _line(path.name, found)
         yield file.read(_END_BYTES)
@@ -46,13 +128,12 @@ def _of_file(path: Path) -> Iterator[bytes]:
 
 
 def _of_folder(folder: Path) -> Iterator[bytes]:
-    for place, folders, names in os.walk(folder, onerror=_raise):
-        folders.sort()
-        for name in sorted(names):
+    for place, names in _walk(folder):
+        for name in names:
             path = Path(place, name)
             yield _line(path.relative_to(folder).as_posix(), path.stat())
             if name in _ZARR_METADATA:
-                yield path.read_bytes()
+                yield read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
 
 
 def _raise(error: OSError) -> None:

@@ -11,6 +11,7 @@ from streamcnn.data.dicom import is_dicom
 from streamcnn.data.scans import Scan, one_of_each, raw_image
 from streamcnn.data.sources import is_image
 from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.store_names import distinct_names
 from streamcnn.data.tile_store import check_names, is_tile_store
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
@@ -37,26 +38,27 @@ class FoundImage:
     """The further files of an image that lies in several."""
 
 
-def find_images(paths: Sequence[Path]) -> list[FoundImage]:
+def find_images(paths: Sequence[Path], series: int | None = None) -> list[FoundImage]:
     """All images among ``paths`` and in folders below them, in the order of their names.
 
     The name in the store is the path below the folder that was given, with %XX for what is neither a letter
     of ASCII nor a digit nor one of ``_.() -``, and with its ending if two would have one name else.
 
-    A scan in several files is one image; files that only belong to one, hidden files and folders of
-    thumbnails are none.
+    Of a folder that bioformats2raw wrote, ``series`` is the image to take; by default it is the only one
+    besides those of the label and the glass. A scan in several files is one image; files that only belong to
+    one, hidden files and folders of thumbnails are none.
 
     Raises
     ------
     CorruptImage
-        If a path does not exist or holds no image, or a file is called like an image and is none that is
-        known.
+        If a path does not exist, is not on this machine or holds no image, or a file is called like an image
+        and is none that is known.
     DatasetMismatch
         If two images would have one name, or one's name would be a folder of the other's; or one image would
         be there twice, or lies in several files that cannot be read together.
     """
     found: dict[str, tuple[Path, Scan]] = {}
-    for given, scan in _scans_of(paths):
+    for given, scan in _scans_of([local_path(path) for path in paths], series):
         _, known = found.setdefault(scan.key, (given, scan))
         if known.shown != scan.shown:
             raise DatasetMismatch(
@@ -82,16 +84,16 @@ def find_images(paths: Sequence[Path]) -> list[FoundImage]:
     return [by_name[name] for name in sorted(by_name)]
 
 
-def _scans_of(paths: Sequence[Path]) -> list[tuple[Path, Scan]]:
+def _scans_of(paths: Sequence[Path], series: int | None) -> list[tuple[Path, Scan]]:
     """The scans at all paths, each with the path that it was found at."""
     found: list[tuple[Path, Scan]] = []
     files: dict[Path, list[Path]] = {}
     for given in paths:
         _require_image(given)
-        if is_image(given) and not (given.is_dir() and raw_image(given) is not None):
+        if is_image(given) and not (given.is_dir() and raw_image(given, series) is not None):
             files.setdefault(given.parent, []).append(given)
             continue
-        scans = _scans_below(given)
+        scans = _scans_below(given, series)
         if not scans:
             raise CorruptImage(f"no image is known at {given}: see docs/images.md for the formats")
         kept = without_thumbnails([scan.shown.relative_to(given).as_posix() for scan in scans])
@@ -118,19 +120,23 @@ def _require_image(given: Path) -> None:
         )
 
 
-def _scans_below(folder: Path) -> list[Scan]:
-    """Scans in a folder and its folders; not in one that is an image itself, or a tile store."""
-    raw = raw_image(folder)
+def _scans_below(folder: Path, series: int | None, above: Sequence[Path] = ()) -> list[Scan]:
+    """Scans in a folder and its folders; not in one that is an image itself, or a tile store.
+
+    A link to a folder that it lies in, one of those ``above``, is passed over: all images there are found.
+    """
+    raw = raw_image(folder, series)
     if raw is not None:
         return [Scan(raw, folder, f"the image {folder.resolve()}", (raw,))]
     with opening(str(folder), "folder of images"):
         entries = sorted(path for path in folder.iterdir() if not is_hidden(path))
+    entries = [path for path in entries if not _is_broken_link(path)]
     parts = parts_of_others(entries)
     images, unknown, below = [], [], []
     for path in entries:
         if path in parts or is_tile_store(path):
             continue
-        if path.is_dir() and (not is_image(path) or raw_image(path) is not None):
+        if path.is_dir() and (not is_image(path) or raw_image(path, series) is not None):
             below.append(path)
         elif is_image(path):
             images.append(path)
@@ -139,12 +145,33 @@ def _scans_below(folder: Path) -> list[Scan]:
     _refuse_unknown(folder, unknown)
     _refuse_loose_levels(folder, images)
     found = one_of_each(images)
+    around = (*above, folder)
     for path in below:
-        inside = _scans_below(path)
+        if path.is_symlink() and any(path.samefile(each) for each in around):
+            continue
+        inside = _scans_below(path, series, around)
         if not inside and path.suffix.lower() in _IMAGES:
             _refuse_unknown(folder, [path])
         found += inside
     return found
+
+
+def _is_broken_link(path: Path) -> bool:
+    """Whether a link leads nowhere; refused if it may have led to an image or a folder.
+
+    Raises
+    ------
+    CorruptImage
+        If it is called like an image or a folder.
+    """
+    if not path.is_symlink() or path.exists():
+        return False
+    if path.suffix.lower() in _IMAGES or not path.suffix:
+        raise CorruptImage(
+            f"{path} is a link to {path.readlink()}, where there is nothing: put back what was there, or "
+            "remove the link"
+        )
+    return True
 
 
 def _refuse_unknown(folder: Path, unknown: Sequence[Path]) -> None:

@@ -13,7 +13,9 @@ from streamcnn.data.image_files import find_images
 from streamcnn.data.label_table import Row, read_rows
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import is_image
-from streamcnn.errors import DatasetMismatch, some
+from streamcnn.data.sources.files import is_there
+from streamcnn.data.sources.places import local_path
+from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 UNSPLIT = "train"
 """The split of images of which nothing says one."""
@@ -43,8 +45,8 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     rows = read_rows(path, inputs, labelled=labelled)
     if not rows:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
-    paths = [_path_of(path.parent, row.image) for row in rows]
-    missing = [at for at, file in enumerate(paths) if not file.exists() or not is_image(file)]
+    paths = [_path_of(path, row) for row in rows]
+    missing = [at for at, file in enumerate(paths) if not is_there(file) or not is_image(file)]
     if missing:
         raise DatasetMismatch(
             f"{path} names {some([str(paths[at]) for at in missing])}, where there is no image (line "
@@ -54,11 +56,21 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     return list(_labelled(path, rows, paths))
 
 
-def _path_of(folder: Path, text: str) -> Path:
-    """The path that a table names, which may have been written on Windows."""
-    path = folder / text
-    other = folder / text.replace("\\", "/")
-    return other if not path.exists() and other.exists() else path
+def _path_of(table: Path, row: Row) -> Path:
+    """The path that a row names, which may have been written on Windows or macOS.
+
+    Raises
+    ------
+    DatasetMismatch
+        If it is not on this machine.
+    """
+    texts = [row.image, row.image.replace("\\", "/")]
+    texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
+    try:
+        paths = [table.parent / local_path(text) for text in texts]
+    except CorruptImage as error:
+        raise DatasetMismatch(f"{table}, line {row.line}: {error}") from None
+    return next((path for path in paths if is_there(path)), paths[0])
 
 
 def _refuse_rows_twice(path: Path, rows: Sequence[Row]) -> None:
@@ -83,15 +95,15 @@ def _labelled(path: Path, rows: Sequence[Row], paths: Sequence[Path]) -> Iterato
         yield LabelledFile(row.image, file, row.label, row.split or UNSPLIT, row.inputs, others)
 
 
-def files_in_folders(folder: Path) -> list[LabelledFile]:
-    """The images in folders of their classes, by name.
+def files_in_folders(folder: Path, series: int | None = None) -> list[LabelledFile]:
+    """The images in folders of their classes, by name; ``series`` as for `find_images`.
 
     Raises
     ------
     CorruptImage, DatasetMismatch
         As from `find_images` and `classes_in_folders`.
     """
-    images = find_images([folder])
+    images = find_images([folder], series)
     found = classes_in_folders(folder, [image.relative for image in images])
     return [
         LabelledFile(

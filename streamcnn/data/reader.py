@@ -7,10 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources import ImageSource, as_sources
+from streamcnn.data.wrapping import find_wrap, is_integer
 from streamcnn.errors import CorruptImage, DatasetMismatch, PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.plan import Plan
@@ -21,7 +24,10 @@ _LARGE_SHARE = 8
 """Reading is what a budget is too small for if it takes more than one byte in so many, whatever the tiles."""
 
 Preprocess = Callable[[Tensor], Tensor]
-"""A pointwise function of a tile (N, C, h, w) as stored, on the device, to the float tile for the model."""
+"""A pointwise function of a tile (N, C, h, w) as stored, on the device, to the float tile for the model.
+
+Integers stay integers until it makes floats of them, so results must fit their type until then.
+"""
 Image = Tensor | ImageSource | Sequence[ImageSource]
 
 
@@ -48,8 +54,13 @@ class BatchReader:
     def __init__(self, image: Image, device: torch.device, preprocess: Preprocess | None = None) -> None:
         self._tensor = image.detach() if isinstance(image, Tensor) else None
         self._sources = [] if isinstance(image, Tensor) else as_sources(image)
+        self._is_own = isinstance(preprocess, Normalise)
+        if isinstance(preprocess, Normalise) and self._sources:
+            preprocess = preprocess.for_pixels_up_to(self._sources[0].largest)
         self._preprocess = preprocess
         self.device = device
+        self._seen: tuple[int, int] | None = None
+        """The least and the largest value of the pixels that were prepared so far."""
         stored = self._stored_shape()
         pixel = torch.ones((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=device)
         probe = self._prepared(pixel)
@@ -101,16 +112,50 @@ class BatchReader:
         ------
         CorruptImage
             If pixels cannot be read, or are NaN or infinite.
+        DatasetMismatch
+            If ``preprocess`` calculates with integers, and results do not fit their type.
         """
+        stored = self._stored(region)
+        self._check_arithmetic(stored)
         # Pixels as stored are the fewest bytes to copy to a GPU, and it converts them faster.
-        tile = self._prepared(self._stored(region).to(self.device))
+        tile = self._prepared(stored.to(self.device))
         # One pass over the sum finds any NaN or infinity without a mask of the tile's size.
         if not torch.isfinite(tile.sum()) and not torch.isfinite(tile).all():
-            raise CorruptImage(
-                f"the image holds NaN or infinite values in rows {_span(region.rows)}, columns "
-                f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
-            )
+            raise CorruptImage(self._describe_bad_pixel(tile, region))
         return tile
+
+    def _check_arithmetic(self, tile: Tensor) -> None:
+        """Refuse integer arithmetic that wraps for values such as the tile's, when there are new ones."""
+        if self._preprocess is None or self._is_own or not is_integer(tile.dtype):
+            return
+        pixels = tile.detach().cpu().numpy()
+        least, largest = int(pixels.min()), int(pixels.max())
+        if self._seen is not None:
+            least, largest = min(least, self._seen[0]), max(largest, self._seen[1])
+        if (least, largest) == self._seen:
+            return
+        self._seen = (least, largest)
+        found = find_wrap(self._preprocess, tile.shape[1], tile.dtype, self._seen)
+        if found is not None:
+            raise DatasetMismatch(
+                f"preprocess= calculates with integers, and {found}, for pixels from {least} to {largest}: "
+                "allowed are results that fit the type; turn the tile into floats first, such as "
+                "tile.float() * 2 - 255"
+            )
+
+    def _describe_bad_pixel(self, tile: Tensor, region: Region) -> str:
+        """The first pixel of a tile (N, C, h, w) that is NaN or infinite, and whose it is."""
+        at = next(at for at, image in enumerate(tile) if not torch.isfinite(image).all())
+        first = int((~torch.isfinite(tile[at])).flatten().to(torch.uint8).argmax())
+        channel, row, column = np.unravel_index(first, tuple(tile.shape[1:]))
+        name = f" ({self._sources[at].name})" if self._sources else ""
+        value = float(tile[at].flatten()[first])
+        row, column = region.rows.start + row, region.cols.start + column
+        return (
+            f"image {at} of the batch{name} is {value} for the model in channel {channel} at row {row}, "
+            f"column {column}: it holds NaN or infinite values in rows {_span(region.rows)}, columns "
+            f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
+        )
 
     def _cost(self) -> BatchCost:
         if self._tensor is not None or self.device.type != "cpu":

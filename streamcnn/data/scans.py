@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tifffile import TiffFile
-
 from streamcnn.data.companions import further_files
 from streamcnn.data.dicom import series_uid
-from streamcnn.errors import DatasetMismatch, some
+from streamcnn.data.sources.files import is_there
+from streamcnn.data.sources.places import METADATA_BYTES, zarr_object
+from streamcnn.data.sources.tiff_series import tiff_file
+from streamcnn.errors import CorruptImage, DatasetMismatch, some
+from streamcnn.support.documents import read_regular
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LAYOUT = "bioformats2raw.layout"
@@ -113,7 +114,7 @@ def _files_of_ome(path: Path) -> tuple[Path, ...]:
             f"{path} is a part of an OME-TIFF with {len(images)} images in {len(every)} files: allowed is "
             "one image in a file or in several; write each as a file of its own"
         )
-    return (main, *sorted(file for file in every - {main} if file.exists()))
+    return (main, *sorted(file for file in every - {main} if is_there(file)))
 
 
 def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main: Path) -> set[Path]:
@@ -130,17 +131,17 @@ def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main:
 def _ome_root(path: Path) -> ElementTree.Element | None:
     """An OME-TIFF's description; None for any other TIFF, and for damaged ones."""
     try:
-        with TiffFile(path) as file:
+        with tiff_file(path) as file:
             text = file.ome_metadata
         return None if text is None else ElementTree.fromstring(text)
     except Exception:  # a damaged file fails in as many ways as it has fields; opening it says how
         return None
 
 
-def raw_image(folder: Path) -> Path | None:
+def raw_image(folder: Path, series: int | None = None) -> Path | None:
     """The image in a folder that bioformats2raw wrote, without those of the label and the glass.
 
-    Returns None for any other folder.
+    Returns None for any other folder, and the folder itself if a series of it is asked for.
 
     Raises
     ------
@@ -149,18 +150,21 @@ def raw_image(folder: Path) -> Path | None:
     """
     if not _is_raw(folder):
         return None
-    series = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
+    if series is not None:
+        return folder
+    groups = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
     names = _series_names(folder / "OME" / "METADATA.ome.xml")
     images = [
         path
-        for at, path in enumerate(series)
+        for at, path in enumerate(groups)
         if at == 0 or at >= len(names) or _NO_SCAN.search(names[at]) is None
     ]
     if len(images) != 1:
         described = some([path.name for path in images])
         raise DatasetMismatch(
             f"{folder} of bioformats2raw holds {len(images)} images ({described}): "
-            "allowed is one, besides those of the label and the glass; give the folder of the one to take"
+            "allowed is one, besides those of the label and the glass; give the folder of the one to take, "
+            "or series= (--series)"
         )
     return images[0]
 
@@ -169,7 +173,8 @@ def _is_raw(folder: Path) -> bool:
     for name in ("zarr.json", ".zattrs"):
         attributes = _json(folder / name)
         if name == "zarr.json":
-            attributes = attributes.get("attributes", {})
+            found = attributes.get("attributes")
+            attributes = found if isinstance(found, dict) else {}
         ome = attributes.get("ome", {})
         if _LAYOUT in attributes or (isinstance(ome, dict) and _LAYOUT in ome):
             return True
@@ -179,16 +184,16 @@ def _is_raw(folder: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """A file's JSON object; an empty one where there is none, or it is damaged, as opening it will tell."""
     try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return zarr_object(path)
+    except (CorruptImage, FileNotFoundError, NotADirectoryError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _series_names(path: Path) -> list[str]:
     """The names of the images in bioformats2raw's copy of the OME-XML; none if it is not there."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError):
+        content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
+        root = ElementTree.fromstring(content)
+    except (CorruptImage, OSError, ElementTree.ParseError, RecursionError):
         return []
     return [image.get("Name", "") for image in root if image.tag.endswith("Image")]

@@ -17,6 +17,7 @@ _LONGEST = 180
 """Bytes of a folder's name; systems allow 255, and a name has something added while it is written."""
 _KEPT = 140
 _HASH_DIGITS = 32
+_FEW_DIGITS = 8
 
 
 def store_name(relative: str, *, ending: bool = False) -> str:
@@ -32,17 +33,31 @@ def older_name(relative: str) -> str:
 
 
 def distinct_names(relatives: Sequence[str]) -> list[str]:
-    """The names of images at these paths, with the endings of those that would share one without."""
+    """The names of images at these paths, with the endings of those that would share one without.
+
+    Names that differ in case alone are one folder on many disks, and count as one here.
+    """
     names = [store_name(relative) for relative in relatives]
     while True:
-        counts = Counter(names)
-        longer = [
-            store_name(relative, ending=True) if counts[name] > 1 else name
-            for relative, name in zip(relatives, names, strict=True)
-        ]
+        longer = _with_others(names, [store_name(relative, ending=True) for relative in relatives])
         if longer == names:
-            return names
+            break
         names = longer
+    counts = Counter(names)  # what has one path below two folders has one name, and is refused elsewhere
+    unlike = _with_others(names, [unlike_name(relative) for relative in relatives])
+    return [name if counts[name] > 1 else other for name, other in zip(names, unlike, strict=True)]
+
+
+def _with_others(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Each name, or the other in its place where a second name differs from it in case at most."""
+    counts = Counter(name.casefold() for name in names)
+    return [other if counts[name.casefold()] > 1 else name for name, other in zip(names, others, strict=True)]
+
+
+def unlike_name(relative: str) -> str:
+    """The name of the image at a path where another's differs in case alone; a hash tells them apart."""
+    digits = hashlib.sha256(os.fsencode(relative)).hexdigest()[:_FEW_DIGITS]
+    return f"{store_name(relative, ending=True)}%.{digits}"
 
 
 def _encoded(part: str) -> str:

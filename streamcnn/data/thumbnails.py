@@ -25,7 +25,7 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
     Parameters
     ----------
     source
-        Integers from 0 to the largest of their type, or floats from 0 to 1.
+        Integers from 0 to the largest that the image says, or floats from 0 to 1.
     edge
         In pixels. A smaller image keeps its size.
     boxes
@@ -67,15 +67,14 @@ def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
                 Interval(top, min(top + rows, height)), Interval(left, min(left + columns, width))
             )
             pixels = source.read(region).numpy()[wanted]
-            parts.append(_block_means(_block_means(_as_bytes(pixels), factor, 1), factor, 2))
+            parts.append(_block_means(_block_means(_as_bytes(pixels, source.largest), factor, 1), factor, 2))
         bands.append(np.concatenate(parts, 2))
     return np.ascontiguousarray(np.concatenate(bands, 1).round().astype(np.uint8).transpose(1, 2, 0))
 
 
-def _as_bytes(pixels: NDArray[Any]) -> NDArray[np.float32]:
+def _as_bytes(pixels: NDArray[Any], largest: int | None) -> NDArray[np.float32]:
     """Pixels as floats from 0 to 255."""
-    largest = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1
-    scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / largest)
+    scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / (largest or 1))
     return scaled.clip(0, 255)
 
 

@@ -1,24 +1,46 @@
-"""What all images of a data set have to have in common."""
+"""What all images of a data set have to have in common: number of channels, type and range of values."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from streamcnn.data.sources import open_image
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
 from streamcnn.errors import DatasetMismatch, some
 
 
-def check_channels(where: Path, names: Sequence[str], channels: Sequence[int]) -> None:
-    """Make sure that images have as many channels as each other.
+@dataclass(frozen=True, slots=True)
+class ImageKind:
+    """What an image has in common with the others of its data set."""
+
+    channels: int
+    dtype: str
+    """NumPy's name of the pixel type."""
+    largest: int | None
+    """Largest number that a pixel may be; None for floats."""
+
+    @classmethod
+    def of(cls, source: ImageSource) -> ImageKind:
+        """That of an open image."""
+        return cls(source.shape[0], str(source.dtype).removeprefix("torch."), source.largest)
+
+    @property
+    def values(self) -> str:
+        """Type and range, as messages say them."""
+        return self.dtype if self.largest is None else f"{self.dtype} up to {self.largest}"
+
+
+def check_alike(where: Path, names: Sequence[str], kinds: Sequence[ImageKind]) -> None:
+    """Make sure that images have as many channels as each other, and values of one type and range.
 
     Parameters
     ----------
     where
         The data set.
-    names, channels
+    names, kinds
         Of all its images.
 
     Raises
@@ -26,6 +48,21 @@ def check_channels(where: Path, names: Sequence[str], channels: Sequence[int]) -
     DatasetMismatch
         Naming those that differ from most.
     """
+    _check_channels(where, names, [kind.channels for kind in kinds])
+    counts = Counter(kind.values for kind in kinds)
+    if len(counts) < 2:
+        return
+    usual, _ = counts.most_common(1)[0]
+    odd = [(name, kind.values) for name, kind in zip(names, kinds, strict=True) if kind.values != usual]
+    example = next(name for name, kind in zip(names, kinds, strict=True) if kind.values == usual)
+    others = f" ({len(odd)} of {len(kinds)} images differ from most)" if len(kinds) > 2 else ""
+    raise DatasetMismatch(
+        f"{where} mixes ranges of values: {example} holds {usual}, {odd[0][0]} holds {odd[0][1]}{others}: "
+        "allowed are one type and one range in a data set; write all images in one, or take some out"
+    )
+
+
+def _check_channels(where: Path, names: Sequence[str], channels: Sequence[int]) -> None:
     counts = Counter(channels)
     if len(counts) < 2:
         return
@@ -38,8 +75,8 @@ def check_channels(where: Path, names: Sequence[str], channels: Sequence[int]) -
     )
 
 
-def num_channels(path: Path) -> int:
-    """How many channels an image has, from its head.
+def kind_of_file(path: Path, choice: ImageChoice = DEFAULT_CHOICE) -> ImageKind:
+    """What an image is, from its head.
 
     Raises
     ------
@@ -47,12 +84,12 @@ def num_channels(path: Path) -> int:
         As from `open_image`, if it cannot be opened.
     """
     if path.is_dir():
-        return open_image(path).shape[0]
+        return ImageKind.of(open_chosen(path, choice))
     found = path.stat()
-    return _channels_of_file(path, found.st_size, found.st_mtime_ns)
+    return _kind_of_file(path, choice, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2**16)
-def _channels_of_file(path: Path, size: int, modified_ns: int) -> int:
+def _kind_of_file(path: Path, choice: ImageChoice, size: int, modified_ns: int) -> ImageKind:
     """Kept, as a run opens its data set several times; a file that was written again is another one."""
-    return open_image(path).shape[0]
+    return ImageKind.of(open_chosen(path, choice))

@@ -109,7 +109,14 @@ def plan_figure(profiles: Sequence[TileProfile], title: str) -> Any:
     axes.set_xlim(-8, drawing.width + 8)
     axes.set_ylim(drawing.height, -head)
     axes.set_axis_off()
-    axes.text(0, -12, f"{title}, tiles of {profile.tile} pixels", fontsize=_points_of(14), weight="bold")
+    axes.text(
+        0,
+        -12,
+        f"{title}, tiles of {profile.tile} pixels",
+        fontsize=_points_of(14),
+        weight="bold",
+        parse_math=False,
+    )
     _paint(axes, drawing)
     return figure
 
@@ -140,7 +147,7 @@ def _against_tile_size(profiles: Sequence[TileProfile], title: str) -> tuple[Any
     axes.set_xticks(tiles, [str(tile) for tile in tiles])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("largest edge of a tile [pixels]")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.25)
     return figure, axes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
 
 from streamcnn.profiling.chart import draw_memory_chart, draw_time_chart
 from streamcnn.profiling.plan_drawing import draw_plan
@@ -12,6 +11,7 @@ from streamcnn.profiling.template import SCRIPT, STYLE
 from streamcnn.profiling.tile_profile import TileProfile, fastest
 from streamcnn.profiling.timeline_chart import OTHERS, draw_timeline, highest, phase_color, timeline_data
 from streamcnn.support.html import html_page
+from streamcnn.support.text import html_text as escape
 from streamcnn.support.units import format_bytes, format_duration
 
 COLUMNS = ("tile", "projected", "measured", "time", "recomputation", "moved", "verdict")

@@ -10,6 +10,7 @@ from pathlib import Path
 from streamcnn.profiling.figures import write_figures
 from streamcnn.profiling.page import describe, render_page
 from streamcnn.profiling.tile_profile import TileProfile
+from streamcnn.support.disk import writing
 
 
 def write_results(
@@ -23,11 +24,14 @@ def write_results(
         If there is no profile.
     MissingExtra
         If matplotlib is not installed.
+    CannotWrite
+        If there is no room, or the folder may not be written to.
     """
     page = render_page(profiles, model, shape)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     # Inside the folder, so that renaming stays on one file system.
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
         unfinished = Path(name)
         lines = "".join(f"{profile.to_json()}\n" for profile in profiles)
         (unfinished / "profile.jsonl").write_text(lines, encoding="utf-8")

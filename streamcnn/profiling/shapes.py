@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
+
+from streamcnn.support.text import html_text as escape
 
 Point = tuple[float, float]
 

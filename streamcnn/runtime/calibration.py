@@ -12,21 +12,26 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from streamcnn.errors import RatesUnusable, StreamError
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.support.atomic import replace_file
+from streamcnn.support.documents import conform, parse_json, read_regular
 
 VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
+_LEAST = 1e-18
+"""Of all rates and seconds; one over it is the most."""
 _REPEATS = 4
 _INTERPRETED = 20
 """What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
@@ -39,7 +44,13 @@ _FLUSHED_BYTES = 2**27
 def hardware_profile(device: torch.device) -> HardwareProfile:
     """The hardware profile of ``device``: that kept for it, or measured now and kept.
 
-    With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` it is the nominal one.
+    With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` it is the nominal one. Rates in
+    the file that are none, such as those of a file that was cut off, are measured again.
+
+    Raises
+    ------
+    RatesUnusable
+        If the file cannot be read or written, or is no regular file.
     """
     choice = os.environ.get(VARIABLE, "")
     if choice == "off":
@@ -47,10 +58,11 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
     path = Path(choice) if choice else _default_path()
     key = _key(device)
     known = _read(path)
-    if key not in known:
-        known = {**known, key: asdict(calibrate(device))}
-        _write(path, known)
-    return _from_json(known[key])
+    rates = _rates(known.get(key), path)
+    if rates is None:
+        rates = calibrate(device)
+        _write(path, {**known, key: asdict(rates)})
+    return rates
 
 
 def calibrate(device: torch.device) -> HardwareProfile:
@@ -166,32 +178,76 @@ def _default_path() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return {}
-    return _parsed(path, state.st_mtime_ns, state.st_size, state.st_ino)
+    with _usable(path):
+        try:
+            state = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return _parsed(path, state.st_mtime_ns, state.st_size, state.st_ino)
 
 
 @functools.lru_cache(maxsize=4)
 def _parsed(path: Path, *version: int) -> dict[str, Any]:
     """What a version of the file says: passes ask one after the other, and it hardly ever changes."""
     try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = read_regular(path, error=RatesUnusable)
+        known = parse_json(content, path, error=_NoRates)
+    except (FileNotFoundError, _NoRates):
         # A cache that was cut off is measured again.
         return {}
     return known if isinstance(known, dict) else {}
 
 
 def _write(path: Path, known: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(known, indent=2), concurrent=True)
+    with _usable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(known, indent=2), concurrent=True)
 
 
-def _from_json(fields: dict[str, Any]) -> HardwareProfile:
-    by_home = {
-        name: {Tier(tier): rate for tier, rate in fields[name].items()}
-        for name in ("read_bytes", "write_bytes")
-    }
-    return HardwareProfile(**{**fields, **by_home})
+def _rates(values: Any, path: Path) -> HardwareProfile | None:
+    """Rates as the file has them; None where they are none."""
+    try:
+        known = conform(_Measured, values, path, error=_NoRates)
+    except _NoRates:
+        return None
+    return HardwareProfile(**{name: getattr(known, name) for name in _Measured.__slots__})
+
+
+class _NoRates(StreamError):
+    """What the file holds are no rates; they are measured then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Rates of a device in the file, by the names of `HardwareProfile`."""
+
+    source: str
+    dense_flops: float
+    grouped_flops: float
+    memory_bytes: float
+    fresh_bytes: float
+    operator_seconds: float
+    read_bytes: dict[Tier, float]
+    write_bytes: dict[Tier, float]
+
+    def __post_init__(self) -> None:
+        numbers = [self.dense_flops, self.grouped_flops, self.memory_bytes, self.fresh_bytes]
+        numbers += [self.operator_seconds, *self.read_bytes.values(), *self.write_bytes.values()]
+        if not all(_LEAST <= number <= 1 / _LEAST for number in numbers):
+            raise ValueError(f"allowed are rates and seconds of {_LEAST} to {1 / _LEAST}")
+        if not set(self.read_bytes) == set(self.write_bytes) == set(Tier):
+            raise ValueError(f"allowed are rates of {', '.join(Tier)}")
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Turn what the system says of the file into one error."""
+    try:
+        yield
+    except RatesUnusable:
+        raise
+    except OSError as error:
+        raise RatesUnusable(
+            f"cannot keep this machine's rates in {path}: {error.strerror}; name another file in the "
+            f"environment variable {VARIABLE}, or set it to off"
+        ) from error

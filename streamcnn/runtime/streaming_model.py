@@ -76,7 +76,9 @@ class StreamingModel(nn.Module):
         the pass. ``None`` takes the system's temporary folder.
     preprocess
         A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes. It is
-        called with tiles on the model's device.
+        called with tiles on the model's device, whose integers stay integers until it makes floats of them:
+        ``tile / 255`` and ``tile.float() * 2 - 255`` do, ``tile * 2 - 255`` of bytes is refused, as its
+        results do not fit into bytes.
     device
         Where to compute; the module is moved there. ``None`` leaves it where it is.
 

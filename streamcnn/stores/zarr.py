@@ -14,6 +14,7 @@ import errno
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 from threading import Lock
@@ -29,6 +30,7 @@ from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.chunks import ChunkGrid, ChunkPart
 from streamcnn.stores.spill import remove_with
 from streamcnn.stores.transfer import host_buffer, to_host
+from streamcnn.support.disk import writing
 
 # Zarr has no bfloat16: its bit pattern is kept. The other names are NumPy's and Zarr's alike.
 _STORED_AS = {
@@ -74,8 +76,10 @@ class ZarrStore(Store):
     ValueError
         If Zarr cannot hold the element type.
     OSError
-        If the folder exists already or cannot be created. Reading and writing raise it too, when
-        the disk is full or a file was tampered with; a region is then half written.
+        If the folder exists already. Reading and writing raise it too, when a file was tampered with.
+    CannotWrite
+        If the folder cannot be created, then and when writing if the disk is full; a region is then
+        half written.
 
     Notes
     -----
@@ -103,9 +107,14 @@ class ZarrStore(Store):
         self._compute_device = compute_device
         self._present: set[tuple[int, ...]] = set()
         self._writing = Lock()
-        folder.mkdir(parents=True)
+        self._folder = folder
+        with self._told():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        # What is there already is no fault of the disk.
+        folder.mkdir()
         self._remove = remove_with(self, folder)
-        (folder / "zarr.json").write_text(json.dumps(_metadata(self._grid), indent=2))
+        with self._told():
+            (folder / "zarr.json").write_text(json.dumps(_metadata(self._grid), indent=2))
 
     def _read(self, region: Region) -> Tensor:
         # Pinned, a tile goes to the GPU while the next one is being read.
@@ -137,7 +146,7 @@ class ZarrStore(Store):
         with self._writing:
             for part in self._grid.parts(region):
                 is_new = part.index not in self._present
-                with FileIO(self._path(part), "w+" if is_new else "r+") as file:
+                with self._opened(part, is_new=is_new) as file:
                     rows = self._rows(part, scratch)
                     if is_new:
                         self._make_sparse(file, part)
@@ -150,8 +159,17 @@ class ZarrStore(Store):
 
     def _make_sparse(self, file: FileIO, part: ChunkPart) -> None:
         """Give a new chunk its full length; rows not written stay holes, which read as zero."""
-        file.truncate(self._grid.nbytes)
+        with self._told():
+            file.truncate(self._grid.nbytes)
         self._present.add(part.index)
+
+    def _opened(self, part: ChunkPart, *, is_new: bool) -> FileIO:
+        with self._told():
+            return FileIO(self._path(part), "w+" if is_new else "r+")
+
+    def _told(self) -> AbstractContextManager[None]:
+        """Say of an error in writing which disk it was, and how large the whole map is."""
+        return writing(self._folder, needed=self.spec.nbytes)
 
     def _path(self, part: ChunkPart) -> str:
         return self._chunk_prefix + ".".join(map(str, part.index))
@@ -177,7 +195,8 @@ class ZarrStore(Store):
 
     def _save(self, file: FileIO, part: ChunkPart, scratch: _Array) -> None:
         file.seek(part.rows.start * self._row_nbytes)
-        _write_fully(file, self._bytes_of(part, scratch).data)
+        with self._told():
+            _write_fully(file, self._bytes_of(part, scratch).data)
 
 
 def _metadata(grid: ChunkGrid) -> dict[str, Any]:

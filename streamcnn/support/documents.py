@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from streamcnn.errors import StreamError
 
@@ -66,15 +66,40 @@ def read_within(folder: Path, path: Path, *, error: type[StreamError], most_byte
         If it is not there or cannot be read.
     """
     require_within(folder, path, error=error)
-    # Without waiting, as opening a pipe would.
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", closefd=True) as file:
+    return read_regular(path, error=error, most_bytes=most_bytes)
+
+
+def read_regular(path: Path, *, error: type[StreamError], most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file, wherever it lies; parameters and errors are those of `read_within`."""
+    with open_regular(path, error=error) as file:
         state = os.fstat(file.fileno())
-        _require_regular(path, state, error)
         if state.st_size > most_bytes:
             raise error(
                 f"{path} has {state.st_size} bytes: allowed are {most_bytes} at most; it is no such file"
             )
         return file.read(state.st_size)
+
+
+def open_regular(path: Path, *, error: type[StreamError]) -> BinaryIO:
+    """A regular file, opened to be read, wherever it lies.
+
+    Raises
+    ------
+    StreamError
+        Of the kind ``error``, if it is a folder, a pipe, a socket or a device.
+    OSError
+        If it is not there or cannot be read.
+    """
+    # A socket cannot be opened, so it is told before.
+    _require_regular(path, os.stat(path), error)
+    # Without waiting, as opening a pipe would.
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    try:
+        _require_regular(path, os.fstat(file.fileno()), error)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def size_within(folder: Path, path: Path, *, error: type[StreamError]) -> int:

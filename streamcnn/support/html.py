@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
+from streamcnn.support.text import html_text as escape
 
 
 def html_page(title: str, style: str, body: str, *, also_allowed: str = "") -> str:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", re.IGNORECASE)
 
 
 def printable(text: object, *, keep: str = "") -> str:
@@ -27,6 +35,20 @@ def printable(text: object, *, keep: str = "") -> str:
     )
 
 
+def without_secrets(text: str) -> str:
+    """``text`` without the users, passwords and queries of the URLs in it, which let one in."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1?...", _USER.sub("...@", text))
+
+
 def html_text(text: object) -> str:
     """``text`` for an HTML page, in its body or in an attribute."""
     return escape(printable(text, keep="\n"), quote=True)
+
+
+def as_text(text: object) -> Text:
+    """``text`` for a console of rich, which takes brackets in a plain string for markup; lines are kept."""
+    from rich.text import Text
+
+    return Text(printable(text, keep="\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamcnn.support.signals import StoppedAtOnce as StoppedAtOnce
 from streamcnn.training.evaluation import Score as Score
 from streamcnn.training.evaluation import score as score
 from streamcnn.training.log import read_log as read_log

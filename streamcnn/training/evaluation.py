@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamcnn.data.dataset import LabelledImages, collate
-from streamcnn.errors import DatasetMismatch
+from streamcnn.data.dataset import LabelledImages
+from streamcnn.errors import DatasetMismatch, TrainingDiverged
 from streamcnn.support import torchvision_import
 from streamcnn.support.extras import require
+from streamcnn.training.naming import naming, not_finite, open_batch
 
 Classify = Callable[..., Tensor]
 """From a list of image sources, and further inputs if images have any, to logits ``(N, classes)``."""
@@ -60,6 +61,8 @@ def score(
     ------
     DatasetMismatch
         If an image has a label that the classifier has no output for.
+    TrainingDiverged
+        If the classifier gives NaN or infinity for an image; the text names it.
     MissingExtra
         If torchmetrics is not installed.
     """
@@ -70,11 +73,14 @@ def score(
         positions = range(at, min(at + batch_size, len(images)))
         if positions.stop < len(images):
             images.prefetch(positions.stop)
-        sources, labels, *inputs = collate([images[position] for position in positions])
-        with torch.no_grad(), casting():
-            found = classify(sources, *(each.to(device) for each in inputs))
-        require_labels(labels, found)
+        sources, labels, *inputs = open_batch(images, positions, "classification")
+        names = [source.name for source in sources]
+        with naming("classification", positions, names):
+            with torch.no_grad(), casting():
+                found = classify(sources, *(each.to(device) for each in inputs))
+            require_labels(labels, found)
         logits.append(found.double().cpu())
+        require_finite(logits[-1], positions, names)
     return _score(torch.cat(logits), images.labels, classification)
 
 
@@ -102,6 +108,22 @@ def require_labels(labels: Tensor, logits: Tensor) -> None:
         raise DatasetMismatch(
             f"the model gives {tuple(logits.shape)} for {len(labels)} images, one of which has the label "
             f"{int(labels.max())}: needed are (N, classes) with a class for each label"
+        )
+
+
+def require_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> None:
+    """Make sure that a classifier's logits (N, classes) are numbers.
+
+    Raises
+    ------
+    TrainingDiverged
+        If not, naming the images, by their positions and names.
+    """
+    found = not_finite(logits, positions, names)
+    if found:
+        raise TrainingDiverged(
+            f"the model gives NaN or infinity for {found}: see that the images are what it expects, or train "
+            "it anew with a smaller learning_rate, or with clip_norm"
         )
 
 

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from streamcnn.data.label_range import require_labels
 from streamcnn.errors import RunMismatch
-from streamcnn.support.documents import conform, parse_json, read_within, require_within
+from streamcnn.support.disk import writing
+from streamcnn.support.documents import conform, parse_json, read_within, require_within, size_within
 from streamcnn.support.extras import require
 
 LOG = "log.jsonl"
@@ -70,6 +71,8 @@ class RunLog:
         If TensorBoard is wanted and not installed.
     RunMismatch
         If the log is shorter than ``nbytes``, or a link that leads out of the folder.
+    CannotWrite
+        If it may not be written to, or there is no room; then and later.
     """
 
     def __init__(self, folder: Path, *, nbytes: int = 0, update: int = 0, events: bool = False) -> None:
@@ -77,35 +80,53 @@ class RunLog:
         # Lines are cut off, and events written, so neither may be a link to something else.
         for place in (path, folder / EVENTS):
             require_within(folder, place, error=RunMismatch)
-        present = path.stat().st_size if path.exists() else 0
+        present = size_within(folder, path, error=RunMismatch) if path.exists() else 0
         if present < nbytes:
             raise RunMismatch(
                 f"{path} has {present} bytes, and had {nbytes} when the newest checkpoint was written: put "
                 "it back, or begin another run in another folder"
             )
-        self._file = path.open("a+b")
-        self._file.truncate(nbytes)
+        self._path, self._events, self._nbytes = path, folder / EVENTS, nbytes
+        with writing(path):
+            # Without a buffer a line that cannot be written fails here, and not once more when it is closed.
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(nbytes)
         self._writer: Any = None
         if events:
             board = require("torch.utils.tensorboard", extra="train")
-            self._writer = board.SummaryWriter(str(folder / EVENTS), purge_step=update)
+            with writing(self._events):
+                self._writer = board.SummaryWriter(str(self._events), purge_step=update)
 
     def write(self, kind: str, values: Mapping[str, Any], update: int) -> None:
         """Add a line of ``values``; numbers among them are events too, named ``kind/name``."""
         line = json.dumps({"kind": kind, "update": update, **values}, allow_nan=True)
-        self._file.write(line.encode() + b"\n")
+        self._append(line.encode() + b"\n")
         if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._writer.add_scalar(f"{kind}/{name}", value, update)
+            with writing(self._events):
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool):
+                        self._writer.add_scalar(f"{kind}/{name}", value, update)
+
+    def _append(self, line: bytes) -> None:
+        """Write a line, or nothing of it."""
+        with writing(self._path, needed=len(line)):
+            try:
+                left = line
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                self._file.truncate(self._nbytes)
+                raise
+        self._nbytes += len(line)
 
     def flush(self) -> int:
         """Bring all lines to the disk; their length in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            os.fsync(self._file.fileno())
         if self._writer is not None:
-            self._writer.flush()
-        return self._file.seek(0, os.SEEK_END)
+            with writing(self._events):
+                self._writer.flush()
+        return self._nbytes
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +139,8 @@ class RunLog:
     ) -> None:
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with writing(self._events):
+                self._writer.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -140,7 +162,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def _line(content: bytes, where: str) -> dict[str, Any]:
     # A loss may be no number.
     found = parse_json(content, where, error=RunMismatch, finite=False)
-    if not isinstance(found, dict) or found.get("kind") not in _LINES:
+    if not isinstance(found, dict) or found.get("kind") not in tuple(_LINES):
         raise RunMismatch(f"{where} is no update and no epoch: put back what `streamcnn train` wrote")
     kind = _LINES[found["kind"]]
     known: dict[str, Any] = {name: found[name] for name in kind.__slots__ if name in found}

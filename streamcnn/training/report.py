@@ -15,6 +15,7 @@ from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.errors import RunMismatch
 from streamcnn.support.atomic import replace_file
+from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
 from streamcnn.support.html import html_page
 from streamcnn.support.text import html_text as escape
@@ -40,11 +41,14 @@ def write_report(folder: Path) -> Path:
         If there is no run, or none of its epochs is over, or its validation images are others now.
     MissingExtra
         If matplotlib is not installed.
+    CannotWrite
+        If there is no room, or the folder may not be written to.
     """
     config = read_run(folder)
     _, validation = config.datasets()
     page = render_report(config, read_log(folder), validation)
-    replace_file(folder / REPORT, page)
+    with writing(folder / REPORT, needed=len(page.encode())):
+        replace_file(folder / REPORT, page, concurrent=True)
     return folder / REPORT
 
 

@@ -7,6 +7,7 @@
       log.jsonl       a line for each update and each epoch
       checkpoints/    the two newest and the best, see `streamcnn.training.checkpoints`
       events/         for TensorBoard, if wanted
+      run.lock        locked while a process trains, which `run.pid` then names
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from streamcnn.data.file_dataset import open_dataset
 from streamcnn.data.label_table import check_inputs
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sampling import divide
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, largest_of
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.atomic import replace_file
+from streamcnn.support.disk import writing
 from streamcnn.support.documents import conform, parse_json, read_within, require_flat
 from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
@@ -67,6 +71,8 @@ class RunConfig:
     tile: tuple[int, int] | None = None
     """Height and width in pixels; None leaves it to the planner."""
     device: str = "cpu"
+    choice: ImageChoice = DEFAULT_CHOICE
+    """Which image of each file, in which resolution, and where its channels are."""
     normalise: Normalise = field(default_factory=Normalise)
     augmentation: RandomAugmentation = field(default_factory=RandomAugmentation)
     """Of the training images."""
@@ -89,33 +95,25 @@ class RunConfig:
         Raises
         ------
         DatasetMismatch
-            If a split is not there, or an image has no label.
+            If a split is not there, an image has no label, or the choice does not apply to an image.
         ValueError
             If there are too few images for a share of them to be set aside.
         """
         seed = self.settings.seed
-        every = open_dataset(self.data, self.split, inputs=self.inputs)
+        read = partial(open_dataset, self.data, choice=self.choice, inputs=self.inputs)
+        every = read(self.split)
         augmented = None if self.augmentation == RandomAugmentation() else self.augmentation
         if self.validation_split is not None:
-            images = open_dataset(
-                self.data, self.split, augmentation=augmented, seed=seed, inputs=self.inputs
-            )
-            return images, open_dataset(self.data, self.validation_split, inputs=self.inputs)
+            images = read(self.split, augmentation=augmented, seed=seed)
+            return images, read(self.validation_split)
         chosen, rest = divide(every.labels, share=self.validation_share, seed=seed)
         if not chosen or not rest:
             raise ValueError(
                 f"validation_share={self.validation_share} of {len(every)} images leaves {len(chosen)} to "
                 f"train on and {len(rest)} to validate by: name a validation split, or take another share"
             )
-        images = open_dataset(
-            self.data,
-            self.split,
-            positions=chosen,
-            augmentation=augmented,
-            seed=seed,
-            inputs=self.inputs,
-        )
-        return images, open_dataset(self.data, self.split, positions=rest, inputs=self.inputs)
+        images = read(self.split, positions=chosen, augmentation=augmented, seed=seed)
+        return images, read(self.split, positions=rest)
 
     def build(self, num_classes: int, num_channels: int) -> StreamingModel:
         """The model, not yet trained.
@@ -163,6 +161,8 @@ class RunConfig:
             If a value is missing or has no meaning.
         """
         known = {name: values[name] for name in cls.__slots__ if name in values}
+        if _divides_by_type(known):
+            known["normalise"] = {**known["normalise"], "divisor": "type"}
         return conform(cls, known, where, error=RunMismatch)
 
 
@@ -176,6 +176,8 @@ def make_trainer(
     DatasetMismatch, ValueError
         If there are no such images or inputs, or no such model.
     """
+    if _divides_by_type(_found(folder)):
+        config = replace(config, normalise=replace(config.normalise, divisor="type"))
     images, validation = config.datasets()
     source = images[0][0]
     num_classes, num_channels = max(images.num_classes, validation.num_classes), source.shape[0]
@@ -183,10 +185,19 @@ def make_trainer(
     values = config.to_dict()
     # The images are told by more than their place, and settings by their names.
     identity = {key: value for key, value in values.items() if key not in ("data", "settings")}
-    # Runs from before there were inputs have none, and go on.
+    # Runs from before there were inputs, choices and ranges have none, and go on.
     identity["inputs"] = identity["inputs"] or None
+    identity["choice"] = dict(config.choice.made) or None
+    identity["normalise"] = {key: identity["normalise"][key] for key in ("mean", "std")}
+    is_by_range = config.normalise.divisor == "range" and source.largest != largest_of(source.dtype)
+    identity["largest"] = source.largest if is_by_range else None
     classes = images.classes and list(images.classes)
-    derived = {"num_classes": num_classes, "num_channels": num_channels, "classes": classes}
+    derived = {
+        "num_classes": num_classes,
+        "num_channels": num_channels,
+        "classes": classes,
+        "read_by": asdict(images.choice),
+    }
     return Trainer(
         model,
         images,
@@ -209,6 +220,8 @@ class TrainedRun:
     """With the best weights, in eval mode."""
     classes: tuple[str, ...] | None
     """Names of the labels 0, 1, …; None where labels are numbers."""
+    choice: ImageChoice
+    """How the files of the training images were read; of a tile store, when it was written."""
     update: int
     """After which these weights were found."""
     validation_accuracy: float
@@ -254,7 +267,14 @@ def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] 
         raise RunMismatch(f"{folder / RUN}: {error}") from error
     model.budget = model.budget if budget is None else budget
     progress = state["progress"]
-    return TrainedRun(config, model.eval(), made.classes, progress["update"], progress["best_accuracy"])
+    return TrainedRun(
+        config,
+        model.eval(),
+        made.classes,
+        config.choice if made.read_by is None else made.read_by,
+        progress["update"],
+        progress["best_accuracy"],
+    )
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -275,7 +295,7 @@ def present_devices() -> list[str]:
 
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     """The model's state that a checkpoint was validated by: the averaged one, if there is one."""
-    averaged = state["averaged"]
+    averaged = state.get("averaged")
     if averaged is None:
         return dict(state["model"])
     prefix = "module."
@@ -289,6 +309,8 @@ class _Made:
     num_classes: int
     num_channels: int
     classes: tuple[str, ...] | None
+    read_by: ImageChoice | None = None
+    """How files were read; None in runs from before there were choices."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_channels"):
@@ -296,6 +318,21 @@ class _Made:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are 1 and more, below 2**31")
         if self.classes is not None and len(self.classes) > self.num_classes:
             raise ValueError(f"classes: {len(self.classes)} names for num_classes={self.num_classes}")
+
+
+def _found(folder: Path) -> Mapping[str, Any]:
+    """What the run's file holds, if it is there; nothing where it is none, for it will be written anew."""
+    try:
+        values = parse_json(read_within(folder, folder / RUN, error=RunMismatch), RUN, error=RunMismatch)
+    except (OSError, RunMismatch):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _divides_by_type(values: Mapping[str, Any]) -> bool:
+    """Whether a run is from before pixels were divided by what images say is their largest."""
+    normalise = values.get("normalise")
+    return isinstance(normalise, dict) and normalise.get("divisor", "type") == "type"
 
 
 def _read(folder: Path) -> tuple[RunConfig, _Made]:
@@ -319,13 +356,23 @@ def _restored(config: RunConfig, made: _Made, weights: Mapping[str, Any], where:
         # Weights come from the checkpoint: nothing else that the file names is read or downloaded.
         options = {key: found for key, found in config.model_options.items() if key not in WEIGHT_OPTIONS}
         config = replace(config, model_options=options)
-        # First without memory: what the file asks for may be of any size.
-        with torch.device("meta"):
-            _require_same_shapes(config.make_net(made.num_classes, made.num_channels), weights, where)
+    _compare_without_memory(config, made, weights, where)
     model = config.build(made.num_classes, made.num_channels)
     _require_same_shapes(model, weights, where)
     model.load_state_dict(weights)
     return model
+
+
+def _compare_without_memory(config: RunConfig, made: _Made, weights: Mapping[str, Any], where: Path) -> None:
+    """Compare the network with a checkpoint before memory is taken: the file may ask for any size."""
+    try:
+        with torch.device("meta"):
+            net = config.make_net(made.num_classes, made.num_channels)
+    except Exception:
+        if not is_factory(config.model):
+            raise
+        return  # a factory may look at its weights; one that fails in earnest will do so when it is called
+    _require_same_shapes(net, weights, where)
 
 
 def _require_same_shapes(net: nn.Module, weights: Mapping[str, Any], where: Path) -> None:
@@ -345,7 +392,8 @@ def _require_same_shapes(net: nn.Module, weights: Mapping[str, Any], where: Path
 
 def _write(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the run's file."""
-    replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
+    with writing(folder / RUN):
+        replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
 
 
 def _require_device(name: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from streamcnn.data.dataset import OF_CONTENT
 from streamcnn.errors import RunMismatch
 from streamcnn.support.documents import require_flat
 
@@ -162,8 +163,26 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if differing:
         raise RunMismatch(
             f"the run cannot go on, since it began differently: {'; '.join(differing)}. Go on with what it "
-            "began with, or begin another run in another folder"
+            f"began with, or begin another run in another folder{_about_times(found, expected)}"
         )
+
+
+def _about_times(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """That images may be the same although they are told as others."""
+    old = [
+        name
+        for name in ("images", "validation")
+        if str(found.get(name)).startswith(OF_CONTENT)
+        and not str(expected.get(name)).startswith(OF_CONTENT)
+        and found.get(name) != expected.get(name)
+    ]
+    if not old:
+        return ""
+    return (
+        ". The run is of an older version, which told images by the times of their files, and these are "
+        "others now: if the images are the same, give the files their times back, as `cp -p` and `rsync -t` "
+        "do"
+    )
 
 
 def _require_whole(name: str, found: object, least: int, most: int, *, otherwise: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 from streamcnn.support.documents import conform, require_flat
 from streamcnn.training.checkpoints import is_checkpoint_name
@@ -102,6 +103,9 @@ def require_state(state: Mapping[str, Any], where: Path) -> None:
     names = tuple(_Facts.__slots__)
     facts = {name: state[name] for name in names if name in state}
     conform(_Facts, facts, where, error=DamagedCheckpoint)
+    for name in ("update", "best_accuracy"):
+        if name not in state["progress"]:
+            raise DamagedCheckpoint(f"{where}: progress.{name} is missing")
     for name in ("model", "averaged"):
         if name == "model" or state.get(name) is not None:
             _require_tensors(name, state.get(name), where)
@@ -111,14 +115,28 @@ def require_state(state: Mapping[str, Any], where: Path) -> None:
         _require_mapping("schedule", state["schedule"], where)
 
 
+_NOT_THEIRS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What states raise that have been changed, when they are loaded or used for the first time."""
+
+
 @contextmanager
 def restoring(where: Path) -> Iterator[None]:
     """Turn what PyTorch, NumPy and Python raise of states that are not theirs into one error."""
     try:
         yield
-    except (StreamError, MemoryError):
+    except StreamError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _NOT_THEIRS as error:
+        if is_out_of_memory(error):
+            raise
         raise DamagedCheckpoint(
             f"the newest checkpoint in {where} holds states that cannot be gone on with "
             f"({type(error).__name__}: {error}): begin another run in another folder"

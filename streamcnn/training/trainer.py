@@ -11,7 +11,6 @@ import math
 import platform
 import random
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,15 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from streamcnn.data.dataset import LabelledImages, collate, input_shapes
+from streamcnn.data.dataset import ImageDataset, LabelledImages, collate, input_shapes
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, TrainingDiverged
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.support.signals import heeding
+from streamcnn.support.text import printable
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
+from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
+from streamcnn.training.naming import naming, not_finite, open_batch
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
 from streamcnn.training.state import FORMAT, Progress, require_state, restoring
 
@@ -48,7 +51,17 @@ class _Asked(Exception):
 
 
 class Terminated(Exception):
-    """The run was asked to end, by SIGTERM or by `Trainer.end`; its state is saved."""
+    """The run was asked to end, by a signal or by `Trainer.end`; its state is saved.
+
+    Attributes
+    ----------
+    signal
+        The number of the signal; None if it was no signal.
+    """
+
+    def __init__(self, text: str, number: int | None = None) -> None:
+        super().__init__(text)
+        self.signal = number
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,9 @@ class Trainer:
         Told of every update and epoch as the log is.
     on_start
         Called when it is certain that the run begins or goes on.
+    on_end
+        Called with the reason, and the signal's number or None, as soon as the run is asked to end: in the
+        signal's handler, if a signal asks.
 
     Raises
     ------
@@ -106,6 +122,7 @@ class Trainer:
         events: bool = False,
         listener: Listener | None = None,
         on_start: Callable[[], None] = lambda: None,
+        on_end: Callable[[str, int | None], None] = lambda reason, number: None,
     ) -> None:
         for what, data in (("training", images), ("validation", validation)):
             if not len(data):
@@ -120,11 +137,13 @@ class Trainer:
         self.events = events
         self.listener = listener
         self.on_start = on_start
+        self.on_end = on_end
         self.net: nn.Module = model.net if isinstance(model, StreamingModel) else model
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.progress = Progress()
         self._end_reason: str | None = None
+        self._signal: int | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -134,6 +153,9 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train, from the newest checkpoint if there is one, until the run is over.
+
+        At SIGINT, SIGTERM or SIGHUP the run ends after the present update or validation batch, its state
+        saved; at a second one it ends at once.
 
         Raises
         ------
@@ -148,13 +170,25 @@ class Trainer:
             If the first image cannot be streamed within the budget.
         TrainingDiverged
             If the loss is no number any more.
+        RunInUse
+            If another process trains in the folder.
+        CannotWrite
+            If the disk is full, or the folder may not be written to.
         Terminated
-            After SIGTERM or `end`, when the state is saved.
+            After a signal or `end`, when the state is saved.
+        StoppedAtOnce
+            After a second signal; the newest checkpoint is the one before.
         """
+        self._end_reason = self._signal = None
+        with holding(self.folder), heeding(self._end_by):
+            self._begin()
+            return self._run()
+
+    def _run(self) -> TrainResult:
+        """As `run`, in a folder that is this process's."""
         saved = self.checkpoints.newest()
         if saved is not None:
             require_state(saved, self.checkpoints.folder)
-        self._begin()
         if saved is not None and not saved["progress"]["update"] and saved["identity"] != self._identity:
             saved = None  # nothing was trained, so nothing is lost
         if saved is not None:
@@ -162,14 +196,11 @@ class Trainer:
                 self._restore(saved)
         is_new, nbytes = saved is None, 0 if saved is None else saved["log_bytes"]
         del saved  # as large as model and optimiser together
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (
-            RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log,
-            self._heeding_sigterm(),
-        ):
+        with RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log:
             self.on_start()
             if is_new:
                 self._save()
+            self._end_if_asked()
             while not self.progress.is_over:
                 if self.sampler.epoch == self.progress.epoch:
                     self._train_epoch()
@@ -196,6 +227,11 @@ class Trainer:
             What ended it, for the error's text.
         """
         self._end_reason = reason
+        self.on_end(reason, self._signal)
+
+    def _end_by(self, number: signal.Signals) -> None:
+        self._signal = number
+        self.end(number.name)
 
     # --- state ---------------------------------------------------------------------------------------
 
@@ -214,7 +250,7 @@ class Trainer:
             self.averaged = AveragedModel(self.net, multi_avg_fn=average)
         self.sampler = self._make_sampler()
         self.progress = Progress()
-        self._end_reason = None
+        self._untried = set[str]()
         self._require_same_inputs()
         self._identity = self._find_identity()
         self._plan_digest = self._find_plan_digest()
@@ -271,14 +307,14 @@ class Trainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
-        require_same(self._identity, saved["identity"])
+        require_same(self._identity, self._known(saved["identity"]))
         circumstances = {**_versions(), "plan": self._plan_digest}
         for name, before in {**saved["versions"], "plan": saved["plan"]}.items():
             present = circumstances.get(name)
             if before != present:
                 warnings.warn(
-                    f"the run began with {name} {before} and goes on with {present}: rounding may make it "
-                    "end differently from one without a break",
+                    f"the run began with {printable(f'{name} {before}')} and goes on with {present}: "
+                    "rounding may make it end differently from one without a break",
                     stacklevel=3,
                 )
         self.net.load_state_dict(saved["model"])
@@ -289,6 +325,7 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.load_state_dict(saved["averaged"])
         self.sampler.load_state_dict(saved["sampler"])
+        self._untried = {"update", "epoch"}
         self.progress = Progress(**saved["progress"])
         _set_random_states(saved["random"], self.device)
         # The run may have been killed before that was marked, or a later one be marked that is passed over.
@@ -301,6 +338,15 @@ class Trainer:
         self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
         self.progress.is_over = self._is_over()
+
+    def _known(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's identity, with the fingerprints of today for images that older ones tell as well."""
+        found = dict(identity)
+        for name, images in (("images", self.images), ("validation", self.validation)):
+            if found.get(name) != self._identity[name] and isinstance(images, ImageDataset):
+                if found.get(name) == images.former_fingerprint:
+                    found[name] = self._identity[name]
+        return found
 
     def _find_plan_digest(self) -> str | None:
         """The fingerprint of the plan that updates are carried out by, if the model is streamed.
@@ -316,10 +362,11 @@ class Trainer:
         sources, _, *inputs = collate([self.images[0]] * size)
         was_training = self.model.training
         self.model.train()
-        with torch.enable_grad(), self._casting():
-            plan = self.model.plan(sources, inputs=self._on_device(inputs))
-        self.model.train(was_training)
-        plan.validate()
+        with naming("the first plan", [0], [sources[0].name]):
+            with torch.enable_grad(), self._casting():
+                plan = self.model.plan(sources, inputs=self._on_device(inputs))
+            self.model.train(was_training)
+            plan.validate()
         return plan.digest
 
     # --- updates -------------------------------------------------------------------------------------
@@ -339,7 +386,8 @@ class Trainer:
         if self._end_reason is not None:
             self._save()
             raise Terminated(
-                f"ended by {self._end_reason} after update {self.progress.update}; the state is saved"
+                f"ended by {self._end_reason} after update {self.progress.update}; the state is saved",
+                self._signal,
             )
 
     def _updates(self) -> Iterator[list[int]]:
@@ -362,20 +410,29 @@ class Trainer:
         size = settings.batch_size
         loss_sum, num_right, num_pixels = 0.0, 0, 0
         learning_rate, reports = self.optimizer.param_groups[0]["lr"], list[Report]()
+        where = f"update {progress.update + 1} of epoch {progress.epoch + 1}"
         self.optimizer.zero_grad(set_to_none=True)
         for at in range(0, len(positions), size):
-            sources, labels, *inputs = collate([self.images[p] for p in positions[at : at + size]])
+            batch = positions[at : at + size]
+            sources, labels, *inputs = open_batch(self.images, batch, where)
+            names = [source.name for source in sources]
             num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
-            loss, logits = self.differentiate(sources, labels, 1 / len(positions), *self._on_device(inputs))
+            with naming(where, batch, names):
+                loss, logits = self.differentiate(
+                    sources, labels, 1 / len(positions), *self._on_device(inputs)
+                )
+                if not math.isfinite(loss):
+                    found = not_finite(logits, batch, names)
+                    which = f", as the model gives NaN or infinity for {found}" if found else ""
+                    raise TrainingDiverged(
+                        f"the loss of update {progress.update + 1} is {loss}{which}: see that the images are "
+                        "what the model expects, or begin another run with a smaller learning_rate, or with "
+                        "clip_norm; the checkpoints are from before it"
+                    )
             if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
                 reports.append(self.model.last_report)
             loss_sum += loss
             num_right += int((logits.argmax(1).cpu() == labels).sum())
-        if not math.isfinite(loss_sum):
-            raise TrainingDiverged(
-                f"the loss of update {progress.update + 1} is {loss_sum}: begin another run with a smaller "
-                "learning_rate, or with clip_norm; the checkpoints are from before it"
-            )
         self._step()
         progress.update += 1
         progress.num_images += len(positions)
@@ -429,8 +486,19 @@ class Trainer:
     def _note(self, kind: str, values: Mapping[str, Any]) -> None:
         """Tell the log and the listener."""
         self.log.write(kind, values, self.progress.update)
-        if self.listener is not None:
+        # After a signal the terminal that the listener writes to may be gone, and the state is to be saved.
+        if self.listener is not None and self._signal is None:
             self.listener(kind, values)
+
+    @contextmanager
+    def _first_use(self, what: str) -> Iterator[None]:
+        """Tell a checkpoint whose states were changed where they are used: loading does not look at all."""
+        if what not in self._untried:
+            yield
+            return
+        with restoring(self.checkpoints.folder):
+            yield
+        self._untried.discard(what)
 
     def _step(self) -> None:
         """Change the weights by their gradients."""
@@ -438,12 +506,13 @@ class Trainer:
         if settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.net)
-        if self.schedule is not None and settings.schedule_every == "update":
-            self.schedule.step()
+        with self._first_use("update"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.net)
+            if self.schedule is not None and settings.schedule_every == "update":
+                self.schedule.step()
 
     @contextmanager
     def _casting(self) -> Iterator[None]:
@@ -501,7 +570,8 @@ class Trainer:
         """Note the validation, decide what comes next, and save."""
         progress, settings = self.progress, self.settings
         if self.schedule is not None and settings.schedule_every == "epoch":
-            settings.step_schedule(self.schedule, found.loss)
+            with self._first_use("epoch"):
+                settings.step_schedule(self.schedule, found.loss)
         self._note(
             "epoch",
             {
@@ -531,24 +601,6 @@ class Trainer:
         return self.progress.epoch >= self.settings.epochs or (
             patience is not None and self.progress.epochs_since_best >= patience
         )
-
-    # --- ending --------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _heeding_sigterm(self) -> Iterator[None]:
-        """End after the present update when SIGTERM comes; only the main thread can be told."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(*_: object) -> None:
-            self.end("SIGTERM")
-
-        before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from streamcnn.data.sources.files import ProcessLock, reason
 from streamcnn.data.sources.layout import to_tensor
+from streamcnn.data.sources.remote import trouble
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingBytes, ReadingCost
@@ -155,7 +156,7 @@ class FileSource(ImageSource):
             raise CorruptImage(
                 f"cannot read rows {rows.start}..{rows.stop}, cols {cols.start}..{cols.stop} of "
                 f"{self.name}: {_with_advice(error)}"
-            ) from error
+            ) from (None if "://" in self.name else error)
         return to_tensor(pixels)
 
     @abstractmethod
@@ -184,8 +185,8 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
             )
         if (source.shape, source.dtype) != (sources[0].shape, sources[0].dtype):
             raise DatasetMismatch(
-                f"image {position} of the batch is {source.shape} {source.dtype}, image 0 is "
-                f"{sources[0].shape} {sources[0].dtype}: allowed is one shape and dtype; "
+                f"image {position} of the batch is {source.shape} {source.dtype} ({source.name}), image 0 is "
+                f"{sources[0].shape} {sources[0].dtype} ({sources[0].name}): allowed is one shape and dtype; "
                 "put images that differ into batches of their own"
             )
         if source.largest != sources[0].largest:
@@ -206,6 +207,8 @@ def largest_of(dtype: torch.dtype) -> int | None:
 def _with_advice(error: Exception) -> str:
     if isinstance(error, StreamError):  # ours say what to do
         return str(error)
+    if (why := trouble(error)) is not None:
+        return why
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error}; see that the file is there and that you may read it"
     return f"{reason(error)}; the image is damaged there, write it again"

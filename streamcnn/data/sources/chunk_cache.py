@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.data.sources.files import ProcessLock
+from streamcnn.support.text import printable
 
 CACHE_BYTES = 2**26
 """Most bytes of decoded chunks that a source keeps unless the caller allows more."""
@@ -129,9 +130,9 @@ class ChunkCache:
         """Warn that a chunk will be decoded for every tile if it is larger than what is kept."""
         if self._chunk_bytes > self._limit:
             warnings.warn(
-                f"{name} has {what} of {self._chunk_bytes} bytes, of which {self._limit} are kept at most: "
-                "each is decoded again for every tile that meets it; write the image in smaller ones with "
-                "streamcnn convert, or give cache_bytes=",
+                f"{printable(name)} has {what} of {self._chunk_bytes} bytes, of which {self._limit} are kept "
+                "at most: each is decoded again for every tile that meets it; write the image in smaller "
+                "ones with streamcnn convert, or give cache_bytes=",
                 stacklevel=4,
             )
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from streamcnn.data.sources.remote import trouble
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
+from streamcnn.support.text import without_secrets
 
 MAX_PIXELS = 100_000_000
 """Largest image, in pixels, that is decoded whole unless the caller allows more."""
@@ -19,6 +21,8 @@ MAX_VALUES_PER_PIXEL = 4
 """Most channels of such an image of the largest size; with more channels, so many fewer pixels."""
 _LARGEST_IMAGE = 10**12
 _MOST_CHANNELS = 2**16
+_MOST_TEXT = 500
+"""Characters of a library's error that are shown."""
 
 T = TypeVar("T")
 
@@ -105,6 +109,14 @@ class FileStamp:
             )
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path that a file names, which may be no path at all."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def regular(path: str | Path) -> os.stat_result:
     """What is at a path, if reading it cannot block or go on without end.
 
@@ -126,21 +138,29 @@ def regular(path: str | Path) -> os.stat_result:
 
 @contextmanager
 def opening(name: str, what: str) -> Iterator[None]:
-    """Turn whatever fails inside into one `CorruptImage` which says that ``name`` is no ``what``."""
+    """Turn whatever fails inside into one `CorruptImage` which says that ``name`` is no ``what``.
+
+    Of a URL, neither the text nor what a traceback shows of its cause has credentials in it.
+    """
+    shown = without_secrets(name)
     try:
         yield
     except (StreamError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise CorruptImage(f"no {what} at {name}: give the path of one") from error
-    except OSError as error:
-        raise CorruptImage(
-            f"cannot open {name}: {error}; see that it is a complete {what} and that you may read it"
-        ) from error
     except Exception as error:  # damaged metadata fails in as many ways as there are fields
+        cause = None if "://" in name else error
+        if (why := trouble(error)) is not None:
+            raise CorruptImage(f"cannot read {shown}: {why}") from cause
+        if isinstance(error, FileNotFoundError):
+            raise CorruptImage(f"no {what} at {shown}: give the path of one") from cause
+        if isinstance(error, OSError):
+            raise CorruptImage(
+                f"cannot open {shown}: {without_secrets(str(error))}; see that it is a complete {what} and "
+                "that you may read it"
+            ) from cause
         raise CorruptImage(
-            f"cannot open {name} as a {what}: {reason(error)}; it is damaged or something else"
-        ) from error
+            f"cannot open {shown} as a {what}: {reason(error)}; it is damaged or something else"
+        ) from cause
 
 
 def check_shape(name: str, shape: tuple[int, int, int]) -> None:
@@ -179,5 +199,11 @@ def check_piece(name: str, what: str, size: tuple[int, int], channels: int, max_
 def reason(error: Exception) -> str:
     """The error's text, after its type where the text alone says little."""
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError):
-        return f"{type(error).__name__}: {error}"
-    return str(error) or type(error).__name__
+        return f"{type(error).__name__}: {shortened(error)}"
+    return shortened(error) or type(error).__name__
+
+
+def shortened(error: Exception) -> str:
+    """The first 500 characters of an error's text, in which there may be all of a file's metadata."""
+    text = without_secrets(str(error))
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"

@@ -133,6 +133,11 @@ class GuardedStore(WrapperStore[Store]):
         found = await self._store.get(key, prototype, byte_range)
         if found is None:
             await self._check_may_be_missing(key)
+        elif isinstance(byte_range, RangeByteRequest | SuffixByteRequest) and len(found) > _least(byte_range):
+            raise CorruptImage(
+                f"the server sends all of {key} where a part is asked for (it answers no range requests): "
+                "download the image, or put it on a server that does"
+            )
         elif len(found) < _least(byte_range):
             raise CorruptImage(f"chunk {key} is cut short; copy the image again")
         elif self._index is not None and self._index.is_in(byte_range):

@@ -63,7 +63,8 @@ def layout_by_shape(name: str, shape: tuple[int, ...], channels_last: bool | Non
     Raises
     ------
     DatasetMismatch
-        If there are fewer or more axes, or which are the channels is not certain.
+        If there are fewer or more axes, which are the channels is not certain, or there are none to be told
+        of.
     """
     if len(shape) not in (2, 3):
         raise DatasetMismatch(
@@ -71,6 +72,8 @@ def layout_by_shape(name: str, shape: tuple[int, ...], channels_last: bool | Non
             "store one image per array"
         )
     if len(shape) == 2:
+        if channels_last is not None:
+            raise no_channels(name, channels_last)
         return Layout("YX")
     if channels_last is None:
         channels_last = _are_channels_last(name, shape)
@@ -84,7 +87,7 @@ def _are_channels_last(name: str, shape: tuple[int, ...]) -> bool:
         raise DatasetMismatch(
             f"{name} has 3 axes {shape} without names, which may be (C, H, W) or (H, W, C): give "
             "channels_last=False for the former, channels_last=True for the latter (--channels-first or "
-            "--channels-last of streamcnn convert)"
+            "--channels-last)"
         )
     return last
 
@@ -110,13 +113,14 @@ def layout_by_names(
         Any other may be there with extent 1, such as time or depth.
     shape : extents of the array
     channels_last : whether an axis of a name that is not known, last or first, is the channels
+        Where names say which axis is, it may say the same and nothing else.
     index : which plane to take of axes that are longer than 1, by their names; None where none may be taken
 
     Raises
     ------
     DatasetMismatch
-        If rows or columns are missing, more than one other axis is longer than 1, or there is no such
-        axis or plane.
+        If rows or columns are missing, more than one other axis is longer than 1, there is no such axis or
+        plane, or the channels are elsewhere than ``channels_last`` says.
     """
     letters = [letter.upper() for letter in axes.letters]
     if len(letters) != len(shape) or letters.count("Y") != 1 or letters.count("X") != 1:
@@ -136,6 +140,8 @@ def layout_by_names(
             kept[others[0]] = "C"
     if len(others) > 1 or not all(_is_known(kept[position]) for position in others):
         raise _several_planes(name, axes, shape, others, can_index=index is not None)
+    if channels_last is not None:
+        _check_told(name, axes.names, [*map(_or_known, kept, letters)], channels_last)
     return Layout(
         "".join("C" if letter == "S" else letter for letter in kept),
         tuple(planes.get(position, 0) for position in range(len(shape))) if planes else (),
@@ -144,6 +150,44 @@ def layout_by_names(
 
 def _is_known(letter: str) -> bool:
     return letter in ("C", "S")
+
+
+def _or_known(kept: str, letter: str) -> str:
+    """The letter of an axis; that of a single channel too, which is dropped from the layout."""
+    return letter if kept == _DROPPED and _is_known(letter) else kept
+
+
+def _check_told(name: str, names: tuple[str, ...], letters: list[str], channels_last: bool) -> None:
+    """Refuse a place of the channels that is not theirs.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there are no channels, or the names of the axes say otherwise.
+    """
+    channels = [position for position, letter in enumerate(letters) if _is_known(letter)]
+    if not channels:
+        raise no_channels(name, channels_last)
+    places = letters.index("Y"), letters.index("X")
+    is_first = all(position < min(places) for position in channels)
+    is_last = all(position > max(places) for position in channels)
+    if (channels_last and is_first) or (not channels_last and is_last):
+        raise DatasetMismatch(
+            f"{name} says that its axes are {', '.join(names)}, with the channels "
+            f"{'first' if is_first else 'last'}: leave {told(channels_last)} out"
+        )
+
+
+def no_channels(name: str, channels_last: bool) -> DatasetMismatch:
+    """The error that an image without an axis of channels is told where they are."""
+    return DatasetMismatch(
+        f"{name} has rows and columns and no axis of channels: leave {told(channels_last)} out"
+    )
+
+
+def told(channels_last: bool) -> str:
+    """What said where the channels are, in Python and on the command line."""
+    return f"channels_last={channels_last} ({'--channels-last' if channels_last else '--channels-first'})"
 
 
 def _planes(name: str, axes: Axes, shape: tuple[int, ...], index: Mapping[str, int]) -> dict[int, int]:

@@ -101,6 +101,11 @@ class ArraySource(FileSource):
         return _remade, (_mapping(origin) if _is_whole_map(origin) else origin, self._requested_layout)
 
     @property
+    def pieces(self) -> str:
+        """That it has none."""
+        return "an array in one piece, of which the pages under a region are read"
+
+    @property
     def reading_cost(self) -> ReadingCost:
         """The region's copy, and a band of a mapped file's pages."""
         channels, height, width = self.shape

@@ -18,6 +18,7 @@ from zarr.core.sync import sync
 from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.guard import ZarrArray
 from streamcnn.data.sources.places import check_stored
+from streamcnn.data.sources.series import SeriesFacts
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 _OLD_AXES = ("t", "c", "z", "y", "x")  # before version 0.3 there were always these five
@@ -57,23 +58,83 @@ def open_level(name: str, group: zarr.Group, level: int, series: int | None) -> 
         group, metadata, series = _series(name, group, metadata, series)
     if "multiscales" not in metadata:
         raise _no_image(name, group, metadata)
+    number = len(_images(name, metadata))
+    if series and not 0 <= series < number:
+        raise DatasetMismatch(f"{name} has no series {series}: allowed are 0..{number - 1}")
+    paths, axes = _levels(name, metadata, series or 0)
+    if not 0 <= level < len(paths):
+        raise DatasetMismatch(f"{name} has no level {level}: allowed are 0..{len(paths) - 1}")
+    return _array(name, group, paths, level), axes
+
+
+def ome_series(name: str, group: zarr.Group) -> list[SeriesFacts]:
+    """All images of a group: what bioformats2raw wrote, or those of one OME-Zarr image.
+
+    Raises
+    ------
+    CorruptImage
+        If the group holds no image, or its metadata is damaged.
+    """
+    metadata = _metadata(dict(group.attrs))
+    if _SERIES in metadata and "multiscales" not in metadata:
+        paths, titles = _series_paths(group, metadata), _titles(group)
+        default = _default_series(paths, titles)
+        found = []
+        for number, path in enumerate(paths):
+            image = _series_group(name, group, path, number)
+            sizes = _sizes(name, image, _metadata(dict(image.attrs)), 0)
+            found.append(SeriesFacts(number, titles.get(number, ""), sizes, number == default))
+        return found
+    if "multiscales" not in metadata:
+        raise _no_image(name, group, metadata)
+    return [
+        SeriesFacts(number, _name_of(image), _sizes(name, group, metadata, number), number == 0)
+        for number, image in enumerate(_images(name, metadata))
+    ]
+
+
+def _images(name: str, metadata: Mapping[str, Any]) -> list[Any]:
+    images = metadata["multiscales"]
+    if not isinstance(images, list) or not images:
+        raise _damaged(name, "its OME metadata lacks a list of images")
+    return images
+
+
+def _name_of(image: Any) -> str:
+    said = image.get("name") if isinstance(image, Mapping) else None
+    return said if isinstance(said, str) else ""
+
+
+def _levels(name: str, metadata: Mapping[str, Any], number: int) -> tuple[list[str], Axes | None]:
+    """The paths of an image's levels, and its axes if they are named."""
     try:
-        images = metadata["multiscales"]
-        if series and not 0 <= series < len(images):
-            raise DatasetMismatch(f"{name} has no series {series}: allowed are 0..{len(images) - 1}")
-        image = images[series or 0]
+        image = _images(name, metadata)[number]
         paths = [dataset["path"] for dataset in image["datasets"]]
         axes = image.get("axes", _OLD_AXES)
         names = [axis if isinstance(axis, str) else axis["name"] for axis in axes]
         types = [None if isinstance(axis, str) else axis.get("type") for axis in axes]
     except (AttributeError, LookupError, TypeError) as error:
         raise _damaged(name, f"its OME metadata lacks {error}") from error
-    if not 0 <= level < len(paths):
-        raise DatasetMismatch(f"{name} has no level {level}: allowed are 0..{len(paths) - 1}")
+    return paths, Axes.of_names(names, types)
+
+
+def _array(name: str, group: zarr.Group, paths: list[str], level: int) -> ZarrArray:
     array = group.get(paths[level])
     if not isinstance(array, zarr.Array):
         raise _damaged(name, f"there is no array {paths[level]!r}, which should be level {level}")
-    return array, Axes.of_names(names, types)
+    return array
+
+
+def _sizes(
+    name: str, group: zarr.Group, metadata: Mapping[str, Any], number: int
+) -> tuple[tuple[int, int], ...]:
+    """Height and width of each level of an image."""
+    paths, axes = _levels(name, metadata, number)
+    shapes = [_array(name, group, paths, level).shape for level in range(len(paths))]
+    letters = () if axes is None else axes.letters
+    known = "Y" in letters and "X" in letters and all(len(shape) == len(letters) for shape in shapes)
+    rows, cols = (letters.index("Y"), letters.index("X")) if known else (-2, -1)
+    return tuple((shape[rows], shape[cols]) for shape in shapes)
 
 
 def _series(
@@ -83,15 +144,25 @@ def _series(
     paths = _series_paths(group, metadata)
     titles = _titles(group)
     if series is None:
-        slides = [n for n, _ in enumerate(paths) if not _NO_SLIDE.search(titles.get(n, ""))]
-        series = slides[0] if slides else 0
+        series = _default_series(paths, titles)
     if not 0 <= series < len(paths):
         named = ", ".join(f"{n}{f' ({titles[n]})' if titles.get(n) else ''}" for n, _ in enumerate(paths))
         raise DatasetMismatch(f"{name} has no series {series}: allowed are {named or 'none'}")
-    image = group.get(paths[series])
-    if not isinstance(image, zarr.Group):
-        raise _damaged(name, f"there is no group {paths[series]!r}, which should be series {series}")
+    image = _series_group(name, group, paths[series], series)
     return image, _metadata(dict(image.attrs)), 0
+
+
+def _default_series(paths: list[str], titles: Mapping[int, str]) -> int:
+    """The first image that is no label or overview of a slide."""
+    slides = [n for n, _ in enumerate(paths) if not _NO_SLIDE.search(titles.get(n, ""))]
+    return slides[0] if slides else 0
+
+
+def _series_group(name: str, group: zarr.Group, path: str, series: int) -> zarr.Group:
+    image = group.get(path)
+    if not isinstance(image, zarr.Group):
+        raise _damaged(name, f"there is no group {path!r}, which should be series {series}")
+    return image
 
 
 def _series_paths(group: zarr.Group, metadata: Mapping[str, Any]) -> list[str]:

@@ -5,23 +5,35 @@ Only slides are told by their ending, for most of them are TIFF files that OpenS
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from streamcnn.data.sources.base import ImageSource
+from streamcnn.data.sources.choice import ImageChoice
 from streamcnn.data.sources.files import MAX_PIXELS, opening, regular
 from streamcnn.data.sources.guard import MissingChunks
+from streamcnn.data.sources.layout import told
 from streamcnn.data.sources.memory import ArraySource
 from streamcnn.data.sources.ome import is_ome_image
 from streamcnn.data.sources.picture import FORMATS, PictureSource
-from streamcnn.data.sources.places import ZARR_FILES, head_of, holds_zarr, is_zarr_zip, place, remote_store
+from streamcnn.data.sources.places import (
+    ZARR_FILES,
+    holds_zarr,
+    is_zarr_zip,
+    place,
+    remote_store,
+    zarr_object,
+)
+from streamcnn.data.sources.remote import RemoteFile, trouble
 from streamcnn.data.sources.slide import SlideSource
 from streamcnn.data.sources.tiff import TiffSource
 from streamcnn.data.sources.zarr import ZarrSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.support.text import without_secrets
 
 _SLIDES = (".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
+_TIFFS = (".btf", ".tf2", ".tf8", ".tif", ".tiff")
 _ZIP = b"PK\x03\x04"
 _MAGIC = {
     "npy": (b"\x93NUMPY",),
@@ -52,12 +64,13 @@ def open_image(
     Parameters
     ----------
     path
-        File, folder of a zarr array or OME-Zarr image, zip file of one, or its URL; ``~`` and ``file://``
-        are understood.
+        File, folder of a zarr array or OME-Zarr image, or zip file of one; ``~`` and ``file://`` are
+        understood. URL of a zarr array, an OME-Zarr image or a TIFF file elsewhere.
     level
         Resolution of a TIFF pyramid, an OME-Zarr image or a slide; 0 is full.
     channels_last
-        Whether the channels are the last of three axes or the first, where the file does not say it.
+        Whether the channels are the last of three axes or the first, where the file does not say it; where it
+        does, only what it says is allowed.
     series
         Which image of a TIFF file or of an OME-Zarr folder that holds several; by default the largest of
         full resolution that is no macro, label or thumbnail, of what bioformats2raw wrote the first such one.
@@ -74,18 +87,27 @@ def open_image(
     CorruptImage
         If there is nothing at the path, or it is damaged or no image.
     DatasetMismatch
-        If there is no such level, series or plane, pixels or axes are not what a source can have or are not
-        certain, or the image is too large.
+        If there is no such level, series or plane, an option does not apply to the format, pixels or axes are
+        not what a source can have or are not certain, or the image is too large.
     MissingExtra
         If the format or the place needs a package that is not installed.
     """
     where = place(path)
     kind = _kind(where)
-    if series not in (None, 0) and kind not in ("tiff", "zarr"):
-        raise DatasetMismatch(f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out")
+    path = without_secrets(str(path))
+    if series not in (None, 0) and kind in ("npy", "picture", "slide"):
+        raise DatasetMismatch(
+            f"{path} is no TIFF or OME-Zarr: allowed is series 0; leave series= out, or give --series 0"
+        )
     if level != 0 and kind in ("npy", "picture"):
-        raise DatasetMismatch(f"{path} has one resolution: allowed is level 0; leave level= out")
-    if index and kind != "zarr":
+        raise DatasetMismatch(
+            f"{path} has one resolution: allowed is level 0; leave level= out, or give --level 0"
+        )
+    if channels_last is not None and kind in ("picture", "slide"):
+        raise DatasetMismatch(
+            f"{path} is a {kind}, whose format says where the channels are: leave {told(channels_last)} out"
+        )
+    if index and kind in ("npy", "picture", "slide", "tiff"):
         raise DatasetMismatch(f"{path} is no zarr array: planes are taken of these alone; leave index= out")
     match kind:
         case "zarr":
@@ -109,6 +131,17 @@ def open_image(
         case "picture":
             return PictureSource(where, max_pixels=max_pixels)
     raise CorruptImage(f"{path} is {_found(where)}: allowed are {_ALLOWED}; convert the image")
+
+
+def open_chosen(path: str | Path, choice: ImageChoice) -> ImageSource:
+    """The image at ``path`` that ``choice`` means, as from `open_image`.
+
+    Raises
+    ------
+    CorruptImage, DatasetMismatch, MissingExtra
+        As from `open_image`.
+    """
+    return open_image(path, series=choice.series, level=choice.level, channels_last=choice.channels_last)
 
 
 def is_image(path: str | Path) -> bool:
@@ -149,38 +182,48 @@ def _kind_of_head(head: bytes) -> str | None:
 
 
 def _kind_of_url(url: str) -> str:
-    """Elsewhere there are zarr arrays alone.
+    """Elsewhere there are zarr arrays and TIFF files alone.
 
     Raises
     ------
     CorruptImage
         If there is something else.
     """
-    store = remote_store(url)
-    if holds_zarr(store):
+    is_named_tiff = PurePosixPath(urlsplit(url).path).suffix.lower() in _TIFFS
+    if not is_named_tiff and holds_zarr(remote_store(url)):
         return "zarr"
-    head = head_of(store, 16)
-    if head is None:
-        raise CorruptImage(f"no zarr array at {url}: give the URL of the folder that holds its zarr.json")
-    what = _kind_of_head(head) or ("zip file" if head.startswith(_ZIP) else "file")
+    shown = without_secrets(url)
+    try:
+        head = RemoteFile(url).read(16)
+    except FileNotFoundError as error:
+        if trouble(error) is not None:
+            raise
+        raise CorruptImage(
+            f"no image at {shown}: give the URL of a TIFF file, or of the folder that holds a zarr.json"
+        ) from None
+    kind = _kind_of_head(head)
+    if kind == "tiff":
+        return kind
+    what = kind or ("zip file" if head.startswith(_ZIP) else "file")
     raise CorruptImage(
-        f"{url} is a {what}: allowed elsewhere than on this machine are folders of a zarr array or an OME-"
-        "Zarr image; download it, or write it as one"
+        f"{shown} is a {what}: allowed elsewhere than on this machine are TIFF files and folders of a zarr "
+        "array or an OME-Zarr image; download it, or write it as one"
     )
 
 
 def _is_mere_group(folder: Path) -> bool:
     """Whether a zarr folder is a group of other things; False where its metadata cannot be read."""
-    is_array_of_v2 = (folder / ".zarray").is_file()
     try:
         if not (folder / "zarr.json").is_file():
             attributes = folder / ".zattrs"
-            found = json.loads(attributes.read_bytes()) if attributes.is_file() else {}
-            return not is_array_of_v2 and not is_ome_image(found)
-        metadata = json.loads((folder / "zarr.json").read_bytes())
-        return metadata["node_type"] == "group" and not is_ome_image(metadata.get("attributes", {}))
-    except (AttributeError, LookupError, OSError, TypeError, ValueError):
+            found = zarr_object(attributes) if attributes.is_file() else {}
+            return not (folder / ".zarray").is_file() and not is_ome_image(found)
+        metadata = zarr_object(folder / "zarr.json")
+    except (CorruptImage, OSError):
         return False
+    attributes_of_v3 = metadata.get("attributes")
+    is_image = isinstance(attributes_of_v3, dict) and is_ome_image(attributes_of_v3)
+    return metadata.get("node_type") == "group" and not is_image
 
 
 def _found(where: Path | str) -> str:

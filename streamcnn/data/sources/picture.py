@@ -14,6 +14,8 @@ from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, torch_dtype
 from streamcnn.data.sources.orientation import Orientation
+from streamcnn.data.sources.picture_values import read_samples, values_of
+from streamcnn.data.sources.png_metadata import leading_orientation, trailing_orientation
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
@@ -55,6 +57,8 @@ _SCRATCH = {"WEBP": 16, "GIF": 8, "BMP": 4}
 """Bytes for each pixel that a decoder takes beside the picture, by format."""
 _PROGRESSIVE = 8
 """The same of a progressive JPEG: the coefficients of up to four components, two bytes each."""
+_PLAIN_TEXT = 16
+"""The same of numbers in text: those that are read so far, and two copies of them."""
 _BAND_BYTES = 2**22
 """Bytes of pixels that are copied out of Pillow's memory at a time, at least a row."""
 
@@ -65,9 +69,10 @@ _limit_lock = ProcessLock()
 class PictureSource(FileSource):
     """A picture, decoded whole when it is first read and kept from then on.
 
-    Palettes, CMYK and YCbCr become RGB, a palette with transparency RGBA, one bit per pixel 0 and 255 in
-    uint8; 16-bit grey stays uint16. Of an animation it is the first frame. Pixels are turned upright as
-    an orientation noted before them says.
+    Palettes, CMYK and YCbCr become RGB, a palette with transparency RGBA; grey of 16 bits stays uint16.
+    Values are the file's own: grey PNG of 1, 2 and 4 bits, PBM, and PGM and PPM with any maxval are not
+    scaled, and `largest` says how large they may be. Of an animation it is the first frame. Pixels are turned
+    upright as a noted orientation says.
 
     Parameters
     ----------
@@ -94,7 +99,8 @@ class PictureSource(FileSource):
             _check_depth(name, image)
             width, height = image.size
             self._mode = _mode(name, image)
-            self._orientation = _orientation(image)
+            self._values = values_of(image)
+            self._orientation = _orientation(name, image)
             self._format = image.format or "picture"
             self._opening = width * height * (_DECODED.get(image.mode, 4) + _scratch(image))
         if width * height > max_pixels:
@@ -108,7 +114,8 @@ class PictureSource(FileSource):
         self._decoding = ProcessLock()
         self._stored_size = (height, width)
         size = self._orientation.size(self._stored_size)
-        super().__init__((channels, *size), torch_dtype(name, np.dtype(dtype)), name)
+        dtype_of_torch = torch_dtype(name, np.dtype(dtype))
+        super().__init__((channels, *size), dtype_of_torch, name, largest=self._values.largest)
 
     @property
     def held_bytes(self) -> int:
@@ -157,12 +164,15 @@ class PictureSource(FileSource):
         channels, dtype = _HANDED_OUT[self._mode]
         pixels = np.empty((height, width, channels) if channels > 1 else (height, width), dtype)
         rows = max(1, _BAND_BYTES // (4 * width))
+        if self._values.offset is not None:
+            read_samples(self._path, self._values, pixels, rows)
+            return pixels
         with _opened(self._path) as image:
             for top in range(0, height, rows):
                 # In bands: Pillow hands out a picture as bytes, which are two copies of it.
                 band = image.crop((0, top, width, min(top + rows, height)))
                 band = band if band.mode == self._mode else band.convert(self._mode)
-                pixels[top : top + rows] = np.asarray(band)
+                pixels[top : top + rows] = self._values.as_stored(np.asarray(band))
         return pixels
 
 
@@ -195,10 +205,10 @@ def _mode(name: str, image: Image) -> str:
     return mode
 
 
-def _orientation(image: Image) -> Orientation:
-    # Pillow would decode a PNG to see whether one is noted after its pixels.
-    if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
-        return Orientation()
+def _orientation(name: str, image: Image) -> Orientation:
+    if image.format == "PNG":
+        behind = trailing_orientation(name, _ORIENTATION)
+        return Orientation(behind or leading_orientation(image, _ORIENTATION) or 1)
     return Orientation(int(image.getexif().get(_ORIENTATION, 1)))
 
 
@@ -206,6 +216,8 @@ def _scratch(image: Image) -> int:
     """Bytes for each pixel that decoding takes beside the picture."""
     if image.format == "JPEG" and image.info.get("progressive"):
         return _PROGRESSIVE
+    if image.tile and image.tile[0].codec_name == "ppm_plain":
+        return _PLAIN_TEXT
     return _SCRATCH.get(image.format or "", 0)
 
 

@@ -16,13 +16,15 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
 from streamcnn.data.sources.files import opening, regular
+from streamcnn.data.sources.remote import using_fsspec
 from streamcnn.errors import CorruptImage
-from streamcnn.support.extras import MissingExtra, require
+from streamcnn.support.documents import parse_json, read_regular
+from streamcnn.support.text import without_secrets
 
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
-_METADATA_BYTES = 2**26
-_EXTRA = "remote"
+METADATA_BYTES = 2**26
+"""Largest file of zarr's metadata."""
 # A Path makes one slash of two.
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
 
@@ -61,12 +63,15 @@ def local_path(path: str | Path) -> Path:
     """
     where = place(path)
     if isinstance(where, str):
-        raise CorruptImage(f"{where} is not on this machine: allowed elsewhere are zarr arrays; download it")
+        raise CorruptImage(
+            f"{without_secrets(where)} is not on this machine: allowed are files and folders on it; download "
+            "it, or read it with open_image, which takes zarr arrays and TIFF files elsewhere"
+        )
     return where
 
 
-class RegularFiles(WrapperStore[LocalStore]):
-    """A folder of which only regular files are read, and metadata of a size that metadata has."""
+class RegularFiles(WrapperStore[Store]):
+    """A folder or zip file of which only regular files are read, and metadata of a size that metadata has."""
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -79,7 +84,7 @@ class RegularFiles(WrapperStore[LocalStore]):
             If it is no regular file, or too large to be metadata.
         """
         is_metadata = key.rpartition("/")[2] in _METADATA_FILES
-        check_stored(self._store, key, _METADATA_BYTES if is_metadata else None)
+        check_stored(self._store, key, METADATA_BYTES if is_metadata else None)
         return await self._store.get(key, prototype, byte_range)
 
 
@@ -101,6 +106,21 @@ def check_stored(store: Store, key: str, most: int | None) -> None:
         size = None if member is None else member.file_size
     if size is not None and most is not None and size > most:
         raise CorruptImage(f"{key} has {size} bytes, allowed are {most}; copy the image again")
+
+
+def zarr_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of zarr's metadata.
+
+    Raises
+    ------
+    CorruptImage
+        If it holds none.
+    """
+    content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
+    found = parse_json(content, path, error=CorruptImage, finite=False)
+    if not isinstance(found, dict):
+        raise CorruptImage(f"{path} holds a {type(found).__name__}: allowed is an object")
+    return found
 
 
 def base_store(store: Store) -> Store:
@@ -135,7 +155,7 @@ def zarr_store(where: Path | str) -> tuple[Store, str]:
             f"{where} is a zip file without {', '.join(ZARR_FILES)} on top or in its one folder: allowed is "
             "one zarr array or OME-Zarr image; unpack it"
         )
-    return store, root
+    return RegularFiles(store), root
 
 
 def zip_root(names: list[str]) -> str | None:
@@ -179,29 +199,5 @@ def remote_store(url: str) -> FsspecStore:
     MissingExtra
         If reading from there needs a package that is not installed.
     """
-    require("fsspec", extra=_EXTRA)
-    try:
+    with using_fsspec(url):
         return FsspecStore.from_url(url, read_only=True)
-    except ImportError as error:
-        raise MissingExtra(
-            f"{url} cannot be read because a package is not installed ({error}): install the optional "
-            f"dependencies with  pip install 'streamcnn[{_EXTRA}]'"
-        ) from error
-    except ValueError as error:  # fsspec's for a protocol that it does not know
-        raise CorruptImage(
-            f"{url} cannot be read: {error}; allowed are paths, file://, https://, s3://, gs:// and what "
-            "else fsspec knows"
-        ) from error
-
-
-def head_of(store: FsspecStore, num_bytes: int) -> bytes | None:
-    """The first bytes of the file at a store's URL; None if there is no file."""
-
-    async def read() -> Any:
-        try:
-            return await store.fs._cat_file(store.path, start=0, end=num_bytes)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-
-    found = sync(read())
-    return None if found is None else bytes(found[:num_bytes])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from streamcnn.data.sources.base import FileSource
 from streamcnn.data.sources.files import FileStamp, PerProcess, opening
 from streamcnn.data.sources.layout import torch_dtype
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.reading import ReadingCost
 from streamcnn.support.extras import require
@@ -117,8 +117,30 @@ def _starts(axis: Interval) -> range:
     return range(axis.start // _BLOCK * _BLOCK, axis.stop, _BLOCK)
 
 
+def slide_levels(path: str) -> tuple[tuple[int, int], ...]:
+    """Height and width in pixels of each resolution of a slide, the full one first.
+
+    Raises
+    ------
+    CorruptImage
+        If OpenSlide cannot open it.
+    """
+    with opening(path, "slide"), _open(path) as slide:
+        return tuple((height, width) for width, height in slide.level_dimensions)
+
+
 def _open(path: str) -> Any:
-    return require("openslide", extra="slides").OpenSlide(path)
+    openslide = require("openslide", extra="slides")
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        if not path.lower().endswith(".dcm"):
+            raise
+        raise CorruptImage(
+            f"{path} is no whole slide (VL Whole Slide Microscopy) that OpenSlide knows, or is damaged: of "
+            "DICOM files only these can be read, no slices of CT or MR; write each image as a TIFF or a zarr "
+            "array"
+        ) from error
 
 
 def _reopen(path: str, level: int) -> SlideSource:

@@ -17,20 +17,25 @@ from tifffile.zarr import ZarrTiffStore
 
 from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.base import FileSource
+from streamcnn.data.sources.chunk_cache import CACHE_BYTES, ChunkCache, Window
 from streamcnn.data.sources.costs import REGION_COPIES, chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, ProcessLock, opening
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
 from streamcnn.data.sources.mapped import copied, mapped_bytes
 from streamcnn.data.sources.orientation import Orientation
+from streamcnn.data.sources.places import place
+from streamcnn.data.sources.remote import REMOTE_BYTES
 from streamcnn.data.sources.threads import start_zarr_threads
+from streamcnn.data.sources.tiff_bounds import bound_pictures, check_chunk
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
 from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_of
 from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
-from streamcnn.data.sources.tiff_series import check_number, chosen_series
+from streamcnn.data.sources.tiff_series import check_number, chosen_series, tiff_file
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
 from streamcnn.support.extras import require
+from streamcnn.support.text import without_secrets
 
 _ORIENTATION = 274
 _CHUNK_COPIES = 3
@@ -43,8 +48,9 @@ class TiffSource(FileSource):
     """One level of one image of a TIFF file, of which only the tiles or strips under a region are decoded.
 
     Pixels that lie uncompressed in one piece are mapped into memory. An image that is one compressed tile
-    or strip is decoded whole when it is first read and kept from then on. The file is open only while it
-    is read. Tiles that a sparse file leaves out read as its fill value.
+    or strip is decoded whole when it is first read and kept from then on. Of several tiles or strips, those
+    that are larger than what is read of them are kept, decoded, in a cache; others are decoded each time. The
+    file is open only while it is read. Tiles that a sparse file leaves out read as its fill value.
 
     Pixels are turned upright as the file's orientation says. Grey is inverted where 0 is white, CMYK and
     Aperio's YCbCr become RGB, and colours that were multiplied by alpha are divided by it. Pixels that a LERC
@@ -52,22 +58,24 @@ class TiffSource(FileSource):
 
     Parameters
     ----------
-    path : file
+    path : file, or URL of one elsewhere
     series : int, optional
         Which image of the file. By default it is the largest of full resolution that is no macro, label or
         thumbnail, the first of equals.
     level : resolution of a pyramid; 0 is full
     channels_last : bool, optional
-        Which axis of a stack of three axes is the channels, where the file does not say it.
+        Which axis of a stack of three axes is the channels, where the file does not say it; where it does, it
+        may say the same and nothing else.
     max_pixels : largest tile or strip, in pixels, that may be decoded
+    cache_bytes : most bytes of decoded tiles or strips that are kept, unless the image is a single one
 
     Raises
     ------
     CorruptImage
         If there is no such file, it is no TIFF, damaged or cut short.
     DatasetMismatch
-        If there is no such image or level, it has other axes, too large strips, colours of an unknown kind,
-        or pixels of a type that PyTorch lacks.
+        If there is no such image or level, it has other axes, channels elsewhere than is told, too large
+        strips, colours of an unknown kind, or pixels of a type that PyTorch lacks.
     MissingExtra
         If its compression needs imagecodecs, which is not installed.
     """
@@ -80,12 +88,16 @@ class TiffSource(FileSource):
         level: int = 0,
         channels_last: bool | None = None,
         max_pixels: int = MAX_PIXELS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._request = _Request(str(path), series, level, channels_last, max_pixels)
+        self._request = _Request(place(path), series, level, channels_last, max_pixels, cache_bytes)
         name = self._request.name
+        self._is_remote = isinstance(self._request.path, str)
         with opening(name, "TIFF"):
             self._files = PerProcess(functools.partial(_open, self._request))
             opened = self._files.get()
+        if opened.cache is not None:
+            opened.cache.warn_if_too_small(name, opened.pieces)
         self._layout = opened.layout
         self._stamps = opened.stamps
         self._piece = opened.piece
@@ -99,9 +111,8 @@ class TiffSource(FileSource):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of an image that is one tile or strip, once it has been decoded."""
-        decoded = self._files.get().decoded
-        return 0 if decoded is None else decoded.nbytes
+        """Bytes of decoded tiles or strips that the source keeps in memory now."""
+        return self._files.get().held_bytes()
 
     @property
     def pieces(self) -> str:
@@ -110,7 +121,7 @@ class TiffSource(FileSource):
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """Tiles or strips under a region, a few at a time, or all of an image that is a single one."""
+        """Tiles or strips under a region, a few at a time, and those that are kept."""
         opened = self._files.get()
         channels, height, width = self._layout.image_shape(opened.pixels.shape)
         pixel = channels * opened.pixels.dtype.itemsize
@@ -132,6 +143,10 @@ class TiffSource(FileSource):
                 copies=_CHUNK_COPIES,
                 at_once=zarr.config.get("async.concurrency"),
             )
+            assert opened.cache is not None
+            cost = replace(cost, held=opened.cache.most_bytes())
+        if self._is_remote:
+            cost = replace(cost, fixed=cost.fixed + REMOTE_BYTES)
         if not self._colours.is_plain:
             cost = replace(cost, pixel=cost.pixel + pixel + COLOUR_BYTES)
         return cost.transposed() if cost.size != self.shape[1:] else cost
@@ -142,10 +157,8 @@ class TiffSource(FileSource):
             start_zarr_threads()
 
     def release(self) -> None:
-        """Let go of an image that is one tile or strip."""
-        opened = self._files.get()
-        with opened.lock:
-            opened.decoded = None
+        """Let go of the tiles or strips that `held_bytes` counts; the next read decodes them again."""
+        self._files.get().release()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._request,)
@@ -172,16 +185,18 @@ class TiffSource(FileSource):
 class _Request:
     """What a source was asked to open."""
 
-    path: str
+    path: Path | str
     series: int | None
     level: int
     channels_last: bool | None
     max_pixels: int
+    cache_bytes: int
 
     @property
     def name(self) -> str:
         parts = [f"{what} {n}" for what, n in (("image", self.series), ("level", self.level)) if n]
-        return f"{self.path} ({', '.join(parts)})" if parts else self.path
+        shown = without_secrets(str(self.path))
+        return f"{shown} ({', '.join(parts)})" if parts else shown
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -194,9 +209,13 @@ class _Opened:
     colours: Colours
     orientation: Orientation
     stamps: tuple[FileStamp, ...]
-    is_one_chunk: bool
+    pieces: str
+    """What it is cut into, ``"tiles"`` or ``"strips"``."""
     piece: str
-    """What it is cut into, for messages."""
+    """The same with their extents, for messages."""
+    is_one_chunk: bool = False
+    cache: ChunkCache | None = None
+    """Of tiles or strips that have been read, if there are several."""
     decoded: NDArray[Any] | None = None
     """All pixels, if they are one tile or strip that has been read."""
     lock: ProcessLock = field(default_factory=ProcessLock)
@@ -206,16 +225,30 @@ class _Opened:
             # When a read fails, zarr lets the other tiles' reads run on, and they open the file again.
             weakref.finalize(self, _close, self.store, os.getpid())
 
-    def cut(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
+    def held_bytes(self) -> int:
+        """Bytes of decoded pixels that are kept now."""
+        if self.cache is not None:
+            return self.cache.held_bytes()
+        return 0 if self.decoded is None else self.decoded.nbytes
+
+    def release(self) -> None:
+        """Let go of all decoded pixels."""
+        if self.cache is not None:
+            self.cache.clear()
+        with self.lock:
+            self.decoded = None
+
+    def cut(self, window: Window) -> NDArray[Any]:
         """The pixels of a window; no file stays open after it."""
         if self.is_one_chunk:
             with self.lock:
                 if self.decoded is None:
                     self.decoded = self._decode(tuple(slice(None) for _ in self.pixels.shape))
                 return self.decoded[window]
-        return self._decode(window)
+        assert self.cache is not None, "what is neither mapped nor one piece has several"
+        return self.cache.read(window, self._decode)
 
-    def _decode(self, window: tuple[slice | int, ...]) -> NDArray[Any]:
+    def _decode(self, window: Window) -> NDArray[Any]:
         try:
             return np.asarray(self.pixels[window])
         finally:
@@ -229,34 +262,39 @@ def _close(store: ZarrTiffStore, process: int) -> None:
 
 
 def _open(request: _Request) -> _Opened:
-    stamp = FileStamp.of(request.path)
-    with TiffFile(request.path) as file:
+    stamps = [FileStamp.of(request.path)] if isinstance(request.path, Path) else []
+    with tiff_file(request.path) as file:
         check_directories(request.name, file)
         image, data = _level(request, file)
         layout = _layout(request, data)
         colours = colours_of(request.name, data, is_ome=file.is_ome)
         orientation = _orientation(image, data)
         check_decodable(request.name, data.keyframe)
+        _refuse_several_files_elsewhere(request, data)
         check_complete(request.name, data)
         is_one_chunk = _is_one_chunk(request, data)
-        stamps = (stamp, *_stamps_of_others(data, stamp))
-        piece = described(
-            f"TIFF {'tiles' if data.keyframe.is_tiled else 'strips'}", chunk_size(data.keyframe)
-        )
+        stamps += _stamps_of_others(data, stamps)
+        pieces = "tiles" if data.keyframe.is_tiled else "strips"
+        piece = described(f"TIFF {pieces}", chunk_size(data.keyframe))
         if _is_mappable(data):
-            return _Opened(
-                _mapped(data), None, layout, colours, orientation, stamps, is_one_chunk=False, piece=piece
-            )
+            return _Opened(_mapped(data), None, layout, colours, orientation, tuple(stamps), pieces, piece)
+        bound_pictures(request.name, data.keyframe, chunk_size(data.keyframe))
         keep_lerc_masks(request.name, data.keyframe)
         store = data.aszarr(level=0, squeeze=False)
         array = zarr.open_array(store, mode="r")
-        return _Opened(array, store, layout, colours, orientation, stamps, is_one_chunk, piece)
+        cache = None
+        if not is_one_chunk:
+            cache = ChunkCache(array.chunks, array.shape, array.dtype.itemsize, request.cache_bytes)
+        return _Opened(
+            array, store, layout, colours, orientation, tuple(stamps), pieces, piece, is_one_chunk, cache
+        )
 
 
 def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageSeries]:
     """The image, and that resolution of it which is asked for."""
-    image = chosen_series(request.path, file, request.series)
-    check_number(request.path, "level", request.level, len(image.levels))
+    shown = without_secrets(str(request.path))
+    image = chosen_series(shown, file, request.series)
+    check_number(shown, "level", request.level, len(image.levels))
     return image, image.levels[request.level]
 
 
@@ -270,7 +308,8 @@ def _layout(request: _Request, data: TiffPageSeries) -> Layout:
     axes, shape = data.get_axes(False), data.get_shape(False)
     long = [axis for axis, extent in zip(axes, shape, strict=True) if axis in "YX" or extent != 1]
     if len(long) != 3 or not _UNKNOWN_AXES & set(long):
-        return layout_by_names(request.name, Axes(tuple(axes), tuple(axes)), shape)
+        names = Axes(tuple(axes), tuple(axes))
+        return layout_by_names(request.name, names, shape, channels_last=request.channels_last)
     if request.channels_last is None:
         raise DatasetMismatch(
             f"{request.name} has {_planes(axes, shape)}: allowed is one axis of channels, and nothing says "
@@ -300,12 +339,8 @@ def _is_one_chunk(request: _Request, data: TiffPageSeries) -> bool:
     """
     page = data.keyframe
     height, width = chunk_size(page)
-    if height * width > request.max_pixels and not _is_mappable(data):
-        raise DatasetMismatch(
-            f"{request.name} is compressed in pieces of {height} x {width} = {height * width} pixels: "
-            f"allowed are {request.max_pixels}, for each is decoded whole; give max_pixels= or write it with "
-            "tiles"
-        )
+    if not _is_mappable(data):
+        check_chunk(request.name, page, (height, width), request.max_pixels)
     return height >= page.imagelength and width >= page.imagewidth
 
 
@@ -321,10 +356,21 @@ def _mapped(data: TiffPageSeries) -> NDArray[Any]:
     return np.memmap(file.filehandle.path, dtype, "r", data.dataoffset, data.get_shape(False))
 
 
-def _stamps_of_others(data: TiffPageSeries, main: FileStamp) -> list[FileStamp]:
+def _refuse_several_files_elsewhere(request: _Request, data: TiffPageSeries) -> None:
+    """Raise `DatasetMismatch` if planes of an image at a URL lie in files that cannot be looked for there."""
+    if isinstance(request.path, str) and (data.is_multifile or any(page is None for page in data)):
+        raise DatasetMismatch(
+            f"{request.name} lies in several files: allowed elsewhere than on this machine are images in one "
+            "file; download them, or write the image as one"
+        )
+
+
+def _stamps_of_others(data: TiffPageSeries, main: list[FileStamp]) -> list[FileStamp]:
     """The other files of an image that lies in several."""
-    paths = {page.parent.filehandle.path for page in data if page is not None} if data.is_multifile else set()
-    return [FileStamp.of(path) for path in sorted(paths) if not Path(path).samefile(main.path)]
+    if not data.is_multifile:
+        return []
+    paths = {page.parent.filehandle.path for page in data if page is not None}
+    return [FileStamp.of(path) for path in sorted(paths) if not Path(path).samefile(main[0].path)]
 
 
 def _reopen(request: _Request) -> TiffSource:
@@ -334,4 +380,5 @@ def _reopen(request: _Request) -> TiffSource:
         level=request.level,
         channels_last=request.channels_last,
         max_pixels=request.max_pixels,
+        cache_bytes=request.cache_bytes,
     )

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from tifffile import TiffFile, TiffPageSeries
 
-from streamcnn.data.sources.files import opening
-from streamcnn.errors import DatasetMismatch
+from streamcnn.data.sources.files import opening, regular
+from streamcnn.data.sources.places import place
+from streamcnn.data.sources.remote import RemoteFile
+from streamcnn.data.sources.series import SeriesFacts
+from streamcnn.data.sources.tiff_bounds import check_micromanager, check_ome
+from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.support.text import without_secrets
 
 _REDUCED_OR_MASK = 0b101  # bits of NewSubfileType
 _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesFacts:
-    """What a file says of one of its images.
-
-    Attributes
-    ----------
-    number
-        What ``series=`` calls it.
-    name
-        Its name in the file, or why it is not opened by default; may be empty.
-    levels
-        Height and width in pixels of each resolution, the full one first.
-    is_default
-        Whether it is opened where no series is asked for.
-    """
-
-    number: int
-    name: str
-    levels: tuple[tuple[int, int], ...]
-    is_default: bool
 
 
 def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeries:
@@ -45,7 +28,7 @@ def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeri
     DatasetMismatch
         If there is no such image.
     """
-    images = file.series
+    images = all_series(path, file)
     if series is None:
         main = [image for image in images if not _is_accessory(image)]
         return max(main or images, key=_num_pixels)
@@ -53,10 +36,48 @@ def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeri
     return images[series]
 
 
+def all_series(path: str, file: TiffFile) -> list[TiffPageSeries]:
+    """All images of a file.
+
+    Raises
+    ------
+    CorruptImage, DatasetMismatch
+        If its description claims what cannot be.
+    """
+    try:
+        check_ome(path, file)
+        check_micromanager(path, file)
+        # Of files that an image goes on in, those are opened that were looked at.
+        file._multifile = bool(file.is_ome)
+        return file.series
+    except MemoryError as error:
+        raise CorruptImage(
+            f"{path} tells of more planes than memory has place for a list of; its metadata is damaged"
+        ) from error
+
+
 def check_number(path: str, what: str, asked: int, found: int) -> None:
     """Raise `DatasetMismatch` if there is no image or level of that number."""
     if not 0 <= asked < found:
         raise DatasetMismatch(f"{path} has no {what} {asked}: allowed are 0..{found - 1}")
+
+
+def tiff_file(where: Path | str) -> TiffFile:
+    """A TIFF file at a path or a URL, opened.
+
+    Raises
+    ------
+    CorruptImage
+        If it is a pipe, a socket or a device, or lies on a server that sends files only as a whole.
+    MissingExtra
+        If reading from there needs a package that is not installed.
+    OSError
+        If there is no such file.
+    """
+    if isinstance(where, Path):
+        regular(where)
+        return TiffFile(where)
+    return TiffFile(cast(IO[bytes], RemoteFile(where)))
 
 
 def tiff_series(path: str | Path) -> list[SeriesFacts]:
@@ -67,8 +88,10 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
     CorruptImage
         If there is no such file, or it is damaged.
     """
-    with opening(str(path), "TIFF"), TiffFile(path) as file:
-        default = chosen_series(str(path), file, None) if file.series else None
+    with opening(str(path), "TIFF"), tiff_file(place(path)) as file:
+        shown = without_secrets(str(path))
+        images = all_series(shown, file)
+        default = chosen_series(shown, file, None) if images else None
         return [
             SeriesFacts(
                 number,
@@ -76,7 +99,7 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
                 tuple(_size(level) for level in image.levels),
                 image is default,
             )
-            for number, image in enumerate(file.series)
+            for number, image in enumerate(images)
         ]
 
 

@@ -27,10 +27,12 @@ from streamcnn.data.sources.guard import GuardedStore, MissingChunks, ZarrArray,
 from streamcnn.data.sources.layout import Layout, layout_by_names, layout_by_shape, torch_dtype
 from streamcnn.data.sources.ome import open_level
 from streamcnn.data.sources.places import base_store, place, zarr_store
+from streamcnn.data.sources.remote import trouble
 from streamcnn.data.sources.threads import start_zarr_threads
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
+from streamcnn.support.text import without_secrets
 
 _CHUNK_COPIES = 2
 """A chunk as stored, which need not be smaller, and decoded."""
@@ -64,6 +66,7 @@ class ZarrSource(FileSource):
         ``write_empty_chunks``.
     max_pixels : largest chunk, in pixels, that may be decoded
     cache_bytes : most bytes of decoded chunks that are kept
+    largest : largest number that a pixel may be, where that is less than its type's; no zarr array says it
 
     Raises
     ------
@@ -88,6 +91,7 @@ class ZarrSource(FileSource):
         missing_chunks: MissingChunks = "some",
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = CACHE_BYTES,
+        largest: int | None = None,
     ) -> None:
         if missing_chunks not in ("some", "fill", "error"):
             raise ValueError(f'missing_chunks={missing_chunks!r}: allowed are "some", "fill" and "error"')
@@ -101,6 +105,7 @@ class ZarrSource(FileSource):
             missing_chunks=missing_chunks,
             max_pixels=max_pixels,
             cache_bytes=cache_bytes,
+            largest=largest,
         )
         name = _name(array_or_path, level, series)
         array, axes = _open(name, array_or_path, level, series)
@@ -119,7 +124,7 @@ class ZarrSource(FileSource):
         cache = functools.partial(ChunkCache, array.chunks, array.shape, array.dtype.itemsize, cache_bytes)
         self._caches = PerProcess(cache)
         self._caches.get().warn_if_too_small(name, "chunks")
-        super().__init__(shape, dtype, name)
+        super().__init__(shape, dtype, name, largest=largest)
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -225,40 +230,50 @@ class _Guarding:
 
 def _name(array_or_path: ZarrArray | str | Path, level: int, series: int | None) -> str:
     if isinstance(array_or_path, zarr.Array):
-        return str(array_or_path.store_path)
+        return without_secrets(str(array_or_path.store_path))
+    shown = without_secrets(str(array_or_path))
     parts = [f"{what} {n}" for what, n in (("series", series), ("level", level)) if n]
-    return f"{array_or_path} ({', '.join(parts)})" if parts else str(array_or_path)
+    return f"{shown} ({', '.join(parts)})" if parts else shown
 
 
 def _open(
     name: str, array_or_path: ZarrArray | str | Path, level: int, series: int | None
 ) -> tuple[ZarrArray, Axes | None]:
     """The array of the level, and its axes if they are named."""
-    node = array_or_path if isinstance(array_or_path, zarr.Array) else _open_node(array_or_path)
+    node = array_or_path if isinstance(array_or_path, zarr.Array) else open_node(array_or_path)
     if isinstance(node, zarr.Group):
         with opening(name, "OME-Zarr image"):
             array, axes = open_level(name, node, level, series)
-        return array, axes or array_axes(array.metadata, array.attrs)
+            return array, axes or array_axes(array.metadata, array.attrs)
     for what, asked in (("level", level), ("series", series or 0)):
         if asked != 0:
             raise DatasetMismatch(
                 f"{name} is one array: allowed is {what} 0; give an OME-Zarr image for others"
             )
-    return node, array_axes(node.metadata, node.attrs)
+    with opening(name, "zarr array"):
+        return node, array_axes(node.metadata, node.attrs)
 
 
-def _open_node(path: str | Path) -> ZarrArray | zarr.Group:
+def open_node(path: str | Path) -> ZarrArray | zarr.Group:
+    """The array or the group at a path.
+
+    Raises
+    ------
+    CorruptImage
+        If there is neither, or its metadata is damaged.
+    """
     where = place(path)
-    try:
-        with opening(str(path), "zarr array"):
-            store, root = zarr_store(where)
+    with opening(str(where), "zarr array"):
+        store, root = zarr_store(where)
+        try:
             return zarr.open(store, path=root or None, mode="r")
-    except CorruptImage as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CorruptImage(
-                f"no zarr array at {path}: give the folder that holds its zarr.json"
-            ) from error.__cause__
-        raise
+        except FileNotFoundError as error:
+            if trouble(error) is not None:
+                raise
+            shown = without_secrets(str(path))
+            raise CorruptImage(f"no zarr array at {shown}: give the folder that holds its zarr.json") from (
+                error if isinstance(where, Path) else None
+            )
 
 
 def _layout(

@@ -7,9 +7,7 @@ were chosen by ``benchmarks/tile_codecs.py``.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from zarr.storage import LocalStore
 from streamcnn.data.sources import ImageSource, ZarrSource
 from streamcnn.data.tile_store.checks import record_shard
 from streamcnn.data.tile_store.format import ShardRecord
+from streamcnn.data.tile_store.metadata import chunks_per_shard
 from streamcnn.geometry.regions import Interval, Region
 
 CHUNK = 512
@@ -72,7 +71,7 @@ def write_image(
             done += math.prod(region.size)
             if on_shard is not None:
                 on_shard(done, total)
-        smaller = _Halved(ZarrSource(array, channels_last=False))
+        smaller = _Halved(ZarrSource(array, channels_last=False, largest=source.largest))
 
 
 def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
@@ -86,26 +85,13 @@ def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     metadata = {key: path.read_bytes() for key, path in files.items() if path.name == "zarr.json"}
-    chunks = chunks_per_shard(metadata)
+    chunks = chunks_per_shard(folder, metadata)
     shards = {
         key: record_shard(path, chunks[key.partition("/")[0]])
         for key, path in files.items()
         if key not in metadata
     }
     return {key: hashlib.sha256(content).hexdigest() for key, content in metadata.items()}, shards
-
-
-def chunks_per_shard(metadata: Mapping[str, bytes]) -> dict[str, int]:
-    """Number of inner chunks in a shard by the path of the level; of an image's ``zarr.json`` files."""
-    found = {}
-    for key, content in metadata.items():
-        node = json.loads(content)
-        if node["node_type"] == "array":
-            shard = node["chunk_grid"]["configuration"]["chunk_shape"]
-            (sharding,) = node["codecs"]
-            chunk = sharding["configuration"]["chunk_shape"]
-            found[key.rpartition("/")[0]] = math.prod(map(operator.floordiv, shard, chunk))
-    return found
 
 
 def _create(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray:
@@ -148,7 +134,8 @@ class _Halved(ImageSource):
 
     def __init__(self, source: ImageSource) -> None:
         channels, height, width = source.shape
-        super().__init__((channels, math.ceil(height / 2), math.ceil(width / 2)), source.dtype)
+        size = math.ceil(height / 2), math.ceil(width / 2)
+        super().__init__((channels, *size), source.dtype, largest=source.largest)
         self._source = source
 
     def _read(self, region: Region) -> Tensor:
@@ -189,12 +176,12 @@ def _attributes(source: ImageSource, name: str, levels: int) -> dict[str, Any]:
     multiscale = {"name": name, "axes": axes, "datasets": datasets, "type": "mean"}
     ome: dict[str, Any] = {"version": "0.5", "multiscales": [multiscale]}
     if source.dtype == torch.uint8 and source.shape[0] in (1, 3):
-        ome["omero"] = {"channels": _channels(source.shape[0])}
+        ome["omero"] = {"channels": _channels(source.shape[0], source.largest or 255)}
     return {"ome": ome}
 
 
-def _channels(count: int) -> list[dict[str, Any]]:
-    """How a viewer shows grey or red, green and blue."""
+def _channels(count: int, largest: int) -> list[dict[str, Any]]:
+    """How a viewer shows grey or red, green and blue, of which ``largest`` is brightest."""
     colours = _RGB if count == 3 else (("grey", "FFFFFF"),)
-    window = {"min": 0, "max": 255, "start": 0, "end": 255}
+    window = {"min": 0, "max": largest, "start": 0, "end": largest}
     return [{"label": label, "color": colour, "active": True, "window": window} for label, colour in colours]

@@ -19,6 +19,7 @@ from zarr.abc.store import ByteRequest, RangeByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
+from streamcnn.data.sources.places import check_stored
 from streamcnn.data.tile_store.format import ShardRecord
 from streamcnn.errors import CorruptImage
 from streamcnn.support.documents import read_within
@@ -56,6 +57,7 @@ class CheckedStore(WrapperStore[LocalStore]):
             If a shard is missing, or holds something else.
         """
         try:
+            check_stored(self._store, key, None)
             found = await self._store.get(key, prototype, byte_range)
         except FileNotFoundError:  # the whole folder is gone
             found = None

@@ -119,6 +119,8 @@ class ImageRecord:
     """Where the image came from."""
     truth: Any = None
     """What is known beyond the label, for evaluation only."""
+    largest: int | None = None
+    """Largest number that a pixel may be, where that is less than its type's; else None."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -134,6 +136,10 @@ class ImageRecord:
             raise ValueError(f"dtype={self.dtype[:80]!r}: allowed are {', '.join(DTYPES)}")
         if not 1 <= self.levels <= _MOST_LEVELS:
             raise ValueError(f"levels={self.levels}: allowed are 1 to {_MOST_LEVELS}")
+        if self.largest is not None and not 1 <= self.largest < _type_max(self.dtype):
+            raise ValueError(
+                f"largest={self.largest}: allowed are 1 and more, below the largest {self.dtype}, and None"
+            )
         self._require_files()
         require_flat("origin", self.origin)
         require_flat("truth", self.truth)
@@ -162,7 +168,17 @@ class ImageRecord:
 
     def to_json(self) -> str:
         """One line of the manifest."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        values = asdict(self)
+        if self.largest is None:  # as it was before there were such numbers
+            del values["largest"]
+        return json.dumps(values, separators=(",", ":"))
+
+
+def _type_max(dtype: str) -> int:
+    """The largest number of a type; 0 for floats, which have none that counts."""
+    if dtype == "bool":
+        return 1
+    return 0 if dtype.startswith("float") else int(np.iinfo(dtype).max)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +12,11 @@ from zarr.abc.codec import Codec
 from zarr.storage import LocalStore, StorePath
 
 from streamcnn.data.sources import ImageSource, ZarrSource
-from streamcnn.data.tile_store.arrays import chunks_per_shard
+from streamcnn.data.sources.files import opening
+from streamcnn.data.sources.places import local_path
 from streamcnn.data.tile_store.checks import CheckedStore, check_metadata, check_shard
 from streamcnn.data.tile_store.format import IMAGES, JOURNAL, ImageRecord, read_complete, read_manifest
+from streamcnn.data.tile_store.metadata import chunks_per_shard, parse_level
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.support.documents import read_within, require_within
 
@@ -44,7 +45,7 @@ class TileStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         complete = read_complete(self.folder)
         if complete is None:
             raise _no_store(self.folder)
@@ -70,29 +71,29 @@ class TileStore:
         """
         if not 0 <= level < record.levels:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
-        metadata = self._metadata(record)
         for key in record.shards:
             require_within(self.folder, self.path(record) / key, error=CorruptImage)
-        store = CheckedStore(
-            LocalStore(self.path(record), read_only=True), record.shards, chunks_per_shard(metadata)
-        )
-        # Not by zarr, which would read the metadata again: small images are opened all the time.
-        known = json.loads(metadata[f"{level}/zarr.json"])
-        said = tuple(-(-extent // 2**level) for extent in record.shape[1:])
-        if known.get("shape") != [record.shape[0], *said] or known.get("data_type") != record.dtype:
-            raise CorruptImage(
-                f"{self.path(record)}/{level}/zarr.json has shape {known.get('shape')} and data_type "
-                f"{known.get('data_type')!r}, the manifest says {[record.shape[0], *said]} and "
-                f"{record.dtype!r}: write the store again"
-            )
-        array = zarr.Array(zarr.AsyncArray(known, StorePath(store, str(level))))
         # Nor are chunks looked for: one that is missing is found by the manifest.
-        return ZarrSource(array, channels_last=False, missing_chunks="fill")
+        array = self._array(record, level)
+        return ZarrSource(array, channels_last=False, missing_chunks="fill", largest=record.largest)
 
-    def _group(self, record: ImageRecord) -> zarr.Group:
-        """An image's levels, all metadata compared with the manifest."""
-        self._metadata(record)
-        return zarr.open_group(LocalStore(self.path(record), read_only=True), mode="r")
+    def _array(self, record: ImageRecord, level: int) -> zarr.Array[Any]:
+        """A level of an image, whose metadata is compared with the manifest."""
+        metadata, folder = self._metadata(record), self.path(record)
+        store = CheckedStore(
+            LocalStore(folder, read_only=True), record.shards, chunks_per_shard(folder, metadata)
+        )
+        path = folder / f"{level}/zarr.json"
+        # Not by zarr, which would read the metadata again: small images are opened all the time.
+        known, values = parse_level(metadata[f"{level}/zarr.json"], path)
+        said = (record.shape[0], *(-(-extent // 2**level) for extent in record.shape[1:]))
+        if (known.shape, known.data_type) != (said, record.dtype):
+            raise CorruptImage(
+                f"{path} has shape {list(known.shape)} and data_type {known.data_type[:80]!r}, the manifest "
+                f"says {list(said)} and {record.dtype!r}: write the store again"
+            )
+        with opening(str(path), "zarr array"):
+            return zarr.Array(zarr.AsyncArray(values, StorePath(store, str(level))))
 
     def _metadata(self, record: ImageRecord) -> dict[str, bytes]:
         """All metadata of an image, compared with the manifest."""
@@ -111,8 +112,7 @@ class TileStore:
         """
         if not self.records:
             return None
-        array = self._group(self.records[0])["0"]
-        assert isinstance(array, zarr.Array)
+        array = self._array(self.records[0], 0)
         return ", ".join(
             _codec_text(codec.to_dict()) for codec in array.compressors if isinstance(codec, Codec)
         )
@@ -137,7 +137,7 @@ class TileStore:
 
     def _verify(self, record: ImageRecord) -> None:
         folder = self.path(record)
-        chunks = chunks_per_shard(self._metadata(record))
+        chunks = chunks_per_shard(folder, self._metadata(record))
         for key, shard in record.shards.items():
             try:
                 content = read_within(self.folder, folder / key, error=CorruptImage, most_bytes=2**40)

@@ -7,10 +7,11 @@ a writer goes on with what the journal lacks. Readers see nothing of it before `
 from __future__ import annotations
 
 import glob
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -18,7 +19,7 @@ from typing import IO, Any, Self
 
 from filelock import FileLock, Timeout
 
-from streamcnn.data.sources import ImageSource
+from streamcnn.data.sources import ImageSource, largest_of
 from streamcnn.data.tile_store.arrays import record_files, write_image
 from streamcnn.data.tile_store.format import (
     COMPLETE,
@@ -38,6 +39,7 @@ from streamcnn.data.tile_store.format import (
 )
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 from streamcnn.support.atomic import replace_file
+from streamcnn.support.disk import writing
 from streamcnn.support.documents import read_within, require_within
 
 
@@ -60,6 +62,8 @@ class TileStoreWriter:
         If what the folder holds already is damaged, or a link that leads out of it.
     StreamError
         If another process writes to the folder.
+    CannotWrite
+        If there is no room, or the folder may not be written to; then and later.
     """
 
     def __init__(self, folder: str | Path, head: Head) -> None:
@@ -73,8 +77,9 @@ class TileStoreWriter:
         _refuse_foreign(self.folder)
         for name in (IMAGES, JOURNAL, LOCK, COMPLETE):
             require_within(self.folder, self.folder / name, error=CorruptImage)
-        (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        with _told(self.folder):
+            (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
         try:
             self._resume()
         except BaseException:
@@ -152,7 +157,8 @@ class TileStoreWriter:
     def _close_journal(self) -> None:
         journal, self._journal = self._journal, None
         if journal is not None:
-            journal.close()
+            with _told(self.folder / JOURNAL):
+                journal.close()
 
     def _close(self) -> None:
         try:
@@ -163,21 +169,21 @@ class TileStoreWriter:
                 self._lock = None
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Refuse names of which one is a folder in another's path.
+def check_names(names: Iterable[str], *, in_any_case: bool = False) -> None:
+    """Refuse names of which one is a folder in another's path, on disks that do not tell case too if asked.
 
     Raises
     ------
     DatasetMismatch
         Naming two such images.
     """
-    known = set(names)
-    for name in sorted(known):
-        for parent in PurePosixPath(name).parents:
+    known = {name.casefold() if in_any_case else name: name for name in names}
+    for key, name in sorted(known.items()):
+        for parent in PurePosixPath(key).parents:
             if str(parent) in known:
                 raise DatasetMismatch(
-                    f"images {str(parent)!r} and {name!r} cannot be in one store, as the first would be a "
-                    "folder of the second: rename one"
+                    f"images {known[str(parent)]!r} and {name!r} cannot be in one store, as the first would "
+                    "be a folder of the second: rename one"
                 )
 
 
@@ -207,7 +213,7 @@ def write_image_folder(
         If the name is a folder of other images, or lies in one.
     CorruptImage
         If the source cannot be read, or a link leads out of the store.
-    StreamError
+    CannotWrite
         If it cannot be written, as on a full disk; nothing of the image is left.
     """
     if not NAME.fullmatch(name):
@@ -220,7 +226,8 @@ def write_image_folder(
     _refuse_to_hide(target, store / IMAGES)
     # Two processes that write one image, against the rules, at least do not mix their files.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with _told(target):
+    # All smaller levels together are a third of the first.
+    with _told(target, math.prod(source.shape) * source.dtype.itemsize * 4 // 3):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -252,21 +259,13 @@ def write_image_folder(
         shards=shards,
         origin=origin,
         truth=truth,
+        largest=None if source.largest == largest_of(source.dtype) else source.largest,
     )
 
 
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
     """Say of an error in writing what was written, and that nothing is lost."""
-    try:
-        yield
-    except StreamError:
-        raise
-    except OSError as error:
-        raise StreamError(
-            f"cannot write {path}: {error.strerror or error}; make room or give another folder, then start "
-            "again: finished images are kept"
-        ) from error
+    return writing(path, needed=needed, at_most=True, kept="Finished images are kept")
 
 
 def _refuse_to_hide(target: Path, images: Path) -> None:
@@ -305,6 +304,10 @@ def _locked(folder: Path) -> FileLock:
     except Timeout as error:
         raise StreamError(
             f"{folder} is being written by another process: wait for it or give another folder"
+        ) from error
+    except OSError as error:
+        raise StreamError(
+            f"cannot lock {folder / LOCK}: {error.strerror}; see that it is a file which you may write to"
         ) from error
     return lock
 

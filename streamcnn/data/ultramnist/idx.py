@@ -8,11 +8,13 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.support.documents import open_regular
 
 PAIRS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -36,6 +38,9 @@ CONTENT_SHA256 = {
 _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049
 _SIDE = 28
 _MAX_LABEL = 9
+_PIECE_BYTES = 2**20
+_MOST_BYTES = 2**30
+"""Of a file, decompressed: ten times as much as the largest set of digits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,10 +89,26 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(path: Path) -> bytes:
+    """What a file holds, of which no more is decompressed than there can be digits."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with open_regular(path, error=CorruptImage) as file:
+            return _bounded(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, path)
+    except CorruptImage:
+        raise
     except (OSError, EOFError, zlib.error) as error:
         raise CorruptImage(f"cannot read {path}: {error}; get the file again") from error
+
+
+def _bounded(file: gzip.GzipFile | BinaryIO, path: Path) -> bytes:
+    pieces: list[bytes] = []
+    total = 0
+    # In pieces, for a buffer is made for as much as is asked for.
+    while piece := file.read(_PIECE_BYTES):
+        total += len(piece)
+        if total > _MOST_BYTES:
+            raise CorruptImage(f"{path} holds more than {_MOST_BYTES} bytes: allowed are digits, in fewer")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _parse(content: bytes, path: Path, magic: int, *, num_axes: int) -> NDArray[np.uint8]:

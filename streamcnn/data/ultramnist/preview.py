@@ -8,6 +8,7 @@ from typing import Any
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.data.tile_store import ImageRecord, TileStore
 from streamcnn.errors import DatasetMismatch
+from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
 
 _COLUMNS = 7
@@ -35,6 +36,8 @@ def write_contact_sheet(
         If the split has no images, or boxes are wanted and unknown.
     MissingExtra
         If Pillow is not installed.
+    CannotWrite
+        If there is no room, or the folder may not be written to.
     """
     records = _one_per_class(store, split)
     pillow = require("PIL.Image", extra="plots")
@@ -50,7 +53,8 @@ def write_contact_sheet(
         draw.Draw(sheet).text(
             (left, top), f"{record.label}   {record.name}", fill=_INK, font_size=_CAPTION - 5
         )
-    sheet.save(path)
+    with writing(Path(path)):
+        sheet.save(path)
     return len(records)
 
 
