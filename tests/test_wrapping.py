@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 
@@ -149,3 +150,18 @@ def test_a_function_that_fails_with_other_pixels_is_not_judged() -> None:
 
     image = torch.stack([IMAGE, IMAGE])
     assert torch.equal(BatchReader(image, CPU, preprocess).read(Region.whole((70, 90))), image.float())
+
+
+def test_a_function_that_draws_finds_its_generators_as_they_were() -> None:
+    def noisy(tile: Tensor) -> Tensor:
+        return tile / 255 + torch.rand(()) + random.random() + np.random.random()
+
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    assert find_wrap(noisy, 3, torch.uint8, (0, 255)) is None
+    found = torch.rand(()).item(), random.random(), np.random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    assert found == (torch.rand(()).item(), random.random(), np.random.random())

@@ -6,9 +6,12 @@ and every operation of its own between integers is compared with the same one in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +56,7 @@ def find_wrap(
     pixels = torch.tensor(_pixels(*values, channels), dtype=torch.float64 if dtype.itemsize == 8 else None)
     tile = pixels.to(dtype).T.reshape(1, channels, 1, -1).contiguous()
     try:
-        with torch.no_grad(), _Watch():  # type: ignore[no-untyped-call]
+        with _random_numbers_kept(), torch.no_grad(), _Watch():  # type: ignore[no-untyped-call]
             function(tile)
     except Wraps as found:
         return found
@@ -61,6 +64,18 @@ def find_wrap(
         # These pixels stand for others: what fails with the image's own fails when it is given those.
         return None
     return None
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Run a block that leaves the generators as they are: a function may draw, and is only tried here."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def _pixels(least: int, largest: int, channels: int) -> list[list[int]]:
