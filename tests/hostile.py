@@ -57,7 +57,7 @@ def make_store(folder: Path, *, levels: int = 2) -> Path:
             writer.add(
                 write_image_folder(
                     writer.folder,
-                    TensorSource(pixels),
+                    TensorSource(pixels.roll(label, 2)),
                     name=name,
                     split="train",
                     label=label,

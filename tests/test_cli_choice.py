@@ -44,10 +44,11 @@ def write_turned(path: Path, bright: bool, number: int) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+    for seed, (split, count) in enumerate((("train", 4), ("val", 2), ("test", 2))):
         for number in range(count):
             name = "bright" if number % 2 else "dark"
-            write_turned(tmp_path / "images" / split / name / f"{number}.tif", name == "bright", number)
+            path = tmp_path / "images" / split / name / f"{number}.tif"
+            write_turned(path, name == "bright", 10 * seed + number)
     (tmp_path / "choice_factories.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

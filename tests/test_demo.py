@@ -15,8 +15,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from streamcnn.cli import demo
-from streamcnn.cli.demo import DemoSettings, build_network, draw_tiles, normalise, run_demo
+from streamcnn.cli import overfitting
+from streamcnn.cli.overfitting import DemoSettings, build_network, draw_tiles, normalise, run_demo
 from streamcnn.data.sources import ImageSource, TensorSource
 from streamcnn.geometry.regions import Region
 
@@ -43,7 +43,7 @@ class PlainModel(nn.Module):
 
 @pytest.fixture
 def plain_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(demo, "StreamingModel", PlainModel)
+    monkeypatch.setattr(overfitting, "StreamingModel", PlainModel)
     # Small images: on a busy machine several threads would mostly wait for each other.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def plain_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def run(settings: DemoSettings) -> tuple[demo.DemoResult, str]:
+def run(settings: DemoSettings) -> tuple[overfitting.DemoResult, str]:
     output = io.StringIO()
     return run_demo(settings, Console(file=output, width=200)), output.getvalue()
 
@@ -77,7 +77,7 @@ def test_the_network_learns_four_images_by_heart(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("plain_engine")
 def test_says_so_when_it_did_not_overfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "predict", lambda model, images: tuple(label + 1 for _, label in images))
+    monkeypatch.setattr(overfitting, "predict", lambda model, images: tuple(label + 1 for _, label in images))
     result, text = run(DemoSettings(size=64, num_images=2, epochs=1, output=tmp_path))
     assert not result.overfitted
     assert "knows only 0 of 2 images: it did not overfit in 1 epochs" in text

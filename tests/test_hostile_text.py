@@ -22,8 +22,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from streamcnn import cli
-from streamcnn.cli import demo, models, profiling
-from streamcnn.cli.demo import DemoSettings, run_demo
+from streamcnn.cli import models, overfitting, profiling
+from streamcnn.cli.overfitting import DemoSettings, run_demo
 from streamcnn.data.sources import ZarrSource
 from streamcnn.profiling.figures import write_figures
 from streamcnn.profiling.page import render_page
@@ -64,9 +64,9 @@ def test_the_demo_shows_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def plan(self, shape: tuple[int, ...]) -> Any:
             return SimpleNamespace(tile=(9, 9), plain_bytes=1, explain=lambda: f"plan {EVIL}")
 
-    monkeypatch.setattr(demo, "StreamingModel", Model)
-    monkeypatch.setattr(demo, "train", lambda *_: ((1.0,), None))
-    monkeypatch.setattr(demo, "predict", lambda model, images: (0,))
+    monkeypatch.setattr(overfitting, "StreamingModel", Model)
+    monkeypatch.setattr(overfitting, "train", lambda *_: ((1.0,), None))
+    monkeypatch.setattr(overfitting, "predict", lambda model, images: (0,))
     settings = DemoSettings(size=64, num_images=1, epochs=1, output=tmp_path / EVIL)
     text = shown(lambda console: run_demo(settings, console))
     assert_harmless(text)
@@ -143,7 +143,7 @@ def test_a_plan_is_shown_as_text(monkeypatch: pytest.MonkeyPatch, run: Run) -> N
 
     explained = SimpleNamespace(explain=lambda: f"one\n{EVIL}", max_error=0.0)
     streamed = SimpleNamespace(plan=lambda shape: explained)
-    monkeypatch.setattr(models, "load", lambda name: None)
+    monkeypatch.setattr(models, "load", lambda name, **_: None)
     monkeypatch.setattr(streamcnn, "StreamingModel", lambda *_, **__: streamed)
     monkeypatch.setattr(streamcnn, "verify", lambda *_, **__: explained)
     for command in ("plan", "verify"):

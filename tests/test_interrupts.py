@@ -18,10 +18,10 @@ from streamcnn.ceiling import cpu
 from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.runtime import streamed_pass
 
-PACKAGE = Path(streamed_pass.__file__).parent
+PACKAGE = Path(streamed_pass.__file__).parents[1]
 TRACED = {
     *map(str, (PACKAGE / "ceiling").glob("*.py")),
-    str(PACKAGE / "interrupts.py"),
+    str(PACKAGE / "support" / "interrupts.py"),
     streamed_pass.__file__,
 }
 Place = tuple[str, int]

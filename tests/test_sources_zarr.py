@@ -330,13 +330,13 @@ def test_images_before_version_0_3_have_five_axes(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         ({}, r"ome\.zarr is a zarr group that says nothing of an image, with s0, s1, s2 inside: allowed are"),
-        ({"multiscales": []}, r"ome\.zarr as an OME-Zarr image: its OME metadata lacks list index"),
+        ({"multiscales": []}, r"ome\.zarr as an OME-Zarr image: its OME metadata lacks a list of images"),
         ({"multiscales": [{"axes": []}]}, r"its OME metadata lacks 'datasets'"),
         (
             {"multiscales": [{"datasets": [{"path": "s9"}]}]},
             r"there is no array 's9', which should be level 0",
         ),
-        ({"multiscales": 3}, r"its OME metadata lacks 'int' object"),
+        ({"multiscales": 3}, r"its OME metadata lacks a list of images"),
     ],
 )
 def test_names_an_ome_image_whose_metadata_is_damaged(

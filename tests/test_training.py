@@ -434,7 +434,8 @@ def test_a_start_that_failed_does_not_bind_the_run(tmp_path: Path) -> None:
     trainer.model.budget = 1000
     with pytest.raises(PlanDoesNotFit):
         trainer.run()
-    assert list(tmp_path.iterdir()) == []
+    # The folder was there before, and so stays; another process may have opened the lock.
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
     diverging = make_net()
     with torch.no_grad():
         diverging[-1].bias.fill_(torch.inf)

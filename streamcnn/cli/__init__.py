@@ -107,7 +107,7 @@ def demo(
 ) -> None:
     """Train a small CNN on large images until it knows them by heart; exit status 1 if it does not."""
     parse("--budget", parse_bytes, budget)
-    from streamcnn.cli.demo import DemoSettings, run_demo
+    from streamcnn.cli.overfitting import DemoSettings, run_demo
 
     settings = DemoSettings(
         size=size, num_images=images, epochs=epochs, budget=budget, seed=seed, output=output

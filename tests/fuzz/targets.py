@@ -23,7 +23,7 @@ from streamcnn.cli.images import _image_facts, store_facts
 from streamcnn.data.convert import _origin
 from streamcnn.data.file_dataset import FileDataset, open_table
 from streamcnn.data.image_files import find_images
-from streamcnn.data.sources import ImageSource, is_image, open_image
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageSource, is_image, open_image
 from streamcnn.data.tile_store import Head, TileStore, TileStoreWriter
 from streamcnn.data.ultramnist import load_digits
 from streamcnn.errors import StreamError
@@ -99,7 +99,7 @@ def _use_image(folder: Path, attempts: Attempts) -> None:
             is_image(path)
             _read(open_image(path, max_pixels=MAX_PIXELS))
         with attempts.attempt():
-            _image_facts(path)
+            _image_facts(path, DEFAULT_CHOICE)
         if path.is_dir():
             for missing in ("fill", "error"):
                 with attempts.attempt():
