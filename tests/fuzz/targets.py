@@ -106,7 +106,7 @@ def _use_image(folder: Path, attempts: Attempts) -> None:
                     _read(open_image(path, missing_chunks=missing, max_pixels=MAX_PIXELS))
     with attempts.attempt():
         for image in find_images([folder]):
-            _origin(image, 0)
+            _origin(image, DEFAULT_CHOICE)
 
 
 def _use_store(folder: Path, attempts: Attempts) -> None:

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from streamcnn.data.sources.files import is_there
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.support.atomic import replace_file
 from streamcnn.support.documents import conform, parse_json, read_within, require_flat
@@ -270,7 +271,7 @@ class _Complete:
 
 def is_tile_store(folder: str | Path) -> bool:
     """Whether there is a tile store in ``folder``, complete or not."""
-    return any((Path(folder) / name).exists() for name in (COMPLETE, JOURNAL))
+    return any(is_there(Path(folder) / name) for name in (COMPLETE, JOURNAL))
 
 
 def read_complete(folder: Path) -> tuple[Path, str] | None:
