@@ -350,7 +350,8 @@ def test_a_pass_leaves_the_processs_own_peak_to_the_user() -> None:
     assert after[1] > before[1]
     assert fresh["reading"] == "VmHWM"
     assert fresh["samples"] == []
-    assert 0.85 * fresh["measured"] <= used["measured"] <= 1.05 * fresh["measured"]
+    # A lower bound of 12 MB: a tensor of a tile's size may come and go between two samples.
+    assert 0.7 * fresh["measured"] <= used["measured"] <= 1.05 * fresh["measured"]
 
 
 def test_another_process_makes_the_same_plan(results: Any) -> None:
