@@ -364,6 +364,8 @@ STARTS = {"subprocess": by_subprocess, "system": by_system, "posix_spawn": by_po
 
 
 def nested_in_a_child() -> None:
+    # As in a DataLoader's workers: OpenMP's threads are not there after a fork, and would be waited for.
+    torch.set_num_threads(1)
     before = soft_limit()
     with DataLimit(100 * MB) as limit:
         assert soft_limit() < before
