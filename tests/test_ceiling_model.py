@@ -33,6 +33,9 @@ BUDGET = 56 * MB
 TOO_SMALL = 2 * MB
 """Half of one tile of a 16-channel map, which is always a block of its own."""
 
+LARGE_SHAPE = (1, 3, 1800, 1600)
+LARGE_BUDGET = 100 * MB
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
 
 
@@ -214,8 +217,9 @@ def marks() -> list[int]:
 def peak_of_an_update(held_before: int) -> dict[str, Any]:
     """The report of an update in a process that has held so many bytes more; 0 if it still does."""
     torch.set_num_threads(1)
-    image = torch.randn(SHAPE)
-    model = StreamingModel(make_net(), BUDGET)
+    # Of some 40 MB, so that no tensor that comes and goes between two samples is a large part of it.
+    image = torch.randn(LARGE_SHAPE)
+    model = StreamingModel(make_net(), LARGE_BUDGET)
     # Capturing, planning and measuring the machine take memory of their own, and more than the update.
     model(image).sum().backward()
     known = resident_bytes()
@@ -350,8 +354,7 @@ def test_a_pass_leaves_the_processs_own_peak_to_the_user() -> None:
     assert after[1] > before[1]
     assert fresh["reading"] == "VmHWM"
     assert fresh["samples"] == []
-    # A lower bound of 12 MB: a tensor of a tile's size may come and go between two samples.
-    assert 0.7 * fresh["measured"] <= used["measured"] <= 1.05 * fresh["measured"]
+    assert 0.85 * fresh["measured"] <= used["measured"] <= 1.05 * fresh["measured"]
 
 
 def test_another_process_makes_the_same_plan(results: Any) -> None:
