@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.data.sources.files import comparing
+from streamcnn.errors import DatasetMismatch
 
 LEAST_BYTES = 2**12
 """Of an image, to be compared: smaller ones are empty, and empty ones are often the same."""
@@ -91,16 +92,12 @@ def same_files(images: Sequence[Sequence[Path]]) -> list[list[int]]:
         If a file cannot be read.
     """
     groups = []
-    try:
+    with comparing():
         for alike in same_keys(map(_listing, images)):
             files = [list(_files_of(images[at])) for at in alike]
             pieces = _pieces([size for _, _, size in files[0]])
             same = _refined([[path for path, _, _ in image] for image in files], pieces)
             groups += [[alike[place] for place in group] for group in same]
-    except OSError as error:
-        raise CorruptImage(
-            f"cannot read {error.filename}: {error.strerror}; see that it is there and that you may read it"
-        ) from error
     return sorted(groups)
 
 

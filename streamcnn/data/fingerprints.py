@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
+from streamcnn.data.sources.files import comparing
 from streamcnn.data.sources.places import METADATA_BYTES
 from streamcnn.errors import CorruptImage
 from streamcnn.support.documents import open_regular, read_regular
@@ -38,7 +38,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
         If one cannot be read.
     """
     known = hashlib.sha256()
-    with _told():
+    with comparing():
         for path in paths:
             for part in _of_folder(path) if path.is_dir() else _of_file(path):
                 known.update(part)
@@ -58,7 +58,7 @@ def content_digest(paths: Sequence[Path]) -> str:
         If one cannot be read.
     """
     known = hashlib.sha256()
-    with _told():
+    with comparing():
         files = [each for path in paths for each in _files(path)]
         sizes = [path.stat().st_size for _, path in files]
         for (name, path), size in zip(files, sizes, strict=True):
@@ -104,18 +104,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, Iterable[str]]]:
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders.sort()
         yield place, sorted(names)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except CorruptImage:
-        raise
-    except OSError as error:
-        raise CorruptImage(
-            f"cannot read {error.filename}: {error.strerror}; see that it is there and that you may read it"
-        ) from error
 
 
 def _of_file(path: Path) -> Iterator[bytes]:

@@ -109,6 +109,19 @@ class FileStamp:
             )
 
 
+@contextmanager
+def comparing() -> Iterator[None]:
+    """Turn what the system says of files whose bytes are compared into a `CorruptImage`."""
+    try:
+        yield
+    except CorruptImage:
+        raise
+    except OSError as error:
+        raise CorruptImage(
+            f"cannot read {error.filename}: {error.strerror}; see that it is there and that you may read it"
+        ) from error
+
+
 def is_there(path: Path) -> bool:
     """Whether there is something at a path that a file names, which may be no path at all."""
     try:
