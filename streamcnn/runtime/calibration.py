@@ -210,7 +210,7 @@ def _rates(values: Any, path: Path) -> HardwareProfile | None:
         known = conform(_Measured, values, path, error=_NoRates)
     except _NoRates:
         return None
-    return HardwareProfile(**{name: getattr(known, name) for name in _Measured.__slots__})
+    return HardwareProfile(**asdict(known))
 
 
 class _NoRates(StreamError):
@@ -218,17 +218,8 @@ class _NoRates(StreamError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
-    """Rates of a device in the file, by the names of `HardwareProfile`."""
-
-    source: str
-    dense_flops: float
-    grouped_flops: float
-    memory_bytes: float
-    fresh_bytes: float
-    operator_seconds: float
-    read_bytes: dict[Tier, float]
-    write_bytes: dict[Tier, float]
+class _Measured(HardwareProfile):
+    """A profile in the file: of rates that there may be, for every tier."""
 
     def __post_init__(self) -> None:
         numbers = [self.dense_flops, self.grouped_flops, self.memory_bytes, self.fresh_bytes]
