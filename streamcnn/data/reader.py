@@ -128,6 +128,9 @@ class BatchReader:
         """Refuse integer arithmetic that wraps for values such as the tile's, when there are new ones."""
         if self._preprocess is None or self._is_own or not is_integer(tile.dtype):
             return
+        allowed = torch.iinfo(tile.dtype)
+        if self._seen == (allowed.min, allowed.max):
+            return
         pixels = tile.detach().cpu().numpy()
         least, largest = int(pixels.min()), int(pixels.max())
         if self._seen is not None:
