@@ -271,6 +271,32 @@ def test_normalization(case: Callable[[], nn.Module], train: bool) -> None:
     )
 
 
+class NormOfGlobalValue(nn.Module):
+    """Normalises what has no spatial extent any more, spread over a few positions."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, WIDTH, 3), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.adaptive_avg_pool2d(self.conv(x), 1) * torch.arange(15.0).view(3, 5).to(x)
+        return self.norm(y).square().sum((2, 3))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_instance_norm_of_a_global_value(tracks: bool, train: bool) -> None:
+    norm = nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=tracks)
+    assert_streamed_equals_plain(randomized(NormOfGlobalValue(norm)).train(train), SHAPE, tile=TILE)
+
+
+def test_instance_norm_with_statistics_in_the_resident_tail() -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.InstanceNorm2d(WIDTH, track_running_stats=True))
+    plain, image = copy.deepcopy(net), torch.rand(SHAPE)
+    torch.testing.assert_close(StreamingModel(net)(image), plain(image))
+    torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
+
+
 def test_frozen_affine_part() -> None:
     net = normalized(nn.BatchNorm2d(WIDTH))
     net[1].requires_grad_(False)

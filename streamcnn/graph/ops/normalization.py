@@ -211,6 +211,8 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
     ref, weight, bias, running_mean, running_var, own_statistics, momentum, eps = call.bind(
         "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"
     )
+    if tracer.axes(ref) is None:
+        return _whole_instance_norm(tracer, call)
     if tracer.axes(ref) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     if not own_statistics:
