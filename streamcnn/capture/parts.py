@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from streamcnn.capture.capture import RawGraph, RawNode, moved, spatial_axes
+from streamcnn.graph.costs import draws
 from streamcnn.graph.flattening import UPDATING
-from streamcnn.graph.in_place import draws
 from streamcnn.graph.program import Ref
 
 VALUE = "value "

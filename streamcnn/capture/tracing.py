@@ -28,12 +28,10 @@ from streamcnn.capture.capture import RawGraph, RawNode, moved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.autocast import as_recorded
+from streamcnn.graph.costs import cost_of, draws
 from streamcnn.graph.flattening import Whole
-from streamcnn.graph.in_place import draws, revalued
-from streamcnn.graph.ops.pointwise import pointwise, pointwise_rule
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
-from streamcnn.graph.ops.user_functions import user_function
 from streamcnn.graph.program import (
     Access,
     Axes,
@@ -45,18 +43,6 @@ from streamcnn.graph.program import (
     TensorSpec,
     refs_in,
     substitute,
-)
-
-# Rules that also lower calls without any map, because their ATen form changes buffers, draws masks of its
-# own or has no gradient.
-_ALWAYS_LOWERED = frozenset(
-    {
-        torch.ops.aten.batch_norm.default,
-        torch.ops.aten.instance_norm.default,
-        torch.ops.aten.copy.default,
-        torch.ops.aten.dropout.default,
-        torch.ops.aten.feature_dropout.default,
-    }
 )
 
 
@@ -213,7 +199,7 @@ class _Tracer:
                 return result
             self.note = result.reason
             call = self._gather_maps(call)
-        rule = rule_for(call.target) if call.target in _ALWAYS_LOWERED else None
+        rule = rule_for(call.target, without_maps=True)
         result = rule(self, call) if rule else self.global_value(call.target, *call.args, **call.kwargs)
         self.note = ""
         return result
@@ -221,14 +207,8 @@ class _Tracer:
     def _stream(self, call: Call) -> Any:
         if self.resident:
             return NotStreamable("")
-        if isinstance(call.target, Whole):
-            return user_function(self, call)
-        if call.target is revalued:
-            return pointwise(self, call)
-        rule = rule_for(call.target) or pointwise_rule(call.target)
-        if rule is None:
-            return NotStreamable("it has no rule")
-        return rule(self, call)
+        rule = rule_for(call.target)
+        return NotStreamable("it has no rule") if rule is None else rule(self, call)
 
     def _gather_maps(self, call: Call) -> Call:
         def whole(name: str) -> Ref:
@@ -375,6 +355,7 @@ class _Tracer:
             note = f"{_target_name(self.raw)}: {note}"
             self.note = ""
         grad, casts = (True, None) if self.raw is None else (self.raw.grad, self.raw.casts)
+        grad = grad and not cost_of(fields.get("target")).detaches
         # What only moves a value between maps and global values serves readers inside and outside of blocks.
         grad = grad or kind in (Kind.GATHER, Kind.PROMOTED)
         self.nodes[name] = Node(

@@ -15,7 +15,7 @@ from torch import Tensor
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
-from streamcnn.graph.ops.convolution import stored_convolve
+from streamcnn.graph.costs import cost_of
 from streamcnn.graph.program import Access, Axes, Local, Node, Program, substitute
 from streamcnn.plan.plan import Phase
 
@@ -34,7 +34,7 @@ class TileRun:
     row: int
     col: int
     skipped: frozenset[str] = frozenset()
-    """Convolutions whose value is stored and read by no operator of the phase."""
+    """Operators whose value is stored and read by no operator of the phase."""
 
     def run(self, fetch: Fetch, global_values: Mapping[str, Any], observe: Observe) -> None:
         """Evaluate the phase's operators in order, dropping each value after its last use."""
@@ -71,7 +71,9 @@ class TileRun:
         result = _result_region(local, at_hand, out)
         if node.name in self.skipped:
             shape = with_extents(node.tensor.shape, node.axes, result.size)
-            value = stored_convolve(shape, node.tensor.dtype, node.target, args)
+            stand_in = cost_of(node.target).stand_in
+            assert stand_in is not None
+            value = stand_in(shape, node.tensor.dtype, args)
         else:
             target = node.in_place if node.name in self.phase.in_place else node.target
             assert target is not None

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node as FxNode
 
 from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.costs import draws
 from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import Ref
 from streamcnn.graph.schemas import bound, operator_name, places_of_axes
@@ -133,15 +134,6 @@ def _overload_of(target: OpOverload, name: str) -> OpOverload | None:
     return None
 
 
-def draws(target: object) -> bool:
-    """Whether a call takes random numbers from PyTorch's generators."""
-    if isinstance(target, OnCopy):
-        target = target.target
-    if isinstance(target, OpOverload):
-        return torch.Tag.nondeterministic_seeded in target.tags
-    return getattr(target, "__name__", "") in ("draw_seed", "draw_channel_mask")
-
-
 def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's arguments, with the probability that ``bernoulli_`` leaves out."""
     args, kwargs = tuple(node.args), dict(node.kwargs)
@@ -156,6 +148,7 @@ class OnCopy:
 
     def __init__(self, target: OpOverload) -> None:
         self.target = target
+        self.tags = target.tags
         self.__name__ = str(target)
         self._written = next(
             (a.name, position)

@@ -131,7 +131,7 @@ class Node:
     in_place: Callable[..., Any] | None = None
     """The form of ``target`` that overwrites its first operand, where the user's model has that."""
     grad: bool = True
-    """Whether autograd records it; not inside the model's own ``no_grad`` blocks."""
+    """Whether autograd records it: not inside the model's own ``no_grad`` blocks, nor where it detaches."""
     casts: Casts | None = None
     """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
 
@@ -144,11 +144,15 @@ class Node:
     """Spatial extents (H, W) of a map; (0, 0) of what is none."""
 
     def __post_init__(self) -> None:
-        specs = self.spec if isinstance(self.spec, tuple) else (self.spec,)
         object.__setattr__(self, "operands", refs_in((self.args, dict(self.kwargs))))
-        object.__setattr__(self, "nbytes", sum(spec.nbytes for spec in specs))
+        object.__setattr__(self, "nbytes", sum(spec.nbytes for spec in self.specs))
         size = (0, 0) if self.axes is None else tuple(self.tensor.shape[axis] for axis in self.axes)
         object.__setattr__(self, "size", size)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The specs of all results."""
+        return self.spec if isinstance(self.spec, tuple) else (self.spec,)
 
     @property
     def tensor(self) -> TensorSpec:
@@ -223,17 +227,15 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
-_DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_copy.default)
-
-
 def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
     """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
     found = set(leaves)
     for node in program.nodes.values():
-        if not node.grad or node.target in _DETACHING:
-            continue
-        specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
-        if any(has_gradient(spec.dtype) for spec in specs) and not found.isdisjoint(node.operands):
+        if (
+            node.grad
+            and any(has_gradient(spec.dtype) for spec in node.specs)
+            and not found.isdisjoint(node.operands)
+        ):
             found.add(node.name)
     return frozenset(found)
 

@@ -9,24 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch._ops import OpOverload
-from torch.utils.flop_counter import FlopCounterMode
-
-from streamcnn.graph.ops.convolution import convolve_transposed, is_convolution
-from streamcnn.graph.program import Kind, Node, Program, TensorSpec, on_whole_maps, substitute
+from streamcnn.graph.costs import Cost, Operation, cost_of, counted, elements, is_view, windows
+from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.global_bytes import REUSABLE_BYTES, is_view
+from streamcnn.planning.global_bytes import REUSABLE_BYTES
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import TiledStage
 
 BACKWARD_WORK = 2
 """Arithmetic of an operator's backward pass over its forward pass: one product per operand."""
-POOLING_WINDOW = 9
-"""Operations per result of an operator with a window but no weights, such as pooling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,74 +47,34 @@ def work(program: Program, node: Node) -> Work:
     """The work of one local operator on its whole map."""
     assert node.local is not None
     read = sum(program.nodes[name].nbytes for name in node.local.accesses)
-    flops = 2 * _multiplications(program, node) if node.local.heavy else node.tensor.numel
-    return Work(flops, read + node.nbytes, node.nbytes, _is_depthwise(program, node), math.prod(node.size))
+    cost, call = cost_of(node.target), Operation.of(program, node)
+    operations = cost.operations or (windows if node.local.heavy else elements)
+    return Work(
+        operations(call), read + node.nbytes, node.nbytes, _is_grouped(cost, call), math.prod(node.size)
+    )
 
 
 def resident_work(program: Program, node: Node) -> Work:
     """The work of an operator on whole values; none if it is a view."""
-    if is_view(node):
+    if is_view(node.target):
         return Work(0, 0, 0, grouped=False, num_positions=1)
     read = sum(program.nodes[name].nbytes for name in node.operands)
-    flops = max(sum(spec.numel for spec in _specs(node.spec)), _products(program, node))
-    return Work(flops, read + node.nbytes, node.nbytes, _is_depthwise(program, node), num_positions=1)
+    cost, call = cost_of(node.target), Operation.of(program, node)
+    flops = max(call.numel, (cost.operations or counted)(call))
+    return Work(flops, read + node.nbytes, node.nbytes, _is_grouped(cost, call), num_positions=1)
 
 
-def _products(program: Program, node: Node) -> int:
-    """Floating-point operations of the matrix products and convolutions that an operator is made of.
-
-    It is run on tensors without memory while PyTorch's own formulas count.
-    """
-    if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
-        return 0
-    assert node.target is not None
-
-    def stand_in(name: str) -> Any:
-        spec = program.nodes[name].spec
-        made = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in _specs(spec)]
-        return made[0] if isinstance(spec, TensorSpec) else tuple(made)
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        try:
-            node.target(*substitute(node.args, stand_in), **substitute(dict(node.kwargs), stand_in))
-        except (RuntimeError, NotImplementedError, TypeError):
-            # It makes a tensor of its own on another device, or has no form for tensors without memory.
-            return 0
-    return int(counter.get_total_flops())
-
-
-def _specs(spec: TensorSpec | tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    return spec if isinstance(spec, tuple) else (spec,)
+def _is_grouped(cost: Cost, call: Operation) -> bool:
+    return cost.per_channel is not None and cost.per_channel(call)
 
 
 def resident_time(program: Program, differentiated: Collection[str], hardware: HardwareProfile) -> StageTime:
     """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles."""
     nodes = on_whole_maps(program)
-    works = {node.name: resident_work(program, node) for node in nodes if not is_view(node)}
+    works = {node.name: resident_work(program, node) for node in nodes if not is_view(node.target)}
     both = {name: each for name, each in works.items() if name in differentiated}
     once = {name: each for name, each in works.items() if name not in differentiated}
     return plain_time(both, hardware, backward=True) + plain_time(once, hardware, backward=False)
-
-
-def _multiplications(program: Program, node: Node) -> int:
-    """Multiply-adds of a heavy operator on its whole map."""
-    weights = [program.nodes[n].tensor for n in node.operands if not program.nodes[n].is_map]
-    largest = max((spec.numel for spec in weights if len(spec.shape) > 1), default=0)
-    if not largest:
-        return node.tensor.numel * POOLING_WINDOW
-    # A transposed convolution meets every input position with every weight, others every output position.
-    place = node
-    if node.target is convolve_transposed:
-        assert node.local is not None
-        place = program.nodes[next(iter(node.local.accesses))]
-    return largest * place.tensor.shape[0] * math.prod(place.size)
-
-
-def _is_depthwise(program: Program, node: Node) -> bool:
-    if not is_convolution(node.target) and "conv" not in str(node.target):
-        return False
-    weights = [program.nodes[n].tensor for n in node.operands if not program.nodes[n].is_map]
-    return any(len(spec.shape) == 4 and spec.shape[1] == 1 for spec in weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,44 +1,31 @@
 """Projected bytes of what is not cut into tiles: global values, the resident tail, plain PyTorch.
 
-The tail is ordinary PyTorch on whole maps, so what it holds is what autograd saves. Which operands and
-results an operator saves is known here by its name; one that is not listed is taken to save its operands.
+The tail is ordinary PyTorch on whole maps, so what it holds is what autograd saves: see
+:class:`~streamcnn.graph.costs.Saves`.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch._ops import OpOverload
 
-from streamcnn.graph.ops.rules import Call
-from streamcnn.graph.program import Kind, Node, Program, Ref, TensorSpec
+from streamcnn.graph.costs import CallBytes, Operation, Routine, cost_of, is_view
+from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.overhead import BackendOverhead, KernelBytes, num_products, num_sizes
 from streamcnn.planning.staging import Staging
 
-_SAVES_RESULT = frozenset(
-    f"aten.{name}"
-    for name in "relu sigmoid tanh exp sqrt rsqrt softmax _softmax log_softmax reciprocal".split()
-)
-"""Operators whose backward pass needs their result alone."""
-_SAVES_NOTHING = frozenset(
-    f"aten.{name}" for name in "add sub cat mean sum neg clone copy constant_pad_nd".split()
-)
 RUNTIME_BYTES = 3 * 2**23
 """Threads' buffers, the interpreter's own growth and library code that runs for the first time."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
 REUSABLE_BYTES = 2**25
 """Blocks from this size on always go back to the operating system when they are freed."""
-_INDEX_BYTES = 8
-"""Bytes of the index that max pooling keeps for every result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +59,7 @@ def resident_step(
     parameters.
     """
     training = bool(differentiated)
-    values = _Values(program, tuple(names), differentiated, fuses_all=not overhead.kernel_bytes)
+    values = _Values(program, tuple(names), differentiated, fuses_attention=not overhead.kernel_bytes)
     arriving = values.state_bytes(differentiated)
     gradients = sum(arriving.values())
     saved = most = before = arrived = flow = workspace = heap = 0
@@ -93,7 +80,8 @@ def resident_step(
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
         *overhead.terms(
-            (2 if training else 1) * values.num_convolutions, num_products(program, values.names)
+            (2 if training else 1) * num_sizes(program, values.names, Routine.CONVOLUTION),
+            num_products(program, values.names),
         ),
     )
     return Step(terms, place, heap)
@@ -103,74 +91,61 @@ class _Values:
     """What the operators of a step hold: views and parts of a tuple are no memory of their own."""
 
     def __init__(
-        self, program: Program, names: Sequence[str], differentiated: Collection[str], *, fuses_all: bool
+        self,
+        program: Program,
+        names: Sequence[str],
+        differentiated: Collection[str],
+        *,
+        fuses_attention: bool,
     ) -> None:
         self.program = program
         self.names = names
         self.differentiated = differentiated
-        self.fuses_all = fuses_all
-        """Whether attention is one kernel even with dropout or a mask that is trained, as on a GPU."""
+        self.fuses_attention = fuses_attention
         inside = set(names)
         self.kept: set[str] = set()
-        for name in names:
-            node = program.nodes[name]
-            label = _label(node)
-            if label in _SAVES_RESULT:
+        for name in names if differentiated else ():
+            target, saves = program.nodes[name].target, cost_of(program.nodes[name].target).saves
+            if saves.result:
                 self.kept.add(self._owner(name))
-            elif label not in _SAVES_NOTHING and not is_view(node):
-                self.kept.update(self._owner(operand) for operand in node.operands if operand in inside)
-        if not differentiated:
-            self.kept.clear()
+            if saves.operands and not is_view(target):
+                self.kept.update(
+                    self._owner(operand) for operand in program.nodes[name].operands if operand in inside
+                )
 
     def saved(self, name: str) -> int:
         """Bytes that stay when an operator has run."""
         node = self.program.nodes[name]
-        if is_view(node):
+        if is_view(node.target) or not self.differentiated:
             return 0
-        nbytes = node.nbytes if name in self.kept else 0
-        if "max_pool" in _label(node) and self.kept and isinstance(node.spec, TensorSpec):
-            nbytes += _INDEX_BYTES * node.spec.numel
-        if self.differentiated:
-            matrix, is_dropped = self._attention(node)
-            # Its softmax and, with dropout, the mask and what is left.
-            nbytes += 2 * matrix + matrix // 4 if is_dropped else matrix
-        return nbytes
+        beside = cost_of(node.target).saves.beside
+        return (node.nbytes if name in self.kept else 0) + (beside(self._call(node)) if beside else 0)
 
     def around(self, name: str) -> int:
         """Bytes of operands and result while an operator runs, or of their gradients."""
         node = self.program.nodes[name]
-        if is_view(node):
+        if is_view(node.target):
             return 0
+        inner = cost_of(node.target).inner
+        return self._operands(node) + node.nbytes + (2 * inner(self._call(node)) if inner else 0)
+
+    def _operands(self, node: Node) -> int:
+        """Bytes of the operands that are no parameters."""
         operands = (self.program.nodes[name] for name in node.operands)
         # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
-        nbytes = node.nbytes + sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
-        return nbytes + 2 * self._attention(node)[0]
+        return sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
 
-    def _attention(self, node: Node) -> tuple[int, bool]:
-        """Bytes of the matrix that attention forms where it is not one kernel, and whether it has dropout.
-
-        Strides are not known here: on a CPU the kernel also wants the channels to be dense.
-        """
-        if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
-            return 0, False
-        names = ("query", "key", "value", "attn_mask", "dropout_p")
-        query, key, value, mask, dropout = Call(node.target, node.args, node.kwargs).bind(*names)
-        queries, keys, values = (self.program.nodes[ref.name].tensor for ref in (query, key, value))
-        is_fused = len(queries.shape) == 4 and queries.shape[-1] == values.shape[-1]
-        if not self.fuses_all:
-            is_trained = isinstance(mask, Ref) and mask.name in self.differentiated
-            is_fused = is_fused and not dropout and not is_trained
-        if is_fused:
-            return 0, False
-        return queries.nbytes // queries.shape[-1] * keys.shape[-2], bool(dropout)
+    def _call(self, node: Node) -> Operation:
+        return Operation.of(self.program, node, self.differentiated, fuses_attention=self.fuses_attention)
 
     def workspace(self, name: str) -> int:
-        """Bytes of the copies that a convolution makes of operands, weights and result."""
+        """Bytes that an operator takes besides, for parameters and for their gradients."""
         node, nodes = self.program.nodes[name], self.program.nodes
-        if not _convolves(node):
+        workspace = cost_of(node.target).workspace
+        if workspace is None:
             return 0
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
-        return self.around(name) + 2 * weights
+        return workspace(CallBytes(self._operands(node), node.nbytes, 2 * weights))
 
     def state_bytes(self, differentiated: Collection[str]) -> dict[str, int]:
         """Bytes of the parameters by the last operator that reads them, which first gives them a gradient."""
@@ -182,38 +157,12 @@ class _Values:
                 found[reader] = found.get(reader, 0) + nodes[state].tensor.gradient_bytes
         return found
 
-    @property
-    def num_convolutions(self) -> int:
-        """Convolutions of different sizes among the operators: those of one size share their kernels."""
-        program = self.program
-        return num_sizes(program, (name for name in self.names if _convolves(program.nodes[name])))
-
     def _owner(self, name: str) -> str:
         """The operator whose memory a value is in."""
         node = self.program.nodes[name]
-        while is_view(node) and node.operands:
+        while is_view(node.target) and node.operands:
             node = self.program.nodes[node.operands[0]]
         return node.name
-
-
-def _label(node: Node) -> str:
-    target = node.target
-    return str(target.overloadpacket) if isinstance(target, OpOverload) else str(target)
-
-
-def _convolves(node: Node) -> bool:
-    """Whether it is a convolution, on tiles or on whole maps."""
-    return "conv" in _label(node)
-
-
-def is_view(node: Node) -> bool:
-    """Whether its value is in the memory of its first operand."""
-    if node.target is operator.getitem:
-        return True
-    target = node.target
-    return isinstance(target, OpOverload) and any(
-        r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns
-    )
 
 
 def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
@@ -266,7 +215,8 @@ class GlobalBytes:
         }
         self._whole_image = reading.of(nodes[program.image].size).transient
         for level, names in segments.items():
-            self.num_kernels[level] = sum(_convolves(nodes[name]) for name in names)
+            routines = (cost_of(nodes[name].target).routine for name in names)
+            self.num_kernels[level] = sum(routine is Routine.CONVOLUTION for routine in routines)
         whole = [n for n in nodes.values() if n.kind is Kind.PROMOTED or n.name == program.image]
         # The image's is copied out of its store once more.
         self._inputs = 2 * sum(n.nbytes for n in whole if n.name in differentiated)

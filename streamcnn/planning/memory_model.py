@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcnn.graph.ops.convolution import is_convolution
+from streamcnn.graph.costs import CallBytes, cost_of
 from streamcnn.graph.program import Kind
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
@@ -251,15 +251,13 @@ class _LargestTile:
         return 0 if local.pointwise or local.fill is None else self.operands(name)
 
     def workspace(self, name: str) -> int:
-        """Bytes that an operator takes besides operands and result.
-
-        Convolutions on the CPU reorder operands and result into blocked layouts.
-        """
-        node = self.program.nodes[name]
-        if not is_convolution(node.target):
+        """Bytes that an operator takes besides operands, parameters and result."""
+        node, nodes = self.program.nodes[name], self.program.nodes
+        workspace = cost_of(node.target).workspace
+        if workspace is None:
             return 0
-        weights = sum(self.program.nodes[n].nbytes for n in node.operands if not self.program.nodes[n].is_map)
-        return self.nbytes(name) + self.operands(name) + weights
+        weights = sum(nodes[n].nbytes for n in node.operands if not nodes[n].is_map)
+        return workspace(CallBytes(self.operands(name), self.nbytes(name), weights))
 
     def reads(self) -> int:
         """Bytes of the input regions: stored ones are read or made contiguous, others converted too."""

@@ -11,29 +11,30 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch._ops import OpOverload
 
+from streamcnn.graph.costs import Routine, cost_of
 from streamcnn.graph.program import Program
 from streamcnn.plan.storage import MemoryTerm
 
 CACHED_KERNELS = 1024
 """Kernels that oneDNN keeps, if ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` does not say otherwise."""
-_MATRIX_PRODUCTS = frozenset(f"aten.{name}" for name in "linear addmm mm bmm baddbmm matmul".split())
 
 
 def num_products(program: Program, names: Iterable[str]) -> int:
     """Matrix products of different sizes among the operators ``names``."""
-    return num_sizes(program, (name for name in names if _is_product(program.nodes[name].target)))
+    return num_sizes(program, names, Routine.MATRIX_PRODUCT)
 
 
-def num_sizes(program: Program, names: Iterable[str]) -> int:
-    """How many of the operators ``names`` differ in their operands' or their result's size."""
+def num_sizes(program: Program, names: Iterable[str], routine: Routine) -> int:
+    """How many of the operators ``names`` that are of one kind differ in their operands' or result's size."""
     nodes = program.nodes
-    return len({(nodes[name].spec, *(nodes[n].spec for n in nodes[name].operands)) for name in names})
-
-
-def _is_product(target: object) -> bool:
-    return isinstance(target, OpOverload) and str(target.overloadpacket) in _MATRIX_PRODUCTS
+    return len(
+        {
+            (nodes[name].spec, *(nodes[n].spec for n in nodes[name].operands))
+            for name in names
+            if cost_of(nodes[name].target).routine is routine
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)

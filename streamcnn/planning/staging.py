@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from streamcnn.graph.in_place import draws
+from streamcnn.graph.costs import draws
 from streamcnn.graph.program import Kind, Node, Program
 
 

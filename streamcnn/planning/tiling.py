@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch._ops import OpOverload
 
 from streamcnn.geometry.regions import Indices, Intervals
-from streamcnn.graph.ops.convolution import convolve, is_convolution
-from streamcnn.graph.ops.normalization import normalize
+from streamcnn.graph.costs import Routine, cost_of, makes_new
 from streamcnn.graph.program import Access, Program, Ref
 from streamcnn.plan.plan import AxisStep, Phase
 from streamcnn.planning.overhead import num_products
@@ -38,7 +35,7 @@ class Outline:
     consumed: frozenset[str]
     """Operators whose value another operator of the stage reads."""
     skipped: tuple[str, ...]
-    """Convolutions that the backward pass need not compute again: only their stored value is used."""
+    """Operators that the backward pass need not compute again: only their stored value is used."""
     num_convolutions: int
     num_products: int
     """Matrix products of different sizes, linear layers among them."""
@@ -55,15 +52,19 @@ class Outline:
         consumed = frozenset(name for name in stage.nodes if readers[name])
         sizes = [program.nodes[name].size for name in (*stage.nodes, *stage.inputs)]
         accesses = [access for name in stage.nodes for access in _accesses(program, name).values()]
-        convolutions = {name for name in stage.nodes if is_convolution(program.nodes[name].target)}
+        costs = {name: cost_of(program.nodes[name].target) for name in stage.nodes}
         return cls(
             program=program,
             stage=stage,
             owned=owned,
             releases=_releases(stage, readers),
             consumed=consumed,
-            skipped=tuple(name for name in stage.stored if name in convolutions and name not in consumed),
-            num_convolutions=len(convolutions),
+            skipped=tuple(
+                name
+                for name in stage.stored
+                if name in costs and costs[name].stand_in is not None and name not in consumed
+            ),
+            num_convolutions=sum(cost.routine is Routine.CONVOLUTION for cost in costs.values()),
             num_products=num_products(program, stage.nodes),
             overwriting={
                 name: operand
@@ -260,16 +261,7 @@ def _overwritten(program: Program, name: str, readers: Mapping[str, list[str]]) 
     operand = node.args[0].name
     alone = readers.get(operand) == [name]
     same = program.nodes[operand].tensor == node.tensor
-    return operand if alone and same and _is_own_tensor(program.nodes[operand].target) else None
-
-
-def _is_own_tensor(target: object) -> bool:
-    """Whether a target surely returns new memory: a view would reach its operand's."""
-    return target in (convolve, normalize, torch.add) or (
-        isinstance(target, OpOverload)
-        and all(r.alias_info is None for r in target._schema.returns)
-        and torch.Tag.pointwise in target.tags
-    )
+    return operand if alone and same and makes_new(program.nodes[operand].target) else None
 
 
 def _releases(stage: Stage, readers: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:

@@ -16,6 +16,7 @@ from streamcnn.capture.tracing import Trace
 from streamcnn.ceiling.rooms import Room
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
+from streamcnn.graph.registry import rules_version
 from streamcnn.plan.plan import Plan, StepKind
 from streamcnn.planning.planner import make_plan
 from streamcnn.planning.spec import Machine, PassSpec
@@ -45,7 +46,8 @@ class PlanCache:
 
     def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
-        key = (captured.settings, spec, machine.reserved, machine.hardware.source, machine.overhead)
+        device = (machine.reserved, machine.hardware.source, machine.overhead)
+        key = (captured.settings, spec, device, rules_version())
         graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 

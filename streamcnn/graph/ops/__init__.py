@@ -1,18 +1,52 @@
-"""Operator families. Importing this package fills the registry of rules."""
+"""Operator families. Importing this package fills the registries of rules and costs.
 
+What a rule from outside needs stands here too: see ``docs/adding_an_operator.md``.
+"""
+
+from streamcnn.geometry.axis_maps import Broadcast, Gathered, Repeated, Same, Sliding, Transposed
+from streamcnn.graph.costs import CallBytes, Cost, Operand, Operation, Routine, Saves, declare
 from streamcnn.graph.ops import (
     convolution,
     dropout,
     normalization,
     pointwise,
     pooling,
+    products,
     reductions,
     resampling,
     shape,
     user_functions,
     writing,
 )
-from streamcnn.graph.ops.rules import Sample
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Access, Ref
+from streamcnn.graph.registry import rules_version
+
+__all__ = [
+    "FAMILIES",
+    "Access",
+    "Broadcast",
+    "Call",
+    "CallBytes",
+    "Cost",
+    "Gathered",
+    "NotStreamable",
+    "Operand",
+    "Operation",
+    "Ref",
+    "Repeated",
+    "Routine",
+    "Same",
+    "Sample",
+    "Saves",
+    "Sliding",
+    "Tracer",
+    "Transposed",
+    "declare",
+    "rule",
+    "rules_version",
+    "samples",
+]
 
 FAMILIES = (
     convolution,
@@ -20,6 +54,7 @@ FAMILIES = (
     normalization,
     pointwise,
     pooling,
+    products,
     reductions,
     resampling,
     shape,

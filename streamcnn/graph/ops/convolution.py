@@ -7,12 +7,14 @@ recorded here have no padding of their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Sliding, Transposed
+from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Routine, declare, elements
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
 from streamcnn.graph.program import Access, Ref
 
@@ -68,9 +70,9 @@ def convolve(
     return torch.conv2d(x, weight, bias, stride, 0, dilation, groups)
 
 
-def convolve_complex(x: Tensor, *arguments: Any) -> Tensor:
+def convolve_complex(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
     """:func:`convolve` of complex values, for which ATen has no single backward operator to skip it with."""
-    return convolve(x, *arguments)
+    return convolve(x, weight, *options)
 
 
 @rule(aten.conv_transpose2d.input)
@@ -155,21 +157,61 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return None if tensor is None or dtype is None else tensor.to(dtype)
 
 
-def is_convolution(target: object) -> bool:
-    """Whether a target can be skipped when its value is stored."""
-    return target is convolve or target is convolve_transposed
-
-
-def stored_convolve(shape: tuple[int, ...], dtype: torch.dtype, target: Any, args: Sequence[Any]) -> Tensor:
-    """Stand-in for ``target(*args)`` whose value is stored already."""
-    if target is convolve:
-        x, weight, bias, stride, dilation, groups = args
-    else:
-        x, weight, stride, dilation, groups = args
-        bias = None
-    options = (shape, dtype, stride, dilation, groups, target is convolve_transposed)
-    result: Tensor = StoredConvolution.apply(x, weight, bias, *options)  # type: ignore[no-untyped-call]
+def stored_convolve(shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
+    """Stand-in for ``convolve(*args)`` whose value is stored already."""
+    x, weight, bias, *options = args
+    result: Tensor = StoredConvolution.apply(x, weight, bias, shape, dtype, *options, False)  # type: ignore[no-untyped-call]
     return result
+
+
+def stored_convolve_transposed(shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
+    """Stand-in for ``convolve_transposed(*args)`` whose value is stored already."""
+    x, weight, *options = args
+    result: Tensor = StoredConvolution.apply(x, weight, None, shape, dtype, *options, True)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _operations(operation: Operation) -> int:
+    """Every position of the result meets every weight."""
+    (result,), (weight,) = operation.results, operation.bind("weight")
+    return 2 * int(weight.tensor.numel) * result.numel // result.shape[1]
+
+
+def _operations_transposed(operation: Operation) -> int:
+    """Every position of the operand meets every weight."""
+    x, weight = (operand.tensor for operand in operation.bind("x", "weight"))
+    return 2 * int(weight.numel) * int(x.numel) // int(x.shape[1])
+
+
+def _is_depthwise(operation: Operation) -> bool:
+    """Whether a weight of shape (C_out, 1, h, w) says that every channel is convolved by itself."""
+    (weight,) = operation.bind("weight")
+    return len(weight.shape) == 4 and weight.shape[1] == 1
+
+
+def _reordered(nbytes: CallBytes) -> int:
+    """Copies of all that a convolution reads and writes, in layouts that its kernels work in."""
+    return nbytes.operands + nbytes.result + nbytes.weights
+
+
+_CONVOLUTION = Cost(workspace=_reordered, routine=Routine.CONVOLUTION, per_channel=_is_depthwise)
+
+declare(
+    convolve,
+    cost=replace(_CONVOLUTION, operations=_operations, makes_new=True, stand_in=stored_convolve),
+)
+declare(convolve_complex, cost=Cost(operations=_operations, per_channel=_is_depthwise))
+declare(
+    convolve_transposed,
+    cost=replace(_CONVOLUTION, operations=_operations_transposed, stand_in=stored_convolve_transposed),
+)
+declare(torch.add, cost=Cost(operations=elements, saves=NOTHING, makes_new=True))
+# On whole values.
+declare(
+    *(aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_tbc, aten.convolution, aten._convolution),
+    *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+    cost=_CONVOLUTION,
+)
 
 
 class _Chain(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.regions import Region
+from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
@@ -22,7 +23,7 @@ _BITS = 24
 """Resolution of the drawn uniform numbers."""
 
 
-@rule(aten.dropout.default)
+@rule(aten.dropout.default, without_maps=True)
 def dropout(tracer: Tracer, call: Call) -> Any:
     """Dropout of single elements, of maps, streamed or resident, and of global values."""
     ref, probability, train = call.bind("input", "p", "train")
@@ -43,7 +44,7 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     )
 
 
-@rule(aten.feature_dropout.default)
+@rule(aten.feature_dropout.default, without_maps=True)
 def feature_dropout(tracer: Tracer, call: Call) -> Any:
     """Dropout of whole channels: a small mask, drawn once."""
     ref, probability, train = call.bind("input", "p", "train")
@@ -75,6 +76,9 @@ def draw_channel_mask(
     """Kept channels as ``1 / (1 - probability)``, dropped ones as 0; drawn on ``device``, as ATen does."""
     kept = torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 - probability)
     return kept / (1 - probability) if probability < 1 else kept
+
+
+declare(draw_seed, draw_channel_mask, cost=Cost(saves=NOTHING, draws=True))
 
 
 def drop_elements(

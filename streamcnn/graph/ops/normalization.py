@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense
+from streamcnn.graph.costs import Cost, declare, elements
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
 from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
@@ -87,6 +88,9 @@ def normalize(
     return result.reshape(x.shape)
 
 
+declare(normalize, cost=Cost(operations=elements, makes_new=True))
+
+
 def _normalized(
     tracer: Tracer, ref: Ref, mean: Ref, variance: Ref, weight: Ref | None, bias: Ref | None, eps: float
 ) -> Ref:
@@ -115,7 +119,7 @@ def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
     return per_position(tracer, Call(call.target, args, call.kwargs), ref)
 
 
-@rule(aten.batch_norm.default)
+@rule(aten.batch_norm.default, without_maps=True)
 def batch_norm(tracer: Tracer, call: Call) -> Any:
     """Batch norm with the statistics of the whole batch of images, or the running ones."""
     ref, weight, bias, running_mean, running_var, training, momentum, eps = call.bind(
@@ -205,7 +209,7 @@ def functional_batch_norm(
     return torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
 
 
-@rule(aten.instance_norm.default)
+@rule(aten.instance_norm.default, without_maps=True)
 def instance_norm(tracer: Tracer, call: Call) -> Any:
     """Instance norm with each image's own statistics, or the running ones."""
     ref, weight, bias, running_mean, running_var, own_statistics, momentum, eps = call.bind(

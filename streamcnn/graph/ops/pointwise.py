@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from torch._ops import OpOverload
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
-from streamcnn.graph.ops.rules import Call, NotStreamable, Rule, Sample, Tracer, rule
+from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Routine, declare, elements
+from streamcnn.graph.in_place import revalued
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref, refs_in, substitute
 
 aten = torch.ops.aten
@@ -69,17 +72,7 @@ def _overloads(name: str) -> list[OpOverload]:
     return [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
 
 
-def pointwise_rule(target: object) -> Rule | None:
-    """The pointwise rule if ATen says that ``target`` is pointwise and deterministic."""
-    if not isinstance(target, OpOverload):
-        return None
-    tags = target.tags
-    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
-        return pointwise
-    return None
-
-
-@rule(*_UNTAGGED, *(overload for name in _ALIASES for overload in _overloads(name)))
+@rule(torch.Tag.pointwise, revalued, *_UNTAGGED, *(each for name in _ALIASES for each in _overloads(name)))
 def pointwise(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Each result position from the same position of every operand, with broadcasting."""
     like = tracer.fake(call)
@@ -196,6 +189,15 @@ def linear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return per_position(tracer, call, ref, heavy=True)
 
 
+def _linear_operations(operation: Operation) -> int:
+    """Every result is a sum over the last axis."""
+    (weight,) = operation.bind("weight")
+    return 2 * operation.numel * int(weight.shape[-1])
+
+
+declare(aten.linear, cost=Cost(operations=_linear_operations, routine=Routine.MATRIX_PRODUCT))
+
+
 @rule(aten.prelu.default)
 def prelu(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """PReLU, whose slopes belong to axis 1 whatever the broadcasting rules say."""
@@ -241,6 +243,18 @@ def from_metadata(tracer: Tracer, call: Call) -> Ref:
         torch.full, tuple(like.shape), value, dtype=like.dtype, device=torch.device(like.device)
     )
     return created
+
+
+ELEMENTWISE = Cost(operations=elements, makes_new=True)
+
+declare(torch.Tag.pointwise, cost=ELEMENTWISE)
+declare(
+    *(aten.exp, aten.reciprocal, aten.relu, aten.rsqrt, aten.sigmoid, aten.sqrt, aten.tanh),
+    cost=replace(ELEMENTWISE, saves=RESULT),
+)
+declare(aten.add, aten.clone, aten.neg, aten.sub, cost=replace(ELEMENTWISE, saves=NOTHING))
+declare(aten.softmax, aten._softmax, aten.log_softmax, cost=Cost(saves=RESULT))
+declare(aten.detach, aten.detach_copy, cost=Cost(saves=NOTHING, detaches=True))
 
 
 class _LayerScale(nn.Module):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
+from streamcnn.graph.costs import OPERANDS, Cost, Operation, declare, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
+
+_INDEX_BYTES = 8
+"""Bytes of the index that max pooling keeps for every result."""
 
 
 @rule(aten.max_pool2d.default)
@@ -47,6 +52,15 @@ def max_pool(
     # there and back.
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.max_pool2d(x, kernel, stride, 0, dilation).contiguous()
+
+
+def _places(operation: Operation) -> int:
+    """Bytes of the index of every maximum; one that returns it keeps it as a result."""
+    return _INDEX_BYTES * operation.numel if len(operation.results) == 1 else 0
+
+
+declare(max_pool, cost=Cost(operations=windows))
+declare(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, cost=Cost(saves=replace(OPERANDS, beside=_places)))
 
 
 @rule(aten.avg_pool2d.default)
@@ -89,6 +103,9 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 def avg_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], divisor: int | None) -> Tensor:
     """Unpadded average pooling of a window ``x`` (N, C, h, w)."""
     return torch.nn.functional.avg_pool2d(x, kernel, stride, divisor_override=divisor)
+
+
+declare(avg_pool, cost=Cost(operations=windows))
 
 
 def _window_counts(axis_map: Sliding, num_out: int, size: int, count_padding: bool) -> list[int]:

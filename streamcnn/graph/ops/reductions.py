@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import Extremum, FirstMaximum, Moments, Reduction, Sum, VectorNorm
@@ -84,6 +85,9 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
         call = Call(call.target, (counted, *call.args[1:]), call.kwargs)
     result = _reduce_or_local(tracer, call, dims, keepdim, build)
     return result[0] if isinstance(result, tuple) else result
+
+
+declare(aten.mean, aten.sum, cost=Cost(saves=NOTHING))
 
 
 @rule(aten.amax.default, aten.amin.default)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from streamcnn.geometry.axis_maps import AxisMap, Gathered, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.costs import NOTHING, Cost, declare, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
@@ -65,6 +66,9 @@ def pad(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         places = range(-before[axis], like.shape[axis] - before[axis])
         sources.append(tuple(_PADDINGS[mode](place, size) for place in places))
     return _gathered(tracer, ref, like, axes, [(source, source) for source in sources], None)
+
+
+declare(aten.constant_pad_nd, cost=Cost(saves=NOTHING))
 
 
 def same(x: Tensor) -> Tensor:
@@ -133,6 +137,9 @@ def gather_positions(
         share = share.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
         x = _take(x, axis, first) * (1 - share) + _take(x, axis, second) * share
     return x
+
+
+declare(gather_positions, cost=Cost(operations=windows))
 
 
 def _local(source: tuple[int, ...], out: Interval, origin: Interval) -> list[int]:

@@ -1,9 +1,10 @@
-"""What streaming knows about operators: one rule per ATen overload, kept in a registry.
+"""How operators are streamed: one rule per operator, kept in a registry.
 
 A rule sees a captured call and records, through a :class:`Tracer`, the nodes that carry it out:
 local operators with their windows, reductions, global values. It answers :class:`NotStreamable` with a reason
-when it cannot, and the operator then runs resident, on whole maps. An overload without a rule is
-resident too: unknown is never assumed pointwise.
+when it cannot, and the operator then runs resident, on whole maps. An operator without a rule is
+resident too: unknown is never assumed pointwise. What the recorded nodes cost is declared beside the rule
+(:mod:`streamcnn.graph.costs`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch._ops import OpOverload
 
 from streamcnn.graph.program import Access, Axes, Ref, TensorSpec
+from streamcnn.graph.registry import Registry
 from streamcnn.graph.schemas import bound
 
 if TYPE_CHECKING:
@@ -84,33 +85,42 @@ class Tracer(Protocol):
 
 Rule = Callable[[Tracer, Call], Any]
 
-_RULES: dict[OpOverload, Rule] = {}
+_RULES = Registry[Rule]("rule")
+_WITHOUT_MAPS = Registry[Rule]("rule for global values")
 
 
-def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
-    """Decorate a rule with the exact overloads it covers.
+def rule(*keys: Any, replace: bool = False, without_maps: bool = False) -> Callable[[Rule], Rule]:
+    """Decorate a rule with the operators that it is for.
+
+    Parameters
+    ----------
+    keys
+        As of :class:`~streamcnn.graph.registry.Registry`, exact overloads as a rule.
+    replace
+        Whether a key may have a rule already, such as a built-in one. Models that are captured or planned
+        afterwards follow the new rule, plans that were made before are not used any more.
+    without_maps
+        Whether the rule also takes calls without any map among their operands, which are recorded as they
+        are otherwise.
 
     Raises
     ------
     TypeError, ValueError
-        At import, for a key that is no overload or has a rule already.
+        For a key that is no operator or function, and without ``replace`` for one that has a rule.
     """
 
     def register(function: Rule) -> Rule:
-        for overload in overloads:
-            if not isinstance(overload, OpOverload):
-                raise TypeError(f"a rule's key must be an OpOverload, found {overload!r}")
-            if overload in _RULES:
-                raise ValueError(f"{overload} has a rule already")
-            _RULES[overload] = function
+        _RULES.add(keys, function, replace=replace)
+        if without_maps:
+            _WITHOUT_MAPS.add(keys, function, replace=replace)
         return function
 
     return register
 
 
-def rule_for(target: object) -> Rule | None:
-    """The rule of an overload, or ``None``."""
-    return _RULES.get(target) if isinstance(target, OpOverload) else None
+def rule_for(target: object, *, without_maps: bool = False) -> Rule | None:
+    """The rule for a call with maps among its operands, or for one without; ``None`` if there is none."""
+    return (_WITHOUT_MAPS if without_maps else _RULES).get(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Same, Sliding
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
+from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
@@ -200,6 +201,9 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         return NotStreamable("it joins maps along a spatial axis")
     accesses = {ref.name: Access() for ref in refs}
     return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), accesses=accesses)
+
+
+declare(aten.cat, cost=Cost(saves=NOTHING))
 
 
 def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise, pointwise_rule
-from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule_for
+from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule, rule_for
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.graph.schemas import operator_name
 
@@ -33,6 +33,7 @@ _SCALING = frozenset({"mul", "div", "masked_fill", "where"})
 _ADDING = frozenset({"add", "sub", "neg"})
 
 
+@rule(Whole)
 def user_function(tracer: Tracer, call: Call) -> Any:
     """A function with one result and bodies that are pointwise, and linear backwards."""
     whole = call.target
@@ -101,13 +102,9 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
         value = node.meta.get("val")
         keeps = isinstance(value, Tensor) and (value.dim() == 0 or value.shape == shape)
         identity = operator_name(node.target) in _SAME_SHAPE and keeps
-        if not identity and not (_treats_alike(node.target) and keeps):
+        if not identity and not (rule_for(node.target) is pointwise and keeps):
             return False
     return True
-
-
-def _treats_alike(target: Any) -> bool:
-    return rule_for(target) is pointwise or pointwise_rule(target) is not None
 
 
 def _is_linear(traced: GraphModule) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Transposed
 from streamcnn.geometry.regions import Region
+from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
@@ -17,7 +18,7 @@ from streamcnn.graph.program import Access, Axes, Ref
 aten = torch.ops.aten
 
 
-@rule(aten.copy.default)
+@rule(aten.copy.default, without_maps=True)
 def copy(tracer: Tracer, call: Call) -> Any:
     """Every value replaced by another; only shape and dtype of the first operand remain.
 
@@ -32,6 +33,9 @@ def copy(tracer: Tracer, call: Call) -> Any:
 def copied(target: Tensor, value: Tensor) -> Tensor:
     """``value`` in the shape and type of ``target``."""
     return value.to(target.dtype).expand(target.shape)
+
+
+declare(aten.copy, cost=Cost(saves=NOTHING))
 
 
 @rule(aten.fill.Scalar, aten.fill.Tensor, aten.zero.default)

@@ -1,0 +1,241 @@
+"""What an operator costs, declared beside its rule: operations, workspace, what is saved, what may alias.
+
+Planning, the memory model and the interpreter ask here for what a node's target costs; none of them knows
+an operator by name. An operator without a declaration is taken to save its operands and to need no workspace;
+where it runs on whole values, PyTorch's own formulas count its operations.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from streamcnn.graph.program import Node, Program, TensorSpec, substitute
+from streamcnn.graph.registry import Registry, is_seeded
+from streamcnn.graph.schemas import bound
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Stands for a tensor among the arguments of an :class:`Operation`."""
+
+    spec: TensorSpec | tuple[TensorSpec, ...]
+    is_trained: bool
+    """Whether its gradient is wanted or passed on."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The specs of all tensors, where it is the result of an operator with several."""
+        return self.spec if isinstance(self.spec, tuple) else (self.spec,)
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The spec of a single tensor."""
+        assert isinstance(self.spec, TensorSpec)
+        return self.spec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a single tensor."""
+        return self.tensor.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call as formulas see it: shapes and types in place of tensors."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    results: tuple[TensorSpec, ...]
+    fuses_attention: bool = True
+    """Whether the device computes attention as one kernel whatever its options."""
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        node: Node,
+        differentiated: Collection[str] = (),
+        *,
+        fuses_attention: bool = True,
+    ) -> Operation:
+        """A node's call on its whole operands; ``differentiated`` are the nodes that have a gradient."""
+        assert node.target is not None
+
+        def operand(name: str) -> Operand:
+            return Operand(program.nodes[name].spec, name in differentiated)
+
+        return cls(
+            node.target,
+            substitute(node.args, operand),
+            substitute(dict(node.kwargs), operand),
+            node.specs,
+            fuses_attention,
+        )
+
+    def bind(self, *names: str) -> list[Any]:
+        """Values of the arguments ``names`` of the operator or function, defaults filled in."""
+        if isinstance(self.target, OpOverload):
+            return bound(self.target, self.args, self.kwargs, *names)
+        arguments = inspect.signature(self.target).bind(*self.args, **self.kwargs)
+        arguments.apply_defaults()
+        return [arguments.arguments[name] for name in names]
+
+    @property
+    def numel(self) -> int:
+        """Elements of all results."""
+        return sum(spec.numel for spec in self.results)
+
+
+class CallBytes(NamedTuple):
+    """Bytes of one call, on a tile or on whole values."""
+
+    operands: int
+    result: int
+    weights: int
+    """Of parameters, and of their gradients where those are made too."""
+
+
+Formula = Callable[[Operation], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Saves:
+    """What autograd keeps of a call until its backward pass; parameters are there in any case."""
+
+    operands: bool = False
+    result: bool = False
+    beside: Formula | None = None
+    """Bytes of what is neither, such as the places of maxima."""
+
+
+OPERANDS = Saves(operands=True)
+RESULT = Saves(result=True)
+NOTHING = Saves()
+
+
+class Routine(Enum):
+    """Kinds of operators for which libraries compile code or take buffers of their own."""
+
+    CONVOLUTION = "convolution"
+    MATRIX_PRODUCT = "matrix product"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What is declared of an operator."""
+
+    operations: Formula | None = None
+    """Floating-point operations of a forward call on whole operands."""
+    workspace: Callable[[CallBytes], int] | None = None
+    """Bytes that a call takes besides operands, parameters and result, forward or backward; None for none."""
+    saves: Saves = OPERANDS
+    inner: Formula | None = None
+    """Bytes of a value that a call makes besides its result, and whose gradient it makes backward."""
+    routine: Routine | None = None
+    per_channel: Callable[[Operation], bool] | None = None
+    """Whether it convolves every channel by itself, which hardware does at a rate of its own."""
+    makes_new: bool = False
+    """Whether its result is surely in memory of its own, which a later operator may overwrite."""
+    stand_in: Callable[[tuple[int, ...], torch.dtype, Sequence[Any]], Tensor] | None = None
+    """Given the result's shape and type and the arguments: a tensor with the result's gradient but without
+    its values, for a backward pass that finds the result stored. None if it must be computed again."""
+    detaches: bool = False
+    """Whether no gradient passes through it."""
+    draws: bool = False
+    """Whether it takes random numbers from PyTorch's generators, if its tags do not say so."""
+
+
+_UNDECLARED = Cost()
+_COSTS = Registry[Cost]("cost")
+
+
+def declare(*targets: Any, cost: Cost, replace: bool = False) -> None:
+    """Declare what operators cost.
+
+    Parameters
+    ----------
+    targets
+        Keys as of :class:`~streamcnn.graph.registry.Registry`: operators, overloads, or the functions that a
+        rule records for them.
+    replace
+        Whether a target may have a cost already.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a target that is no operator or function, and without ``replace`` for one that has a cost.
+    """
+    _COSTS.add(targets, cost, replace=replace)
+
+
+def cost_of(target: object) -> Cost:
+    """What is declared of a node's target, or the default."""
+    return _COSTS.get(target) or _UNDECLARED
+
+
+def is_view(target: object) -> bool:
+    """Whether a result is in the memory of the first operand."""
+    if target is operator.getitem:
+        return True
+    return isinstance(target, OpOverload) and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns
+    )
+
+
+def makes_new(target: object) -> bool:
+    """Whether a target surely returns new memory: a view would reach its operand's."""
+    aliases = isinstance(target, OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+    return cost_of(target).makes_new and not aliases
+
+
+def draws(target: object) -> bool:
+    """Whether a call takes random numbers from PyTorch's generators."""
+    return is_seeded(target) or cost_of(target).draws
+
+
+def elements(operation: Operation) -> int:
+    """One operation for each element of the result."""
+    return operation.numel
+
+
+def windows(operation: Operation) -> int:
+    """What pooling over windows takes, of 3 x 3 positions: a product and a sum for each."""
+    return 2 * 3 * 3 * operation.numel
+
+
+def counted(operation: Operation) -> int:
+    """Operations of the matrix products and convolutions that a call on whole values is made of.
+
+    It is run on tensors without memory while PyTorch's own formulas count.
+    """
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Operand):
+            return value
+        made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in value.specs)
+        return made if isinstance(value.spec, tuple) else made[0]
+
+    args, kwargs = pytree.tree_map(empty, (operation.args, dict(operation.kwargs)), is_leaf=_is_operand)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        try:
+            operation.target(*args, **kwargs)
+        except (RuntimeError, NotImplementedError, TypeError):
+            # It makes a tensor of its own on another device, or has no form for tensors without memory.
+            return 0
+    return int(counter.get_total_flops())
+
+
+def _is_operand(value: object) -> bool:
+    return isinstance(value, Operand)

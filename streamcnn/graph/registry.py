@@ -1,0 +1,78 @@
+"""Registries: what is declared of operators, found by what a program's nodes call.
+
+As in ``torch.utils.flop_counter``, a key of a wrong type and a second entry are refused where they are made.
+A counter of all entries tells a plan that was made by other rules than those of today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch._ops import OpOverload
+
+T = TypeVar("T")
+
+_registrations = 0
+
+
+def rules_version() -> int:
+    """How many entries have been made in all registries; it grows when an operator's rule or cost changes."""
+    return _registrations
+
+
+class Registry(Generic[T]):
+    """Values by operator; the most particular key wins.
+
+    A key is an overload, an operator with all its overloads (``torch.ops.aten.relu``), a function that a
+    rule records in an operator's place, a class of callables for its instances, or a ``torch.Tag`` for all
+    overloads that carry it and draw no random numbers.
+
+    Parameters
+    ----------
+    what
+        What a value is, for error messages: ``"rule"``.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._values: dict[Any, T] = {}
+
+    def add(self, keys: Iterable[Any], value: T, *, replace: bool) -> None:
+        """Enter ``value`` under each of ``keys``; all of them or none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a key that is none, and without ``replace`` for one that has a value already.
+        """
+        global _registrations
+        keys = tuple(keys)
+        for key in keys:
+            if not (callable(key) or isinstance(key, torch.Tag)):
+                raise TypeError(f"a {self.what}'s key must be an operator or a function, found {key!r}")
+            if key in self._values and not replace:
+                raise ValueError(f"{key} has a {self.what} already: replace=True gives it another")
+        self._values.update(dict.fromkeys(keys, value))
+        _registrations += 1
+
+    def get(self, target: object) -> T | None:
+        """The value for a node's target, or ``None``."""
+        return next((self._values[key] for key in _keys(target) if key in self._values), None)
+
+
+def _keys(target: object) -> Iterator[Any]:
+    """The keys that stand for a target, the most particular one first."""
+    yield target
+    if isinstance(target, OpOverload):
+        yield target.overloadpacket
+        if not is_seeded(target):
+            yield from target.tags
+    else:
+        yield type(target)
+
+
+def is_seeded(target: object) -> bool:
+    """Whether its tags say of a target that it takes random numbers from PyTorch's generators."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
