@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
@@ -284,6 +284,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         with _recomputed():
             return run(*operands)
     original = super(torch.autograd.Function, cls).apply
+    if get_proxy_mode() is None:
+        # Below a call that is recorded already: the function by which a custom operator is differentiated.
+        return original(*args, **kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
