@@ -26,13 +26,16 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from benchmarks.harness.attempts import Attempts
+from benchmarks.harness.catalogue import load_methods
 from benchmarks.harness.images import fingerprint_of, generated
-from benchmarks.harness.method import Method, load_methods
+from benchmarks.harness.method import Method, TrainedMethod
 from benchmarks.harness.results import Key, done, record
-from benchmarks.harness.row import AGAIN, SAVED, Attempts, Task
+from benchmarks.harness.row import AGAIN, SAVED
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
+from benchmarks.harness.task import Task
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
@@ -91,7 +94,7 @@ def run(
         for seed, method in itertools.product(numbers, chosen):
             start = pretrained and method.has_weights
             key = Key(size.name, budget_bytes, method.name, seed, start, device, fingerprint)
-            if not method.runs:
+            if not isinstance(method, TrainedMethod):
                 if methods:
                     console.print(f"{method.name} is not run: {method.note}", highlight=False)
                 continue
@@ -117,9 +120,7 @@ def methods() -> None:
         table.add_column(column)
     for method in load_methods().values():
         published = (method.published.get(column, "") for column in PAPER_TABLES["Table 1"])
-        table.add_row(
-            method.name, method.kind.value, method.family, method.input_text, *published, method.note
-        )
+        table.add_row(method.name, method.kind, method.family, method.input_text, *published, method.note)
     Console().print(table)
 
 
@@ -138,18 +139,20 @@ def row(key: str, scale_folder: Path, folder: Path, parent: int) -> None:
     """One method in this process; what was found as JSON on the last line."""
     end_with(parent)
     known = Key(**json.loads(key))
+    method = load_methods()[known.method]
+    assert isinstance(method, TrainedMethod)
     found = run_row(
+        method,
         Task(
-            method=load_methods()[known.method],
             scale=SCALES[known.scale],
             budget=known.budget,
             seed=known.seed,
             pretrained=known.pretrained,
             device=known.device,
-            images=scale_folder / "images",
+            store=TileStore(scale_folder / "images"),
             shrunk=scale_folder / "shrunk" / known.images,
             folder=folder,
-        )
+        ),
     )
     print(json.dumps(found))
 
