@@ -164,7 +164,7 @@ def test_patchgd_adds_the_gradients_of_its_inner_steps(tmp_path: Path, tiny_imag
     model = PatchGD(Means(), 32, 1.0, width=3, grid_size=grid_size(64, 32), num_classes=10)
     images = TileDataset(tiny_images, "train")
     trainer = PatchGDTrainer(model, images, images, TrainSettings(epochs=1), tmp_path)
-    trainer._begin()
+    trainer.begin()
     source, label = images[0]
     trainer.differentiate([source], torch.tensor([label]), 1.0)
     assert model.net.weight.grad is not None
@@ -181,7 +181,7 @@ def test_gradients_of_pieces_that_overflow_are_left_out(tiny_images: TileStore, 
     model = TileVote(Means(), tile=8, share=0.5).train()
     assert isinstance(model.net, Means)
     trainer = PiecesTrainer(model, images, images, TrainSettings(epochs=1), tmp_path / "run")
-    trainer._begin()
+    trainer.begin()
     model.net.weight.register_hook(lambda gradient: gradient * torch.tensor([1.0, math.nan, math.inf]))
     trainer.differentiate([images[0][0]], torch.tensor([1]), 1.0)
     assert model.net.weight.grad is not None
