@@ -74,16 +74,20 @@ def test_a_row_that_is_ended_by_a_signal_has_its_time_counted(tmp_path: Path, ti
     key = Key("tiny", 150 * 10**6, "STREAM-PYRAMID", 0, False, "cpu", "x")
     scale = tmp_path / "tiny"
     shutil.copytree(tiny_images.folder, scale / "images")
+    # However slow the machine is: time is not to end it first.
     code = f"""
-        import os, signal
-        from streamcnn.training import Trainer
-        note = Trainer._note
-        def noted(self, kind, values):
-            note(self, kind, values)
-            if kind == "update" and self.progress.update == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-        Trainer._note = noted
+        import dataclasses, os, signal
         from benchmarks.__main__ import row
+        from benchmarks.harness.costs import Costs
+        from benchmarks.harness.scales import SCALES
+        SCALES["tiny"] = dataclasses.replace(SCALES["tiny"], seconds=600)
+        note, ended = Costs.note, []
+        def noted(costs, limit, trainer):
+            note(costs, limit, trainer)
+            if trainer.progress.update == 3 and not ended:
+                ended.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+        Costs.note = noted
         row({json.dumps(key.to_dict())!r}, {scale!r}, {tmp_path / "row"!r}, os.getppid())
         """
     code = "from pathlib import PosixPath\n" + textwrap.dedent(code)
@@ -137,7 +141,7 @@ class TestCosts:
 class TestARowThatALibraryEnds:
     def test_what_it_tried_counts_as_refused(self, tmp_path: Path) -> None:
         assert not Attempts(tmp_path).refuse_last("SIGSEGV")
-        Attempts(tmp_path)._note("batch 4")
+        Attempts(tmp_path).begin("batch 4")
         assert Attempts(tmp_path).refuse_last("SIGSEGV")
         assert not Attempts(tmp_path).refuse_last("SIGSEGV")
         again = Attempts(tmp_path)
@@ -153,7 +157,7 @@ class TestARowThatALibraryEnds:
             pass
 
     def test_what_was_interrupted_is_tried_again(self, tmp_path: Path) -> None:
-        Attempts(tmp_path)._note("batch 4")
+        Attempts(tmp_path).begin("batch 4")
         Attempts(tmp_path).forget_last()
         assert not Attempts(tmp_path).refuse_last("SIGSEGV")
         with Attempts(tmp_path).trying("batch 4"):
@@ -170,7 +174,7 @@ class TestARowThatALibraryEnds:
         def process(command: list[str], _: Deadline) -> subprocess.CompletedProcess[str]:
             tried, code, words = left.pop(0)
             if tried:
-                Attempts(folder)._note(tried)
+                Attempts(folder).begin(tried)
             return subprocess.CompletedProcess(command, code, words if code == 0 else "", words)
 
         monkeypatch.setattr("benchmarks.__main__._ended", process)
@@ -193,7 +197,7 @@ class TestARowThatALibraryEnds:
     def test_other_ends_are_failures(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         failed = {"outcome": "failed", "reason": "exit status -11"}
         # Nothing is tried that may be refused, even if something was when an earlier command was killed.
-        Attempts(tmp_path)._note("batch 4")
+        Attempts(tmp_path).begin("batch 4")
         assert self.run(monkeypatch, tmp_path, [("", -signal.SIGSEGV, "")]) == failed
         on_a_card = dataclasses.replace(self.KEY, device="cuda")
         assert self.run(monkeypatch, tmp_path, [("batch 4", -signal.SIGSEGV, "")], on_a_card) == failed

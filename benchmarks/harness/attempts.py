@@ -39,28 +39,32 @@ class Attempts:
         """
         if name in self._refused:
             raise Refused(self._refused[name])
-        self._note(name)
+        self.begin(name)
         try:
             yield
         except Refused as error:
             self._refused[name] = str(error)
             raise
         finally:
-            self._note(None)
+            self._write(None)
+
+    def begin(self, name: str) -> None:
+        """Write down what is tried from now on."""
+        self._write(name)
 
     def refuse_last(self, reason: str) -> bool:
         """Have what a process was trying when it ended count as refused; False if it was trying nothing."""
         if self._tried is None:
             return False
         self._refused[self._tried] = reason
-        self._note(None)
+        self._write(None)
         return True
 
     def forget_last(self) -> None:
         """Have what a process was trying when it ended be tried again."""
         if self._tried is not None:
-            self._note(None)
+            self._write(None)
 
-    def _note(self, trying: str | None) -> None:
+    def _write(self, trying: str | None) -> None:
         self._tried = trying
         write_json(self._path, {"refused": self._refused, "trying": trying})
