@@ -111,7 +111,7 @@ def verify(
     for module in dropped:
         module.p = 0.0
     streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
-    streamed._resident_tail = False
+    streamed.resident_tail = False
     device = streamed._device()
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda given: _cast(given.to(device), dtype), (tuple(inputs), dict(named_inputs or {}))

@@ -117,7 +117,7 @@ def traced(module: nn.Module, shape: Shape, *, tail: str | None = None) -> tuple
 def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int]) -> tuple[Program, Plan]:
     """The program and plan by which :func:`streamcnn.verify` runs ``module``: no resident tail."""
     model = StreamingModel(copy.deepcopy(module).double(), tile=tile)
-    model._resident_tail = False
+    model.resident_tail = False
     planned = model._planned(shape, torch.float64, image_gradient=True)
     return planned.program, planned.plan
 

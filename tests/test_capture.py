@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 def streamed(net: nn.Module, **options: Any) -> StreamingModel:
     model = StreamingModel(net, tile=16, **options)
-    model._resident_tail = False
+    model.resident_tail = False
     return model
 
 

@@ -26,7 +26,7 @@ from streamcnn.ceiling.nvml import Nvml, Reading, Source
 from streamcnn.ceiling.sampler import Sampler
 from streamcnn.errors import StreamError
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.runtime import machines, streamed_pass, streaming_model
+from streamcnn.runtime import machines, smaller_plans, streamed_pass, streaming_model
 
 MB, GB = 10**6, 10**9
 GPU = torch.device("cuda:0")
@@ -618,7 +618,7 @@ def test_refused_memory_leads_to_smaller_tiles_and_the_same_result(monkeypatch: 
     # A tile of 128 x 128 with 8 channels of float64 is a MB: the cap has room for one of 64 x 64.
     OnCard(monkeypatch, fake, gauge, factor=CAP // (8 * 66 * 66 * 8))
     model = StreamingModel(make_net(), BUDGET, tile=128)
-    model._resident_tail = False
+    model.resident_tail = False
     found = update(model)
     assert model.last_report is not None
     assert model.last_report.num_retries >= 1
@@ -660,7 +660,7 @@ def test_memory_taken_past_the_cap_changes_nothing(monkeypatch: pytest.MonkeyPat
     fake, gauge = make_card()
     on_card = OnCard(monkeypatch, fake, gauge, factor=1)
     on_card.leak = 100 * MB
-    monkeypatch.setattr(streaming_model, "_SMALLEST_TILE", 128)
+    monkeypatch.setattr(smaller_plans, "SMALLEST_TILE", 128)
     net = make_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(BudgetExceeded, match=r"were held on cuda:0 .*there is no plan with smaller ones"):
@@ -683,7 +683,7 @@ def test_memory_taken_past_the_cap_ends_a_pass_with_its_tile(
         check(limit)
 
     monkeypatch.setattr(CudaLimit, "check", sampled)
-    monkeypatch.setattr(streaming_model, "_SMALLEST_TILE", 64)
+    monkeypatch.setattr(smaller_plans, "SMALLEST_TILE", 64)
     model = StreamingModel(make_net(), BUDGET, tile=64)
     on_card.leak = 3 * GB if direction == "forward" else 0
     run: Callable[[], Any] = lambda: model(torch.randn(SHAPE, dtype=torch.float64))  # noqa: E731

@@ -23,7 +23,7 @@ from streamcnn.ceiling.allocator import set_mmap_threshold
 from streamcnn.ceiling.heap import free_heap_bytes
 from streamcnn.ceiling.process import resident_bytes
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.runtime import streaming_model
+from streamcnn.runtime import smaller_plans
 
 MB = 10**6
 SHAPE = (1, 3, 900, 800)
@@ -120,7 +120,7 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
     """What a plan does that promises too much: in forward, and in backward alone."""
     results = []
     planned = model._plans.plan
-    streaming_model._SMALLEST_TILE = 256  # so that there are no smaller tiles
+    smaller_plans.SMALLEST_TILE = 256  # so that there are no smaller tiles
 
     def optimistic(*args: Any) -> Any:
         found = planned(*args)
@@ -144,7 +144,7 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
             results.append([str(error), identical(before, states_of(model)), soft_limit()])
         finally:
             model._plans.plan = planned
-    streaming_model._SMALLEST_TILE = 32
+    smaller_plans.SMALLEST_TILE = 32
     return results
 
 

@@ -60,7 +60,7 @@ def make_image() -> Tensor:
 
 def make_model(spill: Path | None = None, **options: Any) -> StreamingModel:
     model = StreamingModel(make_net(), tile=16, spill=spill, **options)
-    model._resident_tail = False
+    model.resident_tail = False
     return model
 
 

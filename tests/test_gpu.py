@@ -308,7 +308,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, tier: Tier
 
     monkeypatch.setattr(plan_cache, "make_plan", away)
     model = StreamingModel(net, "3GB", tile=32)
-    model._resident_tail = False
+    model.resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.
     for _ in range(5):
         net.zero_grad()

@@ -910,7 +910,7 @@ def _run(net: nn.Module, image: Tensor, tile: int | None, seed: int) -> tuple[Te
     """Output and image gradient, streamed where a tile is given."""
     model = net if tile is None else StreamingModel(net, tile=tile)
     if isinstance(model, StreamingModel):
-        model._resident_tail = False
+        model.resident_tail = False
     leaf = image.clone().requires_grad_()
     torch.manual_seed(seed)
     output = model(leaf)

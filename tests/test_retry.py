@@ -85,7 +85,7 @@ def undisturbed() -> tuple[dict[str, Tensor], int]:
 def planned() -> tuple[dict[str, Tensor], int]:
     """What an update leaves without a tile of its own, and the bytes that its plan projects."""
     model = StreamingModel(make_net(), "1GiB")
-    model._resident_tail = False
+    model.resident_tail = False
     left = update(model)
     projected = model.plan(SHAPE, torch.float64).projected_bytes
     return {name: value.clone() for name, value in left.items()}, projected
@@ -114,7 +114,7 @@ def test_without_a_tile_of_its_own_it_is_planned_for_less(
     refused = RefusedOnce(at)
     monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
     model = StreamingModel(make_net(), "1GiB")
-    model._resident_tail = False
+    model.resident_tail = False
     found = update(model)
     assert model.last_report is not None
     assert model.last_report.num_retries == 1
@@ -127,7 +127,7 @@ def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatc
     refused = RefusedOnce(5)
     monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
     model = StreamingModel(make_net(), "1GiB", tile=tile)
-    model._resident_tail = False
+    model.resident_tail = False
     wanted = model.plan(SHAPE, torch.float64)
     with torch.no_grad():
         model(torch.zeros(SHAPE, dtype=torch.float64))
@@ -181,7 +181,7 @@ def test_where_code_was_not_looked_for_it_is_begun_as_before(
 
 def test_what_did_not_go_through_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     model = StreamingModel(make_net(), "1GiB")
-    model._resident_tail = False
+    model.resident_tail = False
     wanted = model.plan(SHAPE, torch.float64)
     with monkeypatch.context() as patch:
         refused = RefusedOnce(3, always=True)
@@ -244,14 +244,14 @@ def test_another_resident_tail_is_no_matter(
     net = TwoOutputs().double()
     image = torch.randn(SHAPE, dtype=torch.float64)
     model = StreamingModel(net, "1GiB", tile=64)
-    model._resident_tail = tails[0]
+    model.resident_tail = tails[0]
     refused = RefusedOnce(at)
 
     def evaluate(run: TileRun, *args: Any) -> Tensor:
         try:
             return refused(run, *args)
         except MemoryError:
-            model._resident_tail = tails[1]
+            model.resident_tail = tails[1]
             raise
 
     monkeypatch.setattr(TileRun, "_evaluate", evaluate)

@@ -145,6 +145,6 @@ def test_dead_folders_take_no_room_from_a_plan(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(streamed_pass, "free_bytes", lambda spill: 0 if (tmp_path / name).exists() else 2**40)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3))
     model = StreamingModel(net, tile=16, spill=tmp_path)
-    model._resident_tail = False
+    model.resident_tail = False
     model(torch.ones(1, 1, 40, 40)).sum().backward()
     assert names(tmp_path) == set()

@@ -69,7 +69,7 @@ def streamed_and_plain(**options: Any) -> tuple[StreamingModel, nn.Module]:
     net = make_net()
     plain = copy.deepcopy(net)
     model = StreamingModel(net, tile=TILE, **options)
-    model._resident_tail = False
+    model.resident_tail = False
     return model, plain
 
 
@@ -366,7 +366,7 @@ def test_autocast_is_as_close_to_exact_as_plain_autocast(dtype: torch.dtype) -> 
     reference = everything(exact, make_image())
     plain = make_net().float()
     model = StreamingModel(make_net().float(), tile=TILE)
-    model._resident_tail = False
+    model.resident_tail = False
     image = make_image().to(dtype)
     results = []
     for module in (model, plain):
@@ -684,7 +684,7 @@ def test_maps_on_disk_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = everything(model, make_image())
     monkeypatch.undo()
     in_memory = StreamingModel(twin, tile=TILE)
-    in_memory._resident_tail = False
+    in_memory.resident_tail = False
     assert {store.tier for store in in_memory.plan(SHAPE).stores.values()} == {Tier.MEMORY}
     expected = everything(in_memory, make_image())
     largest = max(float(value.norm()) for value in expected.values())
