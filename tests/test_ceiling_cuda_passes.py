@@ -10,13 +10,14 @@ import torch
 from fake_cuda import CONTEXT, FakeCuda
 from fake_nvml import Device, FakeNvml, NVMLError_NotSupported
 from made_up_card import BUDGET, CAP, GB, GPU, MB, make_card, sampling_threads
+from tile_operators import Evaluate, around_operators
 from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling.cuda import MARGIN_BYTES, CudaCeiling, CudaLimit
 from streamcnn.ceiling.gauge import Gauge
 from streamcnn.ceiling.nvml import Nvml
-from streamcnn.execution.interpreter import TileRun
+from streamcnn.ceiling.sampler import INTERVAL
 from streamcnn.runtime import machines, smaller_plans, streamed_pass
 
 SHAPE = (1, 3, 300, 280)
@@ -44,24 +45,34 @@ def make_net() -> nn.Sequential:
 class OnCard:
     """Has a model's operators take memory of a made-up card while they run, a multiple of their tile's."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fake: FakeCuda, gauge: Gauge, factor: int) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fake: FakeCuda,
+        gauge: Gauge,
+        factor: int,
+        *,
+        interval: float = INTERVAL,
+    ) -> None:
+        """``interval`` is the seconds between samples of the card."""
         self.fake = fake
         self.factor = factor
         self.leak = 0
         self.calls = 0
-        evaluate = TileRun._evaluate
 
-        def evaluated(run: TileRun, *args: Any) -> Tensor:
+        def evaluated(evaluate: Evaluate) -> Tensor:
             self.calls += 1
-            value = evaluate(run, *args)
+            value = evaluate()
             nbytes = value.nbytes * self.factor
             fake.allocate(nbytes)
             fake.free(nbytes)
             fake.grow(self.leak)
             return value
 
-        monkeypatch.setattr(TileRun, "_evaluate", evaluated)
-        monkeypatch.setattr(streamed_pass, "ceiling_for", lambda device, *, counted: CudaCeiling(gauge))
+        around_operators(monkeypatch, evaluated)
+        monkeypatch.setattr(
+            streamed_pass, "ceiling_for", lambda device, *, counted: CudaCeiling(gauge, interval=interval)
+        )
         monkeypatch.setattr(machines, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes())
 
 
@@ -139,17 +150,12 @@ def test_memory_found_at_the_end_leads_to_the_same_result(monkeypatch: pytest.Mo
     expected = update(StreamingModel(make_net(), tile=128))
     state = torch.get_rng_state()
     fake, gauge = make_card()
-    on_card = OnCard(monkeypatch, fake, gauge, factor=1)
-
-    def rarely(ceiling: CudaCeiling, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
-        ceiling._limit = CudaLimit(gauge, budget, interval=1000)
-        return ceiling._limit
+    on_card = OnCard(monkeypatch, fake, gauge, factor=1, interval=1000)
 
     def emptied() -> None:
         on_card.leak, fake.cached = 0, 0
         fake.grow(CONTEXT - fake.overhead)
 
-    monkeypatch.setattr(CudaCeiling, "limit", rarely)
     monkeypatch.setattr(fake, "empty_cache", emptied)
     on_card.leak = BUDGET
     model = StreamingModel(make_net(), BUDGET, tile=128)
@@ -184,7 +190,7 @@ def test_memory_taken_past_the_cap_ends_a_pass_with_its_tile(
     check = CudaLimit.check
 
     def sampled(limit: CudaLimit) -> None:
-        limit._sampler.sample()
+        limit.sample()
         check(limit)
 
     monkeypatch.setattr(CudaLimit, "check", sampled)

@@ -52,7 +52,7 @@ class TestSampler:
 
         def run() -> None:
             with Sampler(read, 0.001) as sampler:
-                wait_until(lambda: sampler._error is not None)
+                wait_until(lambda: sampler.thread is not None and not sampler.thread.is_alive())
                 raise ValueError("mine")
 
         with pytest.raises(ValueError, match="mine"):
@@ -80,7 +80,7 @@ class TestSampler:
         assert sampler.peak == Reading(5, Source.OWN_PROCESS)
 
     def test_samples_stay_few_and_even(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("streamcnn.ceiling.sampler._MOST_SAMPLES", 8)
+        monkeypatch.setattr("streamcnn.ceiling.sampler.MOST_SAMPLES", 8)
         values = iter(range(1, 1000))
         sampler = Sampler(lambda: Reading(next(values), Source.OWN_PROCESS))
         for _ in range(100):
@@ -104,15 +104,15 @@ class TestProcess:
 
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> Any:
-        monkeypatch.setattr(cuda, "_idle", {})
-        cuda._gauge.cache_clear()
+        monkeypatch.setattr(cuda, "idle_bytes", {})
+        cuda.gauge_of.cache_clear()
         yield
-        cuda._gauge.cache_clear()
+        cuda.gauge_of.cache_clear()
 
     def test_idle_is_noted_until_there_is_a_context(self, monkeypatch: pytest.MonkeyPatch) -> None:
         card, fake = Device("GPU-aaaa", used=3 * GB), FakeCuda()
         session = Nvml.open(FakeNvml(card))
-        monkeypatch.setattr(cuda, "_session", lambda: session)
+        monkeypatch.setattr(cuda, "nvml_session", lambda: session)
         fake.initialised = False
         cuda.record_idle_memory(cuda=fake)
         card.used = 4 * GB
@@ -120,7 +120,7 @@ class TestProcess:
         fake.initialised = True
         card.used = 9 * GB
         cuda.record_idle_memory(cuda=fake)
-        assert cuda._idle == {"GPU-aaaa": 4 * GB}
+        assert cuda.idle_bytes == {"GPU-aaaa": 4 * GB}
 
     def test_a_model_notes_it_before_it_moves(self, monkeypatch: pytest.MonkeyPatch) -> None:
         order: list[str] = []
@@ -131,7 +131,7 @@ class TestProcess:
 
     def test_libraries_are_loaded_once_and_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fake, order = FakeCuda(), []
-        monkeypatch.setattr(cuda, "_session", lambda: None)
+        monkeypatch.setattr(cuda, "nvml_session", lambda: None)
         monkeypatch.setattr(cuda, "warm_up", lambda device: order.append(device))
         monkeypatch.setattr(cuda, "Gauge", lambda device, nvml, idle: Gauge(device, nvml, idle, cuda=fake))
         assert device.reserved_bytes(GPU) >= CONTEXT + MARGIN_BYTES

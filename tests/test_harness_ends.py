@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 from typer.testing import CliRunner
 
 from benchmarks import record as records
-from benchmarks.__main__ import Deadline, OutOfTime, _ended, _in_a_process, app, end_with
+from benchmarks.__main__ import app
 from benchmarks.harness.images import generated
+from benchmarks.harness.processes import Deadline, OutOfTime, end_with, run_row_in_process, run_to_end
 from benchmarks.harness.results import Key, read
 from benchmarks.harness.row import SAVED
 from benchmarks.harness.scales import SCALES
@@ -33,7 +34,7 @@ TINY = SCALES["tiny"]
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process")
 def test_a_row_ends_with_the_command_that_started_it() -> None:
     row = (
-        "import os, sys, time; from benchmarks.__main__ import end_with\n"
+        "import os, sys, time; from benchmarks.harness.processes import end_with\n"
         "end_with(int(sys.argv[1])); print('begun', flush=True); time.sleep(99); print('outlived')"
     )
     command = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {row!r}, str(os.getpid())])"
@@ -79,7 +80,7 @@ class TestTheEndOfTime:
             """
         ready, status = tmp_path / "ready", "0" if "save" in on_sigterm else "1"
         command = [sys.executable, "-c", textwrap.dedent(code), str(ready), status]
-        return _ended(command, Once(ready) if sleep else Deadline(None))
+        return run_to_end(command, Once(ready) if sleep else Deadline(None))
 
     def test_a_row_that_is_done_before_is_left_alone(self, tmp_path: Path) -> None:
         assert self.ended(tmp_path, "save", sleep=0).stdout == ""
@@ -96,7 +97,7 @@ class TestTheEndOfTime:
         assert self.ended(tmp_path, "lambda *_: sys.exit(3)").returncode == 3
 
     def test_a_row_that_does_not_end_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("benchmarks.__main__._SECONDS_TO_SAVE", 0.2)
+        monkeypatch.setattr("benchmarks.harness.processes.SECONDS_TO_SAVE", 0.2)
         started = time.monotonic()
         with pytest.raises(OutOfTime):
             self.ended(tmp_path, "signal.SIG_IGN")
@@ -110,14 +111,14 @@ class TestTheEndOfTime:
             monkeypatch.setattr(Deadline, "seconds_left", 0.0 if time_is_over else 9.0)
             return subprocess.CompletedProcess(command, 0, saved, "")
 
-        monkeypatch.setattr("benchmarks.__main__._ended", end)
+        monkeypatch.setattr("benchmarks.harness.processes.run_to_end", end)
         time_is_over = True
         with pytest.raises(OutOfTime):
-            _in_a_process(key, tmp_path, tmp_path, Deadline(9))
+            run_row_in_process(key, tmp_path, tmp_path, Deadline(9))
         # Somebody else asked for it.
         monkeypatch.setattr(Deadline, "seconds_left", 9.0)
         time_is_over = False
-        assert _in_a_process(key, tmp_path, tmp_path, Deadline(9))["outcome"] == "failed"
+        assert run_row_in_process(key, tmp_path, tmp_path, Deadline(9))["outcome"] == "failed"
 
     def test_images_that_are_made_by_then_are_kept(self, tmp_path: Path) -> None:
         scale = dataclasses.replace(TINY, num_train=30, num_test=2)
@@ -165,7 +166,7 @@ class TestTheEndOfTime:
             assert result.output.endswith("the same command goes on\n") == (len(read("tiny")) < 2)
             return [line["method"] for line in read("tiny")]
 
-        monkeypatch.setattr("benchmarks.__main__._in_a_process", row)
+        monkeypatch.setattr("benchmarks.__main__.run_row_in_process", row)
         refused = {"outcome": "refused", "reason": "too large"}
         assert run(0) == []
         assert not (tmp_path / "tiny" / "images" / "complete.json").exists()
@@ -194,8 +195,8 @@ def test_a_row_saves_at_the_ctrl_c_of_a_terminal(tmp_path: Path) -> None:
     row = [sys.executable, "-c", ROW, str(tmp_path / "row")]
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from benchmarks.__main__ import Deadline, _ended\n"
-        f"_ended({row!r}, Deadline(None))"
+        "from benchmarks.harness.processes import Deadline, run_to_end\n"
+        f"run_to_end({row!r}, Deadline(None))"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:

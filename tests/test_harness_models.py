@@ -143,7 +143,7 @@ def test_patchgd_learns_through_the_sampled_patches_alone() -> None:
     sources = [TensorSource(torch.rand(1, 40, 40)) for _ in range(2)]
     model.train()
     model.begin(sources)
-    before = model._filled
+    before = model.filled
     assert before is not None
     assert before.shape == (2, 16, 3)
     with torch.no_grad():
@@ -153,9 +153,9 @@ def test_patchgd_learns_through_the_sampled_patches_alone() -> None:
         model(sources).sum().backward()
         assert model.net.weight.grad is not None
         # A quarter of 16 patches each time; what was put in stays for the next inner step.
-        assert (model._filled != before).any(2).sum(1).tolist() == [4 * step, 4 * step]
+        assert (model.filled != before).any(2).sum(1).tolist() == [4 * step, 4 * step]
     assert model.num_inner_steps == 4
-    assert torch.allclose(model._filled, 2 * before)
+    assert torch.allclose(model.filled, 2 * before)
     assert model.eval()(sources).shape == (2, 2)
 
 

@@ -17,10 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import record as records
-from benchmarks.__main__ import Deadline, _in_a_process, app
+from benchmarks.__main__ import app
 from benchmarks.harness.attempts import Attempts, Refused
 from benchmarks.harness.batch_search import Fit, without_single
 from benchmarks.harness.costs import Costs
+from benchmarks.harness.processes import Deadline, run_row_in_process
 from benchmarks.harness.results import Key, done, read, record
 from benchmarks.harness.row import AGAIN, SAVED
 from streamcnn.data.tile_store import TileStore
@@ -177,8 +178,8 @@ class TestARowThatALibraryEnds:
                 Attempts(folder).begin(tried)
             return subprocess.CompletedProcess(command, code, words if code == 0 else "", words)
 
-        monkeypatch.setattr("benchmarks.__main__._ended", process)
-        found = _in_a_process(key, folder, folder, Deadline(None))
+        monkeypatch.setattr("benchmarks.harness.processes.run_to_end", process)
+        found = run_row_in_process(key, folder, folder, Deadline(None))
         assert not left
         return found
 

@@ -136,7 +136,7 @@ def test_what_is_no_file_has_no_fingerprint(tmp_path: Path, make: Callable[[Path
 
 
 def test_digits_that_inflate_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamcnn.data.ultramnist.idx._MOST_BYTES", 10_000)
+    monkeypatch.setattr("streamcnn.data.ultramnist.idx.MOST_BYTES", 10_000)
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         (tmp_path / name).write_bytes(gzip.compress(bytes(10_001)))
     with pytest.raises(CorruptImage, match=r"gz holds more than 10000 bytes"):

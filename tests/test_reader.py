@@ -49,7 +49,7 @@ def test_for_a_gpu_the_region_read_last_is_kept(monkeypatch: pytest.MonkeyPatch)
     other = Region(Interval(0, 3), Interval(0, 4))
     for keeps, expected in ((False, [REGION] * 4 + [other] * 2), (True, [REGION] * 2 + [other] * 2)):
         reader = BatchReader(sources, CPU)
-        reader._keeps_last = keeps
+        reader.keeps_last = keeps
         read.clear()
         for _ in range(2):
             assert torch.equal(reader.read(REGION), PART)

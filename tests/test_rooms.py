@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tile_operators import RefusedOnce, around_operators
 from torch import nn
 
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import rooms
 from streamcnn.ceiling.rooms import Room, host_room
-from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime import smaller_plans
 
 MIB = 2**20
@@ -137,10 +137,7 @@ def test_a_refused_pass_names_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(smaller_plans, "SMALLEST_TILE", 64)
     limited(monkeypatch, tmp_path, 1500 * MIB)
 
-    def refuse(*args: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(TileRun, "_evaluate", refuse)
+    around_operators(monkeypatch, RefusedOnce(1, always=True))
     with pytest.raises(BudgetExceeded, match="a larger budget= does not help, since the memory limit of"):
         model(torch.randn(SHAPE))
 

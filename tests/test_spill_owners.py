@@ -130,7 +130,7 @@ def test_without_proc_no_owner_is_known_and_nothing_goes(
 ) -> None:
     process, name = start(tmp_path, "os._exit(0)")
     process.wait()
-    monkeypatch.setattr(owners, "_PROC", tmp_path / "missing")
+    monkeypatch.setattr(owners, "PROC", tmp_path / "missing")
     with SpillFolder(tmp_path) as spill:
         assert names(tmp_path) == {name, spill.path.name}
         assert Owner.of(spill.path.name) is None

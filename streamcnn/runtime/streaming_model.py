@@ -162,7 +162,7 @@ class StreamingModel(ModuleFacade):
             size, dtype, reading = reader.shape, dtype or reader.dtype, reader.reading
         else:
             size, reading = cast("tuple[int, int, int, int]", shape), NO_READING
-        planned = self._planned(
+        planned = self.planned(
             size,
             dtype or module_dtype(self.net),
             image_gradient=False,
@@ -187,7 +187,7 @@ class StreamingModel(ModuleFacade):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        planned = self._planned(
+        planned = self.planned(
             shape,
             module_dtype(self.net),
             image_gradient=False,
@@ -197,7 +197,7 @@ class StreamingModel(ModuleFacade):
         )
         return planned.plan
 
-    def _planned(
+    def planned(
         self,
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
@@ -208,7 +208,26 @@ class StreamingModel(ModuleFacade):
         machine: Machine | None = None,
         reading: BatchCost = NO_READING,
     ) -> Planned:
-        """The plan of a call that ends where it would be carried out."""
+        """What was captured of a call, and the plan for it; the call ends where that would be carried out.
+
+        Parameters
+        ----------
+        shape, dtype
+            Of the image (N, C, H, W).
+        image_gradient
+            Whether the image requires a gradient.
+        inputs, named
+            What else goes into the module after the image, in order and by name.
+        machine
+            Where it would be carried out; ``None`` for here.
+        reading
+            What reading the image takes.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the module cannot be captured at this shape.
+        """
         device = self._device()
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
