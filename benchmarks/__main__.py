@@ -7,16 +7,10 @@ python -m benchmarks table --scale paper
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,13 +20,15 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from benchmarks.harness.catalogue import load_methods
 from benchmarks.harness.images import fingerprint_of, generated
-from benchmarks.harness.method import Method, load_methods
+from benchmarks.harness.method import Method, TrainedMethod
+from benchmarks.harness.processes import Deadline, OutOfTime, end_with, run_row_in_process
 from benchmarks.harness.results import Key, done, record
-from benchmarks.harness.row import AGAIN, SAVED, Attempts, Task
 from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
+from benchmarks.harness.task import Task
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
@@ -46,11 +42,6 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
 Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
 WORK = Path("benchmark-runs")
-_SECONDS_TO_SAVE = 30
-"""For a row that is out of time: the present update or validation batch, and saving."""
-_PR_SET_PDEATHSIG = 1
-_CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)
-"""How libraries end the process where memory is refused them."""
 
 
 @app.command()
@@ -91,7 +82,7 @@ def run(
         for seed, method in itertools.product(numbers, chosen):
             start = pretrained and method.has_weights
             key = Key(size.name, budget_bytes, method.name, seed, start, device, fingerprint)
-            if not method.runs:
+            if not isinstance(method, TrainedMethod):
                 if methods:
                     console.print(f"{method.name} is not run: {method.note}", highlight=False)
                 continue
@@ -100,7 +91,7 @@ def run(
             folder = work / size.name / _folder_of(key)
             if again:
                 shutil.rmtree(folder, ignore_errors=True)
-            found = _in_a_process(key, work / size.name, folder, deadline)
+            found = run_row_in_process(key, work / size.name, folder, deadline)
             record(key, found, "python -m benchmarks " + " ".join(sys.argv[1:]))
             console.print(as_text(_line(method, seed, found)), soft_wrap=True, highlight=False)
     except OutOfTime:
@@ -117,9 +108,7 @@ def methods() -> None:
         table.add_column(column)
     for method in load_methods().values():
         published = (method.published.get(column, "") for column in PAPER_TABLES["Table 1"])
-        table.add_row(
-            method.name, method.kind.value, method.family, method.input_text, *published, method.note
-        )
+        table.add_row(method.name, method.kind, method.family, method.input_text, *published, method.note)
     Console().print(table)
 
 
@@ -138,49 +127,22 @@ def row(key: str, scale_folder: Path, folder: Path, parent: int) -> None:
     """One method in this process; what was found as JSON on the last line."""
     end_with(parent)
     known = Key(**json.loads(key))
+    method = load_methods()[known.method]
+    assert isinstance(method, TrainedMethod)
     found = run_row(
+        method,
         Task(
-            method=load_methods()[known.method],
             scale=SCALES[known.scale],
             budget=known.budget,
             seed=known.seed,
             pretrained=known.pretrained,
             device=known.device,
-            images=scale_folder / "images",
+            store=TileStore(scale_folder / "images"),
             shrunk=scale_folder / "shrunk" / known.images,
             folder=folder,
-        )
+        ),
     )
     print(json.dumps(found))
-
-
-def end_with(parent: int) -> None:
-    """Have SIGTERM sent to this process when its parent is gone, so that it saves and ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            raise SystemExit("the process that started this one is gone")
-
-
-class OutOfTime(Exception):
-    """The command was given so many seconds, and they are over."""
-
-
-class Deadline:
-    """The end of the seconds that a command was given; None is no end."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Not below 0; None if there is no end."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
-
-    def check(self) -> None:
-        """Raise `OutOfTime` if it is past."""
-        if self.seconds_left == 0:
-            raise OutOfTime
 
 
 def _generated(
@@ -208,73 +170,6 @@ def _folder_of(key: Key) -> str:
     """Where a row keeps its checkpoints, apart from those of all other rows."""
     start = "pretrained" if key.pretrained else "random"
     return f"{key.method}-{key.budget}-{key.seed}-{start}-{key.device}-{key.images}"
-
-
-def _in_a_process(key: Key, scale_folder: Path, folder: Path, deadline: Deadline) -> dict[str, Any]:
-    """What the row's process found; where it failed, its last words.
-
-    A library that is refused memory on the CPU may end the process. What was tried then counts as refused,
-    and the row goes on in another process.
-
-    Raises
-    ------
-    OutOfTime
-        If the time is over before the row is done.
-    """
-    Attempts(folder).forget_last()
-    arguments = ("row", json.dumps(key.to_dict()), str(scale_folder), str(folder), str(os.getpid()))
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    while True:
-        deadline.check()
-        process = _ended(command, deadline)
-        if process.returncode == 0:
-            found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-            if found["outcome"] == AGAIN:
-                continue
-            if found["outcome"] == SAVED:
-                deadline.check()
-                return {**found, "outcome": "failed"}
-            return found
-        print(process.stderr, file=sys.stderr)
-        words = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-        if key.device == "cpu" and -process.returncode in _CRASHES:
-            signal_name = signal.Signals(-process.returncode).name
-            if Attempts(folder).refuse_last(f"a library ended the process: {signal_name}, {words[-1]}"):
-                continue
-        return {"outcome": "failed", "reason": words[-1]}
-
-
-def _ended(command: list[str], deadline: Deadline) -> subprocess.CompletedProcess[str]:
-    """A process that has run to its end, which it is asked to come to when time is over.
-
-    Raises
-    ------
-    OutOfTime
-        If it was ended where it had nothing to save, or takes too long.
-    KeyboardInterrupt
-        If a signal asked this process to end, when the row has saved; at a second one at once.
-    """
-    pipe = subprocess.PIPE
-    # Apart from the terminal, whose Ctrl-C would be a second signal to a row, and end it before it has saved.
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
-        try:
-            try:
-                out, words = process.communicate(timeout=deadline.seconds_left)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                out, words = process.communicate(timeout=_SECONDS_TO_SAVE)
-                if process.returncode in (-signal.SIGTERM, BY_SIGNAL + signal.SIGTERM):
-                    raise OutOfTime from None
-            except KeyboardInterrupt:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=_SECONDS_TO_SAVE)
-                raise
-        except subprocess.TimeoutExpired:
-            raise OutOfTime from None
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(command, process.returncode, out, words)
 
 
 def _line(method: Method, seed: int, found: dict[str, Any]) -> str:

@@ -111,7 +111,7 @@ def verify(
     for module in dropped:
         module.p = 0.0
     streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
-    streamed._resident_tail = False
+    streamed.resident_tail = False
     device = streamed._device()
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda given: _cast(given.to(device), dtype), (tuple(inputs), dict(named_inputs or {}))
@@ -121,8 +121,8 @@ def verify(
         expected, found = (_everything(model, call.fresh(), seed) for model in (plain, streamed))
         # That of the pass, whose image wants a gradient: another one would have to be captured first.
         again = call.fresh()
-        planned = streamed._planned(shape, dtype, image_gradient=True, inputs=again.args, named=again.kwargs)
-    errors, sizes = _errors(expected, found)
+        planned = streamed.planned(shape, dtype, image_gradient=True, inputs=again.args, named=again.kwargs)
+    errors, sizes = relative_errors(expected, found)
     return Verification(
         errors=errors,
         sizes=sizes,
@@ -199,7 +199,7 @@ def _leaves(model: nn.Module, call: _Call) -> dict[str, Tensor]:
     return found
 
 
-def _errors(
+def relative_errors(
     expected: Mapping[str, Mapping[str, Tensor]], found: Mapping[str, Mapping[str, Tensor]]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Errors and sizes of everything that was found."""

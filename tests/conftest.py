@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from streamcnn import cli
+from streamcnn.data.tile_store import TileStore
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
@@ -48,6 +49,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
+    """The benchmark's images at its smallest scale."""
+    from benchmarks.harness.images import generated
+    from benchmarks.harness.scales import SCALES
+    from streamcnn.data.ultramnist import load_digits
+
+    folder = tmp_path_factory.mktemp("tiny") / "images"
+    return generated(SCALES["tiny"], folder, load_digits("uci"), workers=0)
 
 
 @pytest.fixture

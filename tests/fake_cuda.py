@@ -1,6 +1,6 @@
 """A ``torch.cuda`` without a GPU: what the ceiling uses of it, for a card that a test makes up.
 
-``tests/test_ceiling_cuda.py`` compares its signatures with the real module's.
+``tests/test_ceiling_cuda_process.py`` compares its signatures with the real module's.
 """
 
 from __future__ import annotations

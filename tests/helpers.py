@@ -83,7 +83,7 @@ def _verified(
     # Its own model knows the plan already: to capture it again would take as long as all the rest.
     with patch.object(verification, "StreamingModel", make):
         found = verification.verify(module, shape, tile=tile)
-    return found, made[0]._planned(shape, torch.float64, image_gradient=True).plan.residents
+    return found, made[0].planned(shape, torch.float64, image_gradient=True).plan.residents
 
 
 def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:
@@ -117,8 +117,8 @@ def traced(module: nn.Module, shape: Shape, *, tail: str | None = None) -> tuple
 def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int]) -> tuple[Program, Plan]:
     """The program and plan by which :func:`streamcnn.verify` runs ``module``: no resident tail."""
     model = StreamingModel(copy.deepcopy(module).double(), tile=tile)
-    model._resident_tail = False
-    planned = model._planned(shape, torch.float64, image_gradient=True)
+    model.resident_tail = False
+    planned = model.planned(shape, torch.float64, image_gradient=True)
     return planned.program, planned.plan
 
 

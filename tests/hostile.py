@@ -1,10 +1,11 @@
-"""A small run and a small tile store, made by the program itself, for tests that change their files."""
+"""A small run and a small tile store for tests that change their files, and what may come of such files."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from PIL import Image
 
 from streamcnn import TensorSource
+from streamcnn.data.image_files import find_images
 from streamcnn.data.tile_store import Head, TileStoreWriter, write_image_folder
+from streamcnn.errors import StreamError
 from streamcnn.training import RunConfig, TrainSettings, make_trainer
 
+SIZE = (40, 30)
+"""Of images, in pixels."""
 FACTORY = "hostile_factories:small"
 _MODULE = """
 from torch import nn
@@ -74,3 +79,18 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
     found = json.loads(path.read_text())
     change(found)
     path.write_text(json.dumps(found))
+
+
+@contextmanager
+def refused_or_not() -> Iterator[None]:
+    """Whatever fails is one error of ours, that can be read."""
+    texts = []
+    try:
+        yield
+    except StreamError as error:
+        texts.append(str(error))
+    assert all(0 < len(text) < 1500 for text in texts)
+
+
+def find_images_of(path: Path) -> None:
+    find_images([path])

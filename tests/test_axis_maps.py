@@ -31,7 +31,7 @@ from streamcnn.geometry.axis_maps import (
 )
 from streamcnn.geometry.regions import Interval, Intervals, Region
 from streamcnn.geometry.windows import padded, placed
-from streamcnn.graph.ops.resampling import _bilinear_sources, _nearest_sources
+from streamcnn.graph.ops.resampling import bilinear_sources, nearest_sources
 
 Operator = Callable[[Tensor], Tensor]
 AXES = (2, 3)
@@ -295,7 +295,7 @@ def test_padding_by_the_maps_own_values(before: int, after: int, size: int, mode
 @few
 @given(st.integers(1, 20), sizes)
 def test_nearest_resampling_to_a_size(num_out: int, size: int) -> None:
-    sources = _nearest_sources(num_out, size, None)
+    sources = nearest_sources(num_out, size, None)
 
     def run(x: Tensor) -> Tensor:
         return F.interpolate(x, (1, num_out))
@@ -306,7 +306,7 @@ def test_nearest_resampling_to_a_size(num_out: int, size: int) -> None:
 @few
 @given(st.integers(1, 20), sizes, st.booleans())
 def test_bilinear_resampling_to_a_size(num_out: int, size: int, corners: bool) -> None:
-    first, last, _ = _bilinear_sources(num_out, size, None, corners)
+    first, last, _ = bilinear_sources(num_out, size, None, corners)
 
     def run(x: Tensor) -> Tensor:
         return F.interpolate(x, (1, num_out), mode="bilinear", align_corners=corners)

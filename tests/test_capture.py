@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 def streamed(net: nn.Module, **options: Any) -> StreamingModel:
     model = StreamingModel(net, tile=16, **options)
-    model._resident_tail = False
+    model.resident_tail = False
     return model
 
 
@@ -195,7 +195,7 @@ def test_where_compilation_is_switched_off_each_pass_is_captured() -> None:
 
 
 def test_images_of_ever_new_sizes_do_not_pile_up_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(guards, "MOST_GRAPHS", 2)
     plain, model = pair(Net())
     for height in (20, 21, 22, 20):
         x = torch.randn(1, 3, height, 23, dtype=torch.float64)

@@ -23,7 +23,8 @@ from streamcnn.ceiling.allocator import set_mmap_threshold
 from streamcnn.ceiling.heap import free_heap_bytes
 from streamcnn.ceiling.process import resident_bytes
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.runtime import streaming_model
+from streamcnn.runtime import smaller_plans
+from streamcnn.runtime.plan_cache import PlanCache
 
 MB = 10**6
 SHAPE = (1, 3, 900, 800)
@@ -99,28 +100,28 @@ def within(model: StreamingModel, image: Tensor) -> dict[str, Any]:
 def limit_inside(model: StreamingModel, image: Tensor) -> list[int]:
     """The limit while a tile is computed, and after an error there."""
     seen = []
-    original = TileRun._evaluate
+    original = TileRun.evaluate
 
     def stop(*args: Any) -> Tensor:
         seen.append(soft_limit())
         raise KeyError("stop")
 
     loss = model(image).sum()
-    TileRun._evaluate = stop
+    TileRun.evaluate = stop
     for action in (loss.backward, lambda: model(image)):
         try:
             action()
         except KeyError:
             seen.append(soft_limit())
-    TileRun._evaluate = original
+    TileRun.evaluate = original
     return seen
 
 
 def refused(model: StreamingModel, image: Tensor) -> list[Any]:
     """What a plan does that promises too much: in forward, and in backward alone."""
     results = []
-    planned = model._plans.plan
-    streaming_model._SMALLEST_TILE = 256  # so that there are no smaller tiles
+    planned = PlanCache.plan
+    smaller_plans.SMALLEST_TILE = 256  # so that there are no smaller tiles
 
     def optimistic(*args: Any) -> Any:
         found = planned(*args)
@@ -129,12 +130,12 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
 
     for fails_forward in (True, False):
         before = states_of(model)
-        model._plans.plan = optimistic
+        PlanCache.plan = optimistic
         try:
             if fails_forward:
                 model(image)
             else:
-                model._plans.plan = planned
+                PlanCache.plan = planned
                 output = model(image)
                 before = states_of(model)
                 node = output.grad_fn
@@ -143,27 +144,27 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
         except BudgetExceeded as error:
             results.append([str(error), identical(before, states_of(model)), soft_limit()])
         finally:
-            model._plans.plan = planned
-    streaming_model._SMALLEST_TILE = 32
+            PlanCache.plan = planned
+    smaller_plans.SMALLEST_TILE = 32
     return results
 
 
 def retried(model: StreamingModel, image: Tensor, fails_forward: bool) -> dict[str, Any]:
     """A plan that promises too much, refused by the kernel; then smaller tiles."""
-    planned = model._plans.plan
+    planned = PlanCache.plan
     budget = TOO_SMALL
 
     def optimistic(*args: Any) -> Any:
         found = planned(*args)
         # Only at first: what is planned after a refusal is to be right.
-        model._plans.plan = planned
+        PlanCache.plan = planned
         return dataclasses.replace(found, plan=dataclasses.replace(found.plan, budget=budget, terms=()))
 
     model.zero_grad()
     if fails_forward:
-        model._plans.plan = optimistic
+        PlanCache.plan = optimistic
     output = model(image)
-    model._plans.plan = planned
+    PlanCache.plan = planned
     if not fails_forward:
         run = output.grad_fn.run
         run.plan = dataclasses.replace(run.plan, budget=budget)

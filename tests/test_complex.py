@@ -30,7 +30,7 @@ def assert_same_gradients(
     image = torch.randn(shape, dtype=torch.float64)
     twin = copy.deepcopy(net)
     model = StreamingModel(twin, tile=tile)
-    model._resident_tail = False
+    model.resident_tail = False
     results = []
     for module in (net, model):
         leaf = image.clone().requires_grad_()

@@ -115,8 +115,8 @@ def brute_force_recomputation(plan: Plan, program: Program) -> float:
 
 def test_recomputation_is_counted_tile_by_tile() -> None:
     model = StreamingModel(make_net(), tile=16)
-    model._resident_tail = False
-    planned = model._planned(SHAPE, torch.float32, image_gradient=False)
+    model.resident_tail = False
+    planned = model.planned(SHAPE, torch.float32, image_gradient=False)
     expected = brute_force_recomputation(planned.plan, planned.program)
     assert planned.plan.recomputation == pytest.approx(expected, rel=1e-6)
     assert planned.plan.recomputation > 1.05

@@ -37,7 +37,7 @@ def _no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what looks at values, and autocast, which "meta" does not know."""
 
     def read(reader: BatchReader, region: Region) -> Tensor:
-        return reader._stored(region).to(reader.device)
+        return reader.read_stored(region).to(reader.device)
 
     monkeypatch.setattr(BatchReader, "read", read)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())

@@ -17,13 +17,13 @@ from typing import Any
 import pynvml
 import pytest
 import torch
+from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
-from streamcnn.execution.interpreter import TileRun
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
@@ -129,26 +129,12 @@ def device_peak() -> DevicePeak:
         pytest.skip(f"NVML does not tell of this device: {error}")
 
 
-class Refused:
-    """Evaluates operators of tiles, but asks the allocator for more than the budget at some of them."""
-
-    def __init__(self, budget: int, at: int, *, always: bool = False) -> None:
-        self.original = TileRun._evaluate
-        self.budget = budget
-        self.at = at
-        self.always = always
-        self.calls = 0
-
-    def __call__(self, run: TileRun, *args: Any) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at or (self.always and self.calls > self.at):
-            torch.empty(self.budget, dtype=torch.uint8, device=GPU)
-        return self.original(run, *args)
-
-
-def refuse(monkeypatch: pytest.MonkeyPatch, budget: int, at: int, *, always: bool = False) -> Refused:
-    refused = Refused(budget, at, always=always)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+def refuse(monkeypatch: pytest.MonkeyPatch, budget: int, at: int, *, always: bool = False) -> RefusedOnce:
+    """Have an operator ask the allocator for more than the budget."""
+    refused = RefusedOnce(
+        at, always=always, refuse=lambda: torch.empty(budget, dtype=torch.uint8, device=GPU)
+    )
+    around_operators(monkeypatch, refused)
     return refused
 
 
@@ -234,7 +220,7 @@ def test_resnet50_at_4000_pixels_under_11_gb(device_peak: DevicePeak) -> None:
 
 
 def test_nvml_knows_the_device_that_pytorch_computes_on(device_peak: DevicePeak) -> None:
-    gauge = cuda_ceiling(GPU)._gauge
+    gauge = cuda_ceiling(GPU).gauge
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved(GPU)
     before = gauge.read()
@@ -252,7 +238,7 @@ def test_nvml_knows_the_device_that_pytorch_computes_on(device_peak: DevicePeak)
 
 def test_the_cap_is_the_budget_less_overhead_and_margin() -> None:
     ceiling = cuda_ceiling(GPU)
-    overhead = ceiling._gauge.overhead().nbytes
+    overhead = ceiling.gauge.overhead().nbytes
     with ceiling.limit(overhead + MARGIN_BYTES + GB):
         kept = torch.empty(9 * GB // 10, dtype=torch.uint8, device=GPU)
         with pytest.raises(torch.OutOfMemoryError):
@@ -264,15 +250,14 @@ def test_the_cap_is_the_budget_less_overhead_and_margin() -> None:
 def test_the_device_of_the_model_is_the_one_that_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     second = torch.device("cuda:1")
     seen: list[tuple[float, float]] = []
-    evaluate = TileRun._evaluate
 
-    def watched(run: TileRun, *args: Any) -> Tensor:
+    def watched(evaluate: Evaluate) -> Tensor:
         seen.append(
             (torch.cuda.get_per_process_memory_fraction(0), torch.cuda.get_per_process_memory_fraction(1))
         )
-        return evaluate(run, *args)
+        return evaluate()
 
-    monkeypatch.setattr(TileRun, "_evaluate", watched)
+    around_operators(monkeypatch, watched)
     before = torch.cuda.get_per_process_memory_fraction(0)
     update(StreamingModel(make_net(), "3GB", tile=64, device=second), torch.randn(SHAPE))
     assert {first for first, _ in seen} == {before}
@@ -308,7 +293,7 @@ def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, tier: Tier
 
     monkeypatch.setattr(plan_cache, "make_plan", away)
     model = StreamingModel(net, "3GB", tile=32)
-    model._resident_tail = False
+    model.resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.
     for _ in range(5):
         net.zero_grad()

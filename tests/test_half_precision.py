@@ -76,7 +76,7 @@ def assert_as_exact_as_plain(
     true = _pass(copy.deepcopy(low).double(), image.double())
     streamed = copy.deepcopy(low)
     model = StreamingModel(streamed, tile=TILE)
-    model._resident_tail = False
+    model.resident_tail = False
     plain = _errors(_pass(low, image, casts), true)
     found = _pass(model, image, casts)
     assert max(phase.num_tiles for phase in model.plan(SHAPE, dtype).phases) > 1

@@ -1,17 +1,12 @@
-"""Images that somebody made to do harm: no memory is taken, no other file is opened, and nothing waits."""
+"""TIFF files that are damaged or hostile: refused, with bounded memory."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +14,25 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-import torch
 import zarr
-from PIL import Image
+from hostile import SIZE, find_images_of, refused_or_not
 from source_contract import pixels, region
 
-from streamcnn.data.file_dataset import open_dataset, open_table
-from streamcnn.data.fingerprints import fingerprint
 from streamcnn.data.image_files import find_images
 from streamcnn.data.sources import (
-    ArraySource,
-    PictureSource,
-    SlideSource,
     TiffSource,
     ZarrSource,
-    is_image,
     open_image,
-    write_zarr_image,
 )
 from streamcnn.data.sources.picture_heads import picture_size
 from streamcnn.data.sources.tiff_bounds import check_micromanager
 from streamcnn.data.sources.tiff_series import tiff_series
-from streamcnn.data.ultramnist import load_digits
-from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
-
-_SIZE = (40, 30)
-
-
-# --- TIFF ------------------------------------------------------------------------------------------------
+from streamcnn.errors import CorruptImage, DatasetMismatch
 
 
 def ome(parts: str = "<TiffData/>", **sizes: object) -> str:
     """OME-XML of one image."""
-    known = {"SizeC": 1, "SizeT": 1, "SizeZ": 1, "SizeX": _SIZE[1], "SizeY": _SIZE[0], **sizes}
+    known = {"SizeC": 1, "SizeT": 1, "SizeZ": 1, "SizeX": SIZE[1], "SizeY": SIZE[0], **sizes}
     attributes = " ".join(f'{key}="{value}"' for key, value in known.items())
     return (
         '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels '
@@ -61,7 +42,7 @@ def ome(parts: str = "<TiffData/>", **sizes: object) -> str:
 
 def write_ome(folder: Path, text: str) -> Path:
     path = folder / "a.tif"
-    image = pixels(1, size=_SIZE)[0]
+    image = pixels(1, size=SIZE)[0]
     tifffile.imwrite(path, image, description=text, metadata=None, tile=(16, 16))
     return path
 
@@ -100,7 +81,7 @@ def test_a_tiff_that_tells_of_more_planes_than_can_be_is_refused(
 )
 def test_a_tiff_with_damaged_numbers_is_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "a.tif"
-    image = pixels(1, size=_SIZE)[0]
+    image = pixels(1, size=SIZE)[0]
     tifffile.imwrite(path, image, description=text.encode(), metadata=None, tile=(16, 16))
     with pytest.raises(CorruptImage, match=said):
         TiffSource(path)
@@ -117,7 +98,7 @@ XML_BOMBS = [
 def test_xml_that_grows_without_end_is_read_no_further(tmp_path: Path, text: str) -> None:
     tiff = tmp_path / "tiff" / "a.tif"
     tiff.parent.mkdir()
-    tifffile.imwrite(tiff, pixels(1, size=_SIZE)[0], description=text, metadata=None, tile=(16, 16))
+    tifffile.imwrite(tiff, pixels(1, size=SIZE)[0], description=text, metadata=None, tile=(16, 16))
     raw = tmp_path / "raw"
     group = zarr.create_group(raw, zarr_format=2)
     group.attrs["bioformats2raw.layout"] = 3
@@ -137,7 +118,7 @@ def test_xml_that_grows_without_end_is_read_no_further(tmp_path: Path, text: str
 def test_a_tiff_that_goes_on_in_another_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder, elsewhere = tmp_path / "folder", tmp_path
     folder.mkdir()
-    tifffile.imwrite(elsewhere / "b.tif", pixels(1, size=_SIZE)[0])
+    tifffile.imwrite(elsewhere / "b.tif", pixels(1, size=SIZE)[0])
     part = (
         f'<TiffData IFD="0"><UUID FileName="{name.format(elsewhere=elsewhere)}">urn:uuid:1</UUID></TiffData>'
     )
@@ -171,7 +152,7 @@ def test_an_ndtiff_that_goes_on_elsewhere_or_in_a_pipe_is_refused(tmp_path: Path
     folder = tmp_path / "folder"
     folder.mkdir()
     path = folder / "a.tif"
-    tifffile.imwrite(path, pixels(1, size=_SIZE)[0], metadata=None)
+    tifffile.imwrite(path, pixels(1, size=SIZE)[0], metadata=None)
     os.mkfifo(folder / "b.tif")
     (folder / "NDTiff.index").write_bytes(ndtiff_index("a.tif", name))
     with tifffile.TiffFile(path) as file:
@@ -290,241 +271,3 @@ def test_memory_for_a_hostile_tiff_is_bounded(tmp_path: Path) -> None:
         [sys.executable, "-c", program, path, big], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.split() == ["DatasetMismatch"] * 2
-
-
-READERS = [open_image, TiffSource, PictureSource, ArraySource, SlideSource, tiff_series]
-
-
-# --- what is no file -------------------------------------------------------------------------------------
-
-
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_socket(path: Path) -> None:
-    place = os.open(path.parent, os.O_RDONLY)
-    try:  # a socket's path may have 108 characters at most
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{place}/{path.name}")
-    finally:
-        os.close(place)
-
-
-def make_device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-NO_FILES: list[tuple[Callable[[Path], None], str]] = [
-    (make_pipe, "named pipe"),
-    (make_socket, "socket"),
-    (make_device, "device"),
-]
-
-
-@pytest.mark.parametrize(("make", "what"), NO_FILES)
-@pytest.mark.parametrize(
-    "read", [open_image, is_image, TiffSource, PictureSource, ArraySource, SlideSource, tiff_series]
-)
-def test_what_is_no_file_is_refused_by_every_reader_of_images(
-    tmp_path: Path, make: Callable[[Path], None], what: str, read: Callable[[Path], object]
-) -> None:
-    make(tmp_path / "a.tif")
-    with pytest.raises(CorruptImage, match=rf"a\.tif is a {what}: allowed are files and folders"):
-        read(tmp_path / "a.tif")
-
-
-@pytest.mark.parametrize("read", READERS)
-def test_a_folder_that_is_called_like_an_image_is_refused(
-    tmp_path: Path, read: Callable[[Path], object]
-) -> None:
-    (tmp_path / "x.tif").mkdir()
-    with pytest.raises(CorruptImage, match=r"x\.tif"):
-        read(tmp_path / "x.tif")
-
-
-@pytest.mark.parametrize(("make", "what"), NO_FILES)
-def test_what_is_no_file_is_no_table(tmp_path: Path, make: Callable[[Path], None], what: str) -> None:
-    make(tmp_path / "labels.csv")
-    for read in (open_dataset, lambda path: list(open_table(path))):
-        with pytest.raises(DatasetMismatch, match=r"labels\.csv is no regular file"):
-            read(tmp_path / "labels.csv")
-
-
-@pytest.mark.parametrize(("make", "what"), NO_FILES)
-@pytest.mark.parametrize("name", ["zarr.json", "c/0/0/0"])
-def test_what_is_no_file_is_no_part_of_a_zarr_array(
-    tmp_path: Path, make: Callable[[Path], None], what: str, name: str
-) -> None:
-    write_zarr_image(tmp_path / "a", torch.from_numpy(pixels(size=_SIZE)))
-    (tmp_path / "a" / name).unlink()
-    make(tmp_path / "a" / name)
-    with pytest.raises(CorruptImage, match=f"is a {what}|is no regular file"):
-        ZarrSource(tmp_path / "a", missing_chunks="fill").read(region(0, 9, 0, 9))
-
-
-@pytest.mark.parametrize(("make", "what"), NO_FILES)
-def test_what_is_no_file_stops_no_search_for_images(
-    tmp_path: Path, make: Callable[[Path], None], what: str
-) -> None:
-    """Each is read by another function before it is opened as an image."""
-    for name in ("slide.vms", "raw/zarr.json", "raw/.zattrs", "named/OME/METADATA.ome.xml"):
-        folder = tmp_path / name.replace("/", "_")
-        path = folder / name
-        path.parent.mkdir(parents=True)
-        if name.startswith("named"):
-            attributes = {"bioformats2raw.layout": 3}
-            (folder / "named" / ".zattrs").write_text(json.dumps(attributes))
-            (folder / "named" / "0").mkdir()
-            (folder / "named" / "1").mkdir()
-        make(path)
-        with pytest.raises(StreamError):
-            find_images([folder])
-
-
-@pytest.mark.parametrize(("make", "what"), NO_FILES)
-def test_what_is_no_file_has_no_fingerprint(tmp_path: Path, make: Callable[[Path], None], what: str) -> None:
-    (tmp_path / "a").mkdir()
-    make(tmp_path / "a" / "zarr.json")
-    for path in (tmp_path / "a", tmp_path / "a" / "zarr.json"):
-        with pytest.raises(CorruptImage, match=r"zarr\.json is no regular file"):
-            fingerprint([path])
-
-
-def test_digits_that_inflate_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamcnn.data.ultramnist.idx._MOST_BYTES", 10_000)
-    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
-        (tmp_path / name).write_bytes(gzip.compress(bytes(10_001)))
-    with pytest.raises(CorruptImage, match=r"gz holds more than 10000 bytes"):
-        load_digits(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["../b.jpg", "", "a\0b", "/etc/passwd", "x" * 300])
-def test_a_slide_s_list_of_files_names_none_elsewhere(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder").mkdir()
-    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "b.jpg")
-    path = tmp_path / "folder" / "a.vms"
-    path.write_text(f"[Virtual Microscope Specimen]\nImageFile={name}\nMapFile=map.jpg\n")
-    (found,) = find_images([path])
-    assert (found.path, found.others) == (path, ())
-
-
-# --- zarr ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def image_zarr(tmp_path: Path) -> Path:
-    array = zarr.create_array(tmp_path / "a.zarr", shape=(3, *_SIZE), chunks=(3, 16, 16), dtype="u1")
-    array[:] = pixels(size=_SIZE)
-    return tmp_path / "a.zarr"
-
-
-def sharding(depth: int) -> dict[str, Any]:
-    """Shards in shards in shards."""
-    inner: list[Any] = [{"name": "bytes"}] if depth == 0 else [sharding(depth - 1)]
-    configuration = {"chunk_shape": [3, 16, 16], "codecs": inner, "index_codecs": [{"name": "bytes"}]}
-    return {"name": "sharding_indexed", "configuration": configuration}
-
-
-CRAFTED: list[dict[str, Any]] = [
-    {"dimension_names": 3},
-    {"dimension_names": [1, 2, 3]},
-    {"dimension_names": ["y", ["x"], {}]},
-    {"dimension_names": ["c", "c", "c"]},
-    {"attributes": 3},
-    {"attributes": {"_ARRAY_DIMENSIONS": 7}},
-    {"attributes": {"_ARRAY_DIMENSIONS": [[], {}, None]}},
-    {"attributes": {"ome": []}},
-    {"fill_value": "x"},
-    {"fill_value": 10**30},
-    {"fill_value": None},
-    {"fill_value": [1]},
-    {"codecs": []},
-    {"codecs": 3},
-    {"codecs": [{"name": "bytes"}, {"name": "pickle"}]},
-    {"codecs": [{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {}}]},
-    {"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": "x"}}]},
-    {"codecs": [{"name": "transpose", "configuration": {"order": [0, 0, 0]}}, {"name": "bytes"}]},
-    {"codecs": [sharding(3)]},
-    {"codecs": [sharding(200)]},
-    {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 0, 0]}}},
-    {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [3, 16]}}},
-    {"chunk_grid": {"name": "rectilinear", "configuration": {}}},
-    {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "../"}}},
-    {"chunk_key_encoding": None},
-    {"shape": [3, 40, -1]},
-    {"shape": [3, 2**70, 30]},
-    {"shape": "abc"},
-    {"data_type": {"name": "struct", "configuration": {}}},
-    {"data_type": "uint" + "9" * 5000},
-    {"storage_transformers": [{"name": "x"}]},
-    {"node_type": "group"},
-    {"zarr_format": 99},
-    {"consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {"../x": {}}}},
-]
-
-
-@pytest.mark.parametrize("values", CRAFTED, ids=lambda values: json.dumps(values)[:60])
-def test_crafted_metadata_is_one_clear_error_or_read(image_zarr: Path, values: dict[str, Any]) -> None:
-    path = image_zarr / "zarr.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    for use in (is_image, lambda place: find_images([place]), fingerprint_of, read_corner):
-        with refused_or_not():
-            use(image_zarr)
-
-
-@contextmanager
-def refused_or_not() -> Iterator[None]:
-    """Whatever fails is one error of ours, that can be read."""
-    texts = []
-    try:
-        yield
-    except StreamError as error:
-        texts.append(str(error))
-    assert all(0 < len(text) < 1500 for text in texts)
-
-
-def fingerprint_of(path: Path) -> None:
-    fingerprint([path])
-
-
-def read_corner(path: Path) -> None:
-    ZarrSource(path).read(region(0, 9, 0, 9))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[" * 100_000, '{"zarr_format": 3, "node_type": "array", "a": ' + "[" * 100_000, "\xff", "", "[]", "3"],
-)
-@pytest.mark.parametrize("name", ["zarr.json", ".zattrs", ".zarray", ".zgroup", ".zmetadata"])
-def test_metadata_that_is_no_json_object_is_one_clear_error(tmp_path: Path, name: str, text: str) -> None:
-    folder = tmp_path / "a.zarr"
-    if name == "zarr.json":
-        folder.mkdir()
-    else:
-        group = zarr.create_group(folder, zarr_format=2)
-        group.attrs["multiscales"] = [{"datasets": [{"path": "0"}], "axes": ["c", "y", "x"]}]
-        group.create_array("0", shape=(3, *_SIZE), dtype="u1")[:] = pixels(size=_SIZE)
-    place = folder / "0" / name if name == ".zarray" else folder / name
-    place.write_text(text, encoding="latin-1")
-    for use in (is_image, find_images_of, read_corner):
-        with refused_or_not():
-            use(folder)
-    if name in ("zarr.json", ".zarray"):
-        with pytest.raises(CorruptImage):
-            ZarrSource(folder)
-
-
-def find_images_of(path: Path) -> None:
-    find_images([path])
-
-
-def test_metadata_in_a_zip_file_that_inflates_without_end_is_refused(
-    tmp_path: Path, image_zarr: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("streamcnn.data.sources.places.METADATA_BYTES", 50_000)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("zarr.json", (image_zarr / "zarr.json").read_text() + " " * 50_000)
-    assert (tmp_path / "a.zip").stat().st_size < 2000
-    with pytest.raises(CorruptImage, match=r"zarr\.json has 5[0-9]+ bytes, allowed are 50000"):
-        ZarrSource(tmp_path / "a.zip")

@@ -115,10 +115,10 @@ def test_train_and_predict_show_any_folder(tmp_path: Path, run: Run) -> None:
 
 def test_a_profile_s_table_shows_any_verdict() -> None:
     refused = made(512, **{**REFUSED, "refusal": EVIL})
-    text = shown(lambda console: console.print(profiling._table([refused])))
+    text = shown(lambda console: console.print(profiling.profile_table([refused])))
     assert "[/bold]" in text or "no" in text
     assert not re.search("[\x1b\u202e]", text)
-    assert not re.search("[\x1b\u202e]", shown(lambda c: c.print(as_text(profiling._line(refused)))))
+    assert not re.search("[\x1b\u202e]", shown(lambda c: c.print(as_text(profiling.profile_line(refused)))))
 
 
 def test_a_profile_s_page_and_figures_show_any_model(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_explain() -> None:
 
 def test_explain_of_a_network() -> None:
     model = StreamingModel(make_net(), tile=(32, 24))
-    model._resident_tail = False
+    model.resident_tail = False
     # The bytes and seconds are the models'; here are the words.
     plan = dataclasses.replace(
         model.plan(SHAPE),

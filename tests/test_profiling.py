@@ -125,7 +125,7 @@ def test_the_time_is_the_median_of_the_updates_after_the_first(
     repeats: int, updates: int, factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = iter([(9.0, 50, 1), (2.0, 80, 2), (4.0, 70, 3)][:updates])
-    run = child._refusal
+    run = child.make_update
 
     def update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
         # Each begins as the first did: gradients that are there already would not be new memory.
@@ -141,7 +141,7 @@ def test_the_time_is_the_median_of_the_updates_after_the_first(
         return refusal
 
     write_zarr_image(tmp_path / "image-0.zarr", torch.zeros(3, 40, 40, dtype=torch.uint8))
-    monkeypatch.setattr(child, "_refusal", update)
+    monkeypatch.setattr(child, "make_update", update)
     profile = child.measure(factory, tmp_path, 32, None, repeats)
     assert list(taken) == []
     assert (profile.seconds, profile.measured_bytes) == ((9.0, 50) if repeats == 0 else (3.0, 80))

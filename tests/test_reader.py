@@ -49,7 +49,7 @@ def test_for_a_gpu_the_region_read_last_is_kept(monkeypatch: pytest.MonkeyPatch)
     other = Region(Interval(0, 3), Interval(0, 4))
     for keeps, expected in ((False, [REGION] * 4 + [other] * 2), (True, [REGION] * 2 + [other] * 2)):
         reader = BatchReader(sources, CPU)
-        reader._keeps_last = keeps
+        reader.keeps_last = keeps
         read.clear()
         for _ in range(2):
             assert torch.equal(reader.read(REGION), PART)
@@ -123,7 +123,7 @@ def test_an_image_is_read_under_the_ceiling_alone() -> None:
 
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1))
     model = StreamingModel(net, "1GiB", tile=16)
-    model._resident_tail = False
+    model.resident_tail = False
     model(Watched(torch.rand(3, 40, 40)))
     assert limits
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] not in limits

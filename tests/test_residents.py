@@ -55,7 +55,7 @@ class InTheMiddle(nn.Module):
 
 def plan_of(net: nn.Module, edge: int, *, tail: bool = True) -> Plan:
     model = StreamingModel(net, "8GiB")
-    model._resident_tail = tail
+    model.resident_tail = tail
     return model.plan((1, 3, edge, edge), torch.float32)
 
 

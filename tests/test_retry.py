@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
+from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.device import HostCeiling
-from streamcnn.execution.interpreter import TileRun
 
 SHAPE = (2, 3, 150, 131)
 
@@ -32,22 +31,6 @@ def make_net() -> nn.Module:
         nn.Linear(5, 2),
     )
     return net.double()
-
-
-class RefusedOnce:
-    """Evaluates operators of tiles, and is refused memory at one of them."""
-
-    def __init__(self, at: int, *, always: bool = False) -> None:
-        self.original = TileRun._evaluate
-        self.at = at
-        self.always = always
-        self.calls = 0
-
-    def __call__(self, run: TileRun, *args: Any) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at or (self.always and self.calls > self.at):
-            raise MemoryError("refused")
-        return self.original(run, *args)
 
 
 def update(model: StreamingModel, *, autocast: bool = False) -> dict[str, Tensor]:
@@ -76,7 +59,7 @@ def undisturbed() -> tuple[dict[str, Tensor], int]:
     """What an update of a new net leaves that is refused nothing, and the operators that it evaluates."""
     counter = RefusedOnce(-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TileRun, "_evaluate", lambda run, *args: counter(run, *args))
+        around_operators(patch, counter)
         left = update(StreamingModel(make_net(), "1GiB", tile=64))
     return {name: value.clone() for name, value in left.items()}, counter.calls
 
@@ -85,7 +68,7 @@ def undisturbed() -> tuple[dict[str, Tensor], int]:
 def planned() -> tuple[dict[str, Tensor], int]:
     """What an update leaves without a tile of its own, and the bytes that its plan projects."""
     model = StreamingModel(make_net(), "1GiB")
-    model._resident_tail = False
+    model.resident_tail = False
     left = update(model)
     projected = model.plan(SHAPE, torch.float64).projected_bytes
     return {name: value.clone() for name, value in left.items()}, projected
@@ -97,7 +80,7 @@ def test_the_result_is_the_same(
 ) -> None:
     expected, num_calls = undisturbed
     refused = RefusedOnce(1 + int(share * num_calls))
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     model = StreamingModel(make_net(), "1GiB", tile=64)
     found = update(model)
     assert model.last_report is not None
@@ -112,9 +95,9 @@ def test_without_a_tile_of_its_own_it_is_planned_for_less(
 ) -> None:
     expected, projected = planned
     refused = RefusedOnce(at)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     model = StreamingModel(make_net(), "1GiB")
-    model._resident_tail = False
+    model.resident_tail = False
     found = update(model)
     assert model.last_report is not None
     assert model.last_report.num_retries == 1
@@ -125,9 +108,9 @@ def test_without_a_tile_of_its_own_it_is_planned_for_less(
 @pytest.mark.parametrize("tile", [None, 64])
 def test_the_next_pass_begins_with_what_was_found(monkeypatch: pytest.MonkeyPatch, tile: int | None) -> None:
     refused = RefusedOnce(5)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     model = StreamingModel(make_net(), "1GiB", tile=tile)
-    model._resident_tail = False
+    model.resident_tail = False
     wanted = model.plan(SHAPE, torch.float64)
     with torch.no_grad():
         model(torch.zeros(SHAPE, dtype=torch.float64))
@@ -156,7 +139,7 @@ def test_where_code_was_not_looked_for_it_is_begun_as_before(
     assert first.last_report is not None
     wanted = first.last_report.projected_bytes
     refused = RefusedOnce(1 + int(share * num_calls))
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     looks: list[bool] = []
     check = HostCeiling.check
 
@@ -181,11 +164,11 @@ def test_where_code_was_not_looked_for_it_is_begun_as_before(
 
 def test_what_did_not_go_through_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     model = StreamingModel(make_net(), "1GiB")
-    model._resident_tail = False
+    model.resident_tail = False
     wanted = model.plan(SHAPE, torch.float64)
     with monkeypatch.context() as patch:
         refused = RefusedOnce(3, always=True)
-        patch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+        around_operators(patch, refused)
         with pytest.raises(BudgetExceeded):
             model(torch.zeros(SHAPE, dtype=torch.float64))
     assert model.plan(SHAPE, torch.float64) == wanted
@@ -197,7 +180,7 @@ def test_the_mode_is_that_of_the_first_try(
     expected, _ = undisturbed
     model = StreamingModel(make_net(), "1GiB", tile=64)
     refused = RefusedOnce(-1)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     torch.manual_seed(7)
     image = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     output = model(image)
@@ -214,7 +197,7 @@ def test_autocast_is_that_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> N
     net = make_net().float()
     expected = update(StreamingModel(copy.deepcopy(net), "1GiB", tile=64), autocast=True)
     refused = RefusedOnce(40)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     model = StreamingModel(net, "1GiB", tile=64)
     found = update(model, autocast=True)
     assert refused.calls > 40
@@ -244,17 +227,17 @@ def test_another_resident_tail_is_no_matter(
     net = TwoOutputs().double()
     image = torch.randn(SHAPE, dtype=torch.float64)
     model = StreamingModel(net, "1GiB", tile=64)
-    model._resident_tail = tails[0]
+    model.resident_tail = tails[0]
     refused = RefusedOnce(at)
 
-    def evaluate(run: TileRun, *args: Any) -> Tensor:
+    def changed(evaluate: Evaluate) -> Tensor:
         try:
-            return refused(run, *args)
+            return refused(evaluate)
         except MemoryError:
-            model._resident_tail = tails[1]
+            model.resident_tail = tails[1]
             raise
 
-    monkeypatch.setattr(TileRun, "_evaluate", evaluate)
+    around_operators(monkeypatch, changed)
     with torch.set_grad_enabled(train):
         found = model(image)
         expected = net(image)
@@ -274,7 +257,7 @@ def test_inference_is_begun_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net().eval()
     image = torch.randn(SHAPE, dtype=torch.float64)
     refused = RefusedOnce(5)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     model = StreamingModel(net, "1GiB", tile=64)
     with torch.no_grad():
         torch.testing.assert_close(model(image), net(image), rtol=1e-12, atol=1e-12)
@@ -286,7 +269,7 @@ def test_when_the_smallest_tiles_are_refused_nothing_has_changed(monkeypatch: py
     net = make_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     refused = RefusedOnce(3, always=True)
-    monkeypatch.setattr(TileRun, "_evaluate", lambda run, *args: refused(run, *args))
+    around_operators(monkeypatch, refused)
     state = torch.get_rng_state()
     with pytest.raises(BudgetExceeded, match="tiles of 32x32 pixels, and there is no plan with smaller ones"):
         StreamingModel(net, "1GiB", tile=64)(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tile_operators import RefusedOnce, around_operators
 from torch import nn
 
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import rooms
 from streamcnn.ceiling.rooms import Room, host_room
-from streamcnn.execution.interpreter import TileRun
-from streamcnn.runtime import streaming_model
+from streamcnn.runtime import smaller_plans
 
 MIB = 2**20
 SHAPE = (1, 3, 700, 600)
@@ -134,13 +134,10 @@ def test_a_group_that_leaves_too_little_is_named(
 
 def test_a_refused_pass_names_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = StreamingModel(make_net(), "2GiB", tile=64)
-    monkeypatch.setattr(streaming_model, "_SMALLEST_TILE", 64)
+    monkeypatch.setattr(smaller_plans, "SMALLEST_TILE", 64)
     limited(monkeypatch, tmp_path, 1500 * MIB)
 
-    def refuse(*args: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(TileRun, "_evaluate", refuse)
+    around_operators(monkeypatch, RefusedOnce(1, always=True))
     with pytest.raises(BudgetExceeded, match="a larger budget= does not help, since the memory limit of"):
         model(torch.randn(SHAPE))
 

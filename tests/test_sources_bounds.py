@@ -16,6 +16,7 @@ import tifffile
 import torch
 import zarr
 from source_contract import assert_reads, pixels, region
+from tifffile.zarr import ZarrTiffStore
 from typer.testing import CliRunner
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as numcodecs_of_zarr
@@ -146,17 +147,16 @@ def test_small_chunks_are_not_kept(tmp_path: Path) -> None:
     assert source.held_bytes == source.most_held_bytes == source.reading_cost.held == 0
 
 
-def decoded_pieces(source: TiffSource, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def decoded_pieces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows by one for every tile or strip that is decoded from now on."""
     decoded: list[object] = []
-    store = source._files.get().store
-    really = store.get
+    really = ZarrTiffStore.get
 
-    async def get(key: str, *args: Any, **options: Any) -> Any:
+    async def get(store: ZarrTiffStore, key: str, *args: Any, **options: Any) -> Any:
         decoded.append(key)
-        return await really(key, *args, **options)
+        return await really(store, key, *args, **options)
 
-    monkeypatch.setattr(store, "get", get)
+    monkeypatch.setattr(ZarrTiffStore, "get", get)
     return decoded
 
 
@@ -176,7 +176,7 @@ def test_large_tiles_and_strips_are_decoded_once_and_released(
     options: Any = {"photometric": "rgb", "compression": "zlib", **LARGE_PIECES[kind]}
     tifffile.imwrite(tmp_path / "a.tif", stored, **options)
     source = TiffSource(tmp_path / "a.tif")
-    decoded = decoded_pieces(source, monkeypatch)
+    decoded = decoded_pieces(monkeypatch)
     for top in range(0, 2200, 512):
         for left in range(0, 2300, 512):
             assert_reads(source, image, region(top, min(top + 512, 2200), left, min(left + 512, 2300)))

@@ -130,7 +130,7 @@ def test_without_proc_no_owner_is_known_and_nothing_goes(
 ) -> None:
     process, name = start(tmp_path, "os._exit(0)")
     process.wait()
-    monkeypatch.setattr(owners, "_PROC", tmp_path / "missing")
+    monkeypatch.setattr(owners, "PROC", tmp_path / "missing")
     with SpillFolder(tmp_path) as spill:
         assert names(tmp_path) == {name, spill.path.name}
         assert Owner.of(spill.path.name) is None
@@ -145,6 +145,6 @@ def test_dead_folders_take_no_room_from_a_plan(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(streamed_pass, "free_bytes", lambda spill: 0 if (tmp_path / name).exists() else 2**40)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3))
     model = StreamingModel(net, tile=16, spill=tmp_path)
-    model._resident_tail = False
+    model.resident_tail = False
     model(torch.ones(1, 1, 40, 40)).sum().backward()
     assert names(tmp_path) == set()

@@ -61,7 +61,7 @@ def random_tile(spec: StoreSpec, where: Region, seed: int = 0) -> Tensor:
 def computed(store: Store, tile: Tensor) -> Tensor:
     """``tile`` where a pass has its tiles."""
     assert isinstance(store, (MemoryStore, ZarrStore))
-    return tile.to(store._compute_device)
+    return tile.to(store.compute_device)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -18,7 +18,7 @@ from streamcnn.geometry.regions import Region
 def test_pixels_are_the_means_of_blocks(height: int, width: int, factor: int, part: int) -> None:
     pixels = torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(height))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thumbnails, "_PART_PIXELS", part)
+        patch.setattr(thumbnails, "PART_PIXELS", part)
         found = shrunk(TensorSource(pixels.to(torch.uint8)), factor)
     assert found.shape == (-(-height // factor), -(-width // factor), 3)
     for row, col in np.ndindex(found.shape[:2]):
@@ -36,7 +36,7 @@ def test_a_wide_image_is_read_in_parts() -> None:
             return super().read(region)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thumbnails, "_PART_PIXELS", 500)
+        patch.setattr(thumbnails, "PART_PIXELS", 500)
         source = Watched(torch.zeros(1, 30, 2000, dtype=torch.uint8))
         shrunk(source, 10)
     assert source.largest <= 500

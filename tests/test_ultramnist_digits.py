@@ -395,7 +395,7 @@ def test_pooch_itself_downloads_and_checks(
     pooch = pytest.importorskip("pooch")
     (tmp_path / "served").mkdir()
     write(tmp_path / "served", {f"{name}.gz": gzip.compress(file) for name, file in make_files().items()})
-    monkeypatch.setattr(digits, "_MNIST_URL", local_url)
+    monkeypatch.setattr(digits, "MNIST_URL", local_url)
     monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
     with pytest.raises(CorruptImage, match=r"cannot download MNIST from .* does not match"):
         load_digits("mnist")

@@ -258,7 +258,7 @@ def test_pixels_on_lines_are_no_exception(angle: int, shear: int) -> None:
         cells = np.random.default_rng(size).integers(0, 2, (num_cells, num_cells)).astype(np.bool_)
         background = Background(size, cells, angle, shear, 1_000_000, (), ())
         rows, cols = np.indices((size, size))
-        expected = backgrounds._colours(background, backgrounds._axes(background), rows, cols)
+        expected = backgrounds.colours(background, backgrounds.axes_of(background), rows, cols)
         np.testing.assert_array_equal(integrate(changes(background)), expected)
 
 
@@ -287,7 +287,7 @@ def test_outside_of_the_grid_is_black() -> None:
 
 def test_sines_and_cosines_need_no_library() -> None:
     for angle in (-95_000_000, -45_000_000, -1, 0, 1, 12_345_678, 50_000_000, 95_000_000):
-        sin, cos = (value / 2**80 for value in backgrounds._sin_cos(angle))
+        sin, cos = (value / 2**80 for value in backgrounds.sin_cos(angle))
         assert sin == pytest.approx(math.sin(math.radians(angle / 1e6)), abs=1e-15)
         assert cos == pytest.approx(math.cos(math.radians(angle / 1e6)), abs=1e-15)
 

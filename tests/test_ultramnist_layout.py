@@ -123,7 +123,7 @@ def test_every_group_with_the_sum_is_equally_likely() -> None:
             if sum(values) < 28:
                 groups[sum(values)].add(tuple(sorted(values)))
     for label, expected in groups.items():
-        assert sorted(layout._groups(label)) == sorted(expected)
+        assert sorted(layout.digit_groups(label)) == sorted(expected)
     drawn = Counter(
         tuple(sorted(digit.value for digit in found.digits))
         for found in layouts(Recipe.FAITHFUL)
@@ -161,11 +161,11 @@ def test_boxes_lie_inside_and_apart(seed: int, recipe: Recipe, size: int, split:
 
 
 def test_boxes_may_touch_but_share_no_pixel() -> None:
-    left = layout._Place(1, 28, 10, 10)
-    assert not layout._overlaps(layout._Place(1, 28, 10, 38), [left])
-    assert not layout._overlaps(layout._Place(1, 28, 38, 10), [left])
-    assert layout._overlaps(layout._Place(1, 28, 37, 37), [left])
-    assert layout._overlaps(layout._Place(0, 14, 20, 20), [left])
+    left = layout.Place(1, 28, 10, 10)
+    assert not layout.overlaps(layout.Place(1, 28, 10, 38), [left])
+    assert not layout.overlaps(layout.Place(1, 28, 38, 10), [left])
+    assert layout.overlaps(layout.Place(1, 28, 37, 37), [left])
+    assert layout.overlaps(layout.Place(0, 14, 20, 20), [left])
 
 
 def test_lengths_are_proportional_with_half_a_pixel_rounded_up() -> None:
@@ -195,7 +195,7 @@ def test_layouts_are_the_same_everywhere(recipe: Recipe) -> None:
 
 def test_every_position_in_the_canvas_is_equally_likely() -> None:
     draws = Draws("positions")
-    places = [layout._draw_place(75, draws, 64) for _ in range(6200)]
+    places = [layout.draw_place(75, draws, 64) for _ in range(6200)]
     assert {place.side for place in places} == {34}
     for starts in ([place.row for place in places], [place.col for place in places]):
         counts = Counter(starts)
@@ -209,21 +209,21 @@ def test_balanced_places_are_five_and_all_drawn_anew_if_they_do_not_fit(
     spec = Spec(0, Recipe.BALANCED, 4000)
     index = next(index for index in range(100) if len(make_layout(spec, "train", index).digits) == 3)
     factors = iter([1, 72, 1, 72, 1, 2, 3, 4, 5, 6])  # two of 2016 pixels are too many
-    monkeypatch.setattr(layout, "_draw_factor", lambda draws: next(factors))
+    monkeypatch.setattr(layout, "draw_factor", lambda draws: next(factors))
     found = make_layout(spec, "train", index)
     assert {digit.factor for digit in found.digits} < {2, 3, 4, 5, 6}
     assert next(factors, None) is None
 
 
 def test_faithful_digits_that_leave_no_room_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def place(factor: int, draws: Draws, size: int) -> layout._Place:
+    def place(factor: int, draws: Draws, size: int) -> layout.Place:
         number = next(numbers)
-        if number < layout._FAITHFUL_TRIES:
-            return layout._Place(factor, size, 0, 0)
-        return layout._Place(factor, 1, number - layout._FAITHFUL_TRIES, 0)
+        if number < layout.FAITHFUL_TRIES:
+            return layout.Place(factor, size, 0, 0)
+        return layout.Place(factor, 1, number - layout.FAITHFUL_TRIES, 0)
 
     numbers = itertools.count()
-    monkeypatch.setattr(layout, "_draw_place", place)
+    monkeypatch.setattr(layout, "draw_place", place)
     found = make_layout(Spec(0, Recipe.FAITHFUL, 64), "train", 0)
     assert [digit.box.rows.start for digit in found.digits] == list(range(len(found.digits)))
 

@@ -15,7 +15,7 @@ from streamcnn import verify
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime.streamed_pass import Pass
-from streamcnn.verification import Verification, _errors
+from streamcnn.verification import Verification, relative_errors
 
 SHAPE = (2, 3, 25, 29)
 TILE = 12
@@ -205,7 +205,7 @@ def test_float32_shows_rounding() -> None:
 
 def test_sizes_are_errors_where_the_true_value_is_zero() -> None:
     large, noise = 1e3 * torch.ones(1), 1e-4 * torch.ones(1)
-    errors, sizes = _errors(
+    errors, sizes = relative_errors(
         {"gradient": {"x": large, "bias": noise}}, {"gradient": {"x": large, "bias": 0 * noise}}
     )
     # The plain one is rounding alone, a tenth of the floor of 1e-6 * 1e3; the streamed one is exact.
@@ -236,13 +236,13 @@ def zeroed(*args: Any) -> Tensor | None:
     return None
 
 
-ORIGINAL_EVALUATE = TileRun._evaluate
+ORIGINAL_EVALUATE = TileRun.evaluate
 
 
 @pytest.mark.parametrize(
     ("owner", "method", "wrong", "names"),
     [
-        (TileRun, "_evaluate", shifted, {"output 0"}),
+        (TileRun, "evaluate", shifted, {"output 0"}),
         (Execution, "share_gradient", zeroed, {"gradient of 0.weight", "image gradient"}),
         (Execution, "add_gradient", zeroed, {"gradient of 0.weight", "image gradient"}),
     ],
@@ -257,12 +257,12 @@ def test_wrong_results_are_seen(
 
 
 def test_wrong_buffers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pass, "_updated", lambda self, values, outputs: outputs)
+    monkeypatch.setattr(Pass, "updated", lambda self, values, outputs: outputs)
     assert check().errors["buffer 1.running_mean"] == pytest.approx(1)
 
 
 def errors_of(expected: Tensor, found: Tensor) -> float:
-    return _errors({"output": {"x": expected}}, {"output": {"x": found}})[0]["x"]
+    return relative_errors({"output": {"x": expected}}, {"output": {"x": found}})[0]["x"]
 
 
 def test_errors_that_a_maximum_would_hide() -> None:
@@ -272,8 +272,8 @@ def test_errors_that_a_maximum_would_hide() -> None:
     assert errors_of(ones, torch.ones(1)) == math.inf
     assert errors_of(ones, torch.ones(3, 3)) == math.inf
     assert errors_of(ones, 2 * ones) == pytest.approx(1)
-    missing, _ = _errors({"gradient": {"x": ones}}, {"gradient": {}})
-    surplus, _ = _errors({"gradient": {}}, {"gradient": {"x": ones, "zero": 0 * ones, "nan": nan}})
+    missing, _ = relative_errors({"gradient": {"x": ones}}, {"gradient": {}})
+    surplus, _ = relative_errors({"gradient": {}}, {"gradient": {"x": ones, "zero": 0 * ones, "nan": nan}})
     assert missing == {"x": 1.0}
     assert surplus == {"x": math.inf, "zero": 0.0, "nan": math.inf}
     net = make_net()

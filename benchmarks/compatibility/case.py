@@ -73,7 +73,7 @@ class Record:
         if not self.streamed:
             return net
         model = StreamingModel(net, tile=TILE)
-        model._resident_tail = False
+        model.resident_tail = False
         return model
 
     def image(self, seed: int = 0, shape: Shape | None = None, *, grad: bool = True) -> Tensor:

@@ -239,7 +239,8 @@ class PatchGD(_Pieces):
         self.grid_size = grid_size
         self._images: list[Tensor] = []
         """Of the present update, as they are stored."""
-        self._filled: Tensor | None = None
+        self.filled: Tensor | None = None
+        """The grid Z (N, patches, width) of the present update, without gradients."""
         self._order: list[int] = []
 
     @property
@@ -252,20 +253,20 @@ class PatchGD(_Pieces):
         """Fill Z (N, patches, width), and draw the order in which patches are sampled."""
         self._images = []  # Two batches are not to be held at a time.
         self._images = [read_whole(source) for source in sources]
-        self._filled = self.run_all(self._images)
-        self._order = torch.randperm(self._filled.shape[1]).tolist()
+        self.filled = self.run_all(self._images)
+        self._order = torch.randperm(self.filled.shape[1]).tolist()
 
     def forward(self, sources: Sequence[ImageSource]) -> Tensor:
         """Logits (N, classes) of the next inner step, or in eval mode of the images."""
         if not self.training:
             return self._classify(self.run_all([read_whole(source) for source in sources]))
-        assert self._filled is not None
-        size = self.sample_size(self._filled.shape[1])
+        assert self.filled is not None
+        size = self.sample_size(self.filled.shape[1])
         chosen, self._order = self._order[:size], self._order[size:]
         grids = [self.grid(image) for image in self._images]
         fresh = self.run(self._images, [[grid[at] for at in chosen] for grid in grids])
-        mixed = self._filled.index_copy(1, torch.tensor(chosen, device=fresh.device), fresh)
-        self._filled = mixed.detach()
+        mixed = self.filled.index_copy(1, torch.tensor(chosen, device=fresh.device), fresh)
+        self.filled = mixed.detach()
         if not self._order:
             self._images = []
         return self._classify(mixed)

@@ -153,14 +153,14 @@ class DetectorTrainer(Trainer):
     ) -> tuple[float, Tensor]:
         """Add the gradients of the detector's loss; that, and logits of the sums."""
         assert isinstance(self.net, DigitDetector)
-        with self._casting():
+        with self.casting():
             maps: list[Tensor] = self.model(sources)
             loss = torch.zeros((), device=maps[0].device)
             # Taken apart at once: the gradient of a single index is as large as all of them.
             for source, *of_image in zip(sources, *(of_level.unbind() for of_level in maps), strict=True):
                 assert isinstance(source, SourceWithDigits)
                 loss = loss + detection_loss(of_image, source.digits)
-        self.scaler.scale(weight * loss).backward()  # type: ignore[no-untyped-call]
+        self.optimisation.backward(weight * loss)
         return float(loss.detach()), sums(maps, self.net.num_classes)
 
 

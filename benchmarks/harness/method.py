@@ -1,38 +1,30 @@
-"""Methods: what the data files in `methods/` say."""
+"""Methods: what a file in `methods/` says of one, and what a kind of method has to bring."""
 
 from __future__ import annotations
 
-import enum
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
+from torch import nn
+
+from benchmarks.harness.batch_search import BatchSearch, TriedBatch
+from benchmarks.harness.scales import Scale
+from benchmarks.harness.task import Task
+from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.dataset import ImageDataset, LabelledImages, TileDataset
+from streamcnn.data.sampling import divide
+from streamcnn.data.sources import ImageSource
 from streamcnn.support.units import parse_bytes
+from streamcnn.training import Trainer, TrainSettings
 
-FOLDER = Path(__file__).parent / "methods"
-
-
-class Kind(enum.Enum):
-    """How a method comes from a large image to a class."""
-
-    SHRINK = "shrink"
-    """Images are shrunk beforehand."""
-    RESIZER = "resizer"
-    """A small network learns to shrink them."""
-    STREAM = "stream"
-    """At full resolution, through ``StreamingModel``."""
-    TILES = "tiles"
-    """Pieces are classified without context, and vote."""
-    PATCHGD = "patchgd"
-    """A grid of features is filled patch by patch, and gradients flow through a few patches at a time."""
-    DETECTOR = "detector"
-    """Streamed; finds the digits and adds them up, having been trained on each: outside the rules."""
-    PARTITION = "partition"
-    """Streamed, the tiles divided among processes."""
-    REFERENCE = "reference"
-    """Not run: a figure that was published, or follows from the number of classes."""
+VALIDATION_SHARE = 0.1
+PATIENCE = 10
+"""Epochs without a better validation accuracy after which training ends."""
+PLATEAU = 2
+"""The same after which a schedule that looks for plateaus lowers the learning rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +47,14 @@ class TrainingStage:
     learning_rate: float
 
 
+class Datasets(NamedTuple):
+    """What a stage of training reads."""
+
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One row of the table. Lengths are pixels of the paper's canvas of 4000.
@@ -65,8 +65,18 @@ class Method:
         If a kind of method lacks what it needs.
     """
 
+    kind: ClassVar[str]
+    """What files call such methods."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields that a file has to give."""
+    label: ClassVar[str] = ""
+    """After the backbone in a figure's legend."""
+    marker: ClassVar[str] = "o"
+    """In figures, as matplotlib has it, with the line that joins several."""
+    stands_out: ClassVar[bool] = False
+    """Whether the marker is a large one."""
+
     name: str
-    kind: Kind
     family: str
     """The backbone, as a table calls it."""
     model: str | None = None
@@ -90,21 +100,11 @@ class Method:
     """For the table's last column."""
 
     def __post_init__(self) -> None:
-        needed = {"shrink": "resolution", "resizer": "resolution", "tiles": "tile", "patchgd": "tile"}
-        missing = [name for name in (needed.get(self.kind.value),) if name and getattr(self, name) is None]
-        if self.runs:
-            missing += [name for name in ("model", "hyperparameters") if not getattr(self, name)]
+        missing = [name for name in self.needs if not getattr(self, name)]
         if missing:
-            raise ValueError(
-                f"method {self.name} of kind {self.kind.value} has no {' and no '.join(missing)}"
-            )
+            raise ValueError(f"method {self.name} of kind {self.kind} has no {' and no '.join(missing)}")
         for known in self.hyperparameters:
             parse_bytes(known.budget)
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the network is run by ``StreamingModel`` in one process."""
-        return self.kind in (Kind.STREAM, Kind.DETECTOR)
 
     @property
     def has_weights(self) -> bool:
@@ -114,14 +114,12 @@ class Method:
     @property
     def input_text(self) -> str:
         """The resolution that the network sees on the paper's canvas, for a table."""
-        if self.resolution is not None:
-            return f"{self.resolution}²"
-        return "-" if self.kind is Kind.REFERENCE else "full"
+        return "full" if self.resolution is None else f"{self.resolution}²"
 
-    @property
-    def runs(self) -> bool:
-        """Whether there is anything to train."""
-        return self.kind not in (Kind.REFERENCE, Kind.PARTITION)
+    def to_dict(self) -> dict[str, Any]:
+        """All that a file says, as JSON has it."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {**fields, "kind": self.kind}
 
     def hyperparameters_for(self, budget: int) -> Hyperparameters:
         """Those of the largest budget in the paper that is no larger than ``budget``, or of the smallest."""
@@ -130,33 +128,84 @@ class Method:
         return (within or known[:1])[-1]
 
 
-def load_methods(folder: Path = FOLDER) -> dict[str, Method]:
-    """All methods by name, in the order of their files.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedMethod(Method, ABC):
+    """A method that is trained and scored: its data, its model, its trainer and its search for a batch.
 
-    Raises
-    ------
-    ValueError
-        If a file says something that has no meaning; the text names it.
+    A kind of method is a subclass in a file of `kinds/`. It brings its model; the rest is that of plain
+    PyTorch on whole images where it brings nothing else.
     """
-    methods: dict[str, Method] = {}
-    for path in sorted(folder.glob("*.toml")):
-        for values in tomllib.loads(path.read_text())["method"]:
-            try:
-                method = _method(values)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from error
-            if method.name in methods:
-                raise ValueError(f"{path}: there is a method {method.name} already")
-            methods[method.name] = method
-    return methods
 
+    needs: ClassVar[tuple[str, ...]] = ("model", "hyperparameters")
+    trainer: ClassVar[type[Trainer]] = Trainer
+    """What makes the updates."""
+    batch_search: ClassVar[BatchSearch] = TriedBatch()
 
-def _method(values: dict[str, Any]) -> Method:
-    return Method(
-        **{
-            **values,
-            "kind": Kind(values["kind"]),
-            "stages": tuple(TrainingStage(**stage) for stage in values.get("stages", ())),
-            "hyperparameters": tuple(Hyperparameters(**known) for known in values.get("hyperparameters", ())),
-        }
-    )
+    @abstractmethod
+    def make_model(self, task: Task, size: int) -> nn.Module:
+        """The classifier, from a list of image sources to logits (N, classes), on the task's device.
+
+        Parameters
+        ----------
+        size
+            Height and width of the images, in pixels.
+
+        Raises
+        ------
+        Refused
+            If its weights alone are too much.
+        """
+
+    @property
+    def training_stages(self) -> tuple[TrainingStage, ...]:
+        """Those of the file; one at the method's resolution if it says nothing."""
+        return self.stages or (TrainingStage(resolution=self.resolution or 0, learning_rate=0.0),)
+
+    def datasets(self, task: Task, stage: TrainingStage) -> Datasets:
+        """For training, with augmentation, for validation, and for the test."""
+        labels = TileDataset(task.store, "train").labels
+        chosen, rest = divide(labels, share=VALIDATION_SHARE, seed=task.seed)
+        augmentation = RandomAugmentation(inversion=self.inversion) if self.inversion else None
+        return Datasets(
+            self.open_images(task, stage, "train", chosen, augmentation),
+            self.open_images(task, stage, "train", rest),
+            self.open_images(task, stage, "test"),
+        )
+
+    def open_images(
+        self,
+        task: Task,
+        stage: TrainingStage,
+        split: str,
+        positions: Sequence[int] | None = None,
+        augmentation: RandomAugmentation | None = None,
+    ) -> ImageDataset:
+        """Images of a split, those at ``positions`` or all: whole ones, as they are stored."""
+        return TileDataset(task.store, split, positions=positions, augmentation=augmentation, seed=task.seed)
+
+    def num_epochs(self, scale: Scale) -> int:
+        """The most passes over the training images."""
+        return scale.epochs
+
+    def settings(self, task: Task, stage: TrainingStage, batch_size: int) -> TrainSettings:
+        """What a stage of training is carried out with."""
+        known, scale = self.hyperparameters_for(task.budget), task.scale
+        options = (
+            {"gamma": scale.gamma or known.gamma}
+            if self.schedule == "ExponentialLR"
+            else {"patience": PLATEAU}
+        )
+        return TrainSettings(
+            epochs=self.num_epochs(scale),
+            batch_size=batch_size,
+            learning_rate=scale.learning_rate or stage.learning_rate or known.learning_rate,
+            schedule=self.schedule,
+            schedule_options=options,
+            clip_norm=self.clip_norm,
+            patience=PATIENCE,
+            save_every=500,
+            seed=task.seed,
+        )
+
+    def begin_update(self, model: nn.Module, sources: Sequence[ImageSource]) -> None:
+        """Bring a model to where it takes ``sources`` forward; most need nothing."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.catalogue import load_methods
 from benchmarks.harness.legibility import LEGIBLE_PIXELS, legibility_ceiling
-from benchmarks.harness.method import Kind, Method, load_methods
+from benchmarks.harness.method import Method
 from benchmarks.harness.results import read, results_folder
 from benchmarks.harness.scales import Scale
 from streamcnn.data.ultramnist import Recipe
@@ -24,21 +25,6 @@ _COLUMNS = tuple(
 _NOTHING = "-"
 _SETTING = ("budget", "device_kind", "pretrained", "images")
 """Fields of results whose runs are never averaged or joined by a line."""
-_LABELS = {
-    Kind.STREAM: "streamed",
-    Kind.RESIZER: "learned resizer",
-    Kind.TILES: "independent tiles",
-    Kind.PATCHGD: "PatchGD",
-    Kind.DETECTOR: "outside the rules",
-}
-_MARKERS = {
-    Kind.SHRINK: "o-",
-    Kind.STREAM: "*",
-    Kind.RESIZER: "^",
-    Kind.TILES: "s",
-    Kind.PATCHGD: "D",
-    Kind.DETECTOR: "x",
-}
 _COLORS = ("#1f6feb", "#d97706", "#7b3fb5", "#16803c", "#c62828", "#0891b2", "#be185d", "#6b4f2a")
 
 
@@ -249,17 +235,18 @@ def _against_resolution(scale: Scale, found: Sequence[Measured]) -> Any:
     figure, axes = _figure("accuracy against resolution", scale)
     good = [each for each in found if each.finished]
     colors = _colors(good)
-    for (family, kind, _), points in _series(good).items():
+    for points in _series(good):
         points.sort(key=lambda each: _resolution(each, scale))
+        method = points[0].method
         axes.errorbar(
             [_resolution(each, scale) for each in points],
             [100 * (each.accuracy or 0) for each in points],
             yerr=[100 * (each.spread or 0) for each in points],
-            fmt=_MARKERS[kind],
-            markersize=13 if kind is Kind.STREAM else 6,
+            fmt=method.marker,
+            markersize=13 if method.stands_out else 6,
             capsize=3,
-            color=colors[family],
-            label=family if kind is Kind.SHRINK else f"{family}, {_LABELS[kind]}",
+            color=colors[method.family],
+            label=f"{method.family}, {method.label}" if method.label else method.family,
         )
     ends = sorted({_resolution(each, scale) for each in good} | {scale.canvas})
     steps = [round(ends[0] * (ends[-1] / ends[0]) ** (k / 40)) for k in range(41)] if len(ends) > 1 else ends
@@ -284,12 +271,11 @@ def _against_memory(scale: Scale, found: Sequence[Measured]) -> Any:
     good = [each for each in found if each.finished]
     palette = require("matplotlib", extra="plots").colormaps["tab20"]
     for index, each in enumerate(good):
-        kind = each.method.kind
         axes.plot(
             each.peak_bytes / 2**20,
             100 * (each.accuracy or 0),
-            _MARKERS[kind][0],
-            markersize=13 if kind is Kind.STREAM else 7,
+            each.method.marker[0],
+            markersize=13 if each.method.stands_out else 7,
             color=palette(index % 20),
             label=each.method.name,
         )
@@ -315,12 +301,12 @@ def _colors(found: Sequence[Measured]) -> dict[str, str]:
     return {family: _COLORS[index % len(_COLORS)] for index, family in enumerate(families)}
 
 
-def _series(found: Sequence[Measured]) -> dict[tuple[str, Kind, tuple[Any, ...]], list[Measured]]:
+def _series(found: Sequence[Measured]) -> list[list[Measured]]:
     """What is joined by a line: results of one backbone and kind, in one setting."""
-    series: dict[tuple[str, Kind, tuple[Any, ...]], list[Measured]] = {}
+    series: dict[tuple[str, str, tuple[Any, ...]], list[Measured]] = {}
     for each in found:
         series.setdefault((each.method.family, each.method.kind, each.setting), []).append(each)
-    return series
+    return list(series.values())
 
 
 def _figure(title: str, scale: Scale) -> tuple[Any, Any]:

@@ -44,7 +44,7 @@ Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 that are only checked."""
 
 TORCH_FOLDER = str(Path(torch.__file__).parent)
-_MOST_GRAPHS = 32
+MOST_GRAPHS = 32
 """Captured graphs kept before all are dropped: images of ever new sizes make one each."""
 
 
@@ -98,7 +98,7 @@ class GuardedForward:
             If the forward pass cannot be captured whole; nothing has been run or changed.
         """
         unseen = _Unseen.by(net)
-        if self._compiled is None or self._graphs.count >= _MOST_GRAPHS or not unseen.is_same(self._unseen):
+        if self._compiled is None or self._graphs.count >= MOST_GRAPHS or not unseen.is_same(self._unseen):
             self._unseen = unseen
             self._graphs = _Graphs()
             self._compiled = _compiled(self._graphs)

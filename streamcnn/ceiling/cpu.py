@@ -205,7 +205,7 @@ class DataLimit:
         """Lift the limit and end the measurement. Closing again does what an interrupt has left undone."""
         _data_caps.drop(self)
         self._gauge.close()
-        _active.pop(self, None)
+        entered.pop(self, None)
 
     def check(self, *, compiled: bool = True) -> None:
         """Let go of what libraries keep without need, and see what the limit does not refuse.
@@ -257,8 +257,8 @@ class DataLimit:
 
     def _join_others(self) -> None:
         """Be one of the blocks that are entered. A forked child has none of its parent's."""
-        _active[self] = os.getpid()
-        others = [each for each, process in list(_active.items()) if process == os.getpid()]
+        entered[self] = os.getpid()
+        others = [each for each, process in list(entered.items()) if process == os.getpid()]
         if len(others) > 1:
             for each in others:
                 each._is_shared = True
@@ -270,7 +270,7 @@ class DataLimit:
         ceiling = self._ceiling(budget)
         is_lowest = ceiling < _soft_limit()
         _data_caps.put(self, ceiling)
-        if is_lowest and not _is_refused(ceiling):
+        if is_lowest and not is_refused(ceiling):
             raise _not_enforced()
 
     def _ceiling(self, budget: int) -> int:
@@ -317,11 +317,11 @@ def _set_soft_limit(soft: int) -> None:
 _data_caps = LowestCap(_soft_limit, _set_soft_limit)
 """The ceilings of all blocks that are entered."""
 watch_starts(_data_caps.begin_start)
-_active: dict[DataLimit, int] = {}
+entered: dict[DataLimit, int] = {}
 """Blocks that are entered, and the process in which they were."""
 
 
-def _is_refused(nbytes: int) -> bool:
+def is_refused(nbytes: int) -> bool:
     """Whether the kernel refuses a mapping of ``nbytes``; old and emulated ones ignore the limit."""
     try:
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -33,7 +33,7 @@ RESERVED_STEP = 2**26
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables with the user's settings of PyTorch's allocator."""
 
-_idle: dict[str, int] = {}
+idle_bytes: dict[str, int] = {}
 """Bytes in use by NVML's UUID of a device, before this process had a CUDA context."""
 
 
@@ -95,6 +95,10 @@ class CudaLimit:
     def samples(self) -> tuple[tuple[float, int], ...]:
         """NVML's readings in order, those that are known: ``time.perf_counter()`` in seconds, bytes."""
         return self._sampler.samples
+
+    def sample(self) -> None:
+        """Read the card now, besides the thread that does so."""
+        self._sampler.sample()
 
     def check(self) -> None:
         """Raise if the process has held more than the budget.
@@ -173,10 +177,20 @@ _active: list[CudaLimit] = []
 
 
 class CudaCeiling:
-    """The limits of one pass after the other on one card, and what planning has to know of it."""
+    """The limits of one pass after the other on one card, and what planning has to know of it.
 
-    def __init__(self, gauge: Gauge) -> None:
-        self._gauge = gauge
+    Parameters
+    ----------
+    gauge
+        The card.
+    interval
+        Seconds between samples.
+    """
+
+    def __init__(self, gauge: Gauge, *, interval: float = INTERVAL) -> None:
+        self.gauge = gauge
+        """The card."""
+        self._interval = interval
         self._limit: CudaLimit | None = None
 
     @property
@@ -191,7 +205,7 @@ class CudaCeiling:
 
     def limit(self, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
         """The limit for one direction of a pass; ``reuse_heap`` is the host allocator's affair."""
-        self._limit = CudaLimit(self._gauge, budget)
+        self._limit = CudaLimit(self.gauge, budget, interval=self._interval)
         return self._limit
 
     def check(self, *, compiled: bool = True) -> None:
@@ -201,21 +215,21 @@ class CudaCeiling:
 
     def empty_cache(self) -> None:
         """Return cached memory to the card, before a pass is begun again."""
-        self._gauge.empty_cache()
+        self.gauge.empty_cache()
 
     def reserved_bytes(self) -> int:
         """Bytes of a budget that a plan cannot have: overhead, live tensors and the margin, rounded up.
 
         Cached memory is left out, since the plan's own tensors take it.
         """
-        held = self._gauge.overhead().nbytes + self._gauge.allocated() + MARGIN_BYTES
+        held = self.gauge.overhead().nbytes + self.gauge.allocated() + MARGIN_BYTES
         return -(-held // RESERVED_STEP) * RESERVED_STEP
 
 
 def cuda_ceiling(device: torch.device) -> CudaCeiling:
     """A ceiling for ``device``, whose context and libraries are loaded; without an index, the current one."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return CudaCeiling(_gauge(torch.device(device.type, index)))
+    return CudaCeiling(gauge_of(torch.device(device.type, index)))
 
 
 def record_idle_memory(*, cuda: Any = torch.cuda) -> None:
@@ -224,22 +238,24 @@ def record_idle_memory(*, cuda: Any = torch.cuda) -> None:
     That tells this process's memory from others' where NVML knows no processes. Once PyTorch has a CUDA
     context it is too late, and nothing is done.
     """
-    session = _session()
+    session = nvml_session()
     if session is not None and not cuda.is_initialized():
-        _idle.clear()
-        _idle.update(session.used_everywhere())
+        idle_bytes.clear()
+        idle_bytes.update(session.used_everywhere())
 
 
 @functools.cache
-def _session() -> Nvml | None:
+def nvml_session() -> Nvml | None:
+    """NVML, opened once; None where it is not there."""
     return Nvml.open()
 
 
 @functools.cache
-def _gauge(device: torch.device) -> Gauge:
+def gauge_of(device: torch.device) -> Gauge:
+    """What reads a card, whose context and libraries are loaded by then."""
     let_segments_grow()
     warm_up(device)
-    return Gauge(device, _session(), _idle)
+    return Gauge(device, nvml_session(), idle_bytes)
 
 
 def let_segments_grow(environ: Mapping[str, str] = os.environ, *, api: Any = torch._C) -> None:

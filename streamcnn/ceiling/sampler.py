@@ -11,7 +11,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 INTERVAL = 0.02
 """Seconds between samples of a GPU's memory: a reading takes about a millisecond."""
-_MOST_SAMPLES = 4096
+MOST_SAMPLES = 4096
 """Samples kept at once; then every other one is dropped and they are taken half as often into the series."""
 _LONGEST_START = 0.5
 """Seconds to wait at most for a thread to begin."""
@@ -85,7 +85,7 @@ class Sampler(Generic[R]):
         if self._num_read % self._stride == 0:
             self._samples.append((time.perf_counter(), reading.nbytes))
         self._num_read += 1
-        if len(self._samples) > _MOST_SAMPLES:
+        if len(self._samples) > MOST_SAMPLES:
             del self._samples[1::2]
             self._stride *= 2
 

@@ -1,8 +1,9 @@
 """The command line: parses arguments and prints results; everything is decided elsewhere.
 
 Results go to standard output, errors to standard error. Exit status 0 is success, 1 a run that
-failed, 2 wrong usage, and 130, 143 and 129 are SIGINT (Ctrl-C), SIGTERM and SIGHUP. PyTorch is
-imported by the commands that need it, so that ``--help`` and wrong usage answer at once.
+failed, 2 wrong usage, and 130, 143 and 129 are SIGINT (Ctrl-C), SIGTERM and SIGHUP. Commands import
+what they need when they run, so that ``--help`` and wrong usage answer at once; but for ``train``,
+whose defaults are those of the library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from streamcnn.cli import images, models, profiling, training, ultramnist
+from streamcnn.cli import classifying, images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.cli.ending import leave_output, say_ending, status_of
 from streamcnn.errors import StreamError
@@ -122,8 +123,8 @@ app.command()(models.plan)
 app.command()(models.verify)
 app.command("profile")(profiling.profile)
 app.command()(training.train)
-app.command()(training.evaluate)
-app.command()(training.predict)
+app.command()(classifying.evaluate)
+app.command()(classifying.predict)
 app.command()(images.info)
 app.command()(images.convert)
 app.add_typer(ultramnist.app, name="ultramnist")

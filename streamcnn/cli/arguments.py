@@ -44,6 +44,13 @@ ChannelsLast = Annotated[
         help="Which of three axes the channels are, if nothing says it.",
     ),
 ]
+Budget = Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...", help="Columns of numbers in the CSV file for the model, besides the image."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -63,6 +70,11 @@ def parse_extent(text: str) -> tuple[int, int]:
             "for example 4000 or 4000x3000"
         )
     return height, width
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """``"age,sex"`` as names of columns."""
+    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def choice_of(

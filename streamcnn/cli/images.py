@@ -54,7 +54,7 @@ def info(
     elif isinstance(where, Path) and where.is_dir() and not is_image(where):
         facts = _folder_facts(where, choice)
     else:
-        facts = _image_facts(where, choice)
+        facts = image_facts(where, choice)
     _print_facts(facts, as_json=as_json)
 
 
@@ -156,7 +156,8 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
         yield progress
 
 
-def _image_facts(path: Path | str, choice: ImageChoice) -> dict[str, Any]:
+def image_facts(path: Path | str, choice: ImageChoice) -> dict[str, Any]:
+    """What an image is, as JSON has it."""
     from streamcnn.data.sources import ZarrSource, largest_of, open_chosen
     from streamcnn.data.sources.listing import series_of
     from streamcnn.data.sources.series import taken_of

@@ -88,13 +88,14 @@ def _collect(measured: Iterable[TileProfile], edges: Sequence[int], console: Con
             profiles.append(profile)
             progress.update(task, advance=1, description=f"tile {following}")
             if not console.is_terminal:
-                console.print(as_text(_line(profile)), soft_wrap=True, highlight=False)
+                console.print(as_text(profile_line(profile)), soft_wrap=True, highlight=False)
     if console.is_terminal:
-        console.print(_table(profiles))
+        console.print(profile_table(profiles))
     return profiles
 
 
-def _line(profile: TileProfile) -> str:
+def profile_line(profile: TileProfile) -> str:
+    """What one tile size takes, for a terminal that waits for the others."""
     from streamcnn.profiling.page import cells
 
     tile, projected, measured, seconds, recomputation, moved, verdict = cells(profile)
@@ -104,7 +105,8 @@ def _line(profile: TileProfile) -> str:
     )
 
 
-def _table(profiles: Sequence[TileProfile]) -> Table:
+def profile_table(profiles: Sequence[TileProfile]) -> Table:
+    """What all tile sizes take, a row each."""
     from streamcnn.profiling.page import COLUMNS, cells
 
     table = Table()

@@ -98,10 +98,10 @@ def _write(
 ) -> ImageRecord:
     """Write an image, in place of an older one if the store has it; what a table says counts for both."""
     before = writer.records.get(image.name)
-    origin = _origin(image, choice)
+    origin = origin_of(image, choice)
 
     def on_read() -> None:
-        if _origin(image, choice) != origin:
+        if origin_of(image, choice) != origin:
             raise CorruptImage(f"{image.path} was changed while it was read: convert it again")
         if before is not None:
             # From here on the store's files are not what this record says, whatever ends the process.
@@ -196,7 +196,7 @@ def _file_names(image: FoundImage) -> set[str]:
     return {image.path.name, image.path.stem}
 
 
-def _origin(image: FoundImage, choice: ImageChoice) -> dict[str, Any]:
+def origin_of(image: FoundImage, choice: ImageChoice) -> dict[str, Any]:
     """Where an image came from, and what tells whether it is still the same."""
     known = fingerprint([image.path, *image.others])
     place = {"path": str(image.path.resolve()), "level": choice.level, "fingerprint": known}
@@ -247,7 +247,7 @@ def _is_current(writer: TileStoreWriter, image: FoundImage, choice: ImageChoice)
     if record is None or not (writer.folder / IMAGES / image.name / "zarr.json").is_file():
         return False
     if "fingerprint" in record.origin:
-        return dict(record.origin) == _origin(image, choice)
+        return dict(record.origin) == origin_of(image, choice)
     # Stores of before have the time of files, and nothing of folders and of channels.
     found = image.path.stat()
     known = record.origin.get("nbytes"), record.origin.get("modified")

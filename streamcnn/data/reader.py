@@ -77,7 +77,8 @@ class BatchReader:
         self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
         self.dtype = probe.dtype
         self.reading = self._cost()
-        self._keeps_last = device.type != "cpu" and self._tensor is None
+        self.keeps_last = device.type != "cpu" and self._tensor is None
+        """Whether the region that was read last stays in host RAM."""
         self._last: tuple[Region, Tensor] | None = None
 
     def _stored_shape(self) -> tuple[int, int, int, int]:
@@ -115,7 +116,7 @@ class BatchReader:
         DatasetMismatch
             If ``preprocess`` calculates with integers, and results do not fit their type.
         """
-        stored = self._stored(region)
+        stored = self.read_stored(region)
         self._check_arithmetic(stored)
         # Pixels as stored are the fewest bytes to copy to a GPU, and it converts them faster.
         tile = self._prepared(stored.to(self.device))
@@ -229,7 +230,7 @@ class BatchReader:
         """Each source once: a batch may hold one twice."""
         return {id(source): source for source in self._sources}.values()
 
-    def _stored(self, region: Region) -> Tensor:
+    def read_stored(self, region: Region) -> Tensor:
         """The pixels of ``region`` as they are stored; on the host, unless the image is a tensor elsewhere.
 
         For a GPU, which waits for them, images are read beside one another, and the region read last is kept
@@ -238,7 +239,7 @@ class BatchReader:
         if self._tensor is not None:
             rows, cols = (slice(axis.start, axis.stop) for axis in region)
             return self._tensor[:, :, rows, cols]
-        if not self._keeps_last:
+        if not self.keeps_last:
             return _batch([source.read(region) for source in self._sources])
         if self._last is None or self._last[0] != region:
             self._last = None

@@ -12,7 +12,7 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.support.extras import require
 
-_PART_PIXELS = 2**22
+PART_PIXELS = 2**22
 """Pixels that are read at a time, at least a block."""
 _BOX_COLOUR = (255, 96, 0)
 
@@ -56,8 +56,8 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
 def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
     """The means of blocks of ``factor`` pixels, (h, w, 3); blocks at the right and lower edge may be cut."""
     channels, height, width = source.shape
-    columns = factor * max(1, min(-(-width // factor), _PART_PIXELS // factor**2))
-    rows = factor * max(1, _PART_PIXELS // (factor * columns))
+    columns = factor * max(1, min(-(-width // factor), PART_PIXELS // factor**2))
+    rows = factor * max(1, PART_PIXELS // (factor * columns))
     wanted = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     bands = []
     for top in range(0, height, rows):

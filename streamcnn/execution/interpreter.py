@@ -40,15 +40,16 @@ class TileRun:
         """Evaluate the phase's operators in order, dropping each value after its last use."""
         values: dict[str, Tensor] = {}
         for name in self.phase.nodes:
-            value = self._evaluate(self.program.nodes[name], values, fetch, global_values)
+            value = self.evaluate(self.program.nodes[name], values, fetch, global_values)
             values[name] = observe(name, value)
             del value
             for dead in self.phase.releases.get(name, ()):
                 del values[dead]
 
-    def _evaluate(
+    def evaluate(
         self, node: Node, values: Mapping[str, Tensor], fetch: Fetch, global_values: Mapping[str, Any]
     ) -> Tensor:
+        """The value of one operator of the phase where the tile needs it."""
         local = node.local
         assert local is not None
         assert node.axes is not None

@@ -89,7 +89,7 @@ def _run(
         tail = max(segment.level for segment in plan.segments) if plan.num_resident else None
         with Recorder(tail) as recorder:
             streamed.observer = recorder.observe
-            refusal = _refusal(streamed, sources)
+            refusal = make_update(streamed, sources)
         if refusal is not None:
             return refusal, []
         report = streamed.last_report
@@ -100,7 +100,7 @@ def _run(
     return None, updates
 
 
-def _refusal(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
+def make_update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
     """Forward and backward; the reason if the budget does not allow them."""
     try:
         outputs = streamed(sources)

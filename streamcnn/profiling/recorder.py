@@ -14,7 +14,7 @@ from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Sample, S
 
 _INTERVAL = 0.01
 """Seconds between readings at first; one takes some 0.1 ms."""
-_MOST_HELD = 4096
+MOST_HELD = 4096
 """Samples held while recording: their own memory, below 1 MB, is measured too."""
 _MOST_KEPT = 300
 """Stretches of time that a timeline has one sample of; each span has one all the same."""
@@ -75,6 +75,11 @@ class Recorder:
                 self._take(moment)
                 self._close(moment)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples that are held now."""
+        return len(self._samples)
+
     def timeline(self, baseline_bytes: int) -> Timeline | None:
         """What was recorded, in bytes above the baseline; None if memory cannot be read."""
         if not self._samples:
@@ -123,6 +128,6 @@ class Recorder:
         known, self._mark = self._mark, mark
         nbytes = resident if known is None or known == mark else max(resident, mark)
         self._samples.append(Sample(len(self._spans) - 1, moment, nbytes))
-        if len(self._samples) > _MOST_HELD:
+        if len(self._samples) > MOST_HELD:
             self._interval *= 2
-            self._samples = thin(self._samples, 2 * moment / _MOST_HELD)
+            self._samples = thin(self._samples, 2 * moment / MOST_HELD)

@@ -56,7 +56,7 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
     if choice == "off":
         return NOMINAL["cuda" if device.type == "cuda" else "cpu"]
     path = Path(choice) if choice else _default_path()
-    key = _key(device)
+    key = hardware_key(device)
     known = _read(path)
     rates = _rates(known.get(key), path)
     if rates is None:
@@ -82,7 +82,7 @@ def calibrate(device: torch.device) -> HardwareProfile:
         memory, fresh = 2 * x.nbytes / pointwise, _fresh(device)
         read, written = _stores(device, memory, fresh)
     return HardwareProfile(
-        source=_key(device),
+        source=hardware_key(device),
         dense_flops=window * channels / dense_seconds,
         grouped_flops=window / grouped_seconds,
         memory_bytes=memory,
@@ -157,7 +157,7 @@ def _seconds(device: torch.device, action: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _key(device: torch.device) -> str:
+def hardware_key(device: torch.device) -> str:
     """What the rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -174,9 +174,9 @@ class Pass:
         else:
             self.close()
         # Last, so that nothing is left to be interrupted once the buffers have changed.
-        return self._updated(values, outputs)
+        return self.updated(values, outputs)
 
-    def _updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """``outputs``, the states that the module changes having their new values: all of them, or none."""
         updates = self.program.updates
         before = {q: self.before[q] if q in self.before else self.known[q].detach().clone() for q in updates}

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, permutations
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -28,37 +27,25 @@ from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.device import room_for
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
-from streamcnn.graph.autocast import autocast, autocast_state
+from streamcnn.graph.autocast import autocast_state
 from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import substitute
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.machines import this_machine
+from streamcnn.runtime.module_facade import ModuleFacade
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned, module_dtype
 from streamcnn.runtime.report import Report
+from streamcnn.runtime.smaller_plans import SmallerPlans
+from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
 from streamcnn.runtime.streamed_pass import Pass, Streamed
 from streamcnn.support.interrupts import undoing
 from streamcnn.support.units import format_bytes, parse_bytes
 
-_SMALLEST_TILE = 32
-"""Edge in pixels; below it, halos are nearly all of the work."""
-_LESS_PERCENT = (75, 85, 93)
-"""What a pass that was refused memory is planned again for, in percent of what was projected."""
-_SHARED_REGISTRIES = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
-
-class StreamingModel(nn.Module):
+class StreamingModel(ModuleFacade):
     """``net`` on images of any size, exactly, under a memory ceiling.
 
     Parameters
@@ -96,8 +83,6 @@ class StreamingModel(nn.Module):
     torch.Size([1, 8, 1, 1])
     """
 
-    net: nn.Module
-
     def __init__(
         self,
         net: nn.Module,
@@ -108,8 +93,7 @@ class StreamingModel(nn.Module):
         preprocess: Preprocess | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self._adopt(net)
+        super().__init__(net)
         self.budget = parse_bytes(budget)
         self.tile = _as_tile(tile)
         self.spill = _as_folder(spill)
@@ -117,56 +101,16 @@ class StreamingModel(nn.Module):
         self.last_report: Report | None = None
         self.observer: Observer | None = None
         """Told when a part of a pass begins and when it ends."""
-        self._resident_tail = True
+        self.resident_tail = True
+        """Whether the layers after the last large map may be run on whole maps."""
         self._plans = PlanCache()
         self._call = ForwardPass()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
         """What went through instead of a spec that was refused memory, by what was captured and the spec."""
-        self.training = net.training
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
             self.to(device)
-
-    # --- being the module ----------------------------------------------------------------------------
-
-    def _adopt(self, net: nn.Module) -> None:
-        """Share the module's registries, so that names, keys and moves are its own."""
-        if not isinstance(net, nn.Module):
-            raise ValueError(f"net is {net!r}: allowed is a torch.nn.Module")
-        object.__setattr__(self, "net", net)
-        for registry in _SHARED_REGISTRIES:
-            object.__setattr__(self, registry, getattr(net, registry))
-
-    def __getattr__(self, name: str) -> Any:
-        # Not found here: the module's own attributes and methods.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            net = self.__dict__.get("net")
-            if net is None:
-                raise
-            return getattr(net, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        net = self.__dict__.get("net")
-        own = net is None or name in self.__dict__ or hasattr(type(self), name)
-        if own or not hasattr(net, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(net, name, value)
-
-    def train(self, mode: bool = True) -> StreamingModel:
-        """Set train or eval mode of the module and everything in it."""
-        self.net.train(mode)
-        self.training = mode
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.net._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.net._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
@@ -218,7 +162,7 @@ class StreamingModel(nn.Module):
             size, dtype, reading = reader.shape, dtype or reader.dtype, reader.reading
         else:
             size, reading = cast("tuple[int, int, int, int]", shape), NO_READING
-        planned = self._planned(
+        planned = self.planned(
             size,
             dtype or module_dtype(self.net),
             image_gradient=False,
@@ -243,7 +187,7 @@ class StreamingModel(nn.Module):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        planned = self._planned(
+        planned = self.planned(
             shape,
             module_dtype(self.net),
             image_gradient=False,
@@ -253,7 +197,7 @@ class StreamingModel(nn.Module):
         )
         return planned.plan
 
-    def _planned(
+    def planned(
         self,
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
@@ -264,7 +208,26 @@ class StreamingModel(nn.Module):
         machine: Machine | None = None,
         reading: BatchCost = NO_READING,
     ) -> Planned:
-        """The plan of a call that ends where it would be carried out."""
+        """What was captured of a call, and the plan for it; the call ends where that would be carried out.
+
+        Parameters
+        ----------
+        shape, dtype
+            Of the image (N, C, H, W).
+        image_gradient
+            Whether the image requires a gradient.
+        inputs, named
+            What else goes into the module after the image, in order and by name.
+        machine
+            Where it would be carried out; ``None`` for here.
+        reading
+            What reading the image takes.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the module cannot be captured at this shape.
+        """
         device = self._device()
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
@@ -298,7 +261,7 @@ class StreamingModel(nn.Module):
             leaves=frozenset(leaves),
             budget=self.budget,
             tile=self.tile,
-            tail=self._resident_tail,
+            tail=self.resident_tail,
             reading=reading,
         )
 
@@ -351,8 +314,8 @@ class StreamingModel(nn.Module):
         caller_modes = CallerModes()
 
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
-            _refuse_changes(graph, image)
-            _refuse_shared_memory(graph, states)
+            refuse_changes_of_the_image(graph, image)
+            refuse_shared_memory(graph, states)
             captured = Captured(graph, states, reader.device)
             results = self._run_parts(captured, reader, image if image_gradient else None, caller_modes)
             asked = results[: len(results) - graph.num_checks]
@@ -376,7 +339,7 @@ class StreamingModel(nn.Module):
         parts = parts_of(graph) if torch.is_grad_enabled() or graph.enables_grad else ()
         if not parts:
             return self._run(captured, reader, image, caller_modes)
-        before = {key: _as_before(key, captured.states[key]) for key in graph.updates}
+        before = {key: as_before(key, captured.states[key]) for key in graph.updates}
 
         def run() -> Sequence[Any]:
             values: dict[str, Any] = {}
@@ -413,7 +376,7 @@ class StreamingModel(nn.Module):
         program = planned.program
         reader.check(planned.plan)
         planned.plan.validate()
-        shrink = _Smaller(self._plans, captured, spec, machine, self._smaller)
+        shrink = SmallerPlans(self._plans, captured, spec, machine, self._smaller)
         run = Pass(planned, reader, captured.states, self, shrink)
         outputs = undoing(
             partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
@@ -448,100 +411,6 @@ def _undo(run: Pass, grad: bool) -> None:
     """Leave nothing of a pass that has failed or was interrupted."""
     run.close()
     torch.set_grad_enabled(grad)
-
-
-def _refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
-    """A state that the pass changes must not be seen through another one."""
-    by_memory: dict[int, list[str]] = {}
-    for key, state in states.items() if graph.updates else ():
-        by_memory.setdefault(state.untyped_storage().data_ptr(), []).append(key)
-    # Tensors on the meta device have no memory.
-    by_memory.pop(0, None)
-    for keys in by_memory.values():
-        for first, second in permutations(keys, 2):
-            if first in graph.updates and _overlap(states[first], states[second]):
-                raise UnsupportedModel(
-                    f"the forward pass changes '{first}', which shares memory with '{second}': give each a "
-                    "tensor of its own"
-                )
-
-
-def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one storage have memory in common, as far as their extents tell."""
-    starts = (first.storage_offset(), second.storage_offset())
-    ends = (
-        start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        for start, t in zip(starts, (first, second), strict=True)
-    )
-    return first.numel() > 0 < second.numel() and max(starts) <= min(ends)
-
-
-def _as_before(key: str, state: Tensor) -> Tensor:
-    """A copy of a state that the pass changes."""
-    if state.requires_grad:
-        raise UnsupportedModel(
-            f"the forward pass changes '{key}', which requires a gradient, and has results that depend "
-            "on each other: change it outside, or return the results that the loss needs"
-        )
-    return state.detach().clone()
-
-
-def _refuse_changes(graph: RawGraph, image: Image) -> None:
-    if graph.changes_image and isinstance(image, Tensor):
-        raise UnsupportedModel(
-            "the forward pass overwrites the image, which is the caller's: use an operator that returns "
-            "a new tensor, as x = x - mean instead of x.sub_(mean)"
-        )
-
-
-class _Smaller:
-    """Plans the pass that begins now again, whenever that is; by then the module may be in another mode."""
-
-    def __init__(
-        self,
-        plans: PlanCache,
-        captured: Captured,
-        spec: PassSpec,
-        machine: Machine,
-        kept: dict[tuple[Any, ...], PassSpec],
-    ) -> None:
-        self._plans = plans
-        self._captured = captured
-        self._spec = spec
-        self._machine = machine
-        self._kept = kept
-        self._grad = torch.is_grad_enabled()
-        self._found: PassSpec | None = None
-
-    def __call__(self, plan: Plan) -> Planned | None:
-        for smaller in _smaller_specs(self._spec, plan):
-            with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._spec.casts):
-                found = self._plans.plan(self._captured, smaller, self._machine)
-            allowed = smaller.target or smaller.budget
-            if allowed is None or found.plan.projected_bytes <= allowed:
-                self._found = smaller
-                return found
-        return None
-
-    def keep(self) -> None:
-        if self._found is not None:
-            self._kept[self._captured.settings, self._spec] = self._found
-
-
-def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
-    """What to ask for after ``plan`` was refused memory: tiles of half its size, or a plan for less."""
-    if spec.tile is None and spec.budget is not None:
-        for percent in _LESS_PERCENT:
-            yield replace(spec, target=plan.projected_bytes * percent // 100)
-    elif (tile := _halved(plan.tile)) is not None:
-        yield replace(spec, tile=tile)
-
-
-def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:
-    """Half of a tile, or None where that would be of no use."""
-    height, width = tile
-    smaller = (min(height, max(_SMALLEST_TILE, height // 2)), min(width, max(_SMALLEST_TILE, width // 2)))
-    return None if smaller == tile else smaller
 
 
 def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -42,7 +42,7 @@ class MemoryStore(Store):
         super().__init__(spec)
         self._device = device
         self._on_host = device.type == "cpu"
-        self._compute_device = compute_device
+        self.compute_device = compute_device
         self._map: Tensor | None = None
         self._allocating = Lock()
         self._frontier = Frontier(spec.size)
@@ -50,10 +50,10 @@ class MemoryStore(Store):
     def _read(self, region: Region) -> Tensor:
         if self._map is None:
             return torch.zeros(
-                self.spec.tile_shape(region), dtype=self.spec.dtype, device=self._compute_device
+                self.spec.tile_shape(region), dtype=self.spec.dtype, device=self.compute_device
             )
         view = self._view(self._map, region)
-        return to_compute(view, self._compute_device) if self._on_host else view
+        return to_compute(view, self.compute_device) if self._on_host else view
 
     def _write(self, region: Region, tile: Tensor) -> None:
         # Of another type only where it is stored: a conversion on a GPU would take its memory.

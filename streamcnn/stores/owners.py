@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 PREFIX = "streamcnn-"
-_PROC = Path("/proc")
+PROC = Path("/proc")
 _NAME = re.compile(PREFIX + r"(?P<place>[0-9a-f]{16})-(?P<number>\d+)-(?P<start>\d+)-[0-9a-f]{16}")
 _DEAD_STATES = "ZX"
 
@@ -50,7 +50,7 @@ class Owner:
             return False
         found = _state_and_start(self.number)
         if found is None:
-            return not (_PROC / str(self.number)).exists()
+            return not (PROC / str(self.number)).exists()
         state, start = found
         # A process whose first thread has ended is a zombie too, while others go on.
         return start != self.start or (state in _DEAD_STATES and _num_threads(self.number) <= 1)
@@ -89,8 +89,8 @@ def _is_abandoned(folder: Path) -> bool:
 def _place() -> str | None:
     """This start of this machine and this space of process numbers, as sixteen digits."""
     try:
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-        numbers = os.readlink(_PROC / "self/ns/pid")
+        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        numbers = os.readlink(PROC / "self/ns/pid")
     except OSError:
         return None
     return hashlib.sha256(f"{boot} {numbers}".encode()).hexdigest()[:16]
@@ -99,7 +99,7 @@ def _place() -> str | None:
 def _state_and_start(number: int) -> tuple[str, int] | None:
     """State and start of a process; None if there is none."""
     try:
-        text = (_PROC / str(number) / "stat").read_text()
+        text = (PROC / str(number) / "stat").read_text()
     except OSError:
         return None
     # The second field is the program's name in parentheses, which may have any characters.
@@ -109,6 +109,6 @@ def _state_and_start(number: int) -> tuple[str, int] | None:
 
 def _num_threads(number: int) -> int:
     try:
-        return len(os.listdir(_PROC / str(number) / "task"))
+        return len(os.listdir(PROC / str(number) / "task"))
     except OSError:
         return 0

@@ -104,7 +104,7 @@ class ZarrStore(Store):
         self._row_nbytes = self._grid.row_nbytes
         self._to_map_order = tuple(int(axis) for axis in np.argsort(self._grid.file_order))
         self._chunk_prefix = str(folder / "c.")
-        self._compute_device = compute_device
+        self.compute_device = compute_device
         self._present: set[tuple[int, ...]] = set()
         self._writing = Lock()
         self._folder = folder
@@ -118,7 +118,7 @@ class ZarrStore(Store):
 
     def _read(self, region: Region) -> Tensor:
         # Pinned, a tile goes to the GPU while the next one is being read.
-        tile = host_buffer(self.spec.tile_shape(region), self.spec.dtype, self._compute_device)
+        tile = host_buffer(self.spec.tile_shape(region), self.spec.dtype, self.compute_device)
         array = _as_numpy(tile)
         scratch = self._scratch(region)
         for part in self._grid.parts(region):
@@ -127,7 +127,7 @@ class ZarrStore(Store):
                     array[part.in_tile] = self._load(file, part, scratch)[part.in_rows]
             else:
                 array[part.in_tile] = 0
-        return tile.to(self._compute_device, non_blocking=True)
+        return tile.to(self.compute_device, non_blocking=True)
 
     def _write(self, region: Region, tile: Tensor) -> None:
         self._update(region, tile, _replace, keeps_old=False)

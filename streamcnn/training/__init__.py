@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamcnn.support.signals import StoppedAtOnce as StoppedAtOnce
+from streamcnn.training.ending import Terminated as Terminated
 from streamcnn.training.evaluation import Score as Score
 from streamcnn.training.evaluation import score as score
 from streamcnn.training.log import read_log as read_log
@@ -13,6 +14,5 @@ from streamcnn.training.runs import load_run as load_run
 from streamcnn.training.runs import make_trainer as make_trainer
 from streamcnn.training.settings import TrainSettings as TrainSettings
 from streamcnn.training.trainer import Listener as Listener
-from streamcnn.training.trainer import Terminated as Terminated
 from streamcnn.training.trainer import Trainer as Trainer
 from streamcnn.training.trainer import TrainResult as TrainResult

@@ -8,60 +8,45 @@ sums of the epoch so far, and how long the log was. What came after it is done a
 from __future__ import annotations
 
 import math
-import platform
-import random
-import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from streamcnn.data.dataset import ImageDataset, LabelledImages, collate, input_shapes
+from streamcnn.data.dataset import LabelledImages, collate
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, TrainingDiverged
-from streamcnn.runtime.report import Report
+from streamcnn.errors import DamagedCheckpoint, TrainingDiverged
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
-from streamcnn.support.text import printable
 from streamcnn.training.checkpoints import CheckpointFolder
+from streamcnn.training.ending import EndAsked, EndRequest
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
+from streamcnn.training.identity import (
+    differences,
+    identity_of,
+    require_same_inputs,
+    versions,
+    with_present_fingerprints,
+)
 from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
 from streamcnn.training.naming import naming, not_finite, open_batch
+from streamcnn.training.optimisation import Optimisation
+from streamcnn.training.random_states import random_states, seed_all, set_random_states
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
 from streamcnn.training.state import FORMAT, Progress, require_state, restoring
+from streamcnn.training.update_record import UpdateRecord
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Told the kind and the values of each line that is written to the log."""
-
-
-class _Asked(Exception):
-    """The run was asked to end during validation."""
-
-
-class Terminated(Exception):
-    """The run was asked to end, by a signal or by `Trainer.end`; its state is saved.
-
-    Attributes
-    ----------
-    signal
-        The number of the signal; None if it was no signal.
-    """
-
-    def __init__(self, text: str, number: int | None = None) -> None:
-        super().__init__(text)
-        self.signal = number
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +127,7 @@ class Trainer:
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.progress = Progress()
-        self._end_reason: str | None = None
-        self._signal: int | None = None
+        self._end = EndRequest()
 
     @property
     def updates_per_epoch(self) -> int:
@@ -179,9 +163,9 @@ class Trainer:
         StoppedAtOnce
             After a second signal; the newest checkpoint is the one before.
         """
-        self._end_reason = self._signal = None
+        self._end = EndRequest()
         with holding(self.folder), heeding(self._end_by):
-            self._begin()
+            self.begin()
             return self._run()
 
     def _run(self) -> TrainResult:
@@ -226,33 +210,32 @@ class Trainer:
         reason
             What ended it, for the error's text.
         """
-        self._end_reason = reason
-        self.on_end(reason, self._signal)
+        self._end.reason = reason
+        self.on_end(reason, self._end.signal)
 
-    def _end_by(self, number: signal.Signals) -> None:
-        self._signal = number
+    def _end_by(self, number: Signals) -> None:
+        self._end.signal = number
         self.end(number.name)
 
     # --- state ---------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Everything as it is before the first update."""
-        settings = self.settings
-        torch.manual_seed(settings.seed)
-        random.seed(settings.seed)
-        np.random.seed(settings.seed % 2**32)
-        self.optimizer = settings.make_optimizer(self.net)
-        self.schedule = settings.make_schedule(self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast == "float16")
-        self.averaged: AveragedModel | None = None
-        if settings.ema_decay is not None:
-            average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
-            self.averaged = AveragedModel(self.net, multi_avg_fn=average)
+    def begin(self) -> None:
+        """Make everything as it is before the first update; `run` does, and goes on from a checkpoint then.
+
+        Raises
+        ------
+        DatasetMismatch
+            If images to train on and to validate by have different further inputs.
+        PlanDoesNotFit
+            If the first image cannot be streamed within the budget.
+        """
+        seed_all(self.settings.seed)
+        self.optimisation = Optimisation(self.net, self.settings, self.device)
         self.sampler = self._make_sampler()
         self.progress = Progress()
-        self._untried = set[str]()
-        self._require_same_inputs()
-        self._identity = self._find_identity()
+        require_same_inputs(self.images, self.validation)
+        found = identity_of(self.model, self.images, self.validation, self.settings, self.device)
+        self._identity = {**self.identity, **found}
         self._plan_digest = self._find_plan_digest()
 
     def _make_sampler(self) -> ResumableSampler:
@@ -260,44 +243,18 @@ class Trainer:
         labels = self.images.labels if self.settings.balanced else None
         return ResumableSampler(self.images, seed=self.settings.seed, labels=labels)
 
-    def _require_same_inputs(self) -> None:
-        """Make sure that what the model is trained on is what it will be validated by."""
-        trained, validated = (input_shapes(images[0]) for images in (self.images, self.validation))
-        if trained != validated:
-            raise DatasetMismatch(
-                f"training images have inputs of the shapes {trained}, and validation images {validated}: "
-                "give both the same inputs"
-            )
-
-    def _find_identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on."""
-        streamed = self.model if isinstance(self.model, StreamingModel) else None
-        return {
-            **self.identity,
-            **self.settings.to_dict(),
-            "tensors": {key: f"{t.dtype}{tuple(t.shape)}" for key, t in self.net.state_dict().items()},
-            "images": self.images.fingerprint,
-            "validation": self.validation.fingerprint,
-            "budget": streamed and streamed.budget,
-            "tile": streamed and streamed.tile and list(streamed.tile),
-            "device": self.device.type,
-        }
-
     def _save(self) -> None:
         """Write a checkpoint of the state as it is between two updates."""
         self.checkpoints.save(
             {
                 "format": FORMAT,
                 "identity": self._identity,
-                "versions": _versions(),
+                "versions": versions(),
                 "progress": asdict(self.progress),
                 "model": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": None if self.schedule is None else self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "averaged": None if self.averaged is None else self.averaged.state_dict(),
+                **self.optimisation.state_dict(),
                 "sampler": self.sampler.state_dict(),
-                "random": _random_states(self.device),
+                "random": random_states(self.device),
                 # Not that of the beginning: it is another once memory was refused.
                 "plan": self._find_plan_digest(),
                 "log_bytes": self.log.flush(),
@@ -307,27 +264,16 @@ class Trainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
-        require_same(self._identity, self._known(saved["identity"]))
-        circumstances = {**_versions(), "plan": self._plan_digest}
-        for name, before in {**saved["versions"], "plan": saved["plan"]}.items():
-            present = circumstances.get(name)
-            if before != present:
-                warnings.warn(
-                    f"the run began with {printable(f'{name} {before}')} and goes on with {present}: "
-                    "rounding may make it end differently from one without a break",
-                    stacklevel=3,
-                )
+        images = {"images": self.images, "validation": self.validation}
+        require_same(self._identity, with_present_fingerprints(saved["identity"], self._identity, images))
+        present = {**versions(), "plan": self._plan_digest}
+        for text in differences({**saved["versions"], "plan": saved["plan"]}, present):
+            warnings.warn(text, stacklevel=3)
         self.net.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(saved["schedule"])
-        self.scaler.load_state_dict(saved["scaler"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(saved["averaged"])
+        self.optimisation.load_state_dict(saved, self.checkpoints.folder)
         self.sampler.load_state_dict(saved["sampler"])
-        self._untried = {"update", "epoch"}
         self.progress = Progress(**saved["progress"])
-        _set_random_states(saved["random"], self.device)
+        set_random_states(saved["random"], self.device)
         # The run may have been killed before that was marked, or a later one be marked that is passed over.
         best = self.progress.best
         if best is not None and not (self.checkpoints.folder / best).exists():
@@ -338,15 +284,6 @@ class Trainer:
         self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
         self.progress.is_over = self._is_over()
-
-    def _known(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """A checkpoint's identity, with the fingerprints of today for images that older ones tell as well."""
-        found = dict(identity)
-        for name, images in (("images", self.images), ("validation", self.validation)):
-            if found.get(name) != self._identity[name] and isinstance(images, ImageDataset):
-                if found.get(name) == images.former_fingerprint:
-                    found[name] = self._identity[name]
-        return found
 
     def _find_plan_digest(self) -> str | None:
         """The fingerprint of the plan that updates are carried out by, if the model is streamed.
@@ -363,7 +300,7 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         with naming("the first plan", [0], [sources[0].name]):
-            with torch.enable_grad(), self._casting():
+            with torch.enable_grad(), self.casting():
                 plan = self.model.plan(sources, inputs=self._on_device(inputs))
             self.model.train(was_training)
             plan.validate()
@@ -377,18 +314,15 @@ class Trainer:
         self.images.set_epoch(self.sampler.epoch)
         for positions in self._updates():
             self._update(positions)
-            if self.progress.update % self.settings.save_every == 0 and self._end_reason is None:
+            if self.progress.update % self.settings.save_every == 0 and not self._end.is_made:
                 self._save()
             self._end_if_asked()
 
     def _end_if_asked(self) -> None:
         """Save and end, if that was asked for."""
-        if self._end_reason is not None:
+        if self._end.is_made:
             self._save()
-            raise Terminated(
-                f"ended by {self._end_reason} after update {self.progress.update}; the state is saved",
-                self._signal,
-            )
+            raise self._end.to_error(self.progress.update)
 
     def _updates(self) -> Iterator[list[int]]:
         """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
@@ -406,54 +340,36 @@ class Trainer:
 
     def _update(self, positions: list[int]) -> None:
         """One step of the optimiser, on the gradients of all ``positions``."""
-        settings, progress, start = self.settings, self.progress, time.perf_counter()
-        size = settings.batch_size
-        loss_sum, num_right, num_pixels = 0.0, 0, 0
-        learning_rate, reports = self.optimizer.param_groups[0]["lr"], list[Report]()
-        where = f"update {progress.update + 1} of epoch {progress.epoch + 1}"
-        self.optimizer.zero_grad(set_to_none=True)
+        progress, size, record = self.progress, self.settings.batch_size, UpdateRecord()
+        learning_rate = self.optimisation.learning_rate
+        self.optimisation.clear_gradients()
         for at in range(0, len(positions), size):
-            batch = positions[at : at + size]
-            sources, labels, *inputs = open_batch(self.images, batch, where)
-            names = [source.name for source in sources]
-            num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
-            with naming(where, batch, names):
-                loss, logits = self.differentiate(
-                    sources, labels, 1 / len(positions), *self._on_device(inputs)
-                )
-                if not math.isfinite(loss):
-                    found = not_finite(logits, batch, names)
-                    which = f", as the model gives NaN or infinity for {found}" if found else ""
-                    raise TrainingDiverged(
-                        f"the loss of update {progress.update + 1} is {loss}{which}: see that the images are "
-                        "what the model expects, or begin another run with a smaller learning_rate, or with "
-                        "clip_norm; the checkpoints are from before it"
-                    )
-            if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
-                reports.append(self.model.last_report)
-            loss_sum += loss
-            num_right += int((logits.argmax(1).cpu() == labels).sum())
-        self._step()
+            self._add_batch(positions[at : at + size], 1 / len(positions), record)
+        self.optimisation.step()
         progress.update += 1
-        progress.num_images += len(positions)
-        progress.loss_sum += loss_sum
-        progress.num_right += num_right
-        seconds = time.perf_counter() - start
-        measured = [report.measured_bytes for report in reports if report.measured_bytes is not None]
-        self._note(
-            "update",
-            {
-                "epoch": progress.epoch,
-                "loss": loss_sum / len(positions),
-                "accuracy": num_right / len(positions),
-                "learning_rate": learning_rate,
-                "seconds": seconds,
-                "megapixels_per_second": num_pixels / seconds / 1e6,
-                "measured_bytes": max(measured, default=None),
-                "projected_bytes": max((report.projected_bytes for report in reports), default=None),
-                "retries": sum(report.num_retries for report in reports),
-            },
-        )
+        progress.num_images += record.num_images
+        progress.loss_sum += record.loss_sum
+        progress.num_right += record.num_right
+        self._note("update", record.values(epoch=progress.epoch, learning_rate=learning_rate))
+
+    def _add_batch(self, batch: list[int], weight: float, record: UpdateRecord) -> None:
+        """Add the gradients of one forward pass."""
+        where = f"update {self.progress.update + 1} of epoch {self.progress.epoch + 1}"
+        sources, labels, *inputs = open_batch(self.images, batch, where)
+        names = [source.name for source in sources]
+        with naming(where, batch, names):
+            loss, logits = self.differentiate(sources, labels, weight, *self._on_device(inputs))
+            if not math.isfinite(loss):
+                found = not_finite(logits, batch, names)
+                which = f", as the model gives NaN or infinity for {found}" if found else ""
+                raise TrainingDiverged(
+                    f"the loss of update {self.progress.update + 1} is {loss}{which}: see that the images "
+                    "are what the model expects, or begin another run with a smaller learning_rate, or with "
+                    "clip_norm; the checkpoints are from before it"
+                )
+        record.add(sources, labels, loss, logits)
+        if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
+            record.add_report(self.model.last_report)
 
     def _on_device(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [each.to(self.device) for each in inputs]
@@ -476,47 +392,23 @@ class Trainer:
         -------
         The sum of the images' losses, without the factor, and their logits ``(N, classes)``, detached.
         """
-        with self._casting():
+        with self.casting():
             logits = self.model(sources, *inputs)
             require_labels(labels, logits)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-        self.scaler.scale(weight * loss).backward()  # type: ignore[no-untyped-call]
+        self.optimisation.backward(weight * loss)
         return float(loss.detach()), logits.detach()
 
     def _note(self, kind: str, values: Mapping[str, Any]) -> None:
         """Tell the log and the listener."""
         self.log.write(kind, values, self.progress.update)
         # After a signal the terminal that the listener writes to may be gone, and the state is to be saved.
-        if self.listener is not None and self._signal is None:
+        if self.listener is not None and self._end.signal is None:
             self.listener(kind, values)
 
     @contextmanager
-    def _first_use(self, what: str) -> Iterator[None]:
-        """Tell a checkpoint whose states were changed where they are used: loading does not look at all."""
-        if what not in self._untried:
-            yield
-            return
-        with restoring(self.checkpoints.folder):
-            yield
-        self._untried.discard(what)
-
-    def _step(self) -> None:
-        """Change the weights by their gradients."""
-        settings = self.settings
-        if settings.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip_norm)
-        with self._first_use("update"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.averaged is not None:
-                self.averaged.update_parameters(self.net)
-            if self.schedule is not None and settings.schedule_every == "update":
-                self.schedule.step()
-
-    @contextmanager
-    def _casting(self) -> Iterator[None]:
-        """Autocast as the settings say."""
+    def casting(self) -> Iterator[None]:
+        """A block under autocast, as the settings say."""
         name = self.settings.autocast
         with torch.autocast(
             self.device.type,
@@ -533,45 +425,24 @@ class Trainer:
         self.model.eval()
         self.validation.set_epoch(0)
         try:
-            with self._averaged_weights():
+            with self.optimisation.averaged_weights():
                 return score(
                     self.model,
                     self.validation,
                     batch_size=self.settings.batch_size,
-                    casting=self._casting,
-                    before_batch=self._stop_if_asked,
+                    casting=self.casting,
+                    before_batch=self._end.require_none,
                     device=self.device,
                 )
-        except _Asked:
+        except EndAsked:
             # With the model's own weights again.
             self._end_if_asked()
             raise
 
-    def _stop_if_asked(self) -> None:
-        if self._end_reason is not None:
-            raise _Asked
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Lend the model the averaged weights, if there are any."""
-        if self.averaged is None:
-            yield
-            return
-        own = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
-        averaged = self.averaged.module
-        assert isinstance(averaged, nn.Module)
-        self.net.load_state_dict(averaged.state_dict())
-        try:
-            yield
-        finally:
-            self.net.load_state_dict(own)
-
     def _end_epoch(self, found: Score) -> None:
         """Note the validation, decide what comes next, and save."""
-        progress, settings = self.progress, self.settings
-        if self.schedule is not None and settings.schedule_every == "epoch":
-            with self._first_use("epoch"):
-                settings.step_schedule(self.schedule, found.loss)
+        progress = self.progress
+        self.optimisation.end_epoch(found.loss)
         self._note(
             "epoch",
             {
@@ -601,33 +472,3 @@ class Trainer:
         return self.progress.epoch >= self.settings.epochs or (
             patience is not None and self.progress.epochs_since_best >= patience
         )
-
-
-def _versions() -> dict[str, str]:
-    """Of what a run's results depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "streamcnn": version("streamcnn"),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _random_states(device: torch.device) -> dict[str, Any]:
-    """All random states that a model or its data may draw from, as plain values and tensors."""
-    name, words, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, words.tolist(), *rest),  # type: ignore[union-attr]
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["device"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(states["device"], device)

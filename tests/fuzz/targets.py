@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from hostile import FACTORY
 
-from streamcnn.cli.images import _image_facts, store_facts
-from streamcnn.data.convert import _origin
+from streamcnn.cli.images import image_facts, store_facts
+from streamcnn.data.convert import origin_of
 from streamcnn.data.file_dataset import FileDataset, open_table
 from streamcnn.data.image_files import find_images
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageSource, is_image, open_image
@@ -99,14 +99,14 @@ def _use_image(folder: Path, attempts: Attempts) -> None:
             is_image(path)
             _read(open_image(path, max_pixels=MAX_PIXELS))
         with attempts.attempt():
-            _image_facts(path, DEFAULT_CHOICE)
+            image_facts(path, DEFAULT_CHOICE)
         if path.is_dir():
             for missing in ("fill", "error"):
                 with attempts.attempt():
                     _read(open_image(path, missing_chunks=missing, max_pixels=MAX_PIXELS))
     with attempts.attempt():
         for image in find_images([folder]):
-            _origin(image, DEFAULT_CHOICE)
+            origin_of(image, DEFAULT_CHOICE)
 
 
 def _use_store(folder: Path, attempts: Attempts) -> None:
@@ -181,8 +181,8 @@ def _use_rates(folder: Path, attempts: Attempts) -> None:
         measured.append(NOMINAL["cpu"])
         return measured[0]
 
-    before = calibration._key, calibration.calibrate, os.environ.get(calibration.VARIABLE)
-    calibration._key, calibration.calibrate = lambda device: KEY, calibrate
+    before = calibration.hardware_key, calibration.calibrate, os.environ.get(calibration.VARIABLE)
+    calibration.hardware_key, calibration.calibrate = lambda device: KEY, calibrate
     os.environ[calibration.VARIABLE] = str(folder / "rates.json")
     try:
         with attempts.attempt():
@@ -194,7 +194,7 @@ def _use_rates(folder: Path, attempts: Attempts) -> None:
             if measured:
                 attempts.refusals.append("rates: measured again")
     finally:
-        calibration._key, calibration.calibrate = before[0], before[1]
+        calibration.hardware_key, calibration.calibrate = before[0], before[1]
         os.environ[calibration.VARIABLE] = before[2] or "off"
 
 

@@ -107,27 +107,27 @@ def _draw_triangle(draws: Draws, size: int) -> Triangle:
     return Triangle(a, b, c)
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     """One axis of the grid: steps of the position on it, in 2^-40 cells per half pixel of the canvas."""
 
     per_row: int
     per_col: int
 
 
-def _axes(background: Background) -> tuple[_Axis, _Axis]:
+def axes_of(background: Background) -> tuple[Axis, Axis]:
     """The rows and the columns of the grid, by the inverse of rotation * shear * scale."""
-    sin, cos = _sin_cos(background.rotation)
-    _, cos_shear = _sin_cos(background.shear)
-    sin_both, cos_both = _sin_cos(background.rotation + background.shear)
+    sin, cos = sin_cos(background.rotation)
+    _, cos_shear = sin_cos(background.shear)
+    sin_both, cos_both = sin_cos(background.rotation + background.shear)
     # The canvas shows half of the grid, so half a pixel is 1 / (4 size) of it.
     cells = len(background.cells) * 10**6 << _CELL_BITS
     half_pixels = background.scale * 4 * background.size
-    rows = _Axis(cells * cos // (half_pixels * _ONE), -cells * sin // (half_pixels * _ONE))
-    cols = _Axis(cells * sin_both // (half_pixels * cos_shear), cells * cos_both // (half_pixels * cos_shear))
+    rows = Axis(cells * cos // (half_pixels * _ONE), -cells * sin // (half_pixels * _ONE))
+    cols = Axis(cells * sin_both // (half_pixels * cos_shear), cells * cos_both // (half_pixels * cos_shear))
     return rows, cols
 
 
-def _sin_cos(microdegrees: int) -> tuple[int, int]:
+def sin_cos(microdegrees: int) -> tuple[int, int]:
     """Sine and cosine times 2^80 by their series, without the rounding of a machine's library."""
     angle = microdegrees * _PI * _ONE // (180 * 10**6 * 10**39)
     sums, term = [0, 0, 0, 0], _ONE
@@ -139,19 +139,19 @@ def _sin_cos(microdegrees: int) -> tuple[int, int]:
 
 def _mark_grid(background: Background, changed: Mask) -> None:
     """Mark, in ``changed`` without any marks, where the transformed grid differs from the pixel above."""
-    size, axes = background.size, _axes(background)
+    size, axes = background.size, axes_of(background)
     cols = np.arange(size, dtype=np.int64)
-    changed[0] = _colours(background, axes, np.zeros_like(cols), cols)
+    changed[0] = colours(background, axes, np.zeros_like(cols), cols)
     for axis in axes:
         rows = _crossings(axis, len(background.cells), size)
         inside = (rows > 0) & (rows < size)
         row, col = rows[inside], np.nonzero(inside)[1]
         # Set, not flipped: a pixel where lines of both axes are crossed comes up twice.
-        above = _colours(background, axes, row - 1, col)
-        changed[row, col] = _colours(background, axes, row, col) != above
+        above = colours(background, axes, row - 1, col)
+        changed[row, col] = colours(background, axes, row, col) != above
 
 
-def _colours(background: Background, axes: tuple[_Axis, _Axis], rows: Integers, cols: Integers) -> Mask:
+def colours(background: Background, axes: tuple[Axis, Axis], rows: Integers, cols: Integers) -> Mask:
     """What the transformed grid shows at some pixels of the canvas."""
     bordered = np.pad(background.cells, 1)
     size, num_cells = background.size, len(background.cells)
@@ -165,7 +165,7 @@ def _colours(background: Background, axes: tuple[_Axis, _Axis], rows: Integers, 
     return colours
 
 
-def _crossings(axis: _Axis, num_cells: int, size: int) -> Integers:
+def _crossings(axis: Axis, num_cells: int, size: int) -> Integers:
     """The first row, top to bottom, on the other side of each line between cells, ``(num_cells + 1, size)``.
 
     Rows outside of the canvas mean that a column does not cross the line.

@@ -19,7 +19,7 @@ from streamcnn.support.extras import require
 
 _NUM_DIGITS = 10
 _INK = 128  # of 255 grey levels: the first that counts as ink
-_MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _NO_MNIST = (
     "no MNIST digits were given: using scikit-learn's UCI digits, which are fewer and coarser; "
     "name a folder with MNIST's IDX files, or 'mnist' to download them"
@@ -174,12 +174,12 @@ def _download_mnist() -> Path:
     pooch = require("pooch", extra="ultramnist")
     folder = Path(pooch.os_cache("streamcnn"))
     files = {f"{name}.gz": f"sha256:{digest}" for name, digest in DOWNLOAD_SHA256.items()}
-    registry = pooch.create(path=folder, base_url=_MNIST_URL, registry=files)
+    registry = pooch.create(path=folder, base_url=MNIST_URL, registry=files)
     try:
         for file in files:
             registry.fetch(file)
     except (OSError, ValueError) as error:
         raise CorruptImage(
-            f"cannot download MNIST from {_MNIST_URL}: {error}; get its four files and name their folder"
+            f"cannot download MNIST from {MNIST_URL}: {error}; get its four files and name their folder"
         ) from error
     return folder

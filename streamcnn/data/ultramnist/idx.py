@@ -39,7 +39,7 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049
 _SIDE = 28
 _MAX_LABEL = 9
 _PIECE_BYTES = 2**20
-_MOST_BYTES = 2**30
+MOST_BYTES = 2**30
 """Of a file, decompressed: ten times as much as the largest set of digits."""
 
 
@@ -105,8 +105,8 @@ def _bounded(file: gzip.GzipFile | BinaryIO, path: Path) -> bytes:
     # In pieces, for a buffer is made for as much as is asked for.
     while piece := file.read(_PIECE_BYTES):
         total += len(piece)
-        if total > _MOST_BYTES:
-            raise CorruptImage(f"{path} holds more than {_MOST_BYTES} bytes: allowed are digits, in fewer")
+        if total > MOST_BYTES:
+            raise CorruptImage(f"{path} holds more than {MOST_BYTES} bytes: allowed are digits, in fewer")
         pieces.append(piece)
     return b"".join(pieces)
 

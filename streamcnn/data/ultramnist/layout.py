@@ -35,7 +35,7 @@ _WHOLE = 10**9  # over which the weights of a single digit's sides are integers
 
 # Everything placed so far is taken back after so many tries: in an image, needed only if the first digits
 # cover the whole canvas, and for one place, needed whenever the sizes do not fit together.
-_FAITHFUL_TRIES = 10_000
+FAITHFUL_TRIES = 10_000
 _BALANCED_TRIES = 100
 
 
@@ -129,7 +129,7 @@ class Layout:
         return sum(digit.value for digit in self.digits)
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A square of pixels and the factor that it was drawn with."""
 
     factor: int
@@ -178,13 +178,13 @@ def make_layout(spec: Spec, split: str, index: int) -> Layout:
     draws = Draws("layout", **key, recipe=spec.recipe.value, size=spec.size)
     if spec.recipe is Recipe.SINGLE:
         return Layout((_place_digit(label, _draw_single(draws, spec.size)),))
-    values = Draws("values", **key).choice(_groups(label))
+    values = Draws("values", **key).choice(digit_groups(label))
     place = _place_faithfully if spec.recipe is Recipe.FAITHFUL else _place_balanced
     return Layout(place(values, draws, spec.size))
 
 
 @cache
-def _groups(label: int) -> tuple[tuple[int, ...], ...]:
+def digit_groups(label: int) -> tuple[tuple[int, ...], ...]:
     """Every ascending group of three to five digits with the sum ``label``."""
     return tuple(
         group
@@ -196,10 +196,10 @@ def _groups(label: int) -> tuple[tuple[int, ...], ...]:
 
 def _place_faithfully(values: tuple[int, ...], draws: Draws, size: int) -> tuple[PlacedDigit, ...]:
     while True:
-        places: list[_Place] = []
-        for _ in range(_FAITHFUL_TRIES):
-            place = _draw_place(_draw_factor(draws), draws, size)
-            if not _overlaps(place, places):
+        places: list[Place] = []
+        for _ in range(FAITHFUL_TRIES):
+            place = draw_place(draw_factor(draws), draws, size)
+            if not overlaps(place, places):
                 places.append(place)
             if len(places) == len(values):
                 return _show(values, places)
@@ -207,52 +207,54 @@ def _place_faithfully(values: tuple[int, ...], draws: Draws, size: int) -> tuple
 
 def _place_balanced(values: tuple[int, ...], draws: Draws, size: int) -> tuple[PlacedDigit, ...]:
     num_places = max(_DIGIT_COUNTS)
-    places: list[_Place] = []
+    places: list[Place] = []
     while len(places) < num_places:
         # Largest first, so that fewer sizes are given up and the weights are kept better.
-        factors = sorted((_draw_factor(draws) for _ in range(num_places)), reverse=True)
+        factors = sorted((draw_factor(draws) for _ in range(num_places)), reverse=True)
         places = _find_places(factors, draws, size)
     # How places were found depends on their sizes: without this the first digits would get the largest.
     return _show(draws.shuffled(values), draws.shuffled(places))
 
 
-def _find_places(factors: list[int], draws: Draws, size: int) -> list[_Place]:
+def _find_places(factors: list[int], draws: Draws, size: int) -> list[Place]:
     """A free place for each of ``factors``, in this order, up to the first that finds none."""
-    places: list[_Place] = []
+    places: list[Place] = []
     for factor in factors:
-        tries = (_draw_place(factor, draws, size) for _ in range(_BALANCED_TRIES))
-        found = next((place for place in tries if not _overlaps(place, places)), None)
+        tries = (draw_place(factor, draws, size) for _ in range(_BALANCED_TRIES))
+        found = next((place for place in tries if not overlaps(place, places)), None)
         if found is None:
             break
         places.append(found)
     return places
 
 
-def _show(values: Sequence[int], places: Sequence[_Place]) -> tuple[PlacedDigit, ...]:
+def _show(values: Sequence[int], places: Sequence[Place]) -> tuple[PlacedDigit, ...]:
     """The digits at the first of the places."""
     return tuple(_place_digit(value, place) for value, place in zip(values, places, strict=False))
 
 
-def _place_digit(value: int, place: _Place) -> PlacedDigit:
+def _place_digit(value: int, place: Place) -> PlacedDigit:
     factor, side, row, col = place
     return PlacedDigit(value, side, factor, Region(Interval(row, row + side), Interval(col, col + side)))
 
 
-def _draw_factor(draws: Draws) -> int:
+def draw_factor(draws: Draws) -> int:
+    """The enlargement of a digit, 1 to 75, or 0 for the half."""
     factor = 1 + draws.weighted(_FACTOR_WEIGHTS)
     return _HALF if factor == 1 and draws.below(2) == 0 else factor
 
 
-def _draw_place(factor: int, draws: Draws, size: int) -> _Place:
+def draw_place(factor: int, draws: Draws, size: int) -> Place:
+    """A place for a digit of that enlargement on a canvas of ``size`` pixels, all equally likely."""
     side = proportional(_HALF_SIDE if factor == _HALF else GLYPH_SIDE * factor, size)
-    return _Place(factor, side, draws.below(size - side + 1), draws.below(size - side + 1))
+    return Place(factor, side, draws.below(size - side + 1), draws.below(size - side + 1))
 
 
-def _draw_single(draws: Draws, size: int) -> _Place:
+def _draw_single(draws: Draws, size: int) -> Place:
     """A place for the only digit."""
     sides = range(_HALF_SIDE, size // 2 + 1)
     side = sides[draws.weighted(_inverse(sides))]
-    return _Place(side // GLYPH_SIDE, side, draws.below(size - side + 1), draws.below(size - side + 1))
+    return Place(side // GLYPH_SIDE, side, draws.below(size - side + 1), draws.below(size - side + 1))
 
 
 @cache
@@ -261,7 +263,7 @@ def _inverse(sides: range) -> tuple[int, ...]:
     return tuple(_WHOLE // side for side in sides)
 
 
-def _overlaps(place: _Place, others: Sequence[_Place]) -> bool:
+def overlaps(place: Place, others: Sequence[Place]) -> bool:
     """Whether a pixel would belong to two boxes; boxes that touch without sharing one are apart.
 
     The released code also accepts two boxes that share a single row or column of pixels.

@@ -165,7 +165,7 @@ def upsample_nearest(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     if factors is not None and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, repeat_nearest, 0)
     sources = [
-        _nearest_sources(n, size, step) for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
+        nearest_sources(n, size, step) for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
     ]
     return _gathered(tracer, ref, like, (2, 3), [(source, source) for source in sources], None)
 
@@ -204,7 +204,7 @@ def _steps(call: Call) -> list[float | None]:
     return list(call.bind("scales_h", "scales_w"))
 
 
-def _nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int, ...]:
+def nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int, ...]:
     """Source positions, read off ATen's own kernel so that its rounding is ours."""
     with unset_fake_temporarily():
         places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size, 1)
@@ -224,7 +224,7 @@ def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     if factors is not None and not align_corners and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, repeat_bilinear, 1)
     axes = [
-        _bilinear_sources(n, size, step, align_corners)
+        bilinear_sources(n, size, step, align_corners)
         for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
     ]
     return _gathered(tracer, ref, like, (2, 3), [axis[:2] for axis in axes], [axis[2] for axis in axes])
@@ -236,7 +236,7 @@ def repeat_bilinear(x: Tensor, factors: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def _bilinear_sources(
+def bilinear_sources(
     num_out: int, size: int, scale: float | None, align_corners: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
     """Both source positions of each output and the weight of the second, by ATen's formula."""

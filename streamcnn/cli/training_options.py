@@ -1,0 +1,167 @@
+"""Options of ``train``, each declared once; a default is that of what the option is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from streamcnn.cli.arguments import (
+    Budget,
+    ChannelsLast,
+    Inputs,
+    Level,
+    Series,
+    Tile,
+    choice_of,
+    parse,
+    parse_extent,
+    parse_names,
+)
+from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.normalisation import Normalise
+from streamcnn.data.sources.places import local_path
+from streamcnn.support.units import parse_bytes
+from streamcnn.training import RunConfig, TrainSettings
+
+KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
+
+
+def _defaults(kind: type[Any]) -> SimpleNamespace:
+    """What the fields of a dataclass are if nobody says otherwise."""
+    return SimpleNamespace(**{field.name: field.default for field in fields(kind)})
+
+
+_RUN = _defaults(RunConfig)
+_SETTINGS = _defaults(TrainSettings)
+_NORMALISE = _defaults(Normalise)
+_AUGMENTATION = _defaults(RandomAugmentation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What a run is of, besides model and data: see `RunConfig`."""
+
+    budget: Budget = _RUN.budget
+    tile: Tile = _RUN.tile
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = _RUN.device
+    model_option: KeyValues = None
+    inputs: Inputs = None
+    series: Series = None
+    level: Level = None
+    channels_last: ChannelsLast = None
+    split: Annotated[str, typer.Option(help="Images to train on.")] = _RUN.split
+    validation_split: Annotated[
+        str | None, typer.Option(help="Images to choose the best weights by; default: a share of the former.")
+    ] = _RUN.validation_split
+    validation_share: Annotated[float, typer.Option(help="That share.")] = _RUN.validation_share
+    mean: Annotated[float, typer.Option(help="Taken from pixels of 0 to 1.")] = _NORMALISE.mean
+    std: Annotated[float, typer.Option(help="By which they are divided then.")] = _NORMALISE.std
+    mirrors: Annotated[bool, typer.Option("--mirrors", help="Mirror half of the images.")] = (
+        _AUGMENTATION.mirrors
+    )
+    turns: Annotated[bool, typer.Option("--turns", help="Turn images by quarters.")] = _AUGMENTATION.turns
+    inversion: Annotated[float, typer.Option(help="Share of images that are inverted.")] = (
+        _AUGMENTATION.inversion
+    )
+
+    def config(self, model: str, data: str, settings: TrainSettings) -> RunConfig:
+        """The run of a model on some images; text that cannot be read ends the command as wrong usage.
+
+        Raises
+        ------
+        ValueError
+            If a value has no meaning.
+        """
+        return RunConfig(
+            model=model,
+            model_options=parse("--model-option", parse_key_values, self.model_option),
+            data=str(local_path(data).resolve()),
+            inputs=parse_names(self.inputs),
+            choice=choice_of(self.series, self.level, self.channels_last),
+            split=self.split,
+            validation_split=self.validation_split,
+            validation_share=self.validation_share,
+            budget=parse("--budget", parse_bytes, self.budget),
+            tile=None if self.tile is None else parse("--tile", parse_extent, self.tile),
+            device=self.device,
+            normalise=Normalise(self.mean, self.std),
+            augmentation=RandomAugmentation(mirrors=self.mirrors, turns=self.turns, inversion=self.inversion),
+            settings=settings,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsOptions:
+    """How a run is trained: see `TrainSettings`."""
+
+    epochs: Annotated[int, typer.Option(help="Most passes over the images.")] = _SETTINGS.epochs
+    batch: Annotated[int, typer.Option(help="Images of a forward pass.")] = _SETTINGS.batch_size
+    accumulate: Annotated[int, typer.Option(help="Forward passes of an update.")] = _SETTINGS.accumulate
+    optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = _SETTINGS.optimizer
+    learning_rate: Annotated[float, typer.Option(help="Of the optimiser.")] = _SETTINGS.learning_rate
+    optimizer_option: KeyValues = None
+    schedule: Annotated[str | None, typer.Option(help="A class of torch.optim.lr_scheduler.")] = (
+        _SETTINGS.schedule
+    )
+    schedule_option: KeyValues = None
+    schedule_every: Annotated[str, typer.Option(help="epoch or update.")] = _SETTINGS.schedule_every
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of all gradients.")] = (
+        _SETTINGS.clip_norm
+    )
+    ema_decay: Annotated[float | None, typer.Option(help="Average the weights with this decay.")] = (
+        _SETTINGS.ema_decay
+    )
+    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16.")] = _SETTINGS.autocast
+    balanced: Annotated[bool, typer.Option("--balanced", help="As many images of each label.")] = (
+        _SETTINGS.balanced
+    )
+    patience: Annotated[int | None, typer.Option(help="Epochs without a gain to end after.")] = (
+        _SETTINGS.patience
+    )
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = _SETTINGS.save_every
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentations.")] = _SETTINGS.seed
+
+    def settings(self) -> TrainSettings:
+        """Settings of these values; text that cannot be read ends the command as wrong usage.
+
+        Raises
+        ------
+        ValueError
+            If a value has no meaning.
+        """
+        values = asdict(self)
+        return TrainSettings(
+            batch_size=values.pop("batch"),
+            optimizer_options=parse("--optimizer-option", parse_key_values, values.pop("optimizer_option")),
+            schedule_options=parse("--schedule-option", parse_key_values, values.pop("schedule_option")),
+            **values,
+        )
+
+
+def parse_key_values(texts: Sequence[str] | None) -> dict[str, Any]:
+    """``["lr=0.1", "nesterov=true"]`` as values by name; a value that is no JSON is text.
+
+    Raises
+    ------
+    ValueError
+        If one is not of that form, or a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"cannot read {text!r}: allowed is KEY=VALUE, such as momentum=0.9")
+        if name in found:
+            raise ValueError(f"{name} is given twice: give it once")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply: allowed are plain values") from None
+    return found

@@ -1,0 +1,71 @@
+"""What a pass is planned again for that was refused memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from streamcnn.graph.autocast import autocast
+from streamcnn.plan.plan import Plan
+from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
+
+SMALLEST_TILE = 32
+"""Edge in pixels; below it, halos are nearly all of the work."""
+_LESS_PERCENT = (75, 85, 93)
+"""What a pass that was refused memory is planned again for, in percent of what was projected."""
+
+
+class SmallerPlans:
+    """Plans the pass that begins now again, whenever that is; by then the module may be in another mode."""
+
+    def __init__(
+        self,
+        plans: PlanCache,
+        captured: Captured,
+        spec: PassSpec,
+        machine: Machine,
+        kept: dict[tuple[Any, ...], PassSpec],
+    ) -> None:
+        self._plans = plans
+        self._captured = captured
+        self._spec = spec
+        self._machine = machine
+        self._kept = kept
+        self._grad = torch.is_grad_enabled()
+        self._found: PassSpec | None = None
+
+    def __call__(self, plan: Plan) -> Planned | None:
+        """The next smaller plan after ``plan``; None if there is none."""
+        for smaller in _smaller_specs(self._spec, plan):
+            with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._spec.casts):
+                found = self._plans.plan(self._captured, smaller, self._machine)
+            allowed = smaller.target or smaller.budget
+            if allowed is None or found.plan.projected_bytes <= allowed:
+                self._found = smaller
+                return found
+        return None
+
+    def keep(self) -> None:
+        """Have later passes of the same kind begin with what was found."""
+        if self._found is not None:
+            self._kept[self._captured.settings, self._spec] = self._found
+
+
+def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
+    """What to ask for after ``plan`` was refused memory: tiles of half its size, or a plan for less."""
+    if spec.tile is None and spec.budget is not None:
+        for percent in _LESS_PERCENT:
+            yield replace(spec, target=plan.projected_bytes * percent // 100)
+    elif (tile := _halved(plan.tile)) is not None:
+        yield replace(spec, tile=tile)
+
+
+def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:
+    """Half of a tile, or None where that would be of no use."""
+    height, width = tile
+    smaller = (min(height, max(SMALLEST_TILE, height // 2)), min(width, max(SMALLEST_TILE, width // 2)))
+    return None if smaller == tile else smaller

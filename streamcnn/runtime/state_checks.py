@@ -1,0 +1,75 @@
+"""What a pass may not change: the caller's image, and memory that is seen under two names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import permutations
+
+from torch import Tensor
+
+from streamcnn.capture.capture import RawGraph
+from streamcnn.data.reader import Image
+from streamcnn.errors import UnsupportedModel
+
+
+def refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
+    """Make sure that no state that the pass changes is seen through another one.
+
+    Raises
+    ------
+    UnsupportedModel
+        If one is, naming both.
+    """
+    by_memory: dict[int, list[str]] = {}
+    for key, state in states.items() if graph.updates else ():
+        by_memory.setdefault(state.untyped_storage().data_ptr(), []).append(key)
+    # Tensors on the meta device have no memory.
+    by_memory.pop(0, None)
+    for keys in by_memory.values():
+        for first, second in permutations(keys, 2):
+            if first in graph.updates and _overlap(states[first], states[second]):
+                raise UnsupportedModel(
+                    f"the forward pass changes '{first}', which shares memory with '{second}': give each a "
+                    "tensor of its own"
+                )
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one storage have memory in common, as far as their extents tell."""
+    starts = (first.storage_offset(), second.storage_offset())
+    ends = (
+        start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        for start, t in zip(starts, (first, second), strict=True)
+    )
+    return first.numel() > 0 < second.numel() and max(starts) <= min(ends)
+
+
+def as_before(key: str, state: Tensor) -> Tensor:
+    """A copy of a state that the pass changes.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it requires a gradient, which the copy would have no part in.
+    """
+    if state.requires_grad:
+        raise UnsupportedModel(
+            f"the forward pass changes '{key}', which requires a gradient, and has results that depend "
+            "on each other: change it outside, or return the results that the loss needs"
+        )
+    return state.detach().clone()
+
+
+def refuse_changes_of_the_image(graph: RawGraph, image: Image) -> None:
+    """Make sure that the pass leaves the caller's tensor as it is.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it overwrites it.
+    """
+    if graph.changes_image and isinstance(image, Tensor):
+        raise UnsupportedModel(
+            "the forward pass overwrites the image, which is the caller's: use an operator that returns "
+            "a new tensor, as x = x - mean instead of x.sub_(mean)"
+        )

@@ -1,0 +1,96 @@
+"""What has to be the same for a run to go on, and what is told where it differs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from streamcnn.data.dataset import ImageDataset, LabelledImages, input_shapes
+from streamcnn.errors import DatasetMismatch
+from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.support.text import printable
+from streamcnn.training.settings import TrainSettings
+
+
+def identity_of(
+    model: nn.Module,
+    images: LabelledImages,
+    validation: LabelledImages,
+    settings: TrainSettings,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What has to be the same, by name."""
+    streamed = model if isinstance(model, StreamingModel) else None
+    net = model if streamed is None else streamed.net
+    return {
+        **settings.to_dict(),
+        "tensors": {key: f"{t.dtype}{tuple(t.shape)}" for key, t in net.state_dict().items()},
+        "images": images.fingerprint,
+        "validation": validation.fingerprint,
+        "budget": streamed and streamed.budget,
+        "tile": streamed and streamed.tile and list(streamed.tile),
+        "device": device.type,
+    }
+
+
+def with_present_fingerprints(
+    saved: Mapping[str, Any], present: Mapping[str, Any], images: Mapping[str, LabelledImages]
+) -> dict[str, Any]:
+    """A checkpoint's identity, with the fingerprints of today for images that older ones tell as well.
+
+    Parameters
+    ----------
+    saved, present
+        The identity then and now.
+    images
+        The images whose fingerprints they hold, by name.
+    """
+    found = dict(saved)
+    for name, each in images.items():
+        if found.get(name) != present[name] and isinstance(each, ImageDataset):
+            if found.get(name) == each.former_fingerprint:
+                found[name] = present[name]
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "streamcnn": version("streamcnn"),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def differences(before: Mapping[str, str | None], present: Mapping[str, str | None]) -> list[str]:
+    """What may make a run end differently, as texts: versions and plans that are not as they were."""
+    return [
+        f"the run began with {printable(f'{name} {value}')} and goes on with {present.get(name)}: "
+        "rounding may make it end differently from one without a break"
+        for name, value in before.items()
+        if value != present.get(name)
+    ]
+
+
+def require_same_inputs(images: LabelledImages, validation: LabelledImages) -> None:
+    """Make sure that what a model is trained on is what it will be validated by.
+
+    Raises
+    ------
+    DatasetMismatch
+        If their first images have other further inputs.
+    """
+    trained, validated = (input_shapes(found[0]) for found in (images, validation))
+    if trained != validated:
+        raise DatasetMismatch(
+            f"training images have inputs of the shapes {trained}, and validation images {validated}: "
+            "give both the same inputs"
+        )

@@ -1,0 +1,123 @@
+"""Dropout: its mask is a function of seed and position, and small draws are plain PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import WIDTH, Applied
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamcnn import StreamingModel
+
+
+def _run(net: nn.Module, image: Tensor, tile: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Output and image gradient, streamed where a tile is given."""
+    model = net if tile is None else StreamingModel(net, tile=tile)
+    if isinstance(model, StreamingModel):
+        model.resident_tail = False
+    leaf = image.clone().requires_grad_()
+    torch.manual_seed(seed)
+    output = model(leaf)
+    (gradient,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
+    return output.detach(), gradient
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as timm draws it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.6)
+        mask.div_(0.6)
+        return x * mask
+
+
+@pytest.mark.parametrize("module", [DropPath(), nn.Dropout2d(0.4)], ids=["stochastic depth", "channels"])
+def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, WIDTH, 3),
+        module,
+        nn.BatchNorm2d(WIDTH),
+        nn.Conv2d(WIDTH, 4, 3),
+        module,
+        nn.Conv2d(4, 2, 3),
+    ).double()
+    image = torch.randn(5, 3, 23, 19, dtype=torch.float64)
+    torch.testing.assert_close(_run(net, image, 8, 3), _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
+    assert not torch.equal(_run(net, image, 8, 3)[0], _run(net, image, 8, 4)[0])
+
+
+IMAGE = torch.linspace(0.5, 1.5, 2 * 3 * 40 * 33, dtype=torch.float64).reshape(2, 3, 40, 33)
+"""Without zeros, so that a dropped element shows."""
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_the_mean(probability: float) -> None:
+    output, gradient = _run(nn.Dropout(probability), IMAGE, 9, 0)
+    kept = (output != 0).double().mean().item()
+    deviation = (probability * (1 - probability) / output.numel()) ** 0.5
+    assert abs(kept - (1 - probability)) < 4 * deviation
+    torch.testing.assert_close(output, IMAGE * gradient)
+    torch.testing.assert_close(gradient[output != 0].unique(), torch.tensor([1 / (1 - probability)]).double())
+
+
+def test_dropout_of_everything() -> None:
+    output, gradient = _run(nn.Dropout(1.0), IMAGE, 9, 0)
+    assert not output.any()
+    assert not gradient.any()
+
+
+def test_dropout_depends_on_the_seed_alone() -> None:
+    net = nn.Dropout(0.5)
+    first = _run(net, IMAGE, 9, 0)
+    for tile in (9, 16, 40):
+        torch.testing.assert_close(_run(net, IMAGE, tile, 0), first, rtol=0, atol=0)
+    other = _run(net, IMAGE, 9, 1)[0]
+    agreement = ((other != 0) == (first[0] != 0)).double().mean().item()
+    assert 0.47 < agreement < 0.53
+
+
+def test_dropout_layers_draw_apart() -> None:
+    net = Applied(lambda x: torch.cat((F.dropout(x, 0.5), F.dropout(x, 0.5)), 1))
+    first, second = (_run(net, IMAGE, 9, 0)[0] != 0).chunk(2, 1)
+    agreement = (first == second).double().mean().item()
+    assert 0.47 < agreement < 0.53
+
+
+def test_dropout_has_no_pattern() -> None:
+    kept = (_run(nn.Dropout(0.5), IMAGE, 9, 0)[0] != 0).double() * 2 - 1
+    for dim in range(4):
+        neighbours = (kept * kept.roll(1, dim)).mean().item()
+        assert abs(neighbours) < 4 / kept.numel() ** 0.5
+
+
+@pytest.mark.parametrize("tiles", [(7, 40), (13, 22)])
+def test_dropout_inside_a_net_is_the_same_for_any_tiling(tiles: tuple[int, int]) -> None:
+    # Halos read the mask of their neighbours, and the backward pass draws it again.
+    net = nn.Sequential(
+        nn.Conv2d(3, WIDTH, 3, padding=1, bias=False),
+        nn.BatchNorm2d(WIDTH),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(WIDTH, 4, 5, stride=2),
+        nn.Dropout(0.4),
+        nn.Conv2d(4, 2, 3),
+    ).double()
+    first, second = (_run(net, IMAGE, tile, 5) for tile in tiles)
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_is_that_of_the_mask_that_was_drawn() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 2, 3)).double()
+    direction = torch.randn_like(IMAGE)
+    _, gradient = _run(net, IMAGE, 9, 2)
+    # The net is linear, so one step of any length gives the derivative.
+    change = (_run(net, IMAGE + direction, 9, 2)[0] - _run(net, IMAGE, 9, 2)[0]).sum()
+    torch.testing.assert_close((gradient * direction).sum(), change)
+
+
+def test_dropout_of_small_values_draws_as_plain_pytorch() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3)
+    ).double()
+    torch.testing.assert_close(_run(net, IMAGE, 9, 2), _run(net, IMAGE, None, 2))

@@ -1,0 +1,210 @@
+"""Normalisation and reductions, streamed and plain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_streamed_equals_plain, randomized
+from operator_cases import SHAPE, TILE, WIDTH, Applied, Function, assert_streams, by_name
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamcnn import StreamingModel
+
+# --- normalisation ------------------------------------------------------------------------------------
+
+
+def normalized(norm: nn.Module) -> nn.Module:
+    """A convolution without bias, whose true gradient would be zero, ``norm``, and a convolution."""
+    return randomized(nn.Sequential(nn.Conv2d(3, WIDTH, 3, bias=False), norm, nn.Conv2d(WIDTH, 2, 3)))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(WIDTH),
+    "batch, own momentum": lambda: nn.BatchNorm2d(WIDTH, momentum=0.37, eps=0.01),
+    "batch, cumulative": lambda: nn.BatchNorm2d(WIDTH, momentum=None),
+    "batch, no running statistics": lambda: nn.BatchNorm2d(WIDTH, track_running_stats=False),
+    "batch, not affine": lambda: nn.BatchNorm2d(WIDTH, affine=False),
+    "instance": lambda: nn.InstanceNorm2d(WIDTH),
+    "instance, affine": lambda: nn.InstanceNorm2d(WIDTH, affine=True),
+    "instance, running statistics": lambda: nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True),
+    "group": lambda: nn.GroupNorm(2, WIDTH),
+    "group of one": lambda: nn.GroupNorm(WIDTH, WIDTH, affine=False),
+    "layer, over the image": lambda: nn.LayerNorm((WIDTH, 19, 15)),
+    "local response": lambda: nn.LocalResponseNorm(3),
+}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@by_name(NORMS)
+def test_normalization(case: Callable[[], nn.Module], train: bool) -> None:
+    norm = case()
+    assert_streamed_equals_plain(
+        normalized(norm).train(train), SHAPE, tile=TILE, resident=isinstance(norm, nn.LocalResponseNorm)
+    )
+
+
+class NormOfGlobalValue(nn.Module):
+    """Normalises what has no spatial extent any more, spread over a few positions."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, WIDTH, 3), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.adaptive_avg_pool2d(self.conv(x), 1) * torch.arange(15.0).view(3, 5).to(x)
+        return self.norm(y).square().sum((2, 3))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_instance_norm_of_a_global_value(tracks: bool, train: bool) -> None:
+    norm = nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=tracks)
+    assert_streamed_equals_plain(randomized(NormOfGlobalValue(norm)).train(train), SHAPE, tile=TILE)
+
+
+def test_instance_norm_with_statistics_in_the_resident_tail() -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.InstanceNorm2d(WIDTH, track_running_stats=True))
+    plain, image = copy.deepcopy(net), torch.rand(SHAPE)
+    torch.testing.assert_close(StreamingModel(net)(image), plain(image))
+    torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_frozen_affine_part() -> None:
+    net = normalized(nn.BatchNorm2d(WIDTH))
+    net[1].requires_grad_(False)
+    assert_streamed_equals_plain(net, SHAPE, tile=TILE)
+
+
+def test_frozen_statistics_in_train_mode() -> None:
+    net = normalized(nn.Sequential(nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.BatchNorm2d(WIDTH)))
+    net[1][0].eval()
+    assert_streamed_equals_plain(net, SHAPE, tile=TILE)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (0, 1), (2,), (0, 2)])
+def test_partly_frozen_net(frozen: tuple[int, ...]) -> None:
+    net = normalized(nn.BatchNorm2d(WIDTH))
+    for index in frozen:
+        net[index].requires_grad_(False)
+    assert_streamed_equals_plain(net, SHAPE, tile=TILE)
+
+
+def test_cumulative_average_over_several_updates() -> None:
+    plain = normalized(nn.BatchNorm2d(WIDTH, momentum=None)).double()
+    twin = normalized(nn.BatchNorm2d(WIDTH, momentum=None)).double()
+    twin.load_state_dict(plain.state_dict())
+    streamed = StreamingModel(twin, tile=TILE)
+    for _ in range(3):
+        image = torch.randn(SHAPE, dtype=torch.float64)
+        plain(image)
+        streamed(image)
+    torch.testing.assert_close(dict(twin.named_buffers()), dict(plain.named_buffers()), rtol=1e-12, atol=0)
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm of each position's channels, with them last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.mix = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.mix(self.norm(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+
+PER_POSITION = {
+    "layer norm of channels": ChannelNorm(),
+    "rms norm of channels": nn.Sequential(Applied(lambda x: x.movedim(1, -1)), nn.RMSNorm(WIDTH)),
+    "linear on the last axis": nn.Sequential(Applied(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(WIDTH, 4)),
+    "normalised channels": Applied(lambda x: F.normalize(x, dim=1) * 3),
+}
+
+
+@by_name(PER_POSITION)
+def test_per_position(case: nn.Module) -> None:
+    assert_streams(case)
+
+
+# --- reductions ---------------------------------------------------------------------------------------
+
+
+REDUCTIONS = {
+    "mean": lambda x: x.mean((2, 3)),
+    "mean, kept": lambda x: x.mean((2, 3), keepdim=True),
+    "mean, negative axes": lambda x: x.mean((-1, -2)),
+    "mean over the batch too": lambda x: x.mean((0, 2, 3)),
+    "mean of all": lambda x: x.mean(),
+    "sum": lambda x: x.sum((2, 3)),
+    "sum, kept": lambda x: x.sum((1, 2, 3), keepdim=True),
+    "sum of all": lambda x: x.sum(),
+    "sum of channels": lambda x: x.sum(1) * x.mean(1),
+    "maximum": lambda x: x.amax((2, 3)),
+    "maximum, kept": lambda x: x.amax((2, 3), keepdim=True),
+    "maximum of equal values": lambda x: F.interpolate(x, scale_factor=2).amax((1, 2, 3)),
+    "maximum of equal channels": lambda x: torch.cat((x, x), 1).max(1)[0] + torch.cat((x, x), 1).amax(1),
+    "minimum": lambda x: x.amin((0, 2, 3)),
+    "maximum of channels": lambda x: x.amax(1, keepdim=True) * x,
+    "maximum of channels with positions": lambda x: x.max(1, keepdim=True)[0] * x,
+    "maximum of channels, axis dropped": lambda x: torch.max(x, dim=1).values.sin(),
+    "minimum of channels with positions": lambda x: torch.min(x, 1, keepdim=True)[0] + x,
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=(2, 3)),
+    "norm, kept": lambda x: x.norm(p=2, dim=(2, 3), keepdim=True),
+    "norm of order 1": lambda x: torch.linalg.vector_norm(x, 1, (2, 3)),
+    "norm of order 2.5": lambda x: torch.linalg.vector_norm(x, 2.5, (1, 2, 3)),
+    "norm of zeros": lambda x: torch.linalg.vector_norm(F.relu(x - 100), 2, (2, 3)) + x.mean((2, 3)),
+    "norm of channels": lambda x: torch.linalg.vector_norm(x, 2, 1, keepdim=True) * x,
+    "variance": lambda x: x.var((2, 3)),
+    "biased variance": lambda x: x.var((2, 3), unbiased=False, keepdim=True),
+    "deviation": lambda x: x.std((0, 2, 3), correction=2),
+    "deviation and mean": lambda x: torch.std_mean(x, (1, 2, 3)),
+    "variance of channels": lambda x: x.var(1, keepdim=True) * x,
+    "softmax of a mean": lambda x: torch.softmax(x.mean((2, 3)), 1),
+    "other reductions of channels": lambda x: x.logsumexp(1, keepdim=True) * x.prod(1, keepdim=True),
+    "positions of channels": lambda x: x * (x.argmax(1, keepdim=True) + (x > 0).any(1, keepdim=True)),
+    "count": lambda x: x.sum((2, 3)) / (x > 0.1).sum((2, 3)),
+    "masked mean": lambda x: (x * (x > 0)).sum((2, 3)) / (x > 0).to(x.dtype).mean((2, 3)),
+    "two of the same map": lambda x: torch.cat((x.mean((2, 3)), x.amax((2, 3)), x.var((2, 3))), 1),
+    "one after another": lambda x: (x - x.mean((2, 3), keepdim=True)).abs().amax((2, 3)),
+    "channels last": lambda x: x.permute(0, 2, 3, 1).mean((1, 2)),
+}
+
+
+@by_name(REDUCTIONS)
+def test_reduction(case: Function) -> None:
+    assert_streams(case)
+
+
+def test_reduction_of_the_image_itself() -> None:
+    def standardized(x: Tensor) -> Tensor:
+        return (x - x.mean((2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
+
+    net = nn.Sequential(Applied(standardized), nn.Conv2d(3, 2, 3))
+    assert_streamed_equals_plain(net, SHAPE, tile=TILE)
+
+
+def test_mean_is_exact_where_it_is_large_against_the_deviation() -> None:
+    net = nn.Sequential(Applied(lambda x: x + 1e5), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    assert_streamed_equals_plain(net, SHAPE, tile=TILE)
+
+
+RESIDENT = {
+    "mean of rows": lambda x: x * x.mean(2, keepdim=True),
+    "flattened": lambda x: x.flatten(1).sin(),
+    "attention": lambda x: torch.softmax(x.flatten(2).transpose(1, 2) @ x.flatten(2), -1),
+    "matrix product": lambda x: torch.einsum("nchw,ndhw->ncd", x, x),
+    "rolled": lambda x: x.roll((2, -3), (2, 3)),
+    "transposed and joined along space": lambda x: torch.cat((x, x[:, :, :4]), 2),
+    "row by row": lambda x: x[:, :, 3] * x[:, :, 5],
+    "maximum of rows": lambda x: x.max(2)[0],
+    "cumulative sum of rows": lambda x: x.cumsum(2),
+}
+
+
+@by_name(RESIDENT)
+def test_resident_operator(case: Function) -> None:
+    assert_streams(case, resident=True)

@@ -1,0 +1,186 @@
+"""Operators that read windows or other grids, streamed and plain: convolution, padding, pooling, resizing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import WIDTH, Applied, Function, assert_streams, by_name
+from torch import nn
+from torch.nn import functional as F
+
+# --- windows ------------------------------------------------------------------------------------------
+
+
+CONVOLUTIONS = {
+    "1x1": nn.Conv2d(WIDTH, 4, 1),
+    "1x1, stride 3": nn.Conv2d(WIDTH, 4, 1, stride=3),
+    "kernel smaller than stride": nn.Conv2d(WIDTH, 4, 2, stride=5),
+    "even kernel": nn.Conv2d(WIDTH, 4, 4, padding=1),
+    "even kernel, stride 2, padding 2": nn.Conv2d(WIDTH, 4, (2, 4), stride=2, padding=(1, 2)),
+    "asymmetric kernel and padding": nn.Conv2d(WIDTH, 4, (1, 5), padding=(2, 0)),
+    "asymmetric stride and dilation": nn.Conv2d(WIDTH, 4, 3, stride=(1, 3), dilation=(3, 1), padding=(3, 1)),
+    "padding wider than the kernel": nn.Conv2d(WIDTH, 4, 3, padding=6),
+    "same": nn.Conv2d(WIDTH, 4, (3, 5), padding="same", dilation=(2, 1)),
+    "same, even kernel": nn.Conv2d(WIDTH, 4, (4, 2), padding="same"),
+    "valid": nn.Conv2d(WIDTH, 4, 3, padding="valid"),
+    "padding on one side": nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(WIDTH, 4, 3, stride=2)),
+    "grouped": nn.Conv2d(WIDTH, 9, 3, groups=3, bias=False),
+    "depthwise with multiplier": nn.Conv2d(WIDTH, 2 * WIDTH, 3, groups=WIDTH, padding=1, stride=2),
+    "as large as the map": nn.Conv2d(WIDTH, 4, (21, 17)),
+    "larger than the map": nn.Conv2d(WIDTH, 4, 23, padding=3),
+}
+
+
+@by_name(CONVOLUTIONS)
+# Plain PyTorch says that it copies its input; streaming does not.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_convolution(case: nn.Module) -> None:
+    # Where every output reads the whole map, there is one output and so one tile.
+    assert_streams(case, one_tile=True)
+
+
+TRANSPOSED = {
+    "stride 2": nn.ConvTranspose2d(WIDTH, 4, 2, stride=2),
+    "kernel smaller than stride": nn.ConvTranspose2d(WIDTH, 4, 2, stride=3),
+    "kernel larger than stride": nn.ConvTranspose2d(WIDTH, 4, 5, stride=2, padding=1),
+    "stride 1": nn.ConvTranspose2d(WIDTH, 4, 3, padding=2),
+    "output padding": nn.ConvTranspose2d(WIDTH, 4, 3, stride=4, padding=1, output_padding=(3, 2)),
+    "dilated beyond the stride": nn.ConvTranspose2d(WIDTH, 4, 3, stride=2, dilation=3, padding=(4, 1)),
+    "asymmetric": nn.ConvTranspose2d(WIDTH, 4, (1, 4), stride=(3, 1), padding=(0, 2), bias=False),
+    "grouped": nn.ConvTranspose2d(WIDTH, 9, 3, stride=2, groups=3),
+}
+
+
+@by_name(TRANSPOSED)
+def test_transposed_convolution(case: nn.Module) -> None:
+    assert_streams(nn.Sequential(case, nn.Conv2d(case.out_channels, 3, 2)))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_mode(mode: str) -> None:
+    assert_streams(nn.Conv2d(WIDTH, 4, 3, padding=(4, 2), padding_mode=mode, stride=2))
+
+
+PADS = {
+    "reflect, one side": lambda x: F.pad(x, (3, 0, 0, 5), mode="reflect"),
+    "replicate, far": lambda x: F.pad(x, (11, 1, 25, 0), mode="replicate"),
+    "circular, one side": lambda x: F.pad(x, (0, 6, 2, 0), mode="circular"),
+    "constant": lambda x: F.pad(x, (1, 2, 30, 4), value=0.6),
+    "crop": lambda x: F.pad(x, (-1, -2, -3, 4)),
+    "rows alone": lambda x: F.pad(x, (0, 0, 1, 2), value=-1.0),
+}
+
+
+@by_name(PADS)
+def test_padding(case: Function) -> None:
+    assert_streams(nn.Sequential(Applied(case), nn.Conv2d(WIDTH, 2, 3, stride=2)))
+
+
+POOLS = {
+    "max": nn.MaxPool2d(2),
+    "max, overlapping": nn.MaxPool2d(3, 2, 1),
+    "max, ceil mode": nn.MaxPool2d(3, 2, ceil_mode=True),
+    "max, ceil mode and padding": nn.MaxPool2d((3, 4), (2, 3), (1, 2), ceil_mode=True),
+    "max, dilated": nn.MaxPool2d(3, 1, 1, dilation=2),
+    "max, gaps": nn.MaxPool2d(2, 5),
+    "average": nn.AvgPool2d(2),
+    "average, gaps": nn.AvgPool2d((2, 1), (3, 4)),
+    **{
+        f"average, ceil mode {ceil}, count padding {count}": nn.AvgPool2d(
+            (3, 4), (2, 3), (1, 2), ceil_mode=ceil, count_include_pad=count
+        )
+        for ceil in (False, True)
+        for count in (False, True)
+    },
+    "average, own divisor": nn.AvgPool2d(3, 2, 1, divisor_override=5, ceil_mode=True),
+    "power average": nn.LPPool2d(2, 3, 2),
+}
+
+
+@by_name(POOLS)
+def test_pooling(case: nn.Module) -> None:
+    assert_streams(nn.Sequential(case, nn.Conv2d(WIDTH, 2, 1)))
+
+
+def test_max_pooling_of_equal_values() -> None:
+    # Which of several equal values gets the gradient must not depend on the tile.
+    assert_streams(nn.Sequential(nn.ReLU(), nn.MaxPool2d(4, 3, 1), nn.Conv2d(WIDTH, 2, 1)))
+
+
+ADAPTIVE = {
+    "average to 1": (nn.AdaptiveAvgPool2d(1), False),
+    "maximum to 1": (nn.AdaptiveMaxPool2d(1), False),
+    "maximum to 1 of equal values": (
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.AdaptiveMaxPool2d(1)),
+        False,
+    ),
+    "average to 3 x 2": (nn.AdaptiveAvgPool2d((3, 2)), True),
+    "average to rows": (nn.AdaptiveAvgPool2d((None, 1)), True),
+    "maximum to 4": (nn.AdaptiveMaxPool2d(4), True),
+}
+
+
+@by_name(ADAPTIVE)
+def test_adaptive_pooling(case: tuple[nn.Module, bool]) -> None:
+    module, resident = case
+    assert_streams(module, resident=resident)
+
+
+# --- grids --------------------------------------------------------------------------------------------
+
+
+RESIZES: dict[str, dict[str, Any]] = {
+    "nearest, factor 3": {"scale_factor": 3},
+    "nearest, factor 2.5": {"scale_factor": 2.5},
+    "nearest, factors that round to whole ones": {"scale_factor": (3.04, 1.04)},
+    "nearest, two factors": {"scale_factor": (2.0, 1.0)},
+    "nearest, size": {"size": (30, 40)},
+    "nearest, smaller": {"size": (5, 9)},
+    "nearest, factor 0.4": {"scale_factor": 0.4},
+    "bilinear, factor 2": {"scale_factor": 2, "mode": "bilinear"},
+    "bilinear, factor 4": {"scale_factor": 4, "mode": "bilinear"},
+    "bilinear, factor 2.5": {"scale_factor": 2.5, "mode": "bilinear"},
+    "bilinear, factor recomputed": {
+        "scale_factor": 2.03,
+        "mode": "bilinear",
+        "recompute_scale_factor": True,
+    },
+    "bilinear, factors that round to whole ones": {"scale_factor": (3.04, 1.04), "mode": "bilinear"},
+    "bilinear, one factor": {"scale_factor": (1.0, 3.0), "mode": "bilinear"},
+    "bilinear, size": {"size": (30, 40), "mode": "bilinear"},
+    "bilinear, smaller": {"size": (5, 9), "mode": "bilinear"},
+    "bilinear, corners, factor 2": {"scale_factor": 2, "mode": "bilinear", "align_corners": True},
+    "bilinear, corners, size": {"size": (40, 30), "mode": "bilinear", "align_corners": True},
+    "bilinear, corners, one row": {"size": (1, 30), "mode": "bilinear", "align_corners": True},
+}
+
+
+@by_name(RESIZES)
+def test_resizing(case: dict[str, Any]) -> None:
+    assert_streams(
+        nn.Sequential(Applied(lambda x: F.interpolate(x, **case)), nn.Conv2d(WIDTH, 2, 3, padding=1)),
+        one_tile=True,
+    )
+
+
+def test_bicubic_resizing_is_resident() -> None:
+    assert_streams(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), resident=True)
+
+
+REGRIDDED = {
+    "pixel shuffle": nn.Sequential(nn.Conv2d(WIDTH, 18, 1), nn.PixelShuffle(3), nn.Conv2d(2, 2, 2)),
+    "pixel unshuffle": nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.PixelUnshuffle(2), nn.Conv2d(24, 2, 2)),
+    "slices that stride": Applied(lambda x: x[..., 1::2, 2:-1:3]),
+    "slices from the end": Applied(lambda x: x[:, -3:, -9:, :-4] * 2),
+    "focus": Applied(
+        lambda x: torch.cat((x[..., :-1:2, :-1:2], x[..., 1::2, :-1:2], x[..., 1::2, 1::2]), 1).sin()
+    ),
+    "narrow": Applied(lambda x: x.narrow(2, 3, 11).narrow(3, -8, 7).narrow(1, 2, 3)),
+}
+
+
+@by_name(REGRIDDED)
+def test_regridding(case: nn.Module) -> None:
+    assert_streams(case)

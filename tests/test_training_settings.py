@@ -1,0 +1,42 @@
+"""Settings of a run: which mean something, and that trying them out leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from streamcnn.training import TrainSettings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: allowed are 1 and more"),
+        ({"learning_rate": 0}, "learning_rate=0: allowed are positive numbers"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0: allowed are positive numbers, or None"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0: allowed are 0 and more, and less than 1"),
+        ({"patience": 0}, "patience=0: allowed are 1 and more, or None"),
+        ({"autocast": "int8"}, "autocast='int8': allowed are bfloat16, float16, or None"),
+        ({"schedule_every": "day"}, "schedule_every='day': allowed are epoch and update"),
+        ({"optimizer": "Adamm"}, "optimizer='Adamm': allowed are .*Adam, .*SGD"),
+        ({"schedule": "Optimizer"}, "schedule='Optimizer': allowed are .*ExponentialLR"),
+        ({"optimizer_options": {"momentum": 0.9}}, "optimizer='Adam' with .*momentum.*unexpected keyword"),
+        ({"optimizer": "LBFGS"}, "optimizer='LBFGS' with .*closure"),
+        ({"optimizer": "SparseAdam"}, "optimizer='SparseAdam' with .*dense"),
+        ({"schedule": "ExponentialLR"}, "schedule='ExponentialLR' with .*gamma"),
+        ({"schedule": "ReduceLROnPlateau", "schedule_every": "update"}, "allowed is schedule_every='epoch'"),
+    ],
+)
+def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**values)
+
+
+def test_trying_settings_out_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    TrainSettings(optimizer="AdamW", schedule="CosineAnnealingLR", schedule_options={"T_max": 5})
+    found = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.rand(3))

@@ -1,0 +1,285 @@
+"""Wrong use and budgets that are too small: refused, with what to do, and nothing has changed."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zarr
+from failure_cases import SHAPE, assert_unchanged, everything_of, make_image, make_model, make_net
+from torch import Tensor, nn
+
+from streamcnn import (
+    CorruptImage,
+    DatasetMismatch,
+    PlanDoesNotFit,
+    StreamingModel,
+    TensorSource,
+    UnsupportedModel,
+    ZarrSource,
+)
+from streamcnn.data.reader import BatchReader
+from streamcnn.plan.storage import Tier
+from streamcnn.runtime import streamed_pass
+from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
+
+# --- wrong use -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"budget": "banana"}, r"cannot read 'banana' as a number of bytes: allowed is .* '11GB'"),
+        ({"budget": -5}, r"cannot read -5 as a number of bytes: allowed is a positive int"),
+        ({"budget": "-5GB"}, r"cannot read '-5GB'"),
+        ({"budget": 1.5}, r"cannot read 1.5"),
+        ({"tile": 0}, r"tile=0: allowed are a positive whole number of pixels or a pair \(h, w\)"),
+        ({"tile": "x"}, r"tile='x': allowed are a positive"),
+        ({"tile": (8, -1)}, r"tile=\(8, -1\): allowed"),
+        ({"tile": (8, 8, 8)}, r"tile=\(8, 8, 8\): allowed"),
+        ({"tile": 1.5}, r"tile=1.5: allowed"),
+        ({"tile": True}, r"tile=True: allowed"),
+        ({"spill": "/no/such/folder"}, r"spill='/no/such/folder' is no folder: create it, or pass None"),
+    ],
+    ids=str,
+)
+def test_an_option_without_meaning(options: dict[str, Any], text: str) -> None:
+    net = make_net()
+    before = everything_of(net)
+    with pytest.raises(ValueError, match=text):
+        StreamingModel(net, **options)
+    assert_unchanged(before, everything_of(net))
+
+
+@pytest.mark.parametrize("net", ["resnet18", nn.Conv2d], ids=str)
+def test_a_net_that_is_no_module(net: Any) -> None:
+    with pytest.raises(ValueError, match=r"net is .*: allowed is a torch.nn.Module"):
+        StreamingModel(net)
+
+
+def test_a_spill_folder_that_has_gone(on_disk: None, tmp_path: Path) -> None:
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    model = make_model(folder)
+    folder.rmdir()
+    before = everything_of(model)
+    with pytest.raises(FileNotFoundError, match="spill"):
+        model(make_image())
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_disk_without_room(on_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path)
+    needed = model.plan(tuple(make_image().shape), torch.float64).bytes_on(Tier.DISK)
+    before = everything_of(model)
+    monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed - 1)
+    with pytest.raises(PlanDoesNotFit, match=r"spills .* at a time, and .* has .* left: pass spill="):
+        model(make_image())
+    assert_unchanged(before, everything_of(model))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed)
+    model(make_image())
+
+
+def _with_pixel(value: float) -> Tensor:
+    image = make_image()
+    image[1, 2, 20, 33] = value
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "text"),
+    [
+        (make_image()[0], DatasetMismatch, r"shape \(3, 37, 45\): allowed is \(N, C, H, W\).* image\[None\]"),
+        (make_image()[:, :, :0], DatasetMismatch, r"shape \(2, 3, 0, 45\): .* no empty axis"),
+        (
+            _with_pixel(math.nan),
+            CorruptImage,
+            r"NaN or infinite values in rows 1?\d..\d+, columns \d+..\d+: ",
+        ),
+        (_with_pixel(math.inf), CorruptImage, r"NaN or infinite .* let preprocess= do it"),
+        (_with_pixel(-math.inf), CorruptImage, r"NaN or infinite"),
+        (make_image().to(torch.uint8), DatasetMismatch, r"image of torch.uint8: .* preprocess= a function"),
+        ([TensorSource(make_image()[0].byte())], DatasetMismatch, r"image of torch.uint8"),
+        (make_image()[:, :2], UnsupportedModel, r"shape \(2, 2, 37, 45\): .*to have 3 channels, but got 2"),
+        (make_image()[:, :, :2, :2], UnsupportedModel, r"shape \(2, 3, 2, 2\): .* plain model accepts"),
+        (
+            make_image().float(),
+            UnsupportedModel,
+            r"Input type \(float\) and .* \(double\) should be the same",
+        ),
+        ([make_image()[0]], TypeError, r"image 0 of the batch is a Tensor: .* wrap a tensor in TensorSource"),
+        ([], DatasetMismatch, r"a batch of 0 images"),
+        (
+            [TensorSource(make_image()[0]), TensorSource(make_image()[0, :, 1:])],
+            DatasetMismatch,
+            r"image 1 of the batch is \(3, 36, 45\) .*, image 0 is \(3, 37, 45\)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_image_that_cannot_be_used(image: Any, error: type[Exception], text: str) -> None:
+    model = make_model()
+    before = everything_of(model)
+    with pytest.raises(error, match=text):
+        model(image)
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_zarr_array_of_wrong_rank(tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "a.zarr", shape=(2, 3, 8, 8), dtype="u1")
+    with pytest.raises(
+        DatasetMismatch, match=r"has 4 axes \(2, 3, 8, 8\): allowed are \(H, W\), \(C, H, W\)"
+    ):
+        ZarrSource(tmp_path / "a.zarr")
+
+
+def _shrinking(tile: Tensor) -> Tensor:
+    return tile.double()[:, :, ::2] if tile.shape[2] > 1 else tile.double()
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "error", "text"),
+    [
+        (
+            lambda tile: tile.double()[0],
+            DatasetMismatch,
+            r"turned a tile of shape \(2, 3, 1, 1\) into \(3, 1",
+        ),
+        (lambda tile: tile.double()[:1], DatasetMismatch, r"pointwise function, which keeps N, h and w"),
+        (_shrinking, DatasetMismatch, r"preprocess= turned a tile of shape \(2, 3, \d+, \d+\) into"),
+        (lambda tile: tile // 2, DatasetMismatch, r"image of torch.uint8"),
+        (lambda tile: tile.sub_(1).double(), ValueError, r"preprocess= changed its tile in place"),
+        (lambda tile: tile.double() / 0, CorruptImage, r"NaN or infinite"),
+    ],
+    ids=["3-D", "batch", "size", "integer", "in place", "infinite"],
+)
+def test_a_preprocess_that_cannot_be_used(preprocess: Any, error: type[Exception], text: str) -> None:
+    model = make_model(preprocess=preprocess)
+    before = everything_of(model)
+    image = (make_image() * 20 + 128).byte()
+    kept = image.clone()
+    with pytest.raises(error, match=text):
+        model(image)
+    assert torch.equal(image, kept)
+    assert_unchanged(before, everything_of(model))
+
+
+def test_an_image_gradient_through_preprocess() -> None:
+    model = make_model(preprocess=lambda tile: tile * 2)
+    with pytest.raises(ValueError, match=r"requires a gradient and preprocess= is set: .* or detach it"):
+        model(make_image().requires_grad_())
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x.mean() if x.mean() > 0 else x.amax()
+
+
+class TwoInputs(Branching):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv(x) + y
+
+
+class Failing(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("my own error")
+
+
+@pytest.mark.parametrize(
+    ("net", "text"),
+    [
+        (Branching(), r"cannot be captured for .* \(2, 3, 37, 45\): it reads a value .*x.mean\(\) > 0"),
+        (TwoInputs(), r"cannot be captured .*'y'.* accepts this shape and arguments"),
+        (Failing(), r"cannot be captured .*my own error"),
+    ],
+    ids=["branch", "two inputs", "error"],
+)
+def test_a_model_that_cannot_be_captured(net: nn.Module, text: str) -> None:
+    model = StreamingModel(net)
+    before = everything_of(model)
+    with pytest.raises(NotImplementedError, match=text) as caught:
+        model(make_image())
+    assert isinstance(caught.value, UnsupportedModel)
+    assert len(str(caught.value)) < 500
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_second_backward_pass_that_was_not_asked_for() -> None:
+    model = make_model()
+    output = model(make_image())
+    output.sum().backward()
+    before = everything_of(model)
+    with pytest.raises(RuntimeError, match=r"differentiated already .* pass retain_graph=True"):
+        output.sum().backward()
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_gradient_of_a_gradient() -> None:
+    model = make_model()
+    image = make_image().requires_grad_()
+    # Autograd would take the gradient for a constant, and a penalty on it for nothing.
+    with pytest.raises(RuntimeError, match=r"differentiated once: .* without create_graph=True"):
+        torch.autograd.grad(model(image).sum(), image, create_graph=True)
+
+
+@pytest.mark.usefixtures("on_disk")
+@pytest.mark.parametrize("name", ["0.weight", "4.weight", "7.bias", "1.running_var", "image"])
+def test_what_backward_needs_is_changed_after_forward(name: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    # In eval mode batch norm's buffers are operands like any other; a frozen layer's weight is, too.
+    model.eval()
+    model.net[4].requires_grad_(False)
+    image = make_image().requires_grad_()
+    output = model(image)
+    changed = {**model.state_dict(), "image": image.detach()}[name]
+    changed.mul_(2)
+    before = everything_of(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        output.sum().backward()
+    assert_unchanged(before, everything_of(model))
+    # The traceback that a user may keep does not keep the stores.
+    assert caught.value.__traceback__ is not None
+    assert not list(tmp_path.iterdir())
+
+
+# --- budgets ---------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = StreamingModel(make_net(), budget=10**6, spill=tmp_path)
+    plan = model.plan(SHAPE)
+    assert not plan.fits
+    opened = []
+    for kind in (MemoryStore, ZarrStore, SpillFolder):
+        monkeypatch.setattr(kind, "__init__", lambda *args: opened.append(args))
+    monkeypatch.setattr(BatchReader, "read", lambda *args: opened.append(args))
+    before = everything_of(model)
+    with pytest.raises(MemoryError) as caught:
+        model(make_image())
+    assert isinstance(caught.value, PlanDoesNotFit)
+    text = str(caught.value)
+    assert text.startswith(
+        "no plan for an image of shape (2, 3, 37, 45) fits in 977 KiB: the smallest needs "
+    )
+    assert f" more, in {plan.worst}, at {plan.worst_operator}, with tiles of " in text
+    assert f"at least {plan.projected_bytes} bytes (" in text
+    assert all(term.name in text for term in sorted(plan.terms, key=lambda term: -term.nbytes)[:3])
+    assert "Raise budget= to at least " in text
+    assert opened == []
+    assert os.listdir(tmp_path) == []
+    assert model.last_report is None
+    assert_unchanged(before, everything_of(model))
+    gc.collect()

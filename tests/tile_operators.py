@@ -1,0 +1,42 @@
+"""Interfering with the operators of a tile while a pass evaluates them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from torch import Tensor
+
+from streamcnn.execution.interpreter import TileRun
+
+Evaluate = Callable[[], Tensor]
+
+
+def around_operators(patch: pytest.MonkeyPatch, around: Callable[[Evaluate], Tensor]) -> None:
+    """Have ``around`` give the value of each operator of a tile; it is handed what evaluates it."""
+    original = TileRun.evaluate
+    patch.setattr(TileRun, "evaluate", lambda run, *args: around(partial(original, run, *args)))
+
+
+def refuse_memory() -> None:
+    """As the system does where there is none left."""
+    raise MemoryError("refused")
+
+
+class RefusedOnce:
+    """Evaluates operators, and is refused memory at one of them, or from there on ``always``."""
+
+    def __init__(
+        self, at: int, *, always: bool = False, refuse: Callable[[], object] = refuse_memory
+    ) -> None:
+        self.at = at
+        self.always = always
+        self.refuse = refuse
+        self.calls = 0
+
+    def __call__(self, evaluate: Evaluate) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at or (self.always and self.calls > self.at):
+            self.refuse()
+        return evaluate()
