@@ -114,7 +114,8 @@ def test_a_dropped_map_is_computed_once_more_and_no_oftener(monkeypatch: pytest.
     assert [phase.level for phase in phases] == sorted(phase.level for phase in phases)
     assert before == max(phase.level for phase in plan.phases if phase.differentiated)
     stored = [name for phase in phases for name in phase.stored]
-    assert stored == [name for phase in plan.phases for name in phase.stored]
+    # All that a batch norm's gradient or a later phase looks at.
+    assert stored == [name for phase in plan.phases for name in phase.stored if "conv2d" in name]
     assert all(not plan.stores[name].kept for name in stored)
     model(image).sum().backward()
     assert model.last_report is not None
