@@ -213,6 +213,15 @@ def test_stored_maps_live_until_their_last_reader() -> None:
     assert StoredBytes(stores, levels, Tier.HOST).most == 2000
 
 
+def test_dropped_maps_live_again_from_where_they_are_rematerialised() -> None:
+    levels = {"a": 2, "last": 6}
+    store = StorePlan(Tier.MEMORY, Tier.MEMORY, 1, kept=False, last_reader=3, tile=(1, 1), rematerialised=4)
+    stored = StoredBytes({"a": store}, levels)
+    assert stored.forward_bytes.tolist() == [0, 0, 1, 1, 0, 0, 0]
+    # Before phase 4, for a map that is computed from it; its own gradient map from phase 3 on down.
+    assert stored.backward_bytes.tolist() == [0, 0, 2, 2, 1, 0, 0]
+
+
 def test_a_resident_tail_holds_what_autograd_saves() -> None:
     program, _ = traced(make_net(), SHAPE, tail="conv2d")  # all of it
     staging = divide(program)

@@ -134,6 +134,15 @@ def test_explain() -> None:
         "then 3 operators on whole maps (the resident tail)\n"
         "resident: aten.foo: it has no rule (body.3 (Foo))"
     )
+    dropped = dataclasses.replace(make_plan().stores["conv"], kept=False, rematerialised=2)
+    again = make_plan(
+        stores={**make_plan().stores, "conv": dropped}, rematerialised={2: (make_phase(1, reductions=()),)}
+    )
+    assert again.explain().splitlines()[11:14] == [
+        "  1      2x1    4x4     2x1   1        conv (300 KiB in memory, dropped)",
+        "  2      2x1    4x4     0x0   0        nothing",
+        "dropped between the passes and computed again: 300 KiB, in 1 phase",
+    ]
     bare = make_plan(budget=None, training=False, stores={}, phases=(), num_resident=0, residents=())
     assert bare.explain().splitlines()[0] == "image 1x3x8x4 float32, inference, no ceiling"
     assert bare.explain().splitlines()[-1] == "0 phases, no stored maps"

@@ -1,4 +1,5 @@
-"""Maps that are computed again, through the barriers in between, instead of being stored."""
+"""Maps that are computed again: through the barriers in between, instead of being stored, or once more into
+their stores in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,33 +14,51 @@ from test_random_networks import Step, assert_streams, networks, patient, tiles
 from test_zoo import NETS
 from torch import nn
 
+from streamcnn import StreamingModel
 from streamcnn.planning.search import Search, Solution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
 class EveryOther:
-    """Has the search compute maps again: all that may be, or every second or third of them."""
+    """Has the search recompute or drop maps: all that may be, or every second or third of them."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, recomputed: int | None, dropped: int | None = None) -> None:
+        self.recomputed = recomputed
+        self.dropped = dropped
         self.count = 0
 
     def __call__(self, search: Search, found: Solution) -> Solution:
-        free = sorted(found.base.stored - search._whole, key=search.program.position)
-        recomputed = frozenset(free[:: self.step])
-        self.count += len(recomputed)
-        return search.solution(found.base, recomputed, frozenset(), reuses_heap=True)
+        maps = sorted(found.base.stored, key=search.program.position)
+        free = [name for name in maps if name not in search._whole]
+        recomputed = frozenset(free[:: self.recomputed] if self.recomputed else ())
+        left = [name for name in maps if name not in recomputed]
+        dropped = frozenset(left[:: self.dropped] if self.dropped else ())
+        solution = search.solution(found.base, recomputed, frozenset(), dropped, reuses_heap=True)
+        self.count += len(recomputed) + len(solution.rematerialised)
+        return solution
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "tile", "step"),
-    [("resnet18", (67, 59), 40, 2), ("resnet18", (67, 59), 40, 3), ("unet", (53, 61), 24, 1)],
+    ("name", "size", "tile", "recomputed", "dropped"),
+    [
+        ("resnet18", (67, 59), 40, 2, None),
+        ("resnet18", (67, 59), 40, 3, None),
+        ("unet", (53, 61), 24, 1, None),
+        ("resnet18", (67, 59), 40, None, 1),
+        ("unet", (53, 61), 24, None, 2),
+        ("resnet18", (67, 59), 40, 3, 2),
+    ],
 )
 def test_networks(
-    name: str, size: tuple[int, int], tile: int, step: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    size: tuple[int, int],
+    tile: int,
+    recomputed: int | None,
+    dropped: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = EveryOther(step)
+    chosen = EveryOther(recomputed, dropped)
     monkeypatch.setattr(Search, "improved", lambda search, found: chosen(search, found))
     net = randomized(NETS[name]().double()).train()
     assert_streamed_equals_plain(net, (2, 3, *size), tile=tile, one_tile=True, resident=None)
@@ -47,16 +66,24 @@ def test_networks(
 
 
 @settings(patient, max_examples=15)
-@given(networks(), tiles, st.integers(1, 3))
+@given(networks(), tiles, st.none() | st.integers(1, 3), st.none() | st.integers(1, 3))
 def test_random_networks(
-    case: tuple[list[Step], bool, bool, tuple[int, int, int, int]], tile: tuple[int, int], step: int
+    case: tuple[list[Step], bool, bool, tuple[int, int, int, int]],
+    tile: tuple[int, int],
+    recomputed: int | None,
+    dropped: int | None,
 ) -> None:
-    with patch.object(Search, "improved", lambda search, found: EveryOther(step)(search, found)):
+    chosen = EveryOther(recomputed, dropped)
+    with patch.object(Search, "improved", lambda search, found: chosen(search, found)):
         assert_streams(case, tile)
 
 
-def test_running_statistics_are_updated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "improved", lambda search, found: EveryOther(1)(search, found))
+@pytest.mark.parametrize(("recomputed", "dropped"), [(1, None), (None, 1)])
+def test_running_statistics_are_updated_once(
+    recomputed: int | None, dropped: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = EveryOther(recomputed, dropped)
+    monkeypatch.setattr(Search, "improved", lambda search, found: chosen(search, found))
     torch.manual_seed(0)
     net = nn.Sequential(
         *(
@@ -68,3 +95,29 @@ def test_running_statistics_are_updated_once(monkeypatch: pytest.MonkeyPatch) ->
     )
     found = assert_streamed_equals_plain(net.double().train(), (2, 3, 47, 39), tile=20)
     assert any(name.startswith("buffer") for name in found.errors)
+
+
+def test_a_dropped_map_is_computed_once_more_and_no_oftener(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = EveryOther(None, 1)
+    monkeypatch.setattr(Search, "improved", lambda search, found: chosen(search, found))
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for width in (3, 8, 8, 8):
+        layers += [nn.Conv2d(width, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    model = StreamingModel(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)), tile=64)
+    image = torch.randn(1, 3, 96, 80)
+    plan = model.plan(tuple(image.shape))
+    # Of a forward and a backward pass, which is two, one forward pass more; halos come on top.
+    assert 4 / 3 < plan.recomputation < 1.75
+    (before,) = plan.rematerialised
+    phases = plan.rematerialised[before]
+    assert [phase.level for phase in phases] == sorted(phase.level for phase in phases)
+    assert before == max(phase.level for phase in plan.phases if phase.differentiated)
+    stored = [name for phase in phases for name in phase.stored]
+    # All that a batch norm's gradient or a later phase looks at.
+    assert stored == [name for phase in plan.phases for name in phase.stored if "conv2d" in name]
+    assert all(not plan.stores[name].kept for name in stored)
+    model(image).sum().backward()
+    assert model.last_report is not None
+    again = [phase for phase in model.last_report.phases if phase.direction == "again"]
+    assert [phase.level for phase in again] == [phase.level for phase in phases]

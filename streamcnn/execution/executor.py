@@ -3,7 +3,8 @@
 Forward, per phase and tile: read the inputs' regions, run the operators without autograd, write the
 tile's own part of each checkpoint, add to the reductions' partial results. Backward, phases in reverse:
 recompute the tile with autograd on, differentiate it given the gradients of its own parts, and add the
-results to the gradient maps of its inputs, where overlapping halos add up.
+results to the gradient maps of its inputs, where overlapping halos add up. Checkpoints that were dropped are
+written again, as in the forward pass, before the first phase that needs them.
 
 Everything that is decided is in the plan; nothing of the user's module is changed here.
 """
@@ -42,12 +43,16 @@ class ImageReader(Protocol):
         """The pixels of ``region``, (N, C, h, w) in the model's dtype on the compute device."""
 
 
+AGAIN = "phase again"
+
+
 @dataclass(frozen=True, slots=True)
 class PassEvent:
     """A part of a pass begins or ends; parts do not overlap."""
 
     part: str
-    """``"phase"``, or ``"segment"``: the global values of a level, the resident tail among them."""
+    """``"phase"``; `AGAIN`, if a phase of the forward pass is run again in the backward pass for what was
+    dropped; or ``"segment"``, the global values of a level, the resident tail among them."""
     level: int
     direction: str
     """``"forward"`` or ``"backward"``."""
@@ -67,6 +72,7 @@ class PhaseReport:
 
     level: int
     direction: str
+    """``"forward"``, ``"backward"``, or ``"again"`` for what is rematerialised in the backward pass."""
     num_tiles: int
     seconds: float
     bytes_read: int
@@ -121,7 +127,7 @@ class Execution:
             for level in self._levels:
                 if level in self._phases:
                     with self._timed(self._phases[level], "forward"):
-                        self._forward_phase(self._phases[level])
+                        self._run_phase(self._phases[level], "forward")
                 if level in self._segments:
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.global_graph.run(self._segments[level], self._barrier, record=self.plan.training)
@@ -132,7 +138,8 @@ class Execution:
             raise
         return self.global_graph.values
 
-    def _forward_phase(self, phase: Phase) -> None:
+    def _run_phase(self, phase: Phase, direction: str) -> None:
+        """Write what a phase stores, and work out its reductions if it has them."""
         for name in phase.stored:
             self._checkpoints[name] = self._open(name, self.plan.stores[name].tier)
         feeds = _feeds(self.program, phase)
@@ -141,7 +148,7 @@ class Execution:
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
-                    self._after_step(phase.kind("forward", row, col))
+                    self._after_step(phase.kind(direction, row, col))
         for name in phase.reductions:
             node = self.program.nodes[name]
             assert node.reduction is not None
@@ -196,6 +203,9 @@ class Execution:
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
                 self._after_step(("segment", "backward", level, 0, 0))
+                for phase in self.plan.rematerialised.get(level, ()):
+                    with self._timed(phase, "again"):
+                        self._run_phase(phase, "again")
                 if level in self._phases and self._phases[level].differentiated:
                     with self._timed(self._phases[level], "backward"):
                         self._backward_phase(self._phases[level])
@@ -325,7 +335,8 @@ class Execution:
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
         before = self._bytes_moved()
         start = time.perf_counter()
-        with self._observed("phase", phase.level, direction):
+        part, during = (AGAIN, "backward") if direction == "again" else ("phase", direction)
+        with self._observed(part, phase.level, during):
             yield
         seconds = time.perf_counter() - start
         read, written = (now - then for now, then in zip(self._bytes_moved(), before, strict=True))

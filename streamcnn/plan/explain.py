@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streamcnn.plan.storage import Tier
+from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.support.units import format_bytes, format_duration, plural
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ def explain_plan(plan: Plan) -> str:
         f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *_phases(plan),
     ]
+    again = [phase for phases in plan.rematerialised.values() for phase in phases]
+    if again:
+        dropped = sum(plan.stores[name].nbytes for phase in again for name in phase.stored)
+        lines.append(
+            f"dropped between the passes and computed again: {format_bytes(dropped)}, in "
+            f"{plural(len(again), 'phase')}"
+        )
     if plan.limited_by:
         lines.insert(1, f"instead of a larger budget, since {plan.limited_by}")
     if plan.num_resident:
@@ -101,7 +108,7 @@ def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:
     num_rows, num_cols = len(phase.rows), len(phase.cols)
     height, width = plan.image_shape[2:]
     stored = (
-        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_PLACES[plan.stores[name].tier]})"
+        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_place(plan.stores[name])})"
         for name in phase.stored
     )
     return (
@@ -112,3 +119,8 @@ def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:
         str(len(phase.reductions)),
         ", ".join(stored) or "nothing",
     )
+
+
+def _place(store: StorePlan) -> str:
+    dropped = "" if store.rematerialised is None else ", dropped"
+    return f"{_PLACES[store.tier]}{dropped}"

@@ -100,6 +100,8 @@ class Plan:
     tile: tuple[int, int]
     """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
     phases: tuple[Phase, ...]
+    rematerialised: Mapping[int, tuple[Phase, ...]]
+    """By level: what its backward phase needs and was dropped, computed again before it in this order."""
     segments: tuple[Segment, ...]
     stores: Mapping[str, StorePlan]
     levels: Mapping[str, int]
@@ -184,18 +186,6 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one JSON object; sizes in bytes, intervals left out."""
-        phases = [
-            {
-                "level": phase.level,
-                "tiles": [len(phase.rows), len(phase.cols)],
-                "halo": list(phase.halo),
-                "nodes": list(phase.nodes),
-                "inputs": list(phase.inputs),
-                "stored": list(phase.stored),
-                "reductions": list(phase.reductions),
-            }
-            for phase in self.phases
-        ]
         fields = {
             "image_shape": list(self.image_shape),
             "dtype": self.dtype,
@@ -217,9 +207,25 @@ class Plan:
             "num_resident": self.num_resident,
             "residents": list(self.residents),
             "stores": {name: _as_json(store) for name, store in self.stores.items()},
-            "phases": phases,
+            "phases": [_phase_as_json(phase) for phase in self.phases],
+            "rematerialised": {
+                level: [_phase_as_json(phase) for phase in phases]
+                for level, phases in self.rematerialised.items()
+            },
         }
         return json.dumps(fields)
+
+
+def _phase_as_json(phase: Phase) -> dict[str, object]:
+    return {
+        "level": phase.level,
+        "tiles": [len(phase.rows), len(phase.cols)],
+        "halo": list(phase.halo),
+        "nodes": list(phase.nodes),
+        "inputs": list(phase.inputs),
+        "stored": list(phase.stored),
+        "reductions": list(phase.reductions),
+    }
 
 
 def _as_json(store: StorePlan) -> dict[str, object]:

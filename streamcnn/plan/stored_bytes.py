@@ -12,8 +12,9 @@ from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 class StoredBytes:
     """What is held in ``tier`` while the phases of each level run.
 
-    A map lives from its phase to its last reader, or as long as the backward pass needs it; its gradient map
-    from the backward phase of its last reader to its own.
+    A map lives from its phase to its last reader, or as long as the backward pass needs it; one that is
+    dropped in between lives again from where it is rematerialised to its own backward phase. Its gradient map
+    lives from the backward phase of its last reader to its own.
     """
 
     def __init__(
@@ -25,8 +26,8 @@ class StoredBytes:
             made, last = levels[name], store.last_reader
             if store.tier is tier:
                 self._forward[made : num_levels if store.kept else last + 1] += store.nbytes
-                self._kept[made:] += store.nbytes * store.kept
-            if store.gradient_tier is tier and store.kept:
+                self._kept[made : _backward_end(store, num_levels)] += store.nbytes
+            if store.gradient_tier is tier and (store.kept or store.rematerialised is not None):
                 self._gradients[made : last + 1] += store.nbytes
         self.forward_bytes = self._forward
         """By level: the sum of what :meth:`forward` names; likewise the next."""
@@ -51,3 +52,10 @@ class StoredBytes:
 
     def _gradient_maps(self, level: int) -> MemoryTerm:
         return MemoryTerm("gradient maps", int(self._gradients[level]))
+
+
+def _backward_end(store: StorePlan, num_levels: int) -> int:
+    """The first level in whose backward phase a map is not there, of those from its own level on."""
+    if store.kept:
+        return num_levels
+    return 0 if store.rematerialised is None else store.rematerialised + 1

@@ -34,9 +34,10 @@ class CandidateScores:
     """Projected bytes and seconds of every candidate, given where maps are stored."""
 
     forward: Ints
-    """(stages, candidates): bytes of a forward step with all that is held beside it but compiled kernels."""
+    """(stages, candidates): bytes of a step of the forward pass with all that is held beside it but compiled
+    kernels; 0 if there is none."""
     backward: Ints
-    """The same of a backward step; 0 if there is none."""
+    """The same of the backward pass."""
     num_kernels: Ints
     """(stages, candidates): kernels that the stage compiles in a forward pass."""
     heap: Ints
@@ -51,6 +52,8 @@ class CandidateScores:
     """Bytes of the first read of images that are decoded whole; 0 if there are none."""
     levels: Ints
     """By stage."""
+    peak_levels: Ints
+    """By stage: the level at which its step is carried out, that of a later one if it rematerialises maps."""
     global_bytes: GlobalBytes
 
     def kernels(self, choice: Ints | None) -> KernelBytes:
@@ -63,9 +66,11 @@ class CandidateScores:
 
     def peaks(self, kernels: KernelBytes) -> Ints:
         """(stages, candidates): bytes of the stage's worst step with all that is held beside it."""
-        forward = self.forward + kernels.forward_bytes[self.levels, None]
-        backward = self.backward + kernels.backward_bytes[self.levels, None]
-        peaks: Ints = np.maximum(forward, np.where(self.backward > 0, backward, 0))
+        forward = self.forward + kernels.forward_bytes[self.peak_levels, None]
+        backward = self.backward + kernels.backward_bytes[self.peak_levels, None]
+        peaks: Ints = np.maximum(
+            np.where(self.forward > 0, forward, 0), np.where(self.backward > 0, backward, 0)
+        )
         return peaks
 
     def tail_peak(self, kernels: KernelBytes) -> int:
@@ -79,6 +84,7 @@ class StageRow:
 
     tilings: tuple[TilingCandidate, ...]
     forward: Ints
+    """Bytes of a step in the forward pass; 0 if there is none. Likewise the next."""
     backward: Ints
     heap: Ints
     num_kernels: Ints
@@ -100,10 +106,14 @@ class StageRow:
         shape = (len(inputs), len(found))
         times = [tiling.time for tiling in found]
         backward = is_differentiated(stage, tilings.differentiated)
+        steps = [(tiling.forward, tiling.backward) for tiling in found]
+        if stage.rematerialises:
+            steps = [(0, forward) for forward, _ in steps]
+        forward_bytes, backward_bytes = np.array(steps, np.int64).T
         return cls(
             tilings=found,
-            forward=np.array([tiling.forward for tiling in found], np.int64),
-            backward=np.array([tiling.backward for tiling in found], np.int64),
+            forward=forward_bytes,
+            backward=backward_bytes,
             heap=np.array([tiling.heap for tiling in found], np.int64),
             num_kernels=np.array([tiling.tiled.num_kernels for tiling in found], np.int64),
             seconds={
@@ -120,7 +130,10 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CandidateTable:
-    """The candidates of every stage of a staging; arrays are (stages, candidates), padded at the right."""
+    """The candidates of every stage of a staging; arrays are (stages, candidates), padded at the right.
+
+    Stages that rematerialise maps come last.
+    """
 
     staging: Staging
     rows: tuple[StageRow, ...]
@@ -137,8 +150,8 @@ class CandidateTable:
     written: Ints
     heaps: tuple[int, ...]
     """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
-    lives: Mapping[str, tuple[int, bool]]
-    """For each stored map the level of its last reader, and whether the backward pass needs it."""
+    lives: Mapping[str, Life]
+    """Of each stored map."""
 
     @classmethod
     def of(cls, program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> CandidateTable:
@@ -170,20 +183,21 @@ class CandidateTable:
                 tier=tiers[name],
                 gradient_tier=tiers[name],
                 nbytes=moved.written,
-                kept=kept,
-                last_reader=last,
+                kept=life.is_needed and life.rematerialised is None,
+                last_reader=life.last_reader,
+                rematerialised=life.rematerialised,
                 tile=(0, 0),
             )
-            for row in self.rows
+            for row in self.rows[: len(self.staging.stages)]
             for name, moved in row.outputs.items()
-            for last, kept in [self.lives[name]]
+            for life in [self.lives[name]]
         }
 
     def moved(self) -> dict[str, Traffic]:
         """What a pass moves of each stored map with every stage tiled coarsest."""
-        moved = {name: traffic for row in self.rows for name, traffic in row.outputs.items()}
+        moved = dict.fromkeys(self.staging.stored, Traffic(0, 0))
         for row in self.rows:
-            for name, traffic in row.tilings[0].moved.items():
+            for name, traffic in (*row.outputs.items(), *row.tilings[0].moved.items()):
                 moved[name] += traffic
         return moved
 
@@ -197,9 +211,11 @@ class CandidateTable:
     ) -> CandidateScores:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
-        levels = np.array([stage.level for stage in self.staging.stages], np.int64)
-        before = stored.forward_bytes[levels] + global_bytes.forward_bytes[levels]
-        after = stored.backward_bytes[levels] + global_bytes.backward_bytes[levels]
+        stages, again = self.staging.stages, self.staging.rematerialised
+        levels = np.array([stage.level for stage in (*stages, *(each.stage for each in again))], np.int64)
+        peaks = np.array([*(stage.level for stage in stages), *(each.before for each in again)], np.int64)
+        before = stored.forward_bytes[peaks] + global_bytes.forward_bytes[peaks]
+        after = stored.backward_bytes[peaks] + global_bytes.backward_bytes[peaks]
         tail = global_bytes.tail_step.nbytes
         forward, backward = self.forward, self.backward
         if not reuses_heap:
@@ -211,7 +227,7 @@ class CandidateTable:
             for name, moved in row.outputs.items()
         )
         return CandidateScores(
-            forward=before[:, None] + forward,
+            forward=np.where(forward > 0, before[:, None] + forward, 0),
             backward=np.where(backward > 0, after[:, None] + backward, 0),
             num_kernels=self.num_kernels,
             heap=self.heap,
@@ -220,6 +236,7 @@ class CandidateTable:
             tail=tail + total_bytes(stored.tail(global_bytes.last), global_bytes.tail()),
             opening=total_bytes(global_bytes.opening()) if global_bytes.reading.opening else 0,
             levels=levels,
+            peak_levels=peaks,
             global_bytes=global_bytes,
         )
 
@@ -240,10 +257,22 @@ def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
     return tuple(values[places].tolist()) or (0,)
 
 
-def _lives(program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> dict[str, tuple[int, bool]]:
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How long a stored map is needed."""
+
+    last_reader: int
+    """Level of its last reader in the forward pass."""
+    is_needed: bool
+    """Whether the backward pass needs it."""
+    rematerialised: int | None
+    """Level before whose backward phase it is computed again, if it is dropped in between."""
+
+
+def _lives(program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> dict[str, Life]:
     last = {name: staging.levels[name] for name in staging.stored}
     kept: set[str] = set()
-    for stage, row in zip(staging.stages, rows, strict=True):
+    for stage, row in zip(staging.stages, rows, strict=False):
         for name in row.inputs:
             last[name] = max(last[name], stage.level)
         if row.is_differentiated:
@@ -251,7 +280,8 @@ def _lives(program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> di
     for node in program.nodes.values():
         if node.kind is Kind.GATHER and node.operands[0] in last:
             last[node.operands[0]] = max(last[node.operands[0]], staging.levels[node.name])
-    return {name: (last[name], name in kept) for name in last}
+    again = {name: each.before for each in staging.rematerialised for name in each.stage.stored}
+    return {name: Life(last[name], name in kept, again.get(name)) for name in last}
 
 
 def _padded(rows: list[NDArray[Any]], width: int, value: float) -> NDArray[Any]:

@@ -57,12 +57,18 @@ class PeakPoint:
 
 
 def peak_points(
-    tiled: Sequence[TiledStage], global_bytes: GlobalBytes, stored: StoredBytes, *, reuses_heap: bool
+    tiled: Sequence[TiledStage],
+    global_bytes: GlobalBytes,
+    stored: StoredBytes,
+    *,
+    rematerialised: Sequence[tuple[int, TiledStage]] = (),
+    reuses_heap: bool,
 ) -> list[PeakPoint]:
     """All peak points of a pass, in order.
 
     They are the first read of images that are decoded whole, every phase forward, the resident tail, and
-    every differentiated phase backward.
+    every differentiated phase backward with the stages that are ``rematerialised`` before it, which come with
+    its level.
     """
     pairs = [
         steps(
@@ -73,16 +79,21 @@ def peak_points(
         )
         for stage in tiled
     ]
-    heap = max((step.heap for pair in pairs for step in pair if step is not None), default=0)
+    again: dict[int, list[tuple[int, Step]]] = {}
+    for before, stage in rematerialised:
+        step, _ = steps(stage, global_bytes.overhead, global_bytes.reading, backward=False)
+        again.setdefault(before, []).append((stage.stage.level, step))
+    every = (*chain(*pairs), *(step for each in again.values() for _, step in each))
+    heap = max((step.heap for step in every if step is not None), default=0)
     num_kernels = np.zeros_like(global_bytes.num_kernels)
-    for stage in tiled:
+    for stage in (*tiled, *(stage for _, stage in rematerialised)):
         num_kernels[stage.stage.level] += stage.num_kernels
     kernels = global_bytes.kernels(num_kernels)
     found: list[PeakPoint] = []
 
     def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
         lost = (
-            reuse_waste(heap, global_bytes.tail_step.heap, len(tiled))
+            reuse_waste(heap, global_bytes.tail_step.heap, len(tiled) + len(rematerialised))
             if reuses_heap
             else fresh_waste(step.nbytes)
         )
@@ -102,8 +113,10 @@ def peak_points(
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
-            held = (kernels.backward(level),)
-            add(f"phase {level}, backward", after, held, global_bytes.backward(level), stored.backward(level))
+            beside = ((kernels.backward(level),), global_bytes.backward(level), stored.backward(level))
+            for dropped, step in again.get(level, ()):
+                add(f"phase {dropped} again, before phase {level}, backward", step, *beside)
+            add(f"phase {level}, backward", after, *beside)
     return found
 
 
@@ -121,8 +134,9 @@ def reuse_waste(steps: int, tail: int, num_stages: int) -> int:
 
 
 def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
-    """Whether the backward pass visits the stage."""
-    return any(name in differentiated for name in (*stage.stored, *stage.reductions))
+    """Whether the backward pass differentiates the stage."""
+    given = (*stage.stored, *stage.reductions)
+    return not stage.rematerialises and any(name in differentiated for name in given)
 
 
 def steps(

@@ -115,12 +115,13 @@ class _Attempt:
         solution, tilings = self.solution, self.search.tilings
         program, staging, differentiated = tilings.program, solution.staging, tilings.differentiated
         stores = _with_tiles(solution)
-        tiled = tuple(tiling.tiled for tiling in solution.tilings)
+        tiled, again = solution.tiled, solution.rematerialised
         worst = max(
             peak_points(
                 tiled,
                 self.search.global_bytes(staging),
                 StoredBytes(stores, staging.levels),
+                rematerialised=again,
                 reuses_heap=solution.reuses_heap,
             ),
             key=lambda point: point.nbytes,
@@ -139,6 +140,10 @@ class _Attempt:
             phases=tuple(
                 each.phase(differentiated=is_differentiated(each.stage, differentiated)) for each in tiled
             ),
+            rematerialised={
+                level: tuple(each.phase(differentiated=False) for before, each in again if before == level)
+                for level in {before for before, _ in again}
+            },
             segments=tuple(Segment(level, names) for level, names in staging.segments.items()),
             stores=stores,
             levels=dict(staging.levels),
@@ -158,7 +163,7 @@ class _Attempt:
             image_read_bytes=max(
                 (
                     spec.reading.of(each.largest(program.image)).transient
-                    for each in tiled
+                    for each in (*tiled, *(each for _, each in again))
                     if program.image in each.stage.inputs
                 ),
                 default=0,
@@ -227,9 +232,9 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
 def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
     """The solution's stores with the extents of the tiles that write them."""
     return {
-        name: replace(solution.stores[name], tile=tiling.tiled.largest_own(name))
-        for tiling in solution.tilings
-        for name in tiling.tiled.stage.stored
+        name: replace(solution.stores[name], tile=tiled.largest_own(name))
+        for tiled in solution.tiled
+        for name in tiled.stage.stored
     }
 
 

@@ -1,11 +1,11 @@
 """The search for the fastest plan of one program: tiles, stores and recomputation under a budget.
 
-A solution is a staging (which maps are stored, where stretches are split), the set of stored maps that are
-offloaded, and whether the C library reuses freed blocks. Given these, phases are independent of each other:
-each takes the tiles with the least projected time among those whose steps fit into what the budget leaves
-at that moment. What remains is a search over solutions: the offloaded maps are first the cheapest ones to
-offload, as few as let a plan fit or some more; then, one by one, an offloaded map is brought back or
-recomputed instead, wherever that is faster.
+A solution is a staging (which maps are stored, where stretches are split), the sets of stored maps that are
+offloaded and that are dropped between the two passes, and whether the C library reuses freed blocks. Given
+these, phases are independent of each other: each takes the tiles with the least projected time among those
+whose steps fit into what the budget leaves at that moment. What remains is a search over solutions: the
+offloaded maps are first the cheapest ones to offload, as few as let a plan fit or some more; then, one by
+one, an offloaded map is brought back, dropped or recomputed instead, wherever that is faster.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, Ints, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import reuse_waste
+from streamcnn.planning.memory_model import is_differentiated, reuse_waste
 from streamcnn.planning.spec import OffloadTier
-from streamcnn.planning.staging import Stage, Staging, gathered, recompute
+from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
+from streamcnn.planning.tiling import TiledStage
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """How many times the fewest offloaded maps are tried: more of them leave room for larger tiles."""
@@ -48,7 +49,10 @@ class _Policy(Enum):
 
     KEEP = "keep"
     OFFLOAD = "offload"
+    DROP = "drop"
+    """Stored in the forward pass, and rematerialised in the backward pass."""
     RECOMPUTE = "recompute"
+    """Not stored: every phase that reads it computes it again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,14 +63,30 @@ class Solution:
     """The staging before maps were taken out of it."""
     recomputed: frozenset[str]
     """Maps that it stores and that are recomputed instead."""
+    dropped: frozenset[str]
+    """Maps that are stored, and dropped between the two passes."""
     staging: Staging
     stores: Mapping[str, StorePlan]
     tilings: tuple[TilingCandidate, ...]
-    """How each stage is tiled."""
+    """How each stage is tiled, those that rematerialise maps last."""
     reuses_heap: bool
     seconds: float
     nbytes: int
     fits: bool
+
+    @property
+    def tiled(self) -> tuple[TiledStage, ...]:
+        """The stages of both passes in tiles."""
+        return tuple(tiling.tiled for tiling in self.tilings[: len(self.staging.stages)])
+
+    @property
+    def rematerialised(self) -> tuple[tuple[int, TiledStage], ...]:
+        """The stages that rematerialise maps in tiles, each with the level before whose backward phase."""
+        tilings = self.tilings[len(self.staging.stages) :]
+        return tuple(
+            (each.before, tiling.tiled)
+            for each, tiling in zip(self.staging.rematerialised, tilings, strict=True)
+        )
 
     @property
     def offloaded(self) -> frozenset[str]:
@@ -92,7 +112,7 @@ class Search:
         self._whole = gathered(self.program)
         self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
-        self._stagings: dict[tuple[Staging, frozenset[str]], Staging] = {}
+        self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
         self._tables: dict[Staging, CandidateTable] = {}
 
     def best(self, stagings: Iterable[Staging]) -> Solution:
@@ -100,7 +120,7 @@ class Search:
         return min((c for staging in stagings for c in self._offloading(staging)), key=lambda c: c.rank)
 
     def improved(self, found: Solution) -> Solution:
-        """``found`` with maps kept elsewhere, or recomputed, wherever that is faster.
+        """``found`` with maps kept elsewhere, dropped or recomputed, wherever that is faster.
 
         Where few maps can be stored, pairs of them are moved together too.
         """
@@ -110,7 +130,7 @@ class Search:
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
             names = sorted(
-                found.base.stored if thorough else found.offloaded,
+                found.base.stored if thorough else found.offloaded | found.dropped,
                 key=lambda n: (-self.program.nodes[n].nbytes, n),
             )
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
@@ -120,16 +140,18 @@ class Search:
         return found
 
     def _moved(self, found: Solution, names: tuple[str, ...], thorough: bool) -> Iterator[Solution]:
-        """``found`` with each of ``names`` in memory, offloaded or recomputed, as far as that may pay."""
+        """``found`` with every policy for ``names``, as far as that may pay."""
         for policies in product(_Policy, repeat=len(names)):
             by_policy = {
                 policy: {n for n, f in zip(names, policies, strict=True) if f is policy} for policy in _Policy
             }
-            recomputed = by_policy[_Policy.RECOMPUTE]
-            if not recomputed.isdisjoint(self._whole):
+            recomputed, dropped = by_policy[_Policy.RECOMPUTE], by_policy[_Policy.DROP]
+            if not recomputed.isdisjoint(self._whole) or not self.tilings.differentiated.issuperset(dropped):
                 continue
             if not thorough and (
-                by_policy[_Policy.OFFLOAD] or not all(self._may_pay(found, name) for name in recomputed)
+                by_policy[_Policy.OFFLOAD]
+                or not all(self._may_pay(found, name, once=False) for name in recomputed)
+                or not all(self._may_pay(found, name, once=True) for name in dropped)
             ):
                 continue
             for reuses_heap in (True, False) if thorough else (found.reuses_heap,):
@@ -137,11 +159,12 @@ class Search:
                     found.base,
                     (found.recomputed - set(names)) | recomputed,
                     (found.offloaded - set(names)) | by_policy[_Policy.OFFLOAD],
+                    (found.dropped - set(names)) | dropped,
                     reuses_heap=reuses_heap,
                 )
 
-    def _may_pay(self, found: Solution, name: str) -> bool:
-        """Whether recomputing a map can be faster than moving it, halos left out."""
+    def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
+        """Whether a map is computed again, ``once`` or in each reader, faster than moved, halos left out."""
         nodes, hardware = self.program.nodes, self.tilings.hardware
         pending, chain = [name], dict[str, None]()
         while pending:
@@ -156,7 +179,7 @@ class Search:
         for tiling, row in zip(found.tilings, self._table(found.staging).rows, strict=True):
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):
                 moved += 0.0 if traffic is None else traffic.seconds(hardware, found.stores[name].tier)
-            if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions:
+            if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions and not once:
                 # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
                 passes = _RECOMPUTED_BACKWARD
         return passes * recomputed < moved
@@ -166,9 +189,11 @@ class Search:
         order = self._offload_order(staging)
 
         def offload(count: int) -> Solution:
-            return self.solution(staging, frozenset(), frozenset(order[:count]), reuses_heap=False)
+            return self.solution(
+                staging, frozenset(), frozenset(order[:count]), frozenset(), reuses_heap=False
+            )
 
-        yield self.solution(staging, frozenset(), frozenset(), reuses_heap=True)
+        yield self.solution(staging, frozenset(), frozenset(), frozenset(), reuses_heap=True)
         fewest = _fewest(len(order), lambda count: offload(count).fits)
         counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
         for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
@@ -187,7 +212,13 @@ class Search:
         return sorted(staging.stored, key=price)
 
     def solution(
-        self, base: Staging, recomputed: frozenset[str], offloaded: frozenset[str], *, reuses_heap: bool
+        self,
+        base: Staging,
+        recomputed: frozenset[str],
+        offloaded: frozenset[str],
+        dropped: frozenset[str],
+        *,
+        reuses_heap: bool,
     ) -> Solution:
         """The fastest tiles that fit, given what is stored where.
 
@@ -197,12 +228,14 @@ class Search:
             Maps that ``base`` stores and that are recomputed instead.
         offloaded
             Maps that are stored outside the device's memory.
+        dropped
+            Maps that are stored, and dropped between the two passes.
         reuses_heap
             Whether the C library may keep freed blocks. Where maps are offloaded it may not: memory is short
             then, and what such a heap loses is known too roughly.
         """
         reuses_heap = reuses_heap and not offloaded
-        staging = self._staging(base, recomputed)
+        staging = self._staging(base, recomputed, dropped)
         table, global_bytes = self._table(staging), self.global_bytes(staging)
         stores = table.stores(self._tiers(staging, offloaded))
         scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_heap=reuses_heap)
@@ -214,6 +247,7 @@ class Search:
         return Solution(
             base=base,
             recomputed=recomputed,
+            dropped=dropped,
             staging=staging,
             stores=stores,
             tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
@@ -223,14 +257,21 @@ class Search:
             fits=choice.fits,
         )
 
-    def _staging(self, base: Staging, recomputed: frozenset[str]) -> Staging:
-        key = (base, recomputed)
+    def _staging(self, base: Staging, recomputed: frozenset[str], dropped: frozenset[str]) -> Staging:
+        key = (base, recomputed, dropped)
         if key not in self._stagings:
             if len(self._stagings) >= _TABLES:
                 self._stagings.pop(next(iter(self._stagings)))
             staging = base
             for name in sorted(recomputed, key=self.program.position):
                 staging = recompute(self.program, staging, name)
+            if dropped:
+                staging = drop(
+                    self.program,
+                    staging,
+                    dropped,
+                    lambda stage: is_differentiated(stage, self.tilings.differentiated),
+                )
             self._stagings[key] = staging
         return self._stagings[key]
 
@@ -238,7 +279,8 @@ class Search:
         if staging not in self._tables:
             if len(self._tables) >= _TABLES:
                 self._tables.pop(next(iter(self._tables)))
-            rows = tuple(self._row(stage) for stage in staging.stages)
+            stages = (*staging.stages, *(each.stage for each in staging.rematerialised))
+            rows = tuple(self._row(stage) for stage in stages)
             self._tables[staging] = CandidateTable.of(self.program, staging, rows)
         return self._tables[staging]
 

@@ -8,7 +8,7 @@ without a barrier do not pile up halo.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from streamcnn.graph.costs import draws
@@ -24,11 +24,22 @@ class Stage:
     inputs: tuple[str, ...]
     stored: tuple[str, ...]
     reductions: tuple[str, ...]
+    rematerialises: bool = False
+    """Whether it only computes again, in the backward pass, maps that were stored and dropped."""
 
     def owned(self, program: Program) -> tuple[str, ...]:
         """Maps of which each tile owns a part: those stored and those reduced, each once."""
         reduced = (program.nodes[name].operands[0] for name in self.reductions)
         return tuple(dict.fromkeys((*self.stored, *reduced)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rematerialisation:
+    """Maps of one level that are computed again in the backward pass."""
+
+    stage: Stage
+    before: int
+    """Level whose backward phase is the first that needs them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +52,8 @@ class Staging:
     stages: tuple[Stage, ...]
     segments: Mapping[int, tuple[str, ...]]
     """Global values, reductions and gathers by level."""
+    rematerialised: tuple[Rematerialisation, ...] = ()
+    """In the order in which the backward pass carries them out."""
 
 
 def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
@@ -82,6 +95,45 @@ def recompute(program: Program, staging: Staging, name: str) -> Staging:
             stage = _stage(program, staging.levels, stored, stage.level, kept, stage.reductions)
         stages.append(stage)
     return replace(staging, stored=stored, stages=tuple(stages))
+
+
+def drop(
+    program: Program, staging: Staging, names: Collection[str], is_visited: Callable[[Stage], bool]
+) -> Staging:
+    """The same staging but that checkpoints ``names`` are dropped between the two passes.
+
+    They are freed after their last forward reader, and rematerialised before the first backward phase that
+    needs them: one that reads them, looks at their values for a reduction, or rematerialises a map from them.
+    So of a stretch of dropped maps each is computed once more, whatever its length.
+
+    Parameters
+    ----------
+    names
+        Stored maps that are dropped; those that the backward pass does not need stay as they are.
+    is_visited
+        Whether the backward pass visits a stage.
+    """
+    assert staging.stored.issuperset(names)
+    first: dict[str, int] = {}
+    for stage in filter(is_visited, staging.stages):
+        reduced = (program.nodes[name].operands[0] for name in stage.reductions)
+        for name in (*stage.inputs, *reduced):
+            if name in names:
+                first[name] = max(first.get(name, 0), stage.level)
+    found = []
+    # What a level is rematerialised from lies below it.
+    for level in sorted({staging.levels[name] for name in names}, reverse=True):
+        needed = sorted((n for n in first if staging.levels[n] == level), key=program.position)
+        if not needed:
+            continue
+        kept, before = tuple(needed), max(first[name] for name in needed)
+        stage = _stage(program, staging.levels, staging.stored, level, kept, (), rematerialises=True)
+        found.append(Rematerialisation(stage, before))
+        for name in stage.inputs:
+            if name in names:
+                first[name] = max(first.get(name, 0), before)
+    found.sort(key=lambda each: (-each.before, each.stage.level))
+    return replace(staging, rematerialised=tuple(found))
 
 
 def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[str, int]:
@@ -172,6 +224,8 @@ def _stage(
     level: int,
     kept: tuple[str, ...],
     reductions: tuple[str, ...],
+    *,
+    rematerialises: bool = False,
 ) -> Stage:
     """Walk backwards from what the phase of ``level`` has to give to what is at hand."""
     pending = [*kept, *(program.nodes[name].operands[0] for name in reductions)]
@@ -193,4 +247,5 @@ def _stage(
         inputs=tuple(sorted(inputs, key=program.position)),
         stored=kept,
         reductions=reductions,
+        rematerialises=rematerialises,
     )

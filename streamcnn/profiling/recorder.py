@@ -106,7 +106,7 @@ class Recorder:
                 self._take(moment)
 
     def _part(self, event: PassEvent) -> str:
-        if event.part == "phase":
+        if event.part != "segment":
             return event.part
         return TAIL if event.level == self._tail else GLOBAL_VALUES
 

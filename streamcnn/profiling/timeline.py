@@ -26,7 +26,7 @@ class Span:
     """What ran from one moment to another, in seconds since the update's first event."""
 
     part: str
-    """``"phase"`` or one of the names above."""
+    """``"phase"``, ``"phase again"`` or one of the names above."""
     level: int
     direction: str
     """``"forward"``, ``"backward"``, or nothing for what is in between."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -264,10 +265,10 @@ class Pass:
 
     def recomputed_from(self) -> list[Tensor]:
         """States without a gradient that the backward pass reads once more."""
+        differentiated = (phase for phase in self.plan.phases if phase.differentiated)
         read = {
             operand
-            for phase in self.plan.phases
-            if phase.differentiated
+            for phase in (*differentiated, *chain(*self.plan.rematerialised.values()))
             for name in phase.nodes
             for operand in self.program.nodes[name].operands
         }
