@@ -6,11 +6,30 @@ are plain assertions instead.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_MOST_WORD, _MOST_TEXT = 500, 4000
+_LONG_WORD = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
 
 
 class StreamError(Exception):
-    """Base of all errors raised by streamcnn."""
+    """Base of all errors raised by streamcnn.
+
+    Its text names what was found. Whatever a file holds there, it stays readable: words of more than 500
+    characters and texts of more than 4000 are shown without their middle.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        words = _LONG_WORD.sub(lambda word: _without_middle(word[0], _MOST_WORD), text)
+        super().__init__(_without_middle(words, _MOST_TEXT))
+
+
+def _without_middle(text: str, most: int) -> str:
+    """The text, if it has no more than ``most`` characters; else three quarters of so many, and the last."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 + 1 :]}"
 
 
 class PlanDoesNotFit(StreamError, MemoryError):

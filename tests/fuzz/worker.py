@@ -38,8 +38,10 @@ _WATCHED = {
         "os.link",
         "os.symlink",
     ),
+    "ctypes.dlopen",
     *("os.truncate", "os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.copyfile", "shutil.move"),
 }
+_READS = {"os.listdir", "os.scandir", "ctypes.dlopen"}
 _FORBIDDEN = {
     *(
         "os.system",
@@ -50,7 +52,7 @@ _FORBIDDEN = {
         "socket.connect",
         "socket.getaddrinfo",
     ),
-    *("urllib.Request", "ctypes.dlopen"),
+    "urllib.Request",
 }
 
 
@@ -120,7 +122,10 @@ class Watch:
                 if event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile")
                 else args[:1]
             )
-            is_read = event in ("os.listdir", "os.scandir") or (event == "open" and not _writes(args))
+            # Libraries are loaded when they are first needed.
+            is_read = event in ("os.listdir", "os.scandir", "ctypes.dlopen") or (
+                event == "open" and not _writes(args)
+            )
             for path in paths:
                 if isinstance(path, str | bytes | os.PathLike) and not self._may(os.fsdecode(path), is_read):
                     self.found.append(f"{event} {os.fsdecode(path)!r:.200}")
