@@ -127,7 +127,7 @@ class Trainer:
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.progress = Progress()
-        self._end = EndRequest()
+        self._end_request = EndRequest()
 
     @property
     def updates_per_epoch(self) -> int:
@@ -163,7 +163,7 @@ class Trainer:
         StoppedAtOnce
             After a second signal; the newest checkpoint is the one before.
         """
-        self._end = EndRequest()
+        self._end_request = EndRequest()
         with holding(self.folder), heeding(self._end_by):
             self.begin()
             return self._run()
@@ -210,11 +210,11 @@ class Trainer:
         reason
             What ended it, for the error's text.
         """
-        self._end.reason = reason
-        self.on_end(reason, self._end.signal)
+        self._end_request.reason = reason
+        self.on_end(reason, self._end_request.signal)
 
     def _end_by(self, number: Signals) -> None:
-        self._end.signal = number
+        self._end_request.signal = number
         self.end(number.name)
 
     # --- state ---------------------------------------------------------------------------------------
@@ -314,15 +314,15 @@ class Trainer:
         self.images.set_epoch(self.sampler.epoch)
         for positions in self._updates():
             self._update(positions)
-            if self.progress.update % self.settings.save_every == 0 and not self._end.is_made:
+            if self.progress.update % self.settings.save_every == 0 and not self._end_request.is_made:
                 self._save()
             self._end_if_asked()
 
     def _end_if_asked(self) -> None:
         """Save and end, if that was asked for."""
-        if self._end.is_made:
+        if self._end_request.is_made:
             self._save()
-            raise self._end.to_error(self.progress.update)
+            raise self._end_request.to_error(self.progress.update)
 
     def _updates(self) -> Iterator[list[int]]:
         """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
@@ -403,7 +403,7 @@ class Trainer:
         """Tell the log and the listener."""
         self.log.write(kind, values, self.progress.update)
         # After a signal the terminal that the listener writes to may be gone, and the state is to be saved.
-        if self.listener is not None and self._end.signal is None:
+        if self.listener is not None and self._end_request.signal is None:
             self.listener(kind, values)
 
     @contextmanager
@@ -431,7 +431,7 @@ class Trainer:
                     self.validation,
                     batch_size=self.settings.batch_size,
                     casting=self.casting,
-                    before_batch=self._end.require_none,
+                    before_batch=self._end_request.require_none,
                     device=self.device,
                 )
         except EndAsked:
