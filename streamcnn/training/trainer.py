@@ -20,25 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamcnn.data.dataset import LabelledImages, collate
+from streamcnn.data.dataset import LabelledImages
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import DamagedCheckpoint, TrainingDiverged
+from streamcnn.errors import DamagedCheckpoint
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.ending import EndAsked, EndRequest
-from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
+from streamcnn.training.evaluation import (
+    Score,
+    require_finite_loss,
+    require_labels,
+    require_metrics,
+    score,
+)
 from streamcnn.training.identity import (
     differences,
     identity_of,
+    plan_digest,
     require_same_inputs,
     versions,
     with_present_fingerprints,
 )
 from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
-from streamcnn.training.naming import naming, not_finite, open_batch
+from streamcnn.training.naming import naming, open_batch
 from streamcnn.training.optimisation import Optimisation
 from streamcnn.training.random_states import random_states, seed_all, set_random_states
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
@@ -286,25 +293,8 @@ class Trainer:
         self.progress.is_over = self._is_over()
 
     def _find_plan_digest(self) -> str | None:
-        """The fingerprint of the plan that updates are carried out by, if the model is streamed.
-
-        Raises
-        ------
-        PlanDoesNotFit
-            If it cannot be carried out.
-        """
-        if not isinstance(self.model, StreamingModel):
-            return None
-        size = self.settings.batch_size
-        sources, _, *inputs = collate([self.images[0]] * size)
-        was_training = self.model.training
-        self.model.train()
-        with naming("the first plan", [0], [sources[0].name]):
-            with torch.enable_grad(), self.casting():
-                plan = self.model.plan(sources, inputs=self._on_device(inputs))
-            self.model.train(was_training)
-            plan.validate()
-        return plan.digest
+        """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
+        return plan_digest(self.model, self.images, self.settings.batch_size, self.device, self.casting)
 
     # --- updates -------------------------------------------------------------------------------------
 
@@ -359,14 +349,7 @@ class Trainer:
         names = [source.name for source in sources]
         with naming(where, batch, names):
             loss, logits = self.differentiate(sources, labels, weight, *self._on_device(inputs))
-            if not math.isfinite(loss):
-                found = not_finite(logits, batch, names)
-                which = f", as the model gives NaN or infinity for {found}" if found else ""
-                raise TrainingDiverged(
-                    f"the loss of update {self.progress.update + 1} is {loss}{which}: see that the images "
-                    "are what the model expects, or begin another run with a smaller learning_rate, or with "
-                    "clip_norm; the checkpoints are from before it"
-                )
+            require_finite_loss(loss, self.progress.update + 1, logits, batch, names)
         record.add(sources, labels, loss, logits)
         if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
             record.add_report(self.model.last_report)
