@@ -44,13 +44,15 @@ def main() -> NoReturn:
         except StreamError as error:
             _fail(str(error))
         except OSError as error:
+            # Whoever reads or writes a file says more; what is left are paths that nothing can lie at, and
+            # the output.
+            advice = "make room there, or write elsewhere" if is_full(error) else "give another path"
+            if error.filename is not None:
+                _fail(f"cannot use {error.filename}: {error.strerror}: {advice}")
             if not is_full(error):
                 raise
-            # Of a file that is written to whoever writes says more; what is left is the output.
-            place = error.filename or "standard output"
-            if error.filename is None:
-                leave_output()
-            _fail(f"cannot write {place}: {error.strerror}: make room there, or write elsewhere")
+            leave_output()
+            _fail(f"cannot write standard output: {error.strerror}: {advice}")
         except SystemExit:
             if not signals:
                 raise

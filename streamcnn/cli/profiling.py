@@ -37,10 +37,11 @@ def profile(
     shape = (batch, channels, *parse("--size", parse_extent, size))
     edges = parse("--tiles", parse_tiles, tiles)
     load(model)  # a wrong name ends here rather than in the first measurement
-    from streamcnn.profiling import profile_tiles, write_results
+    from streamcnn.profiling import make_folder, profile_tiles, write_results
     from streamcnn.support.extras import require
 
     require("matplotlib.figure", extra="plots")
+    make_folder(output)
     measured = profile_tiles(model, shape, edges, budget_bytes, repeats=repeats)
     console = Console()
     if as_json:

@@ -62,12 +62,12 @@ def _path_of(table: Path, row: Row) -> Path:
     Raises
     ------
     DatasetMismatch
-        If it is not on this machine.
+        If it is not on this machine, or no path that anything can lie at.
     """
     texts = [row.image, row.image.replace("\\", "/")]
     texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
     try:
-        paths = [table.parent / local_path(text) for text in texts]
+        paths = [local_path(text, table.parent) for text in texts]
     except CorruptImage as error:
         raise DatasetMismatch(f"{table}, line {row.line}: {error}") from None
     return next((path for path in paths if is_there(path)), paths[0])

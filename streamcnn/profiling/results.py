@@ -28,8 +28,7 @@ def write_results(
         If there is no room, or the folder may not be written to.
     """
     page = render_page(profiles, model, shape)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # Inside the folder, so that renaming stays on one file system.
     with writing(folder), tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
         unfinished = Path(name)
@@ -39,3 +38,15 @@ def write_results(
         write_figures(profiles, describe(profiles, model, shape), unfinished)
         for path in sorted(unfinished.iterdir()):
             os.replace(path, folder / path.name)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for the results, so that one that cannot be written to is told before measuring.
+
+    Raises
+    ------
+    CannotWrite
+        If it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)

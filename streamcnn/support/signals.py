@@ -2,11 +2,16 @@
 
 A signal that the process ignores when a block begins stays ignored, as under ``nohup``, or in the background
 of a shell without job control. Only the main thread can be told; elsewhere nothing is done.
+
+Two libraries do not bear an exception that comes from outside. zarr works in a thread of its own while the
+main thread waits for it; interrupted there, the work would go on unwatched, in folders that are being cleared
+away. pydantic's compiled part may print the exception and go on. What is raised waits until they return.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +22,8 @@ SIGNALS = tuple(
 )
 BY_SIGNAL = 128
 """Exit status of a process that a signal ended, less the signal's number."""
+
+_UNINTERRUPTED = ("zarr", "pydantic")
 
 _Handler = Callable[[int, FrameType | None], object]
 
@@ -57,9 +64,9 @@ def heeding(end: Callable[[signal.Signals], None]) -> Iterator[None]:
         _set(heeded, stop)
         end(signal.Signals(number))
 
-    def stop(number: int, _: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         _set(heeded, signal.SIG_DFL)
-        raise StoppedAtOnce(number)
+        _raise_outside(StoppedAtOnce(number), frame)
 
     with _handled(heeded, note):
         yield
@@ -80,13 +87,39 @@ def raising() -> Iterator[list[int]]:
     """
     heeded, found = _heeded(), list[int]()
 
-    def stop(number: int, _: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         _set(heeded, signal.SIG_DFL)
         found.append(number)
-        raise Stopped(number)
+        _raise_outside(Stopped(number), frame)
 
     with _handled(heeded, stop):
         yield found
+
+
+def _raise_outside(error: Stopped, frame: FrameType | None) -> None:
+    """Raise ``error`` in ``frame``, where a signal came, or in what called a library at work there."""
+    frames = list(_outwards(frame))
+    inside = [at for at, each in enumerate(frames) if _package(each) in _UNINTERRUPTED]
+    if not inside or inside[-1] + 1 == len(frames):
+        raise error
+
+    def stop(*_: object) -> None:
+        sys.settrace(None)
+        raise error
+
+    # A frame's own function is called only while something traces.
+    frames[inside[-1] + 1].f_trace = stop
+    sys.settrace(lambda *_: None)
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _heeded() -> list[signal.Signals]:

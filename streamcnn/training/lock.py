@@ -44,8 +44,8 @@ def holding(folder: Path) -> Iterator[None]:
     CannotWrite
         If the folder may not be written to, or is on a disk without locks.
     """
-    is_new = not folder.exists()
     with writing(folder):
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, blocking=False)
     _acquire(lock, folder)

@@ -341,7 +341,7 @@ def _read(folder: Path) -> tuple[RunConfig, _Made]:
         content = read_within(folder, path, error=RunMismatch)
     except (FileNotFoundError, NotADirectoryError):
         raise RunMismatch(f"{folder} has no run: give the folder that `streamcnn train` wrote") from None
-    except PermissionError as error:
+    except OSError as error:
         raise RunMismatch(f"{path} cannot be read: {error.strerror}") from None
     values = parse_json(content, path, error=RunMismatch)
     if not isinstance(values, dict):

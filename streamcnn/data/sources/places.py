@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -35,8 +36,31 @@ def place(path: str | Path) -> Path | str:
     Raises
     ------
     CorruptImage
-        If a ``file://`` URL names another machine, or there is no home folder.
+        If a ``file://`` URL names another machine, there is no home folder, or the system can have nothing
+        under such a name or lets nobody look.
     """
+    where = _resolved(path)
+    return where if isinstance(where, str) else _looked_at(where)
+
+
+def local_path(path: str | Path, folder: Path = Path()) -> Path:
+    """A path with ``~`` and ``file://`` resolved; one that is not absolute starts at ``folder``.
+
+    Raises
+    ------
+    CorruptImage
+        If it is the URL of something elsewhere, and as from `place`.
+    """
+    where = _resolved(path)
+    if isinstance(where, str):
+        raise CorruptImage(
+            f"{without_secrets(where)} is not on this machine: allowed are files and folders on it; download "
+            "it, or read it with open_image, which takes zarr arrays and TIFF files elsewhere"
+        )
+    return _looked_at(folder / where)
+
+
+def _resolved(path: str | Path) -> Path | str:
     text = os.fspath(path)
     match = _URL.fullmatch(text)
     if match is None:
@@ -53,21 +77,23 @@ def place(path: str | Path) -> Path | str:
     return Path(unquote(url.path))
 
 
-def local_path(path: str | Path) -> Path:
-    """A path with ``~`` and ``file://`` resolved.
+def _looked_at(path: Path) -> Path:
+    """The path itself, if it can be told whether something is there.
 
-    Raises
-    ------
-    CorruptImage
-        If it is the URL of something elsewhere.
+    Whoever asks `Path.is_dir` later then meets no error but of a disk that fails meanwhile.
     """
-    where = place(path)
-    if isinstance(where, str):
-        raise CorruptImage(
-            f"{without_secrets(where)} is not on this machine: allowed are files and folders on it; download "
-            "it, or read it with open_image, which takes zarr arrays and TIFF files elsewhere"
-        )
-    return where
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        # Links in a circle are told as what is not there, as by pathlib.
+        if getattr(error, "errno", None) != errno.ELOOP:
+            why = getattr(error, "strerror", None) or error
+            raise CorruptImage(
+                f"cannot look at {path}: {why}; give another path, in folders that you may read"
+            ) from error
+    return path
 
 
 class RegularFiles(WrapperStore[Store]):

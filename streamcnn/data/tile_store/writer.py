@@ -74,10 +74,10 @@ class TileStoreWriter:
         self._journal: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        _refuse_foreign(self.folder)
-        for name in (IMAGES, JOURNAL, LOCK, COMPLETE):
-            require_within(self.folder, self.folder / name, error=CorruptImage)
         with _told(self.folder):
+            _refuse_foreign(self.folder)
+            for name in (IMAGES, JOURNAL, LOCK, COMPLETE):
+                require_within(self.folder, self.folder / name, error=CorruptImage)
             (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
         try:
