@@ -14,16 +14,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import record as records
 from benchmarks.__main__ import app
 from benchmarks.harness.attempts import Attempts, Refused
 from benchmarks.harness.batch_search import Fit, without_single
+from benchmarks.harness.classifiers import WholeImages
 from benchmarks.harness.costs import Costs
+from benchmarks.harness.method import Hyperparameters, TrainedMethod
 from benchmarks.harness.processes import Deadline, run_row_in_process
 from benchmarks.harness.results import Key, done, read, record
-from benchmarks.harness.row import AGAIN, SAVED
+from benchmarks.harness.row import AGAIN, SAVED, run
+from benchmarks.harness.scales import SCALES
+from benchmarks.harness.task import Task
 from streamcnn.data.tile_store import TileStore
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +104,38 @@ def test_a_row_that_is_ended_by_a_signal_has_its_time_counted(tmp_path: Path, ti
     known = json.loads(path.read_text())
     assert known["updates"] == 3
     assert known["saved_seconds"] == known["seconds"] > 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Thumbnails(TrainedMethod):
+    """A kind of method that is nowhere but here."""
+
+    kind = "thumbnails"
+
+    def make_model(self, task: Task, size: int) -> nn.Module:
+        """A linear classifier of sixteen means."""
+        net = nn.Sequential(nn.AvgPool2d(size // 4), nn.Flatten(), nn.Linear(16, 10))
+        return WholeImages(net).to(task.device)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
+def test_a_new_kind_of_method_is_one_class(tmp_path: Path, tiny_images: TileStore) -> None:
+    known = Hyperparameters(budget="1GB", learning_rate=0.01)
+    method = Thumbnails(name="THUMBNAILS", family="linear", model="means", hyperparameters=(known,))
+    task = Task(
+        scale=SCALES["tiny"],
+        budget=10**9,
+        seed=0,
+        pretrained=False,
+        device="cpu",
+        store=tiny_images,
+        shrunk=tmp_path / "shrunk",
+        folder=tmp_path / "row",
+    )
+    # The search for a batch is followed by a start without the holes that it leaves.
+    searched, trained = run(method, task), run(method, task)
+    assert (searched["outcome"], trained["outcome"]) == (AGAIN, "finished")
+    assert (trained["batch_size"], trained["num_parameters"]) == (4, 170)
 
 
 class TestCosts:

@@ -77,7 +77,7 @@ def left_behind() -> dict[str, Any]:
         "limit": resource.getrlimit(resource.RLIMIT_DATA),
         "threads": [t.name for t in threading.enumerate() if t.name == "streamcnn-sampler"],
         "files": len(os.listdir("/proc/self/fd")),
-        "active": len(cpu.entered),
+        "active": len(cpu.entered_limits),
         "gradients": torch.is_grad_enabled(),
     }
 

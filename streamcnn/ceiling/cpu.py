@@ -205,7 +205,7 @@ class DataLimit:
         """Lift the limit and end the measurement. Closing again does what an interrupt has left undone."""
         _data_caps.drop(self)
         self._gauge.close()
-        entered.pop(self, None)
+        entered_limits.pop(self, None)
 
     def check(self, *, compiled: bool = True) -> None:
         """Let go of what libraries keep without need, and see what the limit does not refuse.
@@ -257,8 +257,8 @@ class DataLimit:
 
     def _join_others(self) -> None:
         """Be one of the blocks that are entered. A forked child has none of its parent's."""
-        entered[self] = os.getpid()
-        others = [each for each, process in list(entered.items()) if process == os.getpid()]
+        entered_limits[self] = os.getpid()
+        others = [each for each, process in list(entered_limits.items()) if process == os.getpid()]
         if len(others) > 1:
             for each in others:
                 each._is_shared = True
@@ -317,7 +317,7 @@ def _set_soft_limit(soft: int) -> None:
 _data_caps = LowestCap(_soft_limit, _set_soft_limit)
 """The ceilings of all blocks that are entered."""
 watch_starts(_data_caps.begin_start)
-entered: dict[DataLimit, int] = {}
+entered_limits: dict[DataLimit, int] = {}
 """Blocks that are entered, and the process in which they were."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -125,6 +126,27 @@ def require_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str
             f"the model gives NaN or infinity for {found}: see that the images are what it expects, or train "
             "it anew with a smaller learning_rate, or with clip_norm"
         )
+
+
+def require_finite_loss(
+    loss: float, update: int, logits: Tensor, positions: Sequence[int], names: Sequence[str]
+) -> None:
+    """Make sure that the loss of a batch, with logits (N, classes), is a number.
+
+    Raises
+    ------
+    TrainingDiverged
+        If not, naming the update and the images, by their positions and names.
+    """
+    if math.isfinite(loss):
+        return
+    found = not_finite(logits, positions, names)
+    which = f", as the model gives NaN or infinity for {found}" if found else ""
+    raise TrainingDiverged(
+        f"the loss of update {update} is {loss}{which}: see that the images are what the model expects, or "
+        "begin another run with a smaller learning_rate, or with clip_norm; the checkpoints are from before "
+        "it"
+    )
 
 
 def _score(logits: Tensor, labels: Sequence[int], classification: ModuleType) -> Score:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamcnn.data.dataset import ImageDataset, LabelledImages, input_shapes
+from streamcnn.data.dataset import ImageDataset, LabelledImages, collate, input_shapes
 from streamcnn.errors import DatasetMismatch
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.text import printable
+from streamcnn.training.naming import naming
 from streamcnn.training.settings import TrainSettings
 
 
@@ -68,6 +70,42 @@ def versions() -> dict[str, str]:
         "streamcnn": version("streamcnn"),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def plan_digest(
+    model: nn.Module,
+    images: LabelledImages,
+    batch_size: int,
+    device: torch.device,
+    casting: Callable[[], AbstractContextManager[None]],
+) -> str | None:
+    """The fingerprint of the plan that updates are carried out by; None if the model is not streamed.
+
+    Parameters
+    ----------
+    model, images, batch_size
+        What is trained on which images, so many at a time; the plan is that of the first.
+    device
+        Where further inputs go.
+    casting
+        The block in which updates are made.
+
+    Raises
+    ------
+    PlanDoesNotFit
+        If it cannot be carried out.
+    """
+    if not isinstance(model, StreamingModel):
+        return None
+    sources, _, *inputs = collate([images[0]] * batch_size)
+    was_training = model.training
+    model.train()
+    with naming("the first plan", [0], [sources[0].name]):
+        with torch.enable_grad(), casting():
+            plan = model.plan(sources, inputs=[each.to(device) for each in inputs])
+        model.train(was_training)
+        plan.validate()
+    return plan.digest
 
 
 def differences(before: Mapping[str, str | None], present: Mapping[str, str | None]) -> list[str]:

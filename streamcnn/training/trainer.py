@@ -20,25 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamcnn.data.dataset import LabelledImages, collate
+from streamcnn.data.dataset import LabelledImages
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import DamagedCheckpoint, TrainingDiverged
+from streamcnn.errors import DamagedCheckpoint
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.ending import EndAsked, EndRequest
-from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
+from streamcnn.training.evaluation import (
+    Score,
+    require_finite_loss,
+    require_labels,
+    require_metrics,
+    score,
+)
 from streamcnn.training.identity import (
     differences,
     identity_of,
+    plan_digest,
     require_same_inputs,
     versions,
     with_present_fingerprints,
 )
 from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
-from streamcnn.training.naming import naming, not_finite, open_batch
+from streamcnn.training.naming import naming, open_batch
 from streamcnn.training.optimisation import Optimisation
 from streamcnn.training.random_states import random_states, seed_all, set_random_states
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
@@ -127,7 +134,7 @@ class Trainer:
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.progress = Progress()
-        self._end = EndRequest()
+        self._end_request = EndRequest()
 
     @property
     def updates_per_epoch(self) -> int:
@@ -163,7 +170,7 @@ class Trainer:
         StoppedAtOnce
             After a second signal; the newest checkpoint is the one before.
         """
-        self._end = EndRequest()
+        self._end_request = EndRequest()
         with holding(self.folder), heeding(self._end_by):
             self.begin()
             return self._run()
@@ -210,11 +217,11 @@ class Trainer:
         reason
             What ended it, for the error's text.
         """
-        self._end.reason = reason
-        self.on_end(reason, self._end.signal)
+        self._end_request.reason = reason
+        self.on_end(reason, self._end_request.signal)
 
     def _end_by(self, number: Signals) -> None:
-        self._end.signal = number
+        self._end_request.signal = number
         self.end(number.name)
 
     # --- state ---------------------------------------------------------------------------------------
@@ -286,25 +293,8 @@ class Trainer:
         self.progress.is_over = self._is_over()
 
     def _find_plan_digest(self) -> str | None:
-        """The fingerprint of the plan that updates are carried out by, if the model is streamed.
-
-        Raises
-        ------
-        PlanDoesNotFit
-            If it cannot be carried out.
-        """
-        if not isinstance(self.model, StreamingModel):
-            return None
-        size = self.settings.batch_size
-        sources, _, *inputs = collate([self.images[0]] * size)
-        was_training = self.model.training
-        self.model.train()
-        with naming("the first plan", [0], [sources[0].name]):
-            with torch.enable_grad(), self.casting():
-                plan = self.model.plan(sources, inputs=self._on_device(inputs))
-            self.model.train(was_training)
-            plan.validate()
-        return plan.digest
+        """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
+        return plan_digest(self.model, self.images, self.settings.batch_size, self.device, self.casting)
 
     # --- updates -------------------------------------------------------------------------------------
 
@@ -314,15 +304,15 @@ class Trainer:
         self.images.set_epoch(self.sampler.epoch)
         for positions in self._updates():
             self._update(positions)
-            if self.progress.update % self.settings.save_every == 0 and not self._end.is_made:
+            if self.progress.update % self.settings.save_every == 0 and not self._end_request.is_made:
                 self._save()
             self._end_if_asked()
 
     def _end_if_asked(self) -> None:
         """Save and end, if that was asked for."""
-        if self._end.is_made:
+        if self._end_request.is_made:
             self._save()
-            raise self._end.to_error(self.progress.update)
+            raise self._end_request.to_error(self.progress.update)
 
     def _updates(self) -> Iterator[list[int]]:
         """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
@@ -359,14 +349,7 @@ class Trainer:
         names = [source.name for source in sources]
         with naming(where, batch, names):
             loss, logits = self.differentiate(sources, labels, weight, *self._on_device(inputs))
-            if not math.isfinite(loss):
-                found = not_finite(logits, batch, names)
-                which = f", as the model gives NaN or infinity for {found}" if found else ""
-                raise TrainingDiverged(
-                    f"the loss of update {self.progress.update + 1} is {loss}{which}: see that the images "
-                    "are what the model expects, or begin another run with a smaller learning_rate, or with "
-                    "clip_norm; the checkpoints are from before it"
-                )
+            require_finite_loss(loss, self.progress.update + 1, logits, batch, names)
         record.add(sources, labels, loss, logits)
         if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
             record.add_report(self.model.last_report)
@@ -403,7 +386,7 @@ class Trainer:
         """Tell the log and the listener."""
         self.log.write(kind, values, self.progress.update)
         # After a signal the terminal that the listener writes to may be gone, and the state is to be saved.
-        if self.listener is not None and self._end.signal is None:
+        if self.listener is not None and self._end_request.signal is None:
             self.listener(kind, values)
 
     @contextmanager
@@ -431,7 +414,7 @@ class Trainer:
                     self.validation,
                     batch_size=self.settings.batch_size,
                     casting=self.casting,
-                    before_batch=self._end.require_none,
+                    before_batch=self._end_request.require_none,
                     device=self.device,
                 )
         except EndAsked:
