@@ -737,7 +737,7 @@ def test_without_a_spill_folder_the_systems_is_used(monkeypatch: pytest.MonkeyPa
 # --- the report ------------------------------------------------------------------------------------------
 
 
-def test_code_is_looked_for_after_the_first_step_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_looked_for_after_the_first_step_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[bool] = []
     monkeypatch.setattr(HostCeiling, "check", lambda _, *, compiled: looks.append(compiled))
     sizes: dict[Any, set[Any]] = {}
@@ -746,7 +746,7 @@ def test_code_is_looked_for_after_the_first_step_of_a_kind(monkeypatch: pytest.M
     def noted(direction: str, tile: TileRun) -> None:
         names = (*tile.phase.nodes, *tile.phase.inputs)
         needed = tuple(tile.phase.needed(tile.row, tile.col, name).size for name in names)
-        sizes.setdefault(tile.phase.kind(direction, tile.row, tile.col), set()).add(needed)
+        sizes.setdefault(tile.phase.shape(direction, tile.row, tile.col), set()).add(needed)
 
     def forward(self: Execution, tile: TileRun, *rest: Any) -> None:
         noted("forward", tile)
@@ -760,9 +760,9 @@ def test_code_is_looked_for_after_the_first_step_of_a_kind(monkeypatch: pytest.M
     monkeypatch.setattr(BackwardTile, "run", backward)
     model = StreamingModel(make_net(), tile=9)
     model(make_image()).sum().backward()
-    # Tiles of a kind need as many positions of every map, and others do not.
+    # Tiles of a shape need as many positions of every map, and others do not.
     assert all(len(found) == 1 for found in sizes.values())
-    assert len({(*kind[:3], *found) for kind, found in sizes.items()}) == len(sizes)
+    assert len({(*shape[:3], *found) for shape, found in sizes.items()}) == len(sizes)
     assert model.last_report is not None
     num_tiles = sum(phase.num_tiles for phase in model.last_report.phases)
     num_segments = len(looks) - num_tiles

@@ -27,7 +27,7 @@ from streamcnn.geometry.windows import crop
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.reduction_types import Partials, Reduction
 from streamcnn.graph.program import Axes, Kind, Node, Program
-from streamcnn.plan.plan import Phase, Plan, StepKind
+from streamcnn.plan.plan import Phase, Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import Store, StoreSpec
 
@@ -73,14 +73,14 @@ class PhaseReport:
     bytes_written: int
 
 
-def _nothing(kind: StepKind) -> None:
+def _nothing(shape: StepShape) -> None:
     """What is done after a step where nobody wants to know."""
 
 
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
-    ``after_step`` is called with the kind of step after each tile of a phase and after each segment, and ends
+    ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
     the pass by raising.
     """
 
@@ -92,7 +92,7 @@ class Execution:
         image: ImageReader,
         open_store: OpenStore,
         *,
-        after_step: Callable[[StepKind], None] = _nothing,
+        after_step: Callable[[StepShape], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
         self.program = program
@@ -141,7 +141,7 @@ class Execution:
             for row in range(len(phase.rows)):
                 for col in range(len(phase.cols)):
                     self._forward_tile(TileRun(self.program, phase, row, col), feeds, parts)
-                    self._after_step(phase.kind("forward", row, col))
+                    self._after_step(phase.shape("forward", row, col))
         for name in phase.reductions:
             node = self.program.nodes[name]
             assert node.reduction is not None
@@ -232,7 +232,7 @@ class Execution:
             for col in range(len(phase.cols)):
                 tile = TileRun(self.program, phase, row, col, frozenset(phase.skipped))
                 BackwardTile(self, tile, feeds, leaves).run()
-                self._after_step(phase.kind("backward", row, col))
+                self._after_step(phase.shape("backward", row, col))
 
     def share_gradient(
         self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
