@@ -27,6 +27,7 @@ from streamcnn import (
     ZarrSource,
 )
 from streamcnn.data.reader import BatchReader
+from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
@@ -145,7 +146,7 @@ BACKWARD = [
     (GlobalGraph, "backward", 0),
     (GlobalGraph, "backward", 1),
     (GlobalGraph, "accumulate", 3),
-    (Execution, "share_gradient", 3),
+    (BackwardTile, "arriving", 3),
 ]
 
 
