@@ -36,7 +36,7 @@ def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
         operators=operators,
         owned=owned,
         inputs=_read(phase, operators),
-        outputs=tuple(output for name, part in owned.items() for output in _given(name, part)),
+        outputs=tuple(output for name, part in owned.items() for output in _outputs_of(name, part)),
         releases=_with_inputs(phase, operators),
         consumed=phase.consumed,
         parts={},
@@ -193,7 +193,7 @@ def _read(phase: Phase, operators: Sequence[Operator]) -> tuple[Input, ...]:
     )
 
 
-def _given(name: str, part: OwnPart) -> Iterator[Output]:
+def _outputs_of(name: str, part: OwnPart) -> Iterator[Output]:
     """What a forward step gives of a map."""
     if part.is_stored:
         yield Output(Sink.SHARE, name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from streamcnn.execution.combiner import Combiner
 from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.maps import Maps
-from streamcnn.execution.step import Given, Input, Output, Sink, Source, Step
+from streamcnn.execution.step import Computed, Input, Output, Sink, Source, Step
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.plan import Phase
 
@@ -67,7 +67,7 @@ class Exchange:
         assert found is not None
         return found
 
-    def scatter(self, step: Step, tile: Tile, outputs: Iterable[Given]) -> None:
+    def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
         """Hand on what was computed for a tile, each output before the next one is asked for."""
         made = iter(outputs)
         for output in step.outputs:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamcnn.execution.step import Given, Operand, Operator, OwnPart, Step
+from streamcnn.execution.step import Computed, Operand, Operator, OwnPart, Step
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
@@ -71,7 +71,7 @@ class TileRun:
         return crop(self.values[name], operand.axes, operand.covered, operand.part) if part is None else part
 
 
-def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Given]:
+def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Computed]:
     """The outputs of a forward step, each as soon as it is made.
 
     A value is dropped after its last use, so what is yielded should be let go of before the next one.
@@ -79,13 +79,13 @@ def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Given]:
     values = {slot.name: tensor for slot, tensor in zip(step.inputs, inputs, strict=True)}
     inputs.clear()
     for name in [name for name in step.owned if name in values]:
-        yield from _given(step.owned[name], values[name])
+        yield from _outputs_of(step.owned[name], values[name])
     for name in TileRun(step, values).evaluate():
         if name in step.owned:
-            yield from _given(step.owned[name], values[name])
+            yield from _outputs_of(step.owned[name], values[name])
 
 
-def _given(part: OwnPart, value: Tensor) -> Iterator[Given]:
+def _outputs_of(part: OwnPart, value: Tensor) -> Iterator[Computed]:
     """What a forward step gives of a map, in the order of its outputs."""
     share = crop(value, part.axes, part.covered, part.own)
     if part.is_stored:

@@ -72,9 +72,9 @@ class Output:
     """Of an input map, in positions from the first that the tile needs of it."""
 
 
-Given = Tensor | tuple[Tensor, ...] | None
+Computed = Tensor | tuple[Tensor, ...] | None
 """An output: partial results are a tuple; ``None`` is a gradient where nothing flows."""
-Compute = Callable[[list[Tensor]], Iterable[Given]]
+Compute = Callable[[list[Tensor]], Iterable[Computed]]
 """Turns a step's inputs into its outputs, both in the step's order.
 
 It is a function of the inputs: called again with the same ones it gives the same. It owns the list, and may
@@ -82,6 +82,7 @@ empty it so that an input's memory can go before the last output is there. It ma
 by one, as they are made. It is called in ``no_grad`` mode, with autocast as it was when the pass began.
 """
 MakeCompute = Callable[["Step"], Compute]
+"""Gives what carries out a step; asked once in a pass for each kind of tile that comes up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,4 +158,4 @@ class Step:
     consumed: frozenset[str]
     """Operators whose value another operator of the phase reads."""
     parts: Mapping[str, tuple[Operand, ...]]
-    """Of each input map, the different parts that are read."""
+    """Backward, the different parts of each input map that are read: gradients are worked out of each."""
