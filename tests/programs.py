@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 
@@ -50,8 +52,9 @@ class _Growing:
         accesses: dict[str, Access],
         small: tuple[str, ...] = (),
         heavy: bool = True,
+        **rules: Any,
     ) -> str:
-        local = Local(accesses, heavy=heavy)
+        local = Local(accesses, heavy=heavy, **rules)
         return self.add(Kind.LOCAL, _spec(size), (*accesses, *small), axes=(2, 3), local=local)
 
     def maps(self) -> list[str]:
@@ -70,7 +73,9 @@ def programs(draw: st.DrawFn, max_nodes: int = 9) -> Program:
         choice = draw(st.sampled_from(["window", "window", "pointwise", "join", "gate", "broadcast"]))
         if choice == "window" and max(size) < 60:
             (rows, height), (cols, width) = draw(_axis(size[0])), draw(_axis(size[1]))
-            growing.local((height, width), {name: Access(rows, cols)})
+            slides = all(isinstance(axis, Sliding) for axis in (rows, cols))
+            rules = {"fill": 0.0} if slides else {"positional": draw(st.booleans())}
+            growing.local((height, width), {name: Access(rows, cols)}, **rules)
         elif choice == "join":
             partners = [other for other in maps if growing.nodes[other].size == size]
             other = draw(st.sampled_from(partners))

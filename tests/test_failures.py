@@ -18,6 +18,7 @@ from streamcnn import (
     StreamingModel,
 )
 from streamcnn.data.reader import BatchReader
+from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
@@ -91,7 +92,7 @@ BACKWARD = [
     (GlobalGraph, "backward", 0),
     (GlobalGraph, "backward", 1),
     (GlobalGraph, "accumulate", 3),
-    (Execution, "share_gradient", 3),
+    (BackwardTile, "arriving", 3),
 ]
 
 

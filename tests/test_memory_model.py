@@ -125,13 +125,20 @@ def test_kernels_are_kept_for_every_shape_of_tile() -> None:
     _, _, (first, second) = tiled_stages((3, 3))
     # The 3x3 convolution meets a border at the first and at the last tile, the 1x1 never does: 40 rows are
     # tiles of 13, 13 and 14, and 60 columns are three of 20.
-    assert first.rows.num_kinds == 3
-    assert first.cols.num_kinds == 2
-    assert second.rows.num_kinds == 2
-    assert second.cols.num_kinds == 1
-    kinds = [[step.kind for step in axis.steps()] for axis in (first.rows, first.cols, second.cols)]
-    assert kinds == [[0, 1, 2], [0, 1, 0], [0, 0, 0]]
+    assert first.rows.num_shapes == 3
+    assert first.cols.num_shapes == 2
+    assert second.rows.num_shapes == 2
+    assert second.cols.num_shapes == 1
+    assert [first.rows.shapes, first.cols.shapes, second.cols.shapes] == [[0, 1, 2], [0, 1, 0], [0, 0, 0]]
     assert (first.num_kernels, second.num_kernels) == (6, 2)
+
+
+def test_tiles_with_opposite_padding_have_one_shape_and_are_of_two_kinds() -> None:
+    _, _, (first, second) = tiled_stages((3, 3))
+    phases = [tiled.phase(differentiated=True) for tiled in (first, second)]
+    cols = [[step.kind for step in phase.cols] for phase in phases]
+    assert cols == [[0, 1, 2], [0, 0, 0]]
+    assert [len(phase.col_kinds) for phase in phases] == [3, 1]
 
 
 def test_no_more_kernels_are_kept_than_the_library_caches() -> None:

@@ -13,8 +13,9 @@ from torch import nn
 
 from streamcnn import PlanDoesNotFit, StreamingModel
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.plan.plan import AxisStep, Phase, Plan, Segment
+from streamcnn.plan.plan import Phase, Plan, Segment
 from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
+from streamcnn.plan.tiles import AxisStep
 
 SHAPE = (2, 3, 61, 47)
 KIB = 2**10
@@ -45,9 +46,10 @@ def make_phase(level: int, **changes: Any) -> Phase:
         AxisStep(
             own={"conv": Interval(start, start + 4)},
             needed={"x": Interval(max(start - 1, 0), start + 5)},
-            kind=kind,
+            shape=number,
+            kind=number,
         )
-        for kind, start in enumerate((0, 4))
+        for number, start in enumerate((0, 4))
     )
     fields: dict[str, Any] = {
         "level": level,

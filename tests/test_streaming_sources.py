@@ -25,10 +25,8 @@ from torch import Tensor
 from streamcnn import StreamingModel, TensorSource, ZarrSource
 from streamcnn.ceiling.device import HostCeiling
 from streamcnn.data.sources import ImageSource, write_zarr_image
-from streamcnn.execution.backward_tile import BackwardTile
-from streamcnn.execution.executor import Execution
-from streamcnn.execution.interpreter import TileRun
 from streamcnn.geometry.regions import Region
+from streamcnn.plan.plan import Phase
 from streamcnn.plan.storage import Tier
 
 # --- determinism -----------------------------------------------------------------------------------------
@@ -187,32 +185,24 @@ def test_without_a_spill_folder_the_systems_is_used(monkeypatch: pytest.MonkeyPa
 # --- the report ------------------------------------------------------------------------------------------
 
 
-def test_code_is_looked_for_after_the_first_step_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_looked_for_after_the_first_step_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[bool] = []
     monkeypatch.setattr(HostCeiling, "check", lambda _, *, compiled: looks.append(compiled))
     sizes: dict[Any, set[Any]] = {}
-    run_forward, run_backward = Execution._forward_tile, BackwardTile.run
+    shape_of = Phase.shape
 
-    def noted(direction: str, tile: TileRun) -> None:
-        names = (*tile.phase.nodes, *tile.phase.inputs)
-        needed = tuple(tile.phase.needed(tile.row, tile.col, name).size for name in names)
-        sizes.setdefault(tile.phase.kind(direction, tile.row, tile.col), set()).add(needed)
+    def noted(phase: Phase, direction: str, row: int, col: int) -> Any:
+        shape = shape_of(phase, direction, row, col)
+        needed = tuple(phase.needed(row, col, name).size for name in (*phase.nodes, *phase.inputs))
+        sizes.setdefault(shape, set()).add(needed)
+        return shape
 
-    def forward(self: Execution, tile: TileRun, *rest: Any) -> None:
-        noted("forward", tile)
-        run_forward(self, tile, *rest)
-
-    def backward(self: BackwardTile) -> None:
-        noted("backward", self.tile)
-        run_backward(self)
-
-    monkeypatch.setattr(Execution, "_forward_tile", forward)
-    monkeypatch.setattr(BackwardTile, "run", backward)
+    monkeypatch.setattr(Phase, "shape", noted)
     model = StreamingModel(make_net(), tile=9)
     model(make_image()).sum().backward()
-    # Tiles of a kind need as many positions of every map, and others do not.
+    # Tiles of a shape need as many positions of every map, and others do not.
     assert all(len(found) == 1 for found in sizes.values())
-    assert len({(*kind[:3], *found) for kind, found in sizes.items()}) == len(sizes)
+    assert len({(*shape[:3], *found) for shape, found in sizes.items()}) == len(sizes)
     assert model.last_report is not None
     num_tiles = sum(phase.num_tiles for phase in model.last_report.phases)
     num_segments = len(looks) - num_tiles

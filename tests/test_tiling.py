@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import programs
@@ -9,6 +11,7 @@ from programs import programs
 from streamcnn.geometry.regions import Interval
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
+from streamcnn.plan.tiles import AxisKind, AxisStep
 from streamcnn.planning.staging import Stage, divide
 from streamcnn.planning.tiling import Outline, grid, tile_stage
 
@@ -107,3 +110,49 @@ def test_the_halo_is_what_a_tile_needs_beyond_its_share(program: Program, tile: 
             for name in stage.inputs:
                 share = -(-program.nodes[name].size[axis] // len(steps))
                 assert all(step.needed[name].size <= share + phase.halo[axis] for step in steps)
+
+
+@some
+@given(programs(), tiles)
+def test_a_kind_says_all_that_is_computed_for_a_tile(program: Program, tile: tuple[int, int]) -> None:
+    for stage, phase in phases(program, tile):
+        axes = ((phase.rows, phase.row_kinds), (phase.cols, phase.col_kinds))
+        for axis, (steps, kinds) in enumerate(axes):
+            computed = [_computed(program, stage, step, axis) for step in steps]
+            told = [_told(program, kinds[step.kind]) for step in steps]
+            assert computed == told
+            # Tiles that are computed alike are of a kind.
+            assert len(kinds) == len({repr(each) for each in computed})
+
+
+Sizes = tuple[dict[str, int], dict[str, tuple[int, int]], dict[str, Any], dict[str, int]]
+
+
+def _computed(program: Program, stage: Stage, step: AxisStep, axis: int) -> Sizes:
+    """Extents, own parts and operators of a tile as the rules say, counted from its own first positions."""
+    operators: dict[str, Any] = {}
+    starts = {}
+    for name in stage.nodes:
+        local, out = program.nodes[name].local, step.needed[name]
+        result, operands = out, {}
+        for operand, access in local.accesses.items():
+            axis_map, first = (access.rows, access.cols)[axis], step.needed[operand].start
+            part = axis_map.required(out, program.nodes[operand].size[axis])
+            window = part if local.fill is None else axis_map.window(out)
+            if not operands and local.fill is None and not local.positional:
+                result = axis_map.result(part, out)
+            operands[operand] = (part.shift(-first), window.shift(-first))
+            if local.positional:
+                starts |= {name: out.start} | ({operand: first} if len(operands) == 1 else {})
+        operators[name] = (operands, result.shift(-out.start))
+    own = {name: part.shift(-step.needed[name].start) for name, part in step.own.items()}
+    return {name: part.size for name, part in step.needed.items()}, own, operators, starts
+
+
+def _told(program: Program, kind: AxisKind) -> Sizes:
+    """The same as a kind of tile says it."""
+    operators = {
+        name: ({n: (each.part, each.window) for n, each in operator.operands.items()}, operator.result)
+        for name, operator in kind.operators.items()
+    }
+    return dict(kind.extents), dict(kind.own), operators, dict(kind.starts)

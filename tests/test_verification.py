@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn import verify
-from streamcnn.execution.executor import Execution
+from streamcnn.execution.backward_tile import BackwardTile
+from streamcnn.execution.combiner import Combiner
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime.streamed_pass import Pass
 from streamcnn.verification import Verification, relative_errors
@@ -169,7 +170,7 @@ def test_further_inputs_go_into_both_passes_and_their_gradients_are_compared() -
 
 
 def test_wrong_gradients_of_further_inputs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Execution, "add_gradient", zeroed)
+    monkeypatch.setattr(Combiner, "add_map_gradient", ignored)
     errors = check(Conditioned(), **further_inputs()).errors
     assert errors["gradient of input 0"] > 0.1
 
@@ -232,19 +233,23 @@ def shifted(*args: Any) -> Tensor:
     return value + 1e-6
 
 
-def zeroed(*args: Any) -> Tensor | None:
-    return None
+def zeroed(tile: BackwardTile, name: str, share: Tensor) -> Tensor:
+    return torch.zeros_like(share)
 
 
-ORIGINAL_EVALUATE = TileRun.evaluate
+def ignored(*args: Any) -> None:
+    pass
+
+
+ORIGINAL_EVALUATE = TileRun.evaluate_operator
 
 
 @pytest.mark.parametrize(
     ("owner", "method", "wrong", "names"),
     [
-        (TileRun, "evaluate", shifted, {"output 0"}),
-        (Execution, "share_gradient", zeroed, {"gradient of 0.weight", "image gradient"}),
-        (Execution, "add_gradient", zeroed, {"gradient of 0.weight", "image gradient"}),
+        (TileRun, "evaluate_operator", shifted, {"output 0"}),
+        (BackwardTile, "arriving", zeroed, {"gradient of 0.weight", "image gradient"}),
+        (Combiner, "add_map_gradient", ignored, {"gradient of 0.weight", "image gradient"}),
     ],
     ids=["values", "reduction gradients", "map gradients"],
 )
@@ -286,7 +291,7 @@ def test_gradients_that_were_there_do_not_hide_errors(monkeypatch: pytest.Monkey
     net = make_net()
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 1e12)
-    monkeypatch.setattr(Execution, "add_gradient", zeroed)
+    monkeypatch.setattr(Combiner, "add_map_gradient", ignored)
     assert check(net).errors["gradient of 0.weight"] > 0.1
 
 

@@ -1,123 +1,138 @@
-"""One tile of the backward pass: recomputed with autograd, differentiated, its gradients handed out."""
+"""The eager implementation of a backward step: the tile recomputed with autograd, and differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
+from streamcnn.execution.step import Input, Output, Sink, Source, Step
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import Axes, crop
+from streamcnn.geometry.windows import crop
 from streamcnn.graph.autocast import autocast
-from streamcnn.graph.program import has_gradient
-from streamcnn.plan.plan import Phase, Plan
 
 
-class TileContext(Protocol):
-    """What a tile reads from and delivers to: the execution it belongs to."""
-
-    plan: Plan
-    global_graph: GlobalGraph
-    device: torch.device
-    autocast: torch.dtype | None
-
-    def fetch(self, name: str, part: Region) -> Tensor:
-        """A region of one of the phase's inputs; not to be written to."""
-
-    def axes(self, name: str) -> Axes:
-        """Spatial axes of a map."""
-
-    def share_gradient(
-        self, phase: Phase, own: Region, name: str, reductions: tuple[str, ...], share: Tensor
-    ) -> Tensor | None:
-        """What arrives at a tile's own part of ``name`` from outside the tile."""
-
-    def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:
-        """Add to the gradient map of an input."""
+def run_backward(step: Step, inputs: list[Tensor]) -> list[Tensor | None]:
+    """The outputs of a backward step: gradients of global values and of parts of input maps."""
+    return BackwardTile(step, inputs).differentiate()
 
 
 class BackwardTile:
     """One tile of a phase, recomputed with autograd and differentiated."""
 
-    def __init__(
-        self,
-        execution: TileContext,
-        tile: TileRun,
-        feeds: Mapping[str, tuple[str, ...]],
-        global_values: Mapping[str, Tensor],
-    ) -> None:
-        self.execution = execution
-        self.tile = tile
-        self.feeds = feeds
-        self.global_values = global_values
-        self.leaves: dict[tuple[str, Region], Tensor] = {}
+    def __init__(self, step: Step, inputs: list[Tensor]) -> None:
+        self.step = step
+        self.given = dict(zip(step.inputs, inputs, strict=True))
+        inputs.clear()
+        self.wanted = frozenset(step.outputs)
+        self.leaves: dict[Output, Tensor] = {}
+        """What is differentiated with respect to."""
         self.roots: list[tuple[Tensor, Tensor]] = []
+        """Values that gradients come to, with those."""
         self.taps: list[Tensor] = []
         """Values that gradients from outside the tile's graph join, in order."""
 
-    def run(self) -> None:
-        """Recompute, differentiate and hand out the gradients."""
-        execution, phase = self.execution, self.tile.phase
-        device, casts = execution.device, execution.autocast
-        with torch.enable_grad(), autocast(device, casts, cache=False):
-            for name in self.feeds:
-                if name in phase.inputs:
-                    self._root(name, self._fetch(name, phase.own(self.tile.row, self.tile.col, name)))
-            self.tile.run(self._fetch, self.global_values, self._observe)
+    def differentiate(self) -> list[Tensor | None]:
+        """Recompute and differentiate; the gradients in the order of the step's outputs."""
+        with torch.enable_grad():
+            self._recompute()
         self._reach_taps()
-        global_values = {name: leaf for name, leaf in self.global_values.items() if leaf.requires_grad}
-        maps = {key: leaf for key, leaf in self.leaves.items() if leaf.requires_grad}
-        inputs = [*global_values.values(), *maps.values()]
-        if not self.roots or not inputs:
-            return
+        leaves = [self.leaves[output] for output in self.step.outputs]
+        if not self.roots or not leaves:
+            return [None] * len(leaves)
         outputs, gradients = zip(*self.roots, strict=True)
         # The taps' graph nodes know this object: let go of the graph, or only the collector would free it.
         self.roots.clear()
         self.taps.clear()
-        with autocast(device, None):
-            found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        for name, gradient in zip(global_values, found, strict=False):
-            execution.global_graph.accumulate(name, gradient)
-        for (name, part), gradient in zip(maps, found[len(global_values) :], strict=True):
-            if gradient is not None:
-                execution.add_gradient(name, part, gradient)
+        with autocast(leaves[0].device, None):
+            return list(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
 
-    def _fetch(self, name: str, part: Region) -> Tensor:
-        """A leaf per input and region: a slice inside the graph would cost a zero-filled copy."""
-        if (name, part) not in self.leaves:
-            leaf = self.execution.fetch(name, part).detach()
-            wanted = name in self.execution.plan.differentiated and has_gradient(leaf.dtype)
-            self.leaves[name, part] = leaf.requires_grad_(wanted)
-        return self.leaves[name, part]
+    def _recompute(self) -> None:
+        step = self.step
+        values, parts = self._global_values(), self._input_parts()
+        for name in step.parts:
+            if name in step.owned:
+                self._root(name, parts[name, step.owned[name].own])
+        for name in TileRun(step, values, parts).evaluate():
+            if name in step.owned:
+                values[name] = self._observe(name, values[name])
+
+    def _global_values(self) -> dict[str, Tensor]:
+        names = [slot.name for slot in self.given if slot.source is Source.VALUE]
+        return {
+            name: self._leaf(Output(Sink.VALUE_GRADIENT, name), self.given.pop(Input(Source.VALUE, name)))
+            for name in names
+        }
+
+    def _input_parts(self) -> dict[tuple[str, Region], Tensor]:
+        """A leaf per input and part: a slice inside the graph would cost a zero-filled copy."""
+        parts = {}
+        for name, operands in self.step.parts.items():
+            whole = self.given.pop(Input(Source.MAP, name))
+            for operand in operands:
+                part = crop(whole, operand.axes, operand.covered, operand.part)
+                parts[name, operand.part] = self._leaf(Output(Sink.MAP_GRADIENT, name, operand.part), part)
+        return parts
+
+    def _leaf(self, output: Output, value: Tensor) -> Tensor:
+        """A value that autograd ends at, if its gradient is among the step's outputs."""
+        if output not in self.wanted:
+            return value
+        self.leaves[output] = value.detach().requires_grad_()
+        return self.leaves[output]
 
     def _observe(self, name: str, value: Tensor) -> Tensor:
-        phase = self.tile.phase
-        if (name not in phase.stored and name not in self.feeds) or not value.requires_grad:
+        if not value.requires_grad:
             return value
-        if name not in phase.consumed:
+        if name not in self.step.consumed:
             self._root(name, value)
             return value
-        own = phase.own(self.tile.row, self.tile.col, name)
-        needed = phase.needed(self.tile.row, self.tile.col, name)
-        axes = self.execution.axes(name)
-        share = crop(value.detach(), axes, needed, own)
+        part = self.step.owned[name]
+        share = crop(value.detach(), part.axes, part.covered, part.own)
 
         def add(gradient: Tensor) -> Tensor:
-            part = self._share_gradient(name, share)
-            if part is None:
-                return gradient
             # The engine may hand the same tensor to another consumer, so it is not changed in place.
             total = gradient.clone()
-            crop(total, axes, needed, own).add_(part)
+            crop(total, part.axes, part.covered, part.own).add_(self.arriving(name, share))
             return total
 
         tapped: Tensor = _Tap.apply(value, add)  # type: ignore[no-untyped-call]
         self.taps.append(tapped)
         return tapped
+
+    def _root(self, name: str, value: Tensor) -> None:
+        if value.requires_grad:
+            self.roots.append((value, self.arriving(name, value.detach())))
+
+    def arriving(self, name: str, share: Tensor) -> Tensor:
+        """What comes to the tile's own part of a map, whose values are ``share``, from outside the tile."""
+        part = self.step.owned[name]
+        total = self.given.pop(Input(Source.GRADIENT, name)) if part.has_gradient else None
+        values = self.given.pop(Input(Source.STORED, name)) if part.reads_values else share
+        for reduction, rule in part.reductions.items():
+            results = self._results(reduction, part.result_gradients[reduction])
+            found = rule.gradient(values, part.place, *results)
+            if total is None:
+                total = found.expand_as(share)
+            else:
+                # A formula's result as large as the tile is its own; one that broadcasts is not.
+                total = found.add_(total) if found.shape == share.shape else total + found
+        assert total is not None
+        return total
+
+    def _results(
+        self, reduction: str, has_gradient: tuple[bool, ...]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The results of a reduction over the whole map, and their gradients."""
+        results = [self.given[Input(Source.RESULT, reduction, i)] for i in range(len(has_gradient))]
+        gradients = [
+            self.given[Input(Source.RESULT_GRADIENT, reduction, i)] if has else None
+            for i, has in enumerate(has_gradient)
+        ]
+        return results, gradients
 
     def _reach_taps(self) -> None:
         """Make a root of each tap that no root leads to, since its readers stop the gradient."""
@@ -129,18 +144,6 @@ class BackwardTile:
                 nothing = torch.zeros((), dtype=tapped.dtype, device=tapped.device).expand_as(tapped)
                 self.roots.append((tapped, nothing))
                 _walk(tapped.grad_fn, reached)
-
-    def _root(self, name: str, value: Tensor) -> None:
-        if not value.requires_grad:
-            return
-        gradient = self._share_gradient(name, value)
-        if gradient is not None:
-            self.roots.append((value, gradient))
-
-    def _share_gradient(self, name: str, share: Tensor) -> Tensor | None:
-        own = self.tile.phase.own(self.tile.row, self.tile.col, name)
-        reductions = self.feeds.get(name, ())
-        return self.execution.share_gradient(self.tile.phase, own, name, reductions, share)
 
 
 def _walk(node: Any, reached: set[Any]) -> None:

@@ -7,7 +7,7 @@ phases have delivered their gradients, and before any earlier one has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class GlobalGraph:
         self.gradients: dict[str, Tensor] = {}
         self.results: dict[str, Results] = {}
         """Finished reductions by node name."""
+        self.result_gradients: dict[str, tuple[Tensor | None, ...]] = {}
+        """Gradients of those results that have any, where their segment has been differentiated."""
         self._last_uses = _last_uses(program, levels)
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
@@ -94,11 +96,6 @@ class GlobalGraph:
         wanted = name in self.differentiated and has_gradient(leaf.dtype) and torch.is_grad_enabled()
         return leaf.requires_grad_(wanted)
 
-    def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Values by name, each a fresh leaf that asks for a gradient if it is differentiated."""
-        with torch.enable_grad():
-            return {name: self._leaf(name, self.values[name]) for name in names}
-
     def accumulate(self, name: str, gradient: Tensor | None) -> None:
         """Add to the gradient of a global value; :meth:`take` gives the sum in the value's own type."""
         if gradient is None:
@@ -121,8 +118,8 @@ class GlobalGraph:
         spec = self.program.nodes[name].spec
         return gradient.to(spec.dtype) if isinstance(spec, TensorSpec) else gradient
 
-    def backward(self, level: int) -> dict[str, tuple[Tensor | None, ...]]:
-        """Differentiate the segment of ``level``; the gradients of its barriers' results by name."""
+    def backward(self, level: int) -> dict[str, Tensor]:
+        """Differentiate the segment of ``level``; the gradients of its gathers by name."""
         record = self._records.pop(level, None)
         if record is None:
             return {}
@@ -151,7 +148,13 @@ class GlobalGraph:
         found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
         for (name, _), gradient in zip(flat, found, strict=False):
             self.accumulate(name, gradient)
-        return _by_barrier(record, barriers, found[len(flat) :])
+        gathered: dict[str, Tensor] = {}
+        for name, gradients in _by_barrier(record, barriers, found[len(flat) :]).items():
+            if self.program.nodes[name].kind is Kind.REDUCTION:
+                self.result_gradients[name] = gradients
+            elif gradients[0] is not None:
+                gathered[name] = gradients[0]
+        return gathered
 
 
 def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:

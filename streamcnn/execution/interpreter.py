@@ -1,109 +1,97 @@
-"""Run one phase's operators on one tile.
+"""The eager implementation of what a step computes: PyTorch's operators, one after the other.
 
-Nothing here is global and nothing is decided: which operators run on which regions is read from the
-plan. The same code runs forward (without autograd) and backward (with it); what differs is handed in.
+Nothing here is decided: which operators run on which parts is read from the step. The same code evaluates
+them forward, without autograd, and backward, with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from streamcnn.execution.step import Computed, Operand, Operator, OwnPart, Step
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.costs import cost_of
-from streamcnn.graph.program import Access, Axes, Local, Node, Program, substitute
-from streamcnn.plan.plan import Phase
-
-Fetch = Callable[[str, Region], Tensor]
-"""Reads a region of one of the phase's input maps."""
-Observe = Callable[[str, Tensor], Tensor]
-"""Sees each operator's value on the tile and returns what its consumers shall read."""
+from streamcnn.graph.program import substitute
 
 
 @dataclass(frozen=True, slots=True)
 class TileRun:
-    """One tile of one phase."""
+    """The operators of a step on one tile."""
 
-    program: Program
-    phase: Phase
-    row: int
-    col: int
-    skipped: frozenset[str] = frozenset()
-    """Operators whose value is stored and read by no operator of the phase."""
+    step: Step
+    values: dict[str, Tensor]
+    """What operators read: at first what the step was given, then their own values too."""
+    parts: Mapping[tuple[str, Region], Tensor] = field(default_factory=dict)
+    """Parts of input maps that are cut out already."""
 
-    def run(self, fetch: Fetch, global_values: Mapping[str, Any], observe: Observe) -> None:
-        """Evaluate the phase's operators in order, dropping each value after its last use."""
-        values: dict[str, Tensor] = {}
-        for name in self.phase.nodes:
-            value = self.evaluate(self.program.nodes[name], values, fetch, global_values)
-            values[name] = observe(name, value)
-            del value
-            for dead in self.phase.releases.get(name, ()):
-                del values[dead]
+    def evaluate(self) -> Iterator[str]:
+        """Evaluate the operators in order; the name of each, whose value is then among the values.
 
-    def evaluate(
-        self, node: Node, values: Mapping[str, Tensor], fetch: Fetch, global_values: Mapping[str, Any]
-    ) -> Tensor:
-        """The value of one operator of the phase where the tile needs it."""
-        local = node.local
-        assert local is not None
+        Each value is dropped after its last use.
+        """
+        for operator in self.step.operators:
+            name = operator.node.name
+            self.values[name] = self.evaluate_operator(operator)
+            yield name
+            for dead in self.step.releases.get(name, ()):
+                del self.values[dead]
+
+    def evaluate_operator(self, operator: Operator) -> Tensor:
+        """The value of one operator where the tile needs it."""
+        node = operator.node
+        assert node.local is not None
         assert node.axes is not None
-        out = self.phase.needed(self.row, self.col, node.name)
-        at_hand: dict[str, Region] = {}
+        fill = node.local.fill
 
         def value_of(name: str) -> Any:
-            access = local.accesses.get(name)
-            if access is None:
-                return global_values[name]
-            operand, at_hand[name] = self._operand(name, access, out, values, fetch)
-            if local.fill is None:
-                return operand
-            return padded(operand, self._axes(name), at_hand[name], self._window(access, out), local.fill)
+            operand = operator.operands.get(name)
+            if operand is None:
+                return self.values[name]
+            part = self._part(name, operand)
+            return part if fill is None else padded(part, operand.axes, operand.part, operand.window, fill)
 
         args = substitute(node.args, value_of)
-        kwargs = substitute(dict(node.kwargs), value_of)
-        if local.positional:
-            kwargs.update(out=out, origin=next(iter(at_hand.values())))
-        result = _result_region(local, at_hand, out)
-        if node.name in self.skipped:
-            shape = with_extents(node.tensor.shape, node.axes, result.size)
+        kwargs = {**substitute(dict(node.kwargs), value_of), **operator.positions}
+        if operator.is_skipped:
+            shape = with_extents(node.tensor.shape, node.axes, operator.result.size)
             stand_in = cost_of(node.target).stand_in
             assert stand_in is not None
             value = stand_in(shape, node.tensor.dtype, args)
         else:
-            target = node.in_place if node.name in self.phase.in_place else node.target
-            assert target is not None
             with as_recorded(grad=node.grad, casts=node.casts):
-                value = target(*args, **kwargs)
-        return value if result == out else placed(value, node.axes, result, out)
+                value = operator.target(*args, **kwargs)
+        same = operator.result == operator.out
+        return value if same else placed(value, node.axes, operator.result, operator.out)
 
-    def _operand(
-        self, name: str, access: Access, out: Region, values: Mapping[str, Tensor], fetch: Fetch
-    ) -> tuple[Tensor, Region]:
-        size = self.program.nodes[name].size
-        part = Region(access.rows.required(out.rows, size[0]), access.cols.required(out.cols, size[1]))
-        if name not in values:
-            return fetch(name, part), part
-        return crop(values[name], self._axes(name), self.phase.needed(self.row, self.col, name), part), part
-
-    def _window(self, access: Access, out: Region) -> Region:
-        return Region(access.rows.window(out.rows), access.cols.window(out.cols))
-
-    def _axes(self, name: str) -> Axes:
-        axes = self.program.nodes[name].axes
-        assert axes is not None
-        return axes
+    def _part(self, name: str, operand: Operand) -> Tensor:
+        part = self.parts.get((name, operand.part))
+        return crop(self.values[name], operand.axes, operand.covered, operand.part) if part is None else part
 
 
-def _result_region(local: Local, at_hand: Mapping[str, Region], out: Region) -> Region:
-    """What the target yields for the operands at hand: more than asked for where blocks do not align."""
-    if local.fill is not None or local.positional:
-        return out
-    name, part = next(iter(at_hand.items()))
-    access = local.accesses[name]
-    return Region(access.rows.result(part.rows, out.rows), access.cols.result(part.cols, out.cols))
+def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Computed]:
+    """The outputs of a forward step, each as soon as it is made.
+
+    A value is dropped after its last use, so what is yielded should be let go of before the next one.
+    """
+    values = {slot.name: tensor for slot, tensor in zip(step.inputs, inputs, strict=True)}
+    inputs.clear()
+    for name in [name for name in step.owned if name in values]:
+        yield from _outputs_of(step.owned[name], values[name])
+    for name in TileRun(step, values).evaluate():
+        if name in step.owned:
+            yield from _outputs_of(step.owned[name], values[name])
+
+
+def _outputs_of(part: OwnPart, value: Tensor) -> Iterator[Computed]:
+    """What a forward step gives of a map, in the order of its outputs."""
+    share = crop(value, part.axes, part.covered, part.own)
+    if part.is_stored:
+        yield share
+    for rule in part.reductions.values():
+        yield rule.partial(share, part.place)

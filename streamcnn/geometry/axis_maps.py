@@ -23,6 +23,7 @@ import numpy as np
 from streamcnn.geometry.regions import Indices, Interval, Intervals
 
 Index = TypeVar("Index", int, Indices)
+Span = TypeVar("Span", Interval, Intervals)
 
 
 def clip(window: Interval, size: int) -> Interval:
@@ -46,9 +47,9 @@ class AxisMap(ABC):
     def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
         """First input position that outputs ``[start, stop)`` read and the one after the last."""
 
-    def window(self, out: Interval) -> Interval:
+    def window(self, out: Span) -> Span:
         """Input positions that ``out`` reads, those outside the input being padding."""
-        return Interval(*self.bounds(out.start, out.stop))
+        return type(out)(*self.bounds(out.start, out.stop))
 
     def required(self, out: Interval, size: int) -> Interval:
         """Positions that must be at hand, inside an input of ``size`` positions and at least one."""
@@ -60,7 +61,7 @@ class AxisMap(ABC):
         start = np.minimum(np.maximum(first, 0), size - 1)
         return Intervals(start, np.maximum(np.minimum(last, size), start + 1))
 
-    def result(self, at_hand: Interval, out: Interval) -> Interval:
+    def result(self, at_hand: Span, out: Span) -> Span:
         """Output positions that the operator yields when run on ``at_hand`` without padding."""
         return out
 
@@ -124,10 +125,10 @@ class Transposed(AxisMap):
         # Where the kernel leaves gaps there may be no input at all.
         return first, first + _positive(last + 1 - first)
 
-    def result(self, at_hand: Interval, out: Interval) -> Interval:
+    def result(self, at_hand: Span, out: Span) -> Span:
         first = at_hand.start * self.stride - self.padding
         last = (at_hand.stop - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1)
-        return Interval(first, last + 1)
+        return type(at_hand)(first, last + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +146,8 @@ class Repeated(AxisMap):
         last = (stop - 1) // self.factor + self.reach
         return first, last + 1
 
-    def result(self, at_hand: Interval, out: Interval) -> Interval:
-        return Interval(at_hand.start * self.factor, at_hand.stop * self.factor)
+    def result(self, at_hand: Span, out: Span) -> Span:
+        return type(at_hand)(at_hand.start * self.factor, at_hand.stop * self.factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,16 @@ class Intervals:
         """For each pair, the smallest interval that holds both."""
         return Intervals(np.minimum(self.start, other.start), np.maximum(self.stop, other.stop))
 
+    def shift(self, offset: Indices) -> Intervals:
+        """Each interval moved by an offset of its own."""
+        return Intervals(self.start + offset, self.stop + offset)
+
     def equals(self, other: Intervals) -> bool:
         """Whether all intervals are the same."""
         return np.array_equal(self.start, other.start) and np.array_equal(self.stop, other.stop)
+
+    def __getitem__(self, index: int) -> Interval:
+        return Interval(int(self.start[index]), int(self.stop[index]))
 
     def __iter__(self) -> Iterator[Interval]:
         return map(Interval, self.start.tolist(), self.stop.tolist())

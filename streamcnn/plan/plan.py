@@ -12,28 +12,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from streamcnn.errors import PlanDoesNotFit
-from streamcnn.geometry.regions import Interval, Region
+from streamcnn.geometry.regions import Region
 from streamcnn.plan.explain import explain_plan
 from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.plan.tiles import AxisKind, AxisStep
 from streamcnn.support.units import format_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class AxisStep:
-    """One tile's share along one spatial axis."""
-
-    own: Mapping[str, Interval]
-    """The part of each output that this tile alone is responsible for."""
-    needed: Mapping[str, Interval]
-    """The part of every node and input of the phase that this tile computes or reads."""
-    kind: int
-    """Which of the axis's kinds of tile it is: those of a kind need as many positions of each map."""
-
-
-StepKind = tuple[str, str, int, int, int]
-"""Of a step, a tile or a segment: ``"phase"`` or ``"segment"``, direction, level, and the tile's kind along
-rows and along columns."""
+StepShape = tuple[str, str, int, int, int]
+"""Of a step, a tile or a segment: ``"phase"`` or ``"segment"``, direction, level, and the tile's shape along
+rows and along columns. Libraries compile their code once for each."""
+TileKind = tuple[int, int]
+"""A tile's kind along rows and along columns: what is computed is the same for all tiles of a kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +41,8 @@ class Phase:
     """Reductions fed by this phase."""
     rows: tuple[AxisStep, ...]
     cols: tuple[AxisStep, ...]
+    row_kinds: tuple[AxisKind, ...]
+    col_kinds: tuple[AxisKind, ...]
     releases: Mapping[str, tuple[str, ...]]
     """For each operator, the values that nothing after it reads."""
     consumed: frozenset[str]
@@ -69,9 +61,13 @@ class Phase:
         """Steps per pass over the phase."""
         return len(self.rows) * len(self.cols)
 
-    def kind(self, direction: str, row: int, col: int) -> StepKind:
+    def kind(self, row: int, col: int) -> TileKind:
+        """What tile (row, col) has in common with tiles that are computed alike."""
+        return self.rows[row].kind, self.cols[col].kind
+
+    def shape(self, direction: str, row: int, col: int) -> StepShape:
         """What tile (row, col) has in common with tiles that need as many positions of each map."""
-        return "phase", direction, self.level, self.rows[row].kind, self.cols[col].kind
+        return "phase", direction, self.level, self.rows[row].shape, self.cols[col].shape
 
     def own(self, row: int, col: int, name: str) -> Region:
         """The part of output ``name`` that tile (row, col) is responsible for."""

@@ -6,7 +6,7 @@ of 100 x 100 tiles costs two passes over the stage's nodes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,11 @@ import numpy as np
 from streamcnn.geometry.regions import Indices, Intervals
 from streamcnn.graph.costs import Routine, cost_of, makes_new
 from streamcnn.graph.program import Access, Program, Ref
-from streamcnn.plan.plan import AxisStep, Phase
+from streamcnn.plan.plan import Phase
+from streamcnn.plan.tiles import AxisStep
 from streamcnn.planning.overhead import num_products
 from streamcnn.planning.staging import Stage
+from streamcnn.planning.tile_kinds import axis_kinds, numbered
 
 TileCounts = tuple[int, int]
 """Number of tiles (rows, columns)."""
@@ -89,8 +91,8 @@ class AxisGrid:
     """The most positions that a tile needs of a map."""
     total: Mapping[str, int]
     """Positions of a map that all tiles together need, repeated ones counted each time."""
-    num_kinds: int
-    """How many kinds of tiles there are, by how many positions they need of each map."""
+    shapes: Sequence[int]
+    """Each tile's shape, as a number: tiles of a shape need as many positions of each map."""
 
     @classmethod
     def of(cls, outline: Outline, axis: int, num_parts: int) -> AxisGrid:
@@ -106,19 +108,23 @@ class AxisGrid:
         sizes = _sizes(needed, num_parts)
         largest = dict(zip(needed, sizes.max(axis=1).tolist(), strict=True))
         total = dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
-        return cls(num_parts, own, needed, largest, total, num_kinds=len(set(_kinds(sizes))))
+        return cls(num_parts, own, needed, largest, total, numbered(sizes))
 
-    def steps(self) -> tuple[AxisStep, ...]:
-        """One :class:`AxisStep` per tile."""
+    @property
+    def num_shapes(self) -> int:
+        """How many shapes of tiles there are."""
+        return max(self.shapes) + 1
+
+    def steps(self, kinds: Sequence[int]) -> tuple[AxisStep, ...]:
+        """One :class:`AxisStep` per tile, given each one's kind."""
         own = {name: tuple(intervals) for name, intervals in self.own.items()}
         needed = {name: tuple(intervals) for name, intervals in self.needed.items()}
-        kinds = _kinds(_sizes(self.needed, self.num_parts))
-        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
         return tuple(
             AxisStep(
                 own={name: each[part] for name, each in own.items()},
                 needed={name: each[part] for name, each in needed.items()},
-                kind=numbers[kinds[part]],
+                shape=self.shapes[part],
+                kind=kinds[part],
             )
             for part in range(self.num_parts)
         )
@@ -127,11 +133,6 @@ class AxisGrid:
 def _sizes(needed: Mapping[str, Intervals], num_parts: int) -> Indices:
     """How many positions of each map (rows) each tile (columns) needs."""
     return np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
-
-
-def _kinds(sizes: Indices) -> list[bytes]:
-    """What tiles have in common that need as many positions of each map, one for each tile."""
-    return [bytes(column) for column in sizes.T.copy()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +163,7 @@ class TiledStage:
     @property
     def num_kernels(self) -> int:
         """Kernels that are compiled in a forward pass: of each convolution one for each shape of tile."""
-        return self.outline.num_convolutions * self.rows.num_kinds * self.cols.num_kinds
+        return self.outline.num_convolutions * self.rows.num_shapes * self.cols.num_shapes
 
     def largest(self, name: str) -> tuple[int, int]:
         """The most rows and columns that a tile needs of ``name``."""
@@ -180,14 +181,20 @@ class TiledStage:
     def phase(self, *, differentiated: bool) -> Phase:
         """The stage as the executor takes it."""
         stage, outline = self.stage, self.outline
+        (rows, row_kinds), (cols, col_kinds) = (
+            axis_kinds(outline.program, stage, axis, grid.own, grid.needed)
+            for axis, grid in enumerate((self.rows, self.cols))
+        )
         return Phase(
             level=stage.level,
             nodes=stage.nodes,
             inputs=stage.inputs,
             stored=stage.stored,
             reductions=stage.reductions,
-            rows=self.rows.steps(),
-            cols=self.cols.steps(),
+            rows=self.rows.steps(rows),
+            cols=self.cols.steps(cols),
+            row_kinds=row_kinds,
+            col_kinds=col_kinds,
             releases=outline.releases,
             consumed=outline.consumed,
             skipped=outline.skipped,

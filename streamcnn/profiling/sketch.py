@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamcnn.plan.plan import AxisStep, Phase, Plan
+from streamcnn.plan.plan import Phase, Plan
+from streamcnn.plan.tiles import AxisStep
 
 Kinds = tuple[tuple[str, int], ...]
 """Kinds of operators and how many there are of each, in the order of their first."""

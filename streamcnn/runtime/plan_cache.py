@@ -17,7 +17,7 @@ from streamcnn.ceiling.rooms import Room
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
 from streamcnn.graph.registry import rules_version
-from streamcnn.plan.plan import Plan, StepKind
+from streamcnn.plan.plan import Plan, StepShape
 from streamcnn.planning.planner import make_plan
 from streamcnn.planning.spec import Machine, PassSpec
 
@@ -34,8 +34,8 @@ class Planned:
 
     program: Program
     plan: Plan
-    compiled: set[StepKind] = field(default_factory=set)
-    """Kinds of steps that have been carried out, for which libraries have compiled their code."""
+    compiled: set[StepShape] = field(default_factory=set)
+    """Shapes of steps that have been carried out, for which libraries have compiled their code."""
 
 
 class PlanCache:

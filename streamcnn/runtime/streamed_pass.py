@@ -22,7 +22,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
-from streamcnn.plan.plan import Plan, StepKind
+from streamcnn.plan.plan import Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime.plan_cache import Planned
 from streamcnn.runtime.report import Report
@@ -375,12 +375,12 @@ def _positions(outputs: Any) -> list[str]:
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
 
 
-def _checked(ceiling: Ceiling, compiled: set[StepKind]) -> Callable[[StepKind], None]:
-    """What is done after a step of some kind. It does not know the pass, as the stores do not."""
+def _checked(ceiling: Ceiling, compiled: set[StepShape]) -> Callable[[StepShape], None]:
+    """What is done after a step of some shape. It does not know the pass, as the stores do not."""
 
-    def after_step(kind: StepKind) -> None:
-        ceiling.check(compiled=kind not in compiled)
-        compiled.add(kind)
+    def after_step(shape: StepShape) -> None:
+        ceiling.check(compiled=shape not in compiled)
+        compiled.add(shape)
 
     return after_step
 

@@ -52,6 +52,11 @@ class Reduction(ABC):
         """Whether the gradient formula reads the map's values."""
         return True
 
+    @property
+    def positional(self) -> bool:
+        """Whether it depends on where in the map a tile lies."""
+        return False
+
     @abstractmethod
     def partial(self, x: Tensor, region: Region) -> Partials:
         """Partial results of a tile ``x`` that covers ``region``."""
@@ -189,6 +194,10 @@ class FirstMaximum(Reduction):
     """Largest value per channel; the gradient goes to its first position in row order, as in max pooling."""
 
     axes: Axes = (2, 3)
+
+    @property
+    def positional(self) -> bool:
+        return True
 
     def _positions(self, x: Tensor, region: Region) -> Tensor:
         rows = torch.arange(region.rows.start, region.rows.stop, device=x.device)

@@ -1,0 +1,238 @@
+"""Steps built from the plan: see :mod:`streamcnn.execution.step`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import Axes
+from streamcnn.graph.ops.reduction_types import Reduction
+from streamcnn.graph.program import Node, Program, has_gradient
+from streamcnn.plan.plan import Phase, TileKind
+from streamcnn.plan.tiles import AxisKind
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """The gradients that have come to a phase when its backward pass begins: all that it will get."""
+
+    maps: frozenset[str] = frozenset()
+    """Stored maps with a gradient."""
+    results: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """For each reduction with a gradient, which of its results have one."""
+
+
+def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
+    """The step that computes tiles of a kind without autograd."""
+    tile = _Tile.of(program, phase, kind)
+    owned = tile.owned(_fed(program, phase.reductions), phase.stored, Arrivals())
+    operators = tile.operators(skipped=())
+    return Step(
+        level=phase.level,
+        direction="forward",
+        kind=kind,
+        operators=operators,
+        owned=owned,
+        inputs=_read(phase, operators),
+        outputs=tuple(output for name, part in owned.items() for output in _outputs_of(name, part)),
+        releases=_with_inputs(phase, operators),
+        consumed=phase.consumed,
+        parts={},
+    )
+
+
+def backward_step(
+    program: Program, phase: Phase, kind: TileKind, differentiated: Collection[str], arrivals: Arrivals
+) -> Step:
+    """The step that computes tiles of a kind again, with autograd, and differentiates them.
+
+    Parameters
+    ----------
+    differentiated
+        The nodes whose gradient is wanted or passed on.
+    """
+    tile = _Tile.of(program, phase, kind)
+    owned = tile.owned(_fed(program, arrivals.results), arrivals.maps, arrivals)
+    operators = tile.operators(skipped=phase.skipped)
+    inputs = _read(phase, operators)
+    parts = _parts(phase, operators, owned)
+    leaves = (
+        *(Output(Sink.VALUE_GRADIENT, slot.name) for slot in inputs if slot.source is Source.VALUE),
+        *(
+            Output(Sink.MAP_GRADIENT, n, operand.part)
+            for n, operands in parts.items()
+            for operand in operands
+        ),
+    )
+    return Step(
+        level=phase.level,
+        direction="backward",
+        kind=kind,
+        operators=operators,
+        owned=owned,
+        inputs=(*inputs, *(slot for name, part in owned.items() for slot in _arriving(name, part))),
+        outputs=tuple(
+            leaf
+            for leaf in leaves
+            if leaf.name in differentiated and has_gradient(program.nodes[leaf.name].tensor.dtype)
+        ),
+        releases=phase.releases,
+        consumed=phase.consumed,
+        parts=parts,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A kind of tile, rows and columns together."""
+
+    program: Program
+    phase: Phase
+    rows: AxisKind
+    cols: AxisKind
+
+    @classmethod
+    def of(cls, program: Program, phase: Phase, kind: TileKind) -> _Tile:
+        """The kind that an index of rows and one of columns name."""
+        return cls(program, phase, phase.row_kinds[kind[0]], phase.col_kinds[kind[1]])
+
+    def covered(self, name: str) -> Region:
+        """What the tile has of a map, counted from its first position."""
+        return Region.whole((self.rows.extents[name], self.cols.extents[name]))
+
+    def operators(self, *, skipped: Collection[str]) -> tuple[Operator, ...]:
+        """The phase's operators on the tile."""
+        return tuple(self._operator(self.program.nodes[name], name in skipped) for name in self.phase.nodes)
+
+    def _operator(self, node: Node, is_skipped: bool) -> Operator:
+        rows, cols = self.rows.operators[node.name], self.cols.operators[node.name]
+        operands = {
+            name: Operand(
+                axes=self._axes(name),
+                covered=self.covered(name),
+                part=Region(rows.operands[name].part, cols.operands[name].part),
+                window=Region(rows.operands[name].window, cols.operands[name].window),
+            )
+            for name in rows.operands
+        }
+        target = node.in_place if node.name in self.phase.in_place else node.target
+        assert target is not None
+        return Operator(
+            node=node,
+            target=target,
+            operands=operands,
+            out=self.covered(node.name),
+            result=Region(rows.result, cols.result),
+            positions=self._positions(node, operands),
+            is_skipped=is_skipped,
+        )
+
+    def _positions(self, node: Node, operands: Mapping[str, Operand]) -> dict[str, Region]:
+        assert node.local is not None
+        if not node.local.positional:
+            return {}
+        name, first = next(iter(operands.items()))
+        out = self._in_whole(node.name, self.covered(node.name))
+        return {"out": out, "origin": self._in_whole(name, first.part)}
+
+    def _in_whole(self, name: str, part: Region) -> Region:
+        """A part of what the tile has, in positions of the whole map."""
+        rows, cols = self.rows.starts[name], self.cols.starts[name]
+        return Region(part.rows.shift(rows), part.cols.shift(cols))
+
+    def owned(
+        self, fed: Mapping[str, Mapping[str, Reduction]], others: Collection[str], arrivals: Arrivals
+    ) -> dict[str, OwnPart]:
+        """The tile's own parts of maps that feed reductions and of others, in the order of their making."""
+        return {
+            name: self._own_part(name, fed.get(name, {}), arrivals)
+            for name in (*self.phase.inputs, *self.phase.nodes)
+            if name in fed or name in others
+        }
+
+    def _own_part(self, name: str, reductions: Mapping[str, Reduction], arrivals: Arrivals) -> OwnPart:
+        own = Region(self.rows.own[name], self.cols.own[name])
+        is_positional = any(rule.positional for rule in reductions.values())
+        return OwnPart(
+            axes=self._axes(name),
+            covered=self.covered(name),
+            own=own,
+            place=self._in_whole(name, own) if is_positional else own,
+            is_stored=name in self.phase.stored,
+            reductions=reductions,
+            has_gradient=name in arrivals.maps,
+            result_gradients={n: arrivals.results[n] for n in reductions if n in arrivals.results},
+        )
+
+    def _axes(self, name: str) -> Axes:
+        axes = self.program.nodes[name].axes
+        assert axes is not None
+        return axes
+
+
+def _fed(program: Program, reductions: Iterable[str]) -> dict[str, dict[str, Reduction]]:
+    """By map, the reductions that it feeds."""
+    fed: dict[str, dict[str, Reduction]] = {}
+    for name in reductions:
+        node = program.nodes[name]
+        assert node.reduction is not None
+        fed.setdefault(node.operands[0], {})[name] = node.reduction
+    return fed
+
+
+def _read(phase: Phase, operators: Sequence[Operator]) -> tuple[Input, ...]:
+    """What operators and reductions read: input maps and global values."""
+    operands = dict.fromkeys(
+        name for each in operators for name in each.node.operands if name not in each.operands
+    )
+    return (
+        *(Input(Source.MAP, name) for name in phase.inputs),
+        *(Input(Source.VALUE, name) for name in operands),
+    )
+
+
+def _outputs_of(name: str, part: OwnPart) -> Iterator[Output]:
+    """What a forward step gives of a map."""
+    if part.is_stored:
+        yield Output(Sink.SHARE, name)
+    for reduction in part.reductions:
+        yield Output(Sink.PARTIAL, reduction)
+
+
+def _arriving(name: str, part: OwnPart) -> Iterator[Input]:
+    """What a backward step takes to work out the gradient that comes to a map from outside the tile."""
+    if part.has_gradient:
+        yield Input(Source.GRADIENT, name)
+    if part.reads_values:
+        yield Input(Source.STORED, name)
+    for reduction, gradients in part.result_gradients.items():
+        for index, has_come in enumerate(gradients):
+            yield Input(Source.RESULT, reduction, index)
+            if has_come:
+                yield Input(Source.RESULT_GRADIENT, reduction, index)
+
+
+def _with_inputs(phase: Phase, operators: Sequence[Operator]) -> dict[str, tuple[str, ...]]:
+    """What is read for the last time by each operator, input maps included."""
+    last = {name: each.node.name for each in operators for name in each.operands if name in phase.inputs}
+    releases = dict(phase.releases)
+    for name, reader in last.items():
+        releases[reader] = (*releases.get(reader, ()), name)
+    return releases
+
+
+def _parts(
+    phase: Phase, operators: Sequence[Operator], owned: Mapping[str, OwnPart]
+) -> dict[str, tuple[Operand, ...]]:
+    """The different parts of input maps that reductions and operators read, in that order."""
+    found: dict[str, dict[Region, Operand]] = {}
+    for name, part in owned.items():
+        if name in phase.inputs:
+            found[name] = {part.own: Operand(part.axes, part.covered, part.own, part.own)}
+    for each in operators:
+        for name, operand in each.operands.items():
+            if name in phase.inputs:
+                found.setdefault(name, {}).setdefault(operand.part, operand)
+    return {name: tuple(parts.values()) for name, parts in found.items()}

@@ -1,0 +1,52 @@
+"""In which order a phase's tiles run, and how what they give becomes one result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from streamcnn.execution.global_graph import GlobalGraph
+from streamcnn.execution.maps import Maps
+from streamcnn.geometry.regions import Region
+from streamcnn.graph.ops.reduction_types import Partials
+from streamcnn.graph.program import Program
+from streamcnn.plan.plan import Phase
+
+
+class Combiner:
+    """Runs all tiles in this process, in row order, and adds what each one gives to what is there.
+
+    Nothing else knows that order or adds anything up. Where several processes share a phase's tiles, each
+    one's combiner has tiles of its own, and exchanges partial results and gradients with the others'.
+    """
+
+    def __init__(self, program: Program, maps: Maps, global_graph: GlobalGraph) -> None:
+        self._program = program
+        self._maps = maps
+        self._global_graph = global_graph
+        self._partials: dict[str, Partials] = {}
+
+    def tiles(self, phase: Phase) -> Iterator[tuple[int, int]]:
+        """Row and column of each tile to run, in order."""
+        return ((row, col) for row in range(len(phase.rows)) for col in range(len(phase.cols)))
+
+    def merge(self, name: str, partial: Partials) -> None:
+        """Merge partial results of a reduction with those of earlier tiles."""
+        rule = self._program.nodes[name].reduction
+        assert rule is not None
+        known = self._partials.get(name)
+        self._partials[name] = partial if known is None else rule.merge(known, partial)
+
+    def take_merged(self, name: str) -> Partials:
+        """The merged partial results of all tiles, which are forgotten here."""
+        return self._partials.pop(name)
+
+    def add_value_gradient(self, name: str, gradient: Tensor | None) -> None:
+        """Add a tile's share to the gradient of a global value; ``None`` where it has none."""
+        self._global_graph.accumulate(name, gradient)
+
+    def add_map_gradient(self, name: str, part: Region, gradient: Tensor | None) -> None:
+        """Add a tile's share to the gradient of a region of a map; ``None`` where it has none."""
+        if gradient is not None:
+            self._maps.add_gradient(name, part, gradient)

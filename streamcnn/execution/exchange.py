@@ -1,0 +1,92 @@
+"""What surrounds a tile's computation: its inputs gathered, its outputs scattered.
+
+Only here do a tile's tensors meet stores, images and global values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from streamcnn.execution.combiner import Combiner
+from streamcnn.execution.global_graph import GlobalGraph
+from streamcnn.execution.maps import Maps
+from streamcnn.execution.step import Computed, Input, Output, Sink, Source, Step
+from streamcnn.geometry.regions import Region
+from streamcnn.plan.plan import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One tile of a phase."""
+
+    phase: Phase
+    row: int
+    col: int
+
+    def own(self, name: str) -> Region:
+        """The part of an output that the tile is responsible for."""
+        return self.phase.own(self.row, self.col, name)
+
+    def needed(self, name: str) -> Region:
+        """What the tile needs of a map."""
+        return self.phase.needed(self.row, self.col, name)
+
+
+class Exchange:
+    """Gathers inputs of tiles and scatters their outputs, for one pass."""
+
+    def __init__(self, maps: Maps, global_graph: GlobalGraph, combiner: Combiner) -> None:
+        self._maps = maps
+        self._global_graph = global_graph
+        self._combiner = combiner
+
+    def gather(self, step: Step, tile: Tile) -> list[Tensor]:
+        """The step's inputs for a tile, which are the caller's; their memory may be a store's."""
+        return [self._input(each, tile) for each in step.inputs]
+
+    def _input(self, wanted: Input, tile: Tile) -> Tensor:
+        name = wanted.name
+        found: Tensor | None
+        match wanted.source:
+            case Source.MAP:
+                found = self._maps.read(name, tile.needed(name))
+            case Source.VALUE:
+                found = self._global_graph.values[name]
+            case Source.GRADIENT:
+                found = self._maps.read_gradient(name, tile.own(name))
+            case Source.STORED:
+                found = self._maps.read(name, tile.own(name))
+            case Source.RESULT:
+                found = self._global_graph.results[name][wanted.index]
+            case Source.RESULT_GRADIENT:
+                found = self._global_graph.result_gradients[name][wanted.index]
+        assert found is not None
+        return found
+
+    def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
+        """Hand on what was computed for a tile, each output before the next one is asked for."""
+        made = iter(outputs)
+        for output in step.outputs:
+            self._hand_on(output, tile, next(made))
+
+    def _hand_on(self, output: Output, tile: Tile, value: Any) -> None:
+        name = output.name
+        match output.sink:
+            case Sink.SHARE:
+                self._maps.write(name, tile.own(name), value)
+            case Sink.PARTIAL:
+                self._combiner.merge(name, value)
+            case Sink.VALUE_GRADIENT:
+                self._combiner.add_value_gradient(name, value)
+            case Sink.MAP_GRADIENT:
+                assert output.part is not None
+                self._combiner.add_map_gradient(name, _in_whole(output.part, tile.needed(name)), value)
+
+
+def _in_whole(part: Region, needed: Region) -> Region:
+    """A part of what a tile needs, in positions of the whole map."""
+    return Region(part.rows.shift(needed.rows.start), part.cols.shift(needed.cols.start))

@@ -1,0 +1,148 @@
+"""The maps of one pass, by name and region: where they are read from, and written and added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import crop
+from streamcnn.graph.program import Axes, Kind, Program
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.storage import Tier
+from streamcnn.stores import Store, StoreSpec
+
+
+class ImageReader(Protocol):
+    """Hands out regions of the batch of images, ready for the model."""
+
+    device: torch.device
+    """Where the pixels are delivered."""
+
+    def read(self, region: Region) -> Tensor:
+        """The pixels of ``region``, (N, C, h, w) in the model's dtype on the compute device."""
+
+
+OpenStore = Callable[[StoreSpec, Tier, tuple[int, int]], Store]
+"""Opens an empty store, given a tile's extents as a hint for chunking."""
+
+
+class Maps:
+    """The image, global values read as maps, checkpoints and gradient maps.
+
+    Parameters
+    ----------
+    values
+        The global values of the pass, as they come to be known.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        image: ImageReader,
+        values: Mapping[str, Any],
+        open_store: OpenStore,
+    ) -> None:
+        self._program = program
+        self._plan = plan
+        self._image = image
+        self._values = values
+        self._open_store = open_store
+        self._checkpoints: dict[str, Store] = {}
+        self._gradients: dict[str, Store] = {}
+
+    def read(self, name: str, part: Region) -> Tensor:
+        """A region of a map; not to be written to."""
+        node = self._program.nodes[name]
+        if node.kind is Kind.IMAGE:
+            return self._image.read(part)
+        if node.kind is Kind.PROMOTED:
+            value: Tensor = self._values[node.operands[0]]
+            return crop(value, self._axes(name), Region.whole(node.size), part)
+        return self._checkpoints[name].read(part)
+
+    def read_whole(self, name: str) -> Tensor:
+        """All of a map; not to be written to."""
+        return self.read(name, Region.whole(self._program.nodes[name].size))
+
+    def open_checkpoint(self, name: str) -> None:
+        """Make ready for a checkpoint to be written."""
+        self._checkpoints[name] = self._open(name, self._plan.stores[name].tier)
+
+    def write(self, name: str, part: Region, tile: Tensor) -> None:
+        """Write a region of a checkpoint."""
+        self._checkpoints[name].write(part, tile)
+
+    @property
+    def with_gradient(self) -> list[str]:
+        """The maps to which a gradient has come."""
+        return list(self._gradients)
+
+    def read_gradient(self, name: str, part: Region) -> Tensor:
+        """A region of a gradient map; not to be written to."""
+        return self._gradients[name].read(part)
+
+    def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:
+        """Add to a region of a map's gradient."""
+        if name not in self._gradients:
+            planned = self._plan.stores.get(name)
+            self._gradients[name] = self._open(name, planned.gradient_tier if planned else Tier.MEMORY)
+        self._gradients[name].add(part, gradient)
+
+    def add_whole_gradient(self, name: str, gradient: Tensor) -> None:
+        """Add to all of a map's gradient."""
+        self.add_gradient(name, Region.whole(self._program.nodes[name].size), gradient)
+
+    def take_gradient(self, name: str) -> Tensor:
+        """The whole gradient of a map, which is forgotten here."""
+        store = self._gradients.pop(name)
+        gradient = store.read(Region.whole(self._program.nodes[name].size)).clone()
+        store.close()
+        return gradient
+
+    def free_read(self, level: int) -> None:
+        """Drop the checkpoints that nothing reads any more after the forward pass over ``level``."""
+        for name in list(self._checkpoints):
+            planned = self._plan.stores[name]
+            if planned.last_reader <= level and not planned.kept:
+                self._checkpoints.pop(name).close()
+
+    def free(self, names: Iterable[str]) -> None:
+        """Drop checkpoints and their gradients."""
+        for name in names:
+            for stores in (self._checkpoints, self._gradients):
+                if name in stores:
+                    stores.pop(name).close()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that the checkpoints take."""
+        tiers = {name: self._plan.stores[name].tier for name in self._checkpoints}
+        return sum(self._checkpoints[n].spec.nbytes for n, tier in tiers.items() if tier is not Tier.DISK)
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes read and written so far, of the stores that are open."""
+        stores = [*self._checkpoints.values(), *self._gradients.values()]
+        return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
+
+    def close(self) -> None:
+        """Free every store. Closing again does nothing."""
+        for stores in (self._checkpoints, self._gradients):
+            while stores:
+                stores.popitem()[1].close()
+
+    def _open(self, name: str, tier: Tier) -> Store:
+        node = self._program.nodes[name]
+        spec = StoreSpec(node.tensor.shape, node.tensor.dtype, self._axes(name))
+        planned = self._plan.stores.get(name)
+        return self._open_store(spec, tier, planned.tile if planned else node.size)
+
+    def _axes(self, name: str) -> Axes:
+        axes = self._program.nodes[name].axes
+        assert axes is not None
+        return axes

@@ -1,0 +1,62 @@
+"""Tiles of a phase along one spatial axis: where each lies, and what is computed alike for many.
+
+The axes are independent of each other: a tile is a pair of :class:`AxisStep`, and what is computed for it is
+a pair of :class:`AxisKind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streamcnn.geometry.regions import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class AxisStep:
+    """One tile's share along one spatial axis."""
+
+    own: Mapping[str, Interval]
+    """The part of each output that this tile alone is responsible for."""
+    needed: Mapping[str, Interval]
+    """The part of every node and input of the phase that this tile computes or reads."""
+    shape: int
+    """Which of the axis's shapes of tile it has: those of a shape need as many positions of each map, so that
+    libraries compile their code once for all of them."""
+    kind: int
+    """Which of the axis's kinds of tile it is, an index: those of a kind are computed alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisOperand:
+    """How an operator reads one of its map operands, in positions from the first that the tile has of it."""
+
+    part: Interval
+    """The positions that it reads."""
+    window: Interval
+    """The same with the padding before and after."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisOperator:
+    """How an operator runs on a tile."""
+
+    operands: Mapping[str, AxisOperand]
+    """By name, the map operands."""
+    result: Interval
+    """What it yields, in positions from the first that the tile needs of its value: where blocks do not
+    align, it is more or less than needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisKind:
+    """All that the computation of a tile depends on along one axis."""
+
+    extents: Mapping[str, int]
+    """Positions that the tile computes or reads of every node and input of the phase."""
+    own: Mapping[str, Interval]
+    """The tile's own part of each output, in positions from the first that it needs of it."""
+    operators: Mapping[str, AxisOperator]
+    starts: Mapping[str, int]
+    """The first position, in the whole map, that the tile needs of a map: only where an operator or a
+    reduction computes with positions, as dropout does."""
