@@ -29,7 +29,7 @@ class EveryOther:
         free = sorted(found.base.stored - search._whole, key=search.program.position)
         recomputed = frozenset(free[:: self.step])
         self.count += len(recomputed)
-        return search.solution(found.base, recomputed, frozenset(), reuses_heap=True)
+        return search.solution(found.base, recomputed, frozenset(), reuses_blocks=True)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.backends import CpuBackend
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import peak_points
-from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Staging, divide, gathered, recompute
@@ -27,7 +27,7 @@ from streamcnn.planning.staging import Staging, divide, gathered, recompute
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20
 CPU = NOMINAL["cpu"]
-OVERHEAD = BackendOverhead.host(1)
+BACKEND = CpuBackend.on(1)
 SLOW_DISK = HardwareProfile(
     source="a slow disk",
     dense_flops=CPU.dense_flops,
@@ -86,7 +86,7 @@ def traced_net(name: str) -> tuple[Program, frozenset[str]]:
 def searching(name: str, budget: int | None, hardware: HardwareProfile) -> Search:
     program, wanted = traced_net(name)
     return Search(
-        TilingCandidates(program, wanted, hardware, None, OVERHEAD), budget, (OffloadTier(Tier.DISK),)
+        TilingCandidates(program, wanted, hardware, None, BACKEND), budget, (OffloadTier(Tier.DISK),)
     )
 
 
@@ -104,7 +104,7 @@ def stagings(program: Program) -> Iterator[Staging]:
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
     """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, OVERHEAD)
+    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, BACKEND)
     ways = [search.tilings.of(stage) for stage in staging.stages]
     table = search._table(staging)
     names = sorted(staging.stored)
@@ -117,13 +117,13 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
                 for name, traffic in tiling.moved.items():
                     moved[name] += traffic
             disk = sum(moved[name].seconds(search.tilings.hardware, stores[name].tier) for name in names)
-            for reuses_heap in (False,) if Tier.DISK in tiers else (True, False):
+            for reuses_blocks in (False,) if Tier.DISK in tiers else (True, False):
                 tiled = [tiling.tiled for tiling in chosen]
                 nbytes = max(
-                    m.nbytes for m in peak_points(tiled, global_bytes, stored, reuses_heap=reuses_heap)
+                    m.nbytes for m in peak_points(tiled, global_bytes, stored, reuses_blocks=reuses_blocks)
                 )
                 seconds = disk + sum(
-                    tiling.time.seconds + (0 if reuses_heap else tiling.time.fresh_seconds)
+                    tiling.time.seconds + (0 if reuses_blocks else tiling.time.fresh_seconds)
                     for tiling in chosen
                 )
                 yield nbytes, seconds

@@ -13,17 +13,17 @@ from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.backends import KeptBytes
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
 from streamcnn.planning.global_bytes import GlobalBytes, total_bytes
-from streamcnn.planning.memory_model import fresh_waste, is_differentiated
-from streamcnn.planning.overhead import KernelBytes
+from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.staging import Stage, Staging
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_FEWEST_HEAPS, _HEAP_TRIALS = 6, 96
+_FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
 """How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
 _NEVER = 2**62
 """Bytes of a candidate that a stage does not have."""
@@ -34,43 +34,48 @@ class CandidateScores:
     """Projected bytes and seconds of every candidate, given where maps are stored."""
 
     forward: Ints
-    """(stages, candidates): bytes of a forward step with all that is held beside it but compiled kernels."""
+    """(stages, candidates): bytes of a forward step with all that is held beside it but what is kept."""
     backward: Ints
     """The same of a backward step; 0 if there is none."""
     num_kernels: Ints
-    """(stages, candidates): kernels that the stage compiles in a forward pass."""
-    heap: Ints
-    """(stages, candidates): bytes of it in blocks that the C library may keep when they are freed."""
+    """(stages, candidates): different convolutions of the stage's forward pass."""
+    reusable: Ints
+    """(stages, candidates): bytes of it in blocks that may be kept for reuse when they are freed."""
     seconds: Floats
     """(stages, candidates): time of the stage, its inputs' stores included."""
     outputs: float
     """Seconds of what stages move however they are tiled."""
     tail: int
-    """Bytes of the resident tail with all that is held beside it but compiled kernels."""
+    """Bytes of the resident tail with all that is held beside it but what is kept."""
     opening: int
     """Bytes of the first read of images that are decoded whole; 0 if there are none."""
     levels: Ints
     """By stage."""
     global_bytes: GlobalBytes
 
-    def kernels(self, choice: Ints | None) -> KernelBytes:
-        """What is kept of kernels where stages take the candidates of ``choice``; that of none if None."""
+    def kept(self, choice: Ints | None) -> KeptBytes:
+        """What the backend keeps where stages take the candidates of ``choice``; that of none if None."""
         num_levels = len(self.global_bytes.num_kernels)
         if choice is None:
-            return self.global_bytes.kernels(np.zeros(num_levels, np.int64))
+            return self.global_bytes.kept(np.zeros(num_levels, np.int64))
         chosen = self.num_kernels[np.arange(len(choice)), choice]
-        return self.global_bytes.kernels(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
+        return self.global_bytes.kept(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
 
-    def peaks(self, kernels: KernelBytes) -> Ints:
+    def peaks(self, kept: KeptBytes) -> Ints:
         """(stages, candidates): bytes of the stage's worst step with all that is held beside it."""
-        forward = self.forward + kernels.forward_bytes[self.levels, None]
-        backward = self.backward + kernels.backward_bytes[self.levels, None]
+        forward = self.forward + kept.forward_bytes[self.levels, None]
+        backward = self.backward + kept.backward_bytes[self.levels, None]
         peaks: Ints = np.maximum(forward, np.where(self.backward > 0, backward, 0))
         return peaks
 
-    def tail_peak(self, kernels: KernelBytes) -> int:
+    def lost(self, steps: int) -> int:
+        """Bytes lost to holes where steps hold so many in reusable blocks and freed ones are kept."""
+        tail = self.global_bytes.tail_step.reusable
+        return self.global_bytes.backend.keeping.of_pass(steps, tail, len(self.levels))
+
+    def tail_peak(self, kept: KeptBytes) -> int:
         """Bytes of the resident tail with all that is held beside it."""
-        return self.tail + int(kernels.backward_bytes[self.global_bytes.last])
+        return self.tail + int(kept.backward_bytes[self.global_bytes.last])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,10 +85,10 @@ class StageRow:
     tilings: tuple[TilingCandidate, ...]
     forward: Ints
     backward: Ints
-    heap: Ints
+    reusable: Ints
     num_kernels: Ints
     seconds: Mapping[bool, Floats]
-    """By whether the C library reuses freed blocks."""
+    """By whether freed blocks are kept for reuse."""
     inputs: tuple[str, ...]
     """Stored inputs; what follows are arrays (inputs, candidates)."""
     read: Ints
@@ -104,7 +109,7 @@ class StageRow:
             tilings=found,
             forward=np.array([tiling.forward for tiling in found], np.int64),
             backward=np.array([tiling.backward for tiling in found], np.int64),
-            heap=np.array([tiling.heap for tiling in found], np.int64),
+            reusable=np.array([tiling.reusable for tiling in found], np.int64),
             num_kernels=np.array([tiling.tiled.num_kernels for tiling in found], np.int64),
             seconds={
                 True: np.array([time.seconds for time in times]),
@@ -126,7 +131,7 @@ class CandidateTable:
     rows: tuple[StageRow, ...]
     forward: Ints
     backward: Ints
-    heap: Ints
+    reusable: Ints
     num_kernels: Ints
     seconds: Mapping[bool, Floats]
     inputs: tuple[str, ...]
@@ -135,7 +140,7 @@ class CandidateTable:
     """Which stage reads it."""
     read: Ints
     written: Ints
-    heaps: tuple[int, ...]
+    limits: tuple[int, ...]
     """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
     lives: Mapping[str, tuple[int, bool]]
     """For each stored map the level of its last reader, and whether the backward pass needs it."""
@@ -144,15 +149,15 @@ class CandidateTable:
     def of(cls, program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> CandidateTable:
         """The table of a staging with the rows of its stages."""
         width = max((len(row.tilings) for row in rows), default=1)
-        heap = _padded([row.heap for row in rows], width, 0)
+        reusable = _padded([row.reusable for row in rows], width, 0)
         return cls(
             staging=staging,
             rows=rows,
             forward=_padded([row.forward for row in rows], width, _NEVER),
             backward=_padded([row.backward for row in rows], width, 0),
-            heap=heap,
+            reusable=reusable,
             num_kernels=_padded([row.num_kernels for row in rows], width, 0),
-            heaps=_spread(np.unique(heap), len(rows)),
+            limits=_spread(np.unique(reusable), len(rows)),
             seconds={
                 reuse: _padded([row.seconds[reuse] for row in rows], width, np.inf) for reuse in (False, True)
             },
@@ -193,7 +198,7 @@ class CandidateTable:
         global_bytes: GlobalBytes,
         hardware: HardwareProfile,
         *,
-        reuses_heap: bool,
+        reuses_blocks: bool,
     ) -> CandidateScores:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
@@ -202,9 +207,10 @@ class CandidateTable:
         after = stored.backward_bytes[levels] + global_bytes.backward_bytes[levels]
         tail = global_bytes.tail_step.nbytes
         forward, backward = self.forward, self.backward
-        if not reuses_heap:
-            forward, backward = forward + fresh_waste(forward), backward + fresh_waste(backward)
-            tail += fresh_waste(tail)
+        if not reuses_blocks:
+            lost = global_bytes.backend.returning.of_step
+            forward, backward = forward + lost(forward), backward + lost(backward)
+            tail += lost(tail)
         outputs = (
             moved.seconds(hardware, stores[name].tier)
             for row in self.rows
@@ -214,8 +220,8 @@ class CandidateTable:
             forward=before[:, None] + forward,
             backward=np.where(backward > 0, after[:, None] + backward, 0),
             num_kernels=self.num_kernels,
-            heap=self.heap,
-            seconds=self.seconds[reuses_heap] + self._input_seconds(stores, hardware),
+            reusable=self.reusable,
+            seconds=self.seconds[reuses_blocks] + self._input_seconds(stores, hardware),
             outputs=sum(outputs),
             tail=tail + total_bytes(stored.tail(global_bytes.last), global_bytes.tail()),
             opening=total_bytes(global_bytes.opening()) if global_bytes.reading.opening else 0,
@@ -235,7 +241,7 @@ class CandidateTable:
 
 def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
     """Ascending values, or as many of them as are tried, the first and the last among them."""
-    count = min(len(values), max(_FEWEST_HEAPS, _HEAP_TRIALS // max(num_stages, 1)))
+    count = min(len(values), max(_FEWEST_LIMITS, _LIMIT_TRIALS // max(num_stages, 1)))
     places = np.linspace(0, len(values) - 1, count).astype(np.int64)
     return tuple(values[places].tolist()) or (0,)
 

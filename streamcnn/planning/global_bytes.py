@@ -17,15 +17,12 @@ from streamcnn.graph.costs import CallBytes, Operation, Routine, cost_of, is_vie
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
-from streamcnn.planning.overhead import BackendOverhead, KernelBytes, num_products, num_sizes
+from streamcnn.planning.backends import Backend, KeptBytes
+from streamcnn.planning.routines import num_sizes
 from streamcnn.planning.staging import Staging
 
-RUNTIME_BYTES = 3 * 2**23
-"""Threads' buffers, the interpreter's own growth and library code that runs for the first time."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
-REUSABLE_BYTES = 2**25
-"""Blocks from this size on always go back to the operating system when they are freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +32,8 @@ class Step:
     terms: tuple[MemoryTerm, ...]
     operator: str
     """The operator at which most is held."""
-    heap: int
-    """Bytes in blocks that the C library may keep when they are freed."""
+    reusable: int
+    """Bytes in blocks that may be kept for reuse when they are freed."""
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +47,7 @@ def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
 
 
 def resident_step(
-    program: Program, names: Iterable[str], overhead: BackendOverhead, differentiated: Collection[str]
+    program: Program, names: Iterable[str], backend: Backend, differentiated: Collection[str]
 ) -> Step:
     """Operators run one after another on whole values, then differentiated in reverse.
 
@@ -59,15 +56,15 @@ def resident_step(
     parameters.
     """
     training = bool(differentiated)
-    values = _Values(program, tuple(names), differentiated, fuses_attention=not overhead.kernel_bytes)
+    values = _Values(program, tuple(names), differentiated, backend)
     arriving = values.state_bytes(differentiated)
     gradients = sum(arriving.values())
-    saved = most = before = arrived = flow = workspace = heap = 0
+    saved = most = before = arrived = flow = workspace = reusable = 0
     place = ""
     for name in values.names:
         kept = values.saved(name)
         saved += kept
-        heap += kept if kept < REUSABLE_BYTES else 0
+        reusable += kept if kept < backend.reusable_bytes else 0
         around, copies = values.around(name), values.workspace(name)
         if saved + gradients + around + copies > most:
             most, place = saved + gradients + around + copies, name
@@ -79,29 +76,24 @@ def resident_step(
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
-        *overhead.terms(
+        *backend.step_terms(
             (2 if training else 1) * num_sizes(program, values.names, Routine.CONVOLUTION),
-            num_products(program, values.names),
+            num_sizes(program, values.names, Routine.MATRIX_PRODUCT),
         ),
     )
-    return Step(terms, place, heap)
+    return Step(terms, place, reusable)
 
 
 class _Values:
     """What the operators of a step hold: views and parts of a tuple are no memory of their own."""
 
     def __init__(
-        self,
-        program: Program,
-        names: Sequence[str],
-        differentiated: Collection[str],
-        *,
-        fuses_attention: bool,
+        self, program: Program, names: Sequence[str], differentiated: Collection[str], backend: Backend
     ) -> None:
         self.program = program
         self.names = names
         self.differentiated = differentiated
-        self.fuses_attention = fuses_attention
+        self.backend = backend
         inside = set(names)
         self.kept: set[str] = set()
         for name in names if differentiated else ():
@@ -136,16 +128,16 @@ class _Values:
         return sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
 
     def _call(self, node: Node) -> Operation:
-        return Operation.of(self.program, node, self.differentiated, fuses_attention=self.fuses_attention)
+        return Operation.of(
+            self.program, node, self.differentiated, fuses_attention=self.backend.fuses_attention
+        )
 
     def workspace(self, name: str) -> int:
         """Bytes that an operator takes besides, for parameters and for their gradients."""
         node, nodes = self.program.nodes[name], self.program.nodes
-        workspace = cost_of(node.target).workspace
-        if workspace is None:
-            return 0
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
-        return workspace(CallBytes(self._operands(node), node.nbytes, 2 * weights))
+        nbytes = CallBytes(self._operands(node), node.nbytes, 2 * weights)
+        return self.backend.workspace(cost_of(node.target), nbytes)
 
     def state_bytes(self, differentiated: Collection[str]) -> dict[str, int]:
         """Bytes of the parameters by the last operator that reads them, which first gives them a gradient."""
@@ -183,17 +175,15 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
 class GlobalBytes:
     """Bytes of global values, parameters' gradients and decoded images at every moment of a pass."""
 
-    _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
-
     def __init__(
         self,
         program: Program,
         staging: Staging,
         differentiated: Collection[str],
-        overhead: BackendOverhead,
+        backend: Backend,
         reading: BatchCost = NO_READING,
     ) -> None:
-        self.overhead = overhead
+        self.backend = backend
         self.reading = reading
         nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
@@ -207,7 +197,7 @@ class GlobalBytes:
         self.last = last
         """The level of the resident tail."""
         self.num_kernels = np.zeros(num_levels, np.int64)
-        """By level: the kernels that its global values compile in a forward pass."""
+        """By level: different convolutions among its global values."""
         self._gathered = {
             staging.levels[node.name]
             for node in nodes.values()
@@ -224,16 +214,12 @@ class GlobalBytes:
         self.forward_bytes = np.array([total_bytes(self.forward(level)) for level in range(num_levels)])
         """By level: the sum of what :meth:`forward` names; likewise the next."""
         self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
-        self.tail_step = resident_step(program, segments.get(last, ()), overhead, differentiated)
+        self.tail_step = resident_step(program, segments.get(last, ()), backend, differentiated)
         """What the resident tail takes beyond the global values before it."""
 
-    def kernels(self, num_kernels: NDArray[np.int64]) -> KernelBytes:
-        """What is kept of kernels where phases compile so many by level, those of global values included."""
-        return KernelBytes(
-            self.overhead.kernel_bytes,
-            self.num_kernels + num_kernels,
-            training=bool(self.differentiated),
-        )
+    def kept(self, num_kernels: NDArray[np.int64]) -> KeptBytes:
+        """What the backend keeps where phases have so many different convolutions by level."""
+        return self.backend.kept(self.num_kernels + num_kernels, training=bool(self.differentiated))
 
     def forward(self, level: int) -> tuple[MemoryTerm, ...]:
         """While the phase of ``level`` runs forward."""
@@ -263,7 +249,10 @@ class GlobalBytes:
 
     def _always(self) -> tuple[MemoryTerm, ...]:
         """At every moment."""
-        return (self._runtime, *_if_any(HELD, self.reading.held))
+        return (
+            MemoryTerm("reserved for the run time", self.backend.runtime_bytes),
+            *_if_any(HELD, self.reading.held),
+        )
 
     def _whole(self, level: int) -> tuple[MemoryTerm, ...]:
         """For the image as a whole, where an operator on whole maps reads it at ``level``."""
