@@ -15,10 +15,10 @@ import streamcnn
 from streamcnn import StreamingModel
 from streamcnn.graph.costs import CallBytes, Cost
 from streamcnn.plan.hardware import NOMINAL
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import MemoryTerm, Tier
-from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend, Fragmentation, KeptBytes
-from streamcnn.planning.backends.base import Ints
+from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend, Fragmentation
 from streamcnn.planning.spec import Machine, OffloadTier
 from streamcnn.runtime.machines import backend_of, cuda_card
 
@@ -95,8 +95,10 @@ class Abacus(Backend):
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
         return (MemoryTerm("rods", 10**6 * num_kernels),)
 
-    def kept(self, num_kernels: Ints, *, training: bool) -> KeptBytes:
-        return KeptBytes("beads", num_kernels.cumsum(), num_kernels.cumsum())
+    def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
+        beads, strings = num_kernels.cumsum(), 10 * num_kernels.cumsum()
+        held = LevelBytes.of(len(beads), ("beads", beads), ("strings", strings))
+        return HeldBytes(held, held, held)
 
 
 def test_planning_takes_any_backend() -> None:
@@ -104,7 +106,7 @@ def test_planning_takes_any_backend() -> None:
     terms = terms_of(plan)
     assert terms["reserved for the run time"] == 1000
     assert terms["lost beads"] == 11
-    assert terms["beads"] > 0
+    assert terms["strings"] == 10 * terms["beads"] > 0
     assert terms["rods"] % 10**6 == 0
     assert OF_ANY_LIBRARY.search(plan.explain()) is None
 

@@ -129,13 +129,13 @@ def test_kernels_are_kept_for_every_shape_of_tile() -> None:
 def test_no_more_kernels_are_kept_than_the_library_caches() -> None:
     backend = CpuBackend(kernel_bytes=1, code_bytes=0, matrix_bytes=0)
     few, many = np.array([0, 10, 60, 0, 30]), np.array([0, 10, 600, 0, 300])
-    assert backend.kept(few, training=True).forward_bytes.tolist() == [0, 10, 70, 70, 100]
+    assert backend.kept(few, training=True).forward.total.tolist() == [0, 10, 70, 70, 100]
     # All of the forward pass, and two more for each of the levels that have been differentiated.
-    assert backend.kept(few, training=True).backward_bytes.tolist() == [300, 300, 280, 160, 160]
-    assert backend.kept(few, training=False).backward_bytes.tolist() == 5 * [100]
+    assert backend.kept(few, training=True).backward.total.tolist() == [300, 300, 280, 160, 160]
+    assert backend.kept(few, training=False).backward.total.tolist() == 5 * [100]
     kept = backend.kept(many, training=True)
-    assert kept.forward(4) == (MemoryTerm("compiled kernels", 910),)
-    assert kept.backward(4) == (MemoryTerm("compiled kernels", CACHED_KERNELS),)
+    assert kept.forward.at(4) == (MemoryTerm("compiled kernels", 910),)
+    assert kept.backward.at(4) == (MemoryTerm("compiled kernels", CACHED_KERNELS),)
 
 
 def test_what_the_allocator_loses() -> None:
@@ -201,11 +201,11 @@ def test_stored_maps_live_until_their_last_reader() -> None:
         "d": StorePlan(Tier.HOST, Tier.HOST, 1000, kept=True, last_reader=5, tile=(1, 1)),
     }
     stored = StoredBytes(stores, levels)
-    assert stored.forward_bytes.tolist() == [0, 1, 11, 11, 1, 1]
+    assert stored.held.forward.total.tolist() == [0, 1, 11, 11, 1, 1]
     # The map, and its gradient map while phases up to its last reader are differentiated.
-    assert stored.backward_bytes.tolist() == [0, 2, 2, 2, 1, 1]
+    assert stored.held.backward.total.tolist() == [0, 2, 2, 2, 1, 1]
     assert stored.most == 11
-    assert StoredBytes(stores, levels, Tier.DISK).backward_bytes.tolist() == [0, 0, 0, 200, 200, 100]
+    assert StoredBytes(stores, levels, Tier.DISK).held.backward.total.tolist() == [0, 0, 0, 200, 200, 100]
     assert StoredBytes(stores, levels, Tier.HOST).most == 2000
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
+from streamcnn.plan.reading import NO_READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.backends import CpuBackend
@@ -131,6 +132,30 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
 
 def found_by(search: Search) -> Solution:
     return search.improved(search.best([divide(search.program)]))
+
+
+DECODED = BatchCost((ReadingCost((SHAPE[2], SHAPE[3]), held=10**6, opening=3 * 10**7, pixel=12),))
+"""Images that are decoded whole, which takes more than anything after it."""
+
+
+@pytest.mark.parametrize("budget", [None, 10**9, 8 * 10**7, 10**6])
+@pytest.mark.parametrize("reading", [NO_READING, DECODED], ids=["in memory", "decoded"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_search_weighs_what_the_terms_of_the_worst_point_add_up_to(
+    name: str, reading: BatchCost, budget: int | None
+) -> None:
+    program, wanted = traced_net(name)
+    tilings = TilingCandidates(program, wanted, CPU, None, BACKEND, reading=reading)
+    search = Search(tilings, budget, (OffloadTier(Tier.DISK),))
+    found = found_by(search)
+    points = peak_points(
+        [tiling.tiled for tiling in found.tilings],
+        search.global_bytes(found.staging),
+        StoredBytes(found.stores, found.staging.levels),
+        reuses_blocks=found.reuses_blocks,
+    )
+    assert max(point.nbytes for point in points) == found.nbytes
+    assert (points[0].name == "the first read") == bool(reading.opening)
 
 
 @pytest.mark.parametrize("hardware", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])

@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 
 from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.hardware import HardwareProfile
+from streamcnn.plan.level_bytes import HeldBytes, Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.planning.backends import KeptBytes
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
-from streamcnn.planning.global_bytes import GlobalBytes, total_bytes
-from streamcnn.planning.memory_model import is_differentiated
+from streamcnn.planning.global_bytes import GlobalBytes
+from streamcnn.planning.memory_model import PassBytes, is_differentiated
 from streamcnn.planning.staging import Stage, Staging
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
@@ -34,9 +33,9 @@ class CandidateScores:
     """Projected bytes and seconds of every candidate, given where maps are stored."""
 
     forward: Ints
-    """(stages, candidates): bytes of a forward step with all that is held beside it but what is kept."""
+    """(stages, candidates): bytes of a forward step."""
     backward: Ints
-    """The same of a backward step; 0 if there is none."""
+    """(stages, candidates): bytes of a backward step; 0 if there is none."""
     num_kernels: Ints
     """(stages, candidates): different convolutions of the stage's forward pass."""
     reusable: Ints
@@ -45,37 +44,49 @@ class CandidateScores:
     """(stages, candidates): time of the stage, its inputs' stores included."""
     outputs: float
     """Seconds of what stages move however they are tiled."""
-    tail: int
-    """Bytes of the resident tail with all that is held beside it but what is kept."""
-    opening: int
-    """Bytes of the first read of images that are decoded whole; 0 if there are none."""
     levels: Ints
     """By stage."""
     global_bytes: GlobalBytes
+    held: HeldBytes
+    """What is held beside steps but for what the backend keeps."""
+    reuses_blocks: bool
+    """Whether freed blocks are kept for reuse."""
 
-    def kept(self, choice: Ints | None) -> KeptBytes:
-        """What the backend keeps where stages take the candidates of ``choice``; that of none if None."""
-        num_levels = len(self.global_bytes.num_kernels)
-        if choice is None:
-            return self.global_bytes.kept(np.zeros(num_levels, np.int64))
-        chosen = self.num_kernels[np.arange(len(choice)), choice]
-        return self.global_bytes.kept(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
+    def pass_bytes(self, choice: Ints | None, reusable: int) -> PassBytes:
+        """What a pass takes where stages take the candidates of ``choice``, at first of none.
 
-    def peaks(self, kept: KeptBytes) -> Ints:
-        """(stages, candidates): bytes of the stage's worst step with all that is held beside it."""
-        forward = self.forward + kept.forward_bytes[self.levels, None]
-        backward = self.backward + kept.backward_bytes[self.levels, None]
+        Parameters
+        ----------
+        reusable
+            The most bytes of a step in blocks that may be kept for reuse.
+        """
+        num_kernels = np.zeros_like(self.global_bytes.num_kernels)
+        if choice is not None:
+            chosen = self.num_kernels[np.arange(len(choice)), choice]
+            num_kernels = np.bincount(self.levels, chosen, len(num_kernels)).astype(np.int64)
+        return PassBytes.of(
+            self.global_bytes,
+            self.held,
+            num_kernels,
+            len(self.levels),
+            reusable if self.reuses_blocks else None,
+        )
+
+    def peaks(self, found: PassBytes) -> Ints:
+        """(stages, candidates): bytes at the worse peak point of the stage."""
+        levels = self.levels[:, None]
+        forward = found.at(found.held.forward, levels, self.forward)
+        backward = found.at(found.held.backward, levels, self.backward)
         peaks: Ints = np.maximum(forward, np.where(self.backward > 0, backward, 0))
         return peaks
 
-    def lost(self, steps: int) -> int:
-        """Bytes lost to holes where steps hold so many in reusable blocks and freed ones are kept."""
-        tail = self.global_bytes.tail_step.reusable
-        return self.global_bytes.backend.keeping.of_pass(steps, tail, len(self.levels))
-
-    def tail_peak(self, kept: KeptBytes) -> int:
-        """Bytes of the resident tail with all that is held beside it."""
-        return self.tail + int(kept.backward_bytes[self.global_bytes.last])
+    def other_peak(self, found: PassBytes) -> int:
+        """Bytes at the worst peak point of those that belong to no stage."""
+        whole = self.global_bytes
+        points = [(found.held.tail, whole.last, whole.tail_step.nbytes)]
+        if whole.reading.opening:
+            points.append((whole.opening, 0, 0))
+        return max(int(found.at(*point)) for point in points)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,30 +214,22 @@ class CandidateTable:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
         levels = np.array([stage.level for stage in self.staging.stages], np.int64)
-        before = stored.forward_bytes[levels] + global_bytes.forward_bytes[levels]
-        after = stored.backward_bytes[levels] + global_bytes.backward_bytes[levels]
-        tail = global_bytes.tail_step.nbytes
-        forward, backward = self.forward, self.backward
-        if not reuses_blocks:
-            lost = global_bytes.backend.returning.of_step
-            forward, backward = forward + lost(forward), backward + lost(backward)
-            tail += lost(tail)
         outputs = (
             moved.seconds(hardware, stores[name].tier)
             for row in self.rows
             for name, moved in row.outputs.items()
         )
         return CandidateScores(
-            forward=before[:, None] + forward,
-            backward=np.where(backward > 0, after[:, None] + backward, 0),
+            forward=self.forward,
+            backward=self.backward,
             num_kernels=self.num_kernels,
             reusable=self.reusable,
             seconds=self.seconds[reuses_blocks] + self._input_seconds(stores, hardware),
             outputs=sum(outputs),
-            tail=tail + total_bytes(stored.tail(global_bytes.last), global_bytes.tail()),
-            opening=total_bytes(global_bytes.opening()) if global_bytes.reading.opening else 0,
             levels=levels,
             global_bytes=global_bytes,
+            held=global_bytes.held + stored.held,
+            reuses_blocks=reuses_blocks,
         )
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], hardware: HardwareProfile) -> Floats:

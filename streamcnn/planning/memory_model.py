@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
 from streamcnn.graph.costs import CallBytes, cost_of
 from streamcnn.graph.program import Kind
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.backends import Backend
+from streamcnn.planning.backends.base import Bytes
 from streamcnn.planning.global_bytes import GlobalBytes, Step, total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TiledStage
 
+NO_STEP = Step((), "", 0)
+"""Where no operator runs."""
 REDUCTION_COPIES = 2
 """Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
 
@@ -42,6 +45,57 @@ class PeakPoint:
         return total_bytes(self.terms)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PassBytes:
+    """Projected bytes at any point of a pass: in numbers for the search, and with their terms for the plan.
+
+    Either is what is held beside a step at its level, the step itself, and what the allocator loses.
+    """
+
+    backend: Backend
+    held: HeldBytes
+    holes: int | None
+    """What is lost at every point where freed blocks are kept for reuse; None where they are given back."""
+
+    @classmethod
+    def of(
+        cls,
+        global_bytes: GlobalBytes,
+        others: HeldBytes,
+        num_kernels: Ints,
+        num_stages: int,
+        reusable: int | None,
+    ) -> PassBytes:
+        """A pass in so many stages.
+
+        Parameters
+        ----------
+        others
+            What is held beside steps but for what the backend keeps.
+        num_kernels
+            By level: different convolutions of its phase.
+        reusable
+            The most bytes of a step in blocks that are kept for reuse; None where they are given back.
+        """
+        backend, tail = global_bytes.backend, global_bytes.tail_step.reusable
+        holes = None if reusable is None else backend.keeping.of_pass(reusable, tail, num_stages)
+        return cls(backend, global_bytes.kept(num_kernels) + others, holes)
+
+    def lost(self, nbytes: Bytes) -> Bytes | int:
+        """What the allocator loses while a step of ``nbytes`` runs."""
+        return self.backend.returning.of_step(nbytes) if self.holes is None else self.holes
+
+    def at(self, held: LevelBytes, levels: Ints | int, steps: Bytes) -> Ints:
+        """The sums at points of ``levels`` with steps of so many bytes; broadcast against each other."""
+        sums: Ints = held.total[levels] + steps + self.lost(steps)
+        return sums
+
+    def point(self, name: str, held: LevelBytes, level: int, step: Step) -> PeakPoint:
+        """One point with its terms, whose sum is :meth:`at`."""
+        waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
+        return PeakPoint(name, step.operator, (*held.at(level), *step.terms, waste))
+
+
 def peak_points(
     tiled: Sequence[TiledStage], global_bytes: GlobalBytes, stored: StoredBytes, *, reuses_blocks: bool
 ) -> list[PeakPoint]:
@@ -59,49 +113,30 @@ def peak_points(
         )
         for stage in tiled
     ]
-    backend = global_bytes.backend
-    reusable = max((step.reusable for pair in pairs for step in pair if step is not None), default=0)
-    holes = backend.keeping.of_pass(reusable, global_bytes.tail_step.reusable, len(tiled))
     num_kernels = np.zeros_like(global_bytes.num_kernels)
     for stage in tiled:
         num_kernels[stage.stage.level] += stage.num_kernels
-    kept = global_bytes.kept(num_kernels)
-    found: list[PeakPoint] = []
-
-    def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
-        lost = holes if reuses_blocks else backend.returning.of_step(step.nbytes)
-        waste = MemoryTerm(backend.fragmentation, lost)
-        found.append(PeakPoint(name, step.operator, (*chain(*held), *step.terms, waste)))
-
+    reusable = max((step.reusable for pair in pairs for step in pair if step is not None), default=0)
+    found = PassBytes.of(
+        global_bytes,
+        global_bytes.held + stored.held,
+        num_kernels,
+        len(tiled),
+        reusable if reuses_blocks else None,
+    )
+    held = found.held
+    points = []
     if global_bytes.reading.opening:
-        add("the first read", Step((), "", 0), global_bytes.opening())
+        points.append(found.point("the first read", global_bytes.opening, 0, NO_STEP))
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
-        add(
-            f"phase {level}, forward",
-            step,
-            kept.forward(level),
-            global_bytes.forward(level),
-            stored.forward(level),
-        )
-    add(
-        "the resident tail",
-        global_bytes.tail_step,
-        kept.backward(global_bytes.last),
-        global_bytes.tail(),
-        stored.tail(global_bytes.last),
-    )
+        points.append(found.point(f"phase {level}, forward", held.forward, level, step))
+    points.append(found.point("the resident tail", held.tail, global_bytes.last, global_bytes.tail_step))
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
-            add(
-                f"phase {level}, backward",
-                after,
-                kept.backward(level),
-                global_bytes.backward(level),
-                stored.backward(level),
-            )
-    return found
+            points.append(found.point(f"phase {level}, backward", held.backward, level, after))
+    return points
 
 
 def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:

@@ -125,7 +125,6 @@ class _Attempt:
             ),
             key=lambda point: point.nbytes,
         )
-        assert worst.nbytes == solution.nbytes, (worst, solution.nbytes)
         everything, training = whole.search.tilings, bool(spec.leaves)
         resident = resident_time(
             everything.program, everything.differentiated, machine.hardware, machine.backend

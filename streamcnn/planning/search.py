@@ -18,8 +18,9 @@ from itertools import combinations, product
 
 import numpy as np
 
+from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
-from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, Ints, StageRow
+from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.spec import OffloadTier
@@ -206,8 +207,7 @@ class Search:
         stores = table.stores(self._tiers(staging, offloaded))
         scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_blocks=reuses_blocks)
         choices = (
-            _choose(scores, limit, self.budget, reuses_blocks=reuses_blocks)
-            for limit in (table.limits if reuses_blocks else (_ANY,))
+            _choose(scores, limit, self.budget) for limit in (table.limits if reuses_blocks else (_ANY,))
         )
         choice = min(choices, key=lambda choice: choice.rank)
         return Solution(
@@ -286,7 +286,7 @@ class _Choice:
         return not self.fits, self.seconds if self.fits else self.nbytes
 
 
-def _choose(scores: CandidateScores, limit: int, budget: int | None, *, reuses_blocks: bool) -> _Choice:
+def _choose(scores: CandidateScores, limit: int, budget: int | None) -> _Choice:
     """For each stage the fastest candidate that fits, where steps hold no more than ``limit`` reusable bytes.
 
     If not all fit, what takes less is looked for until nothing is found.
@@ -295,7 +295,7 @@ def _choose(scores: CandidateScores, limit: int, budget: int | None, *, reuses_b
     room = allowed
     best: _Choice | None = None
     for _ in range(CHOICE_ROUNDS):
-        choice = _choose_once(scores, limit, room, reuses_blocks=reuses_blocks)
+        choice = _choose_once(scores, limit, room)
         if best is not None and choice.nbytes >= best.nbytes:
             break
         best = choice
@@ -306,21 +306,18 @@ def _choose(scores: CandidateScores, limit: int, budget: int | None, *, reuses_b
     return replace(best, fits=best.nbytes <= allowed)
 
 
-def _choose_once(scores: CandidateScores, limit: int, allowed: float, *, reuses_blocks: bool) -> _Choice:
+def _choose_once(scores: CandidateScores, limit: int, allowed: float) -> _Choice:
     """For each stage the fastest candidate that fits; what the backend keeps depends on all of them."""
-    room = allowed - (scores.lost(limit) if reuses_blocks else 0)
-    kept, choice = scores.kept(None), None
+    found, choice = scores.pass_bytes(None, limit), None
     for _ in range(KEPT_ROUNDS):
-        before, choice = choice, _fastest(scores, scores.peaks(kept), limit, room)
+        before, choice = choice, _fastest(scores, scores.peaks(found), limit, allowed)
         if before is not None and np.array_equal(before, choice):
             break
-        kept = scores.kept(choice)
+        found = scores.pass_bytes(choice, limit)
     assert choice is not None
     rows = np.arange(len(choice))
-    phases = int(scores.peaks(kept)[rows, choice].max(initial=0))
-    nbytes = max(phases, scores.tail_peak(kept), scores.opening)
-    if reuses_blocks:
-        nbytes += scores.lost(int(scores.reusable[rows, choice].max(initial=0)))
+    found = scores.pass_bytes(choice, int(scores.reusable[rows, choice].max(initial=0)))
+    nbytes = max(int(scores.peaks(found)[rows, choice].max(initial=0)), scores.other_peak(found))
     return _Choice(
         indices=tuple(choice.tolist()),
         seconds=float(scores.seconds[rows, choice].sum()) + scores.outputs,

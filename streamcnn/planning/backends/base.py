@@ -10,13 +10,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from streamcnn.graph.costs import CallBytes, Cost
+from streamcnn.plan.level_bytes import HeldBytes, Ints
 from streamcnn.plan.storage import MemoryTerm
 
-Ints = NDArray[np.int64]
 Bytes = TypeVar("Bytes", int, Ints)
 
 
@@ -41,29 +38,6 @@ class Fragmentation:
         """What is lost at any moment, where steps and the tail hold so many bytes in reusable blocks."""
         largest = max(int(self.held * steps), tail) if self.held else 0
         return self.fixed + self.per_stage * num_stages + largest
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptBytes:
-    """Bytes that libraries keep at every moment of a pass, by level."""
-
-    name: str
-    """Of the plan's term; empty where nothing is ever kept, which needs none."""
-    forward_bytes: Ints
-    """While the phase of each level runs forward."""
-    backward_bytes: Ints
-    """While it runs backward, or its global values are differentiated."""
-
-    def forward(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the phase of ``level`` runs forward."""
-        return self._term(self.forward_bytes, level)
-
-    def backward(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the phase of ``level`` runs backward."""
-        return self._term(self.backward_bytes, level)
-
-    def _term(self, by_level: Ints, level: int) -> tuple[MemoryTerm, ...]:
-        return (MemoryTerm(self.name, int(by_level[level])),) if self.name else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +69,7 @@ class Backend(ABC):
         """What a step takes that compiles so many kernels and has matrix products of so many sizes."""
 
     @abstractmethod
-    def kept(self, num_kernels: Ints, *, training: bool) -> KeptBytes:
+    def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
         """What is kept at every moment of a pass.
 
         Parameters

@@ -7,8 +7,9 @@ from typing import Self
 
 import numpy as np
 
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.storage import MemoryTerm
-from streamcnn.planning.backends.base import Backend, Fragmentation, Ints, KeptBytes
+from streamcnn.planning.backends.base import Backend, Fragmentation
 
 CACHED_KERNELS = 1024
 """Kernels that oneDNN keeps, if ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` does not say otherwise."""
@@ -65,12 +66,14 @@ class CpuBackend(Backend):
             MemoryTerm("buffers of matrix products", num_products * self.matrix_bytes),
         )
 
-    def kept(self, num_kernels: Ints, *, training: bool) -> KeptBytes:
+    def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
         """Kernels: the backward pass compiles two for each, for the gradients of operand and of weights."""
         so_far = num_kernels.cumsum()
         differentiated = so_far[-1] - so_far + num_kernels if training else 0 * num_kernels
-        return KeptBytes(
-            "compiled kernels",
-            self.kernel_bytes * np.minimum(so_far, CACHED_KERNELS),
-            self.kernel_bytes * np.minimum(so_far[-1] + 2 * differentiated, CACHED_KERNELS),
-        )
+
+        def kept(compiled: Ints) -> LevelBytes:
+            nbytes = self.kernel_bytes * np.minimum(compiled, CACHED_KERNELS)
+            return LevelBytes.of(len(nbytes), ("compiled kernels", nbytes))
+
+        backward = kept(so_far[-1] + 2 * differentiated)
+        return HeldBytes(kept(so_far), tail=backward, backward=backward)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.storage import MemoryTerm
-from streamcnn.planning.backends.base import Backend, Fragmentation, Ints, KeptBytes
+from streamcnn.planning.backends.base import Backend, Fragmentation
 
 KEEPING = Fragmentation(fixed=3 * 2**24, per_stage=5 * 2**18, held=1.25)
 """The caching allocator keeps freed blocks, rounds sizes up and splits blocks that are too large."""
@@ -38,6 +39,7 @@ class CudaBackend(Backend):
         """Nothing that comes and goes with a step."""
         return ()
 
-    def kept(self, num_kernels: Ints, *, training: bool) -> KeptBytes:
+    def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
         """Nothing: kernels are reserved for."""
-        return KeptBytes("", 0 * num_kernels, 0 * num_kernels)
+        nothing = LevelBytes.of(len(num_kernels))
+        return HeldBytes(nothing, nothing, nothing)
