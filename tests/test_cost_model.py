@@ -14,6 +14,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
+from streamcnn.planning.backends import CpuBackend
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     Traffic,
@@ -71,11 +72,11 @@ def test_the_time_of_a_stage() -> None:
     once = (
         2 * (3 * 8 * 9) * 2 * PIXELS / HARDWARE.dense_flops + works["conv2d"].nbytes / HARDWARE.memory_bytes
     )
-    forward = stage_time(tiled, works, HARDWARE, backward=False)
+    forward = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=False)
     assert forward.seconds == pytest.approx(once + 6 * HARDWARE.operator_seconds)
     assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / HARDWARE.fresh_bytes)
     # Its result is stored, so the backward pass only differentiates it.
-    both = stage_time(tiled, works, HARDWARE, backward=True)
+    both = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=True)
     assert both.seconds == pytest.approx((1 + BACKWARD_WORK) * forward.seconds)
     assert both.flops == (1 + BACKWARD_WORK) * works["conv2d"].flops
 
@@ -126,7 +127,7 @@ def test_plain_pytorch_takes_new_memory_for_large_blocks_alone() -> None:
     works = {"conv": dataclasses.replace(all_works(program_of_net())["conv2d"], made=2**25)}
     small = {"conv": dataclasses.replace(works["conv"], made=2**25 - 1)}
     more = (
-        plain_time(works, HARDWARE, backward=False).seconds
-        - plain_time(small, HARDWARE, backward=False).seconds
+        plain_time(works, HARDWARE, CpuBackend.on(1), backward=False).seconds
+        - plain_time(small, HARDWARE, CpuBackend.on(1), backward=False).seconds
     )
     assert more == pytest.approx(2**25 / HARDWARE.fresh_bytes)

@@ -9,25 +9,17 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
-from streamcnn.plan.storage import StorePlan, Tier
+from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.backends import CpuBackend, Fragmentation
+from streamcnn.planning.backends.cpu import CACHED_KERNELS
 from streamcnn.planning.global_bytes import GlobalBytes, resident_step
-from streamcnn.planning.memory_model import (
-    FRESH_WASTE_PERCENT,
-    REUSE_BYTES,
-    REUSE_BYTES_PER_STAGE,
-    REUSE_WASTE,
-    fresh_waste,
-    peak_points,
-    reuse_waste,
-    steps,
-)
-from streamcnn.planning.overhead import CACHED_KERNELS, BackendOverhead, KernelBytes
+from streamcnn.planning.memory_model import peak_points, steps
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import Outline, TiledStage, tile_stage
 
 SHAPE = (2, 3, 40, 60)
-OVERHEAD = BackendOverhead(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)
+BACKEND = CpuBackend(kernel_bytes=1000, code_bytes=10**6, matrix_bytes=10**7)
 ROW = 4 * 2
 """Bytes of one position of one channel: float32, two images."""
 
@@ -54,7 +46,7 @@ def terms_of(step: object) -> dict[str, int]:
 
 def test_a_forward_step() -> None:
     _, _, (first, _) = tiled_stages((2, 3))
-    step, _ = steps(first, OVERHEAD, backward=True)
+    step, _ = steps(first, BACKEND, backward=True)
     region = ROW * 3 * (20 + 1) * (20 + 2)  # 3 channels, one row of halo at the inner edge, two columns
     own = ROW * 8 * 20 * 20  # 8 channels of the convolution's result
     assert terms_of(step) == {
@@ -64,18 +56,18 @@ def test_a_forward_step() -> None:
         "live activations": own,
         # Copies of it while its statistics are worked out.
         "operator workspace": 2 * own,
-        "address space of compiled code": OVERHEAD.code_bytes,
+        "address space of compiled code": BACKEND.code_bytes,
         "buffers of matrix products": 0,
     }
     assert 2 * own > 2 * region + own + 4 * 8 * 3 * 9
     assert step.operator == "conv2d"
-    # All blocks are small, so the C library may keep all of them; code is not in blocks.
-    assert step.heap == step.nbytes - OVERHEAD.code_bytes
+    # All blocks are small, so all of them may be kept; code is not in blocks.
+    assert step.reusable == step.nbytes - BACKEND.code_bytes
 
 
 def test_a_backward_step_of_a_stored_convolution() -> None:
     _, _, (first, _) = tiled_stages((2, 3))
-    _, step = steps(first, OVERHEAD, backward=True)
+    _, step = steps(first, BACKEND, backward=True)
     region = ROW * 3 * 21 * 22
     own = ROW * 8 * 20 * 20
     weights = 4 * 8 * 3 * 9
@@ -93,7 +85,7 @@ def test_a_backward_step_of_a_stored_convolution() -> None:
         # The gradient, and its copies in the layouts that convolutions work in.
         "a tile's parameter gradients": 3 * weights,
         # Of the value, and of the gradients of operand and weights.
-        "address space of compiled code": 3 * OVERHEAD.code_bytes,
+        "address space of compiled code": 3 * BACKEND.code_bytes,
         "buffers of matrix products": 0,
     }
 
@@ -113,12 +105,12 @@ class ChannelsMixed(nn.Module):
 def test_matrix_products_take_buffers_on_every_thread() -> None:
     program = traced(ChannelsMixed(), SHAPE)[0]
     (stage,) = divide(program).stages
-    forward, backward = steps(tile_stage(Outline.of(program, stage), (2, 3)), OVERHEAD, backward=True)
+    forward, backward = steps(tile_stage(Outline.of(program, stage), (2, 3)), BACKEND, backward=True)
     assert backward is not None
-    assert terms_of(forward)["buffers of matrix products"] == 2 * OVERHEAD.matrix_bytes
+    assert terms_of(forward)["buffers of matrix products"] == 2 * BACKEND.matrix_bytes
     # The gradients are products too, and find buffers there.
-    assert terms_of(backward)["buffers of matrix products"] == 2 * OVERHEAD.matrix_bytes
-    assert BackendOverhead.host(8).matrix_bytes == 8 * BackendOverhead.host(1).matrix_bytes
+    assert terms_of(backward)["buffers of matrix products"] == 2 * BACKEND.matrix_bytes
+    assert CpuBackend.on(8).matrix_bytes == 8 * CpuBackend.on(1).matrix_bytes
 
 
 def test_kernels_are_kept_for_every_shape_of_tile() -> None:
@@ -142,32 +134,36 @@ def test_tiles_with_opposite_padding_have_one_shape_and_are_of_two_kinds() -> No
 
 
 def test_no_more_kernels_are_kept_than_the_library_caches() -> None:
+    backend = CpuBackend(kernel_bytes=1, code_bytes=0, matrix_bytes=0)
     few, many = np.array([0, 10, 60, 0, 30]), np.array([0, 10, 600, 0, 300])
-    assert KernelBytes(1, few, training=True).forward_bytes.tolist() == [0, 10, 70, 70, 100]
+    assert backend.kept(few, training=True).forward.total.tolist() == [0, 10, 70, 70, 100]
     # All of the forward pass, and two more for each of the levels that have been differentiated.
-    assert KernelBytes(1, few, training=True).backward_bytes.tolist() == [300, 300, 280, 160, 160]
-    assert KernelBytes(1, few, training=False).backward_bytes.tolist() == 5 * [100]
-    kept = KernelBytes(1, many, training=True)
-    assert kept.forward(4).nbytes == 910
-    assert kept.backward(4).nbytes == CACHED_KERNELS
+    assert backend.kept(few, training=True).backward.total.tolist() == [300, 300, 280, 160, 160]
+    assert backend.kept(few, training=False).backward.total.tolist() == 5 * [100]
+    kept = backend.kept(many, training=True)
+    assert kept.forward.at(4) == (MemoryTerm("compiled kernels", 910),)
+    assert kept.backward.at(4) == (MemoryTerm("compiled kernels", CACHED_KERNELS),)
 
 
 def test_what_the_allocator_loses() -> None:
-    assert fresh_waste(1000) == 1000 * FRESH_WASTE_PERCENT // 100
+    assert Fragmentation(step_percent=10).of_step(1000) == 100
     # Holes of the largest step, or what the resident tail leaves behind if that is more.
-    assert reuse_waste(10**9, 10**6, 0) == REUSE_BYTES + int(REUSE_WASTE * 10**9)
-    assert reuse_waste(10**6, 10**9, 3) == REUSE_BYTES + 3 * REUSE_BYTES_PER_STAGE + 10**9
+    keeping = Fragmentation(fixed=5, per_stage=7, held=1.25)
+    assert keeping.of_pass(10**9, 10**6, 0) == 5 + 1250 * 10**6
+    assert keeping.of_pass(10**6, 10**9, 3) == 5 + 3 * 7 + 10**9
+    # Where blocks are given back, nothing is held of the tail's.
+    assert Fragmentation(step_percent=10).of_pass(10**9, 10**9, 3) == 0
 
 
 def test_the_moments_of_a_pass() -> None:
     program, staging, tiled = tiled_stages((2, 3))
     (name,) = staging.stored
     nbytes = program.nodes[name].nbytes
-    global_bytes = GlobalBytes(program, staging, traced(make_net(), SHAPE)[1], OVERHEAD)
+    global_bytes = GlobalBytes(program, staging, traced(make_net(), SHAPE)[1], BACKEND)
     for tier, in_memory in ((Tier.MEMORY, nbytes), (Tier.DISK, 0)):
         store = StorePlan(tier, tier, nbytes, kept=True, last_reader=2, tile=(20, 20))
         found = peak_points(
-            tiled, global_bytes, StoredBytes({name: store}, staging.levels), reuses_heap=False
+            tiled, global_bytes, StoredBytes({name: store}, staging.levels), reuses_blocks=False
         )
         assert [point.name for point in found] == [
             "phase 1, forward",
@@ -183,7 +179,7 @@ def test_the_moments_of_a_pass() -> None:
             assert terms.get("gradient maps", in_memory) == in_memory
             assert point.nbytes == sum(terms.values())
         # oneDNN keeps a kernel of each convolution and shape, two more once its level is differentiated:
-        kernels = [terms_of(point)["compiled kernels"] // OVERHEAD.kernel_bytes for point in found]
+        kernels = [terms_of(point)["compiled kernels"] // BACKEND.kernel_bytes for point in found]
         # of the first convolution for two shapes of tiles, of the second for one.
         assert kernels == [2, 3, 5, 5, 9]
         # Parameters get a gradient from their last reader on, in the order of the backward pass.
@@ -212,11 +208,11 @@ def test_stored_maps_live_until_their_last_reader() -> None:
         "d": StorePlan(Tier.HOST, Tier.HOST, 1000, kept=True, last_reader=5, tile=(1, 1)),
     }
     stored = StoredBytes(stores, levels)
-    assert stored.forward_bytes.tolist() == [0, 1, 11, 11, 1, 1]
+    assert stored.held.forward.total.tolist() == [0, 1, 11, 11, 1, 1]
     # The map, and its gradient map while phases up to its last reader are differentiated.
-    assert stored.backward_bytes.tolist() == [0, 2, 2, 2, 1, 1]
+    assert stored.held.backward.total.tolist() == [0, 2, 2, 2, 1, 1]
     assert stored.most == 11
-    assert StoredBytes(stores, levels, Tier.DISK).backward_bytes.tolist() == [0, 0, 0, 200, 200, 100]
+    assert StoredBytes(stores, levels, Tier.DISK).held.backward.total.tolist() == [0, 0, 0, 200, 200, 100]
     assert StoredBytes(stores, levels, Tier.HOST).most == 2000
 
 
@@ -224,9 +220,9 @@ def test_dropped_maps_live_again_from_where_they_are_rematerialised() -> None:
     levels = {"a": 2, "last": 6}
     store = StorePlan(Tier.MEMORY, Tier.MEMORY, 1, kept=False, last_reader=3, tile=(1, 1), rematerialised=4)
     stored = StoredBytes({"a": store}, levels)
-    assert stored.forward_bytes.tolist() == [0, 0, 1, 1, 0, 0, 0]
+    assert stored.held.forward.total.tolist() == [0, 0, 1, 1, 0, 0, 0]
     # Before phase 4, for a map that is computed from it; its own gradient map from phase 3 on down.
-    assert stored.backward_bytes.tolist() == [0, 0, 2, 2, 1, 0, 0]
+    assert stored.held.backward.total.tolist() == [0, 0, 2, 2, 1, 0, 0]
 
 
 def test_a_resident_tail_holds_what_autograd_saves() -> None:
@@ -234,7 +230,7 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     staging = divide(program)
     names = staging.segments[max(staging.segments)]
     image, wide, narrow = (ROW * channels * 40 * 60 for channels in (3, 8, 4))
-    step = resident_step(program, names, OVERHEAD, program.states)
+    step = resident_step(program, names, BACKEND, program.states)
     terms = terms_of(step)
     # The first convolution saves the image, the norm its operand, ReLU its result, which is the second
     # convolution's operand, the pooling its own. The second convolution holds most: operand and result or
@@ -245,6 +241,6 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     assert terms["saved by the resident tail"] == pytest.approx(image + 2 * wide + narrow, abs=200)
     # The second convolution's weights; the norm's and the first convolution's have no gradient yet.
     assert terms["parameter gradients"] == 4 * 8 * 4
-    assert terms["address space of compiled code"] == 2 * 2 * OVERHEAD.code_bytes
-    inference = resident_step(program, names, OVERHEAD, ())
+    assert terms["address space of compiled code"] == 2 * 2 * BACKEND.code_bytes
+    inference = resident_step(program, names, BACKEND, ())
     assert terms_of(inference)["saved by the resident tail"] == 0

@@ -34,7 +34,7 @@ class EveryOther:
         recomputed = frozenset(free[:: self.recomputed] if self.recomputed else ())
         left = [name for name in maps if name not in recomputed]
         dropped = frozenset(left[:: self.dropped] if self.dropped else ())
-        solution = search.solution(found.base, recomputed, frozenset(), dropped, reuses_heap=True)
+        solution = search.solution(found.base, recomputed, frozenset(), dropped, reuses_blocks=True)
         self.count += len(recomputed) + len(solution.rematerialised)
         return solution
 

@@ -12,8 +12,9 @@ from streamcnn import StreamingModel
 from streamcnn.graph.program import Kind, on_whole_maps
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.plan import Plan
+from streamcnn.planning.backends import CpuBackend
+from streamcnn.planning.backends.cpu import RUNTIME_BYTES
 from streamcnn.planning.cost_model import BACKWARD_WORK, resident_time, resident_work
-from streamcnn.planning.global_bytes import RUNTIME_BYTES
 
 WIDTH = 16
 HARDWARE = NOMINAL["cpu"]
@@ -76,7 +77,7 @@ def test_operations_of_attention(fused: bool) -> None:
         assert works["softmax"].nbytes == 2 * 4 * tokens * tokens
     assert works["flatten"].nbytes == works["transpose"].flops == 0
     # Everything is differentiated: once forward, and backward as often as there are operands.
-    time = resident_time(program, differentiated, HARDWARE)
+    time = resident_time(program, differentiated, HARDWARE, CpuBackend.on(1))
     assert time.flops == sum((1 + BACKWARD_WORK) * each for each in flops.values())
 
 
@@ -159,5 +160,5 @@ def test_a_streamed_network_has_none() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     program, differentiated = traced(net, (2, 3, 20, 20))
     assert on_whole_maps(program) == ()
-    assert resident_time(program, differentiated, HARDWARE).seconds == 0
+    assert resident_time(program, differentiated, HARDWARE, CpuBackend.on(1)).seconds == 0
     assert any(node.kind is Kind.GLOBAL for node in program.nodes.values())

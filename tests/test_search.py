@@ -14,13 +14,14 @@ from torch import nn
 
 from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
+from streamcnn.plan.reading import NO_READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.planning.backends import CpuBackend
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import Traffic
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import is_differentiated, peak_points
-from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Staging, divide, drop, gathered, recompute
@@ -28,7 +29,7 @@ from streamcnn.planning.staging import Staging, divide, drop, gathered, recomput
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20
 CPU = NOMINAL["cpu"]
-OVERHEAD = BackendOverhead.host(1)
+BACKEND = CpuBackend.on(1)
 SLOW_DISK = HardwareProfile(
     source="a slow disk",
     dense_flops=CPU.dense_flops,
@@ -87,7 +88,7 @@ def traced_net(name: str) -> tuple[Program, frozenset[str]]:
 def searching(name: str, budget: int | None, hardware: HardwareProfile) -> Search:
     program, wanted = traced_net(name)
     return Search(
-        TilingCandidates(program, wanted, hardware, None, OVERHEAD), budget, (OffloadTier(Tier.DISK),)
+        TilingCandidates(program, wanted, hardware, None, BACKEND), budget, (OffloadTier(Tier.DISK),)
     )
 
 
@@ -117,7 +118,7 @@ def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
     """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, OVERHEAD)
+    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, BACKEND)
     again = staging.rematerialised
     ways = [search.tilings.of(stage) for stage in (*staging.stages, *(each.stage for each in again))]
     table = search._table(staging)
@@ -137,7 +138,7 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
                 for name, traffic in tiling.moved.items():
                     moved[name] += traffic
             disk = sum(moved[name].seconds(search.tilings.hardware, stores[name].tier) for name in names)
-            for reuses_heap in (False,) if Tier.DISK in tiers else (True, False):
+            for reuses_blocks in (False,) if Tier.DISK in tiers else (True, False):
                 tiled = [tiling.tiled for tiling in chosen]
                 points = peak_points(
                     tiled[: len(staging.stages)],
@@ -147,11 +148,11 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
                         (each.before, stage)
                         for each, stage in zip(again, tiled[len(staging.stages) :], strict=True)
                     ],
-                    reuses_heap=reuses_heap,
+                    reuses_blocks=reuses_blocks,
                 )
                 nbytes = max(point.nbytes for point in points)
                 seconds = disk + sum(
-                    tiling.time.seconds + (0 if reuses_heap else tiling.time.fresh_seconds)
+                    tiling.time.seconds + (0 if reuses_blocks else tiling.time.fresh_seconds)
                     for tiling in chosen
                 )
                 yield nbytes, seconds
@@ -159,6 +160,30 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
 
 def found_by(search: Search) -> Solution:
     return search.improved(search.best([divide(search.program)]))
+
+
+DECODED = BatchCost((ReadingCost((SHAPE[2], SHAPE[3]), held=10**6, opening=3 * 10**7, pixel=12),))
+"""Images that are decoded whole, which takes more than anything after it."""
+
+
+@pytest.mark.parametrize("budget", [None, 10**9, 8 * 10**7, 10**6])
+@pytest.mark.parametrize("reading", [NO_READING, DECODED], ids=["in memory", "decoded"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_search_weighs_what_the_terms_of_the_worst_point_add_up_to(
+    name: str, reading: BatchCost, budget: int | None
+) -> None:
+    program, wanted = traced_net(name)
+    tilings = TilingCandidates(program, wanted, CPU, None, BACKEND, reading=reading)
+    search = Search(tilings, budget, (OffloadTier(Tier.DISK),))
+    found = found_by(search)
+    points = peak_points(
+        [tiling.tiled for tiling in found.tilings],
+        search.global_bytes(found.staging),
+        StoredBytes(found.stores, found.staging.levels),
+        reuses_blocks=found.reuses_blocks,
+    )
+    assert max(point.nbytes for point in points) == found.nbytes
+    assert (points[0].name == "the first read") == bool(reading.opening)
 
 
 @pytest.mark.parametrize("hardware", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])

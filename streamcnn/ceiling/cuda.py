@@ -203,6 +203,11 @@ class CudaCeiling:
         """None: limits of the host's memory are not the card's."""
         return None
 
+    @property
+    def counts_code(self) -> bool:
+        """No: it is in what is reserved."""
+        return False
+
     def limit(self, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
         """The limit for one direction of a pass; ``reuse_heap`` is the host allocator's affair."""
         self._limit = CudaLimit(self.gauge, budget, interval=self._interval)

@@ -63,6 +63,10 @@ class Ceiling(Protocol):
     def room(self) -> Room | None:
         """What other limits left when the pass began; None where there are none."""
 
+    @property
+    def counts_code(self) -> bool:
+        """Whether code that is compiled for a step counts towards the limit."""
+
     def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
         """The limit for one direction.
 
@@ -95,6 +99,8 @@ class HostCeiling:
     counted
         Bytes of that which count towards the budget all the same.
     """
+
+    counts_code = True
 
     def __init__(self, counted: int = 0) -> None:
         self._baseline = Baseline.now().less(counted)
@@ -134,6 +140,7 @@ class NoCeiling:
     peak_bytes: int | None = None
     at_most_bytes: int | None = None
     is_shared = False
+    counts_code = False
     room: Room | None = None
     reading = "unknown"
     samples: tuple[tuple[float, int], ...] = ()

@@ -105,8 +105,9 @@ class Plan:
     differentiated: frozenset[str]
     """Nodes whose gradient is wanted or passed on."""
     budget: int | None
-    reuses_heap: bool
-    """Whether the C library may keep freed blocks for reuse, which is faster and wastes memory."""
+    reuses_blocks: bool | None
+    """Whether freed blocks are kept for reuse, which is faster and wastes memory; None where the device's
+    allocator leaves no choice."""
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str
@@ -188,7 +189,8 @@ class Plan:
             "training": self.training,
             "tile": list(self.tile),
             "budget": self.budget,
-            "reuses_heap": self.reuses_heap,
+            # By the name that it has had in files from the first.
+            **({} if self.reuses_blocks is None else {"reuses_heap": self.reuses_blocks}),
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,

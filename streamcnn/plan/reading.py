@@ -12,6 +12,9 @@ OPENING = "decoding the image"
 READING = "reading the image"
 """Likewise for what one region takes while it is read."""
 
+OF_IMAGES = frozenset((HELD, OPENING, READING))
+"""Terms of what most images do not take."""
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 

@@ -11,19 +11,18 @@ from numpy.typing import NDArray
 
 from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.hardware import HardwareProfile
+from streamcnn.plan.level_bytes import HeldBytes, Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
-from streamcnn.planning.global_bytes import GlobalBytes, total_bytes
-from streamcnn.planning.memory_model import fresh_waste, is_differentiated
-from streamcnn.planning.overhead import KernelBytes
+from streamcnn.planning.global_bytes import GlobalBytes
+from streamcnn.planning.memory_model import PassBytes, is_differentiated
 from streamcnn.planning.staging import Stage, Staging
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_FEWEST_HEAPS, _HEAP_TRIALS = 6, 96
+_FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
 """How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
 _NEVER = 2**62
 """Bytes of a candidate that a stage does not have."""
@@ -34,48 +33,64 @@ class CandidateScores:
     """Projected bytes and seconds of every candidate, given where maps are stored."""
 
     forward: Ints
-    """(stages, candidates): bytes of a step of the forward pass with all that is held beside it but compiled
-    kernels; 0 if there is none."""
+    """(stages, candidates): bytes of a step of the forward pass; 0 if there is none."""
     backward: Ints
     """The same of the backward pass."""
     num_kernels: Ints
-    """(stages, candidates): kernels that the stage compiles in a forward pass."""
-    heap: Ints
-    """(stages, candidates): bytes of it in blocks that the C library may keep when they are freed."""
+    """(stages, candidates): different convolutions of the stage's forward pass."""
+    reusable: Ints
+    """(stages, candidates): bytes of it in blocks that may be kept for reuse when they are freed."""
     seconds: Floats
     """(stages, candidates): time of the stage, its inputs' stores included."""
     outputs: float
     """Seconds of what stages move however they are tiled."""
-    tail: int
-    """Bytes of the resident tail with all that is held beside it but compiled kernels."""
-    opening: int
-    """Bytes of the first read of images that are decoded whole; 0 if there are none."""
     levels: Ints
     """By stage."""
     peak_levels: Ints
     """By stage: the level at which its step is carried out, that of a later one if it rematerialises maps."""
     global_bytes: GlobalBytes
+    held: HeldBytes
+    """What is held beside steps but for what the backend keeps."""
+    reuses_blocks: bool
+    """Whether freed blocks are kept for reuse."""
 
-    def kernels(self, choice: Ints | None) -> KernelBytes:
-        """What is kept of kernels where stages take the candidates of ``choice``; that of none if None."""
-        num_levels = len(self.global_bytes.num_kernels)
-        if choice is None:
-            return self.global_bytes.kernels(np.zeros(num_levels, np.int64))
-        chosen = self.num_kernels[np.arange(len(choice)), choice]
-        return self.global_bytes.kernels(np.bincount(self.levels, chosen, num_levels).astype(np.int64))
+    def pass_bytes(self, choice: Ints | None, reusable: int) -> PassBytes:
+        """What a pass takes where stages take the candidates of ``choice``, at first of none.
 
-    def peaks(self, kernels: KernelBytes) -> Ints:
-        """(stages, candidates): bytes of the stage's worst step with all that is held beside it."""
-        forward = self.forward + kernels.forward_bytes[self.peak_levels, None]
-        backward = self.backward + kernels.backward_bytes[self.peak_levels, None]
+        Parameters
+        ----------
+        reusable
+            The most bytes of a step in blocks that may be kept for reuse.
+        """
+        num_kernels = np.zeros_like(self.global_bytes.num_kernels)
+        if choice is not None:
+            chosen = self.num_kernels[np.arange(len(choice)), choice]
+            num_kernels = np.bincount(self.levels, chosen, len(num_kernels)).astype(np.int64)
+        return PassBytes.of(
+            self.global_bytes,
+            self.held,
+            num_kernels,
+            len(self.levels),
+            reusable if self.reuses_blocks else None,
+        )
+
+    def peaks(self, found: PassBytes) -> Ints:
+        """(stages, candidates): bytes at the worse peak point of the stage."""
+        levels = self.peak_levels[:, None]
+        forward = found.at(found.held.forward, levels, self.forward)
+        backward = found.at(found.held.backward, levels, self.backward)
         peaks: Ints = np.maximum(
             np.where(self.forward > 0, forward, 0), np.where(self.backward > 0, backward, 0)
         )
         return peaks
 
-    def tail_peak(self, kernels: KernelBytes) -> int:
-        """Bytes of the resident tail with all that is held beside it."""
-        return self.tail + int(kernels.backward_bytes[self.global_bytes.last])
+    def other_peak(self, found: PassBytes) -> int:
+        """Bytes at the worst peak point of those that belong to no stage."""
+        whole = self.global_bytes
+        points = [(found.held.tail, whole.last, whole.tail_step.nbytes)]
+        if whole.reading.opening:
+            points.append((whole.opening, 0, 0))
+        return max(int(found.at(*point)) for point in points)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,10 +101,10 @@ class StageRow:
     forward: Ints
     """Bytes of a step in the forward pass; 0 if there is none. Likewise the next."""
     backward: Ints
-    heap: Ints
+    reusable: Ints
     num_kernels: Ints
     seconds: Mapping[bool, Floats]
-    """By whether the C library reuses freed blocks."""
+    """By whether freed blocks are kept for reuse."""
     inputs: tuple[str, ...]
     """Stored inputs; what follows are arrays (inputs, candidates)."""
     read: Ints
@@ -114,7 +129,7 @@ class StageRow:
             tilings=found,
             forward=forward_bytes,
             backward=backward_bytes,
-            heap=np.array([tiling.heap for tiling in found], np.int64),
+            reusable=np.array([tiling.reusable for tiling in found], np.int64),
             num_kernels=np.array([tiling.tiled.num_kernels for tiling in found], np.int64),
             seconds={
                 True: np.array([time.seconds for time in times]),
@@ -139,7 +154,7 @@ class CandidateTable:
     rows: tuple[StageRow, ...]
     forward: Ints
     backward: Ints
-    heap: Ints
+    reusable: Ints
     num_kernels: Ints
     seconds: Mapping[bool, Floats]
     inputs: tuple[str, ...]
@@ -148,7 +163,7 @@ class CandidateTable:
     """Which stage reads it."""
     read: Ints
     written: Ints
-    heaps: tuple[int, ...]
+    limits: tuple[int, ...]
     """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
     lives: Mapping[str, Life]
     """Of each stored map."""
@@ -157,15 +172,15 @@ class CandidateTable:
     def of(cls, program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> CandidateTable:
         """The table of a staging with the rows of its stages."""
         width = max((len(row.tilings) for row in rows), default=1)
-        heap = _padded([row.heap for row in rows], width, 0)
+        reusable = _padded([row.reusable for row in rows], width, 0)
         return cls(
             staging=staging,
             rows=rows,
             forward=_padded([row.forward for row in rows], width, _NEVER),
             backward=_padded([row.backward for row in rows], width, 0),
-            heap=heap,
+            reusable=reusable,
             num_kernels=_padded([row.num_kernels for row in rows], width, 0),
-            heaps=_spread(np.unique(heap), len(rows)),
+            limits=_spread(np.unique(reusable), len(rows)),
             seconds={
                 reuse: _padded([row.seconds[reuse] for row in rows], width, np.inf) for reuse in (False, True)
             },
@@ -207,37 +222,30 @@ class CandidateTable:
         global_bytes: GlobalBytes,
         hardware: HardwareProfile,
         *,
-        reuses_heap: bool,
+        reuses_blocks: bool,
     ) -> CandidateScores:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
         stages, again = self.staging.stages, self.staging.rematerialised
         levels = np.array([stage.level for stage in (*stages, *(each.stage for each in again))], np.int64)
         peaks = np.array([*(stage.level for stage in stages), *(each.before for each in again)], np.int64)
-        before = stored.forward_bytes[peaks] + global_bytes.forward_bytes[peaks]
-        after = stored.backward_bytes[peaks] + global_bytes.backward_bytes[peaks]
-        tail = global_bytes.tail_step.nbytes
-        forward, backward = self.forward, self.backward
-        if not reuses_heap:
-            forward, backward = forward + fresh_waste(forward), backward + fresh_waste(backward)
-            tail += fresh_waste(tail)
         outputs = (
             moved.seconds(hardware, stores[name].tier)
             for row in self.rows
             for name, moved in row.outputs.items()
         )
         return CandidateScores(
-            forward=np.where(forward > 0, before[:, None] + forward, 0),
-            backward=np.where(backward > 0, after[:, None] + backward, 0),
+            forward=self.forward,
+            backward=self.backward,
             num_kernels=self.num_kernels,
-            heap=self.heap,
-            seconds=self.seconds[reuses_heap] + self._input_seconds(stores, hardware),
+            reusable=self.reusable,
+            seconds=self.seconds[reuses_blocks] + self._input_seconds(stores, hardware),
             outputs=sum(outputs),
-            tail=tail + total_bytes(stored.tail(global_bytes.last), global_bytes.tail()),
-            opening=total_bytes(global_bytes.opening()) if global_bytes.reading.opening else 0,
             levels=levels,
             peak_levels=peaks,
             global_bytes=global_bytes,
+            held=global_bytes.held + stored.held,
+            reuses_blocks=reuses_blocks,
         )
 
     def _input_seconds(self, stores: Mapping[str, StorePlan], hardware: HardwareProfile) -> Floats:
@@ -252,7 +260,7 @@ class CandidateTable:
 
 def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
     """Ascending values, or as many of them as are tried, the first and the last among them."""
-    count = min(len(values), max(_FEWEST_HEAPS, _HEAP_TRIALS // max(num_stages, 1)))
+    count = min(len(values), max(_FEWEST_LIMITS, _LIMIT_TRIALS // max(num_stages, 1)))
     places = np.linspace(0, len(values) - 1, count).astype(np.int64)
     return tuple(values[places].tolist()) or (0,)
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.planning.backends import Backend
 from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
 from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
-from streamcnn.planning.overhead import BackendOverhead
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, tile_stage
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
 FINE_BYTES = 2**22
-"""No smaller tiles are tried once a step takes no more than this beside what libraries take: they would
+"""No smaller tiles are tried once a step takes no more than this beside what the backend takes: they would
 save nothing."""
 
 
@@ -32,8 +32,8 @@ class TilingCandidate:
     """Bytes of a forward step."""
     backward: int
     """Bytes of a backward step; 0 if there is none."""
-    heap: int
-    """Bytes of the larger one in blocks that the C library may keep when they are freed."""
+    reusable: int
+    """Bytes of the larger one in blocks that may be kept for reuse when they are freed."""
     moved: Mapping[str, Traffic]
     """What all tiles move of each stored input."""
 
@@ -52,7 +52,7 @@ class TilingCandidates:
         differentiated: frozenset[str],
         hardware: HardwareProfile,
         tile: tuple[int, int] | None,
-        overhead: BackendOverhead,
+        backend: Backend,
         known: TilingCandidates | None = None,
         *,
         reading: BatchCost = NO_READING,
@@ -60,7 +60,7 @@ class TilingCandidates:
         self.program = program
         self.differentiated = differentiated
         self.hardware = hardware
-        self.overhead = overhead
+        self.backend = backend
         self.reading = reading
         self.works: Mapping[str, Work] = all_works(program)
         self._tile = tile
@@ -80,9 +80,7 @@ class TilingCandidates:
 
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
         # Smaller tiles take no less of that.
-        fine = FINE_BYTES + total_bytes(
-            overhead_terms(outline, self.overhead, backward=self._visits(outline))
-        )
+        fine = FINE_BYTES + total_bytes(overhead_terms(outline, self.backend, backward=self._visits(outline)))
         for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
             tiling = self._tiling(outline, parts)
             yield tiling
@@ -106,12 +104,12 @@ class TilingCandidates:
     def _tiling(self, outline: Outline, parts: TileCounts) -> TilingCandidate:
         tiled = tile_stage(outline, parts)
         backward = self._visits(outline)
-        forward, after = steps(tiled, self.overhead, self.reading, backward=backward)
+        forward, after = steps(tiled, self.backend, self.reading, backward=backward)
         return TilingCandidate(
             tiled,
-            time=stage_time(tiled, self.works, self.hardware, backward=backward),
+            time=stage_time(tiled, self.works, self.hardware, self.backend, backward=backward),
             forward=forward.nbytes,
             backward=after.nbytes if after else 0,
-            heap=max(forward.heap, after.heap if after else 0),
+            reusable=max(forward.reusable, after.reusable if after else 0),
             moved=input_traffic(tiled, backward=backward),
         )

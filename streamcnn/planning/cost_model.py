@@ -14,7 +14,7 @@ from streamcnn.graph.costs import Cost, Operation, cost_of, counted, elements, i
 from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.global_bytes import REUSABLE_BYTES
+from streamcnn.planning.backends import Backend
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import TiledStage
 
@@ -68,13 +68,17 @@ def _is_grouped(cost: Cost, call: Operation) -> bool:
     return cost.per_channel is not None and cost.per_channel(call)
 
 
-def resident_time(program: Program, differentiated: Collection[str], hardware: HardwareProfile) -> StageTime:
+def resident_time(
+    program: Program, differentiated: Collection[str], hardware: HardwareProfile, backend: Backend
+) -> StageTime:
     """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles."""
     nodes = on_whole_maps(program)
     works = {node.name: resident_work(program, node) for node in nodes if not is_view(node.target)}
     both = {name: each for name, each in works.items() if name in differentiated}
     once = {name: each for name, each in works.items() if name not in differentiated}
-    return plain_time(both, hardware, backward=True) + plain_time(once, hardware, backward=False)
+    return plain_time(both, hardware, backend, backward=True) + plain_time(
+        once, hardware, backend, backward=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,12 @@ class StageTime:
 
 
 def stage_time(
-    tiled: TiledStage, works: Mapping[str, Work], hardware: HardwareProfile, *, backward: bool
+    tiled: TiledStage,
+    works: Mapping[str, Work],
+    hardware: HardwareProfile,
+    backend: Backend,
+    *,
+    backward: bool,
 ) -> StageTime:
     """Time of a stage; with its backward pass, in which all but the skipped operators are run again."""
     seconds = fresh = flops = 0.0
@@ -106,7 +115,7 @@ def stage_time(
         repeated = passes * tiled.covered(name) / each.num_positions
         zeroing = repeated * each.made / hardware.fresh_bytes
         seconds += repeated * each.seconds(hardware) + passes * num_tiles * hardware.operator_seconds
-        if repeated * each.made >= passes * num_tiles * REUSABLE_BYTES:
+        if repeated * each.made >= passes * num_tiles * backend.reusable_bytes:
             seconds += zeroing
         else:
             fresh += zeroing
@@ -152,13 +161,15 @@ def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[st
     return found
 
 
-def plain_time(works: Mapping[str, Work], hardware: HardwareProfile, *, backward: bool) -> StageTime:
+def plain_time(
+    works: Mapping[str, Work], hardware: HardwareProfile, backend: Backend, *, backward: bool
+) -> StageTime:
     """Plain PyTorch on whole maps: every operator once forward and once backward."""
     seconds = flops = 0.0
     passes = 1 + BACKWARD_WORK * backward
     for each in works.values():
         seconds += passes * (each.seconds(hardware) + hardware.operator_seconds)
-        if each.made >= REUSABLE_BYTES:
+        if each.made >= backend.reusable_bytes:
             seconds += passes * each.made / hardware.fresh_bytes
         flops += passes * each.flops
     return StageTime(seconds, 0.0, int(flops))

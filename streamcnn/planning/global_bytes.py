@@ -8,24 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamcnn.graph.costs import CallBytes, Operation, Routine, cost_of, is_view
 from streamcnn.graph.program import Kind, Node, Program
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
-from streamcnn.planning.overhead import BackendOverhead, KernelBytes, num_products, num_sizes
+from streamcnn.planning.backends import Backend
+from streamcnn.planning.routines import num_sizes
 from streamcnn.planning.staging import Staging
 
-RUNTIME_BYTES = 3 * 2**23
-"""Threads' buffers, the interpreter's own growth and library code that runs for the first time."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
-REUSABLE_BYTES = 2**25
-"""Blocks from this size on always go back to the operating system when they are freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +31,8 @@ class Step:
     terms: tuple[MemoryTerm, ...]
     operator: str
     """The operator at which most is held."""
-    heap: int
-    """Bytes in blocks that the C library may keep when they are freed."""
+    reusable: int
+    """Bytes in blocks that may be kept for reuse when they are freed."""
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +46,7 @@ def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
 
 
 def resident_step(
-    program: Program, names: Iterable[str], overhead: BackendOverhead, differentiated: Collection[str]
+    program: Program, names: Iterable[str], backend: Backend, differentiated: Collection[str]
 ) -> Step:
     """Operators run one after another on whole values, then differentiated in reverse.
 
@@ -59,15 +55,15 @@ def resident_step(
     parameters.
     """
     training = bool(differentiated)
-    values = _Values(program, tuple(names), differentiated, fuses_attention=not overhead.kernel_bytes)
+    values = _Values(program, tuple(names), differentiated, backend)
     arriving = values.state_bytes(differentiated)
     gradients = sum(arriving.values())
-    saved = most = before = arrived = flow = workspace = heap = 0
+    saved = most = before = arrived = flow = workspace = reusable = 0
     place = ""
     for name in values.names:
         kept = values.saved(name)
         saved += kept
-        heap += kept if kept < REUSABLE_BYTES else 0
+        reusable += kept if kept < backend.reusable_bytes else 0
         around, copies = values.around(name), values.workspace(name)
         if saved + gradients + around + copies > most:
             most, place = saved + gradients + around + copies, name
@@ -79,29 +75,24 @@ def resident_step(
         MemoryTerm("operands, results and their gradients", flow),
         MemoryTerm("operator workspace", workspace),
         # One kernel for each convolution forward, and two in the backward pass, which is a step of its own.
-        *overhead.terms(
+        *backend.step_terms(
             (2 if training else 1) * num_sizes(program, values.names, Routine.CONVOLUTION),
-            num_products(program, values.names),
+            num_sizes(program, values.names, Routine.MATRIX_PRODUCT),
         ),
     )
-    return Step(terms, place, heap)
+    return Step(terms, place, reusable)
 
 
 class _Values:
     """What the operators of a step hold: views and parts of a tuple are no memory of their own."""
 
     def __init__(
-        self,
-        program: Program,
-        names: Sequence[str],
-        differentiated: Collection[str],
-        *,
-        fuses_attention: bool,
+        self, program: Program, names: Sequence[str], differentiated: Collection[str], backend: Backend
     ) -> None:
         self.program = program
         self.names = names
         self.differentiated = differentiated
-        self.fuses_attention = fuses_attention
+        self.backend = backend
         inside = set(names)
         self.kept: set[str] = set()
         for name in names if differentiated else ():
@@ -136,16 +127,16 @@ class _Values:
         return sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
 
     def _call(self, node: Node) -> Operation:
-        return Operation.of(self.program, node, self.differentiated, fuses_attention=self.fuses_attention)
+        return Operation.of(
+            self.program, node, self.differentiated, fuses_attention=self.backend.fuses_attention
+        )
 
     def workspace(self, name: str) -> int:
         """Bytes that an operator takes besides, for parameters and for their gradients."""
         node, nodes = self.program.nodes[name], self.program.nodes
-        workspace = cost_of(node.target).workspace
-        if workspace is None:
-            return 0
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
-        return workspace(CallBytes(self._operands(node), node.nbytes, 2 * weights))
+        nbytes = CallBytes(self._operands(node), node.nbytes, 2 * weights)
+        return self.backend.workspace(cost_of(node.target), nbytes)
 
     def state_bytes(self, differentiated: Collection[str]) -> dict[str, int]:
         """Bytes of the parameters by the last operator that reads them, which first gives them a gradient."""
@@ -183,130 +174,105 @@ def plain_bytes(program: Program, differentiated: Collection[str]) -> int:
 class GlobalBytes:
     """Bytes of global values, parameters' gradients and decoded images at every moment of a pass."""
 
-    _runtime = MemoryTerm("reserved for the run time", RUNTIME_BYTES)
-
     def __init__(
         self,
         program: Program,
         staging: Staging,
         differentiated: Collection[str],
-        overhead: BackendOverhead,
+        backend: Backend,
         reading: BatchCost = NO_READING,
     ) -> None:
-        self.overhead = overhead
+        self.backend = backend
         self.reading = reading
-        nodes, segments = program.nodes, staging.segments
         self.differentiated = differentiated
-        last = max(segments, default=0)
-        num_levels = max((last, *staging.levels.values())) + 1
-        sizes = [[nodes[name].nbytes for name in segments.get(level, ())] for level in range(num_levels)]
-        self._values = list(accumulate(sum(each) for each in sizes))
-        self._largest = list(accumulate((max(each, default=0) for each in sizes), max))
-        states = _states_by_level(program, staging.levels, differentiated)
-        self._states = [sum(n for at, n in states.items() if at >= level) for level in range(num_levels)]
-        self.last = last
+        nodes, segments = program.nodes, staging.segments
+        self.last = max(segments, default=0)
         """The level of the resident tail."""
-        self.num_kernels = np.zeros(num_levels, np.int64)
-        """By level: the kernels that its global values compile in a forward pass."""
-        self._gathered = {
-            staging.levels[node.name]
-            for node in nodes.values()
-            if node.kind is Kind.GATHER and node.operands[0] == program.image
-        }
-        self._whole_image = reading.of(nodes[program.image].size).transient
+        self.num_kernels = np.zeros(max((self.last, *staging.levels.values())) + 1, np.int64)
+        """By level: different convolutions among its global values."""
         for level, names in segments.items():
             routines = (cost_of(nodes[name].target).routine for name in names)
             self.num_kernels[level] = sum(routine is Routine.CONVOLUTION for routine in routines)
-        whole = [n for n in nodes.values() if n.kind is Kind.PROMOTED or n.name == program.image]
-        # The image's is copied out of its store once more.
-        self._inputs = 2 * sum(n.nbytes for n in whole if n.name in differentiated)
-        self._outputs = LOSS_COPIES * sum(nodes[name].nbytes for name in program.output_names)
-        self.forward_bytes = np.array([total_bytes(self.forward(level)) for level in range(num_levels)])
-        """By level: the sum of what :meth:`forward` names; likewise the next."""
-        self.backward_bytes = np.array([total_bytes(self.backward(level)) for level in range(num_levels)])
-        self.tail_step = resident_step(program, segments.get(last, ()), overhead, differentiated)
+        self.held = self._held(program, staging)
+        """What of this is held beside the steps of a pass."""
+        self.opening = LevelBytes.of(1, *self._always(1), (OPENING, np.array([reading.opening])))
+        """While images that are decoded whole are read for the first time, before anything else: its only
+        level."""
+        self.tail_step = resident_step(program, segments.get(self.last, ()), backend, differentiated)
         """What the resident tail takes beyond the global values before it."""
 
-    def kernels(self, num_kernels: NDArray[np.int64]) -> KernelBytes:
-        """What is kept of kernels where phases compile so many by level, those of global values included."""
-        return KernelBytes(
-            self.overhead.kernel_bytes,
-            self.num_kernels + num_kernels,
-            training=bool(self.differentiated),
+    def kept(self, num_kernels: Ints) -> HeldBytes:
+        """What the backend keeps where phases have so many different convolutions by level."""
+        return self.backend.kept(self.num_kernels + num_kernels, training=bool(self.differentiated))
+
+    def _held(self, program: Program, staging: Staging) -> HeldBytes:
+        num_levels = len(self.num_kernels)
+        values = _values_by_level(program, staging, num_levels, training=bool(self.differentiated))
+        levels = np.arange(num_levels)
+        always = LevelBytes.of(num_levels, *self._always(num_levels))
+        forward = always + LevelBytes.of(
+            num_levels,
+            ("global values", values[levels]),
+            (READING, self._whole_image(program, staging.levels)),
         )
-
-    def forward(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the phase of ``level`` runs forward."""
-        return *self._always(), self._global_bytes(level - 1), *self._whole(level)
-
-    def tail(self) -> tuple[MemoryTerm, ...]:
-        """While the resident tail runs, whose own step comes on top, its parameters' gradients included."""
-        return (
-            *self._always(),
-            self._global_bytes(self.last - 1),
-            *self._whole(self.last),
-            *self._other_gradients(),
-        )
-
-    def opening(self) -> tuple[MemoryTerm, ...]:
-        """While images that are decoded whole are read for the first time, before anything else."""
-        return (*self._always(), *_if_any(OPENING, self.reading.opening))
-
-    def backward(self, level: int) -> tuple[MemoryTerm, ...]:
-        """While the phase of ``level`` runs backward."""
         # Those of the last level, the resident tail, are only there while no tile is.
-        return (
-            *self._always(),
-            self._global_bytes(min(level, self.last - 1)),
-            *self._gradients(level),
+        backward = always + LevelBytes.of(
+            num_levels, ("global values", values[np.minimum(levels + 1, self.last)])
         )
+        if not self.differentiated:
+            return HeldBytes(forward, forward, backward)
+        whole = [n for n in program.nodes.values() if n.kind is Kind.PROMOTED or n.name == program.image]
+        # The image's is copied out of its store once more.
+        inputs = 2 * sum(n.nbytes for n in whole if n.name in self.differentiated)
+        outputs = LOSS_COPIES * sum(program.nodes[name].nbytes for name in program.output_names)
+        others = LevelBytes.of(
+            num_levels,
+            ("gradients of the image and of promoted values", np.full(num_levels, inputs)),
+            ("outputs in the loss", np.full(num_levels, outputs)),
+        )
+        states = _states_by_level(program, staging.levels, self.differentiated, num_levels)
+        parameters = LevelBytes.of(num_levels, ("parameter gradients", states[::-1].cumsum()[::-1]))
+        # The tail's own step counts the gradients of the parameters.
+        return HeldBytes(forward, forward + others, backward + parameters + others)
 
-    def _always(self) -> tuple[MemoryTerm, ...]:
+    def _always(self, num_levels: int) -> tuple[tuple[str, Ints], ...]:
         """At every moment."""
-        return (self._runtime, *_if_any(HELD, self.reading.held))
-
-    def _whole(self, level: int) -> tuple[MemoryTerm, ...]:
-        """For the image as a whole, where an operator on whole maps reads it at ``level``."""
-        return _if_any(READING, self._whole_image if level in self._gathered else 0)
-
-    def _global_bytes(self, level: int) -> MemoryTerm:
-        """Global values of the levels up to ``level``."""
-        if level < 0:
-            return MemoryTerm("global values", 0)
-        # Their gradients flow back one operator at a time: two of the largest at once.
-        flow = 2 * self._largest[level] if self.differentiated else 0
-        return MemoryTerm("global values", self._values[level] + flow)
-
-    def _gradients(self, level: int) -> tuple[MemoryTerm, ...]:
-        if not self.differentiated:
-            return ()
-        return MemoryTerm("parameter gradients", self._states[level]), *self._other_gradients()
-
-    def _other_gradients(self) -> tuple[MemoryTerm, ...]:
-        """Of all that is no parameter."""
-        if not self.differentiated:
-            return ()
         return (
-            MemoryTerm("gradients of the image and of promoted values", self._inputs),
-            MemoryTerm("outputs in the loss", self._outputs),
+            ("reserved for the run time", np.full(num_levels, self.backend.runtime_bytes)),
+            (HELD, np.full(num_levels, self.reading.held)),
         )
 
+    def _whole_image(self, program: Program, levels: Mapping[str, int]) -> Ints:
+        """By level: for the image as a whole, where an operator on whole maps reads it."""
+        nbytes = np.zeros(len(self.num_kernels), np.int64)
+        for node in program.nodes.values():
+            if node.kind is Kind.GATHER and node.operands[0] == program.image:
+                nbytes[levels[node.name]] = self.reading.of(program.nodes[program.image].size).transient
+        return nbytes
 
-def _if_any(name: str, nbytes: int) -> tuple[MemoryTerm, ...]:
-    """A term of what most images do not take."""
-    return (MemoryTerm(name, nbytes),) if nbytes else ()
+
+def _values_by_level(program: Program, staging: Staging, num_levels: int, *, training: bool) -> Ints:
+    """Bytes of the global values of all levels below each, and of the gradients that flow among them."""
+    sizes = [
+        [program.nodes[n].nbytes for n in staging.segments.get(level, ())] for level in range(num_levels)
+    ]
+    values = np.cumsum([sum(each) for each in sizes])
+    # Gradients flow back one operator at a time: two of the largest at once.
+    flow = 2 * np.maximum.accumulate([max(each, default=0) for each in sizes]) if training else 0
+    below: Ints = np.concatenate((np.zeros(1, np.int64), values + flow))
+    return below
 
 
 def _states_by_level(
-    program: Program, levels: Mapping[str, int], differentiated: Collection[str]
-) -> dict[int, int]:
+    program: Program, levels: Mapping[str, int], differentiated: Collection[str], num_levels: int
+) -> Ints:
     """Bytes of parameters by the level of their last reader, which first gives them a gradient."""
     last: dict[str, int] = {}
     for node in program.nodes.values():
         for name in node.operands:
             if name in program.states and name in differentiated:
                 last[name] = max(last.get(name, 0), levels[node.name])
-    states: dict[int, int] = {}
+    states = np.zeros(num_levels, np.int64)
     for name, level in last.items():
-        states[level] = states.get(level, 0) + program.nodes[name].tensor.gradient_bytes
+        states[level] += program.nodes[name].tensor.gradient_bytes
     return states

@@ -10,33 +10,23 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamcnn.graph.costs import CallBytes, cost_of
 from streamcnn.graph.program import Kind
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.planning.global_bytes import REUSABLE_BYTES, GlobalBytes, Step, total_bytes
-from streamcnn.planning.overhead import BackendOverhead
+from streamcnn.planning.backends import Backend
+from streamcnn.planning.backends.base import Bytes
+from streamcnn.planning.global_bytes import GlobalBytes, Step, total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TiledStage
 
-Bytes = TypeVar("Bytes", int, NDArray[np.int64])
-
-FRESH_WASTE_PERCENT = 10
-"""What the C library loses to holes, in percent of a step, if it gives freed blocks back."""
-REUSE_WASTE = 1.25
-"""The same if it keeps them, as a share of what the largest step holds in blocks that it may keep."""
-REUSE_BYTES = 3 * 2**24
-"""What it loses besides."""
-REUSE_BYTES_PER_STAGE = 5 * 2**18
-"""And of every stage, whose kernels and statistics stay and cut the holes up. Beyond the other terms and the
-share above (torch 2.13, glibc 2.36), EfficientNet-B0 with 66 stages and DenseNet-121 with 122 needed some
-110 MiB, U-Net with 14 between 53 and 65, ResNet-18 and ConvNeXt-T nothing."""
+NO_STEP = Step((), "", 0)
+"""Where no operator runs."""
 REDUCTION_COPIES = 2
 """Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
 
@@ -56,13 +46,64 @@ class PeakPoint:
         return total_bytes(self.terms)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PassBytes:
+    """Projected bytes at any point of a pass: in numbers for the search, and with their terms for the plan.
+
+    Either is what is held beside a step at its level, the step itself, and what the allocator loses.
+    """
+
+    backend: Backend
+    held: HeldBytes
+    holes: int | None
+    """What is lost at every point where freed blocks are kept for reuse; None where they are given back."""
+
+    @classmethod
+    def of(
+        cls,
+        global_bytes: GlobalBytes,
+        others: HeldBytes,
+        num_kernels: Ints,
+        num_stages: int,
+        reusable: int | None,
+    ) -> PassBytes:
+        """A pass in so many stages.
+
+        Parameters
+        ----------
+        others
+            What is held beside steps but for what the backend keeps.
+        num_kernels
+            By level: different convolutions of its phase.
+        reusable
+            The most bytes of a step in blocks that are kept for reuse; None where they are given back.
+        """
+        backend, tail = global_bytes.backend, global_bytes.tail_step.reusable
+        holes = None if reusable is None else backend.keeping.of_pass(reusable, tail, num_stages)
+        return cls(backend, global_bytes.kept(num_kernels) + others, holes)
+
+    def lost(self, nbytes: Bytes) -> Bytes | int:
+        """What the allocator loses while a step of ``nbytes`` runs."""
+        return self.backend.returning.of_step(nbytes) if self.holes is None else self.holes
+
+    def at(self, held: LevelBytes, levels: Ints | int, steps: Bytes) -> Ints:
+        """The sums at points of ``levels`` with steps of so many bytes; broadcast against each other."""
+        sums: Ints = held.total[levels] + steps + self.lost(steps)
+        return sums
+
+    def point(self, name: str, held: LevelBytes, level: int, step: Step) -> PeakPoint:
+        """One point with its terms, whose sum is :meth:`at`."""
+        waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
+        return PeakPoint(name, step.operator, (*held.at(level), *step.terms, waste))
+
+
 def peak_points(
     tiled: Sequence[TiledStage],
     global_bytes: GlobalBytes,
     stored: StoredBytes,
     *,
     rematerialised: Sequence[tuple[int, TiledStage]] = (),
-    reuses_heap: bool,
+    reuses_blocks: bool,
 ) -> list[PeakPoint]:
     """All peak points of a pass, in order.
 
@@ -73,7 +114,7 @@ def peak_points(
     pairs = [
         steps(
             stage,
-            global_bytes.overhead,
+            global_bytes.backend,
             global_bytes.reading,
             backward=is_differentiated(stage.stage, global_bytes.differentiated),
         )
@@ -81,56 +122,36 @@ def peak_points(
     ]
     again: dict[int, list[tuple[int, Step]]] = {}
     for before, stage in rematerialised:
-        step, _ = steps(stage, global_bytes.overhead, global_bytes.reading, backward=False)
+        step, _ = steps(stage, global_bytes.backend, global_bytes.reading, backward=False)
         again.setdefault(before, []).append((stage.stage.level, step))
-    every = (*chain(*pairs), *(step for each in again.values() for _, step in each))
-    heap = max((step.heap for step in every if step is not None), default=0)
     num_kernels = np.zeros_like(global_bytes.num_kernels)
     for stage in (*tiled, *(stage for _, stage in rematerialised)):
         num_kernels[stage.stage.level] += stage.num_kernels
-    kernels = global_bytes.kernels(num_kernels)
-    found: list[PeakPoint] = []
-
-    def add(name: str, step: Step, *held: tuple[MemoryTerm, ...]) -> None:
-        lost = (
-            reuse_waste(heap, global_bytes.tail_step.heap, len(tiled) + len(rematerialised))
-            if reuses_heap
-            else fresh_waste(step.nbytes)
-        )
-        waste = MemoryTerm("allocator waste", lost)
-        found.append(PeakPoint(name, step.operator, (*chain(*held), *step.terms, waste)))
-
+    every = (*chain(*pairs), *(step for each in again.values() for _, step in each))
+    reusable = max((step.reusable for step in every if step is not None), default=0)
+    found = PassBytes.of(
+        global_bytes,
+        global_bytes.held + stored.held,
+        num_kernels,
+        len(tiled) + len(rematerialised),
+        reusable if reuses_blocks else None,
+    )
+    held = found.held
+    points = []
     if global_bytes.reading.opening:
-        add("the first read", Step((), "", 0), global_bytes.opening())
+        points.append(found.point("the first read", global_bytes.opening, 0, NO_STEP))
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
-        held = (kernels.forward(level),)
-        add(f"phase {level}, forward", step, held, global_bytes.forward(level), stored.forward(level))
-    held = (kernels.backward(global_bytes.last),)
-    add(
-        "the resident tail", global_bytes.tail_step, held, global_bytes.tail(), stored.tail(global_bytes.last)
-    )
+        points.append(found.point(f"phase {level}, forward", held.forward, level, step))
+    points.append(found.point("the resident tail", held.tail, global_bytes.last, global_bytes.tail_step))
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
-            beside = ((kernels.backward(level),), global_bytes.backward(level), stored.backward(level))
             for dropped, step in again.get(level, ()):
-                add(f"phase {dropped} again, before phase {level}, backward", step, *beside)
-            add(f"phase {level}, backward", after, *beside)
-    return found
-
-
-def fresh_waste(step_bytes: Bytes) -> Bytes:
-    """Bytes that the C library loses while a step runs, if it gives freed blocks back."""
-    return step_bytes * FRESH_WASTE_PERCENT // 100
-
-
-def reuse_waste(steps: int, tail: int, num_stages: int) -> int:
-    """Bytes that it loses if it keeps them, of which ``steps`` and the resident tail hold so many.
-
-    Its heap never shrinks: the holes that the largest step has left are there at every other moment.
-    """
-    return REUSE_BYTES + REUSE_BYTES_PER_STAGE * num_stages + max(int(REUSE_WASTE * steps), tail)
+                name = f"phase {dropped} again, before phase {level}, backward"
+                points.append(found.point(name, held.backward, level, step))
+            points.append(found.point(f"phase {level}, backward", held.backward, level, after))
+    return points
 
 
 def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
@@ -140,19 +161,17 @@ def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
 
 
 def steps(
-    tiled: TiledStage, overhead: BackendOverhead, reading: BatchCost = NO_READING, *, backward: bool
+    tiled: TiledStage, backend: Backend, reading: BatchCost = NO_READING, *, backward: bool
 ) -> tuple[Step, Step | None]:
     """The largest tile of a stage forward and, if wanted, backward."""
-    tile = _LargestTile(tiled, overhead, reading)
+    tile = _LargestTile(tiled, backend, reading)
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
-def overhead_terms(
-    outline: Outline, overhead: BackendOverhead, *, backward: bool
-) -> tuple[MemoryTerm, MemoryTerm]:
-    """What libraries take for a tile whatever its size, for its values and, backward, for their gradients."""
+def overhead_terms(outline: Outline, backend: Backend, *, backward: bool) -> tuple[MemoryTerm, ...]:
+    """What the backend takes for a tile whatever its size, for its values and, backward, their gradients."""
     # The products of gradients mostly find buffers of their sizes there.
-    return overhead.terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
+    return backend.step_terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
 
 
 def _forward_step(tile: _LargestTile) -> Step:
@@ -227,8 +246,8 @@ class _PeakTracker:
 class _LargestTile:
     """Bytes of maps on the largest tile of a stage."""
 
-    def __init__(self, tiled: TiledStage, overhead: BackendOverhead, reading: BatchCost) -> None:
-        self.overhead = overhead
+    def __init__(self, tiled: TiledStage, backend: Backend, reading: BatchCost) -> None:
+        self.backend = backend
         self.reading = reading
         self.program = tiled.program
         self.tiled = tiled
@@ -267,11 +286,9 @@ class _LargestTile:
     def workspace(self, name: str) -> int:
         """Bytes that an operator takes besides operands, parameters and result."""
         node, nodes = self.program.nodes[name], self.program.nodes
-        workspace = cost_of(node.target).workspace
-        if workspace is None:
-            return 0
         weights = sum(nodes[n].nbytes for n in node.operands if not nodes[n].is_map)
-        return workspace(CallBytes(self.operands(name), self.nbytes(name), weights))
+        nbytes = CallBytes(self.operands(name), self.nbytes(name), weights)
+        return self.backend.workspace(cost_of(node.target), nbytes)
 
     def reads(self) -> int:
         """Bytes of the input regions: stored ones are read or made contiguous, others converted too."""
@@ -299,17 +316,17 @@ class _LargestTile:
         if image not in self.tiled.stage.inputs:
             return step
         nbytes = self.reading.of(self.tiled.largest(image)).transient
-        overhead = overhead_terms(self.tiled.outline, self.overhead, backward=backward)
-        read = Step((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.heap)
+        overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
+        read = Step((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.reusable)
         return read if nbytes and read.nbytes > step.nbytes else step
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
-        """A step of these terms and of what libraries take for it."""
-        overhead = overhead_terms(self.tiled.outline, self.overhead, backward=backward)
-        return Step((*terms, *overhead), operator, int(self._heap_share() * total_bytes(terms)))
+        """A step of these terms and of what it takes beside tensors."""
+        overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
+        return Step((*terms, *overhead), operator, int(self._reusable_share() * total_bytes(terms)))
 
-    def _heap_share(self) -> float:
-        """The share of the tile's bytes that is in blocks which the heap may keep."""
+    def _reusable_share(self) -> float:
+        """The share of the tile's bytes that is in blocks which may be kept when they are freed."""
         sizes = [self.nbytes(name) for name in (*self.tiled.stage.nodes, *self.tiled.stage.inputs)]
         total = sum(sizes)
-        return sum(size for size in sizes if size < REUSABLE_BYTES) / total if total else 0.0
+        return sum(size for size in sizes if size < self.backend.reusable_bytes) / total if total else 0.0

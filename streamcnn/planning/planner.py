@@ -92,7 +92,7 @@ class _Attempt:
             differentiate(program),
             machine.hardware,
             tile,
-            machine.overhead,
+            machine.backend,
             known,
             reading=spec.reading,
         )
@@ -122,14 +122,15 @@ class _Attempt:
                 self.search.global_bytes(staging),
                 StoredBytes(stores, staging.levels),
                 rematerialised=again,
-                reuses_heap=solution.reuses_heap,
+                reuses_blocks=solution.reuses_blocks,
             ),
             key=lambda point: point.nbytes,
         )
-        assert worst.nbytes == solution.nbytes, (worst, solution.nbytes)
         everything, training = whole.search.tilings, bool(spec.leaves)
-        resident = resident_time(everything.program, everything.differentiated, machine.hardware)
-        plain = plain_time(everything.works, machine.hardware, backward=training) + resident
+        resident = resident_time(
+            everything.program, everything.differentiated, machine.hardware, machine.backend
+        )
+        plain = plain_time(everything.works, machine.hardware, machine.backend, backward=training) + resident
         flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
         flops += self.tail.flops if self.tail else 0
         return Plan(
@@ -149,7 +150,7 @@ class _Attempt:
             levels=dict(staging.levels),
             differentiated=differentiated,
             budget=spec.budget,
-            reuses_heap=solution.reuses_heap,
+            reuses_blocks=solution.reuses_blocks if machine.backend.has_choice else None,
             terms=(*_reserved(spec, machine), *worst.terms),
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
@@ -197,10 +198,10 @@ def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]
 
     A tail lives when no tile does: after the last forward step and before the first backward one.
     """
-    # Without what libraries take for a step: a tail has its own.
+    # Without what the backend takes for a step: a tail has its own.
     backward = bool(spec.leaves)
     steps = [
-        tiling.nbytes - total_bytes(overhead_terms(tiling.tiled.outline, machine.overhead, backward=backward))
+        tiling.nbytes - total_bytes(overhead_terms(tiling.tiled.outline, machine.backend, backward=backward))
         for tiling in whole.solution.tilings
     ]
     largest = max(steps, default=0)
@@ -225,7 +226,7 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
     if not length:
         return None
     works = {node.name: tilings.works[node.name] for node in nodes[-length:]}
-    time = plain_time(works, tilings.hardware, backward=bool(tilings.differentiated))
+    time = plain_time(works, tilings.hardware, tilings.backend, backward=bool(tilings.differentiated))
     return _Tail(nodes[-length].name.partition(".")[0], time.seconds, time.flops)
 
 

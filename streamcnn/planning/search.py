@@ -1,7 +1,7 @@
 """The search for the fastest plan of one program: tiles, stores and recomputation under a budget.
 
 A solution is a staging (which maps are stored, where stretches are split), the sets of stored maps that are
-offloaded and that are dropped between the two passes, and whether the C library reuses freed blocks. Given
+offloaded and that are dropped between the two passes, and whether freed blocks are kept for reuse. Given
 these, phases are independent of each other: each takes the tiles with the least projected time among those
 whose steps fit into what the budget leaves at that moment. What remains is a search over solutions: the
 offloaded maps are first the cheapest ones to offload, as few as let a plan fit or some more; then, one by
@@ -18,11 +18,12 @@ from itertools import combinations, product
 
 import numpy as np
 
+from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
-from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, Ints, StageRow
+from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import is_differentiated, reuse_waste
+from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
 from streamcnn.planning.tiling import TiledStage
@@ -37,8 +38,8 @@ _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that are added where its readers differentiate them too, at least."""
 CHOICE_ROUNDS = 16
 """How often candidates are chosen anew where they do not fit, at most."""
-KERNEL_ROUNDS = 4
-"""How often candidates are chosen anew for what the last ones hold of kernels, at most."""
+KEPT_ROUNDS = 4
+"""How often candidates are chosen anew for what the backend keeps of the last ones, at most."""
 _ANY = 2**62
 _TABLES = 16
 """Tables kept; the search goes to and fro between a staging and one with a map less."""
@@ -69,7 +70,8 @@ class Solution:
     stores: Mapping[str, StorePlan]
     tilings: tuple[TilingCandidate, ...]
     """How each stage is tiled, those that rematerialise maps last."""
-    reuses_heap: bool
+    reuses_blocks: bool
+    """Whether freed blocks are kept for reuse."""
     seconds: float
     nbytes: int
     fits: bool
@@ -154,13 +156,13 @@ class Search:
                 or not all(self._may_pay(found, name, once=True) for name in dropped)
             ):
                 continue
-            for reuses_heap in (True, False) if thorough else (found.reuses_heap,):
+            for reuses_blocks in (True, False) if thorough else (found.reuses_blocks,):
                 yield self.solution(
                     found.base,
                     (found.recomputed - set(names)) | recomputed,
                     (found.offloaded - set(names)) | by_policy[_Policy.OFFLOAD],
                     (found.dropped - set(names)) | dropped,
-                    reuses_heap=reuses_heap,
+                    reuses_blocks=reuses_blocks,
                 )
 
     def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
@@ -190,10 +192,10 @@ class Search:
 
         def offload(count: int) -> Solution:
             return self.solution(
-                staging, frozenset(), frozenset(order[:count]), frozenset(), reuses_heap=False
+                staging, frozenset(), frozenset(order[:count]), frozenset(), reuses_blocks=False
             )
 
-        yield self.solution(staging, frozenset(), frozenset(), frozenset(), reuses_heap=True)
+        yield self.solution(staging, frozenset(), frozenset(), frozenset(), reuses_blocks=True)
         fewest = _fewest(len(order), lambda count: offload(count).fits)
         counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
         for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
@@ -218,7 +220,7 @@ class Search:
         offloaded: frozenset[str],
         dropped: frozenset[str],
         *,
-        reuses_heap: bool,
+        reuses_blocks: bool,
     ) -> Solution:
         """The fastest tiles that fit, given what is stored where.
 
@@ -230,18 +232,16 @@ class Search:
             Maps that are stored outside the device's memory.
         dropped
             Maps that are stored, and dropped between the two passes.
-        reuses_heap
-            Whether the C library may keep freed blocks. Where maps are offloaded it may not: memory is short
-            then, and what such a heap loses is known too roughly.
+        reuses_blocks
+            Whether freed blocks may be kept for reuse. Where maps are offloaded they may not.
         """
-        reuses_heap = reuses_heap and not offloaded
+        reuses_blocks = reuses_blocks and not offloaded
         staging = self._staging(base, recomputed, dropped)
         table, global_bytes = self._table(staging), self.global_bytes(staging)
         stores = table.stores(self._tiers(staging, offloaded))
-        scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_heap=reuses_heap)
+        scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_blocks=reuses_blocks)
         choices = (
-            _choose(scores, global_bytes.tail_step.heap, heap, self.budget, reuses_heap=reuses_heap)
-            for heap in (table.heaps if reuses_heap else (_ANY,))
+            _choose(scores, limit, self.budget) for limit in (table.limits if reuses_blocks else (_ANY,))
         )
         choice = min(choices, key=lambda choice: choice.rank)
         return Solution(
@@ -251,7 +251,7 @@ class Search:
             staging=staging,
             stores=stores,
             tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
-            reuses_heap=reuses_heap,
+            reuses_blocks=reuses_blocks,
             seconds=choice.seconds,
             nbytes=choice.nbytes,
             fits=choice.fits,
@@ -308,7 +308,7 @@ class Search:
         if self._global_bytes is None or self._global_bytes[0] is not staging.levels:
             tilings = self.tilings
             global_bytes = GlobalBytes(
-                self.program, staging, tilings.differentiated, tilings.overhead, tilings.reading
+                self.program, staging, tilings.differentiated, tilings.backend, tilings.reading
             )
             self._global_bytes = (staging.levels, global_bytes)
         return self._global_bytes[1]
@@ -329,10 +329,8 @@ class _Choice:
         return not self.fits, self.seconds if self.fits else self.nbytes
 
 
-def _choose(
-    scores: CandidateScores, tail_heap: int, heap: int, budget: int | None, *, reuses_heap: bool
-) -> _Choice:
-    """For each stage the fastest candidate that fits, where steps hold no more than ``heap`` reusable bytes.
+def _choose(scores: CandidateScores, limit: int, budget: int | None) -> _Choice:
+    """For each stage the fastest candidate that fits, where steps hold no more than ``limit`` reusable bytes.
 
     If not all fit, what takes less is looked for until nothing is found.
     """
@@ -340,7 +338,7 @@ def _choose(
     room = allowed
     best: _Choice | None = None
     for _ in range(CHOICE_ROUNDS):
-        choice = _choose_once(scores, tail_heap, heap, room, reuses_heap=reuses_heap)
+        choice = _choose_once(scores, limit, room)
         if best is not None and choice.nbytes >= best.nbytes:
             break
         best = choice
@@ -351,24 +349,18 @@ def _choose(
     return replace(best, fits=best.nbytes <= allowed)
 
 
-def _choose_once(
-    scores: CandidateScores, tail_heap: int, heap: int, allowed: float, *, reuses_heap: bool
-) -> _Choice:
-    """For each stage the fastest candidate that fits; what is held of kernels depends on all of them."""
-    num_stages = len(scores.seconds)
-    room = allowed - (reuse_waste(heap, tail_heap, num_stages) if reuses_heap else 0)
-    kernels, choice = scores.kernels(None), None
-    for _ in range(KERNEL_ROUNDS):
-        before, choice = choice, _fastest(scores, scores.peaks(kernels), heap, room)
+def _choose_once(scores: CandidateScores, limit: int, allowed: float) -> _Choice:
+    """For each stage the fastest candidate that fits; what the backend keeps depends on all of them."""
+    found, choice = scores.pass_bytes(None, limit), None
+    for _ in range(KEPT_ROUNDS):
+        before, choice = choice, _fastest(scores, scores.peaks(found), limit, allowed)
         if before is not None and np.array_equal(before, choice):
             break
-        kernels = scores.kernels(choice)
+        found = scores.pass_bytes(choice, limit)
     assert choice is not None
     rows = np.arange(len(choice))
-    phases = int(scores.peaks(kernels)[rows, choice].max(initial=0))
-    nbytes = max(phases, scores.tail_peak(kernels), scores.opening)
-    if reuses_heap:
-        nbytes += reuse_waste(int(scores.heap[rows, choice].max(initial=0)), tail_heap, num_stages)
+    found = scores.pass_bytes(choice, int(scores.reusable[rows, choice].max(initial=0)))
+    nbytes = max(int(scores.peaks(found)[rows, choice].max(initial=0)), scores.other_peak(found))
     return _Choice(
         indices=tuple(choice.tolist()),
         seconds=float(scores.seconds[rows, choice].sum()) + scores.outputs,
@@ -377,9 +369,9 @@ def _choose_once(
     )
 
 
-def _fastest(scores: CandidateScores, peaks: Ints, heap: int, room: float) -> Ints:
+def _fastest(scores: CandidateScores, peaks: Ints, limit: int, room: float) -> Ints:
     """By stage: the fastest candidate that fits; where none does, the smallest."""
-    fitting = (peaks <= room) & (scores.heap <= heap)
+    fitting = (peaks <= room) & (scores.reusable <= limit)
     seconds = np.where(fitting, scores.seconds, np.inf)
     choice: Ints = np.where(fitting.any(axis=1), seconds.argmin(axis=1), peaks.argmin(axis=1))
     return choice

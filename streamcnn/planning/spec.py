@@ -9,7 +9,7 @@ import torch
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.overhead import BackendOverhead
+from streamcnn.planning.backends import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +58,4 @@ class Machine:
     """The fastest tier first."""
     reserved: int
     """Bytes of the budget that the device holds before a pass begins: what no plan allocates itself."""
-    overhead: BackendOverhead
+    backend: Backend

@@ -16,7 +16,7 @@ from streamcnn.graph.costs import Routine, cost_of, makes_new
 from streamcnn.graph.program import Access, Program, Ref
 from streamcnn.plan.plan import Phase
 from streamcnn.plan.tiles import AxisStep
-from streamcnn.planning.overhead import num_products
+from streamcnn.planning.routines import num_sizes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tile_kinds import axis_kinds, numbered
 
@@ -67,7 +67,7 @@ class Outline:
                 if name in costs and costs[name].stand_in is not None and name not in consumed
             ),
             num_convolutions=sum(cost.routine is Routine.CONVOLUTION for cost in costs.values()),
-            num_products=num_products(program, stage.nodes),
+            num_products=num_sizes(program, stage.nodes, Routine.MATRIX_PRODUCT),
             overwriting={
                 name: operand
                 for name in stage.nodes
@@ -162,7 +162,7 @@ class TiledStage:
 
     @property
     def num_kernels(self) -> int:
-        """Kernels that are compiled in a forward pass: of each convolution one for each shape of tile."""
+        """Different convolutions of a forward pass: of each one for each shape of tile."""
         return self.outline.num_convolutions * self.rows.num_shapes * self.cols.num_shapes
 
     def largest(self, name: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import nn
 from streamcnn.ceiling.device import reserved_bytes
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.overhead import BackendOverhead
+from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
 from streamcnn.planning.spec import Machine, OffloadTier
 from streamcnn.runtime.calibration import hardware_profile
 
@@ -20,12 +20,14 @@ an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64.""
 def this_machine(device: torch.device) -> Machine:
     """This machine, computing on ``device``; it is measured how fast it is if it never was."""
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
-    overhead = BackendOverhead.host(torch.get_num_threads())
     if device.type != "cpu":
         offload_tiers = (OffloadTier(Tier.HOST), *offload_tiers)
-    if device.type == "cuda":
-        overhead = BackendOverhead.card()
-    return Machine(hardware_profile(device), offload_tiers, reserved_bytes(device), overhead)
+    return Machine(hardware_profile(device), offload_tiers, reserved_bytes(device), backend_of(device))
+
+
+def backend_of(device: torch.device) -> Backend:
+    """What planning knows of ``device``; of one without a backend of its own, what it knows of the host."""
+    return CudaBackend() if device.type == "cuda" else CpuBackend.on(torch.get_num_threads())
 
 
 def cuda_card(net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
@@ -44,5 +46,5 @@ def cuda_card(net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Mach
         hardware=NOMINAL["cuda"],
         offload_tiers=(OffloadTier(Tier.HOST, host_bytes), OffloadTier(Tier.DISK)),
         reserved=CONTEXT_BYTES + (1 + optimizer_copies) * parameters + buffers,
-        overhead=BackendOverhead.card(),
+        backend=CudaBackend(),
     )

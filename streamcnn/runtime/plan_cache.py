@@ -34,8 +34,8 @@ class Planned:
 
     program: Program
     plan: Plan
-    compiled: set[StepShape] = field(default_factory=set)
-    """Shapes of steps that have been carried out, for which libraries have compiled their code."""
+    carried_out: set[StepShape] = field(default_factory=set)
+    """Shapes of steps that have been carried out: what is compiled for them once is there."""
 
 
 class PlanCache:
@@ -46,7 +46,7 @@ class PlanCache:
 
     def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
-        device = (machine.reserved, machine.hardware.source, machine.overhead)
+        device = (machine.reserved, machine.hardware.source, machine.backend)
         key = (captured.settings, spec, device, rules_version())
         graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)

@@ -107,8 +107,8 @@ class Pass:
         """Make ready to run a plan from its start."""
         self.planned = planned
         self.program, self.plan = planned.program, planned.plan
-        # Some code is taken to be there: only on the CPU is it anything that memory is refused for.
-        self.is_trusting = self.reader.device.type == "cpu" and bool(planned.compiled)
+        # Some code is taken to be there.
+        self.is_trusting = self.ceiling.counts_code and bool(planned.carried_out)
         read = set(self.program.states.values())
         for qualified in self.program.updates.keys() & read - self.before.keys():
             self.before[qualified] = self.known[qualified].detach().clone()
@@ -127,7 +127,7 @@ class Pass:
             self.states,
             self.reader,
             self.stores.open,
-            after_step=_checked(self.ceiling, planned.compiled),
+            after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
         )
 
@@ -229,11 +229,11 @@ class Pass:
     def _begin_again(self, error: BudgetExceeded) -> None:
         """Begin with smaller tiles, or raise ``error`` if there are none.
 
-        If code was not looked for, begin as before, and look: libraries keep so much of it, and may have
-        dropped some for another model's.
+        If code was not looked for, begin as before, and look: only so much of it is kept, and some may have
+        been dropped for another model's.
         """
         again = self.planned if self.is_trusting else self.shrink(self.plan)
-        self.planned.compiled.clear()
+        self.planned.carried_out.clear()
         if again is None:
             raise error
         self._restart(again)
@@ -284,7 +284,7 @@ class Pass:
     def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``run`` returns: enforce the budget, measure, and say so where memory is refused."""
         start = time.perf_counter()
-        limit = self.ceiling.limit(self.plan.budget, reuse_heap=self.plan.reuses_heap)
+        limit = self.ceiling.limit(self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks))
         try:
             found = self._within(limit, run)
         except BaseException as error:
@@ -375,12 +375,12 @@ def _positions(outputs: Any) -> list[str]:
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
 
 
-def _checked(ceiling: Ceiling, compiled: set[StepShape]) -> Callable[[StepShape], None]:
+def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepShape], None]:
     """What is done after a step of some shape. It does not know the pass, as the stores do not."""
 
     def after_step(shape: StepShape) -> None:
-        ceiling.check(compiled=shape not in compiled)
-        compiled.add(shape)
+        ceiling.check(compiled=shape not in carried_out)
+        carried_out.add(shape)
 
     return after_step
 

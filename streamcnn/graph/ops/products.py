@@ -32,10 +32,9 @@ def _attention_bytes(operation: Operation) -> int:
 
 
 def _attention_saved(operation: Operation) -> int:
-    """The matrix's softmax and, with dropout, the mask and what is left."""
-    matrix = _attention_bytes(operation)
+    """The matrix's softmax and, with dropout, the mask in the same type and what is left."""
     (dropout,) = operation.bind("dropout_p")
-    return 2 * matrix + matrix // 4 if dropout else matrix
+    return (3 if dropout else 1) * _attention_bytes(operation)
 
 
 declare(

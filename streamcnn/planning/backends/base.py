@@ -1,0 +1,81 @@
+"""What the memory model and the search ask a device: bytes beside tensors, and what freed blocks cost.
+
+A backend answers from constants and counts, and measures nothing. What measures and limits a device's memory
+is its ceiling, in ``streamcnn.ceiling``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+from streamcnn.graph.costs import CallBytes, Cost
+from streamcnn.plan.level_bytes import HeldBytes, Ints
+from streamcnn.plan.storage import MemoryTerm
+
+Bytes = TypeVar("Bytes", int, Ints)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragmentation:
+    """Bytes that an allocator loses to holes, as it treats freed blocks in one of its ways."""
+
+    step_percent: int = 0
+    """Percent of what a step holds."""
+    fixed: int = 0
+    """Bytes in any case."""
+    per_stage: int = 0
+    """Bytes for every stage, whose small values stay and cut holes up."""
+    held: float = 0.0
+    """The share of the largest step's reusable blocks; its holes are there at every other moment."""
+
+    def of_step(self, nbytes: Bytes) -> Bytes:
+        """What is lost while a step of ``nbytes`` runs."""
+        return nbytes * self.step_percent // 100
+
+    def of_pass(self, steps: int, tail: int, num_stages: int) -> int:
+        """What is lost at any moment, where steps and the tail hold so many bytes in reusable blocks."""
+        largest = max(int(self.held * steps), tail) if self.held else 0
+        return self.fixed + self.per_stage * num_stages + largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(ABC):
+    """One kind of device."""
+
+    runtime_bytes: int
+    """Reserved for what a pass takes the first time that it runs, beside tensors."""
+    reusable_bytes: int
+    """Freed blocks below this size may be kept for reuse; others always go back."""
+    keeping: Fragmentation
+    """Where freed blocks are kept, which is faster."""
+    returning: Fragmentation
+    """Where they are given back. So they are where maps are offloaded: memory is short then, and what kept
+    blocks lose is known too roughly."""
+    fragmentation: str
+    """The name of the plan's term for either."""
+    has_choice: bool
+    """Whether a pass can be told to keep freed blocks or not."""
+    fuses_attention: bool
+    """Whether attention is one kernel whatever its options."""
+
+    def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
+        """Bytes that a call takes besides operands, parameters and result: those declared."""
+        return 0 if cost.workspace is None else cost.workspace(nbytes)
+
+    @abstractmethod
+    def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
+        """What a step takes that compiles so many kernels and has matrix products of so many sizes."""
+
+    @abstractmethod
+    def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
+        """What is kept at every moment of a pass.
+
+        Parameters
+        ----------
+        num_kernels
+            By level, how many different convolutions the forward pass runs: another shape is another one.
+        training
+            Whether a backward pass follows.
+        """

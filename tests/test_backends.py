@@ -1,0 +1,131 @@
+"""What devices answer when a plan is made, and that nothing else knows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import streamcnn
+from streamcnn import StreamingModel
+from streamcnn.graph.costs import CallBytes, Cost
+from streamcnn.plan.hardware import NOMINAL
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.storage import MemoryTerm, Tier
+from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend, Fragmentation
+from streamcnn.planning.spec import Machine, OffloadTier
+from streamcnn.runtime.machines import backend_of, cuda_card
+
+SHAPE = (1, 3, 900, 800)
+OF_A_CPU = re.compile(
+    r"\bheap|_heap|glibc|C library|allocator waste|oneDNN|MKL|blocked|compiled|address space"
+    r"|buffers of matrix products",
+    re.I,
+)
+OF_ANY_LIBRARY = re.compile(rf"{OF_A_CPU.pattern}|cuDNN|cuBLAS|NVML|caching allocator", re.I)
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(16 if i else 3, 16, 3, padding=1) for i in range(4)]
+    body = (module for conv in layers for module in (conv, nn.BatchNorm2d(16), nn.ReLU()))
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+
+
+def plan_with(backend: Backend, budget: int | None, *, reserved: int = 0) -> Plan:
+    """The plan of a small network on a CPU's nominal rates."""
+    machine = Machine(NOMINAL["cpu"], (OffloadTier(Tier.DISK),), reserved, backend)
+    return StreamingModel(make_net(), budget).plan_for(machine, SHAPE)
+
+
+def terms_of(plan: Plan) -> dict[str, int]:
+    return {term.name: term.nbytes for term in plan.terms}
+
+
+# With room for all, and where maps have to be offloaded.
+@pytest.mark.parametrize("budget", ["2GB", "1.1GB"])
+def test_a_plan_for_a_card_has_no_terms_of_a_cpu(budget: str) -> None:
+    net = make_net()
+    machine = cuda_card(net, host_bytes=10**9, optimizer_copies=2)
+    plan = StreamingModel(net, budget).plan_for(machine, SHAPE)
+    assert plan.fits
+    assert OF_A_CPU.search(plan.explain()) is None
+    assert OF_A_CPU.search(plan.to_json()) is None
+    assert plan.reuses_blocks is None
+    terms = terms_of(plan)
+    assert terms["rounding and fragmentation of the caching allocator"] > 0
+    assert terms["reserved (context, libraries, weights, optimiser)"] == machine.reserved
+
+
+def test_a_plan_for_a_cpu_says_whether_freed_blocks_are_kept() -> None:
+    ample, tight = (plan_with(CpuBackend.on(2), budget) for budget in (2 * 10**9, 12 * 10**7))
+    assert (ample.reuses_blocks, tight.reuses_blocks) == (True, False)
+    assert json.loads(ample.to_json())["reuses_heap"] is True
+    assert terms_of(ample)["allocator waste"] > 0
+
+
+def test_a_card_is_charged_no_less_than_a_cpu_without_libraries() -> None:
+    bare = CpuBackend(kernel_bytes=0, code_bytes=0, matrix_bytes=0, fuses_attention=True)
+    for budget in (None, 2 * 10**9, 15 * 10**7):
+        host, card = plan_with(bare, budget), plan_with(CudaBackend(), budget)
+        assert card.projected_bytes == host.projected_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Abacus(Backend):
+    """A device that nobody has."""
+
+    runtime_bytes: int = 1000
+    reusable_bytes: int = 0
+    keeping: Fragmentation = Fragmentation(fixed=11)  # noqa: RUF009
+    returning: Fragmentation = Fragmentation(step_percent=50)  # noqa: RUF009
+    fragmentation: str = "lost beads"
+    has_choice: bool = False
+    fuses_attention: bool = True
+
+    def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
+        return 0
+
+    def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
+        return (MemoryTerm("rods", 10**6 * num_kernels),)
+
+    def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
+        beads, strings = num_kernels.cumsum(), 10 * num_kernels.cumsum()
+        held = LevelBytes.of(len(beads), ("beads", beads), ("strings", strings))
+        return HeldBytes(held, held, held)
+
+
+def test_planning_takes_any_backend() -> None:
+    plan = plan_with(Abacus(), None)
+    terms = terms_of(plan)
+    assert terms["reserved for the run time"] == 1000
+    assert terms["lost beads"] == 11
+    assert terms["strings"] == 10 * terms["beads"] > 0
+    assert terms["rods"] % 10**6 == 0
+    assert OF_ANY_LIBRARY.search(plan.explain()) is None
+
+
+def test_of_what_the_backend_is_told_by_the_device() -> None:
+    assert isinstance(backend_of(torch.device("cuda")), CudaBackend)
+    for device in ("cpu", "mps"):
+        assert backend_of(torch.device(device)) == CpuBackend.on(torch.get_num_threads())
+
+
+@pytest.mark.parametrize("room", ["plan", "planning", "execution"])
+def test_no_other_module_of_a_room_names_a_library(room: str) -> None:
+    # The key of a file is what it was.
+    allowed = ("planning/backends/", '"reuses_heap"')
+    folder = Path(streamcnn.__file__).parent
+    found = [
+        f"{path.relative_to(folder)}: {line}"
+        for path in sorted((folder / room).rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if OF_ANY_LIBRARY.search(line) and not any(each in f"{path.as_posix()} {line}" for each in allowed)
+    ]
+    assert found == []
