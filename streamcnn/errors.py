@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_MOST_WORD, _MOST_TEXT = 500, 4000
+_MOST_WORD, _MOST_TEXT = 1000, 4000
 _LONG_WORD = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
 
 
 class StreamError(Exception):
     """Base of all errors raised by streamcnn.
 
-    Its text names what was found. Whatever a file holds there, it stays readable: words of more than 500
+    Its text names what was found. Whatever a file holds there, it stays readable: words of more than 1000
     characters and texts of more than 4000 are shown without their middle.
     """
 

@@ -100,20 +100,20 @@ def within(model: StreamingModel, image: Tensor) -> dict[str, Any]:
 def limit_inside(model: StreamingModel, image: Tensor) -> list[int]:
     """The limit while a tile is computed, and after an error there."""
     seen = []
-    original = TileRun.evaluate
+    original = TileRun.evaluate_operator
 
     def stop(*args: Any) -> Tensor:
         seen.append(soft_limit())
         raise KeyError("stop")
 
     loss = model(image).sum()
-    TileRun.evaluate = stop
+    TileRun.evaluate_operator = stop
     for action in (loss.backward, lambda: model(image)):
         try:
             action()
         except KeyError:
             seen.append(soft_limit())
-    TileRun.evaluate = original
+    TileRun.evaluate_operator = original
     return seen
 
 

@@ -78,7 +78,7 @@ FORWARD = [
     (ZarrStore, "read", 3),
     (ZarrStore, "__init__", 0),
     (SpillFolder, "__init__", 0),
-    (TileRun, "evaluate", 10),
+    (TileRun, "evaluate_operator", 10),
     (GlobalGraph, "run", 1),
     (GlobalGraph, "_evaluate", 6),
     (Execution, "_barrier", 1),
@@ -88,7 +88,7 @@ BACKWARD = [
     (ZarrStore, "read", 2),
     (ZarrStore, "add", 0),
     (ZarrStore, "add", 3),
-    (TileRun, "evaluate", 4),
+    (TileRun, "evaluate_operator", 4),
     (GlobalGraph, "backward", 0),
     (GlobalGraph, "backward", 1),
     (GlobalGraph, "accumulate", 3),
@@ -171,7 +171,7 @@ def test_a_refused_allocation_names_the_budget(text: str) -> None:
         r"allocation in the {} pass was refused: budget 1.00 GiB, projected .* MiB with tiles of 16x16 "
         r"pixels, and there is no plan with smaller ones\. Nothing was changed; raise budget="
     )
-    with failing(TileRun, "evaluate", RuntimeError(text), 3):
+    with failing(TileRun, "evaluate_operator", RuntimeError(text), 3):
         with pytest.raises(BudgetExceeded, match=message.format("forward")):
             model(make_image())
     assert_unchanged(before, everything_of(model))
@@ -186,6 +186,6 @@ def test_a_refused_allocation_names_the_budget(text: str) -> None:
 def test_without_a_budget_an_out_of_memory_error_stays_what_it_is() -> None:
     model = make_model()
     error = RuntimeError("std::bad_alloc")
-    with failing(TileRun, "evaluate", error, 3), pytest.raises(RuntimeError) as caught:
+    with failing(TileRun, "evaluate_operator", error, 3), pytest.raises(RuntimeError) as caught:
         model(make_image())
     assert caught.value is error

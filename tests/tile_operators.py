@@ -15,8 +15,8 @@ Evaluate = Callable[[], Tensor]
 
 def around_operators(patch: pytest.MonkeyPatch, around: Callable[[Evaluate], Tensor]) -> None:
     """Have ``around`` give the value of each operator of a tile; it is handed what evaluates it."""
-    original = TileRun.evaluate
-    patch.setattr(TileRun, "evaluate", lambda run, *args: around(partial(original, run, *args)))
+    original = TileRun.evaluate_operator
+    patch.setattr(TileRun, "evaluate_operator", lambda run, *args: around(partial(original, run, *args)))
 
 
 def refuse_memory() -> None:
