@@ -79,3 +79,11 @@ def test_links_in_a_circle_are_told(run: Run, tmp_path: Path) -> None:
     status, _, err = run("info", tmp_path / "circle")
     assert (status, err.count("\n")) == (1, 1)
     assert "Too many levels of symbolic links" in err
+
+
+@pytest.mark.usefixtures("images")
+def test_a_name_that_is_too_long_only_in_another_spelling_is_found(tmp_path: Path) -> None:
+    name = f"{'é' * 120}.png"  # 244 bytes as it is, 364 with accents of their own
+    Image.new("L", (64, 64)).save(tmp_path / name)
+    (tmp_path / "table.csv").write_text(f"image,label\n{name},0\nimages/dark/0.png,1\n", encoding="utf-8")
+    assert len(open_dataset(tmp_path / "table.csv")) == 2

@@ -14,7 +14,7 @@ from streamcnn.data.label_table import Row, read_rows
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import is_image
 from streamcnn.data.sources.files import is_there
-from streamcnn.data.sources.places import local_path
+from streamcnn.data.sources.places import looked_at, resolved_path
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 UNSPLIT = "train"
@@ -67,7 +67,9 @@ def _path_of(table: Path, row: Row) -> Path:
     texts = [row.image, row.image.replace("\\", "/")]
     texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
     try:
-        paths = [local_path(text, table.parent) for text in texts]
+        paths = [table.parent / resolved_path(text) for text in texts]
+        # Other spellings are no paths of the table's: one may be too long where the one that is there is not.
+        looked_at(paths[0])
     except CorruptImage as error:
         raise DatasetMismatch(f"{table}, line {row.line}: {error}") from None
     return next((path for path in paths if is_there(path)), paths[0])

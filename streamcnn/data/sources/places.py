@@ -40,16 +40,27 @@ def place(path: str | Path) -> Path | str:
         under such a name or lets nobody look.
     """
     where = _resolved(path)
-    return where if isinstance(where, str) else _looked_at(where)
+    return where if isinstance(where, str) else looked_at(where)
 
 
-def local_path(path: str | Path, folder: Path = Path()) -> Path:
-    """A path with ``~`` and ``file://`` resolved; one that is not absolute starts at ``folder``.
+def local_path(path: str | Path) -> Path:
+    """A path with ``~`` and ``file://`` resolved.
 
     Raises
     ------
     CorruptImage
         If it is the URL of something elsewhere, and as from `place`.
+    """
+    return looked_at(resolved_path(path))
+
+
+def resolved_path(path: str | Path) -> Path:
+    """The same without looking at what is there.
+
+    Raises
+    ------
+    CorruptImage
+        If it is the URL of something elsewhere, or there is no home folder.
     """
     where = _resolved(path)
     if isinstance(where, str):
@@ -57,7 +68,7 @@ def local_path(path: str | Path, folder: Path = Path()) -> Path:
             f"{without_secrets(where)} is not on this machine: allowed are files and folders on it; download "
             "it, or read it with open_image, which takes zarr arrays and TIFF files elsewhere"
         )
-    return _looked_at(folder / where)
+    return where
 
 
 def _resolved(path: str | Path) -> Path | str:
@@ -77,10 +88,15 @@ def _resolved(path: str | Path) -> Path | str:
     return Path(unquote(url.path))
 
 
-def _looked_at(path: Path) -> Path:
+def looked_at(path: Path) -> Path:
     """The path itself, if it can be told whether something is there.
 
     Whoever asks `Path.is_dir` later then meets no error but of a disk that fails meanwhile.
+
+    Raises
+    ------
+    CorruptImage
+        If the system can have nothing under such a name, or lets nobody look.
     """
     try:
         os.stat(path)
