@@ -152,6 +152,9 @@ class CandidateTable:
 
     staging: Staging
     rows: tuple[StageRow, ...]
+    levels: Ints
+    """By stage; so is the next, which is what :class:`CandidateScores` has."""
+    peak_levels: Ints
     forward: Ints
     backward: Ints
     reusable: Ints
@@ -173,9 +176,14 @@ class CandidateTable:
         """The table of a staging with the rows of its stages."""
         width = max((len(row.tilings) for row in rows), default=1)
         reusable = _padded([row.reusable for row in rows], width, 0)
+        stages, again = staging.stages, staging.rematerialised
         return cls(
             staging=staging,
             rows=rows,
+            levels=np.array([stage.level for stage in (*stages, *(each.stage for each in again))], np.int64),
+            peak_levels=np.array(
+                [*(stage.level for stage in stages), *(each.before for each in again)], np.int64
+            ),
             forward=_padded([row.forward for row in rows], width, _NEVER),
             backward=_padded([row.backward for row in rows], width, 0),
             reusable=reusable,
@@ -226,9 +234,6 @@ class CandidateTable:
     ) -> CandidateScores:
         """Bytes and seconds of every candidate with maps stored as in ``stores``."""
         stored = StoredBytes(stores, self.staging.levels)
-        stages, again = self.staging.stages, self.staging.rematerialised
-        levels = np.array([stage.level for stage in (*stages, *(each.stage for each in again))], np.int64)
-        peaks = np.array([*(stage.level for stage in stages), *(each.before for each in again)], np.int64)
         outputs = (
             moved.seconds(hardware, stores[name].tier)
             for row in self.rows
@@ -241,8 +246,8 @@ class CandidateTable:
             reusable=self.reusable,
             seconds=self.seconds[reuses_blocks] + self._input_seconds(stores, hardware),
             outputs=sum(outputs),
-            levels=levels,
-            peak_levels=peaks,
+            levels=self.levels,
+            peak_levels=self.peak_levels,
             global_bytes=global_bytes,
             held=global_bytes.held + stored.held,
             reuses_blocks=reuses_blocks,

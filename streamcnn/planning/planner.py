@@ -143,7 +143,7 @@ class _Attempt:
             ),
             rematerialised={
                 level: tuple(each.phase(differentiated=False) for before, each in again if before == level)
-                for level in {before for before, _ in again}
+                for level in dict.fromkeys(before for before, _ in again)
             },
             segments=tuple(Segment(level, names) for level, names in staging.segments.items()),
             stores=stores,
