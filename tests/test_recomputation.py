@@ -15,7 +15,7 @@ from test_zoo import NETS
 from torch import nn
 
 from streamcnn import StreamingModel
-from streamcnn.planning.search import Search, Solution
+from streamcnn.planning.search import Policies, Search, Solution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -30,11 +30,13 @@ class EveryOther:
 
     def __call__(self, search: Search, found: Solution) -> Solution:
         maps = sorted(found.base.stored, key=search.program.position)
-        free = [name for name in maps if name not in search._whole]
+        free = [name for name in maps if name not in search.whole]
         recomputed = frozenset(free[:: self.recomputed] if self.recomputed else ())
         left = [name for name in maps if name not in recomputed]
         dropped = frozenset(left[:: self.dropped] if self.dropped else ())
-        solution = search.solution(found.base, recomputed, frozenset(), dropped, reuses_blocks=True)
+        solution = search.solution(
+            found.base, Policies(dropped=dropped, recomputed=recomputed), reuses_blocks=True
+        )
         self.count += len(recomputed) + len(solution.rematerialised)
         return solution
 

@@ -121,7 +121,7 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
     global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, BACKEND)
     again = staging.rematerialised
     ways = [search.tilings.of(stage) for stage in (*staging.stages, *(each.stage for each in again))]
-    table = search._table(staging)
+    table = search.table(staging)
     names = sorted(staging.stored)
     dropped = {name for each in again for name in each.stage.stored}
     for tiers in itertools.product((Tier.MEMORY, Tier.DISK), repeat=len(names)):

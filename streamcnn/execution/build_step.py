@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import Axes
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.program import Node, Program, has_gradient
 from streamcnn.plan.plan import Phase, TileKind
@@ -110,7 +109,7 @@ class _Tile:
         rows, cols = self.rows.operators[node.name], self.cols.operators[node.name]
         operands = {
             name: Operand(
-                axes=self._axes(name),
+                axes=self.program.nodes[name].map_axes,
                 covered=self.covered(name),
                 part=Region(rows.operands[name].part, cols.operands[name].part),
                 window=Region(rows.operands[name].window, cols.operands[name].window),
@@ -156,7 +155,7 @@ class _Tile:
         own = Region(self.rows.own[name], self.cols.own[name])
         is_positional = any(rule.positional for rule in reductions.values())
         return OwnPart(
-            axes=self._axes(name),
+            axes=self.program.nodes[name].map_axes,
             covered=self.covered(name),
             own=own,
             place=self._in_whole(name, own) if is_positional else own,
@@ -165,11 +164,6 @@ class _Tile:
             has_gradient=name in arrivals.maps,
             result_gradients={n: arrivals.results[n] for n in reductions if n in arrivals.results},
         )
-
-    def _axes(self, name: str) -> Axes:
-        axes = self.program.nodes[name].axes
-        assert axes is not None
-        return axes
 
 
 def _fed(program: Program, reductions: Iterable[str]) -> dict[str, dict[str, Reduction]]:

@@ -46,7 +46,6 @@ class TileRun:
         """The value of one operator where the tile needs it."""
         node = operator.node
         assert node.local is not None
-        assert node.axes is not None
         fill = node.local.fill
 
         def value_of(name: str) -> Any:
@@ -59,7 +58,7 @@ class TileRun:
         args = substitute(node.args, value_of)
         kwargs = {**substitute(dict(node.kwargs), value_of), **operator.positions}
         if operator.is_skipped:
-            shape = with_extents(node.tensor.shape, node.axes, operator.result.size)
+            shape = with_extents(node.tensor.shape, node.map_axes, operator.result.size)
             stand_in = cost_of(node.target).stand_in
             assert stand_in is not None
             value = stand_in(shape, node.tensor.dtype, args)
@@ -67,7 +66,7 @@ class TileRun:
             with as_recorded(grad=node.grad, casts=node.casts):
                 value = operator.target(*args, **kwargs)
         same = operator.result == operator.out
-        return value if same else placed(value, node.axes, operator.result, operator.out)
+        return value if same else placed(value, node.map_axes, operator.result, operator.out)
 
     def _part(self, name: str, operand: Operand) -> Tensor:
         part = self.parts.get((name, operand.part))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop
-from streamcnn.graph.program import Axes, Kind, Program
+from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import Store, StoreSpec
@@ -62,7 +62,7 @@ class Maps:
             return self._image.read(part)
         if node.kind is Kind.PROMOTED:
             value: Tensor = self._values[node.operands[0]]
-            return crop(value, self._axes(name), Region.whole(node.size), part)
+            return crop(value, node.map_axes, Region.whole(node.size), part)
         return self._checkpoints[name].read(part)
 
     def read_whole(self, name: str) -> Tensor:
@@ -138,11 +138,6 @@ class Maps:
 
     def _open(self, name: str, tier: Tier) -> Store:
         node = self._program.nodes[name]
-        spec = StoreSpec(node.tensor.shape, node.tensor.dtype, self._axes(name))
+        spec = StoreSpec(node.tensor.shape, node.tensor.dtype, node.map_axes)
         planned = self._plan.stores.get(name)
         return self._open_store(spec, tier, planned.tile if planned else node.size)
-
-    def _axes(self, name: str) -> Axes:
-        axes = self._program.nodes[name].axes
-        assert axes is not None
-        return axes

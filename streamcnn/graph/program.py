@@ -150,6 +150,12 @@ class Node:
         object.__setattr__(self, "size", size)
 
     @property
+    def map_axes(self) -> Axes:
+        """Positions of H and W in the shape of a map."""
+        assert self.axes is not None, f"{self.name} is no map"
+        return self.axes
+
+    @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The specs of all results."""
         return self.spec if isinstance(self.spec, tuple) else (self.spec,)

@@ -45,7 +45,7 @@ _TABLES = 16
 """Tables kept; the search goes to and fro between a staging and one with a map less."""
 
 
-class _Policy(Enum):
+class Policy(Enum):
     """What becomes of a map that could be stored."""
 
     KEEP = "keep"
@@ -56,16 +56,35 @@ class _Policy(Enum):
     """Not stored: every phase that reads it computes it again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """What becomes of the maps that a staging stores; those that are not named are kept."""
+
+    offloaded: frozenset[str] = frozenset()
+    dropped: frozenset[str] = frozenset()
+    recomputed: frozenset[str] = frozenset()
+
+    def changed(self, policies: Mapping[str, Policy]) -> Policies:
+        """The same but for the maps that ``policies`` names."""
+
+        def named(before: frozenset[str], policy: Policy) -> frozenset[str]:
+            return before.difference(policies).union(n for n, each in policies.items() if each is policy)
+
+        return Policies(
+            named(self.offloaded, Policy.OFFLOAD),
+            named(self.dropped, Policy.DROP),
+            named(self.recomputed, Policy.RECOMPUTE),
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
     """A complete choice with its projected time and bytes."""
 
     base: Staging
     """The staging before maps were taken out of it."""
-    recomputed: frozenset[str]
-    """Maps that it stores and that are recomputed instead."""
-    dropped: frozenset[str]
-    """Maps that are stored, and dropped between the two passes."""
+    policies: Policies
+    """What becomes of the maps that it stores."""
     staging: Staging
     stores: Mapping[str, StorePlan]
     tilings: tuple[TilingCandidate, ...]
@@ -91,11 +110,6 @@ class Solution:
         )
 
     @property
-    def offloaded(self) -> frozenset[str]:
-        """Stored maps that are not in the device's memory."""
-        return frozenset(name for name, store in self.stores.items() if store.tier is not Tier.MEMORY)
-
-    @property
     def rank(self) -> tuple[bool, float, int]:
         """Smaller is better: what fits by time, what does not by bytes."""
         return not self.fits, self.seconds if self.fits else self.nbytes, self.nbytes
@@ -111,7 +125,8 @@ class Search:
         self.budget = budget
         self.offload_tiers = offload_tiers
         self.program = tilings.program
-        self._whole = gathered(self.program)
+        self.whole = gathered(self.program)
+        """Maps that are read whole, which have to be stored."""
         self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
@@ -132,7 +147,7 @@ class Search:
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
             names = sorted(
-                found.base.stored if thorough else found.offloaded | found.dropped,
+                found.base.stored if thorough else found.policies.offloaded | found.policies.dropped,
                 key=lambda n: (-self.program.nodes[n].nbytes, n),
             )
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
@@ -143,27 +158,27 @@ class Search:
 
     def _moved(self, found: Solution, names: tuple[str, ...], thorough: bool) -> Iterator[Solution]:
         """``found`` with every policy for ``names``, as far as that may pay."""
-        for policies in product(_Policy, repeat=len(names)):
-            by_policy = {
-                policy: {n for n, f in zip(names, policies, strict=True) if f is policy} for policy in _Policy
-            }
-            recomputed, dropped = by_policy[_Policy.RECOMPUTE], by_policy[_Policy.DROP]
-            if not recomputed.isdisjoint(self._whole) or not self.tilings.differentiated.issuperset(dropped):
-                continue
-            if not thorough and (
-                by_policy[_Policy.OFFLOAD]
-                or not all(self._may_pay(found, name, once=False) for name in recomputed)
-                or not all(self._may_pay(found, name, once=True) for name in dropped)
-            ):
-                continue
-            for reuses_blocks in (True, False) if thorough else (found.reuses_blocks,):
-                yield self.solution(
-                    found.base,
-                    (found.recomputed - set(names)) | recomputed,
-                    (found.offloaded - set(names)) | by_policy[_Policy.OFFLOAD],
-                    (found.dropped - set(names)) | dropped,
-                    reuses_blocks=reuses_blocks,
+        for chosen in product(Policy, repeat=len(names)):
+            policies = dict(zip(names, chosen, strict=True))
+            if all(self._is_possible(found, n, policy, thorough) for n, policy in policies.items()):
+                for reuses_blocks in (True, False) if thorough else (found.reuses_blocks,):
+                    yield self.solution(
+                        found.base, found.policies.changed(policies), reuses_blocks=reuses_blocks
+                    )
+
+    def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
+        """Whether a map may have a policy; unless the search is thorough, whether that may pay too."""
+        match policy:
+            case Policy.KEEP:
+                return True
+            case Policy.OFFLOAD:
+                return thorough
+            case Policy.DROP:
+                return name in self.tilings.differentiated and (
+                    thorough or self._may_pay(found, name, once=True)
                 )
+            case Policy.RECOMPUTE:
+                return name not in self.whole and (thorough or self._may_pay(found, name, once=False))
 
     def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
         """Whether a map is computed again, ``once`` or in each reader, faster than moved, halos left out."""
@@ -178,7 +193,7 @@ class Search:
             pending.extend(local.accesses)
         recomputed = sum(self.tilings.works[each].seconds(hardware) for each in chain)
         moved, passes = 0.0, 1
-        for tiling, row in zip(found.tilings, self._table(found.staging).rows, strict=True):
+        for tiling, row in zip(found.tilings, self.table(found.staging).rows, strict=True):
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):
                 moved += 0.0 if traffic is None else traffic.seconds(hardware, found.stores[name].tier)
             if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions and not once:
@@ -191,11 +206,9 @@ class Search:
         order = self._offload_order(staging)
 
         def offload(count: int) -> Solution:
-            return self.solution(
-                staging, frozenset(), frozenset(order[:count]), frozenset(), reuses_blocks=False
-            )
+            return self.solution(staging, Policies(frozenset(order[:count])), reuses_blocks=False)
 
-        yield self.solution(staging, frozenset(), frozenset(), frozenset(), reuses_blocks=True)
+        yield self.solution(staging, Policies(), reuses_blocks=True)
         fewest = _fewest(len(order), lambda count: offload(count).fits)
         counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
         for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
@@ -203,7 +216,7 @@ class Search:
 
     def _offload_order(self, staging: Staging) -> list[str]:
         """Stored maps, those first that free most bytes for the time that moving them takes."""
-        moved, tier = self._table(staging).moved(), self.offload_tiers[-1].tier
+        moved, tier = self.table(staging).moved(), self.offload_tiers[-1].tier
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
@@ -213,32 +226,20 @@ class Search:
 
         return sorted(staging.stored, key=price)
 
-    def solution(
-        self,
-        base: Staging,
-        recomputed: frozenset[str],
-        offloaded: frozenset[str],
-        dropped: frozenset[str],
-        *,
-        reuses_blocks: bool,
-    ) -> Solution:
+    def solution(self, base: Staging, policies: Policies, *, reuses_blocks: bool) -> Solution:
         """The fastest tiles that fit, given what is stored where.
 
         Parameters
         ----------
-        recomputed
-            Maps that ``base`` stores and that are recomputed instead.
-        offloaded
-            Maps that are stored outside the device's memory.
-        dropped
-            Maps that are stored, and dropped between the two passes.
+        policies
+            What becomes of the maps that ``base`` stores.
         reuses_blocks
             Whether freed blocks may be kept for reuse. Where maps are offloaded they may not.
         """
-        reuses_blocks = reuses_blocks and not offloaded
-        staging = self._staging(base, recomputed, dropped)
-        table, global_bytes = self._table(staging), self.global_bytes(staging)
-        stores = table.stores(self._tiers(staging, offloaded))
+        reuses_blocks = reuses_blocks and not policies.offloaded
+        staging = self._staging(base, policies)
+        table, global_bytes = self.table(staging), self.global_bytes(staging)
+        stores = table.stores(self._tiers(staging, policies.offloaded))
         scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_blocks=reuses_blocks)
         choices = (
             _choose(scores, limit, self.budget) for limit in (table.limits if reuses_blocks else (_ANY,))
@@ -246,8 +247,7 @@ class Search:
         choice = min(choices, key=lambda choice: choice.rank)
         return Solution(
             base=base,
-            recomputed=recomputed,
-            dropped=dropped,
+            policies=policies,
             staging=staging,
             stores=stores,
             tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
@@ -257,7 +257,8 @@ class Search:
             fits=choice.fits,
         )
 
-    def _staging(self, base: Staging, recomputed: frozenset[str], dropped: frozenset[str]) -> Staging:
+    def _staging(self, base: Staging, policies: Policies) -> Staging:
+        recomputed, dropped = policies.recomputed, policies.dropped
         key = (base, recomputed, dropped)
         if key not in self._stagings:
             if len(self._stagings) >= _TABLES:
@@ -275,7 +276,8 @@ class Search:
             self._stagings[key] = staging
         return self._stagings[key]
 
-    def _table(self, staging: Staging) -> CandidateTable:
+    def table(self, staging: Staging) -> CandidateTable:
+        """The candidates of a staging's stages; the last ones asked for are kept."""
         if staging not in self._tables:
             if len(self._tables) >= _TABLES:
                 self._tables.pop(next(iter(self._tables)))

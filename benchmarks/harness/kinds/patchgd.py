@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from benchmarks.harness.classifiers import PatchGD, grid_size, make_net
-from benchmarks.harness.kinds.tiles import PiecesTrainer
-from benchmarks.harness.method import TrainedMethod
+from benchmarks.harness.classifiers import PatchGD, grid_size
+from benchmarks.harness.kinds.tiles import PiecesTrainer, PiecewiseMethod
 from benchmarks.harness.task import Task
 from streamcnn.data.sources import ImageSource
 
@@ -33,22 +32,19 @@ class PatchGDTrainer(PiecesTrainer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PatchGradientDescent(TrainedMethod):
+class PatchGradientDescent(PiecewiseMethod):
     """`PatchGD` of the image's patches."""
 
     kind = "patchgd"
-    needs = ("tile", *TrainedMethod.needs)
     label = "PatchGD"
     marker = "D"
     trainer = PatchGDTrainer
 
     def make_model(self, task: Task, size: int) -> nn.Module:
         """The network at the size of a patch, as features, and the head on their grid."""
-        assert self.model is not None
-        assert self.tile is not None
-        tile = task.scale.pixels(self.tile)
+        net, tile = self.make_net(task, FEATURES, hidden=None)
         model = PatchGD(
-            make_net(self.model, FEATURES, tile, pretrained=task.pretrained, hidden=None),
+            net,
             tile,
             self.share,
             width=FEATURES,

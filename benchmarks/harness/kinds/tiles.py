@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,19 +29,29 @@ class PiecesTrainer(Trainer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles(TrainedMethod):
-    """The logits of pieces are averaged: `TileVote`."""
+class PiecewiseMethod(TrainedMethod):
+    """What gives each piece of an image to a network."""
 
-    kind = "tiles"
     needs = ("tile", *TrainedMethod.needs)
-    label = "independent tiles"
-    marker = "s"
     trainer = PiecesTrainer
 
-    def make_model(self, task: Task, size: int) -> nn.Module:
-        """The network at the size of a piece."""
+    def make_net(self, task: Task, outputs: int, **options: Any) -> tuple[nn.Module, int]:
+        """A network of so many outputs, made as `make_net` says, and the edge of its pieces in pixels."""
         assert self.model is not None
         assert self.tile is not None
         tile = task.scale.pixels(self.tile)
-        net = make_net(self.model, task.scale.recipe.num_classes, tile, pretrained=task.pretrained)
+        return make_net(self.model, outputs, tile, pretrained=task.pretrained, **options), tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles(PiecewiseMethod):
+    """The logits of pieces are averaged: `TileVote`."""
+
+    kind = "tiles"
+    label = "independent tiles"
+    marker = "s"
+
+    def make_model(self, task: Task, size: int) -> nn.Module:
+        """The network at the size of a piece."""
+        net, tile = self.make_net(task, task.scale.recipe.num_classes)
         return TileVote(net, tile, self.share).to(task.device)
