@@ -19,12 +19,11 @@ from benchmarks.speed.results import Result
 from benchmarks.speed.rounds import measure
 from benchmarks.speed.table import tables
 from benchmarks.speed.task import Task
-from streamcnn.support.text import as_text
 from streamcnn.support.units import parse_bytes
 from streamcnn.training.runs import present_devices
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-_WIDTH = 130
+_WIDTH = 140
 """Columns that a table takes where no terminal says how many there are."""
 
 
@@ -79,13 +78,11 @@ def speed(
 
 def _measured(tasks: Sequence[Task], repeats: int) -> tuple[Result, dict[str, Any]]:
     """What was measured, printed as well, and on what machine."""
-    console, case = Console(), tasks[0].case
-    with console.status(as_text(case.name)) as status:
-        machine, rows = measure(tasks, repeats, lambda text: status.update(as_text(f"{case.name}: {text}")))
+    case = tasks[0].case
+    machine, rows = measure(tasks, repeats, lambda text: typer.echo(f"{case.name}: {text}", err=True))
     device = str(machine.pop("device", "unknown"))
     result = Result(case.name, tasks[0].device, device, tuple(rows))
-    wide = Console(width=max(console.width, _WIDTH))
-    wide.print(tables(result))
+    Console(width=max(Console().width, _WIDTH)).print(tables(result))
     return result, machine
 
 

@@ -33,7 +33,7 @@ class Kind:
     checkpoints: bool = False
     """Keep each residual block's input alone and compute the block again in the backward pass."""
     activation_budget: float | None = None
-    """``torch.compile``, with this part of the activations kept that plain PyTorch keeps."""
+    """``torch.compile``, keeping this part of the activations that it would keep by itself."""
 
     @property
     def serves_inference(self) -> bool:

@@ -23,16 +23,16 @@ class Runner:
     ----------
     task
         What to compute.
-    share
+    allowance
         Bytes of host memory that its process may hold while others run. If it holds more after a pass, it
         gives that back, and fills it again by another pass before each that is measured. Thus kinds that
         keep memory are measured with it in place although there is none for all of them at once.
     """
 
-    def __init__(self, task: Task, share: int) -> None:
+    def __init__(self, task: Task, allowance: int) -> None:
         self.row = Row(task.kind.name, task.kind.label, task.kind.budget)
         self._worker = Worker(task)
-        self._share = share
+        self._allowance = allowance
         self._rests = False
 
     def start(self) -> dict[str, Any]:
@@ -43,26 +43,27 @@ class Runner:
             self._end(end)
             return {}
 
-    def turn(self, *, measured: bool) -> None:
-        """A pass, unless an earlier one has failed."""
-        if self.row.outcome != "finished":
-            return
+    def turn(self, *, measured: bool) -> str:
+        """A pass, unless an earlier one has failed; its time, or how it ended, as text."""
+        if not self.row.is_finished:
+            return self.row.outcome
         try:
             if self._rests:
                 self._worker.make_pass()
             found, plan = self._worker.make_pass()
-            self._rests = self._rests or self._worker.resident_bytes > self._share
+            self._rests = self._rests or self._worker.resident_bytes > self._allowance
             if self._rests:
                 self._worker.rest()
         except Ended as end:
             self._end(end)
-            return
+            return self.row.outcome
         self.row.plan = plan
         self.row.rests = self._rests
         if self.row.first_seconds is None:
             self.row.first_seconds = found["seconds"]
         if measured:
             self.row.passes.append(found)
+        return f"{found['seconds']:.3f} s"
 
     def close(self) -> None:
         """End its process."""
@@ -85,22 +86,23 @@ def measure(
     repeats
         Measured passes of each.
     tell
-        Called with what is done next.
+        Called with what is done, line by line.
     """
-    share = 0 if tasks[0].device == "cuda" else available_bytes() // len(tasks)
+    # A card's memory is kept by no process while another one plans for what is free.
+    allowance = 0 if tasks[0].device == "cuda" else available_bytes() // len(tasks)
     with ExitStack() as stack:
         runners, machine = [], dict[str, Any]()
         # One after the other: starting takes all cores, and the first streamed one may measure rates.
         for task in tasks:
             tell(f"starting {task.kind.label}")
-            runner = Runner(task, share)
+            runner = Runner(task, allowance)
             stack.callback(runner.close)
             machine = runner.start() or machine
             runners.append(runner)
         for turn in range(WARM_UPS + repeats):
             for runner in runners:
-                tell(f"round {turn + 1} of {WARM_UPS + repeats}, {runner.row.label}")
-                runner.turn(measured=turn >= WARM_UPS)
+                took = runner.turn(measured=turn >= WARM_UPS)
+                tell(f"round {turn + 1} of {WARM_UPS + repeats}, {runner.row.label}: {took}")
     return machine, [runner.row for runner in runners]
 
 

@@ -17,11 +17,10 @@ _PLANS = (
     "",
     "first pass",
     "projected",
-    "projected",
-    "measured",
+    "and bytes",
     "tiles",
     "phases",
-    "recomputation",
+    "recomputed",
     "retries",
     "on disk",
     "plan",
@@ -64,7 +63,7 @@ def _passes(result: Result) -> Table:
 
 
 def _plans(result: Result) -> Table:
-    """The streamed kinds: projected beside measured, and what the plans do."""
+    """The streamed kinds: what was projected, and what the plans do."""
     table = _table(_PLANS)
     for row in result.rows:
         if row.plan is not None and row.is_finished:
@@ -81,7 +80,6 @@ def _plan(row: Row, plan: dict[str, object]) -> list[str]:
         format_duration(row.first_seconds),
         format_duration(plan["projected_seconds"]),
         format_bytes(plan["projected_bytes"]),
-        _bytes(row.most("measured_bytes")),
         *(str(plan[name]) for name in ("tiles", "phases", "recomputation")),
         str(row.most("retries")),
         format_bytes(plan["stored_bytes"]["disk"]),
