@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -15,11 +17,14 @@ from benchmarks.__main__ import app
 from benchmarks.speed import results, rounds
 from benchmarks.speed.cases import STANDARD, Case
 from benchmarks.speed.kinds import DEFAULT_KINDS, KINDS, kinds_of
+from benchmarks.speed.passes import Passes
 from benchmarks.speed.results import YARDSTICKS, Row
 from benchmarks.speed.rounds import measure
 from benchmarks.speed.table import tables
 from benchmarks.speed.task import Task
 from benchmarks.speed.worker import Ended, Worker
+from streamcnn.ceiling.gauge import Gauge, Overhead
+from streamcnn.ceiling.nvml import Source
 
 UNET = "benchmarks.networks:UNet"
 SMALL = Case(UNET, 64, ("1GiB", "1MiB"))
@@ -160,6 +165,49 @@ class TestProcesses:
         assert calls == ["pass", "rest", "pass", "pass", "rest", "pass", "pass", "rest"]
         assert len(found.passes) == 1
         assert told[-1].startswith("round 3 of 3, plain, heap kept: 0.")
+
+
+class TestPasses:
+    """In this process, what the process of a kind does."""
+
+    def test_training_makes_gradients_and_rest_drops_them(self) -> None:
+        passes = Passes(Task(SMALL, KINDS["plain-last"], "cpu", 1))
+        passes.make()
+        parameters = list(passes.net.parameters())
+        assert passes.net.training
+        assert passes.image.is_contiguous(memory_format=torch.channels_last)
+        assert all(parameter.grad is not None for parameter in parameters)
+        passes.rest()
+        assert all(parameter.grad is None for parameter in parameters)
+
+    def test_inference_is_a_forward_pass_in_evaluation_mode(self) -> None:
+        case = Case(UNET, 64, (), inference=True, autocast=True)
+        passes = Passes(Task(case, KINDS["plain"], "cpu", 1))
+        passes.make()
+        assert not passes.net.training
+        assert all(parameter.grad is None for parameter in passes.net.parameters())
+
+    def test_checkpoints_are_timms(self) -> None:
+        passes = Passes(Task(Case("test_resnet", 64, ()), KINDS["checkpoint"], "cpu", 1))
+        assert passes.net.grad_checkpointing
+
+    def test_on_a_card_context_and_reserved_memory_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        passes = Passes(Task(SMALL, KINDS["plain"], "cpu", 1))
+        gauge = create_autospec(Gauge, instance=True)
+        gauge.overhead.return_value = Overhead(500, Source.ALLOCATOR)
+        gauge.max_reserved.return_value = 80
+        peaks = iter([70, 60])
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+        monkeypatch.setattr(passes, "_gauge", gauge)
+        found = passes.make()
+        assert found["measured_bytes"] == 580
+        assert found["reading"] == "allocator's peak and measured overhead"
+        # The larger of both directions.
+        assert found["allocated_bytes"] == 70
+        gauge.reset_peak.assert_called_once_with()
+        passes.rest()
+        gauge.empty_cache.assert_called_once_with()
 
 
 class TestRatios:

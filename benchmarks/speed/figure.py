@@ -59,8 +59,8 @@ def _draw(axes: Any, result: Result, rows: list[Row], color: str, marker: str, l
     """Points with their spread, joined in the order of memory."""
     rows = sorted(rows, key=lambda row: result.memory(row) or 0)
     medians = [result.seconds(row) for row in rows]
-    below = [median - min(row.all("seconds")) for row, median in zip(rows, medians, strict=True)]
-    above = [max(row.all("seconds")) - median for row, median in zip(rows, medians, strict=True)]
+    below = [median - min(row.values("seconds")) for row, median in zip(rows, medians, strict=True)]
+    above = [max(row.values("seconds")) - median for row, median in zip(rows, medians, strict=True)]
     memory = [result.memory(row) for row in rows]
     axes.errorbar(memory, medians, (below, above), fmt=marker, color=color, capsize=3, label=label)
 
@@ -76,7 +76,7 @@ def _name_budgets(axes: Any, result: Result, rows: list[Row]) -> None:
 def _scale(axes: Any, result: Result, rows: list[Row]) -> None:
     """Axes from zero, memory in binary units."""
     most = max((result.memory(row) or 0 for row in rows), default=1)
-    slowest = max((max(row.all("seconds")) for row in rows), default=1)
+    slowest = max((max(row.values("seconds")) for row in rows), default=1)
     axes.set_xlim(0, _ROOM * most)
     axes.set_ylim(0, _ROOM * slowest)
     ticks = range(0, int(_ROOM * most) + 1, bytes_step(int(_ROOM * most)))

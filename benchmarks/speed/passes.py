@@ -52,8 +52,10 @@ class Passes:
         layout = torch.channels_last if task.kind.channels_last else torch.contiguous_format
         net = load_model(task.case.model).train(not task.case.inference)
         net = net.to(task.device, memory_format=layout)
-        self._image = torch.rand(task.case.shape, device=task.device).contiguous(memory_format=layout)
-        self._net = _prepared(net, task)
+        self.image = torch.rand(task.case.shape, device=task.device).contiguous(memory_format=layout)
+        """(N, 3, H, W), float32."""
+        self.net = _prepared(net, task)
+        """As the kind has it computed."""
         self._gauge = None
         if task.device == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
@@ -61,7 +63,7 @@ class Passes:
 
     def make(self) -> dict[str, Any]:
         """A pass; its seconds, page faults and bytes."""
-        self._net.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         if self._gauge is not None:
             self._gauge.reset_peak()
         before, start = resource.getrusage(resource.RUSAGE_SELF), self._now()
@@ -81,7 +83,7 @@ class Passes:
 
     def rest(self) -> None:
         """Give memory back that is free but kept, and the gradients."""
-        self._net.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         gc.collect()
         trim_heap()
         if self._gauge is not None:
@@ -89,10 +91,10 @@ class Passes:
 
     def plan(self) -> dict[str, Any] | None:
         """How a streamed pass was planned; None of a plain one."""
-        if not isinstance(self._net, StreamingModel):
+        if not isinstance(self.net, StreamingModel):
             return None
         with torch.set_grad_enabled(not self._case.inference), self._autocast():
-            plan = self._net.plan(self._case.shape)
+            plan = self.net.plan(self._case.shape)
         return {
             "digest": plan.digest,
             "budget_bytes": plan.budget,
@@ -110,7 +112,7 @@ class Passes:
 
     def _forward(self) -> Tensor:
         with torch.set_grad_enabled(not self._case.inference), self._autocast():
-            output: Tensor = self._net(self._image)
+            output: Tensor = self.net(self.image)
         return output
 
     def _autocast(self) -> torch.autocast:
@@ -128,8 +130,8 @@ class Passes:
 
     def _measured(self) -> dict[str, Any]:
         """What streamcnn measured; of a plain pass on a card the same, all that the process held there."""
-        if isinstance(self._net, StreamingModel):
-            report = self._net.last_report
+        if isinstance(self.net, StreamingModel):
+            report = self.net.last_report
             assert report is not None
             return {
                 "measured_bytes": report.measured_bytes,

@@ -38,17 +38,17 @@ class Row:
         """Whether all its passes were made."""
         return self.outcome == "finished"
 
-    def all(self, name: str) -> list[float]:
+    def values(self, name: str) -> list[float]:
         """One quantity of every pass, where it is known."""
         return [each[name] for each in self.passes if each.get(name) is not None]
 
     def median(self, name: str) -> float:
         """The median of one quantity over the passes of a finished row."""
-        return statistics.median(self.all(name))
+        return statistics.median(self.values(name))
 
     def most(self, name: str) -> int | None:
         """The most bytes of any pass; None if unknown."""
-        return max(map(int, self.all(name)), default=None)
+        return max(map(int, self.values(name)), default=None)
 
 
 @dataclass(frozen=True, slots=True)

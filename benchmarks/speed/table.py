@@ -46,7 +46,7 @@ def _passes(result: Result) -> Table:
         if not row.is_finished:
             table.add_row(row.label, row.outcome)
             continue
-        seconds = row.all("seconds")
+        seconds = row.values("seconds")
         table.add_row(
             row.label + (" *" if row.rests else ""),
             format_duration(result.seconds(row)),
