@@ -36,7 +36,7 @@ def write_figure(result: Result, folder: Path) -> Path:
 def figure(result: Result) -> Any:
     """Median seconds against peak memory, a matplotlib ``Figure``; bars reach from the least to the most."""
     # A Figure of its own rather than pyplot, which keeps figures and looks for a display.
-    figure = require("matplotlib.figure", extra="plots").Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = require("matplotlib.figure", extra="plots").Figure(figsize=(7.5, 5.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(f"{result.case}\n{result.device}", fontsize="medium", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -50,8 +50,7 @@ def figure(result: Result) -> Any:
         _draw(axes, result, curve, _STREAMED_COLOR, "o-" if kind == "streamed" else "o--", _name(curve[0]))
         _name_budgets(axes, result, curve)
     _scale(axes, result, rows)
-    # Where much memory would take much time: nothing sensible is there.
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 
