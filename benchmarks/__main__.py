@@ -1,8 +1,9 @@
-"""UltraMNIST under a memory budget.
+"""UltraMNIST under a memory budget, and the speed of a pass.
 
 python -m benchmarks run --budget 11GB --scale paper
 python -m benchmarks methods
 python -m benchmarks table --scale paper
+python -m benchmarks speed resnet18 --size 2048 --budget 8GiB --budget 256MiB
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.harness.row import run as run_row
 from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
 from benchmarks.harness.task import Task
+from benchmarks.speed.command import speed
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
@@ -42,6 +44,8 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 ScaleName = Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")]
 Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and checkpoints.")]
 WORK = Path("benchmark-runs")
+
+app.command()(speed)
 
 
 @app.command()

@@ -1,0 +1,135 @@
+"""The process of one kind, as seen from the one that commands it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.speed.kinds import KEPT_HEAP
+from benchmarks.speed.task import Task
+
+_INTERVAL = 0.01
+"""Seconds between readings of the process's resident memory."""
+_LAST_WORDS = 10
+"""Lines of standard error that are told of a process that failed."""
+
+
+class Ended(Exception):
+    """The process makes no more passes."""
+
+    def __init__(self, outcome: str, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        """``refused`` where memory was, else ``failed``."""
+
+
+class Worker:
+    """A process that makes one kind of pass on command; a context that ends it.
+
+    Parameters
+    ----------
+    task
+        What it is to compute.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._words = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.speed.passes", task.to_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+            env={**os.environ, **(KEPT_HEAP if task.kind.keeps_heap else {})},
+        )
+        self._statm = Path(f"/proc/{self._process.pid}/statm")
+        self._before = 0
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until it can make passes; its device, threads and versions.
+
+        Raises
+        ------
+        Ended
+            If it cannot.
+        """
+        ready, _ = self._answer()
+        self._before = self.resident_bytes
+        return ready
+
+    def make_pass(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """A pass: what it took, with resident memory above that before the first one, and its plan.
+
+        Raises
+        ------
+        Ended
+            If memory was refused or the process ended.
+        """
+        answer, peak = self._ask("pass")
+        if "refused" in answer:
+            raise Ended("refused", answer["refused"])
+        return {**answer["pass"], "resident_bytes": peak - self._before}, answer["plan"]
+
+    def rest(self) -> None:
+        """Have it give free memory back."""
+        self._ask("rest")
+
+    @property
+    def resident_bytes(self) -> int:
+        """Resident memory of the process now."""
+        return int(self._statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def close(self) -> None:
+        """End the process. Closing again does nothing."""
+        self._process.kill()
+        self._process.communicate()
+        self._words.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ask(self, command: str) -> tuple[dict[str, Any], int]:
+        assert self._process.stdin is not None
+        try:
+            print(command, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise self._failed() from None
+        return self._answer()
+
+    def _answer(self) -> tuple[dict[str, Any], int]:
+        """The answer to the last command, and the most resident memory until then in bytes."""
+        assert self._process.stdout is not None
+        peak = self.resident_bytes
+        while not select.select([self._process.stdout], [], [], _INTERVAL)[0]:
+            peak = max(peak, self.resident_bytes)
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._failed()
+        answer: dict[str, Any] = json.loads(line)
+        return answer, peak
+
+    def _failed(self) -> Ended:
+        """How the process ended, with its last words."""
+        status = self._process.wait()
+        self._words.seek(0)
+        words = self._words.read().strip().splitlines()[-_LAST_WORDS:]
+        if status < 0:
+            # By the kernel, most often, where memory ran out.
+            words.append(f"ended by {signal.Signals(-status).name}")
+        return Ended("failed", "\n".join(words) or f"exit status {status}")
