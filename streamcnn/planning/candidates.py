@@ -13,7 +13,7 @@ from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, i
 from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
 from streamcnn.planning.staging import Stage
-from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, tile_stage
+from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, bands, grid, tile_stage
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
@@ -81,11 +81,24 @@ class TilingCandidates:
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
         # Smaller tiles take no less of that.
         fine = FINE_BYTES + total_bytes(overhead_terms(outline, self.backend, backward=self._visits(outline)))
-        for parts in dict.fromkeys(grid(outline, tile) for tile in self._tiles()):
+        for parts in dict.fromkeys(self._grids(outline)):
             tiling = self._tiling(outline, parts)
             yield tiling
             if tiling.nbytes <= fine:
                 return
+
+    def _grids(self, outline: Outline) -> Iterator[TileCounts]:
+        """Grids of square tiles, each after as many bands of full rows.
+
+        Reading and writing a band moves few long runs of memory. Images are stored in chunks, which bands
+        would read more than once.
+        """
+        has_bands = self._tile is None and self.program.image not in outline.stage.inputs
+        for tile in self._tiles():
+            parts = grid(outline, tile)
+            if has_bands and (rows := bands(outline, parts)) is not None:
+                yield rows
+            yield parts
 
     def _visits(self, outline: Outline) -> bool:
         """Whether the backward pass visits the stage."""

@@ -19,7 +19,7 @@ _TARGET_NBYTES = 2**20
 _MIN_ROWS = 16
 """Rows below which a chunk is cut along batch and channels instead, so that files stay few."""
 _COLUMNS_PER_TILE = 8
-"""Chunks across one tile: what a halo reads in vain is at most two more of them."""
+"""Chunks across one tile, unless it is a band of full rows: what a halo reads in vain is at most two more."""
 _NARROWEST, _WIDEST = 16, 64
 """Columns of a chunk: shorter runs are copied slowly, longer ones read more than a halo needs."""
 
@@ -124,7 +124,9 @@ def _chunk_shape(spec: StoreSpec, tile_hint: tuple[int, int]) -> tuple[int, ...]
     tallest = min(height, tile_hint[0])
     chunk = list(spec.shape)
     chunk[spec.axes[0]] = min(_MIN_ROWS, tallest)
-    chunk[spec.axes[1]] = min(width, max(_NARROWEST, min(_WIDEST, tile_hint[1] // _COLUMNS_PER_TILE)))
+    if tile_hint[1] < width:
+        columns = max(_NARROWEST, min(_WIDEST, tile_hint[1] // _COLUMNS_PER_TILE))
+        chunk[spec.axes[1]] = min(width, columns)
     for axis in (axis for axis in range(len(chunk)) if axis not in spec.axes):
         excess = math.ceil(math.prod(chunk) * spec.dtype.itemsize / _TARGET_NBYTES)
         chunk[axis] = math.ceil(chunk[axis] / min(chunk[axis], excess))

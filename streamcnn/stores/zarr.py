@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import crop
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.chunks import ChunkGrid, ChunkPart
+from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.spill import remove_with
 from streamcnn.stores.transfer import host_buffer, to_host
 from streamcnn.support.disk import writing
@@ -106,6 +108,7 @@ class ZarrStore(Store):
         self._chunk_prefix = str(folder / "c.")
         self.compute_device = compute_device
         self._present: set[tuple[int, ...]] = set()
+        self._frontier = Frontier(spec.size)
         self._writing = Lock()
         self._folder = folder
         with self._told():
@@ -131,10 +134,16 @@ class ZarrStore(Store):
 
     def _write(self, region: Region, tile: Tensor) -> None:
         self._update(region, tile, _replace, keeps_old=False)
+        with self._writing:
+            self._frontier.mark(region)
 
     def _add(self, region: Region, tile: Tensor) -> None:
         combine = _add_bfloat16 if self.spec.dtype == torch.bfloat16 else _add
-        self._update(region, tile, combine, keeps_old=True)
+        with self._writing:
+            parts = list(self._frontier.split(region))
+        for part, holds in parts:
+            share = crop(tile, self.spec.axes, region, part)
+            self._update(part, share, combine if holds else _replace, keeps_old=holds)
 
     def _free(self) -> None:
         self._remove()
