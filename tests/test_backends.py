@@ -13,6 +13,7 @@ from torch import nn
 
 import streamcnn
 from streamcnn import StreamingModel
+from streamcnn.ceiling.kept_blocks import kept_blocks_available
 from streamcnn.graph.costs import CallBytes, Cost
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
@@ -113,8 +114,9 @@ def test_planning_takes_any_backend() -> None:
 
 def test_of_what_the_backend_is_told_by_the_device() -> None:
     assert isinstance(backend_of(torch.device("cuda")), CudaBackend)
-    for device in ("cpu", "mps"):
-        assert backend_of(torch.device(device)) == CpuBackend.on(torch.get_num_threads())
+    for device, keeps_blocks in (("cpu", kept_blocks_available()), ("mps", False)):
+        expected = CpuBackend.on(torch.get_num_threads(), keeps_blocks=keeps_blocks)
+        assert backend_of(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("room", ["plan", "planning", "execution"])

@@ -13,6 +13,10 @@ are more than a small part of the budget, taking all of them off would leave no 
 which never come from there: the limit is then laxer than the budget, and ``DataLimit.check`` holds the
 peak, as it is known, against it after every step.
 
+Tensors may be taken from kept blocks (``streamcnn.ceiling.kept_blocks``), which refuse what goes past the
+budget by themselves. Blocks that they hold free are no part of what a baseline has taken: they count towards
+the budget. The limit is then for all that is no tensor.
+
 Compiled code is left out of the limit, but for the part that is touched: oneDNN compiles kernels for every
 new shape of a convolution's operands and keeps about a megabyte of address space for each.
 
@@ -39,6 +43,7 @@ from streamcnn.ceiling.allocator import (
 from streamcnn.ceiling.caps import LowestCap
 from streamcnn.ceiling.children import watch_starts
 from streamcnn.ceiling.heap import HoleFiller, free_heap_bytes
+from streamcnn.ceiling.kept_blocks import KeptBlocks, free_block_bytes, resident_free_block_bytes
 from streamcnn.ceiling.peak import Peak, PeakGauge
 from streamcnn.ceiling.process import resident_bytes, status_bytes, untouched_code_bytes
 from streamcnn.errors import BudgetExceeded, StreamError
@@ -63,9 +68,9 @@ class Baseline:
     """
 
     data_bytes: int | None
-    """Data segment less compiled code that is not touched; None if unknown."""
+    """Data segment less free kept blocks and compiled code that is not touched; None if unknown."""
     resident_bytes: int | None
-    """Resident memory; None if unknown."""
+    """Resident memory less free kept blocks; None if unknown."""
     free_bytes: int = 0
     """Part of the data segment that the heap holds free and hands out again."""
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
@@ -87,7 +92,10 @@ class Baseline:
         holes = HoleFiller(_HEAP_LEAST) if fill_holes else None
         data, resident = status_bytes("VmData"), status_bytes("VmRSS")
         return cls(
-            None if data is None else data - untouched_code_bytes(), resident, free_heap_bytes(), holes
+            None if data is None else data - free_block_bytes() - untouched_code_bytes(),
+            None if resident is None else resident - resident_free_block_bytes(),
+            free_heap_bytes(),
+            holes,
         )
 
     def less(self, nbytes: int) -> Baseline:
@@ -121,6 +129,9 @@ class DataLimit:
         Whether the C library may keep blocks of up to 32 MiB for reuse: faster, and wasteful.
     must_hold
         Whether a kernel that does not enforce the budget is an error; else there is none then.
+    kept
+        Bytes that this thread's tensors and the free blocks kept for them may take together; what goes past
+        the budget is refused. None to leave PyTorch's allocator as it is.
 
     Raises
     ------
@@ -140,6 +151,7 @@ class DataLimit:
         baseline: Baseline | None = None,
         reuse_heap: bool = False,
         must_hold: bool = True,
+        kept: int | None = None,
     ) -> None:
         self._budget = budget
         self._must_hold = must_hold
@@ -148,6 +160,7 @@ class DataLimit:
         self._baseline = Baseline(None, None)
         self._gauge = PeakGauge(_data_caps.settle)
         self._is_shared = False
+        self._blocks = None if kept is None else KeptBlocks(budget, kept)
 
     @property
     def peak_bytes(self) -> int | None:
@@ -203,6 +216,8 @@ class DataLimit:
 
     def close(self) -> None:
         """Lift the limit and end the measurement. Closing again does what an interrupt has left undone."""
+        if self._blocks is not None:
+            self._blocks.leave()
         _data_caps.drop(self)
         self._gauge.close()
         entered_limits.pop(self, None)
@@ -245,6 +260,9 @@ class DataLimit:
             # Before the limit, which is not to refuse a thread: Python waits for ever for one that dies of
             # that as it begins. Under another block's limit the readings after every step have to do.
             self._gauge.open(threaded=not self._is_shared)
+        if self._blocks is not None:
+            # Before the limit: free blocks of which there are too many go back.
+            self._blocks.enter()
         if self._budget is not None:
             try:
                 self._lower(self._budget)

@@ -108,6 +108,9 @@ class Plan:
     reuses_blocks: bool | None
     """Whether freed blocks are kept for reuse, which is faster and wastes memory; None where the device's
     allocator leaves no choice."""
+    kept_bytes: int | None
+    """What tensors and freed blocks that are kept for others may take together, in bytes; None where the
+    device's own allocator decides that."""
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str

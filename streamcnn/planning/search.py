@@ -112,6 +112,8 @@ class Search:
         self.offload_tiers = offload_tiers
         self.program = tilings.program
         self._whole = gathered(self.program)
+        self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
+        """Whether freed blocks are kept for reuse, as far as that makes a difference."""
         self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
@@ -156,7 +158,7 @@ class Search:
                 or not all(self._may_pay(found, name, once=True) for name in dropped)
             ):
                 continue
-            for reuses_blocks in (True, False) if thorough else (found.reuses_blocks,):
+            for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
                 yield self.solution(
                     found.base,
                     (found.recomputed - set(names)) | recomputed,
@@ -233,9 +235,10 @@ class Search:
         dropped
             Maps that are stored, and dropped between the two passes.
         reuses_blocks
-            Whether freed blocks may be kept for reuse. Where maps are offloaded they may not.
+            Whether freed blocks may be kept for reuse where that is a choice. Where maps are offloaded they
+            may not.
         """
-        reuses_blocks = reuses_blocks and not offloaded
+        reuses_blocks = reuses_blocks and reuses_blocks in self._ways and not offloaded
         staging = self._staging(base, recomputed, dropped)
         table, global_bytes = self._table(staging), self.global_bytes(staging)
         stores = table.stores(self._tiers(staging, offloaded))
