@@ -1,4 +1,4 @@
-"""Kept blocks by themselves: what they are made of, what they count, what they refuse, who is in which pass."""
+"""Kept blocks by themselves: what they are made of, count and refuse, and who is in which pass."""
 
 from __future__ import annotations
 

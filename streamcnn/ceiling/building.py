@@ -95,5 +95,5 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
         raise CannotBuild(str(error)) from error
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-        error = next((line for line in lines if "error" in line), lines[-1])
-        raise CannotBuild(f"{compiler[0]} failed: {error}")
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise CannotBuild(f"{compiler[0]} failed: {reason}")

@@ -29,6 +29,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -75,6 +76,9 @@ class Baseline:
     """Part of the data segment that the heap holds free and hands out again."""
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
     """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
+    others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
+    """Bytes that updates on other threads may take beside this one under ceilings of their own, by ``key``."""
+    key: object = field(default_factory=object, repr=False, compare=False)
 
     @classmethod
     def now(cls, *, fill_holes: bool = True) -> Baseline:
@@ -114,7 +118,8 @@ class DataLimit:
     An allocation past the ceiling fails as it would on a full machine, and ``is_out_of_memory``
     knows the errors; the process lives on. Blocks may overlap, nested or on several threads: the ceiling is
     the whole process's, whichever thread allocates, the lowest one holds, and the user's own limit is back
-    after the last. A thread whose first parallel PyTorch operator runs inside the block needs stacks for a
+    after the last. Only where tensors come from kept blocks on several threads, each block has its budget for
+    itself. A thread whose first parallel PyTorch operator runs inside the block needs stacks for a
     thread pool of its own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that
     thread first. Forked children have the user's own limit, and so have programs: no ceiling is in force for
     the few milliseconds in which one is started (``streamcnn.ceiling.children``).
@@ -160,6 +165,7 @@ class DataLimit:
         self._baseline = Baseline(None, None)
         self._gauge = PeakGauge(_data_caps.settle)
         self._is_shared = False
+        self._thread = threading.get_ident()
         self._blocks = None if kept is None else KeptBlocks(budget, kept)
 
     @property
@@ -252,6 +258,7 @@ class DataLimit:
                 )
 
     def _enter(self) -> Self:
+        self._thread = threading.get_ident()
         if self._budget is not None:
             set_mmap_threshold(reuse=self._reuse_heap)
         self._baseline = self._given_baseline or Baseline.now(fill_holes=self._budget is not None)
@@ -276,10 +283,20 @@ class DataLimit:
     def _join_others(self) -> None:
         """Be one of the blocks that are entered. A forked child has none of its parent's."""
         entered_limits[self] = os.getpid()
-        others = [each for each, process in list(entered_limits.items()) if process == os.getpid()]
-        if len(others) > 1:
-            for each in others:
-                each._is_shared = True
+        for each, process in list(entered_limits.items()):
+            if process == os.getpid() and each is not self:
+                self._is_shared = each._is_shared = True
+                self._leave_room(each)
+                each._leave_room(self)
+
+    def _leave_room(self, other: DataLimit) -> None:
+        """Let another thread's tensors, which their own block holds within its budget, come on top of this."""
+        if self._blocks is None or other._blocks is None or self._thread == other._thread:
+            return
+        if self._budget is not None and other._budget is not None:
+            room = max(0, other._budget - other._blocks.in_use)
+            self._baseline.others[other._baseline.key] = room
+            _data_caps.move(self, self._ceiling(self._budget))
 
     def _lower(self, budget: int) -> None:
         """Set the limit, unless a lower one is in force."""
@@ -288,6 +305,8 @@ class DataLimit:
         ceiling = self._ceiling(budget)
         is_lowest = ceiling < _soft_limit()
         _data_caps.put(self, ceiling)
+        # Who was entered on another thread in between could not move it yet.
+        _data_caps.move(self, self._ceiling(budget))
         if is_lowest and not is_refused(ceiling):
             raise _not_enforced()
 
@@ -296,7 +315,8 @@ class DataLimit:
         if self._baseline.data_bytes is None:
             raise _not_enforced()
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
-        return self._baseline.data_bytes + untouched_code_bytes() + budget - in_heap
+        others = sum(self._baseline.others.values())
+        return self._baseline.data_bytes + untouched_code_bytes() + budget - in_heap + others
 
     def _peak(self) -> Peak | None:
         """The peak less what the baseline had, and never less than nothing."""

@@ -128,18 +128,20 @@ def _loaded() -> ctypes.CDLL | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library in front of PyTorch's allocator, for the rest of the process; None if that is not possible."""
+    """The library, from now on in front of PyTorch's allocator; None if that is not possible."""
     if sys.platform != "linux":
         return None
     try:
         library = ctypes.CDLL(str(built(SOURCE)))
     except (CannotBuild, OSError) as error:
-        return _without(str(error))
+        _warn(str(error))
+        return None
     for name, result, arguments in _FUNCTIONS:
         function = getattr(library, f"kept_blocks_{name}")
         function.restype, function.argtypes = result, arguments
     if not library.kept_blocks_install():
-        return _without("there is no room for it in the address space, or PyTorch has another allocator")
+        _warn("there is no room for it in the address space, or PyTorch has another allocator")
+        return None
     return library
 
 
@@ -158,7 +160,7 @@ _FUNCTIONS = (
 )
 
 
-def _without(reason: str) -> None:
+def _warn(reason: str) -> None:
     warnings.warn(
         "streamcnn's allocator, which keeps freed blocks of memory from tile to tile, is not used: "
         f"{reason}. Results and budgets are the same, passes on the CPU take up to twice as long; "

@@ -286,10 +286,10 @@ class StreamingModel(ModuleFacade):
         return torch.device("cpu") if first is None else first.device
 
     def release(self) -> None:
-        """Give back the memory that passes on the CPU have left for the next one to take.
+        """Give back the memory that passes on the CPU have kept for the next one.
 
-        Blocks that they freed are kept, at most as many as the last plan takes, so that the next pass need not
-        have the kernel zero pages anew. All models' are given back; what tensors hold stays.
+        It is no more than the last pass was planned to take. What tensors hold stays; other models' passes
+        find nothing kept either. It happens by itself when the model is collected.
         """
         give_back()
 
