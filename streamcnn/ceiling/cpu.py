@@ -77,7 +77,7 @@ class Baseline:
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
     """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
     others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
-    """Bytes that updates on other threads may take beside this one under ceilings of their own, by ``key``."""
+    """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
     key: object = field(default_factory=object, repr=False, compare=False)
 
     @classmethod
@@ -290,7 +290,7 @@ class DataLimit:
                 each._leave_room(self)
 
     def _leave_room(self, other: DataLimit) -> None:
-        """Let another thread's tensors, which their own block holds within its budget, come on top of this."""
+        """Let another thread's tensors, which their block holds within its budget, come on top of this."""
         if self._blocks is None or other._blocks is None or self._thread == other._thread:
             return
         if self._budget is not None and other._budget is not None:
