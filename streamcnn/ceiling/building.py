@@ -30,6 +30,8 @@ class CannotBuild(Exception):
 def built(source: Path) -> Path:
     """The shared library of a C++ file that uses PyTorch's ``c10``, built if it is not there yet.
 
+    It may include headers that lie beside it.
+
     Several processes may ask at the same time: each builds a file of its own, and the last one stays.
 
     Raises
@@ -59,7 +61,9 @@ def _folder(source: Path) -> Path:
         *(torch.__version__, str(torch._C._GLIBCXX_USE_CXX11_ABI), platform.machine(), *platform.libc_ver()),
         *_FLAGS,
     )
-    key = hashlib.sha256("\n".join(parts).encode() + source.read_bytes()).hexdigest()[:16]
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    content = b"".join(file.read_bytes() for file in files)
+    key = hashlib.sha256("\n".join(parts).encode() + content).hexdigest()[:16]
     try:
         return (Path(cache) if cache else Path.home() / ".cache") / "streamcnn" / key
     except RuntimeError as error:

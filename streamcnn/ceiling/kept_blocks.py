@@ -48,6 +48,8 @@ class KeptBlocks:
             raise RuntimeError("blocks cannot be kept here: see kept_blocks_available()")
         self._library = library
         self._pass = ctypes.c_void_p(library.kept_blocks_pass(_bytes(cap), _bytes(keep)))
+        if not self._pass:
+            raise MemoryError("there is no memory to count a pass's blocks")
         finalize(self, library.kept_blocks_forget, self._pass).atexit = False
 
     def enter(self) -> None:
