@@ -24,6 +24,7 @@ from streamcnn import StreamingModel
 from streamcnn.ceiling.allocator import start_thread_pool
 from streamcnn.ceiling.cpu import Baseline, DataLimit
 from streamcnn.ceiling.kept_blocks import KeptBlocks, extents, free_block_bytes
+from streamcnn.ceiling.process import status_bytes
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.support.models import load_model
 
@@ -74,6 +75,47 @@ def forked_children() -> Any:
         "children": [each == [False, 5, True, 0] for each in found],
         "parent": [is_kept(block()), int(tensor.sum()) // MIB, blocks.in_use],
     }
+
+
+def refused_mappings() -> Any:
+    """What the kernel refuses under a limit of the process's own, with free blocks that are too small."""
+    start_thread_pool()
+    blocks = KeptBlocks()
+    blocks.enter()
+    small = [block() for _ in range(32)]
+    del small[::2]
+    before, held = free_block_bytes(), status_bytes("VmData")
+    assert held is not None
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + MIB, hard))
+    errors = [error_with(16 * MIB), error_with(64 * MIB)]
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    return {"free": [before, free_block_bytes()], "errors": errors, "later": error_with(64 * MIB)}
+
+
+def error_with(nbytes: int) -> tuple[bool, str] | None:
+    """What a block of so many bytes raises, and whether that is known as out of memory; None if nothing."""
+    try:
+        block(nbytes).fill_(1)
+    except RuntimeError as error:
+        return is_out_of_memory(error), str(error)
+    return None
+
+
+def onednn_outlives_its_pass() -> Any:
+    """Memory that oneDNN took in a pass, from this allocator, and before it, and frees when that is over."""
+    weights = torch.rand(64, 64, 9, 9)
+    early = weights.to_mkldnn()
+    blocks = KeptBlocks()
+    blocks.enter()
+    within = weights.to_mkldnn()
+    taken = blocks.in_use
+    del early
+    blocks.leave()
+    late = weights.to_mkldnn()
+    equal = [torch.equal(each.to_dense(), weights) for each in (within, late)]
+    del within, late
+    return {"taken": taken, "equal": equal, "left": blocks.in_use}
 
 
 class Blocks(Dataset[Tensor]):
@@ -189,6 +231,8 @@ def another_plan() -> Any:
 
 
 CASES: tuple[Callable[[], Any], ...] = (
+    refused_mappings,
+    onednn_outlives_its_pass,
     forked_children,
     workers,
     streamed,

@@ -41,6 +41,26 @@ def results() -> Any:
     return json.loads(run.stdout)
 
 
+def test_where_the_kernel_refuses_memory_free_blocks_go_back_first(results: Any) -> None:
+    result = results["refused_mappings"]
+    before, after = result["free"]
+    assert before == 16 * MIB
+    fits, too_large = result["errors"]
+    # 16 MiB free in pieces of one, and one that the limit leaves.
+    assert fits is None
+    assert too_large[0]
+    assert "can't allocate memory: you tried to allocate 67108864 bytes; 16777216 are in use" in too_large[1]
+    assert result["later"] is None
+    assert after >= 64 * MIB
+
+
+def test_what_onednn_takes_in_a_pass_may_be_freed_after_it(results: Any) -> None:
+    result = results["onednn_outlives_its_pass"]
+    assert result["taken"] >= 64 * 64 * 81 * 4
+    assert result["equal"] == [True, True]
+    assert result["left"] == 0
+
+
 def test_forked_children_are_in_no_pass_and_may_begin_their_own(results: Any) -> None:
     result = results["forked_children"]
     assert result["children"] == [True] * 30
