@@ -50,8 +50,8 @@ def test_where_the_kernel_refuses_memory_free_blocks_go_back_first(results: Any)
     assert fits is None
     assert too_large[0]
     assert "can't allocate memory: you tried to allocate 67108864 bytes; 16777216 are in use" in too_large[1]
+    assert after == 0
     assert result["later"] is None
-    assert after >= 64 * MIB
 
 
 def test_what_onednn_takes_in_a_pass_may_be_freed_after_it(results: Any) -> None:
