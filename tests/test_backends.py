@@ -13,6 +13,7 @@ from torch import nn
 
 import streamcnn
 from streamcnn import StreamingModel
+from streamcnn.ceiling.kept_blocks import kept_blocks_available
 from streamcnn.graph.costs import CallBytes, Cost
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
@@ -70,6 +71,27 @@ def test_a_plan_for_a_cpu_says_whether_freed_blocks_are_kept() -> None:
     assert terms_of(ample)["allocator waste"] > 0
 
 
+def test_where_blocks_are_kept_the_plan_leaves_room_for_what_is_no_tensor() -> None:
+    keeping = CpuBackend.on(2, keeps_blocks=True)
+    plan = plan_with(keeping, 12 * 10**7)
+    terms = terms_of(plan)
+    # A single phase and a tail, which run in turn: what the worst point takes beside tensors, or the other.
+    beside = sum(nbytes for name, nbytes in terms.items() if name in keeping.beside_tensors)
+    beside += terms["reserved for the run time"]
+    assert plan.reuses_blocks is None
+    assert plan.kept_bytes is not None
+    assert 12 * 10**7 - beside - 5 * 10**7 <= plan.kept_bytes <= 12 * 10**7 - beside
+    assert json.loads(plan.to_json())["kept_bytes"] == plan.kept_bytes
+    assert plan_with(CpuBackend.on(2), 12 * 10**7).kept_bytes is None
+    # Without a budget, what the plan takes and some for holes.
+    ample = plan_with(keeping, None)
+    assert ample.kept_bytes is not None
+    assert ample.kept_bytes <= 1.25 * ample.projected_bytes
+    # Memory is lost to whole pages alone, whatever is stored where.
+    assert terms["allocator waste"] < 0.03 * plan.projected_bytes
+    assert plan.projected_seconds <= plan_with(CpuBackend.on(2), 12 * 10**7).projected_seconds
+
+
 def test_a_card_is_charged_no_less_than_a_cpu_without_libraries() -> None:
     bare = CpuBackend(kernel_bytes=0, code_bytes=0, matrix_bytes=0, fuses_attention=True)
     for budget in (None, 2 * 10**9, 15 * 10**7):
@@ -113,8 +135,9 @@ def test_planning_takes_any_backend() -> None:
 
 def test_of_what_the_backend_is_told_by_the_device() -> None:
     assert isinstance(backend_of(torch.device("cuda")), CudaBackend)
-    for device in ("cpu", "mps"):
-        assert backend_of(torch.device(device)) == CpuBackend.on(torch.get_num_threads())
+    for device, keeps_blocks in (("cpu", kept_blocks_available()), ("mps", False)):
+        expected = CpuBackend.on(torch.get_num_threads(), keeps_blocks=keeps_blocks)
+        assert backend_of(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("room", ["plan", "planning", "execution"])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
 @pytest.fixture(
     params=[
         "memory",
+        "unzeroed",
         "disk",
         pytest.param("device", marks=pytest.mark.gpu),
         pytest.param("pinned", marks=pytest.mark.gpu),
@@ -93,6 +95,7 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
 def make_store(request: pytest.FixtureRequest, spill: SpillFolder) -> MakeStore:
     makers: dict[str, MakeStore] = {
         "memory": lambda spec: MemoryStore(spec, CPU, CPU),
+        "unzeroed": lambda spec: MemoryStore(spec, CPU, CPU, zeroed=False),
         "disk": partial(make_on_disk, spill, CPU),
         "device": lambda spec: MemoryStore(spec, CUDA, CUDA),
         "pinned": lambda spec: MemoryStore(spec, CPU, CUDA),
@@ -212,11 +215,18 @@ def assert_like_dense(store: Store, steps: list[tuple[str, Region]]) -> None:
     assert_same(store.read(Region.whole(spec.size)), dense)
 
 
+def full_of(value: int, make: Callable[..., Tensor] = torch.empty) -> Callable[..., Tensor]:
+    """``torch.empty`` with something in it, as memory that was used before."""
+    return lambda *sizes, **options: make(*sizes, **options).fill_(value)
+
+
 @settings(max_examples=60, deadline=None)
 @given(histories())
 def test_any_history_is_a_dense_tensors(history: tuple[Any, ...]) -> None:
     spec, hint, steps = history
     assert_like_dense(MemoryStore(spec, CPU, CPU), steps)
+    with mock.patch("torch.empty", full_of(7)):
+        assert_like_dense(MemoryStore(spec, CPU, CPU, zeroed=False), steps)
     with SpillFolder() as spill:
         assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, CPU), steps)
 

@@ -13,6 +13,10 @@ are more than a small part of the budget, taking all of them off would leave no 
 which never come from there: the limit is then laxer than the budget, and ``DataLimit.check`` holds the
 peak, as it is known, against it after every step.
 
+Tensors may be taken from kept blocks (``streamcnn.ceiling.kept_blocks``), which refuse what goes past the
+budget by themselves. Blocks that they hold free are no part of what a baseline has taken: they count towards
+the budget. The limit is then for all that is no tensor.
+
 Compiled code is left out of the limit, but for the part that is touched: oneDNN compiles kernels for every
 new shape of a convolution's operands and keeps about a megabyte of address space for each.
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -39,6 +44,7 @@ from streamcnn.ceiling.allocator import (
 from streamcnn.ceiling.caps import LowestCap
 from streamcnn.ceiling.children import watch_starts
 from streamcnn.ceiling.heap import HoleFiller, free_heap_bytes
+from streamcnn.ceiling.kept_blocks import KeptBlocks, free_block_bytes, resident_free_block_bytes
 from streamcnn.ceiling.peak import Peak, PeakGauge
 from streamcnn.ceiling.process import resident_bytes, status_bytes, untouched_code_bytes
 from streamcnn.errors import BudgetExceeded, StreamError
@@ -63,13 +69,16 @@ class Baseline:
     """
 
     data_bytes: int | None
-    """Data segment less compiled code that is not touched; None if unknown."""
+    """Data segment less free kept blocks and compiled code that is not touched; None if unknown."""
     resident_bytes: int | None
-    """Resident memory; None if unknown."""
+    """Resident memory less free kept blocks; None if unknown."""
     free_bytes: int = 0
     """Part of the data segment that the heap holds free and hands out again."""
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
     """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
+    others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
+    """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
+    key: object = field(default_factory=object, repr=False, compare=False)
 
     @classmethod
     def now(cls, *, fill_holes: bool = True) -> Baseline:
@@ -87,7 +96,10 @@ class Baseline:
         holes = HoleFiller(_HEAP_LEAST) if fill_holes else None
         data, resident = status_bytes("VmData"), status_bytes("VmRSS")
         return cls(
-            None if data is None else data - untouched_code_bytes(), resident, free_heap_bytes(), holes
+            None if data is None else data - free_block_bytes() - untouched_code_bytes(),
+            None if resident is None else resident - resident_free_block_bytes(),
+            free_heap_bytes(),
+            holes,
         )
 
     def less(self, nbytes: int) -> Baseline:
@@ -106,7 +118,8 @@ class DataLimit:
     An allocation past the ceiling fails as it would on a full machine, and ``is_out_of_memory``
     knows the errors; the process lives on. Blocks may overlap, nested or on several threads: the ceiling is
     the whole process's, whichever thread allocates, the lowest one holds, and the user's own limit is back
-    after the last. A thread whose first parallel PyTorch operator runs inside the block needs stacks for a
+    after the last. Only where tensors come from kept blocks on several threads, each block has its budget for
+    itself. A thread whose first parallel PyTorch operator runs inside the block needs stacks for a
     thread pool of its own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that
     thread first. Forked children have the user's own limit, and so have programs: no ceiling is in force for
     the few milliseconds in which one is started (``streamcnn.ceiling.children``).
@@ -121,6 +134,9 @@ class DataLimit:
         Whether the C library may keep blocks of up to 32 MiB for reuse: faster, and wasteful.
     must_hold
         Whether a kernel that does not enforce the budget is an error; else there is none then.
+    kept
+        Bytes that this thread's tensors and the free blocks kept for them may take together; what goes past
+        the budget is refused. None to leave PyTorch's allocator as it is.
 
     Raises
     ------
@@ -140,6 +156,7 @@ class DataLimit:
         baseline: Baseline | None = None,
         reuse_heap: bool = False,
         must_hold: bool = True,
+        kept: int | None = None,
     ) -> None:
         self._budget = budget
         self._must_hold = must_hold
@@ -148,6 +165,8 @@ class DataLimit:
         self._baseline = Baseline(None, None)
         self._gauge = PeakGauge(_data_caps.settle)
         self._is_shared = False
+        self._thread = threading.get_ident()
+        self._blocks = None if kept is None else KeptBlocks(budget, kept)
 
     @property
     def peak_bytes(self) -> int | None:
@@ -203,6 +222,8 @@ class DataLimit:
 
     def close(self) -> None:
         """Lift the limit and end the measurement. Closing again does what an interrupt has left undone."""
+        if self._blocks is not None:
+            self._blocks.leave()
         _data_caps.drop(self)
         self._gauge.close()
         entered_limits.pop(self, None)
@@ -237,6 +258,7 @@ class DataLimit:
                 )
 
     def _enter(self) -> Self:
+        self._thread = threading.get_ident()
         if self._budget is not None:
             set_mmap_threshold(reuse=self._reuse_heap)
         self._baseline = self._given_baseline or Baseline.now(fill_holes=self._budget is not None)
@@ -245,6 +267,9 @@ class DataLimit:
             # Before the limit, which is not to refuse a thread: Python waits for ever for one that dies of
             # that as it begins. Under another block's limit the readings after every step have to do.
             self._gauge.open(threaded=not self._is_shared)
+        if self._blocks is not None:
+            # Before the limit: free blocks of which there are too many go back.
+            self._blocks.enter()
         if self._budget is not None:
             try:
                 self._lower(self._budget)
@@ -258,10 +283,20 @@ class DataLimit:
     def _join_others(self) -> None:
         """Be one of the blocks that are entered. A forked child has none of its parent's."""
         entered_limits[self] = os.getpid()
-        others = [each for each, process in list(entered_limits.items()) if process == os.getpid()]
-        if len(others) > 1:
-            for each in others:
-                each._is_shared = True
+        for each, process in list(entered_limits.items()):
+            if process == os.getpid() and each is not self:
+                self._is_shared = each._is_shared = True
+                self._leave_room(each)
+                each._leave_room(self)
+
+    def _leave_room(self, other: DataLimit) -> None:
+        """Let another thread's tensors, which their block holds within its budget, come on top of this."""
+        if self._blocks is None or other._blocks is None or self._thread == other._thread:
+            return
+        if self._budget is not None and other._budget is not None:
+            room = max(0, other._budget - other._blocks.in_use)
+            self._baseline.others[other._baseline.key] = room
+            _data_caps.move(self, self._ceiling(self._budget))
 
     def _lower(self, budget: int) -> None:
         """Set the limit, unless a lower one is in force."""
@@ -270,6 +305,8 @@ class DataLimit:
         ceiling = self._ceiling(budget)
         is_lowest = ceiling < _soft_limit()
         _data_caps.put(self, ceiling)
+        # Who was entered on another thread in between could not move it yet.
+        _data_caps.move(self, self._ceiling(budget))
         if is_lowest and not is_refused(ceiling):
             raise _not_enforced()
 
@@ -278,7 +315,8 @@ class DataLimit:
         if self._baseline.data_bytes is None:
             raise _not_enforced()
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
-        return self._baseline.data_bytes + untouched_code_bytes() + budget - in_heap
+        others = sum(self._baseline.others.values())
+        return self._baseline.data_bytes + untouched_code_bytes() + budget - in_heap + others
 
     def _peak(self) -> Peak | None:
         """The peak less what the baseline had, and never less than nothing."""

@@ -208,8 +208,8 @@ class CudaCeiling:
         """No: it is in what is reserved."""
         return False
 
-    def limit(self, budget: int | None, *, reuse_heap: bool = False) -> CudaLimit:
-        """The limit for one direction of a pass; ``reuse_heap`` is the host allocator's affair."""
+    def limit(self, budget: int | None, *, reuse_heap: bool = False, kept: int | None = None) -> CudaLimit:
+        """The limit for one direction of a pass; ``reuse_heap`` and ``kept`` are host allocators' affair."""
         self._limit = CudaLimit(self.gauge, budget, interval=self._interval)
         return self._limit
 

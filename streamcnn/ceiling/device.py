@@ -10,6 +10,7 @@ import torch
 from streamcnn.ceiling.allocator import trim_heap
 from streamcnn.ceiling.cpu import Baseline, DataLimit
 from streamcnn.ceiling.cuda import cuda_ceiling
+from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.ceiling.rooms import Room, host_room
 from streamcnn.errors import StreamError
 
@@ -67,7 +68,7 @@ class Ceiling(Protocol):
     def counts_code(self) -> bool:
         """Whether code that is compiled for a step counts towards the limit."""
 
-    def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
+    def limit(self, budget: int | None, *, reuse_heap: bool, kept: int | None = None) -> Limit:
         """The limit for one direction.
 
         Parameters
@@ -75,7 +76,10 @@ class Ceiling(Protocol):
         budget
             Bytes; None measures only.
         reuse_heap
-            Whether the host's allocator may keep freed blocks.
+            Whether the C library may keep freed blocks.
+        kept
+            Bytes that tensors in host memory and free blocks kept for them may take; None to leave PyTorch's
+            allocator as it is.
         """
 
     def check(self, *, compiled: bool = True) -> None:
@@ -112,15 +116,14 @@ class HostCeiling:
         """Resident memory then; None if the kernel does not say."""
         return self._baseline.resident_bytes
 
-    def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
+    def limit(self, budget: int | None, *, reuse_heap: bool, kept: int | None = None) -> Limit:
         """The kernel's limit, below any that would end the process."""
-        room = self.room
+        room, must_hold = self.room, True
         if room is not None and not room.is_enforced and (budget is None or room.nbytes < budget):
-            self._limit = DataLimit(
-                room.nbytes, baseline=self._baseline, reuse_heap=reuse_heap, must_hold=budget is not None
-            )
-        else:
-            self._limit = DataLimit(budget, baseline=self._baseline, reuse_heap=reuse_heap)
+            budget, must_hold = room.nbytes, budget is not None
+        self._limit = DataLimit(
+            budget, baseline=self._baseline, reuse_heap=reuse_heap, must_hold=must_hold, kept=kept
+        )
         return self._limit
 
     def check(self, *, compiled: bool = True) -> None:
@@ -129,7 +132,8 @@ class HostCeiling:
             self._limit.check(compiled=compiled)
 
     def empty_cache(self) -> None:
-        """The heap's free pages, which are resident until then."""
+        """Free kept blocks, and the heap's free pages, which are resident until then."""
+        give_back()
         trim_heap()
 
 
@@ -148,7 +152,7 @@ class NoCeiling:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def limit(self, budget: int | None, *, reuse_heap: bool) -> Limit:
+    def limit(self, budget: int | None, *, reuse_heap: bool, kept: int | None = None) -> Limit:
         """No limit.
 
         Raises

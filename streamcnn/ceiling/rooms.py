@@ -13,6 +13,7 @@ from pathlib import Path
 
 from streamcnn.ceiling.allocator import cache_thread_stack, start_thread_pool, trim_heap
 from streamcnn.ceiling.cpu import own_data_limit
+from streamcnn.ceiling.kept_blocks import free_block_bytes, resident_free_block_bytes
 from streamcnn.ceiling.process import status_bytes
 from streamcnn.support.units import format_bytes
 
@@ -96,6 +97,7 @@ def _own_rooms() -> Iterator[Room]:
 
     limit, used = own_data_limit(), status_bytes("VmData")
     if limit != sys.maxsize and used is not None:
+        used -= free_block_bytes()
         name = "the process's own limit on its data segment, RLIMIT_DATA (ulimit -d),"
         advice = "raise it (ulimit -d before the start, resource.setrlimit in the process)"
         yield Room(max(0, limit - used), name, limit, used, advice, is_enforced=True)
@@ -154,7 +156,7 @@ def _group_room(files: _Files, folder: Path) -> Room | None:
     limit, used = _number(folder / files.limit), _number(folder / files.used)
     if limit is None or used is None or limit >= _NO_LIMIT:
         return None
-    used = max(0, used - _cached(folder, files))
+    used = max(0, used - _cached(folder, files) - resident_free_block_bytes())
     room = max(0, limit - used)
     name = f"the memory limit of the control group ({folder / files.limit})"
     return Room(room - room // _KERNELS_SHARE, name, limit, used, _RAISE_GROUPS, is_enforced=False)

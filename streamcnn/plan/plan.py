@@ -108,6 +108,9 @@ class Plan:
     reuses_blocks: bool | None
     """Whether freed blocks are kept for reuse, which is faster and wastes memory; None where the device's
     allocator leaves no choice."""
+    kept_bytes: int | None
+    """What tensors and freed blocks that are kept for others may take together, in bytes; None where the
+    device's own allocator decides that."""
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str
@@ -191,6 +194,7 @@ class Plan:
             "budget": self.budget,
             # By the name that it has had in files from the first.
             **({} if self.reuses_blocks is None else {"reuses_heap": self.reuses_blocks}),
+            **({} if self.kept_bytes is None else {"kept_bytes": self.kept_bytes}),
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,

@@ -113,7 +113,7 @@ def stage_time(
         if backward:
             passes += BACKWARD_WORK + (name not in skipped)
         repeated = passes * tiled.covered(name) / each.num_positions
-        zeroing = repeated * each.made / hardware.fresh_bytes
+        zeroing = 0.0 if backend.keeps_blocks else repeated * each.made / hardware.fresh_bytes
         seconds += repeated * each.seconds(hardware) + passes * num_tiles * hardware.operator_seconds
         if repeated * each.made >= passes * num_tiles * backend.reusable_bytes:
             seconds += zeroing

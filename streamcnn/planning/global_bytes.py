@@ -20,6 +20,8 @@ from streamcnn.planning.backends import Backend
 from streamcnn.planning.routines import num_sizes
 from streamcnn.planning.staging import Staging
 
+RUN_TIME = "reserved for the run time"
+"""The name of the term of what a pass takes the first time that it runs, beside tensors."""
 LOSS_COPIES = 3
 """Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
 
@@ -238,7 +240,7 @@ class GlobalBytes:
     def _always(self, num_levels: int) -> tuple[tuple[str, Ints], ...]:
         """At every moment."""
         return (
-            ("reserved for the run time", np.full(num_levels, self.backend.runtime_bytes)),
+            (RUN_TIME, np.full(num_levels, self.backend.runtime_bytes)),
             (HELD, np.full(num_levels, self.reading.held)),
         )
 

@@ -8,17 +8,18 @@ running it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from streamcnn.graph.program import Kind, Program, on_whole_maps
 from streamcnn.plan.plan import Plan, Segment
+from streamcnn.plan.reading import OF_IMAGES
 from streamcnn.plan.storage import MemoryTerm, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
-from streamcnn.planning.global_bytes import plain_bytes, total_bytes
-from streamcnn.planning.memory_model import is_differentiated, overhead_terms, peak_points
+from streamcnn.planning.global_bytes import RUN_TIME, plain_bytes, total_bytes
+from streamcnn.planning.memory_model import PeakPoint, is_differentiated, overhead_terms, peak_points
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.split_points import choose_split_points
@@ -116,16 +117,14 @@ class _Attempt:
         program, staging, differentiated = tilings.program, solution.staging, tilings.differentiated
         stores = _with_tiles(solution)
         tiled, again = solution.tiled, solution.rematerialised
-        worst = max(
-            peak_points(
-                tiled,
-                self.search.global_bytes(staging),
-                StoredBytes(stores, staging.levels),
-                rematerialised=again,
-                reuses_blocks=solution.reuses_blocks,
-            ),
-            key=lambda point: point.nbytes,
+        points = peak_points(
+            tiled,
+            self.search.global_bytes(staging),
+            StoredBytes(stores, staging.levels),
+            rematerialised=again,
+            reuses_blocks=solution.reuses_blocks,
         )
+        worst = max(points, key=lambda point: point.nbytes)
         everything, training = whole.search.tilings, bool(spec.leaves)
         resident = resident_time(
             everything.program, everything.differentiated, machine.hardware, machine.backend
@@ -151,6 +150,7 @@ class _Attempt:
             differentiated=differentiated,
             budget=spec.budget,
             reuses_blocks=solution.reuses_blocks if machine.backend.has_choice else None,
+            kept_bytes=_kept_bytes(spec, machine, points) if machine.backend.keeps_blocks else None,
             terms=(*_reserved(spec, machine), *worst.terms),
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
@@ -171,6 +171,16 @@ class _Attempt:
             ),
             residents=tuple(f"{node.note} ({node.source})" for node in everything.program.residents),
         )
+
+
+def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> int:
+    """Bytes that tensors and free blocks may take together: all but what is no tensor at any point."""
+    others = machine.backend.beside_tensors | OF_IMAGES | {RUN_TIME}
+    beside = max(total_bytes(term for term in point.terms if term.name in others) for point in points)
+    room = spec.budget
+    if room is None:
+        room = max(point.nbytes for point in points) * 5 // 4
+    return max(0, room - machine.reserved - beside)
 
 
 def _num_last(program: Program, staging: Staging) -> int:

@@ -127,6 +127,8 @@ class Search:
         self.program = tilings.program
         self.whole = gathered(self.program)
         """Maps that are read whole, which have to be stored."""
+        self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
+        """Whether freed blocks are kept for reuse, as far as that makes a difference."""
         self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
@@ -161,7 +163,7 @@ class Search:
         for chosen in product(Policy, repeat=len(names)):
             policies = dict(zip(names, chosen, strict=True))
             if all(self._is_possible(found, n, policy, thorough) for n, policy in policies.items()):
-                for reuses_blocks in (True, False) if thorough else (found.reuses_blocks,):
+                for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
                     yield self.solution(
                         found.base, found.policies.changed(policies), reuses_blocks=reuses_blocks
                     )
@@ -234,9 +236,10 @@ class Search:
         policies
             What becomes of the maps that ``base`` stores.
         reuses_blocks
-            Whether freed blocks may be kept for reuse. Where maps are offloaded they may not.
+            Whether freed blocks may be kept for reuse where that is a choice. Where maps are offloaded they
+            may not.
         """
-        reuses_blocks = reuses_blocks and not policies.offloaded
+        reuses_blocks = reuses_blocks and reuses_blocks in self._ways and not policies.offloaded
         staging = self._staging(base, policies)
         table, global_bytes = self.table(staging), self.global_bytes(staging)
         stores = table.stores(self._tiers(staging, policies.offloaded))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.ceiling.kept_blocks import kept_blocks_available
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
@@ -27,7 +28,10 @@ def this_machine(device: torch.device) -> Machine:
 
 def backend_of(device: torch.device) -> Backend:
     """What planning knows of ``device``; of one without a backend of its own, what it knows of the host."""
-    return CudaBackend() if device.type == "cuda" else CpuBackend.on(torch.get_num_threads())
+    if device.type == "cuda":
+        return CudaBackend()
+    keeps_blocks = device.type == "cpu" and kept_blocks_available()
+    return CpuBackend.on(torch.get_num_threads(), keeps_blocks=keeps_blocks)
 
 
 def cuda_card(net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:

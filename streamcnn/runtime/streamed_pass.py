@@ -120,7 +120,7 @@ class Pass:
         )
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
         _check_disk(self.plan, self.owner.spill)
-        self.stores = _Stores(self.owner.spill, self.reader.device)
+        self.stores = _Stores(self.owner.spill, self.reader.device, zeroed=self.plan.kept_bytes is None)
         self.execution = Execution(
             self.program,
             self.plan,
@@ -284,7 +284,9 @@ class Pass:
     def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``run`` returns: enforce the budget, measure, and say so where memory is refused."""
         start = time.perf_counter()
-        limit = self.ceiling.limit(self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks))
+        limit = self.ceiling.limit(
+            self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks), kept=self.plan.kept_bytes
+        )
         try:
             found = self._within(limit, run)
         except BaseException as error:
@@ -388,9 +390,10 @@ def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepSha
 class _Stores:
     """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
 
-    def __init__(self, spill: Path | None, device: torch.device) -> None:
+    def __init__(self, spill: Path | None, device: torch.device, *, zeroed: bool) -> None:
         self._parent = spill
         self._device = device
+        self._zeroed = zeroed
         self._folder: SpillFolder | None = None
 
     def open(self, spec: StoreSpec, tier: Tier, tile: tuple[int, int]) -> Store:
@@ -398,7 +401,8 @@ class _Stores:
         if tier is Tier.DISK:
             self._folder = self._folder or SpillFolder(self._parent)
             return ZarrStore(spec, self._folder.new_folder(), tile, self._device)
-        return MemoryStore(spec, torch.device("cpu") if tier is Tier.HOST else self._device, self._device)
+        place = torch.device("cpu") if tier is Tier.HOST else self._device
+        return MemoryStore(spec, place, self._device, zeroed=self._zeroed)
 
     def close(self) -> None:
         """Remove the folder on disk, if there is one."""

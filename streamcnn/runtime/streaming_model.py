@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, cast
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.parts import BEFORE, VALUE, parts_of
 from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.device import room_for
+from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.execution.executor import Observer
@@ -107,6 +109,8 @@ class StreamingModel(ModuleFacade):
         self._call = ForwardPass()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
         """What went through instead of a spec that was refused memory, by what was captured and the spec."""
+        self._collected: finalize[[], StreamingModel] | None = None
+        """Gives kept blocks back when the model is collected; None before its first pass."""
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
@@ -120,6 +124,7 @@ class StreamingModel(ModuleFacade):
             "_call": ForwardPass(),
             "last_report": None,
             "observer": None,
+            "_collected": None,
         }
         return {**self.__dict__, **emptied}
 
@@ -280,6 +285,14 @@ class StreamingModel(ModuleFacade):
         first = next(chain(self.net.parameters(), self.net.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
+    def release(self) -> None:
+        """Give back the memory that passes on the CPU have kept for the next one.
+
+        It is no more than the last pass was planned to take. What tensors hold stays; other models' passes
+        find nothing kept either. It happens by itself when the model is collected.
+        """
+        give_back()
+
     # --- running -------------------------------------------------------------------------------------
 
     @_disable_dynamo
@@ -377,6 +390,9 @@ class StreamingModel(ModuleFacade):
         reader.check(planned.plan)
         planned.plan.validate()
         shrink = SmallerPlans(self._plans, captured, spec, machine, self._smaller)
+        if self._collected is None:
+            self._collected = finalize(self, give_back)
+            self._collected.atexit = False
         run = Pass(planned, reader, captured.states, self, shrink)
         outputs = undoing(
             partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())

@@ -34,6 +34,16 @@ class Frontier:
                 yield Region(Interval(seam, rows.stop), part), False
         self.mark(region)
 
+    def skipped(self, region: Region) -> Iterator[Region]:
+        """What counts as written as soon as ``region`` does, although nothing was written there."""
+        rows, cols = region
+        heights = np.minimum(self._heights[cols.start : cols.stop], rows.start)
+        edges = np.flatnonzero(np.diff(heights)) + 1
+        for start, stop in zip([0, *edges], [*edges, cols.size], strict=True):
+            if heights[start] < rows.start:
+                above = Interval(int(heights[start]), rows.start)
+                yield Region(above, Interval(cols.start + int(start), cols.start + int(stop)))
+
     def mark(self, region: Region) -> None:
         """All of ``region`` may hold something from now on."""
         heights = self._heights[region.cols.start : region.cols.stop]

@@ -29,22 +29,34 @@ class MemoryStore(Store):
         Where the tensor lives.
     compute_device
         Where tiles are read to. If it is ``device``, reading returns a view and copies nothing.
+    zeroed
+        Whether memory comes zeroed. Else it comes from PyTorch's allocator as it is, and what is read before
+        it was written is zeroed then.
 
     Notes
     -----
-    Host RAM comes zeroed from the kernel page by page as it is touched, so a map that is written in
+    Zeroed host RAM comes from the kernel page by page as it is touched, so a map that is written in
     part costs what was written. A limit on the data segment counts all of it at once. Transfers to a
     GPU go through a pinned buffer and are enqueued on the current stream; a write or add from a GPU
     waits for it.
     """
 
-    def __init__(self, spec: StoreSpec, device: torch.device, compute_device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: StoreSpec,
+        device: torch.device,
+        compute_device: torch.device,
+        *,
+        zeroed: bool = True,
+    ) -> None:
         super().__init__(spec)
+        self._zeroed = zeroed
         self._device = device
         self._on_host = device.type == "cpu"
         self.compute_device = compute_device
         self._map: Tensor | None = None
-        self._allocating = Lock()
+        self._lock = Lock()
+        """Held where memory is allocated and where it is noted which part has been written."""
         self._frontier = Frontier(spec.size)
 
     def _read(self, region: Region) -> Tensor:
@@ -52,19 +64,22 @@ class MemoryStore(Store):
             return torch.zeros(
                 self.spec.tile_shape(region), dtype=self.spec.dtype, device=self.compute_device
             )
+        if not self._zeroed:
+            self._zero_unwritten(self._map, region)
         view = self._view(self._map, region)
         return to_compute(view, self.compute_device) if self._on_host else view
 
     def _write(self, region: Region, tile: Tensor) -> None:
         # Of another type only where it is stored: a conversion on a GPU would take its memory.
         tile = to_host(tile, tile.dtype) if self._on_host else tile
-        self._view(self._allocated(), region).copy_(tile)
-        self._frontier.mark(region)
+        whole = self._allocated()
+        self._claim(whole, region)
+        self._view(whole, region).copy_(tile)
 
     def _add(self, region: Region, tile: Tensor) -> None:
         tile = to_host(tile, self.spec.dtype) if self._on_host else tile.to(self.spec.dtype)
         whole = self._allocated()
-        for part, holds in self._frontier.split(region):
+        for part, holds in self._claim(whole, region):
             share = crop(tile, self.spec.axes, region, part)
             target = self._view(whole, part)
             target.add_(share) if holds else target.copy_(share)
@@ -73,10 +88,24 @@ class MemoryStore(Store):
         self._map = None
 
     def _allocated(self) -> Tensor:
-        with self._allocating:
+        with self._lock:
             if self._map is None:
-                self._map = _zeros(self.spec, self._device)
+                self._map = (_zeros if self._zeroed else _empty)(self.spec, self._device)
             return self._map
+
+    def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
+        """``region`` in parts, each with whether something was written there; from now on, all of it was."""
+        with self._lock:
+            if not self._zeroed:
+                # Under the lock: who writes there on another thread does so later, or has claimed it.
+                for part in self._frontier.skipped(region):
+                    self._view(whole, part).zero_()
+            return list(self._frontier.split(region))
+
+    def _zero_unwritten(self, whole: Tensor, region: Region) -> None:
+        for part, holds in self._claim(whole, region):
+            if not holds:
+                self._view(whole, part).zero_()
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
         return crop(whole, self.spec.axes, Region.whole(self.spec.size), region)
@@ -87,6 +116,10 @@ def _zeros(spec: StoreSpec, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     return _lazy_zeros(spec)
+
+
+def _empty(spec: StoreSpec, device: torch.device) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)
 
 
 def _lazy_zeros(spec: StoreSpec) -> Tensor:

@@ -57,6 +57,11 @@ class Backend(ABC):
     """The name of the plan's term for either."""
     has_choice: bool
     """Whether a pass can be told to keep freed blocks or not."""
+    keeps_blocks: bool = False
+    """Whether freed blocks are kept up to a number of bytes that the plan says: they then cost no more than
+    ``returning``, and no block comes from the operating system anew."""
+    beside_tensors: frozenset[str] = frozenset()
+    """Names of the backend's terms that are no tensors."""
     fuses_attention: bool
     """Whether attention is one kernel whatever its options."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -21,6 +21,14 @@ share (torch 2.13, glibc 2.36), EfficientNet-B0 with 66 stages and DenseNet-121 
 U-Net with 14 between 53 and 65, ResNet-18 and ConvNeXt-T nothing."""
 RETURNING = Fragmentation(step_percent=10)
 """The same if it gives freed blocks back."""
+ROUNDING = Fragmentation(step_percent=3)
+"""The same where blocks are kept by an allocator of the project's own: whole pages are handed out, and small
+blocks still come from the C library. Its holes cost time alone."""
+_KERNELS, _CODE, _PRODUCTS = (
+    "compiled kernels",
+    "address space of compiled code",
+    "buffers of matrix products",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +53,14 @@ class CpuBackend(Backend):
     returning: Fragmentation = RETURNING
     fragmentation: str = "allocator waste"
     has_choice: bool = True
+    beside_tensors: frozenset[str] = frozenset((_KERNELS, _CODE, _PRODUCTS))
     fuses_attention: bool = False
 
     @classmethod
-    def on(cls, num_threads: int) -> Self:
+    def on(cls, num_threads: int, *, keeps_blocks: bool = False) -> Self:
         """The backend where operators run on so many threads.
+
+        With ``keeps_blocks`` tensors come from blocks that are kept and counted outside the C library.
 
         A kernel: 100 KB for one forward, 180 to 290 KB for the three of a convolution that is differentiated,
         on maps of 21 x 21 to 40 x 30 (torch 2.13, AVX-512). MKL keeps its buffers until it is told not to, at
@@ -57,13 +68,16 @@ class CpuBackend(Backend):
         9.2 MB for one linear layer and 28 MB for three, on 8 threads 36 MB for one, and little more for the
         gradients of such layers.
         """
-        return cls(kernel_bytes=3 * 2**15, code_bytes=2**20, matrix_bytes=5 * 2**20 * num_threads)
+        libraries = cls(kernel_bytes=3 * 2**15, code_bytes=2**20, matrix_bytes=5 * 2**20 * num_threads)
+        if not keeps_blocks:
+            return libraries
+        return replace(libraries, returning=ROUNDING, has_choice=False, keeps_blocks=True)
 
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
         """Code and buffers, which are given back at the step's end."""
         return (
-            MemoryTerm("address space of compiled code", num_kernels * self.code_bytes),
-            MemoryTerm("buffers of matrix products", num_products * self.matrix_bytes),
+            MemoryTerm(_CODE, num_kernels * self.code_bytes),
+            MemoryTerm(_PRODUCTS, num_products * self.matrix_bytes),
         )
 
     def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
@@ -73,7 +87,7 @@ class CpuBackend(Backend):
 
         def kept(compiled: Ints) -> LevelBytes:
             nbytes = self.kernel_bytes * np.minimum(compiled, CACHED_KERNELS)
-            return LevelBytes.of(len(nbytes), ("compiled kernels", nbytes))
+            return LevelBytes.of(len(nbytes), (_KERNELS, nbytes))
 
         backward = kept(so_far[-1] + 2 * differentiated)
         return HeldBytes(kept(so_far), tail=backward, backward=backward)

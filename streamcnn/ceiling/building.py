@@ -1,0 +1,103 @@
+"""Building the package's own C++ on the user's machine, once for every version of PyTorch.
+
+PyTorch's interface to C++ is that of one version, so a library is built where it is used, as Triton and
+Inductor build theirs, and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_COMPILERS = ("g++", "c++", "clang++")
+_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared")
+_SECONDS = 300
+"""After which a compiler is not waited for any more; it takes four."""
+
+
+class CannotBuild(Exception):
+    """There is no compiler, it fails, or there is no place for what it makes."""
+
+
+def built(source: Path) -> Path:
+    """The shared library of a C++ file that uses PyTorch's ``c10``, built if it is not there yet.
+
+    It may include headers that lie beside it.
+
+    Several processes may ask at the same time: each builds a file of its own, and the last one stays.
+
+    Raises
+    ------
+    CannotBuild
+        With the reason.
+    """
+    library = _folder(source) / f"{source.stem}.so"
+    if library.exists():
+        return library
+    compiler = _compiler()
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            fresh = Path(folder, library.name)
+            _compile(compiler, source, fresh)
+            os.replace(fresh, library)
+    except OSError as error:
+        raise CannotBuild(f"{library.parent} cannot be written to: {error}") from error
+    return library
+
+
+def _folder(source: Path) -> Path:
+    """Where a source's library is kept: another folder for all that makes another library."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    parts = (
+        *(torch.__version__, str(torch._C._GLIBCXX_USE_CXX11_ABI), platform.machine(), *platform.libc_ver()),
+        *_FLAGS,
+    )
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    content = b"".join(file.read_bytes() for file in files)
+    key = hashlib.sha256("\n".join(parts).encode() + content).hexdigest()[:16]
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "streamcnn" / key
+    except RuntimeError as error:
+        raise CannotBuild(str(error)) from error
+
+
+def _compiler() -> list[str]:
+    """The command that the user has named in ``CXX``, or the first compiler that is found."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [[name] for name in _COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    raise CannotBuild(f"no C++ compiler was found ({' '.join(named) or ', '.join(_COMPILERS)})")
+
+
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    home = Path(torch.__file__).parent
+    command = [
+        *compiler,
+        *_FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-I{home / 'include'}",
+        str(source),
+        f"-L{home / 'lib'}",
+        # Found by its name when the library is loaded, since PyTorch has loaded it.
+        "-lc10",
+        "-o",
+        str(library),
+    ]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(str(error)) from error
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise CannotBuild(f"{compiler[0]} failed: {reason}")
