@@ -244,9 +244,9 @@ class TestMemoryStore:
         asked: list[tuple[tuple[int, ...], bool]] = []
         make = torch.empty
 
-        def empty(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        def empty(shape: tuple[int, ...], *, pin_memory: bool, **options: Any) -> Tensor:
             asked.append((shape, pin_memory))
-            return make(shape, dtype=dtype)
+            return make(shape, **options)
 
         store = MemoryStore(NCHW, CPU, CUDA)
         inside = region(2, 5, 3, 7)

@@ -74,8 +74,8 @@ class Maps:
         self._checkpoints[name] = self._open(name, self._plan.stores[name].tier)
 
     def write(self, name: str, part: Region, tile: Tensor) -> None:
-        """Write a region of a checkpoint."""
-        self._checkpoints[name].write(part, tile)
+        """Write a region of a checkpoint; the tile's values are not changed any more."""
+        self._checkpoints[name].write(part, tile, may_keep=True)
 
     @property
     def with_gradient(self) -> list[str]:
@@ -87,11 +87,11 @@ class Maps:
         return self._gradients[name].read(part)
 
     def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:
-        """Add to a region of a map's gradient."""
+        """Add to a region of a map's gradient; ``gradient`` is not changed any more."""
         if name not in self._gradients:
             planned = self._plan.stores.get(name)
             self._gradients[name] = self._open(name, planned.gradient_tier if planned else Tier.MEMORY)
-        self._gradients[name].add(part, gradient)
+        self._gradients[name].add(part, gradient, may_keep=True)
 
     def add_whole_gradient(self, name: str, gradient: Tensor) -> None:
         """Add to all of a map's gradient."""

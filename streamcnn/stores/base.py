@@ -91,20 +91,31 @@ class Store(ABC):
         self._count(read=self.spec.tile_nbytes(region))
         return tile
 
-    def write(self, region: Region, tile: Tensor) -> None:
+    def write(self, region: Region, tile: Tensor, *, may_keep: bool = False) -> None:
         """Replace the values inside ``region`` by ``tile``, converted to ``spec.dtype``.
 
+        Parameters
+        ----------
+        may_keep
+            Whether nobody changes the values of ``tile`` any more. A store may then keep the tensor itself
+            as the map, if it covers the whole map, and does not change it either.
+
         Raises
         ------
         ValueError
             If the store is closed.
         """
         self._check(region, tile)
-        self._write(region, tile.detach())
+        self._write(region, tile.detach(), may_keep=may_keep)
         self._count(written=self.spec.tile_nbytes(region))
 
-    def add(self, region: Region, tile: Tensor) -> None:
+    def add(self, region: Region, tile: Tensor, *, may_keep: bool = False) -> None:
         """Add ``tile``, converted to ``spec.dtype`` first, to the values inside ``region``.
+
+        Parameters
+        ----------
+        may_keep
+            As of :meth:`write`.
 
         Raises
         ------
@@ -112,7 +123,7 @@ class Store(ABC):
             If the store is closed.
         """
         self._check(region, tile)
-        self._add(region, tile.detach())
+        self._add(region, tile.detach(), may_keep=may_keep)
         nbytes = self.spec.tile_nbytes(region)
         self._count(read=nbytes, written=nbytes)
 
@@ -127,11 +138,11 @@ class Store(ABC):
         """The values inside ``region``."""
 
     @abstractmethod
-    def _write(self, region: Region, tile: Tensor) -> None:
+    def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         """Replace the values inside ``region``."""
 
     @abstractmethod
-    def _add(self, region: Region, tile: Tensor) -> None:
+    def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         """Accumulate into ``region``."""
 
     @abstractmethod
