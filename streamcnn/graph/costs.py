@@ -150,8 +150,8 @@ class Cost:
     """Whether its result is surely in memory of its own, which a later operator may overwrite."""
     stand_in: Callable[..., Tensor] | None = None
     """Given the result's shape and type, the arguments, and keyword arguments by name: a tensor with the
-    result's gradient but without its values, for a backward pass that finds the result stored. None if it must
-    be computed again."""
+    result's gradient but without its values, for a backward pass that finds the result stored. None if it
+    must be computed again."""
     pads: bool = False
     """Whether it takes ``padding``, (rows, columns) of its fill value on either side, and needs no padded
     copy then."""
