@@ -26,11 +26,6 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` (N, C, h, w) has no gaps in its memory, and neighbouring channels beside each other."""
-    return x.dim() == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def dense(x: Tensor) -> Tensor:
     """``x`` itself if its memory has no gaps, else a copy in the same order of axes.
 
