@@ -22,7 +22,7 @@ class Arrivals:
 
     maps: frozenset[str] = frozenset()
     """Stored maps with a gradient."""
-    results: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    results: Mapping[str, tuple[bool, ...]] = field(default_factory=dict, hash=False)
     """For each reduction with a gradient, which of its results have one."""
 
 

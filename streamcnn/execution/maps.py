@@ -127,8 +127,13 @@ class Maps:
     @property
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes read and written so far, of the stores that are open."""
-        stores = [*self._checkpoints.values(), *self._gradients.values()]
-        return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
+        read = written = 0
+        # A plain loop: it runs around every phase.
+        for stores in (self._checkpoints, self._gradients):
+            for store in stores.values():
+                read += store.bytes_read
+                written += store.bytes_written
+        return read, written
 
     def close(self) -> None:
         """Free every store. Closing again does nothing."""

@@ -127,6 +127,7 @@ class Pass:
             self.states,
             self.reader,
             self.stores.open,
+            steps=planned.steps,
             after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
         )

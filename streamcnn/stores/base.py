@@ -67,6 +67,7 @@ class Store(ABC):
 
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
+        self._whole = Region.whole(spec.size)
         self.bytes_read = 0
         self.bytes_written = 0
         self._closed = False
@@ -153,7 +154,7 @@ class Store(ABC):
         if self._closed:
             raise ValueError(f"the store of a {self.spec.shape} map is closed: it cannot be used any more")
         # Slices clip and tensors broadcast without a word, so a wrong region would become wrong values.
-        assert Region.whole(self.spec.size).contains(region), f"{region} is not inside {self.spec.size}"
+        assert self._whole.contains(region), f"{region} is not inside {self.spec.size}"
         if tile is not None:
             expected = self.spec.tile_shape(region)
             assert tuple(tile.shape) == expected, f"tile of shape {tuple(tile.shape)}, expected {expected}"

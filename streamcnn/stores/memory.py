@@ -72,7 +72,7 @@ class MemoryStore(Store):
         if may_keep and self._can_keep(region, tile):
             self._keep(tile)
             return
-        if self._is_tile and region == Region.whole(self.spec.size):
+        if self._is_tile and region == self._whole:
             assert self._map is not None
             self._map, self._is_tile = self._map + tile, False
             return
@@ -92,14 +92,14 @@ class MemoryStore(Store):
             and _keeps_tiles(self._device)
             and tile.device.type == self._device.type
             and tile.dtype == self.spec.dtype
-            and region == Region.whole(self.spec.size)
+            and region == self._whole
             and tile.untyped_storage().nbytes() == self.spec.nbytes
             and tile.is_contiguous(memory_format=layout(tile))
         )
 
     def _keep(self, tile: Tensor) -> None:
         self._map, self._is_tile = tile, True
-        self._frontier.mark(Region.whole(self.spec.size))
+        self._frontier.mark(self._whole)
 
     def _writable(self, tile: Tensor) -> Tensor:
         """The map, ready for a tile like ``tile`` to be written."""
@@ -111,7 +111,7 @@ class MemoryStore(Store):
             return self._map
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
-        return crop(whole, self.spec.axes, Region.whole(self.spec.size), region)
+        return crop(whole, self.spec.axes, self._whole, region)
 
 
 def _keeps_tiles(device: torch.device) -> bool:

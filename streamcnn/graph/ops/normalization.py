@@ -172,7 +172,10 @@ def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -
     It has no gradient.
     """
     dtype = torch.promote_types(running.dtype, value.dtype)
-    mean = running.to(dtype) * (1 - rate) + value.detach().to(dtype) * factor * rate
+    mean = running.to(dtype) * (1 - rate)
+    new = value.detach().to(dtype)
+    # In as few small kernels as can be.
+    mean = mean + new * (factor * rate) if isinstance(rate, Tensor) else mean.add_(new, alpha=factor * rate)
     return mean.to(running.dtype)
 
 
