@@ -13,10 +13,14 @@ from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, i
 from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
 from streamcnn.planning.staging import Stage
-from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, tile_stage
+from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, largest_part, tile_stage
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
+BANDS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of bands of whole rows that are tried."""
+LEAST_ROWS = 256
+"""Input pixels that a band is high at least: of lower ones the rows around them are too large a share."""
 FINE_BYTES = 2**22
 """No smaller tiles are tried once a step takes no more than this beside what the backend takes: they would
 save nothing."""
@@ -97,9 +101,21 @@ class TilingCandidates:
             yield min(self._tile[0], height), min(self._tile[1], width)
             return
         yield height, width
+        smallest = height * width
+        for rows in self._bands(height):
+            yield rows, width
+            smallest = rows * width
         for edge in TILE_EDGES:
-            if edge < max(height, width):
-                yield min(edge, height), min(edge, width)
+            tile = min(edge, height), min(edge, width)
+            if tile[0] * tile[1] < smallest:
+                yield tile
+
+    def _bands(self, height: int) -> Iterator[int]:
+        """Heights of bands, in input pixels, where the backend would rather have those than squares."""
+        for parts in BANDS if self.backend.prefers_bands else ():
+            if height < parts * LEAST_ROWS:
+                return
+            yield largest_part(height, parts)
 
     def _tiling(self, outline: Outline, parts: TileCounts) -> TilingCandidate:
         tiled = tile_stage(outline, parts)

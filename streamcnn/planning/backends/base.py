@@ -59,6 +59,8 @@ class Backend(ABC):
     """Whether a pass can be told to keep freed blocks or not."""
     fuses_attention: bool
     """Whether attention is one kernel whatever its options."""
+    prefers_bands: bool
+    """Whether tiles of whole rows are better than square ones of as many pixels."""
 
     def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
         """Bytes that a call takes besides operands, parameters and result: those declared."""

@@ -46,6 +46,7 @@ class CpuBackend(Backend):
     fragmentation: str = "allocator waste"
     has_choice: bool = True
     fuses_attention: bool = False
+    prefers_bands: bool = False
 
     @classmethod
     def on(cls, num_threads: int) -> Self:
