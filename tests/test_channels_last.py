@@ -10,6 +10,8 @@ from helpers import assert_streamed_equals_plain, randomized
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
+from streamcnn.execution import combiner
+from streamcnn.execution.backward_tile import _told_apart
 from streamcnn.graph.ops import channel_kernels
 from streamcnn.stores import Store, memory
 from streamcnn.stores.memory import MemoryStore
@@ -157,22 +159,45 @@ def test_maps_stay_channels_last(monkeypatch: pytest.MonkeyPatch, keeps: bool, t
 
 
 def test_a_tile_that_is_the_map_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each value that a store keeps is at the end what it was when it was handed over."""
+    """Each value that a store keeps is at the end what it was when it was handed over.
+
+    Gradients are added to where they are kept, and only where nobody else has them.
+    """
     kept: list[tuple[Tensor, Tensor]] = []
+    num_gradients = 0
     original = MemoryStore._keep
 
-    def keep(store: MemoryStore, tile: Tensor) -> None:
-        kept.append((tile, tile.clone()))
-        original(store, tile)
+    def keep(store: MemoryStore, tile: Tensor, *, is_read: bool) -> None:
+        nonlocal num_gradients
+        if is_read:
+            kept.append((tile, tile.clone()))
+        else:
+            num_gradients += 1
+        original(store, tile, is_read=is_read)
 
     monkeypatch.setattr(memory, "_keeps_tiles", lambda device: True)
     monkeypatch.setattr(MemoryStore, "_keep", keep)
     model = StreamingModel(make_net(), tile=200)
     model.resident_tail = False
     model(torch.randn(SHAPE).to(memory_format=LAST)).square().sum().backward()
-    assert len(kept) > 8
+    assert len(kept) > 4
+    assert num_gradients > 4
     assert all(torch.equal(tile, before) for tile, before in kept)
 
 
 def test_kernels_take_maps_on_a_card_alone() -> None:
     assert not channel_kernels.fits(torch.randn(1, 4, 5, 6).to(memory_format=LAST))
+
+
+def test_a_gradient_that_others_have_is_not_kept() -> None:
+    """Autograd gives the same tensor for both terms of a sum."""
+    gradient = torch.randn(3)
+    assert combiner._is_unshared(gradient)
+    first, second, none = _told_apart((gradient, gradient, None))
+    assert none is None
+    assert first is not None
+    assert second is not None
+    assert first.data_ptr() == second.data_ptr()
+    assert not combiner._is_unshared(first)
+    assert not combiner._is_unshared(second)
+    assert not combiner._is_unshared(gradient[1:])

@@ -270,7 +270,7 @@ class TestMemoryStore:
             assert store.read(whole).is_contiguous(memory_format=memory_format)
             assert_same(store.read(inside), tile)
 
-    def test_a_tile_that_is_kept_is_not_changed(self) -> None:
+    def test_a_tile_that_is_written_and_kept_is_not_changed(self) -> None:
         whole, inside = Region.whole(NCHW.size), region(1, 9, 2, 8)
         tile, other = random_tile(NCHW, whole), random_tile(NCHW, whole, 1)
         before = tile.clone()
@@ -280,10 +280,21 @@ class TestMemoryStore:
             lambda store: store.write(inside, other[at(NCHW, inside)]),
         ):
             store = KeepingStore(NCHW, CPU, CPU)
-            store.add(whole, tile)
+            store.write(whole, tile)
             assert store.read(whole).data_ptr() == tile.data_ptr()
             change(store)
             assert_same(tile, before)
+
+    def test_what_is_added_to_a_gradient_that_is_kept_takes_no_memory(self) -> None:
+        whole, inside = Region.whole(NCHW.size), region(1, 9, 2, 8)
+        tile = random_tile(NCHW, whole)
+        place, expected = tile.data_ptr(), tile.clone()
+        store = KeepingStore(NCHW, CPU, CPU)
+        store.add(whole, tile)
+        store.add(inside, random_tile(NCHW, inside))
+        expected[at(NCHW, inside)] += random_tile(NCHW, inside)
+        assert store.read(whole).data_ptr() == place
+        assert_same(store.read(whole), expected)
 
     def test_a_tile_is_kept_only_if_it_may_be_and_is_the_whole_map(self) -> None:
         whole, inside = Region.whole(NCHW.size), region(0, 61, 0, 46)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class BackwardTile:
         self.roots.clear()
         self.taps.clear()
         with autocast(leaves[0].device, None):
-            return list(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
+            return _told_apart(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
 
     def _recompute(self) -> None:
         step = self.step
@@ -149,6 +149,17 @@ class BackwardTile:
                 nothing = torch.zeros((), dtype=tapped.dtype, device=tapped.device).expand_as(tapped)
                 self.roots.append((tapped, nothing))
                 _walk(tapped.grad_fn, reached)
+
+
+def _told_apart(found: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Gradients, one tensor each: autograd may give the same one for several leaves."""
+    seen: set[int] = set()
+    apart: list[Tensor | None] = []
+    for gradient in found:
+        is_known = id(gradient) in seen
+        seen.add(id(gradient))
+        apart.append(gradient.detach() if is_known and gradient is not None else gradient)
+    return apart
 
 
 def _walk(node: Any, reached: set[Any]) -> None:

@@ -86,12 +86,12 @@ class Maps:
         """A region of a gradient map; not to be written to."""
         return self._gradients[name].read(part)
 
-    def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:
-        """Add to a region of a map's gradient; ``gradient`` is not changed any more."""
+    def add_gradient(self, name: str, part: Region, gradient: Tensor, *, may_keep: bool = False) -> None:
+        """Add to a region of a map's gradient; ``may_keep`` as of :meth:`~streamcnn.stores.Store.add`."""
         if name not in self._gradients:
             planned = self._plan.stores.get(name)
             self._gradients[name] = self._open(name, planned.gradient_tier if planned else Tier.MEMORY)
-        self._gradients[name].add(part, gradient, may_keep=True)
+        self._gradients[name].add(part, gradient, may_keep=may_keep)
 
     def add_whole_gradient(self, name: str, gradient: Tensor) -> None:
         """Add to all of a map's gradient."""

@@ -116,7 +116,8 @@ class Store(ABC):
         Parameters
         ----------
         may_keep
-            As of :meth:`write`.
+            Whether nobody else reads or changes the memory of ``tile`` any more. A store may then keep the
+            tensor itself as the map, if it covers the whole map, and add to it.
 
         Raises
         ------

@@ -45,8 +45,8 @@ class MemoryStore(Store):
         self._on_host = device.type == "cpu"
         self.compute_device = compute_device
         self._map: Tensor | None = None
-        self._is_tile = False
-        """Whether the map is a tile's own tensor, which is not to be changed."""
+        self._is_read = False
+        """Whether the map is a tile that others may read, and so is not to be changed."""
         self._allocating = Lock()
         self._frontier = Frontier(spec.size)
 
@@ -60,7 +60,7 @@ class MemoryStore(Store):
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         if may_keep and self._can_keep(region, tile):
-            self._keep(tile)
+            self._keep(tile, is_read=True)
             return
         # Of another type only where it is stored: a conversion on a GPU would take its memory.
         tile = to_host(tile, tile.dtype) if self._on_host else tile
@@ -70,11 +70,7 @@ class MemoryStore(Store):
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         tile = to_host(tile, self.spec.dtype) if self._on_host else tile.to(self.spec.dtype)
         if may_keep and self._can_keep(region, tile):
-            self._keep(tile)
-            return
-        if self._is_tile and region == self._whole:
-            assert self._map is not None
-            self._map, self._is_tile = self._map + tile, False
+            self._keep(tile, is_read=False)
             return
         whole = self._writable(tile)
         for part, holds in self._frontier.split(region):
@@ -97,8 +93,9 @@ class MemoryStore(Store):
             and tile.is_contiguous(memory_format=layout(tile))
         )
 
-    def _keep(self, tile: Tensor) -> None:
-        self._map, self._is_tile = tile, True
+    def _keep(self, tile: Tensor, *, is_read: bool) -> None:
+        """Have a tile for the map; ``is_read`` if others may read it."""
+        self._map, self._is_read = tile, is_read
         self._frontier.mark(self._whole)
 
     def _writable(self, tile: Tensor) -> Tensor:
@@ -106,8 +103,8 @@ class MemoryStore(Store):
         with self._allocating:
             if self._map is None:
                 self._map = _zeros(self.spec, self._device, layout(tile))
-            elif self._is_tile:
-                self._map, self._is_tile = self._map.clone(), False
+            elif self._is_read:
+                self._map, self._is_read = self._map.clone(), False
             return self._map
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
