@@ -137,13 +137,14 @@ class Moments(Reduction):
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         dtype = statistics_dtype(x.dtype)
-        count = math.prod(x.shape[dim] for dim in self.dims)
+        # On the host, where it takes no kernel: it combines with values on any device.
+        count = torch.tensor(float(math.prod(x.shape[dim] for dim in self.dims)), dtype=torch.float64)
         if self._fits_kernels(x):
             mean, variance = (_exact(value) for value in channel_kernels.moments(x))
-            return (torch.full_like(mean, float(count)), mean, variance * count)
+            return (count, mean, variance * count)
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
-        return (torch.full_like(spread, float(count)), _exact(mean).reshape(spread.shape), spread)
+        return (count, _exact(mean).reshape(spread.shape), spread)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
