@@ -142,7 +142,7 @@ class Execution:
     def _write_checkpoints(self, phase: Phase, direction: str) -> None:
         for name in phase.stored:
             self._maps.open_checkpoint(name)
-        self._run_tiles(phase, direction, partial(self._steps.forward, phase.level))
+        self._run_tiles(phase, direction, partial(self._steps.forward, phase))
 
     def _barrier(self, node: Node) -> Results:
         """The results of a reduction, or the whole of a gathered map."""
@@ -188,7 +188,7 @@ class Execution:
     def _backward_phase(self, phase: Phase) -> None:
         if phase.differentiated:
             with self._timed(phase, "backward"):
-                make_step = partial(self._steps.backward, phase.level, self._arrivals(phase))
+                make_step = partial(self._steps.backward, phase, self._arrivals(phase))
                 self._run_tiles(phase, "backward", make_step)
         # The phase was the last reader of what it stored.
         self._maps.free(phase.stored)
