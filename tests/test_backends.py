@@ -95,8 +95,20 @@ def test_where_blocks_are_kept_the_plan_leaves_room_for_what_is_no_tensor() -> N
 def test_a_card_is_charged_no_less_than_a_cpu_without_libraries() -> None:
     bare = CpuBackend(kernel_bytes=0, code_bytes=0, matrix_bytes=0, fuses_attention=True)
     for budget in (None, 2 * 10**9, 15 * 10**7):
-        host, card = plan_with(bare, budget), plan_with(CudaBackend(), budget)
+        host, card = plan_with(bare, budget), plan_with(CudaBackend(prefers_bands=False), budget)
         assert card.projected_bytes == host.projected_bytes
+
+
+def test_a_card_cuts_maps_into_bands_of_whole_rows_first() -> None:
+    budget = 12 * 10**7
+    host, card = (plan_with(backend, budget) for backend in (CudaBackend(prefers_bands=False), CudaBackend()))
+    cut = [(len(phase.rows), len(phase.cols)) for phase in card.phases if phase.num_tiles > 1]
+    assert card.fits
+    assert cut
+    # Bands of fewer rows than 256 would read too much around them.
+    assert all(cols == 1 for rows, cols in cut if rows * cols <= 900 // 256)
+    assert any(cols == 1 for _, cols in cut)
+    assert all(len(phase.cols) > 1 for phase in host.phases if phase.num_tiles > 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +122,7 @@ class Abacus(Backend):
     fragmentation: str = "lost beads"
     has_choice: bool = False
     fuses_attention: bool = True
+    prefers_bands: bool = False
 
     def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
         return 0

@@ -249,6 +249,22 @@ def without_one() -> dict[str, Any]:
     return peak_of_an_update(0)
 
 
+def channels_last() -> dict[str, Any]:
+    """Two updates of a model in this layout; the second compiles nothing."""
+    torch.set_num_threads(1)
+    model = StreamingModel(make_net().to(memory_format=torch.channels_last), LARGE_BUDGET)
+    image = torch.randn(LARGE_SHAPE).to(memory_format=torch.channels_last)
+    reports = []
+    for _ in range(2):
+        model(image).sum().backward()
+        reports.append(model.last_report)
+    return {
+        "projected": model.plan(LARGE_SHAPE).projected_bytes,
+        "measured": [report.measured_bytes for report in reports if report is not None],
+        "retries": [report.num_retries for report in reports if report is not None],
+    }
+
+
 def cases() -> dict[str, Any]:
     torch.set_num_threads(1)
     image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -342,6 +358,13 @@ def test_a_heap_that_holds_more_free_than_the_budget_is_no_obstacle() -> None:
     assert 0 < found["measured"] <= BUDGET
 
 
+def test_the_projection_of_a_channels_last_model_is_an_upper_bound() -> None:
+    found = in_fresh_process("channels_last")
+    assert found["retries"] == [0, 0]
+    assert found["projected"] <= LARGE_BUDGET
+    assert all(0 < measured <= found["projected"] for measured in found["measured"])
+
+
 def test_a_pass_leaves_the_processs_own_peak_to_the_user() -> None:
     # An update where the kernel's mark is exact.
     fresh = in_fresh_process("without_one")
@@ -368,5 +391,5 @@ def test_another_process_makes_the_same_plan(results: Any) -> None:
 
 
 if __name__ == "__main__":
-    CASES = (cases, with_free_heap, after_a_large_block, without_one)
+    CASES = (cases, channels_last, with_free_heap, after_a_large_block, without_one)
     print(json.dumps({case.__name__: case for case in CASES}[sys.argv[1]]()))

@@ -24,10 +24,12 @@ from torch.nn import functional as F
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import plan_cache
+from streamcnn.stores import MemoryStore
 from streamcnn.support.models import load_model
 
 pytestmark = [
@@ -277,9 +279,12 @@ def test_streamed_is_plain_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
-def test_stores_away_from_the_device(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> None:
-    net = make_net().double().to(GPU)
-    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_stores_away_from_the_device(
+    monkeypatch: pytest.MonkeyPatch, tier: Tier, memory_format: torch.memory_format
+) -> None:
+    net = make_net().double().to(GPU, memory_format=memory_format)
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU).to(memory_format=memory_format)
     expected = update(copy.deepcopy(net), image)
     original = plan_cache.make_plan
 
@@ -313,11 +318,83 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_same(found, expected, 5e-2)
 
 
-def test_channels_last() -> None:
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels for channels beside each other, each time that one is called."""
+    called: list[str] = []
+
+    def told(name: str) -> Any:
+        function = getattr(torch, name)
+        return lambda *args: (called.append(name), function(*args))[1]
+
+    for name in ("update_stats", "elemt", "backward_reduce", "backward_elemt"):
+        monkeypatch.setattr(torch, f"batch_norm_{name}", told(f"batch_norm_{name}"))
+    return called
+
+
+@pytest.mark.parametrize("tile", [64, (32, 200), 200])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_channels_last(
+    monkeypatch: pytest.MonkeyPatch, launched: list[str], num_images: int, tile: int | tuple[int, int]
+) -> None:
+    """Exact, through the kernels for this layout, with maps that keep it from phase to phase."""
+    read: list[Tensor] = []
+    original = MemoryStore._read
+    monkeypatch.setattr(MemoryStore, "_read", lambda *args: (read.append(original(*args)), read[-1])[1])
     net = make_net().double().to(GPU, memory_format=torch.channels_last)
-    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU).to(memory_format=torch.channels_last)
+    shape = (num_images, *SHAPE[1:])
+    image = torch.randn(shape, dtype=torch.float64, device=GPU).to(memory_format=torch.channels_last)
     expected = update(copy.deepcopy(net), image)
-    assert_same(update(StreamingModel(net, "3GB", tile=64), image), expected, 1e-10)
+    launched.clear()
+    model = StreamingModel(net, "3GB", tile=tile)
+    model.resident_tail = False
+    assert_same(update(model, image), expected, 1e-10)
+    assert len(set(launched)) == 4
+    assert len(read) > 4
+    assert all(part.stride(1) == 1 for part in read)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
+    """Each computes what it says, also of a view cut out of a map and where the mean is large."""
+    torch.manual_seed(0)
+    whole = 20 + torch.randn(2, 5, 40, 33, dtype=torch.float64)
+    whole = whole.to(GPU, dtype, memory_format=torch.channels_last)
+    x = whole[:, :, 1:-2, 3:] if gaps else whole
+    assert channel_kernels.fits(x)
+    assert not channel_kernels.fits(x.contiguous())
+    gradient = torch.randn(x.shape, device=GPU).to(dtype).to(memory_format=torch.channels_last)
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, variance = channel_kernels.moments(x)
+    assert mean.dtype == variance.dtype == stats
+    scale, slope, offset, weight = (torch.rand(5, dtype=stats, device=GPU) + 0.5 for _ in range(4))
+    total, product = channel_kernels.sums(x, gradient, mean, scale)
+    exact, sent = x.double(), gradient.double()
+    middle, a, b, c, w = (v.double()[:, None, None] for v in (mean, scale, slope, offset, weight))
+    expected = {
+        "mean": (mean, exact.mean((0, 2, 3))),
+        "variance": (variance, exact.var((0, 2, 3), correction=0)),
+        "normalised": (
+            channel_kernels.normalised(x, mean, scale, weight, offset),
+            (exact - middle) * a * w + c,
+        ),
+        "scaled": (channel_kernels.scaled(gradient, scale), sent * a),
+        "sum": (total, sent.sum((0, 2, 3))),
+        "product": (product, (sent * (exact - middle)).sum((0, 2, 3))),
+        "line": (
+            channel_kernels.plus_line(gradient, x, mean, slope, offset),
+            sent + b * (exact - middle) + c,
+        ),
+    }
+    accuracy = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[str(dtype)[6:]]
+    for name, (found, right) in expected.items():
+        of_maps = found.dim() == 4
+        assert found.dtype == (dtype if of_maps else stats), name
+        assert not of_maps or found.is_contiguous(memory_format=torch.channels_last), name
+        # Sums and statistics are not rounded to the map's type.
+        allowed = (accuracy if of_maps else min(accuracy, 1e-5)) * float(right.abs().max())
+        assert float((found.double() - right).abs().max()) <= allowed, name
 
 
 def test_an_image_on_the_host() -> None:

@@ -14,7 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from streamcnn import StreamingModel
 from streamcnn.capture.capture import module_states
+from streamcnn.execution import steps
+from streamcnn.execution.build_step import backward_step, forward_step
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.step import Compute, MakeCompute, Step
@@ -239,3 +242,26 @@ def test_what_is_differentiated_stands_in_the_step() -> None:
     # A parameter that only the unused result depends on has no gradient, rather than one of zeros.
     missing = everything.results.keys() - some.results.keys()
     assert len(missing) == 2, missing
+
+
+def test_a_later_pass_finds_the_steps_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(make: Callable[..., Step]) -> Callable[..., Step]:
+        def call(*args: Any) -> Step:
+            made.append(make.__name__)
+            return make(*args)
+
+        return call
+
+    for make in (forward_step, backward_step):
+        monkeypatch.setattr(steps, make.__name__, counted(make))
+    model = StreamingModel(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)), tile=TILE
+    )
+    image = torch.randn(SHAPE)
+    model(image)[:, :1].sum().backward()
+    assert {"forward_step", "backward_step"} == set(made)
+    made.clear()
+    model(image).square().sum().backward()
+    assert not made

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, memory
 from streamcnn.stores.chunks import ChunkGrid
 
 CPU = torch.device("cpu")
@@ -72,6 +72,18 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 MakeStore = Callable[[StoreSpec], Store]
 
 
+class KeepingStore(MemoryStore):
+    """A store that may keep every tile that it is given, and on a device where it does."""
+
+    def write(self, region: Region, tile: Tensor, *, may_keep: bool = True) -> None:
+        with patch.object(memory, "_keeps_tiles", lambda device, zeroed: True):
+            super().write(region, tile, may_keep=may_keep)
+
+    def add(self, region: Region, tile: Tensor, *, may_keep: bool = True) -> None:
+        with patch.object(memory, "_keeps_tiles", lambda device, zeroed: True):
+            super().add(region, tile, may_keep=may_keep)
+
+
 def make_on_disk(spill: SpillFolder, compute_device: torch.device, spec: StoreSpec) -> ZarrStore:
     return ZarrStore(spec, spill.new_folder(), TILE_HINT, compute_device)
 
@@ -86,6 +98,7 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
     params=[
         "memory",
         "unzeroed",
+        "memory, tiles kept",
         "disk",
         pytest.param("device", marks=pytest.mark.gpu),
         pytest.param("pinned", marks=pytest.mark.gpu),
@@ -96,6 +109,7 @@ def make_store(request: pytest.FixtureRequest, spill: SpillFolder) -> MakeStore:
     makers: dict[str, MakeStore] = {
         "memory": lambda spec: MemoryStore(spec, CPU, CPU),
         "unzeroed": lambda spec: MemoryStore(spec, CPU, CPU, zeroed=False),
+        "memory, tiles kept": lambda spec: KeepingStore(spec, CPU, CPU),
         "disk": partial(make_on_disk, spill, CPU),
         "device": lambda spec: MemoryStore(spec, CUDA, CUDA),
         "pinned": lambda spec: MemoryStore(spec, CPU, CUDA),
@@ -225,8 +239,9 @@ def full_of(value: int, make: Callable[..., Tensor] = torch.empty) -> Callable[.
 def test_any_history_is_a_dense_tensors(history: tuple[Any, ...]) -> None:
     spec, hint, steps = history
     assert_like_dense(MemoryStore(spec, CPU, CPU), steps)
-    with mock.patch("torch.empty", full_of(7)):
+    with patch("torch.empty", full_of(7)):
         assert_like_dense(MemoryStore(spec, CPU, CPU, zeroed=False), steps)
+    assert_like_dense(KeepingStore(spec, CPU, CPU), steps)
     with SpillFolder() as spill:
         assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, CPU), steps)
 
@@ -250,13 +265,72 @@ class TestMemoryStore:
         assert (tile.device.type, tuple(tile.shape)) == ("meta", NCHW.tile_shape(inside))
         assert tile.is_contiguous()
 
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_map_is_laid_out_as_its_first_tile(
+        self, memory_format: torch.memory_format, dtype: torch.dtype
+    ) -> None:
+        spec = dataclasses.replace(NCHW, dtype=dtype)
+        inside, whole = region(5, 40, 7, 30), Region.whole(NCHW.size)
+        tile = random_tile(spec, whole).to(memory_format=memory_format)[at(spec, inside)]
+        for fill in (MemoryStore.write, MemoryStore.add):
+            store = MemoryStore(spec, CPU, CPU)
+            fill(store, inside, tile)
+            assert store.read(whole).is_contiguous(memory_format=memory_format)
+            assert_same(store.read(inside), tile)
+
+    def test_a_tile_that_is_written_and_kept_is_not_changed(self) -> None:
+        whole, inside = Region.whole(NCHW.size), region(1, 9, 2, 8)
+        tile, other = random_tile(NCHW, whole), random_tile(NCHW, whole, 1)
+        before = tile.clone()
+        for change in (
+            lambda store: store.add(whole, other),
+            lambda store: store.add(inside, other[at(NCHW, inside)]),
+            lambda store: store.write(inside, other[at(NCHW, inside)]),
+        ):
+            store = KeepingStore(NCHW, CPU, CPU)
+            store.write(whole, tile)
+            assert store.read(whole).data_ptr() == tile.data_ptr()
+            change(store)
+            assert_same(tile, before)
+
+    def test_what_is_added_to_a_gradient_that_is_kept_takes_no_memory(self) -> None:
+        whole, inside = Region.whole(NCHW.size), region(1, 9, 2, 8)
+        tile = random_tile(NCHW, whole)
+        place, expected = tile.data_ptr(), tile.clone()
+        store = KeepingStore(NCHW, CPU, CPU)
+        store.add(whole, tile)
+        store.add(inside, random_tile(NCHW, inside))
+        expected[at(NCHW, inside)] += random_tile(NCHW, inside)
+        assert store.read(whole).data_ptr() == place
+        assert_same(store.read(whole), expected)
+
+    def test_a_tile_is_kept_only_if_it_may_be_and_is_the_whole_map(self) -> None:
+        whole, inside = Region.whole(NCHW.size), region(0, 61, 0, 46)
+        larger = random_tile(dataclasses.replace(NCHW, shape=(2, 4, 61, 47)), whole)
+        cases: list[tuple[Region, Tensor, bool]] = [
+            (whole, random_tile(NCHW, whole), False),
+            (inside, random_tile(NCHW, inside), True),
+            (whole, larger[:, :3], True),
+            (whole, random_tile(NCHW, whole).double(), True),
+            (whole, torch.zeros(()).expand(NCHW.shape), True),
+        ]
+        for where, tile, may_keep in cases:
+            store = KeepingStore(NCHW, CPU, CPU)
+            store.write(where, tile, may_keep=may_keep)
+            assert store.read(where).untyped_storage().data_ptr() != tile.untyped_storage().data_ptr()
+        store = MemoryStore(NCHW, CPU, CPU)
+        tile = random_tile(NCHW, whole)
+        store.write(whole, tile, may_keep=True)
+        assert store.read(whole).data_ptr() != tile.data_ptr(), "host memory keeps a tile's place in the heap"
+
     def test_only_tiles_for_a_gpu_are_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[tuple[tuple[int, ...], bool]] = []
         make = torch.empty
 
-        def empty(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        def empty(shape: tuple[int, ...], *, pin_memory: bool, **options: Any) -> Tensor:
             asked.append((shape, pin_memory))
-            return make(shape, dtype=dtype)
+            return make(shape, **options)
 
         store = MemoryStore(NCHW, CPU, CUDA)
         inside = region(2, 5, 3, 7)

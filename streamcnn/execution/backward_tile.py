@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class BackwardTile:
         self.roots.clear()
         self.taps.clear()
         with autocast(leaves[0].device, None):
-            return list(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
+            return _told_apart(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
 
     def _recompute(self) -> None:
         step = self.step
@@ -95,6 +95,8 @@ class BackwardTile:
 
         def add(gradient: Tensor) -> Tensor:
             # The engine may hand the same tensor to another consumer, so it is not changed in place.
+            if part.own == part.covered:
+                return self.arriving(name, share, gradient)
             total = gradient.clone()
             crop(total, part.axes, part.covered, part.own).add_(self.arriving(name, share))
             return total
@@ -107,19 +109,22 @@ class BackwardTile:
         if value.requires_grad:
             self.roots.append((value, self.arriving(name, value.detach())))
 
-    def arriving(self, name: str, share: Tensor) -> Tensor:
-        """What comes to the tile's own part of a map, whose values are ``share``, from outside the tile."""
+    def arriving(self, name: str, share: Tensor, total: Tensor | None = None) -> Tensor:
+        """``total`` and what comes to the tile's own part of a map from outside the tile.
+
+        The values of that part are ``share``; neither they nor ``total`` are changed.
+        """
         part = self.step.owned[name]
-        total = self.given.pop(Input(Source.GRADIENT, name)) if part.has_gradient else None
+        if part.has_gradient:
+            gradient = self.given.pop(Input(Source.GRADIENT, name))
+            total = gradient if total is None else total + gradient
         values = self.given.pop(Input(Source.STORED, name)) if part.reads_values else share
         for reduction, rule in part.reductions.items():
             results = self._results(reduction, part.result_gradients[reduction])
-            found = rule.gradient(values, part.place, *results)
             if total is None:
-                total = found.expand_as(share)
+                total = rule.gradient(values, part.place, *results).expand_as(share)
             else:
-                # A formula's result as large as the tile is its own; one that broadcasts is not.
-                total = found.add_(total) if found.shape == share.shape else total + found
+                total = rule.added_gradient(total, values, part.place, *results)
         assert total is not None
         return total
 
@@ -144,6 +149,17 @@ class BackwardTile:
                 nothing = torch.zeros((), dtype=tapped.dtype, device=tapped.device).expand_as(tapped)
                 self.roots.append((tapped, nothing))
                 _walk(tapped.grad_fn, reached)
+
+
+def _told_apart(found: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Gradients, one tensor each: autograd may give the same one for several leaves."""
+    seen: set[int] = set()
+    apart: list[Tensor | None] = []
+    for gradient in found:
+        is_known = id(gradient) in seen
+        seen.add(id(gradient))
+        apart.append(gradient.detach() if is_known and gradient is not None else gradient)
+    return apart
 
 
 def _walk(node: Any, reached: set[Any]) -> None:

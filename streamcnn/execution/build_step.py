@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
-from streamcnn.geometry.regions import Region
+from streamcnn.geometry.axis_maps import AxisMap, Sliding
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.costs import cost_of
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.program import Node, Program, has_gradient
 from streamcnn.plan.plan import Phase, TileKind
@@ -19,7 +21,7 @@ class Arrivals:
 
     maps: frozenset[str] = frozenset()
     """Stored maps with a gradient."""
-    results: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    results: Mapping[str, tuple[bool, ...]] = field(default_factory=dict, hash=False)
     """For each reduction with a gradient, which of its results have one."""
 
 
@@ -125,6 +127,7 @@ class _Tile:
             out=self.covered(node.name),
             result=Region(rows.result, cols.result),
             positions=self._positions(node, operands),
+            padding=_padding(node, operands),
             is_skipped=is_skipped,
         )
 
@@ -164,6 +167,25 @@ class _Tile:
             has_gradient=name in arrivals.maps,
             result_gradients={n: arrivals.results[n] for n in reductions if n in arrivals.results},
         )
+
+
+def _padding(node: Node, operands: Mapping[str, Operand]) -> tuple[int, int] | None:
+    """What the target of a node can pad by itself, rows and columns, where a window leaves the map."""
+    assert node.local is not None
+    if not cost_of(node.target).pads:
+        return None
+    ((name, operand),) = operands.items()
+    each = zip(node.local.accesses[name], operand.part, operand.window, strict=True)
+    rows, cols = (_padding_along(*axis) for axis in each)
+    return None if rows is None or cols is None else (rows, cols)
+
+
+def _padding_along(access: AxisMap, part: Interval, window: Interval) -> int | None:
+    """Positions before ``part`` up to the window, if as many behind it change nothing; else None."""
+    assert isinstance(access, Sliding)
+    before, behind = part.start - window.start, window.stop - part.stop
+    # As long as what is too much behind is no whole step, the operator yields no further position.
+    return before if 0 <= before - behind < access.stride and behind >= 0 else None
 
 
 def _fed(program: Program, reductions: Iterable[str]) -> dict[str, dict[str, Reduction]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from streamcnn.execution.global_graph import GlobalGraph
@@ -49,4 +50,14 @@ class Combiner:
     def add_map_gradient(self, name: str, part: Region, gradient: Tensor | None) -> None:
         """Add a tile's share to the gradient of a region of a map; ``None`` where it has none."""
         if gradient is not None:
-            self._maps.add_gradient(name, part, gradient)
+            self._maps.add_gradient(name, part, gradient, may_keep=_is_unshared(gradient))
+
+
+def _is_unshared(tensor: Tensor) -> bool:
+    """Whether no other tensor is in the memory of ``tensor``, such as one that its graph has saved."""
+    return _num_uses(tensor) == _num_uses(torch.empty(1))
+
+
+def _num_uses(tensor: Tensor) -> int:
+    """References to a tensor's memory, one of them made here."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

@@ -20,13 +20,14 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from streamcnn.execution.build_step import Arrivals, backward_step, forward_step
+from streamcnn.execution.build_step import Arrivals
 from streamcnn.execution.combiner import Combiner
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.exchange import Exchange, Tile
 from streamcnn.execution.global_graph import GlobalGraph, Results
 from streamcnn.execution.maps import ImageReader, Maps, OpenStore
 from streamcnn.execution.step import Compute, MakeCompute, Step
+from streamcnn.execution.steps import Steps
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.plan import Phase, Plan, StepShape, TileKind
@@ -76,7 +77,8 @@ class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
     ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
-    the pass by raising. ``make_compute`` gives what carries out a step.
+    the pass by raising. ``make_compute`` gives what carries out a step. ``steps`` are those of the plan, if
+    an earlier pass has made some.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Execution:
         image: ImageReader,
         open_store: OpenStore,
         *,
+        steps: Steps | None = None,
         make_compute: MakeCompute = compute_eagerly,
         after_step: Callable[[StepShape], None] = _nothing,
         observer: Observer | None = None,
@@ -95,6 +98,7 @@ class Execution:
         self.plan = plan
         self.global_graph = GlobalGraph(program, states, plan.differentiated, plan.levels)
         self.reports: list[PhaseReport] = []
+        self._steps = steps or Steps(program, plan)
         self._make_compute = make_compute
         self._after_step = after_step
         self._observer = observer
@@ -138,7 +142,7 @@ class Execution:
     def _write_checkpoints(self, phase: Phase, direction: str) -> None:
         for name in phase.stored:
             self._maps.open_checkpoint(name)
-        self._run_tiles(phase, direction, partial(forward_step, self.program, phase))
+        self._run_tiles(phase, direction, partial(self._steps.forward, phase))
 
     def _barrier(self, node: Node) -> Results:
         """The results of a reduction, or the whole of a gathered map."""
@@ -184,13 +188,7 @@ class Execution:
     def _backward_phase(self, phase: Phase) -> None:
         if phase.differentiated:
             with self._timed(phase, "backward"):
-                make_step = partial(
-                    backward_step,
-                    self.program,
-                    phase,
-                    differentiated=self.plan.differentiated,
-                    arrivals=self._arrivals(phase),
-                )
+                make_step = partial(self._steps.backward, phase, self._arrivals(phase))
                 self._run_tiles(phase, "backward", make_step)
         # The phase was the last reader of what it stored.
         self._maps.free(phase.stored)

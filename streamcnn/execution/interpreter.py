@@ -46,7 +46,7 @@ class TileRun:
         """The value of one operator where the tile needs it."""
         node = operator.node
         assert node.local is not None
-        fill = node.local.fill
+        fill = None if operator.padding else node.local.fill
 
         def value_of(name: str) -> Any:
             operand = operator.operands.get(name)
@@ -57,11 +57,13 @@ class TileRun:
 
         args = substitute(node.args, value_of)
         kwargs = {**substitute(dict(node.kwargs), value_of), **operator.positions}
+        if operator.padding:
+            kwargs["padding"] = operator.padding
         if operator.is_skipped:
             shape = with_extents(node.tensor.shape, node.map_axes, operator.result.size)
             stand_in = cost_of(node.target).stand_in
             assert stand_in is not None
-            value = stand_in(shape, node.tensor.dtype, args)
+            value = stand_in(shape, node.tensor.dtype, args, **kwargs)
         else:
             with as_recorded(grad=node.grad, casts=node.casts):
                 value = operator.target(*args, **kwargs)

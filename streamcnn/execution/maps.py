@@ -74,8 +74,8 @@ class Maps:
         self._checkpoints[name] = self._open(name, self._plan.stores[name].tier)
 
     def write(self, name: str, part: Region, tile: Tensor) -> None:
-        """Write a region of a checkpoint."""
-        self._checkpoints[name].write(part, tile)
+        """Write a region of a checkpoint; the tile's values are not changed any more."""
+        self._checkpoints[name].write(part, tile, may_keep=True)
 
     @property
     def with_gradient(self) -> list[str]:
@@ -86,12 +86,12 @@ class Maps:
         """A region of a gradient map; not to be written to."""
         return self._gradients[name].read(part)
 
-    def add_gradient(self, name: str, part: Region, gradient: Tensor) -> None:
-        """Add to a region of a map's gradient."""
+    def add_gradient(self, name: str, part: Region, gradient: Tensor, *, may_keep: bool = False) -> None:
+        """Add to a region of a map's gradient; ``may_keep`` as of :meth:`~streamcnn.stores.Store.add`."""
         if name not in self._gradients:
             planned = self._plan.stores.get(name)
             self._gradients[name] = self._open(name, planned.gradient_tier if planned else Tier.MEMORY)
-        self._gradients[name].add(part, gradient)
+        self._gradients[name].add(part, gradient, may_keep=may_keep)
 
     def add_whole_gradient(self, name: str, gradient: Tensor) -> None:
         """Add to all of a map's gradient."""
@@ -127,8 +127,13 @@ class Maps:
     @property
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes read and written so far, of the stores that are open."""
-        stores = [*self._checkpoints.values(), *self._gradients.values()]
-        return sum(s.bytes_read for s in stores), sum(s.bytes_written for s in stores)
+        read = written = 0
+        # A plain loop: it runs around every phase.
+        for stores in (self._checkpoints, self._gradients):
+            for store in stores.values():
+                read += store.bytes_read
+                written += store.bytes_written
+        return read, written
 
     def close(self) -> None:
         """Free every store. Closing again does nothing."""

@@ -113,6 +113,8 @@ class Operator:
     """What the target yields of it."""
     positions: Mapping[str, Region]
     """Where in the whole map the tile lies, for targets that compute with it: more keyword arguments."""
+    padding: tuple[int, int] | None
+    """What the target pads by itself on either side, rows and columns; None if windows are padded for it."""
     is_skipped: bool
     """Whether it is a convolution whose value is stored already, and that no operator of the phase reads."""
 

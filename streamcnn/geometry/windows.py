@@ -20,6 +20,12 @@ def with_extents(shape: tuple[int, ...], axes: Axes, extents: tuple[int, int]) -
     return tuple(result)
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """The memory format in which a tensor like ``x``, which may be a view cut out of another, is dense."""
+    channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` itself if its memory has no gaps, else a copy in the same order of axes.
 
@@ -27,8 +33,7 @@ def dense(x: Tensor) -> Tensor:
     """
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
-    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x.contiguous(memory_format=layout(x))
 
 
 def crop(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
@@ -56,7 +61,8 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) -> Tensor:
         ctx.crop = (axes, window, covered)
-        result = x.new_empty(with_extents(tuple(x.shape), axes, window.size))
+        extents = with_extents(tuple(x.shape), axes, window.size)
+        result = torch.empty(extents, dtype=x.dtype, device=x.device, memory_format=layout(x))
         crop(result, axes, window, covered).copy_(x)
         for strip in _frame(window, covered):
             crop(result, axes, window, strip).fill_(fill)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -148,9 +148,13 @@ class Cost:
     """Whether it convolves every channel by itself, which hardware does at a rate of its own."""
     makes_new: bool = False
     """Whether its result is surely in memory of its own, which a later operator may overwrite."""
-    stand_in: Callable[[tuple[int, ...], torch.dtype, Sequence[Any]], Tensor] | None = None
-    """Given the result's shape and type and the arguments: a tensor with the result's gradient but without
-    its values, for a backward pass that finds the result stored. None if it must be computed again."""
+    stand_in: Callable[..., Tensor] | None = None
+    """Given the result's shape and type, the arguments, and keyword arguments by name: a tensor with the
+    result's gradient but without its values, for a backward pass that finds the result stored. None if it
+    must be computed again."""
+    pads: bool = False
+    """Whether it takes ``padding``, (rows, columns) of its fill value on either side, and needs no padded
+    copy then."""
     detaches: bool = False
     """Whether no gradient passes through it."""
     draws: bool = False

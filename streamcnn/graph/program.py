@@ -258,7 +258,7 @@ def substitute(structure: Any, value_of: Callable[[str], Any]) -> Any:
         return value_of(structure.name)
     if isinstance(structure, (list, tuple)):
         # Plain recursion: it runs once per node and tile, where a general tree walk is too slow.
-        return type(structure)(substitute(item, value_of) for item in structure)
+        return type(structure)([substitute(item, value_of) for item in structure])
     if isinstance(structure, dict):
         return {key: substitute(item, value_of) for key, item in structure.items()}
     return structure

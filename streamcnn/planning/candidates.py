@@ -21,6 +21,9 @@ FINE_BYTES = 2**22
 """No smaller tiles are tried once a step takes no more than this beside what the backend takes: they would
 save nothing."""
 
+LEAST_ROWS = 256
+"""Input pixels: lower bands are tried beside square tiles even where bands are preferred, for their halo."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TilingCandidate:
@@ -88,17 +91,20 @@ class TilingCandidates:
                 return
 
     def _grids(self, outline: Outline) -> Iterator[TileCounts]:
-        """Grids of square tiles, each after as many bands of full rows.
+        """Grids of square tiles, each after as many bands of full rows, or those alone.
 
         Reading and writing a band moves few long runs of memory. Images are stored in chunks, which bands
         would read more than once.
         """
         has_bands = self._tile is None and self.program.image not in outline.stage.inputs
+        height = self.program.nodes[self.program.image].size[0]
         for tile in self._tiles():
             parts = grid(outline, tile)
-            if has_bands and (rows := bands(outline, parts)) is not None:
+            rows = bands(outline, parts) if has_bands else None
+            if rows is not None:
                 yield rows
-            yield parts
+            if rows is None or not self.backend.prefers_bands or height < rows[0] * LEAST_ROWS:
+                yield parts
 
     def _visits(self, outline: Outline) -> bool:
         """Whether the backward pass visits the stage."""

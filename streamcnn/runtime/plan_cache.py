@@ -14,6 +14,7 @@ from streamcnn.capture.caller_modes import collector
 from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.tracing import Trace
 from streamcnn.ceiling.rooms import Room
+from streamcnn.execution.steps import Steps
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
 from streamcnn.graph.registry import rules_version
@@ -36,6 +37,10 @@ class Planned:
     plan: Plan
     carried_out: set[StepShape] = field(default_factory=set)
     """Shapes of steps that have been carried out: what is compiled for them once is there."""
+    steps: Steps = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", Steps(self.program, self.plan))
 
 
 class PlanCache:

@@ -127,6 +127,7 @@ class Pass:
             self.states,
             self.reader,
             self.stores.open,
+            steps=planned.steps,
             after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
         )
@@ -402,7 +403,8 @@ class _Stores:
             self._folder = self._folder or SpillFolder(self._parent)
             return ZarrStore(spec, self._folder.new_folder(), tile, self._device)
         place = torch.device("cpu") if tier is Tier.HOST else self._device
-        return MemoryStore(spec, place, self._device, zeroed=self._zeroed)
+        zeroed = self._zeroed and place.type == "cpu"
+        return MemoryStore(spec, place, self._device, zeroed=zeroed)
 
     def close(self) -> None:
         """Remove the folder on disk, if there is one."""

@@ -67,6 +67,7 @@ class Store(ABC):
 
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
+        self._whole = Region.whole(spec.size)
         self.bytes_read = 0
         self.bytes_written = 0
         self._closed = False
@@ -91,20 +92,32 @@ class Store(ABC):
         self._count(read=self.spec.tile_nbytes(region))
         return tile
 
-    def write(self, region: Region, tile: Tensor) -> None:
+    def write(self, region: Region, tile: Tensor, *, may_keep: bool = False) -> None:
         """Replace the values inside ``region`` by ``tile``, converted to ``spec.dtype``.
 
+        Parameters
+        ----------
+        may_keep
+            Whether nobody changes the values of ``tile`` any more. A store may then keep the tensor itself
+            as the map, if it covers the whole map, and does not change it either.
+
         Raises
         ------
         ValueError
             If the store is closed.
         """
         self._check(region, tile)
-        self._write(region, tile.detach())
+        self._write(region, tile.detach(), may_keep=may_keep)
         self._count(written=self.spec.tile_nbytes(region))
 
-    def add(self, region: Region, tile: Tensor) -> None:
+    def add(self, region: Region, tile: Tensor, *, may_keep: bool = False) -> None:
         """Add ``tile``, converted to ``spec.dtype`` first, to the values inside ``region``.
+
+        Parameters
+        ----------
+        may_keep
+            Whether nobody else reads or changes the memory of ``tile`` any more. A store may then keep the
+            tensor itself as the map, if it covers the whole map, and add to it.
 
         Raises
         ------
@@ -112,7 +125,7 @@ class Store(ABC):
             If the store is closed.
         """
         self._check(region, tile)
-        self._add(region, tile.detach())
+        self._add(region, tile.detach(), may_keep=may_keep)
         nbytes = self.spec.tile_nbytes(region)
         self._count(read=nbytes, written=nbytes)
 
@@ -127,11 +140,11 @@ class Store(ABC):
         """The values inside ``region``."""
 
     @abstractmethod
-    def _write(self, region: Region, tile: Tensor) -> None:
+    def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         """Replace the values inside ``region``."""
 
     @abstractmethod
-    def _add(self, region: Region, tile: Tensor) -> None:
+    def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         """Accumulate into ``region``."""
 
     @abstractmethod
@@ -142,7 +155,7 @@ class Store(ABC):
         if self._closed:
             raise ValueError(f"the store of a {self.spec.shape} map is closed: it cannot be used any more")
         # Slices clip and tensors broadcast without a word, so a wrong region would become wrong values.
-        assert Region.whole(self.spec.size).contains(region), f"{region} is not inside {self.spec.size}"
+        assert self._whole.contains(region), f"{region} is not inside {self.spec.size}"
         if tile is not None:
             expected = self.spec.tile_shape(region)
             assert tuple(tile.shape) == expected, f"tile of shape {tuple(tile.shape)}, expected {expected}"

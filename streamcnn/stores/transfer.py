@@ -12,30 +12,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from streamcnn.geometry.windows import dense, layout
 
-def host_buffer(shape: Sequence[int], dtype: torch.dtype, compute_device: torch.device) -> Tensor:
+
+def host_buffer(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    compute_device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """An uninitialised tensor in host memory, pinned if tiles go to a GPU."""
-    return torch.empty(tuple(shape), dtype=dtype, pin_memory=compute_device.type == "cuda")
+    pinned = compute_device.type == "cuda"
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=pinned, memory_format=memory_format)
 
 
 def to_compute(view: Tensor, compute_device: torch.device) -> Tensor:
-    """``view``, which lies in host memory, on the compute device; itself if that is the host.
+    """``view``, which lies in host memory, on the compute device in its layout; itself if that is the host.
 
     The copy is enqueued on the current stream. The memory behind ``view`` may change as soon as this
     returns, and PyTorch's host allocator does not reuse the buffer before the copy is done.
     """
     if compute_device.type == "cpu":
         return view
-    buffer = host_buffer(view.shape, view.dtype, compute_device)
+    buffer = host_buffer(view.shape, view.dtype, compute_device, layout(view))
     buffer.copy_(view)
     return buffer.to(compute_device, non_blocking=True)
 
 
 def to_host(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tile`` in host memory and ``dtype``; waits for the work on a GPU that it is the result of."""
+    """``tile`` in host memory and ``dtype``, in its layout; waits for the work on a GPU that gives it."""
     if tile.device.type == "cpu":
         return tile.to(dtype)
-    buffer = host_buffer(tile.shape, tile.dtype, tile.device)
+    # A copy with gaps on either side goes through unpinned memory.
+    tile = dense(tile)
+    buffer = host_buffer(tile.shape, tile.dtype, tile.device, layout(tile))
     # Not non_blocking: the host reads the buffer next.
     buffer.copy_(tile)
     return buffer.to(dtype)

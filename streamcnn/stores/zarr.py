@@ -132,12 +132,12 @@ class ZarrStore(Store):
                 array[part.in_tile] = 0
         return tile.to(self.compute_device, non_blocking=True)
 
-    def _write(self, region: Region, tile: Tensor) -> None:
+    def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         self._update(region, tile, _replace, keeps_old=False)
         with self._writing:
             self._frontier.mark(region)
 
-    def _add(self, region: Region, tile: Tensor) -> None:
+    def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         combine = _add_bfloat16 if self.spec.dtype == torch.bfloat16 else _add
         with self._writing:
             parts = list(self._frontier.split(region))

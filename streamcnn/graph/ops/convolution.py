@@ -1,7 +1,7 @@
 """Convolution and transposed convolution.
 
 The interpreter pads with zeros only where a tile's window leaves the true map, so the convolutions
-recorded here have no padding of their own.
+recorded here have no padding of their own, unless a tile lacks as much on either side.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def convolve(
     stride: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """The unpadded convolution of a window ``x`` (N, C, h, w)."""
-    return torch.conv2d(x, weight, bias, stride, 0, dilation, groups)
+    """The convolution of a window ``x`` (N, C, h, w) with zeros around it."""
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def convolve_complex(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
@@ -119,18 +120,18 @@ class StoredConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        shape, dtype, stride, dilation, groups, transposed = options
+        shape, dtype, stride, dilation, groups, transposed, padding = options
         ctx.save_for_backward(x, weight)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.options = (dtype, stride, dilation, groups, transposed)
+        ctx.options = (dtype, stride, dilation, groups, transposed, padding)
         return x.new_empty((), dtype=dtype).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        dtype, stride, dilation, groups, transposed = ctx.options
+        dtype, stride, dilation, groups, transposed, padding = ctx.options
         # Under autocast the operands were cast to the result's dtype; the gradients are cast back.
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad.to(dtype),
@@ -138,7 +139,7 @@ class StoredConvolution(torch.autograd.Function):
             weight.to(dtype),
             ctx.bias_sizes,
             list(stride),
-            [0, 0],
+            list(padding),
             list(dilation),
             transposed,
             [0, 0],
@@ -149,7 +150,7 @@ class StoredConvolution(torch.autograd.Function):
             _cast(grad_x, x.dtype),
             _cast(grad_weight, weight.dtype),
             _cast(grad_bias, ctx.bias_dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -157,17 +158,23 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return None if tensor is None or dtype is None else tensor.to(dtype)
 
 
-def stored_convolve(shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
-    """Stand-in for ``convolve(*args)`` whose value is stored already."""
+def stored_convolve(
+    shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any], padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Stand-in for ``convolve(*args, padding=padding)`` whose value is stored already."""
     x, weight, bias, *options = args
-    result: Tensor = StoredConvolution.apply(x, weight, bias, shape, dtype, *options, False)  # type: ignore[no-untyped-call]
+    result: Tensor = StoredConvolution.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, shape, dtype, *options, False, padding
+    )
     return result
 
 
 def stored_convolve_transposed(shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
     """Stand-in for ``convolve_transposed(*args)`` whose value is stored already."""
     x, weight, *options = args
-    result: Tensor = StoredConvolution.apply(x, weight, None, shape, dtype, *options, True)  # type: ignore[no-untyped-call]
+    result: Tensor = StoredConvolution.apply(  # type: ignore[no-untyped-call]
+        x, weight, None, shape, dtype, *options, True, (0, 0)
+    )
     return result
 
 
@@ -198,7 +205,7 @@ _CONVOLUTION = Cost(workspace=_reordered, routine=Routine.CONVOLUTION, per_chann
 
 declare(
     convolve,
-    cost=replace(_CONVOLUTION, operations=_operations, makes_new=True, stand_in=stored_convolve),
+    cost=replace(_CONVOLUTION, operations=_operations, makes_new=True, stand_in=stored_convolve, pads=True),
 )
 declare(convolve_complex, cost=Cost(operations=_operations, per_channel=_is_depthwise))
 declare(

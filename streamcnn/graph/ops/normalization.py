@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense
 from streamcnn.graph.costs import Cost, declare, elements
+from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
 from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
@@ -38,6 +39,8 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, mean, variance, weight)
         ctx.eps = eps
+        if channel_kernels.fits(x):
+            return channel_kernels.normalised(x, mean, torch.rsqrt(variance + eps), weight, bias)
         return torch.batch_norm(
             x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled
         )
@@ -45,12 +48,18 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, variance, weight = ctx.saved_tensors
-        saved = _no_statistics(x)
-        grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
-            grads[0], x, weight, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
-        )
         slope = torch.rsqrt(variance + ctx.eps)
         scale = slope if weight is None else slope * weight
+        if channel_kernels.fits(x):
+            gradient = channel_kernels.beside(grads[0], x)
+            grad_x = channel_kernels.scaled(gradient, scale)
+            grad_bias, product = channel_kernels.sums(x, gradient, mean, slope)
+            grad_weight = product * slope
+        else:
+            saved = _no_statistics(x)
+            grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
+                grads[0], x, weight, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
+            )
         # The sums over the tile are those that the affine parameters need already.
         grad_mean = -scale * grad_bias
         grad_variance = -0.5 * scale * slope * grad_weight
@@ -163,7 +172,10 @@ def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -
     It has no gradient.
     """
     dtype = torch.promote_types(running.dtype, value.dtype)
-    mean = running.to(dtype) * (1 - rate) + value.detach().to(dtype) * factor * rate
+    mean = running.to(dtype) * (1 - rate)
+    new = value.detach().to(dtype)
+    # In as few small kernels as can be.
+    mean = mean + new * (factor * rate) if isinstance(rate, Tensor) else mean.add_(new, alpha=factor * rate)
     return mean.to(running.dtype)
 
 

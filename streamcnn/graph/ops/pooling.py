@@ -43,15 +43,19 @@ def max_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 def max_pool(
-    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+    x: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Unpadded max pooling of a window ``x`` (N, C, h, w)."""
+    """Max pooling of a window ``x`` (N, C, h, w) with minus infinity around it."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
-        return torch.max_pool2d(x, kernel, stride, 0, dilation)
+        return torch.max_pool2d(x, kernel, stride, padding, dilation)
     # ATen's kernel for channels last is vectorised and ten times as fast, which pays for reordering
     # there and back.
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.max_pool2d(x, kernel, stride, 0, dilation).contiguous()
+    return torch.max_pool2d(x, kernel, stride, padding, dilation).contiguous()
 
 
 def _places(operation: Operation) -> int:
@@ -59,7 +63,7 @@ def _places(operation: Operation) -> int:
     return _INDEX_BYTES * operation.numel if len(operation.results) == 1 else 0
 
 
-declare(max_pool, cost=Cost(operations=windows))
+declare(max_pool, cost=Cost(operations=windows, pads=True))
 declare(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, cost=Cost(saves=replace(OPERANDS, beside=_places)))
 
 

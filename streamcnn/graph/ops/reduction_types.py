@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, dense
+from streamcnn.graph.ops import channel_kernels
 
 Partials = tuple[Tensor, ...]
 
@@ -75,6 +76,19 @@ class Reduction(ABC):
     ) -> Tensor:
         """The gradient at a tile, given those of the results; broadcasts to ``x``'s shape."""
 
+    def added_gradient(
+        self,
+        total: Tensor,
+        x: Tensor,
+        region: Region,
+        results: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> Tensor:
+        """``total``, of the shape of ``x`` and left as it is, plus :meth:`gradient`."""
+        found = self.gradient(x, region, results, grads)
+        # A formula's result as large as the tile is its own; one that broadcasts is not.
+        return found.add_(total) if found.shape == total.shape else total + found
+
     def _result(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A finished value with the reduced axes kept or not."""
         kept = [1 if dim in self.dims else extent for dim, extent in enumerate(self.shape)]
@@ -123,10 +137,14 @@ class Moments(Reduction):
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         dtype = statistics_dtype(x.dtype)
+        # On the host, where it takes no kernel: it combines with values on any device.
+        count = torch.tensor(float(math.prod(x.shape[dim] for dim in self.dims)), dtype=torch.float64)
+        if self._fits_kernels(x):
+            mean, variance = (_exact(value) for value in channel_kernels.moments(x))
+            return (count, mean, variance * count)
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
-        count = math.prod(x.shape[dim] for dim in self.dims)
         spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
-        return (torch.full_like(spread, float(count)), _exact(mean).reshape(spread.shape), spread)
+        return (count, _exact(mean).reshape(spread.shape), spread)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
@@ -143,18 +161,45 @@ class Moments(Reduction):
     def gradient(
         self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Tensor:
-        mean = results[0]
-        grad_mean, grad_variance = (
-            torch.zeros_like(mean) if grad is None else grad.to(mean.dtype) for grad in grads
-        )
-        slope, offset = grad_variance * (2 / self.count), grad_mean / self.count
-        if self.dims == (0, 2, 3) and not x.is_complex():
+        mean, slope, offset = self._line(results, grads)
+        if self._is_per_channel and not x.is_complex():
             # One fused pass: batch norm in eval mode is slope * (x - mean) + offset.
             one = torch.ones_like(mean).flatten()
             parameters = (slope.flatten(), offset.flatten(), mean.flatten(), one)
             return torch.batch_norm(dense(x), *parameters, False, 0.0, 0.0, torch.backends.cudnn.enabled)
         slope, offset, mean = (self._broadcast(value, mean.dtype) for value in (slope, offset, mean))
         return ((x - mean) * slope + offset).to(x.dtype)
+
+    def added_gradient(
+        self,
+        total: Tensor,
+        x: Tensor,
+        region: Region,
+        results: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> Tensor:
+        if not self._fits_kernels(x):
+            # Not `super()`: a dataclass with slots is another class than the one it is written in.
+            return Reduction.added_gradient(self, total, x, region, results, grads)
+        mean, slope, offset = (value.flatten() for value in self._line(results, grads))
+        return channel_kernels.plus_line(total, x, mean, slope, offset)
+
+    def _line(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, slope and offset: the gradient at ``x`` is ``slope * (x - mean) + offset``."""
+        mean = results[0]
+        grad_mean, grad_variance = (
+            torch.zeros_like(mean) if grad is None else grad.to(mean.dtype) for grad in grads
+        )
+        return mean, grad_variance * (2 / self.count), grad_mean / self.count
+
+    @property
+    def _is_per_channel(self) -> bool:
+        return self.dims == (0, 2, 3)
+
+    def _fits_kernels(self, x: Tensor) -> bool:
+        return self._is_per_channel and channel_kernels.fits(x)
 
 
 def _squared(value: Tensor) -> Tensor:

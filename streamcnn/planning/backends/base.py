@@ -64,6 +64,8 @@ class Backend(ABC):
     """Names of the backend's terms that are no tensors."""
     fuses_attention: bool
     """Whether attention is one kernel whatever its options."""
+    prefers_bands: bool
+    """Whether tiles of whole rows are better than square ones of as many pixels."""
 
     def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
         """Bytes that a call takes besides operands, parameters and result: those declared."""

@@ -55,6 +55,7 @@ class CpuBackend(Backend):
     has_choice: bool = True
     beside_tensors: frozenset[str] = frozenset((_KERNELS, _CODE, _PRODUCTS))
     fuses_attention: bool = False
+    prefers_bands: bool = False
 
     @classmethod
     def on(cls, num_threads: int, *, keeps_blocks: bool = False) -> Self:

@@ -34,6 +34,9 @@ class CudaBackend(Backend):
     fragmentation: str = "rounding and fragmentation of the caching allocator"
     has_choice: bool = False
     fuses_attention: bool = True
+    prefers_bands: bool = True
+    """Whole rows of an image whose channels lie beside each other have no gaps in memory: kernels read them
+    at full speed where they are, and no copy is made of them."""
 
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
         """Nothing that comes and goes with a step."""

@@ -1,0 +1,48 @@
+"""The steps of a plan, kept from pass to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import lru_cache, partial
+from itertools import chain
+
+from streamcnn.execution.build_step import Arrivals, backward_step, forward_step
+from streamcnn.execution.step import Step
+from streamcnn.graph.program import Program
+from streamcnn.plan.plan import Phase, Plan, TileKind
+
+_KEPT = 512
+"""Steps that are kept in each direction: there are more only where every tile is of its own kind."""
+
+
+class Steps:
+    """Makes the steps of one plan when they are first asked for."""
+
+    def __init__(self, program: Program, plan: Plan) -> None:
+        # By identity: a phase that is run again has the level of another one, and tiles of its own.
+        phases = {id(phase): phase for phase in (*plan.phases, *chain(*plan.rematerialised.values()))}
+        self._forward = lru_cache(_KEPT)(partial(_forward, program, phases))
+        self._backward = lru_cache(_KEPT)(partial(_backward, program, phases, plan.differentiated))
+
+    def forward(self, phase: Phase, kind: TileKind) -> Step:
+        """The step that computes tiles of a kind."""
+        return self._forward(id(phase), kind)
+
+    def backward(self, phase: Phase, arrivals: Arrivals, kind: TileKind) -> Step:
+        """The step that computes them again and differentiates them, given what has come to the phase."""
+        return self._backward(id(phase), arrivals, kind)
+
+
+def _forward(program: Program, phases: Mapping[int, Phase], phase: int, kind: TileKind) -> Step:
+    return forward_step(program, phases[phase], kind)
+
+
+def _backward(
+    program: Program,
+    phases: Mapping[int, Phase],
+    differentiated: Collection[str],
+    phase: int,
+    arrivals: Arrivals,
+    kind: TileKind,
+) -> Step:
+    return backward_step(program, phases[phase], kind, differentiated, arrivals)

@@ -1,0 +1,69 @@
+"""Passes over a map on a CUDA card that ATen's kernels for synchronised batch norm make at once.
+
+Each reads and writes every element once and sums in float32 at least. Maps are (N, C, h, w) tensors whose
+channels lie beside each other, copied first if they have gaps; per-channel values are (C,) and in the type of
+the map's statistics. What the functions replace takes several passes, or a tensor as large as the map in
+float32, or kernels that start one block a channel and so leave most of a card idle where channels are few.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamcnn.geometry.windows import dense, layout
+
+_MAX_ELEMENTS = 2**31
+"""Positions are 32-bit numbers in the kernels."""
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the functions here can be called with ``x``."""
+    return x.is_cuda and x.is_floating_point() and is_channels_last(x) and x.numel() < _MAX_ELEMENTS
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels lie beside each other in ``x``, which may be a view cut out of a map."""
+    return layout(x) is torch.channels_last
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, by Welford's algorithm."""
+    return torch.batch_norm_update_stats(dense(x), None, None, 0.0)
+
+
+def normalised(
+    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``(x - mean) * inverse * weight + bias``."""
+    return torch.batch_norm_elemt(dense(x), weight, bias, mean, inverse, 0.0)
+
+
+def beside(gradient: Tensor, x: Tensor) -> Tensor:
+    """A gradient of ``x`` in the layout and type of ``x``, as the functions here want it."""
+    return gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """``x * scale``."""
+    return normalised(x, torch.zeros_like(scale), scale, None, None)
+
+
+def sums(x: Tensor, gradient: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over each channel of ``gradient`` and of ``gradient * (x - mean)``.
+
+    ``inverse`` is not part of them.
+    """
+    total, product, _, _ = torch.batch_norm_backward_reduce(
+        gradient, dense(x), mean, inverse, None, True, False, False
+    )
+    return total, product
+
+
+def plus_line(total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """``total + slope * (x - mean) + offset``."""
+    one = torch.ones_like(mean)
+    count = torch.ones(1, dtype=torch.int32, device=x.device)
+    # It subtracts sums of gradients over a count: any numbers, where the count is one.
+    line = (-offset, -slope, count)
+    return torch.batch_norm_backward_elemt(beside(total, x), dense(x), mean, one, None, *line)
