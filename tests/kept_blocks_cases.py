@@ -189,12 +189,14 @@ def page_faults() -> Any:
 
 def two_threads() -> Any:
     """Two blocks on two threads at once, each with tensors for most of its budget."""
-    baselines = [Baseline.now(fill_holes=False) for _ in range(2)]
-    turn, found = threading.Barrier(2), dict[str, Any]()
+    turn, found = threading.Barrier(2, timeout=60), dict[str, Any]()
 
-    def work(baseline: Baseline, budget: int) -> None:
+    def work(budget: int) -> None:
         start_thread_pool()
-        errors = []
+        # Threads' stacks are no part of either budget.
+        turn.wait()
+        baseline, errors = Baseline.now(fill_holes=False), []
+        turn.wait()
         # As forward and backward: what the first keeps, counts in the second.
         for _ in range(2):
             with DataLimit(budget, baseline=baseline, kept=budget):
@@ -210,8 +212,7 @@ def two_threads() -> Any:
         found[str(budget // MIB)] = errors
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    budgets = (40 * MIB, 200 * MIB)
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(baselines, budgets, strict=True)]
+    threads = [threading.Thread(target=work, args=(budget,)) for budget in (40 * MIB, 200 * MIB)]
     for each in threads:
         each.start()
     for each in threads:

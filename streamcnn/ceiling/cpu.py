@@ -248,7 +248,7 @@ class DataLimit:
             return
         free_matrix_buffers()
         if compiled:
-            _data_caps.move(self, self._ceiling(self._budget))
+            self._move(self._budget)
         if self._baseline.free_bytes > _heap_share(self._budget):
             peak = self.peak_bytes
             if peak is not None and peak > self._budget:
@@ -294,9 +294,9 @@ class DataLimit:
         if self._blocks is None or other._blocks is None or self._thread == other._thread:
             return
         if self._budget is not None and other._budget is not None:
-            room = max(0, other._budget - other._blocks.in_use)
-            self._baseline.others[other._baseline.key] = room
-            _data_caps.move(self, self._ceiling(self._budget))
+            # All of it: what the other held already may be in this baseline or not.
+            self._baseline.others[other._baseline.key] = other._budget
+            self._move(self._budget)
 
     def _lower(self, budget: int) -> None:
         """Set the limit, unless a lower one is in force."""
@@ -305,10 +305,16 @@ class DataLimit:
         ceiling = self._ceiling(budget)
         is_lowest = ceiling < _soft_limit()
         _data_caps.put(self, ceiling)
-        # Who was entered on another thread in between could not move it yet.
-        _data_caps.move(self, self._ceiling(budget))
+        self._move(budget)
         if is_lowest and not is_refused(ceiling):
             raise _not_enforced()
+
+    def _move(self, budget: int) -> None:
+        """Have the limit be the present ceiling, if it is set; another thread may change that meanwhile."""
+        found = None
+        while found != (others := sum(self._baseline.others.values())):
+            found = others
+            _data_caps.move(self, self._ceiling(budget))
 
     def _ceiling(self, budget: int) -> int:
         """Bytes of data segment up to which the process may grow."""
