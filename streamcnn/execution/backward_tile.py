@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class BackwardTile:
         self.roots.clear()
         self.taps.clear()
         with autocast(leaves[0].device, None):
-            return _told_apart(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
+            found = list(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
+        del outputs, gradients
+        return _owned(found)
 
     def _recompute(self) -> None:
         step = self.step
@@ -151,15 +154,22 @@ class BackwardTile:
                 _walk(tapped.grad_fn, reached)
 
 
-def _told_apart(found: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Gradients, one tensor each: autograd may give the same one for several leaves."""
-    seen: set[int] = set()
-    apart: list[Tensor | None] = []
-    for gradient in found:
-        is_known = id(gradient) in seen
-        seen.add(id(gradient))
-        apart.append(gradient.detach() if is_known and gradient is not None else gradient)
-    return apart
+def _owned(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, each a copy where somebody else has it, since others may be added to it in place.
+
+    Autograd may give the same one for several leaves, and a user's function may keep what it returns.
+    """
+    (alone,) = _num_holders([torch.empty(0)])
+    holders = _num_holders(gradients)
+    return [
+        each.clone() if each is not None and count > alone else each
+        for each, count in zip(gradients, holders, strict=True)
+    ]
+
+
+def _num_holders(tensors: list[Any]) -> list[int]:
+    """How many references there are to each, those of the list and of this function among them."""
+    return [sys.getrefcount(tensor) for tensor in tensors]
 
 
 def _walk(node: Any, reached: set[Any]) -> None:

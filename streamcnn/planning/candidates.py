@@ -13,7 +13,7 @@ from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, i
 from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
 from streamcnn.planning.staging import Stage
-from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, bands, grid, tile_stage
+from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, most_parts, tile_stage
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
@@ -21,6 +21,8 @@ FINE_BYTES = 2**22
 """No smaller tiles are tried once a step takes no more than this beside what the backend takes: they would
 save nothing."""
 
+FEW_BANDS = (2, 3)
+"""Bands that are tried beside those of as many as there are square tiles."""
 LEAST_ROWS = 256
 """Input pixels: lower bands are tried beside square tiles even where bands are preferred, for their halo."""
 
@@ -97,14 +99,17 @@ class TilingCandidates:
         would read more than once.
         """
         has_bands = self._tile is None and self.program.image not in outline.stage.inputs
+        most_bands = most_parts(outline)[0] if has_bands else 1
         height = self.program.nodes[self.program.image].size[0]
+        before = 0
         for tile in self._tiles():
-            parts = grid(outline, tile)
-            rows = bands(outline, parts) if has_bands else None
-            if rows is not None:
-                yield rows
-            if rows is None or not self.backend.prefers_bands or height < rows[0] * LEAST_ROWS:
-                yield parts
+            rows, cols = grid(outline, tile)
+            num_tiles = rows * cols
+            yield from ((n, 1) for n in (*FEW_BANDS, num_tiles) if before < n <= min(num_tiles, most_bands))
+            is_preferred = self.backend.prefers_bands and height >= num_tiles * LEAST_ROWS
+            if num_tiles > most_bands or not is_preferred:
+                yield rows, cols
+            before = num_tiles
 
     def _visits(self, outline: Outline) -> bool:
         """Whether the backward pass visits the stage."""

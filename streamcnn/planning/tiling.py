@@ -218,17 +218,11 @@ def grid(outline: Outline, tile: tuple[int, int]) -> TileCounts:
     No more than there are positions in the smallest output, since every tile owns a part of each.
     """
     image = outline.program.nodes[outline.program.image].size
-    most = _most_parts(outline)
+    most = most_parts(outline)
     return (min(largest_part(image[0], tile[0]), most[0]), min(largest_part(image[1], tile[1]), most[1]))
 
 
-def bands(outline: Outline, parts: TileCounts) -> TileCounts | None:
-    """As many tiles as in ``parts``, of all columns each; None where there are not as many rows."""
-    num_tiles = parts[0] * parts[1]
-    return (num_tiles, 1) if parts[1] > 1 and num_tiles <= _most_parts(outline)[0] else None
-
-
-def _most_parts(outline: Outline) -> TileCounts:
+def most_parts(outline: Outline) -> TileCounts:
     """Positions in the smallest output: the most rows and columns of tiles."""
     sizes = [outline.program.nodes[name].size for name in outline.owned]
     return min(height for height, _ in sizes), min(width for _, width in sizes)
