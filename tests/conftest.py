@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from streamcnn import cli
+from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.tile_store import TileStore
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
@@ -49,6 +50,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> None:
+    """Free blocks count as none of what the process uses, which made-up figures do not know."""
+    give_back()
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ HALO_LIMITS = (16, 64, 128, 256, 512)
 """Input pixels of halo at which a stretch without a barrier is split, the values that are tried."""
 HALO_SHARE = 0.25
 """The same as a share of the tile's edge, where that is given."""
+CODE_SHARE = 16
+"""What is not kept of a budget, one in so many bytes: code that is read in when it first runs is resident."""
 TAIL_COPIES = 2
 """Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
 
@@ -174,13 +176,14 @@ class _Attempt:
 
 
 def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> int:
-    """Bytes that tensors and free blocks may take together: all but what is no tensor at any point."""
-    others = machine.backend.beside_tensors | OF_IMAGES | {RUN_TIME}
+    """Bytes that tensors and free blocks may take together: all but what is no large tensor at any point."""
+    backend = machine.backend
+    others = backend.beside_tensors | OF_IMAGES | {RUN_TIME, backend.fragmentation}
     beside = max(total_bytes(term for term in point.terms if term.name in others) for point in points)
     room = spec.budget
     if room is None:
         room = max(point.nbytes for point in points) * 5 // 4
-    return max(0, room - machine.reserved - beside)
+    return max(0, room - room // CODE_SHARE - machine.reserved - beside)
 
 
 def _num_last(program: Program, staging: Staging) -> int:
