@@ -49,7 +49,9 @@ class BackwardTile:
         self.roots.clear()
         self.taps.clear()
         with autocast(leaves[0].device, None):
-            found = list(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
+            found: list[Tensor | None] = list(
+                torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+            )
         del outputs, gradients
         return _owned(found)
 
