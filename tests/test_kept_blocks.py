@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamcnn.ceiling import kept_blocks
+from streamcnn.ceiling.cpu import Baseline, DataLimit
 from streamcnn.ceiling.kept_blocks import LEAST_BYTES, KeptBlocks, extents, free_block_bytes, give_back
 from streamcnn.ceiling.process import status_bytes
 from streamcnn.ceiling.refusals import is_out_of_memory
@@ -292,3 +293,56 @@ def test_tensors_are_saved_and_loaded() -> None:
     assert torch.equal(loaded["tensor"], tensor)
     assert loaded["part"].tolist() == [7, 8]
     assert torch.equal(tensor.clone().share_memory_(), tensor)
+
+
+def test_an_heir_counts_the_blocks_of_an_earlier_part() -> None:
+    first = KeptBlocks(6 * MIB, 6 * MIB)
+    first.enter()
+    left, freed = block(2 * MIB), block(MIB)
+    first.leave()
+    second = KeptBlocks(4 * MIB, 5 * MIB)
+    second.inherit(first)
+    second.enter()
+    try:
+        assert (first.in_use, second.in_use, second.most_in_use) == (0, 3 * MIB, 3 * MIB)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            block(2 * MIB)
+        del freed
+        assert (second.in_use, free_block_bytes()) == (2 * MIB, MIB)
+        del left
+        assert (second.in_use, free_block_bytes()) == (0, 3 * MIB)
+        assert_tiled()
+    finally:
+        second.leave()
+
+
+def test_what_is_kept_can_be_changed_while_the_pass_runs() -> None:
+    blocks = KeptBlocks(8 * MIB, 8 * MIB)
+    blocks.enter()
+    try:
+        held, freed = block(2 * MIB), block(4 * MIB)
+        del freed
+        assert free_block_bytes() == 4 * MIB
+        blocks.keep(3 * MIB)
+        assert free_block_bytes() == MIB
+        blocks.keep(8 * MIB)
+        del held
+        assert free_block_bytes() == 3 * MIB
+    finally:
+        blocks.leave()
+
+
+def test_backward_counts_what_forward_has_left() -> None:
+    baseline = Baseline.now()
+    with DataLimit(64 * MIB, baseline=baseline, kept=32 * MIB):
+        left = block(40 * MIB)
+    with DataLimit(64 * MIB, baseline=baseline, kept=48 * MIB) as limit:
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            block(30 * MIB)
+        freed = block(16 * MIB)
+        del freed
+        # Of 48 MiB, 40 are in use.
+        assert free_block_bytes() == 8 * MIB
+        limit.keep_blocks(41 * MIB)
+        assert free_block_bytes() == MIB
+    del left

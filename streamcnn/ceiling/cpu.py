@@ -79,6 +79,8 @@ class Baseline:
     others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
     """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
     key: object = field(default_factory=object, repr=False, compare=False)
+    passes: list[KeptBlocks] = field(default_factory=list, repr=False, compare=False)
+    """The part of this update that kept blocks count for, if any: its tensors are the next one's."""
 
     @classmethod
     def now(cls, *, fill_holes: bool = True) -> Baseline:
@@ -228,6 +230,11 @@ class DataLimit:
         self._gauge.close()
         entered_limits.pop(self, None)
 
+    def keep_blocks(self, nbytes: int) -> None:
+        """Have tensors and free blocks take so many bytes together: what is free beyond them goes back."""
+        if self._blocks is not None:
+            self._blocks.keep(nbytes)
+
     def check(self, *, compiled: bool = True) -> None:
         """Let go of what libraries keep without need, and see what the limit does not refuse.
 
@@ -268,6 +275,10 @@ class DataLimit:
             # that as it begins. Under another block's limit the readings after every step have to do.
             self._gauge.open(threaded=not self._is_shared)
         if self._blocks is not None:
+            # What the forward pass has left counts against the backward pass.
+            for part in self._baseline.passes:
+                self._blocks.inherit(part)
+            self._baseline.passes[:] = [self._blocks]
             # Before the limit: free blocks of which there are too many go back.
             self._blocks.enter()
         if self._budget is not None:

@@ -213,6 +213,9 @@ class CudaCeiling:
         self._limit = CudaLimit(self.gauge, budget, interval=self._interval)
         return self._limit
 
+    def keep_blocks(self, nbytes: int) -> None:
+        """Nothing: PyTorch's allocator decides."""
+
     def check(self, *, compiled: bool = True) -> None:
         """Raise ``BudgetExceeded`` if the limit in force has been passed, by compiled code too."""
         if self._limit is not None:

@@ -91,6 +91,9 @@ class Ceiling(Protocol):
             Whether libraries may have compiled code since the last call.
         """
 
+    def keep_blocks(self, nbytes: int) -> None:
+        """Have tensors and free blocks kept for them take so many bytes from now on, if a limit was to."""
+
     def empty_cache(self) -> None:
         """Return cached memory to the device, before a pass is begun again."""
 
@@ -131,6 +134,11 @@ class HostCeiling:
         if self._limit is not None:
             self._limit.check(compiled=compiled)
 
+    def keep_blocks(self, nbytes: int) -> None:
+        """See :meth:`DataLimit.keep_blocks`."""
+        if self._limit is not None:
+            self._limit.keep_blocks(nbytes)
+
     def empty_cache(self) -> None:
         """Free kept blocks, and the heap's free pages, which are resident until then."""
         give_back()
@@ -166,6 +174,9 @@ class NoCeiling:
                 "the model there, or pass budget=None to run without a ceiling"
             )
         return self
+
+    def keep_blocks(self, nbytes: int) -> None:
+        """Nothing is kept."""
 
     def check(self, *, compiled: bool = True) -> None:
         """Nothing."""

@@ -97,7 +97,7 @@ class Range {
   size_t page() const { return page_; }
   size_t rounded(size_t nbytes) const { return (nbytes + page_ - 1) / page_ * page_; }
   size_t free_bytes() const { return free_.nbytes(); }
-  const std::map<uintptr_t, Extent>& extents() const { return extents_; }
+  std::map<uintptr_t, Extent>& extents() { return extents_; }
   Extent& at(const void* data) { return extents_.find(uintptr_t(data))->second; }
 
   // A used extent of whole pages, beside which no more than `most_free` bytes stay free; null if the kernel refuses it.

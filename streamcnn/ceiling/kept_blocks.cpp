@@ -24,7 +24,7 @@ constexpr size_t kUnlimited = SIZE_MAX / 2;  // no sum of it and a number of byt
 
 struct Pass {
   const size_t cap;   // bytes in use at most
-  const size_t keep;  // bytes in use and free at most
+  size_t keep;        // bytes in use and free at most
   Pass* outer = nullptr;
   size_t in_use = 0, most_in_use = 0, peak = 0;  // peak: in use and free
   int references = 1;
@@ -54,6 +54,15 @@ Pass* present() {
   return entered;
 }
 
+// Count bytes of a block for a pass and those around it.
+void count(Pass* pass, size_t nbytes) {
+  for (Pass* each = pass; each; each = each->outer) {
+    each->in_use += nbytes;
+    each->most_in_use = std::max(each->most_in_use, each->in_use);
+    each->peak = std::max(each->peak, each->in_use + range.free_bytes());
+  }
+}
+
 // A block for a pass and those around it; null if one of them or the kernel has no room for it.
 void* take(size_t nbytes, Pass* pass) {
   if (nbytes >= kUnlimited) return nullptr;
@@ -66,11 +75,7 @@ void* take(size_t nbytes, Pass* pass) {
   Extent* block = range.take(nbytes, most_free);
   if (!block) return nullptr;
   block->owner = hold(pass);
-  for (Pass* each = pass; each; each = each->outer) {
-    each->in_use += nbytes;
-    each->most_in_use = std::max(each->most_in_use, each->in_use);
-    each->peak = std::max(each->peak, each->in_use + range.free_bytes());
-  }
+  count(pass, nbytes);
   return block->address();
 }
 
@@ -152,7 +157,25 @@ void kept_blocks_enter(Pass* pass) {
   if (pass->is_over || present() == pass) return;
   pass->outer = std::exchange(entered, hold(pass));
   last_keep = pass->keep;
-  range.give_back(last_keep);
+  range.give_back(pass->may_be_free(pass->in_use));
+}
+
+void kept_blocks_keep(Pass* pass, size_t nbytes) {
+  std::lock_guard<std::mutex> guard(mutex);
+  last_keep = pass->keep = std::min(nbytes, kUnlimited);
+  range.give_back(pass->may_be_free(pass->in_use));
+}
+
+// Have the blocks of a pass count for another one from now on.
+void kept_blocks_inherit(Pass* heir, Pass* from) {
+  std::lock_guard<std::mutex> guard(mutex);
+  for (auto& [start, extent] : range.extents()) {
+    if (extent.owner != from) continue;
+    for (Pass* each = from; each; each = each->outer) each->in_use -= extent.nbytes;
+    count(heir, extent.nbytes);
+    extent.owner = hold(heir);
+    release(from);
+  }
 }
 
 void kept_blocks_leave(Pass* pass) {

@@ -56,6 +56,14 @@ class KeptBlocks:
         """Have this thread's tensors come from here, until ``leave``."""
         self._library.kept_blocks_enter(self._pass)
 
+    def keep(self, nbytes: int) -> None:
+        """Change what tensors and free blocks may hold together. What is free beyond it goes back now."""
+        self._library.kept_blocks_keep(self._pass, _bytes(nbytes))
+
+    def inherit(self, other: KeptBlocks) -> None:
+        """Have the tensors of another pass, such as an earlier part of this one, count here from now on."""
+        self._library.kept_blocks_inherit(self._pass, other._pass)
+
     def leave(self) -> None:
         """End the pass, for good and on all threads. Its tensors live on. Leaving again does nothing."""
         self._library.kept_blocks_leave(self._pass)
@@ -152,6 +160,8 @@ _FUNCTIONS = (
     ("install", ctypes.c_int, ()),
     ("pass", _POINTER, (_SIZE, _SIZE)),
     ("enter", None, (_POINTER,)),
+    ("keep", None, (_POINTER, _SIZE)),
+    ("inherit", None, (_POINTER, _POINTER)),
     ("leave", None, (_POINTER,)),
     ("forget", None, (_POINTER,)),
     ("count", None, (_POINTER, _POINTER)),

@@ -30,7 +30,7 @@ from streamcnn.execution.step import Compute, MakeCompute, Step
 from streamcnn.execution.steps import Steps
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.program import Kind, Node, Program
-from streamcnn.plan.plan import Phase, Plan, StepShape, TileKind
+from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
 
 _STEPS = 64
 """Steps of a phase that are kept: there are more kinds of tiles only where each tile is of its own."""
@@ -69,13 +69,14 @@ class PhaseReport:
     bytes_written: int
 
 
-def _nothing(shape: StepShape) -> None:
-    """What is done after a step where nobody wants to know."""
+def _nothing(of: PassPart | StepShape) -> None:
+    """What is done before a phase or after a step where nobody wants to know."""
 
 
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
+    ``before_phase`` is called before the tiles of a phase, in each direction.
     ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
     the pass by raising. ``make_compute`` gives what carries out a step. ``steps`` are those of the plan, if
     an earlier pass has made some.
@@ -91,6 +92,7 @@ class Execution:
         *,
         steps: Steps | None = None,
         make_compute: MakeCompute = compute_eagerly,
+        before_phase: Callable[[PassPart], None] = _nothing,
         after_step: Callable[[StepShape], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
@@ -100,6 +102,7 @@ class Execution:
         self.reports: list[PhaseReport] = []
         self._steps = steps or Steps(program, plan)
         self._make_compute = make_compute
+        self._before_phase = before_phase
         self._after_step = after_step
         self._observer = observer
         self.device = image.device
@@ -234,6 +237,7 @@ class Execution:
 
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
+        self._before_phase((direction, phase.level))
         before = self._maps.bytes_moved
         start = time.perf_counter()
         part, during = (AGAIN, "backward") if direction == "again" else ("phase", direction)

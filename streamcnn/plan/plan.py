@@ -22,6 +22,9 @@ from streamcnn.support.units import format_bytes
 StepShape = tuple[str, str, int, int, int]
 """Of a step, a tile or a segment: ``"phase"`` or ``"segment"``, direction, level, and the tile's shape along
 rows and along columns. Libraries compile their code once for each."""
+PassPart = tuple[str, int]
+"""Of a pass: ``"forward"``, ``"backward"`` or ``"again"`` with the level of a phase; ``"tail"`` with that of
+the last segment; ``"read"``, the first read of images that are decoded whole, with 0."""
 TileKind = tuple[int, int]
 """A tile's kind along rows and along columns: what is computed is the same for all tiles of a kind."""
 
@@ -108,9 +111,9 @@ class Plan:
     reuses_blocks: bool | None
     """Whether freed blocks are kept for reuse, which is faster and wastes memory; None where the device's
     allocator leaves no choice."""
-    kept_bytes: int | None
-    """What tensors and freed blocks that are kept for others may take together, in bytes; None where the
-    device's own allocator decides that."""
+    kept_bytes: Mapping[PassPart, int] | None
+    """What tensors and freed blocks that are kept for others may take together in each part of a pass, in
+    bytes; None where the device's own allocator decides that."""
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str
@@ -194,7 +197,7 @@ class Plan:
             "budget": self.budget,
             # By the name that it has had in files from the first.
             **({} if self.reuses_blocks is None else {"reuses_heap": self.reuses_blocks}),
-            **({} if self.kept_bytes is None else {"kept_bytes": self.kept_bytes}),
+            **({} if self.kept_bytes is None else {"kept_bytes": _by_words(self.kept_bytes)}),
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,
@@ -234,3 +237,8 @@ def _as_json(store: StorePlan) -> dict[str, object]:
     """A store's fields; tiers by the names that they have had in files from the first."""
     fields = asdict(store)
     return {"home": fields.pop("tier"), "gradient_home": fields.pop("gradient_tier"), **fields}
+
+
+def _by_words(kept_bytes: Mapping[PassPart, int]) -> dict[str, int]:
+    """What JSON can have: parts as two words."""
+    return {f"{kind} {level}": nbytes for (kind, level), nbytes in kept_bytes.items()}

@@ -16,6 +16,7 @@ import numpy as np
 from streamcnn.graph.costs import CallBytes, cost_of
 from streamcnn.graph.program import Kind
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
+from streamcnn.plan.plan import PassPart
 from streamcnn.plan.reading import NO_READING, READING, BatchCost
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
@@ -36,6 +37,7 @@ class PeakPoint:
     """Projected bytes at one point of a pass."""
 
     name: str
+    part: PassPart
     operator: str
     """The operator at which most is held."""
     terms: tuple[MemoryTerm, ...]
@@ -91,10 +93,10 @@ class PassBytes:
         sums: Ints = held.total[levels] + steps + self.lost(steps)
         return sums
 
-    def point(self, name: str, held: LevelBytes, level: int, step: Step) -> PeakPoint:
+    def point(self, name: str, part: PassPart, held: LevelBytes, level: int, step: Step) -> PeakPoint:
         """One point with its terms, whose sum is :meth:`at`."""
         waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
-        return PeakPoint(name, step.operator, (*held.at(level), *step.terms, waste))
+        return PeakPoint(name, part, step.operator, (*held.at(level), *step.terms, waste))
 
 
 def peak_points(
@@ -139,18 +141,21 @@ def peak_points(
     held = found.held
     points = []
     if global_bytes.reading.opening:
-        points.append(found.point("the first read", global_bytes.opening, 0, NO_STEP))
+        points.append(found.point("the first read", ("read", 0), global_bytes.opening, 0, NO_STEP))
     for stage, (step, _) in zip(tiled, pairs, strict=True):
         level = stage.stage.level
-        points.append(found.point(f"phase {level}, forward", held.forward, level, step))
-    points.append(found.point("the resident tail", held.tail, global_bytes.last, global_bytes.tail_step))
+        points.append(found.point(f"phase {level}, forward", ("forward", level), held.forward, level, step))
+    last = global_bytes.last
+    points.append(found.point("the resident tail", ("tail", last), held.tail, last, global_bytes.tail_step))
     for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
         level = stage.stage.level
         if after is not None:
             for dropped, step in again.get(level, ()):
                 name = f"phase {dropped} again, before phase {level}, backward"
-                points.append(found.point(name, held.backward, level, step))
-            points.append(found.point(f"phase {level}, backward", held.backward, level, after))
+                points.append(found.point(name, ("again", dropped), held.backward, level, step))
+            points.append(
+                found.point(f"phase {level}, backward", ("backward", level), held.backward, level, after)
+            )
     return points
 
 

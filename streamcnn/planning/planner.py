@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from streamcnn.graph.program import Kind, Program, on_whole_maps
-from streamcnn.plan.plan import Plan, Segment
+from streamcnn.plan.plan import PassPart, Plan, Segment
 from streamcnn.plan.reading import OF_IMAGES
 from streamcnn.plan.storage import MemoryTerm, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
@@ -32,8 +32,6 @@ HALO_LIMITS = (16, 64, 128, 256, 512)
 """Input pixels of halo at which a stretch without a barrier is split, the values that are tried."""
 HALO_SHARE = 0.25
 """The same as a share of the tile's edge, where that is given."""
-CODE_SHARE = 16
-"""What is not kept of a budget, one in so many bytes: code that is read in when it first runs is resident."""
 TAIL_COPIES = 2
 """Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
 
@@ -175,15 +173,19 @@ class _Attempt:
         )
 
 
-def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> int:
-    """Bytes that tensors and free blocks may take together: all but what is no large tensor at any point."""
+def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> dict[PassPart, int]:
+    """Bytes that tensors and free blocks may take together: all but what is no large tensor at that point."""
     backend = machine.backend
     others = backend.beside_tensors | OF_IMAGES | {RUN_TIME, backend.fragmentation}
-    beside = max(total_bytes(term for term in point.terms if term.name in others) for point in points)
     room = spec.budget
     if room is None:
         room = max(point.nbytes for point in points) * 5 // 4
-    return max(0, room - room // CODE_SHARE - machine.reserved - beside)
+    return {
+        point.part: max(
+            0, room - machine.reserved - total_bytes(term for term in point.terms if term.name in others)
+        )
+        for point in points
+    }
 
 
 def _num_last(program: Program, staging: Staging) -> int:

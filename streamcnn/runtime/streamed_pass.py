@@ -22,7 +22,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
-from streamcnn.plan.plan import Plan, StepShape
+from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime.plan_cache import Planned
 from streamcnn.runtime.report import Report
@@ -128,9 +128,22 @@ class Pass:
             self.reader,
             self.stores.open,
             steps=planned.steps,
+            before_phase=self._keep_blocks,
             after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
         )
+
+    def _keep_blocks(self, part: PassPart) -> None:
+        """Have as many free blocks be kept as the next phase leaves room for."""
+        if self.plan.kept_bytes is not None:
+            self.ceiling.keep_blocks(self.plan.kept_bytes[part])
+
+    def _kept_at_first(self) -> int | None:
+        """The same before the first phase of a direction, when images are opened and segments run."""
+        known = self.plan.kept_bytes
+        if known is None:
+            return None
+        return min(nbytes for (kind, _), nbytes in known.items() if kind in ("read", "tail"))
 
     @property
     def anchors(self) -> list[Tensor]:
@@ -286,7 +299,7 @@ class Pass:
         """What ``run`` returns: enforce the budget, measure, and say so where memory is refused."""
         start = time.perf_counter()
         limit = self.ceiling.limit(
-            self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks), kept=self.plan.kept_bytes
+            self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks), kept=self._kept_at_first()
         )
         try:
             found = self._within(limit, run)
