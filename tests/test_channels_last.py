@@ -98,8 +98,11 @@ def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     def told(name: str, function: Any) -> Any:
         def call(x: Tensor, *args: Any) -> Any:
-            called.add(name)
-            assert x.is_contiguous(memory_format=LAST)
+            if x.is_contiguous(memory_format=LAST):
+                called.add(name)
+            else:
+                # Captured values have no layout. On a CPU contiguous maps have their moments from there too.
+                assert name == "batch_norm_update_stats"
             return function(x, *args)
 
         return call

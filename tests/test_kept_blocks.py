@@ -334,11 +334,11 @@ def test_what_is_kept_can_be_changed_while_the_pass_runs() -> None:
 
 def test_backward_counts_what_forward_has_left() -> None:
     baseline = Baseline.now()
-    with DataLimit(64 * MIB, baseline=baseline, kept=32 * MIB):
+    with DataLimit(96 * MIB, baseline=baseline, kept=32 * MIB):
         left = block(40 * MIB)
-    with DataLimit(64 * MIB, baseline=baseline, kept=48 * MIB) as limit:
+    with DataLimit(96 * MIB, baseline=baseline, kept=48 * MIB) as limit:
         with pytest.raises(RuntimeError, match="can't allocate memory"):
-            block(30 * MIB)
+            block(60 * MIB)
         freed = block(16 * MIB)
         del freed
         # Of 48 MiB, 40 are in use.

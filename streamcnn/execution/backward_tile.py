@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class BackwardTile:
                 torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
             )
         del outputs, gradients
-        return _owned(found)
+        return _told_apart(found)
 
     def _recompute(self) -> None:
         step = self.step
@@ -156,21 +156,22 @@ class BackwardTile:
                 _walk(tapped.grad_fn, reached)
 
 
-def _owned(gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, each a copy where somebody else has it, since others may be added to it in place.
+def _told_apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, each a tensor of its own in the same memory where somebody else has it too.
 
-    Autograd may give the same one for several leaves, and a user's function may keep what it returns.
+    Its memory then tells that it is shared, and is not added to in place. Autograd may give the same tensor
+    for several leaves, and a user's function may keep what it returns.
     """
     (alone,) = _num_holders([torch.empty(0)])
     holders = _num_holders(gradients)
     return [
-        each.clone() if each is not None and count > alone else each
+        each.detach() if each is not None and count > alone else each
         for each, count in zip(gradients, holders, strict=True)
     ]
 
 
-def _num_holders(tensors: list[Any]) -> list[int]:
-    """How many references there are to each, those of the list and of this function among them."""
+def _num_holders(tensors: Sequence[Any]) -> list[int]:
+    """How many references there are to each, those of the sequence and of this function among them."""
     return [sys.getrefcount(tensor) for tensor in tensors]
 
 

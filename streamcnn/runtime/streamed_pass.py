@@ -128,18 +128,13 @@ class Pass:
             self.reader,
             self.stores.open,
             steps=planned.steps,
-            before_phase=self._keep_blocks,
+            before_phase=_keeping(self.ceiling, self.plan),
             after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
         )
 
-    def _keep_blocks(self, part: PassPart) -> None:
-        """Have as many free blocks be kept as the next phase leaves room for."""
-        if self.plan.kept_bytes is not None:
-            self.ceiling.keep_blocks(self.plan.kept_bytes[part])
-
     def _kept_at_first(self) -> int | None:
-        """The same before the first phase of a direction, when images are opened and segments run."""
+        """Bytes of tensors and free blocks before the first phase, when images are opened."""
         known = self.plan.kept_bytes
         if known is None:
             return None
@@ -389,6 +384,19 @@ def _positions(outputs: Any) -> list[str]:
     """The name at each place of a model's result; the same one again where it is returned again."""
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
+
+
+def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
+    """Called before a phase: have as many free blocks be kept as it leaves room for.
+
+    It does not know the pass, which is to be freed when nobody knows it any more.
+    """
+
+    def keep(part: PassPart) -> None:
+        if plan.kept_bytes is not None:
+            ceiling.keep_blocks(plan.kept_bytes[part])
+
+    return keep
 
 
 def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepShape], None]:

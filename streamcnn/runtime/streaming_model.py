@@ -19,6 +19,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils import _pytree as pytree
 
 from streamcnn.capture.caller_modes import CallerModes
 from streamcnn.capture.capture import Given, RawGraph
@@ -335,7 +336,7 @@ class StreamingModel(ModuleFacade):
             return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
-        return self._call(self.net, here, args, kwargs, run, caller_modes)
+        return _like(image, self._call(self.net, here, args, kwargs, run, caller_modes))
 
     def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
         """The image that was passed under the name that the module gives it, and what else was passed."""
@@ -421,6 +422,20 @@ def _outputs(run: Pass, image: Any, caller_modes: CallerModes) -> tuple[Tensor, 
     with caller_modes.restored(), torch.enable_grad():
         outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def _like(image: Image, results: Any) -> Any:
+    """The results of a module as plain PyTorch gives them for an image of a subclass of Tensor.
+
+    Inside of a pass some are of that class and some are not, since stored maps are plain tensors.
+    """
+    kind: Any = type(image)
+    default: Any = Tensor.__torch_function__
+    if not isinstance(image, Tensor) or kind is Tensor:
+        return results
+    if getattr(kind.__torch_function__, "__func__", None) is not default.__func__:
+        return results
+    return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)
 
 
 def _undo(run: Pass, grad: bool) -> None:

@@ -28,7 +28,10 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, by Welford's algorithm."""
+    """Mean and biased variance of each channel: on a card by Welford's algorithm.
+
+    A contiguous ``x`` on a CPU will do too: ATen reads it twice, and makes no tensor as large as it is.
+    """
     return torch.batch_norm_update_stats(dense(x), None, None, 0.0)
 
 
