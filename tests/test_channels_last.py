@@ -8,11 +8,14 @@ import pytest
 import torch
 from helpers import assert_streamed_equals_plain, randomized
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn import StreamingModel
 from streamcnn.execution import combiner
 from streamcnn.execution.backward_tile import _told_apart
+from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops import channel_kernels
+from streamcnn.graph.ops.reduction_types import Moments
 from streamcnn.stores import Store, memory
 from streamcnn.stores.memory import MemoryStore
 from streamcnn.support.models import load_model
@@ -204,3 +207,13 @@ def test_a_gradient_that_others_have_is_not_kept() -> None:
     assert not combiner._is_unshared(first)
     assert not combiner._is_unshared(second)
     assert not combiner._is_unshared(gradient[1:])
+
+
+def test_moments_of_what_has_no_values_take_no_memory() -> None:
+    shape = (1, 64, 10**5, 10**5)
+    reduction = Moments(shape, (0, 2, 3), keepdim=False)
+    with FakeTensorMode():
+        x = torch.empty(shape)
+        count, mean, spread = reduction.partial(x, Region.whole(shape[2:]))
+    assert mean.shape == spread.shape == (64,)
+    assert float(count) == 1e10

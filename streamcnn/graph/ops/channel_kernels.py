@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense, layout
 
@@ -19,7 +20,15 @@ _MAX_ELEMENTS = 2**31
 
 def fits(x: Tensor) -> bool:
     """Whether the functions here can be called with ``x``."""
-    return x.is_cuda and x.is_floating_point() and is_channels_last(x) and x.numel() < _MAX_ELEMENTS
+    is_suited = x.is_cuda and x.is_floating_point() and x.numel() < _MAX_ELEMENTS
+    return is_suited and is_channels_last(x) and not isinstance(x, FakeTensor)
+
+
+def has_host_moments(x: Tensor) -> bool:
+    """Whether :func:`moments` can be called with ``x`` although it is on a CPU."""
+    is_suited = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+    # The kernel has no form for what has no values: PyTorch would run it on as many zeros.
+    return is_suited and not isinstance(x, FakeTensor)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -30,7 +39,7 @@ def is_channels_last(x: Tensor) -> bool:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel: on a card by Welford's algorithm.
 
-    A contiguous ``x`` on a CPU will do too: ATen reads it twice, and makes no tensor as large as it is.
+    Where :func:`has_host_moments`, ATen reads ``x`` twice, and makes no tensor as large as it is.
     """
     return torch.batch_norm_update_stats(dense(x), None, None, 0.0)
 

@@ -139,7 +139,7 @@ class Moments(Reduction):
         dtype = statistics_dtype(x.dtype)
         # On the host, where it takes no kernel: it combines with values on any device.
         count = torch.tensor(float(math.prod(x.shape[dim] for dim in self.dims)), dtype=torch.float64)
-        if self._is_per_channel and (channel_kernels.fits(x) or _is_plain(x)):
+        if self._is_per_channel and (channel_kernels.fits(x) or channel_kernels.has_host_moments(x)):
             mean, variance = (_exact(value) for value in channel_kernels.moments(x))
             return (count, mean, variance * count)
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
@@ -200,11 +200,6 @@ class Moments(Reduction):
 
     def _fits_kernels(self, x: Tensor) -> bool:
         return self._is_per_channel and channel_kernels.fits(x)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether ATen has a fast kernel for the moments of ``x`` on a CPU."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
 
 
 def _squared(value: Tensor) -> Tensor:
