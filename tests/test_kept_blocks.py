@@ -92,6 +92,7 @@ def test_any_history_keeps_counts_caps_and_contents(
 ) -> None:
     cap, keep = cap * LEAST_BYTES, keep * LEAST_BYTES
     give_back()
+    before = extents()
     blocks, alive = KeptBlocks(cap, keep), dict[int, Tensor]()
     blocks.enter()
     most = 0
@@ -122,8 +123,8 @@ def test_any_history_keeps_counts_caps_and_contents(
     assert len({tensor.data_ptr() for tensor in alive.values()}) == len(alive)
     alive.clear()
     give_back()
-    # What is still used is that of other tests, alive in the same process.
-    assert FREE not in {state for _, _, state in extents()}
+    # But for what was used before: tensors of other tests, alive in the same process.
+    assert extents() == before
     assert blocks.in_use == 0
 
 
@@ -250,6 +251,7 @@ def test_two_threads_have_a_cap_each_and_may_free_each_others_blocks() -> None:
 
 
 def test_blocks_are_freed_by_whoever_holds_them_last() -> None:
+    before = extents()
     blocks, failed = KeptBlocks(), list[BaseException]()
 
     def work(seed: int) -> None:
@@ -279,8 +281,8 @@ def test_blocks_are_freed_by_whoever_holds_them_last() -> None:
     shared.clear()
     assert_tiled()
     give_back()
-    # What is still used is that of other tests, alive in the same process.
-    assert FREE not in {state for _, _, state in extents()}
+    # But for what was used before: tensors of other tests, alive in the same process.
+    assert extents() == before
     assert blocks.in_use == 0
 
 
