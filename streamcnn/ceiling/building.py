@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from streamcnn.support.cache import cache_folder
+
 _COMPILERS = ("g++", "c++", "clang++")
 _FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared")
 _SECONDS = 300
@@ -56,7 +58,6 @@ def built(source: Path) -> Path:
 
 def _folder(source: Path) -> Path:
     """Where a source's library is kept: another folder for all that makes another library."""
-    cache = os.environ.get("XDG_CACHE_HOME")
     parts = (
         *(torch.__version__, str(torch._C._GLIBCXX_USE_CXX11_ABI), platform.machine(), *platform.libc_ver()),
         *_FLAGS,
@@ -65,7 +66,7 @@ def _folder(source: Path) -> Path:
     content = b"".join(file.read_bytes() for file in files)
     key = hashlib.sha256("\n".join(parts).encode() + content).hexdigest()[:16]
     try:
-        return (Path(cache) if cache else Path.home() / ".cache") / "streamcnn" / key
+        return cache_folder() / key
     except RuntimeError as error:
         raise CannotBuild(str(error)) from error
 

@@ -26,6 +26,7 @@ from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
 from streamcnn.support.atomic import replace_file
+from streamcnn.support.cache import cache_folder
 from streamcnn.support.documents import conform, parse_json, read_regular
 
 VARIABLE = "STREAMCNN_CALIBRATION"
@@ -55,7 +56,7 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
     choice = os.environ.get(VARIABLE, "")
     if choice == "off":
         return NOMINAL["cuda" if device.type == "cuda" else "cpu"]
-    path = Path(choice) if choice else _default_path()
+    path = Path(choice) if choice else cache_folder() / "rates.json"
     key = hardware_key(device)
     known = _read(path)
     rates = _rates(known.get(key), path)
@@ -170,11 +171,6 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _default_path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "streamcnn" / "rates.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
