@@ -15,7 +15,6 @@ case that does not fit is refused before it starts and is a result too.
 from __future__ import annotations
 
 import json
-import os
 import random as randomness
 import select
 import statistics
@@ -32,7 +31,7 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.record import append, device_name, in_fresh_process
+from benchmarks.record import append, device_name, in_fresh_process, resident_bytes
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, ZarrSource
 from streamcnn.data.sources import TensorSource, open_image, write_zarr_image
 from streamcnn.support.models import load_model
@@ -181,16 +180,15 @@ def _watched(path: Path, budget: str) -> dict[str, Any]:
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        statm, page = Path(f"/proc/{child.pid}/statm"), os.sysconf("SC_PAGE_SIZE")
-        before = peak = int(statm.read_text().split()[1])
+        before = peak = resident_bytes(child.pid)
         child.stdin.write("go\n")
         child.stdin.flush()
         while not select.select([child.stdout], [], [], 0.003)[0]:
-            peak = max(peak, int(statm.read_text().split()[1]))
+            peak = max(peak, resident_bytes(child.pid))
         found: dict[str, Any] = json.loads(child.stdout.readline())
         child.stdin.write("end\n")
         child.stdin.flush()
-    return {**found, "resident_bytes": (peak - before) * page}
+    return {**found, "resident_bytes": peak - before}
 
 
 def _write_formats(folder: Path, size: int) -> list[Path]:

@@ -24,6 +24,11 @@ def device_name(*, cpu: bool = False) -> str:
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
+def resident_bytes(process: int) -> int:
+    """Resident memory of another process now, by its number."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def commit() -> str:
     """Short hash of the checked-out commit, with a mark if files other than results differ from it.
 

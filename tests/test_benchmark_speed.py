@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -145,7 +146,7 @@ class TestTheCommand:
 class TestProcesses:
     def test_one_that_dies_is_told_with_its_signal(self) -> None:
         task = Task(Case("os:abort", 64, ()), KINDS["plain"], "cpu", 1)
-        with Worker(task) as worker, pytest.raises(Ended, match="ended by SIGABRT") as caught:
+        with closing(Worker(task)) as worker, pytest.raises(Ended, match="ended by SIGABRT") as caught:
             worker.ready()
         assert caught.value.outcome == "failed"
 

@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from benchmarks.record import resident_bytes
 from benchmarks.speed.kinds import KEPT_HEAP
 from benchmarks.speed.task import Task
 
@@ -32,7 +31,7 @@ class Ended(Exception):
 
 
 class Worker:
-    """A process that makes one kind of pass on command; a context that ends it.
+    """A process that makes one kind of pass on command; `close` ends it.
 
     Parameters
     ----------
@@ -50,7 +49,6 @@ class Worker:
             text=True,
             env={**os.environ, **(KEPT_HEAP if task.kind.keeps_heap else {})},
         )
-        self._statm = Path(f"/proc/{self._process.pid}/statm")
         self._before = 0
 
     def ready(self) -> dict[str, Any]:
@@ -85,24 +83,13 @@ class Worker:
     @property
     def resident_bytes(self) -> int:
         """Resident memory of the process now."""
-        return int(self._statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return resident_bytes(self._process.pid)
 
     def close(self) -> None:
         """End the process. Closing again does nothing."""
         self._process.kill()
         self._process.communicate()
         self._words.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ask(self, command: str) -> tuple[dict[str, Any], int]:
         assert self._process.stdin is not None
