@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, memory
-from streamcnn.stores.chunks import ChunkGrid
+from streamcnn.stores.strips import BLOCK_NBYTES, Strips
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -353,14 +354,15 @@ class TestZarrStore:
         whole = Region.whole(spec.size)
         assert_same(array.view(spec.dtype) if spec.dtype == torch.bfloat16 else array, store.read(whole))
 
-    def test_regions_never_touched_have_no_files(self, spill: SpillFolder) -> None:
-        store = make_on_disk(spill, CPU, NCHW)
-        store.write(region(0, 1, 0, 1), random_tile(NCHW, region(0, 1, 0, 1)))
-        store.read(Region.whole(NCHW.size))
-        assert sorted(path.name for path in (spill.path / "map-000000").iterdir()) == [
-            "c.0.0.0.0",
-            "zarr.json",
-        ]
+    def test_what_was_never_written_takes_no_room(self, spill: SpillFolder) -> None:
+        spec = dataclasses.replace(NCHW, shape=(1, 8, 4000, 1000))
+        store = ZarrStore(spec, spill.new_folder(), (4000, 1000), CPU)
+        where = region(1000, 1001, 0, 1000)
+        store.write(where, random_tile(spec, where))
+        assert_same(store.read(region(990, 1000, 0, 1000)), torch.zeros(1, 8, 10, 1000))
+        file = spill.path / "map-000000" / "c.0.0.0.0"
+        assert file.stat().st_size > spec.nbytes
+        assert file.stat().st_blocks * 512 < 2**20
 
     def test_close_leaves_no_files(self, spill: SpillFolder) -> None:
         store = make_on_disk(spill, CPU, NCHW)
@@ -388,7 +390,7 @@ class TestZarrStore:
         ):
             make_on_disk(spill, CPU, dataclasses.replace(NCHW, dtype=torch.complex32))
 
-    def test_a_shortened_chunk_is_an_error(self, spill: SpillFolder) -> None:
+    def test_a_shortened_file_is_an_error(self, spill: SpillFolder) -> None:
         store, where = make_on_disk(spill, CPU, NCHW), region(0, 20, 0, 10)
         store.write(where, random_tile(NCHW, where))
         os.truncate(spill.path / "map-000000" / "c.0.0.0.0", 100)
@@ -407,7 +409,7 @@ class TestZarrStore:
         store.add(where, random_tile(NCHW, where))
         assert_same(store.read(where), random_tile(NCHW, where))
 
-    def test_reader_and_writer_may_share_chunks(self, spill: SpillFolder) -> None:
+    def test_reader_and_writer_may_share_strips(self, spill: SpillFolder) -> None:
         store, mine, other = make_on_disk(spill, CPU, NCHW), region(0, 61, 0, 23), region(0, 61, 23, 47)
         expected = random_tile(NCHW, mine)
         store.write(mine, expected)
@@ -424,30 +426,46 @@ class TestZarrStore:
         assert_same(store.read(other), random_tile(NCHW, other, 39))
 
 
-class TestChunks:
+class TestStrips:
     @pytest.mark.parametrize(
-        ("shape", "axes", "tile", "chunk"),
+        ("shape", "axes", "tile", "strip"),
         [
-            ((1, 64, 4000, 4000), (2, 3), (256, 256), (1, 64, 128, 32)),
-            ((1, 4000, 4000, 64), (1, 2), (256, 256), (1, 128, 32, 64)),
-            ((2, 16, 4000, 4000), (2, 3), (1024, 1024), (2, 16, 128, 64)),
-            ((4, 2048, 125, 125), (2, 3), (32, 32), (1, 1024, 16, 16)),
+            ((1, 64, 4000, 4000), (2, 3), (256, 256), (1, 64, 4000, 32)),
+            ((1, 4000, 4000, 64), (1, 2), (256, 256), (1, 4000, 32, 64)),
+            ((2, 16, 4000, 4000), (2, 3), (1024, 1024), (2, 16, 4000, 64)),
+            ((1, 64, 4000, 4000), (2, 3), (16, 4000), (1, 64, 4000, 4000)),
+            ((4, 2048, 125, 125), (2, 3), (16, 125), (4, 2048, 125, 32)),
             ((1, 3, 7, 5), (2, 3), (256, 256), (1, 3, 7, 5)),
         ],
     )
-    def test_chunks_suit_maps_and_tiles(
-        self, shape: tuple[int, ...], axes: tuple[int, int], tile: tuple[int, int], chunk: tuple[int, ...]
+    def test_strips_suit_maps_and_tiles(
+        self, shape: tuple[int, ...], axes: tuple[int, int], tile: tuple[int, int], strip: tuple[int, ...]
     ) -> None:
-        grid = ChunkGrid.suited(StoreSpec(shape, torch.float32, axes), tile)
-        assert grid.chunk == chunk
-        assert grid.nbytes <= 2**20
+        assert Strips.suited(StoreSpec(shape, torch.float32, axes), tile).shape == strip
 
-    @given(st.tuples(*[st.integers(1, 3000)] * 4), st.tuples(st.integers(1, 2000), st.integers(1, 2000)))
-    def test_chunks_are_never_large(self, shape: tuple[int, ...], tile: tuple[int, int]) -> None:
-        grid = ChunkGrid.suited(StoreSpec(shape, torch.float64, (2, 3)), tile)
-        # An axis cut into equal whole parts overshoots by less than one position per part.
-        assert grid.nbytes <= 2 * 2**20
-        assert all(1 <= part <= extent for part, extent in zip(grid.chunk, shape, strict=True))
+    @given(
+        shape=st.tuples(*[st.integers(1, 3000)] * 4),
+        tile=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+        data=st.data(),
+    )
+    def test_blocks_cover_a_region_once_and_are_small(
+        self, shape: tuple[int, ...], tile: tuple[int, int], data: st.DataObject
+    ) -> None:
+        strips = Strips.suited(StoreSpec(shape, torch.float64, (2, 3)), tile)
+        rows, cols = (Interval(start, start + 1) for start in (shape[2] - 1, shape[3] - 1))
+        inside = data.draw(regions_of(shape[2:]))
+        blocks = list(strips.blocks(inside))
+        assert sum(block.part.rows.size * block.part.cols.size for block in blocks) == (
+            inside.rows.size * inside.cols.size
+        )
+        assert all(inside.contains(block.part) and block.covered.contains(block.part) for block in blocks)
+        ends = sorted((block.offset, block.offset + strips.block_nbytes(block)) for block in blocks)
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends))
+        # One position of all channels is never divided.
+        largest = max(BLOCK_NBYTES, shape[0] * shape[1] * 8)
+        assert all(strips.block_nbytes(block) <= largest for block in blocks)
+        (last,) = strips.blocks(Region(rows, cols))
+        assert last.offset + strips.row_nbytes == strips.count * strips.nbytes
 
 
 class TestSpillFolder:

@@ -33,6 +33,8 @@ VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _LEAST = 1e-18
 """Of all rates and seconds; one over it is the most."""
+_METHOD = 2
+"""Counts up when what is timed changes: profiles that an earlier version kept are then measured again."""
 _REPEATS = 4
 _INTERPRETED = 20
 """What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
@@ -161,7 +163,7 @@ def _seconds(device: torch.device, action: Callable[[], object]) -> float:
 def hardware_key(device: torch.device) -> str:
     """What the rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, method {_METHOD}"
 
 
 @functools.cache

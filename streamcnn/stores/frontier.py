@@ -21,7 +21,7 @@ class Frontier:
         self._heights = np.zeros(size[1], np.int64)
 
     def split(self, region: Region) -> Iterator[tuple[Region, bool]]:
-        """``region`` in disjoint parts, each with whether it may hold something; then all of it does."""
+        """``region`` in disjoint parts, each with whether it may hold something."""
         rows, cols = region
         heights = self._heights[cols.start : cols.stop]
         edges = np.flatnonzero(np.diff(heights)) + 1
@@ -32,7 +32,6 @@ class Frontier:
                 yield Region(Interval(rows.start, seam), part), True
             if seam < rows.stop:
                 yield Region(Interval(seam, rows.stop), part), False
-        self.mark(region)
 
     def skipped(self, region: Region) -> Iterator[Region]:
         """What counts as written as soon as ``region`` does, although nothing was written there."""

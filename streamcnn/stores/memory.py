@@ -131,7 +131,9 @@ class MemoryStore(Store):
                 # Under the lock: who writes there on another thread does so later, or has claimed it.
                 for part in self._frontier.skipped(region):
                     self._view(whole, part).zero_()
-            return list(self._frontier.split(region))
+            parts = list(self._frontier.split(region))
+            self._frontier.mark(region)
+            return parts
 
     def _zero_unwritten(self, whole: Tensor, region: Region) -> None:
         for part, holds in self._claim(whole, region):

@@ -1,36 +1,33 @@
-"""A map on disk, as an uncompressed Zarr v3 array: the chunks' files, not how they are cut.
+"""A map on disk, as an uncompressed Zarr v3 array: its bytes, not how they are cut.
 
-Any Zarr library can open the folder; none is needed to write it. Chunk files are read and written
-here because rows of an uncompressed chunk can be had by themselves, and because the Zarr library's
-threads and whole-chunk buffers take 150 to 240 MB of a limited data segment and three to ten times
-as long. Float32 tiles of 64 x 256 x 256 with a halo of one, files in the page cache, two cores: 23
-to 80 ms to read one through the library, whatever the chunks, and 8 to 12 ms here; 29 to 74 ms to
-write one, and 7 ms here.
+Any Zarr library can open the folder; none is needed to write it. The array is one shard, so one file, whose
+chunks are the strips, all at the places that the index at its end names. The file is read and written here
+because rows of a strip can be had by themselves, and because the Zarr library's threads and whole-chunk
+buffers take 150 to 240 MB of a limited data segment and three to ten times as long.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop
 from streamcnn.stores.base import Store, StoreSpec
-from streamcnn.stores.chunks import ChunkGrid, ChunkPart
 from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.spill import remove_with
+from streamcnn.stores.strips import Block, Strips
 from streamcnn.stores.transfer import host_buffer, to_host
 from streamcnn.support.disk import writing
 
@@ -50,16 +47,12 @@ _STORED_AS = {
     torch.complex128: "complex128",
 }
 
-_Array = NDArray[Any]
-_Combine = Callable[[_Array, _Array, _Array], None]
-"""Brings a tile (second) into old values (first); the third is memory to use, laid out as the first."""
-
 
 class ZarrStore(Store):
-    """One map in a folder of chunk files, with at most one chunk of it in memory per call.
+    """One map in one sparse file, with about 1 MiB of it in memory per call beside the tile.
 
-    A chunk holds about 1 MiB: all channels (as far as they fit), an eighth of a tile's columns (16
-    to 64) and as many rows as fill it. A chunk without a file is zero.
+    A strip holds all rows and channels of all columns, if tiles are bands of full rows, or of an eighth of a
+    tile's columns (16 to 64). What was never written takes no room.
 
     Parameters
     ----------
@@ -78,17 +71,15 @@ class ZarrStore(Store):
     ValueError
         If Zarr cannot hold the element type.
     OSError
-        If the folder exists already. Reading and writing raise it too, when a file was tampered with.
+        If the folder exists already. Reading raises it too, when the file was tampered with.
     CannotWrite
         If the folder cannot be created, then and when writing if the disk is full; a region is then
         half written.
 
     Notes
     -----
-    Regions that do not overlap may share a chunk. Writers wait for each other. A reader may meet a
-    chunk that is being rewritten: the bytes of its own region are then rewritten with what they
-    were. Copies run on the calling thread alone: a thread that calls a parallel PyTorch operator
-    would start a thread pool of its own. Only a tile of another type is converted by PyTorch.
+    Regions that do not overlap may share a strip's rows. Writers wait for each other. A reader may meet
+    rows that are being rewritten: the bytes of its own region are then rewritten with what they were.
     """
 
     def __init__(
@@ -102,12 +93,10 @@ class ZarrStore(Store):
         if spec.dtype not in _STORED_AS:
             names = ", ".join(str(dtype) for dtype in _STORED_AS)
             raise ValueError(f"a map of {spec.dtype} cannot be kept on disk; possible are {names}")
-        self._grid = ChunkGrid.suited(spec, tile_hint)
-        self._row_nbytes = self._grid.row_nbytes
-        self._to_map_order = tuple(int(axis) for axis in np.argsort(self._grid.file_order))
-        self._chunk_prefix = str(folder / "c.")
+        self._strips = Strips.suited(spec, tile_hint)
+        self._file_order = self._strips.file_order
+        self._map_order = tuple(int(axis) for axis in np.argsort(self._file_order))
         self.compute_device = compute_device
-        self._present: set[tuple[int, ...]] = set()
         self._frontier = Frontier(spec.size)
         self._writing = Lock()
         self._folder = folder
@@ -117,115 +106,125 @@ class ZarrStore(Store):
         folder.mkdir()
         self._remove = remove_with(self, folder)
         with self._told():
-            (folder / "zarr.json").write_text(json.dumps(_metadata(self._grid), indent=2))
+            (folder / "zarr.json").write_text(json.dumps(_metadata(self._strips), indent=2))
+            self._file = os.open(folder / _file_name(spec), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self._close_file = finalize(self, os.close, self._file)
+            # Strips that are not written stay holes, which read as zero.
+            _write_fully(self._file, _index(self._strips), self._strips.count * self._strips.nbytes)
 
     def _read(self, region: Region) -> Tensor:
         # Pinned, a tile goes to the GPU while the next one is being read.
         tile = host_buffer(self.spec.tile_shape(region), self.spec.dtype, self.compute_device)
-        array = _as_numpy(tile)
         scratch = self._scratch(region)
-        for part in self._grid.parts(region):
-            if part.index in self._present:
-                with FileIO(self._path(part), "r") as file:
-                    array[part.in_tile] = self._load(file, part, scratch)[part.in_rows]
-            else:
-                array[part.in_tile] = 0
+        for block in self._strips.blocks(region):
+            self._load(block, scratch)
+            crop(tile, self.spec.axes, region, block.part).copy_(self._part(block, scratch))
         return tile.to(self.compute_device, non_blocking=True)
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
-        self._update(region, tile, _replace, keeps_old=False)
-        with self._writing:
-            self._frontier.mark(region)
+        self._update(region, to_host(tile, self.spec.dtype), adds=False)
+        self._mark(region)
 
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
-        combine = _add_bfloat16 if self.spec.dtype == torch.bfloat16 else _add
+        tile = to_host(tile, self.spec.dtype)
         with self._writing:
             parts = list(self._frontier.split(region))
         for part, holds in parts:
-            share = crop(tile, self.spec.axes, region, part)
-            self._update(part, share, combine if holds else _replace, keeps_old=holds)
+            self._update(part, crop(tile, self.spec.axes, region, part), adds=holds)
+        self._mark(region)
+
+    def _mark(self, region: Region) -> None:
+        with self._writing:
+            self._frontier.mark(region)
 
     def _free(self) -> None:
+        self._close_file()
         self._remove()
 
-    def _update(self, region: Region, tile: Tensor, combine: _Combine, *, keeps_old: bool) -> None:
-        """Let ``combine`` bring each chunk's part of ``tile`` into its rows on disk."""
-        array = _as_numpy(to_host(tile, self.spec.dtype))
-        scratch, spare = self._scratch(region), self._scratch(region)
+    def _update(self, region: Region, tile: Tensor, *, adds: bool) -> None:
+        """Write ``tile`` or add it to what is there; what was not written before is zero."""
+        scratch = self._scratch(region)
         with self._writing:
-            for part in self._grid.parts(region):
-                is_new = part.index not in self._present
-                with self._opened(part, is_new=is_new) as file:
-                    rows = self._rows(part, scratch)
-                    if is_new:
-                        self._make_sparse(file, part)
-                        rows[...] = 0
-                    elif keeps_old or not part.fills_rows:
-                        self._load(file, part, scratch)
-                    addend = self._rows(part, spare)[part.in_rows]
-                    combine(rows[part.in_rows], array[part.in_tile], addend)
-                    self._save(file, part, scratch)
+            for block in self._strips.blocks(region):
+                if adds or not block.is_whole:
+                    self._load(block, scratch)
+                target = self._part(block, scratch)
+                share = crop(tile, self.spec.axes, region, block.part)
+                target.add_(share) if adds else target.copy_(share)
+                self._save(block, scratch)
 
-    def _make_sparse(self, file: FileIO, part: ChunkPart) -> None:
-        """Give a new chunk its full length; rows not written stay holes, which read as zero."""
-        with self._told():
-            file.truncate(self._grid.nbytes)
-        self._present.add(part.index)
+    def _scratch(self, region: Region) -> Tensor:
+        """Memory for any block that ``region`` meets, from the allocator that keeps a pass's blocks."""
+        return torch.empty(self._strips.largest_block(region), dtype=torch.uint8)
 
-    def _opened(self, part: ChunkPart, *, is_new: bool) -> FileIO:
+    def _bytes_of(self, block: Block, scratch: Tensor) -> memoryview:
+        return scratch.numpy().data[: self._strips.block_nbytes(block)]
+
+    def _part(self, block: Block, scratch: Tensor) -> Tensor:
+        """What a region has of the block that the scratch memory holds, axes in the map's order."""
+        shape = self.spec.tile_shape(block.covered)
+        stored = scratch[: self._strips.block_nbytes(block)].view(self.spec.dtype)
+        rows = stored.view([shape[axis] for axis in self._file_order]).permute(self._map_order)
+        return crop(rows, self.spec.axes, block.covered, block.part)
+
+    def _load(self, block: Block, scratch: Tensor) -> None:
+        try:
+            _read_fully(self._file, self._bytes_of(block, scratch), block.offset)
+        except OSError as error:
+            error.filename = str(self._folder)
+            raise
+
+    def _save(self, block: Block, scratch: Tensor) -> None:
         with self._told():
-            return FileIO(self._path(part), "w+" if is_new else "r+")
+            _write_fully(self._file, self._bytes_of(block, scratch), block.offset)
 
     def _told(self) -> AbstractContextManager[None]:
         """Say of an error in writing which disk it was, and how large the whole map is."""
         return writing(self._folder, needed=self.spec.nbytes)
 
-    def _path(self, part: ChunkPart) -> str:
-        return self._chunk_prefix + ".".join(map(str, part.index))
 
-    def _scratch(self, region: Region) -> _Array:
-        """Bytes for the largest part of a chunk that ``region`` can meet."""
-        num_rows = min(region.rows.size, self._grid.chunk[self.spec.axes[0]])
-        return np.empty(num_rows * self._row_nbytes, np.uint8)
-
-    def _bytes_of(self, part: ChunkPart, scratch: _Array) -> _Array:
-        return scratch[: part.rows.size * self._row_nbytes]
-
-    def _rows(self, part: ChunkPart, scratch: _Array) -> _Array:
-        """The scratch memory as the part's rows of a chunk, axes in the map's order."""
-        extents = (part.rows.size, *(self._grid.chunk[axis] for axis in self._grid.file_order[1:]))
-        stored = self._bytes_of(part, scratch).view(_STORED_AS[self.spec.dtype]).reshape(extents)
-        return stored.transpose(self._to_map_order)
-
-    def _load(self, file: FileIO, part: ChunkPart, scratch: _Array) -> _Array:
-        file.seek(part.rows.start * self._row_nbytes)
-        _read_fully(file, self._bytes_of(part, scratch).data)
-        return self._rows(part, scratch)
-
-    def _save(self, file: FileIO, part: ChunkPart, scratch: _Array) -> None:
-        file.seek(part.rows.start * self._row_nbytes)
-        with self._told():
-            _write_fully(file, self._bytes_of(part, scratch).data)
+def _file_name(spec: StoreSpec) -> str:
+    """The shard's file: its place in a grid of one."""
+    return ".".join(("c", *("0" for _ in spec.shape)))
 
 
-def _metadata(grid: ChunkGrid) -> dict[str, Any]:
-    """The array's ``zarr.json``, as the Zarr v3 core specification has it."""
-    stored_as = _STORED_AS[grid.spec.dtype]
+def _metadata(strips: Strips) -> dict[str, Any]:
+    """The array's ``zarr.json``, as the Zarr v3 core specification and its sharding codec have it."""
+    spec = strips.spec
+    stored_as = _STORED_AS[spec.dtype]
+    shard = list(strips.shape)
+    shard[spec.axes[1]] *= strips.count
+    bytes_codec = {"name": "bytes", "configuration": {"endian": sys.byteorder}}
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": list(grid.spec.shape),
+        "shape": list(spec.shape),
         "data_type": stored_as,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(grid.chunk)}},
-        # One flat folder: a nested one would need a directory per row of chunks.
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": _fill_value(stored_as),
         "codecs": [
-            {"name": "transpose", "configuration": {"order": list(grid.file_order)}},
-            {"name": "bytes", "configuration": {"endian": sys.byteorder}},
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": list(strips.shape),
+                    "codecs": [
+                        {"name": "transpose", "configuration": {"order": list(strips.file_order)}},
+                        bytes_codec,
+                    ],
+                    "index_codecs": [bytes_codec],
+                    "index_location": "end",
+                },
+            }
         ],
-        "attributes": {"torch_dtype": str(grid.spec.dtype).removeprefix("torch.")},
+        "attributes": {"torch_dtype": str(spec.dtype).removeprefix("torch.")},
     }
+
+
+def _index(strips: Strips) -> memoryview:
+    """The shard's index: offset and bytes of each strip."""
+    offsets = np.arange(strips.count, dtype=np.uint64) * np.uint64(strips.nbytes)
+    return np.stack([offsets, np.full_like(offsets, strips.nbytes)], axis=1).data.cast("B")
 
 
 def _fill_value(stored_as: str) -> Any:
@@ -235,48 +234,15 @@ def _fill_value(stored_as: str) -> Any:
     return False if stored_as == "bool" else 0
 
 
-def _as_numpy(tensor: Tensor) -> _Array:
-    """The tensor's memory as an array; bfloat16 as its bit pattern."""
-    plain = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-    # Autograd may leave it to the reader to conjugate or negate.
-    array: _Array = plain.resolve_conj().resolve_neg().numpy()
-    return array
-
-
-def _replace(total: _Array, tile: _Array, spare: _Array) -> None:
-    np.copyto(total, tile)
-
-
-def _add(total: _Array, tile: _Array, spare: _Array) -> None:
-    # A sum of two arrays of one layout is one long loop; a copy is the cheaper way to change layout.
-    np.copyto(spare, tile)
-    total += spare
-
-
-def _add_bfloat16(total: _Array, tile: _Array, spare: _Array) -> None:
-    """Add bit patterns of bfloat16 as float32 and round to nearest, ties to even, as PyTorch does."""
-    np.copyto(spare, tile)
-    bits = (_widened(total) + _widened(spare)).view(np.uint32)
-    # A sum of two bfloat16 that is not a number has zeros in its lower half: it stays what it is.
-    bits += 0x7FFF + ((bits >> 16) & 1)
-    total[...] = bits >> 16
-
-
-def _widened(bits: _Array) -> NDArray[np.float32]:
-    """The float32 numbers whose upper halves are ``bits``."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _read_fully(file: FileIO, buffer: memoryview) -> None:
+def _read_fully(file: int, buffer: memoryview, offset: int) -> None:
     while buffer:
-        num_read = file.readinto(buffer)
+        num_read = os.preadv(file, [buffer], offset)
         if not num_read:
-            raise OSError(errno.EIO, f"chunk ends {len(buffer)} bytes early", str(file.name))
-        buffer = buffer[num_read:]
+            raise OSError(errno.EIO, f"the file ends {len(buffer)} bytes early")
+        buffer, offset = buffer[num_read:], offset + num_read
 
 
-def _write_fully(file: FileIO, buffer: memoryview) -> None:
+def _write_fully(file: int, buffer: memoryview, offset: int) -> None:
     while buffer:
-        num_written = file.write(buffer)
-        assert num_written is not None, "files block"
-        buffer = buffer[num_written:]
+        num_written = os.pwrite(file, buffer, offset)
+        buffer, offset = buffer[num_written:], offset + num_written
