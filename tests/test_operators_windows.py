@@ -10,6 +10,8 @@ from operator_cases import WIDTH, Applied, Function, assert_streams, by_name
 from torch import nn
 from torch.nn import functional as F
 
+from streamcnn.graph.ops.pooling import max_pool
+
 # --- windows ------------------------------------------------------------------------------------------
 
 
@@ -102,6 +104,25 @@ POOLS = {
 @by_name(POOLS)
 def test_pooling(case: nn.Module) -> None:
     assert_streams(nn.Sequential(case, nn.Conv2d(WIDTH, 2, 1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 65, 130), (3, 5, 17, 9), (2, 1, 8, 8), (1, 70, 1, 9)])
+@pytest.mark.parametrize("window", [((3, 3), (2, 2), (1, 1), (1, 1)), ((1, 2), (1, 1), (1, 2), (0, 1))])
+def test_max_pooling_is_atens_to_the_bit(shape: tuple[int, ...], window: tuple[tuple[int, int], ...]) -> None:
+    kernel, stride, dilation, padding = window
+    # Many equal values, whose first one has the gradient, and one that is no number.
+    x = (torch.rand(shape) - 0.5).clamp(min=0)
+    x[0, 0, 0, 0] = torch.nan
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = max_pool(ours, kernel, stride, dilation, padding)
+    expected = torch.max_pool2d(plain, kernel, stride, padding, dilation)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.is_contiguous()
+    gradient = torch.rand_like(expected).transpose(2, 3).contiguous().transpose(2, 3)
+    found.backward(gradient)
+    expected.backward(gradient)
+    assert ours.grad is not None and plain.grad is not None
+    assert torch.equal(ours.grad, plain.grad)
 
 
 def test_max_pooling_of_equal_values() -> None:

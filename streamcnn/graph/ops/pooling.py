@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
+from streamcnn.geometry.windows import layout
 from streamcnn.graph.costs import OPERANDS, Cost, Operation, declare, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
@@ -50,12 +52,49 @@ def max_pool(
     padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Max pooling of a window ``x`` (N, C, h, w) with minus infinity around it."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or layout(x) is torch.channels_last:
         return torch.max_pool2d(x, kernel, stride, padding, dilation)
-    # ATen's kernel for channels last is vectorised and ten times as fast, which pays for reordering
-    # there and back.
-    x = x.contiguous(memory_format=torch.channels_last)
-    return torch.max_pool2d(x, kernel, stride, padding, dilation).contiguous()
+    result: Tensor = _MaxPool.apply(x.contiguous(), kernel, stride, padding, dilation)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _MaxPool(torch.autograd.Function):
+    """Max pooling on a CPU by ATen's kernel for channels last, which is vectorised.
+
+    32 MiB with 64 channels on two cores: 35 ms by the kernel for contiguous operands, 2 ms by this one, 14 ms
+    with the reordering of operand and result. Backward there is no such difference, and a gradient in another
+    order than the values that it meets would cost more than all of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *window: tuple[int, int]) -> Tensor:
+        result, index = aten.max_pool2d_with_indices(_channels_last(x), *window)
+        ctx.window = window
+        ctx.save_for_backward(x, _channels_first(index))
+        return _channels_first(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, index = ctx.saved_tensors
+        gradient = aten.max_pool2d_with_indices_backward(grads[0].contiguous(), x, *ctx.window, False, index)
+        return gradient, None, None, None, None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A contiguous ``x`` (N, C, h, w) in that memory format."""
+    result = torch.empty_like(x, memory_format=torch.channels_last)
+    for to, each in zip(result, x, strict=True):
+        # ATen transposes matrices block by block, and any other operand element by element.
+        to.permute(1, 2, 0).flatten(0, 1).copy_(each.flatten(1).t())
+    return result
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """A contiguous copy of ``x`` (N, C, h, w), which is in channels last."""
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for to, each in zip(result, x, strict=True):
+        to.flatten(1).copy_(each.permute(1, 2, 0).flatten(0, 1).t())
+    return result
 
 
 def _places(operation: Operation) -> int:
