@@ -121,7 +121,8 @@ def test_max_pooling_is_atens_to_the_bit(shape: tuple[int, ...], window: tuple[t
     gradient = torch.rand_like(expected).transpose(2, 3).contiguous().transpose(2, 3)
     found.backward(gradient)
     expected.backward(gradient)
-    assert ours.grad is not None and plain.grad is not None
+    assert ours.grad is not None
+    assert plain.grad is not None
     assert torch.equal(ours.grad, plain.grad)
 
 
