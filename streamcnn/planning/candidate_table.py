@@ -23,6 +23,7 @@ from streamcnn.planning.staging import Stage, Staging
 Floats = NDArray[np.float64]
 
 _TIERS = {tier: place for place, tier in enumerate(Tier)}
+"""Place of each tier in arrays of rates."""
 _FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
 """How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
 _NEVER = 2**62

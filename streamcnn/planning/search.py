@@ -160,8 +160,8 @@ class Search:
         if not found.fits:
             return found
         thorough = len(found.base.stored) <= THOROUGH
+        # From which solution each move was looked at last: nothing new is to be found from there.
         looked: dict[tuple[str, ...], Solution] = {}
-        """From which solution each move was looked at last: there is nothing new to find from there."""
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
             names = sorted(
@@ -182,6 +182,7 @@ class Search:
             policies = dict(zip(names, chosen, strict=True))
             changed = found.policies.changed(policies)
             if changed == found.policies and not thorough:
+                # That is ``found`` itself.
                 continue
             if all(self._is_possible(found, n, policy, thorough) for n, policy in policies.items()):
                 for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
@@ -309,9 +310,10 @@ class Search:
         return self._tables[staging]
 
     def _row(self, stage: Stage) -> StageRow:
-        if stage not in self._rows:
-            self._rows[stage] = StageRow.of(self.tilings, stage)
-        return self._rows[stage]
+        row = self._rows.get(stage)
+        if row is None:
+            row = self._rows[stage] = StageRow.of(self.tilings, stage)
+        return row
 
     def _tiers(self, staging: Staging, offloaded: frozenset[str]) -> dict[str, Tier]:
         """Where each stored map lives: offloaded ones in the first tier that has room, else in the last."""
