@@ -67,7 +67,7 @@ def test_the_time_of_a_stage() -> None:
     program = program_of_net()
     stage = divide(program).stages[0]
     works = all_works(program)
-    tiled = tile_stage(Outline.of(program, stage), (2, 3))
+    (tiled,) = tile_stage(Outline.of(program, stage), (2, 3))
     assert stage.nodes == ("conv2d",)
     once = (
         2 * (3 * 8 * 9) * 2 * PIXELS / HARDWARE.dense_flops + works["conv2d"].nbytes / HARDWARE.memory_bytes
@@ -88,7 +88,7 @@ def test_what_is_moved_to_and_from_stores() -> None:
     # Written once; in the backward pass its gradient is read, and its values for the statistics.
     assert output_traffic(program, first, backward=True) == {"conv2d": Traffic(2 * nbytes, nbytes)}
     assert output_traffic(program, first, backward=False) == {"conv2d": Traffic(0, nbytes)}
-    tiled = tile_stage(Outline.of(program, second), (2, 3))
+    (tiled,) = tile_stage(Outline.of(program, second), (2, 3))
     moved = input_traffic(tiled, backward=True)["conv2d"]
     # Read forward and backward; the gradient is added: read and written.
     assert moved == Traffic(3 * moved.written, moved.written)

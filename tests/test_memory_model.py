@@ -37,7 +37,11 @@ def make_net() -> nn.Sequential:
 def tiled_stages(parts: tuple[int, int]) -> tuple[Program, Staging, list[TiledStage]]:
     program = traced(make_net(), SHAPE)[0]
     staging = divide(program)
-    return program, staging, [tile_stage(Outline.of(program, stage), parts) for stage in staging.stages]
+    return (
+        program,
+        staging,
+        [tiled for stage in staging.stages for tiled in tile_stage(Outline.of(program, stage), parts)],
+    )
 
 
 def terms_of(step: object) -> dict[str, int]:
@@ -105,7 +109,8 @@ class ChannelsMixed(nn.Module):
 def test_matrix_products_take_buffers_on_every_thread() -> None:
     program = traced(ChannelsMixed(), SHAPE)[0]
     (stage,) = divide(program).stages
-    forward, backward = steps(tile_stage(Outline.of(program, stage), (2, 3)), BACKEND, backward=True)
+    (tiled,) = tile_stage(Outline.of(program, stage), (2, 3))
+    forward, backward = steps(tiled, BACKEND, backward=True)
     assert backward is not None
     assert terms_of(forward)["buffers of matrix products"] == 2 * BACKEND.matrix_bytes
     # The gradients are products too, and find buffers there.

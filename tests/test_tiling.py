@@ -22,7 +22,7 @@ tiles = st.tuples(st.integers(1, 40), st.integers(1, 40))
 def phases(program: Program, tile: tuple[int, int]) -> list[tuple[Stage, Phase]]:
     """Every stage and its phase."""
     outlines = [Outline.of(program, stage) for stage in divide(program).stages]
-    tiled = [tile_stage(outline, grid(outline, tile)) for outline in outlines]
+    tiled = [each for outline in outlines for each in tile_stage(outline, grid(outline, tile))]
     return [(each.stage, each.phase(differentiated=False)) for each in tiled]
 
 

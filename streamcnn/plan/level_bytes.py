@@ -25,6 +25,8 @@ class LevelBytes:
     @classmethod
     def of(cls, num_levels: int, *terms: tuple[str, Ints]) -> Self:
         """The terms with their sum."""
+        if len(terms) == 1:
+            return cls(terms, terms[0][1])
         return cls(terms, sum((nbytes for _, nbytes in terms), np.zeros(num_levels, np.int64)))
 
     def __add__(self, other: LevelBytes) -> LevelBytes:

@@ -3,46 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from streamcnn.plan.level_bytes import HeldBytes, LevelBytes
+from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.storage import StorePlan, Tier
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lives:
+    """How large stored maps are, and how long they are needed; arrays have one entry for each map."""
+
+    nbytes: Ints
+    made: Ints
+    """Level of its phase."""
+    last_reader: Ints
+    """Level of its last reader in the forward pass."""
+    kept: Flags
+    """Whether the backward pass needs it and it stays until then."""
+    rematerialised: Ints
+    """Level before whose backward phase it is computed again, if it is dropped in between; else 0."""
+
+    def held(self, num_levels: int, values: Flags, gradients: Flags) -> HeldBytes:
+        """What is held while the phases of each level run.
+
+        A map lives from its phase to its last reader, or as long as the backward pass needs it; one that is
+        dropped in between lives again from where it is rematerialised to its own backward phase. Its gradient
+        map lives from the backward phase of its last reader to its own.
+
+        Parameters
+        ----------
+        values, gradients
+            Which maps, and which maps' gradient maps, are counted.
+        """
+        read, again = self.last_reader + 1, self.rematerialised > 0
+        backward_end = np.where(again, self.rematerialised + 1, self.made)
+
+        def lasting(end: Ints, counted: Flags) -> Ints:
+            """By level: bytes of what lives from its own level on, up to the one before ``end``."""
+            nbytes, changes = self.nbytes * counted, np.zeros(num_levels + 1, np.int64)
+            np.add.at(changes, self.made, nbytes)
+            np.subtract.at(changes, end, nbytes)
+            return changes[:-1].cumsum()
+
+        stored = lasting(np.where(self.kept, num_levels, read), values)
+        kept = lasting(np.where(self.kept, num_levels, backward_end), values)
+        flow = LevelBytes.of(num_levels, ("gradient maps", lasting(read, gradients & (self.kept | again))))
+        forward = LevelBytes.of(num_levels, ("stored maps", stored))
+        backward = LevelBytes.of(num_levels, ("stored maps", kept))
+        return HeldBytes(forward, tail=forward + flow, backward=backward + flow)
 
 
 class StoredBytes:
-    """What is held in ``tier`` while the phases of each level run.
-
-    A map lives from its phase to its last reader, or as long as the backward pass needs it; one that is
-    dropped in between lives again from where it is rematerialised to its own backward phase. Its gradient map
-    lives from the backward phase of its last reader to its own.
-    """
+    """What is held in ``tier`` while the phases of each level run."""
 
     def __init__(
         self, stores: Mapping[str, StorePlan], levels: Mapping[str, int], tier: Tier = Tier.MEMORY
     ) -> None:
-        num_levels = max(levels.values(), default=0) + 1
-        stored, kept, gradients = np.zeros((3, num_levels), np.int64)
-        for name, store in stores.items():
-            made, last = levels[name], store.last_reader
-            if store.tier is tier:
-                stored[made : num_levels if store.kept else last + 1] += store.nbytes
-                kept[made : _backward_end(store, num_levels)] += store.nbytes
-            if store.gradient_tier is tier and (store.kept or store.rematerialised is not None):
-                gradients[made : last + 1] += store.nbytes
-        of_gradients = LevelBytes.of(num_levels, ("gradient maps", gradients))
-        forward = LevelBytes.of(num_levels, ("stored maps", stored))
-        backward = LevelBytes.of(num_levels, ("stored maps", kept))
-        self.held = HeldBytes(forward, tail=forward + of_gradients, backward=backward + of_gradients)
+        each = stores.values()
+        lives = Lives(
+            nbytes=np.array([store.nbytes for store in each], np.int64),
+            made=np.array([levels[name] for name in stores], np.int64),
+            last_reader=np.array([store.last_reader for store in each], np.int64),
+            kept=np.array([store.kept for store in each], np.bool_),
+            rematerialised=np.array([store.rematerialised or 0 for store in each], np.int64),
+        )
+        self.held = lives.held(
+            max(levels.values(), default=0) + 1,
+            np.array([store.tier is tier for store in each], np.bool_),
+            np.array([store.gradient_tier is tier for store in each], np.bool_),
+        )
 
     @property
     def most(self) -> int:
         """The most that is held at any moment."""
         return max(int(self.held.forward.total.max()), int(self.held.backward.total.max()))
-
-
-def _backward_end(store: StorePlan, num_levels: int) -> int:
-    """The first level in whose backward phase a map is not there, of those from its own level on."""
-    if store.kept:
-        return num_levels
-    return 0 if store.rematerialised is None else store.rematerialised + 1

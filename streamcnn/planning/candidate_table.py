@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcnn.graph.program import Kind, Program
+from streamcnn.graph.program import Node
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.level_bytes import HeldBytes, Ints
 from streamcnn.plan.storage import StorePlan, Tier
-from streamcnn.plan.stored_bytes import StoredBytes
+from streamcnn.plan.stored_bytes import Flags, Lives
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import Traffic, output_traffic
 from streamcnn.planning.global_bytes import GlobalBytes
@@ -22,6 +22,8 @@ from streamcnn.planning.staging import Stage, Staging
 
 Floats = NDArray[np.float64]
 
+_TIERS = {tier: place for place, tier in enumerate(Tier)}
+"""Place of each tier in arrays of rates."""
 _FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
 """How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
 _NEVER = 2**62
@@ -95,20 +97,18 @@ class CandidateScores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageRow:
-    """The candidates of one stage as arrays of one entry for each."""
+    """The candidates of one stage as arrays."""
 
     tilings: tuple[TilingCandidate, ...]
-    forward: Ints
-    """Bytes of a step in the forward pass; 0 if there is none. Likewise the next."""
-    backward: Ints
-    reusable: Ints
-    num_kernels: Ints
-    seconds: Mapping[bool, Floats]
-    """By whether freed blocks are kept for reuse."""
+    numbers: Ints
+    """(4, candidates): what :class:`CandidateScores` has as ``forward``, ``backward``, ``reusable`` and
+    ``num_kernels``."""
+    seconds: Floats
+    """(2, candidates): where freed blocks are given back, and where they are kept for reuse."""
     inputs: tuple[str, ...]
-    """Stored inputs; what follows are arrays (inputs, candidates)."""
-    read: Ints
-    written: Ints
+    """Stored inputs."""
+    moved: Ints
+    """(2, inputs x candidates): bytes read and written of each stored input."""
     outputs: Mapping[str, Traffic]
     is_differentiated: bool
 
@@ -117,27 +117,24 @@ class StageRow:
         """The row of a stage."""
         found = tilings.of(stage)
         inputs = tuple(found[0].moved)
-        moved = [[tiling.moved[name] for tiling in found] for name in inputs]
-        shape = (len(inputs), len(found))
+        moved = [tiling.moved[name] for name in inputs for tiling in found]
         times = [tiling.time for tiling in found]
         backward = is_differentiated(stage, tilings.differentiated)
         steps = [(tiling.forward, tiling.backward) for tiling in found]
         if stage.rematerialises:
             steps = [(0, forward) for forward, _ in steps]
-        forward_bytes, backward_bytes = np.array(steps, np.int64).T
         return cls(
             tilings=found,
-            forward=forward_bytes,
-            backward=backward_bytes,
-            reusable=np.array([tiling.reusable for tiling in found], np.int64),
-            num_kernels=np.array([tiling.tiled.num_kernels for tiling in found], np.int64),
-            seconds={
-                True: np.array([time.seconds for time in times]),
-                False: np.array([time.seconds + time.fresh_seconds for time in times]),
-            },
+            numbers=np.array(
+                [
+                    (*step, tiling.reusable, tiling.tiled.num_kernels)
+                    for step, tiling in zip(steps, found, strict=True)
+                ],
+                np.int64,
+            ).T,
+            seconds=np.array([(time.seconds + time.fresh_seconds, time.seconds) for time in times]).T,
             inputs=inputs,
-            read=np.array([[each.read for each in row] for row in moved], np.int64).reshape(shape),
-            written=np.array([[each.written for each in row] for row in moved], np.int64).reshape(shape),
+            moved=np.array([(each.read, each.written) for each in moved], np.int64).reshape(-1, 2).T,
             outputs=output_traffic(tilings.program, stage, backward=backward),
             is_differentiated=backward,
         )
@@ -159,61 +156,81 @@ class CandidateTable:
     backward: Ints
     reusable: Ints
     num_kernels: Ints
-    seconds: Mapping[bool, Floats]
-    inputs: tuple[str, ...]
-    """Which map is read, by row of the arrays (inputs, candidates) that follow."""
+    seconds: Floats
+    """(2, stages, candidates): where freed blocks are given back, and where they are kept for reuse."""
+    inputs: Ints
+    """Which map is read, as its place in ``maps``, by row of the arrays (inputs, candidates) that follow."""
     reader: Ints
     """Which stage reads it."""
     read: Ints
     written: Ints
-    limits: tuple[int, ...]
-    """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
-    lives: Mapping[str, Life]
+    maps: tuple[str, ...]
+    """Stored maps."""
+    lives: Lives
     """Of each stored map."""
+    outputs: Ints
+    """Which map is stored, by stage; the next are bytes (outputs, 2), read and written."""
+    output_bytes: Ints
 
     @classmethod
-    def of(cls, program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> CandidateTable:
-        """The table of a staging with the rows of its stages."""
-        width = max((len(row.tilings) for row in rows), default=1)
-        reusable = _padded([row.reusable for row in rows], width, 0)
-        stages, again = staging.stages, staging.rematerialised
+    def of(cls, staging: Staging, rows: tuple[StageRow, ...], gathers: Collection[Node]) -> CandidateTable:
+        """The table of a staging with the rows of its stages; ``gathers`` take maps whole."""
+        again = staging.rematerialised
+        levels = [stage.level for stage in (*staging.stages, *(each.stage for each in again))]
+        maps = tuple(name for stage in staging.stages for name in stage.stored)
+        places = {name: place for place, name in enumerate(maps)}
+        lengths = np.array([len(row.tilings) for row in rows], np.int64)
+        is_filled = np.arange(lengths.max(initial=1)) < lengths[:, None]
+        reader = np.repeat(np.arange(len(rows)), [len(row.inputs) for row in rows])
+        forward, backward, reusable, num_kernels = _padded(
+            [row.numbers for row in rows], is_filled, (_NEVER, 0, 0, 0)
+        )
+        read, written = _padded([row.moved for row in rows], is_filled[reader], (0, 0))
+        outputs = [each for row in rows for each in row.outputs.values()]
         return cls(
             staging=staging,
             rows=rows,
-            levels=np.array([stage.level for stage in (*stages, *(each.stage for each in again))], np.int64),
+            levels=np.array(levels, np.int64),
             peak_levels=np.array(
-                [*(stage.level for stage in stages), *(each.before for each in again)], np.int64
+                [*levels[: len(staging.stages)], *(each.before for each in again)], np.int64
             ),
-            forward=_padded([row.forward for row in rows], width, _NEVER),
-            backward=_padded([row.backward for row in rows], width, 0),
+            forward=forward,
+            backward=backward,
             reusable=reusable,
-            num_kernels=_padded([row.num_kernels for row in rows], width, 0),
-            limits=_spread(np.unique(reusable), len(rows)),
-            seconds={
-                reuse: _padded([row.seconds[reuse] for row in rows], width, np.inf) for reuse in (False, True)
-            },
-            inputs=tuple(name for row in rows for name in row.inputs),
-            reader=np.repeat(np.arange(len(rows)), [len(row.inputs) for row in rows]),
-            read=_padded([each for row in rows for each in row.read], width, 0),
-            written=_padded([each for row in rows for each in row.written], width, 0),
-            lives=_lives(program, staging, rows),
+            num_kernels=num_kernels,
+            seconds=_padded([row.seconds for row in rows], is_filled, (np.inf, np.inf)),
+            inputs=np.array([places[name] for row in rows for name in row.inputs], np.int64),
+            reader=reader,
+            read=read,
+            written=written,
+            maps=maps,
+            lives=_lives(staging, rows, maps, gathers),
+            outputs=np.array([places[name] for row in rows for name in row.outputs], np.int64),
+            output_bytes=np.array([(each.read, each.written) for each in outputs]).reshape(-1, 2),
         )
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
+        return _spread(np.unique(self.reusable), len(self.rows))
 
     def stores(self, tiers: Mapping[str, Tier]) -> dict[str, StorePlan]:
         """The plan of each stored map, given where it lives; tiles' extents are left at nothing."""
+        lives = self.lives
+        arrays = (lives.nbytes, lives.kept, lives.last_reader, lives.rematerialised)
         return {
             name: StorePlan(
                 tier=tiers[name],
                 gradient_tier=tiers[name],
-                nbytes=moved.written,
-                kept=life.is_needed and life.rematerialised is None,
-                last_reader=life.last_reader,
-                rematerialised=life.rematerialised,
+                nbytes=nbytes,
+                kept=kept,
+                last_reader=last_reader,
+                rematerialised=rematerialised or None,
                 tile=(0, 0),
             )
-            for row in self.rows[: len(self.staging.stages)]
-            for name, moved in row.outputs.items()
-            for life in [self.lives[name]]
+            for name, nbytes, kept, last_reader, rematerialised in zip(
+                self.maps, *(each.tolist() for each in arrays), strict=True
+            )
         }
 
     def moved(self) -> dict[str, Traffic]:
@@ -226,40 +243,42 @@ class CandidateTable:
 
     def score(
         self,
-        stores: Mapping[str, StorePlan],
+        tiers: Mapping[str, Tier],
         global_bytes: GlobalBytes,
         hardware: HardwareProfile,
         *,
         reuses_blocks: bool,
     ) -> CandidateScores:
-        """Bytes and seconds of every candidate with maps stored as in ``stores``."""
-        stored = StoredBytes(stores, self.staging.levels)
-        outputs = (
-            moved.seconds(hardware, stores[name].tier)
-            for row in self.rows
-            for name, moved in row.outputs.items()
-        )
+        """Bytes and seconds of every candidate, given where each map lives."""
+        places = np.array([_TIERS[tiers[name]] for name in self.maps], np.int64)
+        rates = np.array([(hardware.read_bytes[tier], hardware.write_bytes[tier]) for tier in _TIERS])[places]
+        in_memory = places == _TIERS[Tier.MEMORY]
+        stored = self.lives.held(len(global_bytes.num_kernels), in_memory, in_memory)
         return CandidateScores(
             forward=self.forward,
             backward=self.backward,
             num_kernels=self.num_kernels,
             reusable=self.reusable,
-            seconds=self.seconds[reuses_blocks] + self._input_seconds(stores, hardware),
-            outputs=sum(outputs),
+            seconds=self.seconds[int(reuses_blocks)] + self._input_seconds(1 / rates),
+            outputs=sum((self.output_bytes / rates[self.outputs]).sum(axis=1).tolist()),
             levels=self.levels,
             peak_levels=self.peak_levels,
             global_bytes=global_bytes,
-            held=global_bytes.held + stored.held,
+            held=global_bytes.held + stored,
             reuses_blocks=reuses_blocks,
         )
 
-    def _input_seconds(self, stores: Mapping[str, StorePlan], hardware: HardwareProfile) -> Floats:
-        """(stages, candidates): projected time spent on the inputs' stores."""
-        tiers = [stores[name].tier for name in self.inputs]
-        slowness = np.array([(1 / hardware.read_bytes[h], 1 / hardware.write_bytes[h]) for h in tiers])
-        slowness = slowness.reshape(-1, 2)
-        summed = np.zeros_like(self.seconds[True])
-        np.add.at(summed, self.reader, self.read * slowness[:, :1] + self.written * slowness[:, 1:])
+    def _input_seconds(self, slowness: Floats) -> Floats:
+        """(stages, candidates): projected time spent on the inputs' stores.
+
+        Parameters
+        ----------
+        slowness
+            (maps, 2): seconds for a byte read and for one written.
+        """
+        reading, writing = slowness[self.inputs, :, None].swapaxes(0, 1)
+        summed: Floats = np.zeros_like(self.seconds[0])
+        np.add.at(summed, self.reader, self.read * reading + self.written * writing)
         return summed
 
 
@@ -270,36 +289,44 @@ def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
     return tuple(values[places].tolist()) or (0,)
 
 
-@dataclass(frozen=True, slots=True)
-class Life:
-    """How long a stored map is needed."""
-
-    last_reader: int
-    """Level of its last reader in the forward pass."""
-    is_needed: bool
-    """Whether the backward pass needs it."""
-    rematerialised: int | None
-    """Level before whose backward phase it is computed again, if it is dropped in between."""
-
-
-def _lives(program: Program, staging: Staging, rows: tuple[StageRow, ...]) -> dict[str, Life]:
-    last = {name: staging.levels[name] for name in staging.stored}
-    kept: set[str] = set()
+def _lives(
+    staging: Staging, rows: Sequence[StageRow], maps: Sequence[str], gathers: Collection[Node]
+) -> Lives:
+    made = {name: stage.level for stage in staging.stages for name in stage.stored}
+    nbytes, last, needed = dict[str, int](), dict(made), set[str]()
+    # Levels of stages ascend, and stages that rematerialise maps come after these.
     for stage, row in zip(staging.stages, rows, strict=False):
-        for name in row.inputs:
-            last[name] = max(last[name], stage.level)
+        nbytes.update((name, traffic.written) for name, traffic in row.outputs.items())
+        last.update(dict.fromkeys(row.inputs, stage.level))
         if row.is_differentiated:
-            kept.update(row.inputs, stage.stored)
-    for node in program.nodes.values():
-        if node.kind is Kind.GATHER and node.operands[0] in last:
+            needed.update(row.inputs, stage.stored)
+    for node in gathers:
+        if node.operands[0] in last:
             last[node.operands[0]] = max(last[node.operands[0]], staging.levels[node.name])
     again = {name: each.before for each in staging.rematerialised for name in each.stage.stored}
-    return {name: Life(last[name], name in kept, again.get(name)) for name in last}
+    return Lives(
+        nbytes=np.array([nbytes[name] for name in maps], np.int64),
+        made=np.array([made[name] for name in maps], np.int64),
+        last_reader=np.array([last[name] for name in maps], np.int64),
+        kept=np.array([name in needed and name not in again for name in maps], np.bool_),
+        rematerialised=np.array([again.get(name, 0) for name in maps], np.int64),
+    )
 
 
-def _padded(rows: list[NDArray[Any]], width: int, value: float) -> NDArray[Any]:
-    """Arrays of different lengths as the rows of one, filled up with ``value``."""
-    padded = np.full((len(rows), width), value, np.float64 if value == np.inf else np.int64)
-    for row, each in zip(padded, rows, strict=True):
-        row[: len(each)] = each
+def _padded(blocks: Sequence[NDArray[Any]], is_filled: Flags, fills: Sequence[float]) -> NDArray[Any]:
+    """Blocks (fields, values), one after the other, as an array (fields, rows, columns).
+
+    Parameters
+    ----------
+    is_filled
+        (rows, columns): where the values go, row by row.
+    fills
+        What there is elsewhere, for each field.
+    """
+    kind = np.result_type(*fills)
+    padded = np.empty((len(fills), *is_filled.shape), kind)
+    joined = np.concatenate((np.empty((len(fills), 0), kind), *blocks), axis=1)
+    for each, values, fill in zip(padded, joined, fills, strict=True):
+        each.fill(fill)
+        each[is_filled] = values
     return padded

@@ -86,8 +86,8 @@ class TilingCandidates:
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
         # Smaller tiles take no less of that.
         fine = FINE_BYTES + total_bytes(overhead_terms(outline, self.backend, backward=self._visits(outline)))
-        for parts in dict.fromkeys(self._grids(outline)):
-            tiling = self._tiling(outline, parts)
+        for tiled in tile_stage(outline, *dict.fromkeys(self._grids(outline))):
+            tiling = self._tiling(tiled)
             yield tiling
             if tiling.nbytes <= fine:
                 return
@@ -125,9 +125,8 @@ class TilingCandidates:
             if edge < max(height, width):
                 yield min(edge, height), min(edge, width)
 
-    def _tiling(self, outline: Outline, parts: TileCounts) -> TilingCandidate:
-        tiled = tile_stage(outline, parts)
-        backward = self._visits(outline)
+    def _tiling(self, tiled: TiledStage) -> TilingCandidate:
+        backward = self._visits(tiled.outline)
         forward, after = steps(tiled, self.backend, self.reading, backward=backward)
         return TilingCandidate(
             tiled,

@@ -7,13 +7,14 @@ projection is that of its worst moment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
-from streamcnn.graph.costs import CallBytes, cost_of
+from streamcnn.graph.costs import CallBytes
 from streamcnn.graph.program import Kind
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.plan import PassPart
@@ -183,18 +184,15 @@ def _forward_step(tile: _LargestTile) -> Step:
     """One tile without autograd: values live from their operator to their last use."""
     tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
     most = _PeakTracker()
-    alive: dict[str, int] = {}
-    beside_reading = 0
+    live = beside_reading = 0
     for name in tiled.stage.nodes:
         if tile.reads_image(name):
-            beside_reading = max(beside_reading, sum(alive.values()))
-        alive[name] = tile.made(name)
-        live = sum(alive.values())
-        most.offer(name, live + tile.padded(name), tile.workspace(name))
+            beside_reading = max(beside_reading, live)
+        live += tile.made(name)
+        most.offer(name, live + tile.padded(name), tile.workspaces[name])
         if name in owned:
             most.offer(name, live, REDUCTION_COPIES * tile.own(name))
-        for dead in tiled.outline.releases.get(name, ()):
-            del alive[dead]
+        live -= sum(tile.made(dead) for dead in tiled.outline.releases.get(name, ()))
     regions = MemoryTerm("input regions", tile.reads())
     terms = (
         regions,
@@ -207,18 +205,16 @@ def _forward_step(tile: _LargestTile) -> Step:
 
 def _backward_step(tile: _LargestTile) -> Step:
     """One tile with autograd: values are kept, gradients flow back operator by operator."""
-    tiled, nodes = tile.tiled, tile.program.nodes
+    tiled = tile.tiled
     skipped = frozenset(tiled.outline.skipped)
     most = _PeakTracker()
     values = 0
     for name in tiled.stage.nodes:
         values += tile.padded(name) + (0 if name in skipped else tile.made(name))
-        most.offer(name, tile.nbytes(name) + tile.operands(name), tile.workspace(name))
+        most.offer(name, tile.nbytes[name] + tile.operands[name], tile.workspaces[name])
     own = [tile.own(name) for name in tiled.outline.owned]
     # What arrives at the tile is worked out before anything flows back.
     most.offer(most.operator, 0, REDUCTION_COPIES * max(own, default=0))
-    parameters = {n for name in tiled.stage.nodes for n in nodes[name].operands}
-    weights = sum(nodes[n].nbytes for n in parameters if nodes[n].kind is Kind.STATE)
     before = (
         MemoryTerm("input regions and their gradients", 2 * tile.reads()),
         MemoryTerm("autograd graph of a tile", values),
@@ -229,7 +225,7 @@ def _backward_step(tile: _LargestTile) -> Step:
         MemoryTerm("gradients of activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
         # The tile's own, and its copies in the layouts that convolutions work in.
-        MemoryTerm("a tile's parameter gradients", 3 * weights),
+        MemoryTerm("a tile's parameter gradients", 3 * tiled.outline.parameter_bytes),
     )
     return tile.or_reading(tile.step(terms, most.operator, backward=True), before, backward=True)
 
@@ -256,50 +252,41 @@ class _LargestTile:
         self.reading = reading
         self.program = tiled.program
         self.tiled = tiled
-        self.known: dict[str, int] = {}
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of what a tile needs of a map."""
-        if name not in self.known:
-            self.known[name] = self._area(name, self.tiled.largest(name))
-        return self.known[name]
+        outline, rows, cols = tiled.outline, tiled.rows.largest, tiled.cols.largest
+        self.nbytes = {name: each * rows[name] * cols[name] for name, each in outline.position_bytes.items()}
+        """Bytes of what a tile needs of each map."""
+        self.operands = {
+            name: sum([self.nbytes[operand] for operand in operands])
+            for name, operands in outline.map_operands.items()
+        }
+        """Bytes of the map operands of each operator."""
+        self.workspaces = {
+            name: backend.workspace(
+                cost, CallBytes(self.operands[name], self.nbytes[name], outline.weights[name])
+            )
+            for name, cost in outline.costs.items()
+        }
+        """Bytes that each operator takes besides operands, parameters and result."""
 
     def made(self, name: str) -> int:
         """Bytes that an operator's value adds: none if it overwrites its operand."""
-        return 0 if name in self.tiled.in_place else self.nbytes(name)
+        return 0 if name in self.tiled.in_place else self.nbytes[name]
 
     def own(self, name: str) -> int:
         """Bytes of a tile's own part of an output."""
-        return self._area(name, self.tiled.largest_own(name))
-
-    def _area(self, name: str, extents: tuple[int, int]) -> int:
-        node = self.program.nodes[name]
-        return node.nbytes // (node.size[0] * node.size[1]) * extents[0] * extents[1]
-
-    def operands(self, name: str) -> int:
-        """Bytes of the map operands of an operator."""
-        local = self.program.nodes[name].local
-        assert local is not None
-        return sum(self.nbytes(operand) for operand in local.accesses)
+        return self.tiled.outline.position_bytes[name] * math.prod(self.tiled.largest_own(name))
 
     def padded(self, name: str) -> int:
         """Bytes of the padded copies that an operator reads at the border of the map."""
         local = self.program.nodes[name].local
         assert local is not None
-        return 0 if local.pointwise or local.fill is None else self.operands(name)
-
-    def workspace(self, name: str) -> int:
-        """Bytes that an operator takes besides operands, parameters and result."""
-        node, nodes = self.program.nodes[name], self.program.nodes
-        weights = sum(nodes[n].nbytes for n in node.operands if not nodes[n].is_map)
-        nbytes = CallBytes(self.operands(name), self.nbytes(name), weights)
-        return self.backend.workspace(cost_of(node.target), nbytes)
+        return 0 if local.pointwise or local.fill is None else self.operands[name]
 
     def reads(self) -> int:
         """Bytes of the input regions: stored ones are read or made contiguous, others converted too."""
         nodes = self.program.nodes
         return sum(
-            self.nbytes(name) * (1 if nodes[name].kind is Kind.LOCAL else 2)
+            self.nbytes[name] * (1 if nodes[name].kind is Kind.LOCAL else 2)
             for name in self.tiled.stage.inputs
         )
 
@@ -332,6 +319,6 @@ class _LargestTile:
 
     def _reusable_share(self) -> float:
         """The share of the tile's bytes that is in blocks which may be kept when they are freed."""
-        sizes = [self.nbytes(name) for name in (*self.tiled.stage.nodes, *self.tiled.stage.inputs)]
-        total = sum(sizes)
-        return sum(size for size in sizes if size < self.backend.reusable_bytes) / total if total else 0.0
+        sizes = self.nbytes.values()
+        total, largest = sum(sizes), self.backend.reusable_bytes
+        return sum([size for size in sizes if size < largest]) / total if total else 0.0

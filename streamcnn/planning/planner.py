@@ -247,8 +247,9 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
 
 def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
     """The solution's stores with the extents of the tiles that write them."""
+    stores = solution.stores
     return {
-        name: replace(solution.stores[name], tile=tiled.largest_own(name))
+        name: replace(stores[name], tile=tiled.largest_own(name))
         for tiled in solution.tiled
         for name in tiled.stage.stored
     }

@@ -18,6 +18,7 @@ from itertools import combinations, product
 
 import numpy as np
 
+from streamcnn.graph.program import Kind
 from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
@@ -85,8 +86,10 @@ class Solution:
     """The staging before maps were taken out of it."""
     policies: Policies
     """What becomes of the maps that it stores."""
-    staging: Staging
-    stores: Mapping[str, StorePlan]
+    table: CandidateTable
+    """The candidates of the stages that are left."""
+    tiers: Mapping[str, Tier]
+    """Where each stored map lives."""
     tilings: tuple[TilingCandidate, ...]
     """How each stage is tiled, those that rematerialise maps last."""
     reuses_blocks: bool
@@ -94,6 +97,16 @@ class Solution:
     seconds: float
     nbytes: int
     fits: bool
+
+    @property
+    def staging(self) -> Staging:
+        """The staging after maps were taken out of it."""
+        return self.table.staging
+
+    @property
+    def stores(self) -> dict[str, StorePlan]:
+        """The plan of each stored map."""
+        return self.table.stores(self.tiers)
 
     @property
     def tiled(self) -> tuple[TiledStage, ...]:
@@ -129,6 +142,7 @@ class Search:
         """Maps that are read whole, which have to be stored."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
         """Whether freed blocks are kept for reuse, as far as that makes a difference."""
+        self._gathers = [node for node in self.program.nodes.values() if node.kind is Kind.GATHER]
         self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
@@ -146,6 +160,8 @@ class Search:
         if not found.fits:
             return found
         thorough = len(found.base.stored) <= THOROUGH
+        # From which solution each move was looked at last: nothing new is to be found from there.
+        looked: dict[tuple[str, ...], Solution] = {}
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
             names = sorted(
@@ -153,7 +169,9 @@ class Search:
                 key=lambda n: (-self.program.nodes[n].nbytes, n),
             )
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
-                found = min((found, *self._moved(found, moved, thorough)), key=lambda c: c.rank)
+                if looked.get(moved) is not found:
+                    looked[moved] = found
+                    found = min((found, *self._moved(found, moved, thorough)), key=lambda c: c.rank)
             if found is before:
                 break
         return found
@@ -162,11 +180,13 @@ class Search:
         """``found`` with every policy for ``names``, as far as that may pay."""
         for chosen in product(Policy, repeat=len(names)):
             policies = dict(zip(names, chosen, strict=True))
+            changed = found.policies.changed(policies)
+            if changed == found.policies and not thorough:
+                # That is ``found`` itself.
+                continue
             if all(self._is_possible(found, n, policy, thorough) for n, policy in policies.items()):
                 for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
-                    yield self.solution(
-                        found.base, found.policies.changed(policies), reuses_blocks=reuses_blocks
-                    )
+                    yield self.solution(found.base, changed, reuses_blocks=reuses_blocks)
 
     def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
         """Whether a map may have a policy; unless the search is thorough, whether that may pay too."""
@@ -189,15 +209,15 @@ class Search:
         while pending:
             place = pending.pop()
             local = nodes[place].local
-            if local is None or place in chain or (place in found.stores and place != name):
+            if local is None or place in chain or (place in found.tiers and place != name):
                 continue
             chain[place] = None
             pending.extend(local.accesses)
         recomputed = sum(self.tilings.works[each].seconds(hardware) for each in chain)
         moved, passes = 0.0, 1
-        for tiling, row in zip(found.tilings, self.table(found.staging).rows, strict=True):
+        for tiling, row in zip(found.tilings, found.table.rows, strict=True):
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):
-                moved += 0.0 if traffic is None else traffic.seconds(hardware, found.stores[name].tier)
+                moved += 0.0 if traffic is None else traffic.seconds(hardware, found.tiers[name])
             if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions and not once:
                 # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
                 passes = _RECOMPUTED_BACKWARD
@@ -242,8 +262,8 @@ class Search:
         reuses_blocks = reuses_blocks and reuses_blocks in self._ways and not policies.offloaded
         staging = self._staging(base, policies)
         table, global_bytes = self.table(staging), self.global_bytes(staging)
-        stores = table.stores(self._tiers(staging, policies.offloaded))
-        scores = table.score(stores, global_bytes, self.tilings.hardware, reuses_blocks=reuses_blocks)
+        tiers = self._tiers(staging, policies.offloaded)
+        scores = table.score(tiers, global_bytes, self.tilings.hardware, reuses_blocks=reuses_blocks)
         choices = (
             _choose(scores, limit, self.budget) for limit in (table.limits if reuses_blocks else (_ANY,))
         )
@@ -251,8 +271,8 @@ class Search:
         return Solution(
             base=base,
             policies=policies,
-            staging=staging,
-            stores=stores,
+            table=table,
+            tiers=tiers,
             tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
             reuses_blocks=reuses_blocks,
             seconds=choice.seconds,
@@ -286,13 +306,14 @@ class Search:
                 self._tables.pop(next(iter(self._tables)))
             stages = (*staging.stages, *(each.stage for each in staging.rematerialised))
             rows = tuple(self._row(stage) for stage in stages)
-            self._tables[staging] = CandidateTable.of(self.program, staging, rows)
+            self._tables[staging] = CandidateTable.of(staging, rows, self._gathers)
         return self._tables[staging]
 
     def _row(self, stage: Stage) -> StageRow:
-        if stage not in self._rows:
-            self._rows[stage] = StageRow.of(self.tilings, stage)
-        return self._rows[stage]
+        row = self._rows.get(stage)
+        if row is None:
+            row = self._rows[stage] = StageRow.of(self.tilings, stage)
+        return row
 
     def _tiers(self, staging: Staging, offloaded: frozenset[str]) -> dict[str, Tier]:
         """Where each stored map lives: offloaded ones in the first tier that has room, else in the last."""

@@ -113,25 +113,29 @@ def drop(
     is_visited
         Whether the backward pass visits a stage.
     """
-    assert staging.stored.issuperset(names)
+    wanted = frozenset(names)
+    assert staging.stored >= wanted
     first: dict[str, int] = {}
-    for stage in filter(is_visited, staging.stages):
-        reduced = (program.nodes[name].operands[0] for name in stage.reductions)
-        for name in (*stage.inputs, *reduced):
-            if name in names:
-                first[name] = max(first.get(name, 0), stage.level)
+    for stage in staging.stages:
+        reduced = [program.nodes[name].operands[0] for name in stage.reductions]
+        needed = wanted.intersection((*stage.inputs, *reduced))
+        if needed and is_visited(stage):
+            # Levels of stages ascend.
+            first.update(dict.fromkeys(needed, stage.level))
+    by_level: dict[int, list[str]] = {}
+    for name in sorted(names, key=program.position):
+        by_level.setdefault(staging.levels[name], []).append(name)
     found = []
     # What a level is rematerialised from lies below it.
-    for level in sorted({staging.levels[name] for name in names}, reverse=True):
-        needed = sorted((n for n in first if staging.levels[n] == level), key=program.position)
-        if not needed:
+    for level, dropped in sorted(by_level.items(), reverse=True):
+        kept = tuple(name for name in dropped if name in first)
+        if not kept:
             continue
-        kept, before = tuple(needed), max(first[name] for name in needed)
+        before = max(first[name] for name in kept)
         stage = _stage(program, staging.levels, staging.stored, level, kept, (), rematerialises=True)
         found.append(Rematerialisation(stage, before))
-        for name in stage.inputs:
-            if name in names:
-                first[name] = max(first.get(name, 0), before)
+        for name in wanted.intersection(stage.inputs):
+            first[name] = max(first.get(name, 0), before)
     found.sort(key=lambda each: (-each.before, each.stage.level))
     return replace(staging, rematerialised=tuple(found))
 

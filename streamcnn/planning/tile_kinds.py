@@ -21,7 +21,11 @@ from streamcnn.planning.staging import Stage
 def numbered(table: Indices) -> list[int]:
     """A number for each tile, a column of the table: equal ones share theirs, counted as they come."""
     found: dict[bytes, int] = {}
-    return [found.setdefault(bytes(column), len(found)) for column in table.T.copy()]
+    columns, length = table.T.tobytes(), len(table) * table.itemsize
+    return [
+        found.setdefault(columns[tile * length : (tile + 1) * length], len(found))
+        for tile in range(table.shape[1])
+    ]
 
 
 def axis_kinds(

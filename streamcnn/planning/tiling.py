@@ -6,14 +6,15 @@ of 100 x 100 tiles costs two passes over the stage's nodes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from streamcnn.geometry.regions import Indices, Intervals
-from streamcnn.graph.costs import Routine, cost_of, makes_new
-from streamcnn.graph.program import Access, Program, Ref
+from streamcnn.graph.costs import Cost, Routine, cost_of, makes_new
+from streamcnn.graph.program import Access, Kind, Program, Ref
 from streamcnn.plan.plan import Phase
 from streamcnn.plan.tiles import AxisStep
 from streamcnn.planning.routines import num_sizes
@@ -45,6 +46,16 @@ class Outline:
     """Operators that may overwrite their first operand, and that operand, if they are on one region."""
     square: bool
     """Whether rows and columns have the same sizes and rules."""
+    costs: Mapping[str, Cost]
+    """What is declared of each operator."""
+    map_operands: Mapping[str, tuple[str, ...]]
+    """For each operator, the maps that it reads."""
+    weights: Mapping[str, int]
+    """For each operator, bytes of what it reads beside maps."""
+    parameter_bytes: int
+    """Of all operators, each parameter and buffer once."""
+    position_bytes: Mapping[str, int]
+    """For each operator and input, bytes of one position of its value, all images and channels together."""
 
     @classmethod
     def of(cls, program: Program, stage: Stage) -> Outline:
@@ -52,8 +63,10 @@ class Outline:
         readers = _readers(program, stage)
         owned = stage.owned(program)
         consumed = frozenset(name for name in stage.nodes if readers[name])
-        sizes = [program.nodes[name].size for name in (*stage.nodes, *stage.inputs)]
-        accesses = [access for name in stage.nodes for access in _accesses(program, name).values()]
+        nodes = program.nodes
+        read = {name for operator in stage.nodes for name in nodes[operator].operands}
+        maps = [nodes[name] for name in (*stage.nodes, *stage.inputs)]
+        accesses = {name: _accesses(program, name) for name in stage.nodes}
         costs = {name: cost_of(program.nodes[name].target) for name in stage.nodes}
         return cls(
             program=program,
@@ -73,8 +86,16 @@ class Outline:
                 for name in stage.nodes
                 if (operand := _overwritten(program, name, readers)) is not None and operand not in owned
             },
-            square=all(height == width for height, width in sizes)
-            and all(access.rows == access.cols for access in accesses),
+            square=all(height == width for height, width in (node.size for node in maps))
+            and all(access.rows == access.cols for each in accesses.values() for access in each.values()),
+            costs=costs,
+            map_operands={name: tuple(each) for name, each in accesses.items()},
+            weights={
+                name: sum(nodes[n].nbytes for n in nodes[name].operands if not nodes[n].is_map)
+                for name in stage.nodes
+            },
+            parameter_bytes=sum(nodes[name].nbytes for name in read if nodes[name].kind is Kind.STATE),
+            position_bytes={node.name: node.nbytes // math.prod(node.size) for node in maps},
         )
 
 
@@ -95,20 +116,38 @@ class AxisGrid:
     """Each tile's shape, as a number: tiles of a shape need as many positions of each map."""
 
     @classmethod
-    def of(cls, outline: Outline, axis: int, num_parts: int) -> AxisGrid:
-        """Walk backwards from the owned parts; a map with several consumers needs the hull."""
+    def each(cls, outline: Outline, axis: int, counts: Sequence[int]) -> Iterator[AxisGrid]:
+        """The grids of so many tiles each, all worked out at once.
+
+        Walk backwards from the owned parts; a map with several consumers needs the hull.
+        """
         nodes = outline.program.nodes
-        own = {name: Intervals.evenly(nodes[name].size[axis], num_parts) for name in outline.owned}
+        own = {
+            name: Intervals.joined([Intervals.evenly(nodes[name].size[axis], count) for count in counts])
+            for name in outline.owned
+        }
         needed = dict(own)
         for name in reversed(outline.stage.nodes):
             for operand, access in _accesses(outline.program, name).items():
                 axis_map = (access.rows, access.cols)[axis]
                 part = axis_map.required_each(needed[name], nodes[operand].size[axis])
                 needed[operand] = needed[operand].hull(part) if operand in needed else part
-        sizes = _sizes(needed, num_parts)
-        largest = dict(zip(needed, sizes.max(axis=1).tolist(), strict=True))
-        total = dict(zip(needed, sizes.sum(axis=1).tolist(), strict=True))
-        return cls(num_parts, own, needed, largest, total, numbered(sizes))
+        sizes = np.array([intervals.sizes for intervals in needed.values()])
+        sizes = sizes.reshape(len(needed), sum(counts))
+        bounds: Indices = np.cumsum((0, *counts))
+        largest = np.maximum.reduceat(sizes, bounds[:-1], axis=1).T.tolist()
+        total = np.add.reduceat(sizes, bounds[:-1], axis=1).T.tolist()
+        for index, where in enumerate(map(slice, bounds[:-1].tolist(), bounds[1:].tolist())):
+            # Maps that share their intervals go on doing so.
+            parts = {intervals: intervals.part(where) for intervals in needed.values()}
+            yield cls(
+                num_parts=counts[index],
+                own={name: own[name].part(where) for name in own},
+                needed={name: parts[intervals] for name, intervals in needed.items()},
+                largest=dict(zip(needed, largest[index], strict=True)),
+                total=dict(zip(needed, total[index], strict=True)),
+                shapes=numbered(sizes[:, where]),
+            )
 
     @property
     def num_shapes(self) -> int:
@@ -128,11 +167,6 @@ class AxisGrid:
             )
             for part in range(self.num_parts)
         )
-
-
-def _sizes(needed: Mapping[str, Intervals], num_parts: int) -> Indices:
-    """How many positions of each map (rows) each tile (columns) needs."""
-    return np.array([intervals.sizes for intervals in needed.values()]).reshape(len(needed), num_parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,16 +262,23 @@ def most_parts(outline: Outline) -> TileCounts:
     return min(height for height, _ in sizes), min(width for _, width in sizes)
 
 
-def tile_stage(outline: Outline, parts: TileCounts) -> TiledStage:
-    """A stage in ``parts`` (rows, columns) of tiles."""
-    rows = AxisGrid.of(outline, 0, parts[0])
-    cols = rows if outline.square and parts[0] == parts[1] else AxisGrid.of(outline, 1, parts[1])
-    in_place = frozenset(
-        name
-        for name, operand in outline.overwriting.items()
-        if all(axis.needed[operand].equals(axis.needed[name]) for axis in (rows, cols))
-    )
-    return TiledStage(outline, rows, cols, in_place)
+def tile_stage(outline: Outline, *grids: TileCounts) -> Iterator[TiledStage]:
+    """A stage in each of ``grids`` of tiles."""
+    axes = [dict.fromkeys(counts) for counts in zip(*grids, strict=True)]
+    if outline.square:
+        axes = [axes[0] | axes[1]]
+    found = [
+        dict(zip(counts, AxisGrid.each(outline, axis, tuple(counts)), strict=True))
+        for axis, counts in enumerate(axes)
+    ]
+    for parts in grids:
+        rows, cols = found[0][parts[0]], found[-1][parts[1]]
+        in_place = frozenset(
+            name
+            for name, operand in outline.overwriting.items()
+            if all(axis.needed[operand].equals(axis.needed[name]) for axis in (rows, cols))
+        )
+        yield TiledStage(outline, rows, cols, in_place)
 
 
 def largest_part(extent: int, num_parts: int) -> int:
