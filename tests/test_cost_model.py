@@ -19,10 +19,10 @@ from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     Traffic,
     all_works,
-    input_traffic,
     output_traffic,
     plain_time,
     stage_time,
+    tile_traffic,
 )
 from streamcnn.planning.staging import divide
 from streamcnn.planning.tiling import Outline, tile_stage
@@ -89,12 +89,17 @@ def test_what_is_moved_to_and_from_stores() -> None:
     assert output_traffic(program, first, backward=True) == {"conv2d": Traffic(2 * nbytes, nbytes)}
     assert output_traffic(program, first, backward=False) == {"conv2d": Traffic(0, nbytes)}
     (tiled,) = tile_stage(Outline.of(program, second), (2, 3))
-    moved = input_traffic(tiled, backward=True)["conv2d"]
-    # Read forward and backward; the gradient is added: read and written.
-    assert moved == Traffic(3 * moved.written, moved.written)
+    traffic = tile_traffic(tiled, backward=True)
+    moved = traffic.pop("conv2d")
+    # Read forward and backward; the gradient is added: read and written. Each of six tiles does so.
+    assert moved == Traffic(3 * moved.written, moved.written, 3 * 6)
+    # What it stores is written once, and read as often as the stage's own output above.
+    assert traffic == {name: Traffic(0, 0, 3 * 6) for name in second.stored}
     assert moved.written == tiled.covered("conv2d") * nbytes // PIXELS > nbytes
-    assert Traffic(10, 20).seconds(HARDWARE, Tier.DISK) == pytest.approx(
-        10 / HARDWARE.read_bytes[Tier.DISK] + 20 / HARDWARE.write_bytes[Tier.DISK]
+    assert Traffic(10, 20, 7).seconds(HARDWARE, Tier.DISK) == pytest.approx(
+        10 / HARDWARE.read_bytes[Tier.DISK]
+        + 20 / HARDWARE.write_bytes[Tier.DISK]
+        + 7 * HARDWARE.transfer_seconds[Tier.DISK]
     )
 
 

@@ -39,6 +39,7 @@ SLOW_DISK = HardwareProfile(
     operator_seconds=CPU.operator_seconds,
     read_bytes={**CPU.read_bytes, Tier.DISK: 2e7},
     write_bytes={**CPU.write_bytes, Tier.DISK: 1e7},
+    transfer_seconds=CPU.transfer_seconds,
 )
 FAST_DISK = replace(
     SLOW_DISK,

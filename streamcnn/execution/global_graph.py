@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.graph.autocast import as_recorded
+from streamcnn.graph.costs import cost_of
 from streamcnn.graph.program import Kind, Node, Program, TensorSpec, has_gradient, substitute, sum_dtype
 from streamcnn.plan.plan import Segment
 
@@ -88,8 +89,9 @@ class GlobalGraph:
             return current.leaves[name]
 
         args, kwargs = substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
+        target = cost_of(node.target).on_whole or node.target
         with as_recorded(grad=node.grad, casts=node.casts):
-            return node.target(*args, **kwargs)
+            return target(*args, **kwargs)
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
         leaf = tensor.detach()

@@ -155,6 +155,8 @@ class Cost:
     pads: bool = False
     """Whether it takes ``padding``, (rows, columns) of its fill value on either side, and needs no padded
     copy then."""
+    on_whole: Callable[..., Tensor] | None = None
+    """What is called in its place on whole values, with its arguments, where that is faster."""
     detaches: bool = False
     """Whether no gradient passes through it."""
     draws: bool = False

@@ -28,6 +28,8 @@ class HardwareProfile:
     """Bytes read from a store."""
     write_bytes: Mapping[Tier, float]
     """Bytes written to a store."""
+    transfer_seconds: Mapping[Tier, float]
+    """What it costs to read or write a region of a store however small it is, in seconds."""
 
 
 NOMINAL = {
@@ -40,6 +42,7 @@ NOMINAL = {
         operator_seconds=1e-4,
         read_bytes={Tier.MEMORY: 8e9, Tier.HOST: 8e9, Tier.DISK: 1e9},
         write_bytes={Tier.MEMORY: 5e9, Tier.HOST: 5e9, Tier.DISK: 5e8},
+        transfer_seconds={Tier.MEMORY: 4e-5, Tier.HOST: 4e-5, Tier.DISK: 2e-4},
     ),
     "cuda": HardwareProfile(
         source="nominal",
@@ -50,6 +53,7 @@ NOMINAL = {
         operator_seconds=2e-5,
         read_bytes={Tier.MEMORY: 4e11, Tier.HOST: 1.2e10, Tier.DISK: 1e9},
         write_bytes={Tier.MEMORY: 4e11, Tier.HOST: 1.2e10, Tier.DISK: 5e8},
+        transfer_seconds={Tier.MEMORY: 4e-5, Tier.HOST: 1e-4, Tier.DISK: 3e-4},
     ),
 }
 """Round figures by type of device, for machines that were not measured: two cores, a card of 2018."""

@@ -107,8 +107,10 @@ class StageRow:
     """(2, candidates): where freed blocks are given back, and where they are kept for reuse."""
     inputs: tuple[str, ...]
     """Stored inputs."""
+    touched: tuple[str, ...]
+    """Maps whose stores its tiles read or write."""
     moved: Ints
-    """(2, inputs x candidates): bytes read and written of each stored input."""
+    """(3, touched x candidates): bytes read, bytes written and transfers of each."""
     outputs: Mapping[str, Traffic]
     is_differentiated: bool
 
@@ -116,8 +118,8 @@ class StageRow:
     def of(cls, tilings: TilingCandidates, stage: Stage) -> StageRow:
         """The row of a stage."""
         found = tilings.of(stage)
-        inputs = tuple(found[0].moved)
-        moved = [tiling.moved[name] for name in inputs for tiling in found]
+        touched = tuple(found[0].moved)
+        moved = [tiling.moved[name] for name in touched for tiling in found]
         times = [tiling.time for tiling in found]
         backward = is_differentiated(stage, tilings.differentiated)
         steps = [(tiling.forward, tiling.backward) for tiling in found]
@@ -133,8 +135,11 @@ class StageRow:
                 np.int64,
             ).T,
             seconds=np.array([(time.seconds + time.fresh_seconds, time.seconds) for time in times]).T,
-            inputs=inputs,
-            moved=np.array([(each.read, each.written) for each in moved], np.int64).reshape(-1, 2).T,
+            inputs=tuple(name for name in touched if name not in stage.stored),
+            touched=touched,
+            moved=np.array([(each.read, each.written, each.transfers) for each in moved], np.int64)
+            .reshape(-1, 3)
+            .T,
             outputs=output_traffic(tilings.program, stage, backward=backward),
             is_differentiated=backward,
         )
@@ -158,12 +163,12 @@ class CandidateTable:
     num_kernels: Ints
     seconds: Floats
     """(2, stages, candidates): where freed blocks are given back, and where they are kept for reuse."""
-    inputs: Ints
-    """Which map is read, as its place in ``maps``, by row of the arrays (inputs, candidates) that follow."""
-    reader: Ints
-    """Which stage reads it."""
-    read: Ints
-    written: Ints
+    touched: Ints
+    """Which map is read or written, as its place in ``maps``, by row of the array ``moved``."""
+    toucher: Ints
+    """Which stage does so."""
+    moved: Ints
+    """(3, touched, candidates): bytes read, bytes written and transfers."""
     maps: tuple[str, ...]
     """Stored maps."""
     lives: Lives
@@ -181,11 +186,10 @@ class CandidateTable:
         places = {name: place for place, name in enumerate(maps)}
         lengths = np.array([len(row.tilings) for row in rows], np.int64)
         is_filled = np.arange(lengths.max(initial=1)) < lengths[:, None]
-        reader = np.repeat(np.arange(len(rows)), [len(row.inputs) for row in rows])
+        toucher = np.repeat(np.arange(len(rows)), [len(row.touched) for row in rows])
         forward, backward, reusable, num_kernels = _padded(
             [row.numbers for row in rows], is_filled, (_NEVER, 0, 0, 0)
         )
-        read, written = _padded([row.moved for row in rows], is_filled[reader], (0, 0))
         outputs = [each for row in rows for each in row.outputs.values()]
         return cls(
             staging=staging,
@@ -199,10 +203,9 @@ class CandidateTable:
             reusable=reusable,
             num_kernels=num_kernels,
             seconds=_padded([row.seconds for row in rows], is_filled, (np.inf, np.inf)),
-            inputs=np.array([places[name] for row in rows for name in row.inputs], np.int64),
-            reader=reader,
-            read=read,
-            written=written,
+            touched=np.array([places[name] for row in rows for name in row.touched], np.int64),
+            toucher=toucher,
+            moved=_padded([row.moved for row in rows], is_filled[toucher], (0, 0, 0)),
             maps=maps,
             lives=_lives(staging, rows, maps, gathers),
             outputs=np.array([places[name] for row in rows for name in row.outputs], np.int64),
@@ -233,7 +236,7 @@ class CandidateTable:
             )
         }
 
-    def moved(self) -> dict[str, Traffic]:
+    def traffic(self) -> dict[str, Traffic]:
         """What a pass moves of each stored map with every stage tiled coarsest."""
         moved = dict.fromkeys(self.staging.stored, Traffic(0, 0))
         for row in self.rows:
@@ -252,6 +255,7 @@ class CandidateTable:
         """Bytes and seconds of every candidate, given where each map lives."""
         places = np.array([_TIERS[tiers[name]] for name in self.maps], np.int64)
         rates = np.array([(hardware.read_bytes[tier], hardware.write_bytes[tier]) for tier in _TIERS])[places]
+        waits = np.array([hardware.transfer_seconds[tier] for tier in _TIERS])[places]
         in_memory = places == _TIERS[Tier.MEMORY]
         stored = self.lives.held(len(global_bytes.num_kernels), in_memory, in_memory)
         return CandidateScores(
@@ -259,7 +263,8 @@ class CandidateTable:
             backward=self.backward,
             num_kernels=self.num_kernels,
             reusable=self.reusable,
-            seconds=self.seconds[int(reuses_blocks)] + self._input_seconds(1 / rates),
+            seconds=self.seconds[int(reuses_blocks)]
+            + self._tile_seconds(np.column_stack((1 / rates, waits))),
             outputs=sum((self.output_bytes / rates[self.outputs]).sum(axis=1).tolist()),
             levels=self.levels,
             peak_levels=self.peak_levels,
@@ -268,17 +273,16 @@ class CandidateTable:
             reuses_blocks=reuses_blocks,
         )
 
-    def _input_seconds(self, slowness: Floats) -> Floats:
-        """(stages, candidates): projected time spent on the inputs' stores.
+    def _tile_seconds(self, slowness: Floats) -> Floats:
+        """(stages, candidates): projected time spent on stores, as far as it depends on the tiles.
 
         Parameters
         ----------
         slowness
-            (maps, 2): seconds for a byte read and for one written.
+            (maps, 3): seconds for a byte read, for a byte written and for a transfer.
         """
-        reading, writing = slowness[self.inputs, :, None].swapaxes(0, 1)
         summed: Floats = np.zeros_like(self.seconds[0])
-        np.add.at(summed, self.reader, self.read * reading + self.written * writing)
+        np.add.at(summed, self.toucher, np.einsum("ktc,tk->tc", self.moved, slowness[self.touched]))
         return summed
 
 

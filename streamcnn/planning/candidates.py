@@ -9,7 +9,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.backends import Backend
-from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, input_traffic, stage_time
+from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, stage_time, tile_traffic
 from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
 from streamcnn.planning.staging import Stage
@@ -40,7 +40,7 @@ class TilingCandidate:
     reusable: int
     """Bytes of the larger one in blocks that may be kept for reuse when they are freed."""
     moved: Mapping[str, Traffic]
-    """What all tiles move of each stored input."""
+    """What all tiles move of each stored input; of what they store, the transfers alone."""
 
     @property
     def nbytes(self) -> int:
@@ -134,5 +134,5 @@ class TilingCandidates:
             forward=forward.nbytes,
             backward=after.nbytes if after else 0,
             reusable=max(forward.reusable, after.reusable if after else 0),
-            moved=input_traffic(tiled, backward=backward),
+            moved=tile_traffic(tiled, backward=backward),
         )

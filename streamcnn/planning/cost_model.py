@@ -125,40 +125,60 @@ def stage_time(
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that a pass moves to and from the store of one map and that of its gradient."""
+    """What a pass moves to and from the store of one map and that of its gradient."""
 
     read: int
+    """Bytes; so is the next."""
     written: int
+    transfers: int = 0
+    """Regions that are read, written or added."""
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.read + other.read, self.written + other.written)
+        return Traffic(self.read + other.read, self.written + other.written, self.transfers + other.transfers)
 
     def seconds(self, hardware: HardwareProfile, tier: Tier) -> float:
         """Projected time in a store at ``tier``."""
-        return self.read / hardware.read_bytes[tier] + self.written / hardware.write_bytes[tier]
+        return (
+            self.read / hardware.read_bytes[tier]
+            + self.written / hardware.write_bytes[tier]
+            + self.transfers * hardware.transfer_seconds[tier]
+        )
 
 
-def input_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:
-    """What the tiles of a stage move of each stored input."""
+def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:
+    """What the tiles of a stage move of each stored input, and the transfers alone of what they store."""
     found = {}
     for name in tiled.stage.inputs:
         node = tiled.program.nodes[name]
         if node.kind is Kind.LOCAL:
             regions = tiled.covered(name) * (node.nbytes // math.prod(node.size))
             # In the backward pass it is read again, and its gradient added to what is there.
-            found[name] = Traffic(3 * regions, regions) if backward else Traffic(regions, 0)
+            found[name] = (
+                Traffic(3 * regions, regions, 3 * tiled.num_tiles)
+                if backward
+                else Traffic(regions, 0, tiled.num_tiles)
+            )
+    for name, times_read in _times_read(tiled.program, tiled.stage, backward=backward).items():
+        found[name] = Traffic(0, 0, (1 + times_read) * tiled.num_tiles)
     return found
 
 
 def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, Traffic]:
-    """What a stage moves of each map that it stores, however it is tiled."""
+    """What a stage moves of each map that it stores, however it is tiled; transfers are left out."""
+    times_read = _times_read(program, stage, backward=backward)
+    return {
+        name: Traffic(times * program.nodes[name].nbytes, program.nodes[name].nbytes)
+        for name, times in times_read.items()
+    }
+
+
+def _times_read(program: Program, stage: Stage, *, backward: bool) -> dict[str, int]:
+    """How often the stage itself reads from the stores of a map that it writes.
+
+    In the backward pass its gradient, and its values once more where a reduction looks at them.
+    """
     reduced = {program.nodes[name].operands[0] for name in stage.reductions}
-    found = {}
-    for name in stage.stored:
-        nbytes = program.nodes[name].nbytes
-        # In the backward pass its gradient, and its values once more where a reduction looks at them.
-        found[name] = Traffic((backward + (backward and name in reduced)) * nbytes, nbytes)
-    return found
+    return {name: backward + (backward and name in reduced) for name in stage.stored}
 
 
 def plain_time(

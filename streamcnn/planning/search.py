@@ -238,7 +238,7 @@ class Search:
 
     def _offload_order(self, staging: Staging) -> list[str]:
         """Stored maps, those first that free most bytes for the time that moving them takes."""
-        moved, tier = self.table(staging).moved(), self.offload_tiers[-1].tier
+        moved, tier = self.table(staging).traffic(), self.offload_tiers[-1].tier
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from streamcnn.ceiling.kept_blocks import KeptBlocks, give_back, kept_blocks_available
 from streamcnn.errors import RatesUnusable, StreamError
-from streamcnn.geometry.regions import Region
+from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
 from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
@@ -33,13 +34,17 @@ VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _LEAST = 1e-18
 """Of all rates and seconds; one over it is the most."""
-_METHOD = 2
+_METHOD = 3
 """Counts up when what is timed changes: profiles that an earlier version kept are then measured again."""
 _REPEATS = 4
 _INTERPRETED = 20
 """What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
 _TILE = (1, 64, 256, 256)
 """The map that is timed: 16 MiB of float32, a tile of usual size."""
+_LARGE = 2**24
+"""Elements of a map that no cache holds."""
+_SMALL = Region(Interval(8, 12), Interval(8, 12))
+"""A region that is hardly anything to move."""
 _FLUSHED_BYTES = 2**27
 """Bytes that are written through to the disk, to see how fast it is."""
 
@@ -69,8 +74,9 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
 
 
 def calibrate(device: torch.device) -> HardwareProfile:
-    """Measure the rates of ``device`` and of its stores; takes a few seconds and some 200 MB."""
-    with torch.no_grad():
+    """Measure the rates of ``device`` and of its stores; takes a few seconds and some 300 MB."""
+    fresh = _fresh(device)
+    with torch.no_grad(), _kept_blocks(device):
         x = torch.rand(_TILE, device=device)
         channels = _TILE[1]
         dense = torch.rand(channels, channels, 3, 3, device=device)
@@ -79,11 +85,11 @@ def calibrate(device: torch.device) -> HardwareProfile:
         window = 2 * 9 * x.numel()
         dense_seconds = _seconds(device, lambda: torch.conv2d(x, dense, padding=1))
         grouped_seconds = _seconds(device, lambda: torch.conv2d(x, depthwise, padding=1, groups=channels))
-        out = torch.empty_like(x)
-        pointwise = _seconds(device, lambda: torch.add(x, 1.0, out=out))
+        large, out = torch.zeros(2, _LARGE, device=device)
+        pointwise = _seconds(device, lambda: torch.add(large, 1.0, out=out))
         small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
-        memory, fresh = 2 * x.nbytes / pointwise, _fresh(device)
-        read, written = _stores(device, memory, fresh)
+        memory = 2 * large.nbytes / pointwise
+        read, written, transfers = _stores(device, memory, fresh)
     return HardwareProfile(
         source=hardware_key(device),
         dense_flops=window * channels / dense_seconds,
@@ -93,27 +99,52 @@ def calibrate(device: torch.device) -> HardwareProfile:
         operator_seconds=_INTERPRETED * small,
         read_bytes=read,
         write_bytes=written,
+        transfer_seconds=transfers,
     )
 
 
-def _stores(device: torch.device, memory: float, fresh: float) -> tuple[dict[Tier, float], dict[Tier, float]]:
-    """Bytes per second read from and written to a store at every place.
+_Rates = dict[Tier, float]
+
+
+@contextmanager
+def _kept_blocks(device: torch.device) -> Iterator[None]:
+    """Take tensors from kept blocks, as a pass does where it can."""
+    if not _keeps_blocks(device):
+        yield
+        return
+    blocks = KeptBlocks()
+    blocks.enter()
+    try:
+        yield
+    finally:
+        blocks.leave()
+        give_back()
+
+
+def _keeps_blocks(device: torch.device) -> bool:
+    return device.type == "cpu" and kept_blocks_available()
+
+
+def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
+    """Bytes per second read from and written to a store at every place, and seconds of a small transfer.
 
     A store in the device's memory hands out views, which operators make contiguous, and takes new memory.
     """
     spec = StoreSpec(_TILE, torch.float32, (2, 3))
     host = torch.device("cpu")
-    read, written = {Tier.MEMORY: memory}, {Tier.MEMORY: 1 / (1 / memory + 1 / fresh)}
+    read, written, transfers = _Rates(), _Rates(), _Rates()
     with SpillFolder() as folder:
         tiers: dict[Tier, Callable[[], Store]] = {
+            Tier.MEMORY: lambda: MemoryStore(spec, device, device),
             Tier.HOST: lambda: MemoryStore(spec, host, device),
             Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], device),
         }
         for tier, new in tiers.items():
-            read[tier], written[tier] = _store(device, new())
+            read[tier], written[tier], transfers[tier] = _store(device, new())
         # Maps soon outgrow what the kernel buffers.
         written[Tier.DISK] = min(written[Tier.DISK], _flushed(folder.path / "flushed"))
-    return read, written
+    read[Tier.MEMORY], written[Tier.MEMORY] = memory, 1 / (1 / memory + 1 / fresh)
+    return read, written, transfers
 
 
 def _flushed(path: Path) -> float:
@@ -127,13 +158,16 @@ def _flushed(path: Path) -> float:
     return len(block) / (time.perf_counter() - start)
 
 
-def _store(device: torch.device, store: Store) -> tuple[float, float]:
-    """Bytes per second read from and written to one store, which is closed."""
+def _store(device: torch.device, store: Store) -> tuple[float, float, float]:
+    """Bytes per second read from and written to one store, and seconds of a small transfer; it is closed."""
     tile, whole = torch.rand(_TILE, device=device), Region.whole(store.spec.size)
+    small = torch.rand(store.spec.tile_shape(_SMALL), device=device)
     writing = _seconds(device, lambda: store.write(whole, tile))
     reading = _seconds(device, lambda: store.read(whole).clone())
+    adding = _seconds(device, lambda: store.add(_SMALL, small))
+    fetching = _seconds(device, lambda: store.read(_SMALL).clone())
     store.close()
-    return tile.nbytes / reading, tile.nbytes / writing
+    return tile.nbytes / reading, tile.nbytes / writing, (adding + fetching) / 2
 
 
 def _fresh(device: torch.device) -> float:
@@ -141,9 +175,8 @@ def _fresh(device: torch.device) -> float:
     if device.type == "cuda":
         # Blocks are cached by PyTorch: after the first tiles none is new.
         return NOMINAL["cuda"].fresh_bytes
-    count = 2**24
-    known = torch.zeros(count)
-    new_seconds = _seconds(device, lambda: torch.empty(count).fill_(1.0))
+    known = torch.zeros(_LARGE)
+    new_seconds = _seconds(device, lambda: torch.empty(_LARGE).fill_(1.0))
     known_seconds = _seconds(device, lambda: known.fill_(1.0))
     return known.nbytes / max(new_seconds - known_seconds, 0.1 * known_seconds)
 
@@ -163,7 +196,9 @@ def _seconds(device: torch.device, action: Callable[[], object]) -> float:
 def hardware_key(device: torch.device) -> str:
     """What the rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, method {_METHOD}"
+    blocks = ", blocks kept" if _keeps_blocks(device) else ""
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} threads{blocks}, method {_METHOD}, torch {torch.__version__}"
 
 
 @functools.cache
@@ -221,10 +256,11 @@ class _Measured(HardwareProfile):
 
     def __post_init__(self) -> None:
         numbers = [self.dense_flops, self.grouped_flops, self.memory_bytes, self.fresh_bytes]
-        numbers += [self.operator_seconds, *self.read_bytes.values(), *self.write_bytes.values()]
+        numbers += [self.operator_seconds, *self.transfer_seconds.values()]
+        numbers += [*self.read_bytes.values(), *self.write_bytes.values()]
         if not all(_LEAST <= number <= 1 / _LEAST for number in numbers):
             raise ValueError(f"allowed are rates and seconds of {_LEAST} to {1 / _LEAST}")
-        if not set(self.read_bytes) == set(self.write_bytes) == set(Tier):
+        if not set(self.read_bytes) == set(self.write_bytes) == set(self.transfer_seconds) == set(Tier):
             raise ValueError(f"allowed are rates of {', '.join(Tier)}")
 
 

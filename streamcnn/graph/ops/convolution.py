@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Sliding, Transposed
 from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Routine, declare, elements
+from streamcnn.graph.ops.depthwise import has_slow_weights, weight_gradient
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
 from streamcnn.graph.program import Access, Ref
 
@@ -133,17 +134,12 @@ class StoredConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dtype, stride, dilation, groups, transposed, padding = ctx.options
         # Under autocast the operands were cast to the result's dtype; the gradients are cast back.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_x, grad_weight, grad_bias = _gradients(
             grad.to(dtype),
             x.to(dtype),
             weight.to(dtype),
             ctx.bias_sizes,
-            list(stride),
-            list(padding),
-            list(dilation),
-            transposed,
-            [0, 0],
-            groups,
+            (stride, padding, dilation, transposed, groups),
             [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]],
         )
         return (
@@ -152,6 +148,77 @@ class StoredConvolution(torch.autograd.Function):
             _cast(grad_bias, ctx.bias_dtype),
             *(None,) * 7,
         )
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    """A convolution whose weights' gradient is worked out in pieces."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        stride, padding = options
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.options = (stride, padding, (1, 1), False, len(weight))
+        return torch.conv2d(x, weight, bias, stride, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        return *_gradients(grads[0], x, weight, ctx.bias_sizes, ctx.options, wanted), None, None
+
+
+def convolve_whole(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The convolution of whole values, as ``torch.conv2d`` has it."""
+    if (
+        isinstance(padding, str)
+        or x.dim() != 4
+        or not weight.requires_grad
+        or torch.is_autocast_enabled(x.device.type)
+        or not has_slow_weights(x, weight, as_pair(dilation), groups)
+    ):
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    result: Tensor = _DepthwiseConvolution.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, as_pair(stride), as_pair(padding)
+    )
+    return result
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: list[int] | None,
+    options: tuple[Any, ...],
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of operand, weight and bias that are wanted, given that of the result."""
+    stride, padding, dilation, transposed, groups = options
+    in_pieces = wanted[1] and not transposed and has_slow_weights(x, weight, dilation, groups)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        bias_sizes,
+        list(stride),
+        list(padding),
+        list(dilation),
+        transposed,
+        [0, 0],
+        groups,
+        [wanted[0], wanted[1] and not in_pieces, wanted[2]],
+    )
+    if in_pieces:
+        grad_weight = weight_gradient(grad, x, weight, stride, padding)
+    return grad_x, grad_weight, grad_bias
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -215,10 +282,11 @@ declare(
 declare(torch.add, cost=Cost(operations=elements, saves=NOTHING, makes_new=True))
 # On whole values.
 declare(
-    *(aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_tbc, aten.convolution, aten._convolution),
+    *(aten.conv1d, aten.conv3d, aten.conv_tbc, aten.convolution, aten._convolution),
     *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
     cost=_CONVOLUTION,
 )
+declare(aten.conv2d, cost=replace(_CONVOLUTION, on_whole=convolve_whole))
 
 
 class _Chain(nn.Module):
