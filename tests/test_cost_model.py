@@ -17,6 +17,7 @@ from streamcnn.plan.storage import Tier
 from streamcnn.planning.backends import CpuBackend
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
+    PARAMETER_PASSES,
     Traffic,
     all_works,
     output_traffic,
@@ -77,7 +78,8 @@ def test_the_time_of_a_stage() -> None:
     assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / HARDWARE.fresh_bytes)
     # Its result is stored, so the backward pass only differentiates it.
     both = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=True)
-    assert both.seconds == pytest.approx((1 + BACKWARD_WORK) * forward.seconds)
+    of_parameters = 6 * PARAMETER_PASSES * 3 * 8 * 9 * 4 / HARDWARE.memory_bytes
+    assert both.seconds == pytest.approx((1 + BACKWARD_WORK) * forward.seconds + of_parameters)
     assert both.flops == (1 + BACKWARD_WORK) * works["conv2d"].flops
 
 

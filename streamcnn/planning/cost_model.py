@@ -20,6 +20,9 @@ from streamcnn.planning.tiling import TiledStage
 
 BACKWARD_WORK = 2
 """Arithmetic of an operator's backward pass over its forward pass: one product per operand."""
+PARAMETER_PASSES = 6
+"""How often a tile's gradients of parameters are read or written: they are zeroed and made in a layout that
+kernels work in, brought into the parameters' own, and added to those of earlier tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ def stage_time(
         else:
             fresh += zeroing
         flops += repeated * each.flops
+    if backward:
+        seconds += PARAMETER_PASSES * num_tiles * tiled.outline.parameter_bytes / hardware.memory_bytes
     return StageTime(seconds, fresh, int(flops))
 
 
