@@ -3,9 +3,9 @@
     python -m benchmarks.soak updates resnet18 --size 512 --budget 128MiB --count 500
     python -m benchmarks.soak threads --count 200
 
-``updates`` trains on one image and reports resident memory and page faults by tenths of the updates. ``threads``
-lets two threads make passes at the same time, each under a budget of its own, and compares every gradient with
-that of a pass alone.
+``updates`` trains on one image and reports resident memory and page faults by tenths of the updates.
+``threads`` lets two threads make passes at the same time, each under a budget of its own, and compares every
+gradient with that of a pass alone.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ def test_only_large_depthwise_kernels_of_float32_are_slow() -> None:
     assert not is_slow(shape=(32, 32, 5, 5))
     assert not is_slow(dilation=2)
     assert not is_slow(x.double())
+    assert not is_slow(x.contiguous(memory_format=torch.channels_last))
 
 
 class Net(nn.Module):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamcnn.geometry.windows import layout
+
 _FAST = 3
 """Edge of the largest kernel that is fast."""
 _CACHED_NBYTES = 2**21
@@ -33,6 +35,8 @@ def has_slow_weights(x: Tensor, weight: Tensor, dilation: Sequence[int], groups:
         and groups == x.shape[1] == weight.shape[0] >= _CHANNELS
         and tuple(dilation) == (1, 1)
         and max(weight.shape[2:]) > _FAST
+        # In channels last its kernel for large weights is no slower than pieces, which are reordered.
+        and layout(x) is torch.contiguous_format
     )
 
 
