@@ -105,10 +105,8 @@ class StageRow:
     ``num_kernels``."""
     seconds: Floats
     """(2, candidates): where freed blocks are given back, and where they are kept for reuse."""
-    inputs: tuple[str, ...]
-    """Stored inputs."""
     touched: tuple[str, ...]
-    """Maps whose stores its tiles read or write."""
+    """Maps whose stores its tiles read or write: its stored inputs and what it stores."""
     moved: Ints
     """(3, touched x candidates): bytes read, bytes written and transfers of each."""
     outputs: Mapping[str, Traffic]
@@ -135,7 +133,6 @@ class StageRow:
                 np.int64,
             ).T,
             seconds=np.array([(time.seconds + time.fresh_seconds, time.seconds) for time in times]).T,
-            inputs=tuple(name for name in touched if name not in stage.stored),
             touched=touched,
             moved=np.array([(each.read, each.written, each.transfers) for each in moved], np.int64)
             .reshape(-1, 3)
@@ -301,9 +298,9 @@ def _lives(
     # Levels of stages ascend, and stages that rematerialise maps come after these.
     for stage, row in zip(staging.stages, rows, strict=False):
         nbytes.update((name, traffic.written) for name, traffic in row.outputs.items())
-        last.update(dict.fromkeys(row.inputs, stage.level))
+        last.update(dict.fromkeys(row.touched, stage.level))
         if row.is_differentiated:
-            needed.update(row.inputs, stage.stored)
+            needed.update(row.touched)
     for node in gathers:
         if node.operands[0] in last:
             last[node.operands[0]] = max(last[node.operands[0]], staging.levels[node.name])
