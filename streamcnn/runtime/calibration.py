@@ -2,7 +2,8 @@
 
 What is measured is what plans are made of: a dense and a depthwise convolution, a pointwise operator, new
 memory from the operating system, small operators, and the stores, through the store classes themselves. The
-file is keyed by device, number of threads and PyTorch's version; plans made with equal profiles are equal.
+file is keyed by device, number of threads, whether blocks are kept, and PyTorch's version; plans made with
+equal profiles are equal.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ _Rates = dict[Tier, float]
 @contextmanager
 def _kept_blocks(device: torch.device) -> Iterator[None]:
     """Take tensors from kept blocks, as a pass does where it can."""
-    if not _keeps_blocks(device):
+    if not keeps_blocks(device):
         yield
         return
     blocks = KeptBlocks()
@@ -121,7 +122,8 @@ def _kept_blocks(device: torch.device) -> Iterator[None]:
         give_back()
 
 
-def _keeps_blocks(device: torch.device) -> bool:
+def keeps_blocks(device: torch.device) -> bool:
+    """Whether passes on ``device`` take their tensors from kept blocks."""
     return device.type == "cpu" and kept_blocks_available()
 
 
@@ -196,7 +198,7 @@ def _seconds(device: torch.device, action: Callable[[], object]) -> float:
 def hardware_key(device: torch.device) -> str:
     """What the rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    blocks = ", blocks kept" if _keeps_blocks(device) else ""
+    blocks = ", blocks kept" if keeps_blocks(device) else ""
     threads = torch.get_num_threads()
     return f"{name}, {threads} threads{blocks}, method {_METHOD}, torch {torch.__version__}"
 

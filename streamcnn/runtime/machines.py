@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from streamcnn.ceiling.device import reserved_bytes
-from streamcnn.ceiling.kept_blocks import kept_blocks_available
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
 from streamcnn.planning.spec import Machine, OffloadTier
-from streamcnn.runtime.calibration import hardware_profile
+from streamcnn.runtime.calibration import hardware_profile, keeps_blocks
 
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
@@ -30,8 +29,7 @@ def backend_of(device: torch.device) -> Backend:
     """What planning knows of ``device``; of one without a backend of its own, what it knows of the host."""
     if device.type == "cuda":
         return CudaBackend()
-    keeps_blocks = device.type == "cpu" and kept_blocks_available()
-    return CpuBackend.on(torch.get_num_threads(), keeps_blocks=keeps_blocks)
+    return CpuBackend.on(torch.get_num_threads(), keeps_blocks=keeps_blocks(device))
 
 
 def cuda_card(net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
