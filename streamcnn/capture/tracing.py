@@ -31,7 +31,7 @@ from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.costs import cost_of, draws
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.ops.reduction_types import Reduction
-from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
+from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
 from streamcnn.graph.program import (
     Access,
     Axes,
@@ -44,6 +44,9 @@ from streamcnn.graph.program import (
     refs_in,
     substitute,
 )
+
+_LEAST_POSITIONS = 64
+"""Positions of a grid with which streaming begins again."""
 
 
 class Trace:
@@ -125,6 +128,11 @@ class _Tracer:
         self.note = ""
         self.resident = False
         self.plain_bytes = 0
+        self.num_images = 0
+        self.sizes: set[tuple[int, ...]] = set()
+        """Extents of all maps."""
+        self.from_whole: set[str] = set()
+        """Global values that were worked out from whole maps."""
         self.known: dict[Any, Any] = {}
         """Fake results of calls by what they are functions of: networks repeat their blocks."""
 
@@ -157,6 +165,7 @@ class _Tracer:
     # --- recording -----------------------------------------------------------------------------------
 
     def add_image(self, name: str, image: Tensor) -> None:
+        self.num_images = image.shape[0]
         self.values[name] = self._add(name, image, kind=Kind.IMAGE, axes=(2, 3))
 
     def add_state(self, name: str, qualified: str, tensor: Tensor) -> None:
@@ -199,6 +208,10 @@ class _Tracer:
                 return result
             self.note = result.reason
             call = self._gather_maps(call)
+        elif begins_maps(call.target) and not self.resident:
+            result = self._begin(call)
+            if not isinstance(result, NotStreamable):
+                return result
         rule = rule_for(call.target, without_maps=True)
         result = rule(self, call) if rule else self.global_value(call.target, *call.args, **call.kwargs)
         self.note = ""
@@ -209,6 +222,30 @@ class _Tracer:
             return NotStreamable("")
         rule = rule_for(call.target)
         return NotStreamable("it has no rule") if rule is None else rule(self, call)
+
+    def _begin(self, call: Call) -> Any:
+        """Stream a call whose first operand was worked out from whole maps: what it gives is a map again."""
+        ref = call.args[0]
+        if ref.name not in self.from_whole:
+            return NotStreamable("")
+        result: Any = NotStreamable("")
+        for axes in self._grids(self.spec(ref).shape):
+            result = self._stream(Call(call.target, (self.promote(ref, axes), *call.args[1:]), call.kwargs))
+            if not isinstance(result, NotStreamable):
+                break
+        return result
+
+    def _grids(self, shape: tuple[int, ...]) -> Iterator[Axes]:
+        """Which axes of a tensor may be those of a map again; any would be exact.
+
+        With channels last they have a known map's extents. Of few positions nothing is gained.
+        """
+        if len(shape) != 4 or shape[0] != self.num_images:
+            return
+        if shape[2] * shape[3] >= _LEAST_POSITIONS:
+            yield (2, 3)
+        if shape[1] * shape[2] >= _LEAST_POSITIONS and shape[1:3] in self.sizes:
+            yield (1, 2)
 
     def _gather_maps(self, call: Call) -> Call:
         def whole(name: str) -> Ref:
@@ -358,7 +395,7 @@ class _Tracer:
         grad = grad and not cost_of(fields.get("target")).detaches
         # What only moves a value between maps and global values serves readers inside and outside of blocks.
         grad = grad or kind in (Kind.GATHER, Kind.PROMOTED)
-        self.nodes[name] = Node(
+        self.nodes[name] = node = Node(
             name=name,
             kind=kind,
             spec=spec,
@@ -369,6 +406,10 @@ class _Tracer:
             **{**defaults, **fields},
         )
         self.fakes[name] = fake
+        if node.is_map:
+            self.sizes.add(node.size)
+        elif kind is Kind.GATHER or (kind is Kind.GLOBAL and not self.from_whole.isdisjoint(node.operands)):
+            self.from_whole.add(name)
         return Ref(name)
 
     def program(self, graph: RawGraph) -> Program:
