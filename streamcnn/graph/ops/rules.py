@@ -17,7 +17,7 @@ import torch
 
 from streamcnn.graph.program import Access, Axes, Ref, TensorSpec
 from streamcnn.graph.registry import Registry
-from streamcnn.graph.schemas import bound
+from streamcnn.graph.schemas import bound, with_argument
 
 if TYPE_CHECKING:
     from streamcnn.graph.ops.reduction_types import Reduction
@@ -41,6 +41,10 @@ class Call:
     def bind(self, *names: str) -> list[Any]:
         """Values of the schema's arguments ``names``, defaults filled in."""
         return bound(self.target, self.args, self.kwargs, *names)
+
+    def replaced(self, name: str, value: Any) -> Call:
+        """The call with another value for the schema's argument ``name``."""
+        return Call(self.target, *with_argument(self.target, self.args, self.kwargs, name, value))
 
 
 class Tracer(Protocol):
