@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streamcnn.geometry.axis_maps import (
+    Adaptive,
     AxisMap,
     Broadcast,
     Gathered,
@@ -211,6 +212,22 @@ def test_pixel_unshuffle(factor: int, num_blocks: int) -> None:
         return F.pixel_unshuffle(x.expand(-1, -1, factor, -1), factor)
 
     assert_right(Case(Sliding(factor, factor), run, factor * num_blocks, run))
+
+
+@few
+@given(st.integers(1, 12), sizes)
+def test_adaptive_pooling(num_out: int, size: int) -> None:
+    assert_required(Case(Adaptive(size, num_out), lambda x: F.adaptive_avg_pool2d(x, (1, num_out)), size))
+
+
+@few
+@given(st.integers(1, 12), sizes)
+def test_windows_of_adaptive_pooling_that_read_positions(num_out: int, size: int) -> None:
+    reads = positions_read(Case(Same(), lambda x: F.adaptive_avg_pool2d(x, (1, num_out)), size))
+    for positions in all_intervals(size):
+        found = Adaptive(size, num_out).readers(positions)
+        wanted = set(range(positions.start, positions.stop))
+        assert set(range(found.start, found.stop)) == {i for i, read in enumerate(reads) if read & wanted}
 
 
 # --- finer grids --------------------------------------------------------------------------------------

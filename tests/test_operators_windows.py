@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from operator_cases import WIDTH, Applied, Function, assert_streams, by_name
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn.graph.ops.pooling import max_pool
@@ -132,22 +132,47 @@ def test_max_pooling_of_equal_values() -> None:
 
 
 ADAPTIVE = {
-    "average to 1": (nn.AdaptiveAvgPool2d(1), False),
-    "maximum to 1": (nn.AdaptiveMaxPool2d(1), False),
-    "maximum to 1 of equal values": (
-        nn.Sequential(nn.Upsample(scale_factor=2), nn.AdaptiveMaxPool2d(1)),
-        False,
-    ),
-    "average to 3 x 2": (nn.AdaptiveAvgPool2d((3, 2)), True),
-    "average to rows": (nn.AdaptiveAvgPool2d((None, 1)), True),
-    "maximum to 4": (nn.AdaptiveMaxPool2d(4), True),
+    "average to 1": nn.AdaptiveAvgPool2d(1),
+    "average to 3 x 2": nn.AdaptiveAvgPool2d((3, 2)),
+    "average to rows": nn.AdaptiveAvgPool2d((None, 1)),
+    "average to columns": nn.AdaptiveAvgPool2d((2, None)),
+    "average to 9 x 1": nn.AdaptiveAvgPool2d((9, 1)),
+    "average to 9 x 11": nn.AdaptiveAvgPool2d((9, 11)),
+    "average to 11 x 17, equal columns": nn.AdaptiveAvgPool2d((11, 17)),
+    "average to more positions": nn.AdaptiveAvgPool2d((34, 26)),
+    "average to more rows and fewer columns": nn.AdaptiveAvgPool2d((25, 3)),
+    "average to the same": nn.AdaptiveAvgPool2d((21, 17)),
+    "maximum to 1": nn.AdaptiveMaxPool2d(1),
+    "maximum to 1 of equal values": nn.Sequential(nn.Upsample(scale_factor=2), nn.AdaptiveMaxPool2d(1)),
+    "maximum to 4": nn.AdaptiveMaxPool2d(4),
+    "maximum to 5 x 3 of equal values": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((5, 3))),
+    "maximum to rows": nn.AdaptiveMaxPool2d((None, 1)),
+    "maximum to 13 x 9 of equal values": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((13, 9))),
+    "maximum to more positions": nn.AdaptiveMaxPool2d((30, 29)),
+    "maximum of one image": Applied(lambda x: F.adaptive_max_pool2d(x[0], (10, 12))),
+    "average of one image": Applied(lambda x: F.adaptive_avg_pool2d(x[0], (10, 4))),
 }
 
 
 @by_name(ADAPTIVE)
-def test_adaptive_pooling(case: tuple[nn.Module, bool]) -> None:
-    module, resident = case
-    assert_streams(module, resident=resident)
+def test_adaptive_pooling(case: nn.Module) -> None:
+    assert_streams(case)
+
+
+@pytest.mark.parametrize("size", [(3, 2), (9, 12), (21, 17), (25, 30)])
+def test_places_of_adaptive_maxima(size: tuple[int, int]) -> None:
+    def places(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = F.adaptive_max_pool2d(x.relu(), size, return_indices=True)
+        return values, x.flatten(2).gather(2, indices.flatten(2)) + indices.flatten(2)
+
+    assert_streams(places, resident=None)
+
+
+def test_adaptive_maxima_of_infinite_values() -> None:
+    # Nothing is larger than what stands for a window of which no tile has shown anything.
+    assert_streams(
+        lambda x: F.adaptive_max_pool2d(x.where(x > 9, -torch.inf), 3).sigmoid(), zero_gradients=True
+    )
 
 
 # --- grids --------------------------------------------------------------------------------------------

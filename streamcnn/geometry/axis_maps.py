@@ -151,6 +151,25 @@ class Repeated(AxisMap):
 
 
 @dataclass(frozen=True, slots=True)
+class Adaptive(AxisMap):
+    """Adaptive pooling: ``count`` windows over ``size`` positions, as even as they can be.
+
+    Window i is ``[floor(i * size / count), ceil((i + 1) * size / count))``. Where the size is no multiple,
+    neighbouring windows may share a position; where it is less than the count, they repeat positions.
+    """
+
+    size: int
+    count: int
+
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return start * self.size // self.count, -(-stop * self.size // self.count)
+
+    def readers(self, positions: Interval) -> Interval:
+        """The windows that hold any of ``positions``: the rule is its own inverse."""
+        return Adaptive(self.count, self.size).window(positions)
+
+
+@dataclass(frozen=True, slots=True)
 class Gathered(AxisMap):
     """Each output reads listed source positions: any resampling, reflecting or repeating padding."""
 

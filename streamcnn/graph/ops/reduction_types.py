@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import Axes, dense
+from streamcnn.geometry.windows import dense
 from streamcnn.graph.ops import channel_kernels
 
 Partials = tuple[Tensor, ...]
@@ -29,7 +29,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
 
 
-def _exact(value: Tensor) -> Tensor:
+def exact(value: Tensor) -> Tensor:
     """A partial result in the type that partial results are merged in."""
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
@@ -112,7 +112,7 @@ class Sum(Reduction):
         return False
 
     def partial(self, x: Tensor, region: Region) -> Partials:
-        return (_exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
+        return (exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         return (first[0] + second[0],)
@@ -140,11 +140,11 @@ class Moments(Reduction):
         # On the host, where it takes no kernel: it combines with values on any device.
         count = torch.tensor(float(math.prod(x.shape[dim] for dim in self.dims)), dtype=torch.float64)
         if self._is_per_channel and (channel_kernels.fits(x) or channel_kernels.has_host_moments(x)):
-            mean, variance = (_exact(value) for value in channel_kernels.moments(x))
+            mean, variance = (exact(value) for value in channel_kernels.moments(x))
             return (count, mean, variance * count)
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
-        return (count, _exact(mean).reshape(spread.shape), spread)
+        return (count, exact(mean).reshape(spread.shape), spread)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
@@ -232,41 +232,6 @@ class Extremum(Reduction):
         assert grads[0] is not None
         best, ties = self._broadcast(results[0], x.dtype), self._broadcast(results[1], x.dtype)
         return (x == best) * (self._broadcast(grads[0], x.dtype) / ties)
-
-
-@dataclass(frozen=True, slots=True)
-class FirstMaximum(Reduction):
-    """Largest value per channel; the gradient goes to its first position in row order, as in max pooling."""
-
-    axes: Axes = (2, 3)
-
-    @property
-    def positional(self) -> bool:
-        return True
-
-    def _positions(self, x: Tensor, region: Region) -> Tensor:
-        rows = torch.arange(region.rows.start, region.rows.stop, device=x.device)
-        cols = torch.arange(region.cols.start, region.cols.stop, device=x.device)
-        return (rows[:, None] * self.shape[self.axes[1]] + cols).flatten()
-
-    def partial(self, x: Tensor, region: Region) -> Partials:
-        best, index = x.flatten(-2).max(-1)
-        return (best.double(), self._positions(x, region)[index])
-
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        later = (second[0] > first[0]) | ((second[0] == first[0]) & (second[1] < first[1]))
-        return (torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1]))
-
-    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self._result(parts[0], dtype), self._result(parts[1], torch.int64))
-
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
-        assert grads[0] is not None
-        positions = self._positions(x, region).reshape(region.size)
-        chosen = positions == self._broadcast(results[1], torch.int64)
-        return chosen * self._broadcast(grads[0], x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

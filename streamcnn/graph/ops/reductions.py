@@ -1,4 +1,4 @@
-"""Operators that reduce a map over space: means, sums, maxima, norms, variances, pooling to one position."""
+"""Operators that reduce a map over space: means, sums, maxima, norms, variances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
-from streamcnn.graph.ops.reduction_types import Extremum, FirstMaximum, Moments, Reduction, Sum, VectorNorm
+from streamcnn.graph.ops.reduction_types import Extremum, Moments, Reduction, Sum, VectorNorm
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Ref
 
@@ -168,20 +168,6 @@ def _correction(call: Call, name: str) -> float:
     return float(bool(call.bind("unbiased")[0]))
 
 
-@rule(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
-def adaptive_pool(tracer: Tracer, call: Call) -> Any:
-    """Adaptive pooling to one position; other sizes are resident."""
-    ref, size = call.bind("self", "output_size")
-    if tuple(size) != (1, 1) or tracer.axes(ref) not in ((1, 2), (2, 3)):
-        return NotStreamable(f"its windows for output size {tuple(size)} are of unequal extents")
-    shape, axes = tracer.spec(ref).shape, tracer.axes(ref)
-    assert axes is not None
-    if call.target is aten.adaptive_avg_pool2d.default:
-        return tracer.reduce(Sum(shape, axes, True, 1 / (shape[axes[0]] * shape[axes[1]])), ref)[0]
-    # The second result is a position in the whole map.
-    return tracer.reduce(FirstMaximum(shape, axes, True, axes), ref)
-
-
 @rule(aten.max.dim, aten.min.dim)
 def extremum_and_position(tracer: Tracer, call: Call) -> Any:
     """Largest or smallest channel and which it is; its gradient goes to that one alone, unlike ``amax``'s."""
@@ -229,11 +215,6 @@ class _Reductions(nn.Module):
 
 SAMPLES = (
     Sample("means, maxima, norms, deviations", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), _Reductions())),
-    Sample(
-        "adaptive pooling to 3 x 2",
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((3, 2)), nn.Conv2d(4, 2, 2)),
-        resident=True,
-    ),
     Sample("mean over columns", lambda: chain(nn.Conv2d(3, 4, 3), _ColumnMean()), resident=True),
 )
 
