@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from streamcnn.graph.costs import Cost, declare, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
+from streamcnn.graph.ops.reductions import reduced
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows
 from streamcnn.graph.program import Access, Ref
@@ -38,8 +40,9 @@ def adaptive_pool(tracer: Tracer, call: Call) -> Any:
         return (_average if is_average else _maxima)(tracer, call, ref, (rows, cols))
     if not is_average:
         return tracer.reduce(WindowMaxima(shape, axes, True, (rows, cols)), ref)
-    if (rows.count, cols.count) == (1, 1):
-        return tracer.reduce(Sum(shape, axes, True, 1 / (rows.size * cols.size)), ref)[0]
+    if all(axis.count in (1, axis.size) for axis in (rows, cols)):
+        dims = tuple(dim for dim, axis in zip(axes, (rows, cols), strict=True) if axis.count == 1)
+        return reduced(tracer, ref, Sum(shape, dims, True, 1 / math.prod(shape[dim] for dim in dims)))[0]
     return tracer.reduce(WindowMeans(shape, axes, True, (rows, cols)), ref)[0]
 
 

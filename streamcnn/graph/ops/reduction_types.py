@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import dense
+from streamcnn.geometry.windows import Axes, dense
 from streamcnn.graph.ops import channel_kernels
 
 Partials = tuple[Tensor, ...]
@@ -36,7 +36,7 @@ def exact(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Reduction(ABC):
-    """A reduction over ``dims``, both spatial axes among them."""
+    """A reduction over ``dims``, in ascending order, both spatial axes among them or one."""
 
     shape: tuple[int, ...]
     """Shape of the whole map."""
@@ -97,15 +97,30 @@ class Reduction(ABC):
 
     def _broadcast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A result or its gradient, shaped to broadcast against the map."""
-        kept = [1 if dim in self.dims else extent for dim, extent in enumerate(self.shape)]
-        return value.reshape(kept).to(dtype)
+        for dim in () if self.keepdim else self.dims:
+            value = value.unsqueeze(dim)
+        return value.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class Sum(Reduction):
+class Placeable(Reduction):
+    """A reduction whose partial results have the shape of the result: a tile's may lie anywhere in it."""
+
+    @property
+    @abstractmethod
+    def neutral(self) -> tuple[float, ...]:
+        """What merging leaves out, of each partial result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Placeable):
     """Sum times ``scale``; a mean with ``scale = 1 / count``."""
 
     scale: float = 1.0
+
+    @property
+    def neutral(self) -> tuple[float, ...]:
+        return (0.0,)
 
     @property
     def needs_values(self) -> bool:
@@ -208,10 +223,14 @@ def _squared(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Extremum(Reduction):
+class Extremum(Placeable):
     """Largest (or smallest) value; the gradient is shared equally among equal positions, as in ATen."""
 
     sign: int = 1
+
+    @property
+    def neutral(self) -> tuple[float, ...]:
+        return (-math.inf, 0)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         best = (x * self.sign).amax(self.dims, keepdim=True)
@@ -235,10 +254,14 @@ class Extremum(Reduction):
 
 
 @dataclass(frozen=True, slots=True)
-class VectorNorm(Reduction):
+class VectorNorm(Placeable):
     """The p-norm, for finite p >= 1."""
 
     power: float = 2.0
+
+    @property
+    def neutral(self) -> tuple[float, ...]:
+        return (0.0,)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         norm = torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype))
@@ -259,3 +282,61 @@ class VectorNorm(Reduction):
         safe = torch.where(norm == 0, 1, norm)
         scaled = x / safe if self.power == 2 else x.sgn() * (x.abs() / safe).pow(self.power - 1)
         return scaled * self._broadcast(grads[0], x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class AlongOneAxis(Reduction):
+    """A reduction over one spatial axis: the results have the extent of the other."""
+
+    reduction: Placeable
+    """The same of a whole map."""
+    kept: int
+    """The other axis."""
+    side: int
+    """Which of a region's two intervals is that axis's."""
+
+    @classmethod
+    def of(cls, reduction: Placeable, axes: Axes) -> AlongOneAxis:
+        """``reduction`` of a map with its spatial axes at ``axes``."""
+        side = int(axes[0] in reduction.dims)
+        return cls(reduction.shape, reduction.dims, reduction.keepdim, reduction, axes[side], side)
+
+    @property
+    def needs_values(self) -> bool:
+        return self.reduction.needs_values
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        parts = self.reduction.partial(x, region)
+        positions, extent = region[self.side], self.shape[self.kept]
+        place = self.kept - sum(dim < self.kept for dim in self.dims)
+        return tuple(
+            torch.nn.functional.pad(
+                part,
+                (*(0, 0) * (part.dim() - 1 - place), positions.start, extent - positions.stop),
+                value=neutral,
+            )
+            for part, neutral in zip(parts, self.reduction.neutral, strict=True)
+        )
+
+    def merge(self, first: Partials, second: Partials) -> Partials:
+        return self.reduction.merge(first, second)
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return self.reduction.finish(parts, dtype)
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        place = self.kept if self.keepdim else self.kept - sum(dim < self.kept for dim in self.dims)
+        positions = region[self.side]
+
+        def here(value: Tensor) -> Tensor:
+            return value.narrow(place, positions.start, positions.size)
+
+        return self.reduction.gradient(
+            x, region, [here(each) for each in results], [None if g is None else here(g) for g in grads]
+        )
