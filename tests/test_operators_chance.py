@@ -26,13 +26,22 @@ def _run(net: nn.Module, image: Tensor, tile: int | None, seed: int) -> tuple[Te
 class DropPath(nn.Module):
     """Stochastic depth as timm draws it."""
 
+    def __init__(self, kept: float) -> None:
+        super().__init__()
+        self.kept = kept
+
     def forward(self, x: Tensor) -> Tensor:
-        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.6)
-        mask.div_(0.6)
+        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(self.kept)
+        mask.div_(self.kept)
         return x * mask
 
 
-@pytest.mark.parametrize("module", [DropPath(), nn.Dropout2d(0.4)], ids=["stochastic depth", "channels"])
+# ATen's own probability is 0.5, which a recorded call leaves out.
+@pytest.mark.parametrize(
+    "module",
+    [DropPath(0.6), DropPath(0.5), nn.Dropout2d(0.4)],
+    ids=["stochastic depth", "stochastic depth, one half", "channels"],
+)
 def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, WIDTH, 3),

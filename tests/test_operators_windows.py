@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import WIDTH, Applied, Function, assert_streams, by_name
+from helpers import traced
+from operator_cases import SHAPE, WIDTH, Applied, Function, after_convolution, assert_streams, by_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn.graph.ops.pooling import max_pool
+from streamcnn.graph.program import Kind
 
 # --- windows ------------------------------------------------------------------------------------------
 
@@ -157,6 +159,38 @@ ADAPTIVE = {
 @by_name(ADAPTIVE)
 def test_adaptive_pooling(case: nn.Module) -> None:
     assert_streams(case)
+
+
+class LaidOver(nn.Module):
+    """Pyramid pooling: summaries of a map, worked on, beside the map that they are enlarged to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.mix = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        summaries = [self.mix(F.adaptive_avg_pool2d(x, size)) for size in (2, 3)]
+        mean = F.adaptive_avg_pool2d(x, 1)
+        laid = [F.interpolate(each, x.shape[2:], **self.options) for each in (mean, *summaries)]
+        return torch.cat((x, *laid), 1).sin()
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "nearest"}, {"mode": "bilinear"}, {"mode": "bilinear", "align_corners": True}]
+)
+def test_a_summary_laid_over_its_map_is_not_held_whole(options: dict[str, Any]) -> None:
+    net = LaidOver(**options)
+    assert_streams(net)
+    program, _ = traced(after_convolution(net), SHAPE)
+    largest = max(node.nbytes for node in program.nodes.values() if node.kind is Kind.GLOBAL)
+    assert largest <= 2 * 4 * 3 * 3 * 8
+
+
+def test_a_summary_in_the_resident_tail_stays_one() -> None:
+    program, _ = traced(after_convolution(LaidOver()), SHAPE, tail="adaptive_avg_pool2d")
+    maps = [node.name for node in program.nodes.values() if node.is_map]
+    assert maps == [program.image, "conv2d"]
 
 
 @pytest.mark.parametrize("size", [(3, 2), (9, 12), (21, 17), (25, 30)])

@@ -153,21 +153,41 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
     return x.index_select(axis, torch.tensor(places, device=x.device))
 
 
-@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
-def upsample_nearest(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, without_maps=True)
+def upsample_nearest(tracer: Tracer, call: Call) -> Any:
     """Nearest-neighbour resampling to any size, larger or smaller."""
-    ref = call.args[0]
+    if _stays_global(tracer, call):
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
+    ref, was_map = _as_map(tracer, call)
     if tracer.axes(ref) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
     factors = _whole_factors(like.shape[2:], sizes)
     steps = _steps(call)
-    if factors is not None and _are_exact(steps, factors):
+    if was_map and factors is not None and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, repeat_nearest, 0)
     sources = [
         nearest_sources(n, size, step) for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
     ]
     return _gathered(tracer, ref, like, (2, 3), [(source, source) for source in sources], None)
+
+
+def _stays_global(tracer: Tracer, call: Call) -> bool:
+    """Whether a global value is resized to one.
+
+    One that grows, as a summary of a map does that is laid over it again, becomes a map instead.
+    """
+    ref = call.args[0]
+    if tracer.axes(ref) is not None:
+        return False
+    return tracer.resident or tracer.fake(call).numel() <= tracer.spec(ref).numel
+
+
+def _as_map(tracer: Tracer, call: Call) -> tuple[Ref, bool]:
+    """The operand as a map, and whether it was one: of a few positions a tile may read less than one."""
+    ref = call.args[0]
+    was_map = tracer.axes(ref) is not None
+    return (ref if was_map else tracer.promote(ref, (2, 3))), was_map
 
 
 def _whole_factors(after: Sequence[int], before: Sequence[int]) -> tuple[int, int] | None:
@@ -212,16 +232,18 @@ def nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int, 
         return tuple(int(place) for place in picked.flatten())
 
 
-@rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default)
-def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+@rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, without_maps=True)
+def upsample_bilinear(tracer: Tracer, call: Call) -> Any:
     """Bilinear resampling, corners aligned or not, to any size."""
-    ref, align_corners = call.args[0], call.bind("align_corners")[0]
+    if _stays_global(tracer, call):
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
+    (ref, was_map), align_corners = _as_map(tracer, call), call.bind("align_corners")[0]
     if tracer.axes(ref) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
     factors = _whole_factors(like.shape[2:], sizes)
     steps = _steps(call)
-    if factors is not None and not align_corners and _are_exact(steps, factors):
+    if was_map and factors is not None and not align_corners and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, repeat_bilinear, 1)
     axes = [
         bilinear_sources(n, size, step, align_corners)

@@ -46,6 +46,9 @@ class Call:
 class Tracer(Protocol):
     """What rules may ask about operands and record."""
 
+    resident: bool
+    """Whether everything from here on runs on whole values: no map may be made any more."""
+
     def spec(self, ref: Ref) -> TensorSpec:
         """Shape and dtype of a recorded value."""
 
