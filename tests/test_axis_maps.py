@@ -25,6 +25,7 @@ from streamcnn.geometry.axis_maps import (
     Gathered,
     Index,
     Repeated,
+    Reversed,
     Same,
     Sliding,
     Transposed,
@@ -230,6 +231,23 @@ def test_windows_of_adaptive_pooling_that_read_positions(num_out: int, size: int
         assert set(range(found.start, found.stop)) == {i for i, read in enumerate(reads) if read & wanted}
 
 
+@few
+@given(sizes)
+def test_positions_in_reverse(size: int) -> None:
+    assert_right(Case(Reversed(size), lambda x: x.flip(3), size, lambda x: x.flip(3)))
+
+
+@few
+@given(kernels, strides, sizes)
+def test_windows_of_a_tensor(kernel: int, stride: int, size: int) -> None:
+    assume(kernel <= size)
+
+    def run(x: Tensor) -> Tensor:
+        return x.unfold(3, kernel, stride).sum(-1)
+
+    assert_right(Case(Sliding(kernel, stride), run, size, run, exact=stride <= kernel))
+
+
 # --- finer grids --------------------------------------------------------------------------------------
 
 
@@ -356,7 +374,10 @@ def test_broadcast_position(size: int) -> None:
     assert_required(Case(Broadcast(), lambda x: x.expand(-1, -1, -1, size), 1))
 
 
-@pytest.mark.parametrize("axis_map", [Sliding(), Transposed(1, 1, 0, 1), Repeated(1), Gathered((0,), (0,))])
+@pytest.mark.parametrize(
+    "axis_map",
+    [Sliding(), Transposed(1, 1, 0, 1), Repeated(1), Gathered((0,), (0,)), Adaptive(1, 1), Reversed(1)],
+)
 def test_what_may_move_positions_is_not_pointwise(axis_map: AxisMap) -> None:
     assert not axis_map.pointwise
 

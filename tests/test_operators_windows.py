@@ -258,6 +258,8 @@ REGRIDDED = {
     "focus": Applied(
         lambda x: torch.cat((x[..., :-1:2, :-1:2], x[..., 1::2, :-1:2], x[..., 1::2, 1::2]), 1).sin()
     ),
+    "windows": Applied(lambda x: x.unfold(2, 5, 2).unfold(3, 2, 3).mul(2).sin().amax((4, 5))),
+    "windows, channels last": Applied(lambda x: x.movedim(1, -1).unfold(1, 3, 1).unfold(3, 2, 2).mean(-1)),
     "narrow": Applied(lambda x: x.narrow(2, 3, 11).narrow(3, -8, 7).narrow(1, 2, 3)),
 }
 

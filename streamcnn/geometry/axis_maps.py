@@ -82,6 +82,16 @@ class Same(AxisMap):
 
 
 @dataclass(frozen=True, slots=True)
+class Reversed(AxisMap):
+    """The positions of an input of ``size`` in reverse order."""
+
+    size: int
+
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return self.size - stop, self.size - start
+
+
+@dataclass(frozen=True, slots=True)
 class Broadcast(AxisMap):
     """Every output position reads the input's only position."""
 

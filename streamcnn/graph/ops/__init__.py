@@ -3,10 +3,20 @@
 What a rule from outside needs stands here too: see ``docs/adding_an_operator.md``.
 """
 
-from streamcnn.geometry.axis_maps import Adaptive, Broadcast, Gathered, Repeated, Same, Sliding, Transposed
+from streamcnn.geometry.axis_maps import (
+    Adaptive,
+    Broadcast,
+    Gathered,
+    Repeated,
+    Reversed,
+    Same,
+    Sliding,
+    Transposed,
+)
 from streamcnn.graph.costs import CallBytes, Cost, Operand, Operation, Routine, Saves, declare
 from streamcnn.graph.ops import (
     adaptive_pooling,
+    along_axes,
     convolution,
     dropout,
     normalization,
@@ -37,6 +47,7 @@ __all__ = [
     "Operation",
     "Ref",
     "Repeated",
+    "Reversed",
     "Routine",
     "Same",
     "Sample",
@@ -52,6 +63,7 @@ __all__ = [
 
 FAMILIES = (
     adaptive_pooling,
+    along_axes,
     convolution,
     dropout,
     normalization,

@@ -40,17 +40,15 @@ def adaptive_pool(tracer: Tracer, call: Call) -> Any:
         return (_average if is_average else _maxima)(tracer, call, ref, (rows, cols))
     if not is_average:
         return tracer.reduce(WindowMaxima(shape, axes, True, (rows, cols)), ref)
-    if all(axis.count in (1, axis.size) for axis in (rows, cols)):
-        dims = tuple(dim for dim, axis in zip(axes, (rows, cols), strict=True) if axis.count == 1)
+    dims = tuple(dim for dim, axis in zip(axes, (rows, cols), strict=True) if axis.count == 1)
+    if dims and all(axis.count in (1, axis.size) for axis in (rows, cols)):
         return reduced(tracer, ref, Sum(shape, dims, True, 1 / math.prod(shape[dim] for dim in dims)))[0]
     return tracer.reduce(WindowMeans(shape, axes, True, (rows, cols)), ref)[0]
 
 
 def _summarises(axes: Windows) -> bool:
-    """Whether the result is a global value: small against the map, and of large windows."""
-    return all(axis.count <= axis.size for axis in axes) and any(
-        axis.count == 1 or (axis.count <= FEW and axis.count < axis.size) for axis in axes
-    )
+    """Whether the result is a global value: few rows or columns, and no more than the map has."""
+    return any(axis.count <= FEW for axis in axes) and all(axis.count <= axis.size for axis in axes)
 
 
 def _average(tracer: Tracer, call: Call, ref: Ref, axes: Windows) -> Ref:

@@ -14,7 +14,7 @@ from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import AlongOneAxis, Extremum, Moments, Placeable, Sum, VectorNorm
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
-from streamcnn.graph.program import Access, Ref
+from streamcnn.graph.program import Ref
 
 aten = torch.ops.aten
 
@@ -28,26 +28,6 @@ def spatial_dims(tracer: Tracer, ref: Ref, dims: Sequence[int] | None) -> tuple[
     return None if set(axes).isdisjoint(chosen) else chosen
 
 
-def without_space(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int], keepdim: bool) -> Ref:
-    """Record a reduction over other axes only, which is an operation at each position."""
-    if keepdim:
-        return per_position(tracer, call, ref)
-    axes = tracer.axes(ref)
-    assert axes is not None
-    ndim = len(tracer.spec(ref).shape)
-    chosen = {dim % ndim for dim in dims}
-    rows, cols = (axis - sum(dim < axis for dim in chosen) for axis in axes)
-    accesses = {ref.name: Access()}
-    return tracer.local(
-        call.target,
-        call.args,
-        call.kwargs,
-        like=tracer.fake(call),
-        axes=(rows, cols),
-        accesses=accesses,
-    )
-
-
 def _reduce_or_local(
     tracer: Tracer,
     call: Call,
@@ -59,7 +39,7 @@ def _reduce_or_local(
     chosen = spatial_dims(tracer, ref, dims)
     if chosen is None:
         assert dims is not None
-        return without_space(tracer, call, ref, dims, keepdim)
+        return per_position(tracer, call, ref, dropped=dims)
     return reduced(tracer, ref, build(tracer.spec(ref).shape, chosen, keepdim))
 
 
@@ -142,7 +122,7 @@ def variance(tracer: Tracer, call: Call) -> Any:
     chosen = spatial_dims(tracer, call.args[0], dims)
     if chosen is None and "_mean" not in name:
         assert dims is not None
-        return without_space(tracer, call, call.args[0], dims, keepdim)
+        return per_position(tracer, call, call.args[0], dropped=dims)
     if chosen is None:
         return NotStreamable("it returns several tensors per position")
     if not set(tracer.axes(call.args[0]) or ()) <= set(chosen):
@@ -173,38 +153,6 @@ def _correction(call: Call, name: str) -> float:
         value = call.bind("correction")[0]
         return 1.0 if value is None else float(value)
     return float(bool(call.bind("unbiased")[0]))
-
-
-@rule(aten.max.dim, aten.min.dim)
-def extremum_and_position(tracer: Tracer, call: Call) -> Any:
-    """Largest or smallest channel and which it is; its gradient goes to that one alone, unlike ``amax``'s."""
-    ref, dim, keepdim = call.bind("self", "dim", "keepdim")
-    if spatial_dims(tracer, ref, (dim,)) is not None:
-        return NotStreamable("it runs along a spatial axis")
-    parts = (Call(_result, (call.target, index, ref, dim, keepdim), {}) for index in (0, 1))
-    return tuple(without_space(tracer, part, ref, (dim,), keepdim) for part in parts)
-
-
-def _result(target: Any, index: int, x: Tensor, dim: int, keepdim: bool) -> Tensor:
-    result: Tensor = target(x, dim, keepdim)[index]
-    return result
-
-
-@rule(
-    aten.logsumexp.default,
-    aten.prod.dim_int,
-    aten.any.dim,
-    aten.all.dim,
-    aten.argmax.default,
-    aten.argmin.default,
-)
-def over_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """A reduction that is streamed over channels only."""
-    ref, dims, keepdim = call.bind("self", "dim", "keepdim")
-    dims = (dims,) if isinstance(dims, int) else dims
-    if spatial_dims(tracer, ref, dims) is not None:
-        return NotStreamable("it reduces spatial axes, for which it has no partial results")
-    return without_space(tracer, call, ref, dims, keepdim)
 
 
 class _Reductions(nn.Module):
