@@ -204,6 +204,7 @@ def test_mean_is_exact_where_it_is_large_against_the_deviation() -> None:
 RESIDENT = {
     "flattened": lambda x: x.flatten(1).sin(),
     "attention": lambda x: torch.softmax(x.flatten(2).transpose(1, 2) @ x.flatten(2), -1),
+    "matrix product of rows": lambda x: x @ x.transpose(2, 3),
     "matrix product": lambda x: torch.einsum("nchw,ndhw->ncd", x, x),
     "rolled": lambda x: x.roll((2, -3), (2, 3)),
     "transposed and joined along space": lambda x: torch.cat((x, x[:, :, :4]), 2),

@@ -114,6 +114,23 @@ ELEMENTWISE = {
     "channels without NaN": lambda x: (
         torch.cat((x.abs(), x.where(x > 0, torch.nan)), 1).nanmean(1) * x.where(x > 0, torch.nan).nansum(1)
     ),
+    "products of channels": lambda x: torch.einsum("nchw,nchw->nhw", x, x.sin()),
+    "products of all images' channels": lambda x: torch.einsum("nchw,mchw->nmhw", x, x.cos()),
+    "product with a matrix, channels last": lambda x: x.movedim(1, -1) @ torch.eye(WIDTH).to(x)[:, :4],
+    "product of a matrix with channels": lambda x: (
+        torch.ones(3, WIDTH).to(x).cumsum(1) @ x.permute(2, 3, 1, 0)
+    ),
+    "matrices at each position": lambda x: x.permute(2, 3, 0, 1) @ x.permute(2, 3, 1, 0).sin(),
+    "attention at each position": lambda x: F.scaled_dot_product_attention(
+        *x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)).chunk(1),
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)).sin(),
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)).cos(),
+        torch.ones(3, 3).to(x),
+    ),
+    "attention to a table": lambda x: F.scaled_dot_product_attention(
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)), torch.eye(2).to(x), torch.ones(2, 4).to(x), scale=0.3
+    ),
+    "made of a map's shape": lambda x: x * torch.empty_like(x).fill_(2.0),
     "aliases": lambda x: torch.subtract(torch.multiply(x, 2), x.negative()) * torch.less(x, 0.5),
 }
 

@@ -233,6 +233,30 @@ def trailing_norm(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 @rule(
+    aten.empty_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+)
+def from_shape(tracer: Tracer, call: Call) -> Ref:
+    """A new tensor that takes only shape, dtype and device from its operand, which need not be whole for it.
+
+    Numbers are drawn as plain PyTorch draws them.
+    """
+    like = tracer.fake(call)
+    created: Ref = tracer.global_value(
+        _MADE_OF_SHAPES[call.target], tuple(like.shape), dtype=like.dtype, device=torch.device(like.device)
+    )
+    return created
+
+
+_MADE_OF_SHAPES: dict[Any, OpOverload] = {
+    aten.empty_like.default: aten.zeros.default,
+    aten.rand_like.default: aten.rand.default,
+    aten.randn_like.default: aten.randn.default,
+}
+
+
+@rule(
     aten.new_empty.default,
     aten.new_zeros.default,
     aten.new_ones.default,
