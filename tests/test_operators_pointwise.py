@@ -128,7 +128,10 @@ ELEMENTWISE = {
         torch.ones(3, 3).to(x),
     ),
     "attention to a table": lambda x: F.scaled_dot_product_attention(
-        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)), torch.eye(2).to(x), torch.ones(2, 4).to(x), scale=0.3
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)),
+        torch.eye(2).to(x),
+        torch.ones(2, 4).to(x).cumsum(0),
+        scale=0.3,
     ),
     "made of a map's shape": lambda x: x * torch.empty_like(x).fill_(2.0),
     "aliases": lambda x: torch.subtract(torch.multiply(x, 2), x.negative()) * torch.less(x, 0.5),
