@@ -33,7 +33,15 @@ from streamcnn.geometry.axis_maps import (
 )
 from streamcnn.geometry.regions import Interval, Intervals, Region
 from streamcnn.geometry.windows import padded, placed
-from streamcnn.graph.ops.resampling import bilinear_sources, nearest_sources
+from streamcnn.graph.ops.taps import (
+    CUBIC,
+    TRIANGLE,
+    Taps,
+    antialiased_taps,
+    bicubic_taps,
+    bilinear_taps,
+    nearest_taps,
+)
 
 Operator = Callable[[Tensor], Tensor]
 AXES = (2, 3)
@@ -330,24 +338,43 @@ def test_padding_by_the_maps_own_values(before: int, after: int, size: int, mode
 @few
 @given(st.integers(1, 20), sizes)
 def test_nearest_resampling_to_a_size(num_out: int, size: int) -> None:
-    sources = nearest_sources(num_out, size, None)
-
     def run(x: Tensor) -> Tensor:
         return F.interpolate(x, (1, num_out))
 
-    assert_required(Case(Gathered(sources, sources), run, size))
+    assert_required(Case(nearest_taps(num_out, size, None).access, run, size))
+
+
+def taps_of(mode: str, corners: bool, num_out: int, size: int) -> Taps:
+    if mode.endswith("antialiased"):
+        return antialiased_taps(num_out, size, None, corners, TRIANGLE if "bilinear" in mode else CUBIC)
+    taps = bilinear_taps if mode == "bilinear" else bicubic_taps
+    return taps(num_out, size, None, corners)
 
 
 @few
-@given(st.integers(1, 20), sizes, st.booleans())
-def test_bilinear_resampling_to_a_size(num_out: int, size: int, corners: bool) -> None:
-    first, last, _ = bilinear_sources(num_out, size, None, corners)
+@given(
+    st.integers(1, 20),
+    sizes,
+    st.booleans(),
+    st.sampled_from(["bilinear", "bicubic", "bilinear, antialiased", "bicubic, antialiased"]),
+)
+def test_interpolation_to_a_size(num_out: int, size: int, corners: bool, mode: str) -> None:
+    taps = taps_of(mode, corners, num_out, size)
 
     def run(x: Tensor) -> Tensor:
-        return F.interpolate(x, (1, num_out), mode="bilinear", align_corners=corners)
+        kind, _, antialiased = mode.partition(", ")
+        return F.interpolate(x, (1, num_out), mode=kind, align_corners=corners, antialias=bool(antialiased))
 
-    # Where a place falls on a position, ATen may or may not read the next one with a weight of zero.
-    assert_required(Case(Gathered(first, last), run, size, exact=False))
+    # Where a place falls on a position, ATen may or may not read others with a weight of zero.
+    case = Case(taps.access, run, size, exact=False)
+    assert_required(case)
+    assert taps.weights is not None
+    image = case.image()
+    read = sum(
+        image[..., list(source)] * torch.tensor(weight, dtype=image.dtype)
+        for source, weight in zip(taps.sources, taps.weights, strict=True)
+    )
+    torch.testing.assert_close(read, run(image), rtol=1e-12, atol=1e-12)
 
 
 @few

@@ -234,6 +234,19 @@ RESIZES: dict[str, dict[str, Any]] = {
     "bilinear, smaller": {"size": (5, 9), "mode": "bilinear"},
     "bilinear, corners, factor 2": {"scale_factor": 2, "mode": "bilinear", "align_corners": True},
     "bilinear, corners, size": {"size": (40, 30), "mode": "bilinear", "align_corners": True},
+    "nearest exact, size": {"size": (30, 40), "mode": "nearest-exact"},
+    "nearest exact, factor 2": {"scale_factor": 2, "mode": "nearest-exact"},
+    "nearest exact, factor 0.4": {"scale_factor": 0.4, "mode": "nearest-exact"},
+    **{
+        f"{mode}, antialiased {antialiased}, {name}": {"mode": mode, "antialias": antialiased, **size}
+        for mode, antialiased in (("bicubic", False), ("bicubic", True), ("bilinear", True))
+        for name, size in {
+            "factor 2": {"scale_factor": 2},
+            "factors that round": {"scale_factor": (3.04, 0.47)},
+            "size": {"size": (5, 40)},
+            "corners, size": {"size": (9, 30), "align_corners": True},
+        }.items()
+    },
     "bilinear, corners, one row": {"size": (1, 30), "mode": "bilinear", "align_corners": True},
 }
 
@@ -246,8 +259,13 @@ def test_resizing(case: dict[str, Any]) -> None:
     )
 
 
-def test_bicubic_resizing_is_resident() -> None:
-    assert_streams(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), resident=True)
+@pytest.mark.parametrize("factors", [(1.04, 1.03), (1.04, 2.0)])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_resizing_that_aten_differentiates_wrongly_is_resident(
+    factors: tuple[float, float], antialias: bool
+) -> None:
+    options: dict[str, Any] = {"scale_factor": factors, "mode": "bicubic", "antialias": antialias}
+    assert_streams(lambda x: F.interpolate(x, **options), resident=True)
 
 
 REGRIDDED = {
