@@ -73,6 +73,11 @@ PADS = {
     "circular, one side": lambda x: F.pad(x, (0, 6, 2, 0), mode="circular"),
     "constant": lambda x: F.pad(x, (1, 2, 30, 4), value=0.6),
     "crop": lambda x: F.pad(x, (-1, -2, -3, 4)),
+    "channels": lambda x: torch.cat(
+        (F.pad(x, (0, 0, 0, 0, 1, 2), value=0.4)[:, :3], F.pad(x[:, :3], (2, 1, 0, 3, 0, 0))[..., :-3, :-3]),
+        1,
+    ),
+    "channels and columns": lambda x: F.pad(x, (2, -1, 0, 0, -1, 1), value=0.7),
     "rows alone": lambda x: F.pad(x, (0, 0, 1, 2), value=-1.0),
 }
 
@@ -100,6 +105,8 @@ POOLS = {
     },
     "average, own divisor": nn.AvgPool2d(3, 2, 1, divisor_override=5, ceil_mode=True),
     "power average": nn.LPPool2d(2, 3, 2),
+    "local response norm": nn.LocalResponseNorm(4, 2.0, 0.5, 0.1),
+    "maximum of neighbouring channels": Applied(lambda x: F.max_pool3d(x, (3, 1, 1), 1, (1, 0, 0))),
 }
 
 

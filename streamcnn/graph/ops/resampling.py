@@ -13,6 +13,7 @@ from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import NOTHING, Cost, declare, windows
 from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.taps import (
     CUBIC,
@@ -55,19 +56,19 @@ def pad(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     ref, pads = call.bind("self", "pad")
     constant = call.target is aten.constant_pad_nd.default
     mode = "constant" if constant else call.bind("mode")[0]
-    value = call.bind("value")[0] or 0.0
+    value = float(call.bind("value")[0] or 0.0)
     like, axes = tracer.fake(call), tracer.axes(ref)
+    assert axes is not None
     before = _before(pads, like.dim())
-    if (
-        axes is None
-        or any(b for axis, b in enumerate(before) if axis not in axes)
-        or _pads_channels(pads, like, axes)
-    ):
-        return NotStreamable("it pads other axes than the spatial ones")
+    channels = _of_channels(pads, like.dim(), axes)
+    if any(channels):
+        if mode != "constant":
+            return NotStreamable("it pads other axes than the spatial ones by their own values")
+        ref = per_position(tracer, Call(aten.constant_pad_nd.default, (ref, channels, value), {}), ref)
     if mode == "constant":
         rows, cols = (Sliding(padding=before[axis]) for axis in axes)
         accesses = {ref.name: Access(rows, cols)}
-        return tracer.local(same, (ref,), like=like, axes=axes, accesses=accesses, fill=float(value))
+        return tracer.local(same, (ref,), like=like, axes=axes, accesses=accesses, fill=value)
     taps = []
     for axis in axes:
         size = tracer.spec(ref).shape[axis]
@@ -92,8 +93,9 @@ def _before(pads: Sequence[int], ndim: int) -> list[int]:
     return before
 
 
-def _pads_channels(pads: Sequence[int], like: Tensor, axes: Axes) -> bool:
-    return any(pads[2 * i + 1] for i in range(len(pads) // 2) if like.dim() - 1 - i not in axes)
+def _of_channels(pads: Sequence[int], ndim: int, axes: Axes) -> list[int]:
+    """The same padding without that of the spatial axes."""
+    return [0 if ndim - 1 - index // 2 in axes else pad for index, pad in enumerate(pads)]
 
 
 _PADDINGS: dict[str, Callable[[int, int], int]] = {

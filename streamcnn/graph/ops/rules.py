@@ -143,3 +143,10 @@ def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return (value, value)
     return (value[0], value[-1])
+
+
+def as_triple(value: int | Sequence[int]) -> tuple[int, int, int]:
+    """An integer or a sequence of one or three as (depth, rows, columns)."""
+    if isinstance(value, int):
+        return (value, value, value)
+    return (value[0], value[len(value) // 2], value[-1])
