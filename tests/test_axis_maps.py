@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streamcnn.geometry.axis_maps import (
+    Adaptive,
     AxisMap,
     Broadcast,
     Gathered,
     Index,
     Repeated,
+    Reversed,
     Same,
     Sliding,
     Transposed,
@@ -31,7 +33,15 @@ from streamcnn.geometry.axis_maps import (
 )
 from streamcnn.geometry.regions import Interval, Intervals, Region
 from streamcnn.geometry.windows import padded, placed
-from streamcnn.graph.ops.resampling import bilinear_sources, nearest_sources
+from streamcnn.graph.ops.taps import (
+    CUBIC,
+    TRIANGLE,
+    Taps,
+    antialiased_taps,
+    bicubic_taps,
+    bilinear_taps,
+    nearest_taps,
+)
 
 Operator = Callable[[Tensor], Tensor]
 AXES = (2, 3)
@@ -213,6 +223,39 @@ def test_pixel_unshuffle(factor: int, num_blocks: int) -> None:
     assert_right(Case(Sliding(factor, factor), run, factor * num_blocks, run))
 
 
+@few
+@given(st.integers(1, 12), sizes)
+def test_adaptive_pooling(num_out: int, size: int) -> None:
+    assert_required(Case(Adaptive(size, num_out), lambda x: F.adaptive_avg_pool2d(x, (1, num_out)), size))
+
+
+@few
+@given(st.integers(1, 12), sizes)
+def test_windows_of_adaptive_pooling_that_read_positions(num_out: int, size: int) -> None:
+    reads = positions_read(Case(Same(), lambda x: F.adaptive_avg_pool2d(x, (1, num_out)), size))
+    for positions in all_intervals(size):
+        found = Adaptive(size, num_out).readers(positions)
+        wanted = set(range(positions.start, positions.stop))
+        assert set(range(found.start, found.stop)) == {i for i, read in enumerate(reads) if read & wanted}
+
+
+@few
+@given(sizes)
+def test_positions_in_reverse(size: int) -> None:
+    assert_right(Case(Reversed(size), lambda x: x.flip(3), size, lambda x: x.flip(3)))
+
+
+@few
+@given(kernels, strides, sizes)
+def test_windows_of_a_tensor(kernel: int, stride: int, size: int) -> None:
+    assume(kernel <= size)
+
+    def run(x: Tensor) -> Tensor:
+        return x.unfold(3, kernel, stride).sum(-1)
+
+    assert_right(Case(Sliding(kernel, stride), run, size, run, exact=stride <= kernel))
+
+
 # --- finer grids --------------------------------------------------------------------------------------
 
 
@@ -295,24 +338,43 @@ def test_padding_by_the_maps_own_values(before: int, after: int, size: int, mode
 @few
 @given(st.integers(1, 20), sizes)
 def test_nearest_resampling_to_a_size(num_out: int, size: int) -> None:
-    sources = nearest_sources(num_out, size, None)
-
     def run(x: Tensor) -> Tensor:
         return F.interpolate(x, (1, num_out))
 
-    assert_required(Case(Gathered(sources, sources), run, size))
+    assert_required(Case(nearest_taps(num_out, size, None).access, run, size))
+
+
+def taps_of(mode: str, corners: bool, num_out: int, size: int) -> Taps:
+    if mode.endswith("antialiased"):
+        return antialiased_taps(num_out, size, None, corners, TRIANGLE if "bilinear" in mode else CUBIC)
+    taps = bilinear_taps if mode == "bilinear" else bicubic_taps
+    return taps(num_out, size, None, corners)
 
 
 @few
-@given(st.integers(1, 20), sizes, st.booleans())
-def test_bilinear_resampling_to_a_size(num_out: int, size: int, corners: bool) -> None:
-    first, last, _ = bilinear_sources(num_out, size, None, corners)
+@given(
+    st.integers(1, 20),
+    sizes,
+    st.booleans(),
+    st.sampled_from(["bilinear", "bicubic", "bilinear, antialiased", "bicubic, antialiased"]),
+)
+def test_interpolation_to_a_size(num_out: int, size: int, corners: bool, mode: str) -> None:
+    taps = taps_of(mode, corners, num_out, size)
 
     def run(x: Tensor) -> Tensor:
-        return F.interpolate(x, (1, num_out), mode="bilinear", align_corners=corners)
+        kind, _, antialiased = mode.partition(", ")
+        return F.interpolate(x, (1, num_out), mode=kind, align_corners=corners, antialias=bool(antialiased))
 
-    # Where a place falls on a position, ATen may or may not read the next one with a weight of zero.
-    assert_required(Case(Gathered(first, last), run, size, exact=False))
+    # Where a place falls on a position, ATen may or may not read others with a weight of zero.
+    case = Case(taps.access, run, size, exact=False)
+    assert_required(case)
+    assert taps.weights is not None
+    image = case.image()
+    read = sum(
+        image[..., list(source)] * torch.tensor(weight, dtype=image.dtype)
+        for source, weight in zip(taps.sources, taps.weights, strict=True)
+    )
+    torch.testing.assert_close(read, run(image), rtol=1e-12, atol=1e-12)
 
 
 @few
@@ -339,7 +401,10 @@ def test_broadcast_position(size: int) -> None:
     assert_required(Case(Broadcast(), lambda x: x.expand(-1, -1, -1, size), 1))
 
 
-@pytest.mark.parametrize("axis_map", [Sliding(), Transposed(1, 1, 0, 1), Repeated(1), Gathered((0,), (0,))])
+@pytest.mark.parametrize(
+    "axis_map",
+    [Sliding(), Transposed(1, 1, 0, 1), Repeated(1), Gathered((0,), (0,)), Adaptive(1, 1), Reversed(1)],
+)
 def test_what_may_move_positions_is_not_pointwise(axis_map: AxisMap) -> None:
     assert not axis_map.pointwise
 

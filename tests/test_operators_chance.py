@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import streaming_plan
 from operator_cases import WIDTH, Applied
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,13 +27,22 @@ def _run(net: nn.Module, image: Tensor, tile: int | None, seed: int) -> tuple[Te
 class DropPath(nn.Module):
     """Stochastic depth as timm draws it."""
 
+    def __init__(self, kept: float) -> None:
+        super().__init__()
+        self.kept = kept
+
     def forward(self, x: Tensor) -> Tensor:
-        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.6)
-        mask.div_(0.6)
+        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(self.kept)
+        mask.div_(self.kept)
         return x * mask
 
 
-@pytest.mark.parametrize("module", [DropPath(), nn.Dropout2d(0.4)], ids=["stochastic depth", "channels"])
+# ATen's own probability is 0.5, which a recorded call leaves out.
+@pytest.mark.parametrize(
+    "module",
+    [DropPath(0.6), DropPath(0.5), nn.Dropout2d(0.4)],
+    ids=["stochastic depth", "stochastic depth, one half", "channels"],
+)
 def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, WIDTH, 3),
@@ -45,6 +55,21 @@ def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     image = torch.randn(5, 3, 23, 19, dtype=torch.float64)
     torch.testing.assert_close(_run(net, image, 8, 3), _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
     assert not torch.equal(_run(net, image, 8, 3)[0], _run(net, image, 8, 4)[0])
+
+
+class Noisy(nn.Module):
+    """Numbers drawn of the shape of a map, as DropBlock and noise layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.empty_like(x).bernoulli_(0.7)
+        return x * kept * torch.rand_like(x) + torch.randn_like(x[:, :1])
+
+
+def test_draws_of_a_maps_shape_are_those_of_plain_pytorch() -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), Noisy(), nn.Conv2d(WIDTH, 2, 3)).double()
+    image = torch.randn(2, 3, 23, 19, dtype=torch.float64)
+    torch.testing.assert_close(_run(net, image, 8, 3), _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
+    assert streaming_plan(net, (2, 3, 23, 19), 8)[1].residents == ()
 
 
 IMAGE = torch.linspace(0.5, 1.5, 2 * 3 * 40 * 33, dtype=torch.float64).reshape(2, 3, 40, 33)

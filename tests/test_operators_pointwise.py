@@ -10,6 +10,7 @@ import torch
 from helpers import assert_streamed_equals_plain
 from operator_cases import SHAPE, TILE, WIDTH, Function, after_convolution, assert_streams, by_name
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import activation
 
 # --- elementwise --------------------------------------------------------------------------------------
@@ -101,6 +102,38 @@ ELEMENTWISE = {
     "softmax of channels": lambda x: x.softmax(1) + torch.log_softmax(x, -3),
     "softmax of groups": lambda x: x.unflatten(1, (2, 3)).softmax(1).flatten(1, 2) * x,
     "cumulative sum of channels": lambda x: x.cumsum(1),
+    "other scans of channels": lambda x: (
+        x.cumprod(1) + x.logcumsumexp(1) + x.cummax(1)[0] + x.diff(dim=1, prepend=x[:, :1])
+    ),
+    "largest channels": lambda x: x.topk(3, 1)[0] * x.topk(2, dim=1, largest=False)[0][:, :1],
+    "channels in order": lambda x: (
+        x.sort(1)[0] * x.argsort(1, descending=True) + x.kthvalue(2, 1, keepdim=True)[0]
+    ),
+    "channels gathered by order": lambda x: x.sin().gather(1, x.sort(dim=1, descending=True).indices[:, :4]),
+    "middle channel": lambda x: x.median(1)[0] * x.movedim(1, -1).median(-1, keepdim=True).values.squeeze(-1),
+    "channels without NaN": lambda x: (
+        torch.cat((x.abs(), x.where(x > 0, torch.nan)), 1).nanmean(1) * x.where(x > 0, torch.nan).nansum(1)
+    ),
+    "products of channels": lambda x: torch.einsum("nchw,nchw->nhw", x, x.sin()),
+    "products of all images' channels": lambda x: torch.einsum("nchw,mchw->nmhw", x, x.cos()),
+    "product with a matrix, channels last": lambda x: x.movedim(1, -1) @ torch.eye(WIDTH).to(x)[:, :4],
+    "product of a matrix with channels": lambda x: (
+        torch.ones(3, WIDTH).to(x).cumsum(1) @ x.permute(2, 3, 1, 0)
+    ),
+    "matrices at each position": lambda x: x.permute(2, 3, 0, 1) @ x.permute(2, 3, 1, 0).sin(),
+    "attention at each position": lambda x: F.scaled_dot_product_attention(
+        *x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)).chunk(1),
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)).sin(),
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)).cos(),
+        torch.ones(3, 3).to(x),
+    ),
+    "attention to a table": lambda x: F.scaled_dot_product_attention(
+        x.permute(0, 2, 3, 1).unflatten(-1, (3, 2)),
+        torch.eye(2).to(x),
+        torch.ones(2, 4).to(x).cumsum(0),
+        scale=0.3,
+    ),
+    "made of a map's shape": lambda x: x * torch.empty_like(x).fill_(2.0),
     "aliases": lambda x: torch.subtract(torch.multiply(x, 2), x.negative()) * torch.less(x, 0.5),
 }
 
@@ -141,6 +174,14 @@ MOVED = {
     "axes moved": axes_moved,
     "stack": lambda x: torch.stack((x, x.sin(), x.cos()), 2).mean(2) + torch.stack((x, x), 1)[:, 0],
     "flip of channels": lambda x: x.flip(1) * x,
+    "flip of rows": lambda x: x.flip(2) * x,
+    "flip of columns, channels and the batch": lambda x: x.flip(3, 1, 0) * x,
+    "flip of both, of another grid": lambda x: F.pad(x[..., ::2, 1:], (0, 3, 2, 0)).flip(-1, -2).sin(),
+    "roll of channels": lambda x: x.roll(2, 1) * x.roll((1, -1), (0, 1)),
+    "channels chosen": lambda x: x.index_select(1, torch.tensor([4, 0, 0])) * x[:, torch.tensor([1, 3, 5])],
+    "channels chosen by a table": lambda x: x[:, torch.tensor([[4, 0], [1, 1], [5, 2]])].sum(2),
+    "batch chosen": lambda x: x * x[torch.tensor([1, 0])],
+    "channels chosen, channels last": lambda x: x.movedim(1, 3)[..., torch.tensor([2, -1])].sin(),
     "repeated channels": lambda x: x.repeat(1, 2, 1, 1).sin() + x.repeat_interleave(2, 1),
     "expanded": lambda x: x[:, :1].expand(-1, WIDTH, -1, -1) * x,
     "expanded as": lambda x: x[:, :1].expand_as(x) * x.mean((2, 3), keepdim=True).expand_as(x),

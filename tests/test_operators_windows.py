@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import WIDTH, Applied, Function, assert_streams, by_name
-from torch import nn
+from helpers import traced
+from operator_cases import SHAPE, WIDTH, Applied, Function, after_convolution, assert_streams, by_name
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn.graph.ops.pooling import max_pool
+from streamcnn.graph.program import Kind
 
 # --- windows ------------------------------------------------------------------------------------------
 
@@ -71,6 +73,11 @@ PADS = {
     "circular, one side": lambda x: F.pad(x, (0, 6, 2, 0), mode="circular"),
     "constant": lambda x: F.pad(x, (1, 2, 30, 4), value=0.6),
     "crop": lambda x: F.pad(x, (-1, -2, -3, 4)),
+    "channels": lambda x: torch.cat(
+        (F.pad(x, (0, 0, 0, 0, 1, 2), value=0.4)[:, :3], F.pad(x[:, :3], (2, 1, 0, 3, 0, 0))[..., :-3, :-3]),
+        1,
+    ),
+    "channels and columns": lambda x: F.pad(x, (2, -1, 0, 0, -1, 1), value=0.7),
     "rows alone": lambda x: F.pad(x, (0, 0, 1, 2), value=-1.0),
 }
 
@@ -98,6 +105,8 @@ POOLS = {
     },
     "average, own divisor": nn.AvgPool2d(3, 2, 1, divisor_override=5, ceil_mode=True),
     "power average": nn.LPPool2d(2, 3, 2),
+    "local response norm": nn.LocalResponseNorm(4, 2.0, 0.5, 0.1),
+    "maximum of neighbouring channels": Applied(lambda x: F.max_pool3d(x, (3, 1, 1), 1, (1, 0, 0))),
 }
 
 
@@ -132,22 +141,79 @@ def test_max_pooling_of_equal_values() -> None:
 
 
 ADAPTIVE = {
-    "average to 1": (nn.AdaptiveAvgPool2d(1), False),
-    "maximum to 1": (nn.AdaptiveMaxPool2d(1), False),
-    "maximum to 1 of equal values": (
-        nn.Sequential(nn.Upsample(scale_factor=2), nn.AdaptiveMaxPool2d(1)),
-        False,
-    ),
-    "average to 3 x 2": (nn.AdaptiveAvgPool2d((3, 2)), True),
-    "average to rows": (nn.AdaptiveAvgPool2d((None, 1)), True),
-    "maximum to 4": (nn.AdaptiveMaxPool2d(4), True),
+    "average to 1": nn.AdaptiveAvgPool2d(1),
+    "average to 3 x 2": nn.AdaptiveAvgPool2d((3, 2)),
+    "average to rows": nn.AdaptiveAvgPool2d((None, 1)),
+    "average to columns": nn.AdaptiveAvgPool2d((2, None)),
+    "average to 9 x 1": nn.AdaptiveAvgPool2d((9, 1)),
+    "average to 9 x 11": nn.AdaptiveAvgPool2d((9, 11)),
+    "average to 11 x 17, equal columns": nn.AdaptiveAvgPool2d((11, 17)),
+    "average to more positions": nn.AdaptiveAvgPool2d((34, 26)),
+    "average to more rows and fewer columns": nn.AdaptiveAvgPool2d((25, 3)),
+    "average to the same": nn.AdaptiveAvgPool2d((21, 17)),
+    "maximum to 1": nn.AdaptiveMaxPool2d(1),
+    "maximum to 1 of equal values": nn.Sequential(nn.Upsample(scale_factor=2), nn.AdaptiveMaxPool2d(1)),
+    "maximum to 4": nn.AdaptiveMaxPool2d(4),
+    "maximum to 5 x 3 of equal values": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((5, 3))),
+    "maximum to rows": nn.AdaptiveMaxPool2d((None, 1)),
+    "maximum to 13 x 9 of equal values": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((13, 9))),
+    "maximum to more positions": nn.AdaptiveMaxPool2d((30, 29)),
+    "maximum of one image": Applied(lambda x: F.adaptive_max_pool2d(x[0], (10, 12))),
+    "average of one image": Applied(lambda x: F.adaptive_avg_pool2d(x[0], (10, 4))),
 }
 
 
 @by_name(ADAPTIVE)
-def test_adaptive_pooling(case: tuple[nn.Module, bool]) -> None:
-    module, resident = case
-    assert_streams(module, resident=resident)
+def test_adaptive_pooling(case: nn.Module) -> None:
+    assert_streams(case)
+
+
+class LaidOver(nn.Module):
+    """Pyramid pooling: summaries of a map, worked on, beside the map that they are enlarged to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.mix = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        summaries = [self.mix(F.adaptive_avg_pool2d(x, size)) for size in (2, 3)]
+        mean = F.adaptive_avg_pool2d(x, 1)
+        laid = [F.interpolate(each, x.shape[2:], **self.options) for each in (mean, *summaries)]
+        return torch.cat((x, *laid), 1).sin()
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "nearest"}, {"mode": "bilinear"}, {"mode": "bilinear", "align_corners": True}]
+)
+def test_a_summary_laid_over_its_map_is_not_held_whole(options: dict[str, Any]) -> None:
+    net = LaidOver(**options)
+    assert_streams(net)
+    program, _ = traced(after_convolution(net), SHAPE)
+    largest = max(node.nbytes for node in program.nodes.values() if node.kind is Kind.GLOBAL)
+    assert largest <= 2 * 4 * 3 * 3 * 8
+
+
+def test_a_summary_in_the_resident_tail_stays_one() -> None:
+    program, _ = traced(after_convolution(LaidOver()), SHAPE, tail="adaptive_avg_pool2d")
+    maps = [node.name for node in program.nodes.values() if node.is_map]
+    assert maps == [program.image, "conv2d"]
+
+
+@pytest.mark.parametrize("size", [(3, 2), (9, 12), (21, 17), (25, 30)])
+def test_places_of_adaptive_maxima(size: tuple[int, int]) -> None:
+    def places(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = F.adaptive_max_pool2d(x.relu(), size, return_indices=True)
+        return values, x.flatten(2).gather(2, indices.flatten(2)) + indices.flatten(2)
+
+    assert_streams(places, resident=None)
+
+
+def test_adaptive_maxima_of_infinite_values() -> None:
+    # Nothing is larger than what stands for a window of which no tile has shown anything.
+    assert_streams(
+        lambda x: F.adaptive_max_pool2d(x.where(x > 9, -torch.inf), 3).sigmoid(), zero_gradients=True
+    )
 
 
 # --- grids --------------------------------------------------------------------------------------------
@@ -175,6 +241,19 @@ RESIZES: dict[str, dict[str, Any]] = {
     "bilinear, smaller": {"size": (5, 9), "mode": "bilinear"},
     "bilinear, corners, factor 2": {"scale_factor": 2, "mode": "bilinear", "align_corners": True},
     "bilinear, corners, size": {"size": (40, 30), "mode": "bilinear", "align_corners": True},
+    "nearest exact, size": {"size": (30, 40), "mode": "nearest-exact"},
+    "nearest exact, factor 2": {"scale_factor": 2, "mode": "nearest-exact"},
+    "nearest exact, factor 0.4": {"scale_factor": 0.4, "mode": "nearest-exact"},
+    **{
+        f"{mode}, antialiased {antialiased}, {name}": {"mode": mode, "antialias": antialiased, **size}
+        for mode, antialiased in (("bicubic", False), ("bicubic", True), ("bilinear", True))
+        for name, size in {
+            "factor 2": {"scale_factor": 2},
+            "factors that round": {"scale_factor": (3.04, 0.47)},
+            "size": {"size": (5, 40)},
+            "corners, size": {"size": (9, 30), "align_corners": True},
+        }.items()
+    },
     "bilinear, corners, one row": {"size": (1, 30), "mode": "bilinear", "align_corners": True},
 }
 
@@ -187,8 +266,13 @@ def test_resizing(case: dict[str, Any]) -> None:
     )
 
 
-def test_bicubic_resizing_is_resident() -> None:
-    assert_streams(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), resident=True)
+@pytest.mark.parametrize("factors", [(1.04, 1.03), (1.04, 2.0)])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_resizing_that_aten_differentiates_wrongly_is_resident(
+    factors: tuple[float, float], antialias: bool
+) -> None:
+    options: dict[str, Any] = {"scale_factor": factors, "mode": "bicubic", "antialias": antialias}
+    assert_streams(lambda x: F.interpolate(x, **options), resident=True)
 
 
 REGRIDDED = {
@@ -199,6 +283,8 @@ REGRIDDED = {
     "focus": Applied(
         lambda x: torch.cat((x[..., :-1:2, :-1:2], x[..., 1::2, :-1:2], x[..., 1::2, 1::2]), 1).sin()
     ),
+    "windows": Applied(lambda x: x.unfold(2, 5, 2).unfold(3, 2, 3).mul(2).sin().amax((4, 5))),
+    "windows, channels last": Applied(lambda x: x.movedim(1, -1).unfold(1, 3, 1).unfold(3, 2, 2).mean(-1)),
     "narrow": Applied(lambda x: x.narrow(2, 3, 11).narrow(3, -8, 7).narrow(1, 2, 3)),
 }
 

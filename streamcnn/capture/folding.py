@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from string import ascii_letters
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.ops import dropout, normalization, pointwise, products, reductions, shape
+from streamcnn.graph.ops import along_axes, dropout, normalization, pointwise, products, reductions, shape
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Axes, Ref
 from streamcnn.graph.schemas import places_of_axes, takes
@@ -249,33 +250,61 @@ def _batch_norm(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _everywhere(tracer: FoldingTracer, call: Call) -> Any:
-    """No axis in particular."""
+    """No axis in particular, or a tensor of a shape of its own."""
     value: Folded = call.args[0]
     result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
     return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
 def _along(tracer: FoldingTracer, call: Call) -> Any:
-    """One axis that is not merged: joined, split, selected, normalised."""
+    """Axes that are not merged: joined, split, selected, sorted, normalised."""
     like = tracer.fake_seen(call)
     parts = like if isinstance(like, (tuple, list)) else (like,)
     values = _values(call)
     first = next(value for value in values if isinstance(value, Folded))
-    if any(not isinstance(value, Folded) or value.runs != first.runs for value in values):
+    if any(value.runs != first.runs for value in values if isinstance(value, Folded)) or any(
+        tracer.axes(value) is not None or len(tracer.spec(value).shape) > 1
+        for value in values
+        if isinstance(value, Ref)
+    ):
         return NotStreamable("its operands have their axes of space merged differently")
-    added = parts[0].dim() - len(first.runs)
-    dim = call.bind("dim")[0] % max(len(first.runs), parts[0].dim())
-    if added <= 0 and first.runs[dim] > 1:
+    name = "dims" if takes(call.target, "dims") else "dim"
+    (dims,) = call.bind(name)
+    ndim, added = len(first.runs), parts[0].dim() - len(first.runs)
+    listed = [dim % max(ndim, parts[0].dim()) for dim in ([dims] if isinstance(dims, int) else dims or [])]
+    if not listed or (added <= 0 and any(first.runs[dim] > 1 for dim in listed)):
         same = parts[0].shape == first.seen(tracer.spec(first.ref).shape)
-        whole = same and len(values) == 1 and rule_for(call.target) is shape.slice_axis
+        whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")
-    start = (*first.starts, sum(first.runs))[dim]
-    translated = Call(call.target, *_mapped(lambda v: v.ref if isinstance(v, Folded) else v, call))
-    result = tracer.stream(translated.replaced("dim", start))
-    runs = (*first.runs[:dim], *((1,) * added), *first.runs[dim - min(added, 0) :])
+    starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
+    translated = Call(call.target, *_mapped(_unmerged, call))
+    result = tracer.stream(translated.replaced(name, starts[0] if isinstance(dims, int) else starts))
+    if added > 0:
+        runs = (*first.runs[: listed[0]], *((1,) * added), *first.runs[listed[0] :])
+    else:
+        runs = tuple(run for axis, run in enumerate(first.runs) if added == 0 or axis not in listed)
     if not isinstance(result, tuple):
         return _result(tracer, result, runs, parts[0].shape)
     return tuple(_result(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
+
+
+def _unmerged(value: Any) -> Any:
+    return value.ref if isinstance(value, Folded) else value
+
+
+def _indexed(tracer: FoldingTracer, call: Call) -> Any:
+    """Entries that a tensor names, of one axis that is not merged."""
+    value, indices = call.bind("self", "indices")
+    named = [axis for axis, index in enumerate(indices) if index is not None]
+    if not isinstance(value, Folded) or len(named) != 1 or value.runs[named[0]] > 1:
+        return NotStreamable("it works along merged axes of space")
+    index = indices[named[0]]
+    places = [*(None,) * value.starts[named[0]], index]
+    result = tracer.stream(Call(call.target, (value.ref, places), {}))
+    like = tracer.fake_seen(call)
+    ones = (1,) * (like.dim() - len(value.runs) + 1)
+    runs = (*value.runs[: named[0]], *ones, *value.runs[named[0] + 1 :])
+    return _result(tracer, result, runs, like.shape)
 
 
 def _reduce(tracer: FoldingTracer, call: Call) -> Any:
@@ -297,10 +326,6 @@ def _reduce(tracer: FoldingTracer, call: Call) -> Any:
             return NotStreamable("it works along merged axes of space")
         translated = translated.replaced("dim", axes[0] if isinstance(dims, int) else axes)
     result = tracer.stream(translated)
-    if isinstance(result, NotStreamable):
-        return result
-    if tracer.axes(result) is None:
-        return _reshaped(tracer, result, tuple(like.shape))
     keeps = like.dim() == ndim
     runs = tuple(run for axis, run in enumerate(value.runs) if keeps or axis not in taken)
     return _result(tracer, result, runs, like.shape)
@@ -337,6 +362,41 @@ def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any
     if len(second.runs) != ndim or shape[:-1] != other[:-1]:
         return NotStreamable("it sums over all positions of operands of different shapes")
     return products.over_positions(tracer, columns, second.ref)
+
+
+def _einsum(tracer: FoldingTracer, call: Call) -> Any:
+    """A product by an equation, with a letter for each of the map's axes."""
+    equation, operands = call.bind("equation", "tensors")
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation:
+        return NotStreamable(f"its equation '{equation}' leaves axes unnamed")
+    terms = left.split(",")
+    parts: dict[str, tuple[int, ...]] = {}
+    for term, value in zip(terms, operands, strict=True):
+        if isinstance(value, Folded):
+            extents = tracer.spec(value.ref).shape
+            for axis, letter in enumerate(term):
+                part = tuple(extents[i] for i in value.span(axis))
+                if parts.setdefault(letter, part) != part:
+                    return NotStreamable("its operands have their axes of space merged differently")
+    unused = iter(sorted(set(ascii_letters) - set(equation)))
+    letters = {letter: letter + "".join(next(unused) for _ in part[1:]) for letter, part in parts.items()}
+    refs: list[Ref] = []
+    for term, value in zip(terms, operands, strict=True):
+        if isinstance(value, Folded):
+            refs.append(value.ref)
+            continue
+        pairs = list(zip(term, tracer.spec(value).shape, strict=True))
+        if tracer.axes(value) is not None or any(
+            len(parts.get(letter, ())) > 1 and extent == 1 for letter, extent in pairs
+        ):
+            return NotStreamable("its operands have their axes of space merged differently")
+        apart = [i for letter, extent in pairs for i in parts.get(letter, (extent,))]
+        refs.append(_reshaped(tracer, value, tuple(apart)))
+    *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
+    result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
+    like = tracer.fake_seen(call)
+    return _result(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
 
 
 def _attention(tracer: FoldingTracer, call: Call) -> Any:
@@ -388,7 +448,9 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
             translated.append(each.ref)
         else:
             return NotStreamable("its operands have their axes of space merged differently")
-    call = Call(call.target, (*translated, *call.args[len(translated) :]), call.kwargs)
+    # The one for batches takes three axes and no more.
+    target = aten.matmul.default if call.target is aten.bmm.default else call.target
+    call = Call(target, (*translated, *call.args[len(translated) :]), call.kwargs)
     if isinstance(mask, Ref) and tracer.axes(mask) is None:
         call = call.replaced("attn_mask", _apart(tracer, mask, first, extents, rank=len(extents)))
     elif isinstance(mask, Folded) and mask.runs == first.runs:
@@ -424,9 +486,11 @@ def _as_folded(tracer: FoldingTracer, value: Ref | Folded) -> Folded:
 
 
 def _result(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]) -> Any:
-    """A map as the code sees it, or why there is none."""
+    """A map or a global value as the code sees it, or why there is none."""
     if isinstance(result, NotStreamable):
         return result
+    if tracer.axes(result) is None:
+        return _reshaped(tracer, result, tuple(shape))
     folded = Folded(result, runs)
     extents = tracer.spec(result).shape
     assert sum(runs) == len(extents), (runs, extents)
@@ -454,28 +518,19 @@ _TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     shape.reshape: _reshape,
     shape.permute: _permute,
     pointwise.pointwise: _pointwise,
-    dropout.dropout: _everywhere,
+    **dict.fromkeys((dropout.dropout, pointwise.from_shape, pointwise.from_metadata), _everywhere),
     normalization.batch_norm: _batch_norm,
+    shape.index_channels: _indexed,
     **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
-    **dict.fromkeys(
-        (
-            shape.concatenate,
-            shape.split,
-            shape.unbind,
-            shape.select,
-            shape.slice_axis,
-            pointwise.along_channels,
-        ),
-        _along,
-    ),
-    **dict.fromkeys(
-        (reductions.mean_or_sum, reductions.extremum, reductions.vector_norm, reductions.over_channels),
-        _reduce,
-    ),
-    products.product: _product,
+    **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along),
+    **dict.fromkeys((shape.flip, along_axes.along_axis), _along),
+    **dict.fromkeys((reductions.mean_or_sum, reductions.extremum), _reduce),
+    **dict.fromkeys((reductions.vector_norm, reductions.variance), _reduce),
+    products.matrix_product: _product,
+    products.einsum: _einsum,
     products.attention: _attention,
 }
 """How a call is translated, by the rule that its operator has."""
 
-MERGING = (shape.reshape, products.product, products.attention)
+MERGING = (shape.reshape, products.matrix_product, products.attention)
 """Rules of operators whose operands are whole maps, and that stream more than their rule does here."""

@@ -230,7 +230,8 @@ class _Tracer:
             return stream_folded(self, call)
         result = self.stream(call)
         if isinstance(result, NotStreamable) and rule_for(call.target) in MERGING:
-            return stream_folded(self, call)
+            merged_result = stream_folded(self, call)
+            return result if isinstance(merged_result, NotStreamable) else merged_result
         return result
 
     def stream(self, call: Call) -> Any:

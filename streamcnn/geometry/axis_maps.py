@@ -82,6 +82,16 @@ class Same(AxisMap):
 
 
 @dataclass(frozen=True, slots=True)
+class Reversed(AxisMap):
+    """The positions of an input of ``size`` in reverse order."""
+
+    size: int
+
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return self.size - stop, self.size - start
+
+
+@dataclass(frozen=True, slots=True)
 class Broadcast(AxisMap):
     """Every output position reads the input's only position."""
 
@@ -148,6 +158,25 @@ class Repeated(AxisMap):
 
     def result(self, at_hand: Span, out: Span) -> Span:
         return type(at_hand)(at_hand.start * self.factor, at_hand.stop * self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive(AxisMap):
+    """Adaptive pooling: ``count`` windows over ``size`` positions, as even as they can be.
+
+    Window i is ``[floor(i * size / count), ceil((i + 1) * size / count))``. Where the size is no multiple,
+    neighbouring windows may share a position; where it is less than the count, they repeat positions.
+    """
+
+    size: int
+    count: int
+
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return start * self.size // self.count, -(-stop * self.size // self.count)
+
+    def readers(self, positions: Interval) -> Interval:
+        """The windows that hold any of ``positions``: the rule is its own inverse."""
+        return Adaptive(self.count, self.size).window(positions)
 
 
 @dataclass(frozen=True, slots=True)

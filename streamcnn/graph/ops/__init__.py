@@ -3,9 +3,20 @@
 What a rule from outside needs stands here too: see ``docs/adding_an_operator.md``.
 """
 
-from streamcnn.geometry.axis_maps import Broadcast, Gathered, Repeated, Same, Sliding, Transposed
+from streamcnn.geometry.axis_maps import (
+    Adaptive,
+    Broadcast,
+    Gathered,
+    Repeated,
+    Reversed,
+    Same,
+    Sliding,
+    Transposed,
+)
 from streamcnn.graph.costs import CallBytes, Cost, Operand, Operation, Routine, Saves, declare
 from streamcnn.graph.ops import (
+    adaptive_pooling,
+    along_axes,
     convolution,
     dropout,
     normalization,
@@ -25,6 +36,7 @@ from streamcnn.graph.registry import rules_version
 __all__ = [
     "FAMILIES",
     "Access",
+    "Adaptive",
     "Broadcast",
     "Call",
     "CallBytes",
@@ -35,6 +47,7 @@ __all__ = [
     "Operation",
     "Ref",
     "Repeated",
+    "Reversed",
     "Routine",
     "Same",
     "Sample",
@@ -49,6 +62,8 @@ __all__ = [
 ]
 
 FAMILIES = (
+    adaptive_pooling,
+    along_axes,
     convolution,
     dropout,
     normalization,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -160,18 +161,32 @@ def rename(call: Call, renamed: dict[str, Ref]) -> Call:
     return Call(call.target, substitute(call.args, replace), substitute(dict(call.kwargs), replace))
 
 
-def per_position(tracer: Tracer, call: Call, ref: Ref, *, heavy: bool = False) -> Ref:
-    """Record a call that mixes other axes than the spatial ones and leaves the axes where they are."""
+def per_position(
+    tracer: Tracer, call: Call, ref: Ref, *, dropped: Collection[int] = (), heavy: bool = False
+) -> Ref:
+    """Record a call that mixes other axes than the spatial ones.
+
+    Parameters
+    ----------
+    ref
+        A map; others among the operands have their spatial axes at the same places.
+    dropped
+        Axes that the result lacks, if it has fewer than ``ref``.
+    """
     axes = tracer.axes(ref)
     assert axes is not None
     like = tracer.fake(call)
+    ndim = len(tracer.spec(ref).shape)
+    gone = {dim % ndim for dim in dropped} if like.dim() < ndim else ()
+    rows, cols = (axis - sum(dim < axis for dim in gone) for axis in axes)
+    maps = [name for name in refs_in((call.args, dict(call.kwargs))) if tracer.axes(Ref(name)) is not None]
     return tracer.local(
         call.target,
         call.args,
         call.kwargs,
         like=like,
-        axes=axes,
-        accesses={ref.name: Access()},
+        axes=(rows, cols),
+        accesses={name: Access() for name in maps},
         heavy=heavy,
     )
 
@@ -217,14 +232,28 @@ def trailing_norm(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return per_position(tracer, call, ref)
 
 
-@rule(aten.softmax.int, aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
-def along_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """An operator along one axis that is not spatial."""
-    ref, dim = call.args[0], call.bind("dim")[0]
-    axes = tracer.axes(ref)
-    if axes is None or dim % len(tracer.spec(ref).shape) in axes:
-        return NotStreamable("it runs along a spatial axis")
-    return per_position(tracer, call, ref)
+@rule(
+    aten.empty_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+)
+def from_shape(tracer: Tracer, call: Call) -> Ref:
+    """A new tensor that takes only shape, dtype and device from its operand, which need not be whole for it.
+
+    Numbers are drawn as plain PyTorch draws them.
+    """
+    like = tracer.fake(call)
+    created: Ref = tracer.global_value(
+        _MADE_OF_SHAPES[call.target], tuple(like.shape), dtype=like.dtype, device=torch.device(like.device)
+    )
+    return created
+
+
+_MADE_OF_SHAPES: dict[Any, OpOverload] = {
+    aten.empty_like.default: aten.zeros.default,
+    aten.rand_like.default: aten.rand.default,
+    aten.randn_like.default: aten.randn.default,
+}
 
 
 @rule(
@@ -253,7 +282,6 @@ declare(
     cost=replace(ELEMENTWISE, saves=RESULT),
 )
 declare(aten.add, aten.clone, aten.neg, aten.sub, cost=replace(ELEMENTWISE, saves=NOTHING))
-declare(aten.softmax, aten._softmax, aten.log_softmax, cost=Cost(saves=RESULT))
 declare(aten.detach, aten.detach_copy, cost=Cost(saves=NOTHING, detaches=True))
 
 

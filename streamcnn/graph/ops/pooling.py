@@ -13,7 +13,8 @@ from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
 from streamcnn.geometry.windows import layout
 from streamcnn.graph.costs import OPERANDS, Cost, Operation, declare, windows
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
+from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, as_triple, rule
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
@@ -143,12 +144,25 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return pooled
 
 
+@rule(aten.avg_pool3d.default, aten.max_pool3d.default)
+def pool_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """Pooling over the axis in front of the spatial ones alone, as local response norm does it."""
+    ref, kernel, stride, padding = call.bind("self", "kernel_size", "stride", "padding")
+    ndim = len(tracer.spec(ref).shape)
+    windows = (kernel, stride or kernel, padding)
+    if tracer.axes(ref) != (ndim - 2, ndim - 1) or any(
+        tuple(as_triple(each)[1:]) != (fixed, fixed) for each, fixed in zip(windows, (1, 1, 0), strict=True)
+    ):
+        return NotStreamable("its windows reach along a spatial axis")
+    return per_position(tracer, call, ref)
+
+
 def avg_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], divisor: int | None) -> Tensor:
     """Unpadded average pooling of a window ``x`` (N, C, h, w)."""
     return torch.nn.functional.avg_pool2d(x, kernel, stride, divisor_override=divisor)
 
 
-declare(avg_pool, cost=Cost(operations=windows))
+declare(avg_pool, aten.avg_pool3d, cost=Cost(operations=windows))
 
 
 def _window_counts(axis_map: Sliding, num_out: int, size: int, count_padding: bool) -> list[int]:
@@ -193,6 +207,7 @@ SAMPLES = (
         for ceil in (False, True)
         for count in (False, True)
     ),
+    Sample("local response norm", lambda: chain(nn.Conv2d(3, 7, 3), nn.LocalResponseNorm(3, 2.0, 0.5, 0.3))),
     Sample(
         "average pooling: own divisor",
         lambda: chain(nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, 2, 1, divisor_override=7)),

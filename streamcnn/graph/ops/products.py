@@ -1,65 +1,109 @@
-"""Matrix products and attention: streamed by rows, by columns or within each matrix, and what they cost.
+"""Matrix products and attention: streamed at each position, by rows or by columns, and what they cost.
 
-A product whose matrices stand at every position is one of each position by itself. Where the positions are
-rows or columns, the other operand is whole: queries are streamed, keys and values are not.
+Matrices that stand at every position are products of each position by itself. Where the positions are rows
+or columns, the other operand is whole: queries are streamed, keys and values are not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from streamcnn.graph.costs import Cost, Operand, Operation, Routine, Saves, declare
+from streamcnn.graph.costs import Cost, Operand, Operation, Routine, Saves, counted, declare
+from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.reduction_types import ProductSum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
-from streamcnn.graph.program import Access, Ref
+from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
 
-declare(
-    *(aten.addmm, aten.baddbmm, aten.bmm, aten.matmul, aten.mm),
-    cost=Cost(routine=Routine.MATRIX_PRODUCT),
-)
+Labels = Sequence[str]
+"""A name for each axis, as in an equation of ``einsum``: axes of a name are one, and run side by side."""
 
 
 @rule(aten.matmul.default, aten.bmm.default)
-def product(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Matrices at every position, or a map with its channels last times one matrix."""
-    first, second = call.args[:2]
-    if tracer.axes(second) is None and len(tracer.spec(second).shape) == 2:
-        axes = tracer.axes(first)
-        assert axes is not None
-        if len(tracer.spec(first).shape) - 1 in axes:
-            return NotStreamable("it sums over positions")
-        return tracer.local(
-            torch.matmul,
-            (first, second),
-            like=tracer.fake(call),
-            axes=axes,
-            accesses={first.name: Access()},
-            heavy=True,
-        )
-    return _at_every_position(tracer, torch.matmul, (first, second), {}, tracer.fake(call))
+def matrix_product(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """A product over an axis that is not spatial, or matrices at each position."""
+    first, second = call.args
+    ndims = [len(tracer.spec(ref).shape) for ref in (first, second)]
+    if min(ndims) < 2:
+        return NotStreamable("one of its operands is a vector")
+    batch = _batch(max(ndims) - 2)
+    labels = [
+        (*batch[max(ndims) - ndim :], *matrix) for ndim, matrix in zip(ndims, ("ik", "kj"), strict=True)
+    ]
+    return _product(tracer, call, [(first, labels[0]), (second, labels[1])], (*batch, *"ij"))
 
 
-def _at_every_position(
-    tracer: Tracer, target: Any, operands: tuple[Ref, ...], options: dict[str, Any], like: Tensor
+@rule(aten.einsum.default)
+def einsum(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """A product of any operands over axes that are not spatial."""
+    equation, refs = call.bind("equation", "tensors")
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation:
+        return NotStreamable(f"its equation '{equation}' leaves axes unnamed")
+    return _product(tracer, call, list(zip(refs, left.split(","), strict=True)), right)
+
+
+def _batch(count: int) -> Labels:
+    return [f"batch {index}" for index in range(count)]
+
+
+def _product(
+    tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
 ) -> Ref | NotStreamable:
-    """Record a call on matrices, the last two axes of each operand, by position."""
-    found = {axes for ref in operands if (axes := tracer.axes(ref)) is not None}
-    axes = found.pop()
-    if found or max(axes) >= like.dim() - 2:
+    """Record a call that sums over axes of ``operands`` that ``result`` lacks."""
+    axes = _axes_of_product(tracer, call, operands, result)
+    if isinstance(axes, NotStreamable):
+        return axes
+    accesses = {ref.name: Access() for ref, _ in operands if tracer.axes(ref) is not None}
+    like = tracer.fake(call)
+    return tracer.local(
+        call.target, call.args, call.kwargs, like=like, axes=axes, accesses=accesses, heavy=True
+    )
+
+
+def _axes_of_product(
+    tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
+) -> Axes | NotStreamable:
+    """Where the result has the spatial axes, if all maps have them under the same names."""
+    maps = [(ref, labels, axes) for ref, labels in operands if (axes := tracer.axes(ref)) is not None]
+    places = {(labels[rows], labels[cols]) for _, labels, (rows, cols) in maps}
+    if len(places) != 1:
+        return NotStreamable("its operands have their spatial axes at different places")
+    ((rows, cols),) = places
+    if not {rows, cols} <= set(result):
         return NotStreamable("it mixes positions")
-    for ref in operands:
-        shape = tracer.spec(ref).shape
-        if len(shape) != like.dim() or (tracer.axes(ref) is None and any(shape[axis] != 1 for axis in axes)):
-            return NotStreamable("its operands have matrices at different places")
-    accesses = {ref.name: Access() for ref in operands if tracer.axes(ref) is not None}
-    return tracer.local(target, operands, options, like=like, axes=axes, accesses=accesses, heavy=True)
+    axes = (result.index(rows), result.index(cols))
+    shape = tracer.fake(call).shape
+    for ref, labels in operands:
+        extents = dict(zip(labels, tracer.spec(ref).shape, strict=True))
+        wanted = (1, 1) if tracer.axes(ref) is None else tuple(shape[axis] for axis in axes)
+        if any(
+            extents.get(name, extent) != extent for name, extent in zip((rows, cols), wanted, strict=True)
+        ):
+            return NotStreamable("its operands have different positions")
+    return axes
+
+
+declare(
+    *(aten.addmm, aten.baddbmm, aten.bmm, aten.einsum, aten.matmul, aten.mm),
+    cost=Cost(operations=counted, routine=Routine.MATRIX_PRODUCT),
+)
+
+
+def _with_axes(tracer: Tracer, ref: Ref, ndim: int) -> Ref:
+    """A global value with axes of one position in front, as many as broadcasting adds."""
+    shape = tracer.spec(ref).shape
+    if tracer.axes(ref) is not None or len(shape) >= ndim:
+        return ref
+    lifted: Ref = tracer.global_value(torch.Tensor.reshape, ref, (1,) * (ndim - len(shape)) + shape)
+    return lifted
 
 
 def by_rows(tracer: Tracer, first: Ref, rows: range, second: Ref, like: Tensor) -> Ref:
@@ -140,6 +184,23 @@ declare(
     product_of_columns,
     cost=Cost(operations=_product_operations, routine=Routine.MATRIX_PRODUCT),
 )
+
+
+def _at_every_position(
+    tracer: Tracer, target: Any, operands: tuple[Ref, ...], options: dict[str, Any], like: Tensor
+) -> Ref | NotStreamable:
+    """Record a call on matrices, the last two axes of each operand, by position."""
+    found = {axes for ref in operands if (axes := tracer.axes(ref)) is not None}
+    axes = found.pop()
+    if found or max(axes) >= like.dim() - 2:
+        return NotStreamable("it mixes positions")
+    operands = tuple(_with_axes(tracer, ref, like.dim()) for ref in operands)
+    for ref in operands:
+        shape = tracer.spec(ref).shape
+        if len(shape) != like.dim() or (tracer.axes(ref) is None and any(shape[axis] != 1 for axis in axes)):
+            return NotStreamable("its operands have matrices at different places")
+    accesses = {ref.name: Access() for ref in operands if tracer.axes(ref) is not None}
+    return tracer.local(target, operands, options, like=like, axes=axes, accesses=accesses, heavy=True)
 
 
 @rule(aten.scaled_dot_product_attention.default)
@@ -244,7 +305,9 @@ def _attention_saved(operation: Operation) -> int:
 
 declare(
     aten.scaled_dot_product_attention.default,
-    cost=Cost(saves=Saves(operands=True, beside=_attention_saved), inner=_attention_bytes),
+    cost=Cost(
+        operations=counted, saves=Saves(operands=True, beside=_attention_saved), inner=_attention_bytes
+    ),
 )
 declare(attend, attention_of_rows, cost=Cost(operations=_attention_operations))
 
@@ -261,4 +324,25 @@ class _Attention(nn.Module):
         return attended.mean((1, 2))
 
 
-SAMPLES = (Sample("attention", lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), _Attention())),)
+class _Mixed(nn.Module):
+    """Channels mixed by products, and attention among the channels of each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = torch.matmul(x.movedim(1, -1), self.weight)
+        heads = torch.unflatten(last, -1, (1, 3, 2))
+        products = torch.einsum("nhwabc,nhwadc->nhwbd", heads, heads.sin())
+        mixed = torch.unflatten(torch.einsum("nchw,cd->nhwd", x, self.weight), -1, (3, 2))
+        attended: Tensor = nn.functional.scaled_dot_product_attention(
+            heads[..., 0, :, :], mixed, products @ mixed
+        )
+        return attended.flatten(-2).movedim(-1, 1)
+
+
+SAMPLES = (
+    Sample("attention", lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), _Attention())),
+    Sample("products at each position", lambda: chain(nn.Conv2d(3, 4, 3), _Mixed())),
+)

@@ -29,14 +29,14 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
 
 
-def _exact(value: Tensor) -> Tensor:
+def exact(value: Tensor) -> Tensor:
     """A partial result in the type that partial results are merged in."""
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction(ABC):
-    """A reduction over ``dims``, both spatial axes among them."""
+    """A reduction over ``dims``, in ascending order, both spatial axes among them or one."""
 
     shape: tuple[int, ...]
     """Shape of the whole map."""
@@ -97,22 +97,37 @@ class Reduction(ABC):
 
     def _broadcast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A result or its gradient, shaped to broadcast against the map."""
-        kept = [1 if dim in self.dims else extent for dim, extent in enumerate(self.shape)]
-        return value.reshape(kept).to(dtype)
+        for dim in () if self.keepdim else self.dims:
+            value = value.unsqueeze(dim)
+        return value.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class Sum(Reduction):
+class Placeable(Reduction):
+    """A reduction whose partial results have the shape of the result: a tile's may lie anywhere in it."""
+
+    @property
+    @abstractmethod
+    def neutral(self) -> tuple[float, ...]:
+        """What merging leaves out, of each partial result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Placeable):
     """Sum times ``scale``; a mean with ``scale = 1 / count``."""
 
     scale: float = 1.0
+
+    @property
+    def neutral(self) -> tuple[float, ...]:
+        return (0.0,)
 
     @property
     def needs_values(self) -> bool:
         return False
 
     def partial(self, x: Tensor, region: Region) -> Partials:
-        return (_exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
+        return (exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         return (first[0] + second[0],)
@@ -140,11 +155,11 @@ class Moments(Reduction):
         # On the host, where it takes no kernel: it combines with values on any device.
         count = torch.tensor(float(math.prod(x.shape[dim] for dim in self.dims)), dtype=torch.float64)
         if self._is_per_channel and (channel_kernels.fits(x) or channel_kernels.has_host_moments(x)):
-            mean, variance = (_exact(value) for value in channel_kernels.moments(x))
+            mean, variance = (exact(value) for value in channel_kernels.moments(x))
             return (count, mean, variance * count)
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
-        return (count, _exact(mean).reshape(spread.shape), spread)
+        return (count, exact(mean).reshape(spread.shape), spread)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
@@ -208,10 +223,14 @@ def _squared(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Extremum(Reduction):
+class Extremum(Placeable):
     """Largest (or smallest) value; the gradient is shared equally among equal positions, as in ATen."""
 
     sign: int = 1
+
+    @property
+    def neutral(self) -> tuple[float, ...]:
+        return (-math.inf, 0)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         best = (x * self.sign).amax(self.dims, keepdim=True)
@@ -235,45 +254,14 @@ class Extremum(Reduction):
 
 
 @dataclass(frozen=True, slots=True)
-class FirstMaximum(Reduction):
-    """Largest value per channel; the gradient goes to its first position in row order, as in max pooling."""
-
-    axes: Axes = (2, 3)
-
-    @property
-    def positional(self) -> bool:
-        return True
-
-    def _positions(self, x: Tensor, region: Region) -> Tensor:
-        rows = torch.arange(region.rows.start, region.rows.stop, device=x.device)
-        cols = torch.arange(region.cols.start, region.cols.stop, device=x.device)
-        return (rows[:, None] * self.shape[self.axes[1]] + cols).flatten()
-
-    def partial(self, x: Tensor, region: Region) -> Partials:
-        best, index = x.flatten(-2).max(-1)
-        return (best.double(), self._positions(x, region)[index])
-
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        later = (second[0] > first[0]) | ((second[0] == first[0]) & (second[1] < first[1]))
-        return (torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1]))
-
-    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self._result(parts[0], dtype), self._result(parts[1], torch.int64))
-
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
-        assert grads[0] is not None
-        positions = self._positions(x, region).reshape(region.size)
-        chosen = positions == self._broadcast(results[1], torch.int64)
-        return chosen * self._broadcast(grads[0], x.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class VectorNorm(Reduction):
+class VectorNorm(Placeable):
     """The p-norm, for finite p >= 1."""
 
     power: float = 2.0
+
+    @property
+    def neutral(self) -> tuple[float, ...]:
+        return (0.0,)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         norm = torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype))
@@ -297,6 +285,64 @@ class VectorNorm(Reduction):
 
 
 @dataclass(frozen=True, slots=True)
+class AlongOneAxis(Reduction):
+    """A reduction over one spatial axis: the results have the extent of the other."""
+
+    reduction: Placeable
+    """The same of a whole map."""
+    kept: int
+    """The other axis."""
+    side: int
+    """Which of a region's two intervals is that axis's."""
+
+    @classmethod
+    def of(cls, reduction: Placeable, axes: Axes) -> AlongOneAxis:
+        """``reduction`` of a map with its spatial axes at ``axes``."""
+        side = int(axes[0] in reduction.dims)
+        return cls(reduction.shape, reduction.dims, reduction.keepdim, reduction, axes[side], side)
+
+    @property
+    def needs_values(self) -> bool:
+        return self.reduction.needs_values
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        parts = self.reduction.partial(x, region)
+        positions, extent = region[self.side], self.shape[self.kept]
+        place = self.kept - sum(dim < self.kept for dim in self.dims)
+        return tuple(
+            torch.nn.functional.pad(
+                part,
+                (*(0, 0) * (part.dim() - 1 - place), positions.start, extent - positions.stop),
+                value=neutral,
+            )
+            for part, neutral in zip(parts, self.reduction.neutral, strict=True)
+        )
+
+    def merge(self, first: Partials, second: Partials) -> Partials:
+        return self.reduction.merge(first, second)
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return self.reduction.finish(parts, dtype)
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        place = self.kept if self.keepdim else self.kept - sum(dim < self.kept for dim in self.dims)
+        positions = region[self.side]
+
+        def here(value: Tensor) -> Tensor:
+            return value.narrow(place, positions.start, positions.size)
+
+        return self.reduction.gradient(
+            x, region, [here(each) for each in results], [None if g is None else here(g) for g in grads]
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ProductSum(Reduction):
     """At every position a column times a row, summed: channels of the last axis up to ``split`` by the rest.
 
@@ -308,7 +354,7 @@ class ProductSum(Reduction):
     def partial(self, x: Tensor, region: Region) -> Partials:
         x = x.to(statistics_dtype(x.dtype))
         first, second = self._sides(x)
-        return (_exact(first.transpose(-1, -2) @ second),)
+        return (exact(first.transpose(-1, -2) @ second),)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         return (first[0] + second[0],)

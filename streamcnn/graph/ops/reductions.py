@@ -1,9 +1,9 @@
-"""Operators that reduce a map over space: means, sums, maxima, norms, variances, pooling to one position."""
+"""Operators that reduce a map over space: means, sums, maxima, norms, variances."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,68 +12,53 @@ from torch import Tensor, nn
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
-from streamcnn.graph.ops.reduction_types import Extremum, FirstMaximum, Moments, Reduction, Sum, VectorNorm
+from streamcnn.graph.ops.reduction_types import AlongOneAxis, Extremum, Moments, Placeable, Sum, VectorNorm
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
-from streamcnn.graph.program import Access, Ref
+from streamcnn.graph.program import Ref
 
 aten = torch.ops.aten
 
 
-def spatial_dims(
-    tracer: Tracer, ref: Ref, dims: Sequence[int] | None
-) -> tuple[int, ...] | NotStreamable | None:
-    """The reduced dims if they hold both spatial axes, ``None`` if neither, and a refusal for one."""
+def spatial_dims(tracer: Tracer, ref: Ref, dims: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The reduced dims if they hold a spatial axis, else ``None``."""
     ndim = len(tracer.spec(ref).shape)
     axes = tracer.axes(ref)
     assert axes is not None
     chosen = tuple(sorted(dim % ndim for dim in dims)) if dims else tuple(range(ndim))
-    inside = sum(axis in chosen for axis in axes)
-    if inside == 1:
-        return NotStreamable("it reduces one of the two spatial axes")
-    return chosen if inside == 2 else None
-
-
-def without_space(tracer: Tracer, call: Call, ref: Ref, dims: Sequence[int], keepdim: bool) -> Ref:
-    """Record a reduction over other axes only, which is an operation at each position."""
-    if keepdim:
-        return per_position(tracer, call, ref)
-    axes = tracer.axes(ref)
-    assert axes is not None
-    ndim = len(tracer.spec(ref).shape)
-    chosen = {dim % ndim for dim in dims}
-    rows, cols = (axis - sum(dim < axis for dim in chosen) for axis in axes)
-    accesses = {ref.name: Access()}
-    return tracer.local(
-        call.target,
-        call.args,
-        call.kwargs,
-        like=tracer.fake(call),
-        axes=(rows, cols),
-        accesses=accesses,
-    )
+    return None if set(axes).isdisjoint(chosen) else chosen
 
 
 def _reduce_or_local(
-    tracer: Tracer, call: Call, dims: Sequence[int] | None, keepdim: bool, build: Any
+    tracer: Tracer,
+    call: Call,
+    dims: Sequence[int] | None,
+    keepdim: bool,
+    build: Callable[[tuple[int, ...], tuple[int, ...], bool], Placeable],
 ) -> Any:
     ref = call.args[0]
     chosen = spatial_dims(tracer, ref, dims)
-    if isinstance(chosen, NotStreamable):
-        return chosen
     if chosen is None:
         assert dims is not None
-        return without_space(tracer, call, ref, dims, keepdim)
-    return tracer.reduce(build(tracer.spec(ref).shape, chosen, keepdim), ref)
+        return per_position(tracer, call, ref, dropped=dims)
+    return reduced(tracer, ref, build(tracer.spec(ref).shape, chosen, keepdim))
+
+
+def reduced(tracer: Tracer, ref: Ref, reduction: Placeable) -> Any:
+    """Record a reduction over one spatial axis or both."""
+    axes = tracer.axes(ref)
+    assert axes is not None
+    over_both = set(axes) <= set(reduction.dims)
+    return tracer.reduce(reduction if over_both else AlongOneAxis.of(reduction, axes), ref)
 
 
 @rule(aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default)
 def mean_or_sum(tracer: Tracer, call: Call) -> Any:
-    """Mean or sum over both spatial axes and any others."""
+    """Mean or sum over spatial axes and any others."""
     everything = call.target in (aten.mean.default, aten.sum.default)
     dims, keepdim = (None, False) if everything else call.bind("dim", "keepdim")
     average = call.target in (aten.mean.default, aten.mean.dim)
 
-    def build(shape: tuple[int, ...], chosen: tuple[int, ...], keep: bool) -> Reduction:
+    def build(shape: tuple[int, ...], chosen: tuple[int, ...], keep: bool) -> Placeable:
         return Sum(shape, chosen, keep, 1 / math.prod(shape[dim] for dim in chosen) if average else 1.0)
 
     if call.bind("dtype")[0] is not None:
@@ -92,7 +77,7 @@ declare(aten.mean, aten.sum, cost=Cost(saves=NOTHING))
 
 @rule(aten.amax.default, aten.amin.default)
 def extremum(tracer: Tracer, call: Call) -> Any:
-    """Largest or smallest value over both spatial axes and any others."""
+    """Largest or smallest value over spatial axes and any others."""
     dims, keepdim = call.bind("dim", "keepdim")
     sign = 1 if call.target is aten.amax.default else -1
     result = _reduce_or_local(
@@ -103,7 +88,7 @@ def extremum(tracer: Tracer, call: Call) -> Any:
 
 @rule(aten.linalg_vector_norm.default)
 def vector_norm(tracer: Tracer, call: Call) -> Any:
-    """The p-norm over both spatial axes and any others."""
+    """The p-norm over spatial axes and any others."""
     power, dims, keepdim, dtype = call.bind("ord", "dim", "keepdim", "dtype")
     if dtype is not None or not 1 <= power < math.inf:
         return NotStreamable(
@@ -137,9 +122,11 @@ def variance(tracer: Tracer, call: Call) -> Any:
     chosen = spatial_dims(tracer, call.args[0], dims)
     if chosen is None and "_mean" not in name:
         assert dims is not None
-        return without_space(tracer, call, call.args[0], dims, keepdim)
-    if not isinstance(chosen, tuple):
-        return chosen or NotStreamable("it returns several tensors per position")
+        return per_position(tracer, call, call.args[0], dropped=dims)
+    if chosen is None:
+        return NotStreamable("it returns several tensors per position")
+    if not set(tracer.axes(call.args[0]) or ()) <= set(chosen):
+        return NotStreamable("it reduces one of the two spatial axes")
     moments = Moments(tracer.spec(call.args[0]).shape, chosen, keepdim)
     mean, biased = tracer.reduce(moments, call.args[0])
     result = tracer.global_value(
@@ -168,52 +155,6 @@ def _correction(call: Call, name: str) -> float:
     return float(bool(call.bind("unbiased")[0]))
 
 
-@rule(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
-def adaptive_pool(tracer: Tracer, call: Call) -> Any:
-    """Adaptive pooling to one position; other sizes are resident."""
-    ref, size = call.bind("self", "output_size")
-    if tuple(size) != (1, 1) or tracer.axes(ref) not in ((1, 2), (2, 3)):
-        return NotStreamable(f"its windows for output size {tuple(size)} are of unequal extents")
-    shape, axes = tracer.spec(ref).shape, tracer.axes(ref)
-    assert axes is not None
-    if call.target is aten.adaptive_avg_pool2d.default:
-        return tracer.reduce(Sum(shape, axes, True, 1 / (shape[axes[0]] * shape[axes[1]])), ref)[0]
-    # The second result is a position in the whole map.
-    return tracer.reduce(FirstMaximum(shape, axes, True, axes), ref)
-
-
-@rule(aten.max.dim, aten.min.dim)
-def extremum_and_position(tracer: Tracer, call: Call) -> Any:
-    """Largest or smallest channel and which it is; its gradient goes to that one alone, unlike ``amax``'s."""
-    ref, dim, keepdim = call.bind("self", "dim", "keepdim")
-    if spatial_dims(tracer, ref, (dim,)) is not None:
-        return NotStreamable("it runs along a spatial axis")
-    parts = (Call(_result, (call.target, index, ref, dim, keepdim), {}) for index in (0, 1))
-    return tuple(without_space(tracer, part, ref, (dim,), keepdim) for part in parts)
-
-
-def _result(target: Any, index: int, x: Tensor, dim: int, keepdim: bool) -> Tensor:
-    result: Tensor = target(x, dim, keepdim)[index]
-    return result
-
-
-@rule(
-    aten.logsumexp.default,
-    aten.prod.dim_int,
-    aten.any.dim,
-    aten.all.dim,
-    aten.argmax.default,
-    aten.argmin.default,
-)
-def over_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """A reduction that is streamed over channels only."""
-    ref, dims, keepdim = call.bind("self", "dim", "keepdim")
-    dims = (dims,) if isinstance(dims, int) else dims
-    if spatial_dims(tracer, ref, dims) is not None:
-        return NotStreamable("it reduces spatial axes, for which it has no partial results")
-    return without_space(tracer, call, ref, dims, keepdim)
-
-
 class _Reductions(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         gate = torch.sigmoid(x.mean((2, 3), keepdim=True))
@@ -227,17 +168,20 @@ class _Reductions(nn.Module):
         return peak, norm, pooled, x.var((2, 3)), (x * x).sum()
 
 
+class _Strips(nn.Module):
+    """Coordinate attention, and its like of other reductions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, c, h, w = x.shape
+        strips = torch.cat((x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)), 2)
+        rows, cols = torch.split(strips.tanh(), [h, w], 2)
+        x = x * rows.sigmoid() * cols.transpose(2, 3).sigmoid()
+        x = x + x.amax((1, 2), keepdim=True) * x.amin(3)[..., None]
+        norms: Tensor = torch.linalg.vector_norm(x, 3.0, 2, keepdim=True)
+        return x * norms + x.sum((0, 3)).view(c, h, 1)
+
+
 SAMPLES = (
     Sample("means, maxima, norms, deviations", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), _Reductions())),
-    Sample(
-        "adaptive pooling to 3 x 2",
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((3, 2)), nn.Conv2d(4, 2, 2)),
-        resident=True,
-    ),
-    Sample("mean over columns", lambda: chain(nn.Conv2d(3, 4, 3), _ColumnMean()), resident=True),
+    Sample("sums over rows and columns", lambda: chain(nn.Conv2d(3, 4, 3), _Strips())),
 )
-
-
-class _ColumnMean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * x.mean(3, keepdim=True)

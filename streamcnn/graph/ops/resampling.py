@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from streamcnn.geometry.axis_maps import AxisMap, Gathered, Repeated, Sliding, reflected
+from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import NOTHING, Cost, declare, windows
 from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.taps import (
+    CUBIC,
+    TRIANGLE,
+    Taps,
+    antialiased_taps,
+    bicubic_taps,
+    bilinear_taps,
+    nearest_taps,
+)
 from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
@@ -47,25 +56,25 @@ def pad(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     ref, pads = call.bind("self", "pad")
     constant = call.target is aten.constant_pad_nd.default
     mode = "constant" if constant else call.bind("mode")[0]
-    value = call.bind("value")[0] or 0.0
+    value = float(call.bind("value")[0] or 0.0)
     like, axes = tracer.fake(call), tracer.axes(ref)
+    assert axes is not None
     before = _before(pads, like.dim())
-    if (
-        axes is None
-        or any(b for axis, b in enumerate(before) if axis not in axes)
-        or _pads_channels(pads, like, axes)
-    ):
-        return NotStreamable("it pads other axes than the spatial ones")
+    channels = _of_channels(pads, like.dim(), axes)
+    if any(channels):
+        if mode != "constant":
+            return NotStreamable("it pads other axes than the spatial ones by their own values")
+        ref = per_position(tracer, Call(aten.constant_pad_nd.default, (ref, channels, value), {}), ref)
     if mode == "constant":
         rows, cols = (Sliding(padding=before[axis]) for axis in axes)
         accesses = {ref.name: Access(rows, cols)}
-        return tracer.local(same, (ref,), like=like, axes=axes, accesses=accesses, fill=float(value))
-    sources = []
+        return tracer.local(same, (ref,), like=like, axes=axes, accesses=accesses, fill=value)
+    taps = []
     for axis in axes:
         size = tracer.spec(ref).shape[axis]
         places = range(-before[axis], like.shape[axis] - before[axis])
-        sources.append(tuple(_PADDINGS[mode](place, size) for place in places))
-    return _gathered(tracer, ref, like, axes, [(source, source) for source in sources], None)
+        taps.append(Taps((tuple(_PADDINGS[mode](place, size) for place in places),)))
+    return _gathered(tracer, ref, like, axes, taps)
 
 
 declare(aten.constant_pad_nd, cost=Cost(saves=NOTHING))
@@ -84,8 +93,9 @@ def _before(pads: Sequence[int], ndim: int) -> list[int]:
     return before
 
 
-def _pads_channels(pads: Sequence[int], like: Tensor, axes: Axes) -> bool:
-    return any(pads[2 * i + 1] for i in range(len(pads) // 2) if like.dim() - 1 - i not in axes)
+def _of_channels(pads: Sequence[int], ndim: int, axes: Axes) -> list[int]:
+    """The same padding without that of the spatial axes."""
+    return [0 if ndim - 1 - index // 2 in axes else pad for index, pad in enumerate(pads)]
 
 
 _PADDINGS: dict[str, Callable[[int, int], int]] = {
@@ -95,47 +105,35 @@ _PADDINGS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def _gathered(
-    tracer: Tracer,
-    ref: Ref,
-    like: Tensor,
-    axes: Axes,
-    sources: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-    weights: Sequence[tuple[float, ...]] | None,
-) -> Ref:
-    """Record a separable gather: per axis two source positions and the weight of the second."""
-    rows, cols = (Gathered(tuple(map(min, f, s)), tuple(map(max, f, s))) for f, s in sources)
+def _gathered(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes, taps: Sequence[Taps]) -> Ref:
+    """Record a separable gather."""
+    rows, cols = taps
     return tracer.local(
         gather_positions,
-        (ref, tuple(sources), None if weights is None else tuple(weights), axes),
+        (ref, (rows, cols), axes),
         like=like,
         axes=axes,
-        accesses={ref.name: Access(rows, cols)},
+        accesses={ref.name: Access(rows.access, cols.access)},
         positional=True,
         heavy=True,
     )
 
 
 def gather_positions(
-    x: Tensor,
-    sources: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-    weights: Sequence[tuple[float, ...]] | None,
-    axes: Axes,
-    *,
-    out: Region,
-    origin: Region,
+    x: Tensor, taps: tuple[Taps, Taps], axes: Axes, *, out: Region, origin: Region
 ) -> Tensor:
     """Positions ``out`` of a gathered map, from ``x`` which covers ``origin`` of its operand."""
-    for place, axis in enumerate(axes):
-        first, second = (_local(source, out[place], origin[place]) for source in sources[place])
-        if weights is None:
-            x = _take(x, axis, first)
+    for axis, along, wanted, at_hand in zip(axes, taps, out, origin, strict=True):
+        read = [_take(x, axis, _local(source, wanted, at_hand)) for source in along.sources]
+        if along.weights is None:
+            (x,) = read
             continue
-        share = torch.tensor(
-            weights[place][out[place].start : out[place].stop], dtype=x.dtype, device=x.device
+        shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
+        weights = (
+            torch.tensor(each[wanted.start : wanted.stop], dtype=x.dtype, device=x.device).reshape(shape)
+            for each in along.weights
         )
-        share = share.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
-        x = _take(x, axis, first) * (1 - share) + _take(x, axis, second) * share
+        x = torch.stack([part * weight for part, weight in zip(read, weights, strict=True)]).sum(0)
     return x
 
 
@@ -153,21 +151,116 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
     return x.index_select(axis, torch.tensor(places, device=x.device))
 
 
-@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, begins=True)
-def upsample_nearest(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+@rule(
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact2d.default,
+    without_maps=True,
+)
+def upsample_nearest(tracer: Tracer, call: Call) -> Any:
     """Nearest-neighbour resampling to any size, larger or smaller."""
-    ref = call.args[0]
+    kernel = call.target.overloadpacket.default  # type: ignore[attr-defined]
+
+    def taps(num_out: int, size: int, step: float | None) -> Taps:
+        return nearest_taps(num_out, size, step, kernel)
+
+    return _resampled(tracer, call, taps, (repeat_nearest, 0))
+
+
+@rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, without_maps=True)
+def upsample_bilinear(tracer: Tracer, call: Call) -> Any:
+    """Bilinear resampling, corners aligned or not, to any size."""
+    (corners,) = call.bind("align_corners")
+    return _resampled(
+        tracer,
+        call,
+        lambda n, size, step: bilinear_taps(n, size, step, corners),
+        None if corners else (repeat_bilinear, 1),
+    )
+
+
+@rule(aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default, without_maps=True)
+def upsample_bicubic(tracer: Tracer, call: Call) -> Any:
+    """Bicubic resampling, corners aligned or not, to any size."""
+    (corners,) = call.bind("align_corners")
+    if _is_inconsistent(tracer, call):
+        return _as_aten_has_it(tracer, call)
+    return _resampled(tracer, call, lambda n, size, step: bicubic_taps(n, size, step, corners))
+
+
+@rule(
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bicubic2d_aa.vec,
+    aten._upsample_bicubic2d_aa.default,
+    without_maps=True,
+)
+def upsample_antialiased(tracer: Tracer, call: Call) -> Any:
+    """Bilinear or bicubic resampling with a filter that is as wide as the coarser grid asks for."""
+    (corners,) = call.bind("align_corners")
+    if _is_inconsistent(tracer, call):
+        return _as_aten_has_it(tracer, call)
+    kernel = CUBIC if "bicubic" in str(call.target) else TRIANGLE
+    return _resampled(tracer, call, lambda n, size, step: antialiased_taps(n, size, step, corners, kernel))
+
+
+def _is_inconsistent(tracer: Tracer, call: Call) -> bool:
+    """Whether a factor that is not 1 keeps an extent: one of ATen's two passes takes no account of it."""
+    extents = zip(tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:], _steps(call), strict=True)
+    return any(after == before and step not in (None, 1.0) for after, before, step in extents)
+
+
+def _as_aten_has_it(tracer: Tracer, call: Call) -> Any:
+    if tracer.axes(call.args[0]) is None:
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
+    return NotStreamable("ATen's gradient is not that of its result: a factor that is not 1 keeps a size")
+
+
+def _resampled(
+    tracer: Tracer,
+    call: Call,
+    taps: Callable[[int, int, float | None], Taps],
+    by_whole_factors: tuple[Callable[..., Tensor], int] | None = None,
+) -> Any:
+    """Record resampling.
+
+    Parameters
+    ----------
+    taps
+        Those along an axis, given the extents of result and operand and the scale factor handed to ATen.
+    by_whole_factors
+        What upsamples a tile to a multiple of its size, and how many neighbours that reads.
+    """
+    if _stays_global(tracer, call):
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
+    ref, was_map = _as_map(tracer, call)
     if tracer.axes(ref) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
-    like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
+    like, sizes, steps = tracer.fake(call), tracer.spec(ref).shape[2:], _steps(call)
     factors = _whole_factors(like.shape[2:], sizes)
-    steps = _steps(call)
-    if factors is not None and _are_exact(steps, factors):
-        return _upsampled(tracer, ref, like, factors, repeat_nearest, 0)
-    sources = [
-        nearest_sources(n, size, step) for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
-    ]
-    return _gathered(tracer, ref, like, (2, 3), [(source, source) for source in sources], None)
+    if by_whole_factors and was_map and factors is not None and _are_exact(steps, factors):
+        return _upsampled(tracer, ref, like, factors, *by_whole_factors)
+    along = [taps(*axis) for axis in zip(like.shape[2:], sizes, steps, strict=True)]
+    return _gathered(tracer, ref, like, (2, 3), along)
+
+
+def _stays_global(tracer: Tracer, call: Call) -> bool:
+    """Whether a global value is resized to one.
+
+    One that grows, as a summary of a map does that is laid over it again, becomes a map instead.
+    """
+    ref = call.args[0]
+    if tracer.axes(ref) is not None:
+        return False
+    return tracer.resident or tracer.fake(call).numel() <= tracer.spec(ref).numel
+
+
+def _as_map(tracer: Tracer, call: Call) -> tuple[Ref, bool]:
+    """The operand as a map, and whether it was one: of a few positions a tile may read less than one."""
+    ref = call.args[0]
+    was_map = tracer.axes(ref) is not None
+    return (ref if was_map else tracer.promote(ref, (2, 3))), was_map
 
 
 def _whole_factors(after: Sequence[int], before: Sequence[int]) -> tuple[int, int] | None:
@@ -204,53 +297,10 @@ def _steps(call: Call) -> list[float | None]:
     return list(call.bind("scales_h", "scales_w"))
 
 
-def nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int, ...]:
-    """Source positions, read off ATen's own kernel so that its rounding is ours."""
-    with unset_fake_temporarily():
-        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size, 1)
-        picked = aten.upsample_nearest2d.default(places, [num_out, 1], scale, None)
-        return tuple(int(place) for place in picked.flatten())
-
-
-@rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, begins=True)
-def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Bilinear resampling, corners aligned or not, to any size."""
-    ref, align_corners = call.args[0], call.bind("align_corners")[0]
-    if tracer.axes(ref) != (2, 3):
-        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
-    like, sizes = tracer.fake(call), tracer.spec(ref).shape[2:]
-    factors = _whole_factors(like.shape[2:], sizes)
-    steps = _steps(call)
-    if factors is not None and not align_corners and _are_exact(steps, factors):
-        return _upsampled(tracer, ref, like, factors, repeat_bilinear, 1)
-    axes = [
-        bilinear_sources(n, size, step, align_corners)
-        for n, size, step in zip(like.shape[2:], sizes, steps, strict=True)
-    ]
-    return _gathered(tracer, ref, like, (2, 3), [axis[:2] for axis in axes], [axis[2] for axis in axes])
-
-
 def repeat_bilinear(x: Tensor, factors: tuple[int, int]) -> Tensor:
     """``x`` interpolated to ``factors`` times its size; exact but for one position at inner edges."""
     size = (x.shape[2] * factors[0], x.shape[3] * factors[1])
     return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def bilinear_sources(
-    num_out: int, size: int, scale: float | None, align_corners: bool
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-    """Both source positions of each output and the weight of the second, by ATen's formula."""
-    if num_out == size:
-        places = [float(index) for index in range(size)]
-    elif align_corners:
-        step = (size - 1) / (num_out - 1) if num_out > 1 else 0.0
-        places = [index * step for index in range(num_out)]
-    else:
-        step = 1 / scale if scale is not None and scale > 0 else size / num_out
-        places = [max(step * (index + 0.5) - 0.5, 0.0) for index in range(num_out)]
-    first = tuple(min(int(place), size - 1) for place in places)
-    second = tuple(min(place + 1, size - 1) for place in first)
-    return first, second, tuple(min(max(p - f, 0.0), 1.0) for p, f in zip(places, first, strict=True))
 
 
 def _resized(
@@ -263,6 +313,13 @@ def _resized(
     )
 
 
+class _Antialiased(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, (15, 40), mode="bicubic", antialias=True)
+        x = nn.functional.interpolate(x, scale_factor=1.3, mode="nearest-exact")
+        return nn.functional.interpolate(x, (27, 11), mode="bilinear", antialias=True)
+
+
 _RESIZES: tuple[tuple[tuple[int, int] | None, float | None, str, bool | None], ...] = (
     (None, 2, "nearest", None),
     (None, 1.7, "nearest", None),
@@ -271,6 +328,8 @@ _RESIZES: tuple[tuple[tuple[int, int] | None, float | None, str, bool | None], .
     (None, 1.7, "bilinear", False),
     ((50, 13), None, "bilinear", False),
     ((50, 71), None, "bilinear", True),
+    ((50, 13), None, "bicubic", False),
+    (None, 3, "bicubic", True),
 )
 
 SAMPLES = (
@@ -281,6 +340,7 @@ SAMPLES = (
         )
         for size, factor, mode, corners in _RESIZES
     ),
+    Sample("resize with antialiasing", lambda: chain(nn.Conv2d(3, 4, 3), _Antialiased())),
     Sample(
         "pixel shuffle and unshuffle",
         lambda: chain(

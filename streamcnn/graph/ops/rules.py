@@ -50,6 +50,9 @@ class Call:
 class Tracer(Protocol):
     """What rules may ask about operands and record."""
 
+    resident: bool
+    """Whether everything from here on runs on whole values: no map may be made any more."""
+
     def spec(self, ref: Ref) -> TensorSpec:
         """Shape and dtype of a recorded value."""
 
@@ -157,3 +160,10 @@ def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return (value, value)
     return (value[0], value[-1])
+
+
+def as_triple(value: int | Sequence[int]) -> tuple[int, int, int]:
+    """An integer or a sequence of one or three as (depth, rows, columns)."""
+    if isinstance(value, int):
+        return (value, value, value)
+    return (value[0], value[len(value) // 2], value[-1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.geometry.axis_maps import AxisMap, Repeated, Same, Sliding
+from streamcnn.geometry.axis_maps import AxisMap, Repeated, Reversed, Same, Sliding
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
 from streamcnn.graph.costs import NOTHING, Cost, declare
@@ -268,9 +268,7 @@ def select(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 def _entry(tracer: Tracer, ref: Ref, dim: int, index: int) -> Ref:
     call = Call(aten.select.int, (ref, dim, index), {})
-    rows, cols = (axis - (dim < axis) for axis in _axes(tracer, ref))
-    accesses = {ref.name: Access()}
-    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=(rows, cols), accesses=accesses)
+    return per_position(tracer, call, ref, dropped=(dim,))
 
 
 @rule(aten.slice.Tensor, aten.narrow.default)
@@ -297,32 +295,58 @@ def strided(x: Tensor, dim: int, step: int) -> Tensor:
     return x if step == 1 else aten.slice.Tensor(x, dim, 0, None, step)
 
 
-@rule(
-    aten.channel_shuffle.default,
-    aten.index_select.default,
-    aten.flip.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-)
+@rule(aten.flip.default)
+def flip(tracer: Tracer, call: Call) -> Ref:
+    """Entries of any axes in reverse order."""
+    ref, dims = call.bind("self", "dims")
+    shape, axes = tracer.spec(ref).shape, _axes(tracer, ref)
+    turned = {dim % len(shape) for dim in dims}
+    rows, cols = (Reversed(shape[axis]) if axis in turned else Same() for axis in axes)
+    accesses = {ref.name: Access(rows, cols)}
+    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=axes, accesses=accesses)
+
+
+@rule(aten.unfold.default)
+def unfold(tracer: Tracer, call: Call) -> Ref:
+    """Windows along an axis, each along a last axis of the result."""
+    ref, dim, size, step = call.bind("self", "dimension", "size", "step")
+    axes = _axes(tracer, ref)
+    dim = dim % len(tracer.spec(ref).shape)
+    rows, cols = (Sliding(size, step) if axis == dim else Same() for axis in axes)
+    accesses = {ref.name: Access(rows, cols)}
+    return tracer.local(call.target, call.args, like=tracer.fake(call), axes=axes, accesses=accesses)
+
+
+@rule(aten.channel_shuffle.default, aten.repeat.default, aten.repeat_interleave.self_int)
 def rearrange_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Channels in another order or more than once."""
     ref = call.args[0]
-    axes = _axes(tracer, ref)
-    if call.target is aten.index_select.default and call.bind("dim")[0] % len(tracer.spec(ref).shape) in axes:
-        return NotStreamable("it selects rows or columns")
+    axes, ndim = _axes(tracer, ref), len(tracer.spec(ref).shape)
     if call.target is aten.repeat_interleave.self_int:
         dim = call.bind("dim")[0]
-        if dim is None or dim % len(tracer.spec(ref).shape) in axes:
+        if dim is None or dim % ndim in axes:
             return NotStreamable("it repeats rows or columns")
-    if call.target is aten.flip.default and {d % len(tracer.spec(ref).shape) for d in call.args[1]} & set(
-        axes
-    ):
-        return NotStreamable("it mirrors a spatial axis")
     if call.target is aten.repeat.default:
         repeats = call.args[1]
-        if len(repeats) != len(tracer.spec(ref).shape) or any(repeats[axis] != 1 for axis in axes):
+        if len(repeats) != ndim or any(repeats[axis] != 1 for axis in axes):
             return NotStreamable("it repeats a map along space")
     return per_position(tracer, call, ref)
+
+
+@rule(aten.index.Tensor)
+def index_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """Entries that a tensor names, of one axis that is not spatial: ``x[:, order]``."""
+    ref, indices = call.bind("self", "indices")
+    places = [place for place, index in enumerate(indices) if index is not None]
+    if tracer.axes(ref) is None or any(tracer.axes(indices[place]) is not None for place in places):
+        return NotStreamable("which entries it takes depends on the position")
+    if len(places) != 1 or places[0] in _axes(tracer, ref):
+        return NotStreamable("it takes rows or columns, or entries of several axes")
+    like = tracer.fake(call)
+    more = like.dim() - len(tracer.spec(ref).shape)
+    rows, cols = (axis + more * (places[0] < axis) for axis in _axes(tracer, ref))
+    accesses = {ref.name: Access()}
+    return tracer.local(call.target, call.args, like=like, axes=(rows, cols), accesses=accesses)
 
 
 class _Rearranged(nn.Module):
@@ -332,9 +356,10 @@ class _Rearranged(nn.Module):
         n, c, h, w = x.shape
         shuffled = x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w)
         cropped = x[:, 1:4, 3:-2:2, 1::3]
-        turned = x.permute(3, 0, 2, 1).cos().permute(1, 3, 2, 0)
+        turned = x.permute(3, 0, 2, 1).cos().permute(1, 3, 2, 0).flip(1, 2) * x.flip(3)
+        windows = x[:, torch.tensor([5, 2])].unfold(3, 3, 1).unfold(2, 2, 3).amax((4, 5))
         joined = torch.cat((stacked, shuffled, turned, x[:, :, :, :]), 1)
-        return torch.cat((joined.mean((2, 3)), (cropped * cropped).sum((2, 3))), 1)
+        return torch.cat((joined.mean((2, 3)), (cropped * cropped).sum((2, 3)), windows.mean((2, 3))), 1)
 
 
 def _sample() -> nn.Module:
@@ -342,7 +367,7 @@ def _sample() -> nn.Module:
 
 
 SAMPLES: tuple[Any, ...] = (
-    Sample("chunk, stack, shuffle, permute, spatial slices", _sample),
+    Sample("chunk, stack, shuffle, permute, flip, spatial slices, windows", _sample),
     Sample(
         "flatten over space",
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5740, 3)),

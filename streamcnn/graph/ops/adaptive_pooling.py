@@ -1,0 +1,189 @@
+"""Adaptive pooling: to many positions in tiles of the result, to few as a reduction of the whole map."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.geometry.axis_maps import Adaptive, Sliding
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.costs import Cost, declare, windows
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pooling import avg_pool, max_pool
+from streamcnn.graph.ops.reduction_types import Sum
+from streamcnn.graph.ops.reductions import reduced
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows
+from streamcnn.graph.program import Access, Ref
+
+aten = torch.ops.aten
+
+FEW = 8
+"""So many positions along an axis are few: what each reads of a large map is more than a tile should."""
+
+
+@rule(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
+def adaptive_pool(tracer: Tracer, call: Call) -> Any:
+    """Adaptive pooling to any size, its windows equal or not."""
+    ref, size = call.bind("self", "output_size")
+    axes = tracer.axes(ref)
+    if axes not in ((1, 2), (2, 3)):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+    assert axes is not None
+    shape = tracer.spec(ref).shape
+    rows, cols = (Adaptive(shape[axis], count) for axis, count in zip(axes, size, strict=True))
+    is_average = call.target is aten.adaptive_avg_pool2d.default
+    if not _summarises((rows, cols)):
+        return (_average if is_average else _maxima)(tracer, call, ref, (rows, cols))
+    if not is_average:
+        return tracer.reduce(WindowMaxima(shape, axes, True, (rows, cols)), ref)
+    dims = tuple(dim for dim, axis in zip(axes, (rows, cols), strict=True) if axis.count == 1)
+    if dims and all(axis.count in (1, axis.size) for axis in (rows, cols)):
+        return reduced(tracer, ref, Sum(shape, dims, True, 1 / math.prod(shape[dim] for dim in dims)))[0]
+    return tracer.reduce(WindowMeans(shape, axes, True, (rows, cols)), ref)[0]
+
+
+def _summarises(axes: Windows) -> bool:
+    """Whether the result is a global value: few rows or columns, and no more than the map has."""
+    return any(axis.count <= FEW for axis in axes) and all(axis.count <= axis.size for axis in axes)
+
+
+def _average(tracer: Tracer, call: Call, ref: Ref, axes: Windows) -> Ref:
+    kernel = _equal_windows(axes)
+    if kernel is not None:
+        return _equal(tracer, ref, tracer.fake(call), kernel, avg_pool, None)
+    return _unequal(tracer, ref, tracer.fake(call), axes, window_means)
+
+
+def _maxima(tracer: Tracer, call: Call, ref: Ref, axes: Windows) -> tuple[Ref, Ref]:
+    values, places = tracer.fake(call)
+    kernel = _equal_windows(axes)
+    return (
+        _unequal(tracer, ref, values, axes, window_maxima)
+        if kernel is None or values.dim() != 4
+        else _equal(tracer, ref, values, kernel, max_pool, (1, 1)),
+        _unequal(tracer, ref, places, axes, window_places),
+    )
+
+
+def _equal_windows(axes: Windows) -> tuple[int, int] | None:
+    """The extents of every window, where they are equal and no two overlap."""
+    if any(axis.size % axis.count for axis in axes):
+        return None
+    return (axes[0].size // axes[0].count, axes[1].size // axes[1].count)
+
+
+def _equal(tracer: Tracer, ref: Ref, like: Tensor, kernel: tuple[int, int], target: Any, option: Any) -> Ref:
+    rows, cols = (Sliding(extent, extent) for extent in kernel)
+    return _record(tracer, ref, like, Access(rows, cols), target, (kernel, kernel, option))
+
+
+def _unequal(tracer: Tracer, ref: Ref, like: Tensor, axes: Windows, target: Any) -> Ref:
+    return _record(tracer, ref, like, Access(*axes), target, (axes,), positional=True)
+
+
+def _record(
+    tracer: Tracer,
+    ref: Ref,
+    like: Tensor,
+    access: Access,
+    target: Any,
+    args: Any,
+    *,
+    positional: bool = False,
+) -> Ref:
+    axes = tracer.axes(ref)
+    assert axes is not None
+    return tracer.local(
+        target,
+        (ref, *args),
+        like=like,
+        axes=axes,
+        accesses={ref.name: access},
+        positional=positional,
+        heavy=True,
+    )
+
+
+def window_means(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
+    """Means of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map."""
+    for dim, axis, wanted, at_hand in zip((-2, -1), axes, out, origin, strict=True):
+        places, lengths = _window_places(axis, wanted, at_hand)
+        held = torch.arange(places.shape[1]) < lengths[:, None]
+        shares = held.to(x) / lengths[:, None].to(x)
+        x = (_windows(x, dim, places) * (shares if dim == -1 else shares[..., None])).sum(dim)
+    return x
+
+
+def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
+    """Maxima of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map.
+
+    The gradient goes to the first of several equal ones in row order: to the first column of the first row.
+    """
+    for dim, axis, wanted, at_hand in zip((-1, -2), axes[::-1], out[::-1], origin[::-1], strict=True):
+        places, _ = _window_places(axis, wanted, at_hand)
+        x = _windows(x, dim, places).max(dim).values
+    return x
+
+
+def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
+    """Places in the whole map, counted in row order, of what :func:`window_maxima` finds."""
+    rows, cols = (_window_places(*axis)[0].to(x.device) for axis in zip(axes, out, origin, strict=True))
+    x, col = _windows(x, -1, cols).max(-1)
+    row = _windows(x, -2, rows).max(-2).indices
+    col = _windows(col, -2, rows).gather(-2, row.unsqueeze(-2)).squeeze(-2)
+    row = rows[torch.arange(len(rows), device=x.device)[:, None], row] + origin.rows.start
+    col = cols[torch.arange(len(cols), device=x.device), col] + origin.cols.start
+    return row * axes[1].size + col
+
+
+declare(window_means, window_maxima, window_places, cost=Cost(operations=windows))
+
+
+def _window_places(axis: Adaptive, wanted: Interval, at_hand: Interval) -> tuple[Tensor, Tensor]:
+    """Where in ``at_hand`` each of the windows ``wanted`` lies, (count, longest), and its length, (count,).
+
+    Shorter windows end in repetitions of their last position.
+    """
+    each = [axis.window(Interval(i, i + 1)) for i in range(wanted.start, wanted.stop)]
+    first = torch.tensor([window.start - at_hand.start for window in each])
+    lengths = torch.tensor([window.size for window in each])
+    offsets = torch.arange(int(lengths.max()))
+    return first[:, None] + torch.minimum(offsets, lengths[:, None] - 1), lengths
+
+
+def _windows(x: Tensor, dim: int, places: Tensor) -> Tensor:
+    """``x`` at ``places``, (windows, positions in each), along ``dim``: positions become axis ``dim``."""
+    return torch.unflatten(x.index_select(dim, places.flatten().to(x.device)), dim, places.shape)
+
+
+class _Pyramid(nn.Module):
+    """Pyramid pooling as in PSPNet, each level gating the map by what it sums up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [nn.functional.adaptive_avg_pool2d(x, size) for size in (1, 2, 3, 6, (5, 1))]
+        peaks, _ = nn.functional.adaptive_max_pool2d(x, (3, 7), return_indices=True)
+        summary = torch.cat([level.square().mean((2, 3), keepdim=True) for level in (*levels, peaks)], 1)
+        return x * summary.mean(1, keepdim=True)
+
+
+SAMPLES = (
+    Sample("adaptive pooling to few positions", lambda: chain(nn.Conv2d(3, 4, 3), _Pyramid())),
+    Sample(
+        "adaptive average pooling to many positions",
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((17, 9)), nn.AdaptiveAvgPool2d((20, 31))),
+    ),
+    Sample(
+        "adaptive max pooling to many positions",
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d((50, 9)), nn.AdaptiveMaxPool2d((25, 20))),
+    ),
+    Sample(
+        "adaptive pooling by equal windows",
+        lambda: chain(
+            nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d((20, 34)), nn.AdaptiveMaxPool2d((10, 17)), nn.Tanh()
+        ),
+    ),
+)

@@ -1,0 +1,108 @@
+"""Operators along an axis that is named: if it is no spatial one, each position is worked out by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.graph.costs import RESULT, Cost, declare
+from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Ref, refs_in
+
+aten = torch.ops.aten
+
+_BY_ARGUMENT: dict[str, tuple[Callable[..., Any], ...]] = {
+    "dim": (
+        aten.all.dim,
+        aten.all.dims,
+        aten.any.dim,
+        aten.any.dims,
+        aten.argmax.default,
+        aten.argmin.default,
+        aten.argsort.default,
+        aten.argsort.stable,
+        aten.count_nonzero.dim_IntList,
+        aten.cummax.default,
+        aten.cummin.default,
+        aten.cumprod.default,
+        aten.cumsum.default,
+        aten.diff.default,
+        aten.gather.default,
+        aten.glu.default,
+        aten.index_select.default,
+        aten.kthvalue.default,
+        aten.log_softmax.int,
+        aten.logcumsumexp.default,
+        aten.logsumexp.default,
+        aten.max.dim,
+        aten.median.dim,
+        aten.min.dim,
+        aten.mode.default,
+        aten.nanmedian.dim,
+        aten.nanmean.default,
+        aten.nansum.default,
+        aten.prod.dim_int,
+        aten.softmax.int,
+        aten.sort.default,
+        aten.sort.stable,
+        aten.topk.default,
+    ),
+    "dims": (aten.roll.default,),
+}
+"""The operators by the name of the argument that holds the axis or the axes."""
+_ARGUMENT = {target: name for name, targets in _BY_ARGUMENT.items() for target in targets}
+
+
+@rule(*_ARGUMENT)
+def along_axis(tracer: Tracer, call: Call) -> Any:
+    """An operator along axes that are not spatial; each of its results is an operation of its own."""
+    ref = call.args[0]
+    axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+    dims = call.bind(_ARGUMENT[call.target])[0]
+    dims = [dims] if isinstance(dims, int) else dims
+    others = refs_in((call.args[1:], dict(call.kwargs)))
+    if axes is None or any(_is_apart(tracer, ref, Ref(name)) for name in others):
+        return NotStreamable("its operands have their spatial axes at different places")
+    if not dims or any(dim % len(shape) in axes for dim in dims):
+        return NotStreamable("it runs along a spatial axis")
+    likes = tracer.fake(call)
+    if isinstance(likes, Tensor):
+        return per_position(tracer, call, ref, dropped=dims)
+    parts = (Call(result_of, (call.target, index, *call.args), call.kwargs) for index in range(len(likes)))
+    return tuple(per_position(tracer, part, ref, dropped=dims) for part in parts)
+
+
+def _is_apart(tracer: Tracer, ref: Ref, other: Ref) -> bool:
+    """Whether another operand has positions, and not those of ``ref``."""
+    axes, shape = tracer.axes(ref), tracer.spec(other).shape
+    if tracer.axes(other) is None:
+        return len(shape) > 1
+    assert axes is not None
+    return tracer.axes(other) != axes or any(shape[axis] != tracer.spec(ref).shape[axis] for axis in axes)
+
+
+def result_of(target: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Tensor:
+    """One of an operator's results."""
+    result: Tensor = target(*args, **kwargs)[index]
+    return result
+
+
+declare(aten.softmax, aten._softmax, aten.log_softmax, cost=Cost(saves=RESULT))
+
+
+class _Chosen(nn.Module):
+    """The largest channels of each position, in order, and what they are taken from elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest, order = x.topk(3, 1)
+        taken = x.sin().gather(1, order) * largest.softmax(1)
+        ranked = torch.sort(x, dim=1, descending=True, stable=True).values.cumsum(1).roll(2, 1)
+        return torch.cat((taken, ranked, x.median(1, keepdim=True).values), 1) * x.max(1).indices[:, None]
+
+
+SAMPLES = (Sample("the largest channels", lambda: chain(nn.Conv2d(3, 5, 3), _Chosen())),)

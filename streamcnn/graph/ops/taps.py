@@ -1,0 +1,125 @@
+"""Which positions resampling reads along an axis, and with what weights, by ATen's formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from streamcnn.geometry.axis_maps import Gathered
+
+aten = torch.ops.aten
+
+Places = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """What every position of a result reads along one axis: as many positions each."""
+
+    sources: tuple[Places, ...]
+    """Of each tap, the position that each result reads."""
+    weights: tuple[tuple[float, ...], ...] | None = None
+    """Of each tap, its weight in each result; ``None`` where a value is taken as it is."""
+
+    @property
+    def access(self) -> Gathered:
+        """The positions from the first tap's to the last's."""
+        return Gathered(tuple(map(min, *self._twice)), tuple(map(max, *self._twice)))
+
+    @property
+    def _twice(self) -> tuple[Places, ...]:
+        """The sources, more than one, as ``min`` and ``max`` want them."""
+        return (*self.sources, self.sources[0])
+
+
+def nearest_taps(
+    num_out: int, size: int, scale: float | None, target: OpOverload = aten.upsample_nearest2d.default
+) -> Taps:
+    """Those of the nearest neighbour, read off ATen's own kernel so that its rounding is ours."""
+    with unset_fake_temporarily():
+        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size, 1)
+        picked = target(places, [num_out, 1], scale, None)
+        return Taps((tuple(int(place) for place in picked.flatten()),))
+
+
+def bilinear_taps(num_out: int, size: int, scale: float | None, align_corners: bool) -> Taps:
+    """Those of linear interpolation between two neighbours."""
+    if num_out == size:
+        # ATen then takes no account of a scale factor that is handed to it.
+        scale = None
+    places = [max(place, 0.0) for place in _places(num_out, size, scale, align_corners)]
+    first = tuple(min(int(place), size - 1) for place in places)
+    second = tuple(min(place + 1, size - 1) for place in first)
+    shares = tuple(min(max(p - f, 0.0), 1.0) for p, f in zip(places, first, strict=True))
+    return Taps((first, second), (tuple(1 - share for share in shares), shares))
+
+
+def bicubic_taps(num_out: int, size: int, scale: float | None, align_corners: bool) -> Taps:
+    """Those of cubic convolution (Keys 1981, a = -0.75) over four neighbours."""
+    places = _places(num_out, size, scale, align_corners)
+    middle = [min(math.floor(place), size - 1) for place in places]
+    rests = [min(max(place - floor, 0.0), 1.0) for place, floor in zip(places, middle, strict=True)]
+    return Taps(
+        tuple(tuple(min(max(floor + tap, 0), size - 1) for floor in middle) for tap in range(-1, 3)),
+        tuple(tuple(_cubic(rest - tap, -0.75) for rest in rests) for tap in range(-1, 3)),
+    )
+
+
+def _places(num_out: int, size: int, scale: float | None, align_corners: bool) -> list[float]:
+    """Where each position of the result lies in the operand."""
+    step = _step(num_out, size, scale, align_corners)
+    return [index * step if align_corners else (index + 0.5) * step - 0.5 for index in range(num_out)]
+
+
+def _step(num_out: int, size: int, scale: float | None, align_corners: bool) -> float:
+    """Positions of the operand to one of the result."""
+    if align_corners:
+        return (size - 1) / (num_out - 1) if num_out > 1 else 0.0
+    return 1 / scale if scale is not None and scale > 0 else size / num_out
+
+
+def _cubic(distance: float, a: float) -> float:
+    """The kernel of cubic convolution."""
+    x = abs(distance)
+    if x <= 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return ((x - 5) * x + 8) * x * a - 4 * a if x < 2 else 0.0
+
+
+def _triangle(distance: float) -> float:
+    return max(1 - abs(distance), 0.0)
+
+
+Kernel = tuple[Callable[[float], float], float]
+"""A filter, and the distance at which it ends."""
+TRIANGLE: Kernel = (_triangle, 1.0)
+CUBIC: Kernel = (lambda distance: _cubic(distance, -0.5), 2.0)
+
+
+def antialiased_taps(
+    num_out: int, size: int, scale: float | None, align_corners: bool, kernel: Kernel
+) -> Taps:
+    """Those of a filter that is widened where the result is the coarser grid, as PIL does it."""
+    filtered, reach = kernel
+    step = _step(num_out, size, scale, align_corners)
+    widening = max(step, 1.0)
+    windows, weights = [], []
+    for index in range(num_out):
+        # ATen's kernel takes the step from aligned corners, but never the places.
+        centre = step * (index + 0.5)
+        first = max(int(centre - reach * widening + 0.5), 0)
+        last = min(int(centre + reach * widening + 0.5), size)
+        each = [filtered((place - centre + 0.5) / widening) for place in range(first, last)]
+        total = sum(each)
+        windows.append(range(first, last))
+        weights.append([weight / total for weight in each])
+    longest = max(map(len, windows))
+    return Taps(
+        tuple(tuple(window[min(tap, len(window) - 1)] for window in windows) for tap in range(longest)),
+        tuple(tuple(each[tap] if tap < len(each) else 0.0 for each in weights) for tap in range(longest)),
+    )

@@ -1,0 +1,169 @@
+"""Reductions to a few windows of a map: adaptive pooling to so few positions that each reads much of it.
+
+A tile gives what it has of each window that it meets, whatever its own place and extents. So the map need not
+be cut at the windows, and a window may be larger than any tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamcnn.geometry.axis_maps import Adaptive
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.ops.reduction_types import Partials, Reduction, exact, statistics_dtype
+
+Windows = tuple[Adaptive, Adaptive]
+"""Those of the rows and of the columns, the map's last two axes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowMeans(Reduction):
+    """The mean of each window; along either axis there are no more windows than positions."""
+
+    windows: Windows
+
+    @property
+    def needs_values(self) -> bool:
+        return False
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        x = x.to(statistics_dtype(x.dtype))
+        for dim, windows, positions in zip((-2, -1), self.windows, region, strict=True):
+            x = _sums(x, dim, windows, positions)
+        return (exact(x),)
+
+    def merge(self, first: Partials, second: Partials) -> Partials:
+        return (first[0] + second[0],)
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return ((parts[0] / self._counts(parts[0])).to(dtype),)
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        spread = (grads[0] / self._counts(grads[0])).to(x.dtype)
+        for dim, windows, positions in zip((-2, -1), self.windows, region, strict=True):
+            spread = _spread(spread, dim, windows, positions)
+        return spread
+
+    def _counts(self, like: Tensor) -> Tensor:
+        """Positions in each window, (rows, columns)."""
+        rows, cols = (
+            torch.tensor(
+                [windows.window(Interval(i, i + 1)).size for i in range(windows.count)],
+                dtype=like.dtype,
+                device=like.device,
+            )
+            for windows in self.windows
+        )
+        return rows[:, None] * cols
+
+
+def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
+    """Sums over each window along ``dim``, of which ``x`` has ``positions``: zero where it has none."""
+    met = windows.readers(positions)
+    if windows.count != windows.size:
+        parts = (part for _, part in _met(windows, positions))
+        x = torch.stack([x.narrow(dim, part.start, part.size).sum(dim) for part in parts], dim)
+    pads = (met.start, windows.count - met.stop)
+    return torch.nn.functional.pad(x, pads if dim == -1 else (0, 0, *pads))
+
+
+def _met(windows: Adaptive, positions: Interval) -> Iterator[tuple[int, Interval]]:
+    """The windows that hold any of ``positions``, and which of those, counted from the first."""
+    met = windows.readers(positions)
+    for index in range(met.start, met.stop):
+        held = windows.window(Interval(index, index + 1)).intersect(positions)
+        yield index, held.shift(-positions.start)
+
+
+def _spread(gradient: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
+    """The gradients of all windows along ``dim``, added up at each of ``positions``."""
+    if windows.count == windows.size:
+        return gradient.narrow(dim, positions.start, positions.size)
+    spread = gradient.new_zeros(_with_extent(gradient.shape, dim, positions.size))
+    for index, part in _met(windows, positions):
+        spread.narrow(dim, part.start, part.size).add_(gradient.narrow(dim, index, 1))
+    return spread
+
+
+def _with_extent(shape: Sequence[int], dim: int, extent: int) -> tuple[int, ...]:
+    dim %= len(shape)
+    return (*shape[:dim], extent, *shape[dim + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class WindowMaxima(Reduction):
+    """The largest value of each window and its place in the whole map, counted in row order.
+
+    The gradient goes to the first of several equal ones, as in ATen's pooling.
+    """
+
+    windows: Windows
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    @property
+    def _nowhere(self) -> int:
+        """Stands for the place of a maximum where nothing has been seen yet: behind all others."""
+        return math.prod(windows.size for windows in self.windows)
+
+    def _pairs(self, region: Region) -> Iterator[tuple[tuple[int, int], Region]]:
+        """The windows, row and column, that a tile meets, and the part of the tile in each."""
+        rows, cols = (list(_met(*axis)) for axis in zip(self.windows, region, strict=True))
+        for row, height in rows:
+            for col, width in cols:
+                yield (row, col), Region(height, width)
+
+    def _places(self, region: Region, part: Region, device: torch.device) -> Tensor:
+        """Places of a part of a tile, (rows, columns)."""
+        rows, cols = (
+            torch.arange(outer.start + inner.start, outer.start + inner.stop, device=device)
+            for outer, inner in zip(region, part, strict=True)
+        )
+        return rows[:, None] * self.windows[1].size + cols
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        shape = (*x.shape[:-2], *(windows.count for windows in self.windows))
+        best = torch.full(shape, -math.inf, dtype=torch.float64, device=x.device)
+        places = torch.full(shape, self._nowhere, device=x.device)
+        for (row, col), part in self._pairs(region):
+            value, index = _cut(x, part).flatten(-2).max(-1)
+            best[..., row, col] = value.double()
+            places[..., row, col] = self._places(region, part, x.device).flatten()[index]
+        return (best, places)
+
+    def merge(self, first: Partials, second: Partials) -> Partials:
+        is_first = (second[0] == first[0]) & (second[1] < first[1])
+        later = (second[0] > first[0]) | second[0].isnan() | is_first
+        return (torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1]))
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (parts[0].to(dtype), parts[1])
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        found = torch.zeros_like(x)
+        for (row, col), part in self._pairs(region):
+            places, gradient = results[1][..., row, col, None, None], grads[0][..., row, col, None, None]
+            chosen = self._places(region, part, x.device) == places
+            _cut(found, part).add_(chosen * gradient.to(x.dtype))
+        return found
+
+
+def _cut(x: Tensor, part: Region) -> Tensor:
+    return x[..., part.rows.start : part.rows.stop, part.cols.start : part.cols.stop]
