@@ -146,8 +146,8 @@ def rounding(
     """
     plain, _ = _without_dropout(net, dtype)
     image = _images(shape, seed, dtype)
-    signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    moved = image * (1 + signs * torch.finfo(dtype).eps)
+    digits = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    moved = image * (1 + digits * torch.finfo(dtype).eps)
     with torch.random.fork_rng([]), torch.enable_grad():
         expected, found = (
             _everything(copy.deepcopy(plain), _Call(each, (), {}).fresh(), seed) for each in (image, moved)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.zoo.one LIBRARY NAME FOLDER PARENT
 
-Each part is one line of JSON in FOLDER/parts.jsonl as soon as it is done, so that a process that is ended tells
+Each part is a line of JSON in FOLDER/parts.jsonl as soon as it is done, so that a process that is ended tells
 what it had found.
 """
 
@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from benchmarks.zoo.traits import FEWEST_CONVOLUTIONS, further_convolutions, has
 from streamcnn.errors import StreamError
 
 MOST_BYTES = 12 * 2**30
-"""Address space: some models make tables of positions by positions, which must not take the machine's memory."""
+"""Of address space: some models make tables of positions by positions, larger than a machine's memory."""
 PARTS = "parts.jsonl"
 
 Say = Callable[..., None]
@@ -55,8 +56,8 @@ def examine(family: Family, say: Say) -> None:
         say(excluded=f"plain PyTorch runs it at no size that was tried: {error}")
         return
     say(attention=has_attention(net.eval(), shape))
-    for train in (True, False):
-        say(**{"train" if train else "eval": outcome(lambda train=train: compare(net, shape, train=train))})
+    say(train=outcome(partial(compare, net, shape, train=True)))
+    say(eval=outcome(partial(compare, net, shape, train=False)))
     del net
     say(plan=outcome(lambda: planned(*fitted(variant, LARGE, (1, 2), fake=True))))
 

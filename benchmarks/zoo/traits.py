@@ -28,7 +28,7 @@ def further_convolutions(net: nn.Module) -> int:
 
 
 def has_attention(net: nn.Module, shape: Shape) -> bool:
-    """Whether ``net`` multiplies matrices by a softmax, or calls PyTorch's attention, for images of ``shape``.
+    """Whether ``net`` multiplies matrices by a softmax or calls PyTorch's attention, for images of ``shape``.
 
     A softmax over a few branches, by whose shares maps are added up, is no attention.
     """
