@@ -15,6 +15,7 @@ FEWEST_CONVOLUTIONS = 3
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 _PRODUCTS = {"bmm", "baddbmm", "mm", "addmm"}
+_SOFTMAXES = {"_softmax", "_safe_softmax"}
 _SAME_VALUES = {
     *("view", "_unsafe_view", "expand", "reshape", "transpose", "permute", "t", "slice", "select"),
     *("unsqueeze", "squeeze", "clone", "_to_copy", "native_dropout", "split", "unbind", "_reshape_alias"),
@@ -53,7 +54,7 @@ class _AttentionMode(TorchDispatchMode):
         name = func.overloadpacket.__name__
         is_softmax = any(id(each) in self._softmaxes for each in args)
         self.found |= "scaled_dot_product" in name or (name in _PRODUCTS and is_softmax)
-        if name == "_softmax" or (name in _SAME_VALUES and is_softmax):
+        if name in _SOFTMAXES or (name in _SAME_VALUES and is_softmax):
             for each in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(each, Tensor):
                     self._softmaxes[id(each)] = each
