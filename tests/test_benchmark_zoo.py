@@ -80,8 +80,10 @@ def test_every_encoder_of_the_list_exists_and_goes_with_some_decoder() -> None:
     ]
 
 
-def test_a_pattern_chooses() -> None:
+def test_patterns_choose() -> None:
     assert [str(family) for family in families("vision/squeeze")] == ["torchvision/squeezenet"]
+    several = families("vision/squeeze", "vision/alex", "squeezenet")
+    assert [family.name for family in several] == ["squeezenet", "alexnet"]
 
 
 def test_the_smallest_variant_is_the_one_with_the_fewest_parameters(monkeypatch: pytest.MonkeyPatch) -> None:

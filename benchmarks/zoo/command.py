@@ -25,7 +25,10 @@ _MOST_JOBS = 2
 
 
 def zoo(
-    only: Annotated[str, typer.Option(help="Families whose library/name contains this text.")] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Families whose library/name contains this text; may be given several times."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Examine what is recorded already, too.")] = False,
     jobs: Annotated[int, typer.Option(help="Models at a time.", min=1, max=_MOST_JOBS)] = 1,
     seconds: Annotated[
@@ -42,7 +45,7 @@ def zoo(
         typer.echo(PAGE)
         return
     known = results.newest()
-    waiting = [family for family in families(only) if fresh or family not in known]
+    waiting = [family for family in families(*only or ()) if fresh or family not in known]
     command = "python -m benchmarks " + " ".join(sys.argv[1:])
     _examine_all(waiting, command, jobs, limit, Deadline(seconds))
 

@@ -62,16 +62,17 @@ class Variant:
         return self.build()
 
 
-def families(pattern: str = "") -> list[Family]:
-    """Every family whose text contains ``pattern``, library by library.
+def families(*patterns: str) -> list[Family]:
+    """Every family whose text contains one of the ``patterns``, in their order; without any, all of them.
 
     Raises
     ------
     MissingExtra
         If one of the libraries is not installed.
     """
-    found = [Family(library, name) for library, (names, _) in _LIBRARIES.items() for name in names()]
-    return [family for family in found if pattern in str(family)]
+    every = [Family(library, name) for library, (names, _) in _LIBRARIES.items() for name in names()]
+    chosen = (family for pattern in patterns or ("",) for family in every if pattern in str(family))
+    return list(dict.fromkeys(chosen))
 
 
 def variants(family: Family) -> Sequence[Variant]:

@@ -37,16 +37,18 @@ _COLUMNS = (
 
 _HEAD = f"""# Models of other libraries
 
-`python -m benchmarks zoo` examines one model of every family that timm, torchvision's classifiers and segmentation
-models and segmentation-models-pytorch have, with random weights; `--table` writes this page. Programs make the list: of
-each module file the variant with the fewest parameters, of each decoder a few encoders
-(`benchmarks/zoo/families.py`). Models with fewer than {FEWEST_CONVOLUTIONS} convolutions besides the first, transformers
-and MLPs on patches, are excluded, and so are those that plain PyTorch runs at no size that was tried.
+`python -m benchmarks zoo` examines one model of every family that timm, torchvision's classifiers and
+segmentation models and segmentation-models-pytorch have, with random weights; `--table` writes this page.
+Programs make the list: of each module file the variant with the fewest parameters, of each decoder a few
+encoders (`benchmarks/zoo/families.py`). Models with fewer than {FEWEST_CONVOLUTIONS} convolutions besides
+the first, transformers and MLPs on patches, are excluded, and so are those that plain PyTorch runs at no
+size that was tried.
 
-Every model is made in float64, for two images of the first size that plain PyTorch takes: odd, a multiple of 32 and one,
-multiples of 32, square sizes. A forward and a backward pass, streamed in four tiles and plain, are compared in train mode
-and in evaluation mode: outputs, the gradients of all parameters and of the image, and all buffers afterwards. What drops
-values at random is set to drop none. Scales and shifts that begin at 0 or 1 are moved, so that no branch is switched off.
+Every model is made in float64, for two images of the first size that plain PyTorch takes: odd, a multiple
+of 32 and one, multiples of 32, square sizes. A forward and a backward pass, streamed in four tiles and
+plain, are compared in train mode and in evaluation mode: outputs, the gradients of all parameters and of
+the image, and all buffers afterwards. What drops values at random is set to drop none. Scales and shifts
+that begin at 0 or 1 are moved, so that no branch is switched off.
 
 * **{EXACT}**: no error is above {TOLERANCE:.0e}, and every operator on a map streams.
 * **{WITH_RESIDENTS}**: the same, and some operators run on whole maps.
@@ -55,15 +57,16 @@ values at random is set to drop none. Scales and shifts that begin at 0 or 1 are
 * **FAILED**: an error without a reason, which is a fault.
 * **unfinished**: the process ended or had no more time.
 
-*Error* is the largest `|a - b| / max(|b|, 1e-6 * largest)`. Some models magnify rounding, by batch norm of two pooled
-vectors or by attention that saturates: plain PyTorch then differs from itself when the image changes in its last digit.
-Values for which that is a {ROUNDING}th of {TOLERANCE:.0e} and more are *blurred*: they are compared with {ROUNDING} times
-that difference, and left out of the column.
+*Error* is the largest `|a - b| / max(|b|, 1e-6 * largest)`. Some models magnify rounding, by batch norm of
+two pooled vectors or by attention that saturates: plain PyTorch then differs from itself when the image
+changes in its last digit. Values for which that is a {ROUNDING}th of {TOLERANCE:.0e} and more are
+*blurred*: they are compared with {ROUNDING} times that difference, and left out of the column.
 
-Then a training step on one image of 4000 x 4000, or of the nearest size that the model takes, is planned in {BUDGET} of
-memory on a CPU, in float32, without being run. *Heavy* operators are convolutions and matrix products on maps; *heavy
-streamed* is the share of their arithmetic that streams. *Streamed* and *plain* are projected bytes, *time* is projected
-for one nominal core. A hybrid multiplies matrices by a softmax, or calls PyTorch's attention.
+Then a training step on one image of 4000 x 4000, or of the nearest size that the model takes, is planned in
+{BUDGET} of memory on a CPU, in float32, without being run. *Heavy* operators are convolutions and matrix
+products on maps; *heavy streamed* is the share of their arithmetic that streams. *Streamed* and *plain* are
+projected bytes, and *time* is projected with nominal rates. A hybrid multiplies matrices by a softmax, or
+calls PyTorch's attention.
 """
 
 
@@ -114,8 +117,8 @@ def _planned(rows: Sequence[Row]) -> str:
     fit = sum(row.plan["fits"] for row in planned)
     plain_fits = sum(row.plan["plain_bytes"] <= parse_bytes(BUDGET) for row in planned)
     text = (
-        f"Of {plural(len(planned), 'plan')} {fit} fit in {BUDGET}; plain PyTorch would fit with {plain_fits}. "
-        "*Heavy streamed* is the mean over the models.\n"
+        f"Of {plural(len(planned), 'plan')} {fit} fit in {BUDGET}; plain PyTorch would fit with "
+        f"{plain_fits}. *Heavy streamed* is the mean over the models.\n"
     )
     beyond = [f"{row.family} ({_ratio(row):.2f})" for row in planned if row.exceeds_plain]
     if beyond:
