@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.zoo.families import Variant
 from benchmarks.zoo.states import Shape, without_chance
 
-SMALL = (
-    *((107, 135), (97, 129), (96, 128), (128, 192), (224, 224), (256, 256)),
-    *((192, 192), (240, 240), (288, 288), (384, 384), (512, 512)),
-)
+_SQUARE = ((224, 224), (256, 256), (192, 192), (240, 240), (288, 288), (384, 384), (512, 512))
+"""What models of one size are made for."""
+SMALL = ((107, 135), (97, 129), (96, 128), (128, 192), *_SQUARE)
 """Odd, a multiple of 32 and one, multiples of 32 and of 64, and sizes that models are made for."""
-LARGE = ((4000, 4000), (4032, 4032), (4096, 4096), (2048, 2048), (2016, 2016), (1024, 1024), (1008, 1008))
+LARGE = (
+    *((4000, 4000), (4032, 4032), (4096, 4096), (2048, 2048), (2016, 2016), (1024, 1024), (1008, 1008)),
+    *reversed(_SQUARE),
+)
 """4032 = 18 * 224 and 4096 = 16 * 256 are multiples of the usual windows."""
 
 
