@@ -28,7 +28,7 @@ from benchmarks.zoo.results import Row
 from benchmarks.zoo.sizes import NoSize, fitted
 from benchmarks.zoo.states import without_chance
 from benchmarks.zoo.traits import further_convolutions, has_attention
-from streamcnn.errors import UnsupportedModel
+from streamcnn.errors import BudgetExceeded, UnsupportedModel
 from streamcnn.verification import Verification, rounding
 
 # timm asks for a deprecated annotation when it is imported.
@@ -311,9 +311,17 @@ def test_a_refusal_and_a_fault_are_told_apart() -> None:
 
     assert one.outcome(raises(UnsupportedModel("why"))) == {"refused": "why"}
     assert one.outcome(raises(NoSize("why"))) == {"unfit": "why"}
+    refused = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    for error in (refused, BudgetExceeded("a tile")):
+        assert one.outcome(raises(error)) == {"unfit": "it takes more than 12.0 GiB of address space"}
     (failed,) = one.outcome(raises(IndexError("why"))).items()
     assert failed[0] == "failed"
     assert failed[1].startswith("IndexError: why (test_benchmark_zoo.py:")
+
+
+def test_a_pass_that_memory_ended_shows_nothing() -> None:
+    unfit = row(train={"unfit": "too large"})
+    assert (unfit.verdict, unfit.reason) == (results.UNFINISHED, "too large")
 
 
 # --- verdicts and the page ---------------------------------------------------------------------------
@@ -382,9 +390,14 @@ def test_the_page_has_every_row_and_the_totals() -> None:
     assert "| vit_small | 0 convolutions besides the first |" in text.replace("timm vit", "vit")
     assert "at commit abc, 2026-01-01, on a machine, with PyTorch 2, timm 1." in text
     held = "| held_small | convolutional | 107x135 | exact with residents | 1e-14 | 25% | 4000x4000 | yes |"
-    assert f"{held} 1.00 GiB | 4.00 GiB | 3.00 s | aten.bmm: it has no rule |" in text
+    why = "aten.bmm: it has no rule, in a (B), 3 times, 9 bytes"
+    assert f"{held} 1.00 GiB | 4.00 GiB | 3.00 s | {why} |" in text
     assert "## segmentation-models-pytorch" in text
     assert "## torchvision" not in text.replace("torchvision,", "")
+
+
+def test_the_page_says_of_how_many_images_a_plan_is() -> None:
+    assert "| 2 of 64x96 |" in page([row(plan=a_plan(shape=[2, 3, 64, 96]))])
 
 
 def test_the_page_says_how_much_is_blurred() -> None:

@@ -22,12 +22,15 @@ from typing import Any
 import torch
 
 from benchmarks.harness.processes import end_with
+from benchmarks.record import device_name
 from benchmarks.zoo.families import Family, skeleton, smallest
 from benchmarks.zoo.numerics import compare
 from benchmarks.zoo.planned import planned
 from benchmarks.zoo.sizes import LARGE, SMALL, NoSize, fitted
 from benchmarks.zoo.traits import FEWEST_CONVOLUTIONS, further_convolutions, has_attention
+from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.errors import StreamError
+from streamcnn.support.units import format_bytes
 
 MOST_BYTES = 12 * 2**30
 """Of address space: some models make tables of positions by positions, larger than a machine's memory."""
@@ -63,14 +66,19 @@ def examine(family: Family, say: Say) -> None:
 
 
 def outcome(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a part found, or how it ended: ``refused`` by a reason, or ``failed``, which is a fault."""
+    """What a part found, or how it ended.
+
+    ``unfit`` for sizes and memory, ``refused`` with a reason of streamcnn's, or ``failed``, which is a fault.
+    """
     try:
         return part()
     except NoSize as error:
         return {"unfit": str(error)}
-    except StreamError as error:
-        return {"refused": str(error)}
     except Exception as error:
+        if is_out_of_memory(error):
+            return {"unfit": f"it takes more than {format_bytes(MOST_BYTES)} of address space"}
+        if isinstance(error, StreamError):
+            return {"refused": str(error)}
         frames = traceback.extract_tb(error.__traceback__)
         here = next((frame for frame in reversed(frames) if "streamcnn" in frame.filename), frames[-1])
         place = f"{Path(here.filename).name}:{here.lineno}"
@@ -83,7 +91,8 @@ def main() -> None:
     end_with(int(parent))
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    os.environ["STREAMCNN_CALIBRATION"] = "off"
+    # A card's memory is addressed as well, and would go beyond the limit.
+    os.environ |= {"STREAMCNN_CALIBRATION": "off", "CUDA_VISIBLE_DEVICES": ""}
     # Tiles this small are slower on several threads, and plans are then the same on every machine.
     torch.set_num_threads(1)
     with (Path(folder) / PARTS).open("a") as file:
@@ -92,6 +101,7 @@ def main() -> None:
             file.write(json.dumps(part) + "\n")
             file.flush()
 
+        say(device=device_name(cpu=True))
         examine(Family(library, name), say)
 
 

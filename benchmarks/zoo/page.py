@@ -18,7 +18,7 @@ LIBRARIES = {
 }
 _KINDS = {"convolutional": False, "hybrid": True}
 _MOST_REASONS = 25
-_WIDTH = 150
+_WIDTH = 200
 """Characters of a cell."""
 _COLUMNS = (
     ("model", ""),
@@ -152,17 +152,30 @@ def _row(row: Row) -> list[str]:
     return [
         str(row.fields.get("variant", row.family.name)),
         _kind(row),
-        _size(row.passes[0].get("shape")) if row.passes else "",
+        _size(row.passes[0].get("shape"), 2) if row.passes else "",
         row.verdict,
         _error(row),
         _percent(row),
-        _size(row.plan.get("shape")),
+        _size(row.plan.get("shape"), 1),
         {True: "yes", False: "**no**"}[row.plan["fits"]] if row.is_planned else "",
         _bytes(row, "projected_bytes") + (" **more**" if row.exceeds_plain else ""),
         _bytes(row, "plain_bytes"),
         format_duration(row.plan["projected_seconds"]) if row.is_planned else "",
-        row.reason or str(row.plan.get("unfit", "") or row.fields.get("ended", "")),
+        _why(row),
     ]
+
+
+def _why(row: Row) -> str:
+    """What is resident: why, where, how often and with how many bytes; else why there is no plan."""
+    if row.verdict != WITH_RESIDENTS or not row.is_planned:
+        return row.reason or str(row.plan.get("unfit", "") or row.fields.get("ended", ""))
+    found = []
+    for reason in row.resident_reasons:
+        alike = [each for each in row.plan["residents"] if each["reason"] == reason]
+        times, nbytes = (sum(each[name] for each in alike) for name in ("times", "bytes"))
+        often = "" if times == 1 else f", {times} times"
+        found.append(f"{reason}, in {alike[0]['source']}{often}, {format_bytes(nbytes)}")
+    return "; ".join(found)
 
 
 def _kind(row: Row) -> str:
@@ -208,9 +221,12 @@ def _bytes(row: Row, name: str) -> str:
     return format_bytes(row.plan[name]) if row.is_planned else ""
 
 
-def _size(shape: Sequence[int] | None) -> str:
-    """Height by width, with the number of images where that is not usual."""
-    return "" if shape is None else f"{shape[2]}x{shape[3]}"
+def _size(shape: Sequence[int] | None, usual: int) -> str:
+    """Height by width, after the number of images where that is not the usual one."""
+    if shape is None:
+        return ""
+    number, _, height, width = shape
+    return f"{height}x{width}" if number == usual else f"{number} of {height}x{width}"
 
 
 def _table(columns: Sequence[tuple[str, str]], lines: Iterable[Sequence[str]]) -> str:

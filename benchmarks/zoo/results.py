@@ -53,7 +53,7 @@ class Row:
             return WRONG
         if any("refused" in part for part in parts):
             return REFUSED
-        if len(self.passes) < 2:
+        if len(self.passes) < 2 or any("unfit" in each for each in self.passes):
             return UNFINISHED
         held = any(part.get("residents") for part in parts)
         return WITH_RESIDENTS if held else EXACT
@@ -63,15 +63,14 @@ class Row:
         """Why the verdict is not ``exact``; empty if it is."""
         if "excluded" in self.fields:
             return str(self.fields["excluded"])
-        for part in (*self.passes, self.plan):
-            for way in ("failed", "refused"):
-                if way in part:
-                    return str(part[way])
-            if part.get("num_wrong"):
-                worst, error = next(iter(part["wrong"].items()))
-                return f"{part['mode']}: {part['num_wrong']} of {part['compared']}, {worst} {error:.1e}"
+        parts = [*self.passes, self.plan]
+        for way in ("failed", "wrong", "refused"):
+            for part in parts:
+                if part.get(way):
+                    return _worst(part) if way == "wrong" else str(part[way])
         if self.verdict == UNFINISHED:
-            return str(self.fields.get("ended", "the process ended"))
+            unfit = next((each["unfit"] for each in self.passes if "unfit" in each), "")
+            return str(unfit or self.fields.get("ended", ""))
         return ", ".join(self.resident_reasons)
 
     @property
@@ -83,6 +82,12 @@ class Row:
     def exceeds_plain(self) -> bool:
         """Whether the plan takes more memory than plain PyTorch."""
         return self.is_planned and self.plan["projected_bytes"] > self.plan["plain_bytes"]
+
+
+def _worst(found: Mapping[str, Any]) -> str:
+    """The value of a pass that is furthest from the plain one."""
+    name, error = next(iter(found["wrong"].items()))
+    return f"{found['mode']}: {found['num_wrong']} of {found['compared']}, {name} {error:.1e}"
 
 
 def newest() -> dict[Family, Row]:
