@@ -219,7 +219,7 @@ def test_what_rounding_blurs_is_compared_with_rounding() -> None:
     noise = {"a": 1e-16, "b": 1e-8}
     blurred = judged(verification(a=1e-12, b=5e-8), noise)
     assert (blurred["error"], blurred["num_wrong"], blurred["blurred"]) == (1e-12, 0, 1)
-    assert judged(verification(a=1e-12, b=5e-7), noise)["wrong"] == {"b": 5e-7}
+    assert judged(verification(a=1e-12, b=5e-6), noise)["wrong"] == {"b": 5e-6}
     assert judged(verification(a=1e-12, b=math.nan), noise)["num_wrong"] == 1
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def main() -> None:
 
         say(device=device_name(cpu=True))
         examine(Family(library, name), say)
+        say(cpu_seconds=round(time.process_time(), 1))
 
 
 if __name__ == "__main__":

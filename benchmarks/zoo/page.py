@@ -59,8 +59,8 @@ that begin at 0 or 1 are moved, so that no branch is switched off.
 
 *Error* is the largest `|a - b| / max(|b|, 1e-6 * largest)`. Some models magnify rounding, by batch norm of
 two pooled vectors or by attention that saturates: plain PyTorch then differs from itself when the image
-changes in its last digit. Values for which that is a {ROUNDING}th of {TOLERANCE:.0e} and more are
-*blurred*: they are compared with {ROUNDING} times that difference, and left out of the column.
+changes in its last digit. Values for which that is {TOLERANCE / ROUNDING:.0e} and more are *blurred*:
+they are compared with {ROUNDING} times that difference, and left out of the column.
 
 Then a training step on one image of 4000 x 4000, or of the nearest size that the model takes, is planned in
 {BUDGET} of memory on a CPU, in float32, without being run. *Heavy* operators are convolutions and matrix
