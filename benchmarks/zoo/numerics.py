@@ -15,8 +15,8 @@ from streamcnn.verification import Verification, rounding, verify
 TOLERANCE = 1e-9
 """Largest error of a streamed pass that is exact."""
 ROUNDING = 100
-"""How many times the error of plain PyTorch against itself an error may be, where that is above the tolerance:
-two plain passes sum in the same order, so that much of their rounding is alike."""
+"""How many times plain PyTorch's error against itself an error above the tolerance may be: two plain passes
+sum in the same order, so that much of their rounding is alike."""
 
 
 def compare(net: nn.Module, shape: Shape, *, train: bool) -> dict[str, Any]:
