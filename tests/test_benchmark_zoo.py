@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from typer.testing import CliRunner, Result
 
 from benchmarks import record as records
 from benchmarks.__main__ import app
-from benchmarks.harness.processes import Deadline, OutOfTime
+from benchmarks.harness.processes import Deadline
 from benchmarks.zoo import command as zoo
 from benchmarks.zoo import families as listing
 from benchmarks.zoo import one, results
+from benchmarks.zoo.examination import Examination
 from benchmarks.zoo.families import ENCODERS, Family, Variant, families, smallest, variants
 from benchmarks.zoo.numerics import ROUNDING, TOLERANCE, compare, judged
 from benchmarks.zoo.page import page
@@ -407,12 +410,33 @@ def test_the_page_says_how_much_is_blurred() -> None:
 # --- the command -------------------------------------------------------------------------------------
 
 
+class Made:
+    """What stands in for a family's process."""
+
+    is_over = True
+
+    def __init__(self, family: Family, limit: float) -> None:
+        self.family = family
+        self.closed = 0
+        made.append(self)
+
+    def found(self) -> dict[str, Any]:
+        return {"variant": "x", "excluded": "why"}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+made: list[Made] = []
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where results go, and no process is started: a family's is faked."""
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(zoo, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(zoo, "examined", lambda family, limit, deadline: {"variant": "x", "excluded": "why"})
+    monkeypatch.setattr(zoo, "Examination", Made)
+    monkeypatch.setattr(zoo, "_INTERVAL", 0)
     return tmp_path
 
 
@@ -443,18 +467,25 @@ def test_fresh_examines_again_and_the_last_record_counts(folder: Path) -> None:
 
 
 def test_out_of_time_is_said_and_nothing_is_recorded(folder: Path) -> None:
-    assert "goes on with 20 families" in command("--only", "torchvision/", "--seconds", 0).output
+    assert "goes on with 20 models" in command("--only", "torchvision/", "--seconds", 0).output
     assert not (folder / "zoo.jsonl").exists()
 
 
-def test_a_family_that_time_cut_off_is_not_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(family: Family, limit: float, deadline: Deadline) -> dict[str, Any]:
-        raise OutOfTime
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt])
+def test_processes_are_ended_with_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException] | None
+) -> None:
+    def sleep(seconds: float) -> None:
+        monkeypatch.setattr(Deadline, "seconds_left", 0)
+        if ending is not None:
+            raise ending
 
-    monkeypatch.setattr(zoo, "examined", late)
-    monkeypatch.setattr(Deadline, "seconds_left", property(lambda self: next(left, 0)))
-    left = iter([5])
-    assert "goes on with 1 families" in command("--only", "torchvision/alex").output
+    monkeypatch.setattr(Made, "is_over", False)
+    monkeypatch.setattr(zoo.time, "sleep", sleep)
+    made.clear()
+    found = command("--only", "torchvision/", "--jobs", 2)
+    assert [each.closed for each in made] == [1, 1]
+    assert ("goes on with 20 models" in found.output) is (ending is None)
     assert not (folder / "zoo.jsonl").exists()
 
 
@@ -465,22 +496,32 @@ def test_table_writes_the_page_and_examines_nothing(folder: Path) -> None:
     assert len(recorded(folder)) == 1
 
 
+# --- processes ---------------------------------------------------------------------------------------
+
+
+def examined(family: Family, limit: float) -> dict[str, Any]:
+    with closing(Examination(family, limit)) as examination:
+        while not examination.is_over:
+            time.sleep(0.1)
+        return examination.found()
+
+
 def test_a_process_that_ends_is_a_row() -> None:
-    found = zoo.examined(Family("timm", "no such module"), 300, Deadline(None))
+    found = examined(Family("timm", "no such module"), 600)
     assert found["ended"].startswith("exit status 1: ")
     assert Row(Family("timm", "no such module"), found).verdict == results.UNFINISHED
 
 
 def test_a_process_that_takes_too_long_is_a_row() -> None:
-    found = zoo.examined(Family("timm", "resnet"), 0.01, Deadline(None))
-    assert found["ended"] == "out of time after 0 s"
-    with pytest.raises(OutOfTime):
-        zoo.examined(Family("timm", "resnet"), 300, Deadline(0.01))
+    found = examined(Family("timm", "resnet"), 0.01)
+    assert found["ended"] == "out of time after 0.01 s"
+    assert Row(Family("timm", "resnet"), found).reason == "out of time after 0.01 s"
 
 
 @pytest.mark.slow
 def test_a_real_process_tells_all_of_a_family() -> None:
-    found = zoo.examined(Family("torchvision", "squeezenet"), 600, Deadline(None))
+    found = examined(Family("torchvision", "squeezenet"), 600)
     assert Row(Family("torchvision", "squeezenet"), found).verdict == results.EXACT
     assert found["plan"]["shape"] == [1, 3, 4000, 4000]
     assert found["plan"]["fits"]
+    assert found["device"].endswith(", 1 threads")

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
-import tempfile
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.harness.processes import Deadline, OutOfTime, run_to_end
+from benchmarks.harness.processes import Deadline
 from benchmarks.zoo import results
+from benchmarks.zoo.examination import Examination
 from benchmarks.zoo.families import Family, families, versions
-from benchmarks.zoo.one import PARTS
 from benchmarks.zoo.page import page
+from streamcnn.support.units import plural
 
 PAGE = Path(__file__).parents[2] / "docs" / "model_zoo.md"
 _MOST_JOBS = 2
+_INTERVAL = 0.1
+"""Seconds between looks at the processes."""
+_WIDTH = 200
+"""Characters of a line that says what was found."""
 
 
 def zoo(
@@ -53,59 +53,20 @@ def zoo(
 def _examine_all(waiting: list[Family], command: str, jobs: int, limit: float, deadline: Deadline) -> None:
     """Examine families, some at a time, and record each as soon as it is done."""
     named, count = versions(), len(waiting)
-    with ThreadPoolExecutor(jobs) as pool:
-        running: dict[Future[dict[str, Any]], Family] = {}
-        while waiting or running:
-            while waiting and len(running) < jobs and deadline.seconds_left != 0:
-                family = waiting.pop(0)
-                running[pool.submit(examined, family, limit, deadline)] = family
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                family = running.pop(future)
-                try:
-                    found = future.result()
-                except OutOfTime:
-                    waiting.append(family)
-                    continue
-                row = results.record(family, command, found, named)
+    running: list[Examination] = []
+    try:
+        while (waiting or running) and deadline.seconds_left != 0:
+            while waiting and len(running) < jobs:
+                running.append(Examination(waiting.pop(0), limit))
+            for each in [each for each in running if each.is_over]:
+                row = results.record(each.family, command, each.found(), named)
+                running.remove(each)
+                each.close()
                 place = count - len(waiting) - len(running)
-                typer.echo(f"{place}/{count} {family}: {row.verdict} {row.reason}"[:200])
-    if waiting:
-        typer.echo(f"out of time: the same command goes on with {len(waiting)} families")
-
-
-def examined(family: Family, limit: float, deadline: Deadline) -> dict[str, Any]:
-    """What the family's process found, as far as it came.
-
-    Raises
-    ------
-    OutOfTime
-        If ``deadline`` is past before it is done, rather than its own ``limit``.
-    """
-    deadline.check()
-    start = time.monotonic()
-    left = deadline.seconds_left
-    own = Deadline(limit if left is None else min(limit, left))
-    with tempfile.TemporaryDirectory() as folder:
-        module = [sys.executable, "-m", "benchmarks.zoo.one"]
-        ended = ""
-        try:
-            done = run_to_end([*module, family.library, family.name, folder, str(os.getpid())], own)
-        except OutOfTime:
-            deadline.check()
-            ended = f"out of time after {limit:.0f} s"
-        else:
-            if done.returncode:
-                words = done.stderr.strip().splitlines() or ["no words"]
-                ended = f"{_how(done.returncode)}: {words[-1]}"
-        parts = Path(folder) / PARTS
-        lines = parts.read_text().splitlines() if parts.exists() else []
-    found: dict[str, Any] = {}
-    for line in lines:
-        found |= json.loads(line)
-    return {**found, **({"ended": ended} if ended else {}), "seconds": round(time.monotonic() - start, 1)}
-
-
-def _how(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+                typer.echo(f"{place}/{count} {each.family}: {row.verdict} {row.reason}"[:_WIDTH])
+            time.sleep(_INTERVAL)
+    finally:
+        for each in running:
+            each.close()
+    if left := len(waiting) + len(running):
+        typer.echo(f"out of time: the same command goes on with {plural(left, 'model')}")

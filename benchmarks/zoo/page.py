@@ -42,7 +42,9 @@ segmentation models and segmentation-models-pytorch have, with random weights; `
 Programs make the list: of each module file the variant with the fewest parameters, of each decoder a few
 encoders (`benchmarks/zoo/families.py`). Models with fewer than {FEWEST_CONVOLUTIONS} convolutions besides
 the first, transformers and MLPs on patches, are excluded, and so are those that plain PyTorch runs at no
-size that was tried.
+size that was tried. Each model has a process of its own, and a line in `benchmarks/results/zoo.jsonl`; what
+has one is left out the next time. `--only timm/res` chooses, `--fresh` begins anew, `--jobs 2` examines two
+at a time.
 
 Every model is made in float64, for two images of the first size that plain PyTorch takes: odd, a multiple
 of 32 and one, multiples of 32, square sizes. A forward and a backward pass, streamed in four tiles and
