@@ -385,7 +385,7 @@ def test_verdicts_and_their_reasons(verdict: str) -> None:
 
 
 def test_the_page_has_every_row_and_the_totals() -> None:
-    text = page([*VERDICTS.values(), row("big", plan=a_plan(fits=False, projected_bytes=2**33))])
+    text = page([*VERDICTS.values(), row("big", plan=a_plan(fits=False, projected_bytes=2**33))], 0)
     assert "| convolutional | 7 | 2 | 1 | 1 | 1 | 1 | 1 | 88% |" in text
     assert "Of 6 plans 5 fit in 11GB; plain PyTorch would fit with 6." in text
     assert "More memory than plain PyTorch, and how many times as much: timm/big (2.00)." in text
@@ -400,11 +400,11 @@ def test_the_page_has_every_row_and_the_totals() -> None:
 
 
 def test_the_page_says_of_how_many_images_a_plan_is() -> None:
-    assert "| 2 of 64x96 |" in page([row(plan=a_plan(shape=[2, 3, 64, 96]))])
+    assert "| 2 of 64x96 |" in page([row(plan=a_plan(shape=[2, 3, 64, 96]))], 0)
 
 
 def test_the_page_says_how_much_is_blurred() -> None:
-    assert "| 1e-14, 3 of 100 blurred |" in page([row(train=a_pass(blurred=3))])
+    assert "| 1e-14, 3 of 100 blurred |" in page([row(train=a_pass(blurred=3))], 0)
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -494,6 +494,7 @@ def test_table_writes_the_page_and_examines_nothing(folder: Path) -> None:
     assert command("--table").exit_code == 0
     assert "| torchvision x | why |" in (folder / "page.md").read_text()
     assert len(recorded(folder)) == 1
+    assert f"Still to be examined: {len(families()) - 1} models." in (folder / "page.md").read_text()
 
 
 # --- processes ---------------------------------------------------------------------------------------

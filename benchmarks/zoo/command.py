@@ -40,11 +40,12 @@ def zoo(
     ] = False,
 ) -> None:
     """Stream one model of every family of timm, torchvision and segmentation-models-pytorch, and plan it."""
+    known = results.newest()
     if table:
-        PAGE.write_text(page(list(results.newest().values())))
+        num_waiting = sum(family not in known for family in families())
+        PAGE.write_text(page(list(known.values()), num_waiting))
         typer.echo(PAGE)
         return
-    known = results.newest()
     waiting = [family for family in families(*only or ()) if fresh or family not in known]
     command = "python -m benchmarks " + " ".join(sys.argv[1:])
     _examine_all(waiting, command, jobs, limit, Deadline(seconds))

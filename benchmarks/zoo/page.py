@@ -72,10 +72,10 @@ calls PyTorch's attention.
 """
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The rows as a page."""
+def page(rows: Sequence[Row], num_waiting: int) -> str:
+    """The rows as a page, which says how many families have none yet."""
     examined = [row for row in rows if row.verdict != EXCLUDED]
-    parts = [_HEAD, _origin(rows), "## Totals\n", _totals(examined), _planned(examined)]
+    parts = [_HEAD, _origin(rows, num_waiting), "## Totals\n", _totals(examined), _planned(examined)]
     parts += ["## What is held back\n", _reasons(examined)]
     for library, title in LIBRARIES.items():
         of_library = [row for row in examined if row.family.library == library]
@@ -85,17 +85,18 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _origin(rows: Sequence[Row]) -> str:
-    """With what, when and where the rows were found."""
+def _origin(rows: Sequence[Row], num_waiting: int) -> str:
+    """With what, when and where the rows were found, and how many are missing."""
 
     def some(of: Callable[[Row], str]) -> str:
         return ", ".join(sorted({of(row) for row in rows}))
 
     versions = {f"{name} {version}" for row in rows for name, version in row.fields["versions"].items()}
+    missing = f" Still to be examined: {plural(num_waiting, 'model')}." if num_waiting else ""
     return (
         f"Found by `python -m benchmarks zoo` at commit {some(lambda row: row.fields['commit'])}, "
         f"{some(lambda row: row.fields['date'])}, on {some(lambda row: row.fields['device'])}, with PyTorch "
-        f"{some(lambda row: row.fields['torch'])}, {', '.join(sorted(versions))}.\n"
+        f"{some(lambda row: row.fields['torch'])}, {', '.join(sorted(versions))}.{missing}\n"
     )
 
 
