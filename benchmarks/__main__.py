@@ -1,9 +1,10 @@
-"""UltraMNIST under a memory budget, and the speed of a pass.
+"""UltraMNIST under a memory budget, the speed of a pass, and models of other libraries.
 
 python -m benchmarks run --budget 11GB --scale paper
 python -m benchmarks methods
 python -m benchmarks table --scale paper
 python -m benchmarks speed resnet18 --size 2048 --budget 8GiB --budget 256MiB
+python -m benchmarks zoo
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.harness.scales import SCALES, Scale
 from benchmarks.harness.table import PAPER_TABLES, write_table
 from benchmarks.harness.task import Task
 from benchmarks.speed.command import speed
+from benchmarks.zoo.command import zoo
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
@@ -46,6 +48,7 @@ Work = Annotated[Path, typer.Option(help="Folder for images, shrunk images and c
 WORK = Path("benchmark-runs")
 
 app.command()(speed)
+app.command()(zoo)
 
 
 @app.command()

@@ -36,6 +36,8 @@ class Verification:
     """``|a| / max(|b|, FLOOR * largest)`` by the same names: where the true value is known to be zero, this
     is the error of the streamed pass alone, whatever the plain one's."""
     notes: tuple[str, ...] = ()
+    residents: tuple[str, ...] = ()
+    """Operators that ran on whole maps for want of a rule, with the reason, as in ``Plan.residents``."""
 
     @property
     def max_error(self) -> float:
@@ -105,11 +107,7 @@ def verify(
     UnsupportedModel
         If the module cannot be captured at this shape.
     """
-    plain: nn.Module = copy.deepcopy(net)
-    plain._apply(lambda state: _cast(state, dtype))  # type: ignore[no-untyped-call]
-    dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
-    for module in dropped:
-        module.p = 0.0
+    plain, num_dropped = _without_dropout(net, dtype)
     streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
     streamed.resident_tail = False
     device = streamed._device()
@@ -128,8 +126,43 @@ def verify(
         sizes=sizes,
         num_tiles=max((phase.num_tiles for phase in planned.plan.phases), default=0),
         num_phases=len(planned.plan.phases),
-        notes=(f"{len(dropped)} dropout layers were switched off",) if dropped else (),
+        notes=(f"{num_dropped} dropout layers were switched off",) if num_dropped else (),
+        residents=planned.plan.residents,
     )
+
+
+def rounding(
+    net: nn.Module, shape: tuple[int, int, int, int], *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Mapping[str, float]:
+    """Errors of the plain pass of `verify` against itself, with the image changed in its last digit.
+
+    Where these are large the net magnifies rounding, as batch norm over two values does, and an error of a
+    streamed pass that is no larger shows nothing. Names are those of ``Verification.errors``.
+
+    Parameters
+    ----------
+    net, shape, dtype, seed
+        As for `verify`.
+    """
+    plain, _ = _without_dropout(net, dtype)
+    image = _images(shape, seed, dtype)
+    digits = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    moved = image * (1 + digits * torch.finfo(dtype).eps)
+    with torch.random.fork_rng([]), torch.enable_grad():
+        expected, found = (
+            _everything(copy.deepcopy(plain), _Call(each, (), {}).fresh(), seed) for each in (image, moved)
+        )
+    return relative_errors(expected, found)[0]
+
+
+def _without_dropout(net: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, int]:
+    """A copy of ``net`` in ``dtype`` whose dropout layers drop nothing, and how many of them would have."""
+    plain: nn.Module = copy.deepcopy(net)
+    plain._apply(lambda state: _cast(state, dtype))  # type: ignore[no-untyped-call]
+    dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
+    for module in dropped:
+        module.p = 0.0
+    return plain, len(dropped)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

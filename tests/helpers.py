@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from streamcnn import StreamingModel, verification
+from benchmarks.zoo.states import calibrated as calibrated
+from benchmarks.zoo.states import randomized as randomized
+from streamcnn import StreamingModel
 from streamcnn.capture.capture import module_states
 from streamcnn.capture.forward_pass import capture
 from streamcnn.capture.tracing import Trace
 from streamcnn.graph.program import Program, differentiated
 from streamcnn.plan.plan import Plan
-from streamcnn.verification import FLOOR, Verification
+from streamcnn.verification import FLOOR, Verification, verify
 
 TOLERANCE = 1e-9
 """Largest error allowed; rounding in float64 stays three digits below it."""
@@ -57,7 +57,7 @@ def assert_streamed_equals_plain(
     """
     if not zero_gradients:
         assert_gradients_exist(module, shape)
-    found, residents = _verified(module, shape, tile)
+    found = verify(module, shape, tile=tile)
     errors = {
         name: found.sizes[name] if name.removeprefix("gradient of ") in zeros else error
         for name, error in found.errors.items()
@@ -66,24 +66,8 @@ def assert_streamed_equals_plain(
     assert not wrong, f"{len(wrong)} of {len(errors)} errors exceed {tolerance}: {wrong}\n{found.explain()}"
     assert one_tile or found.num_tiles > 1, f"nothing was cut:\n{found.explain()}"
     if resident is not None:
-        assert bool(residents) is resident, f"resident operators: {residents}"
+        assert bool(found.residents) is resident, f"resident operators: {found.residents}"
     return found
-
-
-def _verified(
-    module: nn.Module, shape: Shape, tile: int | tuple[int, int]
-) -> tuple[Verification, tuple[str, ...]]:
-    """The errors, and the operators that ran on whole maps."""
-    made: list[StreamingModel] = []
-
-    def make(net: nn.Module, **options: Any) -> StreamingModel:
-        made.append(StreamingModel(net, **options))
-        return made[-1]
-
-    # Its own model knows the plan already: to capture it again would take as long as all the rest.
-    with patch.object(verification, "StreamingModel", make):
-        found = verification.verify(module, shape, tile=tile)
-    return found, made[0].planned(shape, torch.float64, image_gradient=True).plan.residents
 
 
 def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:
@@ -120,37 +104,3 @@ def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int])
     model.resident_tail = False
     planned = model.planned(shape, torch.float64, image_gradient=True)
     return planned.program, planned.plan
-
-
-def randomized(module: nn.Module) -> nn.Module:
-    """``module`` with every vector of its state moved away from the 0 or 1 that it starts at.
-
-    Zero-initialised scales would switch off whole branches, and zero running means hide their use.
-    """
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.numel() == max(parameter.shape, default=1):
-                parameter.add_(torch.empty_like(parameter).uniform_(0.1, 0.5))
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_(std=0.3)
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.7, 1.4)
-    return module
-
-
-def calibrated(module: nn.Module, shape: Shape) -> nn.Module:
-    """``module`` in eval mode, with the running statistics of one random image of ``shape``.
-
-    With statistics that do not fit, activations grow from layer to layer until gates saturate, and the
-    gradients answer to the last digit of the image.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        module.train()(torch.randn(shape))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return module.eval()
