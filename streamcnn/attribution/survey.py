@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from streamcnn.data.reader import BatchReader, Image
 from streamcnn.errors import UnsupportedModel, some
+from streamcnn.runtime.streaming_model import StreamingModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,18 @@ def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Ite
         raise UnsupportedModel(f"the model fails for an image of shape {tuple(shape)}: {reason}") from error
     layers = {name: LayerOutput(_shape(calls[-1]), len(calls)) for name, calls in outputs.items()}
     return Survey(layers, output)
+
+
+def survey_of(model: StreamingModel, inputs: Image, args: Iterable[Any] = ()) -> Survey:
+    """The same for images as the model sees them, after ``preprocess``.
+
+    Raises
+    ------
+    DatasetMismatch, UnsupportedModel
+        If they are no batch of images, or the model fails for them.
+    """
+    reader = BatchReader(inputs, model._device(), model.preprocess)
+    return survey(model.net, reader.shape, reader.dtype, args)
 
 
 def name_of(net: nn.Module, layer: nn.Module | str) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from streamcnn.cli import classifying, images, models, profiling, training, ultramnist
+from streamcnn.cli import classifying, explaining, images, models, profiling, training, ultramnist
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.cli.ending import leave_output, say_ending, status_of
 from streamcnn.errors import StreamError
@@ -125,6 +125,8 @@ app.command("profile")(profiling.profile)
 app.command()(training.train)
 app.command()(classifying.evaluate)
 app.command()(classifying.predict)
+app.command()(explaining.explain)
+app.command()(explaining.view)
 app.command()(images.info)
 app.command()(images.convert)
 app.add_typer(ultramnist.app, name="ultramnist")
