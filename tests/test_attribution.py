@@ -164,27 +164,24 @@ def test_smoothgrad_and_its_kin(model: StreamingModel, image: Tensor) -> None:
         ("riemann_trapezoid", [0, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 6]),
     ],
 )
-@pytest.mark.parametrize("baseline", [None, 0.25, torch.randn(1, 3, 61, 47, dtype=torch.float64)])
 def test_integrated_gradients(
-    model: StreamingModel,
-    image: Tensor,
-    method: str,
-    positions: list[float],
-    weights: list[float],
-    baseline: float | Tensor | None,
+    model: StreamingModel, image: Tensor, method: str, positions: list[float], weights: list[float]
 ) -> None:
-    start = torch.zeros_like(image) + (0 if baseline is None else baseline)
-    summed = sum(
-        weight * plain_gradient(model, start + position * (image - start), [0, 0])
-        for position, weight in zip(positions, weights, strict=True)
-    )
-    found = IntegratedGradients(model).attribute(image, baseline, 0, n_steps=3, method=method)
-    assert_close(found, summed * (image - start))
-    if baseline is None:
-        found = IntegratedGradients(model, multiply_by_inputs=False).attribute(
-            image, target=0, n_steps=3, method=method
-        )
-        assert_close(found, torch.as_tensor(summed))
+    gradients = [plain_gradient(model, position * image, [0, 0]) for position in positions]
+    summed = torch.stack([weight * each for weight, each in zip(weights, gradients, strict=True)]).sum(0)
+    options: dict[str, Any] = {"target": 0, "n_steps": 3, "method": method}
+    assert_close(IntegratedGradients(model).attribute(image, **options), summed * image)
+    without = IntegratedGradients(model, multiply_by_inputs=False)
+    assert_close(without.attribute(image, **options), summed)
+
+
+@pytest.mark.parametrize("baseline", [0.25, torch.randn(1, 3, 61, 47, dtype=torch.float64)])
+def test_integrated_gradients_begin_at_a_baseline(
+    model: StreamingModel, image: Tensor, baseline: float | Tensor
+) -> None:
+    middle = plain_gradient(model, (image + baseline) / 2, [0, 0])
+    found = IntegratedGradients(model).attribute(image, baseline, 0, n_steps=1)
+    assert_close(found, middle * (image - baseline))
 
 
 def test_integrated_gradients_sum_to_the_difference_of_scores(model: StreamingModel, image: Tensor) -> None:

@@ -22,7 +22,8 @@ from streamcnn.support.extras import require
 
 TILE = 512
 """Edge of a tile in pixels."""
-_JPEG_QUALITY = 90
+_JPEG = {"quality": 90, "subsampling": 0}
+"""Colours as sharp as grey."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def write_image_pyramid(folder: Path, name: str, source: ImageSource) -> Pyramid
 
 
 def write_heat_pyramid(folder: Path, name: str, heat: HeatMap, table: NDArray[np.uint8]) -> Pyramid:
-    """Write a heat map in PNG, each level in colours of its own range: means are weaker than single values."""
+    """Write a heat map in PNG, each level in colours of its own range, as means are weaker than peaks."""
     height, width = heat.values.shape
     pyramid = Pyramid(name, "png", (height, width))
     save = _saver(folder, pyramid)
@@ -114,6 +115,7 @@ def _saver(folder: Path, pyramid: Pyramid) -> Callable[[int, int, int, NDArray[n
 
     def save(level: int, row: int, col: int, pixels: NDArray[np.uint8]) -> None:
         picture = pillow.fromarray(np.ascontiguousarray(pixels))
-        picture.save(files / str(level) / f"{col}_{row}.{pyramid.ending}", quality=_JPEG_QUALITY)
+        options = _JPEG if pyramid.ending == "jpg" else {}
+        picture.save(files / str(level) / f"{col}_{row}.{pyramid.ending}", **options)
 
     return save
