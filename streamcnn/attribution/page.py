@@ -116,7 +116,8 @@ def _details(facts: Facts) -> str:
 
 def _described(facts: Facts) -> Iterator[tuple[str, str]]:
     channels, height, width = facts.shape
-    yield "image", f"{width} x {height} pixels, {channels} channels"
+    yield "width, height", f"{width}, {height} pixels"
+    yield "channels", str(channels)
     yield "model", facts.model
     yield "method", facts.method
     if facts.layer is not None:

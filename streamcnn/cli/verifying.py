@@ -88,7 +88,9 @@ def _print_streamability(found: Streamability) -> None:
             console.width = _PIPED_WIDTH
         console.print(_table(found.obstacles))
         if found.num_following:
-            typer.echo(f"{plural(found.num_following, 'more operator')} on what these give, whole as well")
+            typer.echo(
+                f"{plural(found.num_following, 'more operator')} on whole values, which go on from these"
+            )
     typer.echo(f"plain PyTorch would need {format_bytes(found.plain_bytes)} for a training update")
 
 
@@ -106,7 +108,7 @@ def _table(obstacles: tuple[Obstacle, ...]) -> Table:
     """A row for each place where streaming stops."""
     table = Table(box=HORIZONTALS, show_lines=True, header_style="bold", border_style="dim")
     table.add_column("operator", no_wrap=True)
-    table.add_column("where", ratio=3)
+    table.add_column("where", ratio=3, overflow="fold")
     table.add_column("why, and what one usually does", ratio=4)
     table.add_column("whole maps", justify="right", no_wrap=True)
     for each in obstacles:

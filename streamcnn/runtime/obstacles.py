@@ -20,7 +20,7 @@ _BY_A_RULE = "write a rule for it (docs/adding_an_operator.md), or use operators
 
 REMEDIES = {
     "it has no rule": _BY_A_RULE,
-    "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md), or write a rule",
+    "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md)",
     "it is not applied to a map of shape (N, C, H, W)": "bring the map to (N, C, H, W) before it",
     "its operands have their spatial axes at different places": _WITH_ONE_LAYOUT,
     "it gives a global value the shape of a map": "expand it from (N, C, 1, 1) instead",
