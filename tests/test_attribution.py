@@ -132,6 +132,14 @@ def test_parameters_are_left_alone(net: nn.Module, image: Tensor) -> None:
     assert not any(module._forward_hooks for module in model.net.modules())
 
 
+def test_hooks_of_the_caller_see_no_more_than_a_pass_gives(model: StreamingModel, image: Tensor) -> None:
+    seen: list[Tensor] = []
+    model.net.body.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    LayerGradCam(model, "last").attribute(image.requires_grad_(), target=0)
+    assert all(type(each) is Tensor for each in seen)
+    assert image.grad is None
+
+
 def test_a_place_in_a_map_of_scores(image: Tensor) -> None:
     model = make(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Conv2d(2, 4, 3)))
     wanted = image.clone().requires_grad_()

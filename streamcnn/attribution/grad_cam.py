@@ -9,7 +9,8 @@ output, over the number of its positions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -21,8 +22,6 @@ from streamcnn.attribution.survey import name_of, survey
 from streamcnn.capture.forward_pass import stand_in
 from streamcnn.data.reader import BatchReader, Image
 from streamcnn.runtime.streaming_model import StreamingModel
-
-Hook = Callable[[nn.Module, Any, Tensor], Any]
 
 _EPSILON = 1e-6
 """Keeps Grad-CAM++ from dividing by zero; pytorch-grad-cam's value."""
@@ -49,6 +48,8 @@ class LayerMethod(ABC):
     @final
     def _map(self, inputs: Image, target: Target, additional: Any, *, relu: bool) -> Tensor:
         args = as_arguments(additional)
+        if isinstance(inputs, Tensor):
+            inputs = inputs.detach()  # its gradient is not wanted
         reader = BatchReader(inputs, self.model._device(), self.model.preprocess)
         found = survey(self.model.net, reader.shape, reader.dtype, args)
         require_target(found.output, target)
@@ -58,7 +59,7 @@ class LayerMethod(ABC):
                 weights = self._weights(inputs, target, args, shape, reader)
             with torch.no_grad():
                 weighted = _WeightedSum(self.model.net, self.layer, relu=relu)
-                summed: Tensor = self._streamed(weighted)(inputs, weights, *args)
+                summed: Tensor = self._run(weighted, inputs, weights, *args)
         return summed
 
     @abstractmethod
@@ -73,8 +74,11 @@ class LayerMethod(ABC):
         """The weights (N, C) of the channels of the layer's output, which has ``shape``."""
 
     @final
-    def _streamed(self, net: nn.Module) -> StreamingModel:
-        return streamed_like(self.model, net, budget=self.model.budget, preprocess=self.model.preprocess)
+    def _run(self, net: _Hooked, *inputs: Any) -> Any:
+        """What ``net`` returns, streamed as the model is."""
+        model = self.model
+        with net.hooked():
+            return streamed_like(model, net, budget=model.budget, preprocess=model.preprocess)(*inputs)
 
 
 class LayerGradCam(LayerMethod):
@@ -119,7 +123,7 @@ class LayerGradCam(LayerMethod):
     ) -> Tensor:
         num_images, channels, height, width = shape
         offset = torch.zeros(num_images, channels, dtype=reader.dtype, device=reader.device).requires_grad_()
-        output = self._streamed(_Shifted(self.model.net, self.layer))(inputs, offset, *args)
+        output = self._run(_Shifted(self.model.net, self.layer), inputs, offset, *args)
         (gradient,) = torch.autograd.grad(selected(output, target).sum(), offset)
         return gradient / (height * width)
 
@@ -147,7 +151,7 @@ class LayerGradCamPlusPlus(LayerMethod):
     ) -> Tensor:
         offset = stand_in(shape, reader.dtype, reader.device, requires_grad=True)
         shifted = _Shifted(self.model.net, self.layer, with_sums=True)
-        output, sums = self._streamed(shifted)(inputs, offset, *args)
+        output, sums = self._run(shifted, inputs, offset, *args)
         (gradient,) = torch.autograd.grad(selected(output, target).sum(), offset)
         # By channels, since terms are of the gradient's size.
         return torch.stack([_summed_terms(gradient[:, c], sums[:, c]) for c in range(shape[1])], 1)
@@ -161,19 +165,28 @@ def _summed_terms(gradient: Tensor, summed: Tensor) -> Tensor:
 
 
 class _Hooked(nn.Module):
-    """A model one of whose layers is hooked while it runs."""
+    """A model that looks at what one of its layers returns, inside of a block of :meth:`hooked`.
+
+    The hook is there before a forward pass begins, so that this can be captured with guards.
+    """
 
     def __init__(self, net: nn.Module, layer: str) -> None:
         super().__init__()
         self.net = net
         self.layer = layer
 
-    def _run(self, hook: Hook, image: Tensor, args: tuple[Any, ...]) -> Any:
-        handle = self.net.get_submodule(self.layer).register_forward_hook(hook)
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Have the layer call :meth:`hook`."""
+        handle = self.net.get_submodule(self.layer).register_forward_hook(self.hook)
         try:
-            return self.net(image, *args)
+            yield
         finally:
             handle.remove()
+
+    def hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """What the layer is to return instead of ``output``; None for that."""
+        raise NotImplementedError
 
 
 class _Shifted(_Hooked):
@@ -182,18 +195,22 @@ class _Shifted(_Hooked):
     def __init__(self, net: nn.Module, layer: str, *, with_sums: bool = False) -> None:
         super().__init__(net, layer)
         self.with_sums = with_sums
+        self.offset: Tensor | None = None
+        self.sums: Tensor | None = None
 
     def forward(self, image: Tensor, offset: Tensor, *args: Any) -> Any:
         """The model's result, and the sums (N, C) of the layer's output over its positions if wanted."""
-        sums: list[Tensor] = []
+        self.offset = offset[:, :, None, None] if offset.dim() == 2 else offset
+        result = self.net(image, *args)
+        sums, self.offset, self.sums = self.sums, None, None
+        return (result, sums) if self.with_sums else result
 
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if self.with_sums:
-                sums.append(output.sum((2, 3)))
-            return output + (offset[:, :, None, None] if offset.dim() == 2 else offset)
-
-        result = self._run(hook, image, args)
-        return (result, sums[0]) if self.with_sums else result
+    def hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Shift the output, once it is summed."""
+        if self.with_sums:
+            self.sums = output.sum((2, 3))
+        assert self.offset is not None
+        return output + self.offset
 
 
 class _WeightedSum(_Hooked):
@@ -202,15 +219,17 @@ class _WeightedSum(_Hooked):
     def __init__(self, net: nn.Module, layer: str, *, relu: bool) -> None:
         super().__init__(net, layer)
         self.relu = relu
+        self.kept: Tensor | None = None
 
     def forward(self, image: Tensor, weights: Tensor, *args: Any) -> Tensor:
         """The map (N, 1, h, w), given weights (N, C)."""
-        kept: list[Tensor] = []
-
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            # A copy: the next layer may overwrite it.
-            kept.append(output.clone())
-
-        self._run(hook, image, args)
-        summed = (weights[:, :, None, None] * kept[0]).sum(1, keepdim=True)
+        self.net(image, *args)
+        kept, self.kept = self.kept, None
+        assert kept is not None
+        summed = (weights[:, :, None, None] * kept).sum(1, keepdim=True)
         return summed.relu() if self.relu else summed
+
+    def hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Keep a copy: the next layer may overwrite the output."""
+        self.kept = output.clone()
+        return None

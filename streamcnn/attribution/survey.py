@@ -107,6 +107,8 @@ def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Ite
         bare: nn.Module = copy.deepcopy(net)
     outputs: dict[str, list[Any]] = {}
     for name, module in bare.named_modules():
+        # The caller's own may keep what they see, which has no values here.
+        module._forward_hooks.clear()
         if name:
             module.register_forward_hook(partial(_note, outputs, name))
     further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
