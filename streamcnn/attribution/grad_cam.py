@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -53,32 +54,37 @@ class LayerMethod(ABC):
         reader = BatchReader(inputs, self.model._device(), self.model.preprocess)
         found = survey(self.model.net, reader.shape, reader.dtype, args)
         require_target(found.output, target)
-        shape = found.map_shape(self.layer)
+        call = _Call(self.model, inputs, args, found.map_shape(self.layer), reader.dtype, reader.device)
         with without_gradients(self.model.net):
             with torch.enable_grad():
-                weights = self._weights(inputs, target, args, shape, reader)
+                weights = self._weights(call, target)
             with torch.no_grad():
-                weighted = _WeightedSum(self.model.net, self.layer, relu=relu)
-                summed: Tensor = self._run(weighted, inputs, weights, *args)
+                summed: Tensor = call.run(_WeightedSum(self.model.net, self.layer, relu=relu), weights)
         return summed
 
     @abstractmethod
-    def _weights(
-        self,
-        inputs: Image,
-        target: Target,
-        args: tuple[Any, ...],
-        shape: tuple[int, int, int, int],
-        reader: BatchReader,
-    ) -> Tensor:
-        """The weights (N, C) of the channels of the layer's output, which has ``shape``."""
+    def _weights(self, call: _Call, target: Target) -> Tensor:
+        """The weights (N, C) of the channels of the layer's output."""
 
-    @final
-    def _run(self, net: _Hooked, *inputs: Any) -> Any:
-        """What ``net`` returns, streamed as the model is."""
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the passes of one map are called with."""
+
+    model: StreamingModel
+    inputs: Image
+    further: tuple[Any, ...]
+    shape: tuple[int, int, int, int]
+    """(N, C, h, w) of the layer's output."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self, net: _Hooked, given: Tensor) -> Any:
+        """What ``net`` returns for the image and ``given``, streamed as the model is."""
         model = self.model
+        streamed = streamed_like(model, net, budget=model.budget, preprocess=model.preprocess)
         with net.hooked():
-            return streamed_like(model, net, budget=model.budget, preprocess=model.preprocess)(*inputs)
+            return streamed(self.inputs, given, *self.further)
 
 
 class LayerGradCam(LayerMethod):
@@ -113,17 +119,10 @@ class LayerGradCam(LayerMethod):
         """
         return self._map(inputs, target, additional_forward_args, relu=relu_attributions)
 
-    def _weights(
-        self,
-        inputs: Image,
-        target: Target,
-        args: tuple[Any, ...],
-        shape: tuple[int, int, int, int],
-        reader: BatchReader,
-    ) -> Tensor:
-        num_images, channels, height, width = shape
-        offset = torch.zeros(num_images, channels, dtype=reader.dtype, device=reader.device).requires_grad_()
-        output = self._run(_Shifted(self.model.net, self.layer), inputs, offset, *args)
+    def _weights(self, call: _Call, target: Target) -> Tensor:
+        num_images, channels, height, width = call.shape
+        offset = torch.zeros(num_images, channels, dtype=call.dtype, device=call.device).requires_grad_()
+        output = call.run(_Shifted(self.model.net, self.layer), offset)
         (gradient,) = torch.autograd.grad(selected(output, target).sum(), offset)
         return gradient / (height * width)
 
@@ -141,20 +140,12 @@ class LayerGradCamPlusPlus(LayerMethod):
         """
         return self._map(inputs, target, additional_forward_args, relu=True)
 
-    def _weights(
-        self,
-        inputs: Image,
-        target: Target,
-        args: tuple[Any, ...],
-        shape: tuple[int, int, int, int],
-        reader: BatchReader,
-    ) -> Tensor:
-        offset = stand_in(shape, reader.dtype, reader.device, requires_grad=True)
-        shifted = _Shifted(self.model.net, self.layer, with_sums=True)
-        output, sums = self._run(shifted, inputs, offset, *args)
+    def _weights(self, call: _Call, target: Target) -> Tensor:
+        offset = stand_in(call.shape, call.dtype, call.device, requires_grad=True)
+        output, sums = call.run(_Shifted(self.model.net, self.layer, with_sums=True), offset)
         (gradient,) = torch.autograd.grad(selected(output, target).sum(), offset)
         # By channels, since terms are of the gradient's size.
-        return torch.stack([_summed_terms(gradient[:, c], sums[:, c]) for c in range(shape[1])], 1)
+        return torch.stack([_summed_terms(gradient[:, c], sums[:, c]) for c in range(call.shape[1])], 1)
 
 
 def _summed_terms(gradient: Tensor, summed: Tensor) -> Tensor:
