@@ -30,8 +30,10 @@ from streamcnn.support.text import printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streamcnn import StreamingModel
     from streamcnn.attribution.survey import Survey
     from streamcnn.data.sources import ImageChoice, ImageSource
+    from streamcnn.plan.plan import Plan
 
 _MOST_SHOWN = 5
 """Classes that the page shows the probabilities of."""
@@ -100,7 +102,7 @@ def explain(
         parse("--layer", found.map_shape, layer)
     console = Console(stderr=True)
     with console.status("predicting"):
-        probabilities, plan = _prediction(trained.model, source, further)
+        probabilities, plan = _prediction(trained.model, str(path), source, further)
     label = probabilities.index(max(probabilities)) if label is None else label
     request = Request(
         model=trained.model,
@@ -201,11 +203,17 @@ def _label_of(text: str, names: Sequence[str]) -> int:
     raise ValueError(f"no class {text!r}: allowed are {some(names)}, and numbers up to {len(names) - 1}")
 
 
-def _prediction(model: Any, source: ImageSource, further: tuple[Tensor, ...]) -> tuple[list[float], Any]:
+def _prediction(
+    model: StreamingModel, name: str, source: ImageSource, further: tuple[Tensor, ...]
+) -> tuple[list[float], Plan]:
     """The probabilities of the classes, and the plan of the pass that gave them."""
     import torch
 
-    with torch.no_grad():
+    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.naming import naming
+
+    with torch.no_grad(), naming("prediction", [0], [name]):
         logits = model([source], *further)
         plan = model.plan([source], inputs=further)
+    require_finite(logits, [0], [name])
     return logits[0].double().softmax(0).tolist(), plan
