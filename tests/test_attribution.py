@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,12 @@ from streamcnn.attribution import (
     NoiseTunnel,
     Saliency,
 )
+from streamcnn.data.tile_store import TileStore
+from streamcnn.data.ultramnist import Recipe, Spec, load_digits
+from streamcnn.data.ultramnist.generate import generate
 from streamcnn.errors import PlanDoesNotFit, UnsupportedModel
+from streamcnn.geometry.regions import Region
+from streamcnn.support.models import load_model
 
 TOLERANCE = 1e-9
 SHAPE = (2, 3, 61, 47)
@@ -355,3 +361,24 @@ def test_wrong_options_say_what_is_allowed(
 ) -> None:
     with pytest.raises(ValueError, match=text):
         call(model, image)
+
+
+@pytest.mark.slow
+def test_an_image_of_the_benchmark_with_a_residual_network(tmp_path: Path) -> None:
+    for _ in generate(
+        tmp_path, Spec(0, Recipe.BALANCED, 1000), load_digits("uci"), num_train=1, num_test=0, workers=0
+    ):
+        pass
+    stored = TileStore(tmp_path)
+    pixels = stored.source(stored.records[0]).read(Region.whole((1000, 1000)))
+    image = pixels[None].double() / 255 * 2 - 1
+    net = load_model("resnet18", num_classes=28, in_chans=1).double()
+    with torch.no_grad():
+        net(image[..., :512, :512])  # moves the running statistics
+    model = StreamingModel(net.eval(), "600MB", tile=384)
+    activation, gradient = at_layer(model, "layer3", image, 7)
+    expected = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True)
+    assert_close(LayerGradCam(model, "layer3").attribute(image, 7), expected)
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = NoiseTunnel(Saliency(model)).attribute(image, nt_samples=1, stdevs=0.3, target=7)
+    assert_close(found, plain_gradient(model, image + 0.3 * noise, [7]).abs())
