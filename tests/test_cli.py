@@ -15,6 +15,7 @@ import streamcnn
 from streamcnn import cli
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.errors import PlanDoesNotFit
+from streamcnn.runtime import obstacles
 from streamcnn.support import models
 
 Run = Callable[..., tuple[int, str, str]]
@@ -55,8 +56,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(net: float, shape: tuple[int, ...], *, tile: object) -> Report:
         return Report(net, {"output": net})
 
+    def streamability(net: float, shape: tuple[int, int, int, int]) -> obstacles.Streamability:
+        return obstacles.Streamability(shape, 5, 0, (), 2**30)
+
     monkeypatch.setattr(streamcnn, "StreamingModel", Model, raising=False)
     monkeypatch.setattr(streamcnn, "verify", verify, raising=False)
+    monkeypatch.setattr(obstacles, "streamability", streamability)
     monkeypatch.setattr(models, "load_model", float)
 
 
@@ -173,7 +178,15 @@ def test_a_budget_that_is_too_small_is_status_1(run: Run, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("error", "expected"), [("1e-9", 0), ("0.5", 1), ("nan", 1)])
 def test_verify_fails_beyond_the_tolerance(run: Run, error: str, expected: int) -> None:
     status, out, err = run("verify", error)
-    assert (status, out) == (expected, f"largest error {float(error)}\n")
+    assert (status, out.splitlines()) == (
+        expected,
+        [
+            "2 images of 320x288 pixels: 5 operators are streamed, and none needs a whole map",
+            "plain PyTorch would need 1.00 GiB for a training update",
+            f"gradients {'differ' if expected else 'agree'} on 320x288 pixels, in float64",
+            f"largest error {float(error)}",
+        ],
+    )
     assert ("is beyond" in err) == bool(expected)
 
 
@@ -181,7 +194,9 @@ def test_verify_fails_beyond_the_tolerance(run: Run, error: str, expected: int) 
 def test_verify_prints_json(run: Run) -> None:
     status, out, _ = run("verify", "1e-9", "--json")
     assert status == 0
-    assert json.loads(out) == {"max_error": 1e-9, "errors": {"output": 1e-9}}
+    found = json.loads(out)
+    assert (found["max_error"], found["errors"], found["agrees"]) == (1e-9, {"output": 1e-9}, True)
+    assert found["streamability"]["num_streamed"] == 5
 
 
 def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ class RawNode:
     """Whether autograd would record it."""
     casts: Casts | None = None
     """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
+    line: str = field(default="", compare=False)
+    """Of the user's code, with its file; empty where that is not known."""
     operands: tuple[str, ...] = field(init=False, compare=False)
     """Names of the values it reads, each once."""
 

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from streamcnn.capture.capture import Given, RawGraph, RawNode, is_argument, moved, spatial_axes
+from streamcnn.capture.lines import line_of
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.windows import Axes
 from streamcnn.graph.autocast import Casts
@@ -369,6 +370,7 @@ class _Functionalizer:
                 args=args,
                 kwargs=kwargs,
                 source=_source(node, self),
+                line=line_of(node.meta.get("stack_trace")),
                 allocates=allocates,
                 in_place=in_place,
                 grad=self.grad,

@@ -417,7 +417,7 @@ class _Tracer:
     def _add(self, name: str, fake: Any, *, kind: Kind, **fields: Any) -> Ref:
         spec = tuple(map(_spec_of, fake)) if isinstance(fake, tuple) else _spec_of(fake)
         defaults: dict[str, Any] = {"target": None, "args": (), "kwargs": {}}
-        source = self.raw.source if self.raw is not None else ""
+        source, line = (self.raw.source, self.raw.line) if self.raw is not None else ("", "")
         note = self.note if kind is Kind.GLOBAL else ""
         if note:
             note = f"{_target_name(self.raw)}: {note}"
@@ -431,6 +431,7 @@ class _Tracer:
             kind=kind,
             spec=spec,
             source=source,
+            line=line,
             note=note,
             grad=grad,
             casts=casts,

@@ -9,6 +9,7 @@ whose defaults are those of the library.
 from __future__ import annotations
 
 import logging
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from signal import Signals
@@ -17,7 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from streamcnn.cli import classifying, images, models, profiling, training, ultramnist
+from streamcnn.cli import classifying, explaining, images, models, profiling, training, ultramnist, verifying
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.cli.ending import leave_output, say_ending, status_of
 from streamcnn.errors import StreamError
@@ -38,6 +39,9 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run the command line and exit; errors that a user can act on are one line on standard error."""
     _make_logs_printable()
+    if "" not in sys.path:
+        # Factories in the present folder, after all that is installed.
+        sys.path.append("")
     with raising() as signals:
         try:
             app()
@@ -120,11 +124,13 @@ def demo(
 
 
 app.command()(models.plan)
-app.command()(models.verify)
+app.command()(verifying.verify)
 app.command("profile")(profiling.profile)
 app.command()(training.train)
 app.command()(classifying.evaluate)
 app.command()(classifying.predict)
+app.command()(explaining.explain)
+app.command()(explaining.view)
 app.command()(images.info)
 app.command()(images.convert)
 app.add_typer(ultramnist.app, name="ultramnist")

@@ -58,8 +58,8 @@ def evaluate(
     Inputs are the columns that it was trained with, and images are read as they were then, unless told
     otherwise.
     """
-    trained = _load(run, budget, trust)
-    columns = _columns(trained, inputs)
+    trained = load_trained(run, budget, trust)
+    columns = columns_of(trained, inputs)
     from streamcnn.data.file_dataset import open_dataset
     from streamcnn.data.tile_store import is_tile_store
     from streamcnn.training import score
@@ -106,15 +106,15 @@ def predict(
     with unless others are named; labels are not needed. Images are read as in training, unless told
     otherwise.
     """
-    trained = _load(run, budget, trust)
-    columns = _columns(trained, inputs)
+    trained = load_trained(run, budget, trust)
+    columns = columns_of(trained, inputs)
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)
     import torch
 
     from streamcnn.training.evaluation import require_finite
     from streamcnn.training.naming import naming
 
-    for at, (path, source, *further) in enumerate(_open_images(images, columns, choice)):
+    for at, (path, source, *further) in enumerate(open_images(images, columns, choice)):
         with torch.no_grad(), naming("prediction", [at], [str(path)]):
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
         require_finite(logits, [at], [str(path)])
@@ -127,7 +127,7 @@ def predict(
             typer.echo(printable(f"{path}: {name}, {float(probability):.1%}"))
 
 
-def _columns(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
+def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
     """The columns of a table that a trained classifier's inputs are in."""
     from streamcnn.data.label_table import check_inputs
 
@@ -141,7 +141,7 @@ def _columns(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
     return columns or expected
 
 
-def _open_images(
+def open_images(
     paths: list[Path], columns: tuple[str, ...], choice: ImageChoice
 ) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
     """The images that tables name, with their inputs, and the other images with none."""
@@ -162,7 +162,8 @@ def _open_images(
         yield image.path, open_chosen(image.path, choice)
 
 
-def _load(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:
+def load_trained(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:
+    """The classifier of a run; wrong text for a budget ends the command as wrong usage."""
     budget_bytes = parse("--budget", parse_bytes, budget)
     from streamcnn.training import load_run
 

@@ -1,8 +1,7 @@
-"""Commands about models: ``plan`` and ``verify``."""
+"""The command ``plan``."""
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,15 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from streamcnn.cli.arguments import (
-    FAILED,
     Batch,
-    Channels,
     ChannelsLast,
     Json,
     Level,
     Model,
     Series,
-    Size,
     Tile,
     choice_of,
     exit_for_wrong_usage,
@@ -124,28 +120,3 @@ def _file_line(source: ImageSource) -> str:
     dtype = str(source.dtype).removeprefix("torch.")
     values = dtype if source.largest is None else f"{dtype} up to {source.largest}"
     return f"{source.name}: {channels} x {height} x {width} of {values}, stored as {source.pieces}"
-
-
-def verify(
-    model: Model,
-    size: Size = "320x288",
-    batch: Batch = 2,
-    channels: Channels = 3,
-    tile: Tile = "96",
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that passes.")] = 1e-6,
-    as_json: Json = False,
-) -> None:
-    """Compare a streamed update with plain PyTorch's; exit status 1 beyond the tolerance."""
-    shape = (batch, channels, *parse("--size", parse_extent, size))
-    tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
-    net = load(model)
-    import streamcnn
-
-    report = streamcnn.verify(net, shape, tile=tile_extent)
-    if as_json:
-        typer.echo(json.dumps({"max_error": report.max_error, "errors": report.errors}))
-    else:
-        typer.echo(printable(report.explain(), keep="\n"))
-    if not report.max_error <= tolerance:  # so that NaN fails
-        typer.echo(f"streamcnn: error {report.max_error:.1e} is beyond {tolerance:.1e}", err=True)
-        raise typer.Exit(FAILED)

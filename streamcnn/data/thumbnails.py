@@ -55,10 +55,9 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
 
 def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
     """The means of blocks of ``factor`` pixels, (h, w, 3); blocks at the right and lower edge may be cut."""
-    channels, height, width = source.shape
+    _, height, width = source.shape
     columns = factor * max(1, min(-(-width // factor), PART_PIXELS // factor**2))
     rows = factor * max(1, PART_PIXELS // (factor * columns))
-    wanted = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     bands = []
     for top in range(0, height, rows):
         parts = []
@@ -66,19 +65,25 @@ def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
             region = Region(
                 Interval(top, min(top + rows, height)), Interval(left, min(left + columns, width))
             )
-            pixels = source.read(region).numpy()[wanted]
-            parts.append(_block_means(_block_means(_as_bytes(pixels, source.largest), factor, 1), factor, 2))
+            parts.append(block_means(colours(source, region), factor))
         bands.append(np.concatenate(parts, 2))
     return np.ascontiguousarray(np.concatenate(bands, 1).round().astype(np.uint8).transpose(1, 2, 0))
 
 
-def _as_bytes(pixels: NDArray[Any], largest: int | None) -> NDArray[np.float32]:
-    """Pixels as floats from 0 to 255."""
-    scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / (largest or 1))
+def colours(source: ImageSource, region: Region) -> NDArray[np.float32]:
+    """Red, green and blue of a region from 0 to 255, (3, h, w); see `thumbnail`."""
+    wanted = [0, 1, 2] if source.shape[0] >= 3 else [0, 0, 0]
+    pixels = source.read(region).numpy()[wanted]
+    scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / (source.largest or 1))
     return scaled.clip(0, 255)
 
 
-def _block_means(pixels: NDArray[np.float32], factor: int, axis: int) -> NDArray[np.float32]:
+def block_means(pixels: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    """Means of blocks of ``factor`` pixels of (C, h, w); blocks at the right and lower edge may be cut."""
+    return _means_along(_means_along(pixels, factor, 1), factor, 2)
+
+
+def _means_along(pixels: NDArray[np.float32], factor: int, axis: int) -> NDArray[np.float32]:
     starts = np.arange(0, pixels.shape[axis], factor)
     counts = np.diff(np.append(starts, pixels.shape[axis])).astype(np.float32)
     along = [-1 if a == axis else 1 for a in range(3)]

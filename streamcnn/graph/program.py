@@ -126,6 +126,8 @@ class Node:
     reduction: Reduction | None = None
     source: str = ""
     """Where in the user's model it comes from."""
+    line: str = field(default="", compare=False)
+    """Of the user's code, with its file; empty where that is not known."""
     note: str = ""
     """Why an operator is resident."""
     in_place: Callable[..., Any] | None = None

@@ -83,7 +83,7 @@ def _call_factory(name: str, kwargs: dict[str, object]) -> object:
             raise
         raise ValueError(
             f"no module {error.name!r} for model {name!r}: allowed is package.module:factory; "
-            "add its folder to PYTHONPATH"
+            "call the command in the folder that holds it, or add that to PYTHONPATH"
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

@@ -48,11 +48,14 @@ def write_image(
     name: str,
     levels: int,
     on_shard: Callable[[int, int], None] | None = None,
+    pixel: tuple[float, float] | None = None,
 ) -> None:
     """Write ``source`` and its smaller versions into the empty ``folder``.
 
     Holds a few shards of ``SHARD_BYTES`` at a time, whatever the image's size. Each level halves the one
     before by averaging 2x2 pixels. ``on_shard`` is told the pixels written so far and in all, of all levels.
+    ``pixel`` is the height and width of a pixel in pixels of another image, which ``source`` covers exactly;
+    None for an image of its own.
 
     Raises
     ------
@@ -61,7 +64,7 @@ def write_image(
     OSError
         If the disk is full, or the folder cannot be written to.
     """
-    group = zarr.create_group(LocalStore(folder), attributes=_attributes(source, name, levels))
+    group = zarr.create_group(LocalStore(folder), attributes=_attributes(source, name, levels, pixel))
     smaller, done, total = source, 0, sum(map(math.prod, _level_sizes(source, levels)))
     for level, size in enumerate(_level_sizes(source, levels)):
         array = _create(group, str(level), smaller)
@@ -159,7 +162,9 @@ class _Halved(ImageSource):
         return means.to(self.dtype) if self.dtype.is_floating_point else means.round().to(self.dtype)
 
 
-def _attributes(source: ImageSource, name: str, levels: int) -> dict[str, Any]:
+def _attributes(
+    source: ImageSource, name: str, levels: int, pixel: tuple[float, float] | None
+) -> dict[str, Any]:
     """OME-Zarr 0.5 metadata: what napari, vizarr and others need to show the image."""
     axes: list[Mapping[str, str]] = [
         {"name": "c", "type": "channel"},
@@ -167,10 +172,7 @@ def _attributes(source: ImageSource, name: str, levels: int) -> dict[str, Any]:
         {"name": "x", "type": "space"},
     ]
     datasets = [
-        {
-            "path": str(level),
-            "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0**level, 2.0**level]}],
-        }
+        {"path": str(level), "coordinateTransformations": _transformations(level, pixel)}
         for level in range(levels)
     ]
     multiscale = {"name": name, "axes": axes, "datasets": datasets, "type": "mean"}
@@ -178,6 +180,15 @@ def _attributes(source: ImageSource, name: str, levels: int) -> dict[str, Any]:
     if source.dtype == torch.uint8 and source.shape[0] in (1, 3):
         ome["omero"] = {"channels": _channels(source.shape[0], source.largest or 255)}
     return {"ome": ome}
+
+
+def _transformations(level: int, pixel: tuple[float, float] | None) -> list[dict[str, Any]]:
+    """Where the pixels of a level lie, by their centres, as OME-Zarr and napari count."""
+    height, width = (edge * 2.0**level for edge in pixel or (1.0, 1.0))
+    scale = {"type": "scale", "scale": [1.0, height, width]}
+    if pixel is None:
+        return [scale]
+    return [scale, {"type": "translation", "translation": [0.0, (height - 1) / 2, (width - 1) / 2]}]
 
 
 def _channels(count: int, largest: int) -> list[dict[str, Any]]:

@@ -1,0 +1,160 @@
+"""What a model's layers give for an image of some size, found without computing it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from streamcnn.data.reader import BatchReader, Image
+from streamcnn.errors import UnsupportedModel, some
+from streamcnn.runtime.streaming_model import StreamingModel
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutput:
+    """What one layer returns."""
+
+    shape: tuple[int, ...] | None
+    """Of the tensor, at its last call; None if it returns anything else."""
+    num_calls: int
+    """How often a forward pass calls the layer."""
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it is a map (N, C, h, w) that has rows and columns."""
+        return self.shape is not None and len(self.shape) == 4 and min(self.shape[2:]) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A forward pass as its hooks see it."""
+
+    layers: Mapping[str, LayerOutput]
+    """By qualified name, in the order in which the layers end."""
+    output: Any
+    """The model's result, of tensors without values."""
+
+    @property
+    def last_map(self) -> str:
+        """The layer that ends last of those that return a map: where Grad-CAM looks by default.
+
+        Raises
+        ------
+        UnsupportedModel
+            If there is none.
+        """
+        maps = self._maps()
+        if not maps:
+            raise UnsupportedModel("no layer of the model returns a map (N, C, h, w): Grad-CAM needs one")
+        return maps[-1]
+
+    def map_shape(self, layer: str) -> tuple[int, int, int, int]:
+        """(N, C, h, w) of what the layer of that name returns.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, it is not called once, or it returns no map; the text names others.
+        """
+        if layer not in self.layers:
+            near = difflib.get_close_matches(layer, self.layers, n=5, cutoff=0.4) or self._maps()[-5:]
+            raise ValueError(f"the model calls no layer {layer!r}: allowed are such as {some(near)}")
+        found = self.layers[layer]
+        if found.num_calls != 1:
+            raise ValueError(
+                f"layer {layer!r} is called {found.num_calls} times in a forward pass: allowed are layers "
+                f"that are called once, such as {some(self._maps()[-5:])}"
+            )
+        if not found.is_map:
+            what = "no tensor" if found.shape is None else f"a tensor of shape {found.shape}"
+            raise ValueError(
+                f"layer {layer!r} returns {what}: allowed are layers that return a map (N, C, h, w) with "
+                f"more than one row and column, such as {some(self._maps()[-5:])}"
+            )
+        assert found.shape is not None
+        n, c, h, w = found.shape
+        return n, c, h, w
+
+    def _maps(self) -> list[str]:
+        return [name for name, found in self.layers.items() if found.is_map and found.num_calls == 1]
+
+
+def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Iterable[Any] = ()) -> Survey:
+    """What the layers of ``net`` return for an image of ``shape`` (N, C, H, W); neither runs nor changes it.
+
+    Parameters
+    ----------
+    args
+        What else goes into the module after the image.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the model fails for such an image.
+    """
+    mode = FakeTensorMode()
+    device = next((state.device for state in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+    with FakeCopyMode(mode):
+        bare: nn.Module = copy.deepcopy(net)
+    outputs: dict[str, list[Any]] = {}
+    for name, module in bare.named_modules():
+        # The caller's own may keep what they see, which has no values here.
+        module._forward_hooks.clear()
+        if name:
+            module.register_forward_hook(partial(_note, outputs, name))
+    further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
+    try:
+        with mode, torch.no_grad():
+            output = bare(torch.empty(shape, dtype=dtype, device=device), *further)
+    except Exception as error:  # whatever the user's code raises
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModel(f"the model fails for an image of shape {tuple(shape)}: {reason}") from error
+    layers = {name: LayerOutput(_shape(calls[-1]), len(calls)) for name, calls in outputs.items()}
+    return Survey(layers, output)
+
+
+def survey_of(model: StreamingModel, inputs: Image, args: Iterable[Any] = ()) -> Survey:
+    """The same for images as the model sees them, after ``preprocess``.
+
+    Raises
+    ------
+    DatasetMismatch, UnsupportedModel
+        If they are no batch of images, or the model fails for them.
+    """
+    reader = BatchReader(inputs, model._device(), model.preprocess)
+    return survey(model.net, reader.shape, reader.dtype, args)
+
+
+def name_of(net: nn.Module, layer: nn.Module | str) -> str:
+    """The qualified name of a layer of ``net``.
+
+    Raises
+    ------
+    ValueError
+        If the module is none of them.
+    """
+    if isinstance(layer, str):
+        return layer
+    names: dict[nn.Module, str] = {module: name for name, module in net.named_modules() if name}
+    if layer in names:
+        return names[layer]
+    raise ValueError(f"this {type(layer).__name__} is no layer of the model: allowed are its own modules")
+
+
+def _note(
+    outputs: dict[str, list[Any]], name: str, _module: nn.Module, _args: tuple[Any, ...], output: Any
+) -> None:
+    outputs.setdefault(name, []).append(output)
+
+
+def _shape(output: Any) -> tuple[int, ...] | None:
+    return tuple(output.shape) if isinstance(output, Tensor) else None

@@ -1,0 +1,219 @@
+"""Commands about why a trained classifier says what it says: ``explain``, and ``view`` for its pages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from streamcnn.cli.arguments import (
+    Budget,
+    ChannelsLast,
+    Inputs,
+    Level,
+    Series,
+    choice_of,
+    exit_for_wrong_usage,
+    parse,
+)
+from streamcnn.cli.classifying import Run, Trust, columns_of, load_trained, open_images
+from streamcnn.support.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamcnn import StreamingModel
+    from streamcnn.attribution.survey import Survey
+    from streamcnn.data.sources import ImageChoice, ImageSource
+    from streamcnn.plan.plan import Plan
+
+_MOST_SHOWN = 5
+"""Classes that the page shows the probabilities of."""
+
+
+class MethodName(StrEnum):
+    """Ways to explain a score."""
+
+    grad_cam = "grad-cam"
+    grad_cam_plus_plus = "grad-cam++"
+    gradient = "gradient"
+    input_x_gradient = "input-x-gradient"
+    smoothgrad = "smoothgrad"
+    integrated_gradients = "integrated-gradients"
+
+
+def explain(
+    run: Run,
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="An image, or a CSV file that names one and its inputs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the page, pictures and numbers; a new one.")],
+    method: Annotated[MethodName, typer.Option(help="How to explain the score.")] = MethodName.grad_cam,
+    layer: Annotated[
+        str | None, typer.Option(help="Of grad-cam and grad-cam++; default: the last that returns a map.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Name or number; default: the one that is predicted.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Of smoothgrad: noisy images.")] = 10,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Of smoothgrad: standard deviation; pixels are from -1 to 1.")
+    ] = 0.3,
+    steps: Annotated[int, typer.Option(min=1, help="Of integrated-gradients: gradients to compute.")] = 50,
+    colours: Annotated[str | None, typer.Option(metavar="NAME", help="A colour map of matplotlib.")] = None,
+    inputs: Inputs = None,
+    series: Series = None,
+    level: Level = None,
+    channels_last: ChannelsLast = None,
+    budget: Budget = None,
+    trust: Trust = None,
+) -> None:
+    """Show which parts of an image a class's score depends on, at full resolution."""
+    from streamcnn.attribution.explanation import require_new
+    from streamcnn.attribution.heat_map import colour_table
+    from streamcnn.attribution.methods import METHODS, Request
+
+    chosen = METHODS[method.value]
+    if layer is not None and not chosen.of_layer:
+        exit_for_wrong_usage(f"--layer: {method.value} explains by pixels: leave it out, or take grad-cam")
+    require_new(out)
+    parse("--colours", partial(colour_table, is_signed=chosen.is_signed), colours)
+    trained = load_trained(run, budget, trust)
+    columns = columns_of(trained, inputs)
+    choice = choice_of(series, level, channels_last, otherwise=trained.choice)
+    path, source, numbers = _one_image(image, columns, choice)
+    further = tuple(each[None].to(trained.config.device) for each in numbers)
+    from streamcnn.attribution.explanation import Facts, tile_borders, write_explanation
+    from streamcnn.attribution.survey import survey_of
+
+    found = survey_of(trained.model, [source], further)
+    names = _class_names(found, trained.classes)
+    label = None if target is None else parse("--target", partial(_label_of, names=names), target)
+    if chosen.of_layer:
+        layer = found.last_map if layer is None else layer
+        parse("--layer", found.map_shape, layer)
+    console = Console(stderr=True)
+    with console.status("predicting"):
+        probabilities, plan = _prediction(trained.model, str(path), source, further)
+    label = probabilities.index(max(probabilities)) if label is None else label
+    request = Request(
+        model=trained.model,
+        image=[source],
+        target=label,
+        further=further,
+        layer=layer,
+        samples=samples,
+        noise=noise,
+        steps=steps,
+    )
+    began = time.perf_counter()
+    with console.status(f"computing {method.value} of {names[label]}"):
+        attribution = chosen.run(request)
+    seconds = time.perf_counter() - began
+    likely = sorted(range(len(names)), key=lambda each: -probabilities[each])[:_MOST_SHOWN]
+    rows, cols = tile_borders(plan)
+    facts = Facts(
+        image=str(path),
+        shape=source.shape,
+        model=trained.config.model,
+        method=method.value,
+        layer=layer,
+        target=label,
+        target_name=names[label],
+        predictions=[(names[each], probabilities[each]) for each in likely],
+        tile_rows=rows,
+        tile_cols=cols,
+        options={name: getattr(request, name) for name in chosen.options},
+        seconds=seconds,
+        budget=trained.model.budget,
+    )
+    with console.status(f"writing {out}"):
+        write_explanation(out, source, attribution, facts, is_signed=chosen.is_signed, colours=colours)
+    predicted, share = facts.predictions[0]
+    typer.echo(printable(f"{path}: {predicted}, {share:.1%}; {method.value} of {names[label]}"))
+    typer.echo(printable(f"page: {out / 'index.html'}"))
+
+
+def view(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that explain wrote.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0: any that is free.")] = 8000,
+) -> None:
+    """Serve the page of an explanation to browsers on this machine, until Ctrl-C."""
+    if not (folder / "index.html").is_file():
+        exit_for_wrong_usage(f"FOLDER: {folder} has no index.html: give a folder that explain wrote")
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Quiet, directory=str(folder)))
+    except OSError as error:
+        exit_for_wrong_usage(f"--port: {port} cannot be used: {error.strerror}; give another, or 0 for any")
+    with server:
+        typer.echo(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends)")
+        server.serve_forever()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder and prints nothing."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a page asks for hundreds of tiles."""
+
+
+def _one_image(
+    path: Path, columns: tuple[str, ...], choice: ImageChoice
+) -> tuple[Path, ImageSource, tuple[Tensor, ...]]:
+    """The only image at a path, with its inputs."""
+    found = list(islice(open_images([path], columns, choice), 2))
+    if len(found) != 1:
+        what = "no image" if not found else "several images"
+        exit_for_wrong_usage(f"IMAGE: {path} holds {what}: allowed is one")
+    name, source, *numbers = found[0]
+    return name, source, tuple(numbers)
+
+
+def _class_names(found: Survey, classes: Sequence[str] | None) -> list[str]:
+    """What the model's scores are of, in order: a name, or a number where there is none."""
+    from streamcnn.attribution.scores import require_target
+
+    require_target(found.output, 0)
+    known = classes or ()
+    return [known[at] if at < len(known) else str(at) for at in range(found.output.shape[1])]
+
+
+def _label_of(text: str, names: Sequence[str]) -> int:
+    """The number of a class by its name or number.
+
+    Raises
+    ------
+    ValueError
+        If there is no such class.
+    """
+    if text in names:
+        return names.index(text)
+    if text.isascii() and text.isdigit() and int(text) < len(names):
+        return int(text)
+    from streamcnn.errors import some
+
+    raise ValueError(f"no class {text!r}: allowed are {some(names)}, and numbers up to {len(names) - 1}")
+
+
+def _prediction(
+    model: StreamingModel, name: str, source: ImageSource, further: tuple[Tensor, ...]
+) -> tuple[list[float], Plan]:
+    """The probabilities of the classes, and the plan of the pass that gave them."""
+    import torch
+
+    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.naming import naming
+
+    with torch.no_grad(), naming("prediction", [0], [name]):
+        logits = model([source], *further)
+        plan = model.plan([source], inputs=further)
+    require_finite(logits, [0], [name])
+    return logits[0].double().softmax(0).tolist(), plan

@@ -1,0 +1,140 @@
+"""What of a model is streamed, what runs on whole maps, what stops it there, and what one does about that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
+from streamcnn.runtime.plan_cache import module_dtype
+from streamcnn.runtime.streaming_model import StreamingModel
+
+_WITH_ONE_LAYOUT = "bring both to (N, C, H, W) before it"
+_ON_SMALL_MAPS = "apply it to pooled features, or behind the last strided layer, where the map is small"
+_IN_TWO_STEPS = "pool to a fixed size first, as AdaptiveAvgPool2d(1) does, and then change the shape"
+_BY_A_CONVOLUTION = "replace it by a convolution, which looks as far as its kernel"
+_BY_A_RULE = "write a rule for it (docs/adding_an_operator.md), or use operators that have one"
+
+REMEDIES = {
+    "it has no rule": _BY_A_RULE,
+    "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md)",
+    "it is not applied to a map of shape (N, C, H, W)": "bring the map to (N, C, H, W) before it",
+    "its operands have their spatial axes at different places": _WITH_ONE_LAYOUT,
+    "it gives a global value the shape of a map": "expand it from (N, C, 1, 1) instead",
+    "it merges a spatial axis with another or splits it unevenly": _IN_TWO_STEPS,
+    "it splits a spatial axis": _IN_TWO_STEPS,
+    "it repeats a spatial axis": "interpolate with mode='nearest' instead",
+    "it repeats a map along space": "interpolate with mode='nearest' instead",
+    "it repeats rows or columns": "interpolate with mode='nearest' instead",
+    "it joins maps along a spatial axis": "join them along the channels, or join pooled vectors",
+    "it takes one row or column of a map": _ON_SMALL_MAPS,
+    "it selects rows or columns": "take a slice with a step, or apply it to pooled features",
+    "it mirrors a spatial axis": "mirror the image before it goes in",
+    "it reduces one of the two spatial axes": "reduce both at once, as x.mean((2, 3)) does",
+    "it reduces spatial axes, for which it has no partial results": _ON_SMALL_MAPS,
+    "it converts to another dtype while reducing": "convert first, and reduce without dtype=",
+    "norms with dtype= or of order": "convert first, and take a norm of order 1 or more",
+    "it returns several tensors per position": _ON_SMALL_MAPS,
+    "it returns several tensors": _BY_A_RULE,
+    "it has several results": _BY_A_RULE,
+    "its windows for output size": "pool to a size that divides the map, or to 1",
+    "it runs along a spatial axis": _ON_SMALL_MAPS,
+    "its pairs lie along a spatial axis": "arrange the pairs along the channels",
+    "its weight depends on the position": _BY_A_CONVOLUTION,
+    "it mixes positions: the layer is applied along a spatial axis": _BY_A_CONVOLUTION,
+    "its slopes depend on the position": "give each channel one slope",
+    "it normalises over space and has an affine part that depends on the position": (
+        "use GroupNorm(1, C), whose affine part is one for each channel"
+    ),
+    "it pads other axes than the spatial ones": "join a map of zeros along the channels instead",
+    "it is applied to complex values": "apply it to the real and the imaginary part",
+    "it fills with a value that is a map": "use torch.where",
+}
+"""What one usually does, by how the reason begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """An operator that cannot be streamed, at one place of the model."""
+
+    operator: str
+    reason: str
+    remedy: str
+    """What one usually does about it."""
+    module: str
+    """The part of the model that calls it, and its class."""
+    line: str
+    """Of the user's code, with its file; empty where that is not known."""
+    count: int
+    """How often it is called there."""
+    nbytes: int
+    """Of the whole maps that it reads, and of what it gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streamability:
+    """What of a model is streamed, for images of one shape in training."""
+
+    shape: tuple[int, int, int, int]
+    num_streamed: int
+    """Operators that run tile by tile."""
+    num_following: int
+    """Operators on whole maps for no other reason than that an obstacle comes before them."""
+    obstacles: tuple[Obstacle, ...]
+    """In the order of the forward pass."""
+    plain_bytes: int
+    """Projected peak of plain PyTorch on the whole image at once."""
+
+
+def streamability(net: nn.Module, shape: tuple[int, int, int, int]) -> Streamability:
+    """What of ``net``, in its present mode, is streamed for an image of ``shape`` (N, C, H, W); runs nothing.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the module cannot be captured at this shape.
+    """
+    model = StreamingModel(net)
+    # Small maps may run whole for speed's sake; here it is asked what could not do otherwise.
+    model.resident_tail = False
+    with torch.enable_grad():
+        planned = model.planned(shape, module_dtype(net), image_gradient=False)
+    program = planned.program
+    whole = {node.name for node in on_whole_maps(program)}
+    stopped = program.residents
+    return Streamability(
+        shape=shape,
+        num_streamed=sum(node.kind in (Kind.LOCAL, Kind.REDUCTION) for node in program.nodes.values()),
+        num_following=len(whole - {node.name for node in stopped}),
+        obstacles=tuple(_obstacles(program, stopped)),
+        plain_bytes=planned.plan.plain_bytes,
+    )
+
+
+def _obstacles(program: Program, stopped: Iterable[Node]) -> Iterable[Obstacle]:
+    """One for each operator, reason and place."""
+    found: dict[tuple[str, str, str], list[Node]] = {}
+    for node in stopped:
+        found.setdefault((node.note, node.source, node.line), []).append(node)
+    for (note, module, line), nodes in found.items():
+        operator, _, reason = note.partition(": ")
+        operands = (program.nodes[name] for node in nodes for name in node.operands)
+        read = {each.name: each.nbytes for each in operands if each.kind is Kind.GATHER}
+        yield Obstacle(
+            operator=operator,
+            reason=reason,
+            remedy=remedy_for(reason),
+            module=module,
+            line=line,
+            count=len(nodes),
+            nbytes=sum(read.values()) + sum(node.nbytes for node in nodes),
+        )
+
+
+def remedy_for(reason: str) -> str:
+    """What one usually does about an operator that is not streamed for ``reason``."""
+    matching = (remedy for begins, remedy in REMEDIES.items() if reason.startswith(begins))
+    return next(matching, _ON_SMALL_MAPS)
