@@ -254,7 +254,7 @@ def test_products_that_stream_are_told_from_those_that_do_not() -> None:
     sorted_map = Applied(lambda x: x.flatten(2).sort(-1).values.view(x.shape))
     found = planned(net(nn.Conv2d(6, 6, 3), sorted_map, nn.Conv2d(6, 6, 3)), (1, 3, 90, 100))
     assert found["fits"]
-    assert (found["num_streamed"], found["num_products"]) == (2, 4)
+    assert (found["num_streamed"], found["num_products"]) == (3, 3)
     assert 0 < found["streamed_flops"] <= found["flops"]
     (resident, *_) = found["residents"]
     assert "flatten" in resident["reason"] or "sort" in resident["reason"]

@@ -15,36 +15,50 @@ from streamcnn.runtime.streaming_model import StreamingModel
 _WITH_ONE_LAYOUT = "bring both to (N, C, H, W) before it"
 _ON_SMALL_MAPS = "apply it to pooled features, or behind the last strided layer, where the map is small"
 _IN_TWO_STEPS = "pool to a fixed size first, as AdaptiveAvgPool2d(1) does, and then change the shape"
+_ON_MAPS = "apply it to maps (N, C, H, W), or to pooled features"
 _BY_A_CONVOLUTION = "replace it by a convolution, which looks as far as its kernel"
 _BY_A_RULE = "write a rule for it (docs/adding_an_operator.md), or use operators that have one"
 
 REMEDIES = {
+    "ATen's gradient is not that of its result": "give the size instead of the factor",
+    "it has no rule for axes of space that are merged": _ON_MAPS,
     "it has no rule": _BY_A_RULE,
+    "it has dropout": "switch dropout off there, or apply it to what comes out",
     "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md)",
     "it is not applied to a map of shape (N, C, H, W)": "bring the map to (N, C, H, W) before it",
+    "it is not applied to images or tokens": "bring it to (N, C, H, W) or (N, C, H * W) before it",
     "its operands have their spatial axes at different places": _WITH_ONE_LAYOUT,
+    "its operands have their axes of space merged differently": _WITH_ONE_LAYOUT,
+    "its operands have matrices at different places": _WITH_ONE_LAYOUT,
+    "its operands have different positions": _WITH_ONE_LAYOUT,
+    "its mask": "give a mask that is no function of a map, or add its values to those attended to",
+    "its equation": "name every axis, and those of the result",
+    "one of its operands is a vector": "give it a second axis",
     "it gives a global value the shape of a map": "expand it from (N, C, 1, 1) instead",
     "it merges a spatial axis with another or splits it unevenly": _IN_TWO_STEPS,
     "it splits a spatial axis": _IN_TWO_STEPS,
+    "it works along merged axes of space": _ON_SMALL_MAPS,
+    "it sums over all positions": _ON_SMALL_MAPS,
     "it repeats a spatial axis": "interpolate with mode='nearest' instead",
     "it repeats a map along space": "interpolate with mode='nearest' instead",
+    "it repeats merged axes of space": "interpolate with mode='nearest' instead",
     "it repeats rows or columns": "interpolate with mode='nearest' instead",
     "it joins maps along a spatial axis": "join them along the channels, or join pooled vectors",
     "it takes one row or column of a map": _ON_SMALL_MAPS,
-    "it selects rows or columns": "take a slice with a step, or apply it to pooled features",
-    "it mirrors a spatial axis": "mirror the image before it goes in",
+    "it takes rows or columns": "take a slice with a step, or apply it to pooled features",
+    "which entries it takes depends on the position": _ON_SMALL_MAPS,
     "it reduces one of the two spatial axes": "reduce both at once, as x.mean((2, 3)) does",
-    "it reduces spatial axes, for which it has no partial results": _ON_SMALL_MAPS,
     "it converts to another dtype while reducing": "convert first, and reduce without dtype=",
     "norms with dtype= or of order": "convert first, and take a norm of order 1 or more",
     "it returns several tensors per position": _ON_SMALL_MAPS,
     "it returns several tensors": _BY_A_RULE,
-    "it has several results": _BY_A_RULE,
-    "its windows for output size": "pool to a size that divides the map, or to 1",
+    "its windows reach along a spatial axis": _BY_A_CONVOLUTION,
     "it runs along a spatial axis": _ON_SMALL_MAPS,
     "its pairs lie along a spatial axis": "arrange the pairs along the channels",
     "its weight depends on the position": _BY_A_CONVOLUTION,
-    "it mixes positions: the layer is applied along a spatial axis": _BY_A_CONVOLUTION,
+    "its parameters depend on the position": _BY_A_CONVOLUTION,
+    "it mixes positions: it is applied along merged axes of space": _IN_TWO_STEPS,
+    "it mixes positions": _BY_A_CONVOLUTION,
     "its slopes depend on the position": "give each channel one slope",
     "it normalises over space and has an affine part that depends on the position": (
         "use GroupNorm(1, C), whose affine part is one for each channel"
@@ -121,7 +135,7 @@ def _obstacles(program: Program, stopped: Iterable[Node]) -> Iterable[Obstacle]:
         found.setdefault((node.note, node.source, node.line), []).append(node)
     for (note, module, line), nodes in found.items():
         operator, _, reason = note.partition(": ")
-        operands = (program.nodes[name] for node in nodes for name in node.operands)
+        operands = (_itself(program, name) for node in nodes for name in node.operands)
         read = {each.name: each.nbytes for each in operands if each.kind is Kind.GATHER}
         yield Obstacle(
             operator=operator,
@@ -132,6 +146,14 @@ def _obstacles(program: Program, stopped: Iterable[Node]) -> Iterable[Obstacle]:
             count=len(nodes),
             nbytes=sum(read.values()) + sum(node.nbytes for node in nodes),
         )
+
+
+def _itself(program: Program, name: str) -> Node:
+    """A value, or what it is another shape of."""
+    node = program.nodes[name]
+    while node.kind is Kind.GLOBAL and node.target is torch.Tensor.reshape:
+        node = program.nodes[node.operands[0]]
+    return node
 
 
 def remedy_for(reason: str) -> str:
