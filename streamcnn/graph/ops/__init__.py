@@ -8,6 +8,7 @@ from streamcnn.graph.costs import CallBytes, Cost, Operand, Operation, Routine, 
 from streamcnn.graph.ops import (
     convolution,
     dropout,
+    losses,
     normalization,
     pointwise,
     pooling,
@@ -51,6 +52,7 @@ __all__ = [
 FAMILIES = (
     convolution,
     dropout,
+    losses,
     normalization,
     pointwise,
     pooling,
