@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Trace:
         The module's parameters and buffers by qualified name; only shape, dtype and device are used.
     dtype, device
         Those of the image.
+    read
+        Keys of further arguments that are maps to be read by regions, with their spatial axes.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Trace:
         states: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        read: Mapping[str, Axes] = MappingProxyType({}),
     ) -> None:
         self._graph = graph
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -72,11 +76,15 @@ class Trace:
             self._tracer = tracer = _Tracer()
             tracer.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
             for name, qualified in graph.states.items():
-                tracer.add_state(name, qualified, states[qualified])
+                if qualified in read:
+                    tracer.add_map(name, qualified, states[qualified], read[qualified])
+                else:
+                    tracer.add_state(name, qualified, states[qualified])
             for name, constant in graph.constants.items():
                 tracer.add_state(name, name, constant)
             for name, axes in graph.maps.items():
-                tracer.values[name] = tracer.promote(tracer.values[name], axes)
+                if name not in tracer.maps:
+                    tracer.values[name] = tracer.promote(tracer.values[name], axes)
             for raw in graph.nodes:
                 self._marks[raw.name] = tracer.mark()
                 tracer.record(raw)
@@ -117,6 +125,8 @@ class _Tracer:
         self.values: dict[str, Any] = {}
         """Captured node name to a ref, a tuple of refs, or a plain value."""
         self.states: dict[str, str] = {}
+        self.maps: dict[str, str] = {}
+        """What is read by regions beside the image."""
         self.moved: dict[str, Ref] = {}
         """Statistics as norms have moved them, by the name of what they were."""
         self.gathered: dict[str, Ref] = {}
@@ -147,7 +157,7 @@ class _Tracer:
         fork.values = dict(islice(self.values.items(), mark.values))
         fork.gathered = dict(islice(self.gathered.items(), mark.gathered))
         fork.promoted = dict(islice(self.promoted.items(), mark.promoted))
-        fork.states = self.states
+        fork.states, fork.maps = self.states, self.maps
         fork.moved = dict(islice(self.moved.items(), mark.moved))
         fork.plain_bytes = mark.plain_bytes
         fork.known = self.known
@@ -158,6 +168,11 @@ class _Tracer:
 
     def add_image(self, name: str, image: Tensor) -> None:
         self.values[name] = self._add(name, image, kind=Kind.IMAGE, axes=(2, 3))
+
+    def add_map(self, name: str, key: str, tensor: Tensor, axes: Axes) -> None:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self.values[name] = self._add(name, fake, kind=Kind.IMAGE, axes=axes)
+        self.maps[name] = key
 
     def add_state(self, name: str, qualified: str, tensor: Tensor) -> None:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -382,6 +397,7 @@ class _Tracer:
             nodes={name: node for name, node in self.nodes.items() if name in needed},
             image=graph.image,
             states={name: q for name, q in states.items() if name not in graph.constants},
+            maps={name: key for name, key in self.maps.items() if name in needed},
             outputs=outputs,
             updates=updates,
             constants={name: c for name, c in graph.constants.items() if name in needed},

@@ -60,7 +60,7 @@ class Kind(Enum):
     """What a node produces, and how it is carried out."""
 
     IMAGE = "image"
-    """The map that the user passes in."""
+    """The map that the user passes in, or one that is read by regions beside it, such as a mask."""
     LOCAL = "local"
     """A map, computed tile by tile."""
     PROMOTED = "promoted"
@@ -181,6 +181,8 @@ class Program:
     image: str
     states: Mapping[str, str]
     """Node name to qualified name in the user's module."""
+    maps: Mapping[str, str]
+    """What is read by regions beside the image: node name to the key of the argument."""
     outputs: Any
     """The model's result with a :class:`Ref` for each tensor."""
     updates: Mapping[str, str]
@@ -194,6 +196,11 @@ class Program:
     def __post_init__(self) -> None:
         positions = {name: index for index, name in enumerate(self.nodes)}
         object.__setattr__(self, "_positions", positions)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The image and the maps that are read beside it."""
+        return (self.image, *self.maps)
 
     def position(self, name: str) -> int:
         """Place of a node in the order of execution."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ from streamcnn.ceiling.device import room_for
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
+from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
 from streamcnn.graph.autocast import autocast_state
 from streamcnn.graph.flattening import is_fake
@@ -37,6 +39,7 @@ from streamcnn.graph.program import substitute
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.machines import this_machine
 from streamcnn.runtime.module_facade import ModuleFacade
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned, module_dtype
@@ -44,6 +47,8 @@ from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
 from streamcnn.runtime.streamed_pass import Pass, Streamed
+from streamcnn.runtime.target_errors import other_size, unknown_class
+from streamcnn.runtime.with_loss import Loss, LossCalls
 from streamcnn.support.interrupts import undoing
 from streamcnn.support.units import format_bytes, parse_bytes
 
@@ -108,6 +113,7 @@ class StreamingModel(ModuleFacade):
         """Whether the layers after the last large map may be run on whole maps."""
         self._plans = PlanCache()
         self._call = ForwardPass()
+        self._losses = LossCalls()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
         """What went through instead of a spec that was refused memory, by what was captured and the spec."""
         self._collected: finalize[[], StreamingModel] | None = None
@@ -123,6 +129,7 @@ class StreamingModel(ModuleFacade):
         emptied: dict[str, Any] = {
             "_plans": PlanCache(),
             "_call": ForwardPass(),
+            "_losses": LossCalls(),
             "last_report": None,
             "observer": None,
             "_collected": None,
@@ -235,16 +242,17 @@ class StreamingModel(ModuleFacade):
             If the module cannot be captured at this shape.
         """
         device = self._device()
+        given = Arguments.of(tuple(inputs), named or {}, device)
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
-            captured = Captured(graph, states, device)
+            captured = Captured(graph, states, device, given.maps)
             spec = self._spec(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
             if machine is not None:
                 return self._plans.plan(captured, spec, machine)
             return self._plan_here(captured, spec, this_machine(device))[0]
 
         image = stand_in(shape, dtype, device, requires_grad=image_gradient)
-        return self._call.until_captured(self.net, image, tuple(inputs), dict(named or {}), take)
+        return self._call.until_captured(self.net, image, given.args, given.kwargs, take)
 
     def _spec(
         self,
@@ -268,7 +276,14 @@ class StreamingModel(ModuleFacade):
             budget=self.budget,
             tile=self.tile,
             tail=self.resident_tail,
-            reading=reading,
+            reading=replace(
+                reading,
+                maps=tuple(
+                    (name, captured.maps[key].reading)
+                    for name, key in captured.graph.states.items()
+                    if key in captured.maps
+                ),
+            ),
         )
 
     def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
@@ -301,7 +316,8 @@ class StreamingModel(ModuleFacade):
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
 
         What else the module takes goes with it, by place or by name: tensors on its device, small ones and
-        maps, with gradients, and anything else.
+        maps, with gradients, and anything else. A source, or a list of sources, is a map that is read by
+        regions: (N, H, W) if it has one channel, else (N, C, H, W), and int64 if it holds integers.
 
         Raises
         ------
@@ -317,7 +333,49 @@ class StreamingModel(ModuleFacade):
         if is_fake(image):
             # Inside another model, which is being captured.
             return self.net(image, *args, **kwargs)
+        return _like(image, self._streamed(self.net, self._call, image, args, kwargs))
+
+    @_disable_dynamo
+    def streamed_loss(self, image: Image, target: Any, loss: Loss, **maps: Any) -> Tensor:
+        """``loss(net(image), target, **maps)``, whose backward gives the gradients of the whole image.
+
+        The net's output is a map like any other here: it need not be whole at any time.
+
+        Parameters
+        ----------
+        image
+            As for the model itself.
+        target
+            A tensor on the model's device, a source, or a list of sources, which are read by regions: those
+            of one channel as (N, H, W), others as (N, C, H, W), integers as int64.
+        loss
+            A function or module, such as ``torch.nn.functional.cross_entropy``, with options bound by
+            ``functools.partial``. What it has been captured for is kept as long as it is the same one.
+        maps
+            What else the loss takes, by name, such as weights of pixels: tensors and sources as ``target``.
+
+        Raises
+        ------
+        PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage
+            As from the model itself.
+        DatasetMismatch
+            If a mask that is read from a source does not fit the output, or holds a class that it has not.
+        """
+        module, call = self._losses.of(self.net, loss)
+        try:
+            result: Tensor = self._streamed(module, call, image, (target, maps), {})
+        except IndexError as error:
+            raise unknown_class(error, target) or error from error
+        except UnsupportedModel as error:
+            raise other_size(error, image, target) or error from error
+        return result
+
+    def _streamed(
+        self, net: nn.Module, call: ForwardPass, image: Image, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What ``net`` returns for whole images, ``net`` being the module or what has it inside."""
         reader = BatchReader(image, self._device(), self.preprocess)
+        given = Arguments.of(args, kwargs, reader.device)
         image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
         if image_gradient and self.preprocess is not None:
             raise ValueError(
@@ -330,13 +388,13 @@ class StreamingModel(ModuleFacade):
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
             refuse_changes_of_the_image(graph, image)
             refuse_shared_memory(graph, states)
-            captured = Captured(graph, states, reader.device)
+            captured = Captured(graph, states, reader.device, given.maps)
             results = self._run_parts(captured, reader, image if image_gradient else None, caller_modes)
             asked = results[: len(results) - graph.num_checks]
             return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
-        return _like(image, self._call(self.net, here, args, kwargs, run, caller_modes))
+        return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
 
     def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
         """The image that was passed under the name that the module gives it, and what else was passed."""
@@ -362,7 +420,7 @@ class StreamingModel(ModuleFacade):
                 taken = {name: values[name] for name in part.taken}
                 handed = {f"{VALUE}{name}": value for name, value in taken.items()}
                 states = {**captured.states, **unchanged, **handed}
-                piece = Captured(part.graph(graph, taken), states, captured.device)
+                piece = Captured(part.graph(graph, taken), states, captured.device, captured.maps)
                 values |= zip(part.given, self._run(piece, reader, image, caller_modes), strict=True)
             results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
             return results
@@ -394,7 +452,7 @@ class StreamingModel(ModuleFacade):
         if self._collected is None:
             self._collected = finalize(self, give_back)
             self._collected.atexit = False
-        run = Pass(planned, reader, captured.states, self, shrink)
+        run = Pass(planned, reader, captured, self, shrink)
         outputs = undoing(
             partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
         )

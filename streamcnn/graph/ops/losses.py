@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
+from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.reduction_types import Sum, statistics_dtype
@@ -86,17 +87,21 @@ def loss_of_classes(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     scores, target, weight, over = call.bind("self", "target", "weight", "reduction")
     if tracer.axes(scores) != (2, 3) or (weight is not None and tracer.axes(weight) is not None):
         return NotStreamable("its scores are no map of shape (N, C, H, W)")
-    has_probabilities = tracer.spec(target).shape == tracer.spec(scores).shape
+    shapes = tracer.spec(scores).shape, tracer.spec(target).shape
+    has_probabilities = shapes[0] == shapes[1]
+    if not has_probabilities and shapes[1] != (shapes[0][0], *shapes[0][2:]):
+        # Shape inference alone does not find it, and windows of the two would have nothing in common.
+        raise UnsupportedModel(
+            f"a loss compares scores of shape {shapes[0]} with classes of shape {shapes[1]}"
+        )
     target = _as_map(tracer, target, (2, 3) if has_probabilities else (1, 2))
     if target is None:
         return NotStreamable("its targets have their spatial axes at other places")
     call = _with(call, target=target, reduction=Over.NONE)
     like = tracer.fake(call)
     both = {scores.name: Access(), target.name: Access()}
-    if over == Over.NONE:
-        return tracer.local(call.target, call.args, call.kwargs, like=like, axes=(1, 2), accesses=both)
     # Sums of a map in half precision are beyond its range.
-    dtype = statistics_dtype(like.dtype)
+    dtype = like.dtype if over == Over.NONE else statistics_dtype(like.dtype)
     losses = tracer.local(
         class_losses,
         (call.target, dtype, *call.args),
@@ -104,6 +109,8 @@ def loss_of_classes(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         axes=(1, 2),
         accesses=both,
     )
+    if over == Over.NONE:
+        return losses
     total = _summed(tracer, losses, average=over == Over.MEAN and has_probabilities)
     if over == Over.MEAN and not has_probabilities:
         (ignored,) = call.bind("ignore_index")
@@ -127,9 +134,20 @@ def _as_map(tracer: Tracer, target: Ref, axes: Axes) -> Ref | None:
     return target if found == axes else None
 
 
-def class_losses(loss: OpOverload, dtype: torch.dtype, *args: Any) -> Tensor:
-    """The part (N, h, w) of each position in a loss of classes."""
-    losses: Tensor = loss(*args)
+def class_losses(loss: OpOverload, dtype: torch.dtype, scores: Tensor, target: Tensor, *args: Any) -> Tensor:
+    """The part (N, h, w) of each position in a loss of classes.
+
+    Raises
+    ------
+    IndexError
+        For a class without scores, as on the CPU. On a GPU that would end all work of the process there.
+    """
+    if target.is_cuda and not target.is_floating_point():
+        ignored = args[2]
+        unknown = target[((target < 0) | (target >= scores.shape[1])) & (target != ignored)]
+        if unknown.numel():
+            raise IndexError(f"Target {int(unknown[0])} is out of bounds.")
+    losses: Tensor = loss(scores, target, *args)
     return losses.to(dtype)
 
 
@@ -145,7 +163,6 @@ def class_weights(target: Tensor, weight: Tensor | None, ignored: int, dtype: to
 # Scores as logarithms of probabilities and, with label smoothing, weighted; the same again as gradients.
 declare(
     class_losses,
-    *(aten.cross_entropy_loss, aten.nll_loss_nd, aten.nll_loss2d),
     cost=Cost(
         operations=lambda operation: 8 * operation.numel,
         workspace=lambda nbytes: 2 * nbytes.operands,
