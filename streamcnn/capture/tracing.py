@@ -58,6 +58,8 @@ class Trace:
         Those of the image.
     read
         Keys of further arguments that are maps to be read by regions, with their spatial axes.
+    keeps_results
+        Whether results that are maps stay stored, rather than being made whole.
     """
 
     def __init__(
@@ -67,8 +69,11 @@ class Trace:
         dtype: torch.dtype,
         device: torch.device,
         read: Mapping[str, Axes] = MappingProxyType({}),
+        *,
+        keeps_results: bool = False,
     ) -> None:
         self._graph = graph
+        self._keeps_results = keeps_results
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._marks: dict[str, _Mark] = {}
         """What had been recorded before each captured call."""
@@ -101,7 +106,8 @@ class Trace:
             with self._mode, torch.no_grad():
                 for raw in self._graph.nodes[position:]:
                     tracer.record(raw)
-        return tracer.program(self._graph)
+        with self._mode:
+            return tracer.program(self._graph, keeps_results=self._keeps_results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,9 +392,9 @@ class _Tracer:
         self.fakes[name] = fake
         return Ref(name)
 
-    def program(self, graph: RawGraph) -> Program:
+    def program(self, graph: RawGraph, *, keeps_results: bool) -> Program:
         """The recorded program, without nodes that nothing needs."""
-        outputs = substitute(graph.outputs, self._final)
+        outputs = substitute(graph.outputs, self._kept if keeps_results else self._final)
         updates = {qualified: self._final(name).name for qualified, name in graph.updates.items()}
         needed = _needed(self.nodes, (*refs_in(outputs), *updates.values(), *self._draws(), graph.image))
         self._refuse_unread_draws(needed)
@@ -421,6 +427,13 @@ class _Tracer:
                     f"'{node.name}' ({node.source or 'the model'}) draws random numbers of a map's size that "
                     "nothing reads: remove it, since the numbers drawn later depend on it"
                 )
+
+    def _kept(self, name: str) -> Any:
+        """A result of the model, stored if it is a map that is computed in tiles."""
+        value = self.values[name]
+        if isinstance(value, Ref) and self.nodes[value.name].kind is Kind.LOCAL:
+            return self._add(f"result_{value.name}", self.fakes[value.name], kind=Kind.RESULT, args=(value,))
+        return self._final(name)
 
     def _final(self, name: str) -> Any:
         """A result of the model, whole."""

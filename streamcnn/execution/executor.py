@@ -31,6 +31,7 @@ from streamcnn.execution.steps import Steps
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
+from streamcnn.stores import Store
 
 _STEPS = 64
 """Steps of a phase that are kept: there are more kinds of tiles only where each tile is of its own."""
@@ -225,6 +226,11 @@ class Execution:
                 tile = Tile(phase, row, col)
                 self._exchange.scatter(step, tile, compute(self._exchange.gather(step, tile)))
                 self._after_step(phase.shape(direction, row, col))
+
+    @property
+    def results(self) -> dict[str, Store]:
+        """Where the results are that stay stored when the forward pass is over, until this is closed."""
+        return {name: self._maps.store(operand) for name, operand in self.program.results.items()}
 
     @property
     def held_bytes(self) -> int:

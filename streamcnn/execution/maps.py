@@ -106,6 +106,10 @@ class Maps:
         store.close()
         return gradient
 
+    def store(self, name: str) -> Store:
+        """Where a checkpoint is."""
+        return self._checkpoints[name]
+
     def free_read(self, level: int) -> None:
         """Drop the checkpoints that nothing reads any more after the forward pass over ``level``."""
         for name in list(self._checkpoints):

@@ -69,6 +69,8 @@ class Kind(Enum):
     """A global value that needs every position of a map."""
     GATHER = "gather"
     """A whole map taken as a global value, for an operator that must be resident."""
+    RESULT = "result"
+    """A map that stays stored when the pass is over, for the caller to read."""
     GLOBAL = "global"
     """A global value computed once from global values."""
     STATE = "state"
@@ -210,6 +212,11 @@ class Program:
     def output_names(self) -> tuple[str, ...]:
         """Nodes that the user's result refers to, each once."""
         return refs_in(self.outputs)
+
+    @property
+    def results(self) -> dict[str, str]:
+        """Maps that stay stored, by the names that outputs refer to them by."""
+        return {node.name: node.operands[0] for node in self.nodes.values() if node.kind is Kind.RESULT}
 
     @property
     def residents(self) -> tuple[Node, ...]:

@@ -133,8 +133,15 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
 
     with collector(on=False):
         read = {key: reader.axes for key, reader in captured.maps.items()}
-        program = Trace(captured.graph, captured.states, spec.dtype, captured.device, read).program
-        return Planned(*make_plan(program, spec, machine, gradients))
+        trace = Trace(
+            captured.graph,
+            captured.states,
+            spec.dtype,
+            captured.device,
+            read,
+            keeps_results=spec.keeps_results,
+        )
+        return Planned(*make_plan(trace.program, spec, machine, gradients))
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:

@@ -59,6 +59,9 @@ class Shrink(Protocol):
         """What was planned last has gone through: later passes of the same kind are to begin with it."""
 
 
+Keep = Callable[[Store], Tensor]
+"""Reads a result that is stored, and gives what stands in for it."""
+
 _waiting: WeakSet[Pass] = WeakSet()
 """Passes whose backward pass is still to come."""
 
@@ -78,8 +81,10 @@ class Pass:
         captured: Captured,
         owner: PassOwner,
         shrink: Shrink,
+        keep: Keep | None = None,
     ) -> None:
         self.owner = owner
+        self.keep = keep
         self.known = captured.states
         self.before: dict[str, Tensor] = {}
         """Copies of the states that the pass changes: what it reads, now and when it computes again."""
@@ -187,6 +192,9 @@ class Pass:
             # Not before the error is let go of: its traceback holds the tile's tensors.
             self.ceiling.empty_cache()
         self.shrink.keep()
+        if self.keep is not None:
+            stored = {name: self.keep(store) for name, store in self.execution.results.items()}
+            values = {**values, **stored}
         outputs = {name: values[self.present_name(name)] for name in self.output_names}
         if self.plan.training:
             _waiting.add(self)

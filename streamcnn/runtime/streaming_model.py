@@ -29,6 +29,7 @@ from streamcnn.capture.parts import BEFORE, VALUE, parts_of
 from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.device import room_for
 from streamcnn.ceiling.kept_blocks import give_back
+from streamcnn.data.map_files import check_place, write_map
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
@@ -43,12 +44,23 @@ from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.machines import this_machine
 from streamcnn.runtime.module_facade import ModuleFacade
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned, module_dtype
+from streamcnn.runtime.prediction import (
+    Key,
+    Output,
+    PredictionCalls,
+    as_stored_map,
+    evaluating,
+    placement_of,
+    stands_in,
+    whole_map,
+)
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
-from streamcnn.runtime.streamed_pass import Pass, Streamed
+from streamcnn.runtime.streamed_pass import Keep, Pass, Streamed
 from streamcnn.runtime.target_errors import other_size, unknown_class
 from streamcnn.runtime.with_loss import Loss, LossCalls
+from streamcnn.stores import Store
 from streamcnn.support.interrupts import undoing
 from streamcnn.support.units import format_bytes, parse_bytes
 
@@ -114,6 +126,7 @@ class StreamingModel(ModuleFacade):
         self._plans = PlanCache()
         self._call = ForwardPass()
         self._losses = LossCalls()
+        self._predictions = PredictionCalls()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
         """What went through instead of a spec that was refused memory, by what was captured and the spec."""
         self._collected: finalize[[], StreamingModel] | None = None
@@ -130,6 +143,7 @@ class StreamingModel(ModuleFacade):
             "_plans": PlanCache(),
             "_call": ForwardPass(),
             "_losses": LossCalls(),
+            "_predictions": PredictionCalls(),
             "last_report": None,
             "observer": None,
             "_collected": None,
@@ -262,8 +276,9 @@ class StreamingModel(ModuleFacade):
         *,
         image_gradient: bool,
         reading: BatchCost,
+        keeps_results: bool = False,
     ) -> PassSpec:
-        trains = torch.is_grad_enabled() or captured.graph.enables_grad
+        trains = not keeps_results and (torch.is_grad_enabled() or captured.graph.enables_grad)
         states = captured.states
         leaves = {name for name, key in captured.graph.states.items() if trains and states[key].requires_grad}
         if image_gradient:
@@ -275,7 +290,8 @@ class StreamingModel(ModuleFacade):
             leaves=frozenset(leaves),
             budget=self.budget,
             tile=self.tile,
-            tail=self.resident_tail,
+            tail=self.resident_tail and not keeps_results,
+            keeps_results=keeps_results,
             reading=replace(
                 reading,
                 maps=tuple(
@@ -370,10 +386,84 @@ class StreamingModel(ModuleFacade):
             raise other_size(error, image, target) or error from error
         return result
 
+    @_disable_dynamo
+    def predict_to(
+        self,
+        image: Image,
+        path: str | os.PathLike[str],
+        *,
+        output: Output = "values",
+        key: Key = None,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        inputs: Sequence[Any] = (),
+        named_inputs: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the map that the module gives for one image to a file; the path of that.
+
+        The module runs in eval mode. The map goes to the disk tile by tile, to a temporary place first (see
+        ``spill``), and is never whole in memory. What is written has its name when it is whole.
+
+        Parameters
+        ----------
+        image
+            As for the model itself, one image.
+        path
+            A folder ``.zarr`` for OME-Zarr 0.5 or a file ``.tif`` or ``.tiff`` for a tiled BigTIFF. The size
+            of a pixel and GeoTIFF's tags are the image's, if its source has some, for the map's own pixels.
+        output
+            ``"values"``: the map as it is; ``"classes"``: the largest channel, or of one channel whether it
+            is positive, as uint8 (uint16 if there are more than 256); ``"softmax"`` and ``"sigmoid"``:
+            probabilities as uint8, 255 being 1.
+        key
+            Which of several results it is, by name or place.
+        dtype
+            Of values: float32 or float16.
+        overwrite
+            Whether a map of the same format that is at ``path`` is replaced.
+        inputs, named_inputs
+            What else goes into the module after the image, in order and by name.
+
+        Raises
+        ------
+        ValueError
+            If the path's ending or an option is none of these.
+        CannotWrite
+            If something is at ``path`` already, or it cannot be written; nothing of it is left then.
+        PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage
+            As from the model itself; the last but one also if the result is no map (1, C, H, W).
+        """
+        place = Path(path)
+        module, call = self._predictions.of(self.net, output, key, dtype)
+        check_place(place, overwrite=overwrite)
+        is_written = False
+
+        def keep(store: Store) -> Tensor:
+            nonlocal is_written
+            found = as_stored_map(store)
+            write_map(place, found, placement_of(image).of_map(found.shape[1:]))
+            is_written = True
+            return stands_in(store)
+
+        with evaluating(self.net):
+            result = self._streamed(module, call, image, (tuple(inputs), dict(named_inputs or {})), {}, keep)
+        if not is_written:
+            keep(whole_map(result))
+        return place
+
     def _streamed(
-        self, net: nn.Module, call: ForwardPass, image: Image, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        net: nn.Module,
+        call: ForwardPass,
+        image: Image,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep: Keep | None = None,
     ) -> Any:
-        """What ``net`` returns for whole images, ``net`` being the module or what has it inside."""
+        """What ``net`` returns for whole images, ``net`` being the module or what has it inside.
+
+        With ``keep`` results that are maps stay stored, and are what it makes of them.
+        """
         reader = BatchReader(image, self._device(), self.preprocess)
         given = Arguments.of(args, kwargs, reader.device)
         image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
@@ -389,7 +479,8 @@ class StreamingModel(ModuleFacade):
             refuse_changes_of_the_image(graph, image)
             refuse_shared_memory(graph, states)
             captured = Captured(graph, states, reader.device, given.maps)
-            results = self._run_parts(captured, reader, image if image_gradient else None, caller_modes)
+            leaf = image if image_gradient else None
+            results = self._run_parts(captured, reader, leaf, caller_modes, keep)
             asked = results[: len(results) - graph.num_checks]
             return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
@@ -404,13 +495,19 @@ class StreamingModel(ModuleFacade):
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
     def _run_parts(
-        self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
+        self,
+        captured: Captured,
+        reader: BatchReader,
+        image: Any,
+        caller_modes: CallerModes,
+        keep: Keep | None,
     ) -> Sequence[Any]:
         """Carry out a captured forward pass, where results depend on each other in parts; its results."""
         graph = captured.graph
-        parts = parts_of(graph) if torch.is_grad_enabled() or graph.enables_grad else ()
+        differentiates = keep is None and (torch.is_grad_enabled() or graph.enables_grad)
+        parts = parts_of(graph) if differentiates else ()
         if not parts:
-            return self._run(captured, reader, image, caller_modes)
+            return self._run(captured, reader, image, caller_modes, keep)
         before = {key: as_before(key, captured.states[key]) for key in graph.updates}
 
         def run() -> Sequence[Any]:
@@ -433,7 +530,12 @@ class StreamingModel(ModuleFacade):
         return undoing(run, undo)
 
     def _run(
-        self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
+        self,
+        captured: Captured,
+        reader: BatchReader,
+        image: Any,
+        caller_modes: CallerModes,
+        keep: Keep | None = None,
     ) -> Sequence[Any]:
         """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
         machine = this_machine(reader.device)
@@ -443,6 +545,7 @@ class StreamingModel(ModuleFacade):
             reader.dtype,
             image_gradient=image is not None,
             reading=reader.reading,
+            keeps_results=keep is not None,
         )
         planned, spec = self._plan_here(captured, spec, machine)
         program = planned.program
@@ -452,7 +555,7 @@ class StreamingModel(ModuleFacade):
         if self._collected is None:
             self._collected = finalize(self, give_back)
             self._collected.atexit = False
-        run = Pass(planned, reader, captured, self, shrink)
+        run = Pass(planned, reader, captured, self, shrink, keep)
         outputs = undoing(
             partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
         )
