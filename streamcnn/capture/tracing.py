@@ -26,7 +26,6 @@ from torch.utils import _pytree as pytree
 
 import streamcnn.graph.ops  # noqa: F401  fills the registry
 from streamcnn.capture.capture import RawGraph, RawNode, moved
-from streamcnn.capture.flat_maps import FlatMap, flat_maps_in, merges_for_sums, on_flat_maps, replaced
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.autocast import as_recorded
@@ -79,7 +78,7 @@ class Trace:
         self._marks: dict[str, _Mark] = {}
         """What had been recorded before each captured call."""
         with self._mode, torch.no_grad():
-            self._tracer = tracer = _Tracer(merges_for_sums(graph))
+            self._tracer = tracer = _Tracer()
             tracer.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
             for name, qualified in graph.states.items():
                 if qualified in read:
@@ -126,13 +125,11 @@ class _Mark:
 class _Tracer:
     """Records nodes; see :class:`streamcnn.graph.ops.rules.Tracer` for what rules may call."""
 
-    def __init__(self, merges: frozenset[str] = frozenset()) -> None:
-        self.merges = merges
-        """Captured reshapes whose results may be flat maps."""
+    def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self.fakes: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
-        """Captured node name to a ref, a flat map, a tuple of refs, or a plain value."""
+        """Captured node name to a ref, a tuple of refs, or a plain value."""
         self.states: dict[str, str] = {}
         self.maps: dict[str, str] = {}
         """What is read by regions beside the image."""
@@ -216,11 +213,6 @@ class _Tracer:
         )
 
     def _lower(self, call: Call) -> Any:
-        if any(flat_maps_in(call)) or self._merges(call):
-            result = None if self.resident else on_flat_maps(self, call)
-            if result is not None:
-                return result
-            call = replaced(call, self.whole)
         operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
         if any(self.axes(ref) is not None for ref in operands):
             result = self._stream(call)
@@ -232,18 +224,6 @@ class _Tracer:
         result = rule(self, call) if rule else self.global_value(call.target, *call.args, **call.kwargs)
         self.note = ""
         return result
-
-    def _merges(self, call: Call) -> bool:
-        """Whether the call is a reshape whose result may be a flat map."""
-        return self.raw is not None and self.raw.name in self.merges and isinstance(call.args[0], Ref)
-
-    def whole(self, flat: FlatMap) -> Ref:
-        """A flat map as a global value."""
-        self.note = "it merges a spatial axis with another or splits it unevenly"
-        found: Ref = self.global_value(
-            torch.ops.aten.reshape.default, self.gather(flat.map), flat.shape(self)
-        )
-        return found
 
     def _stream(self, call: Call) -> Any:
         if self.resident:
@@ -458,7 +438,6 @@ class _Tracer:
     def _final(self, name: str) -> Any:
         """A result of the model, whole."""
         value = self.values[name]
-        assert not isinstance(value, FlatMap), "only what sums are made of is flat"
         if isinstance(value, tuple):
             return tuple(self.gather(ref) if self.axes(ref) is not None else ref for ref in value)
         if isinstance(value, Ref) and self.axes(value) is not None:
