@@ -26,13 +26,14 @@ from torch.utils import _pytree as pytree
 
 import streamcnn.graph.ops  # noqa: F401  fills the registry
 from streamcnn.capture.capture import RawGraph, RawNode, moved
+from streamcnn.capture.folding import MERGING, Folded, is_folded, stream_folded, unfolded
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.costs import cost_of, draws
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.ops.reduction_types import Reduction
-from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
+from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
 from streamcnn.graph.program import (
     Access,
     Axes,
@@ -45,6 +46,9 @@ from streamcnn.graph.program import (
     refs_in,
     substitute,
 )
+
+_LEAST_POSITIONS = 64
+"""Positions of a grid with which streaming begins again."""
 
 
 class Trace:
@@ -129,7 +133,7 @@ class _Tracer:
         self.nodes: dict[str, Node] = {}
         self.fakes: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
-        """Captured node name to a ref, a tuple of refs, or a plain value."""
+        """Captured node name to a ref, one with merged axes, a tuple of those, or a plain value."""
         self.states: dict[str, str] = {}
         self.maps: dict[str, str] = {}
         """What is read by regions beside the image."""
@@ -141,6 +145,11 @@ class _Tracer:
         self.note = ""
         self.resident = False
         self.plain_bytes = 0
+        self.num_images = 0
+        self.sizes: set[tuple[int, ...]] = set()
+        """Extents of all maps."""
+        self.from_whole: set[str] = set()
+        """Global values that were worked out from whole maps."""
         self.known: dict[Any, Any] = {}
         """Fake results of calls by what they are functions of: networks repeat their blocks."""
 
@@ -173,6 +182,7 @@ class _Tracer:
     # --- recording -----------------------------------------------------------------------------------
 
     def add_image(self, name: str, image: Tensor) -> None:
+        self.num_images = image.shape[0]
         self.values[name] = self._add(name, image, kind=Kind.IMAGE, axes=(2, 3))
 
     def add_map(self, name: str, key: str, tensor: Tensor, axes: Axes) -> None:
@@ -198,8 +208,8 @@ class _Tracer:
             self.values[raw.name] = self._item(raw, *args)
             return
         self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
-        if raw.allocates and isinstance(result, Ref):
-            self.plain_bytes += self.spec(result).nbytes
+        if raw.allocates and isinstance(result, (Ref, Folded)):
+            self.plain_bytes += self.spec(result.ref if isinstance(result, Folded) else result).nbytes
 
     def _value(self, name: str) -> Any:
         return self.values[name]
@@ -214,28 +224,70 @@ class _Tracer:
 
     def _lower(self, call: Call) -> Any:
         operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
-        if any(self.axes(ref) is not None for ref in operands):
-            result = self._stream(call)
+        merged = is_folded(call)
+        if merged or any(self.axes(ref) is not None for ref in operands):
+            result = self._stream(call, merged=merged)
             if not isinstance(result, NotStreamable):
                 return result
-            self.note = result.reason
             call = self._gather_maps(call)
+            self.note = result.reason
+        elif begins_maps(call.target) and not self.resident:
+            result = self._begin(call)
+            if not isinstance(result, NotStreamable):
+                return result
         rule = rule_for(call.target, without_maps=True)
         result = rule(self, call) if rule else self.global_value(call.target, *call.args, **call.kwargs)
         self.note = ""
         return result
 
-    def _stream(self, call: Call) -> Any:
+    def _stream(self, call: Call, *, merged: bool) -> Any:
         if self.resident:
             return NotStreamable("")
+        if merged:
+            return stream_folded(self, call)
+        result = self.stream(call)
+        if isinstance(result, NotStreamable) and rule_for(call.target) in MERGING:
+            return stream_folded(self, call)
+        return result
+
+    def stream(self, call: Call) -> Any:
+        """What the call's rule answers."""
         rule = rule_for(call.target)
         return NotStreamable("it has no rule") if rule is None else rule(self, call)
 
-    def _gather_maps(self, call: Call) -> Call:
-        def whole(name: str) -> Ref:
-            return self.gather(Ref(name)) if self.axes(Ref(name)) is not None else Ref(name)
+    def _begin(self, call: Call) -> Any:
+        """Stream a call whose first operand was worked out from whole maps: what it gives is a map again."""
+        ref = call.args[0]
+        if ref.name not in self.from_whole:
+            return NotStreamable("")
+        result: Any = NotStreamable("")
+        for axes in self._grids(self.spec(ref).shape):
+            result = self.stream(Call(call.target, (self.promote(ref, axes), *call.args[1:]), call.kwargs))
+            if not isinstance(result, NotStreamable):
+                break
+        return result
 
-        return Call(call.target, substitute(call.args, whole), substitute(dict(call.kwargs), whole))
+    def _grids(self, shape: tuple[int, ...]) -> Iterator[Axes]:
+        """Which axes of a tensor may be those of a map again; any would be exact.
+
+        With channels last they have a known map's extents. Of few positions nothing is gained.
+        """
+        if len(shape) != 4 or shape[0] != self.num_images:
+            return
+        if shape[2] * shape[3] >= _LEAST_POSITIONS:
+            yield (2, 3)
+        if shape[1] * shape[2] >= _LEAST_POSITIONS and shape[1:3] in self.sizes:
+            yield (1, 2)
+
+    def _gather_maps(self, call: Call) -> Call:
+        args, kwargs = pytree.tree_map(self._whole, (call.args, dict(call.kwargs)))
+        return Call(call.target, args, kwargs)
+
+    def _whole(self, value: Any) -> Any:
+        """A map as a global value; anything else as it is."""
+        if isinstance(value, Folded):
+            return unfolded(self, value)
+        return self.gather(value) if isinstance(value, Ref) and self.axes(value) is not None else value
 
     def gather(self, ref: Ref) -> Ref:
         """The whole of a map as a global value, recorded once."""
@@ -264,12 +316,23 @@ class _Tracer:
         def fake_of(name: str) -> Any:
             return self.fakes[name]
 
-        args, kwargs = substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of)
+        return self._fake(call.target, substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of))
+
+    def fake_seen(self, call: Call) -> Any:
+        def fake_of(value: Any) -> Any:
+            if isinstance(value, Folded):
+                fake = self.fakes[value.ref.name]
+                return fake.new_empty(value.seen(fake.shape))
+            return self.fakes[value.name] if isinstance(value, Ref) else value
+
+        return self._fake(call.target, *pytree.tree_map(fake_of, (call.args, dict(call.kwargs))))
+
+    def _fake(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         casts = self.raw.casts if self.raw is not None else None
-        key = (call.target, casts, _look(args), _look(kwargs))
+        key = (target, casts, _look(args), _look(kwargs))
         with as_recorded(grad=True, casts=casts):
             try:
-                return self._once(key, lambda: call.target(*args, **kwargs))
+                return self._once(key, lambda: target(*args, **kwargs))
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedModel(
                     f"{_target_name(self.raw)} in {self._where()} gives a value or a shape that depends on "
@@ -379,7 +442,7 @@ class _Tracer:
         grad = grad and not cost_of(fields.get("target")).detaches
         # What only moves a value between maps and global values serves readers inside and outside of blocks.
         grad = grad or kind in (Kind.GATHER, Kind.PROMOTED)
-        self.nodes[name] = Node(
+        self.nodes[name] = node = Node(
             name=name,
             kind=kind,
             spec=spec,
@@ -390,6 +453,10 @@ class _Tracer:
             **{**defaults, **fields},
         )
         self.fakes[name] = fake
+        if node.is_map:
+            self.sizes.add(node.size)
+        elif kind is Kind.GATHER or (kind is Kind.GLOBAL and not self.from_whole.isdisjoint(node.operands)):
+            self.from_whole.add(name)
         return Ref(name)
 
     def program(self, graph: RawGraph, *, keeps_results: bool) -> Program:
@@ -437,12 +504,7 @@ class _Tracer:
 
     def _final(self, name: str) -> Any:
         """A result of the model, whole."""
-        value = self.values[name]
-        if isinstance(value, tuple):
-            return tuple(self.gather(ref) if self.axes(ref) is not None else ref for ref in value)
-        if isinstance(value, Ref) and self.axes(value) is not None:
-            return self.gather(value)
-        return value
+        return pytree.tree_map(self._whole, self.values[name])
 
 
 def _target_name(raw: RawNode | None) -> str:

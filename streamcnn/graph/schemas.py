@@ -26,6 +26,23 @@ def bound(target: object, args: Sequence[Any], kwargs: Mapping[str, Any], *names
     return [values[name] for name in names]
 
 
+def takes(target: object, name: str) -> bool:
+    """Whether an operator's schema has an argument ``name``."""
+    assert isinstance(target, OpOverload)
+    return any(argument.name == name for argument in target._schema.arguments)
+
+
+def with_argument(
+    target: object, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments with another value for the schema's argument ``name``."""
+    assert isinstance(target, OpOverload)
+    place = next(i for i, argument in enumerate(target._schema.arguments) if argument.name == name)
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), dict(kwargs)
+    return tuple(args), {**kwargs, name: value}
+
+
 def places_of_axes(
     target: Callable[..., Any], ndim: int, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[int]:

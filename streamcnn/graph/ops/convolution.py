@@ -22,7 +22,7 @@ from streamcnn.graph.program import Access, Ref
 aten = torch.ops.aten
 
 
-@rule(aten.conv2d.default, aten.conv2d.padding)
+@rule(aten.conv2d.default, aten.conv2d.padding, begins=True)
 def conv2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """2-D convolution: any kernel, stride, dilation, groups and padding, ``same`` included."""
     ref, weight, bias, stride, padding, dilation, groups = call.bind(
@@ -77,7 +77,7 @@ def convolve_complex(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
     return convolve(x, weight, *options)
 
 
-@rule(aten.conv_transpose2d.input)
+@rule(aten.conv_transpose2d.input, begins=True)
 def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """2-D transposed convolution, output padding included."""
     ref, weight, bias, stride, padding, dilation, groups = call.bind(

@@ -176,7 +176,7 @@ def per_position(tracer: Tracer, call: Call, ref: Ref, *, heavy: bool = False) -
     )
 
 
-@rule(aten.linear.default)
+@rule(aten.linear.default, begins=True)
 def linear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A linear layer on the last axis, where that is not a spatial one."""
     ref, weight = call.bind("input", "weight")

@@ -294,3 +294,38 @@ class VectorNorm(Reduction):
         safe = torch.where(norm == 0, 1, norm)
         scaled = x / safe if self.power == 2 else x.sgn() * (x.abs() / safe).pow(self.power - 1)
         return scaled * self._broadcast(grads[0], x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductSum(Reduction):
+    """At every position a column times a row, summed: channels of the last axis up to ``split`` by the rest.
+
+    With keys and values side by side it is what linear attention knows of all positions.
+    """
+
+    split: int = 0
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        x = x.to(statistics_dtype(x.dtype))
+        first, second = self._sides(x)
+        return (_exact(first.transpose(-1, -2) @ second),)
+
+    def merge(self, first: Partials, second: Partials) -> Partials:
+        return (first[0] + second[0],)
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (parts[0].to(dtype),)
+
+    def gradient(
+        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Tensor:
+        assert grads[0] is not None
+        grad = grads[0].to(x.dtype)
+        first, second = self._sides(x)
+        found = torch.cat((second @ grad.transpose(-1, -2), first @ grad), -1)
+        return found.reshape(x.shape)
+
+    def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with positions as rows: (..., P, split) and (..., P, rest)."""
+        rows = x.flatten(self.dims[0], self.dims[-1])
+        return rows[..., : self.split], rows[..., self.split :]

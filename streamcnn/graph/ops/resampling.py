@@ -153,7 +153,7 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
     return x.index_select(axis, torch.tensor(places, device=x.device))
 
 
-@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
+@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, begins=True)
 def upsample_nearest(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Nearest-neighbour resampling to any size, larger or smaller."""
     ref = call.args[0]
@@ -212,7 +212,7 @@ def nearest_sources(num_out: int, size: int, scale: float | None) -> tuple[int, 
         return tuple(int(place) for place in picked.flatten())
 
 
-@rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default)
+@rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, begins=True)
 def upsample_bilinear(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Bilinear resampling, corners aligned or not, to any size."""
     ref, align_corners = call.args[0], call.bind("align_corners")[0]

@@ -17,7 +17,7 @@ import torch
 
 from streamcnn.graph.program import Access, Axes, Ref, TensorSpec
 from streamcnn.graph.registry import Registry
-from streamcnn.graph.schemas import bound
+from streamcnn.graph.schemas import bound, with_argument
 
 if TYPE_CHECKING:
     from streamcnn.graph.ops.reduction_types import Reduction
@@ -41,6 +41,10 @@ class Call:
     def bind(self, *names: str) -> list[Any]:
         """Values of the schema's arguments ``names``, defaults filled in."""
         return bound(self.target, self.args, self.kwargs, *names)
+
+    def replaced(self, name: str, value: Any) -> Call:
+        """The call with another value for the schema's argument ``name``."""
+        return Call(self.target, *with_argument(self.target, self.args, self.kwargs, name, value))
 
 
 class Tracer(Protocol):
@@ -87,9 +91,12 @@ Rule = Callable[[Tracer, Call], Any]
 
 _RULES = Registry[Rule]("rule")
 _WITHOUT_MAPS = Registry[Rule]("rule for global values")
+_BEGINS = Registry[Rule]("rule that begins maps")
 
 
-def rule(*keys: Any, replace: bool = False, without_maps: bool = False) -> Callable[[Rule], Rule]:
+def rule(
+    *keys: Any, replace: bool = False, without_maps: bool = False, begins: bool = False
+) -> Callable[[Rule], Rule]:
     """Decorate a rule with the operators that it is for.
 
     Parameters
@@ -102,6 +109,9 @@ def rule(*keys: Any, replace: bool = False, without_maps: bool = False) -> Calla
     without_maps
         Whether the rule also takes calls without any map among their operands, which are recorded as they
         are otherwise.
+    begins
+        Whether streaming begins again with the call, where its first operand was worked out from whole maps
+        and has a map's shape: for operators that take most of a network's time or give larger maps.
 
     Raises
     ------
@@ -113,6 +123,8 @@ def rule(*keys: Any, replace: bool = False, without_maps: bool = False) -> Calla
         _RULES.add(keys, function, replace=replace)
         if without_maps:
             _WITHOUT_MAPS.add(keys, function, replace=replace)
+        if begins:
+            _BEGINS.add(keys, function, replace=replace)
         return function
 
     return register
@@ -121,6 +133,11 @@ def rule(*keys: Any, replace: bool = False, without_maps: bool = False) -> Calla
 def rule_for(target: object, *, without_maps: bool = False) -> Rule | None:
     """The rule for a call with maps among its operands, or for one without; ``None`` if there is none."""
     return (_WITHOUT_MAPS if without_maps else _RULES).get(target)
+
+
+def begins_maps(target: object) -> bool:
+    """Whether streaming begins again with a call of ``target``."""
+    return _BEGINS.get(target) is not None
 
 
 @dataclass(frozen=True, slots=True)

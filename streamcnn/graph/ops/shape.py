@@ -38,6 +38,9 @@ def _axes(tracer: Tracer, ref: Ref) -> Axes:
     aten.moveaxis.intlist,
     aten.swapaxes.default,
     aten.swapdims.default,
+    aten.mT.default,
+    aten.adjoint.default,
+    aten.t.default,
 )
 def permute(tracer: Tracer, call: Call) -> Ref:
     """Axes in another order."""

@@ -1,0 +1,481 @@
+"""Axes of space that a reshape has merged: tokens, and windows as a longer batch.
+
+Transformers see a map (N, C, H, W) as tokens (N, H * W, C), or windows of it as images of their own. No value
+moves by that, so the map keeps its axes; what is remembered is how many of them each axis that the code sees
+is made of. A call on what the code sees is translated to one on the map, which the rules of the operators
+then stream like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from streamcnn.graph.ops import dropout, normalization, pointwise, products, reductions, shape
+from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
+from streamcnn.graph.program import Axes, Ref
+from streamcnn.graph.schemas import places_of_axes, takes
+
+aten = torch.ops.aten
+
+Runs = tuple[int, ...]
+"""By axis that the code sees: how many consecutive axes of the map it is made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A map as the code sees it."""
+
+    ref: Ref
+    runs: Runs
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """By axis that the code sees: the first of the map's axes."""
+        return tuple(accumulate(self.runs, initial=0))[:-1]
+
+    def span(self, axis: int) -> range:
+        """The map's axes behind one that the code sees."""
+        start = self.starts[axis]
+        return range(start, start + self.runs[axis])
+
+    def seen(self, extents: Sequence[int]) -> tuple[int, ...]:
+        """The shape that the code sees, of a map or a tile of these extents."""
+        return tuple(math.prod(extents[i] for i in self.span(axis)) for axis in range(len(self.runs)))
+
+
+class FoldingTracer(Tracer, Protocol):
+    """What is asked of the tracer here besides what rules may ask."""
+
+    def stream(self, call: Call) -> Any:
+        """What the call's rule answers."""
+
+    def gather(self, ref: Ref) -> Ref:
+        """The whole of a map as a global value, recorded once."""
+
+    def fake_seen(self, call: Call) -> Any:
+        """The call's result on fake tensors as the code sees it."""
+
+
+def is_folded(call: Call) -> bool:
+    """Whether an operand has merged axes."""
+    return any(isinstance(leaf, Folded) for leaf in pytree.tree_leaves((call.args, dict(call.kwargs))))
+
+
+def stream_folded(tracer: FoldingTracer, call: Call) -> Any:
+    """Carry out a call that merges axes of space, or whose operands have merged ones, on the map itself.
+
+    The result is a ref, a :class:`Folded` one, a tuple of those, or :class:`NotStreamable`.
+    """
+    translate = _TRANSLATIONS.get(rule_for(call.target))
+    if translate is None:
+        return NotStreamable("it has no rule for axes of space that are merged")
+    return translate(tracer, call)
+
+
+def unfolded(tracer: FoldingTracer, value: Folded) -> Ref:
+    """The whole of a map as a global value, as the code sees it."""
+    whole = tracer.gather(value.ref)
+    return _reshaped(tracer, whole, value.seen(tracer.spec(value.ref).shape))
+
+
+# --- operators that regroup axes ---------------------------------------------------------------------
+
+
+def _reshape(tracer: FoldingTracer, call: Call) -> Any:
+    value = _as_folded(tracer, call.args[0])
+    axes = tracer.axes(value.ref)
+    if axes is None:
+        return NotStreamable("it gives a global value the shape of a map")
+    after = tuple(tracer.fake_seen(call).shape)
+    if call.target in (aten.expand.default, aten.broadcast_to.default):
+        return _expand(tracer, value, after)
+    found = regrouping(tracer.spec(value.ref).shape, axes, after)
+    if found is None:
+        return NotStreamable("it splits a spatial axis unevenly or merges it with another in parts")
+    extents, runs = found
+    ref = value.ref
+    if extents != tracer.spec(ref).shape:
+        ref = tracer.stream(Call(aten.reshape.default, (ref, extents), {}))
+    return ref if isinstance(ref, NotStreamable) else _result(tracer, ref, runs, after)
+
+
+def regrouping(
+    before: Sequence[int], axes: Axes, after: Sequence[int]
+) -> tuple[tuple[int, ...], Runs] | None:
+    """A map's extents and its runs for a reshape of what the code sees to ``after``; None if it has none.
+
+    Both shapes are cut into the shortest stretches of axes that hold the same elements. Where no axis of
+    space is involved, the map takes the new axes. Where axes of space and others become one, they stay, as
+    a run. An axis of space that is split, or merged with others after it, is left to the rule of reshape.
+    """
+    extents: list[int] = []
+    runs: list[int] = []
+    i = k = 0
+    while i < len(before) or k < len(after):
+        first, start = i, k
+        if k < len(after) and after[k] == 1 and (i == len(before) or before[i] != 1):
+            k += 1  # an axis of one position is put in
+        elif i < len(before) and before[i] == 1 and i not in axes and (k == len(after) or after[k] != 1):
+            i += 1  # or taken out
+        elif i == len(before) or k == len(after):
+            return None
+        else:
+            i, k = i + 1, k + 1
+            while (held := math.prod(before[first:i])) != (holds := math.prod(after[start:k])):
+                if held < holds and i < len(before):
+                    i += 1
+                elif holds < held and k < len(after):
+                    k += 1
+                else:
+                    return None
+        spatial = [axis for axis in axes if first <= axis < i]
+        if spatial and k - start == 1 and (len(spatial) > 1 or spatial[0] > first):
+            extents += before[first:i]
+            runs.append(i - first)
+        elif spatial and (len(spatial) > 1 or spatial[0] > first):
+            inner = math.prod(after[start + 1 : k])
+            if spatial != [i - 1] or before[i - 1] % inner:
+                return None
+            # Its outer part goes with what is before it, its inner part is of other axes.
+            extents += (*before[first : i - 1], before[i - 1] // inner, *after[start + 1 : k])
+            runs += [i - first] + [1] * (k - start - 1)
+        else:
+            extents += after[start:k]
+            runs += [1] * (k - start)
+    return tuple(extents), tuple(runs)
+
+
+def _expand(tracer: FoldingTracer, value: Folded, after: tuple[int, ...]) -> Any:
+    extents = tracer.spec(value.ref).shape
+    before = value.seen(extents)
+    added = len(after) - len(before)
+    wanted = list(after[:added])
+    for axis, extent in enumerate(after[added:]):
+        if value.runs[axis] > 1 and extent != before[axis]:
+            return NotStreamable("it repeats merged axes of space")
+        wanted += [extents[i] for i in value.span(axis)] if value.runs[axis] > 1 else [extent]
+    result = tracer.stream(Call(aten.expand.default, (value.ref, wanted), {}))
+    return _result(tracer, result, (1,) * added + value.runs, after)
+
+
+def _permute(tracer: FoldingTracer, call: Call) -> Any:
+    value = _as_folded(tracer, call.args[0])
+    places = places_of_axes(call.target, len(value.runs), call.args[1:], call.kwargs)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    axes = [i for axis in order for i in value.span(axis)]
+    result = tracer.stream(Call(aten.permute.default, (value.ref, axes), {}))
+    return _result(tracer, result, tuple(value.runs[axis] for axis in order), tracer.fake_seen(call).shape)
+
+
+# --- operators that leave merged axes alone -----------------------------------------------------------
+
+
+def _pointwise(tracer: FoldingTracer, call: Call) -> Any:
+    like = tracer.fake_seen(call)
+    folded = [value for value in _values(call) if isinstance(value, Folded)]
+    if not isinstance(like, Tensor):
+        return NotStreamable("it returns several tensors")
+    added = like.dim() - max(len(value.runs) for value in folded)
+    first = max(folded, key=lambda value: len(value.runs))
+    maps = [value for value in _values(call) if isinstance(value, Ref) and tracer.axes(value) is not None]
+    if maps or any(first.runs[-len(value.runs) :] != value.runs for value in folded):
+        return NotStreamable("its operands have their axes of space merged differently")
+    extents = tracer.spec(first.ref).shape
+
+    def apart(value: Any) -> Any:
+        if isinstance(value, Folded):
+            return value.ref
+        if not isinstance(value, Ref):
+            return value
+        return _apart(tracer, value, Folded(first.ref, (1,) * added + first.runs), (1,) * added + extents)
+
+    translated = Call(call.target, *_mapped(apart, call))
+    return _result(tracer, tracer.stream(translated), (1,) * added + first.runs, like.shape)
+
+
+def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int], *, rank: int = 0) -> Ref:
+    """A global value that meets a map of these extents, with the axes apart that are merged there.
+
+    Axes of one position in front give it ``rank`` axes, if it has fewer.
+    """
+    before = tracer.spec(ref).shape
+    after: list[int] = []
+    for axis, extent in zip(reversed(range(len(beside.runs))), reversed(before), strict=False):
+        run = [extents[i] for i in beside.span(axis)] if beside.runs[axis] > 1 else [extent]
+        after[:0] = run if extent > 1 else [1] * len(run)
+    return _reshaped(tracer, ref, (1,) * (rank - len(after)) + tuple(after))
+
+
+def _trailing(tracer: FoldingTracer, call: Call) -> Any:
+    """The last axes: linear layers and norms."""
+    value = _as_folded(tracer, call.args[0])
+    count = 1 if rule_for(call.target) is pointwise.linear else len(call.args[1])
+    if any(isinstance(other, Folded) for other in _values(call)[1:]):
+        return NotStreamable("its parameters depend on the position")
+    if any(run > 1 for run in value.runs[-count:]):
+        return NotStreamable("it mixes positions: it is applied along merged axes of space")
+    result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
+    return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
+
+
+def _batch_norm(tracer: FoldingTracer, call: Call) -> Any:
+    """Statistics of each channel, the second axis, over all others: a map's with its channels in front."""
+    value = _as_folded(tracer, call.args[0])
+    extents = tracer.spec(value.ref).shape
+    ndim, channels = len(extents), value.starts[1]
+    if value.runs[1] > 1 or ndim not in (3, 4):
+        return NotStreamable("it is not applied to images or tokens")
+    others = [axis for axis in range(ndim) if axis != channels]
+    order = [*others[:-2], channels, *others[-2:]]
+    turned = tracer.stream(Call(aten.permute.default, (value.ref, order), {}))
+    shape = tracer.spec(turned).shape
+    # One image alone may have lost its axis.
+    image = tracer.stream(Call(aten.reshape.default, (turned, (1,) * (4 - ndim) + shape), {}))
+    result = tracer.stream(Call(call.target, (image, *call.args[1:]), call.kwargs))
+    if isinstance(result, NotStreamable):
+        return result
+    result = tracer.stream(Call(aten.reshape.default, (result, shape), {}))
+    back = [order.index(axis) for axis in range(ndim)]
+    result = tracer.stream(Call(aten.permute.default, (result, back), {}))
+    return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
+
+
+def _everywhere(tracer: FoldingTracer, call: Call) -> Any:
+    """No axis in particular."""
+    value: Folded = call.args[0]
+    result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
+    return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
+
+
+def _along(tracer: FoldingTracer, call: Call) -> Any:
+    """One axis that is not merged: joined, split, selected, normalised."""
+    like = tracer.fake_seen(call)
+    parts = like if isinstance(like, (tuple, list)) else (like,)
+    values = _values(call)
+    first = next(value for value in values if isinstance(value, Folded))
+    if any(not isinstance(value, Folded) or value.runs != first.runs for value in values):
+        return NotStreamable("its operands have their axes of space merged differently")
+    added = parts[0].dim() - len(first.runs)
+    dim = call.bind("dim")[0] % max(len(first.runs), parts[0].dim())
+    if added <= 0 and first.runs[dim] > 1:
+        same = parts[0].shape == first.seen(tracer.spec(first.ref).shape)
+        whole = same and len(values) == 1 and rule_for(call.target) is shape.slice_axis
+        return first if whole else NotStreamable("it works along merged axes of space")
+    start = (*first.starts, sum(first.runs))[dim]
+    translated = Call(call.target, *_mapped(lambda v: v.ref if isinstance(v, Folded) else v, call))
+    result = tracer.stream(translated.replaced("dim", start))
+    runs = (*first.runs[:dim], *((1,) * added), *first.runs[dim - min(added, 0) :])
+    if not isinstance(result, tuple):
+        return _result(tracer, result, runs, parts[0].shape)
+    return tuple(_result(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
+
+
+def _reduce(tracer: FoldingTracer, call: Call) -> Any:
+    """Sums, means and the like, over merged axes or beside them."""
+    value: Folded = call.args[0]
+    like, ndim = tracer.fake_seen(call), len(value.runs)
+    if not isinstance(like, Tensor):
+        return NotStreamable("it returns several tensors")
+    translated = Call(call.target, (value.ref, *call.args[1:]), call.kwargs)
+    dims = call.bind("dim")[0] if takes(call.target, "dim") else None
+    taken = (
+        set(range(ndim))
+        if dims in (None, [])
+        else {d % ndim for d in ([dims] if isinstance(dims, int) else dims)}
+    )
+    if dims not in (None, []):
+        axes = [i for axis in sorted(taken) for i in value.span(axis)]
+        if isinstance(dims, int) and len(axes) > 1:
+            return NotStreamable("it works along merged axes of space")
+        translated = translated.replaced("dim", axes[0] if isinstance(dims, int) else axes)
+    result = tracer.stream(translated)
+    if isinstance(result, NotStreamable):
+        return result
+    if tracer.axes(result) is None:
+        return _reshaped(tracer, result, tuple(like.shape))
+    keeps = like.dim() == ndim
+    runs = tuple(run for axis, run in enumerate(value.runs) if keeps or axis not in taken)
+    return _result(tracer, result, runs, like.shape)
+
+
+# --- products of matrices -----------------------------------------------------------------------------
+
+
+def _product(tracer: FoldingTracer, call: Call) -> Any:
+    """A product in which positions are rows, columns, or images of a batch.
+
+    Where every row meets every position, as queries meet keys, the other operand is whole.
+    """
+    first, second = (_as_folded(tracer, value) for value in call.args[:2])
+    rows, columns = _place(tracer, first), _place(tracer, second)
+    like = tracer.fake_seen(call)
+    if rows == -2:
+        result = products.by_rows(tracer, first.ref, first.span(-2), _whole(tracer, second), like)
+        return _result(tracer, result, (1,) * (like.dim() - 2) + (first.runs[-2], 1), like.shape)
+    if rows is None and columns == -1:
+        result = products.by_columns(tracer, first.ref, second.ref, second.span(-1), like)
+        return _result(tracer, result, (1,) * (like.dim() - 1) + (second.runs[-1],), like.shape)
+    if rows == -1 and columns == -2:
+        return _over_positions(tracer, first, second)
+    return _by_batch(tracer, call, (first, second))
+
+
+def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any:
+    """A product that sums over the positions, as keys and values of linear attention."""
+    ndim = len(first.runs)
+    turned = (*range(ndim - 2), *first.span(-1), ndim - 2)
+    columns = tracer.stream(Call(aten.permute.default, (first.ref, turned), {}))
+    shape, other = tracer.spec(columns).shape, tracer.spec(second.ref).shape
+    if len(second.runs) != ndim or shape[:-1] != other[:-1]:
+        return NotStreamable("it sums over all positions of operands of different shapes")
+    return products.over_positions(tracer, columns, second.ref)
+
+
+def _attention(tracer: FoldingTracer, call: Call) -> Any:
+    """Attention whose queries are positions, or within each image of a batch of windows."""
+    query, key, value = (_as_folded(tracer, each) for each in call.args[:3])
+    (mask,) = call.bind("attn_mask")
+    places = [_place(tracer, each) for each in (query, key, value)]
+    if any(call.bind("dropout_p", "is_causal", "enable_gqa")):
+        return NotStreamable("it has dropout, is causal, or groups queries")
+    if places[0] != -2:
+        return _by_batch(tracer, call, (query, key, value), mask)
+    if isinstance(mask, Folded) or (mask is not None and tracer.axes(mask) is not None):
+        return NotStreamable("its mask is computed from maps")
+    if mask is not None:
+        mask = _rows_apart(tracer, mask, query)
+    whole = (_whole(tracer, key), _whole(tracer, value))
+    (scale,) = call.bind("scale")
+    like = tracer.fake_seen(call)
+    result = products.attend_by_rows(tracer, query.ref, query.span(-2), whole, mask, scale, like)
+    return _result(tracer, result, (1,) * (like.dim() - 2) + (query.runs[-2], 1), like.shape)
+
+
+def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:
+    """A mask with a row for each position, as a map; or one row for all, with axes of one position."""
+    extents, before = tracer.spec(query.ref).shape, tracer.spec(mask).shape
+    if before[-2] == 1:
+        return _reshaped(tracer, mask, (*before[:-2], *((1,) * query.runs[-2]), before[-1]))
+    rows = [extents[i] for i in query.span(-2)]
+    axes = tracer.axes(query.ref)
+    assert axes is not None
+    start = len(before) - 2 - query.span(-2).start
+    apart = _reshaped(tracer, mask, (*before[:-2], *rows, before[-1]))
+    return tracer.promote(apart, (axes[0] + start, axes[1] + start))
+
+
+def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mask: Any = None) -> Any:
+    """Matrices of each image of a batch: the axes of space stay in front of theirs."""
+    like = tracer.fake_seen(call)
+    first = max(operands, key=lambda each: (_place(tracer, each) is not None, len(each.runs)))
+    place = _place(tracer, first)
+    if place is None or place >= -2 or like.dim() != len(first.runs):
+        return NotStreamable("it mixes positions")
+    extents = tracer.spec(first.ref).shape
+    translated: list[Ref] = []
+    for each in operands:
+        if _place(tracer, each) is None:
+            translated.append(_apart(tracer, each.ref, first, extents, rank=len(extents)))
+        elif each.runs == first.runs:
+            translated.append(each.ref)
+        else:
+            return NotStreamable("its operands have their axes of space merged differently")
+    call = Call(call.target, (*translated, *call.args[len(translated) :]), call.kwargs)
+    if isinstance(mask, Ref) and tracer.axes(mask) is None:
+        call = call.replaced("attn_mask", _apart(tracer, mask, first, extents, rank=len(extents)))
+    elif isinstance(mask, Folded) and mask.runs == first.runs:
+        call = call.replaced("attn_mask", mask.ref)
+    elif mask is not None:
+        return NotStreamable("its mask has axes of space merged differently")
+    return _result(tracer, tracer.stream(call), first.runs, like.shape)
+
+
+def _place(tracer: FoldingTracer, value: Folded) -> int | None:
+    """Which axis that the code sees holds those of space, counted from the end.
+
+    None for a global value, 0 for a map whose axes of space are apart, or that has others merged.
+    """
+    axes = tracer.axes(value.ref)
+    if axes is None:
+        return None
+    ndim = len(value.runs)
+    found = {axis - ndim for axis in range(ndim) for each in axes if each in value.span(axis)}
+    others = any(run > 1 for axis, run in enumerate(value.runs) if axis - ndim not in found)
+    return 0 if len(found) > 1 or others else found.pop()
+
+
+def _whole(tracer: FoldingTracer, value: Folded) -> Ref:
+    return value.ref if tracer.axes(value.ref) is None else unfolded(tracer, value)
+
+
+# --- shared -------------------------------------------------------------------------------------------
+
+
+def _as_folded(tracer: FoldingTracer, value: Ref | Folded) -> Folded:
+    return value if isinstance(value, Folded) else Folded(value, (1,) * len(tracer.spec(value).shape))
+
+
+def _result(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]) -> Any:
+    """A map as the code sees it, or why there is none."""
+    if isinstance(result, NotStreamable):
+        return result
+    folded = Folded(result, runs)
+    extents = tracer.spec(result).shape
+    assert sum(runs) == len(extents), (runs, extents)
+    assert folded.seen(extents) == tuple(shape), (runs, extents, shape)
+    return folded if any(run > 1 for run in runs) else result
+
+
+def _reshaped(tracer: FoldingTracer, ref: Ref, after: tuple[int, ...]) -> Ref:
+    if tracer.spec(ref).shape == after:
+        return ref
+    result: Ref = tracer.global_value(torch.Tensor.reshape, ref, after)
+    return result
+
+
+def _values(call: Call) -> list[Ref | Folded]:
+    leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, (Ref, Folded))]
+
+
+def _mapped(function: Callable[[Any], Any], call: Call) -> tuple[Any, Any]:
+    return pytree.tree_map(function, call.args), pytree.tree_map(function, dict(call.kwargs))
+
+
+_TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
+    shape.reshape: _reshape,
+    shape.permute: _permute,
+    pointwise.pointwise: _pointwise,
+    dropout.dropout: _everywhere,
+    normalization.batch_norm: _batch_norm,
+    **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
+    **dict.fromkeys(
+        (
+            shape.concatenate,
+            shape.split,
+            shape.unbind,
+            shape.select,
+            shape.slice_axis,
+            pointwise.along_channels,
+        ),
+        _along,
+    ),
+    **dict.fromkeys(
+        (reductions.mean_or_sum, reductions.extremum, reductions.vector_norm, reductions.over_channels),
+        _reduce,
+    ),
+    products.product: _product,
+    products.attention: _attention,
+}
+"""How a call is translated, by the rule that its operator has."""
+
+MERGING = (shape.reshape, products.product, products.attention)
+"""Rules of operators whose operands are whole maps, and that stream more than their rule does here."""
