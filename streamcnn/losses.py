@@ -1,7 +1,6 @@
 """Losses of overlap for segmentation, which stream: all that they know of a map are sums over space.
 
-Names, arguments and values are those of segmentation-models-pytorch's losses, whose own code flattens the
-maps and so has them whole in memory.
+Names, arguments and values are those of segmentation-models-pytorch's losses.
 """
 
 from __future__ import annotations
