@@ -10,40 +10,31 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, cast
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.caller_modes import CallerModes
-from streamcnn.capture.capture import Given, RawGraph
-from streamcnn.capture.forward_pass import ForwardPass, stand_in
-from streamcnn.capture.parts import BEFORE, VALUE, parts_of
+from streamcnn.capture.forward_pass import ForwardPass
 from streamcnn.ceiling.cuda import record_idle_memory
-from streamcnn.ceiling.device import room_for
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.map_files import check_place, write_map
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
-from streamcnn.graph.autocast import autocast_state
 from streamcnn.graph.flattening import is_fake
-from streamcnn.graph.program import substitute
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.planning.spec import Machine
 from streamcnn.runtime.arguments import Arguments
-from streamcnn.runtime.machines import this_machine
 from streamcnn.runtime.module_facade import ModuleFacade
-from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned, module_dtype
+from streamcnn.runtime.passes import ImageSpec, Passes
+from streamcnn.runtime.plan_cache import Planned, module_dtype
 from streamcnn.runtime.prediction import (
     Key,
     Output,
@@ -55,13 +46,10 @@ from streamcnn.runtime.prediction import (
     whole_map,
 )
 from streamcnn.runtime.report import Report
-from streamcnn.runtime.smaller_plans import SmallerPlans
-from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
-from streamcnn.runtime.streamed_pass import Keep, Pass, Streamed
+from streamcnn.runtime.streamed_pass import Keep
 from streamcnn.runtime.target_errors import other_size, unknown_class
 from streamcnn.runtime.with_loss import Loss, LossCalls
 from streamcnn.stores import Store
-from streamcnn.support.interrupts import undoing
 from streamcnn.support.units import format_bytes, parse_bytes
 
 
@@ -123,14 +111,10 @@ class StreamingModel(ModuleFacade):
         """Told when a part of a pass begins and when it ends."""
         self.resident_tail = True
         """Whether the layers after the last large map may be run on whole maps."""
-        self._plans = PlanCache()
+        self._passes = Passes()
         self._call = ForwardPass()
         self._losses = LossCalls()
         self._predictions = PredictionCalls()
-        self._smaller: dict[tuple[Any, ...], PassSpec] = {}
-        """What went through instead of a spec that was refused memory, by what was captured and the spec."""
-        self._collected: finalize[[], StreamingModel] | None = None
-        """Gives kept blocks back when the model is collected; None before its first pass."""
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
@@ -140,13 +124,12 @@ class StreamingModel(ModuleFacade):
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
-            "_plans": PlanCache(),
+            "_passes": Passes(),
             "_call": ForwardPass(),
             "_losses": LossCalls(),
             "_predictions": PredictionCalls(),
             "last_report": None,
             "observer": None,
-            "_collected": None,
         }
         return {**self.__dict__, **emptied}
 
@@ -255,63 +238,9 @@ class StreamingModel(ModuleFacade):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        device = self._device()
-        given = Arguments.of(tuple(inputs), named or {}, device)
-
-        def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
-            captured = Captured(graph, states, device, given.maps)
-            spec = self._spec(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
-            if machine is not None:
-                return self._plans.plan(captured, spec, machine)
-            return self._plan_here(captured, spec, this_machine(device))[0]
-
-        image = stand_in(shape, dtype, device, requires_grad=image_gradient)
-        return self._call.until_captured(self.net, image, given.args, given.kwargs, take)
-
-    def _spec(
-        self,
-        captured: Captured,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        *,
-        image_gradient: bool,
-        reading: BatchCost,
-        keeps_results: bool = False,
-    ) -> PassSpec:
-        trains = not keeps_results and (torch.is_grad_enabled() or captured.graph.enables_grad)
-        states = captured.states
-        leaves = {name for name, key in captured.graph.states.items() if trains and states[key].requires_grad}
-        if image_gradient:
-            leaves.add(captured.graph.image)
-        return PassSpec(
-            image_shape=shape,
-            dtype=dtype,
-            casts=autocast_state(captured.device),
-            leaves=frozenset(leaves),
-            budget=self.budget,
-            tile=self.tile,
-            tail=self.resident_tail and not keeps_results,
-            keeps_results=keeps_results,
-            reading=replace(
-                reading,
-                maps=tuple(
-                    (name, captured.maps[key].reading)
-                    for name, key in captured.graph.states.items()
-                    if key in captured.maps
-                ),
-            ),
-        )
-
-    def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
-        """The plan within the budget and the process's other limits, and what it was made for.
-
-        It is a smaller one where that was refused memory before and a smaller one went through.
-        """
-
-        def present(spec: PassSpec) -> PassSpec:
-            return self._smaller.get((captured.settings, spec), spec)
-
-        return self._plans.plan_within(captured, spec, machine, room_for(captured.device), present)
+        given = Arguments.of(tuple(inputs), named or {}, self._device())
+        image = ImageSpec(shape, dtype, image_gradient, reading)
+        return self._passes.planned(self, self.net, self._call, image, given, self._device(), machine)
 
     def _device(self) -> torch.device:
         first = next(chain(self.net.parameters(), self.net.buffers()), None)
@@ -466,26 +395,7 @@ class StreamingModel(ModuleFacade):
         """
         reader = BatchReader(image, self._device(), self.preprocess)
         given = Arguments.of(args, kwargs, reader.device)
-        image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
-        if image_gradient and self.preprocess is not None:
-            raise ValueError(
-                "the image requires a gradient and preprocess= is set: the gradient would be that of the "
-                "preprocessed image; preprocess the image yourself, or detach it"
-            )
-
-        caller_modes = CallerModes()
-
-        def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
-            refuse_changes_of_the_image(graph, image)
-            refuse_shared_memory(graph, states)
-            captured = Captured(graph, states, reader.device, given.maps)
-            leaf = image if image_gradient else None
-            results = self._run_parts(captured, reader, leaf, caller_modes, keep)
-            asked = results[: len(results) - graph.num_checks]
-            return [states[each.key] if isinstance(each, Given) else each for each in asked]
-
-        here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
-        return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
+        return self._passes.run(self, net, call, image, reader, given, keep)
 
     def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
         """The image that was passed under the name that the module gives it, and what else was passed."""
@@ -494,95 +404,12 @@ class StreamingModel(ModuleFacade):
             raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
-    def _run_parts(
-        self,
-        captured: Captured,
-        reader: BatchReader,
-        image: Any,
-        caller_modes: CallerModes,
-        keep: Keep | None,
-    ) -> Sequence[Any]:
-        """Carry out a captured forward pass, where results depend on each other in parts; its results."""
-        graph = captured.graph
-        differentiates = keep is None and (torch.is_grad_enabled() or graph.enables_grad)
-        parts = parts_of(graph) if differentiates else ()
-        if not parts:
-            return self._run(captured, reader, image, caller_modes, keep)
-        before = {key: as_before(key, captured.states[key]) for key in graph.updates}
-
-        def run() -> Sequence[Any]:
-            values: dict[str, Any] = {}
-            unchanged = {f"{BEFORE}{key}": state for key, state in before.items()}
-            for part in parts:
-                taken = {name: values[name] for name in part.taken}
-                handed = {f"{VALUE}{name}": value for name, value in taken.items()}
-                states = {**captured.states, **unchanged, **handed}
-                piece = Captured(part.graph(graph, taken), states, captured.device, captured.maps)
-                values |= zip(part.given, self._run(piece, reader, image, caller_modes), strict=True)
-            results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
-            return results
-
-        def undo() -> None:
-            with torch.no_grad():
-                for key, state in before.items():
-                    captured.states[key].copy_(state)
-
-        return undoing(run, undo)
-
-    def _run(
-        self,
-        captured: Captured,
-        reader: BatchReader,
-        image: Any,
-        caller_modes: CallerModes,
-        keep: Keep | None = None,
-    ) -> Sequence[Any]:
-        """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
-        machine = this_machine(reader.device)
-        spec = self._spec(
-            captured,
-            reader.shape,
-            reader.dtype,
-            image_gradient=image is not None,
-            reading=reader.reading,
-            keeps_results=keep is not None,
-        )
-        planned, spec = self._plan_here(captured, spec, machine)
-        program = planned.program
-        reader.check(planned.plan)
-        planned.plan.validate()
-        shrink = SmallerPlans(self._plans, captured, spec, machine, self._smaller)
-        if self._collected is None:
-            self._collected = finalize(self, give_back)
-            self._collected.atexit = False
-        run = Pass(planned, reader, captured, self, shrink, keep)
-        outputs = undoing(
-            partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
-        )
-        by_name = dict(zip(program.output_names, outputs, strict=True))
-        results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
-        return results
-
 
 def _are_sources(
     image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
 ) -> TypeGuard[ImageSource | Sequence[ImageSource]]:
     """Whether it is images, and no shape."""
     return isinstance(image, ImageSource) or (len(image) > 0 and isinstance(image[0], ImageSource))
-
-
-def _outputs(run: Pass, image: Any, caller_modes: CallerModes) -> tuple[Tensor, ...]:
-    """Run a pass forward; what the model returns of it, in order."""
-    if not run.plan.training:
-        with caller_modes.restored():
-            values = run.forward()
-        return tuple(values[name] for name in run.output_names)
-    anchors = run.anchors
-    if image is not None:
-        anchors.append(image)
-    with caller_modes.restored(), torch.enable_grad():
-        outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
-    return outputs
 
 
 def _like(image: Image, results: Any) -> Any:
@@ -597,12 +424,6 @@ def _like(image: Image, results: Any) -> Any:
     if getattr(kind.__torch_function__, "__func__", None) is not default.__func__:
         return results
     return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)
-
-
-def _undo(run: Pass, grad: bool) -> None:
-    """Leave nothing of a pass that has failed or was interrupted."""
-    run.close()
-    torch.set_grad_enabled(grad)
 
 
 def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
