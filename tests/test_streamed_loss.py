@@ -18,7 +18,7 @@ from operator_cases import by_name
 from streaming_cases import TOLERANCE
 from torch import Tensor, nn
 
-from streamcnn import DatasetMismatch, StreamingModel, TensorSource, UnsupportedModel
+from streamcnn import DatasetMismatch, PlanDoesNotFit, StreamingModel, TensorSource, UnsupportedModel
 from streamcnn.data.sources import ImageSource, open_image
 from streamcnn.losses import dice_loss, tversky_loss
 
@@ -141,6 +141,49 @@ def test_nothing_runs_on_whole_maps_and_the_output_is_never_whole() -> None:
     assert model.last_report.measured_bytes <= 120 * 2**20 < logits
     plan = model.plan((1, 3, *size))
     assert plan.projected_bytes > logits, "the output alone does not fit"
+
+
+def test_the_plan_of_a_loss_is_that_of_its_pass() -> None:
+    model = model_of(make_net(), budget="64MiB")
+    image = [TensorSource(each) for each in an_image()]
+    target = [TensorSource(each[None]) for each in TARGET]
+    plan = model.plan_loss(image, target, F.cross_entropy)
+    model.streamed_loss(image, target, F.cross_entropy)
+    assert model.last_report is not None
+    assert plan.projected_bytes == model.last_report.projected_bytes
+    assert plan.residents == ()
+    assert plan.training
+    assert model.plan_loss((2, 3, *SIZE), TARGET, F.cross_entropy).image_shape == (2, 3, *SIZE)
+
+
+def test_a_second_backward_pass_reads_the_mask_again() -> None:
+    model = model_of(make_net())
+    loss = model.streamed_loss(an_image(), [TensorSource(each[None]) for each in TARGET], F.cross_entropy)
+    loss.backward(retain_graph=True)
+    first = [parameter.grad.clone() for parameter in model.parameters()]
+    loss.backward()
+    for parameter, gradient in zip(model.parameters(), first, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)
+
+
+def test_a_loss_under_autocast_is_that_of_plain_pytorch_there() -> None:
+    net, image = make_net().float(), an_image().float()
+    model = model_of(copy.deepcopy(net))
+    with torch.autocast("cpu"):
+        found = model.streamed_loss(image, TARGET, F.cross_entropy)
+        expected = F.cross_entropy(net(image), TARGET)
+    found.backward()
+    expected.backward()
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    for ours, theirs in zip(model.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.1, atol=0.02)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_runs() -> None:
+    model = StreamingModel(make_net(), "1MiB")
+    with pytest.raises(PlanDoesNotFit, match="Raise budget= to at least"):
+        model.streamed_loss(an_image(), TARGET, F.cross_entropy)
 
 
 def test_a_loss_is_captured_once() -> None:

@@ -167,20 +167,47 @@ class StreamingModel(ModuleFacade):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        if _are_sources(shape):
-            reader = BatchReader(shape, self._device(), self.preprocess)
-            size, dtype, reading = reader.shape, dtype or reader.dtype, reader.reading
-        else:
-            size, reading = cast("tuple[int, int, int, int]", shape), NO_READING
+        image = self._image_spec(shape, dtype)
         planned = self.planned(
-            size,
-            dtype or module_dtype(self.net),
+            image.shape,
+            image.dtype,
             image_gradient=False,
             inputs=inputs,
             named=named_inputs,
-            reading=reading,
+            reading=image.reading,
         )
         return planned.plan
+
+    def plan_loss(
+        self,
+        image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        target: Any,
+        loss: Loss,
+        **maps: Any,
+    ) -> Plan:
+        """How a streamed loss would be run now: parameters as of :meth:`streamed_loss`, or an image's shape.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the module or the loss cannot be captured at this shape.
+        """
+        module, call = self._losses.of(self.net, loss)
+        device = self._device()
+        given = Arguments.of((target, maps), {}, device)
+        return self._passes.planned(self, module, call, self._image_spec(image), given, device, None).plan
+
+    def _image_spec(
+        self,
+        image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        dtype: torch.dtype | None = None,
+    ) -> ImageSpec:
+        """What is known of images, or of a shape."""
+        if not _are_sources(image):
+            shape = cast("tuple[int, int, int, int]", image)
+            return ImageSpec(shape, dtype or module_dtype(self.net), requires_grad=False)
+        reader = BatchReader(image, self._device(), self.preprocess)
+        return ImageSpec(reader.shape, dtype or reader.dtype, requires_grad=False, reading=reader.reading)
 
     def plan_for(
         self,
