@@ -164,3 +164,36 @@ def test_a_streamed_network_has_none() -> None:
     assert on_whole_maps(program) == ()
     assert resident_time(program, differentiated, HARDWARE, CpuBackend.on(1)).seconds == 0
     assert any(node.kind is Kind.GLOBAL for node in program.nodes.values())
+
+
+class RunningSums(nn.Module):
+    """An operator on whole maps after every convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4 if i else 3, 4, 3, padding=1) for i in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x).cumsum(3)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("budget", [None, "20MiB", "8GiB"])
+def test_no_plan_takes_more_than_plain_pytorch(budget: str | None) -> None:
+    plan = StreamingModel(RunningSums(), budget).plan((1, 3, 512, 512), torch.float32)
+    assert plan.projected_bytes - RUNTIME_BYTES < 1.02 * plan.plain_bytes
+
+
+class Sorted(nn.Module):
+    """An operator with two results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, places = x.sort(1)
+        return (values * places).mean((2, 3))
+
+
+def test_plain_bytes_count_every_result() -> None:
+    program, _ = traced(Sorted(), (1, 3, 20, 20))
+    # Values and their product, and places of eight bytes.
+    assert program.plain_bytes == (4 + 8 + 4) * 3 * 400 + 3 * 4

@@ -209,8 +209,12 @@ class _Tracer:
             self.values[raw.name] = self._item(raw, *args)
             return
         self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
-        if raw.allocates and isinstance(result, (Ref, Folded)):
-            self.plain_bytes += self.spec(result.ref if isinstance(result, Folded) else result).nbytes
+        if raw.allocates:
+            self.plain_bytes += sum(map(self._nbytes, pytree.tree_leaves(result)))
+
+    def _nbytes(self, value: Any) -> int:
+        ref = value.ref if isinstance(value, Folded) else value
+        return self.spec(ref).nbytes if isinstance(ref, Ref) else 0
 
     def _value(self, name: str) -> Any:
         return self.values[name]

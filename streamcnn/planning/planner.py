@@ -8,6 +8,7 @@ running it is refused.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -211,7 +212,9 @@ def _stagings(program: Program, tile: tuple[int, int] | None) -> Iterator[Stagin
 def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]:
     """Tails to try: one that takes no more than the largest step does, and one that fills the budget.
 
-    A tail lives when no tile does: after the last forward step and before the first backward one.
+    A tail lives when no tile does: after the last forward step and before the first backward one. Where what
+    was found needs more than plain PyTorch, everything is a tail: what operators on whole maps hold beside
+    stored maps may be more than tiles save.
     """
     # Without what the backend takes for a step: a tail has its own.
     backward = bool(spec.leaves)
@@ -224,6 +227,9 @@ def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]
     room = spec.room(machine.reserved)
     if room is not None and spec.tile is None and whole.solution.fits:
         allowed.append(largest + room - whole.solution.nbytes)
+    tilings = whole.search.tilings
+    if whole.solution.nbytes > plain_bytes(tilings.program, tilings.differentiated):
+        allowed.append(sys.maxsize)
     tails = {tail.start: tail for nbytes in allowed if (tail := _tail(whole, nbytes)) is not None}
     return iter(tails.values())
 
