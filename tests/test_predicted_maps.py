@@ -15,6 +15,7 @@ import zarr
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel, TensorSource, UnsupportedModel
+from streamcnn.data.map_files import write_map
 from streamcnn.data.sources import open_image
 from streamcnn.data.sources.placement import Placement
 from streamcnn.errors import CannotWrite
@@ -71,6 +72,19 @@ def test_classes_are_the_largest_channels(tmp_path: Path, ending: str, classes: 
     assert found.dtype == (torch.uint16 if classes > 256 else torch.uint8)
     truth = scores > 0 if classes == 1 else scores.argmax(0, keepdim=True)
     assert (found.int() == truth.int()).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("ending", ["zarr", "tif"])
+@pytest.mark.parametrize(("channels", "edge"), [(16, 512), (17, 256), (300, 64)])
+def test_pieces_of_many_channels_are_smaller(tmp_path: Path, ending: str, channels: int, edge: int) -> None:
+    path, pixels = tmp_path / f"map.{ending}", torch.rand(channels, 70, 90)
+    write_map(path, TensorSource(pixels), Placement((70, 90)))
+    assert torch.equal(read(path), pixels)
+    if ending == "zarr":
+        assert zarr.open_array(path / "0").chunks == (channels, edge, edge)
+    else:
+        with tifffile.TiffFile(path) as file:
+            assert file.pages[0].tile == (edge, edge)
 
 
 def test_probabilities_are_bytes(tmp_path: Path) -> None:

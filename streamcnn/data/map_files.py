@@ -20,7 +20,7 @@ from zarr.storage import LocalStore
 
 from streamcnn.data.sources import ImageSource
 from streamcnn.data.sources.placement import Placement
-from streamcnn.data.tile_store.arrays import CHUNK, create_array, shards_of, write_shard
+from streamcnn.data.tile_store.arrays import CHUNK, SHARD_BYTES, create_array, shards_of, write_shard
 from streamcnn.errors import CannotWrite
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.support.disk import writing
@@ -69,7 +69,7 @@ def write_map(path: Path, source: ImageSource, placement: Placement) -> None:
         If it cannot be written, as on a full disk; nothing of it is left, and what was there is as it was.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    needed = source.shape[0] * source.shape[1] * source.shape[2] * source.dtype.itemsize
+    needed = _nbytes(source, source.shape[1] * source.shape[2])
     with writing(path, needed=needed, at_most=True):
         _remove(partial)
         try:
@@ -84,7 +84,7 @@ def write_map(path: Path, source: ImageSource, placement: Placement) -> None:
 
 def _write_zarr(folder: Path, source: ImageSource, placement: Placement, name: str) -> None:
     group = zarr.create_group(LocalStore(folder), attributes=_ome(placement, name))
-    array = create_array(group, "0", source)
+    array = create_array(group, "0", source, chunk=piece_edge(source))
     for region in shards_of(source.shape[1:], array):
         write_shard(array, region, source)
 
@@ -111,7 +111,7 @@ def _write_tiff(file: Path, source: ImageSource, placement: Placement, name: str
             _tiles(source),
             shape=(height, width) if flat else (height, width, channels),
             dtype=dtype,
-            tile=(CHUNK, CHUNK),
+            tile=(piece_edge(source), piece_edge(source)),
             photometric="minisblack",
             planarconfig=None if flat else "contig",
             compression="zlib",
@@ -122,13 +122,24 @@ def _write_tiff(file: Path, source: ImageSource, placement: Placement, name: str
         )
 
 
+def piece_edge(source: ImageSource) -> int:
+    """Edge of a chunk or tile in pixels, which holds all channels: less where those are many."""
+    edges = (edge for edge in (CHUNK, CHUNK // 2, CHUNK // 4) if _nbytes(source, edge**2) <= SHARD_BYTES)
+    return next(edges, CHUNK // 8)
+
+
+def _nbytes(source: ImageSource, num_pixels: int) -> int:
+    return source.shape[0] * num_pixels * source.dtype.itemsize
+
+
 def _tiles(source: ImageSource) -> Iterator[NDArray[Any]]:
     """The tiles (h, w) or (h, w, C) in order, whole ones at the far edges too."""
     channels, height, width = source.shape
-    for top, left in product(range(0, height, CHUNK), range(0, width, CHUNK)):
-        rows, cols = Interval(top, min(top + CHUNK, height)), Interval(left, min(left + CHUNK, width))
+    edge = piece_edge(source)
+    for top, left in product(range(0, height, edge), range(0, width, edge)):
+        rows, cols = Interval(top, min(top + edge, height)), Interval(left, min(left + edge, width))
         pixels = source.read(Region(rows, cols)).movedim(0, -1).numpy()
-        tile = np.zeros((CHUNK, CHUNK, channels), pixels.dtype)
+        tile = np.zeros((edge, edge, channels), pixels.dtype)
         tile[: rows.size, : cols.size] = pixels
         yield tile[..., 0] if channels == 1 else tile
 

@@ -93,15 +93,15 @@ def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
     return {key: hashlib.sha256(content).hexdigest() for key, content in metadata.items()}, shards
 
 
-def create_array(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray:
-    """An array for the pixels of ``source``, in shards of whole chunks."""
+def create_array(group: zarr.Group, path: str, source: ImageSource, *, chunk: int = CHUNK) -> ZarrArray:
+    """An array for the pixels of ``source``, in shards of whole chunks of this edge."""
     shape = source.shape
     dtype = np.dtype(str(source.dtype).removeprefix("torch."))
     return group.create_array(
         path,
         shape=shape,
-        chunks=(shape[0], CHUNK, CHUNK),
-        shards=(shape[0], *shard_size(shape, dtype.itemsize)),
+        chunks=(shape[0], chunk, chunk),
+        shards=(shape[0], *shard_size(shape, dtype.itemsize, chunk)),
         dtype=dtype,
         compressors=(
             BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
@@ -113,11 +113,11 @@ def create_array(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray
     )
 
 
-def shard_size(shape: tuple[int, int, int], itemsize: int) -> tuple[int, int]:
+def shard_size(shape: tuple[int, int, int], itemsize: int, chunk: int = CHUNK) -> tuple[int, int]:
     """Height and width of a shard: whole chunks, no more than the image needs and ``SHARD_BYTES`` holds."""
     channels, height, width = shape
-    most = max(1, math.isqrt(SHARD_BYTES // (channels * itemsize * CHUNK**2)))
-    return min(most, math.ceil(height / CHUNK)) * CHUNK, min(most, math.ceil(width / CHUNK)) * CHUNK
+    most = max(1, math.isqrt(SHARD_BYTES // (channels * itemsize * chunk**2)))
+    return min(most, math.ceil(height / chunk)) * chunk, min(most, math.ceil(width / chunk)) * chunk
 
 
 def write_shard(array: ZarrArray, region: Region, source: ImageSource) -> None:
