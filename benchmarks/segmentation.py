@@ -122,7 +122,7 @@ def compared(work: Path, size: int, **options: Any) -> dict[str, float]:
     pairs += [(a.grad, b.grad) for a, b in zip(net.parameters(), plain.parameters(), strict=True)]
     largest = max(float(b.norm()) for _, b in pairs[1:])
     errors = [float((a - b).norm()) / max(float(b.norm()), FLOOR * largest) for a, b in pairs]
-    return {"loss": float(expected), "max_error": max(errors)}
+    return {"loss": float(expected.detach()), "max_error": max(errors)}
 
 
 @app.command()
@@ -165,7 +165,7 @@ def child(case: str, size: int, budget: str, work: Path) -> None:
         loss = model.streamed_loss(image, mask, loss_of)
         found["forward_seconds"] = round(time.perf_counter() - began, 1)
         loss.backward()
-        found["loss"] = float(loss)
+        found["loss"] = float(loss.detach())
     else:
         model.predict_to(image, work / f"map-{size}.zarr", output="classes", overwrite=True)
         shutil.rmtree(work / f"map-{size}.zarr")
