@@ -252,6 +252,8 @@ class _LargestTile:
         self.reading = reading
         self.program = tiled.program
         self.tiled = tiled
+        self.images = [name for name in tiled.program.images if name in tiled.stage.inputs]
+        """The images of which the stage reads regions."""
         outline, rows, cols = tiled.outline, tiled.rows.largest, tiled.cols.largest
         self.nbytes = {name: each * rows[name] * cols[name] for name, each in outline.position_bytes.items()}
         """Bytes of what a tile needs of each map."""
@@ -294,12 +296,7 @@ class _LargestTile:
         """Whether an operator reads a region of the image, or of a map beside it."""
         local = self.program.nodes[name].local
         assert local is not None
-        return any(image in local.accesses for image in self._images)
-
-    @property
-    def _images(self) -> list[str]:
-        """The images of which the stage reads regions."""
-        return [name for name in self.program.images if name in self.tiled.stage.inputs]
+        return any(image in local.accesses for image in self.images)
 
     def or_reading(self, step: Step, beside: tuple[MemoryTerm, ...], *, backward: bool) -> Step:
         """The step, at the moment when a region of an image is read if that takes more.
@@ -309,7 +306,7 @@ class _LargestTile:
         beside
             What is held then.
         """
-        found = {n: self.reading.of_map(n, self.tiled.largest(n)).transient for n in self._images}
+        found = {n: self.reading.of_map(n, self.tiled.largest(n)).transient for n in self.images}
         image = max(found, key=found.__getitem__, default="")
         if not found.get(image):
             return step
