@@ -25,17 +25,17 @@ class _Twice(nn.Sequential):
 class UNet(nn.Module):
     """Three scales with skips; the result is as large as the image, whatever its size."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 24, *, channels: int = 3, classes: int = 2) -> None:
         super().__init__()
         widths = (width, 2 * width, 3 * width, 4 * width)
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
-        self.down = nn.ModuleList(_Twice(a, b) for a, b in zip((3, *widths), widths, strict=False))
+        self.down = nn.ModuleList(_Twice(a, b) for a, b in zip((channels, *widths), widths, strict=False))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.join = nn.ModuleList(_Twice(2 * a, a) for a in widths[:-1])
-        self.head = nn.Conv2d(width, 2, 1)
+        self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores (N, 2, H, W) of an image (N, 3, H, W)."""
+        """Class scores (N, classes, H, W) of an image (N, channels, H, W)."""
         skips: list[Tensor] = []
         for block in self.down:
             x = block(self.pool(x) if skips else x)

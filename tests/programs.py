@@ -111,6 +111,7 @@ def _finished(growing: _Growing) -> Program:
         nodes=growing.nodes,
         image="image",
         states={},
+        maps={},
         outputs=tuple(Ref(name) for name in results),
         updates={},
         constants={},

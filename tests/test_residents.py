@@ -146,7 +146,7 @@ def test_a_tail_hides_no_reason() -> None:
     assert reason.startswith("aten.sort: it runs along a spatial axis")
     lines = with_tail.explain().splitlines()
     assert lines[-1] == f"resident: {reason}"
-    # Convolution, sort, flatten, transpose, linear, chunk, transpose, two products, softmax, sum, mean, linear.
+    # One convolution, sort, flatten, softmax, sum, mean; two transposes, layers, products; a chunk.
     assert lines[-2] == "then 13 operators on whole maps (the resident tail)"
     assert "then 12 operators on whole maps (the resident tail)" in without.explain()
 

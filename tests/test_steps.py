@@ -138,7 +138,12 @@ def run(
         return make_compute(step)
 
     execution = Execution(
-        program, plan, {**states, **program.constants}, reader, open_store, make_compute=noted
+        program,
+        plan,
+        {**states, **program.constants},
+        {program.image: reader},
+        open_store,
+        make_compute=noted,
     )
     values = execution.forward()
     outputs = {name: values[name] for name in program.output_names}

@@ -75,7 +75,7 @@ def stream_folded(tracer: FoldingTracer, call: Call) -> Any:
 
     The result is a ref, a :class:`Folded` one, a tuple of those, or :class:`NotStreamable`.
     """
-    translate = _TRANSLATIONS.get(rule_for(call.target))
+    translate = TRANSLATIONS.get(rule_for(call.target))
     if translate is None:
         return NotStreamable("it has no rule for axes of space that are merged")
     return translate(tracer, call)
@@ -91,7 +91,7 @@ def unfolded(tracer: FoldingTracer, value: Folded) -> Ref:
 
 
 def _reshape(tracer: FoldingTracer, call: Call) -> Any:
-    value = _as_folded(tracer, call.args[0])
+    value = as_folded(tracer, call.args[0])
     axes = tracer.axes(value.ref)
     if axes is None:
         return NotStreamable("it gives a global value the shape of a map")
@@ -105,7 +105,7 @@ def _reshape(tracer: FoldingTracer, call: Call) -> Any:
     ref = value.ref
     if extents != tracer.spec(ref).shape:
         ref = tracer.stream(Call(aten.reshape.default, (ref, extents), {}))
-    return ref if isinstance(ref, NotStreamable) else _result(tracer, ref, runs, after)
+    return ref if isinstance(ref, NotStreamable) else as_seen(tracer, ref, runs, after)
 
 
 def regrouping(
@@ -164,22 +164,23 @@ def _expand(tracer: FoldingTracer, value: Folded, after: tuple[int, ...]) -> Any
             return NotStreamable("it repeats merged axes of space")
         wanted += [extents[i] for i in value.span(axis)] if value.runs[axis] > 1 else [extent]
     result = tracer.stream(Call(aten.expand.default, (value.ref, wanted), {}))
-    return _result(tracer, result, (1,) * added + value.runs, after)
+    return as_seen(tracer, result, (1,) * added + value.runs, after)
 
 
 def _permute(tracer: FoldingTracer, call: Call) -> Any:
-    value = _as_folded(tracer, call.args[0])
+    value = as_folded(tracer, call.args[0])
     places = places_of_axes(call.target, len(value.runs), call.args[1:], call.kwargs)
     order = sorted(range(len(places)), key=places.__getitem__)
     axes = [i for axis in order for i in value.span(axis)]
     result = tracer.stream(Call(aten.permute.default, (value.ref, axes), {}))
-    return _result(tracer, result, tuple(value.runs[axis] for axis in order), tracer.fake_seen(call).shape)
+    return as_seen(tracer, result, tuple(value.runs[axis] for axis in order), tracer.fake_seen(call).shape)
 
 
 # --- operators that leave merged axes alone -----------------------------------------------------------
 
 
-def _pointwise(tracer: FoldingTracer, call: Call) -> Any:
+def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
+    """An operator that treats every position alike."""
     like = tracer.fake_seen(call)
     folded = [value for value in _values(call) if isinstance(value, Folded)]
     if not isinstance(like, Tensor):
@@ -199,7 +200,7 @@ def _pointwise(tracer: FoldingTracer, call: Call) -> Any:
         return _apart(tracer, value, Folded(first.ref, (1,) * added + first.runs), (1,) * added + extents)
 
     translated = Call(call.target, *_mapped(apart, call))
-    return _result(tracer, tracer.stream(translated), (1,) * added + first.runs, like.shape)
+    return as_seen(tracer, tracer.stream(translated), (1,) * added + first.runs, like.shape)
 
 
 def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int], *, rank: int = 0) -> Ref:
@@ -217,19 +218,19 @@ def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[in
 
 def _trailing(tracer: FoldingTracer, call: Call) -> Any:
     """The last axes: linear layers and norms."""
-    value = _as_folded(tracer, call.args[0])
+    value = as_folded(tracer, call.args[0])
     count = 1 if rule_for(call.target) is pointwise.linear else len(call.args[1])
     if any(isinstance(other, Folded) for other in _values(call)[1:]):
         return NotStreamable("its parameters depend on the position")
     if any(run > 1 for run in value.runs[-count:]):
         return NotStreamable("it mixes positions: it is applied along merged axes of space")
     result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
-    return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
+    return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
 def _batch_norm(tracer: FoldingTracer, call: Call) -> Any:
     """Statistics of each channel, the second axis, over all others: a map's with its channels in front."""
-    value = _as_folded(tracer, call.args[0])
+    value = as_folded(tracer, call.args[0])
     extents = tracer.spec(value.ref).shape
     ndim, channels = len(extents), value.starts[1]
     if value.runs[1] > 1 or ndim not in (3, 4):
@@ -246,14 +247,14 @@ def _batch_norm(tracer: FoldingTracer, call: Call) -> Any:
     result = tracer.stream(Call(aten.reshape.default, (result, shape), {}))
     back = [order.index(axis) for axis in range(ndim)]
     result = tracer.stream(Call(aten.permute.default, (result, back), {}))
-    return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
+    return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
 def _everywhere(tracer: FoldingTracer, call: Call) -> Any:
     """No axis in particular, or a tensor of a shape of its own."""
     value: Folded = call.args[0]
     result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
-    return _result(tracer, result, value.runs, tracer.fake_seen(call).shape)
+    return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
 def _along(tracer: FoldingTracer, call: Call) -> Any:
@@ -284,8 +285,8 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     else:
         runs = tuple(run for axis, run in enumerate(first.runs) if added == 0 or axis not in listed)
     if not isinstance(result, tuple):
-        return _result(tracer, result, runs, parts[0].shape)
-    return tuple(_result(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
+        return as_seen(tracer, result, runs, parts[0].shape)
+    return tuple(as_seen(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
 
 
 def _unmerged(value: Any) -> Any:
@@ -304,7 +305,7 @@ def _indexed(tracer: FoldingTracer, call: Call) -> Any:
     like = tracer.fake_seen(call)
     ones = (1,) * (like.dim() - len(value.runs) + 1)
     runs = (*value.runs[: named[0]], *ones, *value.runs[named[0] + 1 :])
-    return _result(tracer, result, runs, like.shape)
+    return as_seen(tracer, result, runs, like.shape)
 
 
 def _reduce(tracer: FoldingTracer, call: Call) -> Any:
@@ -328,7 +329,7 @@ def _reduce(tracer: FoldingTracer, call: Call) -> Any:
     result = tracer.stream(translated)
     keeps = like.dim() == ndim
     runs = tuple(run for axis, run in enumerate(value.runs) if keeps or axis not in taken)
-    return _result(tracer, result, runs, like.shape)
+    return as_seen(tracer, result, runs, like.shape)
 
 
 # --- products of matrices -----------------------------------------------------------------------------
@@ -339,15 +340,15 @@ def _product(tracer: FoldingTracer, call: Call) -> Any:
 
     Where every row meets every position, as queries meet keys, the other operand is whole.
     """
-    first, second = (_as_folded(tracer, value) for value in call.args[:2])
+    first, second = (as_folded(tracer, value) for value in call.args[:2])
     rows, columns = _place(tracer, first), _place(tracer, second)
     like = tracer.fake_seen(call)
     if rows == -2:
         result = products.by_rows(tracer, first.ref, first.span(-2), _whole(tracer, second), like)
-        return _result(tracer, result, (1,) * (like.dim() - 2) + (first.runs[-2], 1), like.shape)
+        return as_seen(tracer, result, (1,) * (like.dim() - 2) + (first.runs[-2], 1), like.shape)
     if rows is None and columns == -1:
         result = products.by_columns(tracer, first.ref, second.ref, second.span(-1), like)
-        return _result(tracer, result, (1,) * (like.dim() - 1) + (second.runs[-1],), like.shape)
+        return as_seen(tracer, result, (1,) * (like.dim() - 1) + (second.runs[-1],), like.shape)
     if rows == -1 and columns == -2:
         return _over_positions(tracer, first, second)
     return _by_batch(tracer, call, (first, second))
@@ -396,12 +397,12 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
     *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
     result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
     like = tracer.fake_seen(call)
-    return _result(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
+    return as_seen(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
 
 
 def _attention(tracer: FoldingTracer, call: Call) -> Any:
     """Attention whose queries are positions, or within each image of a batch of windows."""
-    query, key, value = (_as_folded(tracer, each) for each in call.args[:3])
+    query, key, value = (as_folded(tracer, each) for each in call.args[:3])
     (mask,) = call.bind("attn_mask")
     places = [_place(tracer, each) for each in (query, key, value)]
     if any(call.bind("dropout_p", "is_causal", "enable_gqa")):
@@ -416,7 +417,7 @@ def _attention(tracer: FoldingTracer, call: Call) -> Any:
     (scale,) = call.bind("scale")
     like = tracer.fake_seen(call)
     result = products.attend_by_rows(tracer, query.ref, query.span(-2), whole, mask, scale, like)
-    return _result(tracer, result, (1,) * (like.dim() - 2) + (query.runs[-2], 1), like.shape)
+    return as_seen(tracer, result, (1,) * (like.dim() - 2) + (query.runs[-2], 1), like.shape)
 
 
 def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:
@@ -457,7 +458,7 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
         call = call.replaced("attn_mask", mask.ref)
     elif mask is not None:
         return NotStreamable("its mask has axes of space merged differently")
-    return _result(tracer, tracer.stream(call), first.runs, like.shape)
+    return as_seen(tracer, tracer.stream(call), first.runs, like.shape)
 
 
 def _place(tracer: FoldingTracer, value: Folded) -> int | None:
@@ -481,11 +482,12 @@ def _whole(tracer: FoldingTracer, value: Folded) -> Ref:
 # --- shared -------------------------------------------------------------------------------------------
 
 
-def _as_folded(tracer: FoldingTracer, value: Ref | Folded) -> Folded:
+def as_folded(tracer: FoldingTracer, value: Ref | Folded) -> Folded:
+    """A value as one with merged axes, if only in runs of one."""
     return value if isinstance(value, Folded) else Folded(value, (1,) * len(tracer.spec(value).shape))
 
 
-def _result(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]) -> Any:
+def as_seen(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]) -> Any:
     """A map or a global value as the code sees it, or why there is none."""
     if isinstance(result, NotStreamable):
         return result
@@ -514,10 +516,10 @@ def _mapped(function: Callable[[Any], Any], call: Call) -> tuple[Any, Any]:
     return pytree.tree_map(function, call.args), pytree.tree_map(function, dict(call.kwargs))
 
 
-_TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
+TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     shape.reshape: _reshape,
     shape.permute: _permute,
-    pointwise.pointwise: _pointwise,
+    pointwise.pointwise: alike_folded,
     **dict.fromkeys((dropout.dropout, pointwise.from_shape, pointwise.from_metadata), _everywhere),
     normalization.batch_norm: _batch_norm,
     shape.index_channels: _indexed,

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-import streamcnn.graph.ops  # noqa: F401  fills the registry
+import streamcnn.capture.folded_losses  # fills the registry
+import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawGraph, RawNode, moved
 from streamcnn.capture.folding import MERGING, Folded, is_folded, stream_folded, unfolded
 from streamcnn.errors import UnsupportedModel
@@ -59,6 +61,10 @@ class Trace:
         The module's parameters and buffers by qualified name; only shape, dtype and device are used.
     dtype, device
         Those of the image.
+    read
+        Keys of further arguments that are maps to be read by regions, with their spatial axes.
+    keeps_results
+        Whether results that are maps stay stored, rather than being made whole.
     """
 
     def __init__(
@@ -67,8 +73,12 @@ class Trace:
         states: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        read: Mapping[str, Axes] = MappingProxyType({}),
+        *,
+        keeps_results: bool = False,
     ) -> None:
         self._graph = graph
+        self._keeps_results = keeps_results
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._marks: dict[str, _Mark] = {}
         """What had been recorded before each captured call."""
@@ -76,11 +86,15 @@ class Trace:
             self._tracer = tracer = _Tracer()
             tracer.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
             for name, qualified in graph.states.items():
-                tracer.add_state(name, qualified, states[qualified])
+                if qualified in read:
+                    tracer.add_map(name, qualified, states[qualified], read[qualified])
+                else:
+                    tracer.add_state(name, qualified, states[qualified])
             for name, constant in graph.constants.items():
                 tracer.add_state(name, name, constant)
             for name, axes in graph.maps.items():
-                tracer.values[name] = tracer.promote(tracer.values[name], axes)
+                if name not in tracer.maps:
+                    tracer.values[name] = tracer.promote(tracer.values[name], axes)
             for raw in graph.nodes:
                 self._marks[raw.name] = tracer.mark()
                 tracer.record(raw)
@@ -97,7 +111,8 @@ class Trace:
             with self._mode, torch.no_grad():
                 for raw in self._graph.nodes[position:]:
                     tracer.record(raw)
-        return tracer.program(self._graph)
+        with self._mode:
+            return tracer.program(self._graph, keeps_results=self._keeps_results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,8 @@ class _Tracer:
         self.values: dict[str, Any] = {}
         """Captured node name to a ref, one with merged axes, a tuple of those, or a plain value."""
         self.states: dict[str, str] = {}
+        self.maps: dict[str, str] = {}
+        """What is read by regions beside the image."""
         self.moved: dict[str, Ref] = {}
         """Statistics as norms have moved them, by the name of what they were."""
         self.gathered: dict[str, Ref] = {}
@@ -156,7 +173,7 @@ class _Tracer:
         fork.values = dict(islice(self.values.items(), mark.values))
         fork.gathered = dict(islice(self.gathered.items(), mark.gathered))
         fork.promoted = dict(islice(self.promoted.items(), mark.promoted))
-        fork.states = self.states
+        fork.states, fork.maps = self.states, self.maps
         fork.moved = dict(islice(self.moved.items(), mark.moved))
         fork.plain_bytes = mark.plain_bytes
         fork.known = self.known
@@ -168,6 +185,11 @@ class _Tracer:
     def add_image(self, name: str, image: Tensor) -> None:
         self.num_images = image.shape[0]
         self.values[name] = self._add(name, image, kind=Kind.IMAGE, axes=(2, 3))
+
+    def add_map(self, name: str, key: str, tensor: Tensor, axes: Axes) -> None:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self.values[name] = self._add(name, fake, kind=Kind.IMAGE, axes=axes)
+        self.maps[name] = key
 
     def add_state(self, name: str, qualified: str, tensor: Tensor) -> None:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -444,9 +466,9 @@ class _Tracer:
             self.from_whole.add(name)
         return Ref(name)
 
-    def program(self, graph: RawGraph) -> Program:
+    def program(self, graph: RawGraph, *, keeps_results: bool) -> Program:
         """The recorded program, without nodes that nothing needs."""
-        outputs = substitute(graph.outputs, self._final)
+        outputs = substitute(graph.outputs, self._kept if keeps_results else self._final)
         updates = {qualified: self._final(name).name for qualified, name in graph.updates.items()}
         needed = _needed(self.nodes, (*refs_in(outputs), *updates.values(), *self._draws(), graph.image))
         self._refuse_unread_draws(needed)
@@ -455,6 +477,7 @@ class _Tracer:
             nodes={name: node for name, node in self.nodes.items() if name in needed},
             image=graph.image,
             states={name: q for name, q in states.items() if name not in graph.constants},
+            maps={name: key for name, key in self.maps.items() if name in needed},
             outputs=outputs,
             updates=updates,
             constants={name: c for name, c in graph.constants.items() if name in needed},
@@ -478,6 +501,13 @@ class _Tracer:
                     f"'{node.name}' ({node.source or 'the model'}) draws random numbers of a map's size that "
                     "nothing reads: remove it, since the numbers drawn later depend on it"
                 )
+
+    def _kept(self, name: str) -> Any:
+        """A result of the model, stored if it is a map that is computed in tiles."""
+        value = self.values[name]
+        if isinstance(value, Ref) and self.nodes[value.name].kind is Kind.LOCAL:
+            return self._add(f"result_{value.name}", self.fakes[value.name], kind=Kind.RESULT, args=(value,))
+        return self._final(name)
 
     def _final(self, name: str) -> Any:
         """A result of the model, whole."""

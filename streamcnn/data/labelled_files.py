@@ -45,7 +45,7 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     rows = read_rows(path, inputs, labelled=labelled)
     if not rows:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
-    paths = [_path_of(path, row) for row in rows]
+    paths = [path_in_table(path, row.image, row.line) for row in rows]
     missing = [at for at, file in enumerate(paths) if not is_there(file) or not is_image(file)]
     if missing:
         raise DatasetMismatch(
@@ -56,22 +56,22 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
     return list(_labelled(path, rows, paths))
 
 
-def _path_of(table: Path, row: Row) -> Path:
-    """The path that a row names, which may have been written on Windows or macOS.
+def path_in_table(table: Path, text: str, line: int) -> Path:
+    """The path that a line of a table names, which may have been written on Windows or macOS.
 
     Raises
     ------
     DatasetMismatch
         If it is not on this machine, or no path that anything can lie at.
     """
-    texts = [row.image, row.image.replace("\\", "/")]
-    texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
+    texts = [text, text.replace("\\", "/")]
+    texts += [unicodedata.normalize(form, each) for each in texts for form in ("NFC", "NFD")]
     try:
-        paths = [table.parent / resolved_path(text) for text in texts]
+        paths = [table.parent / resolved_path(each) for each in texts]
         # Other spellings are no paths of the table's: one may be too long where the one that is there is not.
         looked_at(paths[0])
     except CorruptImage as error:
-        raise DatasetMismatch(f"{table}, line {row.line}: {error}") from None
+        raise DatasetMismatch(f"{table}, line {line}: {error}") from None
     return next((path for path in paths if is_there(path)), paths[0])
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamcnn.data.normalisation import Normalise
+from streamcnn.data.source_batch import SourceBatch
 from streamcnn.data.sources import ImageSource, as_sources
 from streamcnn.data.wrapping import find_wrap, is_integer
 from streamcnn.errors import CorruptImage, DatasetMismatch, PlanDoesNotFit
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.plan import Plan
-from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
+from streamcnn.plan.reading import HELD, OPENING, READING
 from streamcnn.support.units import format_bytes
 
 _LARGE_SHARE = 8
@@ -31,7 +29,7 @@ Integers stay integers until it makes floats of them, so results must fit their 
 Image = Tensor | ImageSource | Sequence[ImageSource]
 
 
-class BatchReader:
+class BatchReader(SourceBatch):
     """A batch of images of one shape, read region by region.
 
     Attributes
@@ -40,8 +38,6 @@ class BatchReader:
         (N, C, H, W) as the model sees it, after ``preprocess``.
     dtype
         Floating-point type that the model sees.
-    reading
-        What reading takes in host memory, if the budget is of that: on a GPU it is not.
 
     Raises
     ------
@@ -52,13 +48,12 @@ class BatchReader:
     """
 
     def __init__(self, image: Image, device: torch.device, preprocess: Preprocess | None = None) -> None:
+        super().__init__([] if isinstance(image, Tensor) else as_sources(image), device)
         self._tensor = image.detach() if isinstance(image, Tensor) else None
-        self._sources = [] if isinstance(image, Tensor) else as_sources(image)
         self._is_own = isinstance(preprocess, Normalise)
-        if isinstance(preprocess, Normalise) and self._sources:
-            preprocess = preprocess.for_pixels_up_to(self._sources[0].largest)
+        if isinstance(preprocess, Normalise) and self.sources:
+            preprocess = preprocess.for_pixels_up_to(self.sources[0].largest)
         self._preprocess = preprocess
-        self.device = device
         self._seen: tuple[int, int] | None = None
         """The least and the largest value of the pixels that were prepared so far."""
         stored = self._stored_shape()
@@ -76,14 +71,10 @@ class BatchReader:
             )
         self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
         self.dtype = probe.dtype
-        self.reading = self._cost()
-        self.keeps_last = device.type != "cpu" and self._tensor is None
-        """Whether the region that was read last stays in host RAM."""
-        self._last: tuple[Region, Tensor] | None = None
 
     def _stored_shape(self) -> tuple[int, int, int, int]:
         if self._tensor is None:
-            return (len(self._sources), *self._sources[0].shape)
+            return (len(self.sources), *self.sources[0].shape)
         if self._tensor.dim() != 4 or 0 in self._tensor.shape:
             raise DatasetMismatch(
                 f"image tensor has shape {tuple(self._tensor.shape)}: allowed is (N, C, H, W) with no empty "
@@ -93,7 +84,7 @@ class BatchReader:
         return (n, c, h, w)
 
     def _stored_dtype(self) -> torch.dtype:
-        return self._sources[0].dtype if self._tensor is None else self._tensor.dtype
+        return self.sources[0].dtype if self._tensor is None else self._tensor.dtype
 
     def _prepared(self, tile: Tensor) -> Tensor:
         shape = tile.shape
@@ -152,7 +143,7 @@ class BatchReader:
         at = next(at for at, image in enumerate(tile) if not torch.isfinite(image).all())
         first = int((~torch.isfinite(tile[at])).flatten().to(torch.uint8).argmax())
         channel, row, column = np.unravel_index(first, tuple(tile.shape[1:]))
-        name = f" ({self._sources[at].name})" if self._sources else ""
+        name = f" ({self.sources[at].name})" if self.sources else ""
         value = float(tile[at].flatten()[first])
         row, column = region.rows.start + row, region.cols.start + column
         return (
@@ -161,11 +152,12 @@ class BatchReader:
             f"{_span(region.cols)}: allowed are finite pixels; clean the image or let preprocess= do it"
         )
 
-    def _cost(self) -> BatchCost:
-        if self._tensor is not None or self.device.type != "cpu":
-            return NO_READING
-        pixel = self._sources[0].shape[0] * self._stored_dtype().itemsize
-        return BatchCost(tuple(source.reading_cost for source in self._sources), pixel)
+    def read_stored(self, region: Region) -> Tensor:
+        """The pixels of ``region`` as they are stored; on the host, unless it is a tensor elsewhere."""
+        if self._tensor is None:
+            return super().read_stored(region)
+        rows, cols = (slice(axis.start, axis.stop) for axis in region)
+        return self._tensor[:, :, rows, cols]
 
     def check(self, plan: Plan) -> None:
         """See that a plan fits, as far as it depends on how the images are stored.
@@ -183,7 +175,7 @@ class BatchReader:
         is_reason = plan.projected_bytes - counted <= plan.budget and _LARGE_SHARE * least > plan.budget
         if least <= plan.budget and not is_reason:
             return
-        source = max(self._sources, key=lambda source: source.reading_cost.least)
+        source = max(self.sources, key=lambda source: source.reading_cost.least)
         own = source.reading_cost.least
         others = f"; with the batch's other images {format_bytes(least)}" if own < least else ""
         raise PlanDoesNotFit(
@@ -192,72 +184,6 @@ class BatchReader:
             f"Write it in small chunks with `streamcnn convert {source.name} OUT` and read it from there, or "
             f"raise budget= to at least {plan.projected_bytes} bytes ({format_bytes(plan.projected_bytes)})."
         )
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of decoded pixels that the images keep now: a part of what ``reading`` says is held."""
-        return sum(source.held_bytes for source in self._distinct())
-
-    def start(self) -> None:
-        """Start the threads that read the images, whose stacks are no part of a budget."""
-        for source in self._distinct():
-            source.start()
-
-    def open(self) -> None:
-        """Decode the images that are only decoded whole, one after the other, and keep them.
-
-        Raises
-        ------
-        CorruptImage
-            If pixels cannot be read.
-        """
-        for source in self._sources if self.reading.opening else ():
-            source.read(Region(Interval(0, 1), Interval(0, 1)))
-
-    def release(self, *, but: Iterable[ImageSource] = ()) -> None:
-        """Have the images let go of decoded pixels, except those that are in use elsewhere."""
-        used = {id(source) for source in but}
-        for source in self._distinct():
-            if id(source) not in used:
-                source.release()
-
-    @property
-    def sources(self) -> Sequence[ImageSource]:
-        """The images of the batch; none of a tensor."""
-        return self._sources
-
-    def _distinct(self) -> Iterable[ImageSource]:
-        """Each source once: a batch may hold one twice."""
-        return {id(source): source for source in self._sources}.values()
-
-    def read_stored(self, region: Region) -> Tensor:
-        """The pixels of ``region`` as they are stored; on the host, unless the image is a tensor elsewhere.
-
-        For a GPU, which waits for them, images are read beside one another, and the region read last is kept
-        in host RAM: where tiles are large, the backward pass begins with what the forward pass ended with.
-        """
-        if self._tensor is not None:
-            rows, cols = (slice(axis.start, axis.stop) for axis in region)
-            return self._tensor[:, :, rows, cols]
-        if not self.keeps_last:
-            return _batch([source.read(region) for source in self._sources])
-        if self._last is None or self._last[0] != region:
-            self._last = None
-            self._last = (
-                region,
-                _batch(list(_readers().map(lambda source: source.read(region), self._sources))),
-            )
-        return self._last[1]
-
-
-def _batch(tiles: list[Tensor]) -> Tensor:
-    return tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
-
-
-@functools.cache
-def _readers() -> ThreadPoolExecutor:
-    """The threads that read images for a GPU."""
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="streamcnn-reader")
 
 
 def _span(interval: Interval) -> str:

@@ -31,6 +31,7 @@ from streamcnn.execution.steps import Steps
 from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
+from streamcnn.stores import Store
 
 _STEPS = 64
 """Steps of a phase that are kept: there are more kinds of tiles only where each tile is of its own."""
@@ -79,7 +80,7 @@ class Execution:
     ``before_phase`` is called before the tiles of a phase, in each direction.
     ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
     the pass by raising. ``make_compute`` gives what carries out a step. ``steps`` are those of the plan, if
-    an earlier pass has made some.
+    an earlier pass has made some. ``images`` are the image and what is read by regions beside it, by node.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Execution:
         program: Program,
         plan: Plan,
         states: Mapping[str, Tensor],
-        image: ImageReader,
+        images: Mapping[str, ImageReader],
         open_store: OpenStore,
         *,
         steps: Steps | None = None,
@@ -105,12 +106,12 @@ class Execution:
         self._before_phase = before_phase
         self._after_step = after_step
         self._observer = observer
-        self.device = image.device
-        self.autocast = autocast_state(image.device)
+        self.device = images[program.image].device
+        self.autocast = autocast_state(self.device)
         self._phases = {phase.level: phase for phase in plan.phases}
         self._segments = {segment.level: segment for segment in plan.segments}
         self._levels = sorted({0, *self._phases, *self._segments})
-        self._maps = Maps(program, plan, image, self.global_graph.values, open_store)
+        self._maps = Maps(program, plan, images, self.global_graph.values, open_store)
         self._combiner = Combiner(program, self._maps, self.global_graph)
         self._exchange = Exchange(self._maps, self.global_graph, self._combiner)
         self._finished: dict[str, Results] = {}
@@ -225,6 +226,11 @@ class Execution:
                 tile = Tile(phase, row, col)
                 self._exchange.scatter(step, tile, compute(self._exchange.gather(step, tile)))
                 self._after_step(phase.shape(direction, row, col))
+
+    @property
+    def results(self) -> dict[str, Store]:
+        """Where the results are that stay stored when the forward pass is over, until this is closed."""
+        return {name: self._maps.store(operand) for name, operand in self.program.results.items()}
 
     @property
     def held_bytes(self) -> int:

@@ -17,13 +17,13 @@ from streamcnn.stores import Store, StoreSpec
 
 
 class ImageReader(Protocol):
-    """Hands out regions of the batch of images, ready for the model."""
+    """Hands out regions of the batch of images, or of maps beside it, ready for the model."""
 
     device: torch.device
     """Where the pixels are delivered."""
 
     def read(self, region: Region) -> Tensor:
-        """The pixels of ``region``, (N, C, h, w) in the model's dtype on the compute device."""
+        """The pixels of ``region``, such as (N, C, h, w), in the model's dtype on the compute device."""
 
 
 OpenStore = Callable[[StoreSpec, Tier, tuple[int, int]], Store]
@@ -35,6 +35,8 @@ class Maps:
 
     Parameters
     ----------
+    images
+        By node name: the image, and what is read by regions beside it.
     values
         The global values of the pass, as they come to be known.
     """
@@ -43,13 +45,13 @@ class Maps:
         self,
         program: Program,
         plan: Plan,
-        image: ImageReader,
+        images: Mapping[str, ImageReader],
         values: Mapping[str, Any],
         open_store: OpenStore,
     ) -> None:
         self._program = program
         self._plan = plan
-        self._image = image
+        self._images = images
         self._values = values
         self._open_store = open_store
         self._checkpoints: dict[str, Store] = {}
@@ -59,7 +61,7 @@ class Maps:
         """A region of a map; not to be written to."""
         node = self._program.nodes[name]
         if node.kind is Kind.IMAGE:
-            return self._image.read(part)
+            return self._images[name].read(part)
         if node.kind is Kind.PROMOTED:
             value: Tensor = self._values[node.operands[0]]
             return crop(value, node.map_axes, Region.whole(node.size), part)
@@ -103,6 +105,10 @@ class Maps:
         gradient = store.read(Region.whole(self._program.nodes[name].size)).clone()
         store.close()
         return gradient
+
+    def store(self, name: str) -> Store:
+        """Where a checkpoint is."""
+        return self._checkpoints[name]
 
     def free_read(self, level: int) -> None:
         """Drop the checkpoints that nothing reads any more after the forward pass over ``level``."""

@@ -60,7 +60,7 @@ class Kind(Enum):
     """What a node produces, and how it is carried out."""
 
     IMAGE = "image"
-    """The map that the user passes in."""
+    """The map that the user passes in, or one that is read by regions beside it, such as a mask."""
     LOCAL = "local"
     """A map, computed tile by tile."""
     PROMOTED = "promoted"
@@ -69,6 +69,8 @@ class Kind(Enum):
     """A global value that needs every position of a map."""
     GATHER = "gather"
     """A whole map taken as a global value, for an operator that must be resident."""
+    RESULT = "result"
+    """A map that stays stored when the pass is over, for the caller to read."""
     GLOBAL = "global"
     """A global value computed once from global values."""
     STATE = "state"
@@ -183,6 +185,8 @@ class Program:
     image: str
     states: Mapping[str, str]
     """Node name to qualified name in the user's module."""
+    maps: Mapping[str, str]
+    """What is read by regions beside the image: node name to the key of the argument."""
     outputs: Any
     """The model's result with a :class:`Ref` for each tensor."""
     updates: Mapping[str, str]
@@ -197,6 +201,11 @@ class Program:
         positions = {name: index for index, name in enumerate(self.nodes)}
         object.__setattr__(self, "_positions", positions)
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The image and the maps that are read beside it."""
+        return (self.image, *self.maps)
+
     def position(self, name: str) -> int:
         """Place of a node in the order of execution."""
         return self._positions[name]
@@ -205,6 +214,11 @@ class Program:
     def output_names(self) -> tuple[str, ...]:
         """Nodes that the user's result refers to, each once."""
         return refs_in(self.outputs)
+
+    @property
+    def results(self) -> dict[str, str]:
+        """Maps that stay stored, by the names that outputs refer to them by."""
+        return {node.name: node.operands[0] for node in self.nodes.values() if node.kind is Kind.RESULT}
 
     @property
     def residents(self) -> tuple[Node, ...]:

@@ -80,21 +80,28 @@ class BatchCost:
     """One for each image; none if the batch is in memory already, or host memory is not what is limited."""
     stored_pixel: int = 0
     """Bytes of one pixel as stored, all channels."""
+    maps: tuple[tuple[str, BatchCost], ...] = ()
+    """Of an image: the costs of what is read by regions beside it, such as a mask, by node name."""
 
     @property
     def held(self) -> int:
-        """Kept after the first read of every image."""
-        return sum(cost.held for cost in self.costs)
+        """Kept after the first read of every image and map."""
+        return sum(cost.held for cost in self.costs) + sum(cost.held for _, cost in self.maps)
 
     @property
     def opening(self) -> int:
-        """On top of ``held``, while the images are read for the first time."""
-        return max((cost.opening for cost in self.costs), default=0)
+        """On top of ``held``, while the images and maps are read for the first time."""
+        every = (*(cost.opening for cost in self.costs), *(cost.opening for _, cost in self.maps))
+        return max(every, default=0)
 
     @property
     def least(self) -> int:
         """Bytes that reading takes at some moment even with tiles of one pixel."""
         return self.held + max(self.opening, self.of((1, 1)).transient)
+
+    def of_map(self, name: str, region: Size) -> ReadingBytes:
+        """The cost of one region of the image or, if that is the name of one, of a map beside it."""
+        return dict(self.maps).get(name, self).of(region)
 
     def of(self, region: Size) -> ReadingBytes:
         """The cost of one region of every image."""

@@ -25,7 +25,7 @@ class StorePlan:
     gradient_tier: Tier
     nbytes: int
     kept: bool
-    """Whether the backward pass needs it."""
+    """Whether the backward pass needs it, or who reads the results of a forward pass."""
     last_reader: int
     """Level of the last phase or segment that reads it in the forward pass."""
     tile: tuple[int, int]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcnn.graph.program import Node
+from streamcnn.graph.program import Kind, Node
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.level_bytes import HeldBytes, Ints
 from streamcnn.plan.storage import StorePlan, Tier
@@ -176,7 +176,7 @@ class CandidateTable:
 
     @classmethod
     def of(cls, staging: Staging, rows: tuple[StageRow, ...], gathers: Collection[Node]) -> CandidateTable:
-        """The table of a staging with the rows of its stages; ``gathers`` take maps whole."""
+        """The table of a staging with the rows of its stages; ``gathers`` take maps whole, or keep them."""
         again = staging.rematerialised
         levels = [stage.level for stage in (*staging.stages, *(each.stage for each in again))]
         maps = tuple(name for stage in staging.stages for name in stage.stored)
@@ -301,6 +301,7 @@ def _lives(
         last.update(dict.fromkeys(row.touched, stage.level))
         if row.is_differentiated:
             needed.update(row.touched)
+    needed.update(node.operands[0] for node in gathers if node.kind is Kind.RESULT)
     for node in gathers:
         if node.operands[0] in last:
             last[node.operands[0]] = max(last[node.operands[0]], staging.levels[node.name])

@@ -98,7 +98,7 @@ class TilingCandidates:
         Reading and writing a band moves few long runs of memory. Images are stored in chunks, which bands
         would read more than once.
         """
-        has_bands = self._tile is None and self.program.image not in outline.stage.inputs
+        has_bands = self._tile is None and not set(self.program.images).intersection(outline.stage.inputs)
         most_bands = most_parts(outline)[0] if has_bands else 1
         height = self.program.nodes[self.program.image].size[0]
         before = 0

@@ -245,11 +245,12 @@ class GlobalBytes:
         )
 
     def _whole_image(self, program: Program, levels: Mapping[str, int]) -> Ints:
-        """By level: for the image as a whole, where an operator on whole maps reads it."""
+        """By level: for an image as a whole, where an operator on whole maps reads it."""
         nbytes = np.zeros(len(self.num_kernels), np.int64)
         for node in program.nodes.values():
-            if node.kind is Kind.GATHER and node.operands[0] == program.image:
-                nbytes[levels[node.name]] = self.reading.of(program.nodes[program.image].size).transient
+            if node.kind is Kind.GATHER and (read := node.operands[0]) in program.images:
+                transient = self.reading.of_map(read, program.nodes[read].size).transient
+                nbytes[levels[node.name]] = max(nbytes[levels[node.name]], transient)
         return nbytes
 
 

@@ -252,6 +252,8 @@ class _LargestTile:
         self.reading = reading
         self.program = tiled.program
         self.tiled = tiled
+        self.images = [name for name in tiled.program.images if name in tiled.stage.inputs]
+        """The images of which the stage reads regions."""
         outline, rows, cols = tiled.outline, tiled.rows.largest, tiled.cols.largest
         self.nbytes = {name: each * rows[name] * cols[name] for name, each in outline.position_bytes.items()}
         """Bytes of what a tile needs of each map."""
@@ -291,26 +293,26 @@ class _LargestTile:
         )
 
     def reads_image(self, name: str) -> bool:
-        """Whether an operator reads a region of the image."""
-        local, image = self.program.nodes[name].local, self.program.image
+        """Whether an operator reads a region of the image, or of a map beside it."""
+        local = self.program.nodes[name].local
         assert local is not None
-        return image in self.tiled.stage.inputs and image in local.accesses
+        return any(image in local.accesses for image in self.images)
 
     def or_reading(self, step: Step, beside: tuple[MemoryTerm, ...], *, backward: bool) -> Step:
-        """The step, at the moment when a region of the image is read if that takes more.
+        """The step, at the moment when a region of an image is read if that takes more.
 
         Parameters
         ----------
         beside
             What is held then.
         """
-        image = self.program.image
-        if image not in self.tiled.stage.inputs:
+        found = {n: self.reading.of_map(n, self.tiled.largest(n)).transient for n in self.images}
+        image = max(found, key=found.__getitem__, default="")
+        if not found.get(image):
             return step
-        nbytes = self.reading.of(self.tiled.largest(image)).transient
         overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
-        read = Step((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.reusable)
-        return read if nbytes and read.nbytes > step.nbytes else step
+        read = Step((*beside, MemoryTerm(READING, found[image]), *overhead), image, step.reusable)
+        return read if read.nbytes > step.nbytes else step
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
         """A step of these terms and of what it takes beside tensors."""

@@ -142,7 +142,9 @@ class Search:
         """Maps that are read whole, which have to be stored."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
         """Whether freed blocks are kept for reuse, as far as that makes a difference."""
-        self._gathers = [node for node in self.program.nodes.values() if node.kind is Kind.GATHER]
+        kinds = (Kind.GATHER, Kind.RESULT)
+        self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
+        self._results = frozenset(self.program.results.values())
         self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
@@ -316,7 +318,10 @@ class Search:
         return row
 
     def _tiers(self, staging: Staging, offloaded: frozenset[str]) -> dict[str, Tier]:
-        """Where each stored map lives: offloaded ones in the first tier that has room, else in the last."""
+        """Where each stored map lives: offloaded ones in the first tier that has room, else in the last.
+
+        Results are for the caller to read piece by piece, and take no memory.
+        """
         tiers = dict.fromkeys(staging.stored, Tier.MEMORY)
         free = [each.capacity for each in self.offload_tiers]
         for name in sorted(offloaded, key=self.program.position):
@@ -326,6 +331,7 @@ class Search:
             left = free[index]
             free[index] = None if left is None else left - nbytes
             tiers[name] = self.offload_tiers[index].tier
+        tiers.update(dict.fromkeys(staging.stored & self._results, Tier.DISK))
         return tiers
 
     def global_bytes(self, staging: Staging) -> GlobalBytes:

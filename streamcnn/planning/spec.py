@@ -31,6 +31,8 @@ class PassSpec:
     """Bytes to plan for, where that is less than the budget."""
     tail: bool = True
     """Whether what is left at the end may run whole."""
+    keeps_results: bool = False
+    """Whether results that are maps stay stored, for the caller to read, instead of being made whole."""
     reading: BatchCost = NO_READING
     """What reading the batch takes in the memory that the budget is of."""
 

@@ -203,8 +203,9 @@ def _used_late(program: Program, levels: Mapping[str, int]) -> set[str]:
 
 
 def gathered(program: Program) -> set[str]:
-    """Maps that an operator takes whole."""
-    return {node.operands[0] for node in program.nodes.values() if node.kind is Kind.GATHER}
+    """Maps that an operator, or who reads the results, takes from a store."""
+    kinds = (Kind.GATHER, Kind.RESULT)
+    return {node.operands[0] for node in program.nodes.values() if node.kind in kinds}
 
 
 def _bases(program: Program, node: Node, bases: Mapping[str, frozenset[str]]) -> frozenset[str] | None:

@@ -14,6 +14,7 @@ from streamcnn.capture.caller_modes import collector
 from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.tracing import Trace
 from streamcnn.ceiling.rooms import Room
+from streamcnn.data.map_reader import MapReader
 from streamcnn.execution.steps import Steps
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
@@ -106,11 +107,14 @@ class Captured:
     states: Mapping[str, Tensor]
     """Parameters, buffers and further arguments by key."""
     device: torch.device
+    maps: Mapping[str, MapReader] = field(default_factory=dict)
+    """Further arguments that are read by regions, by key; ``states`` has stand-ins for them."""
     settings: tuple[Any, ...] = field(init=False)
     """What a plan is a function of, besides the specification and the machine."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", (self.device, self.graph.key, _specs(self.states)))
+        settings = (self.device, self.graph.key, _specs(self.states), tuple(self.maps))
+        object.__setattr__(self, "settings", settings)
 
 
 def _kept(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T]) -> T:
@@ -128,8 +132,16 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
         return differentiated(program, spec.leaves & program.nodes.keys())
 
     with collector(on=False):
-        program = Trace(captured.graph, captured.states, spec.dtype, captured.device).program
-        return Planned(*make_plan(program, spec, machine, gradients))
+        read = {key: reader.axes for key, reader in captured.maps.items()}
+        trace = Trace(
+            captured.graph,
+            captured.states,
+            spec.dtype,
+            captured.device,
+            read,
+            keeps_results=spec.keeps_results,
+        )
+        return Planned(*make_plan(trace.program, spec, machine, gradients))
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:

@@ -19,12 +19,13 @@ from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
+from streamcnn.data.source_batch import SourceBatch
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime.plan_cache import Planned
+from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
 from streamcnn.stores import (
     MemoryStore,
@@ -58,6 +59,9 @@ class Shrink(Protocol):
         """What was planned last has gone through: later passes of the same kind are to begin with it."""
 
 
+Keep = Callable[[Store], Tensor]
+"""Reads a result that is stored, and gives what stands in for it."""
+
 _waiting: WeakSet[Pass] = WeakSet()
 """Passes whose backward pass is still to come."""
 
@@ -74,24 +78,31 @@ class Pass:
         self,
         planned: Planned,
         reader: BatchReader,
-        states: Mapping[str, Tensor],
+        captured: Captured,
         owner: PassOwner,
         shrink: Shrink,
+        keep: Keep | None = None,
     ) -> None:
         self.owner = owner
-        self.known = states
+        self.keep = keep
+        self.known = captured.states
         self.before: dict[str, Tensor] = {}
         """Copies of the states that the pass changes: what it reads, now and when it computes again."""
         self.is_spent = False
         """Whether a backward pass has used the stored maps up."""
         self.reader = reader
+        self.maps = captured.maps
+        """What is read by regions beside the image, by key."""
+        self.batches: tuple[SourceBatch, ...] = (reader, *self.maps.values())
         self.shrink = shrink
         # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
-        reader.start()
+        for batch in self.batches:
+            batch.start()
         self.execution: Execution
         self.waiting_bytes = sum(other.execution.held_bytes for other in _waiting)
         # What images hold already is planned for as if they were yet to be decoded, and counts as that.
-        self.ceiling = ceiling_for(reader.device, counted=reader.held_bytes)
+        held = sum(batch.held_bytes for batch in self.batches)
+        self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
         self.random_state = _random_state(reader.device)
         self.seconds = 0.0
@@ -125,7 +136,10 @@ class Pass:
             self.program,
             self.plan,
             self.states,
-            self.reader,
+            {
+                self.program.image: self.reader,
+                **{name: self.maps[key] for name, key in self.program.maps.items()},
+            },
             self.stores.open,
             steps=planned.steps,
             before_phase=_keeping(self.ceiling, self.plan),
@@ -178,6 +192,9 @@ class Pass:
             # Not before the error is let go of: its traceback holds the tile's tensors.
             self.ceiling.empty_cache()
         self.shrink.keep()
+        if self.keep is not None:
+            stored = {name: self.keep(store) for name, store in self.execution.results.items()}
+            values = {**values, **stored}
         outputs = {name: values[self.present_name(name)] for name in self.output_names}
         if self.plan.training:
             _waiting.add(self)
@@ -269,7 +286,8 @@ class Pass:
 
     def _run_forward(self) -> dict[str, Tensor]:
         """Read what is decoded whole and carry out the forward pass, both under the ceiling."""
-        self.reader.open()
+        for batch in self.batches:
+            batch.open()
         return self.execution.forward()
 
     def recomputed_from(self) -> list[Tensor]:
@@ -286,7 +304,9 @@ class Pass:
     def close(self) -> None:
         """Free all stores and their folder, and the decoded images that no other pass waits with."""
         _waiting.discard(self)
-        self.reader.release(but=[source for other in _waiting for source in other.reader.sources])
+        used = [source for other in _waiting for batch in other.batches for source in batch.sources]
+        for batch in self.batches:
+            batch.release(but=used)
         self.execution.close()
         self.stores.close()
 

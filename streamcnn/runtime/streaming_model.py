@@ -10,41 +10,46 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, cast
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.caller_modes import CallerModes
-from streamcnn.capture.capture import Given, RawGraph
-from streamcnn.capture.forward_pass import ForwardPass, stand_in
-from streamcnn.capture.parts import BEFORE, VALUE, parts_of
+from streamcnn.capture.forward_pass import ForwardPass
 from streamcnn.ceiling.cuda import record_idle_memory
-from streamcnn.ceiling.device import room_for
 from streamcnn.ceiling.kept_blocks import give_back
+from streamcnn.data.map_files import check_place, write_map
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
+from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
-from streamcnn.graph.autocast import autocast_state
 from streamcnn.graph.flattening import is_fake
-from streamcnn.graph.program import substitute
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
-from streamcnn.planning.spec import Machine, PassSpec
-from streamcnn.runtime.machines import this_machine
+from streamcnn.planning.spec import Machine
+from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.module_facade import ModuleFacade
-from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned, module_dtype
+from streamcnn.runtime.passes import ImageSpec, Passes
+from streamcnn.runtime.plan_cache import Planned, module_dtype
+from streamcnn.runtime.prediction import (
+    Key,
+    Output,
+    PredictionCalls,
+    as_stored_map,
+    evaluating,
+    placement_of,
+    stands_in,
+    whole_map,
+)
 from streamcnn.runtime.report import Report
-from streamcnn.runtime.smaller_plans import SmallerPlans
-from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
-from streamcnn.runtime.streamed_pass import Pass, Streamed
-from streamcnn.support.interrupts import undoing
+from streamcnn.runtime.streamed_pass import Keep
+from streamcnn.runtime.target_errors import other_size, unknown_class
+from streamcnn.runtime.with_loss import Loss, LossCalls
+from streamcnn.stores import Store
 from streamcnn.support.units import format_bytes, parse_bytes
 
 
@@ -106,12 +111,10 @@ class StreamingModel(ModuleFacade):
         """Told when a part of a pass begins and when it ends."""
         self.resident_tail = True
         """Whether the layers after the last large map may be run on whole maps."""
-        self._plans = PlanCache()
+        self._passes = Passes()
         self._call = ForwardPass()
-        self._smaller: dict[tuple[Any, ...], PassSpec] = {}
-        """What went through instead of a spec that was refused memory, by what was captured and the spec."""
-        self._collected: finalize[[], StreamingModel] | None = None
-        """Gives kept blocks back when the model is collected; None before its first pass."""
+        self._losses = LossCalls()
+        self._predictions = PredictionCalls()
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
@@ -121,11 +124,12 @@ class StreamingModel(ModuleFacade):
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
-            "_plans": PlanCache(),
+            "_passes": Passes(),
             "_call": ForwardPass(),
+            "_losses": LossCalls(),
+            "_predictions": PredictionCalls(),
             "last_report": None,
             "observer": None,
-            "_collected": None,
         }
         return {**self.__dict__, **emptied}
 
@@ -163,20 +167,47 @@ class StreamingModel(ModuleFacade):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        if _are_sources(shape):
-            reader = BatchReader(shape, self._device(), self.preprocess)
-            size, dtype, reading = reader.shape, dtype or reader.dtype, reader.reading
-        else:
-            size, reading = cast("tuple[int, int, int, int]", shape), NO_READING
+        image = self._image_spec(shape, dtype)
         planned = self.planned(
-            size,
-            dtype or module_dtype(self.net),
+            image.shape,
+            image.dtype,
             image_gradient=False,
             inputs=inputs,
             named=named_inputs,
-            reading=reading,
+            reading=image.reading,
         )
         return planned.plan
+
+    def plan_loss(
+        self,
+        image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        target: Any,
+        loss: Loss,
+        **maps: Any,
+    ) -> Plan:
+        """How a streamed loss would be run now: parameters as of :meth:`streamed_loss`, or an image's shape.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the module or the loss cannot be captured at this shape.
+        """
+        module, call = self._losses.of(self.net, loss)
+        device = self._device()
+        given = Arguments.of((target, maps), {}, device)
+        return self._passes.planned(self, module, call, self._image_spec(image), given, device, None).plan
+
+    def _image_spec(
+        self,
+        image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        dtype: torch.dtype | None = None,
+    ) -> ImageSpec:
+        """What is known of images, or of a shape."""
+        if not _are_sources(image):
+            shape = cast("tuple[int, int, int, int]", image)
+            return ImageSpec(shape, dtype or module_dtype(self.net), requires_grad=False)
+        reader = BatchReader(image, self._device(), self.preprocess)
+        return ImageSpec(reader.shape, dtype or reader.dtype, requires_grad=False, reading=reader.reading)
 
     def plan_for(
         self,
@@ -234,53 +265,9 @@ class StreamingModel(ModuleFacade):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        device = self._device()
-
-        def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
-            captured = Captured(graph, states, device)
-            spec = self._spec(captured, shape, dtype, image_gradient=image_gradient, reading=reading)
-            if machine is not None:
-                return self._plans.plan(captured, spec, machine)
-            return self._plan_here(captured, spec, this_machine(device))[0]
-
-        image = stand_in(shape, dtype, device, requires_grad=image_gradient)
-        return self._call.until_captured(self.net, image, tuple(inputs), dict(named or {}), take)
-
-    def _spec(
-        self,
-        captured: Captured,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        *,
-        image_gradient: bool,
-        reading: BatchCost,
-    ) -> PassSpec:
-        trains = torch.is_grad_enabled() or captured.graph.enables_grad
-        states = captured.states
-        leaves = {name for name, key in captured.graph.states.items() if trains and states[key].requires_grad}
-        if image_gradient:
-            leaves.add(captured.graph.image)
-        return PassSpec(
-            image_shape=shape,
-            dtype=dtype,
-            casts=autocast_state(captured.device),
-            leaves=frozenset(leaves),
-            budget=self.budget,
-            tile=self.tile,
-            tail=self.resident_tail,
-            reading=reading,
-        )
-
-    def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
-        """The plan within the budget and the process's other limits, and what it was made for.
-
-        It is a smaller one where that was refused memory before and a smaller one went through.
-        """
-
-        def present(spec: PassSpec) -> PassSpec:
-            return self._smaller.get((captured.settings, spec), spec)
-
-        return self._plans.plan_within(captured, spec, machine, room_for(captured.device), present)
+        given = Arguments.of(tuple(inputs), named or {}, self._device())
+        image = ImageSpec(shape, dtype, image_gradient, reading)
+        return self._passes.planned(self, self.net, self._call, image, given, self._device(), machine)
 
     def _device(self) -> torch.device:
         first = next(chain(self.net.parameters(), self.net.buffers()), None)
@@ -301,7 +288,8 @@ class StreamingModel(ModuleFacade):
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
 
         What else the module takes goes with it, by place or by name: tensors on its device, small ones and
-        maps, with gradients, and anything else.
+        maps, with gradients, and anything else. A source, or a list of sources, is a map that is read by
+        regions: (N, H, W) if it has one channel, else (N, C, H, W), and int64 if it holds integers.
 
         Raises
         ------
@@ -317,26 +305,124 @@ class StreamingModel(ModuleFacade):
         if is_fake(image):
             # Inside another model, which is being captured.
             return self.net(image, *args, **kwargs)
+        return _like(image, self._streamed(self.net, self._call, image, args, kwargs))
+
+    @_disable_dynamo
+    def streamed_loss(self, image: Image, target: Any, loss: Loss, **maps: Any) -> Tensor:
+        """``loss(net(image), target, **maps)``, whose backward gives the gradients of the whole image.
+
+        The net's output is a map like any other here: it need not be whole at any time.
+
+        Parameters
+        ----------
+        image
+            As for the model itself.
+        target
+            A tensor on the model's device, a source, or a list of sources, which are read by regions: those
+            of one channel as (N, H, W), others as (N, C, H, W), integers as int64.
+        loss
+            A function or module, such as ``torch.nn.functional.cross_entropy``, with options bound by
+            ``functools.partial``. What it has been captured for is kept as long as it is the same one.
+        maps
+            What else the loss takes, by name, such as weights of pixels: tensors and sources as ``target``.
+
+        Raises
+        ------
+        PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage
+            As from the model itself.
+        DatasetMismatch
+            If a mask that is read from a source does not fit the output, or holds a class that it has not.
+        """
+        module, call = self._losses.of(self.net, loss)
+        try:
+            result: Tensor = self._streamed(module, call, image, (target, maps), {})
+        except IndexError as error:
+            raise unknown_class(error, target) or error from error
+        except UnsupportedModel as error:
+            raise other_size(error, image, target) or error from error
+        return result
+
+    @_disable_dynamo
+    def predict_to(
+        self,
+        image: Image,
+        path: str | os.PathLike[str],
+        *,
+        output: Output = "values",
+        key: Key = None,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        inputs: Sequence[Any] = (),
+        named_inputs: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the map that the module gives for one image to a file; the path of that.
+
+        The module runs in eval mode. The map goes to the disk tile by tile, to a temporary place first (see
+        ``spill``), and is never whole in memory. What is written has its name when it is whole.
+
+        Parameters
+        ----------
+        image
+            As for the model itself, one image.
+        path
+            A folder ``.zarr`` for OME-Zarr 0.5 or a file ``.tif`` or ``.tiff`` for a tiled BigTIFF. The size
+            of a pixel and GeoTIFF's tags are the image's, if its source has some, for the map's own pixels.
+        output
+            ``"values"``: the map as it is; ``"classes"``: the largest channel, or of one channel whether it
+            is positive, as uint8 (uint16 if there are more than 256); ``"softmax"`` and ``"sigmoid"``:
+            probabilities as uint8, 255 being 1.
+        key
+            Which of several results it is, by name or place.
+        dtype
+            Of values: float32 or float16.
+        overwrite
+            Whether a map of the same format that is at ``path`` is replaced.
+        inputs, named_inputs
+            What else goes into the module after the image, in order and by name.
+
+        Raises
+        ------
+        ValueError
+            If the path's ending or an option is none of these.
+        CannotWrite
+            If something is at ``path`` already, or it cannot be written; nothing of it is left then.
+        PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage
+            As from the model itself; the last but one also if the result is no map (1, C, H, W).
+        """
+        place = Path(path)
+        module, call = self._predictions.of(self.net, output, key, dtype)
+        check_place(place, overwrite=overwrite)
+        is_written = False
+
+        def keep(store: Store) -> Tensor:
+            nonlocal is_written
+            found = as_stored_map(store)
+            write_map(place, found, placement_of(image).of_map(found.shape[1:]))
+            is_written = True
+            return stands_in(store)
+
+        with evaluating(self.net):
+            result = self._streamed(module, call, image, (tuple(inputs), dict(named_inputs or {})), {}, keep)
+        if not is_written:
+            keep(whole_map(result))
+        return place
+
+    def _streamed(
+        self,
+        net: nn.Module,
+        call: ForwardPass,
+        image: Image,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep: Keep | None = None,
+    ) -> Any:
+        """What ``net`` returns for whole images, ``net`` being the module or what has it inside.
+
+        With ``keep`` results that are maps stay stored, and are what it makes of them.
+        """
         reader = BatchReader(image, self._device(), self.preprocess)
-        image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
-        if image_gradient and self.preprocess is not None:
-            raise ValueError(
-                "the image requires a gradient and preprocess= is set: the gradient would be that of the "
-                "preprocessed image; preprocess the image yourself, or detach it"
-            )
-
-        caller_modes = CallerModes()
-
-        def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
-            refuse_changes_of_the_image(graph, image)
-            refuse_shared_memory(graph, states)
-            captured = Captured(graph, states, reader.device)
-            results = self._run_parts(captured, reader, image if image_gradient else None, caller_modes)
-            asked = results[: len(results) - graph.num_checks]
-            return [states[each.key] if isinstance(each, Given) else each for each in asked]
-
-        here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
-        return _like(image, self._call(self.net, here, args, kwargs, run, caller_modes))
+        given = Arguments.of(args, kwargs, reader.device)
+        return self._passes.run(self, net, call, image, reader, given, keep)
 
     def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
         """The image that was passed under the name that the module gives it, and what else was passed."""
@@ -345,83 +431,12 @@ class StreamingModel(ModuleFacade):
             raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
-    def _run_parts(
-        self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
-    ) -> Sequence[Any]:
-        """Carry out a captured forward pass, where results depend on each other in parts; its results."""
-        graph = captured.graph
-        parts = parts_of(graph) if torch.is_grad_enabled() or graph.enables_grad else ()
-        if not parts:
-            return self._run(captured, reader, image, caller_modes)
-        before = {key: as_before(key, captured.states[key]) for key in graph.updates}
-
-        def run() -> Sequence[Any]:
-            values: dict[str, Any] = {}
-            unchanged = {f"{BEFORE}{key}": state for key, state in before.items()}
-            for part in parts:
-                taken = {name: values[name] for name in part.taken}
-                handed = {f"{VALUE}{name}": value for name, value in taken.items()}
-                states = {**captured.states, **unchanged, **handed}
-                piece = Captured(part.graph(graph, taken), states, captured.device)
-                values |= zip(part.given, self._run(piece, reader, image, caller_modes), strict=True)
-            results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
-            return results
-
-        def undo() -> None:
-            with torch.no_grad():
-                for key, state in before.items():
-                    captured.states[key].copy_(state)
-
-        return undoing(run, undo)
-
-    def _run(
-        self, captured: Captured, reader: BatchReader, image: Any, caller_modes: CallerModes
-    ) -> Sequence[Any]:
-        """Plan and carry out a captured forward pass; its results. ``image`` is one that wants a gradient."""
-        machine = this_machine(reader.device)
-        spec = self._spec(
-            captured,
-            reader.shape,
-            reader.dtype,
-            image_gradient=image is not None,
-            reading=reader.reading,
-        )
-        planned, spec = self._plan_here(captured, spec, machine)
-        program = planned.program
-        reader.check(planned.plan)
-        planned.plan.validate()
-        shrink = SmallerPlans(self._plans, captured, spec, machine, self._smaller)
-        if self._collected is None:
-            self._collected = finalize(self, give_back)
-            self._collected.atexit = False
-        run = Pass(planned, reader, captured.states, self, shrink)
-        outputs = undoing(
-            partial(_outputs, run, image, caller_modes), partial(_undo, run, torch.is_grad_enabled())
-        )
-        by_name = dict(zip(program.output_names, outputs, strict=True))
-        results: tuple[Any, ...] = substitute(program.outputs, by_name.__getitem__)
-        return results
-
 
 def _are_sources(
     image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
 ) -> TypeGuard[ImageSource | Sequence[ImageSource]]:
     """Whether it is images, and no shape."""
     return isinstance(image, ImageSource) or (len(image) > 0 and isinstance(image[0], ImageSource))
-
-
-def _outputs(run: Pass, image: Any, caller_modes: CallerModes) -> tuple[Tensor, ...]:
-    """Run a pass forward; what the model returns of it, in order."""
-    if not run.plan.training:
-        with caller_modes.restored():
-            values = run.forward()
-        return tuple(values[name] for name in run.output_names)
-    anchors = run.anchors
-    if image is not None:
-        anchors.append(image)
-    with caller_modes.restored(), torch.enable_grad():
-        outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
-    return outputs
 
 
 def _like(image: Image, results: Any) -> Any:
@@ -436,12 +451,6 @@ def _like(image: Image, results: Any) -> Any:
     if getattr(kind.__torch_function__, "__func__", None) is not default.__func__:
         return results
     return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)
-
-
-def _undo(run: Pass, grad: bool) -> None:
-    """Leave nothing of a pass that has failed or was interrupted."""
-    run.close()
-    torch.set_grad_enabled(grad)
 
 
 def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:

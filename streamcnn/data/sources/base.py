@@ -16,6 +16,7 @@ from torch import Tensor
 
 from streamcnn.data.sources.files import ProcessLock, reason
 from streamcnn.data.sources.layout import to_tensor
+from streamcnn.data.sources.placement import Placement
 from streamcnn.data.sources.remote import trouble
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 from streamcnn.geometry.regions import Region
@@ -67,6 +68,11 @@ class ImageSource(ABC):
     def bytes_read(self) -> int:
         """Bytes of pixels handed out so far, decoded; a pixel read twice counts twice."""
         return self._bytes_read
+
+    @property
+    def placement(self) -> Placement:
+        """The size and place of its pixels in the world, as far as its file says them."""
+        return Placement(self.shape[1:])
 
     # --- what reading takes --------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from zarr.core.sync import sync
 
 from streamcnn.data.sources.axes import Axes
 from streamcnn.data.sources.guard import ZarrArray
+from streamcnn.data.sources.placement import spacing_of_ome
 from streamcnn.data.sources.places import check_stored
 from streamcnn.data.sources.series import SeriesFacts
 from streamcnn.errors import CorruptImage, DatasetMismatch
@@ -53,6 +54,23 @@ def open_level(name: str, group: zarr.Group, level: int, series: int | None) -> 
     DatasetMismatch
         If there is no such level or series.
     """
+    group, metadata, number = _chosen(name, group, series)
+    paths, axes = _levels(name, metadata, number)
+    if not 0 <= level < len(paths):
+        raise DatasetMismatch(f"{name} has no level {level}: allowed are 0..{len(paths) - 1}")
+    return _array(name, group, paths, level), axes
+
+
+def level_spacing(
+    name: str, group: zarr.Group, level: int, series: int | None
+) -> tuple[tuple[float, float], str] | None:
+    """Height and width of a pixel of a level that there is, and their unit; None if the group says none."""
+    _, metadata, number = _chosen(name, group, series)
+    return spacing_of_ome(_images(name, metadata)[number], level)
+
+
+def _chosen(name: str, group: zarr.Group, series: int | None) -> tuple[zarr.Group, Mapping[str, Any], int]:
+    """The group of the image that is meant, its metadata, and which of the images in there it is."""
     metadata = _metadata(dict(group.attrs))
     if _SERIES in metadata and "multiscales" not in metadata:
         group, metadata, series = _series(name, group, metadata, series)
@@ -61,10 +79,7 @@ def open_level(name: str, group: zarr.Group, level: int, series: int | None) -> 
     number = len(_images(name, metadata))
     if series and not 0 <= series < number:
         raise DatasetMismatch(f"{name} has no series {series}: allowed are 0..{number - 1}")
-    paths, axes = _levels(name, metadata, series or 0)
-    if not 0 <= level < len(paths):
-        raise DatasetMismatch(f"{name} has no level {level}: allowed are 0..{len(paths) - 1}")
-    return _array(name, group, paths, level), axes
+    return group, metadata, series or 0
 
 
 def ome_series(name: str, group: zarr.Group) -> list[SeriesFacts]:

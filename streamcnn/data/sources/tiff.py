@@ -23,6 +23,7 @@ from streamcnn.data.sources.files import MAX_PIXELS, FileStamp, PerProcess, Proc
 from streamcnn.data.sources.layout import Layout, layout_by_names, torch_dtype
 from streamcnn.data.sources.mapped import copied, mapped_bytes
 from streamcnn.data.sources.orientation import Orientation
+from streamcnn.data.sources.placement import Placement, placement_of_tiff
 from streamcnn.data.sources.places import place
 from streamcnn.data.sources.remote import REMOTE_BYTES
 from streamcnn.data.sources.threads import start_zarr_threads
@@ -150,6 +151,14 @@ class TiffSource(FileSource):
         if not self._colours.is_plain:
             cost = replace(cost, pixel=cost.pixel + pixel + COLOUR_BYTES)
         return cost.transposed() if cost.size != self.shape[1:] else cost
+
+    @property
+    def placement(self) -> Placement:
+        """What OME-XML and GeoTIFF tags say of the full resolution, unless it is turned."""
+        with opening(self.name, "TIFF"), tiff_file(self._request.path) as file:
+            image, _ = _level(self._request, file)
+            is_upright = self._orientation.is_upright
+            return placement_of_tiff(file, image) if is_upright else super().placement
 
     def start(self) -> None:
         """Start the threads that decode tiles and strips."""

@@ -25,7 +25,8 @@ from streamcnn.data.sources.costs import chunked_cost, described
 from streamcnn.data.sources.files import MAX_PIXELS, PerProcess, check_piece, check_shape, opening
 from streamcnn.data.sources.guard import GuardedStore, MissingChunks, ZarrArray, guarded
 from streamcnn.data.sources.layout import Layout, layout_by_names, layout_by_shape, torch_dtype
-from streamcnn.data.sources.ome import open_level
+from streamcnn.data.sources.ome import level_spacing, open_level
+from streamcnn.data.sources.placement import Placement
 from streamcnn.data.sources.places import base_store, place, zarr_store
 from streamcnn.data.sources.remote import trouble
 from streamcnn.data.sources.threads import start_zarr_threads
@@ -163,6 +164,16 @@ class ZarrSource(FileSource):
             at_once=at_once,
         )
         return replace(cost, held=self.most_held_bytes)
+
+    @property
+    def placement(self) -> Placement:
+        """What OME-Zarr metadata say of the size of a pixel of this level."""
+        (array_or_path,), chosen = self._request.args, self._request.keywords
+        node = array_or_path if isinstance(array_or_path, zarr.Array) else open_node(array_or_path)
+        if isinstance(node, zarr.Array):
+            return super().placement
+        spacing, unit = level_spacing(self.name, node, chosen["level"], chosen["series"]) or (None, "")
+        return replace(super().placement, spacing=spacing, unit=unit)
 
     def start(self) -> None:
         """Start zarr's threads."""

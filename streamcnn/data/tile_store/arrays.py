@@ -67,10 +67,9 @@ def write_image(
     group = zarr.create_group(LocalStore(folder), attributes=_attributes(source, name, levels, pixel))
     smaller, done, total = source, 0, sum(map(math.prod, _level_sizes(source, levels)))
     for level, size in enumerate(_level_sizes(source, levels)):
-        array = _create(group, str(level), smaller)
-        for region in _shards(size, array):
-            rows, cols = region
-            array[:, rows.start : rows.stop, cols.start : cols.stop] = smaller.read(region).numpy()
+        array = create_array(group, str(level), smaller)
+        for region in shards_of(size, array):
+            write_shard(array, region, smaller)
             done += math.prod(region.size)
             if on_shard is not None:
                 on_shard(done, total)
@@ -97,14 +96,15 @@ def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
     return {key: hashlib.sha256(content).hexdigest() for key, content in metadata.items()}, shards
 
 
-def _create(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray:
+def create_array(group: zarr.Group, path: str, source: ImageSource, *, chunk: int = CHUNK) -> ZarrArray:
+    """An array for the pixels of ``source``, in shards of whole chunks of this edge."""
     shape = source.shape
     dtype = np.dtype(str(source.dtype).removeprefix("torch."))
     return group.create_array(
         path,
         shape=shape,
-        chunks=(shape[0], CHUNK, CHUNK),
-        shards=(shape[0], *shard_size(shape, dtype.itemsize)),
+        chunks=(shape[0], chunk, chunk),
+        shards=(shape[0], *shard_size(shape, dtype.itemsize, chunk)),
         dtype=dtype,
         compressors=(
             BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
@@ -116,14 +116,20 @@ def _create(group: zarr.Group, path: str, source: ImageSource) -> ZarrArray:
     )
 
 
-def shard_size(shape: tuple[int, int, int], itemsize: int) -> tuple[int, int]:
+def shard_size(shape: tuple[int, int, int], itemsize: int, chunk: int = CHUNK) -> tuple[int, int]:
     """Height and width of a shard: whole chunks, no more than the image needs and ``SHARD_BYTES`` holds."""
     channels, height, width = shape
-    most = max(1, math.isqrt(SHARD_BYTES // (channels * itemsize * CHUNK**2)))
-    return min(most, math.ceil(height / CHUNK)) * CHUNK, min(most, math.ceil(width / CHUNK)) * CHUNK
+    most = max(1, math.isqrt(SHARD_BYTES // (channels * itemsize * chunk**2)))
+    return min(most, math.ceil(height / chunk)) * chunk, min(most, math.ceil(width / chunk)) * chunk
 
 
-def _shards(size: tuple[int, int], array: ZarrArray) -> Iterator[Region]:
+def write_shard(array: ZarrArray, region: Region, source: ImageSource) -> None:
+    """Write the pixels of ``source`` in one shard."""
+    rows, cols = region
+    array[:, rows.start : rows.stop, cols.start : cols.stop] = source.read(region).numpy()
+
+
+def shards_of(size: tuple[int, int], array: ZarrArray) -> Iterator[Region]:
     """The parts of an image of ``size`` (H, W) that are one shard each."""
     assert array.shards is not None
     for top in range(0, size[0], array.shards[1]):

@@ -1,0 +1,85 @@
+"""Losses of maps whose rows and columns the code has merged into one axis, as losses are often written.
+
+Cross-entropy of ``logits.flatten(2)``, or of scores (P, C) with channels last, is that of the map itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from streamcnn.capture.folding import (
+    TRANSLATIONS,
+    Folded,
+    FoldingTracer,
+    alike_folded,
+    as_folded,
+    as_seen,
+)
+from streamcnn.graph.ops import losses
+from streamcnn.graph.ops.losses import Over
+from streamcnn.graph.ops.rules import Call, NotStreamable
+
+aten = torch.ops.aten
+
+_DIFFERENT = NotStreamable("its operands have their axes of space merged differently")
+
+
+def _of_values(tracer: FoldingTracer, call: Call) -> Any:
+    """A loss of each value by itself, which is summed where the code wants that."""
+    over = Over(call.bind("reduction")[0])
+    each = alike_folded(tracer, call.replaced("reduction", int(Over.NONE)))
+    if isinstance(each, NotStreamable) or over is Over.NONE:
+        return each
+    target = aten.mean.default if over is Over.MEAN else aten.sum.default
+    return tracer.stream(Call(target, (as_folded(tracer, each).ref,), {}))
+
+
+def _of_classes(tracer: FoldingTracer, call: Call) -> Any:
+    """A loss of scores (N, C, P) with classes (N, P), or of scores (P, C) with classes (P,)."""
+    operands = call.bind("self", "target")
+    scores, target = (as_folded(tracer, each) for each in operands)
+    if any(tracer.axes(each.ref) is None for each in (scores, target)):
+        return _DIFFERENT
+    first, second = scores.ref, target.ref
+    if target.runs == (2,):
+        # Of one image, whose axis is gone.
+        first, second = (
+            tracer.stream(Call(aten.unsqueeze.default, (each, 0), {})) for each in (first, second)
+        )
+    if scores.runs == (*target.runs, 1) and len(target.runs) == 1:
+        first = tracer.stream(Call(aten.permute.default, (first, (0, 3, 1, 2)), {}))
+    elif (scores.runs, target.runs) != ((1, 1, 2), (1, 2)):
+        return _DIFFERENT
+    result = tracer.stream(call.replaced("self", first).replaced("target", second))
+    if isinstance(result, NotStreamable) or tracer.axes(result) is None:
+        return result
+    if target.runs == (2,):
+        result = tracer.stream(Call(aten.squeeze.dim, (result, 0), {}))
+    return as_seen(tracer, result, target.runs, tracer.fake_seen(call).shape)
+
+
+def _one_hot(tracer: FoldingTracer, call: Call) -> Any:
+    """Classes along a new last axis."""
+    value: Folded = call.args[0]
+    result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
+    return as_seen(tracer, result, (*value.runs, 1), tracer.fake_seen(call).shape)
+
+
+def _broadcast(tracer: FoldingTracer, call: Call) -> Any:
+    """Values of one shape as they are."""
+    (values,) = call.args
+    shapes = {value.seen(tracer.spec(value.ref).shape) for value in values if isinstance(value, Folded)}
+    is_same = len(shapes) == 1 and all(isinstance(value, Folded) for value in values)
+    return tuple(values) if is_same else _DIFFERENT
+
+
+TRANSLATIONS.update(
+    {
+        losses.loss_of_values: _of_values,
+        losses.loss_of_classes: _of_classes,
+        losses.one_hot: _one_hot,
+        losses.broadcast: _broadcast,
+    }
+)

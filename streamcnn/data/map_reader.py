@@ -1,0 +1,55 @@
+"""Maps that go into a model beside the image, such as masks, read region by region from their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamcnn.data.source_batch import SourceBatch
+from streamcnn.data.sources import ImageSource, as_sources
+from streamcnn.data.wrapping import is_integer
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import Axes
+
+
+class MapReader(SourceBatch):
+    """A batch of maps of one shape, as a model takes them.
+
+    Sources of one channel give (N, H, W), as losses want classes and weights of pixels; of several (N, C, H,
+    W). Integers become int64; other types stay as they are stored.
+
+    Attributes
+    ----------
+    shape, dtype
+        Of the whole batch.
+    axes
+        Where H and W are in it.
+
+    Raises
+    ------
+    DatasetMismatch
+        If the sources are no batch.
+    """
+
+    def __init__(self, source: ImageSource | Sequence[ImageSource], device: torch.device) -> None:
+        super().__init__(as_sources(source), device)
+        channels, *size = self.sources[0].shape
+        self._is_flat = channels == 1
+        extents = size if self._is_flat else [channels, *size]
+        self.shape: tuple[int, ...] = (len(self.sources), *extents)
+        self.axes: Axes = (len(self.shape) - 2, len(self.shape) - 1)
+        stored = self.sources[0].dtype
+        self.dtype = torch.int64 if is_integer(stored) else stored
+
+    def read(self, region: Region) -> Tensor:
+        """The values of ``region``, (N, h, w) or (N, C, h, w), on the device; not to be written to.
+
+        Raises
+        ------
+        CorruptImage
+            If they cannot be read.
+        """
+        stored = self.read_stored(region).to(self.device)
+        return (stored[:, 0] if self._is_flat else stored).to(self.dtype)

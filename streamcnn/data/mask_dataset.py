@@ -1,0 +1,179 @@
+"""Images with masks of their pixels' classes, from a table or from two folders.
+
+The head of every image and mask is read when the data set is opened, so that a training does not end at one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import final
+
+from torch.utils.data import Dataset
+
+from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
+from streamcnn.data.csv_columns import read_cells
+from streamcnn.data.dataset import no_split
+from streamcnn.data.image_files import find_images
+from streamcnn.data.labelled_files import UNSPLIT, path_in_table
+from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, is_image, open_chosen, open_image
+from streamcnn.data.sources.files import is_there
+from streamcnn.data.sources.places import local_path
+from streamcnn.data.splits import canonical
+from streamcnn.data.uniform import check_alike, kind_of_file
+from streamcnn.data.wrapping import is_integer
+from streamcnn.errors import DatasetMismatch, some
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """An image and its mask."""
+
+    name: str
+    image: Path
+    mask: Path
+    split: str | None
+    """None where nothing can say one."""
+
+
+@final
+class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
+    """Images with their masks as sources ``(image, mask)``; no pixel is read before the model asks.
+
+    Parameters
+    ----------
+    path
+        A CSV file with the columns ``image`` and ``mask`` (paths, taken from the table's folder if they are
+        relative) and, if wanted, ``split``; or a folder of images.
+    masks
+        If that is a folder: the one with a mask for each image, at the same path but for its ending.
+    split
+        Which images of a table; None takes all. Where a row says no split, it is ``train``.
+    positions
+        Of the images to take among those; None takes all.
+    augmentation, seed
+        As for ``TileDataset``: images are mirrored and turned with their masks, whose values stay.
+    choice
+        Which image of each file, in which resolution, and where its channels are. Masks are read as they are.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there are no such images, an image has no mask, or a mask is of another size than its image, has
+        several channels or no integers; or if images differ in channels or types.
+    CorruptImage
+        If a file cannot be opened, or a folder holds no image.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        masks: str | Path | None = None,
+        split: str | None = None,
+        positions: Sequence[int] | None = None,
+        augmentation: RandomAugmentation | None = None,
+        seed: int = 0,
+        choice: ImageChoice = DEFAULT_CHOICE,
+    ) -> None:
+        self.path = local_path(path)
+        self.choice = choice
+        every = _pairs(self.path, None if masks is None else local_path(masks), choice)
+        check_alike(self.path, [pair.name for pair in every], [kind_of_file(p.image, choice) for p in every])
+        for pair in every:
+            _check_mask(open_chosen(pair.image, choice), open_image(pair.mask))
+        wanted = None if split is None else canonical(split)
+        pairs = [pair for pair in every if wanted is None or pair.split == wanted]
+        if not pairs:
+            raise no_split(self.path, split, (pair.split or "none" for pair in every))
+        self._pairs = pairs if positions is None else [pairs[position] for position in positions]
+        self.names = tuple(pair.name for pair in self._pairs)
+        self._augmentation = augmentation
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentations of another epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, position: int) -> tuple[ImageSource, ImageSource]:
+        pair = self._pairs[position]
+        image, mask = open_chosen(pair.image, self.choice), open_image(pair.mask)
+        if self._augmentation is None:
+            return image, mask
+        drawn = self._augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
+        return AugmentedSource(image, drawn), AugmentedSource(mask, replace(drawn, invert=False, gain=1.0))
+
+
+def _pairs(path: Path, masks: Path | None, choice: ImageChoice) -> list[_Pair]:
+    """All images of a table or a folder, with their masks."""
+    if not path.is_dir():
+        if masks is not None:
+            raise DatasetMismatch(f"{path} is a table, whose column mask names the masks: leave masks= out")
+        return _of_table(path)
+    if masks is None:
+        raise DatasetMismatch(f"{path} is a folder of images: give the folder of their masks as masks=")
+    known: dict[str, Path] = {}
+    for found in find_images([masks]):
+        other = known.setdefault(_without_ending(found.relative), found.path)
+        if other != found.path:
+            raise DatasetMismatch(f"{other} and {found.path} are masks of one image: keep one of them")
+    images = find_images([path], choice.series)
+    lacking = [each.relative for each in images if _without_ending(each.relative) not in known]
+    if lacking:
+        raise DatasetMismatch(
+            f"{masks} has no masks for {some(lacking)} of {path}: give each the path of its image, but for "
+            "its ending"
+        )
+    return [_Pair(each.relative, each.path, known[_without_ending(each.relative)], None) for each in images]
+
+
+def _without_ending(relative: str) -> str:
+    return str(PurePosixPath(relative).with_suffix("")).removesuffix(".ome")
+
+
+def _of_table(path: Path) -> list[_Pair]:
+    found = []
+    for line, cells in read_cells(path, ("image", "mask"), ("split",), ()):
+        for column in ("image", "mask"):
+            if not cells[column]:
+                raise DatasetMismatch(f"{path}, line {line}: {column} is blank; fill it in")
+        image, mask = (path_in_table(path, cells[column], line) for column in ("image", "mask"))
+        for file in (image, mask):
+            if not is_there(file) or not is_image(file):
+                raise DatasetMismatch(
+                    f"{path}, line {line} names {file}, where there is no image: give paths from the table's "
+                    "folder"
+                )
+        found.append(_Pair(cells["image"], image, mask, canonical(cells.get("split") or UNSPLIT)))
+    if not found:
+        raise DatasetMismatch(f"{path} has no rows: give one for each image")
+    return found
+
+
+def _check_mask(image: ImageSource, mask: ImageSource) -> None:
+    """Make sure that a mask is one of its image.
+
+    Raises
+    ------
+    DatasetMismatch
+        If not, naming both.
+    """
+    found = f"mask {mask.name} of {image.name}"
+    if mask.shape[1:] != image.shape[1:]:
+        (height, width), (rows, cols) = mask.shape[1:], image.shape[1:]
+        raise DatasetMismatch(
+            f"{found} has {height} x {width} pixels, and the image {rows} x {cols}: allowed is a mask of the "
+            "image's size"
+        )
+    if mask.shape[0] != 1:
+        raise DatasetMismatch(
+            f"{found} has {mask.shape[0]} channels: allowed is one, which holds the number of each pixel's "
+            "class"
+        )
+    if not is_integer(mask.dtype):
+        raise DatasetMismatch(f"{found} holds {mask.dtype}: allowed are integers, the numbers of classes")

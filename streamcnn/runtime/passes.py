@@ -1,0 +1,232 @@
+"""Passes of one model: captured, planned and carried out, each plan kept for the next pass of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.capture.caller_modes import CallerModes
+from streamcnn.capture.capture import Given, RawGraph
+from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.capture.parts import BEFORE, VALUE, parts_of
+from streamcnn.ceiling.device import room_for
+from streamcnn.ceiling.kept_blocks import give_back
+from streamcnn.data.reader import BatchReader, Image, Preprocess
+from streamcnn.graph.autocast import autocast_state
+from streamcnn.graph.program import substitute
+from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.runtime.arguments import Arguments
+from streamcnn.runtime.machines import this_machine
+from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
+from streamcnn.runtime.smaller_plans import SmallerPlans
+from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
+from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner, Streamed
+from streamcnn.support.interrupts import undoing
+
+
+class Owner(PassOwner, Protocol):
+    """The model that passes belong to, and its options."""
+
+    tile: tuple[int, int] | None
+    preprocess: Preprocess | None
+    resident_tail: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """What is known of an image before it is there."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    requires_grad: bool
+    reading: BatchCost = NO_READING
+
+
+class Passes:
+    """Plans and carries out calls of modules for one model, which each call names.
+
+    It does not hold the model itself, whose memory is free as soon as nobody else does.
+    """
+
+    def __init__(self) -> None:
+        self._plans = PlanCache()
+        self._smaller: dict[tuple[Any, ...], PassSpec] = {}
+        """What went through instead of a spec that was refused memory, by what was captured and the spec."""
+        self._collected: finalize[[], Any] | None = None
+        """Gives kept blocks back when the model is collected; None before its first pass."""
+
+    def planned(
+        self,
+        owner: Owner,
+        net: nn.Module,
+        call: ForwardPass,
+        image: ImageSpec,
+        given: Arguments,
+        device: torch.device,
+        machine: Machine | None,
+    ) -> Planned:
+        """What was captured of a call, and the plan for it on a machine; ``None`` for this one."""
+
+        def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
+            captured = Captured(graph, states, device, given.maps)
+            spec = _spec(owner, captured, image)
+            if machine is not None:
+                return self._plans.plan(captured, spec, machine)
+            return self._plan_here(captured, spec, this_machine(device))[0]
+
+        here = stand_in(image.shape, image.dtype, device, requires_grad=image.requires_grad)
+        return call.until_captured(net, here, given.args, given.kwargs, take)
+
+    def run(
+        self,
+        owner: Owner,
+        net: nn.Module,
+        call: ForwardPass,
+        image: Image,
+        reader: BatchReader,
+        given: Arguments,
+        keep: Keep | None,
+    ) -> Any:
+        """What ``net`` returns for whole images; with ``keep`` maps among it are what that makes of them."""
+        image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
+        if image_gradient and owner.preprocess is not None:
+            raise ValueError(
+                "the image requires a gradient and preprocess= is set: the gradient would be that of the "
+                "preprocessed image; preprocess the image yourself, or detach it"
+            )
+        caller_modes = CallerModes()
+        leaf = image if image_gradient else None
+        running = _Running(self, owner, reader, leaf, caller_modes, keep)
+
+        def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+            refuse_changes_of_the_image(graph, image)
+            refuse_shared_memory(graph, states)
+            results = running.in_parts(Captured(graph, states, reader.device, given.maps))
+            asked = results[: len(results) - graph.num_checks]
+            return [states[each.key] if isinstance(each, Given) else each for each in asked]
+
+        here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
+        return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
+
+    def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
+        """The plan within the budget and the process's other limits, and what it was made for.
+
+        It is a smaller one where that was refused memory before and a smaller one went through.
+        """
+
+        def present(spec: PassSpec) -> PassSpec:
+            return self._smaller.get((captured.settings, spec), spec)
+
+        return self._plans.plan_within(captured, spec, machine, room_for(captured.device), present)
+
+    def prepare(self, captured: Captured, spec: PassSpec, owner: Owner) -> tuple[Planned, SmallerPlans]:
+        """The plan of a pass that is to be carried out here, and what gives smaller ones."""
+        machine = this_machine(captured.device)
+        planned, spec = self._plan_here(captured, spec, machine)
+        if self._collected is None:
+            self._collected = finalize(owner, give_back)
+            self._collected.atexit = False
+        return planned, SmallerPlans(self._plans, captured, spec, machine, self._smaller)
+
+
+def _spec(owner: Owner, captured: Captured, image: ImageSpec, *, keeps_results: bool = False) -> PassSpec:
+    """What a plan is wanted for."""
+    graph, states = captured.graph, captured.states
+    trains = not keeps_results and (torch.is_grad_enabled() or graph.enables_grad)
+    leaves = {name for name, key in graph.states.items() if trains and states[key].requires_grad}
+    if image.requires_grad:
+        leaves.add(graph.image)
+    maps = captured.maps
+    beside = ((name, maps[key].reading) for name, key in graph.states.items() if key in maps)
+    return PassSpec(
+        image_shape=image.shape,
+        dtype=image.dtype,
+        casts=autocast_state(captured.device),
+        leaves=frozenset(leaves),
+        budget=owner.budget,
+        tile=owner.tile,
+        tail=owner.resident_tail and not keeps_results,
+        keeps_results=keeps_results,
+        reading=replace(image.reading, maps=tuple(beside)),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    """One call of a module, carried out."""
+
+    passes: Passes
+    owner: Owner
+    reader: BatchReader
+    image: Any
+    """One that wants a gradient."""
+    caller_modes: CallerModes
+    keep: Keep | None
+
+    def in_parts(self, captured: Captured) -> Sequence[Any]:
+        """Carry out a captured forward pass, where results depend on each other in parts; its results."""
+        graph = captured.graph
+        differentiates = self.keep is None and (torch.is_grad_enabled() or graph.enables_grad)
+        parts = parts_of(graph) if differentiates else ()
+        if not parts:
+            return self._whole(captured)
+        before = {key: as_before(key, captured.states[key]) for key in graph.updates}
+
+        def run() -> Sequence[Any]:
+            values: dict[str, Any] = {}
+            unchanged = {f"{BEFORE}{key}": state for key, state in before.items()}
+            for part in parts:
+                taken = {name: values[name] for name in part.taken}
+                handed = {f"{VALUE}{name}": value for name, value in taken.items()}
+                states = {**captured.states, **unchanged, **handed}
+                piece = Captured(part.graph(graph, taken), states, captured.device, captured.maps)
+                values |= zip(part.given, self._whole(piece), strict=True)
+            results: tuple[Any, ...] = substitute(graph.outputs, values.__getitem__)
+            return results
+
+        def undo() -> None:
+            with torch.no_grad():
+                for key, state in before.items():
+                    captured.states[key].copy_(state)
+
+        return undoing(run, undo)
+
+    def _whole(self, captured: Captured) -> Sequence[Any]:
+        """Plan and carry out a captured forward pass; its results."""
+        reader = self.reader
+        image = ImageSpec(reader.shape, reader.dtype, self.image is not None, reader.reading)
+        spec = _spec(self.owner, captured, image, keeps_results=self.keep is not None)
+        planned, shrink = self.passes.prepare(captured, spec, self.owner)
+        reader.check(planned.plan)
+        planned.plan.validate()
+        run = Pass(planned, reader, captured, self.owner, shrink, self.keep)
+        outputs = undoing(partial(self._outputs, run), partial(_undo, run, torch.is_grad_enabled()))
+        by_name = dict(zip(planned.program.output_names, outputs, strict=True))
+        results: tuple[Any, ...] = substitute(planned.program.outputs, by_name.__getitem__)
+        return results
+
+    def _outputs(self, run: Pass) -> tuple[Tensor, ...]:
+        """Run a pass forward; what the model returns of it, in order."""
+        if not run.plan.training:
+            with self.caller_modes.restored():
+                values = run.forward()
+            return tuple(values[name] for name in run.output_names)
+        anchors = run.anchors
+        if self.image is not None:
+            anchors.append(self.image)
+        with self.caller_modes.restored(), torch.enable_grad():
+            outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def _undo(run: Pass, grad: bool) -> None:
+    """Leave nothing of a pass that has failed or was interrupted."""
+    run.close()
+    torch.set_grad_enabled(grad)

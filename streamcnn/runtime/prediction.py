@@ -1,0 +1,164 @@
+"""Maps that a module gives, written to files piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.data.reader import Image
+from streamcnn.data.sources import ImageSource, as_sources
+from streamcnn.data.sources.placement import Placement
+from streamcnn.errors import UnsupportedModel
+from streamcnn.geometry.regions import Region
+from streamcnn.stores import MemoryStore, Store, StoreSpec
+
+Output = Literal["values", "classes", "softmax", "sigmoid"]
+Key = str | int | None
+_BYTES = 255
+"""What a probability of 1 is as a byte."""
+
+
+class Predicting(nn.Module):
+    """A module whose result is made what is written of it.
+
+    Parameters
+    ----------
+    net
+        The module.
+    output
+        ``"values"`` for its result as it is; ``"classes"`` for the channel that is largest, or of one channel
+        whether it is positive; ``"softmax"`` and ``"sigmoid"`` for probabilities as bytes, 255 being 1.
+    key
+        Which of several results it is; ``None`` if it is the only one.
+    dtype
+        Of values.
+    """
+
+    def __init__(self, net: nn.Module, output: Output, key: Key, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net = net
+        self.output = output
+        self.key = key
+        self.dtype = dtype
+
+    def forward(self, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The map (N, C, H, W) that is written of a whole image."""
+        result = self.net(image, *args, **kwargs)
+        scores = result if self.key is None else result[self.key]
+        if not isinstance(scores, Tensor) or scores.dim() != 4:
+            raise _no_map("is one of several: key= says which" if self.key is None else "is none")
+        if self.output == "values":
+            return scores.to(self.dtype)
+        if self.output == "classes":
+            classes = scores > 0 if scores.shape[1] == 1 else scores.argmax(1, keepdim=True)
+            # Stored maps have no uint16.
+            return classes.to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+        chances = torch.softmax(scores, 1) if self.output == "softmax" else torch.sigmoid(scores)
+        return (chances * _BYTES).round().to(torch.uint8)
+
+
+@dataclass(slots=True)
+class PredictionCalls:
+    """The captured calls of one module by what is made of its result."""
+
+    _known: dict[tuple[Output, Key, torch.dtype], tuple[Predicting, ForwardPass]] = field(
+        default_factory=dict
+    )
+
+    def of(
+        self, net: nn.Module, output: Output, key: Key, dtype: torch.dtype
+    ) -> tuple[Predicting, ForwardPass]:
+        """``net`` with that made of its result, and its calls.
+
+        Raises
+        ------
+        ValueError
+            If ``output`` or ``dtype`` is none that is allowed.
+        """
+        if output not in get_args(Output):
+            raise ValueError(f"output={output!r}: allowed are {', '.join(map(repr, get_args(Output)))}")
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"dtype={dtype}: allowed are torch.float32 and torch.float16")
+        place = (output, key, dtype)
+        if place not in self._known:
+            self._known[place] = Predicting(net, output, key, dtype), ForwardPass()
+        return self._known[place]
+
+
+class StoredMap(ImageSource):
+    """The map (1, C, H, W) in a store as an image (C, H, W)."""
+
+    def __init__(self, store: Store) -> None:
+        _, *shape = store.spec.shape
+        kinds = {torch.int32: torch.uint16}
+        dtype = kinds.get(store.spec.dtype, store.spec.dtype)
+        super().__init__((shape[0], shape[1], shape[2]), dtype)
+        self._store = store
+
+    def _read(self, region: Region) -> Tensor:
+        return self._store.read(region)[0].cpu().to(self.dtype)
+
+
+def as_stored_map(store: Store) -> StoredMap:
+    """The map that is written.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it is none of one image (1, C, H, W).
+    """
+    shape, axes = store.spec.shape, store.spec.axes
+    if len(shape) != 4 or shape[0] != 1 or axes != (2, 3):
+        raise _no_map(f"has shape {shape}")
+    return StoredMap(store)
+
+
+def _no_map(found: str) -> UnsupportedModel:
+    return UnsupportedModel(f"the model's result {found}: allowed is a map (1, C, H, W) of one image")
+
+
+def placement_of(image: Image) -> Placement:
+    """Where the pixels of one image lie."""
+    if isinstance(image, Tensor):
+        return Placement((image.shape[2], image.shape[3]))
+    return as_sources(image)[0].placement
+
+
+def whole_map(result: Tensor) -> Store:
+    """A result that was made whole, because an operator without a rule gives it.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it is no map (1, C, H, W).
+    """
+    if result.dim() != 4:
+        raise _no_map(f"has shape {tuple(result.shape)}")
+    cpu = torch.device("cpu")
+    store = MemoryStore(StoreSpec(tuple(result.shape), result.dtype, (2, 3)), cpu, cpu)
+    store.write(Region.whole(store.spec.size), result)
+    return store
+
+
+def stands_in(store: Store) -> Tensor:
+    """What a module is told that its result is, when that has been written."""
+    return stand_in(store.spec.shape, store.spec.dtype, torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Have all parts of a module in eval mode, and afterwards as they were."""
+    training: Sequence[nn.Module] = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,64 @@
+"""What a loss says of a target that does not fit, with the file and the place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from streamcnn.data.reader import Image
+from streamcnn.data.sources import ImageSource
+from streamcnn.errors import DatasetMismatch
+from streamcnn.geometry.regions import Interval, Region
+
+_UNKNOWN_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
+_ROWS = 64
+"""Rows that are looked through at a time."""
+
+
+def sources_of(value: Any) -> Sequence[ImageSource]:
+    """The sources that a value is; none of a tensor."""
+    each = list(value) if isinstance(value, (list, tuple)) else [value]
+    return [source for source in each if isinstance(source, ImageSource)]
+
+
+def unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
+    """Where a target read from sources holds the class that a loss does not know; None if that is not it."""
+    found = _UNKNOWN_CLASS.search(str(error))
+    if found is None:
+        return None
+    value = int(found[1])
+    for source in sources_of(target):
+        place = _place_of(source, value)
+        if place is not None:
+            return DatasetMismatch(
+                f"{source.name} holds class {value} at row {place[0]}, column {place[1]}, and the model's "
+                "output has no such channel: correct the mask, give the model more classes, or have the loss "
+                f"leave it out with ignore_index={value}"
+            )
+    return None
+
+
+def _place_of(source: ImageSource, value: int) -> tuple[int, int] | None:
+    """Row and column of the first pixel of one value."""
+    _, height, width = source.shape
+    for start in range(0, height, _ROWS):
+        rows = Interval(start, min(start + _ROWS, height))
+        matches = (source.read(Region(rows, Interval(0, width)))[0] == value).nonzero()
+        if len(matches):
+            return start + int(matches[0, 0]), int(matches[0, 1])
+    return None
+
+
+def other_size(error: Exception, image: Image, target: Any) -> DatasetMismatch | None:
+    """Which mask has another size than its image, where a loss has refused it; None if none has."""
+    images, masks = sources_of(image), sources_of(target)
+    size = images[0].shape[1:] if images else tuple(image.shape[2:])  # type: ignore[union-attr]
+    for mask in masks:
+        if mask.shape[1:] != size:
+            height, width = mask.shape[1:]
+            return DatasetMismatch(
+                f"{mask.name} has {height} x {width} pixels, its image {size[0]} x {size[1]}, and the loss "
+                f"does not take it: {error}"
+            )
+    return None

@@ -1,0 +1,63 @@
+"""A module with a loss behind it: what a streamed loss is the forward pass of."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamcnn.capture.forward_pass import ForwardPass
+
+_KEPT = 8
+"""Losses whose captures are kept, the most recently used ones."""
+
+Loss = Callable[..., Tensor]
+"""What a model gives and a target, and maybe further maps by name, to a scalar tensor."""
+
+
+class WithLoss(nn.Module):
+    """``loss(net(image), target, **maps)``."""
+
+    def __init__(self, net: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = loss
+
+    def forward(self, image: Tensor, target: Any, maps: Mapping[str, Any]) -> Tensor:
+        """The loss of a whole image."""
+        return self.loss(self.net(image), target, **maps)
+
+
+class LossCalls:
+    """The captured calls of one module with each of its losses behind it."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, tuple[WithLoss, ForwardPass]] = OrderedDict()
+
+    def of(self, net: nn.Module, loss: Loss) -> tuple[WithLoss, ForwardPass]:
+        """``net`` with ``loss`` behind it, and its calls: those of before if the loss is the same."""
+        key = _key(loss)
+        if key not in self._known:
+            self._known[key] = WithLoss(net, loss), ForwardPass()
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        found, call = self._known[key]
+        # Unlike train(), which would reach the parts of both.
+        found.training = net.training
+        return found, call
+
+
+def _key(loss: Loss) -> Hashable:
+    """Equal for equal losses: a partial function that is made anew at each update is the same one."""
+    key: Hashable = loss
+    if isinstance(loss, partial):
+        key = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))
+    try:
+        hash(key)
+    except TypeError:
+        return id(loss)
+    return key

@@ -1,0 +1,149 @@
+"""Images with masks, from tables and from folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from torch import Tensor
+
+from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.mask_dataset import MaskDataset
+from streamcnn.data.sources import ImageSource
+from streamcnn.errors import CorruptImage, DatasetMismatch
+from streamcnn.geometry.regions import Region
+
+SIZE = (12, 17)
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack")
+
+
+def an_image(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=(*size, 3), dtype=np.uint8)
+
+
+def a_mask(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """The red of the image above 128."""
+    return (an_image(seed, size)[..., 0] > 128).astype(np.uint8)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("a.1", "a.2", "far/b")):
+        write(tmp_path / "images" / f"{name}.tif", an_image(seed))
+        write(tmp_path / "masks" / f"{name}.tiff", a_mask(seed))
+    return tmp_path
+
+
+def table(folder: Path, *rows: str, header: str = "image,mask,split") -> Path:
+    path = folder / "scenes.csv"
+    path.write_text("\n".join((header, *rows)) + "\n")
+    return path
+
+
+def read(source: ImageSource) -> Tensor:
+    return source.read(Region.whole(source.shape[1:]))
+
+
+def test_masks_lie_in_a_folder_at_the_paths_of_their_images(folders: Path) -> None:
+    images = MaskDataset(folders / "images", masks=folders / "masks")
+    assert images.names == ("a.1.tif", "a.2.tif", "far/b.tif")
+    assert len(images) == 3
+    for seed in range(3):
+        image, mask = images[seed]
+        assert torch.equal(read(image), torch.from_numpy(an_image(seed)).movedim(2, 0))
+        assert torch.equal(read(mask)[0], torch.from_numpy(a_mask(seed)))
+
+
+def test_a_table_names_images_masks_and_splits(folders: Path) -> None:
+    rows = [
+        "images/a.1.tif,masks/a.1.tiff,train",
+        "images/a.2.tif,masks/a.2.tiff,Valid",
+        "images/far/b.tif,masks/far/b.tiff,",
+    ]
+    path = table(folders, *rows)
+    assert MaskDataset(path).names == ("images/a.1.tif", "images/a.2.tif", "images/far/b.tif")
+    assert MaskDataset(path, split="train").names == ("images/a.1.tif", "images/far/b.tif")
+    (validation,) = MaskDataset(path, split="val")
+    assert torch.equal(read(validation[1])[0], torch.from_numpy(a_mask(1)))
+    assert MaskDataset(path, split="train", positions=[1]).names == ("images/far/b.tif",)
+
+
+def test_masks_are_turned_with_their_images_and_keep_their_values(folders: Path) -> None:
+    augmentation = RandomAugmentation(mirrors=True, turns=True, inversion=1.0)
+    images = MaskDataset(folders / "images", masks=folders / "masks", augmentation=augmentation, seed=1)
+    seen = set()
+    for epoch in range(6):
+        images.set_epoch(epoch)
+        image, mask = images[0]
+        seen.add(str(read(mask)))
+        # The image is inverted, its mask is not.
+        assert torch.equal(read(mask)[0], (255 - read(image)[0].int() > 128).byte())
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "text"),
+    [
+        (
+            an_image(0),
+            a_mask(0, (12, 16)),
+            r"mask .*a\.tif of .*a\.tif has 12 x 16 pixels, and the image 12",
+        ),
+        (an_image(0), an_image(0), "has 3 channels: allowed is one"),
+        (an_image(0), a_mask(0).astype(np.float32), r"holds torch\.float32: allowed are integers"),
+    ],
+)
+def test_a_mask_that_is_none_of_its_image_is_named(
+    tmp_path: Path, image: np.ndarray, mask: np.ndarray, text: str
+) -> None:
+    write(tmp_path / "images" / "a.tif", image)
+    write(tmp_path / "masks" / "a.tif", mask)
+    with pytest.raises(DatasetMismatch, match=text):
+        MaskDataset(tmp_path / "images", masks=tmp_path / "masks")
+
+
+def test_what_is_missing_is_named(folders: Path) -> None:
+    with pytest.raises(DatasetMismatch, match="give the folder of their masks"):
+        MaskDataset(folders / "images")
+    (folders / "masks" / "a.2.tiff").unlink()
+    with pytest.raises(DatasetMismatch, match=r"has no masks for 'a\.2\.tif' of"):
+        MaskDataset(folders / "images", masks=folders / "masks")
+    with pytest.raises(CorruptImage, match="nowhere"):
+        MaskDataset(folders / "images", masks=folders / "nowhere")
+
+
+def test_two_masks_of_one_image_are_refused(folders: Path) -> None:
+    write(folders / "masks" / "a.1.tif", a_mask(0))
+    with pytest.raises(DatasetMismatch, match="are masks of one image"):
+        MaskDataset(folders / "images", masks=folders / "masks")
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "text"),
+    [
+        (["images/a.1.tif,"], "image,mask", "line 2: mask is blank"),
+        (["images/a.1.tif,masks/no.tif"], "image,mask", r"line 2 names .*no\.tif, where there is no image"),
+        ([], "image,mask", "has no rows"),
+        (["images/a.1.tif,x"], "image,label", "needed are image and mask"),
+    ],
+)
+def test_a_wrong_table_is_an_error_that_names_the_line(
+    folders: Path, rows: list[str], header: str, text: str
+) -> None:
+    with pytest.raises(DatasetMismatch, match=text):
+        MaskDataset(table(folders, *rows, header=header))
+
+
+def test_a_split_that_there_is_not_is_an_error(folders: Path) -> None:
+    path = table(folders, "images/a.1.tif,masks/a.1.tiff,train")
+    with pytest.raises(DatasetMismatch, match="no images of split 'test'"):
+        MaskDataset(path, split="test")
+    with pytest.raises(DatasetMismatch, match="leave masks= out"):
+        MaskDataset(path, masks=folders / "masks")
