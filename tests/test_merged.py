@@ -153,6 +153,10 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "attention among tokens": lambda x: F.scaled_dot_product_attention(*[tokens_of(x)[:, None]] * 3),
     "tokens repeated": lambda x: tokens_of(x)[:, None].expand(-1, 2, -1, -1).sin(),
     "tokens stacked": lambda x: torch.stack((tokens_of(x), tokens_of(x).sin()), 1),
+    "a map in the shape of tokens, and back": lambda x: (
+        x.view_as(x.flatten(2)).sin().view_as(x) * x.flatten(2).view_as(x)
+    ),
+    "tokens gathered by others": lambda x: map_of(tokens_of(x).gather(-1, tokens_of(x).sin().argsort(-1)), x),
     "dropout of nothing": nn.Sequential(Applied(tokens_of), nn.Dropout(0.0), nn.Linear(WIDTH, 3)),
     "flattened": lambda x: x.flatten(1).sin(),
     "attention of all to all": lambda x: torch.softmax(tokens_of(x) @ x.flatten(2), -1).square().sum(-1),
@@ -173,6 +177,7 @@ RESIDENT: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "tokens and what is merged elsewhere": lambda x: (
         tokens_of(x)[:, None] * x.flatten(1).unflatten(1, (1, -1, WIDTH))
     ),
+    "tokens times a vector": lambda x: tokens_of(x) @ torch.ones(WIDTH).to(x).cumsum(0),
     "one layer for the whole map": nn.Sequential(nn.Flatten(), nn.Linear(WIDTH * 22 * 18, 2)),
 }
 

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.ops import along_axes, dropout, normalization, pointwise, products, reductions, shape
+from streamcnn.graph.ops import (
+    along_axes,
+    dropout,
+    losses,
+    normalization,
+    pointwise,
+    products,
+    reductions,
+    shape,
+)
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Axes, Ref
 from streamcnn.graph.schemas import places_of_axes, takes
@@ -341,6 +350,8 @@ def _product(tracer: FoldingTracer, call: Call) -> Any:
     Where every row meets every position, as queries meet keys, the other operand is whole.
     """
     first, second = (as_folded(tracer, value) for value in call.args[:2])
+    if min(len(first.runs), len(second.runs)) < 2:
+        return NotStreamable("one of its operands is a vector")
     rows, columns = _place(tracer, first), _place(tracer, second)
     like = tracer.fake_seen(call)
     if rows == -2:
@@ -525,7 +536,7 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     shape.index_channels: _indexed,
     **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
     **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along),
-    **dict.fromkeys((shape.flip, along_axes.along_axis), _along),
+    **dict.fromkeys((shape.flip, along_axes.along_axis, losses.gather_channels), _along),
     **dict.fromkeys((reductions.mean_or_sum, reductions.extremum), _reduce),
     **dict.fromkeys((reductions.vector_norm, reductions.variance), _reduce),
     products.matrix_product: _product,

@@ -32,7 +32,6 @@ _BY_ARGUMENT: dict[str, tuple[Callable[..., Any], ...]] = {
         aten.cumprod.default,
         aten.cumsum.default,
         aten.diff.default,
-        aten.gather.default,
         aten.glu.default,
         aten.index_select.default,
         aten.kthvalue.default,
