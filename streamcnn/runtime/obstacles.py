@@ -55,7 +55,7 @@ REMEDIES = {
     "its windows reach along a spatial axis": _BY_A_CONVOLUTION,
     "it looks values up along a spatial axis": _ON_SMALL_MAPS,
     "its scores are no map of shape (N, C, H, W)": "bring the scores to (N, C, H, W) before it",
-    "its targets have their spatial axes at other places": "give classes (N, H, W) or probabilities (N, C, H, W)",
+    "its targets have their spatial axes at other places": "give classes (N, H, W) or shares (N, C, H, W)",
     "the number of classes depends on the values": "pass num_classes=",
     "it runs along a spatial axis": _ON_SMALL_MAPS,
     "its pairs lie along a spatial axis": "arrange the pairs along the channels",
