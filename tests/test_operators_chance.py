@@ -40,8 +40,8 @@ class DropPath(nn.Module):
 # ATen's own probability is 0.5, which a recorded call leaves out.
 @pytest.mark.parametrize(
     "module",
-    [DropPath(0.6), DropPath(0.5), nn.Dropout2d(0.4)],
-    ids=["stochastic depth", "stochastic depth, one half", "channels"],
+    [DropPath(0.6), DropPath(0.5), nn.Dropout2d(0.4), nn.Dropout2d(0.4, inplace=True)],
+    ids=["stochastic depth", "stochastic depth, one half", "channels", "channels, in place"],
 )
 def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     net = nn.Sequential(
@@ -55,6 +55,12 @@ def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     image = torch.randn(5, 3, 23, 19, dtype=torch.float64)
     torch.testing.assert_close(_run(net, image, 8, 3), _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
     assert not torch.equal(_run(net, image, 8, 3)[0], _run(net, image, 8, 4)[0])
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.3, inplace=True), nn.Dropout2d(0.3, inplace=True)])
+def test_dropout_in_place_is_streamed(module: nn.Module) -> None:
+    plan = streaming_plan(nn.Sequential(nn.Conv2d(3, WIDTH, 3), module), (2, 3, 20, 20), 8)[1]
+    assert plan.residents == ()
 
 
 class Noisy(nn.Module):

@@ -36,6 +36,12 @@ _DIVIDED = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_sp
 _SHAPES = frozenset(
     {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_", "as_strided_"}
 )
+_DROPOUTS = {
+    "dropout_": aten.dropout.default,
+    "feature_dropout_": aten.feature_dropout.default,
+    "alpha_dropout_": aten.alpha_dropout.default,
+    "feature_alpha_dropout_": aten.feature_alpha_dropout.default,
+}
 _STORAGE = frozenset({"set_", "resize_", "resize_as_", "swap_"})
 
 
@@ -120,6 +126,9 @@ def copied(source: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 def _overload_of(target: OpOverload, name: str) -> OpOverload | None:
     """The overload that takes the same arguments and returns a new tensor."""
+    if name in _DROPOUTS:
+        # Their schemas name the operand otherwise.
+        return _DROPOUTS[name]
     if name.startswith("bernoulli_"):
         return aten.bernoulli.p if target._overloadname == "float" else None
     packet = target.overloadpacket
