@@ -152,3 +152,23 @@ def test_dropout_of_small_values_draws_as_plain_pytorch() -> None:
         nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3)
     ).double()
     torch.testing.assert_close(_run(net, IMAGE, 9, 2), _run(net, IMAGE, None, 2))
+
+
+class DroppedTokens(nn.Module):
+    """Dropout of tokens, which are a map where they are streamed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x.flatten(2).transpose(1, 2), 0.4).transpose(1, 2).reshape(x.shape)
+
+
+def test_tokens_are_dropped_alike_in_tiles_and_in_the_resident_tail() -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), DroppedTokens(), nn.Conv2d(WIDTH, 2, 3)).double()
+    image = torch.randn(2, 3, 23, 19, dtype=torch.float64)
+    tiled = _run(net, image, 8, 3)
+    whole = StreamingModel(net, "8GiB")
+    leaf = image.clone().requires_grad_()
+    torch.manual_seed(3)
+    output = whole(leaf)
+    (gradient,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
+    assert not whole.plan(image.shape, image.dtype).phases
+    torch.testing.assert_close(tiled, (output.detach(), gradient), rtol=1e-9, atol=1e-12)

@@ -30,7 +30,7 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     axes = tracer.axes(ref)
     if not train or probability == 0:
         return _unchanged(tracer, ref)
-    if axes is None and len(tracer.spec(ref).shape) < 4:
+    if axes is None and len(tracer.spec(ref).shape) < 3:
         # The head's: drawn as plain PyTorch draws it.
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     like, accesses = tracer.fake(call), {ref.name: Access()}
