@@ -119,6 +119,11 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "layers on tokens": Layers(),
     "attention within windows": Windows(fused=False),
     "attention within windows, fused": Windows(fused=True),
+    "shifted windows": nn.Sequential(
+        Applied(lambda x: x.roll((-1, -1), (2, 3))),
+        Windows(fused=True),
+        Applied(lambda x: x.roll((1, 1), (2, 3))),
+    ),
     "attention to a summary": cross_attention,
     "products": products,
     "tokens by einops": lambda x: rearrange(

@@ -202,7 +202,7 @@ def test_mean_is_exact_where_it_is_large_against_the_deviation() -> None:
 RESIDENT = {
     "matrix product of rows": lambda x: x @ x.transpose(2, 3),
     "matrix product": lambda x: torch.einsum("nchw,ndhw->ncd", x, x),
-    "rolled": lambda x: x.roll((2, -3), (2, 3)),
+    "rolled into other rows": lambda x: x.roll(3),
     "transposed and joined along space": lambda x: torch.cat((x, x[:, :, :4]), 2),
     "row by row": lambda x: x[:, :, 3] * x[:, :, 5],
     "maximum of rows": lambda x: x.max(2)[0],

@@ -178,6 +178,7 @@ MOVED = {
     "flip of columns, channels and the batch": lambda x: x.flip(3, 1, 0) * x,
     "flip of both, of another grid": lambda x: F.pad(x[..., ::2, 1:], (0, 3, 2, 0)).flip(-1, -2).sin(),
     "roll of channels": lambda x: x.roll(2, 1) * x.roll((1, -1), (0, 1)),
+    "roll of positions": lambda x: x.roll((2, -3), (2, 3)) * x.roll(5, -1) + x.roll((1, 4, 3), (1, 2, 2)),
     "channels chosen": lambda x: x.index_select(1, torch.tensor([4, 0, 0])) * x[:, torch.tensor([1, 3, 5])],
     "channels chosen by a table": lambda x: x[:, torch.tensor([[4, 0], [1, 1], [5, 2]])].sum(2),
     "batch chosen": lambda x: x * x[torch.tensor([1, 0])],

@@ -27,6 +27,7 @@ from streamcnn.graph.ops import (
     pointwise,
     products,
     reductions,
+    resampling,
     shape,
 )
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
@@ -536,7 +537,7 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     shape.index_channels: _indexed,
     **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
     **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along),
-    **dict.fromkeys((shape.flip, along_axes.along_axis, losses.gather_channels), _along),
+    **dict.fromkeys((shape.flip, resampling.roll, along_axes.along_axis, losses.gather_channels), _along),
     **dict.fromkeys((reductions.mean_or_sum, reductions.extremum), _reduce),
     **dict.fromkeys((reductions.vector_norm, reductions.variance), _reduce),
     products.matrix_product: _product,

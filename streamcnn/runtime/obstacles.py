@@ -62,6 +62,7 @@ REMEDIES = {
     "its weight depends on the position": _BY_A_CONVOLUTION,
     "its parameters depend on the position": _BY_A_CONVOLUTION,
     "it mixes positions: it is applied along merged axes of space": _IN_TWO_STEPS,
+    "it moves positions into other rows": "name the axes in dims=",
     "it mixes positions": _BY_A_CONVOLUTION,
     "its slopes depend on the position": "give each channel one slope",
     "it normalises over space and has an affine part that depends on the position": (

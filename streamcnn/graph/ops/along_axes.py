@@ -16,53 +16,49 @@ from streamcnn.graph.program import Ref, refs_in
 
 aten = torch.ops.aten
 
-_BY_ARGUMENT: dict[str, tuple[Callable[..., Any], ...]] = {
-    "dim": (
-        aten.all.dim,
-        aten.all.dims,
-        aten.any.dim,
-        aten.any.dims,
-        aten.argmax.default,
-        aten.argmin.default,
-        aten.argsort.default,
-        aten.argsort.stable,
-        aten.count_nonzero.dim_IntList,
-        aten.cummax.default,
-        aten.cummin.default,
-        aten.cumprod.default,
-        aten.cumsum.default,
-        aten.diff.default,
-        aten.glu.default,
-        aten.index_select.default,
-        aten.kthvalue.default,
-        aten.log_softmax.int,
-        aten.logcumsumexp.default,
-        aten.logsumexp.default,
-        aten.max.dim,
-        aten.median.dim,
-        aten.min.dim,
-        aten.mode.default,
-        aten.nanmedian.dim,
-        aten.nanmean.default,
-        aten.nansum.default,
-        aten.prod.dim_int,
-        aten.softmax.int,
-        aten.sort.default,
-        aten.sort.stable,
-        aten.topk.default,
-    ),
-    "dims": (aten.roll.default,),
-}
-"""The operators by the name of the argument that holds the axis or the axes."""
-_ARGUMENT = {target: name for name, targets in _BY_ARGUMENT.items() for target in targets}
+_ALONG_DIM = (
+    aten.all.dim,
+    aten.all.dims,
+    aten.any.dim,
+    aten.any.dims,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.argsort.default,
+    aten.argsort.stable,
+    aten.count_nonzero.dim_IntList,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.cumprod.default,
+    aten.cumsum.default,
+    aten.diff.default,
+    aten.glu.default,
+    aten.index_select.default,
+    aten.kthvalue.default,
+    aten.log_softmax.int,
+    aten.logcumsumexp.default,
+    aten.logsumexp.default,
+    aten.max.dim,
+    aten.median.dim,
+    aten.min.dim,
+    aten.mode.default,
+    aten.nanmedian.dim,
+    aten.nanmean.default,
+    aten.nansum.default,
+    aten.prod.dim_int,
+    aten.softmax.int,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.topk.default,
+)
+"""Operators whose argument ``dim`` holds the axis or the axes."""
 
 
-@rule(*_ARGUMENT)
+@rule(*_ALONG_DIM)
 def along_axis(tracer: Tracer, call: Call) -> Any:
     """An operator along axes that are not spatial; each of its results is an operation of its own."""
     ref = call.args[0]
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
-    dims = call.bind(_ARGUMENT[call.target])[0]
+    dims = call.bind("dim")[0]
     dims = [dims] if isinstance(dims, int) else dims
     others = refs_in((call.args[1:], dict(call.kwargs)))
     if axes is None or any(_is_apart(tracer, ref, Ref(name)) for name in others):

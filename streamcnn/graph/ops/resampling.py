@@ -77,6 +77,29 @@ def pad(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return _gathered(tracer, ref, like, axes, taps)
 
 
+@rule(aten.roll.default)
+def roll(tracer: Tracer, call: Call) -> Any:
+    """Positions moved along axes, the last ones to the front. A tile at the seam reads an axis as a whole."""
+    ref, shifts, dims = call.bind("self", "shifts", "dims")
+    shifts, dims = ([each] if isinstance(each, int) else list(each) for each in (shifts, dims))
+    axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+    assert axes is not None
+    if not dims:
+        return NotStreamable("it moves positions into other rows")
+    moves = [(shift, dim % len(shape)) for shift, dim in zip(shifts, dims, strict=True)]
+    beside = [move for move in moves if move[1] not in axes]
+    if beside:
+        channels = Call(call.target, (ref, *map(list, zip(*beside, strict=True))), {})
+        ref = per_position(tracer, channels, ref)
+    if len(beside) == len(moves):
+        return ref
+    taps = []
+    for axis in axes:
+        shift = sum(shift for shift, dim in moves if dim == axis)
+        taps.append(Taps((tuple((place - shift) % shape[axis] for place in range(shape[axis])),)))
+    return _gathered(tracer, ref, tracer.fake(call), axes, taps)
+
+
 declare(aten.constant_pad_nd, cost=Cost(saves=NOTHING))
 
 
