@@ -228,7 +228,8 @@ def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]
     if room is not None and spec.tile is None and whole.solution.fits:
         allowed.append(largest + room - whole.solution.nbytes)
     tilings = whole.search.tilings
-    if whole.solution.nbytes > plain_bytes(tilings.program, tilings.differentiated):
+    # Where a tile is asked for, there are tiles.
+    if spec.tile is None and whole.solution.nbytes > plain_bytes(tilings.program, tilings.differentiated):
         allowed.append(sys.maxsize)
     tails = {tail.start: tail for nbytes in allowed if (tail := _tail(whole, nbytes)) is not None}
     return iter(tails.values())
