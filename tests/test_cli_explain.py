@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -219,6 +220,15 @@ def test_command_and_library_have_the_same_methods() -> None:
     assert [each.value for each in MethodName] == list(METHODS)
 
 
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """However the block ends: a server that is waited for would never end by itself."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_view_serves_the_page_to_this_machine_alone(tmp_path: Path, run: Run) -> None:
     status, _, err = run("view", tmp_path)
     assert (status, "has no index.html" in err) == (2, True)
@@ -226,12 +236,14 @@ def test_view_serves_the_page_to_this_machine_alone(tmp_path: Path, run: Run) ->
     command = [
         sys.executable,
         "-c",
+        # Whoever runs the tests in the background ignores interrupts, and so would what they start.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from streamcnn.cli import main; main()",
         "view",
         str(tmp_path),
         "--port=0",
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ended(process):
         assert process.stdout is not None
         address = process.stdout.readline().split()[0]
         assert address.startswith("http://127.0.0.1:")
