@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             Image.fromarray(draw.integers(0, 256, (*SIZE, 3)).astype(np.uint8)).save(path)
             rows.append(f"{path.relative_to(folder)},{name},{split},{index}")
     (folder / "table.csv").write_text("\n".join([*rows, ""]))
-    (folder / "factories.py").write_text(FACTORIES)
+    (folder / "explained_nets.py").write_text(FACTORIES)
     common: dict[str, Any] = {
         "validation_split": "val",
         "tile": (20, 24),
@@ -77,15 +77,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         images, table = str(folder / "images"), str(folder / "table.csv")
-        make_trainer(RunConfig(model="factories:small", data=images, **common), folder / "run").run()
-        with_numbers = RunConfig(model="factories:WithNumbers", data=table, inputs=("side",), **common)
+        make_trainer(RunConfig(model="explained_nets:small", data=images, **common), folder / "run").run()
+        with_numbers = RunConfig(model="explained_nets:WithNumbers", data=table, inputs=("side",), **common)
         make_trainer(with_numbers, folder / "run-numbers").run()
         yield folder
 
 
 def explain(run: Run, place: Path, out: Path, *options: object) -> tuple[int, str, str]:
     image = place / "images/val/dark/0.png"
-    return run("explain", place / "run", image, "--out", out, "--trust=factories:small", *options)
+    return run("explain", place / "run", image, "--out", out, "--trust=explained_nets:small", *options)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -127,7 +127,7 @@ def test_every_method_from_image_to_page(run: Run, place: Path, tmp_path: Path, 
 
 
 def test_the_array_is_the_attribution_and_covers_the_image(run: Run, place: Path, tmp_path: Path) -> None:
-    trained = load_run(place / "run", trust=["factories:small"])
+    trained = load_run(place / "run", trust=["explained_nets:small"])
     image = [open_image(place / "images/val/dark/0.png")]
     expected = {
         "grad-cam": LayerGradCam(trained.model, "0").attribute(image, 1, relu_attributions=True),
@@ -154,7 +154,7 @@ def test_the_predicted_class_is_explained_by_default(run: Run, place: Path, tmp_
     facts = json.loads((tmp_path / "out/explanation.json").read_text())
     assert facts["target_name"] == facts["predictions"][0][0]
     _, answer, _ = run(
-        "predict", place / "run", place / "images/val/dark/0.png", "--trust=factories:small", "--json"
+        "predict", place / "run", place / "images/val/dark/0.png", "--trust=explained_nets:small", "--json"
     )
     assert json.loads(answer)["class"] == facts["target_name"]
 
@@ -162,7 +162,7 @@ def test_the_predicted_class_is_explained_by_default(run: Run, place: Path, tmp_
 def test_numbers_beside_the_image_come_from_a_table(run: Run, place: Path, tmp_path: Path) -> None:
     table = place / "one.csv"
     table.write_text("image,side\nimages/val/dark/0.png,2\n")
-    arguments = ("explain", place / "run-numbers", "--trust=factories:WithNumbers", "--method=grad-cam")
+    arguments = ("explain", place / "run-numbers", "--trust=explained_nets:WithNumbers", "--method=grad-cam")
     status, printed, err = run(*arguments, table, "--out", tmp_path / "out")
     assert (status, err) == (0, "")
     assert "grad-cam of" in printed
@@ -197,7 +197,7 @@ def test_what_is_there_is_not_overwritten(run: Run, place: Path, tmp_path: Path)
         status, _, err = explain(run, place, tmp_path / out)
         assert (status, text in err) == (1, True)
     several = run(
-        "explain", place / "run", place / "images", "--out", tmp_path / "new", "--trust=factories:small"
+        "explain", place / "run", place / "images", "--out", tmp_path / "new", "--trust=explained_nets:small"
     )
     assert (several[0], "holds several images: allowed is one" in several[2]) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

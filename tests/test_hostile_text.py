@@ -22,11 +22,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from streamcnn import cli
-from streamcnn.cli import models, overfitting, profiling
+from streamcnn.cli import models, overfitting, profiling, verifying
 from streamcnn.cli.overfitting import DemoSettings, run_demo
 from streamcnn.data.sources import ZarrSource
 from streamcnn.profiling.figures import write_figures
 from streamcnn.profiling.page import render_page
+from streamcnn.runtime.obstacles import Obstacle
 from streamcnn.support.html import html_page
 from streamcnn.support.text import as_text, html_text
 from streamcnn.training.checkpoints import CheckpointFolder
@@ -145,10 +146,13 @@ def test_a_plan_is_shown_as_text(monkeypatch: pytest.MonkeyPatch, run: Run) -> N
     streamed = SimpleNamespace(plan=lambda shape: explained)
     monkeypatch.setattr(models, "load", lambda name, **_: None)
     monkeypatch.setattr(streamcnn, "StreamingModel", lambda *_, **__: streamed)
-    monkeypatch.setattr(streamcnn, "verify", lambda *_, **__: explained)
-    for command in ("plan", "verify"):
-        status, out, _ = run(command, "any")
-        assert (status, out) == (0, f"one\n{SHOWN}\n")
+    status, out, _ = run("plan", "any")
+    assert (status, out) == (0, f"one\n{SHOWN}\n")
+
+
+def test_obstacles_are_shown_as_text() -> None:
+    stopped = Obstacle("aten.any", EVIL, "write another", EVIL, EVIL, 1, 8)
+    assert_harmless(shown(lambda c: c.print(verifying._table((stopped,)))))
 
 
 def test_a_warning_of_an_image_is_text(tmp_path: Path) -> None:
