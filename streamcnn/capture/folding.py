@@ -213,17 +213,14 @@ def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
     return as_seen(tracer, tracer.stream(translated), (1,) * added + first.runs, like.shape)
 
 
-def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int], *, rank: int = 0) -> Ref:
-    """A global value that meets a map of these extents, with the axes apart that are merged there.
-
-    Axes of one position in front give it ``rank`` axes, if it has fewer.
-    """
+def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int]) -> Ref:
+    """A global value that meets a map of these extents, with the axes apart that are merged there."""
     before = tracer.spec(ref).shape
     after: list[int] = []
     for axis, extent in zip(reversed(range(len(beside.runs))), reversed(before), strict=False):
         run = [extents[i] for i in beside.span(axis)] if beside.runs[axis] > 1 else [extent]
         after[:0] = run if extent > 1 else [1] * len(run)
-    return _reshaped(tracer, ref, (1,) * (rank - len(after)) + tuple(after))
+    return _reshaped(tracer, ref, tuple(after))
 
 
 def _trailing(tracer: FoldingTracer, call: Call) -> Any:
@@ -380,10 +377,10 @@ def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any
 def _einsum(tracer: FoldingTracer, call: Call) -> Any:
     """A product by an equation, with a letter for each of the map's axes."""
     equation, operands = call.bind("equation", "tensors")
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    if not arrow or "." in equation:
-        return NotStreamable(f"its equation '{equation}' leaves axes unnamed")
-    terms = left.split(",")
+    named = products.terms_of(equation)
+    if isinstance(named, NotStreamable):
+        return named
+    *terms, right = named
     parts: dict[str, tuple[int, ...]] = {}
     for term, value in zip(terms, operands, strict=True):
         if isinstance(value, Folded):
@@ -456,7 +453,7 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
     translated: list[Ref] = []
     for each in operands:
         if _place(tracer, each) is None:
-            translated.append(_apart(tracer, each.ref, first, extents, rank=len(extents)))
+            translated.append(_apart(tracer, each.ref, first, extents))
         elif each.runs == first.runs:
             translated.append(each.ref)
         else:
@@ -465,7 +462,7 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
     target = aten.matmul.default if call.target is aten.bmm.default else call.target
     call = Call(target, (*translated, *call.args[len(translated) :]), call.kwargs)
     if isinstance(mask, Ref) and tracer.axes(mask) is None:
-        call = call.replaced("attn_mask", _apart(tracer, mask, first, extents, rank=len(extents)))
+        call = call.replaced("attn_mask", _apart(tracer, mask, first, extents))
     elif isinstance(mask, Folded) and mask.runs == first.runs:
         call = call.replaced("attn_mask", mask.ref)
     elif mask is not None:

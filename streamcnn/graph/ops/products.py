@@ -44,10 +44,19 @@ def matrix_product(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 def einsum(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A product of any operands over axes that are not spatial."""
     equation, refs = call.bind("equation", "tensors")
+    named = terms_of(equation)
+    if isinstance(named, NotStreamable):
+        return named
+    *terms, result = named
+    return _product(tracer, call, list(zip(refs, terms, strict=True)), result)
+
+
+def terms_of(equation: str) -> list[str] | NotStreamable:
+    """The letters of each operand's axes in an equation of ``einsum``, and last those of the result."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     if not arrow or "." in equation:
         return NotStreamable(f"its equation '{equation}' leaves axes unnamed")
-    return _product(tracer, call, list(zip(refs, left.split(","), strict=True)), right)
+    return [*left.split(","), right]
 
 
 def _batch(count: int) -> Labels:
