@@ -147,4 +147,5 @@ def test_dead_folders_take_no_room_from_a_plan(tmp_path: Path, monkeypatch: pyte
     model = StreamingModel(net, tile=16, spill=tmp_path)
     model.resident_tail = False
     model(torch.ones(1, 1, 40, 40)).sum().backward()
+    model.release()
     assert names(tmp_path) == set()

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore, memory
+from streamcnn.stores import MemoryStore, SpareFiles, SpillFolder, Store, StoreSpec, ZarrStore, memory
 from streamcnn.stores.strips import BLOCK_NBYTES, Strips
 
 CPU = torch.device("cpu")
@@ -89,6 +89,15 @@ def make_on_disk(spill: SpillFolder, compute_device: torch.device, spec: StoreSp
     return ZarrStore(spec, spill.new_folder(), TILE_HINT, compute_device)
 
 
+def make_on_used_disk(spill: SpillFolder, compute_device: torch.device, spec: StoreSpec) -> ZarrStore:
+    """A store whose file was another map's, and is full of its bytes."""
+    spares = SpareFiles(spill.path)
+    used = spill.new_folder()
+    used.write_bytes(b"\x42" * (spec.nbytes // 2))
+    spares.keep(used)
+    return ZarrStore(spec, spill.new_folder(), TILE_HINT, compute_device, spares)
+
+
 @pytest.fixture
 def spill(tmp_path: Path) -> Iterator[SpillFolder]:
     with SpillFolder(tmp_path) as folder:
@@ -101,6 +110,7 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
         "unzeroed",
         "memory, tiles kept",
         "disk",
+        "used disk",
         pytest.param("device", marks=pytest.mark.gpu),
         pytest.param("pinned", marks=pytest.mark.gpu),
         pytest.param("disk to device", marks=pytest.mark.gpu),
@@ -112,6 +122,7 @@ def make_store(request: pytest.FixtureRequest, spill: SpillFolder) -> MakeStore:
         "unzeroed": lambda spec: MemoryStore(spec, CPU, CPU, zeroed=False),
         "memory, tiles kept": lambda spec: KeepingStore(spec, CPU, CPU),
         "disk": partial(make_on_disk, spill, CPU),
+        "used disk": partial(make_on_used_disk, spill, CPU),
         "device": lambda spec: MemoryStore(spec, CUDA, CUDA),
         "pinned": lambda spec: MemoryStore(spec, CPU, CUDA),
         "disk to device": partial(make_on_disk, spill, CUDA),
@@ -245,6 +256,13 @@ def test_any_history_is_a_dense_tensors(history: tuple[Any, ...]) -> None:
     assert_like_dense(KeepingStore(spec, CPU, CPU), steps)
     with SpillFolder() as spill:
         assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, CPU), steps)
+        spares = SpareFiles(spill.path)
+        for used in (b"", b"\x42" * 100, b"\x42" * 2**20):
+            path = spill.new_folder()
+            path.write_bytes(used)
+            spares.keep(path)
+            with contextlib.closing(ZarrStore(spec, spill.new_folder(), hint, CPU, spares)) as store:
+                assert_like_dense(store, steps)
 
 
 class TestMemoryStore:

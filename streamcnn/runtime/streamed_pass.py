@@ -29,6 +29,7 @@ from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
 from streamcnn.stores import (
     MemoryStore,
+    SpareFiles,
     SpillFolder,
     Store,
     StoreSpec,
@@ -47,6 +48,10 @@ class PassOwner(Protocol):
     spill: Path | None
     last_report: Report | None
     observer: Observer | None
+
+    @property
+    def spare_files(self) -> SpareFiles:
+        """What earlier passes have left for maps that this one spills."""
 
 
 class Shrink(Protocol):
@@ -130,8 +135,9 @@ class Pass:
             zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
         )
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
-        _check_disk(self.plan, self.owner.spill)
-        self.stores = _Stores(self.owner.spill, self.reader.device, zeroed=self.plan.kept_bytes is None)
+        spares = self.owner.spare_files
+        _check_disk(self.plan, spares)
+        self.stores = _Stores(spares, self.reader.device, zeroed=self.plan.kept_bytes is None)
         self.execution = Execution(
             self.program,
             self.plan,
@@ -338,6 +344,8 @@ class Pass:
         def close() -> None:
             limit.close()
             self.close()
+            # The disk may be full.
+            self.stores.spares.close()
 
         return undoing(in_block, close)
 
@@ -387,13 +395,13 @@ def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None
     )
 
 
-def _check_disk(plan: Plan, spill: Path | None) -> None:
+def _check_disk(plan: Plan, spares: SpareFiles) -> None:
     """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
-    needed = plan.bytes_on(Tier.DISK)
+    needed, spill = plan.bytes_on(Tier.DISK), spares.parent
     if needed:
         # What killed processes have left takes no room from this one.
         remove_abandoned(spill)
-    if needed and needed > (free := free_bytes(spill)):
+    if needed and needed > (free := free_bytes(spill) + spares.nbytes):
         raise PlanDoesNotFit(
             f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
             f"{format_bytes(free)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
@@ -432,8 +440,8 @@ def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepSha
 class _Stores:
     """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
 
-    def __init__(self, spill: Path | None, device: torch.device, *, zeroed: bool) -> None:
-        self._parent = spill
+    def __init__(self, spares: SpareFiles, device: torch.device, *, zeroed: bool) -> None:
+        self.spares = spares
         self._device = device
         self._zeroed = zeroed
         self._folder: SpillFolder | None = None
@@ -441,8 +449,8 @@ class _Stores:
     def open(self, spec: StoreSpec, tier: Tier, tile: tuple[int, int]) -> Store:
         """An empty store in ``tier``."""
         if tier is Tier.DISK:
-            self._folder = self._folder or SpillFolder(self._parent)
-            return ZarrStore(spec, self._folder.new_folder(), tile, self._device)
+            self._folder = self._folder or SpillFolder(self.spares.parent)
+            return ZarrStore(spec, self._folder.new_folder(), tile, self._device, self.spares)
         place = torch.device("cpu") if tier is Tier.HOST else self._device
         zeroed = self._zeroed and place.type == "cpu"
         return MemoryStore(spec, place, self._device, zeroed=zeroed)

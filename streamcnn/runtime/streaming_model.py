@@ -49,7 +49,7 @@ from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
 from streamcnn.runtime.target_errors import other_size, unknown_class
 from streamcnn.runtime.with_loss import Loss, LossCalls
-from streamcnn.stores import Store
+from streamcnn.stores import SpareFiles, Store
 from streamcnn.support.units import format_bytes, parse_bytes
 
 
@@ -111,6 +111,7 @@ class StreamingModel(ModuleFacade):
         """Told when a part of a pass begins and when it ends."""
         self.resident_tail = True
         """Whether the layers after the last large map may be run on whole maps."""
+        self._spare_files = SpareFiles()
         self._passes = Passes()
         self._call = ForwardPass()
         self._losses = LossCalls()
@@ -124,6 +125,7 @@ class StreamingModel(ModuleFacade):
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
+            "_spare_files": SpareFiles(),
             "_passes": Passes(),
             "_call": ForwardPass(),
             "_losses": LossCalls(),
@@ -274,12 +276,21 @@ class StreamingModel(ModuleFacade):
         return torch.device("cpu") if first is None else first.device
 
     def release(self) -> None:
-        """Give back the memory that passes on the CPU have kept for the next one.
+        """Give back the memory and the files on disk that passes have kept for the next one.
 
-        It is no more than the last pass was planned to take. What tensors hold stays; other models' passes
-        find nothing kept either. It happens by itself when the model is collected.
+        It is no more than passes have taken. What tensors hold stays; other models' passes on the CPU find no
+        memory kept either. It happens by itself when the model is collected.
         """
         give_back()
+        self._spare_files.close()
+
+    @property
+    def spare_files(self) -> SpareFiles:
+        """Files on the disk of ``spill`` that passes have left for the maps of the next one."""
+        if self._spare_files.parent != self.spill:
+            self._spare_files.close()
+            self._spare_files = SpareFiles(self.spill)
+        return self._spare_files
 
     # --- running -------------------------------------------------------------------------------------
 

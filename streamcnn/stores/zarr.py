@@ -14,7 +14,7 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 from weakref import finalize
 
@@ -26,6 +26,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.frontier import Frontier
+from streamcnn.stores.spare_files import SpareFiles
 from streamcnn.stores.spill import remove_with
 from streamcnn.stores.strips import Block, Strips
 from streamcnn.stores.transfer import host_buffer, to_host
@@ -49,7 +50,7 @@ _STORED_AS = {
 
 
 class ZarrStore(Store):
-    """One map in one sparse file, with about 1 MiB of it in memory per call beside the tile.
+    """One map in one file, with about 1 MiB of it in memory per call beside the tile.
 
     A strip holds all rows and channels of all columns, if tiles are bands of full rows, or of an eighth of a
     tile's columns (16 to 64). What was never written takes no room.
@@ -65,6 +66,8 @@ class ZarrStore(Store):
         Extents (H, W) of the tiles by which the map will mostly be read and written.
     compute_device
         Where tiles are read to.
+    spares
+        Where files come from and go to; without it each map has a new one.
 
     Raises
     ------
@@ -88,6 +91,7 @@ class ZarrStore(Store):
         folder: Path,
         tile_hint: tuple[int, int],
         compute_device: torch.device,
+        spares: SpareFiles | None = None,
     ) -> None:
         super().__init__(spec)
         if spec.dtype not in _STORED_AS:
@@ -98,7 +102,7 @@ class ZarrStore(Store):
         self._map_order = tuple(int(axis) for axis in np.argsort(self._file_order))
         self.compute_device = compute_device
         self._frontier = Frontier(spec.size)
-        self._writing = Lock()
+        self._writing = RLock()
         self._folder = folder
         with self._told():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,12 +111,19 @@ class ZarrStore(Store):
         self._remove = remove_with(self, folder)
         with self._told():
             (folder / "zarr.json").write_text(json.dumps(_metadata(self._strips), indent=2))
-            self._file = os.open(folder / _file_name(spec), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            index, start = _index(self._strips), self._strips.count * self._strips.nbytes
+            self._path, self._spares = folder / _file_name(spec), spares
+            # In a new file, strips that are not written stay holes, which read as zero.
+            self._is_new = spares is None or not spares.take(self._path, start + len(index))
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if self._is_new else 0))
             self._close_file = finalize(self, os.close, self._file)
-            # Strips that are not written stay holes, which read as zero.
-            _write_fully(self._file, _index(self._strips), self._strips.count * self._strips.nbytes)
+            _write_fully(self._file, index, start)
 
     def _read(self, region: Region) -> Tensor:
+        if not self._is_new:
+            for part, holds in self._claim(region):
+                if not holds:
+                    self._zero(part)
         # Pinned, a tile goes to the GPU while the next one is being read.
         tile = host_buffer(self.spec.tile_shape(region), self.spec.dtype, self.compute_device)
         scratch = self._scratch(region)
@@ -122,24 +133,45 @@ class ZarrStore(Store):
         return tile.to(self.compute_device, non_blocking=True)
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
+        self._claim(region)
         self._update(region, to_host(tile, self.spec.dtype), adds=False)
         self._mark(region)
 
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         tile = to_host(tile, self.spec.dtype)
-        with self._writing:
-            parts = list(self._frontier.split(region))
-        for part, holds in parts:
+        for part, holds in self._claim(region):
             self._update(part, crop(tile, self.spec.axes, region, part), adds=holds)
         self._mark(region)
+
+    def _claim(self, region: Region) -> list[tuple[Region, bool]]:
+        """``region`` in parts, each with whether something was written there.
+
+        In a file that was used before, what will count as written without being so is made zero.
+        """
+        with self._writing:
+            parts = list(self._frontier.split(region))
+            if not self._is_new:
+                # Under the lock, as is marking it: else another thread's region could be taken for skipped.
+                for part in self._frontier.skipped(region):
+                    self._zero(part)
+                self._frontier.mark(region)
+            return parts
 
     def _mark(self, region: Region) -> None:
         with self._writing:
             self._frontier.mark(region)
 
+    def _zero(self, region: Region) -> None:
+        zero = torch.zeros((), dtype=self.spec.dtype)
+        self._update(region, zero.expand(self.spec.tile_shape(region)), adds=False)
+
     def _free(self) -> None:
         self._close_file()
-        self._remove()
+        try:
+            if self._spares is not None:
+                self._spares.keep(self._path)
+        finally:
+            self._remove()
 
     def _update(self, region: Region, tile: Tensor, *, adds: bool) -> None:
         """Write ``tile`` or add it to what is there; what was not written before is zero."""

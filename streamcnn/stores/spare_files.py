@@ -1,0 +1,123 @@
+"""Files of maps that are done with, kept for the next maps on disk.
+
+A page of a file costs more to get than to write: some 6 µs on a virtual machine, ten times what it takes to
+write it again. So a map's file is not removed but handed on, as allocators keep blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from threading import Lock
+
+from streamcnn.stores.spill import SpillFolder
+
+
+class SpareFiles:
+    """Spare files in a folder of their own, which goes with them.
+
+    They are removed on ``close``, when collected and when the interpreter exits. Together with the maps that
+    are on disk they never take more than maps have taken at once. A forked child has none of its parent's.
+
+    Parameters
+    ----------
+    parent
+        Existing folder to keep them in, on the disk of the maps; the system's temporary folder if None.
+    """
+
+    def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
+        self.parent = parent
+        self._lock = Lock()
+        self._numbers = itertools.count()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._folder: SpillFolder | None = None
+        self._spare: dict[Path, int] = {}
+        self._in_use: dict[Path, int] = {}
+        self._most_in_use = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all spare files."""
+        with self._lock:
+            return sum(self._spare.values())
+
+    def take(self, path: Path, nbytes: int) -> bool:
+        """Have a spare file at ``path``, of ``nbytes`` at most and with anything in it, if there is one.
+
+        Either way ``path`` is about to be a file of ``nbytes``, which counts until it is removed or kept.
+
+        Raises
+        ------
+        OSError
+            If it cannot be moved.
+        """
+        with self._lock:
+            self._forget_other_process()
+            found = self._best(nbytes)
+            if found is not None:
+                size = self._spare.pop(found)
+                os.replace(found, path)
+                if size > nbytes:
+                    os.truncate(path, nbytes)
+            self._note_in_use(path, nbytes)
+            self._make_room()
+            return found is not None
+
+    def keep(self, path: Path) -> None:
+        """Take a file that nobody uses any more.
+
+        Raises
+        ------
+        OSError
+            If it cannot be moved.
+        """
+        with self._lock:
+            self._forget_other_process()
+            self._folder = self._folder or SpillFolder(self.parent)
+            spare = self._folder.path / f"spare-{next(self._numbers):06d}"
+            os.replace(path, spare)
+            self._in_use.pop(path, None)
+            self._spare[spare] = spare.stat().st_size
+
+    def close(self) -> None:
+        """Remove all that is spare now."""
+        with self._lock:
+            self._spare.clear()
+            if self._folder is not None:
+                self._folder.close()
+                self._folder = None
+
+    def _best(self, nbytes: int) -> Path | None:
+        """The smallest file that is large enough, or else the largest."""
+        large = {path: size for path, size in self._spare.items() if size >= nbytes}
+        if large:
+            return min(large, key=large.__getitem__)
+        return max(self._spare, key=self._spare.__getitem__, default=None)
+
+    def _forget_other_process(self) -> None:
+        if self._process != os.getpid():
+            self._reset()
+
+    def _note_in_use(self, path: Path, nbytes: int) -> None:
+        # Some have gone with a store that was collected.
+        self._in_use = {other: size for other, size in self._in_use.items() if other.exists()}
+        self._in_use[path] = nbytes
+        self._most_in_use = max(self._most_in_use, sum(self._in_use.values()))
+
+    def _make_room(self) -> None:
+        """Give up what would have the disk hold more than it ever did, of the smallest files first."""
+        excess = sum(self._spare.values()) + sum(self._in_use.values()) - self._most_in_use
+        for path, size in sorted(self._spare.items(), key=lambda item: item[1]):
+            if excess <= 0:
+                return
+            if size > excess:
+                os.truncate(path, size - excess)
+                self._spare[path] = size - excess
+            else:
+                path.unlink()
+                del self._spare[path]
+            excess -= size
