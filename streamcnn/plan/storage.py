@@ -29,7 +29,7 @@ class StorePlan:
     last_reader: int
     """Level of the last phase or segment that reads it in the forward pass."""
     tile: tuple[int, int]
-    """Extents of a tile in the map's own positions, a hint for chunking."""
+    """Fewest rows and columns by which it is written or read, a hint for chunking."""
     rematerialised: int | None = None
     """Level before whose backward phase it is computed again, if it is dropped after its last forward reader
     and the backward pass needs it."""

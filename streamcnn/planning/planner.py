@@ -253,12 +253,16 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
 
 
 def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
-    """The solution's stores with the extents of the tiles that write them."""
-    stores = solution.stores
+    """The solution's stores with the fewest rows and columns by which a phase writes or reads each."""
+    tiles: dict[str, list[tuple[int, int]]] = {name: [] for name in solution.stores}
+    for tiled in (*solution.tiled, *(each for _, each in solution.rematerialised)):
+        for name in tiled.stage.stored:
+            tiles[name].append(tiled.largest_own(name))
+        for name in tiles.keys() & set(tiled.stage.inputs):
+            tiles[name].append(tiled.largest(name))
     return {
-        name: replace(stores[name], tile=tiled.largest_own(name))
-        for tiled in solution.tiled
-        for name in tiled.stage.stored
+        name: replace(store, tile=(min(h for h, _ in tiles[name]), min(w for _, w in tiles[name])))
+        for name, store in solution.stores.items()
     }
 
 
