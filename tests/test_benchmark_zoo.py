@@ -226,6 +226,24 @@ def test_what_rounding_blurs_is_compared_with_rounding() -> None:
     assert judged(verification(a=1e-12, b=math.nan), noise)["num_wrong"] == 1
 
 
+class Float32Inside(nn.Module):
+    """A mean over space in float32, whatever the model's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        found: Tensor = self.conv(image).float().mean((2, 3)).to(image.dtype)
+        return found
+
+
+def test_a_part_in_float32_is_compared_in_float64() -> None:
+    found = compare(Float32Inside(), (1, 3, 40, 40), train=True)
+    assert (found["wrong"], found["blurred"]) == ({}, 0)
+    assert found["error"] < 1e-12
+
+
 def test_rounding_shows_where_it_is_magnified() -> None:
     assert max(rounding(net(nn.ReLU()), SHAPE).values()) < TOLERANCE / 1e3
     # Batch norm of two values gives plus and minus one, whatever they are, and no gradient but rounding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,19 @@ def test_distributed_data_parallel_averages_gradients_over_processes(tmp_path: P
         for name, parameter in model.named_parameters():
             parameter.grad = found[name]
         assert_same_gradients(model, plain)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_atto", "levit_128s"])
+def test_a_plain_state_dict_comes_back_as_it_was(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model(name, num_classes=3).state_dict()
+    model = StreamingModel(timm.create_model(name, num_classes=3))
+    model.load_state_dict(state)
+    assert list(model.state_dict()) == list(state)
+    assert saved(model.state_dict()) == saved(state)
+
+
+def saved(state: Mapping[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
