@@ -39,7 +39,7 @@ from streamcnn.data.ultramnist.generate import Progress
 from streamcnn.support.signals import BY_SIGNAL, raising
 from streamcnn.support.text import as_text
 from streamcnn.support.units import format_bytes, format_duration, parse_bytes
-from streamcnn.training.runs import present_devices
+from streamcnn.training.config import present_devices
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 

@@ -28,7 +28,8 @@ from streamcnn.cli.explaining import MethodName
 from streamcnn.data.sources import open_image
 from streamcnn.geometry.regions import Region
 from streamcnn.training import load_run
-from streamcnn.training.runs import RunConfig, make_trainer
+from streamcnn.training.config import RunConfig
+from streamcnn.training.runs import make_trainer
 from streamcnn.training.settings import TrainSettings
 
 Run = Callable[..., tuple[int, str, str]]

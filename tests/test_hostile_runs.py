@@ -20,7 +20,8 @@ from hostile import FACTORY, change_json, make_run
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError, UntrustedModel
 from streamcnn.training import RunConfig, TrainSettings, load_run, make_trainer, read_log
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
-from streamcnn.training.runs import RUN, read_run
+from streamcnn.training.config import RUN
+from streamcnn.training.runs import read_run
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -264,7 +265,7 @@ UNCHECKED: dict[str, Any] = {"check_invariants": False}
 STATES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda s: s.pop("progress"), "progress is missing"),
     (lambda s: s["progress"].pop("update"), "progress.update is missing"),
-    (lambda s: s["progress"].pop("best_accuracy"), "progress.best_accuracy is missing"),
+    (lambda s: s["progress"].pop("best_score"), "progress.best_score is missing"),
     (
         lambda s: s["model"].update({"0.bias": torch.sparse_coo_tensor([[10**9]], [1.0], (4,), **UNCHECKED)}),
         "holds a tensor of layout torch.sparse_coo .*: allowed are dense tensors",
@@ -281,7 +282,7 @@ STATES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda s: s["progress"].update(update="x"), "progress.update is 'x': allowed is a valid integer"),
     (lambda s: s["progress"].update(update=-1), "progress: update=-1: allowed are 0 and more"),
     (lambda s: s["progress"].update(best="../../x"), "progress: best='../../x': allowed are names of"),
-    (lambda s: s["progress"].update(best_accuracy=float("nan")), "progress: best_accuracy=nan: allowed are"),
+    (lambda s: s["progress"].update(best_score=float("nan")), "progress: best_score=nan: allowed are"),
     (lambda s: s.update(format="x"), "format is 'x': allowed is a valid integer"),
     (lambda s: s.update(model=[]), "model is a list: allowed is a dict"),
     (lambda s: s["model"].update({"0.weight": 3}), "model.0.weight is a int: allowed is a tensor"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import tifffile
 import torch
 from torch import Tensor
 
+from streamcnn.data import mask_values
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.mask_dataset import MaskDataset
 from streamcnn.data.sources import ImageSource
@@ -147,3 +150,61 @@ def test_a_split_that_there_is_not_is_an_error(folders: Path) -> None:
         MaskDataset(path, split="test")
     with pytest.raises(DatasetMismatch, match="leave masks= out"):
         MaskDataset(path, masks=folders / "masks")
+
+
+def test_topmost_folders_that_are_called_so_are_splits(tmp_path: Path) -> None:
+    for seed, name in enumerate(("Training/a", "Training/far/b", "valid/a")):
+        write(tmp_path / "images" / f"{name}.tif", an_image(seed))
+        write(tmp_path / "masks" / f"{name}.tif", a_mask(seed))
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    assert MaskDataset(images, masks=masks, split="train").names == ("Training/a.tif", "Training/far/b.tif")
+    assert MaskDataset(images, masks=masks, split="val").names == ("valid/a.tif",)
+    assert len(MaskDataset(images, masks=masks)) == 3
+    with pytest.raises(DatasetMismatch, match="no images of split 'test': it has"):
+        MaskDataset(images, masks=masks, split="test")
+    for kind, pixels in (("images", an_image(3)), ("masks", a_mask(3))):
+        write(tmp_path / kind / "loose.tif", pixels)
+    with pytest.raises(DatasetMismatch, match=r"called like splits, and 'loose\.tif' outside of them"):
+        MaskDataset(images, masks=masks)
+
+
+def test_images_without_folders_of_splits_are_there_to_train_on(folders: Path) -> None:
+    assert len(MaskDataset(folders / "images", masks=folders / "masks", split="train")) == 3
+
+
+def test_a_fingerprint_is_of_images_and_masks_wherever_they_lie(folders: Path, tmp_path: Path) -> None:
+    def fingerprint(folder: Path, **options: Any) -> str:
+        return MaskDataset(folder / "images", masks=folder / "masks", **options).fingerprint
+
+    before = fingerprint(folders)
+    copy = tmp_path / "elsewhere"
+    for kind in ("images", "masks"):
+        shutil.copytree(folders / kind, copy / kind)
+    assert fingerprint(copy) == before
+    others = [
+        fingerprint(copy, positions=[0, 1]),
+        fingerprint(copy, augmentation=RandomAugmentation(turns=True)),
+    ]
+    write(copy / "masks" / "a.1.tiff", 1 - a_mask(0))
+    others.append(fingerprint(copy))
+    write(copy / "masks" / "a.1.tiff", a_mask(0))
+    write(copy / "images" / "a.1.tif", an_image(9))
+    others.append(fingerprint(copy))
+    assert len({before, *others}) == 5
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_the_values_of_a_mask_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type[np.integer[Any]]
+) -> None:
+    # Several parts, of which the last are cut.
+    monkeypatch.setattr(mask_values, "_ROWS", 5)
+    monkeypatch.setattr(mask_values, "_COLUMNS", 7)
+    mask = np.random.default_rng(0).integers(4, size=SIZE).astype(dtype)
+    mask[3, 4] = 200
+    write(tmp_path / "images" / "a.tif", an_image(0))
+    write(tmp_path / "masks" / "a.tif", mask)
+    images = MaskDataset(tmp_path / "images", masks=tmp_path / "masks")
+    values, counts = np.unique(mask, return_counts=True)
+    assert dict(images.mask_values(0)) == dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert images.mask_name(0) == str(tmp_path / "masks" / "a.tif")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamcnn import TensorSource
 from streamcnn.data import thumbnails
-from streamcnn.data.thumbnails import shrunk, thumbnail
+from streamcnn.data.thumbnails import sampled, shrunk, thumbnail
 from streamcnn.geometry.regions import Region
 
 
@@ -25,6 +25,15 @@ def test_pixels_are_the_means_of_blocks(height: int, width: int, factor: int, pa
         rows, cols = (slice(at * factor, (at + 1) * factor) for at in (row, col))
         block = pixels[:, rows, cols].double().mean((1, 2))
         assert found[row, col] == pytest.approx(block.numpy(), abs=0.501)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 300))
+def test_samples_are_single_pixels(height: int, width: int, factor: int, part: int) -> None:
+    pixels = torch.arange(height * width, dtype=torch.int32).reshape(1, height, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thumbnails, "PART_PIXELS", part)
+        found = sampled(TensorSource(pixels), factor)
+    np.testing.assert_array_equal(found, pixels[:, ::factor, ::factor].numpy())
 
 
 def test_a_wide_image_is_read_in_parts() -> None:

@@ -29,7 +29,7 @@ from streamcnn.training.checkpoints import load_checkpoint
 
 def test_further_inputs_go_into_the_model(tmp_path: Path) -> None:
     streamed = make_trainer_with_numbers(tmp_path / "streamed").run()
-    assert streamed.best_accuracy == 1.0
+    assert streamed.best_score == 1.0
     make_trainer_with_numbers(tmp_path / "plain", streamed=False).run()
     found, expected = (
         [line["loss"] for line in read_log(tmp_path / name) if line["kind"] == "update"]
@@ -51,7 +51,7 @@ def test_images_and_validation_have_the_same_inputs(tmp_path: Path) -> None:
 def test_a_run_learns_and_writes_what_it_does(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, epochs=8, learning_rate=0.05, ema_decay=None)
     result = trainer.run()
-    assert result.best_accuracy == 1.0
+    assert result.best_score == 1.0
     assert result.num_epochs == 8
     updates = [line for line in read_log(tmp_path) if line["kind"] == "update"]
     epochs = [line for line in read_log(tmp_path) if line["kind"] == "epoch"]

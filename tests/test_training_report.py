@@ -13,7 +13,8 @@ from streamcnn import ImageSource, TensorSource
 from streamcnn.data.dataset import ImageDataset
 from streamcnn.errors import RunMismatch
 from streamcnn.training import RunConfig
-from streamcnn.training.report import MAX_MISTAKES, render_report
+from streamcnn.training.classification_page import MAX_MISTAKES
+from streamcnn.training.report import render_report
 
 CONFIG = RunConfig(model="resnet18", data="/data/<cats>", budget=100 * 2**20)
 UPDATE = {
@@ -79,6 +80,13 @@ def test_memory_that_was_not_measured_is_not_drawn() -> None:
     page = render_report(CONFIG, [{**UPDATE, "measured_bytes": None}, epoch(0, 1.0, [0, 1])], Images(2))
     assert len(re.findall(r"<img ", page)) == 2
     assert "allowed" not in page
+
+
+def test_the_log_of_another_task_has_no_page() -> None:
+    line = {**epoch(0, 1.0, [0, 1]), "overlaps": [[1], [1], [1]]}
+    del line["predictions"]
+    with pytest.raises(RunMismatch, match="the log is not of a classification: put back what"):
+        render_report(CONFIG, [UPDATE, line], Images(2))
 
 
 def test_a_run_without_an_epoch_or_with_other_images_has_no_page() -> None:

@@ -212,3 +212,27 @@ def test_other_images_are_another_run(tmp_path: Path) -> None:
     trainer.validation = Images(5, seed=9)
     with pytest.raises(RunMismatch, match="validation was '5 images of seed 1' and is '5 images of seed 9'"):
         trainer.run()
+
+
+@pytest.mark.parametrize("after", [2, 6])
+def test_a_checkpoint_of_the_first_format_is_gone_on_with(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    with monkeypatch.context() as patch:
+        after_step(patch, after + 1, kill)
+        with pytest.raises(Killed):
+            make_trainer(tmp_path).run()
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    state = checkpoints.newest()
+    assert state is not None
+    progress = state["progress"]
+    # What there was before there were other tasks.
+    state["format"] = 1
+    progress["best_accuracy"] = progress.pop("best_score")
+    progress["num_right"] = int(progress.pop("sums").get("accuracy", 0))
+    checkpoints.save(state, progress["update"])
+    make_trainer(tmp_path).run()
+    found, expected = final_state(tmp_path), final_state(uninterrupted)
+    assert found["progress"] == expected["progress"]
+    assert_equal(found["model"], expected["model"])
+    assert log_without_times(tmp_path) == log_without_times(uninterrupted)

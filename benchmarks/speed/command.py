@@ -20,7 +20,7 @@ from benchmarks.speed.rounds import measure
 from benchmarks.speed.table import tables
 from benchmarks.speed.task import Task
 from streamcnn.support.units import parse_bytes
-from streamcnn.training.runs import present_devices
+from streamcnn.training.config import present_devices
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 _WIDTH = 140

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from streamcnn.data.reader import BatchReader, Image
 from streamcnn.errors import UnsupportedModel, some
+from streamcnn.runtime.fake_result import fake_result
 from streamcnn.runtime.streaming_model import StreamingModel
 
 
@@ -101,23 +99,14 @@ def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Ite
     UnsupportedModel
         If the model fails for such an image.
     """
-    mode = FakeTensorMode()
-    device = next((state.device for state in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    with FakeCopyMode(mode):
-        bare: nn.Module = copy.deepcopy(net)
     outputs: dict[str, list[Any]] = {}
-    for name, module in bare.named_modules():
-        # The caller's own may keep what they see, which has no values here.
-        module._forward_hooks.clear()
-        if name:
-            module.register_forward_hook(partial(_note, outputs, name))
-    further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
-    try:
-        with mode, torch.no_grad():
-            output = bare(torch.empty(shape, dtype=dtype, device=device), *further)
-    except Exception as error:  # whatever the user's code raises
-        reason = str(error).partition("\n")[0]
-        raise UnsupportedModel(f"the model fails for an image of shape {tuple(shape)}: {reason}") from error
+
+    def watch(bare: nn.Module) -> None:
+        for name, module in bare.named_modules():
+            if name:
+                module.register_forward_hook(partial(_note, outputs, name))
+
+    output = fake_result(net, shape, dtype, args, prepare=watch)
     layers = {name: LayerOutput(_shape(calls[-1]), len(calls)) for name, calls in outputs.items()}
     return Survey(layers, output)
 

@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from streamcnn.cli import classifying, explaining, images, models, profiling, training, ultramnist, verifying
+from streamcnn.cli import explaining, images, models, profiling, trained, training, ultramnist, verifying
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.cli.ending import leave_output, say_ending, status_of
 from streamcnn.errors import StreamError
@@ -127,8 +127,8 @@ app.command()(models.plan)
 app.command()(verifying.verify)
 app.command("profile")(profiling.profile)
 app.command()(training.train)
-app.command()(classifying.evaluate)
-app.command()(classifying.predict)
+app.command()(trained.evaluate)
+app.command()(trained.predict)
 app.command()(explaining.explain)
 app.command()(explaining.view)
 app.command()(images.info)

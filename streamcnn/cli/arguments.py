@@ -51,6 +51,9 @@ Inputs = Annotated[
         metavar="NAME,...", help="Columns of numbers in the CSV file for the model, besides the image."
     ),
 ]
+Masks = Annotated[
+    str | None, typer.Option(help="Folder with a mask for each image, if DATA is a folder of images.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -75,6 +78,22 @@ def parse_extent(text: str) -> tuple[int, int]:
 def parse_names(text: str | None) -> tuple[str, ...]:
     """``"age,sex"`` as names of columns."""
     return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def parse_numbers(text: str | None) -> tuple[float, ...] | None:
+    """``"1,2.5"`` as numbers.
+
+    Raises
+    ------
+    ValueError
+        If one is none.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"cannot read {text!r} as numbers: allowed is such as 1,2.5,2.5") from None
 
 
 def choice_of(

@@ -24,7 +24,8 @@ from streamcnn.cli.arguments import (
     exit_for_wrong_usage,
     parse,
 )
-from streamcnn.cli.classifying import Run, Trust, columns_of, load_trained, open_images
+from streamcnn.cli.classifying import open_images
+from streamcnn.cli.trained import Run, Trust, columns_of, load_trained
 from streamcnn.support.text import printable
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ def explain(
     require_new(out)
     parse("--colours", partial(colour_table, is_signed=chosen.is_signed), colours)
     trained = load_trained(run, budget, trust)
+    if trained.config.task != "classification":
+        exit_for_wrong_usage(
+            f"RUN: {run} is of the task {trained.config.task}: allowed are classifiers, whose scores have an "
+            "explanation; `streamcnn predict --output` writes maps of classes"
+        )
     columns = columns_of(trained, inputs)
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)
     path, source, numbers = _one_image(image, columns, choice)

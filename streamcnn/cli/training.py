@@ -18,7 +18,9 @@ from streamcnn.support.extras import require
 from streamcnn.support.text import as_text
 from streamcnn.training import StoppedAtOnce, Terminated, Trainer, make_trainer, write_report
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="Tile store, CSV file or folder of classes.")]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="Tile store, CSV file, or folder of classes or of images.")
+]
 
 
 @with_option_groups
@@ -30,7 +32,7 @@ def train(
     settings: SettingsOptions,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
 ) -> None:
-    """Train a classifier on whole images; the same command goes on with a run that was interrupted.
+    """Train a model on whole images; the same command goes on with a run that was interrupted.
 
     At SIGINT (Ctrl-C), SIGTERM or SIGHUP it saves its state and ends with exit status 130, 143 or 129; at a
     second one it ends at once.
@@ -57,8 +59,8 @@ def _run(trainer: Trainer, budget: int | None, out: Path) -> None:
         say_ending(ended.signal, f"{ended}; the same command goes on")
         raise typer.Exit(status_of(ended.signal)) from None
     best = (
-        f"{result.num_updates} updates in {result.num_epochs} epochs; best validation accuracy "
-        f"{result.best_accuracy:.1%}: {result.best}"
+        f"{result.num_updates} updates in {result.num_epochs} epochs; best validation {trainer.task.measure} "
+        f"{result.best_score:.1%}: {result.best}"
     )
     for line in (best, f"page: {write_report(out)}"):
         console.print(as_text(line), soft_wrap=True, highlight=False)

@@ -15,18 +15,20 @@ from streamcnn.cli.arguments import (
     ChannelsLast,
     Inputs,
     Level,
+    Masks,
     Series,
     Tile,
     choice_of,
     parse,
     parse_extent,
     parse_names,
+    parse_numbers,
 )
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources.places import local_path
 from streamcnn.support.units import parse_bytes
-from streamcnn.training import RunConfig, TrainSettings
+from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
 
 KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
 
@@ -46,6 +48,7 @@ _AUGMENTATION = _defaults(RandomAugmentation)
 class RunOptions:
     """What a run is of, besides model and data: see `RunConfig`."""
 
+    task: Annotated[str, typer.Option(help="classification, or segmentation.")] = _RUN.task
     budget: Budget = _RUN.budget
     tile: Tile = _RUN.tile
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = _RUN.device
@@ -69,6 +72,25 @@ class RunOptions:
         _AUGMENTATION.inversion
     )
 
+    masks: Masks = None
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Of segmentation: cross_entropy, dice, tversky, or a sum such as cross_entropy+dice."
+        ),
+    ] = None
+    ignore_index: Annotated[int | None, typer.Option(help="Value in masks that does not count.")] = None
+    class_weights: Annotated[
+        str | None, typer.Option(metavar="NUMBER,...", help="In the cross-entropy, one for each class.")
+    ] = None
+    label_smoothing: Annotated[float | None, typer.Option(help="In the cross-entropy of segmentation.")] = (
+        None
+    )
+    loss_option: KeyValues = None
+    key: Annotated[
+        str | None, typer.Option(help="Of several results of the model the one that is the map of scores.")
+    ] = None
+
     def config(self, model: str, data: str, settings: TrainSettings) -> RunConfig:
         """The run of a model on some images; text that cannot be read ends the command as wrong usage.
 
@@ -78,6 +100,10 @@ class RunOptions:
             If a value has no meaning.
         """
         return RunConfig(
+            task=self.task,
+            masks=None if self.masks is None else str(local_path(self.masks).resolve()),
+            loss=self._loss(),
+            key=self.key,
             model=model,
             model_options=parse("--model-option", parse_key_values, self.model_option),
             data=str(local_path(data).resolve()),
@@ -93,6 +119,18 @@ class RunOptions:
             augmentation=RandomAugmentation(mirrors=self.mirrors, turns=self.turns, inversion=self.inversion),
             settings=settings,
         )
+
+    def _loss(self) -> SegmentationLoss | None:
+        """The loss of a segmentation; None if nothing is said of it."""
+        given = {
+            "name": self.loss,
+            "ignore_index": self.ignore_index,
+            "class_weights": parse("--class-weights", parse_numbers, self.class_weights),
+            "label_smoothing": self.label_smoothing,
+            "options": parse("--loss-option", parse_key_values, self.loss_option) or None,
+        }
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return SegmentationLoss(**values) if values else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

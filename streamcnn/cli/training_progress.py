@@ -81,8 +81,7 @@ class TrainingProgress:
 
     def _print_epoch(self, values: Mapping[str, Any]) -> None:
         self._progress.console.print(
-            f"epoch {values['epoch'] + 1}: loss {values['loss']:.4f}, accuracy {values['accuracy']:.1%}; "
-            f"validation {values['validation_loss']:.4f}, {values['validation_accuracy']:.1%}",
+            f"epoch {values['epoch'] + 1}: {self._trainer.task.told(values)}",
             soft_wrap=True,
             highlight=False,
         )

@@ -32,16 +32,12 @@ OF_CONTENT = "content "
 """What a fingerprint begins with that does not depend on when files were written."""
 
 
-class LabelledImages(Protocol):
-    """Images with labels 0, 1, 2 and so on, by position."""
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """The labels of all images."""
+class Images(Protocol):
+    """Images and what a model is to find in them, by position."""
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images, their labels and augmentations from others."""
+        """What tells these images, what is known of them, and their augmentations from others."""
 
     def set_epoch(self, epoch: int) -> None:
         """Draw what is random in each epoch anew."""
@@ -50,6 +46,16 @@ class LabelledImages(Protocol):
         """Prepare for an image being read soon, and return at once."""
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> tuple[Any, ...]: ...
+
+
+class LabelledImages(Images, Protocol):
+    """Images with labels 0, 1, 2 and so on, by position."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The labels of all images."""
 
     def __getitem__(self, position: int) -> Sample: ...
 
@@ -140,18 +146,12 @@ class ImageDataset(Dataset[Sample], ABC):
         CorruptImage
             If an image's files cannot be read.
         """
-        return f"{OF_CONTENT}{self._digest(self._identities())}"
+        return f"{OF_CONTENT}{digest_of(self._identities(), self.augmentation, self._seed)}"
 
     @property
     def former_fingerprint(self) -> str:
         """What ``fingerprint`` was before it was of content alone: it changed with the times of files."""
-        return self._digest(self._former_identities())
-
-    def _digest(self, identities: Iterable[str]) -> str:
-        known = hashlib.sha256(repr((self.augmentation, self._seed)).encode())
-        for identity in identities:
-            known.update(identity.encode(errors="surrogateescape") + b"\n")
-        return known.hexdigest()
+        return digest_of(self._former_identities(), self.augmentation, self._seed)
 
     def renumber(self, classes: tuple[str, ...] | None) -> None:
         """Number the labels as other images' are, whose classes have these names; None if theirs are numbers.
@@ -346,6 +346,14 @@ def collate(samples: Sequence[Sample]) -> tuple[list[ImageSource], Tensor, *tupl
 def input_shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
     """The shapes of a sample's further inputs."""
     return tuple(tuple(each.shape) for each in sample[2:])
+
+
+def digest_of(identities: Iterable[str], augmentation: RandomAugmentation | None, seed: int) -> str:
+    """A SHA-256 of what tells each image from another, and of what they are augmented by."""
+    known = hashlib.sha256(repr((augmentation, seed)).encode())
+    for identity in identities:
+        known.update(identity.encode(errors="surrogateescape") + b"\n")
+    return known.hexdigest()
 
 
 def no_split(path: Path, split: str | None, present: Iterable[str]) -> DatasetMismatch:

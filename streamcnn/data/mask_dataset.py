@@ -5,7 +5,8 @@ The head of every image and mask is read when the data set is opened, so that a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import final
@@ -14,16 +15,22 @@ from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
 from streamcnn.data.csv_columns import read_cells
-from streamcnn.data.dataset import no_split
-from streamcnn.data.image_files import find_images
+from streamcnn.data.dataset import OF_CONTENT, digest_of, no_split, will_need
+from streamcnn.data.fingerprints import content_digest
+from streamcnn.data.image_files import FoundImage, find_images
 from streamcnn.data.labelled_files import UNSPLIT, path_in_table
+from streamcnn.data.mask_values import values_of_file
+from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, is_image, open_chosen, open_image
 from streamcnn.data.sources.files import is_there
 from streamcnn.data.sources.places import local_path
-from streamcnn.data.splits import canonical
+from streamcnn.data.splits import canonical, split_of_folder
 from streamcnn.data.uniform import check_alike, kind_of_file
 from streamcnn.data.wrapping import is_integer
 from streamcnn.errors import DatasetMismatch, some
+
+_READERS = 8
+"""Files that are read at a time, to tell them from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,14 @@ class _Pair:
     name: str
     image: Path
     mask: Path
-    split: str | None
-    """None where nothing can say one."""
+    split: str
+    others: tuple[tuple[Path, ...], tuple[Path, ...]]
+    """The further files of the image and of the mask, which may lie in several."""
+
+    def identity(self) -> str:
+        """What tells the pair from another: its name, and the content of its files."""
+        files = zip((self.image, self.mask), self.others, strict=True)
+        return " ".join((self.name, *(content_digest([path, *further]) for path, further in files)))
 
 
 @final
@@ -49,7 +62,8 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
     masks
         If that is a folder: the one with a mask for each image, at the same path but for its ending.
     split
-        Which images of a table; None takes all. Where a row says no split, it is ``train``.
+        Which images; None takes all. A row of the table says it, or the topmost folder of each image, if all
+        of these are called like splits; else it is ``train``.
     positions
         Of the images to take among those; None takes all.
     augmentation, seed
@@ -61,7 +75,8 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
     ------
     DatasetMismatch
         If there are no such images, an image has no mask, or a mask is of another size than its image, has
-        several channels or no integers; or if images differ in channels or types.
+        several channels or no integers; if images differ in channels or types; or if some images lie in
+        folders of splits and others do not.
     CorruptImage
         If a file cannot be opened, or a folder holds no image.
     """
@@ -86,7 +101,7 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         wanted = None if split is None else canonical(split)
         pairs = [pair for pair in every if wanted is None or pair.split == wanted]
         if not pairs:
-            raise no_split(self.path, split, (pair.split or "none" for pair in every))
+            raise no_split(self.path, split, (pair.split for pair in every))
         self._pairs = pairs if positions is None else [pairs[position] for position in positions]
         self.names = tuple(pair.name for pair in self._pairs)
         self._augmentation = augmentation
@@ -108,6 +123,44 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         drawn = self._augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
         return AugmentedSource(image, drawn), AugmentedSource(mask, replace(drawn, invert=False, gain=1.0))
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images, their masks and augmentations from others: a text with a SHA-256.
+
+        Raises
+        ------
+        CorruptImage
+            If a file cannot be read.
+        """
+        return f"{OF_CONTENT}{digest_of(self._identities(), self._augmentation, self._seed)}"
+
+    def _identities(self) -> Iterator[str]:
+        # Beside one another: a disk or a file server answers some requests sooner than one by one.
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcnn-content") as readers:
+            for identity in readers.map(_Pair.identity, self._pairs):
+                yield f"{identity} {dict(self.choice.made)}"
+
+    def prefetch(self, position: int) -> None:
+        """Have the kernel read image and mask into its page cache; images that are folders are left alone."""
+        pair = self._pairs[position]
+        for path in (pair.image, pair.mask):
+            if path.is_file():
+                will_need(path)
+
+    def mask_values(self, position: int) -> Mapping[int, int]:
+        """The numbers of classes that a mask holds, and how many pixels each has; all of it is read.
+
+        Raises
+        ------
+        CorruptImage
+            If it cannot be read.
+        """
+        return values_of_file(self._pairs[position].mask)
+
+    def mask_name(self, position: int) -> str:
+        """Where a mask lies."""
+        return str(self._pairs[position].mask)
+
 
 def _pairs(path: Path, masks: Path | None, choice: ImageChoice) -> list[_Pair]:
     """All images of a table or a folder, with their masks."""
@@ -117,11 +170,11 @@ def _pairs(path: Path, masks: Path | None, choice: ImageChoice) -> list[_Pair]:
         return _of_table(path)
     if masks is None:
         raise DatasetMismatch(f"{path} is a folder of images: give the folder of their masks as masks=")
-    known: dict[str, Path] = {}
+    known: dict[str, FoundImage] = {}
     for found in find_images([masks]):
-        other = known.setdefault(_without_ending(found.relative), found.path)
-        if other != found.path:
-            raise DatasetMismatch(f"{other} and {found.path} are masks of one image: keep one of them")
+        other = known.setdefault(_without_ending(found.relative), found)
+        if other is not found:
+            raise DatasetMismatch(f"{other.path} and {found.path} are masks of one image: keep one of them")
     images = find_images([path], choice.series)
     lacking = [each.relative for each in images if _without_ending(each.relative) not in known]
     if lacking:
@@ -129,7 +182,25 @@ def _pairs(path: Path, masks: Path | None, choice: ImageChoice) -> list[_Pair]:
             f"{masks} has no masks for {some(lacking)} of {path}: give each the path of its image, but for "
             "its ending"
         )
-    return [_Pair(each.relative, each.path, known[_without_ending(each.relative)], None) for each in images]
+    pairs = []
+    for image, split in zip(images, _splits(path, [each.relative for each in images]), strict=True):
+        mask = known[_without_ending(image.relative)]
+        pairs.append(_Pair(image.relative, image.path, mask.path, split, (image.others, mask.others)))
+    return pairs
+
+
+def _splits(folder: Path, relatives: Sequence[str]) -> list[str]:
+    """The split of each image by its topmost folder."""
+    tops = [PurePosixPath(relative).parts[:-1][:1] for relative in relatives]
+    found = [split_of_folder(top[0]) if top else None for top in tops]
+    outside = [relative for relative, split in zip(relatives, found, strict=True) if split is None]
+    if outside and len(outside) < len(found):
+        raise DatasetMismatch(
+            f"{folder} has folders called like splits, and {some(outside)} outside of them: allowed are "
+            "images of which all lie in folders such as train, val and test, or none; move some, or name "
+            "images, masks and splits in a CSV file"
+        )
+    return [split or UNSPLIT for split in found]
 
 
 def _without_ending(relative: str) -> str:
@@ -149,10 +220,16 @@ def _of_table(path: Path) -> list[_Pair]:
                     f"{path}, line {line} names {file}, where there is no image: give paths from the table's "
                     "folder"
                 )
-        found.append(_Pair(cells["image"], image, mask, canonical(cells.get("split") or UNSPLIT)))
+        split = canonical(cells.get("split") or UNSPLIT)
+        found.append(_Pair(cells["image"], image, mask, split, (_further(image), _further(mask))))
     if not found:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
     return found
+
+
+def _further(path: Path) -> tuple[Path, ...]:
+    """The further files of an image that lies in several."""
+    return tuple(file for file in scan_of(path).files if file != path)
 
 
 def _check_mask(image: ImageSource, mask: ImageSource) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,17 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
 
 def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
     """The means of blocks of ``factor`` pixels, (h, w, 3); blocks at the right and lower edge may be cut."""
+    means = _in_parts(source, factor, lambda region: block_means(colours(source, region), factor))
+    return np.ascontiguousarray(means.round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def sampled(source: ImageSource, factor: int) -> NDArray[Any]:
+    """Every ``factor``-th pixel of both sides from the first on, (C, h, w), as it is stored."""
+    return _in_parts(source, factor, lambda region: source.read(region).numpy()[:, ::factor, ::factor])
+
+
+def _in_parts(source: ImageSource, factor: int, small: Callable[[Region], NDArray[Any]]) -> NDArray[Any]:
+    """What ``small`` makes of each part (C, h, w), which has whole blocks of ``factor`` pixels, as one."""
     _, height, width = source.shape
     columns = factor * max(1, min(-(-width // factor), PART_PIXELS // factor**2))
     rows = factor * max(1, PART_PIXELS // (factor * columns))
@@ -65,9 +76,9 @@ def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
             region = Region(
                 Interval(top, min(top + rows, height)), Interval(left, min(left + columns, width))
             )
-            parts.append(block_means(colours(source, region), factor))
+            parts.append(small(region))
         bands.append(np.concatenate(parts, 2))
-    return np.ascontiguousarray(np.concatenate(bands, 1).round().astype(np.uint8).transpose(1, 2, 0))
+    return np.concatenate(bands, 1)
 
 
 def colours(source: ImageSource, region: Region) -> NDArray[np.float32]:

@@ -46,6 +46,7 @@ class EndRequest:
         if self.is_made:
             raise EndAsked
 
-    def to_error(self, update: int) -> Terminated:
-        """What the run ends with after an update."""
-        return Terminated(f"ended by {self.reason} after update {update}; the state is saved", self.signal)
+    def to_error(self, update: int | None) -> Terminated:
+        """What the run ends with after an update; None if it has not begun."""
+        when = "before it began" if update is None else f"after update {update}; the state is saved"
+        return Terminated(f"ended by {self.reason} {when}", self.signal)

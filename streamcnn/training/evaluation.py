@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,18 @@ class Score:
     """Of each image, by position."""
     confusion: tuple[tuple[int, ...], ...]
     """Numbers of images by label (rows) and prediction (columns)."""
+
+    @property
+    def value(self) -> float:
+        """The accuracy."""
+        return self.accuracy
+
+    def to_log(self) -> dict[str, Any]:
+        """Accuracy and predictions."""
+        return {"validation_accuracy": self.accuracy, "predictions": self.predictions}
+
+    def keep(self, folder: Path) -> None:
+        """Nothing: the log has all that the page shows."""
 
 
 def score(
@@ -129,9 +143,9 @@ def require_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str
 
 
 def require_finite_loss(
-    loss: float, update: int, logits: Tensor, positions: Sequence[int], names: Sequence[str]
+    loss: float, update: int, logits: Tensor | None, positions: Sequence[int], names: Sequence[str]
 ) -> None:
-    """Make sure that the loss of a batch, with logits (N, classes), is a number.
+    """Make sure that the loss of a batch is a number; of logits (N, classes), if there are, it tells images.
 
     Raises
     ------
@@ -140,7 +154,7 @@ def require_finite_loss(
     """
     if math.isfinite(loss):
         return
-    found = not_finite(logits, positions, names)
+    found = "" if logits is None else not_finite(logits, positions, names)
     which = f", as the model gives NaN or infinity for {found}" if found else ""
     raise TrainingDiverged(
         f"the loss of update {update} is {loss}{which}: see that the images are what the model expects, or "

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamcnn.data.dataset import ImageDataset, LabelledImages, collate, input_shapes
+from streamcnn.data.dataset import ImageDataset, Images, input_shapes
 from streamcnn.errors import DatasetMismatch
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.text import printable
 from streamcnn.training.naming import naming
 from streamcnn.training.settings import TrainSettings
+from streamcnn.training.task import Task
 
 
 def identity_of(
     model: nn.Module,
-    images: LabelledImages,
-    validation: LabelledImages,
+    images: Images,
+    validation: Images,
     settings: TrainSettings,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def identity_of(
 
 
 def with_present_fingerprints(
-    saved: Mapping[str, Any], present: Mapping[str, Any], images: Mapping[str, LabelledImages]
+    saved: Mapping[str, Any], present: Mapping[str, Any], images: Mapping[str, Images]
 ) -> dict[str, Any]:
     """A checkpoint's identity, with the fingerprints of today for images that older ones tell as well.
 
@@ -73,8 +74,9 @@ def versions() -> dict[str, str]:
 
 
 def plan_digest(
+    task: Task[Any],
     model: nn.Module,
-    images: LabelledImages,
+    images: Images,
     batch_size: int,
     device: torch.device,
     casting: Callable[[], AbstractContextManager[None]],
@@ -83,8 +85,8 @@ def plan_digest(
 
     Parameters
     ----------
-    model, images, batch_size
-        What is trained on which images, so many at a time; the plan is that of the first.
+    task, model, images, batch_size
+        What is trained for what, on which images, so many at a time; the plan is that of the first.
     device
         Where further inputs go.
     casting
@@ -97,12 +99,11 @@ def plan_digest(
     """
     if not isinstance(model, StreamingModel):
         return None
-    sources, _, *inputs = collate([images[0]] * batch_size)
     was_training = model.training
     model.train()
-    with naming("the first plan", [0], [sources[0].name]):
+    with naming("the first plan", [0], [images[0][0].name]):
         with torch.enable_grad(), casting():
-            plan = model.plan(sources, inputs=[each.to(device) for each in inputs])
+            plan = task.plan(model, images, batch_size, device)
         model.train(was_training)
         plan.validate()
     return plan.digest
@@ -118,7 +119,7 @@ def differences(before: Mapping[str, str | None], present: Mapping[str, str | No
     ]
 
 
-def require_same_inputs(images: LabelledImages, validation: LabelledImages) -> None:
+def require_same_inputs(images: Images, validation: Images) -> None:
     """Make sure that what a model is trained on is what it will be validated by.
 
     Raises

@@ -34,7 +34,7 @@ class _Update:
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """What a line of an epoch has at least."""
+    """What a line of an epoch has at least, of a classifier."""
 
     epoch: int
     loss: float
@@ -45,6 +45,27 @@ class _Epoch:
 
     def __post_init__(self) -> None:
         require_labels(self.predictions, "predictions")
+
+
+@dataclass(frozen=True, slots=True)
+class _SegmentationEpoch:
+    """What a line of an epoch has at least, of a segmentation."""
+
+    epoch: int
+    loss: float
+    validation_loss: float
+    validation_mean_iou: float
+    validation_mean_dice: float
+    validation_accuracy: float
+    num_images: int
+    overlaps: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """Of each class; see `streamcnn.metrics.class_overlaps`."""
+
+    def __post_init__(self) -> None:
+        if len({len(row) for row in self.overlaps}) > 1 or not all(
+            0 <= n < 2**63 for r in self.overlaps for n in r
+        ):
+            raise ValueError("overlaps: allowed are three rows of numbers of pixels, one for each class")
 
 
 _LINES: dict[str, type[Any]] = {"update": _Update, "epoch": _Epoch}
@@ -164,7 +185,7 @@ def _line(content: bytes, where: str) -> dict[str, Any]:
     found = parse_json(content, where, error=RunMismatch, finite=False)
     if not isinstance(found, dict) or found.get("kind") not in tuple(_LINES):
         raise RunMismatch(f"{where} is no update and no epoch: put back what `streamcnn train` wrote")
-    kind = _LINES[found["kind"]]
+    kind = _SegmentationEpoch if "overlaps" in found else _LINES[found["kind"]]
     known: dict[str, Any] = {name: found[name] for name in kind.__slots__ if name in found}
     conform(kind, known, where, error=RunMismatch)
     return found

@@ -1,4 +1,4 @@
-"""A run in its folder: what it is of, how it is trained, and the classifier that came of it.
+"""A run in its folder: what it is of, how it is trained, and the model that came of it.
 
 ::
 
@@ -6,6 +6,7 @@
       run.json        model, data and settings
       log.jsonl       a line for each update and each epoch
       checkpoints/    the two newest and the best, see `streamcnn.training.checkpoints`
+      maps/           of segmentation: small maps of some validation images, by the best weights
       events/         for TensorBoard, if wanted
       run.lock        locked while a process trains, which `run.pid` then names
 """
@@ -14,156 +15,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamcnn.data.augmentation import RandomAugmentation
-from streamcnn.data.dataset import ImageDataset
-from streamcnn.data.file_dataset import open_dataset
-from streamcnn.data.label_table import check_inputs
-from streamcnn.data.normalisation import Normalise
-from streamcnn.data.sampling import divide
-from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, largest_of
+from streamcnn.data.sources import ImageChoice, largest_of
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.atomic import replace_file
 from streamcnn.support.disk import writing
-from streamcnn.support.documents import conform, parse_json, read_within, require_flat
-from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, load_model, require_trust
+from streamcnn.support.documents import conform, parse_json, read_within
+from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, require_trust
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
-from streamcnn.training.settings import TrainSettings
-from streamcnn.training.state import require_state
+from streamcnn.training.config import OF_TASKS, RUN, RunConfig, divides_by_type
+from streamcnn.training.state import progress_of, require_state
 from streamcnn.training.trainer import Listener, Trainer
-
-RUN = "run.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """All that a run is a function of, besides the images themselves and the versions of libraries.
-
-    Raises
-    ------
-    ValueError
-        If a value has no meaning; the text says what is allowed.
-    """
-
-    model: str
-    """A timm name or ``package.module:factory``."""
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to timm's ``create_model`` or to the factory."""
-    data: str
-    """A tile store, a CSV file or a folder of classes; see ``open_dataset``."""
-    inputs: tuple[str, ...] = ()
-    """Columns of the CSV file whose numbers go into the model after the image, as one tensor (N, K)."""
-    split: str = "train"
-    validation_split: str | None = None
-    """None takes a share of the training images instead."""
-    validation_share: float = 0.1
-    """That share, the same of every label."""
-    budget: int | None = None
-    """Bytes that a pass may hold."""
-    tile: tuple[int, int] | None = None
-    """Height and width in pixels; None leaves it to the planner."""
-    device: str = "cpu"
-    choice: ImageChoice = DEFAULT_CHOICE
-    """Which image of each file, in which resolution, and where its channels are."""
-    normalise: Normalise = field(default_factory=Normalise)
-    augmentation: RandomAugmentation = field(default_factory=RandomAugmentation)
-    """Of the training images."""
-    settings: TrainSettings = field(default_factory=TrainSettings)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share}: allowed are shares between 0 and 1")
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget={self.budget}: allowed are 1 byte and more, or None")
-        if self.tile is not None and min(self.tile) < 1:
-            raise ValueError(f"tile={self.tile}: allowed are heights and widths of 1 pixel and more, or None")
-        require_flat("model_options", self.model_options)
-        check_inputs(self.inputs)
-        _require_device(self.device)
-
-    def datasets(self) -> tuple[ImageDataset, ImageDataset]:
-        """The images to train on, and those to choose the best weights by.
-
-        Raises
-        ------
-        DatasetMismatch
-            If a split is not there, an image has no label, or the choice does not apply to an image.
-        ValueError
-            If there are too few images for a share of them to be set aside.
-        """
-        seed = self.settings.seed
-        read = partial(open_dataset, self.data, choice=self.choice, inputs=self.inputs)
-        every = read(self.split)
-        augmented = None if self.augmentation == RandomAugmentation() else self.augmentation
-        if self.validation_split is not None:
-            images = read(self.split, augmentation=augmented, seed=seed)
-            return images, read(self.validation_split)
-        chosen, rest = divide(every.labels, share=self.validation_share, seed=seed)
-        if not chosen or not rest:
-            raise ValueError(
-                f"validation_share={self.validation_share} of {len(every)} images leaves {len(chosen)} to "
-                f"train on and {len(rest)} to validate by: name a validation split, or take another share"
-            )
-        images = read(self.split, positions=chosen, augmentation=augmented, seed=seed)
-        return images, read(self.split, positions=rest)
-
-    def build(self, num_classes: int, num_channels: int) -> StreamingModel:
-        """The model, not yet trained.
-
-        Parameters
-        ----------
-        num_classes, num_channels
-            What a timm model is made for, unless ``model_options`` say otherwise; a factory is told
-            ``model_options`` alone.
-        """
-        torch.manual_seed(self.settings.seed)
-        return StreamingModel(
-            self.make_net(num_classes, num_channels),
-            self.budget,
-            tile=self.tile,
-            preprocess=self.normalise,
-            device=self.device,
-        )
-
-    def make_net(self, num_classes: int, num_channels: int) -> nn.Module:
-        """The network alone, as for ``build``.
-
-        Raises
-        ------
-        ValueError
-            If there is no such model, or it does not take the options.
-        """
-        options = dict(self.model_options)
-        if not is_factory(self.model):
-            options = {"num_classes": num_classes, "in_chans": num_channels, **options}
-        return load_model(self.model, **options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All values by name, as JSON has them."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return found
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str | Path = RUN) -> RunConfig:
-        """The config that ``to_dict`` gave, whatever else there is in ``values``.
-
-        Raises
-        ------
-        RunMismatch
-            If a value is missing or has no meaning.
-        """
-        known = {name: values[name] for name in cls.__slots__ if name in values}
-        if _divides_by_type(known):
-            known["normalise"] = {**known["normalise"], "divisor": "type"}
-        return conform(cls, known, where, error=RunMismatch)
 
 
 def make_trainer(
@@ -174,40 +43,46 @@ def make_trainer(
     Raises
     ------
     DatasetMismatch, ValueError
-        If there are no such images or inputs, or no such model.
+        If there are no such images, masks or inputs, or no such model.
     """
-    if _divides_by_type(_found(folder)):
+    if divides_by_type(_found(folder)):
         config = replace(config, normalise=replace(config.normalise, divisor="type"))
+    task = config.make_task()
     images, validation = config.datasets()
     source = images[0][0]
-    num_classes, num_channels = max(images.num_classes, validation.num_classes), source.shape[0]
-    model = config.build(num_classes, num_channels)
+    num_channels = source.shape[0]
+    model = config.build(task.num_classes(images, validation), num_channels)
     values = config.to_dict()
-    # The images are told by more than their place, and settings by their names.
-    identity = {key: value for key, value in values.items() if key not in ("data", "settings")}
-    # Runs from before there were inputs, choices and ranges have none, and go on.
-    identity["inputs"] = identity["inputs"] or None
+    # The images are told by more than their place, tasks and settings by their names.
+    left_out = ("data", "settings", *OF_TASKS)
+    identity = {key: value for key, value in values.items() if key not in left_out}
+    # Runs from before there were choices and ranges have none, and go on.
     identity["choice"] = dict(config.choice.made) or None
     identity["normalise"] = {key: identity["normalise"][key] for key in ("mean", "std")}
     is_by_range = config.normalise.divisor == "range" and source.largest != largest_of(source.dtype)
     identity["largest"] = source.largest if is_by_range else None
-    classes = images.classes and list(images.classes)
+    classes = task.class_names(images)
     derived = {
-        "num_classes": num_classes,
         "num_channels": num_channels,
-        "classes": classes,
+        "classes": classes and list(classes),
         "read_by": asdict(images.choice),
     }
+
+    def write() -> None:
+        num_classes = task.num_classes(images, validation, model)
+        _write(folder, {**values, **derived, "num_classes": num_classes})
+
     return Trainer(
         model,
         images,
         validation,
         config.settings,
         folder,
+        task=task,
         identity=identity,
         events=events,
         listener=listener,
-        on_start=lambda: _write(folder, {**values, **derived}),
+        on_start=write,
     )
 
 
@@ -224,11 +99,12 @@ class TrainedRun:
     """How the files of the training images were read; of a tile store, when it was written."""
     update: int
     """After which these weights were found."""
-    validation_accuracy: float
+    validation_score: float
+    """The task's measure of the validation images: accuracy, or mean IoU."""
 
 
 def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] = ()) -> TrainedRun:
-    """The classifier of the run in ``folder``, by its best checkpoint.
+    """The model of the run in ``folder``, by its best checkpoint.
 
     Parameters
     ----------
@@ -266,14 +142,14 @@ def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] 
     except ValueError as error:
         raise RunMismatch(f"{folder / RUN}: {error}") from error
     model.budget = model.budget if budget is None else budget
-    progress = state["progress"]
+    progress = progress_of(state)
     return TrainedRun(
         config,
         model.eval(),
         made.classes,
         config.choice if made.read_by is None else made.read_by,
         progress["update"],
-        progress["best_accuracy"],
+        progress["best_score"],
     )
 
 
@@ -286,11 +162,6 @@ def read_run(folder: Path) -> RunConfig:
         If there is none, or its file holds something else.
     """
     return _read(folder)[0]
-
-
-def present_devices() -> list[str]:
-    """Kinds of devices that there are to train on, the fastest last."""
-    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,12 +198,6 @@ def _found(folder: Path) -> Mapping[str, Any]:
     except (OSError, RunMismatch):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _divides_by_type(values: Mapping[str, Any]) -> bool:
-    """Whether a run is from before pixels were divided by what images say is their largest."""
-    normalise = values.get("normalise")
-    return isinstance(normalise, dict) and normalise.get("divisor", "type") == "type"
 
 
 def _read(folder: Path) -> tuple[RunConfig, _Made]:
@@ -394,14 +259,3 @@ def _write(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the run's file."""
     with writing(folder / RUN):
         replace_file(folder / RUN, json.dumps(values, indent=2) + "\n")
-
-
-def _require_device(name: str) -> None:
-    """Make sure that there is such a device."""
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = ""
-    present = present_devices()
-    if kind not in present:
-        raise ValueError(f"device={name!r}: there is {' and '.join(present)} here")

@@ -60,7 +60,7 @@ class TrainSettings:
     balanced: bool = False
     """Each epoch takes as many images of every label as the rarest has."""
     patience: int | None = None
-    """Epochs without a better validation accuracy after which the run ends."""
+    """Epochs without a better validation score after which the run ends."""
     save_every: int = 100
     """Updates from one checkpoint to the next; there is one after every epoch besides."""
     seed: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 from streamcnn.support.documents import conform, require_flat
 from streamcnn.training.checkpoints import is_checkpoint_name
 
-FORMAT = 1
+FORMAT = 2
 """Of a checkpoint's contents."""
+_FIRST = 1
+"""The format from before there were other tasks than classification."""
 
 
 @dataclass(slots=True)
@@ -26,7 +28,7 @@ class Progress:
     Raises
     ------
     ValueError
-        If a count is negative, the accuracy is none, or ``best`` is no checkpoint's name.
+        If a count is negative, the score is none, or ``best`` is no checkpoint's name.
     """
 
     update: int = 0
@@ -35,19 +37,20 @@ class Progress:
     num_images: int = 0
     """Images of the present epoch so far; what follows is summed over them."""
     loss_sum: float = 0.0
-    num_right: int = 0
-    best_accuracy: float = -1.0
-    """On the validation images."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """What the task tells of each image, by name."""
+    best_score: float = -1.0
+    """On the validation images, by the task's measure."""
     best: str | None = None
-    """Name of the checkpoint with that accuracy."""
+    """Name of the checkpoint with that score."""
     epochs_since_best: int = 0
     is_over: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("update", "epoch", "num_images", "num_right", "epochs_since_best"):
+        for name in ("update", "epoch", "num_images", "epochs_since_best"):
             _require_count(name, getattr(self, name))
-        if not -1 <= self.best_accuracy <= 1:
-            raise ValueError(f"best_accuracy={self.best_accuracy}: allowed are shares, and -1 for none")
+        if not -1 <= self.best_score <= 1:
+            raise ValueError(f"best_score={self.best_score}: allowed are shares, and -1 for none")
         if self.best is not None and not is_checkpoint_name(self.best):
             raise ValueError(f"best={self.best!r}: allowed are names of checkpoints, and None")
 
@@ -95,16 +98,18 @@ def require_state(state: Mapping[str, Any], where: Path) -> None:
     RunMismatch
         If it is of another format.
     """
-    if isinstance(state.get("format"), int) and state["format"] != FORMAT:
+    if isinstance(state.get("format"), int) and state["format"] not in (_FIRST, FORMAT):
         raise RunMismatch(
             f"{where} has checkpoints of format {state['format']}, this version writes {FORMAT}: go on with "
             f"the version that wrote them ({state.get('versions')})"
         )
     names = tuple(_Facts.__slots__)
     facts = {name: state[name] for name in names if name in state}
+    if isinstance(state.get("progress"), dict):
+        facts["progress"] = progress_of(state)
     conform(_Facts, facts, where, error=DamagedCheckpoint)
-    for name in ("update", "best_accuracy"):
-        if name not in state["progress"]:
+    for name in ("update", "best_score"):
+        if name not in facts["progress"]:
             raise DamagedCheckpoint(f"{where}: progress.{name} is missing")
     for name in ("model", "averaged"):
         if name == "model" or state.get(name) is not None:
@@ -113,6 +118,16 @@ def require_state(state: Mapping[str, Any], where: Path) -> None:
         _require_mapping(name, state.get(name), where)
     if state.get("schedule") is not None:
         _require_mapping("schedule", state["schedule"], where)
+
+
+def progress_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a saved run is, by the names of `Progress`."""
+    found = dict(state["progress"])
+    if state.get("format") == _FIRST:
+        if "best_accuracy" in found:
+            found["best_score"] = found.pop("best_accuracy")
+        found["sums"] = {"accuracy": found.pop("num_right", 0)}
+    return found
 
 
 _NOT_THEIRS = (

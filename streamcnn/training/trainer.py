@@ -17,24 +17,18 @@ from signal import Signals
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamcnn.data.dataset import LabelledImages
+from streamcnn.data.dataset import Images
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DamagedCheckpoint
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
 from streamcnn.training.checkpoints import CheckpointFolder
+from streamcnn.training.classification import Classification
 from streamcnn.training.ending import EndAsked, EndRequest
-from streamcnn.training.evaluation import (
-    Score,
-    require_finite_loss,
-    require_labels,
-    require_metrics,
-    score,
-)
+from streamcnn.training.evaluation import require_finite_loss
 from streamcnn.training.identity import (
     differences,
     identity_of,
@@ -45,12 +39,13 @@ from streamcnn.training.identity import (
 )
 from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
-from streamcnn.training.naming import naming, open_batch
+from streamcnn.training.naming import naming
 from streamcnn.training.optimisation import Optimisation
 from streamcnn.training.random_states import random_states, seed_all, set_random_states
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
-from streamcnn.training.state import FORMAT, Progress, require_state, restoring
-from streamcnn.training.update_record import UpdateRecord
+from streamcnn.training.state import FORMAT, Progress, progress_of, require_state, restoring
+from streamcnn.training.task import Evaluation, Task
+from streamcnn.training.update_record import UpdateRecord, add_to
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Told the kind and the values of each line that is written to the log."""
@@ -63,27 +58,32 @@ class TrainResult:
     num_updates: int
     num_epochs: int
     best: Path
-    """The checkpoint with the best validation accuracy."""
-    best_accuracy: float
+    """The checkpoint with the best validation score."""
+    best_score: float
+    """That score: accuracy, or of segmentation the mean IoU."""
 
 
 class Trainer:
-    """Trains a classifier of whole images.
+    """Trains a model on whole images.
 
     Parameters
     ----------
     model
-        Takes a list of image sources and gives logits ``(N, classes)``, as a ``StreamingModel`` does. Where
-        images have further inputs, it takes those of the batch after the sources.
+        Of a classifier: takes a list of image sources and gives logits ``(N, classes)``, as a
+        ``StreamingModel`` does. Where images have further inputs, it takes those of the batch after the
+        sources. Of a segmentation: a ``StreamingModel`` that gives a map of scores (N, C, H, W).
     images, validation
-        What to train on, and what to choose the best weights by.
+        What to train on, and what to choose the best weights by: labelled images, or those of a
+        ``MaskDataset``.
     settings
         What to do with them.
     folder
         Of the run: checkpoints and log. If there are checkpoints, the run goes on from the newest.
+    task
+        What the model is trained for; None for classification.
     identity
-        What else has to be the same for the run to go on, by name, such as the model's own; settings, data
-        and the shapes of tensors always have. Numbers, texts, lists and dicts.
+        What else has to be the same for the run to go on, by name, such as the model's own; task, settings,
+        data and the shapes of tensors always have. Numbers, texts, lists and dicts.
     events
         Whether to write TensorBoard events too.
     listener
@@ -97,19 +97,20 @@ class Trainer:
     Raises
     ------
     ValueError
-        If there are no images.
+        If there are no images, or the model is none for the task.
     MissingExtra
-        If torchmetrics is not installed.
+        If a package is not installed that the task needs.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        images: LabelledImages,
-        validation: LabelledImages,
+        images: Images,
+        validation: Images,
         settings: TrainSettings,
         folder: Path,
         *,
+        task: Task[Any] | None = None,
         identity: Mapping[str, Any] | None = None,
         events: bool = False,
         listener: Listener | None = None,
@@ -119,7 +120,8 @@ class Trainer:
         for what, data in (("training", images), ("validation", validation)):
             if not len(data):
                 raise ValueError(f"there are no {what} images: allowed are one and more")
-        require_metrics()  # now rather than after an epoch
+        self.task: Task[Any] = Classification() if task is None else task
+        self.task.require_usable(model)  # now rather than after an epoch
         self.model = model
         self.images = images
         self.validation = validation
@@ -156,7 +158,8 @@ class Trainer:
         DamagedCheckpoint
             If there are checkpoints and none can be read, or the best one is gone.
         DatasetMismatch
-            If images to train on and to validate by have different further inputs.
+            If images to train on and to validate by have different further inputs, or masks hold classes that
+            the model does not tell apart.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         TrainingDiverged
@@ -185,6 +188,8 @@ class Trainer:
         if saved is not None:
             with restoring(self.checkpoints.folder):
                 self._restore(saved)
+        else:
+            self._check()
         is_new, nbytes = saved is None, 0 if saved is None else saved["log_bytes"]
         del saved  # as large as model and optimiser together
         with RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log:
@@ -206,7 +211,7 @@ class Trainer:
             num_updates=self.progress.update,
             num_epochs=self.progress.epoch,
             best=best,
-            best_accuracy=self.progress.best_accuracy,
+            best_score=self.progress.best_score,
         )
 
     def end(self, reason: str) -> None:
@@ -242,12 +247,20 @@ class Trainer:
         self.progress = Progress()
         require_same_inputs(self.images, self.validation)
         found = identity_of(self.model, self.images, self.validation, self.settings, self.device)
-        self._identity = {**self.identity, **found}
-        self._plan_digest = self._find_plan_digest()
+        self._identity = {**self.identity, **self.task.identity(), **found}
+        self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
+
+    def _check(self) -> None:
+        """Compare the model with all that it is to be trained for."""
+        images = {"training": self.images, "validation": self.validation}
+        try:
+            self.task.check(self.model, images, self._end_request.require_none)
+        except EndAsked:
+            raise self._end_request.to_error(None) from None
 
     def _make_sampler(self) -> ResumableSampler:
         """The order of the images, at its beginning."""
-        labels = self.images.labels if self.settings.balanced else None
+        labels = self.task.groups(self.images) if self.settings.balanced else None
         return ResumableSampler(self.images, seed=self.settings.seed, labels=labels)
 
     def _save(self) -> None:
@@ -273,13 +286,16 @@ class Trainer:
         """Go on from what a checkpoint holds."""
         images = {"images": self.images, "validation": self.validation}
         require_same(self._identity, with_present_fingerprints(saved["identity"], self._identity, images))
-        present = {**versions(), "plan": self._plan_digest}
+        # As when it was saved: an augmentation that turns the first image has another plan.
+        place = saved["sampler"]
+        self.images.set_epoch(place["epoch"] if place["position"] else max(place["epoch"] - 1, 0))
+        present = {**versions(), "plan": self._find_plan_digest()}
         for text in differences({**saved["versions"], "plan": saved["plan"]}, present):
             warnings.warn(text, stacklevel=3)
         self.net.load_state_dict(saved["model"])
         self.optimisation.load_state_dict(saved, self.checkpoints.folder)
         self.sampler.load_state_dict(saved["sampler"])
-        self.progress = Progress(**saved["progress"])
+        self.progress = Progress(**progress_of(saved))
         set_random_states(saved["random"], self.device)
         # The run may have been killed before that was marked, or a later one be marked that is passed over.
         best = self.progress.best
@@ -287,14 +303,15 @@ class Trainer:
             warnings.warn(
                 f"{best}, the best checkpoint, is gone: the next epoch is taken for the best", stacklevel=3
             )
-            self.progress.best, self.progress.best_accuracy = None, -1.0
+            self.progress.best, self.progress.best_score = None, -1.0
         self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
         self.progress.is_over = self._is_over()
 
     def _find_plan_digest(self) -> str | None:
         """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
-        return plan_digest(self.model, self.images, self.settings.batch_size, self.device, self.casting)
+        size = self.settings.batch_size
+        return plan_digest(self.task, self.model, self.images, size, self.device, self.casting)
 
     # --- updates -------------------------------------------------------------------------------------
 
@@ -339,18 +356,18 @@ class Trainer:
         progress.update += 1
         progress.num_images += record.num_images
         progress.loss_sum += record.loss_sum
-        progress.num_right += record.num_right
+        add_to(progress.sums, record.sums)
         self._note("update", record.values(epoch=progress.epoch, learning_rate=learning_rate))
 
     def _add_batch(self, batch: list[int], weight: float, record: UpdateRecord) -> None:
         """Add the gradients of one forward pass."""
         where = f"update {self.progress.update + 1} of epoch {self.progress.epoch + 1}"
-        sources, labels, *inputs = open_batch(self.images, batch, where)
+        sources, targets, *inputs = self.task.open_batch(self.images, batch, where)
         names = [source.name for source in sources]
         with naming(where, batch, names):
-            loss, logits = self.differentiate(sources, labels, weight, *self._on_device(inputs))
+            loss, logits = self.differentiate(sources, targets, weight, *self._on_device(inputs))
             require_finite_loss(loss, self.progress.update + 1, logits, batch, names)
-        record.add(sources, labels, loss, logits)
+        record.add(sources, loss, self.task.sums(logits, targets))
         if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
             record.add_report(self.model.last_report)
 
@@ -358,14 +375,14 @@ class Trainer:
         return [each.to(self.device) for each in inputs]
 
     def differentiate(
-        self, sources: list[ImageSource], labels: Tensor, weight: float, *inputs: Tensor
-    ) -> tuple[float, Tensor]:
+        self, sources: list[ImageSource], targets: Any, weight: float, *inputs: Tensor
+    ) -> tuple[float, Tensor | None]:
         """Add the gradients of a batch, for subclasses whose model needs more than one pass.
 
         Parameters
         ----------
-        sources, labels
-            Of the batch; labels are ``(N,)``, int64.
+        sources, targets
+            Of the batch; targets are labels ``(N,)``, int64, or a list of masks.
         weight
             Factor of the sum of its losses.
         *inputs
@@ -373,14 +390,13 @@ class Trainer:
 
         Returns
         -------
-        The sum of the images' losses, without the factor, and their logits ``(N, classes)``, detached.
+        The sum of the images' losses, without the factor, and of a classifier their logits ``(N, classes)``,
+        detached.
         """
         with self.casting():
-            logits = self.model(sources, *inputs)
-            require_labels(labels, logits)
-            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            loss, logits = self.task.loss(self.model, sources, targets, *inputs)
         self.optimisation.backward(weight * loss)
-        return float(loss.detach()), logits.detach()
+        return float(loss.detach()), logits
 
     def _note(self, kind: str, values: Mapping[str, Any]) -> None:
         """Tell the log and the listener."""
@@ -403,13 +419,13 @@ class Trainer:
 
     # --- epochs --------------------------------------------------------------------------------------
 
-    def _validate(self) -> Score:
-        """Classify the validation images by the averaged weights, or by the present ones if none are kept."""
+    def _validate(self) -> Evaluation:
+        """Evaluate the validation images by the averaged weights, or by the present ones if none are kept."""
         self.model.eval()
         self.validation.set_epoch(0)
         try:
             with self.optimisation.averaged_weights():
-                return score(
+                return self.task.evaluate(
                     self.model,
                     self.validation,
                     batch_size=self.settings.batch_size,
@@ -422,27 +438,21 @@ class Trainer:
             self._end_if_asked()
             raise
 
-    def _end_epoch(self, found: Score) -> None:
+    def _end_epoch(self, found: Evaluation) -> None:
         """Note the validation, decide what comes next, and save."""
         progress = self.progress
         self.optimisation.end_epoch(found.loss)
-        self._note(
-            "epoch",
-            {
-                "epoch": progress.epoch,
-                "loss": progress.loss_sum / max(progress.num_images, 1),
-                "accuracy": progress.num_right / max(progress.num_images, 1),
-                "validation_loss": found.loss,
-                "validation_accuracy": found.accuracy,
-                "predictions": found.predictions,
-            },
-        )
+        sums, count = {"loss": progress.loss_sum, **progress.sums}, max(progress.num_images, 1)
+        means = {name: value / count for name, value in sums.items()}
+        values = {"epoch": progress.epoch, **means, "validation_loss": found.loss, **found.to_log()}
+        self._note("epoch", values)
         progress.epoch += 1
-        progress.num_images, progress.loss_sum, progress.num_right = 0, 0.0, 0
-        is_better = found.accuracy > progress.best_accuracy
+        progress.num_images, progress.loss_sum, progress.sums = 0, 0.0, {}
+        is_better = found.value > progress.best_score
         progress.epochs_since_best = 0 if is_better else progress.epochs_since_best + 1
         if is_better:
-            progress.best_accuracy = found.accuracy
+            found.keep(self.folder)
+            progress.best_score = found.value
             progress.best = self.checkpoints.next_name(progress.update)
         progress.is_over = self._is_over()
         self._save()

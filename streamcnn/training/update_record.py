@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from streamcnn.data.sources import ImageSource
 from streamcnn.runtime.report import Report
@@ -22,15 +20,15 @@ class UpdateRecord:
         self._reports: list[Report] = []
         self.num_images = 0
         self.loss_sum = 0.0
-        self.num_right = 0
-        """Images whose label the model found."""
+        self.sums: dict[str, float] = {}
+        """Of what the task tells of each image, by name."""
 
-    def add(self, sources: Sequence[ImageSource], labels: Tensor, loss: float, logits: Tensor) -> None:
-        """Add a batch, with the sum of its images' losses and their logits ``(N, classes)``."""
+    def add(self, sources: Sequence[ImageSource], loss: float, sums: Mapping[str, float]) -> None:
+        """Add a batch, with the sum of its images' losses and what else is summed over them."""
         self.num_images += len(sources)
         self._num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
         self.loss_sum += loss
-        self.num_right += int((logits.argmax(1).cpu() == labels).sum())
+        add_to(self.sums, sums)
 
     def add_report(self, report: Report) -> None:
         """Add what a streamed pass measured."""
@@ -43,7 +41,7 @@ class UpdateRecord:
         return {
             "epoch": epoch,
             "loss": self.loss_sum / self.num_images,
-            "accuracy": self.num_right / self.num_images,
+            **{name: value / self.num_images for name, value in self.sums.items()},
             "learning_rate": learning_rate,
             "seconds": seconds,
             "megapixels_per_second": self._num_pixels / seconds / 1e6,
@@ -51,3 +49,9 @@ class UpdateRecord:
             "projected_bytes": max((report.projected_bytes for report in self._reports), default=None),
             "retries": sum(report.num_retries for report in self._reports),
         }
+
+
+def add_to(sums: dict[str, float], further: Mapping[str, float]) -> None:
+    """Add values by name to sums of such."""
+    for name, value in further.items():
+        sums[name] = sums.get(name, 0) + value

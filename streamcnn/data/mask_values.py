@@ -1,0 +1,66 @@
+"""Which classes masks hold: all pixels are read, a part at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from streamcnn.data.sources import ImageSource, open_image
+from streamcnn.geometry.regions import Interval, Region
+
+_ROWS, _COLUMNS = 512, 2**15
+"""Pixels that are read at a time: whole tiles of most files."""
+_SMALL_KINDS = ("uint8", "uint16")
+"""Types whose values are counted by a table of all of them."""
+
+
+def values_of(mask: ImageSource) -> Counter[int]:
+    """How many pixels (1, H, W) of integers each value has.
+
+    Raises
+    ------
+    CorruptImage
+        If they cannot be read.
+    """
+    found: Counter[int] = Counter()
+    for region in _parts(mask):
+        for row in mask.read(region)[0].numpy():
+            if row.dtype.name in _SMALL_KINDS:
+                counts = np.bincount(row)
+                values = np.flatnonzero(counts)
+                counts = counts[values]
+            else:
+                values, counts = np.unique(row, return_counts=True)
+            found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return found
+
+
+def _parts(mask: ImageSource) -> Iterator[Region]:
+    _, height, width = mask.shape
+    for top in range(0, height, _ROWS):
+        for left in range(0, width, _COLUMNS):
+            yield Region(Interval(top, min(top + _ROWS, height)), Interval(left, min(left + _COLUMNS, width)))
+
+
+def values_of_file(path: Path) -> Mapping[int, int]:
+    """`values_of` the mask in a file, which are kept until it is written again.
+
+    Raises
+    ------
+    CorruptImage
+        If it cannot be read.
+    """
+    if path.is_dir():
+        return MappingProxyType(values_of(open_image(path)))
+    found = path.stat()
+    return _values_of_file(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _values_of_file(path: Path, size: int, modified_ns: int) -> Mapping[int, int]:
+    return MappingProxyType(values_of(open_image(path)))

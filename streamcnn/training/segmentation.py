@@ -1,0 +1,346 @@
+"""Segmentation: each pixel has a class, which a mask says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.mask_dataset import MaskDataset
+from streamcnn.data.reader import BatchReader
+from streamcnn.data.sources import ImageChoice, ImageSource
+from streamcnn.errors import DatasetMismatch, TrainingDiverged, UnsupportedModel, some
+from streamcnn.metrics import SegmentationScore, class_overlaps
+from streamcnn.plan.plan import Plan
+from streamcnn.runtime.fake_result import fake_result
+from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.training.naming import listed, naming
+from streamcnn.training.segmentation_loss import SegmentationLoss
+from streamcnn.training.segmentation_page import keep_maps, pictured, shown, step_of
+from streamcnn.training.task import Batch, Shown, Task
+
+_SHOWN = 5
+"""Unknown classes that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """What a model of maps made of some images."""
+
+    loss: float
+    """Mean of the images' losses."""
+    score: SegmentationScore
+    """Of all pixels that count together."""
+    num_images: int
+    maps: Mapping[int, Tensor]
+    """Small maps of classes (h, w) of some images, by position."""
+
+    @property
+    def value(self) -> float:
+        """The mean IoU."""
+        return self.score.mean_iou
+
+    def to_log(self) -> dict[str, Any]:
+        """Scores, and the sums that they are of."""
+        return {
+            "validation_mean_iou": self.score.mean_iou,
+            "validation_mean_dice": self.score.mean_dice,
+            "validation_accuracy": self.score.accuracy,
+            "overlaps": self.score.overlaps.tolist(),
+            "num_images": self.num_images,
+        }
+
+    def keep(self, folder: Path) -> None:
+        """Write the maps, for the page."""
+        keep_maps(folder, self.maps)
+
+
+@dataclass(frozen=True)
+class Segmentation(Task[MaskDataset]):
+    """The model gives a map of scores (N, C, H, W), or (N, 1, H, W) of two classes."""
+
+    masks: str | None = None
+    """Folder of the masks; None where a table names them."""
+    settings: SegmentationLoss = field(default_factory=SegmentationLoss)
+    key: str | None = None
+    """Which of several results of the model the scores are; None if it is the only one."""
+
+    name = "segmentation"
+    measure = "mean IoU"
+    logged = "validation_mean_iou"
+    detail = "overlaps"
+
+    @property
+    def loss_name(self) -> str:
+        """The settings'."""
+        return self.settings.name
+
+    @cached_property
+    def _loss(self) -> Callable[[Any, Tensor], Tensor]:
+        """The loss of the model's result: one object, for which a pass is captured once."""
+        return _OfResult(self.settings.function(), self.key)
+
+    def identity(self) -> dict[str, Any]:
+        """The task and its loss; masks are told by their content, as images are."""
+        settings = self.settings
+        return {
+            "task": self.name,
+            "loss": settings.name,
+            "ignore_index": settings.ignore_index,
+            "class_weights": settings.class_weights and list(settings.class_weights),
+            "label_smoothing": settings.label_smoothing,
+            "loss_options": dict(settings.options),
+            "key": self.key,
+        }
+
+    # --- data ----------------------------------------------------------------------------------------
+
+    def open_images(
+        self,
+        data: str,
+        split: str | None,
+        *,
+        choice: ImageChoice,
+        positions: Sequence[int] | None = None,
+        augmentation: RandomAugmentation | None = None,
+        seed: int = 0,
+    ) -> MaskDataset:
+        """The images and masks of a table, or of two folders."""
+        return MaskDataset(
+            data,
+            masks=self.masks,
+            split=split,
+            positions=positions,
+            augmentation=augmentation,
+            seed=seed,
+            choice=choice,
+        )
+
+    def groups(self, images: MaskDataset) -> Sequence[None]:
+        """One group: masks are not compared."""
+        return [None] * len(images)
+
+    def num_classes(
+        self, images: MaskDataset, validation: MaskDataset, model: StreamingModel | None = None
+    ) -> int | None:
+        """The channels of the model's result, of which a single one is two classes."""
+        return None if model is None else max(self._num_channels(model, images), 2)
+
+    def class_names(self, images: MaskDataset) -> None:
+        """Masks hold numbers."""
+
+    def open_batch(self, images: MaskDataset, positions: Sequence[int], where: str) -> Batch:
+        """The images, and a list of their masks."""
+        pairs = []
+        for position in positions:
+            with naming(where, [position], [""]):
+                pairs.append(images[position])
+        return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+    # --- training ------------------------------------------------------------------------------------
+
+    def require_usable(self, model: nn.Module) -> None:
+        """The loss of a whole map is a streaming model's."""
+        _streaming(model)
+
+    def check(
+        self, model: nn.Module, images: Mapping[str, MaskDataset], before_image: Callable[[], None]
+    ) -> None:
+        """Compare the classes that all masks hold with the model's channels; all masks are read."""
+        channels = self._num_channels(_streaming(model), next(iter(images.values())))
+        num_classes, ignored = max(channels, 2), self.settings.ignore_index
+        wrong: dict[int, str] = {}
+        for each in images.values():
+            for position in range(len(each)):
+                before_image()
+                values = each.mask_values(position).keys() - {ignored}
+                if not values:
+                    raise DatasetMismatch(
+                        f"mask {each.mask_name(position)} holds {ignored} alone, which does not count: take "
+                        "it out, as it has no loss"
+                    )
+                for value in values - set(range(num_classes)):
+                    wrong.setdefault(value, each.mask_name(position))
+        if wrong:
+            value, known = min(wrong), ", ".join(map(str, sorted(wrong)[:_SHOWN]))
+            but = "" if ignored is None else f", and {ignored}, which is ignored"
+            raise DatasetMismatch(
+                f"masks hold the classes {known} (mask {wrong[value]} holds {value}), and the model's result "
+                f"has {channels} channels: allowed are 0 to {num_classes - 1}{but}; correct the masks, give "
+                "the model more channels, or name one value that does not count as ignore_index"
+            )
+
+    def _num_channels(self, model: StreamingModel, images: MaskDataset) -> int:
+        """Channels of the model's result for the first image, which is not computed.
+
+        Raises
+        ------
+        DatasetMismatch
+            If it is no map of scores, or there are not as many weights as classes.
+        """
+        source, _ = images[0]
+        with naming("the first image", [0], [source.name]):
+            reader = BatchReader([source], next(model.parameters()).device, model.preprocess)
+            result = fake_result(model.net, reader.shape, reader.dtype)
+        if self.key is not None or not isinstance(result, Tensor):
+            if not isinstance(result, Mapping) or self.key not in result:
+                raise DatasetMismatch(
+                    f"the model's result is {_described(result)}, and key is {self.key!r}: allowed are a map "
+                    "of scores without a key, and a dict with the key of one"
+                )
+            result = result[self.key]
+        shape: tuple[int, ...] = tuple(result.shape)
+        if len(shape) != 4 or shape[2:] != source.shape[1:]:
+            raise DatasetMismatch(
+                f"the model gives {shape} for an image of shape {tuple(source.shape)}: allowed are maps "
+                "(N, C, H, W) of the image's height and width"
+            )
+        channels, weights = shape[1], self.settings.class_weights
+        if weights is not None and len(weights) != max(channels, 2):
+            raise DatasetMismatch(
+                f"there are {len(weights)} class_weights, and the model tells {max(channels, 2)} classes "
+                "apart: give one for each"
+            )
+        return channels
+
+    def plan(self, model: StreamingModel, images: MaskDataset, batch_size: int, device: torch.device) -> Plan:
+        """The plan of the streamed loss."""
+        image, mask = images[0]
+        try:
+            return model.plan_loss([image] * batch_size, [mask] * batch_size, self._loss)
+        except UnsupportedModel:
+            # Where the loss does not take the model's result, that is told in other words.
+            self._num_channels(model, images)
+            raise
+
+    def loss(
+        self, model: nn.Module, sources: list[ImageSource], targets: Any, *inputs: Tensor
+    ) -> tuple[Tensor, None]:
+        """The batch's loss times the number of its images."""
+        assert not inputs
+        return len(sources) * _streaming(model).streamed_loss(sources, targets, self._loss), None
+
+    def sums(self, logits: Tensor | None, targets: Any) -> dict[str, float]:
+        """Nothing: scores of maps are those of the validation."""
+        return {}
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        images: MaskDataset,
+        *,
+        batch_size: int,
+        casting: Callable[[], AbstractContextManager[None]],
+        before_batch: Callable[[], None],
+        device: torch.device,
+    ) -> Segmented:
+        """Loss, overlaps and small maps, all from one pass over each image."""
+        streamed, wanted = _streaming(model), pictured(len(images))
+        loss, overlaps, maps = 0.0, torch.zeros((), dtype=torch.int64), dict[int, Tensor]()
+        for at in range(0, len(images), batch_size):
+            before_batch()
+            positions = range(at, min(at + batch_size, len(images)))
+            if positions.stop < len(images):
+                images.prefetch(positions.stop)
+            sources, masks, *_ = self.open_batch(images, positions, "segmentation")
+            names = [source.name for source in sources]
+            judge: Any = partial(
+                _judged,
+                loss=self._loss,
+                key=self.key,
+                ignored=self.settings.ignore_index,
+                step=step_of(sources[0].shape[1:]),
+            )
+            with naming("segmentation", positions, names), torch.no_grad(), casting():
+                found: Any = streamed.streamed_loss(sources, masks, judge)
+            of_batch, of_classes, small = (each.cpu() for each in found)
+            if not math.isfinite(of_batch):
+                raise TrainingDiverged(
+                    f"the loss of {listed(positions, names)} is {float(of_batch)}: see that the images are "
+                    "what the model expects, or train it anew with a smaller learning_rate, or with clip_norm"
+                )
+            loss += float(of_batch) * len(positions)
+            overlaps = overlaps + of_classes
+            maps |= {p: small[p - at] for p in positions if p in wanted}
+        return Segmented(loss / len(images), SegmentationScore(overlaps), len(images), maps)
+
+    # --- what is told of it --------------------------------------------------------------------------
+
+    def told(self, epoch: Mapping[str, Any]) -> str:
+        """Losses, and the scores of the validation."""
+        return (
+            f"loss {epoch['loss']:.4f}; validation {epoch['validation_loss']:.4f}, "
+            f"mean IoU {epoch['validation_mean_iou']:.1%}, mean Dice {epoch['validation_mean_dice']:.1%}"
+        )
+
+    def shown(
+        self,
+        epochs: Sequence[Mapping[str, Any]],
+        best: Mapping[str, Any],
+        images: MaskDataset,
+        folder: Path | None,
+    ) -> Shown:
+        """Curves, scores of each class, and images with their masks and the maps that were kept."""
+        return shown(epochs, best, images, folder, ignored=self.settings.ignore_index)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OfResult:
+    """A loss of one of a model's results."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    key: str | None
+
+    def __call__(self, result: Any, target: Tensor) -> Tensor:
+        return self.loss(_part(result, self.key), target)
+
+
+def _judged(
+    result: Any,
+    target: Tensor,
+    *,
+    loss: Callable[[Any, Tensor], Tensor],
+    key: str | None,
+    ignored: int | None,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, overlaps (3, C), and the classes (N, h, w) of every ``step``-th pixel."""
+    scores = _part(result, key)
+    few = scores[:, :, ::step, ::step]
+    classes = (few[:, 0] > 0).long() if scores.shape[1] == 1 else few.argmax(1)
+    return loss(result, target), class_overlaps(scores, target, ignore_index=ignored), classes
+
+
+def _part(result: Any, key: str | None) -> Any:
+    """The result of that name."""
+    return result if key is None else result[key]
+
+
+def _described(result: Any) -> str:
+    """A model's result in an error's text."""
+    if isinstance(result, Mapping):
+        return f"a dict of {some([str(name) for name in result])}"
+    return "a tensor" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+
+
+def _streaming(model: nn.Module) -> StreamingModel:
+    """The model, which streams losses.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    if not isinstance(model, StreamingModel):
+        raise ValueError(
+            f"the model is a {type(model).__name__}: allowed is a StreamingModel for segmentation"
+        )
+    return model

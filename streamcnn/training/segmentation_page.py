@@ -1,0 +1,187 @@
+"""What the page of a run shows of a segmentation: scores of each class, and masks over images in colours.
+
+The maps on it are made while the run is validated, from the same passes, and kept in the run's folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamcnn.data.map_files import write_map
+from streamcnn.data.mask_dataset import MaskDataset
+from streamcnn.data.sources import ImageSource, TensorSource, open_image
+from streamcnn.data.sources.placement import Placement
+from streamcnn.data.thumbnails import sampled, thumbnail
+from streamcnn.errors import RunMismatch
+from streamcnn.metrics import SegmentationScore
+from streamcnn.support.disk import writing
+from streamcnn.support.documents import require_within
+from streamcnn.support.extras import require
+from streamcnn.support.text import html_text as escape
+from streamcnn.training.page_parts import EDGE, embedded, percentages
+from streamcnn.training.task import Shown
+
+MAPS = "maps"
+"""Folder in a run's of the maps that its page shows."""
+MAX_PICTURED = 8
+"""Images on the page."""
+_OPACITY = 0.6
+_COLOURS = np.array(
+    [
+        *((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)),
+        *((227, 119, 194), (188, 189, 34), (23, 190, 207), (82, 84, 163), (231, 203, 148), (99, 121, 57)),
+    ],
+    np.uint8,
+)
+"""Of the classes from 1 on, again from the first after the last; class 0 is mostly what is around."""
+_IGNORED = (255, 255, 255)
+
+
+def pictured(num_images: int) -> frozenset[int]:
+    """Positions of the images on the page, evenly spread."""
+    count = min(num_images, MAX_PICTURED)
+    return frozenset(at * num_images // count for at in range(count))
+
+
+def keep_maps(folder: Path, maps: Mapping[int, Tensor]) -> None:
+    """Write small maps of classes (h, w) into a run's folder, in place of those that are there.
+
+    Raises
+    ------
+    CannotWrite
+        If there is no room, or the folder may not be written to.
+    RunMismatch
+        If the place for them is a link that leads out of it.
+    """
+    place = folder / MAPS
+    require_within(folder, place, error=RunMismatch)
+    with writing(place):
+        place.mkdir(exist_ok=True)
+    for position, classes in maps.items():
+        height, width = classes.shape
+        stored = TensorSource(classes[None].to(torch.uint8 if int(classes.max()) < 256 else torch.int32))
+        write_map(_path_of(folder, position), stored, Placement((height, width)))
+
+
+def step_of(size: tuple[int, int]) -> int:
+    """Of how many rows and columns of an image (H, W) a map on the page has one: it has `EDGE` at least."""
+    return max(1, max(size) // EDGE)
+
+
+def _path_of(folder: Path, position: int) -> Path:
+    return folder / MAPS / f"{position}.tif"
+
+
+def shown(
+    epochs: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    images: MaskDataset,
+    folder: Path | None,
+    *,
+    ignored: int | None,
+) -> Shown:
+    """IoU and Dice over the epochs; the best one's scores of each class, and pictures.
+
+    Parameters
+    ----------
+    epochs, best, images, folder
+        As for `Task.shown`.
+    ignored
+        Value of pixels that do not count.
+
+    Raises
+    ------
+    RunMismatch
+        If the log is of other images.
+    """
+    if best["num_images"] != len(images):
+        raise RunMismatch(
+            f"the run was validated by {best['num_images']} images, there are {len(images)} now: "
+            "give it back the images that it began with"
+        )
+    curves = {
+        "validation_mean_iou": "mean IoU",
+        "validation_mean_dice": "mean Dice",
+        "validation_accuracy": "pixels found",
+    }
+    at = sorted(pictured(len(images)))
+    figures = "".join(_figure(position, images, folder, ignored) for position in at)
+    legend = "Masks are drawn over the images in the colours of the table, class 0 in none"
+    legend += "" if ignored is None else f", pixels of {ignored}, which do not count, in white"
+    return Shown(
+        percentages(epochs, "Validation", curves),
+        f"<h2>Scores of each class</h2>{_scores(SegmentationScore(torch.tensor(best['overlaps'])))}"
+        f"<h2>{len(at)} of {len(images)} validation images</h2><p>{legend}.</p>"
+        f'<div class="triples">{figures}</div>',
+    )
+
+
+def _scores(score: SegmentationScore) -> str:
+    """A row for each class: colour, scores, and its share of the pixels that count."""
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("class", "", "IoU", "Dice", "of all pixels"))
+    shares = score.overlaps[2] / score.overlaps[2].sum()
+    rows = "".join(
+        f'<tr><th scope="row">{label}</th><td>{_chip(label)}</td>'
+        + "".join(f"<td>{_percent(float(value))}</td>" for value in values)
+        + "</tr>"
+        for label, values in enumerate(zip(score.iou, score.dice, shares, strict=True))
+    )
+    means = f"<td>{_percent(score.mean_iou)}</td><td>{_percent(score.mean_dice)}</td><td></td>"
+    mean = f'<tr><th scope="row">mean</th><td></td>{means}</tr>'
+    return f'<div class="scroll"><table><tr>{heads}</tr>{rows}{mean}</table></div>'
+
+
+def _chip(label: int) -> str:
+    """A patch of a class's colour; class 0 has none."""
+    if label == 0:
+        return ""
+    red, green, blue = _COLOURS[(label - 1) % len(_COLOURS)].tolist()
+    return f'<span class="chip" style="background: rgb({red}, {green}, {blue})"></span>'
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def _figure(position: int, images: MaskDataset, folder: Path | None, ignored: int | None) -> str:
+    """An image, its mask over it, and the map that was found over it, if that was kept."""
+    source, mask = images[position]
+    name = images.names[position]
+    picture = thumbnail(source, EDGE)
+    layers: dict[str, Any] = {"image": picture, "mask": _over(picture, _classes(mask), ignored)}
+    found = None if folder is None else _path_of(folder, position)
+    if folder is not None and found is not None and found.exists():
+        require_within(folder, found, error=RunMismatch)
+        layers["found"] = _over(picture, _classes(open_image(found)), None)
+    shown = "".join(
+        f"<div>{embedded(layer, f'{what} of {name}', kind='jpeg')}<br>{what}</div>"
+        for what, layer in layers.items()
+    )
+    return f"<figure><figcaption>{escape(name)}</figcaption>{shown}</figure>"
+
+
+def _classes(mask: ImageSource) -> NDArray[Any]:
+    """Every so many pixels of a mask, (h, w)."""
+    classes: NDArray[Any] = sampled(mask, step_of(mask.shape[1:]))[0]
+    return classes
+
+
+def _over(picture: Any, classes: NDArray[Any], ignored: int | None) -> Any:
+    """A picture of Pillow in grey with a map of classes (h, w) over all of it, in colours."""
+    pillow = require("PIL.Image", extra="plots")
+    colours = np.zeros((*classes.shape, 4), np.uint8)
+    colours[..., :3] = _COLOURS[(classes.astype(np.int64) - 1) % len(_COLOURS)]
+    if ignored is not None:
+        colours[..., :3][classes == ignored] = _IGNORED
+    colours[..., 3] = np.where(classes == 0, 0, round(255 * _OPACITY))
+    layer = pillow.fromarray(colours).resize(picture.size, pillow.Resampling.NEAREST)
+    grey = picture.convert("L").convert("RGBA")  # in which colours stay what they are
+    return pillow.alpha_composite(grey, layer).convert("RGB")
