@@ -73,7 +73,7 @@ def test_the_time_of_a_stage() -> None:
     once = (
         2 * (3 * 8 * 9) * 2 * PIXELS / HARDWARE.dense_flops + works["conv2d"].nbytes / HARDWARE.memory_bytes
     )
-    forward = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=False)
+    forward = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=False, keeps_blocks=False)
     assert forward.seconds == pytest.approx(once + 6 * HARDWARE.operator_seconds)
     assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / HARDWARE.fresh_bytes)
     # Its result is stored, so the backward pass only differentiates it.
@@ -134,7 +134,7 @@ def test_plain_pytorch_takes_new_memory_for_large_blocks_alone() -> None:
     works = {"conv": dataclasses.replace(all_works(program_of_net())["conv2d"], made=2**25)}
     small = {"conv": dataclasses.replace(works["conv"], made=2**25 - 1)}
     more = (
-        plain_time(works, HARDWARE, CpuBackend.on(1), backward=False).seconds
-        - plain_time(small, HARDWARE, CpuBackend.on(1), backward=False).seconds
+        plain_time(works, HARDWARE, CpuBackend.on(1), backward=False, keeps_blocks=False).seconds
+        - plain_time(small, HARDWARE, CpuBackend.on(1), backward=False, keeps_blocks=False).seconds
     )
     assert more == pytest.approx(2**25 / HARDWARE.fresh_bytes)

@@ -78,7 +78,7 @@ def test_operations_of_attention(fused: bool) -> None:
         assert works["softmax"].nbytes == 2 * 4 * tokens * tokens
     assert works["flatten"].nbytes == works["transpose"].flops == 0
     # Everything is differentiated: once forward, and backward as often as there are operands.
-    time = resident_time(program, differentiated, HARDWARE, CpuBackend.on(1))
+    time = resident_time(program, differentiated, HARDWARE, CpuBackend.on(1), keeps_blocks=False)
     assert time.flops == sum((1 + BACKWARD_WORK) * each for each in flops.values())
 
 
@@ -162,7 +162,7 @@ def test_a_streamed_network_has_none() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     program, differentiated = traced(net, (2, 3, 20, 20))
     assert on_whole_maps(program) == ()
-    assert resident_time(program, differentiated, HARDWARE, CpuBackend.on(1)).seconds == 0
+    assert resident_time(program, differentiated, HARDWARE, CpuBackend.on(1), keeps_blocks=False).seconds == 0
     assert any(node.kind is Kind.GLOBAL for node in program.nodes.values())
 
 

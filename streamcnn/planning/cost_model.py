@@ -72,15 +72,23 @@ def _is_grouped(cost: Cost, call: Operation) -> bool:
 
 
 def resident_time(
-    program: Program, differentiated: Collection[str], hardware: HardwareProfile, backend: Backend
+    program: Program,
+    differentiated: Collection[str],
+    hardware: HardwareProfile,
+    backend: Backend,
+    *,
+    keeps_blocks: bool,
 ) -> StageTime:
-    """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles."""
+    """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles.
+
+    ``keeps_blocks`` is as for `plain_time`.
+    """
     nodes = on_whole_maps(program)
     works = {node.name: resident_work(program, node) for node in nodes if not is_view(node.target)}
     both = {name: each for name, each in works.items() if name in differentiated}
     once = {name: each for name, each in works.items() if name not in differentiated}
-    return plain_time(both, hardware, backend, backward=True) + plain_time(
-        once, hardware, backend, backward=False
+    return plain_time(both, hardware, backend, backward=True, keeps_blocks=keeps_blocks) + plain_time(
+        once, hardware, backend, backward=False, keeps_blocks=keeps_blocks
     )
 
 
@@ -187,14 +195,23 @@ def _times_read(program: Program, stage: Stage, *, backward: bool) -> dict[str, 
 
 
 def plain_time(
-    works: Mapping[str, Work], hardware: HardwareProfile, backend: Backend, *, backward: bool
+    works: Mapping[str, Work],
+    hardware: HardwareProfile,
+    backend: Backend,
+    *,
+    backward: bool,
+    keeps_blocks: bool,
 ) -> StageTime:
-    """Plain PyTorch on whole maps: every operator once forward and once backward."""
+    """Operators on whole maps, as in plain PyTorch: every one once forward and once backward.
+
+    Unless ``keeps_blocks``, as a pass of a backend that does, large results take memory from the operating
+    system anew, as in plain PyTorch.
+    """
     seconds = flops = 0.0
     passes = 1 + BACKWARD_WORK * backward
     for each in works.values():
         seconds += passes * (each.seconds(hardware) + hardware.operator_seconds)
-        if each.made >= backend.reusable_bytes:
+        if each.made >= backend.reusable_bytes and not keeps_blocks:
             seconds += passes * each.made / hardware.fresh_bytes
         flops += passes * each.flops
     return StageTime(seconds, 0.0, int(flops))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from streamcnn.graph.program import Kind, Program, on_whole_maps
 from streamcnn.plan.plan import PassPart, Plan, Segment
@@ -127,10 +128,12 @@ class _Attempt:
         )
         worst = max(points, key=lambda point: point.nbytes)
         everything, training = whole.search.tilings, bool(spec.leaves)
-        resident = resident_time(
-            everything.program, everything.differentiated, machine.hardware, machine.backend
+        on = machine.hardware, machine.backend
+        resident_of = partial(resident_time, everything.program, everything.differentiated, *on)
+        resident = resident_of(keeps_blocks=machine.backend.keeps_blocks)
+        plain = plain_time(everything.works, *on, backward=training, keeps_blocks=False) + resident_of(
+            keeps_blocks=False
         )
-        plain = plain_time(everything.works, machine.hardware, machine.backend, backward=training) + resident
         flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
         flops += self.tail.flops if self.tail else 0
         return Plan(
@@ -248,7 +251,9 @@ def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
     if not length:
         return None
     works = {node.name: tilings.works[node.name] for node in nodes[-length:]}
-    time = plain_time(works, tilings.hardware, tilings.backend, backward=bool(tilings.differentiated))
+    backend = tilings.backend
+    backward = bool(tilings.differentiated)
+    time = plain_time(works, tilings.hardware, backend, backward=backward, keeps_blocks=backend.keeps_blocks)
     return _Tail(nodes[-length].name.partition(".")[0], time.seconds, time.flops)
 
 
