@@ -316,6 +316,10 @@ class _Tracer:
         node = self.nodes[ref.name]
         return node.axes if node.is_map else None
 
+    def recorded(self, ref: Ref) -> Call | None:
+        node = self.nodes[ref.name]
+        return Call(node.target, node.args, node.kwargs) if node.kind is Kind.LOCAL and node.target else None
+
     def fake(self, call: Call) -> Any:
         if isinstance(call.target, Whole):
             return pytree.tree_map_only(Tensor, self._made, call.target.like)
