@@ -21,7 +21,7 @@ from streamcnn.capture.folding import (
     reshaped,
     values_of,
 )
-from streamcnn.graph.ops import convolution, images, normalization, pooling, resampling
+from streamcnn.graph.ops import convolution, images, normalization, pooling, resampling, sliding_blocks
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
 from streamcnn.graph.program import Ref
 
@@ -124,6 +124,24 @@ def _pad(tracer: FoldingTracer, call: Call) -> Any:
     return as_seen(tracer, tracer.stream(translated), value.runs, tracer.fake_seen(call).shape)
 
 
+def _blocks(tracer: FoldingTracer, call: Call) -> Any:
+    """Blocks of a map, with their positions as one axis."""
+    ref = call.args[0]
+    if isinstance(ref, Folded):
+        return _by_image(tracer, call)
+    if tracer.axes(ref) != (2, 3):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+    found = sliding_blocks.record_blocks(tracer, call, ref)
+    return as_seen(tracer, found, (1, 1, 2), tracer.fake_seen(call).shape)
+
+
+def _sum_of_blocks(tracer: FoldingTracer, call: Call) -> Any:
+    value: Folded = call.args[0]
+    if value.runs != (1, 1, 2):
+        return _by_image(tracer, call)
+    return sliding_blocks.record_sum_of_blocks(tracer, call, value.ref)
+
+
 # --- shared -------------------------------------------------------------------------------------------
 
 
@@ -182,5 +200,7 @@ TRANSLATIONS.update(
         **dict.fromkeys((resampling.upsample_nearest, resampling.upsample_bilinear), _by_image),
         **dict.fromkeys((resampling.pixel_shuffle, resampling.pixel_unshuffle), _by_image),
         resampling.pad: _pad,
+        sliding_blocks.blocks: _blocks,
+        sliding_blocks.sum_of_blocks: _sum_of_blocks,
     }
 )

@@ -29,6 +29,7 @@ from streamcnn.graph.ops import (
     reductions,
     resampling,
     shape,
+    sliding_blocks,
 )
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Axes, Ref
@@ -260,6 +261,10 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     listed = [dim % max(ndim, parts[0].dim()) for dim in ([dims] if isinstance(dims, int) else dims or [])]
     if not listed or (added <= 0 and any(first.runs[dim] > 1 for dim in listed)):
         same = parts[0].shape == first.seen(tracer.spec(first.ref).shape)
+        merged = [i for dim in listed for i in first.span(dim)]
+        if call.target in along_axes.SHARES and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
+            result = along_axes.shares(tracer, call.target, first.ref, merged, parts[0].dtype)
+            return as_seen(tracer, result, first.runs, parts[0].shape)
         whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")
     starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
@@ -520,5 +525,5 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
 }
 """How a call is translated, by the rule that its operator has."""
 
-MERGING = (shape.reshape, products.matrix_product, products.attention)
+MERGING = (shape.reshape, products.matrix_product, products.attention, sliding_blocks.blocks)
 """Rules of operators whose operands are whole maps, and that stream more than their rule does here."""

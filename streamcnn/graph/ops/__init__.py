@@ -28,6 +28,7 @@ from streamcnn.graph.ops import (
     reductions,
     resampling,
     shape,
+    sliding_blocks,
     user_functions,
     writing,
 )
@@ -77,6 +78,7 @@ FAMILIES = (
     reductions,
     resampling,
     shape,
+    sliding_blocks,
     user_functions,
     writing,
 )

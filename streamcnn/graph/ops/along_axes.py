@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from streamcnn.graph.costs import RESULT, Cost, declare
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.pointwise import per_position, pointwise
+from streamcnn.graph.ops.reduction_types import statistics_dtype
+from streamcnn.graph.ops.reductions import extremum, mean_or_sum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Ref, refs_in
 
@@ -63,6 +65,8 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
     others = refs_in((call.args[1:], dict(call.kwargs)))
     if axes is None or any(_is_apart(tracer, ref, Ref(name)) for name in others):
         return NotStreamable("its operands have their spatial axes at different places")
+    if call.target in SHARES and dims[0] % len(shape) in axes:
+        return shares(tracer, call.target, ref, dims, tracer.fake(call).dtype)
     if not dims or any(dim % len(shape) in axes for dim in dims):
         return NotStreamable("it runs along a spatial axis")
     likes = tracer.fake(call)
@@ -70,6 +74,32 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
         return per_position(tracer, call, ref, dropped=dims)
     parts = (Call(result_of, (call.target, index, *call.args), call.kwargs) for index in range(len(likes)))
     return tuple(per_position(tracer, part, ref, dropped=dims) for part in parts)
+
+
+SHARES = (aten.softmax.int, aten.log_softmax.int)
+"""Operators whose results along an axis, or their exponentials, have the sum one."""
+
+
+def shares(tracer: Tracer, target: object, ref: Ref, dims: Sequence[int], dtype: torch.dtype) -> Any:
+    """Softmax or its logarithm over axes of space, and any others: its maximum and its sum are reductions."""
+
+    def made(name: Any, *args: Any) -> Any:
+        return pointwise(tracer, Call(name, args, {}))
+
+    within = statistics_dtype(dtype)
+    x = ref if tracer.spec(ref).dtype == within else made(aten.to.dtype, ref, within)
+    # The largest value makes no difference to the result, so that it needs no gradient.
+    top = tracer.global_value(
+        aten.detach.default, extremum(tracer, Call(aten.amax.default, (x, dims, True), {}))
+    )
+    lowered = made(aten.sub.Tensor, x, top)
+    exponential = made(aten.exp.default, lowered)
+    total = mean_or_sum(tracer, Call(aten.sum.dim_IntList, (exponential, dims, True), {}))
+    if target is aten.softmax.int:
+        result = made(aten.div.Tensor, exponential, total)
+    else:
+        result = made(aten.sub.Tensor, lowered, tracer.global_value(aten.log.default, total))
+    return result if dtype == within else made(aten.to.dtype, result, dtype)
 
 
 def _is_apart(tracer: Tracer, ref: Ref, other: Ref) -> bool:
@@ -100,4 +130,16 @@ class _Chosen(nn.Module):
         return torch.cat((taken, ranked, x.median(1, keepdim=True).values), 1) * x.max(1).indices[:, None]
 
 
-SAMPLES = (Sample("the largest channels", lambda: chain(nn.Conv2d(3, 5, 3), _Chosen())),)
+class _Shares(nn.Module):
+    """How much of a map lies at each position, and at each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.softmax(2) * x.log_softmax(-1)
+        gates = x.mean(1, keepdim=True).flatten(1).softmax(1).view(-1, 1, *x.shape[2:])
+        return (x * gates).sum((2, 3)) + rows.square().mean((2, 3))
+
+
+SAMPLES = (
+    Sample("softmax over positions", lambda: nn.Sequential(nn.Conv2d(3, 5, 3), _Shares())),
+    Sample("the largest channels", lambda: chain(nn.Conv2d(3, 5, 3), _Chosen())),
+)

@@ -48,7 +48,7 @@ def conv2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @rule(aten.conv3d.default, aten.conv3d.padding)
 def conv3d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """3-D convolution of volumes that have one axis besides those of space, such as a slice or a few bands."""
+    """3-D convolution of volumes with one axis besides those of space, such as a slice or a few bands."""
     ref, weight, bias, stride, padding, dilation, groups = call.bind(
         "input", "weight", "bias", "stride", "padding", "dilation", "groups"
     )

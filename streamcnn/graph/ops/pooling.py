@@ -90,7 +90,7 @@ def places_of_maxima(
     out: Region,
     origin: Region,
 ) -> Tensor:
-    """Where in planes of ``size`` the maxima of windows lie, row by row, for ``x`` with minus infinity around."""
+    """Where in planes of ``size`` the maxima lie, row by row; ``x`` has minus infinity around."""
     found = aten.max_pool2d_with_indices(x.detach(), kernel, stride, 0, dilation)[1]
     rows, cols = found // x.shape[3], found % x.shape[3]
     rows, cols = (
@@ -101,7 +101,7 @@ def places_of_maxima(
 
 
 def _inside(places: Tensor, dilation: int) -> Tensor:
-    """The first position of a window that lies in the map, where a window of minus infinity gave its first."""
+    """Places, those before the map moved to the first that their windows, all minus infinity, have in it."""
     return torch.where(places < 0, places % dilation, places)
 
 
