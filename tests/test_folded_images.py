@@ -82,6 +82,8 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "convolutions along windows": lambda: chain(
         windows, nn.Flatten(2), nn.Conv1d(WIDTH, 4, 3, padding=1), nn.AvgPool1d(2), nn.MaxPool1d(2)
     ),
+    "a mean of tokens": lambda: chain(lambda x: tokens_last(x).square(), nn.AdaptiveAvgPool1d(1)),
+    "a mean of windows": lambda: chain(windows, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), torch.sin),
     "a frame around channels": lambda: chain(
         lambda x: F.pad(tokens(x).transpose(1, 2), (1, 2), value=0.7), torch.sin
     ),
@@ -121,6 +123,10 @@ WHOLE: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "convolution of positions as channels": (
         "aten.conv1d: it is not applied to images or tokens",
         lambda: chain(lambda x: tokens(x).transpose(1, 2), nn.Conv1d(22 * 18, 2, 1)),
+    ),
+    "pooling along positions": (
+        "aten.avg_pool1d: it works along merged axes of space",
+        lambda: chain(tokens, nn.AvgPool1d(3)),
     ),
     "a frame around positions": (
         "aten.pad: it works along merged axes of space",

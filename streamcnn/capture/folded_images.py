@@ -19,6 +19,7 @@ from streamcnn.capture.folding import (
     as_folded,
     as_seen,
     reshaped,
+    stream_folded,
     values_of,
 )
 from streamcnn.graph.ops import convolution, images, normalization, pooling, resampling, sliding_blocks
@@ -42,6 +43,17 @@ def _by_image(tracer: FoldingTracer, call: Call) -> Any:
     if isinstance(result, NotStreamable):
         return result
     return as_seen(tracer, result, (value.runs[0],) + (1,) * (like.dim() - 1), like.shape)
+
+
+def _along_one_axis(tracer: FoldingTracer, call: Call) -> Any:
+    """An operator on (N, C, L): a convolution, the mean of all tokens, or one of each image by itself."""
+    if call.target in (aten.conv1d.default, aten.conv1d.padding):
+        return _convolution(tracer, call)
+    value = as_folded(tracer, call.args[0])
+    means = call.target is aten.adaptive_avg_pool1d.default and call.args[1] == [1]
+    if means and not _lies_in_batch(tracer, value):
+        return stream_folded(tracer, Call(aten.mean.dim, (value, [-1], True), {}))
+    return _by_image(tracer, call)
 
 
 def _convolution(tracer: FoldingTracer, call: Call) -> Any:
@@ -192,7 +204,8 @@ def _as_image(
 
 TRANSLATIONS.update(
     {
-        **dict.fromkeys((convolution.conv2d, images.along_one_axis), _convolution),
+        convolution.conv2d: _convolution,
+        images.along_one_axis: _along_one_axis,
         **dict.fromkeys(
             (normalization.batch_norm, normalization.instance_norm, normalization.group_norm), _norm
         ),

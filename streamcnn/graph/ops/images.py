@@ -75,9 +75,9 @@ class _OfWindows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        y = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 4, 4)
-        y = self.line(self.norms(self.square(y)).flatten(2))
-        return y.reshape(n, h // 4, w // 4, -1).permute(0, 3, 1, 2)
+        windows = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 4, 4)
+        tokens: Tensor = self.line(torch.flatten(self.norms(self.square(windows)), 2))
+        return tokens.reshape(n, h // 4, w // 4, -1).permute(0, 3, 1, 2)
 
 
 SAMPLES = (

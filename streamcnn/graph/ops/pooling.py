@@ -305,7 +305,7 @@ class _Unpooled(nn.Module):
         y, places = nn.functional.max_pool2d(x, 2, padding=1, ceil_mode=True, return_indices=True)
         y, coarser = nn.functional.max_pool2d(y.sin(), (1, 2), (2, 3), return_indices=True)
         y = nn.functional.max_unpool2d(y.cos(), coarser, (1, 2), (2, 3), output_size=places.shape[2:])
-        return x * nn.functional.max_unpool2d(y + 1, places, 2, padding=1, output_size=x.shape[2:])
+        return x * nn.functional.max_unpool2d(y + 1, places, (2, 2), padding=(1, 1), output_size=x.shape[2:])
 
 
 SAMPLES = (

@@ -89,16 +89,16 @@ def _num_blocks(size: Sequence[int], *windows: Pair) -> Pair:
 def blocks_of(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
     """The blocks of a window ``x`` (N, C, h, w) with zeros around it, as (N, C * kh * kw, rows, cols)."""
     columns = torch.nn.functional.unfold(x, kernel, dilation, 0, stride)
-    return columns.unflatten(2, _num_blocks(x.shape[2:], kernel, stride, (0, 0), dilation))
+    return columns.reshape(*columns.shape[:2], *_num_blocks(x.shape[2:], kernel, stride, (0, 0), dilation))
 
 
 def summed_blocks(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
     """The uncropped sum of blocks ``x`` (N, C * kh * kw, rows, cols)."""
-    size = [
+    height, width = (
         (extent - 1) * s + d * (k - 1) + 1
         for extent, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    return torch.nn.functional.fold(x.flatten(2), size, kernel, dilation, 0, stride)
+    )
+    return torch.nn.functional.fold(x.flatten(2), (height, width), kernel, dilation, 0, stride)
 
 
 declare(blocks_of, summed_blocks, cost=Cost(operations=elements, saves=NOTHING, makes_new=True))
@@ -113,7 +113,7 @@ class _Columns(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         columns = nn.functional.unfold(x, 3, dilation=(1, 2), padding=(0, 2), stride=(2, 1))
-        convolved = (self.weight @ columns).unflatten(2, (20, 35))
+        convolved = (self.weight @ columns).reshape(len(x), 5, 20, 35)
         whole = nn.functional.fold(columns.sin(), x.shape[2:], 3, (1, 2), (0, 2), (2, 1))
         apart = nn.functional.unfold(x, 2, stride=3).transpose(1, 2).cos().transpose(1, 2)
         apart = nn.functional.fold(apart, (41, 35), 2, stride=3)
