@@ -79,6 +79,12 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "windows made finer": lambda: chain(
         windows, nn.Upsample(scale_factor=2, mode="bilinear"), nn.PixelUnshuffle(4)
     ),
+    "windows pooled and made finer": lambda: chain(
+        windows,
+        nn.Upsample(5, mode="bicubic"),
+        nn.AdaptiveAvgPool2d(2),
+        lambda x: F.interpolate(x, (3, 1), mode="bilinear", antialias=True),
+    ),
     "convolutions along windows": lambda: chain(
         windows, nn.Flatten(2), nn.Conv1d(WIDTH, 4, 3, padding=1), nn.AvgPool1d(2), nn.MaxPool1d(2)
     ),

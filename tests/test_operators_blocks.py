@@ -100,6 +100,10 @@ WHOLE: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "aten.max_unpool2d: its places are not as max pooling gave them",
         lambda: Applied(lambda x: unpooled_elsewhere(*F.max_pool2d(x, 2, return_indices=True), x)),
     ),
+    "sampling at a grid": (
+        "aten.grid_sampler: where it reads depends on values",
+        lambda: Applied(lambda x: F.grid_sample(x, torch.tanh(x[:, :2]).movedim(1, -1), align_corners=False)),
+    ),
     "blocks of another grid": (
         "aten.col2im: it is not applied to images or tokens",
         lambda: Applied(lambda x: F.fold(x.flatten(2), (17, 21), 1)),

@@ -22,7 +22,15 @@ from streamcnn.capture.folding import (
     stream_folded,
     values_of,
 )
-from streamcnn.graph.ops import convolution, images, normalization, pooling, resampling, sliding_blocks
+from streamcnn.graph.ops import (
+    adaptive_pooling,
+    convolution,
+    images,
+    normalization,
+    pooling,
+    resampling,
+    sliding_blocks,
+)
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
 from streamcnn.graph.program import Ref
 
@@ -211,6 +219,8 @@ TRANSLATIONS.update(
         ),
         **dict.fromkeys((convolution.conv_transpose2d, pooling.max_pool2d, pooling.avg_pool2d), _by_image),
         **dict.fromkeys((resampling.upsample_nearest, resampling.upsample_bilinear), _by_image),
+        **dict.fromkeys((resampling.upsample_bicubic, resampling.upsample_antialiased), _by_image),
+        adaptive_pooling.adaptive_pool: _by_image,
         **dict.fromkeys((resampling.pixel_shuffle, resampling.pixel_unshuffle), _by_image),
         resampling.pad: _pad,
         sliding_blocks.blocks: _blocks,

@@ -68,6 +68,7 @@ REMEDIES = {
     "it normalises over space and has an affine part that depends on the position": (
         "use GroupNorm(1, C), whose affine part is one for each channel"
     ),
+    "where it reads depends on values": "warp the image before it goes in, or a small map",
     "its places are not as max pooling gave them": "hand on the indices of max_pool2d as they are",
     "its places are those of another size": "pass output_size=, that of the map that was pooled",
     "its windows overlap": "pool with a kernel no larger than the stride",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.graph.costs import Cost, Operation, counted, declare, windows
+from streamcnn.graph.costs import CallBytes, Cost, Operation, counted, declare, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Ref
@@ -61,7 +61,12 @@ def _operations(operation: Operation) -> int:
     return max(counted(operation), windows(operation))
 
 
-declare(of_each_image, cost=Cost(operations=_operations))
+def _workspace(nbytes: CallBytes) -> int:
+    """The images in one piece, and copies as a convolution has them."""
+    return 2 * nbytes.operands + nbytes.result + nbytes.weights
+
+
+declare(of_each_image, cost=Cost(operations=_operations, workspace=_workspace))
 
 
 class _OfWindows(nn.Module):

@@ -214,8 +214,16 @@ def _places(operation: Operation) -> int:
 
 
 declare(max_pool, cost=Cost(operations=windows, pads=True))
-declare(places_of_maxima, cost=Cost(operations=windows, saves=NOTHING, makes_new=True))
-declare(unpooled, cost=Cost(operations=elements, makes_new=True))
+declare(
+    places_of_maxima,
+    # Places in the tile, their rows and columns, and those again.
+    cost=Cost(operations=windows, workspace=lambda nbytes: 5 * nbytes.result, saves=NOTHING, makes_new=True),
+)
+declare(
+    unpooled,
+    # Places within the tile, as rows and columns and at once; zeros, and what they become.
+    cost=Cost(operations=elements, workspace=lambda nbytes: 3 * nbytes.operands + 2 * nbytes.result),
+)
 declare(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, cost=Cost(saves=replace(OPERANDS, beside=_places)))
 
 

@@ -101,7 +101,12 @@ def summed_blocks(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tens
     return torch.nn.functional.fold(x.flatten(2), (height, width), kernel, dilation, 0, stride)
 
 
-declare(blocks_of, summed_blocks, cost=Cost(operations=elements, saves=NOTHING, makes_new=True))
+declare(
+    blocks_of,
+    summed_blocks,
+    # The operand in one piece.
+    cost=Cost(operations=elements, workspace=lambda nbytes: nbytes.operands, saves=NOTHING, makes_new=True),
+)
 
 
 class _Columns(nn.Module):
