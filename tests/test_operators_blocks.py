@@ -73,6 +73,10 @@ STREAMED: dict[str, nn.Module | Function] = {
     "softmax over rows": lambda x: x.softmax(2) * x.log_softmax(3),
     "softmax over positions": lambda x: x * x.flatten(2).softmax(-1).view_as(x) * 100,
     "log-softmax over everything": lambda x: x.flatten(1).log_softmax(1).square(),
+    "log of a sum of exponentials": lambda x: (
+        x.logsumexp((2, 3)) * x.flatten(2).logsumexp(-1) + x.sum((2, 3))
+    ),
+    "log of a sum of rows": lambda x: x.logsumexp((1, 2)).sin(),
     "a context of all positions": lambda x: (
         x + (x.flatten(2) @ x.mean(1).flatten(1).softmax(1)[..., None])[..., None]
     ),

@@ -262,8 +262,8 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     if not listed or (added <= 0 and any(first.runs[dim] > 1 for dim in listed)):
         same = parts[0].shape == first.seen(tracer.spec(first.ref).shape)
         merged = [i for dim in listed for i in first.span(dim)]
-        if call.target in along_axes.SHARES and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
-            result = along_axes.shares(tracer, call.target, first.ref, merged, parts[0].dtype)
+        if call.target in along_axes.EXPONENTIAL and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
+            result = along_axes.exponential(tracer, call.target, first.ref, merged, parts[0])
             return as_seen(tracer, result, first.runs, parts[0].shape)
         whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")

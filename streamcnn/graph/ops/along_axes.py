@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.graph.costs import RESULT, Cost, declare
+from streamcnn.graph.costs import NOTHING, RESULT, Cost, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import statistics_dtype
@@ -65,8 +65,8 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
     others = refs_in((call.args[1:], dict(call.kwargs)))
     if axes is None or any(_is_apart(tracer, ref, Ref(name)) for name in others):
         return NotStreamable("its operands have their spatial axes at different places")
-    if call.target in SHARES and dims[0] % len(shape) in axes:
-        return shares(tracer, call.target, ref, dims, tracer.fake(call).dtype)
+    if call.target in EXPONENTIAL and any(dim % len(shape) in axes for dim in dims):
+        return exponential(tracer, call.target, ref, dims, tracer.fake(call))
     if not dims or any(dim % len(shape) in axes for dim in dims):
         return NotStreamable("it runs along a spatial axis")
     likes = tracer.fake(call)
@@ -76,30 +76,48 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
     return tuple(per_position(tracer, part, ref, dropped=dims) for part in parts)
 
 
-SHARES = (aten.softmax.int, aten.log_softmax.int)
-"""Operators whose results along an axis, or their exponentials, have the sum one."""
+EXPONENTIAL = (aten.softmax.int, aten.log_softmax.int, aten.logsumexp.default)
+"""Operators that compare exponentials with their sum along axes, those of space among them."""
 
 
-def shares(tracer: Tracer, target: object, ref: Ref, dims: Sequence[int], dtype: torch.dtype) -> Any:
-    """Softmax or its logarithm over axes of space, and any others: its maximum and its sum are reductions."""
+def exponential(tracer: Tracer, target: object, ref: Ref, dims: Sequence[int], like: Tensor) -> Any:
+    """Softmax, its logarithm or that of the sum, over axes of space and any others.
+
+    The largest value and the sum are reductions. ``like`` is what the whole result would be.
+    """
 
     def made(name: Any, *args: Any) -> Any:
         return pointwise(tracer, Call(name, args, {}))
 
-    within = statistics_dtype(dtype)
-    x = ref if tracer.spec(ref).dtype == within else made(aten.to.dtype, ref, within)
-    # The largest value makes no difference to the result, so that it needs no gradient.
-    top = tracer.global_value(
-        aten.detach.default, extremum(tracer, Call(aten.amax.default, (x, dims, True), {}))
-    )
+    dtype = statistics_dtype(like.dtype)
+    x = ref if tracer.spec(ref).dtype == dtype else made(aten.to.dtype, ref, dtype)
+    largest = extremum(tracer, Call(aten.amax.default, (x, dims, True), {}))
+    top = tracer.global_value(offset, largest, target is aten.logsumexp.default)
     lowered = made(aten.sub.Tensor, x, top)
-    exponential = made(aten.exp.default, lowered)
-    total = mean_or_sum(tracer, Call(aten.sum.dim_IntList, (exponential, dims, True), {}))
+    powers = made(aten.exp.default, lowered)
+    total = mean_or_sum(tracer, Call(aten.sum.dim_IntList, (powers, dims, True), {}))
     if target is aten.softmax.int:
-        result = made(aten.div.Tensor, exponential, total)
-    else:
+        result = made(aten.div.Tensor, powers, total)
+    elif target is aten.log_softmax.int:
         result = made(aten.sub.Tensor, lowered, tracer.global_value(aten.log.default, total))
-    return result if dtype == within else made(aten.to.dtype, result, dtype)
+    else:
+        logarithm = tracer.global_value(aten.log.default, total)
+        whole = tracer.global_value(aten.add.Tensor, logarithm, top)
+        return tracer.global_value(rounded_as, whole, tuple(like.shape), like.dtype)
+    return result if like.dtype == dtype else made(aten.to.dtype, result, like.dtype)
+
+
+def offset(largest: Tensor, is_finite: bool) -> Tensor:
+    """What is taken off before exponentials: it makes no difference to the result, nor to its gradient."""
+    return (largest.masked_fill(largest.isinf(), 0) if is_finite else largest).detach()
+
+
+def rounded_as(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A value of all dimensions in another shape and type."""
+    return value.to(dtype).reshape(shape)
+
+
+declare(offset, cost=Cost(saves=NOTHING, detaches=True))
 
 
 def _is_apart(tracer: Tracer, ref: Ref, other: Ref) -> bool:
@@ -134,9 +152,9 @@ class _Shares(nn.Module):
     """How much of a map lies at each position, and at each row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.softmax(2) * x.log_softmax(-1)
+        rows = x.softmax(2) * x.log_softmax(-1) + x.logsumexp(3, keepdim=True)
         gates = x.mean(1, keepdim=True).flatten(1).softmax(1).view(-1, 1, *x.shape[2:])
-        return (x * gates).sum((2, 3)) + rows.square().mean((2, 3))
+        return (x * gates).sum((2, 3)) + rows.square().mean((2, 3)) * x.logsumexp((0, 2, 3)).sin()
 
 
 SAMPLES = (
