@@ -109,6 +109,22 @@ def products_by_equations(x: Tensor) -> Tensor:
     )
 
 
+def attention_of_channels_first(x: Tensor) -> Tensor:
+    """Every position with every other, values times scores, as in SHViT."""
+    query, key, value = x.flatten(2).sin(), x.flatten(2).cos(), x.flatten(2)
+    scores = (query.transpose(-2, -1) @ key * 0.3).softmax(-1)
+    return (value @ scores.transpose(-2, -1)).reshape(x.shape)
+
+
+def linear_attention(x: Tensor) -> Tensor:
+    """Attention without a softmax, divided by what a column of ones gives, as in EfficientViT of MIT."""
+    heads = x.reshape(2, 2, 3, -1).transpose(-1, -2)
+    value = F.pad(heads, (0, 1), mode="constant", value=1.0)
+    mixed = heads.relu() @ (heads.sin().relu().transpose(-1, -2) @ value)
+    mixed = mixed[..., :-1] / (mixed[..., -1:] + 0.1)
+    return mixed.transpose(-1, -2).reshape(x.shape)
+
+
 def coarser_attention(x: Tensor) -> Tensor:
     """Attention of every position to those of a coarser grid, by matrix products."""
     keys = tokens_of(F.avg_pool2d(x, 2))
@@ -151,6 +167,8 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "paths dropped": lambda x: tokens_of(x) * tokens_of(x).new_empty((2, 1, 1)).fill_(0.3),
     "made of a shape": lambda x: tokens_of(x) * torch.empty_like(tokens_of(x)).fill_(2.0),
     "products by equations": products_by_equations,
+    "attention of channels first": attention_of_channels_first,
+    "linear attention with a column of ones": linear_attention,
     "attention to a coarser grid": coarser_attention,
     "attention to a coarser grid, fused": lambda x: F.scaled_dot_product_attention(
         tokens_of(x)[:, None], *[tokens_of(F.avg_pool2d(x, 2))[:, None]] * 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import streamcnn
-from streamcnn.capture import folding
+from streamcnn import capture
 from streamcnn.capture.lines import line_of
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph import ops
@@ -97,7 +97,7 @@ def test_the_innermost_line_of_the_user_is_told_from_those_around_it() -> None:
 
 def test_every_reason_of_a_rule_has_its_remedy() -> None:
     reasons = set()
-    for path in (*Path(ops.__path__[0]).glob("*.py"), Path(folding.__file__)):
+    for path in (*Path(ops.__path__[0]).glob("*.py"), *Path(capture.__path__[0]).glob("fold*.py")):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "NotStreamable":
                 texts = [each for each in ast.walk(call.args[0]) if isinstance(each, ast.Constant)]

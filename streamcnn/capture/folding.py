@@ -29,6 +29,7 @@ from streamcnn.graph.ops import (
     reductions,
     resampling,
     shape,
+    sliding_blocks,
 )
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Axes, Ref
@@ -94,7 +95,7 @@ def stream_folded(tracer: FoldingTracer, call: Call) -> Any:
 def unfolded(tracer: FoldingTracer, value: Folded) -> Ref:
     """The whole of a map as a global value, as the code sees it."""
     whole = tracer.gather(value.ref)
-    return _reshaped(tracer, whole, value.seen(tracer.spec(value.ref).shape))
+    return reshaped(tracer, whole, value.seen(tracer.spec(value.ref).shape))
 
 
 # --- operators that regroup axes ---------------------------------------------------------------------
@@ -192,12 +193,12 @@ def _permute(tracer: FoldingTracer, call: Call) -> Any:
 def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
     """An operator that treats every position alike."""
     like = tracer.fake_seen(call)
-    folded = [value for value in _values(call) if isinstance(value, Folded)]
+    folded = [value for value in values_of(call) if isinstance(value, Folded)]
     if not isinstance(like, Tensor):
         return NotStreamable("it returns several tensors")
     added = like.dim() - max(len(value.runs) for value in folded)
     first = max(folded, key=lambda value: len(value.runs))
-    maps = [value for value in _values(call) if isinstance(value, Ref) and tracer.axes(value) is not None]
+    maps = [value for value in values_of(call) if isinstance(value, Ref) and tracer.axes(value) is not None]
     if maps or any(first.runs[-len(value.runs) :] != value.runs for value in folded):
         return NotStreamable("its operands have their axes of space merged differently")
     extents = tracer.spec(first.ref).shape
@@ -220,40 +221,18 @@ def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[in
     for axis, extent in zip(reversed(range(len(beside.runs))), reversed(before), strict=False):
         run = [extents[i] for i in beside.span(axis)] if beside.runs[axis] > 1 else [extent]
         after[:0] = run if extent > 1 else [1] * len(run)
-    return _reshaped(tracer, ref, tuple(after))
+    return reshaped(tracer, ref, tuple(after))
 
 
 def _trailing(tracer: FoldingTracer, call: Call) -> Any:
     """The last axes: linear layers and norms."""
     value = as_folded(tracer, call.args[0])
     count = 1 if rule_for(call.target) is pointwise.linear else len(call.args[1])
-    if any(isinstance(other, Folded) for other in _values(call)[1:]):
+    if any(isinstance(other, Folded) for other in values_of(call)[1:]):
         return NotStreamable("its parameters depend on the position")
     if any(run > 1 for run in value.runs[-count:]):
         return NotStreamable("it mixes positions: it is applied along merged axes of space")
     result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
-    return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
-
-
-def _batch_norm(tracer: FoldingTracer, call: Call) -> Any:
-    """Statistics of each channel, the second axis, over all others: a map's with its channels in front."""
-    value = as_folded(tracer, call.args[0])
-    extents = tracer.spec(value.ref).shape
-    ndim, channels = len(extents), value.starts[1]
-    if value.runs[1] > 1 or ndim not in (3, 4):
-        return NotStreamable("it is not applied to images or tokens")
-    others = [axis for axis in range(ndim) if axis != channels]
-    order = [*others[:-2], channels, *others[-2:]]
-    turned = tracer.stream(Call(aten.permute.default, (value.ref, order), {}))
-    shape = tracer.spec(turned).shape
-    # One image alone may have lost its axis.
-    image = tracer.stream(Call(aten.reshape.default, (turned, (1,) * (4 - ndim) + shape), {}))
-    result = tracer.stream(Call(call.target, (image, *call.args[1:]), call.kwargs))
-    if isinstance(result, NotStreamable):
-        return result
-    result = tracer.stream(Call(aten.reshape.default, (result, shape), {}))
-    back = [order.index(axis) for axis in range(ndim)]
-    result = tracer.stream(Call(aten.permute.default, (result, back), {}))
     return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
@@ -268,7 +247,7 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     """Axes that are not merged: joined, split, selected, sorted, normalised."""
     like = tracer.fake_seen(call)
     parts = like if isinstance(like, (tuple, list)) else (like,)
-    values = _values(call)
+    values = values_of(call)
     first = next(value for value in values if isinstance(value, Folded))
     if any(value.runs != first.runs for value in values if isinstance(value, Folded)) or any(
         tracer.axes(value) is not None or len(tracer.spec(value).shape) > 1
@@ -282,6 +261,10 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     listed = [dim % max(ndim, parts[0].dim()) for dim in ([dims] if isinstance(dims, int) else dims or [])]
     if not listed or (added <= 0 and any(first.runs[dim] > 1 for dim in listed)):
         same = parts[0].shape == first.seen(tracer.spec(first.ref).shape)
+        merged = [i for dim in listed for i in first.span(dim)]
+        if call.target in along_axes.EXPONENTIAL and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
+            result = along_axes.exponential(tracer, call.target, first.ref, merged, parts[0])
+            return as_seen(tracer, result, first.runs, parts[0].shape)
         whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")
     starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
@@ -345,7 +328,7 @@ def _reduce(tracer: FoldingTracer, call: Call) -> Any:
 def _product(tracer: FoldingTracer, call: Call) -> Any:
     """A product in which positions are rows, columns, or images of a batch.
 
-    Where every row meets every position, as queries meet keys, the other operand is whole.
+    Where every row or column meets every position, as queries meet keys, the other operand is whole.
     """
     first, second = (as_folded(tracer, value) for value in call.args[:2])
     if min(len(first.runs), len(second.runs)) < 2:
@@ -355,8 +338,8 @@ def _product(tracer: FoldingTracer, call: Call) -> Any:
     if rows == -2:
         result = products.by_rows(tracer, first.ref, first.span(-2), _whole(tracer, second), like)
         return as_seen(tracer, result, (1,) * (like.dim() - 2) + (first.runs[-2], 1), like.shape)
-    if rows is None and columns == -1:
-        result = products.by_columns(tracer, first.ref, second.ref, second.span(-1), like)
+    if columns == -1:
+        result = products.by_columns(tracer, _whole(tracer, first), second.ref, second.span(-1), like)
         return as_seen(tracer, result, (1,) * (like.dim() - 1) + (second.runs[-1],), like.shape)
     if rows == -1 and columns == -2:
         return _over_positions(tracer, first, second)
@@ -402,7 +385,7 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
         ):
             return NotStreamable("its operands have their axes of space merged differently")
         apart = [i for letter, extent in pairs for i in parts.get(letter, (extent,))]
-        refs.append(_reshaped(tracer, value, tuple(apart)))
+        refs.append(reshaped(tracer, value, tuple(apart)))
     *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
     result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
     like = tracer.fake_seen(call)
@@ -433,12 +416,12 @@ def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:
     """A mask with a row for each position, as a map; or one row for all, with axes of one position."""
     extents, before = tracer.spec(query.ref).shape, tracer.spec(mask).shape
     if before[-2] == 1:
-        return _reshaped(tracer, mask, (*before[:-2], *((1,) * query.runs[-2]), before[-1]))
+        return reshaped(tracer, mask, (*before[:-2], *((1,) * query.runs[-2]), before[-1]))
     rows = [extents[i] for i in query.span(-2)]
     axes = tracer.axes(query.ref)
     assert axes is not None
     start = len(before) - 2 - query.span(-2).start
-    apart = _reshaped(tracer, mask, (*before[:-2], *rows, before[-1]))
+    apart = reshaped(tracer, mask, (*before[:-2], *rows, before[-1]))
     return tracer.promote(apart, (axes[0] + start, axes[1] + start))
 
 
@@ -501,7 +484,7 @@ def as_seen(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]
     if isinstance(result, NotStreamable):
         return result
     if tracer.axes(result) is None:
-        return _reshaped(tracer, result, tuple(shape))
+        return reshaped(tracer, result, tuple(shape))
     folded = Folded(result, runs)
     extents = tracer.spec(result).shape
     assert sum(runs) == len(extents), (runs, extents)
@@ -509,14 +492,14 @@ def as_seen(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]
     return folded if any(run > 1 for run in runs) else result
 
 
-def _reshaped(tracer: FoldingTracer, ref: Ref, after: tuple[int, ...]) -> Ref:
+def reshaped(tracer: FoldingTracer, ref: Ref, after: tuple[int, ...]) -> Ref:
     if tracer.spec(ref).shape == after:
         return ref
     result: Ref = tracer.global_value(torch.Tensor.reshape, ref, after)
     return result
 
 
-def _values(call: Call) -> list[Ref | Folded]:
+def values_of(call: Call) -> list[Ref | Folded]:
     leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
     return [leaf for leaf in leaves if isinstance(leaf, (Ref, Folded))]
 
@@ -530,7 +513,6 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     shape.permute: _permute,
     pointwise.pointwise: alike_folded,
     **dict.fromkeys((dropout.dropout, pointwise.from_shape, pointwise.from_metadata), _everywhere),
-    normalization.batch_norm: _batch_norm,
     shape.index_channels: _indexed,
     **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
     **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along),
@@ -543,5 +525,5 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
 }
 """How a call is translated, by the rule that its operator has."""
 
-MERGING = (shape.reshape, products.matrix_product, products.attention)
+MERGING = (shape.reshape, products.matrix_product, products.attention, sliding_blocks.blocks)
 """Rules of operators whose operands are whole maps, and that stream more than their rule does here."""

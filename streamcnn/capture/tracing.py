@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.folded_losses  # fills the registry
+import streamcnn.capture.folded_images  # these two fill the registry
+import streamcnn.capture.folded_losses
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawGraph, RawNode, moved
 from streamcnn.capture.folding import MERGING, Folded, is_folded, stream_folded, unfolded
@@ -314,6 +315,10 @@ class _Tracer:
     def axes(self, ref: Ref) -> Axes | None:
         node = self.nodes[ref.name]
         return node.axes if node.is_map else None
+
+    def recorded(self, ref: Ref) -> Call | None:
+        node = self.nodes[ref.name]
+        return Call(node.target, node.args, node.kwargs) if node.kind is Kind.LOCAL and node.target else None
 
     def fake(self, call: Call) -> Any:
         if isinstance(call.target, Whole):

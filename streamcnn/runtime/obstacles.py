@@ -68,6 +68,10 @@ REMEDIES = {
     "it normalises over space and has an affine part that depends on the position": (
         "use GroupNorm(1, C), whose affine part is one for each channel"
     ),
+    "where it reads depends on values": "warp the image before it goes in, or a small map",
+    "its places are not as max pooling gave them": "hand on the indices of max_pool2d as they are",
+    "its places are those of another size": "pass output_size=, that of the map that was pooled",
+    "its windows overlap": "pool with a kernel no larger than the stride",
     "it pads other axes than the spatial ones": "join a map of zeros along the channels instead",
     "it is applied to complex values": "apply it to the real and the imaginary part",
     "it fills with a value that is a map": "use torch.where",

@@ -19,6 +19,7 @@ from streamcnn.graph.ops import (
     along_axes,
     convolution,
     dropout,
+    images,
     losses,
     normalization,
     pointwise,
@@ -27,6 +28,7 @@ from streamcnn.graph.ops import (
     reductions,
     resampling,
     shape,
+    sliding_blocks,
     user_functions,
     writing,
 )
@@ -67,6 +69,7 @@ FAMILIES = (
     along_axes,
     convolution,
     dropout,
+    images,
     losses,
     normalization,
     pointwise,
@@ -75,6 +78,7 @@ FAMILIES = (
     reductions,
     resampling,
     shape,
+    sliding_blocks,
     user_functions,
     writing,
 )

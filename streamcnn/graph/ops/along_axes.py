@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamcnn.graph.costs import RESULT, Cost, declare
+from streamcnn.graph.costs import NOTHING, RESULT, Cost, declare
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.pointwise import per_position, pointwise
+from streamcnn.graph.ops.reduction_types import statistics_dtype
+from streamcnn.graph.ops.reductions import extremum, mean_or_sum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Ref, refs_in
 
@@ -63,6 +65,8 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
     others = refs_in((call.args[1:], dict(call.kwargs)))
     if axes is None or any(_is_apart(tracer, ref, Ref(name)) for name in others):
         return NotStreamable("its operands have their spatial axes at different places")
+    if call.target in EXPONENTIAL and any(dim % len(shape) in axes for dim in dims):
+        return exponential(tracer, call.target, ref, dims, tracer.fake(call))
     if not dims or any(dim % len(shape) in axes for dim in dims):
         return NotStreamable("it runs along a spatial axis")
     likes = tracer.fake(call)
@@ -70,6 +74,50 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
         return per_position(tracer, call, ref, dropped=dims)
     parts = (Call(result_of, (call.target, index, *call.args), call.kwargs) for index in range(len(likes)))
     return tuple(per_position(tracer, part, ref, dropped=dims) for part in parts)
+
+
+EXPONENTIAL = (aten.softmax.int, aten.log_softmax.int, aten.logsumexp.default)
+"""Operators that compare exponentials with their sum along axes, those of space among them."""
+
+
+def exponential(tracer: Tracer, target: object, ref: Ref, dims: Sequence[int], like: Tensor) -> Any:
+    """Softmax, its logarithm or that of the sum, over axes of space and any others.
+
+    The largest value and the sum are reductions. ``like`` is what the whole result would be.
+    """
+
+    def made(name: Any, *args: Any) -> Any:
+        return pointwise(tracer, Call(name, args, {}))
+
+    dtype = statistics_dtype(like.dtype)
+    x = ref if tracer.spec(ref).dtype == dtype else made(aten.to.dtype, ref, dtype)
+    largest = extremum(tracer, Call(aten.amax.default, (x, dims, True), {}))
+    top = tracer.global_value(offset, largest, target is aten.logsumexp.default)
+    lowered = made(aten.sub.Tensor, x, top)
+    powers = made(aten.exp.default, lowered)
+    total = mean_or_sum(tracer, Call(aten.sum.dim_IntList, (powers, dims, True), {}))
+    if target is aten.softmax.int:
+        result = made(aten.div.Tensor, powers, total)
+    elif target is aten.log_softmax.int:
+        result = made(aten.sub.Tensor, lowered, tracer.global_value(aten.log.default, total))
+    else:
+        logarithm = tracer.global_value(aten.log.default, total)
+        whole = tracer.global_value(aten.add.Tensor, logarithm, top)
+        return tracer.global_value(rounded_as, whole, tuple(like.shape), like.dtype)
+    return result if like.dtype == dtype else made(aten.to.dtype, result, like.dtype)
+
+
+def offset(largest: Tensor, is_finite: bool) -> Tensor:
+    """What is taken off before exponentials: it makes no difference to the result, nor to its gradient."""
+    return (largest.masked_fill(largest.isinf(), 0) if is_finite else largest).detach()
+
+
+def rounded_as(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A value of all dimensions in another shape and type."""
+    return value.to(dtype).reshape(shape)
+
+
+declare(offset, cost=Cost(saves=NOTHING, detaches=True))
 
 
 def _is_apart(tracer: Tracer, ref: Ref, other: Ref) -> bool:
@@ -100,4 +148,16 @@ class _Chosen(nn.Module):
         return torch.cat((taken, ranked, x.median(1, keepdim=True).values), 1) * x.max(1).indices[:, None]
 
 
-SAMPLES = (Sample("the largest channels", lambda: chain(nn.Conv2d(3, 5, 3), _Chosen())),)
+class _Shares(nn.Module):
+    """How much of a map lies at each position, and at each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.softmax(2) * x.log_softmax(-1) + x.logsumexp(3, keepdim=True)
+        gates = x.mean(1, keepdim=True).flatten(1).softmax(1).view(-1, 1, *x.shape[2:])
+        return (x * gates).sum((2, 3)) + rows.square().mean((2, 3)) * x.logsumexp((0, 2, 3)).sin()
+
+
+SAMPLES = (
+    Sample("softmax over positions", lambda: nn.Sequential(nn.Conv2d(3, 5, 3), _Shares())),
+    Sample("the largest channels", lambda: chain(nn.Conv2d(3, 5, 3), _Chosen())),
+)

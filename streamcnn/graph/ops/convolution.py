@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Sliding, Transposed
 from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Routine, declare, elements
 from streamcnn.graph.ops.depthwise import has_slow_weights, weight_gradient
-from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, as_triple, rule
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
@@ -46,17 +46,44 @@ def conv2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     )
 
 
+@rule(aten.conv3d.default, aten.conv3d.padding)
+def conv3d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """3-D convolution of volumes with one axis besides those of space, such as a slice or a few bands."""
+    ref, weight, bias, stride, padding, dilation, groups = call.bind(
+        "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    )
+    axes = tracer.axes(ref)
+    if axes is None or min(axes) < 2 or tracer.axes(weight) is not None:
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+    kernel = tracer.spec(weight).shape[2:]
+    stride, dilation = as_triple(stride), as_triple(dilation)
+    low = _padding_before(padding, kernel, dilation)
+    (depth,) = (axis - 2 for axis in (2, 3, 4) if axis not in axes)
+    if padding == "same" and dilation[depth] * (kernel[depth] - 1) % 2:
+        return NotStreamable("it pads other axes than the spatial ones unevenly")
+    windows = [Sliding(*each) for each in zip(kernel, stride, low, dilation, strict=True)]
+    around = tuple(low[axis] if axis == depth else 0 for axis in range(3))
+    return tracer.local(
+        convolve_volume,
+        (ref, weight, bias, stride, around, dilation, groups),
+        like=tracer.fake(call),
+        axes=axes,
+        accesses={ref.name: Access(*(windows[axis - 2] for axis in axes))},
+        fill=0.0,
+        heavy=True,
+    )
+
+
 def _padding_before(
     padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int]:
-    """Padding rows above and columns left; what lies below and right follows from the output's size."""
+) -> tuple[int, ...]:
+    """Padding before the first position of each axis; that behind follows from the output's size."""
     if padding == "valid":
-        return (0, 0)
+        return (0,) * len(kernel)
     if padding == "same":
-        rows, cols = (d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-        return (rows, cols)
+        return tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
     assert not isinstance(padding, str)
-    return as_pair(padding)
+    return as_pair(padding) if len(kernel) == 2 else as_triple(padding)
 
 
 def convolve(
@@ -75,6 +102,19 @@ def convolve(
 def convolve_complex(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
     """:func:`convolve` of complex values, for which ATen has no single backward operator to skip it with."""
     return convolve(x, weight, *options)
+
+
+def convolve_volume(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
+    groups: int,
+) -> Tensor:
+    """The convolution of a window ``x`` (N, C, d, h, w), padded along the axis that is not one of space."""
+    return torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
 
 @rule(aten.conv_transpose2d.input, begins=True)
@@ -280,6 +320,7 @@ declare(
     cost=replace(_CONVOLUTION, operations=_operations_transposed, stand_in=stored_convolve_transposed),
 )
 declare(torch.add, cost=Cost(operations=elements, saves=NOTHING, makes_new=True))
+declare(convolve_volume, cost=replace(_CONVOLUTION, operations=_operations, makes_new=True))
 # On whole values.
 declare(
     *(aten.conv1d, aten.conv3d, aten.conv_tbc, aten.convolution, aten._convolution),
@@ -287,6 +328,20 @@ declare(
     cost=_CONVOLUTION,
 )
 declare(aten.conv2d, cost=replace(_CONVOLUTION, on_whole=convolve_whole))
+
+
+class _Bands(nn.Module):
+    """Channels as the third axis of a volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 4, 3, padding=(1, 0, 2), stride=(2, 1, 2))
+        self.last = nn.Conv3d(4, 2, (3, 2, 3), padding="same", groups=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        volume = self.last(self.first(x.unsqueeze(1)).sin())
+        turned: Tensor = self.last(self.first(x.permute(0, 2, 3, 1).unsqueeze(1)))
+        return torch.cat((volume.mean((2, 3, 4)), turned.square().mean((2, 3, 4))), 1)
 
 
 class _Chain(nn.Module):
@@ -327,6 +382,7 @@ def _transposed() -> nn.Module:
 SAMPLES = (
     Sample("asymmetric, dilated, strided, grouped, same padding", _mixed),
     Sample("transposed with output padding", _transposed),
+    Sample("volumes", lambda: nn.Sequential(nn.Conv2d(3, 5, 3), _Bands())),
     *(
         Sample(
             f"padding mode {mode}",

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding
-from streamcnn.geometry.windows import layout
-from streamcnn.graph.costs import OPERANDS, Cost, Operation, declare, windows
+from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding, Transposed
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import layout, placed
+from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, declare, elements, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, as_triple, rule
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
+
+Pair = tuple[int, int]
+"""A number along the rows and one along the columns."""
 
 _INDEX_BYTES = 8
 """Bytes of the index that max pooling keeps for every result."""
@@ -26,23 +30,129 @@ _INDEX_BYTES = 8
 @rule(aten.max_pool2d.default)
 def max_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Max pooling; what lies outside the map is minus infinity."""
-    ref, kernel, stride, padding, dilation = call.bind("self", "kernel_size", "stride", "padding", "dilation")
-    if tracer.axes(ref) != (2, 3):
+    if tracer.axes(call.args[0]) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
-    kernel, dilation = as_pair(kernel), as_pair(dilation)
-    stride = as_pair(stride or kernel)
-    rows, cols = (
-        Sliding(k, s, p, d) for k, s, p, d in zip(kernel, stride, as_pair(padding), dilation, strict=True)
-    )
+    return _max_pooled(tracer, call, tracer.fake(call))
+
+
+def _max_pooled(tracer: Tracer, call: Call, like: Tensor) -> Ref:
+    ref, kernel, stride, padding, dilation = _pooling_windows(call)
     return tracer.local(
         max_pool,
         (ref, kernel, stride, dilation),
-        like=tracer.fake(call),
+        like=like,
         axes=(2, 3),
-        accesses={ref.name: Access(rows, cols)},
+        accesses={ref.name: _sliding(kernel, stride, padding, dilation)},
         fill=-math.inf,
         heavy=True,
     )
+
+
+def _pooling_windows(call: Call) -> tuple[Ref, Pair, Pair, Pair, Pair]:
+    """The operand, kernel, stride, padding and dilation of max pooling."""
+    ref, kernel, stride, padding, dilation = call.bind("self", "kernel_size", "stride", "padding", "dilation")
+    return ref, as_pair(kernel), as_pair(stride or kernel), as_pair(padding), as_pair(dilation)
+
+
+def _sliding(*windows: Pair) -> Access:
+    rows, cols = (Sliding(*axis) for axis in zip(*windows, strict=True))
+    return Access(rows, cols)
+
+
+@rule(aten.max_pool2d_with_indices.default)
+def max_pool2d_with_indices(tracer: Tracer, call: Call) -> tuple[Ref, Ref] | NotStreamable:
+    """Max pooling, and where in each plane the maxima lie."""
+    if tracer.axes(call.args[0]) != (2, 3):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+    ref, *windows = _pooling_windows(call)
+    values, places = tracer.fake(call)
+    found = tracer.local(
+        places_of_maxima,
+        (ref, tuple(tracer.spec(ref).shape[2:]), *windows),
+        like=places,
+        axes=(2, 3),
+        accesses={ref.name: _sliding(*windows)},
+        fill=-math.inf,
+        positional=True,
+        heavy=True,
+    )
+    return _max_pooled(tracer, call, values), found
+
+
+def places_of_maxima(
+    x: Tensor,
+    size: Pair,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    out: Region,
+    origin: Region,
+) -> Tensor:
+    """Where in planes of ``size`` the maxima lie, row by row; ``x`` has minus infinity around."""
+    found = aten.max_pool2d_with_indices(x.detach(), kernel, stride, 0, dilation)[1]
+    rows, cols = found // x.shape[3], found % x.shape[3]
+    rows, cols = (
+        _inside(each + interval.start * s - p, d)
+        for each, interval, s, p, d in zip((rows, cols), out, stride, padding, dilation, strict=True)
+    )
+    return rows * size[1] + cols
+
+
+def _inside(places: Tensor, dilation: int) -> Tensor:
+    """Places, those before the map moved to the first that their windows, all minus infinity, have in it."""
+    return torch.where(places < 0, places % dilation, places)
+
+
+@rule(aten.max_unpool2d.default)
+def max_unpool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """Values put back to where max pooling took its maxima from."""
+    ref, places, size = call.bind("self", "indices", "output_size")
+    made = tracer.recorded(places)
+    if made is None or made.target is not places_of_maxima or tracer.axes(ref) != (2, 3):
+        return NotStreamable("its places are not as max pooling gave them")
+    _, pooled, kernel, stride, padding, dilation = made.args
+    if tuple(size) != pooled:
+        return NotStreamable("its places are those of another size")
+    if any(d * (k - 1) >= s for k, s, d in zip(kernel, stride, dilation, strict=True)):
+        return NotStreamable("its windows overlap")
+    rows, cols = (Transposed(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True))
+    return tracer.local(
+        unpooled,
+        (ref, places, *made.args[1:]),
+        like=tracer.fake(call),
+        axes=(2, 3),
+        accesses={ref.name: Access(rows, cols), places.name: Access(rows, cols)},
+        positional=True,
+        heavy=True,
+    )
+
+
+def unpooled(
+    x: Tensor,
+    places: Tensor,
+    size: Pair,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    out: Region,
+    origin: Region,
+) -> Tensor:
+    """Positions ``out`` of a map with ``x`` (N, C, h, w), which covers ``origin``, at its places."""
+    reach = Region(
+        *(
+            Transposed(*axis).result(interval, interval)
+            for interval, *axis in zip(origin, kernel, stride, padding, dilation, strict=True)
+        )
+    )
+    rows, cols = places // size[1] - reach.rows.start, places % size[1] - reach.cols.start
+    within = (rows * reach.cols.size + cols).flatten(2)
+    planes = x.new_zeros((*x.shape[:2], reach.rows.size * reach.cols.size))
+    values = planes.scatter(2, within, x.flatten(2)).reshape(*x.shape[:2], *reach.size)
+    return placed(values, (2, 3), reach, out)
 
 
 def max_pool(
@@ -104,6 +214,16 @@ def _places(operation: Operation) -> int:
 
 
 declare(max_pool, cost=Cost(operations=windows, pads=True))
+declare(
+    places_of_maxima,
+    # Places in the tile, their rows and columns, and those again.
+    cost=Cost(operations=windows, workspace=lambda nbytes: 5 * nbytes.result, saves=NOTHING, makes_new=True),
+)
+declare(
+    unpooled,
+    # Places within the tile, as rows and columns and at once; zeros, and what they become.
+    cost=Cost(operations=elements, workspace=lambda nbytes: 3 * nbytes.operands + 2 * nbytes.result),
+)
 declare(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, cost=Cost(saves=replace(OPERANDS, beside=_places)))
 
 
@@ -186,7 +306,18 @@ def _only(axis: int) -> Access:
     return Access(Same(), Broadcast()) if axis == 0 else Access(Broadcast(), Same())
 
 
+class _Unpooled(nn.Module):
+    """What max pooling took, changed and put back, as in SegNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, places = nn.functional.max_pool2d(x, 2, padding=1, ceil_mode=True, return_indices=True)
+        y, coarser = nn.functional.max_pool2d(y.sin(), (1, 2), (2, 3), return_indices=True)
+        y = nn.functional.max_unpool2d(y.cos(), coarser, (1, 2), (2, 3), output_size=places.shape[2:])
+        return x * nn.functional.max_unpool2d(y + 1, places, (2, 2), padding=(1, 1), output_size=x.shape[2:])
+
+
 SAMPLES = (
+    Sample("unpooling", lambda: chain(nn.Conv2d(3, 4, 3), _Unpooled())),
     Sample(
         "max pooling: ceil mode, dilation, padding",
         lambda: chain(

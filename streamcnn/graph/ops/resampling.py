@@ -100,6 +100,12 @@ def roll(tracer: Tracer, call: Call) -> Any:
     return _gathered(tracer, ref, tracer.fake(call), axes, taps)
 
 
+@rule(aten.grid_sampler.default)
+def grid_sample(tracer: Tracer, call: Call) -> NotStreamable:
+    """Values at positions that are values themselves, so that any tile may read any other."""
+    return NotStreamable("where it reads depends on values")
+
+
 declare(aten.constant_pad_nd, cost=Cost(saves=NOTHING))
 
 

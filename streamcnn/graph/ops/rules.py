@@ -59,6 +59,9 @@ class Tracer(Protocol):
     def axes(self, ref: Ref) -> Axes | None:
         """Spatial axes of a map; ``None`` for a global value."""
 
+    def recorded(self, ref: Ref) -> Call | None:
+        """The call that carries out a local operator; ``None`` for any other value."""
+
     def fake(self, call: Call) -> Any:
         """The call's result on fake tensors, for its shape and dtype."""
 

@@ -1,0 +1,229 @@
+"""Operators on images (N, C, ...), where the code has merged axes of space into one of theirs.
+
+Merged into that of the channels' positions, as in tokens (N, C, H * W), the map is the image. Merged into
+that of the images, as in a batch of windows, every position of the map is an image by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from streamcnn.capture.folding import (
+    TRANSLATIONS,
+    Folded,
+    FoldingTracer,
+    as_folded,
+    as_seen,
+    reshaped,
+    stream_folded,
+    values_of,
+)
+from streamcnn.graph.ops import (
+    adaptive_pooling,
+    convolution,
+    images,
+    normalization,
+    pooling,
+    resampling,
+    sliding_blocks,
+)
+from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
+from streamcnn.graph.program import Ref
+
+aten = torch.ops.aten
+
+_NO_IMAGES = NotStreamable("it is not applied to images or tokens")
+
+
+def _by_image(tracer: FoldingTracer, call: Call) -> Any:
+    """Images that lie at every position of the map, each by itself."""
+    value = _first_of(tracer, call)
+    if isinstance(value, NotStreamable):
+        return value
+    if not _lies_in_batch(tracer, value):
+        return NotStreamable("it works along merged axes of space")
+    like = tracer.fake_seen(call)
+    result = images.each_by_itself(tracer, call, value.ref, value.runs[0], like)
+    if isinstance(result, NotStreamable):
+        return result
+    return as_seen(tracer, result, (value.runs[0],) + (1,) * (like.dim() - 1), like.shape)
+
+
+def _along_one_axis(tracer: FoldingTracer, call: Call) -> Any:
+    """An operator on (N, C, L): a convolution, the mean of all tokens, or one of each image by itself."""
+    if call.target in (aten.conv1d.default, aten.conv1d.padding):
+        return _convolution(tracer, call)
+    value = as_folded(tracer, call.args[0])
+    means = call.target is aten.adaptive_avg_pool1d.default and call.args[1] == [1]
+    if means and not _lies_in_batch(tracer, value):
+        return stream_folded(tracer, Call(aten.mean.dim, (value, [-1], True), {}))
+    return _by_image(tracer, call)
+
+
+def _convolution(tracer: FoldingTracer, call: Call) -> Any:
+    """A convolution of each image by itself, or one that mixes the channels of each position alone."""
+    value = _first_of(tracer, call)
+    if isinstance(value, NotStreamable) or _lies_in_batch(tracer, value):
+        return _by_image(tracer, call)
+    weight, bias, stride, padding, groups = call.bind("weight", "bias", "stride", "padding", "groups")
+    kernel = tracer.spec(weight).shape
+    if any(extent != 1 for extent in kernel[2:]) or any(step != 1 for step in stride) or _pads(padding):
+        return NotStreamable("it works along merged axes of space")
+    matrices = reshaped(tracer, weight, (*kernel[:2], 1, 1))
+    return _as_image(
+        tracer,
+        call,
+        value,
+        lambda image: Call(aten.conv2d.default, (image, matrices, bias, [1, 1], [0, 0], [1, 1], groups), {}),
+    )
+
+
+def _pads(padding: Any) -> bool:
+    """Whether a convolution whose kernel has one position pads: by name it does not."""
+    return not isinstance(padding, str) and any(padding)
+
+
+def _norm(tracer: FoldingTracer, call: Call) -> Any:
+    """Statistics of each channel: over all other axes, or over those of each image."""
+    value = _first_of(tracer, call)
+    if isinstance(value, NotStreamable):
+        return value
+    rule = rule_for(call.target)
+    over_batch = _normalises_over_batch(call)
+    if not over_batch and _lies_in_batch(tracer, value):
+        moves = rule is normalization.instance_norm and call.bind("running_mean")[0]
+        return _NO_IMAGES if moves else _by_image(tracer, call)
+    if over_batch:
+        return _as_image(
+            tracer, call, value, lambda image: Call(call.target, (image, *call.args[1:]), call.kwargs)
+        )
+    axes = tracer.axes(value.ref)
+    assert axes is not None
+    beside = [i for axis in range(2, len(value.runs)) for i in value.span(axis) if i not in axes]
+    times = math.prod(tracer.spec(value.ref).shape[axis] for axis in beside)
+    if not set(axes).isdisjoint(value.span(0)) or (times > 1 and rule is normalization.instance_norm):
+        return _NO_IMAGES
+
+    def normalised(image: Ref) -> Call:
+        repeated = Call(call.target, (image, *call.args[1:]), call.kwargs)
+        for name in ("weight", "bias"):
+            (parameter,) = call.bind(name)
+            if parameter is not None and times > 1:
+                parameter = tracer.global_value(torch.repeat_interleave, parameter, times)
+                repeated = repeated.replaced(name, parameter)
+        return repeated
+
+    return _as_image(tracer, call, value, normalised, beside)
+
+
+def _normalises_over_batch(call: Call) -> bool:
+    """Whether all images have the same statistics."""
+    rule = rule_for(call.target)
+    if rule is normalization.instance_norm:
+        return not call.bind("use_input_stats")[0]
+    return rule is normalization.batch_norm
+
+
+def _pad(tracer: FoldingTracer, call: Call) -> Any:
+    """Constants around axes that are not merged, as a column of ones beside the values of each token."""
+    value, pads = call.bind("self", "pad")
+    constant = call.target is aten.constant_pad_nd.default or call.bind("mode")[0] == "constant"
+    if not constant:
+        return _by_image(tracer, call)
+    apart: list[int] = []
+    for index, run in zip(range(len(pads) // 2), reversed(value.runs), strict=False):
+        around = pads[2 * index : 2 * index + 2]
+        if any(around) and run > 1:
+            return NotStreamable("it works along merged axes of space")
+        apart += (*around, *(0, 0) * (run - 1))
+    translated = Call(call.target, (value.ref, *call.args[1:]), call.kwargs).replaced("pad", apart)
+    return as_seen(tracer, tracer.stream(translated), value.runs, tracer.fake_seen(call).shape)
+
+
+def _blocks(tracer: FoldingTracer, call: Call) -> Any:
+    """Blocks of a map, with their positions as one axis."""
+    ref = call.args[0]
+    if isinstance(ref, Folded):
+        return _by_image(tracer, call)
+    if tracer.axes(ref) != (2, 3):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+    found = sliding_blocks.record_blocks(tracer, call, ref)
+    return as_seen(tracer, found, (1, 1, 2), tracer.fake_seen(call).shape)
+
+
+def _sum_of_blocks(tracer: FoldingTracer, call: Call) -> Any:
+    value: Folded = call.args[0]
+    if value.runs != (1, 1, 2):
+        return _by_image(tracer, call)
+    return sliding_blocks.record_sum_of_blocks(tracer, call, value.ref)
+
+
+# --- shared -------------------------------------------------------------------------------------------
+
+
+def _first_of(tracer: FoldingTracer, call: Call) -> Folded | NotStreamable:
+    """The first operand, if it is the only map."""
+    first, *others = (as_folded(tracer, each) for each in values_of(call))
+    if tracer.axes(first.ref) is None or any(tracer.axes(each.ref) is not None for each in others):
+        return NotStreamable("its parameters depend on the position")
+    return first
+
+
+def _lies_in_batch(tracer: FoldingTracer, value: Folded) -> bool:
+    """Whether every position of the map has images of its own."""
+    axes = tracer.axes(value.ref)
+    return axes is not None and set(axes) <= set(value.span(0))
+
+
+def _as_image(
+    tracer: FoldingTracer,
+    call: Call,
+    value: Folded,
+    translated: Callable[[Ref], Call],
+    beside: Sequence[int] = (),
+) -> Any:
+    """Carry out a call on the map as images (N, C, H, W).
+
+    The axes ``beside`` go behind the channels and become one with them, all others in front.
+    """
+    axes, ndim, channels = tracer.axes(value.ref), sum(value.runs), value.starts[1]
+    assert axes is not None
+    if value.runs[1] > 1 or channels in axes:
+        return _NO_IMAGES
+    last = (channels, *beside, *axes)
+    order = [*(axis for axis in range(ndim) if axis not in last), *last]
+    turned = tracer.stream(Call(aten.permute.default, (value.ref, order), {}))
+    shape = tracer.spec(turned).shape
+    lead = ndim - len(last)
+    image = (math.prod(shape[:lead]), math.prod(shape[lead:-2]), *shape[-2:])
+    result = tracer.stream(translated(tracer.stream(Call(aten.reshape.default, (turned, image), {}))))
+    if isinstance(result, NotStreamable):
+        return result
+    apart = (*shape[:lead], -1, *shape[lead + 1 :])
+    result = tracer.stream(Call(aten.reshape.default, (result, apart), {}))
+    back = [order.index(axis) for axis in range(ndim)]
+    result = tracer.stream(Call(aten.permute.default, (result, back), {}))
+    return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
+
+
+TRANSLATIONS.update(
+    {
+        convolution.conv2d: _convolution,
+        images.along_one_axis: _along_one_axis,
+        **dict.fromkeys(
+            (normalization.batch_norm, normalization.instance_norm, normalization.group_norm), _norm
+        ),
+        **dict.fromkeys((convolution.conv_transpose2d, pooling.max_pool2d, pooling.avg_pool2d), _by_image),
+        **dict.fromkeys((resampling.upsample_nearest, resampling.upsample_bilinear), _by_image),
+        **dict.fromkeys((resampling.upsample_bicubic, resampling.upsample_antialiased), _by_image),
+        adaptive_pooling.adaptive_pool: _by_image,
+        **dict.fromkeys((resampling.pixel_shuffle, resampling.pixel_unshuffle), _by_image),
+        resampling.pad: _pad,
+        sliding_blocks.blocks: _blocks,
+        sliding_blocks.sum_of_blocks: _sum_of_blocks,
+    }
+)

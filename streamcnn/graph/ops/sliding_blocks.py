@@ -1,0 +1,128 @@
+"""Blocks of a map as columns, ``F.unfold``, and maps that such columns are summed up to, ``F.fold``.
+
+The code sees the blocks' positions as one axis (:mod:`streamcnn.capture.folded_images` records what is here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.geometry.axis_maps import Sliding, Transposed
+from streamcnn.graph.costs import NOTHING, Cost, declare, elements
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
+from streamcnn.graph.program import Access, Ref
+
+aten = torch.ops.aten
+
+Pair = tuple[int, int]
+"""A number along the rows and one along the columns."""
+
+
+@rule(aten.im2col.default)
+def blocks(tracer: Tracer, call: Call) -> NotStreamable:
+    """Blocks (N, C * kh * kw, L), whose positions are always merged."""
+    return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+
+
+@rule(aten.col2im.default)
+def sum_of_blocks(tracer: Tracer, call: Call) -> NotStreamable:
+    """A map (N, C, H, W) from blocks, whose positions are always merged."""
+    return NotStreamable("it is not applied to images or tokens")
+
+
+def record_blocks(tracer: Tracer, call: Call, ref: Ref) -> Ref:
+    """Record blocks as a map (N, C * kh * kw, rows, cols), of a map ``ref`` (N, C, H, W)."""
+    kernel, stride, padding, dilation = _windows(call)
+    rows, cols = (Sliding(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True))
+    spec = tracer.spec(ref)
+    channels = spec.shape[1] * kernel[0] * kernel[1]
+    size = _num_blocks(spec.shape[2:], kernel, stride, padding, dilation)
+    return tracer.local(
+        blocks_of,
+        (ref, kernel, stride, dilation),
+        like=torch.empty((spec.shape[0], channels, *size), dtype=spec.dtype, device="meta"),
+        axes=(2, 3),
+        accesses={ref.name: Access(rows, cols)},
+        fill=0.0,
+        heavy=True,
+    )
+
+
+def record_sum_of_blocks(tracer: Tracer, call: Call, ref: Ref) -> Ref | NotStreamable:
+    """Record the map that blocks sum up to; they are a map ``ref`` (N, C * kh * kw, rows, cols)."""
+    windows, (size,) = _windows(call), call.bind("output_size")
+    kernel, stride, padding, dilation = windows
+    spec = tracer.spec(ref)
+    if tracer.axes(ref) != (2, 3) or spec.shape[2:] != _num_blocks(size, *windows):
+        return NotStreamable("it is not applied to images or tokens")
+    rows, cols = (Transposed(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True))
+    shape = (spec.shape[0], spec.shape[1] // (kernel[0] * kernel[1]), *size)
+    return tracer.local(
+        summed_blocks,
+        (ref, kernel, stride, dilation),
+        like=torch.empty(shape, dtype=spec.dtype, device="meta"),
+        axes=(2, 3),
+        accesses={ref.name: Access(rows, cols)},
+        heavy=True,
+    )
+
+
+def _windows(call: Call) -> tuple[Pair, Pair, Pair, Pair]:
+    """Kernel, stride, padding and dilation."""
+    kernel, stride, padding, dilation = map(
+        as_pair, call.bind("kernel_size", "stride", "padding", "dilation")
+    )
+    return kernel, stride, padding, dilation
+
+
+def _num_blocks(size: Sequence[int], *windows: Pair) -> Pair:
+    """Rows and columns of blocks, of a map of ``size``."""
+    rows, cols = (
+        (extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in zip(size, *windows, strict=True)
+    )
+    return rows, cols
+
+
+def blocks_of(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """The blocks of a window ``x`` (N, C, h, w) with zeros around it, as (N, C * kh * kw, rows, cols)."""
+    columns = torch.nn.functional.unfold(x, kernel, dilation, 0, stride)
+    return columns.reshape(*columns.shape[:2], *_num_blocks(x.shape[2:], kernel, stride, (0, 0), dilation))
+
+
+def summed_blocks(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """The uncropped sum of blocks ``x`` (N, C * kh * kw, rows, cols)."""
+    height, width = (
+        (extent - 1) * s + d * (k - 1) + 1
+        for extent, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    )
+    return torch.nn.functional.fold(x.flatten(2), (height, width), kernel, dilation, 0, stride)
+
+
+declare(
+    blocks_of,
+    summed_blocks,
+    # The operand in one piece.
+    cost=Cost(operations=elements, workspace=lambda nbytes: nbytes.operands, saves=NOTHING, makes_new=True),
+)
+
+
+class _Columns(nn.Module):
+    """A convolution as a product with blocks, and overlapping blocks put together again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 5 * 36).reshape(5, 36))
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = nn.functional.unfold(x, 3, dilation=(1, 2), padding=(0, 2), stride=(2, 1))
+        convolved = (self.weight @ columns).reshape(len(x), 5, 20, 35)
+        whole = nn.functional.fold(columns.sin(), x.shape[2:], 3, (1, 2), (0, 2), (2, 1))
+        apart = nn.functional.unfold(x, 2, stride=3).transpose(1, 2).cos().transpose(1, 2)
+        apart = nn.functional.fold(apart, (41, 35), 2, stride=3)
+        return torch.cat((convolved.mean((2, 3)), (whole * apart).mean((2, 3))), 1)
+
+
+SAMPLES = (Sample("blocks", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), _Columns())),)
