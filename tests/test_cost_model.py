@@ -73,7 +73,7 @@ def test_the_time_of_a_stage() -> None:
     once = (
         2 * (3 * 8 * 9) * 2 * PIXELS / HARDWARE.dense_flops + works["conv2d"].nbytes / HARDWARE.memory_bytes
     )
-    forward = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=False, keeps_blocks=False)
+    forward = stage_time(tiled, works, HARDWARE, CpuBackend.on(1), backward=False)
     assert forward.seconds == pytest.approx(once + 6 * HARDWARE.operator_seconds)
     assert forward.fresh_seconds == pytest.approx(works["conv2d"].made / HARDWARE.fresh_bytes)
     # Its result is stored, so the backward pass only differentiates it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
 from io import FileIO
@@ -10,8 +12,6 @@ from pathlib import Path
 STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/maps")
 _PAGES = "/proc/self/statm"
-_CODE_SHARE = 16
-"""The part of compiled code, one in so many bytes, that is touched: 3 to 6 % were."""
 _WRITABLE_CODE = b" rwxp "
 
 
@@ -56,6 +56,20 @@ def untouched_code_bytes() -> int:
     for mapping in mappings:
         span = mapping[mapping.rfind(b"\n") + 1 :]
         if b" " not in span:  # else it was in the path of a file
-            start, end = span.split(b"-")
-            nbytes += int(end, 16) - int(start, 16)
-    return nbytes - nbytes // _CODE_SHARE
+            start, end = (int(edge, 16) for edge in span.split(b"-"))
+            nbytes += _absent_bytes(start, end - start)
+    return nbytes
+
+
+def _absent_bytes(start: int, nbytes: int) -> int:
+    """Bytes of a mapping that are not resident; 0 if the kernel does not say."""
+    pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
+    if _libc().mincore(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), pages):
+        # It has gone since it was listed.
+        return 0
+    return pages.raw.count(b"\0") * mmap.PAGESIZE
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
