@@ -9,12 +9,13 @@ from helpers import traced
 from torch import nn
 
 from streamcnn.graph.program import Program
+from streamcnn.plan.reading import READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.backends import CpuBackend, Fragmentation
 from streamcnn.planning.backends.cpu import CACHED_KERNELS
 from streamcnn.planning.global_bytes import GlobalBytes, resident_step
-from streamcnn.planning.memory_model import peak_points, steps
+from streamcnn.planning.memory_model import PeakPoint, peak_points, steps
 from streamcnn.planning.staging import Staging, divide
 from streamcnn.planning.tiling import Outline, TiledStage, tile_stage
 
@@ -104,6 +105,23 @@ class ChannelsMixed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.down(self.up(x.permute(0, 2, 3, 1)).relu())
         return y.permute(0, 3, 1, 2).mean((2, 3))
+
+
+@pytest.mark.parametrize("pixel", [1, 10**4])
+def test_what_is_read_of_an_image_leaves_room_at_any_moment(pixel: int) -> None:
+    """Blocks are not kept in the memory that reading takes, be the step's largest moment then or later."""
+    _, _, stages = tiled_stages((2, 3))
+    cost = BatchCost((ReadingCost(SHAPE[2:], pixel=pixel),))
+    for step in steps(stages[0], BACKEND, cost, backward=True):
+        assert step is not None
+        assert (READING in terms_of(step)) == (pixel > 1)
+        assert step.reading == pixel * 21 * 22
+        point = PeakPoint("a phase", ("forward", 1), "conv2d", step.terms, step.reading)
+        code = terms_of(step)["address space of compiled code"]
+        assert point.beside_tensors({READING, "address space of compiled code"}) == code + step.reading
+    for step in steps(stages[1], BACKEND, cost, backward=True):
+        assert step is not None
+        assert step.reading == 0
 
 
 def test_matrix_products_take_buffers_on_every_thread() -> None:

@@ -35,6 +35,8 @@ class Step:
     """The operator at which most is held."""
     reusable: int
     """Bytes in blocks that may be kept for reuse when they are freed."""
+    reading: int = 0
+    """What reading a region of an image takes beside tensors, at another moment of the step perhaps."""
 
     @property
     def nbytes(self) -> int:

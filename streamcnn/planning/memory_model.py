@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -42,11 +42,18 @@ class PeakPoint:
     operator: str
     """The operator at which most is held."""
     terms: tuple[MemoryTerm, ...]
+    reading: int
+    """Bytes that reading a region of an image takes beside tensors, then or at another moment of the step."""
 
     @property
     def nbytes(self) -> int:
         """The sum of the terms."""
         return total_bytes(self.terms)
+
+    def beside_tensors(self, names: Collection[str]) -> int:
+        """The most bytes of the terms of these ``names`` at any moment of the step, and of what is read."""
+        others = total_bytes(term for term in self.terms if term.name in names and term.name != READING)
+        return others + self.reading
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +104,7 @@ class PassBytes:
     def point(self, name: str, part: PassPart, held: LevelBytes, level: int, step: Step) -> PeakPoint:
         """One point with its terms, whose sum is :meth:`at`."""
         waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
-        return PeakPoint(name, part, step.operator, (*held.at(level), *step.terms, waste))
+        return PeakPoint(name, part, step.operator, (*held.at(level), *step.terms, waste), step.reading)
 
 
 def peak_points(
@@ -299,7 +306,7 @@ class _LargestTile:
         return any(image in local.accesses for image in self.images)
 
     def or_reading(self, step: Step, beside: tuple[MemoryTerm, ...], *, backward: bool) -> Step:
-        """The step, at the moment when a region of an image is read if that takes more.
+        """The step with what is read of images, at the moment of reading if that takes more.
 
         Parameters
         ----------
@@ -308,11 +315,12 @@ class _LargestTile:
         """
         found = {n: self.reading.of_map(n, self.tiled.largest(n)).transient for n in self.images}
         image = max(found, key=found.__getitem__, default="")
-        if not found.get(image):
+        nbytes = found.get(image, 0)
+        if not nbytes:
             return step
         overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
-        read = Step((*beside, MemoryTerm(READING, found[image]), *overhead), image, step.reusable)
-        return read if read.nbytes > step.nbytes else step
+        read = Step((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.reusable)
+        return replace(read if read.nbytes > step.nbytes else step, reading=nbytes)
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
         """A step of these terms and of what it takes beside tensors."""

@@ -178,18 +178,13 @@ class _Attempt:
 
 
 def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> dict[PassPart, int]:
-    """Bytes that tensors and free blocks may take together: all but what is no large tensor at that point."""
+    """Bytes that tensors and free blocks may take together: all but what is no large tensor in that part."""
     backend = machine.backend
     others = backend.beside_tensors | OF_IMAGES | {RUN_TIME, backend.fragmentation}
     room = spec.budget
     if room is None:
         room = max(point.nbytes for point in points) * 5 // 4
-    return {
-        point.part: max(
-            0, room - machine.reserved - total_bytes(term for term in point.terms if term.name in others)
-        )
-        for point in points
-    }
+    return {point.part: max(0, room - machine.reserved - point.beside_tensors(others)) for point in points}
 
 
 def _num_last(program: Program, staging: Staging) -> int:
