@@ -388,7 +388,9 @@ def code(nbytes: int) -> mmap.mmap:
 def compiled_code() -> Any:
     with DataLimit(30 * MB) as limit:
         limits = [soft_limit()]
-        with code(25 * MB):
+        with code(25 * MB) as compiled:
+            for _ in range(5):
+                compiled.write(bytes(MB))
             errors = [error_of(lambda: torch.ones(5 * MB))]
             limit.check()
             limits.append(soft_limit())

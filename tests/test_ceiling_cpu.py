@@ -197,8 +197,8 @@ def test_code_compiled_since_is_left_out_when_the_limit_is_checked(results: Any)
     assert fits is None
     assert too_large is not None
     first, checked, last = result["limits"]
-    # But for the part of it that is taken to be touched.
-    assert 25 * MB * 15 // 16 <= checked - first <= 25 * MB * 15 // 16 + mmap.PAGESIZE
+    # But for the part of it that is touched, in huge pages perhaps.
+    assert 20 * MB - 2**21 <= checked - first <= 20 * MB + mmap.PAGESIZE
     assert last == first
 
 
