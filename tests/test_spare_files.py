@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,14 @@ class TestSpareFiles:
         del spares
         gc.collect()
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda spares: pickle.loads(pickle.dumps(spares))])
+    def test_a_copy_has_none(
+        self, spares: SpareFiles, tmp_path: Path, copied: Callable[[SpareFiles], SpareFiles]
+    ) -> None:
+        keep(spares, tmp_path, 10)
+        assert not copied(spares).take(tmp_path / "new", 10)
+        assert spares.nbytes == 10
 
     def test_a_forked_child_takes_none(self, spares: SpareFiles, tmp_path: Path) -> None:
         keep(spares, tmp_path, 10)

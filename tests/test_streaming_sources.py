@@ -148,6 +148,9 @@ def test_the_folder_lasts_from_forward_to_backward_and_no_longer(tmp_path: Path)
     (folder,) = tmp_path.iterdir()
     assert list(folder.rglob("c.*"))
     loss_of(output).backward()
+    assert not folder.exists()
+    # What is left is for the next pass.
+    model.release()
     assert tmp_path.is_dir()
     assert not list(tmp_path.iterdir())
 
@@ -169,6 +172,7 @@ def test_inference_leaves_no_folder(tmp_path: Path) -> None:
     model, plain = streamed_and_plain(spill=tmp_path)
     with torch.no_grad():
         assert error_of(model(make_image()), plain(make_image())) <= TOLERANCE
+    model.release()
     assert not list(tmp_path.iterdir())
 
 
@@ -179,6 +183,7 @@ def test_without_a_spill_folder_the_systems_is_used(monkeypatch: pytest.MonkeyPa
     output = model(make_image())
     assert len(list(tmp_path.iterdir())) == 1
     loss_of(output).backward()
+    model.release()
     assert not list(tmp_path.iterdir())
 
 

@@ -219,7 +219,7 @@ def test_structure(case: Callable[[], nn.Module]) -> None:
 
 
 def test_gated_attention_head() -> None:
-    assert_streams(GatedAttentionHead(), resident=True)
+    assert_streams(GatedAttentionHead())
 
 
 @pytest.mark.parametrize(("batch", "train"), [(1, True), (3, False)])

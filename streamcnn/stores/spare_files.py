@@ -10,6 +10,7 @@ import itertools
 import os
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from streamcnn.stores.spill import SpillFolder
 
@@ -18,7 +19,8 @@ class SpareFiles:
     """Spare files in a folder of their own, which goes with them.
 
     They are removed on ``close``, when collected and when the interpreter exits. Together with the maps that
-    are on disk they never take more than maps have taken at once. A forked child has none of its parent's.
+    are on disk they never take more than maps have taken at once. A copy has none, and a forked child has
+    none of its parent's.
 
     Parameters
     ----------
@@ -31,6 +33,9 @@ class SpareFiles:
         self._lock = Lock()
         self._numbers = itertools.count()
         self._reset()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SpareFiles, (self.parent,)
 
     def _reset(self) -> None:
         self._process = os.getpid()
