@@ -7,6 +7,7 @@ encoder or with one module file of encoders. Of several models the one with the 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -146,8 +147,10 @@ def _smp_families() -> Iterator[str]:
     smp = _library("segmentation_models_pytorch")
     first, *others = ENCODERS
     for decoder, other in zip(smp.MODEL_ARCHITECTURES_MAPPING.values(), cycle(others), strict=False):
-        yield f"{decoder.__name__} {first}"
-        yield f"{decoder.__name__} {other}"
+        timm_alone = inspect.signature(decoder).parameters["encoder_name"].default.startswith("tu-")
+        for encoder in (first, other):
+            if encoder.startswith("tu-") or not timm_alone:
+                yield f"{decoder.__name__} {encoder}"
     by_file = _encoders_by_file()
     done = {file for file, names in by_file.items() if any(name in ENCODERS for name in names)}
     yield from (f"Unet {file}" for file in by_file if file not in done)
