@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 from io import FileIO
 from pathlib import Path
+
+from streamcnn.ceiling.allocator import libc
 
 STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/maps")
@@ -64,12 +65,8 @@ def untouched_code_bytes() -> int:
 def _absent_bytes(start: int, nbytes: int) -> int:
     """Bytes of a mapping that are not resident; 0 if the kernel does not say."""
     pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
-    if _libc().mincore(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), pages):
-        # It has gone since it was listed.
+    library = libc()
+    if library is None or library.mincore(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), pages):
+        # Or it has gone since it was listed.
         return 0
     return pages.raw.count(b"\0") * mmap.PAGESIZE
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

@@ -53,7 +53,7 @@ class ZarrStore(Store):
     """One map in one file, with about 1 MiB of it in memory per call beside the tile.
 
     A strip holds all rows and channels of all columns, if tiles are bands of full rows, or of an eighth of a
-    tile's columns (16 to 64). What was never written takes no room.
+    tile's columns (16 to 64). What was never written takes no room, unless the file was another map's.
 
     Parameters
     ----------

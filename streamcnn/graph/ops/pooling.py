@@ -15,13 +15,10 @@ from streamcnn.geometry.windows import layout, placed
 from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, declare, elements, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
-from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, as_triple, rule
+from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, as_pair, as_triple, rule
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
-
-Pair = tuple[int, int]
-"""A number along the rows and one along the columns."""
 
 _INDEX_BYTES = 8
 """Bytes of the index that max pooling keeps for every result."""

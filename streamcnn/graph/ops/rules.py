@@ -158,6 +158,10 @@ class Sample:
     train: bool = True
 
 
+Pair = tuple[int, int]
+"""A number along the rows and one along the columns."""
+
+
 def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
     """An integer or a sequence of one or two as (rows, columns)."""
     if isinstance(value, int):

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Sliding, Transposed
 from streamcnn.graph.costs import NOTHING, Cost, declare, elements
-from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, rule
+from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, as_pair, rule
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
-
-Pair = tuple[int, int]
-"""A number along the rows and one along the columns."""
 
 
 @rule(aten.im2col.default)
