@@ -7,7 +7,7 @@ are described exactly; any other order only makes the answer careful, since addi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -42,6 +42,21 @@ class Frontier:
             if heights[start] < rows.start:
                 above = Interval(int(heights[start]), rows.start)
                 yield Region(above, Interval(cols.start + int(start), cols.start + int(stop)))
+
+    def claim(
+        self, region: Region, zero: Callable[[Region], object] | None = None
+    ) -> list[tuple[Region, bool]]:
+        """``region`` in parts as `split` has it; from now on, all of it may hold something.
+
+        ``zero`` makes a part zero, where memory does not come so: what counts as written with ``region``.
+        Both are done under the caller's lock: else another thread's region could be taken for skipped.
+        """
+        if zero is not None:
+            for part in self.skipped(region):
+                zero(part)
+        parts = list(self.split(region))
+        self.mark(region)
+        return parts
 
     def mark(self, region: Region) -> None:
         """All of ``region`` may hold something from now on."""

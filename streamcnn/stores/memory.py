@@ -126,14 +126,9 @@ class MemoryStore(Store):
 
     def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
         """``region`` in parts, each with whether something was written there; from now on, all of it was."""
+        zero = None if self._zeroed else lambda part: self._view(whole, part).zero_()
         with self._lock:
-            if not self._zeroed:
-                # Under the lock: who writes there on another thread does so later, or has claimed it.
-                for part in self._frontier.skipped(region):
-                    self._view(whole, part).zero_()
-            parts = list(self._frontier.split(region))
-            self._frontier.mark(region)
-            return parts
+            return self._frontier.claim(region, zero)
 
     def _zero_unwritten(self, whole: Tensor, region: Region) -> None:
         for part, holds in self._claim(whole, region):

@@ -149,13 +149,9 @@ class ZarrStore(Store):
         In a file that was used before, what will count as written without being so is made zero.
         """
         with self._writing:
-            parts = list(self._frontier.split(region))
-            if not self._is_new:
-                # Under the lock, as is marking it: else another thread's region could be taken for skipped.
-                for part in self._frontier.skipped(region):
-                    self._zero(part)
-                self._frontier.mark(region)
-            return parts
+            if self._is_new:
+                return list(self._frontier.split(region))
+            return self._frontier.claim(region, self._zero)
 
     def _mark(self, region: Region) -> None:
         with self._writing:
