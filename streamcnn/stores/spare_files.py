@@ -48,6 +48,7 @@ class SpareFiles:
     def nbytes(self) -> int:
         """Bytes of all spare files."""
         with self._lock:
+            self._forget_other_process()
             return sum(self._spare.values())
 
     def take(self, path: Path, nbytes: int) -> bool:
