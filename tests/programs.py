@@ -115,5 +115,4 @@ def _finished(growing: _Growing) -> Program:
         outputs=tuple(Ref(name) for name in results),
         updates={},
         constants={},
-        plain_bytes=0,
     )

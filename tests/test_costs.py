@@ -75,10 +75,10 @@ def saved_bytes(target: Callable[..., Any], args: Sequence[Any]) -> tuple[int, T
 
 
 def declared_bytes(call: Operation) -> int:
-    """What a call is declared to save."""
+    """What a call is declared to save, where all its operands have gradients."""
     saves = cost_of(call.target).saves
     operands = [a.spec.nbytes for a in call.args if isinstance(a, Operand) and isinstance(a.spec, TensorSpec)]
-    total = sum(operands) if saves.operands else 0
+    total = sum(operands) if saves.operands or saves.factors else 0
     total += sum(spec.nbytes for spec in call.results) if saves.result else 0
     return total + (saves.beside(call) if saves.beside else 0)
 
@@ -117,8 +117,8 @@ SAVING: dict[str, tuple[Any, list[Any]]] = {
         aten.scaled_dot_product_attention.default,
         [*(values(2, 3, 40, 4) for _ in range(3)), None, 0.2],
     ),
-    # Nothing is declared of these.
     "mul": (aten.mul.Tensor, [values(*MAP), values(*MAP)]),
+    # Nothing is declared of these.
     "gelu": (aten.gelu.default, [values(*MAP)]),
     "hardswish": (aten.hardswish.default, [values(*MAP)]),
     "silu": (aten.silu.default, [values(*MAP)]),

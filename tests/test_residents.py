@@ -184,18 +184,4 @@ class RunningSums(nn.Module):
 @pytest.mark.parametrize("budget", [None, "20MiB", "8GiB"])
 def test_no_plan_takes_more_than_plain_pytorch(budget: str | None) -> None:
     plan = StreamingModel(RunningSums(), budget).plan((1, 3, 1024, 1024), torch.float32)
-    assert plan.projected_bytes - RUNTIME_BYTES < 1.05 * plan.plain_bytes
-
-
-class Sorted(nn.Module):
-    """An operator with two results."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        values, places = x.sort(1)
-        return (values * places).mean((2, 3))
-
-
-def test_plain_bytes_count_every_result() -> None:
-    program, _ = traced(Sorted(), (1, 3, 20, 20))
-    # Values and their product, and places of eight bytes.
-    assert program.plain_bytes == (4 + 8 + 4) * 3 * 400 + 3 * 4
+    assert plan.projected_bytes <= plan.plain_bytes

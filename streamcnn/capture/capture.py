@@ -34,8 +34,6 @@ class RawNode:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     source: str
-    allocates: bool
-    """Whether plain PyTorch makes a new tensor here, rather than a view or a change in place."""
     in_place: Callable[..., Any] | None = None
     """The call as the user's model has it, if that overwrites its first argument."""
     grad: bool = True

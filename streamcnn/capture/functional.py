@@ -234,7 +234,7 @@ class _Functionalizer:
         if changes_shape(target):
             target, args, kwargs = functional_of(node, _source(node, self))
             args, kwargs = self._resolve(args), self._resolve(kwargs)
-        ref = self._append(node, node.name, target, args, kwargs, allocates=parent is None)
+        ref = self._append(node, node.name, target, args, kwargs)
         self.values[node] = self._hooked(node, ref)
         for statistic in statistics:
             self._refuse_twice(node, self._itself(statistic))
@@ -242,7 +242,7 @@ class _Functionalizer:
             self._write(
                 node,
                 self._itself(statistic),
-                self._append(node, new, moved, (self._read(statistic), ref), {}, allocates=False),
+                self._append(node, new, moved, (self._read(statistic), ref), {}),
             )
 
     def _counter(self, running: FxNode) -> Any:
@@ -265,21 +265,19 @@ class _Functionalizer:
                 f"'{node.name}' ({_source(node, self)}) uses {node.target}, which overwrites several tensors "
                 "and has no functional form; use operators that return new tensors instead"
             )
-        results = self._append(
-            node, node.name, functional, self._resolve(args), self._resolve(kwargs), allocates=False
-        )
+        results = self._append(node, node.name, functional, self._resolve(args), self._resolve(kwargs))
         self.values[node] = results
         for index, each in enumerate(written):
             value = self._itself(each)
             name = self._fresh(f"{node.name}_{index}")
-            item = self._append(node, name, operator.getitem, (results, index), {}, allocates=False)
+            item = self._append(node, name, operator.getitem, (results, index), {})
             self._write(node, value, item)
 
     def _hooked(self, node: FxNode, ref: Ref) -> Ref:
         """The value behind hooks on its gradient; the first one to be set sees it first."""
         for hook in reversed(self.hooks.get(node.name, ())):
             target = GradientHook(hook, on_meta(node.meta["val"]))
-            ref = self._append(node, self._fresh(f"{node.name}_hooked"), target, (ref,), {}, allocates=False)
+            ref = self._append(node, self._fresh(f"{node.name}_hooked"), target, (ref,), {})
         return ref
 
     def _check(self, node: FxNode) -> None:
@@ -289,7 +287,7 @@ class _Functionalizer:
             return  # It says what is known already.
         message = next((each for each in rest if isinstance(each, str)), "")
         name = self._fresh(f"{node.name}_asserted")
-        self.checks.append(self._append(node, name, asserted, (value, message), {}, allocates=True))
+        self.checks.append(self._append(node, name, asserted, (value, message), {}))
 
     def _write_in_place(self, node: FxNode, written: FxNode) -> None:
         """A call that overwrites ``written`` and returns it."""
@@ -305,7 +303,6 @@ class _Functionalizer:
             functional,
             args,
             kwargs,
-            allocates=False,
             in_place=node.target if is_plain else None,
         )
         self.same[node] = written
@@ -321,7 +318,7 @@ class _Functionalizer:
             before = self._read(parent)
             target, args = scattered(view, before, new[view], _source(node, self))
             name = self._fresh(f"{node.name}_into")
-            new[parent] = self._append(node, name, target, args, {}, allocates=False)
+            new[parent] = self._append(node, name, target, args, {})
         self._keep_gradients(node, chain, new)
         owner = chain[-1]
         self.writes[owner] = self.writes.get(owner, 0) + 1
@@ -338,7 +335,7 @@ class _Functionalizer:
                 inside, self.grad = self.grad, self.ambient
                 name = self._fresh(f"{node.name}_kept")
                 args = (self.values[member], new[member])
-                new[member] = self._append(node, name, revalued, args, {}, allocates=False)
+                new[member] = self._append(node, name, revalued, args, {})
                 self.grad = inside
             unseen = unseen or (self.ambient and is_detached(member))
 
@@ -360,7 +357,6 @@ class _Functionalizer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        allocates: bool,
         in_place: Any = None,
     ) -> Ref:
         self.nodes.append(
@@ -371,7 +367,6 @@ class _Functionalizer:
                 kwargs=kwargs,
                 source=_source(node, self),
                 line=line_of(node.meta.get("stack_trace")),
-                allocates=allocates,
                 in_place=in_place,
                 grad=self.grad,
                 casts=self.casts[-1],
@@ -412,7 +407,7 @@ class _Functionalizer:
         assert callable(target)
         if changes_shape(target):
             target = functional_of(node, _source(node, self))[0]
-        return self._append(node, self._fresh(node.name), target, args, kwargs, allocates=False)
+        return self._append(node, self._fresh(node.name), target, args, kwargs)
 
     def _resolved(self, node: FxNode) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args: tuple[Any, ...] = self._resolve(node.args)

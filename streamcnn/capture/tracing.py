@@ -125,7 +125,6 @@ class _Mark:
     gathered: int
     promoted: int
     moved: int
-    plain_bytes: int
 
 
 class _Tracer:
@@ -146,14 +145,14 @@ class _Tracer:
         self.raw: RawNode | None = None
         self.note = ""
         self.resident = False
-        self.plain_bytes = 0
         self.num_images = 0
         self.sizes: set[tuple[int, ...]] = set()
         """Extents of all maps."""
         self.from_whole: set[str] = set()
         """Global values that were worked out from whole maps."""
         self.known: dict[Any, Any] = {}
-        """Fake results of calls by what they are functions of: networks repeat their blocks."""
+        """Fake results of calls, and what they share, by what they are functions of: networks repeat their
+        blocks."""
 
     def mark(self) -> _Mark:
         """How much has been recorded."""
@@ -163,7 +162,6 @@ class _Tracer:
             gathered=len(self.gathered),
             promoted=len(self.promoted),
             moved=len(self.moved),
-            plain_bytes=self.plain_bytes,
         )
 
     def forked(self, mark: _Mark) -> _Tracer:
@@ -176,7 +174,6 @@ class _Tracer:
         fork.promoted = dict(islice(self.promoted.items(), mark.promoted))
         fork.states, fork.maps = self.states, self.maps
         fork.moved = dict(islice(self.moved.items(), mark.moved))
-        fork.plain_bytes = mark.plain_bytes
         fork.known = self.known
         fork.resident = True
         return fork
@@ -209,13 +206,7 @@ class _Tracer:
         if raw.target is operator.getitem:
             self.values[raw.name] = self._item(raw, *args)
             return
-        self.values[raw.name] = result = self._lower(Call(raw.target, args, kwargs))
-        if raw.allocates:
-            self.plain_bytes += sum(map(self._nbytes, pytree.tree_leaves(result)))
-
-    def _nbytes(self, value: Any) -> int:
-        ref = value.ref if isinstance(value, Folded) else value
-        return self.spec(ref).nbytes if isinstance(ref, Ref) else 0
+        self.values[raw.name] = self._lower(Call(raw.target, args, kwargs))
 
     def _value(self, name: str) -> Any:
         return self.values[name]
@@ -321,13 +312,28 @@ class _Tracer:
         return Call(node.target, node.args, node.kwargs) if node.kind is Kind.LOCAL and node.target else None
 
     def fake(self, call: Call) -> Any:
+        return self._called(call)[0]
+
+    def _called(self, call: Call) -> tuple[Any, str]:
+        """A call's fake result, and the operand in whose memory it is; empty if it has its own."""
         if isinstance(call.target, Whole):
-            return pytree.tree_map_only(Tensor, self._made, call.target.like)
+            return pytree.tree_map_only(Tensor, self._made, call.target.like), ""
 
         def fake_of(name: str) -> Any:
             return self.fakes[name]
 
-        return self._fake(call.target, substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of))
+        args, kwargs = substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of)
+        result, place = self._fake(call.target, args, kwargs)
+        if call.target is operator.getitem:
+            # The results of an operator are tensors of their own, unless it divides an operand into parts.
+            whole = self.nodes[call.args[0].name]
+            return result, whole.view_of if whole.kind is Kind.GLOBAL else whole.name
+        if place is None:
+            return result, ""
+        refs = (leaf for leaf in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref))
+        # Of several results each is a leaf.
+        names = [ref.name for ref in refs for _ in pytree.tree_leaves(self.fakes[ref.name])]
+        return result, names[place]
 
     def fake_seen(self, call: Call) -> Any:
         def fake_of(value: Any) -> Any:
@@ -336,14 +342,21 @@ class _Tracer:
                 return fake.new_empty(value.seen(fake.shape))
             return self.fakes[value.name] if isinstance(value, Ref) else value
 
-        return self._fake(call.target, *pytree.tree_map(fake_of, (call.args, dict(call.kwargs))))
+        return self._fake(call.target, *pytree.tree_map(fake_of, (call.args, dict(call.kwargs))))[0]
 
-    def _fake(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _fake(self, target: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, int | None]:
+        """A call's fake result, and which of the tensors among its arguments has the memory that it is in."""
+
+        def call() -> tuple[Any, int | None]:
+            result = target(*args, **kwargs)
+            return result, _shares(result, (args, kwargs))
+
         casts = self.raw.casts if self.raw is not None else None
         key = (target, casts, _look(args), _look(kwargs))
         with as_recorded(grad=True, casts=casts):
             try:
-                return self._once(key, lambda: target(*args, **kwargs))
+                found: tuple[Any, int | None] = self._once(key, call)
+                return found
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedModel(
                     f"{_target_name(self.raw)} in {self._where()} gives a value or a shape that depends on "
@@ -366,13 +379,18 @@ class _Tracer:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device())
 
     def global_value(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = self.fake(Call(target, args, kwargs))
-        if not isinstance(result, (tuple, list)):
-            return self._add(self._fresh(), result, kind=Kind.GLOBAL, target=target, args=args, kwargs=kwargs)
-        whole = self._add(
-            self._fresh(), tuple(result), kind=Kind.GLOBAL, target=target, args=args, kwargs=kwargs
+        result, view_of = self._called(Call(target, args, kwargs))
+        is_single = not isinstance(result, (tuple, list))
+        value = self._add(
+            self._fresh(),
+            result if is_single else tuple(result),
+            kind=Kind.GLOBAL,
+            target=target,
+            args=args,
+            kwargs=kwargs,
+            view_of=view_of,
         )
-        return self._items(whole)
+        return value if is_single else self._items(value)
 
     def _items(self, whole: Ref) -> tuple[Ref, ...]:
         count = len(self.fakes[whole.name])
@@ -486,7 +504,6 @@ class _Tracer:
             outputs=outputs,
             updates=updates,
             constants={name: c for name, c in graph.constants.items() if name in needed},
-            plain_bytes=self.plain_bytes,
         )
 
     def _draws(self) -> Iterator[str]:
@@ -533,6 +550,15 @@ def _look(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _look(item)) for key, item in value.items())
     return (type(value), value)
+
+
+def _shares(result: Any, arguments: Any) -> int | None:
+    """Which of the tensors in ``arguments`` has the memory that the first tensor of ``result`` is in."""
+    results, tensors = (
+        [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)]
+        for each in (result, arguments)
+    )
+    return tensors.index(results[0]) if results and results[0] in tensors else None
 
 
 def _spec_of(value: Any) -> TensorSpec:

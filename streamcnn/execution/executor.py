@@ -77,7 +77,7 @@ def _nothing(of: PassPart | StepShape) -> None:
 class Execution:
     """One forward pass of a plan and, if it records, the backward pass that belongs to it.
 
-    ``before_phase`` is called before the tiles of a phase, in each direction.
+    ``before_part`` is called before the tiles of a phase and before a segment, in each direction.
     ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
     the pass by raising. ``make_compute`` gives what carries out a step. ``steps`` are those of the plan, if
     an earlier pass has made some. ``images`` are the image and what is read by regions beside it, by node.
@@ -93,7 +93,7 @@ class Execution:
         *,
         steps: Steps | None = None,
         make_compute: MakeCompute = compute_eagerly,
-        before_phase: Callable[[PassPart], None] = _nothing,
+        before_part: Callable[[PassPart], None] = _nothing,
         after_step: Callable[[StepShape], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class Execution:
         self.reports: list[PhaseReport] = []
         self._steps = steps or Steps(program, plan)
         self._make_compute = make_compute
-        self._before_phase = before_phase
+        self._before_part = before_part
         self._after_step = after_step
         self._observer = observer
         self.device = images[program.image].device
@@ -125,6 +125,7 @@ class Execution:
                 if level in self._phases:
                     self._forward_phase(self._phases[level])
                 if level in self._segments:
+                    self._before_part(("segment forward", level))
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.global_graph.run(self._segments[level], self._barrier, record=self.plan.training)
                     self._after_step(("segment", "forward", level, 0, 0))
@@ -162,6 +163,8 @@ class Execution:
             for name, gradient in gradients.items():
                 self.global_graph.accumulate(name, gradient)
             for level in reversed(self._levels):
+                if level in self._segments:
+                    self._before_part(("segment backward", level))
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
                 self._after_step(("segment", "backward", level, 0, 0))
@@ -243,7 +246,7 @@ class Execution:
 
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
-        self._before_phase((direction, phase.level))
+        self._before_part((direction, phase.level))
         before = self._maps.bytes_moved
         start = time.perf_counter()
         part, during = (AGAIN, "backward") if direction == "again" else ("phase", direction)

@@ -115,12 +115,15 @@ class Saves:
     """What autograd keeps of a call until its backward pass; parameters are there in any case."""
 
     operands: bool = False
+    factors: bool = False
+    """Operands of a product, each as far as another one has a gradient."""
     result: bool = False
     beside: Formula | None = None
     """Bytes of what is neither, such as the places of maxima."""
 
 
 OPERANDS = Saves(operands=True)
+FACTORS = Saves(factors=True)
 RESULT = Saves(result=True)
 NOTHING = Saves()
 

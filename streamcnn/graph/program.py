@@ -138,6 +138,8 @@ class Node:
     """Whether autograd records it: not inside the model's own ``no_grad`` blocks, nor where it detaches."""
     casts: Casts | None = None
     """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
+    view_of: str = ""
+    """The operand in whose memory a global value is; empty where it has memory of its own."""
 
     operands: tuple[str, ...] = field(init=False, compare=False)
     """Names of the nodes it reads, each once."""
@@ -193,8 +195,6 @@ class Program:
     """Qualified buffer name to the node that holds its new value."""
     constants: Mapping[str, torch.Tensor]
     """Node name to a tensor that the capture made itself."""
-    plain_bytes: int
-    """Bytes of all tensors that plain PyTorch makes in one forward pass; training keeps most of them."""
     _positions: Mapping[str, int] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

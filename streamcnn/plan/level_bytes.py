@@ -45,10 +45,12 @@ class HeldBytes:
 
     forward: LevelBytes
     """While the phase of each level runs forward."""
-    tail: LevelBytes
-    """While the global values of a level are worked out and differentiated, were it the last."""
+    segments: LevelBytes
+    """While the global values of each level are worked out or differentiated."""
     backward: LevelBytes
     """While the phase of each level runs backward."""
 
     def __add__(self, other: HeldBytes) -> HeldBytes:
-        return HeldBytes(self.forward + other.forward, self.tail + other.tail, self.backward + other.backward)
+        return HeldBytes(
+            self.forward + other.forward, self.segments + other.segments, self.backward + other.backward
+        )

@@ -23,8 +23,9 @@ StepShape = tuple[str, str, int, int, int]
 """Of a step, a tile or a segment: ``"phase"`` or ``"segment"``, direction, level, and the tile's shape along
 rows and along columns. Libraries compile their code once for each."""
 PassPart = tuple[str, int]
-"""Of a pass: ``"forward"``, ``"backward"`` or ``"again"`` with the level of a phase; ``"tail"`` with that of
-the last segment; ``"read"``, the first read of images that are decoded whole, with 0."""
+"""Of a pass: ``"forward"``, ``"backward"`` or ``"again"`` with the level of a phase; ``"segment forward"`` or
+``"segment backward"`` with that of a segment; ``"read"``, the first read of images that are decoded whole,
+with 0."""
 TileKind = tuple[int, int]
 """A tile's kind along rows and along columns: what is computed is the same for all tiles of a kind."""
 

@@ -55,7 +55,7 @@ class Lives:
         flow = LevelBytes.of(num_levels, ("gradient maps", lasting(read, gradients & (self.kept | again))))
         forward = LevelBytes.of(num_levels, ("stored maps", stored))
         backward = LevelBytes.of(num_levels, ("stored maps", kept))
-        return HeldBytes(forward, tail=forward + flow, backward=backward + flow)
+        return HeldBytes(forward, segments=forward + flow, backward=backward + flow)
 
 
 class StoredBytes:

@@ -89,10 +89,10 @@ class CandidateScores:
     def other_peak(self, found: PassBytes) -> int:
         """Bytes at the worst peak point of those that belong to no stage."""
         whole = self.global_bytes
-        points = [(found.held.tail, whole.last, whole.tail_step.nbytes)]
+        peaks = [int(found.at(found.held.segments, whole.step_levels, whole.step_bytes).max(initial=0))]
         if whole.reading.opening:
-            points.append((whole.opening, 0, 0))
-        return max(int(found.at(*point)) for point in points)
+            peaks.append(int(found.at(whole.opening, 0, 0)))
+        return max(peaks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,8 @@ from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, stage_time, tile_traffic
-from streamcnn.planning.global_bytes import total_bytes
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
+from streamcnn.planning.resident_bytes import total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, most_parts, tile_stage
 

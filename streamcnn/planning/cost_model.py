@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from streamcnn.graph.costs import Cost, Operation, cost_of, counted, elements, is_view, windows
+from streamcnn.graph.costs import Cost, Operation, cost_of, counted, elements, windows
 from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import Tier
@@ -59,7 +59,7 @@ def work(program: Program, node: Node) -> Work:
 
 def resident_work(program: Program, node: Node) -> Work:
     """The work of an operator on whole values; none if it is a view."""
-    if is_view(node.target):
+    if node.view_of:
         return Work(0, 0, 0, grouped=False, num_positions=1)
     read = sum(program.nodes[name].nbytes for name in node.operands)
     cost, call = cost_of(node.target), Operation.of(program, node)
@@ -84,7 +84,7 @@ def resident_time(
     ``keeps_blocks`` is as for `plain_time`.
     """
     nodes = on_whole_maps(program)
-    works = {node.name: resident_work(program, node) for node in nodes if not is_view(node.target)}
+    works = {node.name: resident_work(program, node) for node in nodes if not node.view_of}
     both = {name: each for name, each in works.items() if name in differentiated}
     once = {name: each for name, each in works.items() if name not in differentiated}
     return plain_time(both, hardware, backend, backward=True, keeps_blocks=keeps_blocks) + plain_time(

@@ -23,7 +23,8 @@ from streamcnn.plan.storage import MemoryTerm
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.backends.base import Bytes
-from streamcnn.planning.global_bytes import GlobalBytes, Step, total_bytes
+from streamcnn.planning.global_bytes import GlobalBytes
+from streamcnn.planning.resident_bytes import Step, total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TiledStage
 
@@ -88,7 +89,8 @@ class PassBytes:
         reusable
             The most bytes of a step in blocks that are kept for reuse; None where they are given back.
         """
-        backend, tail = global_bytes.backend, global_bytes.tail_step.reusable
+        backend = global_bytes.backend
+        tail = max((step.reusable for step in global_bytes.steps.values()), default=0)
         holes = None if reusable is None else backend.keeping.of_pass(reusable, tail, num_stages)
         return cls(backend, global_bytes.kept(num_kernels) + others, holes)
 
@@ -106,6 +108,14 @@ class PassBytes:
         waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
         return PeakPoint(name, part, step.operator, (*held.at(level), *step.terms, waste), step.reading)
 
+    def segment_point(
+        self, global_bytes: GlobalBytes, level: int, direction: str, held: LevelBytes
+    ) -> PeakPoint:
+        """The point of the global values of a level, with the larger of their steps."""
+        name = "the resident tail" if level == global_bytes.last else f"global values of level {level}"
+        part = (f"segment {direction}", level)
+        return self.point(f"{name}, {direction}", part, held, level, global_bytes.steps[level])
+
 
 def peak_points(
     tiled: Sequence[TiledStage],
@@ -117,9 +127,9 @@ def peak_points(
 ) -> list[PeakPoint]:
     """All peak points of a pass, in order.
 
-    They are the first read of images that are decoded whole, every phase forward, the resident tail, and
-    every differentiated phase backward with the stages that are ``rematerialised`` before it, which come with
-    its level.
+    They are the first read of images that are decoded whole, every phase and the global values of every level
+    forward, of which the last are the resident tail, and the same backward, where a phase is differentiated,
+    with the stages that are ``rematerialised`` before it, which come with its level.
     """
     pairs = [
         steps(
@@ -150,13 +160,20 @@ def peak_points(
     points = []
     if global_bytes.reading.opening:
         points.append(found.point("the first read", ("read", 0), global_bytes.opening, 0, NO_STEP))
-    for stage, (step, _) in zip(tiled, pairs, strict=True):
-        level = stage.stage.level
-        points.append(found.point(f"phase {level}, forward", ("forward", level), held.forward, level, step))
-    last = global_bytes.last
-    points.append(found.point("the resident tail", ("tail", last), held.tail, last, global_bytes.tail_step))
-    for stage, (_, after) in zip(reversed(tiled), reversed(pairs), strict=True):
-        level = stage.stage.level
+    by_level = {stage.stage.level: each for stage, each in zip(tiled, pairs, strict=True)}
+    levels = sorted(by_level.keys() | global_bytes.steps)
+    for level in levels:
+        if level in by_level:
+            step, _ = by_level[level]
+            points.append(
+                found.point(f"phase {level}, forward", ("forward", level), held.forward, level, step)
+            )
+        if level in global_bytes.steps:
+            points.append(found.segment_point(global_bytes, level, "forward", held.forward))
+    for level in reversed(levels):
+        if level in global_bytes.steps and global_bytes.differentiated:
+            points.append(found.segment_point(global_bytes, level, "backward", held.segments))
+        _, after = by_level.get(level, (None, None))
         if after is not None:
             for dropped, step in again.get(level, ()):
                 name = f"phase {dropped} again, before phase {level}, backward"

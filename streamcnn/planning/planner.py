@@ -3,7 +3,8 @@
 For each of a few places where the resident tail may begin, the program is staged with more and with fewer
 split points, and the search picks tiles, stores and what to recompute. Of the plans that fit, the one with
 the least projected time is taken. If none fits, the one that comes closest is returned; it can be read, and
-running it is refused.
+running it is refused. No plan takes more than plain PyTorch, which is all of the program as a tail, unless
+tiles are asked for.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from streamcnn.plan.storage import MemoryTerm, StorePlan
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
-from streamcnn.planning.global_bytes import RUN_TIME, plain_bytes, total_bytes
+from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, is_differentiated, overhead_terms, peak_points
+from streamcnn.planning.resident_bytes import total_bytes
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.split_points import choose_split_points
@@ -45,16 +47,21 @@ def make_plan(
     retrace: Retrace, spec: PassSpec, machine: Machine, differentiate: Callable[[Program], frozenset[str]]
 ) -> tuple[Program, Plan]:
     """The best plan found and the program it is for; check :attr:`Plan.fits` before running it."""
-    whole = _Attempt.of(retrace(None), spec, machine, differentiate, None)
+    trial = _Trial(retrace, spec, machine, differentiate)
+    tilings = trial.tilings(None)
+    plain = trial.attempt(_tail(tilings, sys.maxsize), tilings)
+    # Where a tile is asked for, there are tiles.
+    may_be_plain = spec.tail and spec.tile is None
+    most = plain.solution.nbytes if may_be_plain else None
+    whole = trial.attempt(None, tilings, most)
     attempts = [whole]
     if spec.tail:
-        attempts += [
-            _Attempt.of(retrace(tail.start), spec, machine, differentiate, tail, whole.search.tilings)
-            for tail in _tails(whole, spec, machine)
-        ]
+        attempts += [trial.attempt(tail, tilings, most) for tail in _tails(whole, spec, machine)]
+    if most is not None:
+        attempts = [plain, *(each for each in attempts if each.solution.nbytes <= most)]
     best = min(attempts, key=lambda attempt: attempt.rank)
     best = replace(best, solution=best.search.improved(best.solution))
-    return best.search.program, best.plan(spec, machine, whole)
+    return best.search.program, best.plan(spec, machine, tilings, plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +83,6 @@ class _Attempt:
     solution: Solution
     tail: _Tail | None
 
-    @classmethod
-    def of(
-        cls,
-        program: Program,
-        spec: PassSpec,
-        machine: Machine,
-        differentiate: Callable[[Program], frozenset[str]],
-        tail: _Tail | None,
-        known: TilingCandidates | None = None,
-    ) -> _Attempt:
-        """The best solution that only offloads."""
-        tile = spec.tile
-        if tile is None and spec.room(machine.reserved) is None:
-            tile = (DEFAULT_EDGE, DEFAULT_EDGE)
-        tilings = TilingCandidates(
-            program,
-            differentiate(program),
-            machine.hardware,
-            tile,
-            machine.backend,
-            known,
-            reading=spec.reading,
-        )
-        search = Search(tilings, spec.room(machine.reserved), machine.offload_tiers)
-        return cls(search, search.best(_stagings(program, tile)), tail)
-
     @property
     def seconds(self) -> float:
         """Projected time, the tail's included; what runs on whole maps in any case is left out."""
@@ -113,8 +94,16 @@ class _Attempt:
         fits = self.solution.fits
         return not fits, self.seconds if fits else self.solution.nbytes
 
-    def plan(self, spec: PassSpec, machine: Machine, whole: _Attempt) -> Plan:
-        """The frozen plan; ``whole`` is the attempt without a tail, whose program has every operator."""
+    def plan(self, spec: PassSpec, machine: Machine, everything: TilingCandidates, plain: _Attempt) -> Plan:
+        """The frozen plan.
+
+        Parameters
+        ----------
+        everything
+            Of the program without a tail.
+        plain
+            The attempt with all of it in the tail.
+        """
         solution, tilings = self.solution, self.search.tilings
         program, staging, differentiated = tilings.program, solution.staging, tilings.differentiated
         stores = _with_tiles(solution)
@@ -127,13 +116,12 @@ class _Attempt:
             reuses_blocks=solution.reuses_blocks,
         )
         worst = max(points, key=lambda point: point.nbytes)
-        everything, training = whole.search.tilings, bool(spec.leaves)
+        training = bool(spec.leaves)
         on = machine.hardware, machine.backend
         resident_of = partial(resident_time, everything.program, everything.differentiated, *on)
         resident = resident_of(keeps_blocks=machine.backend.keeps_blocks)
-        plain = plain_time(everything.works, *on, backward=training, keeps_blocks=False) + resident_of(
-            keeps_blocks=False
-        )
+        at_once = plain_time(everything.works, *on, backward=training, keeps_blocks=False)
+        at_once += resident_of(keeps_blocks=False)
         flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
         flops += self.tail.flops if self.tail else 0
         return Plan(
@@ -158,10 +146,10 @@ class _Attempt:
             terms=(*_reserved(spec, machine), *worst.terms),
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
-            plain_bytes=plain_bytes(everything.program, everything.differentiated),
+            plain_bytes=machine.reserved + plain.solution.nbytes,
             projected_seconds=self.seconds + resident.seconds,
-            plain_seconds=plain.seconds,
-            recomputation=flops / plain.flops if plain.flops else 1.0,
+            plain_seconds=at_once.seconds,
+            recomputation=flops / at_once.flops if at_once.flops else 1.0,
             num_resident=_num_last(program, staging),
             # In the tail nothing streams, so only the program without one has the reasons.
             image_held_bytes=spec.reading.held,
@@ -175,6 +163,52 @@ class _Attempt:
             ),
             residents=tuple(f"{node.note} ({node.source})" for node in everything.program.residents),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Attempts at the plan of one pass."""
+
+    retrace: Retrace
+    spec: PassSpec
+    machine: Machine
+    differentiate: Callable[[Program], frozenset[str]]
+
+    def tilings(self, tail: _Tail | None, known: TilingCandidates | None = None) -> TilingCandidates:
+        """The ways to tile the program with such a tail; ``known`` are those of another one."""
+        program = self.retrace(tail.start if tail else None)
+        return TilingCandidates(
+            program,
+            self.differentiate(program),
+            self.machine.hardware,
+            self._tile,
+            self.machine.backend,
+            known,
+            reading=self.spec.reading,
+        )
+
+    def attempt(self, tail: _Tail | None, whole: TilingCandidates, most: int | None = None) -> _Attempt:
+        """The best solution that only offloads.
+
+        Parameters
+        ----------
+        whole
+            Of the program without a tail.
+        most
+            Bytes that it may take, where there is a ceiling and that is higher.
+        """
+        tilings = self.tilings(tail, whole) if tail else whole
+        room = self.spec.room(self.machine.reserved)
+        if room is not None and most is not None:
+            room = min(room, most)
+        search = Search(tilings, room, self.machine.offload_tiers)
+        return _Attempt(search, search.best(_stagings(tilings.program, self._tile)), tail)
+
+    @property
+    def _tile(self) -> tuple[int, int] | None:
+        if self.spec.tile is None and self.spec.room(self.machine.reserved) is None:
+            return DEFAULT_EDGE, DEFAULT_EDGE
+        return self.spec.tile
 
 
 def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> dict[PassPart, int]:
@@ -210,9 +244,7 @@ def _stagings(program: Program, tile: tuple[int, int] | None) -> Iterator[Stagin
 def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]:
     """Tails to try: one that takes no more than the largest step does, and one that fills the budget.
 
-    A tail lives when no tile does: after the last forward step and before the first backward one. Where what
-    was found needs more than plain PyTorch, everything is a tail: what operators on whole maps hold beside
-    stored maps may be more than tiles save.
+    A tail lives when no tile does: after the last forward step and before the first backward one.
     """
     # Without what the backend takes for a step: a tail has its own.
     backward = bool(spec.leaves)
@@ -226,16 +258,12 @@ def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]
     if room is not None and spec.tile is None and whole.solution.fits:
         allowed.append(largest + room - whole.solution.nbytes)
     tilings = whole.search.tilings
-    # Where a tile is asked for, there are tiles.
-    if spec.tile is None and whole.solution.nbytes > plain_bytes(tilings.program, tilings.differentiated):
-        allowed.append(sys.maxsize)
-    tails = {tail.start: tail for nbytes in allowed if (tail := _tail(whole, nbytes)) is not None}
+    tails = {tail.start: tail for nbytes in allowed if (tail := _tail(tilings, nbytes)) is not None}
     return iter(tails.values())
 
 
-def _tail(whole: _Attempt, allowed: int) -> _Tail | None:
+def _tail(tilings: TilingCandidates, allowed: int) -> _Tail | None:
     """The longest tail whose maps together take no more than ``allowed`` bytes."""
-    tilings = whole.search.tilings
     nodes = [node for node in tilings.program.nodes.values() if node.kind is Kind.LOCAL]
     total, length = 0, 0
     for node in reversed(nodes):

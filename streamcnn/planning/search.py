@@ -23,7 +23,7 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
-from streamcnn.planning.global_bytes import GlobalBytes
+from streamcnn.planning.global_bytes import GlobalBytes, last_readers
 from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
@@ -145,7 +145,7 @@ class Search:
         kinds = (Kind.GATHER, Kind.RESULT)
         self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
         self._results = frozenset(self.program.results.values())
-        self._global_bytes: tuple[Mapping[str, int], GlobalBytes] | None = None
+        self._global_bytes: tuple[Mapping[str, int], Mapping[str, int], GlobalBytes] | None = None
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
         self._tables: dict[Staging, CandidateTable] = {}
@@ -337,13 +337,14 @@ class Search:
     def global_bytes(self, staging: Staging) -> GlobalBytes:
         """What is not cut into tiles, worked out once for a staging and all that recompute more of it."""
         # Recomputing a map changes stages, not levels or segments.
-        if self._global_bytes is None or self._global_bytes[0] is not staging.levels:
+        readers, known = last_readers(self.program, staging), self._global_bytes
+        if known is None or known[0] is not staging.levels or known[1] != readers:
             tilings = self.tilings
             global_bytes = GlobalBytes(
                 self.program, staging, tilings.differentiated, tilings.backend, tilings.reading
             )
-            self._global_bytes = (staging.levels, global_bytes)
-        return self._global_bytes[1]
+            self._global_bytes = known = (staging.levels, readers, global_bytes)
+        return known[2]
 
 
 @dataclass(frozen=True, slots=True)

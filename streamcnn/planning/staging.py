@@ -156,7 +156,25 @@ def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[
         levels[node.name] = level
         if node.name in split_points:
             floor = highest + 1
+    _delay(program, levels)
     return levels
+
+
+def _delay(program: Program, levels: dict[str, int]) -> None:
+    """Work out what follows from parameters alone only when it is needed, as plain PyTorch does.
+
+    Such values can be as large as maps: the biases of attention by relative position are. Later ones are not
+    there in earlier phases, nor are the gradients of earlier ones in the backward pass of later phases.
+    """
+    latest: dict[str, int] = {}
+    for node in reversed(list(program.nodes.values())):
+        is_free = node.kind in (Kind.GLOBAL, Kind.PROMOTED) and levels[node.name] == 0
+        if is_free and node.name in latest and not draws(node.target):
+            levels[node.name] = latest[node.name]
+        # A map, and what is reduced, reads what an earlier level has made.
+        reads = levels[node.name] - (node.kind in (Kind.LOCAL, Kind.REDUCTION))
+        for name in node.operands:
+            latest[name] = min(latest.get(name, reads), reads)
 
 
 def _level(program: Program, node: Node, levels: Mapping[str, int]) -> int:

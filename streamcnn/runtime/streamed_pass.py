@@ -148,7 +148,7 @@ class Pass:
             },
             self.stores.open,
             steps=planned.steps,
-            before_phase=_keeping(self.ceiling, self.plan),
+            before_part=_keeping(self.ceiling, self.plan),
             after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
         )
@@ -158,7 +158,7 @@ class Pass:
         known = self.plan.kept_bytes
         if known is None:
             return None
-        return min(nbytes for (kind, _), nbytes in known.items() if kind in ("read", "tail"))
+        return min(nbytes for (kind, _), nbytes in known.items() if kind in ("read", "segment forward"))
 
     @property
     def anchors(self) -> list[Tensor]:
@@ -415,7 +415,7 @@ def _positions(outputs: Any) -> list[str]:
 
 
 def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
-    """Called before a phase: have as many free blocks be kept as it leaves room for.
+    """Called before a part of a pass: have as many free blocks be kept as it leaves room for.
 
     It does not know the pass, which is to be freed when nobody knows it any more.
     """

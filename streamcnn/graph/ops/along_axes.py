@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.graph.costs import NOTHING, RESULT, Cost, declare
+from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Saves, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import statistics_dtype
@@ -135,7 +135,14 @@ def result_of(target: Callable[..., Any], index: int, *args: Any, **kwargs: Any)
     return result
 
 
+def _index_bytes(operation: Operation) -> int:
+    """Bytes of where each value comes from, which is kept whether it is read or not."""
+    return operation.results[1].nbytes
+
+
 declare(aten.softmax, aten._softmax, aten.log_softmax, cost=Cost(saves=RESULT))
+declare(aten.cumsum, cost=Cost(saves=NOTHING))
+declare(aten.sort, aten.topk, cost=Cost(saves=Saves(beside=_index_bytes)))
 
 
 class _Chosen(nn.Module):

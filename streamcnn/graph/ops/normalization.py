@@ -6,6 +6,7 @@ running ones; its backward also gives the gradients of mean and variance, which 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense
-from streamcnn.graph.costs import Cost, declare, elements
+from streamcnn.graph.costs import Cost, Operation, Saves, declare, elements
 from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
@@ -337,6 +338,16 @@ def layer_norm(tracer: Tracer, call: Call) -> Any:
             parameter = _as_statistics(tracer, ref, parameter)
             result = pointwise(tracer, Call(target, (result, parameter), {}))
     return _cast(tracer, result, dtype)
+
+
+def _statistics_bytes(operation: Operation) -> int:
+    """Bytes of the means and deviations."""
+    operand, shape = operation.bind("input", "normalized_shape")
+    itemsize = statistics_dtype(operand.tensor.dtype).itemsize
+    return 2 * itemsize * (operation.numel // int(math.prod(shape)))
+
+
+declare(aten.layer_norm, cost=Cost(saves=Saves(operands=True, beside=_statistics_bytes)))
 
 
 def _cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from torch._ops import OpOverload
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
-from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Routine, declare, elements
+from streamcnn.graph.costs import FACTORS, NOTHING, RESULT, Cost, Operation, Routine, Saves, declare, elements
 from streamcnn.graph.in_place import revalued
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref, refs_in, substitute
@@ -210,7 +210,7 @@ def _linear_operations(operation: Operation) -> int:
     return 2 * operation.numel * int(weight.shape[-1])
 
 
-declare(aten.linear, cost=Cost(operations=_linear_operations, routine=Routine.MATRIX_PRODUCT))
+declare(aten.linear, cost=Cost(operations=_linear_operations, saves=FACTORS, routine=Routine.MATRIX_PRODUCT))
 
 
 @rule(aten.prelu.default)
@@ -281,7 +281,12 @@ declare(
     *(aten.exp, aten.reciprocal, aten.relu, aten.rsqrt, aten.sigmoid, aten.sqrt, aten.tanh),
     cost=replace(ELEMENTWISE, saves=RESULT),
 )
-declare(aten.add, aten.clone, aten.neg, aten.sub, cost=replace(ELEMENTWISE, saves=NOTHING))
+declare(
+    aten.add, aten.clone, aten.neg, aten.sub, aten.to, aten._to_copy, cost=replace(ELEMENTWISE, saves=NOTHING)
+)
+declare(aten.div, aten.mul, cost=replace(ELEMENTWISE, saves=FACTORS))
+# Where it takes which of the two, in a byte for each.
+declare(aten.where, cost=replace(ELEMENTWISE, saves=Saves(beside=elements)))
 declare(aten.detach, aten.detach_copy, cost=Cost(saves=NOTHING, detaches=True))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from streamcnn.graph.costs import Cost, Operand, Operation, Routine, Saves, counted, declare
+from streamcnn.graph.costs import FACTORS, Cost, Operand, Operation, Routine, Saves, counted, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.reduction_types import ProductSum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
@@ -102,7 +102,7 @@ def _axes_of_product(
 
 declare(
     *(aten.addmm, aten.baddbmm, aten.bmm, aten.einsum, aten.matmul, aten.mm),
-    cost=Cost(operations=counted, routine=Routine.MATRIX_PRODUCT),
+    cost=Cost(operations=counted, saves=FACTORS, routine=Routine.MATRIX_PRODUCT),
 )
 
 
@@ -307,9 +307,13 @@ def _attention_bytes(operation: Operation) -> int:
 
 
 def _attention_saved(operation: Operation) -> int:
-    """The matrix's softmax and, with dropout, the mask in the same type and what is left."""
-    (dropout,) = operation.bind("dropout_p")
-    return (3 if dropout else 1) * _attention_bytes(operation)
+    """The matrix's softmax and, with dropout, the mask in the same type and what is left.
+
+    Queries and keys are scaled before they are multiplied.
+    """
+    query, key, dropout = operation.bind("query", "key", "dropout_p")
+    matrix = _attention_bytes(operation)
+    return (3 if dropout else 1) * matrix + (query.tensor.nbytes + key.tensor.nbytes if matrix else 0)
 
 
 declare(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.graph.costs import NOTHING, Cost, declare, windows
+from streamcnn.graph.costs import NOTHING, Cost, Operation, Saves, declare, windows
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
@@ -106,7 +106,20 @@ def grid_sample(tracer: Tracer, call: Call) -> NotStreamable:
     return NotStreamable("where it reads depends on values")
 
 
-declare(aten.constant_pad_nd, cost=Cost(saves=NOTHING))
+def _padded_bytes(operation: Operation) -> int:
+    """Bytes of the operand, which is kept unless it is padded with a constant."""
+    operand, mode = operation.bind("self", "mode")
+    return 0 if mode == "constant" else int(operand.tensor.nbytes)
+
+
+# Sums of what they read, with factors that are known.
+declare(
+    *(aten.constant_pad_nd, aten.pixel_shuffle, aten.pixel_unshuffle, aten.roll),
+    *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d),
+    *(aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
+    cost=Cost(saves=NOTHING),
+)
+declare(aten.pad, cost=Cost(saves=Saves(beside=_padded_bytes)))
 
 
 def same(x: Tensor) -> Tensor:

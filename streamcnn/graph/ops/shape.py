@@ -206,7 +206,10 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), accesses=accesses)
 
 
-declare(aten.cat, cost=Cost(saves=NOTHING))
+declare(
+    *(aten.cat, aten.channel_shuffle, aten.flip, aten.repeat, aten.repeat_interleave, aten.stack),
+    cost=Cost(saves=NOTHING),
+)
 
 
 def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:

@@ -104,6 +104,7 @@ declare(
     # The operand in one piece.
     cost=Cost(operations=elements, workspace=lambda nbytes: nbytes.operands, saves=NOTHING, makes_new=True),
 )
+declare(aten.im2col, aten.col2im, cost=Cost(saves=NOTHING))
 
 
 class _Columns(nn.Module):

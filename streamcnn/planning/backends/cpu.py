@@ -91,4 +91,4 @@ class CpuBackend(Backend):
             return LevelBytes.of(len(nbytes), (_KERNELS, nbytes))
 
         backward = kept(so_far[-1] + 2 * differentiated)
-        return HeldBytes(kept(so_far), tail=backward, backward=backward)
+        return HeldBytes(kept(so_far), segments=backward, backward=backward)

@@ -1,0 +1,239 @@
+"""Projected bytes of operators on whole values: what ordinary PyTorch holds while it runs them.
+
+Values live until their last reader has run, and as long as autograd has saved them, see
+:class:`~streamcnn.graph.costs.Saves`. On the way back what autograd has saved gives way to the gradients of
+the parameters, and the gradient of a value is there from its last reader to the operator that made it. Views
+and the parts of a tuple are no memory of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils._pytree import tree_leaves
+
+from streamcnn.graph.costs import CallBytes, Operation, Routine, cost_of, is_view
+from streamcnn.graph.program import Kind, Program, Ref
+from streamcnn.plan.level_bytes import Ints
+from streamcnn.plan.storage import MemoryTerm
+from streamcnn.planning.backends import Backend
+from streamcnn.planning.routines import num_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Projected bytes at the worst operator of a step."""
+
+    terms: tuple[MemoryTerm, ...]
+    operator: str
+    """The operator at which most is held."""
+    reusable: int
+    """Bytes in blocks that may be kept for reuse when they are freed."""
+    reading: int = 0
+    """What reading a region of an image takes beside tensors, at another moment of the step perhaps."""
+
+    @property
+    def nbytes(self) -> int:
+        """The sum of the terms."""
+        return total_bytes(self.terms)
+
+
+def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
+    """The sum of all terms."""
+    return sum(term.nbytes for each in terms for term in each)
+
+
+class ResidentBytes:
+    """Bytes of operators that run one after another on whole values and are differentiated in reverse.
+
+    Parameters
+    ----------
+    names
+        Global values, in the order in which they are worked out.
+    differentiated
+        All nodes that a gradient passes through; none without a backward pass.
+    asked
+        Those of the values that are read elsewhere too, or given out: they stay.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        names: Sequence[str],
+        backend: Backend,
+        differentiated: Collection[str],
+        asked: Collection[str] = (),
+    ) -> None:
+        self.program = program
+        self.names = names
+        self.backend = backend
+        self.differentiated = frozenset(differentiated)
+        self._places = {name: place for place, name in enumerate(names)}
+        self._owners = {name: self._owner(name) for name in names}
+        """By value: the one in whose memory it is, which may come from before."""
+        self._last = dict(self._places)
+        """By value: the place of the last operator that reads its memory."""
+        self._saved: dict[str, int] = {}
+        """By value whose memory autograd keeps: the place of the first operator for whose backward pass."""
+        for place, name in enumerate(names):
+            operands = (self._owners[o] for o in program.nodes[name].operands if o in self._places)
+            self._last.update(dict.fromkeys((*operands, self._owners[name]), place))
+            for value in self._saved_by(name):
+                self._saved.setdefault(value, place)
+        self._asked = {self._owners[name] for name in asked if name in self._places}
+        self._beside = self._array({name: self._saved_beside(name) for name in names})
+        """By operator: what autograd saves that is neither operand nor result."""
+
+    @property
+    def staying(self) -> int:
+        """Bytes that are held when all operators have run."""
+        # Results of reductions are looked at again when these are differentiated.
+        reduced = {name for name in self.names if self.program.nodes[name].kind is Kind.REDUCTION}
+        return sum(map(self._size, self._saved.keys() | self._asked | reduced)) + int(self._beside.sum())
+
+    def step(self) -> Step:
+        """The worst moment."""
+        nodes = self.program.nodes
+        inner = self._array({name: self._inner(name) for name in self.names})
+        workspace = self._array({name: self._workspace(name) for name in self.names})
+        beside = self._beside.cumsum()
+        saved = self._living(self._saved.keys(), self._saved) + beside
+        values = self._living(self._last.keys() - self._saved.keys(), self._asked)
+        moments = [np.array((saved, np.zeros_like(saved), values + inner, workspace))]
+        if self.differentiated:
+            saved = self._array(self._saved_bytes()).cumsum() + beside
+            flow = self._living(self._last.keys() & self.differentiated, ())
+            flow += self._array({name: self._gradient_copies(name) for name in self.names}) + 2 * inner
+            given = self._array(self._state_bytes())[::-1].cumsum()[::-1]
+            moments.append(np.array((saved, given, flow, workspace)))
+        most = max(moments, key=lambda moment: moment.sum(axis=0).max(initial=0))
+        worst = int(most.sum(axis=0).argmax()) if self.names else None
+        held = (0, 0, 0, 0) if worst is None else most[:, worst].tolist()
+        kinds = (
+            "saved by the resident tail",
+            "parameter gradients",
+            "operands, results and their gradients",
+            "operator workspace",
+        )
+        sizes = (*map(self._size, self._saved), *self._beside.tolist())
+        return Step(
+            (
+                *map(MemoryTerm, kinds, held),
+                # One kernel for each convolution forward, and two in the backward pass, a step of its own.
+                *self.backend.step_terms(
+                    (2 if self.differentiated else 1)
+                    * num_sizes(self.program, self.names, Routine.CONVOLUTION),
+                    num_sizes(self.program, self.names, Routine.MATRIX_PRODUCT),
+                ),
+            ),
+            "" if worst is None else nodes[self.names[worst]].name,
+            sum(nbytes for nbytes in sizes if nbytes < self.backend.reusable_bytes),
+        )
+
+    # --- values --------------------------------------------------------------------------------------
+
+    def _owner(self, name: str) -> str:
+        while view_of := self.program.nodes[name].view_of:
+            name = view_of
+        return name
+
+    def _size(self, name: str) -> int:
+        """Bytes of memory that a value has of its own, if it is made here; of a tuple each result has its."""
+        node = self.program.nodes[name]
+        is_tuple = node.kind is Kind.GLOBAL and isinstance(node.spec, tuple)
+        return node.nbytes if self._owners.get(name) == name and not is_tuple else 0
+
+    def _living(self, values: Iterable[str], staying: Collection[str]) -> Ints:
+        """By operator: bytes of ``values`` from where they are made to their last reader, or to the end."""
+        changes = np.zeros(len(self.names) + 1, np.int64)
+        for name in self._places.keys() & values:
+            nbytes = self._size(name)
+            changes[self._places[name]] += nbytes
+            changes[len(self.names) if name in staying else self._last[name] + 1] -= nbytes
+        return changes[:-1].cumsum()
+
+    def _saved_bytes(self) -> dict[str, int]:
+        """Bytes that autograd keeps, by the first operator for whose backward pass it does."""
+        found: dict[str, int] = {}
+        for value, place in self._saved.items():
+            found[self.names[place]] = found.get(self.names[place], 0) + self._size(value)
+        return found
+
+    def _array(self, nbytes: Mapping[str, int]) -> Ints:
+        return np.array([nbytes.get(name, 0) for name in self.names], np.int64)
+
+    # --- one operator --------------------------------------------------------------------------------
+
+    def _saved_by(self, name: str) -> Iterator[str]:
+        """The values made here whose memory autograd keeps for an operator's backward pass."""
+        node, nodes = self.program.nodes[name], self.program.nodes
+        if node.target is operator.getitem:
+            if node.operands[0] in self._saved:
+                yield name
+        elif name in self.differentiated and not node.view_of and not is_view(node.target):
+            saves = cost_of(node.target).saves
+            if saves.result:
+                yield name
+            operands = [
+                leaf.name for leaf in tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, Ref)
+            ]
+            trained = [operand in self.differentiated for operand in operands]
+            for operand, is_trained in zip(operands, trained, strict=True):
+                is_factor = saves.factors and sum(trained) > is_trained
+                if operand in self._places and not nodes[operand].is_map and (saves.operands or is_factor):
+                    yield self._owners[operand]
+
+    def _saved_beside(self, name: str) -> int:
+        beside = cost_of(self.program.nodes[name].target).saves.beside
+        return beside(self._call(name)) if beside and name in self.differentiated else 0
+
+    def _inner(self, name: str) -> int:
+        """Bytes of what a call makes besides its result and forgets again."""
+        inner = cost_of(self.program.nodes[name].target).inner
+        return inner(self._call(name)) if inner else 0
+
+    def _call(self, name: str) -> Operation:
+        node, fuses_attention = self.program.nodes[name], self.backend.fuses_attention
+        return Operation.of(self.program, node, self.differentiated, fuses_attention=fuses_attention)
+
+    def _workspace(self, name: str) -> int:
+        """Bytes that an operator takes besides, for parameters and for their gradients."""
+        node, nodes = self.program.nodes[name], self.program.nodes
+        operands = (nodes[n] for n in node.operands)
+        weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
+        # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
+        values = sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
+        return self.backend.workspace(cost_of(node.target), CallBytes(values, node.nbytes, 2 * weights))
+
+    def _gradient_copies(self, name: str) -> int:
+        """Bytes of gradients beside one of each value: an operator adds to those that are there already."""
+        if name not in self.differentiated:
+            return 0
+        node, nodes, place = self.program.nodes[name], self.program.nodes, self._places[name]
+        found = 0
+        for operand in node.operands:
+            if (
+                operand not in self.differentiated
+                or nodes[operand].kind is Kind.STATE
+                or nodes[operand].is_map
+            ):
+                continue
+            owner = self._owners.get(operand, operand)
+            if owner not in self._places or self._last[owner] > place:
+                found += nodes[owner].nbytes
+            # Of an expanded value every repetition has a gradient.
+            found += max(0, nodes[operand].nbytes - nodes[owner].nbytes)
+        return found + (max(0, node.nbytes - nodes[self._owners[name]].nbytes) if node.view_of else 0)
+
+    def _state_bytes(self) -> dict[str, int]:
+        """Bytes of the parameters by the last operator that reads them, which first gives them a gradient."""
+        nodes = self.program.nodes
+        last = {state: name for name in self.names for state in nodes[name].operands}
+        found: dict[str, int] = {}
+        for state, reader in last.items():
+            if state in self.program.states and state in self.differentiated:
+                found[reader] = found.get(reader, 0) + nodes[state].tensor.gradient_bytes
+        return found
