@@ -8,7 +8,7 @@ import torch
 from helpers import traced
 from torch import nn
 
-from streamcnn.graph.program import Program
+from streamcnn.graph.program import Program, differentiated
 from streamcnn.plan.reading import READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
@@ -270,3 +270,16 @@ def test_a_resident_tail_holds_what_autograd_saves() -> None:
     assert terms["address space of compiled code"] == 2 * 2 * BACKEND.code_bytes
     inference = ResidentBytes(program, names, BACKEND, ()).step()
     assert terms_of(inference)["saved by the resident tail"] == 0
+
+
+@pytest.mark.parametrize("tail", [None, "conv2d"], ids=["in tiles", "whole"])
+def test_the_images_gradient_is_copied_out_in_the_end(tail: str | None) -> None:
+    program, _ = traced(make_net(), SHAPE, tail=tail)
+    everything = differentiated(program, [*program.states, program.image])
+    held = GlobalBytes(program, divide(program), everything, BACKEND).held
+    image = program.nodes[program.image].nbytes
+    terms = {term.name: term.nbytes for term in held.segments.at(0)}
+    assert terms["gradients of the image and of promoted values"] == 2 * image
+    if tail is None:
+        (flowing,) = (t for t in held.backward.at(1) if t.name.startswith("gradients of the image"))
+        assert flowing.nbytes == image

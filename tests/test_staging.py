@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import streaming_plan
+from helpers import assert_streamed_equals_plain, streaming_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import programs
@@ -213,3 +213,29 @@ def test_long_stretches_are_cut() -> None:
     assert max(uncut.phase(differentiated=True).halo) >= 60
     assert len(plan.phases) > 3
     assert all(max(phase.halo) <= 16 + 6 for phase in plan.phases)
+
+
+class Biases(nn.Module):
+    """A bias for every position of the second of three blocks, and parts of one parameter for two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(normalized(w) for w in (3, 6, 6))
+        self.bias = nn.Parameter(torch.rand(1, 1, *SHAPE[2:]))
+        self.scales = nn.Parameter(torch.rand(12, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.scales.exp().chunk(2)
+        x = self.blocks[0](x) * first
+        x = self.blocks[1](x) + self.bias.tanh()
+        return (self.blocks[2](x) * last).mean((2, 3))
+
+
+def test_what_follows_from_parameters_is_worked_out_when_it_is_needed() -> None:
+    program, plan = streaming_plan(Biases(), SHAPE, 16)
+    phases = {name: phase.level for phase in plan.phases for name in phase.nodes}
+    bias, first, last = (program.nodes[name] for name in ("tanh", "chunk.1", "chunk.2"))
+    # In time for the phases that read them, and for the first if there are several.
+    assert plan.levels[bias.name] == phases["conv2d_2"] - 1 > 1
+    assert {plan.levels[name] for name in ("exp", "chunk", first.name, last.name)} == {phases["conv2d_1"] - 1}
+    assert_streamed_equals_plain(Biases(), SHAPE, tile=16)

@@ -114,7 +114,7 @@ class GlobalBytes:
             if name in self.differentiated:
                 made, nbytes = staging.levels[name], nodes[name].nbytes
                 flowing[made + 1 : last + 1] += nbytes
-                taken[made:last] += nbytes
+                taken[made : last + 1] += nbytes
                 taken[made] += nbytes
         term = "gradients of the image and of promoted values"
         return LevelBytes.of(num_levels, (term, flowing)), LevelBytes.of(num_levels, (term, taken))
@@ -137,11 +137,13 @@ class GlobalBytes:
 
 
 def last_readers(program: Program, staging: Staging) -> dict[str, int]:
-    """The last level whose phase reads the image, and each of the values that are promoted to maps."""
+    """The last level that reads the image, and each of the values that are promoted to maps."""
+    reads = [(stage.level, name) for stage in staging.stages for name in stage.inputs]
+    gathers = (node for node in program.nodes.values() if node.kind is Kind.GATHER)
+    reads += [(staging.levels[node.name], node.operands[0]) for node in gathers]
     return {
-        name: stage.level
-        for stage in staging.stages
-        for name in stage.inputs
+        name: level
+        for level, name in sorted(reads)
         if name == program.image or program.nodes[name].kind is Kind.PROMOTED
     }
 

@@ -8,6 +8,7 @@ without a barrier do not pile up halo.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -166,15 +167,25 @@ def _delay(program: Program, levels: dict[str, int]) -> None:
     Such values can be as large as maps: the biases of attention by relative position are. Later ones are not
     there in earlier phases, nor are the gradients of earlier ones in the backward pass of later phases.
     """
+    free: set[str] = set()
+    for node in program.nodes.values():
+        is_value = node.kind in (Kind.GLOBAL, Kind.PROMOTED) and not draws(node.target)
+        if is_value and all(n in free or program.nodes[n].kind is Kind.STATE for n in node.operands):
+            free.add(node.name)
     latest: dict[str, int] = {}
     for node in reversed(list(program.nodes.values())):
-        is_free = node.kind in (Kind.GLOBAL, Kind.PROMOTED) and levels[node.name] == 0
-        if is_free and node.name in latest and not draws(node.target):
-            levels[node.name] = latest[node.name]
+        level = levels[node.name]
+        if node.name in free:
+            level = latest.get(node.name, level)
+            # The results of an operator stay together.
+            levels[node.name] = level if node.target is not operator.getitem else levels[node.name]
         # A map, and what is reduced, reads what an earlier level has made.
-        reads = levels[node.name] - (node.kind in (Kind.LOCAL, Kind.REDUCTION))
+        reads = level - (node.kind in (Kind.LOCAL, Kind.REDUCTION))
         for name in node.operands:
             latest[name] = min(latest.get(name, reads), reads)
+    for node in program.nodes.values():
+        if node.name in free and node.target is operator.getitem:
+            levels[node.name] = levels[node.operands[0]]
 
 
 def _level(program: Program, node: Node, levels: Mapping[str, int]) -> int:
