@@ -159,6 +159,22 @@ def test_a_result_of_an_operator_without_a_rule_is_written_too(tmp_path: Path) -
     torch.testing.assert_close(read(tmp_path / "map.zarr"), expected(model.net, an_image((90, 80))))
 
 
+def test_classes_may_have_names_of_any_text_but_in_tiff_files(tmp_path: Path) -> None:
+    """Tifffile takes a description that holds the word scanimage for one of another format."""
+    names = ("ground", "</OME>\n\u202e", "scanimage.SI. 腺", "\"'&")
+    model, image = StreamingModel(make_net()), an_image((90, 80))
+    model.predict_to(image, tmp_path / "map.zarr", output="classes", class_names=names)
+    attributes = zarr.open_group(tmp_path / "map.zarr").attrs.asdict()
+    assert attributes["class_names"] == list(names)
+    model.predict_to(image, tmp_path / "plain.zarr", output="classes")
+    assert list(zarr.open_group(tmp_path / "plain.zarr").attrs) == ["ome"]
+    model.predict_to(image, tmp_path / "map.tif", output="classes", class_names=names)
+    with tifffile.TiffFile(tmp_path / "map.tif") as file:
+        assert not file.is_scanimage
+    for path in ("map.zarr", "map.tif"):
+        assert torch.equal(read(tmp_path / path), read(tmp_path / "plain.zarr"))
+
+
 # --- where pixels lie ---------------------------------------------------------------------------------
 
 

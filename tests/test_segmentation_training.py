@@ -361,14 +361,14 @@ def test_a_loss_without_a_meaning_is_refused(values: dict[str, Any], text: str) 
         SegmentationLoss(**values)
 
 
-NEW_KEYS = ("task", "masks", "loss", "key")
+NEW_KEYS = ("task", "masks", "loss", "key", "class_names")
 
 
 def test_a_config_is_read_as_it_was_written() -> None:
     loss = SegmentationLoss(
         name="tversky", ignore_index=3, options={"alpha": 0.3, "beta": 0.7, "classes": [0, 1]}
     )
-    config = a_config(Path("/data"), masks="/masks", loss=loss, key="out")
+    config = a_config(Path("/data"), masks="/masks", loss=loss, key="out", class_names=("a", "b"))
     assert RunConfig.from_dict(config.to_dict()) == config
     old = {key: value for key, value in a_config(Path("/data")).to_dict().items() if key not in NEW_KEYS}
     assert RunConfig.from_dict(old).task == "classification"

@@ -76,7 +76,7 @@ def parse_extent(text: str) -> tuple[int, int]:
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:
-    """``"age,sex"`` as names of columns."""
+    """``"age,sex"`` as names, such as of columns."""
     return tuple(name.strip() for name in text.split(",")) if text else ()
 
 

@@ -85,10 +85,11 @@ def print_score(
             "iou": _numbers(score.iou.tolist()),
             "dice": _numbers(score.dice.tolist()),
             "num_images": len(images),
+            "class_names": trained.classes,
         }
         typer.echo(json.dumps(fields))
     else:
-        _print(found, len(images))
+        _print(found, len(images), trained.classes)
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:
@@ -96,16 +97,17 @@ def _numbers(values: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
 
 
-def _print(found: Segmented, num_images: int) -> None:
+def _print(found: Segmented, num_images: int, classes: Sequence[str] | None) -> None:
     """The scores as text, with those of each class that is there or found."""
+    from streamcnn.training.class_names import class_lines
+
     score = found.score
     typer.echo(
         f"mean IoU {score.mean_iou:.1%}, mean Dice {score.mean_dice:.1%}, pixels found {score.accuracy:.1%} "
         f"of {num_images} images, loss {found.loss:.4g}"
     )
-    for label, (iou, dice) in enumerate(zip(score.iou.tolist(), score.dice.tolist(), strict=True)):
-        if not math.isnan(iou):
-            typer.echo(f"  {label}: IoU {iou:.1%}, Dice {dice:.1%}")
+    for line in class_lines(score, classes):
+        typer.echo(line)
 
 
 def predict(
@@ -137,8 +139,9 @@ def predict(
                 output=(maps.map or MapKind.classes).value,
                 key=trained.config.key,
                 overwrite=maps.overwrite,
+                class_names=trained.classes,
             )
-        fields = {"image": str(path), "map": str(place)}
+        fields = {"image": str(path), "map": str(place), "class_names": trained.classes}
         typer.echo(json.dumps(fields) if as_json else printable(f"{path}: {place}"))
 
 

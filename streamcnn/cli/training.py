@@ -16,7 +16,8 @@ from streamcnn.cli.training_progress import TrainingProgress
 from streamcnn.errors import StreamError
 from streamcnn.support.extras import require
 from streamcnn.support.text import as_text
-from streamcnn.training import StoppedAtOnce, Terminated, Trainer, make_trainer, write_report
+from streamcnn.training import StoppedAtOnce, Terminated, Trainer, make_trainer, read_log, write_report
+from streamcnn.training.report import best_epoch
 
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Tile store, CSV file, or folder of classes or of images.")
@@ -62,7 +63,8 @@ def _run(trainer: Trainer, budget: int | None, out: Path) -> None:
         f"{result.num_updates} updates in {result.num_epochs} epochs; best validation {trainer.task.measure} "
         f"{result.best_score:.1%}: {result.best}"
     )
-    for line in (best, f"page: {write_report(out)}"):
+    classes = trainer.task.told_of_classes(best_epoch(trainer.task, read_log(out)))
+    for line in (best, *classes, f"page: {write_report(out)}"):
         console.print(as_text(line), soft_wrap=True, highlight=False)
 
 

@@ -87,6 +87,14 @@ class RunOptions:
         None
     )
     loss_option: KeyValues = None
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Of segmentation: what the classes from 0 on are called, a name for each; none can hold a "
+            "comma.",
+        ),
+    ] = None
     key: Annotated[
         str | None, typer.Option(help="Of several results of the model the one that is the map of scores.")
     ] = None
@@ -104,6 +112,7 @@ class RunOptions:
             masks=None if self.masks is None else str(local_path(self.masks).resolve()),
             loss=self._loss(),
             key=self.key,
+            class_names=None if self.class_names is None else parse_names(self.class_names),
             model=model,
             model_options=parse("--model-option", parse_key_values, self.model_option),
             data=str(local_path(data).resolve()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ def check_place(path: Path, *, overwrite: bool) -> None:
         raise CannotWrite(f"cannot write {path}: what is there is no map of this format; take it away first")
 
 
-def write_map(path: Path, source: ImageSource, placement: Placement) -> None:
+def write_map(
+    path: Path, source: ImageSource, placement: Placement, *, class_names: Sequence[str] | None = None
+) -> None:
     """Write a map to a path that :func:`check_place` has allowed, under another name until it is whole.
 
     Parameters
@@ -62,6 +64,9 @@ def write_map(path: Path, source: ImageSource, placement: Placement) -> None:
         The map (C, H, W).
     placement
         Of its pixels.
+    class_names
+        Of the classes 0, 1, …; OME-Zarr has them beside its own metadata, TIFF not at all, since its readers
+        take text in a description for other formats.
 
     Raises
     ------
@@ -73,8 +78,10 @@ def write_map(path: Path, source: ImageSource, placement: Placement) -> None:
     with writing(path, needed=needed, at_most=True):
         _remove(partial)
         try:
-            write = _write_zarr if path.suffix.lower() in _ZARR else _write_tiff
-            write(partial, source, placement, path.name)
+            if path.suffix.lower() in _ZARR:
+                _write_zarr(partial, source, placement, path.name, class_names)
+            else:
+                _write_tiff(partial, source, placement)
             _flush(partial)
             _put(partial, path)
         except BaseException:
@@ -82,8 +89,11 @@ def write_map(path: Path, source: ImageSource, placement: Placement) -> None:
             raise
 
 
-def _write_zarr(folder: Path, source: ImageSource, placement: Placement, name: str) -> None:
-    group = zarr.create_group(LocalStore(folder), attributes=_ome(placement, name))
+def _write_zarr(
+    folder: Path, source: ImageSource, placement: Placement, name: str, class_names: Sequence[str] | None
+) -> None:
+    named = {} if class_names is None else {"class_names": list(class_names)}
+    group = zarr.create_group(LocalStore(folder), attributes={**_ome(placement, name), **named})
     array = create_array(group, "0", source, chunk=piece_edge(source))
     for region in shards_of(source.shape[1:], array):
         write_shard(array, region, source)
@@ -98,7 +108,7 @@ def _ome(placement: Placement, name: str) -> dict[str, Any]:
     return {"ome": {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": [dataset]}]}}
 
 
-def _write_tiff(file: Path, source: ImageSource, placement: Placement, name: str) -> None:
+def _write_tiff(file: Path, source: ImageSource, placement: Placement) -> None:
     channels, height, width = source.shape
     flat = channels == 1
     dtype = np.dtype(str(source.dtype).removeprefix("torch."))

@@ -365,6 +365,7 @@ class StreamingModel(ModuleFacade):
         overwrite: bool = False,
         inputs: Sequence[Any] = (),
         named_inputs: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> Path:
         """Write the map that the module gives for one image to a file; the path of that.
 
@@ -390,6 +391,9 @@ class StreamingModel(ModuleFacade):
             Whether a map of the same format that is at ``path`` is replaced.
         inputs, named_inputs
             What else goes into the module after the image, in order and by name.
+        class_names
+            Of the classes 0, 1, …, which OME-Zarr keeps as the attribute ``class_names``; TIFF has no place
+            for them.
 
         Raises
         ------
@@ -408,7 +412,7 @@ class StreamingModel(ModuleFacade):
         def keep(store: Store) -> Tensor:
             nonlocal is_written
             found = as_stored_map(store)
-            write_map(place, found, placement_of(image).of_map(found.shape[1:]))
+            write_map(place, found, placement_of(image).of_map(found.shape[1:]), class_names=class_names)
             is_written = True
             return stands_in(store)
 

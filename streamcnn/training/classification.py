@@ -135,6 +135,10 @@ class Classification(Task[ImageDataset]):
             f"validation {epoch['validation_loss']:.4f}, {epoch['validation_accuracy']:.1%}"
         )
 
+    def told_of_classes(self, epoch: Mapping[str, Any]) -> Sequence[str]:
+        """Nothing: an epoch's line has no scores of classes."""
+        return ()
+
     def shown(
         self,
         epochs: Sequence[Mapping[str, Any]],

@@ -28,7 +28,7 @@ from streamcnn.training.settings import TrainSettings
 from streamcnn.training.task import Task
 
 RUN = "run.json"
-OF_TASKS = ("task", "inputs", "masks", "loss", "key")
+OF_TASKS = ("task", "inputs", "masks", "loss", "key", "class_names")
 """Values that a task is made of."""
 
 
@@ -57,6 +57,8 @@ class RunConfig:
     """For segmentation; None takes the cross-entropy."""
     key: str | None = None
     """For segmentation: which of several results of the model the scores are."""
+    class_names: tuple[str, ...] | None = None
+    """For segmentation: of the classes 0, 1, …; None where they are numbers."""
     inputs: tuple[str, ...] = ()
     """Columns of the CSV file whose numbers go into the model after the image, as one tensor (N, K)."""
     split: str = "train"
@@ -178,11 +180,12 @@ class RunConfig:
 
 
 def _classification(config: RunConfig) -> Classification:
-    given = [name for name in ("masks", "loss", "key") if getattr(config, name) is not None]
+    given = [name for name in ("masks", "loss", "key", "class_names") if getattr(config, name) is not None]
     if given:
+        of_names = "; a classifier's classes are called as its folders or the labels in its table are"
         raise ValueError(
             f"{' and '.join(given)}: allowed for the task segmentation, and this is {config.task}: take that "
-            "one, or leave them out"
+            f"one, or leave them out{of_names if 'class_names' in given else ''}"
         )
     return Classification(config.inputs)
 
@@ -199,7 +202,7 @@ def _segmentation(config: RunConfig) -> Segmentation:
             f"model={config.model!r}: allowed for segmentation are factories package.module:factory, such as "
             "segmentation_models_pytorch:Unet; timm's models give no maps"
         )
-    return Segmentation(config.masks, config.loss or SegmentationLoss(), config.key)
+    return Segmentation(config.masks, config.loss or SegmentationLoss(), config.key, config.class_names)
 
 
 _TASKS: Mapping[str, Callable[[RunConfig], Task[Any]]] = {

@@ -47,6 +47,22 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
+def best_epoch(task: Task[Any], lines: Sequence[Line]) -> Line:
+    """The line of a run's log that is of the epoch with the best weights.
+
+    Raises
+    ------
+    RunMismatch
+        If none of its epochs is over, or the log is of another task.
+    """
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    if not epochs:
+        raise RunMismatch("no epoch of the run is over: train it on")
+    if any(task.detail not in line for line in epochs):
+        raise RunMismatch(f"the log is not of a {task.name}: put back what `streamcnn train` wrote")
+    return max(epochs, key=lambda line: line[task.logged])
+
+
 def render_report(
     config: RunConfig, lines: Sequence[Line], validation: Images, folder: Path | None = None
 ) -> str:
@@ -70,14 +86,10 @@ def render_report(
     MissingExtra
         If matplotlib is not installed.
     """
+    task = config.make_task()
+    best = best_epoch(task, lines)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     updates = [line for line in lines if line["kind"] == "update"]
-    if not epochs:
-        raise RunMismatch("no epoch of the run is over: train it on")
-    task = config.make_task()
-    if any(task.detail not in line for line in epochs):
-        raise RunMismatch(f"the log is not of a {task.name}: put back what `streamcnn train` wrote")
-    best = max(epochs, key=lambda line: line[task.logged])
     title = f"{config.model} on {Path(config.data).name}"
     found = task.shown(epochs, best, validation, folder)
     curves = f"{found.curves}{_loss(epochs, task.loss_name)}{_memory(updates, config)}"
@@ -111,6 +123,8 @@ td.right { outline: 1px solid #8a94a6; outline-offset: -2px; }
 .mistakes { display: flex; flex-wrap: wrap; gap: 16px; }
 .mistakes figure { margin: 0; font-size: 13px; width: 260px; overflow-wrap: anywhere; }
 .mistakes figcaption span { font-weight: 400; color: #5b6675; }
+th.name, td.name { text-align: left; overflow-wrap: anywhere; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; overflow-wrap: anywhere; }
 .chip { display: inline-block; width: 14px; height: 14px; vertical-align: middle; }
 .triples { display: flex; flex-wrap: wrap; gap: 20px 32px; }
 .triples figure { margin: 0; display: flex; flex-wrap: wrap; gap: 6px; font-size: 13px; color: #5b6675; }

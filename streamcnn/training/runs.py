@@ -44,8 +44,12 @@ def make_trainer(
     ------
     DatasetMismatch, ValueError
         If there are no such images, masks or inputs, or no such model.
+    RunMismatch
+        If the run's file has names of classes that cannot be such.
     """
-    if divides_by_type(_found(folder)):
+    found = _found(folder)
+    config = _named_as_before(config, found, folder / RUN)
+    if divides_by_type(found):
         config = replace(config, normalise=replace(config.normalise, divisor="type"))
     task = config.make_task()
     images, validation = config.datasets()
@@ -94,7 +98,7 @@ class TrainedRun:
     model: StreamingModel
     """With the best weights, in eval mode."""
     classes: tuple[str, ...] | None
-    """Names of the labels 0, 1, …; None where labels are numbers."""
+    """Names of the labels or classes 0, 1, …; None where they are numbers."""
     choice: ImageChoice
     """How the files of the training images were read; of a tile store, when it was written."""
     update: int
@@ -198,6 +202,17 @@ def _found(folder: Path) -> Mapping[str, Any]:
     except (OSError, RunMismatch):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _named_as_before(config: RunConfig, found: Mapping[str, Any], where: Path) -> RunConfig:
+    """The config, with the names of classes that the run's file has, if none are given to go on with."""
+    names = found.get("class_names")
+    if config.class_names is not None or not isinstance(names, list) or found.get("task") != config.task:
+        return config
+    try:
+        return replace(config, class_names=tuple(names))
+    except ValueError as error:
+        raise RunMismatch(f"{where}: {error}") from None
 
 
 def _read(folder: Path) -> tuple[RunConfig, _Made]:

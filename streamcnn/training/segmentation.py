@@ -22,6 +22,7 @@ from streamcnn.metrics import SegmentationScore, class_overlaps
 from streamcnn.plan.plan import Plan
 from streamcnn.runtime.fake_result import fake_result
 from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.training.class_names import class_lines, require_as_many, require_names
 from streamcnn.training.naming import listed, naming
 from streamcnn.training.segmentation_loss import SegmentationLoss
 from streamcnn.training.segmentation_page import keep_maps, pictured, shown, step_of
@@ -72,11 +73,17 @@ class Segmentation(Task[MaskDataset]):
     settings: SegmentationLoss = field(default_factory=SegmentationLoss)
     key: str | None = None
     """Which of several results of the model the scores are; None if it is the only one."""
+    names: tuple[str, ...] | None = None
+    """Of the classes 0, 1, …; None where they are numbers."""
 
     name = "segmentation"
     measure = "mean IoU"
     logged = "validation_mean_iou"
     detail = "overlaps"
+
+    def __post_init__(self) -> None:
+        if self.names is not None:
+            require_names(self.names)
 
     @property
     def loss_name(self) -> str:
@@ -99,6 +106,7 @@ class Segmentation(Task[MaskDataset]):
             "label_smoothing": settings.label_smoothing,
             "loss_options": dict(settings.options),
             "key": self.key,
+            "class_names": self.names and list(self.names),
         }
 
     # --- data ----------------------------------------------------------------------------------------
@@ -134,8 +142,9 @@ class Segmentation(Task[MaskDataset]):
         """The channels of the model's result, of which a single one is two classes."""
         return None if model is None else max(self._num_channels(model, images), 2)
 
-    def class_names(self, images: MaskDataset) -> None:
-        """Masks hold numbers."""
+    def class_names(self, images: MaskDataset) -> tuple[str, ...] | None:
+        """Those that were given: masks hold numbers."""
+        return self.names
 
     def open_batch(self, images: MaskDataset, positions: Sequence[int], where: str) -> Batch:
         """The images, and a list of their masks."""
@@ -184,7 +193,7 @@ class Segmentation(Task[MaskDataset]):
         Raises
         ------
         DatasetMismatch
-            If it is no map of scores, or there are not as many weights as classes.
+            If it is no map of scores, or there are not as many weights or names as classes.
         """
         source, _ = images[0]
         with naming("the first image", [0], [source.name]):
@@ -209,6 +218,8 @@ class Segmentation(Task[MaskDataset]):
                 f"there are {len(weights)} class_weights, and the model tells {max(channels, 2)} classes "
                 "apart: give one for each"
             )
+        if self.names is not None:
+            require_as_many(self.names, max(channels, 2))
         return channels
 
     def plan(self, model: StreamingModel, images: MaskDataset, batch_size: int, device: torch.device) -> Plan:
@@ -281,6 +292,10 @@ class Segmentation(Task[MaskDataset]):
             f"mean IoU {epoch['validation_mean_iou']:.1%}, mean Dice {epoch['validation_mean_dice']:.1%}"
         )
 
+    def told_of_classes(self, epoch: Mapping[str, Any]) -> list[str]:
+        """IoU and Dice of each class that is there or found."""
+        return class_lines(SegmentationScore(torch.tensor(epoch["overlaps"])), self.names)
+
     def shown(
         self,
         epochs: Sequence[Mapping[str, Any]],
@@ -289,7 +304,7 @@ class Segmentation(Task[MaskDataset]):
         folder: Path | None,
     ) -> Shown:
         """Curves, scores of each class, and images with their masks and the maps that were kept."""
-        return shown(epochs, best, images, folder, ignored=self.settings.ignore_index)
+        return shown(epochs, best, images, folder, ignored=self.settings.ignore_index, names=self.names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,6 +26,7 @@ from streamcnn.support.disk import writing
 from streamcnn.support.documents import require_within
 from streamcnn.support.extras import require
 from streamcnn.support.text import html_text as escape
+from streamcnn.training.class_names import class_label
 from streamcnn.training.page_parts import EDGE, embedded, percentages
 from streamcnn.training.task import Shown
 
@@ -87,6 +88,7 @@ def shown(
     folder: Path | None,
     *,
     ignored: int | None,
+    names: Sequence[str] | None = None,
 ) -> Shown:
     """IoU and Dice over the epochs; the best one's scores of each class, and pictures.
 
@@ -96,6 +98,8 @@ def shown(
         As for `Task.shown`.
     ignored
         Value of pixels that do not count.
+    names
+        Of the classes 0, 1, …; None where they are numbers.
 
     Raises
     ------
@@ -114,29 +118,49 @@ def shown(
     }
     at = sorted(pictured(len(images)))
     figures = "".join(_figure(position, images, folder, ignored) for position in at)
+    score = SegmentationScore(torch.tensor(best["overlaps"]))
     legend = "Masks are drawn over the images in the colours of the table, class 0 in none"
     legend += "" if ignored is None else f", pixels of {ignored}, which do not count, in white"
     return Shown(
         percentages(epochs, "Validation", curves),
-        f"<h2>Scores of each class</h2>{_scores(SegmentationScore(torch.tensor(best['overlaps'])))}"
-        f"<h2>{len(at)} of {len(images)} validation images</h2><p>{legend}.</p>"
+        f"<h2>Scores of each class</h2>{_scores(score, names)}"
+        f"<h2>{len(at)} of {len(images)} validation images</h2><p>{legend}.</p>{_named_chips(names)}"
         f'<div class="triples">{figures}</div>',
     )
 
 
-def _scores(score: SegmentationScore) -> str:
-    """A row for each class: colour, scores, and its share of the pixels that count."""
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("class", "", "IoU", "Dice", "of all pixels"))
+def _scores(score: SegmentationScore, names: Sequence[str] | None) -> str:
+    """A row for each class: colour, name if it has one, scores, and its share of the pixels that count."""
+    named, blank = ("", "") if names is None else ('<th scope="col" class="name">name</th>', "<td></td>")
+    heads = '<th scope="col">class</th><th scope="col"></th>' + named
+    heads += "".join(f'<th scope="col">{column}</th>' for column in ("IoU", "Dice", "of all pixels"))
     shares = score.overlaps[2] / score.overlaps[2].sum()
     rows = "".join(
-        f'<tr><th scope="row">{label}</th><td>{_chip(label)}</td>'
+        f'<tr><th scope="row">{label}</th><td>{_chip(label)}</td>{_name_cell(label, names)}'
         + "".join(f"<td>{_percent(float(value))}</td>" for value in values)
         + "</tr>"
         for label, values in enumerate(zip(score.iou, score.dice, shares, strict=True))
     )
     means = f"<td>{_percent(score.mean_iou)}</td><td>{_percent(score.mean_dice)}</td><td></td>"
-    mean = f'<tr><th scope="row">mean</th><td></td>{means}</tr>'
+    mean = f'<tr><th scope="row">mean</th><td></td>{blank}{means}</tr>'
     return f'<div class="scroll"><table><tr>{heads}</tr>{rows}{mean}</table></div>'
+
+
+def _name_cell(label: int, names: Sequence[str] | None) -> str:
+    """A cell of the table with a class's name; none where classes are numbers."""
+    if names is None:
+        return ""
+    return f'<td class="name">{escape(names[label] if label < len(names) else "")}</td>'
+
+
+def _named_chips(names: Sequence[str] | None) -> str:
+    """What the colours mean, as a line of the page; none where classes are numbers."""
+    if names is None:
+        return ""
+    chips = "".join(
+        f"<span>{_chip(label)} {escape(class_label(label, names))}</span>" for label in range(len(names))
+    )
+    return f'<p class="legend">{chips}</p>'
 
 
 def _chip(label: int) -> str:

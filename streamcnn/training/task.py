@@ -192,6 +192,10 @@ class Task(ABC, Generic[I]):
         """An epoch's line of the log in a few words."""
 
     @abstractmethod
+    def told_of_classes(self, epoch: Mapping[str, Any]) -> Sequence[str]:
+        """The scores of each class in an epoch's line of the log, as lines for a terminal."""
+
+    @abstractmethod
     def shown(
         self, epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], images: I, folder: Path | None
     ) -> Shown:
