@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ def interleaved() -> Any:
     """Blocks on several threads, entered and left in 200 random orders."""
     own = 2**40
     resource.setrlimit(resource.RLIMIT_DATA, (own, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    baseline = Baseline.now()
+    baseline = without_libraries()
     wrong = []
     chance = random.Random(0)
     with ThreadPoolExecutor(3) as threads:
@@ -385,8 +386,31 @@ def code(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, access)
 
 
+def without_libraries() -> Baseline:
+    """A baseline that does not know of pages of files, of which any line may bring some."""
+    return replace(Baseline.now(), file_bytes=None)
+
+
+def library_code() -> Any:
+    """The limit before and after pages of a file are read, 10 MB and then 40 MB of them."""
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(40 * MB))
+        file.flush()
+        with (
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library,
+            DataLimit(60 * MB) as limit,
+        ):
+            limits = [soft_limit()]
+            for nbytes in (10 * MB, 40 * MB):
+                for place in range(0, nbytes, mmap.PAGESIZE):
+                    library[place]
+                limit.check()
+                limits.append(soft_limit())
+    return limits
+
+
 def compiled_code() -> Any:
-    with DataLimit(30 * MB) as limit:
+    with DataLimit(30 * MB, baseline=without_libraries()) as limit:
         limits = [soft_limit()]
         with code(25 * MB) as compiled:
             for _ in range(5):
@@ -440,6 +464,7 @@ CASES = (
     children,
     compiled_code,
     code_that_is_not_looked_for,
+    library_code,
 )
 
 if __name__ == "__main__":

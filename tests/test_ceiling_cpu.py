@@ -20,6 +20,7 @@ from streamcnn.ceiling import allocator, cpu, heap, process
 from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.errors import StreamError
+from streamcnn.planning.backends.cpu import RUNTIME_BYTES
 
 MB = 10**6
 
@@ -200,6 +201,14 @@ def test_code_compiled_since_is_left_out_when_the_limit_is_checked(results: Any)
     # But for the part of it that is touched, in huge pages perhaps.
     assert 20 * MB - 2**21 <= checked - first <= 20 * MB + mmap.PAGESIZE
     assert last == first
+
+
+@linux_only
+def test_library_code_that_has_run_is_taken_off_the_limit(results: Any) -> None:
+    first, some, many = results["library_code"]
+    assert 10 * MB <= first - some <= 14 * MB
+    # No more than plans reserve for it: other files may be mapped too.
+    assert first - many == pytest.approx(RUNTIME_BYTES, abs=2**16)
 
 
 @linux_only

@@ -2,10 +2,11 @@
 
 Two different numbers, both the kernel's own. The *limit* counts the data segment: every private
 writable page that was asked for, touched or not, and thread stacks at full length. The *peak*
-counts resident memory: pages that were touched, those of library code that runs for the first time
-among them (some 10 MB for a first convolution), so it may pass the budget by that much. Memory from
-``calloc`` that nobody wrote to is refused by the first and unknown to the second. Enforcing the limit does
-not depend on the peak; see ``streamcnn.ceiling.peak`` for what is known of that.
+counts resident memory: pages that were touched, those of library code among them that runs for the first
+time, some 10 MB for a first convolution. They are taken off the limit once a step has run it, and until then
+the peak may pass the budget by them. Memory from ``calloc`` that nobody wrote to is refused by the first and
+unknown to the second. Enforcing the limit does not depend on the peak; see ``streamcnn.ceiling.peak`` for
+what is known of that.
 
 Memory that the heap holds free is handed out again without the kernel being asked. Its large holes are
 filled while a baseline is in use (``streamcnn.ceiling.heap``), and small ones count as taken. Where those
@@ -56,6 +57,9 @@ _HEAP_LEAST = 2**24
 """What is taken off a budget for bytes that the heap holds free, at most: one in so many of the budget's, or
 so many if that is more."""
 
+_MOST_LIBRARIES = 3 * 2**23
+"""What is taken off a budget for library code, at most: what plans reserve for the run time."""
+
 HIGH_WATER, SAMPLED = "VmHWM", "VmRSS, sampled"
 """What a peak of resident memory is read from: the kernel's own mark of it, or samples, which may miss it."""
 
@@ -74,6 +78,8 @@ class Baseline:
     """Resident memory less free kept blocks; None if unknown."""
     free_bytes: int = 0
     """Part of the data segment that the heap holds free and hands out again."""
+    file_bytes: int | None = None
+    """Resident pages of files, library code above all; None if unknown."""
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
     """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
     others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
@@ -101,6 +107,7 @@ class Baseline:
             None if data is None else data - free_block_bytes() - untouched_code_bytes(),
             None if resident is None else resident - resident_free_block_bytes(),
             free_heap_bytes(),
+            status_bytes("RssFile"),
             holes,
         )
 
@@ -333,7 +340,16 @@ class DataLimit:
             raise _not_enforced()
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
         others = sum(self._baseline.others.values())
-        return self._baseline.data_bytes + untouched_code_bytes() + budget - in_heap + others
+        room = budget - in_heap - self._library_bytes()
+        return self._baseline.data_bytes + untouched_code_bytes() + room + others
+
+    def _library_bytes(self) -> int:
+        """Bytes of library code that has run for the first time: resident, and no part of the data segment.
+
+        Other files may be mapped too, so no more than is reserved for the run time.
+        """
+        before, now = self._baseline.file_bytes, status_bytes("RssFile")
+        return 0 if before is None or now is None else min(max(0, now - before), _MOST_LIBRARIES)
 
     def _peak(self) -> Peak | None:
         """The peak less what the baseline had, and never less than nothing."""
