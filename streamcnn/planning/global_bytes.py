@@ -110,12 +110,12 @@ class GlobalBytes:
         """
         num_levels, nodes = len(self.num_kernels), program.nodes
         flowing, taken = np.zeros(num_levels, np.int64), np.zeros(num_levels, np.int64)
-        for name, last in last_readers(program, staging).items():
-            if name in self.differentiated:
-                made, nbytes = staging.levels[name], nodes[name].nbytes
-                flowing[made + 1 : last + 1] += nbytes
-                taken[made : last + 1] += nbytes
-                taken[made] += nbytes
+        names = with_gradient_maps(program, self.differentiated)
+        for name, last in last_readers(program, staging, names).items():
+            made, nbytes = staging.levels[name], nodes[name].nbytes
+            flowing[made + 1 : last + 1] += nbytes
+            taken[made : last + 1] += nbytes
+            taken[made] += nbytes
         term = "gradients of the image and of promoted values"
         return LevelBytes.of(num_levels, (term, flowing)), LevelBytes.of(num_levels, (term, taken))
 
@@ -136,16 +136,20 @@ class GlobalBytes:
         return nbytes
 
 
-def last_readers(program: Program, staging: Staging) -> dict[str, int]:
-    """The last level that reads the image, and each of the values that are promoted to maps."""
-    reads = [(stage.level, name) for stage in staging.stages for name in stage.inputs]
+def with_gradient_maps(program: Program, differentiated: Collection[str]) -> frozenset[str]:
+    """The image and values that are promoted to maps, as far as they have gradients."""
+    promoted = (node.name for node in program.nodes.values() if node.kind is Kind.PROMOTED)
+    return frozenset((program.image, *promoted)).intersection(differentiated)
+
+
+def last_readers(program: Program, staging: Staging, names: Collection[str]) -> dict[str, int]:
+    """The last level that reads each of the maps ``names``."""
+    if not names:
+        return {}
+    reads = [(stage.level, name) for stage in staging.stages for name in stage.inputs if name in names]
     gathers = (node for node in program.nodes.values() if node.kind is Kind.GATHER)
-    reads += [(staging.levels[node.name], node.operands[0]) for node in gathers]
-    return {
-        name: level
-        for level, name in sorted(reads)
-        if name == program.image or program.nodes[name].kind is Kind.PROMOTED
-    }
+    reads += [(staging.levels[n.name], n.operands[0]) for n in gathers if n.operands[0] in names]
+    return {name: level for level, name in sorted(reads)}
 
 
 def _readers_elsewhere(program: Program, levels: Mapping[str, int]) -> dict[str, set[Kind]]:

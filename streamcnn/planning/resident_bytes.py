@@ -96,7 +96,6 @@ class ResidentBytes:
 
     def step(self) -> Step:
         """The worst moment."""
-        nodes = self.program.nodes
         inner = self._array({name: self._inner(name) for name in self.names})
         workspace = self._array({name: self._workspace(name) for name in self.names})
         beside = self._beside.cumsum()
@@ -129,7 +128,7 @@ class ResidentBytes:
                     num_sizes(self.program, self.names, Routine.MATRIX_PRODUCT),
                 ),
             ),
-            "" if worst is None else nodes[self.names[worst]].name,
+            "" if worst is None else self.names[worst],
             sum(nbytes for nbytes in sizes if nbytes < self.backend.reusable_bytes),
         )
 

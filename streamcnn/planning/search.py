@@ -23,7 +23,7 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
-from streamcnn.planning.global_bytes import GlobalBytes, last_readers
+from streamcnn.planning.global_bytes import GlobalBytes, last_readers, with_gradient_maps
 from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
@@ -146,6 +146,7 @@ class Search:
         self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
         self._results = frozenset(self.program.results.values())
         self._global_bytes: tuple[Mapping[str, int], Mapping[str, int], GlobalBytes] | None = None
+        self._with_gradient_maps = with_gradient_maps(self.program, tilings.differentiated)
         self._rows: dict[Stage, StageRow] = {}
         self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
         self._tables: dict[Staging, CandidateTable] = {}
@@ -337,7 +338,8 @@ class Search:
     def global_bytes(self, staging: Staging) -> GlobalBytes:
         """What is not cut into tiles, worked out once for a staging and all that recompute more of it."""
         # Recomputing a map changes stages, not levels or segments.
-        readers, known = last_readers(self.program, staging), self._global_bytes
+        readers = last_readers(self.program, staging, self._with_gradient_maps)
+        known = self._global_bytes
         if known is None or known[0] is not staging.levels or known[1] != readers:
             tilings = self.tilings
             global_bytes = GlobalBytes(

@@ -177,8 +177,9 @@ def _delay(program: Program, levels: dict[str, int]) -> None:
         level = levels[node.name]
         if node.name in free:
             level = latest.get(node.name, level)
-            # The results of an operator stay together.
-            levels[node.name] = level if node.target is not operator.getitem else levels[node.name]
+            # The results of an operator stay together, see below.
+            if node.target is not operator.getitem:
+                levels[node.name] = level
         # A map, and what is reduced, reads what an earlier level has made.
         reads = level - (node.kind in (Kind.LOCAL, Kind.REDUCTION))
         for name in node.operands:
