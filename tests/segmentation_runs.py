@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def write_pairs(
 
 def write_factories(folder: Path) -> None:
     (folder / "segmenting_nets.py").write_text(MODULE)
+
+
+def importable_place(folder: Path) -> Path:
+    """``folder`` with images, masks, a table of them and factories of models, which can be imported."""
+    write_pairs(folder)
+    write_factories(folder)
+    sys.path.insert(0, str(folder))
+    return folder
 
 
 def a_config(data: Path, **changes: Any) -> RunConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import tifffile
 import torch
 import zarr
 from hostile import change_json, make_run
-from segmentation_runs import FACTORY, IGNORED, a_config, draw_pair, write_factories, write_pairs
+from segmentation_runs import FACTORY, IGNORED, a_config, draw_pair, importable_place
 
 from streamcnn.data.mask_dataset import MaskDataset
 from streamcnn.errors import DatasetMismatch, RunMismatch
@@ -36,12 +35,7 @@ LOSS = SegmentationLoss(ignore_index=IGNORED)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, masks, a table of them and factories of models, which can be imported."""
-    folder = tmp_path_factory.mktemp("named")
-    write_pairs(folder)
-    write_factories(folder)
-    sys.path.insert(0, str(folder))
-    return folder
+    return importable_place(tmp_path_factory.mktemp("named"))
 
 
 def named(place: Path, out: Path, names: str | None = ",".join(NAMES), *options: str) -> list[str]:

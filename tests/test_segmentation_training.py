@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from segmentation_runs import FACTORY, IGNORED, a_config, draw_pair, write_factories, write_pairs
+from segmentation_runs import FACTORY, IGNORED, a_config, draw_pair, importable_place, write_pairs
 from test_training_resumed import Killed, after_step, kill
 from torch import Tensor, nn
 from training_runs import assert_equal, final_state, log_without_times
@@ -45,12 +44,7 @@ LOSS = SegmentationLoss(name="cross_entropy+dice", ignore_index=IGNORED)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, masks, a table of them and factories of models, which can be imported."""
-    folder = tmp_path_factory.mktemp("segmentation")
-    write_pairs(folder)
-    write_factories(folder)
-    sys.path.insert(0, str(folder))
-    return folder
+    return importable_place(tmp_path_factory.mktemp("segmentation"))
 
 
 def lines_of(folder: Path, kind: str) -> list[dict[str, Any]]:
