@@ -53,7 +53,7 @@ class BackwardTile:
                 torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
             )
         del outputs, gradients
-        return _told_apart(found)
+        return told_apart(found)
 
     def _recompute(self) -> None:
         step = self.step
@@ -156,7 +156,7 @@ class BackwardTile:
                 _walk(tapped.grad_fn, reached)
 
 
-def _told_apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def told_apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients, each a tensor of its own in the same memory where somebody else has it too.
 
     Its memory then tells that it is shared, and is not added to in place. Autograd may give the same tensor

@@ -24,7 +24,7 @@ from streamcnn.execution.build_step import Arrivals
 from streamcnn.execution.combiner import Combiner
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.exchange import Exchange, Tile
-from streamcnn.execution.global_graph import GlobalGraph, Results
+from streamcnn.execution.global_graph import GlobalGraph, Results, SegmentRunner
 from streamcnn.execution.maps import ImageReader, Maps, OpenStore
 from streamcnn.execution.step import Compute, MakeCompute, Step
 from streamcnn.execution.steps import Steps
@@ -79,8 +79,9 @@ class Execution:
 
     ``before_part`` is called before the tiles of a phase and before a segment, in each direction.
     ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
-    the pass by raising. ``make_compute`` gives what carries out a step. ``steps`` are those of the plan, if
-    an earlier pass has made some. ``images`` are the image and what is read by regions beside it, by node.
+    the pass by raising. ``make_compute`` gives what carries out a step, ``runner`` carries out segments where
+    it can. ``steps`` are those of the plan, if an earlier pass has made some. ``images`` are the image and
+    what is read by regions beside it, by node.
     """
 
     def __init__(
@@ -93,13 +94,14 @@ class Execution:
         *,
         steps: Steps | None = None,
         make_compute: MakeCompute = compute_eagerly,
+        runner: SegmentRunner | None = None,
         before_part: Callable[[PassPart], None] = _nothing,
         after_step: Callable[[StepShape], None] = _nothing,
         observer: Observer | None = None,
     ) -> None:
         self.program = program
         self.plan = plan
-        self.global_graph = GlobalGraph(program, states, plan.differentiated, plan.levels)
+        self.global_graph = GlobalGraph(program, states, plan.differentiated, plan.levels, runner)
         self.reports: list[PhaseReport] = []
         self._steps = steps or Steps(program, plan)
         self._make_compute = make_compute

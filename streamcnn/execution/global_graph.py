@@ -7,9 +7,10 @@ phases have delivered their gradients, and before any earlier one has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,43 @@ from streamcnn.graph.program import Kind, Node, Program, TensorSpec, has_gradien
 from streamcnn.plan.plan import Segment
 
 Results = tuple[Tensor, ...]
+
+
+class SegmentCall(NamedTuple):
+    """A segment as a function of tensors."""
+
+    leaves: tuple[str, ...]
+    """Global values of other segments and states that it reads."""
+    barriers: tuple[tuple[str, int], ...]
+    """Its reductions and gathers, each with the number of its results."""
+    nodes: tuple[str, ...]
+    """What it computes, in order."""
+    results: tuple[str, ...]
+    """What is read of that outside of the segment."""
+    gathered: tuple[str, ...]
+    """Gathered maps that are read outside of it."""
+
+
+class SegmentRunner(Protocol):
+    """Carries out segments in another way than operator by operator, where it can."""
+
+    def call(self, segment: Segment) -> SegmentCall | None:
+        """What it reads and gives; ``None`` if it cannot be carried out so in the present grad mode."""
+
+    def run(self, segment: Segment, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The results, given leaves and results of barriers; ``None`` if it is not for such as these."""
+
+    def note(self, segment: Segment, call: SegmentCall, inputs: Sequence[Tensor]) -> None:
+        """It was carried out operator by operator."""
+
+
+def evaluate(node: Node, value_of: Callable[[str], Any]) -> Any:
+    """What a node that computes global values gives, given the values of others by name."""
+    assert node.target is not None
+    args, kwargs = substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
+    target = cost_of(node.target).on_whole or node.target
+    with as_recorded(grad=node.grad, casts=node.casts):
+        return target(*args, **kwargs)
 
 
 @dataclass(slots=True)
@@ -42,8 +80,10 @@ class GlobalGraph:
         states: Mapping[str, Tensor],
         differentiated: frozenset[str],
         levels: Mapping[str, int],
+        runner: SegmentRunner | None = None,
     ) -> None:
         self.program = program
+        self._runner = runner
         self.differentiated = differentiated
         self.values: dict[str, Any] = {name: tensor.detach() for name, tensor in states.items()}
         """Detached values by node name; states included."""
@@ -61,10 +101,12 @@ class GlobalGraph:
         """Evaluate a segment; ``barrier`` gives the results of its reductions and gathers."""
         current = _Record()
         with torch.set_grad_enabled(record):
-            for name in segment.nodes:
-                current.values[name] = self._evaluate(self.program.nodes[name], current, barrier)
-                for dead in self._last_uses.get(name, ()):
-                    current.values.pop(dead, None)
+            if not self._run_otherwise(segment, current, barrier):
+                for name in segment.nodes:
+                    current.values[name] = self._evaluate(self.program.nodes[name], current, barrier)
+                    for dead in self._last_uses.get(name, ()):
+                        current.values.pop(dead, None)
+                self._note(segment, current)
         for name, value in current.values.items():
             if isinstance(value, Tensor):
                 self.values[name] = value.detach()
@@ -73,25 +115,58 @@ class GlobalGraph:
 
     def _evaluate(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Any:
         if node.kind is not Kind.GLOBAL:
-            results = tuple(self._leaf(node.name, tensor) for tensor in barrier(node))
-            current.barriers[node.name] = results
-            if node.kind is Kind.GATHER:
-                return results[0]
-            self.results[node.name] = tuple(tensor.detach() for tensor in results)
-            return results
-        assert node.target is not None
+            results = self._reached(node, current, barrier)
+            return results[0] if node.kind is Kind.GATHER else results
 
         def value_of(name: str) -> Any:
-            if name in current.values:
-                return current.values[name]
-            if name not in current.leaves:
-                current.leaves[name] = self._leaf(name, self.values[name])
-            return current.leaves[name]
+            return current.values[name] if name in current.values else self._read(name, current)
 
-        args, kwargs = substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
-        target = cost_of(node.target).on_whole or node.target
-        with as_recorded(grad=node.grad, casts=node.casts):
-            return target(*args, **kwargs)
+        return evaluate(node, value_of)
+
+    def _reached(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
+        """The results of a reduction or gather, which autograd ends at."""
+        if node.name not in current.barriers:
+            results = tuple(self._leaf(node.name, tensor) for tensor in barrier(node))
+            current.barriers[node.name] = results
+            if node.kind is not Kind.GATHER:
+                self.results[node.name] = tuple(tensor.detach() for tensor in results)
+        return current.barriers[node.name]
+
+    def _read(self, name: str, current: _Record) -> Tensor:
+        """A value of another segment, which autograd ends at."""
+        if name not in current.leaves:
+            current.leaves[name] = self._leaf(name, self.values[name])
+        return current.leaves[name]
+
+    def _run_otherwise(self, segment: Segment, current: _Record, barrier: Callable[[Node], Results]) -> bool:
+        """Have the segment's runner carry it out; whether it did."""
+        call = None if self._runner is None else self._runner.call(segment)
+        if self._runner is None or call is None:
+            return False
+        for name in call.leaves:
+            self._read(name, current)
+        for name, _ in call.barriers:
+            self._reached(self.program.nodes[name], current, barrier)
+        found = self._runner.run(segment, _inputs(current))
+        if found is not None:
+            current.values.update(zip(call.results, found, strict=True))
+            current.values.update({name: current.barriers[name][0] for name in call.gathered})
+        return found is not None
+
+    def _note(self, segment: Segment, current: _Record) -> None:
+        """Tell the runner what was carried out without it."""
+        if self._runner is None:
+            return
+        kinds = {name: self.program.nodes[name].kind for name in segment.nodes}
+        read = [name for name, value in current.values.items() if isinstance(value, Tensor)]
+        call = SegmentCall(
+            leaves=tuple(current.leaves),
+            barriers=tuple((name, len(results)) for name, results in current.barriers.items()),
+            nodes=tuple(name for name, kind in kinds.items() if kind is Kind.GLOBAL),
+            results=tuple(name for name in read if kinds[name] is Kind.GLOBAL),
+            gathered=tuple(name for name in read if kinds[name] is Kind.GATHER),
+        )
+        self._runner.note(segment, call, _inputs(current))
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
         leaf = tensor.detach()
@@ -157,6 +232,11 @@ class GlobalGraph:
             elif gradients[0] is not None:
                 gathered[name] = gradients[0]
         return gathered
+
+
+def _inputs(record: _Record) -> list[Tensor]:
+    """What a segment reads: leaves, then results of barriers."""
+    return [*record.leaves.values(), *chain(*record.barriers.values())]
 
 
 def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:

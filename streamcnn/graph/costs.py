@@ -164,6 +164,9 @@ class Cost:
     """Whether no gradient passes through it."""
     draws: bool = False
     """Whether it takes random numbers from PyTorch's generators, if its tags do not say so."""
+    is_opaque: bool = False
+    """Whether its code does more than compute its result, or decides by values: a recording of the operators
+    that it calls would leave that out."""
 
 
 _UNDECLARED = Cost()

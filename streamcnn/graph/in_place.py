@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node as FxNode
 
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.costs import draws
+from streamcnn.graph.costs import Cost, declare, draws
 from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import Ref
 from streamcnn.graph.schemas import bound, operator_name, places_of_axes
@@ -206,6 +206,9 @@ def asserted(condition: Tensor, message: str) -> Tensor:
     if not is_fake(condition) and not bool(condition):
         raise AssertionError(message)
     return condition
+
+
+declare(asserted, cost=Cost(is_opaque=True))
 
 
 def is_detached(node: FxNode) -> bool:

@@ -206,6 +206,8 @@ class _Running:
         planned, shrink = self.passes.prepare(captured, spec, self.owner)
         reader.check(planned.plan)
         planned.plan.validate()
+        if self.owner.compiles:
+            planned.compiled.prepare(captured.device, spec.casts)
         run = Pass(planned, reader, captured, self.owner, shrink, self.keep)
         outputs = undoing(partial(self._outputs, run), partial(_undo, run, torch.is_grad_enabled()))
         by_name = dict(zip(planned.program.output_names, outputs, strict=True))

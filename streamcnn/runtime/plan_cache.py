@@ -15,6 +15,7 @@ from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.tracing import Trace
 from streamcnn.ceiling.rooms import Room
 from streamcnn.data.map_reader import MapReader
+from streamcnn.execution.compiled import Compiled
 from streamcnn.execution.steps import Steps
 from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import Program, differentiated
@@ -36,12 +37,15 @@ class Planned:
 
     program: Program
     plan: Plan
+    steps: Steps
+    compiled: Compiled
     carried_out: set[StepShape] = field(default_factory=set)
-    """Shapes of steps that have been carried out: what is compiled for them once is there."""
-    steps: Steps = field(init=False)
+    """Shapes of steps that have been carried out: what libraries compile for them once is there."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", Steps(self.program, self.plan))
+    @classmethod
+    def of(cls, program: Program, plan: Plan) -> Planned:
+        """A plan that was never carried out."""
+        return cls(program, plan, Steps(program, plan), Compiled(program))
 
 
 class PlanCache:
@@ -91,12 +95,17 @@ def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
         for old, new in zip(known.nodes, graph.nodes, strict=True)
         if isinstance(old.target, Whole)
     }
+    constants = {name: graph.constants[name] for name in planned.program.constants}
+    if not targets:
+        return replace(planned, program=replace(planned.program, constants=constants))
     nodes = {
         name: replace(node, target=targets[id(node.target)]) if id(node.target) in targets else node
         for name, node in planned.program.nodes.items()
     }
-    constants = {name: graph.constants[name] for name in planned.program.constants}
-    return replace(planned, program=replace(planned.program, nodes=nodes, constants=constants))
+    program = replace(planned.program, nodes=nodes, constants=constants)
+    found = replace(Planned.of(program, planned.plan), carried_out=planned.carried_out)
+    found.compiled.refuse("its own functions and hooks are other ones in every pass")
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +150,7 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
             read,
             keeps_results=spec.keeps_results,
         )
-        return Planned(*make_plan(trace.program, spec, machine, gradients))
+        return Planned.of(*make_plan(trace.program, spec, machine, gradients))
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:

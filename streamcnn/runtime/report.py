@@ -35,6 +35,9 @@ class Report:
     is_shared: bool = False
     """Whether another pass of this process ran at the same time: ``measured_bytes`` is the process's, so what
     that one held counts too, and the lower ceiling of both held."""
+    num_compiled: int | None = None
+    """Parts of the pass that are compiled, as ``compile=True`` asks for; ``None`` without it. A first pass
+    has none: what it meets is compiled before the next one."""
 
     @property
     def bytes_moved(self) -> int:
@@ -51,6 +54,8 @@ class Report:
         ]
         if self.num_retries:
             lines.append(f"memory was refused: begun again {self.num_retries} times with smaller tiles")
+        if self.num_compiled is not None:
+            lines.append(f"{self.num_compiled} parts of it are compiled")
         if self.is_shared:
             lines.append("another pass ran at the same time: the peak is that of both")
         if self.waiting_bytes:

@@ -21,6 +21,7 @@ from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.source_batch import SourceBatch
 from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
+from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
@@ -46,6 +47,7 @@ class PassOwner(Protocol):
 
     budget: int | None
     spill: Path | None
+    compiles: bool
     last_report: Report | None
     observer: Observer | None
 
@@ -148,6 +150,8 @@ class Pass:
             },
             self.stores.open,
             steps=planned.steps,
+            make_compute=planned.compiled.steps if self.owner.compiles else compute_eagerly,
+            runner=planned.compiled.segments if self.owner.compiles else None,
             before_part=_keeping(self.ceiling, self.plan),
             after_step=_checked(self.ceiling, planned.carried_out),
             observer=self.owner.observer,
@@ -262,9 +266,11 @@ class Pass:
         """Begin with smaller tiles, or raise ``error`` if there are none.
 
         If code was not looked for, begin as before, and look: only so much of it is kept, and some may have
-        been dropped for another model's.
+        been dropped for another model's. If parts were compiled, begin without: a plan knows what operators
+        take one by one.
         """
-        again = self.planned if self.is_trusting else self.shrink(self.plan)
+        as_before = self.is_trusting or self.planned.compiled.give_up()
+        again = self.planned if as_before else self.shrink(self.plan)
         self.planned.carried_out.clear()
         if again is None:
             raise error
@@ -375,6 +381,7 @@ class Pass:
             baseline_bytes=self.ceiling.baseline_bytes,
             waiting_bytes=self.waiting_bytes,
             is_shared=self.is_shared,
+            num_compiled=self.planned.compiled.num_parts if self.owner.compiles else None,
         )
 
 

@@ -76,6 +76,11 @@ class StreamingModel(ModuleFacade):
         results do not fit into bytes.
     device
         Where to compute; the module is moved there. ``None`` leaves it where it is.
+    compile
+        Whether what is computed for tiles is compiled by Inductor, as ``torch.compile`` does for whole
+        modules. A plan's first pass runs as it is; before the second one what it has met is compiled, which
+        may take minutes. Results are the same up to rounding. What cannot be compiled runs as it is, with a
+        warning.
 
     Raises
     ------
@@ -100,12 +105,14 @@ class StreamingModel(ModuleFacade):
         spill: str | os.PathLike[str] | None = None,
         preprocess: Preprocess | None = None,
         device: torch.device | str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(net)
         self.budget = parse_bytes(budget)
         self.tile = _as_tile(tile)
         self.spill = _as_folder(spill)
         self.preprocess = preprocess
+        self.compiles = compile
         self.last_report: Report | None = None
         self.observer: Observer | None = None
         """Told when a part of a pass begins and when it ends."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense
 from streamcnn.graph.costs import Cost, Operation, Saves, declare, elements
@@ -216,10 +215,15 @@ def functional_batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Train-mode batch norm that returns the new running statistics and changes nothing."""
-    mean, var = running_mean.clone(), running_var.clone()
-    momentum = 0.0 if isinstance(rate, FakeTensor) else float(rate)
     enabled = torch.backends.cudnn.enabled
-    return torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
+    if not isinstance(rate, Tensor):
+        mean, variance = running_mean.clone(), running_var.clone()
+        y = torch.batch_norm(x, weight, bias, mean, variance, True, rate, eps, enabled)
+        return y, mean, variance
+    # A rate that is not known on the host mixes what the batch alone would leave behind.
+    mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, enabled)
+    return y, mixed(running_mean, mean, rate, 1.0), mixed(running_var, variance, rate, 1.0)
 
 
 @rule(aten.instance_norm.default, without_maps=True)

@@ -18,7 +18,8 @@ from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.flattening import Whole
+from streamcnn.graph.costs import Cost, declare
+from streamcnn.graph.flattening import GradientHook, Whole
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule, rule_for
@@ -31,6 +32,10 @@ _SAME_SHAPE = frozenset({"alias", "clone", "detach", "expand", "view", "_unsafe_
 """Operators that are the identity of positions where they keep the shape."""
 _SCALING = frozenset({"mul", "div", "masked_fill", "where"})
 _ADDING = frozenset({"add", "sub", "neg"})
+
+
+# The user's own code may print, count or look at values.
+declare(Whole, GradientHook, cost=Cost(is_opaque=True))
 
 
 @rule(Whole)

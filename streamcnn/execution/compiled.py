@@ -1,0 +1,88 @@
+"""What of a plan is compiled: steps of its phases, and segments.
+
+How tensors lie in memory is known when they have been computed. So the first pass of a plan runs operator by
+operator and notes what it meets. Before the next one that is compiled, where no limit on memory holds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from streamcnn.execution.compiled_segments import CompiledSegments
+from streamcnn.execution.compiled_steps import CompiledSteps
+from streamcnn.execution.compiler import Candidate, Compile, by_inductor, lacks_a_compiler
+from streamcnn.graph.program import Program
+
+
+class Compiled:
+    """The compiled parts of one plan, of which there are none at first."""
+
+    def __init__(self, program: Program, compile_module: Compile = by_inductor) -> None:
+        self.steps = CompiledSteps(compile_module)
+        self.segments = CompiledSegments(program, compile_module)
+        self._is_over = False
+        self._refusal: str | None = None
+
+    @property
+    def num_parts(self) -> int:
+        """Steps and segments that are compiled, counted for each way in which their inputs lie."""
+        return self.steps.num_compiled + self.segments.num_compiled
+
+    def prepare(self, device: torch.device, casts: torch.dtype | None) -> None:
+        """Compile what earlier passes have met.
+
+        What cannot be compiled goes on operator by operator, and a warning tells of it. Where nothing can be
+        compiled at all, for want of a compiler, nothing more is tried.
+
+        Parameters
+        ----------
+        device
+            Where passes run.
+        casts
+            What autocast casts to there; ``None`` for no casts.
+        """
+        if self._refusal is not None:
+            warnings.warn(f"compile=True: nothing is compiled of this model: {self._refusal}", stacklevel=2)
+        if self._is_over:
+            return
+        candidates = [*self.steps.candidates(device, casts), *self.segments.candidates(device, casts)]
+        failures: list[tuple[Candidate, Exception]] = []
+        for candidate in candidates:
+            try:
+                candidate.compile()
+            except Exception as error:
+                failures.append((candidate, error))
+                self._is_over = lacks_a_compiler(error)
+                if self._is_over:
+                    break
+        if failures:
+            warnings.warn(_told(failures, len(candidates), nothing_more=self._is_over), stacklevel=2)
+
+    def refuse(self, reason: str) -> None:
+        """Compile nothing, and have every pass say why."""
+        self._is_over, self._refusal = True, reason
+
+    def give_up(self) -> bool:
+        """Run everything operator by operator from now on; whether anything was compiled."""
+        was_compiled, self._is_over = self.num_parts > 0, True
+        self.steps.drop()
+        self.segments.drop()
+        return was_compiled
+
+
+def _told(failures: Sequence[tuple[Candidate, Exception]], num_tried: int, *, nothing_more: bool) -> str:
+    """What a user is told of what could not be compiled."""
+    (first, error), *_ = failures
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if nothing_more:
+        return (
+            f"compile=True: nothing can be compiled here: {reason}. Passes run operator by operator, with "
+            "the same results; install what is missing, or leave compile= out"
+        )
+    return (
+        f"compile=True: {len(failures)} of {num_tried} parts of a pass cannot be compiled and run operator "
+        f"by operator, with the same results; the first is {first.name}: {reason}"
+    )

@@ -1,0 +1,179 @@
+"""Steps of phases compiled as they are: functions of tensors, recorded as one graph of ATen's operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from streamcnn.execution.backward_tile import told_apart
+from streamcnn.execution.compiler import Candidate, Compile, Placement, Placements, refuse_opaque
+from streamcnn.execution.eager import compute_eagerly
+from streamcnn.execution.step import Compute, Computed, Step
+from streamcnn.graph.autocast import autocast
+
+_KINDS = 4
+"""Kinds of tiles that are compiled of a phase in one direction, the commonest: the others are few tiles."""
+
+
+class CompiledSteps:
+    """Gives what carries out the steps of one plan, in the place of :func:`compute_eagerly`."""
+
+    def __init__(self, compile_module: Compile) -> None:
+        self._compile = compile_module
+        self._kinds: dict[int, _Kind] = {}
+
+    def __call__(self, step: Step) -> Compute:
+        """What carries out a step: compiled, if that was done for inputs that lie alike."""
+        # By identity: steps are kept with the plan, and comparing them would take longer than many a tile.
+        return self._kinds.setdefault(id(step), _Kind(step)).compute
+
+    @property
+    def num_compiled(self) -> int:
+        """Steps that are compiled, counted for each way in which their inputs lie."""
+        return sum(len(kind.compiled) for kind in self._kinds.values())
+
+    def candidates(self, device: torch.device, casts: torch.dtype | None) -> list[Candidate]:
+        """What is worth compiling of what has been met since this was asked last.
+
+        Parameters
+        ----------
+        device, casts
+            Where steps run, and what autocast casts to there; ``None`` for no casts.
+        """
+        groups: dict[str, list[_Kind]] = {}
+        for kind in self._kinds.values():
+            groups.setdefault(f"phase {kind.step.level} {kind.step.direction}", []).append(kind)
+        return [
+            Candidate(name, partial(kind.compile, inputs, device, casts, self._compile))
+            for name, kinds in groups.items()
+            for kind, inputs in _commonest(kinds)
+        ]
+
+    def drop(self) -> None:
+        """Let go of everything that is compiled."""
+        for kind in self._kinds.values():
+            kind.compiled.clear()
+
+
+@dataclass(slots=True)
+class _Kind:
+    """The computation of one kind of tile."""
+
+    step: Step
+    met: Counter[Placements] = field(default_factory=Counter)
+    """How often it was carried out on inputs that it is not compiled for yet."""
+    tried: set[Placements] = field(default_factory=set)
+    compiled: dict[Placements, Compute] = field(default_factory=dict)
+
+    def compute(self, inputs: list[Tensor]) -> Iterable[Computed]:
+        """The step's outputs."""
+        placements = tuple(map(Placement.of, inputs))
+        if placements in self.compiled:
+            return self.compiled[placements](inputs)
+        if placements not in self.tried:
+            self.met[placements] += 1
+        return compute_eagerly(self.step)(inputs)
+
+    def compile(
+        self, inputs: Placements, device: torch.device, casts: torch.dtype | None, compile_module: Compile
+    ) -> None:
+        """Have it compiled for inputs that lie as ``inputs`` do; tried once, whatever comes of it."""
+        self.tried.add(inputs)
+        self.compiled[inputs] = _compiled(self.step, inputs, device, casts, compile_module)
+
+
+def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Placements]]:
+    """What came up most often of one phase and direction, as far as not enough was tried before."""
+    met = [(count, kind, inputs) for kind in kinds for inputs, count in kind.met.items()]
+    for kind in kinds:
+        kind.met.clear()
+    room = max(0, _KINDS - sum(len(kind.tried) for kind in kinds))
+    best = sorted(met, key=itemgetter(0), reverse=True)[:room]
+    return [(kind, inputs) for _, kind, inputs in best]
+
+
+def _compiled(
+    step: Step,
+    inputs: Placements,
+    device: torch.device,
+    casts: torch.dtype | None,
+    compile_module: Compile,
+) -> Compute:
+    """A step as one compiled function.
+
+    It is recorded without memory, so operators that have other forms for real tensors are recorded in their
+    plain form, which can be compiled together with their neighbours.
+
+    Raises
+    ------
+    CannotCompile
+        If an operator cannot be recorded.
+    """
+    refuse_opaque(operator.node for operator in step.operators)
+    outputs: list[Any] = []
+    structure: pytree.TreeSpec
+
+    def run_step(*given: Tensor) -> list[Tensor]:
+        nonlocal structure
+        outputs[:], structure = pytree.tree_flatten([*compute_eagerly(step)(list(given))])
+        return [output for output in outputs if output is not None]
+
+    with FakeTensorMode(), torch.no_grad():
+        empty = [each.empty() for each in inputs]
+        with autocast(device, casts, cache=False):
+            graph = make_fx(run_step)(*empty)
+        is_there = [output is not None for output in outputs]
+        constants = _take_constants(graph)
+        # What is cast is in the graph.
+        with autocast(device, None):
+            run = compile_module(graph, empty)
+
+    def compute(given: list[Tensor]) -> Iterator[Computed]:
+        with autocast(device, None):
+            found = iter(told_apart([*run(*given)]))
+        given.clear()
+        values = iter([next(found) if constant is None else constant for constant in constants])
+        results = pytree.tree_unflatten([next(values) if there else None for there in is_there], structure)
+        del found, values
+        # One by one: what was handed over is let go of.
+        while results:
+            yield results.pop(0)
+
+    return compute
+
+
+def _take_constants(graph: GraphModule) -> list[Tensor | None]:
+    """Take results that are tensors of the code's own out of a graph.
+
+    Returns
+    -------
+    list of Tensor or None
+        Each result that was taken out; ``None`` for those that are left.
+    """
+    (end,) = graph.graph.find_nodes(op="output")
+    (results,) = end.args
+    constants = [_constant(graph, result) for result in results]
+    end.args = ([result for result, taken in zip(results, constants, strict=True) if taken is None],)
+    graph.recompile()
+    return constants
+
+
+def _constant(graph: GraphModule, result: FxNode) -> Tensor | None:
+    """What a result is that was written as a number, such as how many elements a tile has."""
+    if result.target is not torch.ops.aten.lift_fresh_copy.default:
+        return None
+    (origin,) = result.all_input_nodes
+    value: Tensor = getattr(graph, str(origin.target))
+    return value

@@ -1,0 +1,89 @@
+"""What compiles a function of tensors, and for tensors that lie how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from streamcnn.graph.costs import cost_of
+from streamcnn.graph.program import Node
+
+
+class Placement(NamedTuple):
+    """How a tensor lies in memory, and whether autograd follows it."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Placement:
+        """That of a tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+    def empty(self) -> Tensor:
+        """A tensor that lies so."""
+        return torch.empty_strided(
+            self.shape, self.stride, dtype=self.dtype, device=self.device, requires_grad=self.requires_grad
+        )
+
+
+Placements: TypeAlias = tuple[Placement, ...]
+Run: TypeAlias = Callable[..., Sequence[Tensor]]
+"""Takes tensors one by one and gives a list or tuple of them."""
+Compile: TypeAlias = Callable[[nn.Module, list[Tensor]], Run]
+"""Compiles a module that is a :data:`Run`, for inputs like those given, which have no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something that can be compiled."""
+
+    name: str
+    """As a user may be told of it."""
+    compile: Callable[[], None]
+
+
+class CannotCompile(Exception):
+    """There is no compiled form of what is asked for."""
+
+
+def refuse_opaque(nodes: Iterable[Node]) -> None:
+    """Refuse what a recording of operators would leave out a part of.
+
+    Raises
+    ------
+    CannotCompile
+        Naming the first such operator.
+    """
+    for node in nodes:
+        if cost_of(node.target).is_opaque:
+            raise CannotCompile(f"'{node.name}' does more than compute, or decides by values")
+
+
+def by_inductor(module: nn.Module, inputs: list[Tensor]) -> Run:
+    """A module compiled by Inductor, as ``torch.compile`` does it, but in the layouts that its inputs have.
+
+    Its random numbers are those that PyTorch draws without a compiler. Where inputs have gradients, so have
+    its results, and its backward pass, which takes place outside of autocast, is compiled with it.
+    """
+    from torch._functorch import config
+    from torch._inductor import compile as compile_graph
+
+    options = {"layout_optimization": False, "fallback_random": True}
+    with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
+        return cast("Run", compile_graph(cast("Any", module), cast("Any", inputs), options))
+
+
+def lacks_a_compiler(error: Exception) -> bool:
+    """Whether an error says that nothing at all can be compiled here."""
+    from torch._inductor import exc
+
+    reason = getattr(error, "inner_exception", error)
+    return isinstance(reason, (exc.InvalidCxxCompiler, exc.TritonMissing, exc.GPUTooOldForTriton))
