@@ -278,6 +278,17 @@ def test_streamed_is_plain_in_float64(name: str) -> None:
     assert found.max_error < 1e-7, found.explain()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(6, affine=False), nn.InstanceNorm2d(6), nn.GroupNorm(6, 6, affine=False)], ids=str
+)
+def test_norms_without_weights(norm: nn.Module, memory_format: torch.memory_format) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm, nn.Conv2d(6, 2, 3))
+    found = verify(net.to(GPU, memory_format=memory_format), (2, 3, 61, 53), tile=24)
+    assert found.num_tiles > 1
+    assert found.max_error < 1e-7, found.explain()
+
+
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_stores_away_from_the_device(

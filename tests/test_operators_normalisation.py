@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn import StreamingModel
+from streamcnn.graph.ops import normalization
 
 # --- normalisation ------------------------------------------------------------------------------------
 
@@ -43,6 +46,24 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 def test_normalization(case: Callable[[], nn.Module], train: bool) -> None:
     norm = case()
     assert_streamed_equals_plain(normalized(norm).train(train), SHAPE, tile=TILE)
+
+
+@by_name({name: NORMS[name] for name in ("batch, not affine", "instance", "group of one")})
+def test_gradients_of_weight_and_bias_are_made_like_a_weight(
+    monkeypatch: pytest.MonkeyPatch, case: Callable[[], nn.Module]
+) -> None:
+    """As on a card, whose kernel ends in an error where they are asked for and there is none."""
+    called: list[bool] = []
+
+    def backward(gradient: Tensor, x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+        *_, wanted = args
+        called.append(weight is not None or not (wanted[1] or wanted[2]))
+        return torch.ops.aten.native_batch_norm_backward(gradient, x, weight, *args)
+
+    monkeypatch.setattr(normalization, "aten", SimpleNamespace(native_batch_norm_backward=backward))
+    assert_streamed_equals_plain(normalized(case()), SHAPE, tile=TILE)
+    assert called
+    assert all(called)
 
 
 class NormOfGlobalValue(nn.Module):

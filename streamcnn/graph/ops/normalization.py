@@ -57,8 +57,10 @@ class _Normalize(torch.autograd.Function):
             grad_weight = product * slope
         else:
             saved = _no_statistics(x)
+            # On a card the gradients of weight and bias, asked for here, are made like the weight.
+            present = torch.ones_like(mean) if weight is None else weight
             grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
-                grads[0], x, weight, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
+                grads[0], x, present, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
             )
         # The sums over the tile are those that the affine parameters need already.
         grad_mean = -scale * grad_bias
