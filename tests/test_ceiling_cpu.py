@@ -232,6 +232,8 @@ def test_code_is_looked_for_where_there_may_be_some(results: Any) -> None:
         torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
         RuntimeError("FIND was unable to find an engine to execute this computation"),
         RuntimeError("GET was unable to find an engine to execute this computation"),
     ],

@@ -21,6 +21,8 @@ _CUDA_OUT_OF_MEMORY_TEXTS = (
     "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # the same in cuDNN 9, and of host memory
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     # cuDNN tried every algorithm of a convolution, and each was refused its workspace.
     "was unable to find an engine to execute this computation",
     "Unable to find a valid cuDNN algorithm to run convolution",
