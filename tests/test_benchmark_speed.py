@@ -278,8 +278,8 @@ class TestCases:
             "plain, channels_last",
             "plain, as it comes",
             "compiled",
-            "streamcnn, 1GB",
-            "streamcnn, 2GB",
+            "streamcnn, channels_last, 1GB",
+            "streamcnn, channels_last, 2GB",
         ]
 
     def test_the_standard_ones_can_be_told_apart(self) -> None:

@@ -70,7 +70,7 @@ KINDS = {
 }
 DEFAULT_KINDS = {
     "cpu": ("plain-kept", "plain", "checkpoint-kept", "checkpoint", "streamed"),
-    "cuda": ("plain-last", "plain", "checkpoint-last", "compiled", "compiled-half", "streamed"),
+    "cuda": ("plain-last", "plain", "checkpoint-last", "compiled", "compiled-half", "streamed-last"),
 }
 
 
