@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[HardwarePr
 def test_a_machine_is_measured_once(measured: list[HardwareProfile]) -> None:
     assert hardware_profile(CPU) == hardware_profile(CPU) == measured[0]
     assert len(measured) == 1
+
+
+def test_what_was_measured_with_is_given_back(
+    measured: list[HardwareProfile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[int] = []
+    ceiling = SimpleNamespace(empty_cache=lambda: emptied.append(len(measured)))
+    monkeypatch.setattr(calibration, "ceiling_for", lambda device: ceiling)
+    hardware_profile(CPU)
+    hardware_profile(CPU)
+    assert emptied == [1]
 
 
 def test_another_number_of_threads_is_another_machine(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from streamcnn.ceiling.device import ceiling_for
 from streamcnn.ceiling.kept_blocks import KeptBlocks, give_back, kept_blocks_available
 from streamcnn.errors import RatesUnusable, StreamError
 from streamcnn.geometry.regions import Interval, Region
@@ -70,6 +71,8 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
     rates = _rates(known.get(key), path)
     if rates is None:
         rates = calibrate(device)
+        # Plans do not know of memory that was kept after it.
+        ceiling_for(device).empty_cache()
         _write(path, {**known, key: asdict(rates)})
     return rates
 
