@@ -7,10 +7,11 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamcnn import StreamingModel
 from streamcnn.errors import RatesUnusable
@@ -51,6 +52,16 @@ def test_what_was_measured_with_is_given_back(
     hardware_profile(CPU)
     hardware_profile(CPU)
     assert emptied == [1]
+
+
+def test_a_pass_that_casts_has_others_rates_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[Any] = []
+    monkeypatch.setattr(calibration, "_seconds", lambda device, run: results.append(run()) or 1.0)
+    monkeypatch.setattr(calibration, "_fresh", lambda device: 1.0)
+    monkeypatch.setattr(calibration, "_stores", lambda *args: ({}, {}, {}))
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate(CPU)
+    assert {each.dtype for each in results if isinstance(each, Tensor)} == {torch.float32}
 
 
 def test_another_number_of_threads_is_another_machine(
