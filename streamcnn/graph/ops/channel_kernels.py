@@ -75,7 +75,6 @@ def sums(x: Tensor, gradient: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Te
 def plus_line(total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """``total + slope * (x - mean) + offset``."""
     one = torch.ones_like(mean)
-    count = torch.ones(1, dtype=torch.int32, device=x.device)
-    # It subtracts sums of gradients over a count: any numbers, where the count is one.
-    line = (-offset, -slope, count)
-    return torch.batch_norm_backward_elemt(beside(total, x), dense(x), mean, one, None, *line)
+    # It subtracts sums of gradients over a count: where that is -1, it adds them.
+    count = torch.full((1,), -1, dtype=torch.int32, device=x.device)
+    return torch.batch_norm_backward_elemt(beside(total, x), dense(x), mean, one, None, offset, slope, count)
