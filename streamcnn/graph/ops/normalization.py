@@ -37,20 +37,21 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, mean, variance, weight)
+        inverse = torch.rsqrt(variance + eps) if channel_kernels.fits(x) else None
+        ctx.save_for_backward(x, mean, variance, weight, inverse)
         ctx.eps = eps
-        if channel_kernels.fits(x):
-            return channel_kernels.normalised(x, mean, torch.rsqrt(variance + eps), weight, bias)
+        if inverse is not None:
+            return channel_kernels.normalised(x, mean, inverse, weight, bias)
         return torch.batch_norm(
             x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, variance, weight = ctx.saved_tensors
-        slope = torch.rsqrt(variance + ctx.eps)
+        x, mean, variance, weight, inverse = ctx.saved_tensors
+        slope = torch.rsqrt(variance + ctx.eps) if inverse is None else inverse
         scale = slope if weight is None else slope * weight
-        if channel_kernels.fits(x):
+        if inverse is not None:
             gradient = channel_kernels.beside(grads[0], x)
             grad_x = channel_kernels.scaled(gradient, scale)
             grad_bias, product = channel_kernels.sums(x, gradient, mean, slope)
