@@ -21,6 +21,7 @@ class Report:
     reading: str
     """Which counter ``measured_bytes`` comes from: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
     seconds: float
+    """Until all work was handed over: a GPU may compute on after that. So it is for each phase."""
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
     """How often memory was refused and the pass begun again with smaller tiles."""
