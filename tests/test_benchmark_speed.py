@@ -280,6 +280,8 @@ class TestCases:
             "compiled",
             "streamcnn, channels_last, 1GB",
             "streamcnn, channels_last, 2GB",
+            "streamcnn, compiled, 1GB",
+            "streamcnn, compiled, 2GB",
         ]
 
     def test_the_standard_ones_can_be_told_apart(self) -> None:

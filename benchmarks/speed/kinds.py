@@ -34,6 +34,8 @@ class Kind:
     """Keep each residual block's input alone and compute the block again in the backward pass."""
     activation_budget: float | None = None
     """``torch.compile``, keeping this part of the activations that it would keep by itself."""
+    compiles_parts: bool = False
+    """A streamed pass with ``compile=True``."""
 
     @property
     def serves_inference(self) -> bool:
@@ -66,11 +68,18 @@ KINDS = {
         ),
         Kind("streamed", "streamcnn", is_streamed=True),
         Kind("streamed-last", "streamcnn, channels_last", is_streamed=True, channels_last=True),
+        Kind(
+            "streamed-compiled",
+            "streamcnn, compiled",
+            is_streamed=True,
+            channels_last=True,
+            compiles_parts=True,
+        ),
     )
 }
 DEFAULT_KINDS = {
     "cpu": ("plain-kept", "plain", "checkpoint-kept", "checkpoint", "streamed"),
-    "cuda": ("plain-last", "plain", "checkpoint-last", "compiled", "compiled-half", "streamed-last"),
+    "cuda": ("plain-last", "plain", "checkpoint-last", "compiled", "compiled-half", "streamed-last", "streamed-compiled"),
 }
 
 

@@ -138,6 +138,7 @@ class Passes:
                 "reading": report.reading,
                 "retries": report.num_retries,
                 "moved_bytes": report.bytes_moved,
+                "compiled_parts": report.num_compiled,
             }
         if self._gauge is None:
             return {}
@@ -152,7 +153,7 @@ def _prepared(net: nn.Module, task: Task) -> nn.Module:
     if kind.is_streamed:
         # What is measured once for a machine is no part of a first pass.
         hardware_profile(next(net.parameters()).device)
-        return StreamingModel(net, kind.budget)
+        return StreamingModel(net, kind.budget, compile=kind.compiles_parts)
     if kind.checkpoints:
         if not hasattr(net, "set_grad_checkpointing"):
             raise SystemExit(f"{task.case.model} has no set_grad_checkpointing(), as timm's networks have")
