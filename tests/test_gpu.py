@@ -328,6 +328,22 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_same(found, expected, 5e-2)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("casts", [False, True])
+def test_compiled_parts(memory_format: torch.memory_format, casts: bool) -> None:
+    net = make_net().to(GPU, memory_format=memory_format)
+    image = torch.randn(SHAPE, device=GPU).to(memory_format=memory_format)
+    model, plain = StreamingModel(copy.deepcopy(net), "3GB", tile=(64, 131), compile=True), net
+    model.resident_tail = False
+    for _ in range(2):
+        model.zero_grad()
+        plain.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=casts):
+            assert_same(update(model, image), update(plain, image), 5e-2 if casts else 1e-3)
+    assert model.last_report is not None
+    assert model.last_report.num_compiled
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels for channels beside each other, each time that one is called."""
