@@ -79,7 +79,15 @@ KINDS = {
 }
 DEFAULT_KINDS = {
     "cpu": ("plain-kept", "plain", "checkpoint-kept", "checkpoint", "streamed"),
-    "cuda": ("plain-last", "plain", "checkpoint-last", "compiled", "compiled-half", "streamed-last", "streamed-compiled"),
+    "cuda": (
+        "plain-last",
+        "plain",
+        "checkpoint-last",
+        "compiled",
+        "compiled-half",
+        "streamed-last",
+        "streamed-compiled",
+    ),
 }
 
 
