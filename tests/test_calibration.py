@@ -54,6 +54,15 @@ def test_what_was_measured_with_is_given_back(
     assert emptied == [1]
 
 
+def test_random_numbers_are_as_if_nothing_had_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_seconds", lambda device, run: 1.0)
+    monkeypatch.setattr(calibration, "_fresh", lambda device: 1.0)
+    monkeypatch.setattr(calibration, "_stores", lambda *args: ({}, {}, {}))
+    before = torch.get_rng_state()
+    calibrate(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_pass_that_casts_has_others_rates_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[Any] = []
     monkeypatch.setattr(calibration, "_seconds", lambda device, run: results.append(run()) or 1.0)

@@ -78,10 +78,18 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
 
 
 def calibrate(device: torch.device) -> HardwareProfile:
-    """Measure the rates of ``device`` and of its stores; takes a few seconds and some 300 MB."""
+    """Measure the rates of ``device`` and of its stores; takes a few seconds and some 300 MB.
+
+    Random numbers that the caller draws later are as if nothing had been measured.
+    """
     fresh = _fresh(device)
     # Rates are kept: that the first pass casts is no matter to the next one.
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _kept_blocks(device):
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        _kept_blocks(device),
+    ):
         x = torch.rand(_TILE, device=device)
         channels = _TILE[1]
         dense = torch.rand(channels, channels, 3, 3, device=device)
