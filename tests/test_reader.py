@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 
@@ -96,6 +97,34 @@ def test_values_that_no_image_has_are_found_where_they_are(value: float, dtype: 
     ):
         reader.read(REGION)
     reader.read(Region(Interval(2, 8), Interval(5, 12)))
+
+
+def test_on_a_gpu_pixels_are_looked_at_together() -> None:
+    image = IMAGE / 100
+    image[1, 0, 8, 5] = math.nan
+    reader = BatchReader(image, CPU)
+    reader._settles_later = True
+    first, second = Region(Interval(2, 8), Interval(5, 12)), REGION
+    for region in (first, second, first):
+        reader.read(region)
+    with pytest.raises(CorruptImage, match=r"row 8, column 5: .* in rows 2\.\.8, columns 5\.\.11: allowed"):
+        reader.settle()
+    reader.settle()
+
+
+def test_a_pass_on_a_gpu_ends_with_a_corrupt_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(BatchReader, "_settles_later", later, raising=False)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1))
+    image = torch.randn(1, 3, 40, 30)
+    image[0, 1, 37, 2] = math.inf
+    before = copy.deepcopy(net.state_dict())
+    for tail in (True, False):
+        model = StreamingModel(net, tile=16)
+        model.resident_tail = tail
+        with pytest.raises(CorruptImage, match="channel 1 at row 37, column 2"):
+            model(image)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_infinities_of_both_signs_do_not_cancel() -> None:

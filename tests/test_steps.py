@@ -93,6 +93,9 @@ class Reader:
         self.touched()
         return self.image[:, :, region.rows.start : region.rows.stop, region.cols.start : region.cols.stop]
 
+    def settle(self) -> None:
+        """Nothing: the image is as it is."""
+
 
 class ToldStore(MemoryStore):
     """A store that tells of every read and write."""

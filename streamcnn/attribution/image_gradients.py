@@ -61,6 +61,7 @@ class ImageGradients:
         self._require_room(reader, held, beside, model.budget)
         self.image = reader.read(Region.whole(reader.shape[2:]))
         """(N, C, H, W), after ``preprocess``, on the model's device; not to be written to."""
+        reader.settle()
         reader.release()
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -51,5 +51,5 @@ class MapReader(SourceBatch):
         CorruptImage
             If they cannot be read.
         """
-        stored = self.read_stored(region).to(self.device)
+        stored = self.delivered(self.read_stored(region))
         return (stored[:, 0] if self._is_flat else stored).to(self.dtype)

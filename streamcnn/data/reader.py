@@ -56,6 +56,9 @@ class BatchReader(SourceBatch):
         self._preprocess = preprocess
         self._seen: tuple[int, int] | None = None
         """The least and the largest value of the pixels that were prepared so far."""
+        self._sums: list[tuple[Region, Tensor]] = []
+        """Regions that were read, with the sums of their pixels, which are to be looked at."""
+        self._settles_later = device.type == "cuda"
         stored = self._stored_shape()
         pixel = torch.ones((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=device)
         probe = self._prepared(pixel)
@@ -103,18 +106,41 @@ class BatchReader(SourceBatch):
         Raises
         ------
         CorruptImage
-            If pixels cannot be read, or are NaN or infinite.
+            If pixels cannot be read, or are NaN or infinite. That they are is told on a GPU by `settle`.
         DatasetMismatch
             If ``preprocess`` calculates with integers, and results do not fit their type.
         """
         stored = self.read_stored(region)
         self._check_arithmetic(stored)
         # Pixels as stored are the fewest bytes to copy to a GPU, and it converts them faster.
-        tile = self._prepared(stored.to(self.device))
+        tile = self._prepared(self.delivered(stored))
+        if self._settles_later:
+            self._sums.append((region, tile.sum()))
+        else:
+            self._require_finite(tile, region)
+        return tile
+
+    def settle(self) -> None:
+        """See that what was read on a GPU since this was called last holds finite pixels.
+
+        It waits for the GPU once.
+
+        Raises
+        ------
+        CorruptImage
+            If it does not.
+        """
+        sums, self._sums = self._sums, []
+        if not sums or torch.stack([total for _, total in sums]).isfinite().all():
+            return
+        for region, total in sums:
+            if not torch.isfinite(total):
+                self._require_finite(self._prepared(self.delivered(self.read_stored(region))), region)
+
+    def _require_finite(self, tile: Tensor, region: Region) -> None:
         # One pass over the sum finds any NaN or infinity without a mask of the tile's size.
         if not torch.isfinite(tile.sum()) and not torch.isfinite(tile).all():
             raise CorruptImage(self._describe_bad_pixel(tile, region))
-        return tile
 
     def _check_arithmetic(self, tile: Tensor) -> None:
         """Refuse integer arithmetic that wraps for values such as the tile's, when there are new ones."""

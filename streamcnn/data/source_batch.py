@@ -63,6 +63,15 @@ class SourceBatch:
             self._last = (region, _batch(tiles))
         return self._last[1]
 
+    def delivered(self, stored: Tensor) -> Tensor:
+        """Pixels where the model wants them. From memory that is pinned first, the host does not wait."""
+        if self.device.type == "cuda" and stored.device.type == "cpu":
+            stored = stored.pin_memory()
+        return stored.to(self.device, non_blocking=True)
+
+    def settle(self) -> None:
+        """Look at what was read since this was called last, as far as that waits for the device."""
+
     @property
     def held_bytes(self) -> int:
         """Bytes of decoded pixels that the images keep now: a part of what ``reading`` says is held."""

@@ -130,6 +130,7 @@ class Execution:
                     self._before_part(("segment forward", level))
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.global_graph.run(self._segments[level], self._barrier, record=self.plan.training)
+                        self._maps.settle_images()
                     self._after_step(("segment", "forward", level, 0, 0))
                 self._maps.free_read(level)
         except BaseException:
@@ -254,6 +255,8 @@ class Execution:
         part, during = (AGAIN, "backward") if direction == "again" else ("phase", direction)
         with self._observed(part, phase.level, during):
             yield
+            # Once a phase: where the pixels are on a GPU, this waits for it.
+            self._maps.settle_images()
         seconds = time.perf_counter() - start
         read, written = (now - then for now, then in zip(self._maps.bytes_moved, before, strict=True))
         self.reports.append(PhaseReport(phase.level, direction, phase.num_tiles, seconds, read, written))

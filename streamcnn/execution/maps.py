@@ -25,6 +25,9 @@ class ImageReader(Protocol):
     def read(self, region: Region) -> Tensor:
         """The pixels of ``region``, such as (N, C, h, w), in the model's dtype on the compute device."""
 
+    def settle(self) -> None:
+        """Raise what was wrong with pixels that were read, where that is not told at once."""
+
 
 OpenStore = Callable[[StoreSpec, Tier, tuple[int, int]], Store]
 """Opens an empty store, given a tile's extents as a hint for chunking."""
@@ -66,6 +69,11 @@ class Maps:
             value: Tensor = self._values[node.operands[0]]
             return crop(value, node.map_axes, Region.whole(node.size), part)
         return self._checkpoints[name].read(part)
+
+    def settle_images(self) -> None:
+        """Raise what was wrong with pixels that were read, where that is not told at once."""
+        for image in self._images.values():
+            image.settle()
 
     def read_whole(self, name: str) -> Tensor:
         """All of a map; not to be written to."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Adaptive, Sliding
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import Cost, declare, windows
+from streamcnn.graph.ops.constants import numbers
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
@@ -111,9 +112,9 @@ def _record(
 def window_means(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Means of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map."""
     for dim, axis, wanted, at_hand in zip((-2, -1), axes, out, origin, strict=True):
-        places, lengths = _window_places(axis, wanted, at_hand)
-        held = torch.arange(places.shape[1]) < lengths[:, None]
-        shares = held.to(x) / lengths[:, None].to(x)
+        places, lengths = _window_places(axis, wanted, at_hand, beside=x)
+        held = torch.arange(places.shape[1], device=x.device) < lengths[:, None]
+        shares = held.to(x.dtype) / lengths[:, None].to(x.dtype)
         x = (_windows(x, dim, places) * (shares if dim == -1 else shares[..., None])).sum(dim)
     return x
 
@@ -124,14 +125,14 @@ def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> T
     The gradient goes to the first of several equal ones in row order: to the first column of the first row.
     """
     for dim, axis, wanted, at_hand in zip((-1, -2), axes[::-1], out[::-1], origin[::-1], strict=True):
-        places, _ = _window_places(axis, wanted, at_hand)
+        places, _ = _window_places(axis, wanted, at_hand, beside=x)
         x = _windows(x, dim, places).max(dim).values
     return x
 
 
 def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Places in the whole map, counted in row order, of what :func:`window_maxima` finds."""
-    rows, cols = (_window_places(*axis)[0].to(x.device) for axis in zip(axes, out, origin, strict=True))
+    rows, cols = (_window_places(*axis, beside=x)[0] for axis in zip(axes, out, origin, strict=True))
     x, col = _windows(x, -1, cols).max(-1)
     row = _windows(x, -2, rows).max(-2).indices
     col = _windows(col, -2, rows).gather(-2, row.unsqueeze(-2)).squeeze(-2)
@@ -143,21 +144,23 @@ def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> T
 declare(window_means, window_maxima, window_places, cost=Cost(operations=windows))
 
 
-def _window_places(axis: Adaptive, wanted: Interval, at_hand: Interval) -> tuple[Tensor, Tensor]:
+def _window_places(
+    axis: Adaptive, wanted: Interval, at_hand: Interval, *, beside: Tensor
+) -> tuple[Tensor, Tensor]:
     """Where in ``at_hand`` each of the windows ``wanted`` lies, (count, longest), and its length, (count,).
 
-    Shorter windows end in repetitions of their last position.
+    Shorter windows end in repetitions of their last position. Both are on the device of ``beside``.
     """
     each = [axis.window(Interval(i, i + 1)) for i in range(wanted.start, wanted.stop)]
-    first = torch.tensor([window.start - at_hand.start for window in each])
-    lengths = torch.tensor([window.size for window in each])
-    offsets = torch.arange(int(lengths.max()))
+    first = numbers([window.start - at_hand.start for window in each], torch.int64, beside)
+    lengths = numbers([window.size for window in each], torch.int64, beside)
+    offsets = torch.arange(max(window.size for window in each), device=beside.device)
     return first[:, None] + torch.minimum(offsets, lengths[:, None] - 1), lengths
 
 
 def _windows(x: Tensor, dim: int, places: Tensor) -> Tensor:
     """``x`` at ``places``, (windows, positions in each), along ``dim``: positions become axis ``dim``."""
-    return torch.unflatten(x.index_select(dim, places.flatten().to(x.device)), dim, places.shape)
+    return torch.unflatten(x.index_select(dim, places.flatten()), dim, places.shape)
 
 
 class _Pyramid(nn.Module):

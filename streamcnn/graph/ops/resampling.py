@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding, reflected
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import NOTHING, Cost, Operation, Saves, declare, windows
+from streamcnn.graph.ops.constants import numbers
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
@@ -172,7 +173,7 @@ def gather_positions(
             continue
         shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
         weights = (
-            torch.tensor(each[wanted.start : wanted.stop], dtype=x.dtype, device=x.device).reshape(shape)
+            numbers(each[wanted.start : wanted.stop], x.dtype, beside=x).reshape(shape)
             for each in along.weights
         )
         x = torch.stack([part * weight for part, weight in zip(read, weights, strict=True)]).sum(0)
@@ -190,7 +191,7 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
     first, last = places[0], places[-1]
     if places == list(range(first, last + 1)):
         return x.narrow(axis, first, last + 1 - first)
-    return x.index_select(axis, torch.tensor(places, device=x.device))
+    return x.index_select(axis, numbers(places, torch.int64, beside=x))
 
 
 @rule(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.ops.constants import numbers
 from streamcnn.graph.ops.reduction_types import Partials, Reduction, exact, statistics_dtype
 
 Windows = tuple[Adaptive, Adaptive]
@@ -59,10 +60,10 @@ class WindowMeans(Reduction):
     def _counts(self, like: Tensor) -> Tensor:
         """Positions in each window, (rows, columns)."""
         rows, cols = (
-            torch.tensor(
+            numbers(
                 [windows.window(Interval(i, i + 1)).size for i in range(windows.count)],
-                dtype=like.dtype,
-                device=like.device,
+                like.dtype,
+                beside=like,
             )
             for windows in self.windows
         )

@@ -1,0 +1,20 @@
+"""Numbers that an operator's code works out for a tile, as tensors beside the tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamcnn.graph.flattening import is_fake
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tensor:
+    """``values`` as a tensor of shape (n,) on the device of ``beside``, for which the host does not wait.
+
+    From memory that is not pinned it would wait until the device has done all that it was given before.
+    """
+    if not beside.is_cuda or is_fake(beside):
+        return torch.tensor(values, dtype=dtype, device=beside.device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(beside.device, non_blocking=True)
