@@ -25,6 +25,8 @@ from streamcnn.graph.autocast import autocast
 
 _KINDS = 4
 """Kinds of tiles that are compiled of a phase in one direction, the commonest: the others are few tiles."""
+_MOST = 1024
+"""Steps that are known: there are more only where each tile is of its own kind."""
 
 
 class CompiledSteps:
@@ -37,6 +39,8 @@ class CompiledSteps:
     def __call__(self, step: Step) -> Compute:
         """What carries out a step: compiled, if that was done for inputs that lie alike."""
         # By identity: steps are kept with the plan, and comparing them would take longer than many a tile.
+        if id(step) not in self._kinds and len(self._kinds) >= _MOST:
+            return compute_eagerly(step)
         return self._kinds.setdefault(id(step), _Kind(step)).compute
 
     @property
