@@ -131,6 +131,13 @@ def coarser_attention(x: Tensor) -> Tensor:
     return map_of((tokens_of(x) @ keys.transpose(1, 2)).softmax(-1) @ keys, x)
 
 
+def sums_over_positions(x: Tensor) -> Tensor:
+    """Keys times values of all tokens, which are column by column or in windows of a grid."""
+    grids = ("n c h w -> n (w h) c", "n c (h p) (w q) -> n (h p w q) c", "n c (h p) (w q) -> n (h w p q) c")
+    sums = [rearrange(x, grid, **({"p": 2, "q": 3} if "p" in grid else {})) for grid in grids]
+    return torch.stack([tokens.transpose(1, 2) @ tokens.sin() for tokens in sums])
+
+
 MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "layers on tokens": Layers(),
     "attention within windows": Windows(fused=False),
@@ -169,6 +176,7 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "products by equations": products_by_equations,
     "attention of channels first": attention_of_channels_first,
     "linear attention with a column of ones": linear_attention,
+    "keys times values of turned tokens": sums_over_positions,
     "attention to a coarser grid": coarser_attention,
     "attention to a coarser grid, fused": lambda x: F.scaled_dot_product_attention(
         tokens_of(x)[:, None], *[tokens_of(F.avg_pool2d(x, 2))[:, None]] * 2
@@ -208,6 +216,10 @@ RESIDENT: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
 @by_name(RESIDENT)
 def test_other_uses_of_merged_axes_are_resident(case: nn.Module | Callable[[Tensor], Tensor]) -> None:
     assert_streams(case, EVEN, resident=True)
+
+
+def test_positions_in_another_order_are_not_paired() -> None:
+    assert_streams(lambda x: x.flatten(2) @ tokens_of(x.mT).sin(), (2, 3, 18, 18), resident=True)
 
 
 def test_no_whole_map_is_taken_for_windows() -> None:

@@ -351,10 +351,10 @@ def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any
     ndim = len(first.runs)
     turned = (*range(ndim - 2), *first.span(-1), ndim - 2)
     columns = tracer.stream(Call(aten.permute.default, (first.ref, turned), {}))
-    shape, other = tracer.spec(columns).shape, tracer.spec(second.ref).shape
-    if len(second.runs) != ndim or shape[:-1] != other[:-1]:
-        return NotStreamable("it sums over all positions of operands of different shapes")
-    return products.over_positions(tracer, columns, second.ref)
+    shapes = [tracer.spec(ref).shape[:-1] for ref in (columns, second.ref)]
+    if len(second.runs) != ndim or shapes[0] != shapes[1] or tracer.axes(columns) != tracer.axes(second.ref):
+        return NotStreamable("it sums over all positions of operands that have them in different shapes")
+    return products.over_positions(tracer, columns, second.ref, second.span(-2))
 
 
 def _einsum(tracer: FoldingTracer, call: Call) -> Any:

@@ -148,8 +148,11 @@ def _is_map(tracer: Tracer, value: Any) -> bool:
     return isinstance(value, Ref) and tracer.axes(value) is not None
 
 
-def over_positions(tracer: Tracer, first: Ref, second: Ref) -> Ref:
-    """Record a product that sums over all positions, of maps (..., H, W, K) and (..., H, W, M)."""
+def over_positions(tracer: Tracer, first: Ref, second: Ref, positions: range) -> Ref:
+    """Record a product that sums over the axes ``positions``, of maps (..., H, W, K) and (..., H, W, M).
+
+    Both axes of space are among them, in either order, and others may be.
+    """
     shape, axes = tracer.spec(first).shape, tracer.axes(first)
     assert axes is not None
     beside = Call(aten.cat.default, ([first, second], -1), {})
@@ -160,7 +163,7 @@ def over_positions(tracer: Tracer, first: Ref, second: Ref) -> Ref:
         axes=axes,
         accesses={first.name: Access(), second.name: Access()},
     )
-    reduction = ProductSum(tracer.spec(joined).shape, axes, False, shape[-1])
+    reduction = ProductSum(tracer.spec(joined).shape, tuple(positions), False, shape[-1])
     result: Ref = tracer.reduce(reduction, joined)[0]
     return result
 
