@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -220,6 +221,23 @@ def test_other_uses_of_merged_axes_are_resident(case: nn.Module | Callable[[Tens
 
 def test_positions_in_another_order_are_not_paired() -> None:
     assert_streams(lambda x: x.flatten(2) @ tokens_of(x.mT).sin(), (2, 3, 18, 18), resident=True)
+
+
+TURNED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "added": lambda x, y: x + y.sin(),
+    "joined": lambda x, y: torch.cat((x, y), 1).sin(),
+    "compared": F.mse_loss,
+    "multiplied": lambda x, y: x @ y.transpose(1, 2),
+    "attended to": lambda x, y: F.scaled_dot_product_attention(x[:, None], y[:, None], y[:, None]),
+}
+
+
+@by_name(TURNED)
+def test_as_many_windows_or_positions_in_another_order(case: Callable[[Tensor, Tensor], Tensor]) -> None:
+    windows = "n c (h p) (w q) -> (n h w) (p q) c", "n c (h p) (w q) -> (n w h) (p q) c"
+    by_rows, by_columns = (partial(rearrange, pattern=each, p=2, q=2) for each in windows)
+    assert_streams(lambda x: case(by_rows(x), by_columns(x)), EVEN, resident=True)
+    assert_streams(lambda x: case(x.flatten(2), x.mT.flatten(2)).sin(), EVEN, resident=True)
 
 
 def test_no_whole_map_is_taken_for_windows() -> None:

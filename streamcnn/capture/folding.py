@@ -199,7 +199,7 @@ def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
     added = like.dim() - max(len(value.runs) for value in folded)
     first = max(folded, key=lambda value: len(value.runs))
     maps = [value for value in values_of(call) if isinstance(value, Ref) and tracer.axes(value) is not None]
-    if maps or any(first.runs[-len(value.runs) :] != value.runs for value in folded):
+    if maps or not all(_is_merged_like(tracer, value, first) for value in folded):
         return NotStreamable("its operands have their axes of space merged differently")
     extents = tracer.spec(first.ref).shape
 
@@ -212,6 +212,27 @@ def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
 
     translated = Call(call.target, *_mapped(apart, call))
     return as_seen(tracer, tracer.stream(translated), (1,) * added + first.runs, like.shape)
+
+
+def _is_merged_like(tracer: FoldingTracer, value: Folded, first: Folded) -> bool:
+    """Whether a map has the axes merged that ``first`` has, of the same extents or of one position.
+
+    As many positions can be of other extents: those of a map that was turned.
+    """
+    before = len(first.runs) - len(value.runs)
+    pairs = [
+        (_parts(tracer, value, axis), _parts(tracer, first, axis + before)) for axis in range(len(value.runs))
+    ]
+    return all(
+        len(own) == len(others) and (len(own) == 1 or own == others or 1 in map(math.prod, (own, others)))
+        for own, others in pairs
+    )
+
+
+def _parts(tracer: FoldingTracer, value: Folded, axis: int) -> tuple[int, ...]:
+    """The extents of the map's axes behind one that the code sees."""
+    extents = tracer.spec(value.ref).shape
+    return tuple(extents[i] for i in value.span(axis))
 
 
 def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int]) -> Ref:
@@ -249,7 +270,8 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     parts = like if isinstance(like, (tuple, list)) else (like,)
     values = values_of(call)
     first = next(value for value in values if isinstance(value, Folded))
-    if any(value.runs != first.runs for value in values if isinstance(value, Folded)) or any(
+    folded = [value for value in values if isinstance(value, Folded)]
+    if any(value.runs != first.runs or not _is_merged_like(tracer, value, first) for value in folded) or any(
         tracer.axes(value) is not None or len(tracer.spec(value).shape) > 1
         for value in values
         if isinstance(value, Ref)
@@ -367,9 +389,8 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
     parts: dict[str, tuple[int, ...]] = {}
     for term, value in zip(terms, operands, strict=True):
         if isinstance(value, Folded):
-            extents = tracer.spec(value.ref).shape
             for axis, letter in enumerate(term):
-                part = tuple(extents[i] for i in value.span(axis))
+                part = _parts(tracer, value, axis)
                 if parts.setdefault(letter, part) != part:
                     return NotStreamable("its operands have their axes of space merged differently")
     unused = iter(sorted(set(ascii_letters) - set(equation)))
@@ -437,7 +458,7 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
     for each in operands:
         if _place(tracer, each) is None:
             translated.append(_apart(tracer, each.ref, first, extents))
-        elif each.runs == first.runs:
+        elif each.runs == first.runs and _is_merged_like(tracer, each, first):
             translated.append(each.ref)
         else:
             return NotStreamable("its operands have their axes of space merged differently")
@@ -446,7 +467,7 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
     call = Call(target, (*translated, *call.args[len(translated) :]), call.kwargs)
     if isinstance(mask, Ref) and tracer.axes(mask) is None:
         call = call.replaced("attn_mask", _apart(tracer, mask, first, extents))
-    elif isinstance(mask, Folded) and mask.runs == first.runs:
+    elif isinstance(mask, Folded) and mask.runs == first.runs and _is_merged_like(tracer, mask, first):
         call = call.replaced("attn_mask", mask.ref)
     elif mask is not None:
         return NotStreamable("its mask has axes of space merged differently")
