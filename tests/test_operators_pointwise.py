@@ -189,6 +189,10 @@ MOVED = {
     "batch and channels merged": lambda x: x.reshape(-1, 1, *x.shape[2:]).sin().view_as(x) * x,
     "joined along the batch": lambda x: torch.cat((x, 2 * x), 0).cos(),
     "joined with a constant": lambda x: torch.cat((x, x.new_ones(2, 1, *x.shape[2:])), 1).sin(),
+    "joined with nothing": lambda x: torch.cat(
+        (torch.tensor([]), x.float(), x.new_zeros(0).float()), 1
+    ).sin(),
+    "joined with nothing, of another type": lambda x: torch.cat((x.float().sin(), x.new_zeros(0)), -3),
     "joined with positions": lambda x: torch.cat(
         (x, torch.linspace(-1, 1, x.shape[3], dtype=x.dtype).expand(2, 1, *x.shape[2:])), 1
     ),

@@ -15,7 +15,7 @@ from streamcnn.geometry.axis_maps import AxisMap, Repeated, Reversed, Same, Slid
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
 from streamcnn.graph.costs import NOTHING, Cost, declare
-from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
 from streamcnn.graph.schemas import places_of_axes
@@ -190,6 +190,9 @@ def expanded(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, orig
 def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Maps of one size side by side along another axis than the spatial ones."""
     refs, dim = call.bind("tensors", "dim")
+    kept = [ref for ref in refs if tracer.spec(ref).shape != (0,)]
+    if len(kept) < len(refs):
+        return _joined_to_nothing(tracer, call, kept)
     if any(tracer.axes(ref) is None for ref in refs):
         refs = [_as_map(tracer, ref, refs) for ref in refs]
     like = tracer.fake(call)
@@ -204,6 +207,15 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         return NotStreamable("it joins maps along a spatial axis")
     accesses = {ref.name: Access() for ref in refs}
     return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), accesses=accesses)
+
+
+def _joined_to_nothing(tracer: Tracer, call: Call, refs: list[Ref]) -> Ref | NotStreamable:
+    """What a call joins without its tensors of shape (0,), by which lists are begun: they decide on the dtype."""
+    dtype = tracer.fake(call).dtype
+    joined = concatenate(tracer, call.replaced("tensors", refs))
+    if isinstance(joined, NotStreamable) or tracer.spec(joined).dtype == dtype:
+        return joined
+    return pointwise(tracer, Call(aten.to.dtype, (joined, dtype), {}))
 
 
 declare(
