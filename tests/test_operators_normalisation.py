@@ -181,6 +181,7 @@ REDUCTIONS = {
     "biased variance": lambda x: x.var((2, 3), unbiased=False, keepdim=True),
     "deviation": lambda x: x.std((0, 2, 3), correction=2),
     "deviation and mean": lambda x: torch.std_mean(x, (1, 2, 3)),
+    "deviation of zeros": lambda x: F.relu(x - 100).std((2, 3)) + x.sum((2, 3)),
     "variance of channels": lambda x: x.var(1, keepdim=True) * x,
     "softmax of a mean": lambda x: torch.softmax(x.mean((2, 3)), 1),
     "other reductions of channels": lambda x: x.logsumexp(1, keepdim=True) * x.prod(1, keepdim=True),

@@ -133,7 +133,7 @@ def variance(tracer: Tracer, call: Call) -> Any:
         torch.mul, biased, moments.count / max(moments.count - _correction(call, name), 0)
     )
     if "std" in name:
-        result = tracer.global_value(torch.sqrt, result)
+        result = tracer.global_value(deviation, result)
     likes = tracer.fake(call)
     if "_mean" not in name:
         return _rounded(tracer, result, likes)
@@ -146,6 +146,12 @@ def _rounded(tracer: Tracer, ref: Ref, like: Tensor) -> Ref:
         return ref
     cast: Ref = tracer.global_value(aten.to.dtype, ref, like.dtype)
     return cast
+
+
+def deviation(variance: Tensor) -> Tensor:
+    """The standard deviation. Where it is 0 so is its gradient, as in ATen: that of a root is infinite."""
+    is_zero = variance == 0
+    return variance.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
 
 
 def _correction(call: Call, name: str) -> float:
