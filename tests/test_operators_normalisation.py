@@ -185,6 +185,11 @@ REDUCTIONS = {
     "variance of channels": lambda x: x.var(1, keepdim=True) * x,
     "softmax of a mean": lambda x: torch.softmax(x.mean((2, 3)), 1),
     "other reductions of channels": lambda x: x.logsumexp(1, keepdim=True) * x.prod(1, keepdim=True),
+    "extremes of whole numbers": lambda x: (
+        x.mean((2, 3)) + (x.clamp(0, 1) * 255).byte().amin((2, 3)),
+        (x * 1000).clamp(-128, 127).to(torch.int8).amin((0, 2, 3)),
+        (x > -1).amin((2, 3)),
+    ),
     "positions of channels": lambda x: x * (x.argmax(1, keepdim=True) + (x > 0).any(1, keepdim=True)),
     "count": lambda x: x.sum((2, 3)) / (x > 0.1).sum((2, 3)),
     "masked mean": lambda x: (x * (x > 0)).sum((2, 3)) / (x > 0).to(x.dtype).mean((2, 3)),

@@ -233,9 +233,10 @@ class Extremum(Placeable):
         return (-math.inf, 0)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
-        best = (x * self.sign).amax(self.dims, keepdim=True)
-        ties = (x * self.sign == best).sum(self.dims)
-        return (best.reshape(ties.shape).double(), ties)
+        best = (torch.amax if self.sign > 0 else torch.amin)(x, self.dims, keepdim=True)
+        ties = (x == best).sum(self.dims)
+        # The sign comes after the type: whole numbers may have none, or no opposite.
+        return (best.reshape(ties.shape).double() * self.sign, ties)
 
     def merge(self, first: Partials, second: Partials) -> Partials:
         best = torch.maximum(first[0], second[0])
