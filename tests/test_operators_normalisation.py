@@ -226,11 +226,25 @@ def test_mean_is_exact_where_it_is_large_against_the_deviation() -> None:
     assert_streamed_equals_plain(net, SHAPE, tile=TILE)
 
 
+def volumes(x: Tensor) -> Tensor:
+    """Three slices of each map, along the last axis."""
+    return torch.stack((x, x.sin(), x.cos()), -1)
+
+
 RESIDENT = {
     "matrix product of rows": lambda x: x @ x.transpose(2, 3),
     "matrix product": lambda x: torch.einsum("nchw,ndhw->ncd", x, x),
     "rolled into other rows": lambda x: x.roll(3),
     "transposed and joined along space": lambda x: torch.cat((x, x[:, :, :4]), 2),
+    "channels last shuffled": lambda x: F.channel_shuffle(x[:, :, 1:].permute(0, 2, 3, 1), 2),
+    "channels last into rows": lambda x: F.pixel_unshuffle(x[:, :, 1:, 1:].permute(0, 2, 3, 1), 2),
+    "rows into channels last": lambda x: F.pixel_shuffle(x[:, :, 1:].permute(0, 2, 3, 1), 2),
+    "channels last pooled": lambda x: F.adaptive_avg_pool2d(x.permute(0, 2, 3, 1), (3, 2)),
+    "largest of channels last": lambda x: F.adaptive_max_pool2d(x.permute(0, 2, 3, 1), 1),
+    "batch norm of volumes": lambda x: F.batch_norm(volumes(x), None, None, training=True),
+    "instance norm of volumes": lambda x: F.instance_norm(volumes(x)),
+    "group norm of volumes": lambda x: F.group_norm(volumes(x), 2),
+    "layer norm of volumes": lambda x: F.layer_norm(volumes(x), volumes(x).shape[2:]),
     "row by row": lambda x: x[:, :, 3] * x[:, :, 5],
     "maximum of rows": lambda x: x.max(2)[0],
     "cumulative sum of rows": lambda x: x.cumsum(2),

@@ -30,11 +30,9 @@ FEW = 8
 def adaptive_pool(tracer: Tracer, call: Call) -> Any:
     """Adaptive pooling to any size, its windows equal or not."""
     ref, size = call.bind("self", "output_size")
-    axes = tracer.axes(ref)
-    if axes not in ((1, 2), (2, 3)):
+    axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+    if axes is None or axes != (len(shape) - 2, len(shape) - 1):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
-    assert axes is not None
-    shape = tracer.spec(ref).shape
     rows, cols = (Adaptive(shape[axis], count) for axis, count in zip(axes, size, strict=True))
     is_average = call.target is aten.adaptive_avg_pool2d.default
     if not _summarises((rows, cols)):

@@ -124,6 +124,11 @@ def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | Non
     return cast
 
 
+def _is_of_images(tracer: Tracer, ref: Ref) -> bool:
+    """Whether a map has shape (N, C, H, W), and no further axis behind."""
+    return tracer.axes(ref) == (2, 3) and len(tracer.spec(ref).shape) == 4
+
+
 def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
     """A norm by running statistics, which treats every position alike."""
     values = {p.name: _as_statistics(tracer, ref, p) for p in call.args[1:5] if isinstance(p, Ref)}
@@ -141,10 +146,10 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
         return _global_batch_norm(tracer, ref, weight, bias, running_mean, running_var, momentum, eps)
     if tracer.axes(ref) is None:
         return tracer.global_value(call.target, *call.args, **call.kwargs)
-    if tracer.axes(ref) != (2, 3):
-        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
-    if not training:
+    if tracer.axes(ref) == (2, 3) and not training:
         return _fixed(tracer, call, ref)
+    if not _is_of_images(tracer, ref):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
     if running_mean is not None:
@@ -237,10 +242,10 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
     )
     if tracer.axes(ref) is None:
         return _whole_instance_norm(tracer, call)
-    if tracer.axes(ref) != (2, 3):
-        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
-    if not own_statistics:
+    if tracer.axes(ref) == (2, 3) and not own_statistics:
         return _fixed(tracer, call, ref)
+    if not _is_of_images(tracer, ref):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     moments = Moments(tracer.spec(ref).shape, (2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
     if running_mean is not None:
@@ -297,7 +302,7 @@ def repeated(parameter: Tensor, times: int) -> Tensor:
 def group_norm(tracer: Tracer, call: Call) -> Any:
     """Group norm over each image's groups of channels."""
     ref, num_groups, weight, bias, eps = call.bind("input", "num_groups", "weight", "bias", "eps")
-    if tracer.axes(ref) != (2, 3):
+    if not _is_of_images(tracer, ref):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     return _grouped(tracer, ref, num_groups, weight, bias, eps)
 
@@ -335,7 +340,7 @@ def per_channel(statistic: Tensor, channels: int) -> Tensor:
 def layer_norm(tracer: Tracer, call: Call) -> Any:
     """Layer norm over trailing axes: per position if they are channels, else over each whole image."""
     ref, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps")
-    if tracer.axes(ref) != (2, 3) or len(shape) != 3:
+    if not _is_of_images(tracer, ref) or len(shape) != 3:
         return trailing_norm(tracer, call)
     dtype = tracer.fake(call).dtype
     result = _cast(tracer, ref, statistics_dtype(tracer.spec(ref).dtype))

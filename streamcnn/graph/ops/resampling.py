@@ -31,22 +31,23 @@ aten = torch.ops.aten
 
 
 @rule(aten.pixel_shuffle.default)
-def pixel_shuffle(tracer: Tracer, call: Call) -> Ref:
+def pixel_shuffle(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Channels spread over a finer grid."""
     ref, factor = call.bind("self", "upscale_factor")
     return _regridded(tracer, call, ref, Repeated(factor))
 
 
 @rule(aten.pixel_unshuffle.default)
-def pixel_unshuffle(tracer: Tracer, call: Call) -> Ref:
+def pixel_unshuffle(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A coarser grid with the positions of each block as channels."""
     ref, factor = call.bind("self", "downscale_factor")
     return _regridded(tracer, call, ref, Sliding(factor, factor))
 
 
-def _regridded(tracer: Tracer, call: Call, ref: Ref, axis_map: AxisMap) -> Ref:
-    axes = tracer.axes(ref)
-    assert axes is not None
+def _regridded(tracer: Tracer, call: Call, ref: Ref, axis_map: AxisMap) -> Ref | NotStreamable:
+    axes, ndim = tracer.axes(ref), len(tracer.spec(ref).shape)
+    if axes is None or min(axes) < ndim - 2:
+        return NotStreamable("its rows and columns are not those of the map")
     accesses = {ref.name: Access(axis_map, axis_map)}
     return tracer.local(call.target, call.args, like=tracer.fake(call), axes=axes, accesses=accesses)
 

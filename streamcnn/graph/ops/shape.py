@@ -337,6 +337,8 @@ def rearrange_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Channels in another order or more than once."""
     ref = call.args[0]
     axes, ndim = _axes(tracer, ref), len(tracer.spec(ref).shape)
+    if call.target is aten.channel_shuffle.default and 1 in axes:
+        return NotStreamable("it shuffles rows or columns")
     if call.target is aten.repeat_interleave.self_int:
         dim = call.bind("dim")[0]
         if dim is None or dim % ndim in axes:
