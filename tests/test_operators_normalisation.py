@@ -92,6 +92,13 @@ def test_instance_norm_with_statistics_in_the_resident_tail() -> None:
     torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_gradient_with_its_axes_in_another_order(num_images: int) -> None:
+    # ATen's own batch and instance norm give other values there than for the same gradient in one piece.
+    net = nn.Sequential(nn.GroupNorm(2, WIDTH), Applied(lambda x: x.permute(2, 3, 0, 1).sin()))
+    assert_streams(net, (num_images, *SHAPE[1:]))
+
+
 def test_frozen_affine_part() -> None:
     net = normalized(nn.BatchNorm2d(WIDTH))
     net[1].requires_grad_(False)

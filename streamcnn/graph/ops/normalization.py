@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.geometry.windows import dense
+from streamcnn.geometry.windows import dense, layout
 from streamcnn.graph.costs import Cost, Operation, Saves, declare, elements
 from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.ops.convolution import chain
@@ -60,8 +60,11 @@ class _Normalize(torch.autograd.Function):
             saved = _no_statistics(x)
             # On a card the gradients of weight and bias, asked for here, are made like the weight.
             present = torch.ones_like(mean) if weight is None else weight
+            # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that
+            # of a permuted result, for one that lies as x does.
+            gradient = grads[0].contiguous(memory_format=layout(x))
             grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
-                grads[0], x, present, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
+                gradient, x, present, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
             )
         # The sums over the tile are those that the affine parameters need already.
         grad_mean = -scale * grad_bias
