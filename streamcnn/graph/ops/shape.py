@@ -192,7 +192,8 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     refs, dim = call.bind("tensors", "dim")
     kept = [ref for ref in refs if tracer.spec(ref).shape != (0,)]
     if len(kept) < len(refs):
-        return _joined_to_nothing(tracer, call, kept)
+        result: Ref | NotStreamable = _joined_to_nothing(tracer, call, kept)
+        return result
     if any(tracer.axes(ref) is None for ref in refs):
         refs = [_as_map(tracer, ref, refs) for ref in refs]
     like = tracer.fake(call)
@@ -209,8 +210,8 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), accesses=accesses)
 
 
-def _joined_to_nothing(tracer: Tracer, call: Call, refs: list[Ref]) -> Ref | NotStreamable:
-    """What a call joins without its tensors of shape (0,), by which lists are begun: they decide on the dtype."""
+def _joined_to_nothing(tracer: Tracer, call: Call, refs: list[Ref]) -> Any:
+    """What a call joins besides tensors of shape (0,), by which lists are begun: they count for the dtype."""
     dtype = tracer.fake(call).dtype
     joined = concatenate(tracer, call.replaced("tensors", refs))
     if isinstance(joined, NotStreamable) or tracer.spec(joined).dtype == dtype:
