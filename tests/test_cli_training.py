@@ -211,6 +211,14 @@ def test_a_timm_model_takes_classes_and_channels_of_the_images(workplace: Path, 
     assert not trained.model.training
 
 
+def test_images_of_one_class_are_refused(workplace: Path, run: Run) -> None:
+    shutil.rmtree(workplace / "images" / "train" / "bright")
+    shutil.rmtree(workplace / "images" / "val" / "bright")
+    shutil.rmtree(workplace / "images" / "test" / "bright")
+    status, _, err = run("train", "resnet18", *arguments(workplace)[2:])
+    assert (status, "the model has one class" in err) == (1, True)
+
+
 def test_averaged_weights_are_those_that_are_used(workplace: Path, run: Run) -> None:
     run(*arguments(workplace, **{"ema-decay": 0.9, "epochs": 1}))
     saved = final_state(workplace / "run")

@@ -112,7 +112,7 @@ def require_metrics() -> ModuleType:
 
 
 def require_labels(labels: Tensor, logits: Tensor) -> None:
-    """Make sure that a classifier's logits have an output for each of the ``labels``.
+    """Make sure that a classifier's logits have an output for each of the ``labels``, and two at least.
 
     Raises
     ------
@@ -123,6 +123,10 @@ def require_labels(labels: Tensor, logits: Tensor) -> None:
         raise DatasetMismatch(
             f"the model gives {tuple(logits.shape)} for {len(labels)} images, one of which has the label "
             f"{int(labels.max())}: needed are (N, classes) with a class for each label"
+        )
+    if logits.shape[1] < 2:
+        raise DatasetMismatch(
+            "the model has one class, and there is nothing to tell apart: give it images of two and more"
         )
 
 
