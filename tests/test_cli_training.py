@@ -219,6 +219,24 @@ def test_images_of_one_class_are_refused(workplace: Path, run: Run) -> None:
     assert (status, "the model has one class" in err) == (1, True)
 
 
+MORE_CLASSES = """
+def more():
+    net = small()
+    net[-1] = nn.Linear(4, 5)
+    nn.init.constant_(net[-1].bias[4:], 100)
+    return net
+"""
+
+
+def test_classes_of_the_model_that_no_image_has_are_told_by_number(workplace: Path, run: Run) -> None:
+    (workplace / "more_factories.py").write_text(FACTORY + MORE_CLASSES)
+    assert run("train", "more_factories:more", *arguments(workplace, epochs=1)[2:])[0] == 0
+    image = workplace / "images" / "test" / "dark" / "0.png"
+    status, out, err = run("predict", "--trust=more_factories:more", workplace / "run", image, "--json")
+    assert (status, err) == (0, "")
+    assert [json.loads(out)[key] for key in ("label", "class")] == [4, "4"]
+
+
 def test_averaged_weights_are_those_that_are_used(workplace: Path, run: Run) -> None:
     run(*arguments(workplace, **{"ema-decay": 0.9, "epochs": 1}))
     saved = final_state(workplace / "run")

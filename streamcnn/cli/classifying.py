@@ -65,7 +65,7 @@ def predict(
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
         require_finite(logits, [at], [str(path)])
         probability, label = logits[0].double().softmax(0).max(0)
-        name = str(int(label)) if trained.classes is None else trained.classes[int(label)]
+        name = trained.class_name(int(label))
         if as_json:
             fields = {"image": str(path), "label": int(label), "class": name}
             typer.echo(json.dumps({**fields, "probability": float(probability)}))

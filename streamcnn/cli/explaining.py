@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from streamcnn.attribution.survey import Survey
     from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.plan.plan import Plan
+    from streamcnn.training import TrainedRun
 
 _MOST_SHOWN = 5
 """Classes that the page shows the probabilities of."""
@@ -101,7 +102,7 @@ def explain(
     from streamcnn.attribution.survey import survey_of
 
     found = survey_of(trained.model, [source], further)
-    names = _class_names(found, trained.classes)
+    names = _class_names(found, trained)
     label = None if target is None else parse("--target", partial(_label_of, names=names), target)
     if chosen.of_layer:
         layer = found.last_map if layer is None else layer
@@ -183,13 +184,12 @@ def _one_image(
     return name, source, tuple(numbers)
 
 
-def _class_names(found: Survey, classes: Sequence[str] | None) -> list[str]:
-    """What the model's scores are of, in order: a name, or a number where there is none."""
+def _class_names(found: Survey, trained: TrainedRun) -> list[str]:
+    """What the model's scores are of, in order."""
     from streamcnn.attribution.scores import require_target
 
     require_target(found.output, 0)
-    known = classes or ()
-    return [known[at] if at < len(known) else str(at) for at in range(found.output.shape[1])]
+    return [trained.class_name(label) for label in range(found.output.shape[1])]
 
 
 def _label_of(text: str, names: Sequence[str]) -> int:

@@ -106,6 +106,11 @@ class TrainedRun:
     validation_score: float
     """The task's measure of the validation images: accuracy, or mean IoU."""
 
+    def class_name(self, label: int) -> str:
+        """What a class is called: its number if it has no name, such as one that no image has."""
+        known = self.classes or ()
+        return known[label] if label < len(known) else str(label)
+
 
 def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] = ()) -> TrainedRun:
     """The model of the run in ``folder``, by its best checkpoint.
