@@ -92,7 +92,7 @@ def explain(run: Run, place: Path, out: Path, *options: object) -> tuple[int, st
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_from_image_to_page(run: Run, place: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
-    few = ("--samples=2", "--steps=2")
+    few = [f"--{name}=2" for name in METHODS[method].options if name != "noise"]
     status, printed, _ = explain(run, place, out, f"--method={method}", "--target=<bright>", *few)
     assert status == 0
     assert f"{method} of <bright>\npage: {out / 'index.html'}\n" in printed
@@ -177,6 +177,8 @@ def test_numbers_beside_the_image_come_from_a_table(run: Run, place: Path, tmp_p
         (["--layer=3x"], 2, "--layer: the model calls no layer '3x': allowed are such as '3'"),
         (["--layer=5"], 2, "--layer: layer '5' returns a tensor of shape (1, 2): allowed are layers that"),
         (["--method=gradient", "--layer=0"], 2, "--layer: gradient explains by pixels"),
+        (["--samples=5"], 2, "--samples: grad-cam takes neither samples, noise nor steps: leave it out"),
+        (["--method=smoothgrad", "--steps=5"], 2, "--steps: smoothgrad takes --samples and --noise: leave"),
         (["--target=2"], 2, "--target: no class '2': allowed are '<bright>', 'dark', and numbers up to 1"),
         (["--target=grey"], 2, "--target: no class 'grey'"),
         (["--colours=gaudy"], 2, "--colours: matplotlib has no colour map 'gaudy'"),

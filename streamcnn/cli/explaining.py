@@ -65,11 +65,16 @@ def explain(
     target: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Name or number; default: the one that is predicted.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Of smoothgrad: noisy images.")] = 10,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of smoothgrad: noisy images; default: 10.")
+    ] = None,
     noise: Annotated[
-        float, typer.Option(min=0, help="Of smoothgrad: standard deviation; pixels are from -1 to 1.")
-    ] = 0.3,
-    steps: Annotated[int, typer.Option(min=1, help="Of integrated-gradients: gradients to compute.")] = 50,
+        float | None,
+        typer.Option(min=0, help="Of smoothgrad: standard deviation; pixels are from -1 to 1; default: 0.3."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of integrated-gradients: gradients to compute; default: 50.")
+    ] = None,
     colours: Annotated[str | None, typer.Option(metavar="NAME", help="A colour map of matplotlib.")] = None,
     inputs: Inputs = None,
     series: Series = None,
@@ -86,6 +91,7 @@ def explain(
     chosen = METHODS[method.value]
     if layer is not None and not chosen.of_layer:
         exit_for_wrong_usage(f"--layer: {method.value} explains by pixels: leave it out, or take grad-cam")
+    options = _options_given(method.value, chosen.options, samples=samples, noise=noise, steps=steps)
     require_new(out)
     parse("--colours", partial(colour_table, is_signed=chosen.is_signed), colours)
     trained = load_trained(run, budget, trust)
@@ -117,9 +123,7 @@ def explain(
         target=label,
         further=further,
         layer=layer,
-        samples=samples,
-        noise=noise,
-        steps=steps,
+        **options,
     )
     began = time.perf_counter()
     with console.status(f"computing {method.value} of {names[label]}"):
@@ -170,6 +174,16 @@ class _Quiet(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: a page asks for hundreds of tiles."""
+
+
+def _options_given(method: str, allowed: Sequence[str], **options: float | None) -> dict[str, Any]:
+    """The options of methods that are given, which must be ones that this method takes."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in allowed:
+            taken = " and ".join(f"--{each}" for each in allowed) or "neither samples, noise nor steps"
+            exit_for_wrong_usage(f"--{name}: {method} takes {taken}: leave it out, or take another method")
+    return given
 
 
 def _one_image(
