@@ -25,6 +25,7 @@ from streamcnn.training import TrainSettings
         ({"optimizer_options": {"momentum": 0.9}}, "optimizer='Adam' with .*momentum.*unexpected keyword"),
         ({"optimizer": "LBFGS"}, "optimizer='LBFGS' with .*closure"),
         ({"optimizer": "SparseAdam"}, "optimizer='SparseAdam' with .*dense"),
+        ({"schedule_options": {"gamma": 0.9}}, "schedule_options={'gamma': 0.9} without a schedule"),
         ({"schedule": "ExponentialLR"}, "schedule='ExponentialLR' with .*gamma"),
         ({"schedule": "ReduceLROnPlateau", "schedule_every": "update"}, "allowed is schedule_every='epoch'"),
     ],

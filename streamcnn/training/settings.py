@@ -86,6 +86,10 @@ class TrainSettings:
             raise ValueError(f"autocast={self.autocast!r}: allowed are {', '.join(AUTOCAST_TYPES)}, or None")
         if self.schedule_every not in PER_EPOCH:
             raise ValueError(f"schedule_every={self.schedule_every!r}: allowed are {' and '.join(PER_EPOCH)}")
+        if self.schedule is None and self.schedule_options:
+            raise ValueError(
+                f"schedule_options={dict(self.schedule_options)} without a schedule: name one too"
+            )
         self._try_out()
 
     def _try_out(self) -> None:
