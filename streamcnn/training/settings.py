@@ -210,11 +210,12 @@ def _require_options(name: str, found: object) -> None:
 
 
 def _class_of(module: Any, base: type, name: str, setting: str) -> Any:
-    """The class of that name in ``module``."""
-    found = getattr(module, name, None)
-    if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
-        known = sorted(
-            key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)
-        )
-        raise ValueError(f"{setting}={name!r}: allowed are {', '.join(known)}")
-    return found
+    """The class of that name in ``module``, which is no base of others."""
+    known = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, base) and value is not base and key[0] != "_"
+    }
+    if name not in known:
+        raise ValueError(f"{setting}={name!r}: allowed are {', '.join(sorted(known))}")
+    return known[name]
