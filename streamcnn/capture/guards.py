@@ -275,7 +275,8 @@ def _dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(patch.dict(handlers, _plain_answers()))
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
-        settings.enter_context(silenced("torch._dynamo"))
+        for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):
+            settings.enter_context(silenced(name))
         # It parses whole files for the sake of a line of the log.
         settings.enter_context(patch.object(symbolic_convert, "get_funcname", _unnamed))
         # For another line it fills a buffer larger than the processor's caches, and times the guards.
