@@ -99,6 +99,20 @@ def test_masks_may_lie_in_a_folder_with_splits(workplace: Path, run: Run) -> Non
     assert (workplace / "maps" / "images" / "4.zarr").is_dir()
 
 
+def test_masks_of_other_classes_are_named_by_evaluate(workplace: Path, run: Run) -> None:
+    one_channel = {"model-option": "classes=1", "loss": "dice"}
+    for path in (workplace / "masks").iterdir():
+        mask = tifffile.imread(path)
+        tifffile.imwrite(path, mask.clip(0, 1) if path.name != "3.tif" else mask)
+    rest = workplace / "rest.csv"
+    rest.write_text(
+        "".join(f"{line}\n" for line in (workplace / "scenes.csv").read_text().split() if "/3" not in line)
+    )
+    assert run(*arguments(workplace, "rest.csv", **one_channel))[0] == 0
+    status, _, err = run("evaluate", TRUST, workplace / "run", f"--data={workplace / 'scenes.csv'}")
+    assert (status, "masks hold the classes 2 (mask" in err) == (1, True)
+
+
 def test_the_same_command_goes_on_and_another_loss_does_not(workplace: Path, run: Run) -> None:
     assert run(*arguments(workplace))[0] == 0
     status, out, _ = run(*arguments(workplace, epochs=2))

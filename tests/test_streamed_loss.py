@@ -229,6 +229,16 @@ def test_a_class_out_of_range_names_value_file_and_place(tmp_path: Path) -> None
         model.streamed_loss(an_image(), target, F.cross_entropy)
 
 
+def test_a_class_out_of_range_of_a_loss_of_overlap_names_the_masks(tmp_path: Path) -> None:
+    target = TARGET.clone()
+    target[1, 20, 7] = 250
+    model = model_of(make_net())
+    with pytest.raises(DatasetMismatch, match=r"mask 0\.tif holds 0, 1, 2; .*mask 1\.tif holds 0, 1, 2, 250"):
+        model.streamed_loss(an_image(), in_files(tmp_path, "tif", target), dice_loss)
+    with pytest.raises(RuntimeError, match="Class values"):
+        model.streamed_loss(an_image(), target, dice_loss)
+
+
 def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
     masks = in_files(tmp_path, "tif", TARGET[:, :30])
     with pytest.raises(DatasetMismatch, match=r"mask 0\.tif has 30 x 45 pixels, its image 37 x 45"):

@@ -67,6 +67,7 @@ def print_score(
     """Print loss, and IoU and Dice of the classes."""
     import torch
 
+    task.check(trained.model, {"evaluation": images}, lambda: None)
     found = task.evaluate(
         trained.model,
         images,

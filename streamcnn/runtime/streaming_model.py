@@ -47,7 +47,7 @@ from streamcnn.runtime.prediction import (
 )
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
-from streamcnn.runtime.target_errors import other_size, unknown_class
+from streamcnn.runtime.target_errors import classes_beyond, other_size, unknown_class
 from streamcnn.runtime.with_loss import Loss, LossCalls
 from streamcnn.stores import SpareFiles, Store
 from streamcnn.support.units import format_bytes, parse_bytes
@@ -358,6 +358,8 @@ class StreamingModel(ModuleFacade):
             raise unknown_class(error, target) or error from error
         except UnsupportedModel as error:
             raise other_size(error, image, target) or error from error
+        except RuntimeError as error:
+            raise classes_beyond(error, target) or error from error
         return result
 
     @_disable_dynamo

@@ -6,12 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from streamcnn.data.mask_values import values_of
 from streamcnn.data.reader import Image
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Interval, Region
 
 _UNKNOWN_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
+_NOT_ONE_HOT = "Class values must be"
+_SHOWN = 5
+"""Masks that an error names."""
 _ROWS = 64
 """Rows that are looked through at a time."""
 
@@ -37,6 +41,22 @@ def unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
                 f"leave it out with ignore_index={value}"
             )
     return None
+
+
+def classes_beyond(error: RuntimeError, target: Any) -> DatasetMismatch | None:
+    """Which classes targets read from sources hold, if a loss does not know one of them; None if it does."""
+    if _NOT_ONE_HOT not in str(error):
+        return None
+    found = [
+        f"{source.name} holds {', '.join(map(str, sorted(values_of(source))))}"
+        for source in sources_of(target)
+    ]
+    if not found:
+        return None
+    return DatasetMismatch(
+        f"masks hold classes that the model's output has no channels for ({'; '.join(found[:_SHOWN])}): "
+        "correct them, give the model more classes, or have the loss leave a value out with ignore_index="
+    )
 
 
 def _place_of(source: ImageSource, value: int) -> tuple[int, int] | None:
