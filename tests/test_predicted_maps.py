@@ -100,6 +100,12 @@ def test_probabilities_are_bytes(tmp_path: Path) -> None:
         assert (found.float() - chances * 255).abs().max() < 0.51
 
 
+def test_a_softmax_of_one_channel_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="is 1 everywhere: take sigmoid"):
+        StreamingModel(make_net(1), tile=64).predict_to(an_image(), tmp_path / "map.zarr", output="softmax")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_module_evaluates_and_is_as_it_was(tmp_path: Path) -> None:
     net = make_net().train()
     net[1].eval()

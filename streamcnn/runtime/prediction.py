@@ -59,6 +59,8 @@ class Predicting(nn.Module):
             classes = scores > 0 if scores.shape[1] == 1 else scores.argmax(1, keepdim=True)
             # Stored maps have no uint16.
             return classes.to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+        if self.output == "softmax" and scores.shape[1] == 1:
+            raise UnsupportedModel("the softmax of the model's one channel is 1 everywhere: take sigmoid")
         chances = torch.softmax(scores, 1) if self.output == "softmax" else torch.sigmoid(scores)
         return (chances * _BYTES).round().to(torch.uint8)
 
