@@ -99,6 +99,32 @@ def test_masks_may_lie_in_a_folder_with_splits(workplace: Path, run: Run) -> Non
     assert (workplace / "maps" / "images" / "4.zarr").is_dir()
 
 
+def test_maps_are_called_as_their_images_and_lie_in_the_folder(workplace: Path, run: Run) -> None:
+    assert run(*arguments(workplace))[0] == 0
+    names = ["Schnitt ü+1.tif", "切片.tif", "a.b.tif"]
+    for seed, name in enumerate(names):
+        (workplace / "images" / f"{seed}.tif").rename(workplace / "images" / name)
+    (workplace / "images" / "3.tif").rename(workplace / "elsewhere.tif")
+    inside = workplace / "inside"
+    inside.mkdir()
+    (inside / "table.csv").write_text(f"image\n../elsewhere.tif\n{workplace}/images/4.tif\n")
+    maps, given = workplace / "maps", (workplace / "images", inside / "table.csv")
+    for place, of in zip((maps / "folder", maps / "table"), given, strict=True):
+        assert run("predict", TRUST, workplace / "run", of, f"--output={place}", "--format=tif")[0] == 0
+    assert {path.name for path in (maps / "folder").iterdir()} == {
+        *names,
+        *(f"{k}.tif" for k in (4, 5, 6, 7)),
+    }
+    found = [path for path in (maps / "table").rglob("*.tif") if path.name in ("elsewhere.tif", "4.tif")]
+    assert len(found) == 2
+    # So they can be the masks of these images.
+    masks = f"--masks={maps / 'folder'}"
+    status, out, _ = run(
+        "evaluate", TRUST, workplace / "run", f"--data={given[0]}", masks, "--split=train", "--json"
+    )
+    assert (status, json.loads(out)["mean_iou"]) == (0, 1.0)
+
+
 def test_masks_of_other_classes_are_named_by_evaluate(workplace: Path, run: Run) -> None:
     one_channel = {"model-option": "classes=1", "loss": "dice"}
     for path in (workplace / "masks").iterdir():

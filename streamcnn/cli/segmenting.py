@@ -164,7 +164,7 @@ def _named(paths: Sequence[Path], choice: ImageChoice) -> dict[str, Path]:
     found = [(each.relative, each.path) for each in (find_images(loose, choice.series) if loose else ())]
     for table in tables:
         found += [(each.name, each.path) for each in files_of_table(table, (), labelled=False)]
-    names = distinct_names([relative for relative, _ in found])
+    names = distinct_names([relative for relative, _ in found], as_they_are=True)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DatasetMismatch(f"several images would have the maps {some(twice)}: give them in turn")

@@ -20,10 +20,13 @@ _HASH_DIGITS = 32
 _FEW_DIGITS = 8
 
 
-def store_name(relative: str, *, ending: bool = False) -> str:
-    """The name of the image at a path, which has forward slashes, with or without its ending."""
+def store_name(relative: str, *, ending: bool = False, as_they_are: bool = False) -> str:
+    """The name of the image at a path, which has forward slashes, with or without its ending.
+
+    With ``as_they_are``, parts that name a file inside of a folder on this system are not encoded.
+    """
     path = PurePosixPath(relative) if ending else PurePosixPath(relative).with_suffix("")
-    return "/".join(_encoded(part) for part in path.parts)
+    return "/".join(part if as_they_are and _is_inside(part) else _encoded(part) for part in path.parts)
 
 
 def older_name(relative: str) -> str:
@@ -32,14 +35,16 @@ def older_name(relative: str) -> str:
     return "/".join(re.sub(r"^[^A-Za-z0-9_]|[^A-Za-z0-9_.() -]", "_", part) for part in name.split("/"))
 
 
-def distinct_names(relatives: Sequence[str]) -> list[str]:
+def distinct_names(relatives: Sequence[str], *, as_they_are: bool = False) -> list[str]:
     """The names of images at these paths, with the endings of those that would share one without.
 
-    Names that differ in case alone are one folder on many disks, and count as one here.
+    Names that differ in case alone are one folder on many disks, and count as one here. ``as_they_are`` is
+    for `store_name`.
     """
-    names = [store_name(relative) for relative in relatives]
+    names = [store_name(relative, as_they_are=as_they_are) for relative in relatives]
+    with_endings = [store_name(relative, ending=True, as_they_are=as_they_are) for relative in relatives]
     while True:
-        longer = _with_others(names, [store_name(relative, ending=True) for relative in relatives])
+        longer = _with_others(names, with_endings)
         if longer == names:
             break
         names = longer
@@ -58,6 +63,15 @@ def unlike_name(relative: str) -> str:
     """The name of the image at a path where another's differs in case alone; a hash tells them apart."""
     digits = hashlib.sha256(os.fsencode(relative)).hexdigest()[:_FEW_DIGITS]
     return f"{store_name(relative, ending=True)}%.{digits}"
+
+
+def _is_inside(part: str) -> bool:
+    """Whether a part of a path is the name of a file, and no hidden one, which any program can write."""
+    try:
+        is_short = len(part.encode()) <= _LONGEST
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return is_short and part.isprintable() and part[0] not in "./"
 
 
 def _encoded(part: str) -> str:
