@@ -15,7 +15,7 @@ from streamcnn import StreamingModel, cli
 from streamcnn.data.sources import ZarrSource, write_zarr_image
 from streamcnn.errors import BudgetExceeded
 from streamcnn.profiling import ProfileFailed, TileProfile, child, profile_tiles, write_results
-from streamcnn.profiling.figures import FIGURES
+from streamcnn.profiling.figures import FIGURES, memory_figure
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import fastest
 from streamcnn.support.models import load_model
@@ -156,6 +156,14 @@ def test_figures_of_every_kind_are_written_when_nothing_ran(tmp_path: Path) -> N
     write_results(PROFILES[2:], "resnet18", SHAPE, tmp_path)
     for name in FIGURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_names_bytes_that_are_off_its_scale() -> None:
+    far = [dataclasses.replace(PROFILES[2], budget=2**20, projected_bytes=29 * 2**20)]
+    axes = memory_figure(far, "resnet18").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["29.0 MiB"]
+    near = [dataclasses.replace(PROFILES[2], budget=2**20, projected_bytes=2**20 + 1)]
+    assert not memory_figure(near, "resnet18").axes[0].texts
 
 
 @pytest.mark.parametrize("tiles", [[], [0], [64, -1]])

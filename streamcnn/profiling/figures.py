@@ -45,6 +45,7 @@ def memory_figure(profiles: Sequence[TileProfile], title: str) -> Any:
     axes.plot(*_points(profiles, "measured_bytes"), "o-", color=_COLORS["measured"], label="measured")
     top = upper_edge(profiles)
     _draw_limits(axes, profiles, top)
+    _mark_beyond(axes, profiles, top)
     _bytes_axis(axes, top)
     axes.set_ylabel("peak memory above the baseline")
     axes.legend()
@@ -173,6 +174,16 @@ def _draw_limits(axes: Any, profiles: Sequence[TileProfile], top: int) -> None:
         axes.axhline(plain, color=_COLORS["plain"], linestyle=":", label=label)
     else:
         axes.plot([], [], color=_COLORS["plain"], linestyle=":", label=f"{label}, off the scale")
+
+
+def _mark_beyond(axes: Any, profiles: Sequence[TileProfile], top: int) -> None:
+    """Arrow heads at the top edge with the projected bytes of tile sizes that are off the scale."""
+    for tile, nbytes in zip(*_points(profiles, "projected_bytes"), strict=True):
+        if nbytes > top:
+            axes.plot([tile], [top], "^", color=_COLORS["projected"], clip_on=False)
+            axes.annotate(
+                format_bytes(int(nbytes)), (tile, top), (0, -14), textcoords="offset points", ha="center"
+            )
 
 
 def _draw_timeline(axes: Any, profile: TileProfile, timeline: Timeline, top: int) -> None:
