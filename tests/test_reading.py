@@ -151,3 +151,11 @@ def test_tensors_and_images_for_a_gpu_take_nothing_of_the_budget() -> None:
     mapped = ArraySource(np.zeros((3, 8, 8), np.float32))
     assert BatchReader(mapped, torch.device("cpu")).reading.of((2, 2)) == (0, 3 * 4 * 2 * 2)
     assert BatchReader(mapped, torch.device("meta")).reading.costs == ()
+
+
+def test_where_reading_the_image_takes_most_the_plan_says_so(tmp_path: Path) -> None:
+    pixels = np.ones((3, 128, 128), np.uint8)
+    zarr.create_array(tmp_path / "a.zarr", data=pixels, chunks=pixels.shape)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1))
+    model = StreamingModel(net, tile=32, budget="1MiB", preprocess=lambda tile: tile / 255)
+    assert model.plan([open_image(tmp_path / "a.zarr")]).worst_operator == "the image"

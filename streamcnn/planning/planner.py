@@ -309,5 +309,7 @@ def _named(program: Program, operator: str) -> str:
     """An operator with where it comes from."""
     if not operator:
         return "the model"
+    if operator == program.image:
+        return "the image"
     source = program.nodes[operator].source
     return f"{operator} ({source})" if source else operator
