@@ -250,7 +250,7 @@ def _check_mask(image: ImageSource, mask: ImageSource) -> None:
     if mask.shape[0] != 1:
         raise DatasetMismatch(
             f"{found} has {mask.shape[0]} channels: allowed is one, which holds the number of each pixel's "
-            "class"
+            "class; of a picture with a palette, write its numbers as grey"
         )
     if not is_integer(mask.dtype):
         raise DatasetMismatch(f"{found} holds {mask.dtype}: allowed are integers, the numbers of classes")
