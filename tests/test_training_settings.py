@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from streamcnn.errors import UnsupportedModel
 from streamcnn.training import TrainSettings
 
 
@@ -35,6 +37,11 @@ from streamcnn.training import TrainSettings
 def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(**values)
+
+
+def test_a_model_without_anything_to_train_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="no parameter of the model can be trained"):
+        TrainSettings().make_optimizer(nn.Conv2d(1, 1, 3).requires_grad_(False))
 
 
 def test_trying_settings_out_draws_no_random_numbers() -> None:

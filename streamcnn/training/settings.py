@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from streamcnn.data.dataset import OF_CONTENT
-from streamcnn.errors import RunMismatch
+from streamcnn.errors import RunMismatch, UnsupportedModel
 from streamcnn.support.documents import require_flat
 
 AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,9 +130,19 @@ class TrainSettings:
             schedule.step()
 
     def make_optimizer(self, net: nn.Module) -> Optimizer:
-        """The optimiser of ``net``'s trainable parameters."""
+        """The optimiser of ``net``'s trainable parameters.
+
+        Raises
+        ------
+        UnsupportedModel
+            If it has none.
+        """
         kind = _class_of(torch.optim, Optimizer, self.optimizer, "optimizer")
         parameters = [p for p in net.parameters() if p.requires_grad]
+        if not parameters:
+            raise UnsupportedModel(
+                "no parameter of the model can be trained: give it some, or requires_grad to those it has"
+            )
         return kind(parameters, lr=self.learning_rate, **self.optimizer_options)  # type: ignore[no-any-return]
 
     def make_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
