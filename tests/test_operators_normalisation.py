@@ -119,9 +119,16 @@ def test_partly_frozen_net(frozen: tuple[int, ...]) -> None:
     assert_streamed_equals_plain(net, SHAPE, tile=TILE)
 
 
-def test_cumulative_average_over_several_updates() -> None:
-    plain = normalized(nn.BatchNorm2d(WIDTH, momentum=None)).double()
-    twin = normalized(nn.BatchNorm2d(WIDTH, momentum=None)).double()
+@by_name(
+    {
+        "of a map": lambda: normalized(nn.BatchNorm2d(WIDTH, momentum=None)),
+        "of vectors": lambda: nn.Sequential(
+            nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(WIDTH, momentum=None)
+        ),
+    }
+)
+def test_cumulative_average_over_several_updates(case: Callable[[], nn.Module]) -> None:
+    plain, twin = case().double(), case().double()
     twin.load_state_dict(plain.state_dict())
     streamed = StreamingModel(twin, tile=TILE)
     for _ in range(3):
