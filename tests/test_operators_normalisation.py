@@ -123,7 +123,7 @@ def test_partly_frozen_net(frozen: tuple[int, ...]) -> None:
     {
         "of a map": lambda: normalized(nn.BatchNorm2d(WIDTH, momentum=None)),
         "of vectors": lambda: nn.Sequential(
-            nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(WIDTH, momentum=None)
+            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4, momentum=None)
         ),
     }
 )
