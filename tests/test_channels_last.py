@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn import StreamingModel
 from streamcnn.execution import combiner
-from streamcnn.execution.backward_tile import _told_apart
+from streamcnn.execution.backward_tile import told_apart
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.ops.reduction_types import Moments
@@ -199,7 +199,7 @@ def test_a_gradient_that_others_have_is_not_kept() -> None:
     """Autograd gives the same tensor for both terms of a sum."""
     gradient = torch.randn(3)
     assert combiner._is_unshared(gradient)
-    first, second, none = _told_apart((gradient, gradient, None))
+    first, second, none = told_apart((gradient, gradient, None))
     assert none is None
     assert first is not None
     assert second is not None
