@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE
+from helpers import TOLERANCE, randomized
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch import config
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel
 from streamcnn.execution.compiled import Compiled
 from streamcnn.execution.compiler import Compile, Run
+from streamcnn.graph.ops import samples
+from streamcnn.graph.ops.rules import Sample
 from streamcnn.runtime import plan_cache
 
 SHAPE = (2, 3, 24, 40)
@@ -67,17 +70,20 @@ def update(model: nn.Module, image: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Outputs, gradients and buffers of a forward and a backward pass."""
     torch.manual_seed(seed)
     model.zero_grad()
-    output = model(image)
-    output.float().square().sum().backward()
+    outputs = [leaf for leaf in pytree.tree_leaves(model(image)) if leaf.is_floating_point()]
+    sum((output.double() * torch.randn_like(output.double())).sum() for output in outputs).backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return {"output": output.detach(), **gradients, **buffers}
+    values = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
+    return {**values, **gradients, **buffers}
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Errors are relative, but of what is small against the largest value, such as a bias's before a norm."""
     assert found.keys() == expected.keys()
+    floor = 1e-6 * max(value.double().norm() for value in expected.values())
     for name, value in expected.items():
-        error = (found[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-6)
+        error = (found[name].double() - value.double()).norm() / value.double().norm().clamp(min=floor)
         assert error <= tolerance, f"{name}: {error}"
 
 
@@ -111,6 +117,21 @@ def test_what_was_met_is_compiled_before_the_next_pass(
     assert compiling.last_report is not None
     assert f"{counts[1]} parts of it are compiled" in compiling.last_report.explain()
     assert num_compiled(plain) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.name)
+def test_every_operator_is_the_same_compiled(compile_by: Callable[[Compile], None], sample: Sample) -> None:
+    compile_by(traced)
+    torch.manual_seed(0)
+    compiling, plain = models(randomized(sample.build()).double().train(sample.train), tile=(43, 20))
+    compiling.resident_tail = plain.resident_tail = False
+    image = torch.randn(sample.shape, dtype=torch.float64)
+    for seed in range(2):
+        found, expected = (update(model, image, seed) for model in (compiling, plain))
+        assert_close(found, expected)
+    assert num_compiled(compiling)
 
 
 def test_inference_is_compiled_too(compile_by: Callable[[Compile], None]) -> None:
