@@ -17,6 +17,10 @@ from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.plan import Segment
 
 
+_MOST = 4
+"""Ways in which a segment's inputs lie that it is compiled for."""
+
+
 class _Kind(NamedTuple):
     """Segments that are compiled alike."""
 
@@ -57,7 +61,8 @@ class CompiledSegments:
     def note(self, segment: Segment, call: SegmentCall, inputs: Sequence[Tensor]) -> None:
         """A segment was evaluated operator by operator."""
         kind = _kind(segment, inputs)
-        if call.results and inputs and kind not in self._tried:
+        alike = {each for each in self._tried | self._met if each[:2] == kind[:2]}
+        if call.results and inputs and kind not in self._tried and len(alike) < _MOST:
             self._calls[segment.level, kind.grad] = call
             self._met.add(kind)
 
