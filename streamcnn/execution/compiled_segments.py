@@ -16,7 +16,6 @@ from streamcnn.graph.autocast import autocast
 from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.plan import Segment
 
-
 _MOST = 4
 """Ways in which a segment's inputs lie that it is compiled for."""
 
