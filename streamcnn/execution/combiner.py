@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.reduction_types import Partials
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
+
+_MOST_PARTIALS = 64
+"""Tiles whose partial results of a reduction are merged at once."""
+_MOST_BYTES = 2**18
+"""The same in bytes of partial results, for those that are large."""
 
 
 class Combiner:
@@ -26,22 +31,28 @@ class Combiner:
         self._program = program
         self._maps = maps
         self._global_graph = global_graph
-        self._partials: dict[str, Partials] = {}
+        self._partials: dict[str, list[Partials]] = {}
 
     def tiles(self, phase: Phase) -> Iterator[tuple[int, int]]:
         """Row and column of each tile to run, in order."""
         return ((row, col) for row in range(len(phase.rows)) for col in range(len(phase.cols)))
 
     def merge(self, name: str, partial: Partials) -> None:
-        """Merge partial results of a reduction with those of earlier tiles."""
-        rule = self._program.nodes[name].reduction
-        assert rule is not None
-        known = self._partials.get(name)
-        self._partials[name] = partial if known is None else rule.merge(known, partial)
+        """Merge partial results of a reduction with those of earlier tiles, once they are enough."""
+        known = self._partials.setdefault(name, [])
+        known.append(partial)
+        nbytes = len(known) * sum(each.nbytes for each in partial)
+        if len(known) == _MOST_PARTIALS or nbytes > _MOST_BYTES:
+            self._partials[name] = [self._merged(name, known)]
 
     def take_merged(self, name: str) -> Partials:
         """The merged partial results of all tiles, which are forgotten here."""
-        return self._partials.pop(name)
+        return self._merged(name, self._partials.pop(name))
+
+    def _merged(self, name: str, parts: Sequence[Partials]) -> Partials:
+        rule = self._program.nodes[name].reduction
+        assert rule is not None
+        return parts[0] if len(parts) == 1 else rule.merge(parts)
 
     def add_value_gradient(self, name: str, gradient: Tensor | None) -> None:
         """Add a tile's share to the gradient of a global value; ``None`` where it has none."""

@@ -2,14 +2,15 @@
 
 Each is computed from partial results of disjoint tiles, merged in a fixed order and finished once; its
 gradient at a tile is a local formula of the tile's own values and the finished results. Partial results
-are merged in float64 or complex128, whatever the map's dtype, so that the number of tiles does not matter.
+are merged in float64 or complex128, whatever the map's dtype, so that the number of tiles does not matter:
+those of many tiles at once, since each of them is small.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
 
 
-def exact(value: Tensor) -> Tensor:
-    """A partial result in the type that partial results are merged in."""
-    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+def added(parts: Sequence[Partials]) -> Partials:
+    """Sums of disjoint tiles together, one of each."""
+    (sums,) = stacked(parts)
+    return (sums.sum(0, dtype=torch.complex128 if sums.is_complex() else torch.float64),)
+
+
+def stacked(parts: Sequence[Partials]) -> Iterator[Tensor]:
+    """Each partial result of all tiles in one tensor, tiles first."""
+    return (torch.stack(each) for each in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +70,12 @@ class Reduction(ABC):
         """Partial results of a tile ``x`` that covers ``region``."""
 
     @abstractmethod
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        """Partial results of two disjoint tiles together."""
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        """Partial results of disjoint tiles together."""
 
     @abstractmethod
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The results for a map of ``dtype``."""
+        """The results for a map of ``dtype``, given what was merged or comes of a single tile."""
 
     @abstractmethod
     def gradient(
@@ -127,10 +134,10 @@ class Sum(Placeable):
         return False
 
     def partial(self, x: Tensor, region: Region) -> Partials:
-        return (exact(x.sum(self.dims, dtype=statistics_dtype(x.dtype))),)
+        return (x.sum(self.dims, dtype=statistics_dtype(x.dtype)),)
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        return (first[0] + second[0],)
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        return added(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0] * self.scale, dtype),)
@@ -152,26 +159,29 @@ class Moments(Reduction):
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         dtype = statistics_dtype(x.dtype)
-        # On the host, where it takes no kernel: it combines with values on any device.
-        count = torch.tensor(float(math.prod(x.shape[dim] for dim in self.dims)), dtype=torch.float64)
+        num_values = math.prod(x.shape[dim] for dim in self.dims)
+        # On the host, where it takes no kernel.
+        count = torch.tensor(float(num_values), dtype=torch.float64)
         if self._is_per_channel and (channel_kernels.fits(x) or channel_kernels.has_host_moments(x)):
-            mean, variance = (exact(value) for value in channel_kernels.moments(x))
-            return (count, mean, variance * count)
+            return (count, *channel_kernels.moments(x))
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
-        spread = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype).double().square()
-        return (count, exact(mean).reshape(spread.shape), spread)
+        deviation = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype)
+        # Squared last: the sum of squares may be beyond float32.
+        deviation = deviation / math.sqrt(num_values)
+        return (count, mean.reshape(deviation.shape), deviation.square())
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        (count_a, mean_a, spread_a), (count_b, mean_b, spread_b) = first, second
-        count = count_a + count_b
-        delta = mean_b - mean_a
-        mean = mean_a + delta * (count_b / count)
-        return (count, mean, spread_a + spread_b + _squared(delta) * (count_a * count_b / count))
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        counts, means, variances = stacked(parts)
+        count = counts.sum()
+        # What is multiplied by them or compared with the mean becomes float64, too.
+        weights = (counts / count).to(means.device, non_blocking=True).reshape(-1, *[1] * (means.dim() - 1))
+        mean = (weights * means).sum(0)
+        return (count, mean, (weights * (_squared(means - mean) + variances)).sum(0))
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        count, mean, spread = parts
+        _, mean, variance = parts
         mean_dtype = statistics_dtype(dtype)
-        return (self._result(mean, mean_dtype), self._result(spread / count, mean_dtype.to_real()))
+        return (self._result(mean, mean_dtype), self._result(variance, mean_dtype.to_real()))
 
     def gradient(
         self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -238,10 +248,10 @@ class Extremum(Placeable):
         # The sign comes after the type: whole numbers may have none, or no opposite.
         return (best.reshape(ties.shape).double() * self.sign, ties)
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        best = torch.maximum(first[0], second[0])
-        ties = torch.where(first[0] == best, first[1], 0) + torch.where(second[0] == best, second[1], 0)
-        return (best, ties)
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        bests, ties = stacked(parts)
+        best = bests.amax(0)
+        return (best, torch.where(bests == best, ties, 0).sum(0))
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0] * self.sign, dtype), self._result(parts[1], torch.float64))
@@ -265,14 +275,14 @@ class VectorNorm(Placeable):
         return (0.0,)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
-        norm = torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype))
-        return (norm.double().pow(self.power),)
+        return (torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype)),)
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        return (first[0] + second[0],)
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        (norms,) = stacked(parts)
+        return (torch.linalg.vector_norm(norms, self.power, 0, dtype=torch.float64),)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self._result(parts[0].pow(1 / self.power), dtype.to_real()),)
+        return (self._result(parts[0], dtype.to_real()),)
 
     def gradient(
         self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -323,8 +333,8 @@ class AlongOneAxis(Reduction):
             for part, neutral in zip(parts, self.reduction.neutral, strict=True)
         )
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        return self.reduction.merge(first, second)
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        return self.reduction.merge(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return self.reduction.finish(parts, dtype)
@@ -355,10 +365,10 @@ class ProductSum(Reduction):
     def partial(self, x: Tensor, region: Region) -> Partials:
         x = x.to(statistics_dtype(x.dtype))
         first, second = self._sides(x)
-        return (exact(first.transpose(-1, -2) @ second),)
+        return (first.transpose(-1, -2) @ second,)
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        return (first[0] + second[0],)
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        return added(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (parts[0].to(dtype),)

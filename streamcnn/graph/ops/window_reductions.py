@@ -16,7 +16,7 @@ from torch import Tensor
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.ops.constants import numbers
-from streamcnn.graph.ops.reduction_types import Partials, Reduction, exact, statistics_dtype
+from streamcnn.graph.ops.reduction_types import Partials, Reduction, added, stacked, statistics_dtype
 
 Windows = tuple[Adaptive, Adaptive]
 """Those of the rows and of the columns, the map's last two axes."""
@@ -40,10 +40,10 @@ class WindowMeans(Reduction):
         x = x.to(statistics_dtype(x.dtype))
         for dim, windows, positions in zip((-2, -1), self.windows, region, strict=True):
             x = _sums(x, dim, windows, positions)
-        return (exact(x),)
+        return (x,)
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        return (first[0] + second[0],)
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        return added(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return ((parts[0] / self._counts(parts[0])).to(dtype),)
@@ -146,10 +146,11 @@ class WindowMaxima(Reduction):
             places[..., row, col] = self._places(region, part, x.device).flatten()[index]
         return (best, places)
 
-    def merge(self, first: Partials, second: Partials) -> Partials:
-        is_first = (second[0] == first[0]) & (second[1] < first[1])
-        later = (second[0] > first[0]) | second[0].isnan() | is_first
-        return (torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1]))
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        bests, places = stacked(parts)
+        best = bests.amax(0)
+        holds = (bests == best) | bests.isnan()
+        return (best, torch.where(holds, places, self._nowhere).amin(0))
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (parts[0].to(dtype), parts[1])

@@ -1,0 +1,124 @@
+"""Partial results of a reduction's tiles: merged together, a bounded number of them at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from operator_counts import count_operators
+from torch import Tensor
+
+from streamcnn.execution import combiner
+from streamcnn.execution.combiner import Combiner
+from streamcnn.geometry.axis_maps import Adaptive
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.ops.reduction_types import (
+    AlongOneAxis,
+    Extremum,
+    Moments,
+    ProductSum,
+    Reduction,
+    Sum,
+    VectorNorm,
+)
+from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans
+
+SHAPE = (2, 3, 120, 7)
+DIMS = (0, 2, 3)
+WINDOWS = (Adaptive(120, 3), Adaptive(7, 2))
+RULES: list[Reduction] = [
+    Sum(SHAPE, DIMS, False, 0.5),
+    Moments(SHAPE, DIMS, False),
+    Moments(SHAPE, (2, 3), True),
+    Extremum(SHAPE, DIMS, False, -1),
+    VectorNorm(SHAPE, (2, 3), False, 3.0),
+    AlongOneAxis.of(Sum(SHAPE, (2,), False), (2, 3)),
+    AlongOneAxis.of(Extremum(SHAPE, (0, 3), True), (2, 3)),
+    WindowMeans(SHAPE, (2, 3), True, WINDOWS),
+    WindowMaxima(SHAPE, (2, 3), True, WINDOWS),
+]
+
+
+def merge_rows(rule: Reduction, x: Tensor, height: int = 1) -> tuple[Tensor, ...]:
+    """The results of ``rule`` on ``x``, cut into tiles of whole rows."""
+    combine = make_combiner(rule)
+    for start in range(0, x.shape[2], height):
+        region = Region(Interval(start, start + height), Interval(0, x.shape[3]))
+        combine.merge("it", rule.partial(x[:, :, start : start + height], region))
+    return rule.finish(combine.take_merged("it"), x.dtype)
+
+
+def make_combiner(rule: Reduction) -> Combiner:
+    program: Any = SimpleNamespace(nodes={"it": SimpleNamespace(reduction=rule)})
+    unused: Any = None
+    return Combiner(program, unused, unused)
+
+
+def named(rule: Reduction) -> str:
+    return f"{type(rule).__name__} over {rule.dims}"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_results_do_not_depend_on_the_number_of_tiles(rule: Reduction) -> None:
+    torch.manual_seed(0)
+    # Values that are equal and far from zero: ties count, and squares alone would lose the variance.
+    x = torch.randn(SHAPE, dtype=torch.float64).mul(4).round() + 1e6
+    whole = merge_rows(rule, x, height=SHAPE[2])
+    torch.testing.assert_close(merge_rows(rule, x, height=40), whole, rtol=1e-11, atol=0)
+    torch.testing.assert_close(merge_rows(rule, x), whole, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_values_are_merged(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 120, 4, dtype=dtype) + 3
+    rules = [
+        Sum(x.shape, (2, 3), False),
+        Moments(x.shape, (0, 2, 3), False),
+        ProductSum(x.shape, (1, 2), False, 2),
+    ]
+    for rule in rules:
+        whole = merge_rows(rule, x, height=120)
+        torch.testing.assert_close(merge_rows(rule, x), whole)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_tiles_are_merged_together(rule: Reduction) -> None:
+    """Merging two tiles after the other called some eight operators a tile."""
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    row = Region(Interval(0, 1), Interval(0, SHAPE[3]))
+    partials = [rule.partial(x[:, :, :1], row) for _ in range(SHAPE[2])]
+    combine = make_combiner(rule)
+
+    def merge() -> None:
+        for partial in partials:
+            combine.merge("it", partial)
+        combine.take_merged("it")
+
+    assert sum(count_operators(merge).values()) <= 2 * 16
+
+
+def test_nothing_is_merged_of_one_tile() -> None:
+    """Most phases of small images have one: their statistics are finished as they come."""
+    rule = Moments(SHAPE, DIMS, False)
+    combine = make_combiner(rule)
+    partial = rule.partial(torch.randn(SHAPE), Region.whole(SHAPE[2:]))
+
+    def finish() -> None:
+        combine.merge("it", partial)
+        rule.finish(combine.take_merged("it"), torch.float32)
+
+    assert not count_operators(finish)
+
+
+def test_few_large_partial_results_are_kept() -> None:
+    wide = combiner._MOST_BYTES // 8
+    rule = AlongOneAxis.of(Sum((1, 1, 9, wide), (2,), False), (2, 3))
+    combine = make_combiner(rule)
+    for row in range(9):
+        region = Region(Interval(row, row + 1), Interval(0, wide))
+        combine.merge("it", rule.partial(torch.ones(1, 1, 1, wide, dtype=torch.float64), region))
+        assert len(combine._partials["it"]) == 1
+    assert torch.equal(combine.take_merged("it")[0], torch.full((1, 1, wide), 9.0, dtype=torch.float64))
