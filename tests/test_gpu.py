@@ -412,7 +412,7 @@ def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
         "sum": (total, sent.sum((0, 2, 3))),
         "product": (product, (sent * (exact - middle)).sum((0, 2, 3))),
         "line": (
-            channel_kernels.plus_line(gradient, x, mean, slope, offset),
+            channel_kernels.plus_line(gradient, x, channel_kernels.line(mean, slope, offset)),
             sent + b * (exact - middle) + c,
         ),
     }

@@ -122,3 +122,28 @@ def test_few_large_partial_results_are_kept() -> None:
         combine.merge("it", rule.partial(torch.ones(1, 1, 1, wide, dtype=torch.float64), region))
         assert len(combine._partials["it"]) == 1
     assert torch.equal(combine.take_merged("it")[0], torch.full((1, 1, wide), 9.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_gradients_leave_what_all_tiles_share(rule: Reduction) -> None:
+    """Where a tile is one position, terms are as large as it is."""
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    results = merge_rows(rule, x)
+    terms = rule.gradient_terms(results, [torch.ones_like(result) for result in results], x.dtype)
+    before = [term.clone() for term in terms]
+    place, spot = Region(Interval(0, 1), Interval(0, 1)), x[:, :, :1, :1]
+    once, again = (rule.added_gradient(torch.ones_like(spot), spot, place, terms) for _ in range(2))
+    assert torch.equal(once, again)
+    assert all(torch.equal(*pair) for pair in zip(terms, before, strict=True))
+
+
+def test_the_gradient_of_statistics_is_one_operator_a_tile() -> None:
+    """Slope and offset are worked out once a phase."""
+    rule = Moments(SHAPE, DIMS, False)
+    x = torch.randn(SHAPE)
+    results = merge_rows(rule, x)
+    terms = rule.gradient_terms(results, results, x.dtype)
+    whole = Region.whole(SHAPE[2:])
+    assert sum(count_operators(lambda: rule.gradient(x, whole, terms)).values()) == 1
+    # Beside the sum with what comes from elsewhere.
+    assert sum(count_operators(lambda: rule.added_gradient(x, x, whole, terms)).values()) == 2

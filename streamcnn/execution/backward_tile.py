@@ -125,24 +125,13 @@ class BackwardTile:
             total = gradient if total is None else total + gradient
         values = self.given.pop(Input(Source.STORED, name)) if part.reads_values else share
         for reduction, rule in part.reductions.items():
-            results = self._results(reduction, part.result_gradients[reduction])
+            terms = [self.given[Input(Source.TERM, reduction, i)] for i in range(part.num_terms[reduction])]
             if total is None:
-                total = rule.gradient(values, part.place, *results).expand_as(share)
+                total = rule.gradient(values, part.place, terms).expand_as(share)
             else:
-                total = rule.added_gradient(total, values, part.place, *results)
+                total = rule.added_gradient(total, values, part.place, terms)
         assert total is not None
         return total
-
-    def _results(
-        self, reduction: str, has_gradient: tuple[bool, ...]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The results of a reduction over the whole map, and their gradients."""
-        results = [self.given[Input(Source.RESULT, reduction, i)] for i in range(len(has_gradient))]
-        gradients = [
-            self.given[Input(Source.RESULT_GRADIENT, reduction, i)] if has else None
-            for i, has in enumerate(has_gradient)
-        ]
-        return results, gradients
 
     def _reach_taps(self) -> None:
         """Make a root of each tap that no root leads to, since its readers stop the gradient."""

@@ -21,8 +21,8 @@ class Arrivals:
 
     maps: frozenset[str] = frozenset()
     """Stored maps with a gradient."""
-    results: Mapping[str, tuple[bool, ...]] = field(default_factory=dict, hash=False)
-    """For each reduction with a gradient, which of its results have one."""
+    num_terms: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """For each reduction whose results have a gradient, the terms of that."""
 
 
 def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
@@ -55,7 +55,7 @@ def backward_step(
         The nodes whose gradient is wanted or passed on.
     """
     tile = _Tile.of(program, phase, kind)
-    owned = tile.owned(_fed(program, arrivals.results), arrivals.maps, arrivals)
+    owned = tile.owned(_fed(program, arrivals.num_terms), arrivals.maps, arrivals)
     operators = tile.operators(skipped=phase.skipped)
     inputs = _read(phase, operators)
     parts = _parts(phase, operators, owned)
@@ -165,7 +165,7 @@ class _Tile:
             is_stored=name in self.phase.stored,
             reductions=reductions,
             has_gradient=name in arrivals.maps,
-            result_gradients={n: arrivals.results[n] for n in reductions if n in arrivals.results},
+            num_terms={n: arrivals.num_terms[n] for n in reductions if n in arrivals.num_terms},
         )
 
 
@@ -223,11 +223,9 @@ def _arriving(name: str, part: OwnPart) -> Iterator[Input]:
         yield Input(Source.GRADIENT, name)
     if part.reads_values:
         yield Input(Source.STORED, name)
-    for reduction, gradients in part.result_gradients.items():
-        for index, has_come in enumerate(gradients):
-            yield Input(Source.RESULT, reduction, index)
-            if has_come:
-                yield Input(Source.RESULT_GRADIENT, reduction, index)
+    for reduction, num_terms in part.num_terms.items():
+        for index in range(num_terms):
+            yield Input(Source.TERM, reduction, index)
 
 
 def _with_inputs(phase: Phase, operators: Sequence[Operator]) -> dict[str, tuple[str, ...]]:

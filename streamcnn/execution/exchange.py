@@ -60,10 +60,8 @@ class Exchange:
                 found = self._maps.read_gradient(name, tile.own(name))
             case Source.STORED:
                 found = self._maps.read(name, tile.own(name))
-            case Source.RESULT:
-                found = self._global_graph.results[name][wanted.index]
-            case Source.RESULT_GRADIENT:
-                found = self._global_graph.result_gradients[name][wanted.index]
+            case Source.TERM:
+                found = self._global_graph.gradient_terms[name][wanted.index]
         assert found is not None
         return found
 

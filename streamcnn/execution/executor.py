@@ -205,14 +205,10 @@ class Execution:
 
     def _arrivals(self, phase: Phase) -> Arrivals:
         """The gradients that the call has brought to a phase. All later phases are done: none is to come."""
-        with_gradient, gradients = self._maps.with_gradient, self.global_graph.result_gradients
+        with_gradient, terms = self._maps.with_gradient, self.global_graph.gradient_terms
         return Arrivals(
             maps=frozenset(name for name in phase.stored if name in with_gradient),
-            results={
-                name: tuple(gradient is not None for gradient in gradients[name])
-                for name in phase.reductions
-                if name in gradients
-            },
+            num_terms={name: len(terms[name]) for name in phase.reductions if name in terms},
         )
 
     # --- shared --------------------------------------------------------------------------------------

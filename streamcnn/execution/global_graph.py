@@ -88,10 +88,9 @@ class GlobalGraph:
         self.values: dict[str, Any] = {name: tensor.detach() for name, tensor in states.items()}
         """Detached values by node name; states included."""
         self.gradients: dict[str, Tensor] = {}
-        self.results: dict[str, Results] = {}
-        """Finished reductions by node name."""
-        self.result_gradients: dict[str, tuple[Tensor | None, ...]] = {}
-        """Gradients of those results that have any, where their segment has been differentiated."""
+        self.gradient_terms: dict[str, Results] = {}
+        """For the reductions whose results have gradients and whose segment has been differentiated: what
+        their gradients at tiles are worked out from."""
         self._last_uses = _last_uses(program, levels)
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
@@ -128,8 +127,6 @@ class GlobalGraph:
         if node.name not in current.barriers:
             results = tuple(self._leaf(node.name, tensor) for tensor in barrier(node))
             current.barriers[node.name] = results
-            if node.kind is not Kind.GATHER:
-                self.results[node.name] = tuple(tensor.detach() for tensor in results)
         return current.barriers[node.name]
 
     def _read(self, name: str, current: _Record) -> Tensor:
@@ -227,8 +224,11 @@ class GlobalGraph:
             self.accumulate(name, gradient)
         gathered: dict[str, Tensor] = {}
         for name, gradients in _by_barrier(record, barriers, found[len(flat) :]).items():
-            if self.program.nodes[name].kind is Kind.REDUCTION:
-                self.result_gradients[name] = gradients
+            node = self.program.nodes[name]
+            if node.reduction is not None:
+                results = [leaf.detach() for leaf in record.barriers[name]]
+                dtype = self.program.nodes[node.operands[0]].tensor.dtype
+                self.gradient_terms[name] = node.reduction.gradient_terms(results, gradients, dtype)
             elif gradients[0] is not None:
                 gathered[name] = gradients[0]
         return gathered

@@ -35,9 +35,8 @@ class Source(Enum):
     """The gradient that has come to a stored map, on the tile's own part."""
     STORED = "stored values"
     """A stored map itself, on the tile's own part."""
-    RESULT = "result"
-    """A result of a reduction over the whole map."""
-    RESULT_GRADIENT = "gradient of a result"
+    TERM = "term of a gradient"
+    """What the gradient of a reduction's results is worked out from, the same at every tile."""
 
 
 class Sink(Enum):
@@ -59,7 +58,7 @@ class Input:
     name: str
     """The node that it is, or belongs to."""
     index: int = 0
-    """Which result of a reduction."""
+    """Which term."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +133,8 @@ class OwnPart:
     """Those that the map feeds; backward, those whose results have a gradient."""
     has_gradient: bool = False
     """Whether a gradient has come to the stored map."""
-    result_gradients: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
-    """For each of the reductions, which of its results have a gradient."""
+    num_terms: Mapping[str, int] = field(default_factory=dict)
+    """For each of the reductions, the terms of its gradient."""
 
     @property
     def reads_values(self) -> bool:

@@ -8,6 +8,8 @@ float32, or kernels that start one block a channel and so leave most of a card i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -72,9 +74,25 @@ def sums(x: Tensor, gradient: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Te
     return total, product
 
 
-def plus_line(total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+class Line(NamedTuple):
+    """What :func:`plus_line` adds."""
+
+    mean: Tensor
+    slope: Tensor
+    offset: Tensor
+    one: Tensor
+    """Ones, (C,)."""
+    minus_one: Tensor
+    """The kernel subtracts sums of gradients over a count: where that is -1, it adds them."""
+
+
+def line(mean: Tensor, slope: Tensor, offset: Tensor) -> Line:
+    """``slope * (x - mean) + offset``, for any number of tiles ``x``."""
+    minus_one = torch.full((1,), -1, dtype=torch.int32, device=mean.device)
+    return Line(mean, slope, offset, torch.ones_like(mean), minus_one)
+
+
+def plus_line(total: Tensor, x: Tensor, line: Line) -> Tensor:
     """``total + slope * (x - mean) + offset``."""
-    one = torch.ones_like(mean)
-    # It subtracts sums of gradients over a count: where that is -1, it adds them.
-    count = torch.full((1,), -1, dtype=torch.int32, device=x.device)
+    mean, slope, offset, one, count = line
     return torch.batch_norm_backward_elemt(beside(total, x), dense(x), mean, one, None, offset, slope, count)

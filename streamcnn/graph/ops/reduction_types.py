@@ -78,23 +78,26 @@ class Reduction(ABC):
         """The results for a map of ``dtype``, given what was merged or comes of a single tile."""
 
     @abstractmethod
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
-        """The gradient at a tile, given those of the results; broadcasts to ``x``'s shape."""
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """What the gradient at every tile of a map of ``dtype`` is worked out from.
 
-    def added_gradient(
-        self,
-        total: Tensor,
-        x: Tensor,
-        region: Region,
-        results: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-    ) -> Tensor:
+        Parameters
+        ----------
+        results, grads
+            The finished results and their gradients, one of which is there.
+        """
+
+    @abstractmethod
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        """The gradient at a tile, given its terms; broadcasts to ``x``'s shape."""
+
+    def added_gradient(self, total: Tensor, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         """``total``, of the shape of ``x`` and left as it is, plus :meth:`gradient`."""
-        found = self.gradient(x, region, results, grads)
-        # A formula's result as large as the tile is its own; one that broadcasts is not.
-        return found.add_(total) if found.shape == total.shape else total + found
+        found = self.gradient(x, region, terms)
+        # What is worked out from values is the tile's own; others may be the terms themselves.
+        return found.add_(total) if self.needs_values and found.shape == total.shape else total + found
 
     def _result(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A finished value with the reduced axes kept or not."""
@@ -111,7 +114,10 @@ class Reduction(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Placeable(Reduction):
-    """A reduction whose partial results have the shape of the result: a tile's may lie anywhere in it."""
+    """A reduction whose partial results have the shape of the result: a tile's may lie anywhere in it.
+
+    The terms of its gradient have the map's axes, of extent 1 where they are reduced.
+    """
 
     @property
     @abstractmethod
@@ -142,11 +148,14 @@ class Sum(Placeable):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0] * self.scale, dtype),)
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        return self._broadcast(grads[0] * self.scale, x.dtype)
+        return (self._broadcast(grads[0] * self.scale, dtype),)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        return terms[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,48 +192,36 @@ class Moments(Reduction):
         mean_dtype = statistics_dtype(dtype)
         return (self._result(mean, mean_dtype), self._result(variance, mean_dtype.to_real()))
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
-        mean, slope, offset = self._line(results, grads)
-        if self._is_per_channel and not x.is_complex():
-            # One fused pass: batch norm in eval mode is slope * (x - mean) + offset.
-            one = torch.ones_like(mean).flatten()
-            parameters = (slope.flatten(), offset.flatten(), mean.flatten(), one)
-            return torch.batch_norm(dense(x), *parameters, False, 0.0, 0.0, torch.backends.cudnn.enabled)
-        slope, offset, mean = (self._broadcast(value, mean.dtype) for value in (slope, offset, mean))
-        return ((x - mean) * slope + offset).to(x.dtype)
-
-    def added_gradient(
-        self,
-        total: Tensor,
-        x: Tensor,
-        region: Region,
-        results: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-    ) -> Tensor:
-        if not self._fits_kernels(x):
-            # Not `super()`: a dataclass with slots is another class than the one it is written in.
-            return Reduction.added_gradient(self, total, x, region, results, grads)
-        mean, slope, offset = (value.flatten() for value in self._line(results, grads))
-        return channel_kernels.plus_line(total, x, mean, slope, offset)
-
-    def _line(
-        self, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, slope and offset: the gradient at ``x`` is ``slope * (x - mean) + offset``."""
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         mean = results[0]
         grad_mean, grad_variance = (
             torch.zeros_like(mean) if grad is None else grad.to(mean.dtype) for grad in grads
         )
-        return mean, grad_variance * (2 / self.count), grad_mean / self.count
+        line = (mean, grad_variance * (2 / self.count), grad_mean / self.count)
+        if self._is_per_channel and not dtype.is_complex:
+            return channel_kernels.line(*(value.flatten() for value in line))
+        return tuple(self._broadcast(value, mean.dtype) for value in line)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        if self._is_per_channel and not x.is_complex():
+            # One fused pass: batch norm in eval mode is slope * (x - mean) + offset.
+            mean, slope, offset, one, _ = terms
+            enabled = torch.backends.cudnn.enabled
+            return torch.batch_norm(dense(x), slope, offset, mean, one, False, 0.0, 0.0, enabled)
+        mean, slope, offset = terms
+        return ((x - mean) * slope + offset).to(x.dtype)
+
+    def added_gradient(self, total: Tensor, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        if self._is_per_channel and channel_kernels.fits(x):
+            return channel_kernels.plus_line(total, x, channel_kernels.Line(*terms))
+        # Not `super()`: a dataclass with slots is another class than the one it is written in.
+        return Reduction.added_gradient(self, total, x, region, terms)
 
     @property
     def _is_per_channel(self) -> bool:
         return self.dims == (0, 2, 3)
-
-    def _fits_kernels(self, x: Tensor) -> bool:
-        return self._is_per_channel and channel_kernels.fits(x)
 
 
 def _squared(value: Tensor) -> Tensor:
@@ -256,12 +253,16 @@ class Extremum(Placeable):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0] * self.sign, dtype), self._result(parts[1], torch.float64))
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        best, ties = self._broadcast(results[0], x.dtype), self._broadcast(results[1], x.dtype)
-        return (x == best) * (self._broadcast(grads[0], x.dtype) / ties)
+        best, ties, grad = (self._broadcast(value, dtype) for value in (*results, grads[0]))
+        return best, grad / ties
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        best, share = terms
+        return (x == best) * share
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,15 +285,18 @@ class VectorNorm(Placeable):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self._result(parts[0], dtype.to_real()),)
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        norm = self._broadcast(results[0], x.dtype)
+        norm = self._broadcast(results[0], dtype)
         # Where the norm is 0 every element is, and ATen takes the zero subgradient.
-        safe = torch.where(norm == 0, 1, norm)
+        return torch.where(norm == 0, 1, norm), self._broadcast(grads[0], dtype)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        safe, grad = terms
         scaled = x / safe if self.power == 2 else x.sgn() * (x.abs() / safe).pow(self.power - 1)
-        return scaled * self._broadcast(grads[0], x.dtype)
+        return scaled * grad
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,18 +343,15 @@ class AlongOneAxis(Reduction):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return self.reduction.finish(parts, dtype)
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
-        place = self.kept if self.keepdim else self.kept - sum(dim < self.kept for dim in self.dims)
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        return self.reduction.gradient_terms(results, grads, dtype)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         positions = region[self.side]
-
-        def here(value: Tensor) -> Tensor:
-            return value.narrow(place, positions.start, positions.size)
-
-        return self.reduction.gradient(
-            x, region, [here(each) for each in results], [None if g is None else here(g) for g in grads]
-        )
+        here = [term.narrow(self.kept, positions.start, positions.size) for term in terms]
+        return self.reduction.gradient(x, region, here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,11 +374,14 @@ class ProductSum(Reduction):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (parts[0].to(dtype),)
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        grad = grads[0].to(x.dtype)
+        return (grads[0].to(dtype),)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        (grad,) = terms
         first, second = self._sides(x)
         found = torch.cat((second @ grad.transpose(-1, -2), first @ grad), -1)
         return found.reshape(x.shape)

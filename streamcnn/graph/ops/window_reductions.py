@@ -48,11 +48,14 @@ class WindowMeans(Reduction):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return ((parts[0] / self._counts(parts[0])).to(dtype),)
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        spread = (grads[0] / self._counts(grads[0])).to(x.dtype)
+        return ((grads[0] / self._counts(grads[0])).to(dtype),)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        (spread,) = terms
         for dim, windows, positions in zip((-2, -1), self.windows, region, strict=True):
             spread = _spread(spread, dim, windows, positions)
         return spread
@@ -155,15 +158,18 @@ class WindowMaxima(Reduction):
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (parts[0].to(dtype), parts[1])
 
-    def gradient(
-        self, x: Tensor, region: Region, results: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Tensor:
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
+        return results[1], grads[0].to(dtype)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         found = torch.zeros_like(x)
         for (row, col), part in self._pairs(region):
-            places, gradient = results[1][..., row, col, None, None], grads[0][..., row, col, None, None]
+            places, gradient = (term[..., row, col, None, None] for term in terms)
             chosen = self._places(region, part, x.device) == places
-            _cut(found, part).add_(chosen * gradient.to(x.dtype))
+            _cut(found, part).add_(chosen * gradient)
         return found
 
 
