@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import assert_streamed_equals_plain, randomized
 from operator_cases import SHAPE, TILE, WIDTH, Applied, Function, assert_streams, by_name
+from operator_counts import count_operators
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,6 +65,21 @@ def test_gradients_of_weight_and_bias_are_made_like_a_weight(
     assert_streamed_equals_plain(normalized(case()), SHAPE, tile=TILE)
     assert called
     assert all(called)
+
+
+def test_a_tile_is_normalised_by_few_operators() -> None:
+    """Deviations, scales and gradients of statistics are global values: a tile gives its two sums."""
+    x = torch.randn(SHAPE, requires_grad=True)
+    mean = torch.randn(SHAPE[1])
+    scale, shift = (torch.rand(SHAPE[1], requires_grad=True) for _ in range(2))
+    found: list[Tensor] = []
+    forward = count_operators(
+        lambda: found.append(normalization.normalize(x, mean, scale, shift)),
+    )
+    assert forward == {"ones_like": 1, "native_batch_norm": 1}
+    sent = torch.randn(SHAPE)
+    backward = count_operators(lambda: torch.autograd.grad(found, (x, scale, shift), sent))
+    assert backward == {"ones_like": 1, "native_batch_norm_backward": 1}
 
 
 class NormOfGlobalValue(nn.Module):

@@ -1,7 +1,8 @@
 """Batch, instance, group and whole-image layer norm: a barrier for the statistics, then one local pass.
 
-The local pass is ATen's own fused eval-mode batch norm with the image's statistics in place of the
-running ones; its backward also gives the gradients of mean and variance, which go on to the reduction.
+The local pass is ATen's own fused eval-mode batch norm by a mean, a scale and a shift. Scale and shift are
+global values, worked out of statistics and affine parameters once for all tiles: the backward pass of a tile
+gives no more than its two sums for each channel.
 """
 
 from __future__ import annotations
@@ -25,58 +26,31 @@ aten = torch.ops.aten
 
 
 class _Normalize(torch.autograd.Function):
-    """``(x - mean) / sqrt(variance + eps) * weight + bias`` with gradients for every tensor."""
+    """``(x - mean) * scale + shift`` with gradients for all but the mean, whose own the shift passes on."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        inverse = torch.rsqrt(variance + eps) if channel_kernels.fits(x) else None
-        ctx.save_for_backward(x, mean, variance, weight, inverse)
-        ctx.eps = eps
-        if inverse is not None:
-            return channel_kernels.normalised(x, mean, inverse, weight, bias)
-        return torch.batch_norm(
-            x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled
-        )
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, scale)
+        if channel_kernels.fits(x):
+            return channel_kernels.normalised(x, mean, scale, None, shift)
+        one = torch.ones_like(mean)
+        return torch.batch_norm(x, scale, shift, mean, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, variance, weight, inverse = ctx.saved_tensors
-        slope = torch.rsqrt(variance + ctx.eps) if inverse is None else inverse
-        scale = slope if weight is None else slope * weight
-        if inverse is not None:
+        x, mean, scale = ctx.saved_tensors
+        if channel_kernels.fits(x):
             gradient = channel_kernels.beside(grads[0], x)
-            grad_x = channel_kernels.scaled(gradient, scale)
-            grad_bias, product = channel_kernels.sums(x, gradient, mean, slope)
-            grad_weight = product * slope
-        else:
-            saved = _no_statistics(x)
-            # On a card the gradients of weight and bias, asked for here, are made like the weight.
-            present = torch.ones_like(mean) if weight is None else weight
-            # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that
-            # of a permuted result, for one that lies as x does.
-            gradient = grads[0].contiguous(memory_format=layout(x))
-            grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
-                gradient, x, present, mean, variance, saved, saved, False, ctx.eps, [True, True, True]
-            )
-        # The sums over the tile are those that the affine parameters need already.
-        grad_mean = -scale * grad_bias
-        grad_variance = -0.5 * scale * slope * grad_weight
-        return (
-            grad_x,
-            grad_mean,
-            grad_variance,
-            None if weight is None else grad_weight,
-            grad_bias if ctx.needs_input_grad[4] else None,
-            None,
+            grad_shift, grad_scale = channel_kernels.sums(x, gradient, mean, scale)
+            return channel_kernels.scaled(gradient, scale), None, grad_scale, grad_shift
+        saved, one = _no_statistics(x), torch.ones_like(mean)
+        # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that of a
+        # permuted result, for one that lies as x does.
+        gradient = grads[0].contiguous(memory_format=layout(x))
+        grad_x, grad_scale, grad_shift = aten.native_batch_norm_backward(
+            gradient, x, scale, mean, one, saved, saved, False, 0.0, [True, True, True]
         )
+        return grad_x, None, grad_scale, grad_shift
 
 
 def _no_statistics(x: Tensor) -> Tensor | None:
@@ -89,21 +63,35 @@ def _no_statistics(x: Tensor) -> Tensor | None:
     return x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def normalize(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """``x`` (N, C, h, w) normalised by statistics (C,), or by (N*C,) ones of each image."""
+def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``(x - mean) * scale + shift`` of ``x`` (N, C, h, w) by values (C,), or by (N*C,) ones of each image.
+
+    The mean is taken as a constant: see :func:`scale_and_shift`.
+    """
     x = dense(x)
     if mean.numel() == x.shape[1]:
         # Not through a view: changing a view in place later would copy its whole gradient.
-        result: Tensor = _Normalize.apply(x, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
+        result: Tensor = _Normalize.apply(x, mean, scale, shift)  # type: ignore[no-untyped-call]
         return result
     per_image = x.reshape(1, -1, *x.shape[2:])
-    result = _Normalize.apply(per_image, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
+    result = _Normalize.apply(per_image, mean, scale, shift)  # type: ignore[no-untyped-call]
     return result.reshape(x.shape)
 
 
 declare(normalize, cost=Cost(operations=elements, makes_new=True))
+
+
+def scale_and_shift(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What a map is multiplied by after its mean is taken off, and what is then added: (C,) each.
+
+    The shift is the bias. It also hands on the gradient of the mean, ``-scale`` times its own.
+    """
+    inverse = torch.rsqrt(variance + eps)
+    scale = inverse if weight is None else inverse * weight
+    shift = (mean.detach() - mean) * scale.detach()
+    return scale, shift if bias is None else shift + bias
 
 
 def _normalized(
@@ -111,8 +99,10 @@ def _normalized(
 ) -> Ref:
     like = torch.empty(tracer.spec(ref).shape, dtype=tracer.spec(ref).dtype, device="meta")
     weight, bias = (_as_statistics(tracer, ref, parameter) for parameter in (weight, bias))
-    arguments = (ref, mean, variance, weight, bias, eps)
-    return tracer.local(normalize, arguments, like=like, axes=(2, 3), accesses={ref.name: Access()})
+    scale, shift = tracer.global_value(scale_and_shift, mean, variance, weight, bias, eps)
+    return tracer.local(
+        normalize, (ref, mean, scale, shift), like=like, axes=(2, 3), accesses={ref.name: Access()}
+    )
 
 
 def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | None:
