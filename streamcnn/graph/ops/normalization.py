@@ -44,8 +44,8 @@ class _Normalize(torch.autograd.Function):
             grad_shift, grad_scale = channel_kernels.sums(x, gradient, mean, scale)
             return channel_kernels.scaled(gradient, scale), None, grad_scale, grad_shift
         saved, one = _no_statistics(x), torch.ones_like(mean)
-        # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that of a
-        # permuted result, for one that lies as x does.
+        # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that of
+        # a permuted result, for one that lies as x does.
         gradient = grads[0].contiguous(memory_format=layout(x))
         grad_x, grad_scale, grad_shift = aten.native_batch_norm_backward(
             gradient, x, scale, mean, one, saved, saved, False, 0.0, [True, True, True]
