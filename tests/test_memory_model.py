@@ -216,9 +216,11 @@ def test_the_moments_of_a_pass() -> None:
         # Parameters get a gradient from their last reader on, in the order of the backward pass.
         names = "parameter gradients", "parameter gradients so far"
         gradients = [sum(terms_of(point).get(name, 0) for name in names) for point in found]
-        # The second convolution's and the norm's are read in phase 2, the first one's in phase 1.
-        second, first = 4 * 8 * 4 + 2 * 8 * 4, 8 * 3 * 3 * 3 * 4
-        assert gradients == [0, 0, 0, 0, 0, 0, second, second, second + first, second + first]
+        # The second convolution's are read in phase 2, the first one's in phase 1, and the norm's for its
+        # scale and shift, whose segment is counted alike in both directions.
+        second, norm, first = 4 * 8 * 4, 2 * 8 * 4, 8 * 3 * 3 * 3 * 4
+        every = second + norm + first
+        assert gradients == [0, 0, norm, 0, 0, 0, second, second + norm, every, every]
 
 
 def test_stored_maps_live_until_their_last_reader() -> None:
