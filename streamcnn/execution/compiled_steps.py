@@ -22,6 +22,7 @@ from streamcnn.execution.compiler import Candidate, Compile, Placement, Placemen
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.step import Compute, Computed, Step
 from streamcnn.graph.autocast import autocast
+from streamcnn.graph.schemas import operator_name
 
 _KINDS = 4
 """Kinds of tiles that are compiled of a phase in one direction, the commonest: the others are few tiles."""
@@ -176,7 +177,7 @@ def _take_constants(graph: GraphModule) -> list[Tensor | None]:
 
 def _constant(graph: GraphModule, result: FxNode) -> Tensor | None:
     """What a result is that was written as a number, such as how many elements a tile has."""
-    if result.target is not torch.ops.aten.lift_fresh_copy.default:
+    if operator_name(result.target) != "lift_fresh_copy":
         return None
     (origin,) = result.all_input_nodes
     value: Tensor = getattr(graph, str(origin.target))
