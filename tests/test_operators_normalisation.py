@@ -115,6 +115,14 @@ def test_a_gradient_with_its_axes_in_another_order(num_images: int) -> None:
     assert_streams(net, (num_images, *SHAPE[1:]))
 
 
+def test_statistics_of_the_shape_of_a_part_of_a_map() -> None:
+    def norm(x: Tensor) -> Tensor:
+        part = x[0, :, 0, 0]
+        return F.batch_norm(x, torch.zeros_like(part), torch.full_like(part, 2.0))
+
+    assert_streamed_equals_plain(normalized(Applied(norm)), SHAPE, tile=TILE, resident=True)
+
+
 def test_frozen_affine_part() -> None:
     net = normalized(nn.BatchNorm2d(WIDTH))
     net[1].requires_grad_(False)

@@ -288,6 +288,12 @@ declare(aten.div, aten.mul, cost=replace(ELEMENTWISE, saves=FACTORS))
 # Where it takes which of the two, in a byte for each.
 declare(aten.where, cost=replace(ELEMENTWISE, saves=Saves(beside=elements)))
 declare(aten.detach, aten.detach_copy, cost=Cost(saves=NOTHING, detaches=True))
+# They read no values; randint_like is the one that asks for a gradient, which Python's binding takes off it.
+declare(
+    *(aten.empty_like, aten.full_like, aten.ones_like, aten.rand_like, aten.randint_like, aten.randn_like),
+    *(aten.zeros_like, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros),
+    cost=Cost(saves=NOTHING, detaches=True),
+)
 
 
 class _LayerScale(nn.Module):
