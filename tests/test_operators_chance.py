@@ -78,6 +78,21 @@ def test_draws_of_a_maps_shape_are_those_of_plain_pytorch() -> None:
     assert streaming_plan(net, (2, 3, 23, 19), 8)[1].residents == ()
 
 
+@pytest.mark.parametrize("low_high", [(5,), (-2, 3)])
+def test_whole_numbers_like_a_map_have_no_gradient(low_high: tuple[int, ...]) -> None:
+    drawn = Applied(lambda x: x * torch.randint_like(x, *low_high))
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), drawn, nn.Conv2d(WIDTH, 2, 3)).double()
+    image = torch.randn(2, 3, 23, 19, dtype=torch.float64)
+    torch.testing.assert_close(_run(net, image, 8, 3), _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(1.0), nn.Dropout2d(1.0)], ids=["elements", "channels"])
+def test_dropping_everything_draws_nothing(module: nn.Module) -> None:
+    net = nn.Sequential(Applied(lambda x: x + module(x)), nn.Conv2d(3, WIDTH, 3), DropPath(0.6)).double()
+    image = torch.randn(5, 3, 23, 19, dtype=torch.float64)
+    torch.testing.assert_close(_run(net, image, 8, 3), _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
+
+
 IMAGE = torch.linspace(0.5, 1.5, 2 * 3 * 40 * 33, dtype=torch.float64).reshape(2, 3, 40, 33)
 """Without zeros, so that a dropped element shows."""
 

@@ -28,8 +28,8 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     """Dropout of single elements, of maps, streamed or resident, and of global values."""
     ref, probability, train = call.bind("input", "p", "train")
     axes = tracer.axes(ref)
-    if not train or probability == 0:
-        return _unchanged(tracer, ref)
+    if not train or probability in (0, 1):
+        return _without_drawing(tracer, ref, probability if train else 0)
     if axes is None and len(tracer.spec(ref).shape) < 3:
         # The head's: drawn as plain PyTorch draws it.
         return tracer.global_value(call.target, *call.args, **call.kwargs)
@@ -49,8 +49,8 @@ def feature_dropout(tracer: Tracer, call: Call) -> Any:
     """Dropout of whole channels: a small mask, drawn once."""
     ref, probability, train = call.bind("input", "p", "train")
     spec = tracer.spec(ref)
-    if not train or probability == 0:
-        return _unchanged(tracer, ref)
+    if not train or probability in (0, 1):
+        return _without_drawing(tracer, ref, probability if train else 0)
     shape = (*spec.shape[:2], *(1,) * (len(spec.shape) - 2))
     device = torch.device(tracer.fake(call).device)
     mask = tracer.global_value(draw_channel_mask, shape, probability, dtype=spec.dtype, device=device)
@@ -59,10 +59,12 @@ def feature_dropout(tracer: Tracer, call: Call) -> Any:
     return pointwise(tracer, Call(aten.mul.Tensor, (ref, mask), {}))
 
 
-def _unchanged(tracer: Tracer, ref: Ref) -> Any:
+def _without_drawing(tracer: Tracer, ref: Ref, probability: float) -> Any:
+    """Everything kept or everything dropped: as in ATen, the random state stays as it is."""
+    call = Call(aten.mul.Scalar, (ref, 0.0), {}) if probability else Call(aten.alias.default, (ref,), {})
     if tracer.axes(ref) is None:
-        return ref
-    return pointwise(tracer, Call(aten.alias.default, (ref,), {}))
+        return tracer.global_value(call.target, *call.args) if probability else ref
+    return pointwise(tracer, call)
 
 
 def draw_seed(*, device: torch.device) -> Tensor:
@@ -75,7 +77,7 @@ def draw_channel_mask(
 ) -> Tensor:
     """Kept channels as ``1 / (1 - probability)``, dropped ones as 0; drawn on ``device``, as ATen does."""
     kept = torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 - probability)
-    return kept / (1 - probability) if probability < 1 else kept
+    return kept / (1 - probability)
 
 
 declare(draw_seed, draw_channel_mask, cost=Cost(saves=NOTHING, draws=True))
@@ -102,7 +104,7 @@ def drop_elements(
         position = position * extent + index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
     uniform = mix(position + seed) & (2**_BITS - 1)
     kept = uniform >= round(probability * 2**_BITS)
-    dropped: Tensor = x * (kept.to(x.dtype) / max(1 - probability, 2.0**-_BITS))
+    dropped: Tensor = x * (kept.to(x.dtype) / (1 - probability))
     return dropped
 
 
