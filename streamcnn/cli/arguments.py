@@ -51,6 +51,13 @@ Inputs = Annotated[
         metavar="NAME,...", help="Columns of numbers in the CSV file for the model, besides the image."
     ),
 ]
+OtherPixels = Annotated[
+    bool,
+    typer.Option(
+        "--other-pixels",
+        help="Take images with other channels, or pixels of another type or range, than those of training.",
+    ),
+]
 Masks = Annotated[
     str | None, typer.Option(help="Folder with a mask for each image, if DATA is a folder of images.")
 ]

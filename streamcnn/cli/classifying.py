@@ -48,6 +48,7 @@ def predict(
     choice: ImageChoice,
     maps: MapOptions,
     *,
+    other_pixels: bool,
     as_json: bool,
 ) -> None:
     """Print the class of each image and its probability."""
@@ -61,6 +62,8 @@ def predict(
     from streamcnn.training.naming import naming
 
     for at, (path, source, *further) in enumerate(open_images(images, columns, choice)):
+        if not other_pixels:
+            trained.require_as_trained(source, str(path))
         with torch.no_grad(), naming("prediction", [at], [str(path)]):
             logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
         require_finite(logits, [at], [str(path)])

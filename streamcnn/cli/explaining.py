@@ -19,6 +19,7 @@ from streamcnn.cli.arguments import (
     ChannelsLast,
     Inputs,
     Level,
+    OtherPixels,
     Series,
     choice_of,
     exit_for_wrong_usage,
@@ -82,6 +83,7 @@ def explain(
     channels_last: ChannelsLast = None,
     budget: Budget = None,
     trust: Trust = None,
+    other_pixels: OtherPixels = False,
 ) -> None:
     """Show which parts of an image a class's score depends on, at full resolution."""
     from streamcnn.attribution.explanation import require_new
@@ -103,6 +105,8 @@ def explain(
     columns = columns_of(trained, inputs)
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)
     path, source, numbers = _one_image(image, columns, choice)
+    if not other_pixels:
+        trained.require_as_trained(source, str(path))
     further = tuple(each[None].to(trained.config.device) for each in numbers)
     from streamcnn.attribution.explanation import Facts, tile_borders, write_explanation
     from streamcnn.attribution.survey import survey_of

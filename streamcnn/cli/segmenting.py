@@ -118,6 +118,7 @@ def predict(
     choice: ImageChoice,
     maps: MapOptions,
     *,
+    other_pixels: bool,
     as_json: bool,
 ) -> None:
     """Write a map of each image, whole or not at all, and print where it is."""
@@ -132,10 +133,13 @@ def predict(
     places = {maps.output / f"{name}{ending}": path for name, path in _named(images, choice).items()}
     _require_free(list(places), overwrite=maps.overwrite)
     for at, (place, path) in enumerate(places.items()):
+        source = open_chosen(path, choice)
+        if not other_pixels:
+            trained.require_as_trained(source, str(path))
         place.parent.mkdir(parents=True, exist_ok=True)
         with naming("prediction", [at], [str(path)]):
             trained.model.predict_to(
-                open_chosen(path, choice),
+                source,
                 place,
                 output=(maps.map or MapKind.classes).value,
                 key=trained.config.key,

@@ -17,6 +17,7 @@ from streamcnn.cli.arguments import (
     Json,
     Level,
     Masks,
+    OtherPixels,
     Series,
     choice_of,
     exit_for_wrong_usage,
@@ -54,6 +55,7 @@ def evaluate(
     budget: Budget = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
     trust: Trust = None,
+    other_pixels: OtherPixels = False,
     as_json: Json = False,
 ) -> None:
     """Print how good a trained model is on images with labels or masks.
@@ -77,6 +79,9 @@ def evaluate(
     as_trained = None if is_tile_store(where) else trained.choice
     choice = choice_of(series, level, channels_last, otherwise=as_trained)
     images = task.open_images(where, split, choice=choice)
+    if not other_pixels:
+        # The others are of the same kind, or the data set were refused.
+        trained.require_as_trained(images[0][0], f"{images.names[0]} in {where}")
     _TASKS[config.task].print_score(trained, task, images, batch=batch, as_json=as_json)
 
 
@@ -97,6 +102,7 @@ def predict(
     channels_last: ChannelsLast = None,
     budget: Budget = None,
     trust: Trust = None,
+    other_pixels: OtherPixels = False,
     as_json: Json = False,
 ) -> None:
     """Print the class of each image and its probability, or write the map of its pixels' classes.
@@ -108,7 +114,8 @@ def predict(
     trained = load_trained(run, budget, trust)
     columns = columns_of(trained, inputs)
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)
-    _TASKS[trained.config.task].predict(trained, images, columns, choice, maps, as_json=as_json)
+    print_or_write = _TASKS[trained.config.task].predict
+    print_or_write(trained, images, columns, choice, maps, other_pixels=other_pixels, as_json=as_json)
 
 
 def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
 from streamcnn.errors import DatasetMismatch, some
+from streamcnn.support.units import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,8 @@ class ImageKind:
     """What an image has in common with the others of its data set."""
 
     channels: int
-    dtype: str
-    """NumPy's name of the pixel type."""
+    dtype: str | None
+    """NumPy's name of the pixel type; None where it was not kept."""
     largest: int | None
     """Largest number that a pixel may be; None for floats."""
 
@@ -30,7 +31,19 @@ class ImageKind:
     @property
     def values(self) -> str:
         """Type and range, as messages say them."""
-        return self.dtype if self.largest is None else f"{self.dtype} up to {self.largest}"
+        return str(self.dtype) if self.largest is None else f"{self.dtype} up to {self.largest}"
+
+    @property
+    def described(self) -> str:
+        """Channels, type and range, as messages say them."""
+        return f"{plural(self.channels, 'channel')} of {self.values}"
+
+    def has_values_of(self, other: ImageKind) -> bool:
+        """Whether equal numbers are equally bright; those of all floats are, as nothing divides them."""
+        if None in (self.dtype, other.dtype):
+            return True
+        are_floats = [str(each.dtype).rstrip("0123456789") in ("float", "bfloat") for each in (self, other)]
+        return all(are_floats) or self.values == other.values
 
 
 def check_alike(where: Path, names: Sequence[str], kinds: Sequence[ImageKind]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from streamcnn.data.dataset import ImageDataset, Images, input_shapes
+from streamcnn.data.uniform import ImageKind
 from streamcnn.errors import DatasetMismatch
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.text import printable
@@ -125,8 +126,14 @@ def require_same_inputs(images: Images, validation: Images) -> None:
     Raises
     ------
     DatasetMismatch
-        If their first images have other further inputs.
+        If their first images have other further inputs, channels, or pixels of another type or range.
     """
+    of_training, of_validation = (ImageKind.of(found[0][0]) for found in (images, validation))
+    if of_training.channels != of_validation.channels or not of_training.has_values_of(of_validation):
+        raise DatasetMismatch(
+            f"training images have {of_training.described}, and validation images {of_validation.described}: "
+            "write both in the same way"
+        )
     trained, validated = (input_shapes(found[0]) for found in (images, validation))
     if trained != validated:
         raise DatasetMismatch(

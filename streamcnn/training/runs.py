@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.data.sources import ImageChoice, largest_of
-from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
+from streamcnn.data.sources import ImageChoice, ImageSource, largest_of
+from streamcnn.data.uniform import ImageKind
+from streamcnn.errors import DamagedCheckpoint, DatasetMismatch, RunMismatch, StreamError
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.atomic import replace_file
 from streamcnn.support.disk import writing
 from streamcnn.support.documents import conform, parse_json, read_within
 from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, require_trust
+from streamcnn.support.units import plural
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.config import OF_TASKS, RUN, RunConfig, divides_by_type
 from streamcnn.training.state import progress_of, require_state
@@ -54,8 +56,8 @@ def make_trainer(
     task = config.make_task()
     images, validation = config.datasets()
     source = images[0][0]
-    num_channels = source.shape[0]
-    model = config.build(task.num_classes(images, validation), num_channels)
+    kind = ImageKind.of(source)
+    model = config.build(task.num_classes(images, validation), kind.channels)
     values = config.to_dict()
     # The images are told by more than their place, tasks and settings by their names.
     left_out = ("data", "settings", *OF_TASKS)
@@ -67,7 +69,9 @@ def make_trainer(
     identity["largest"] = source.largest if is_by_range else None
     classes = task.class_names(images)
     derived = {
-        "num_channels": num_channels,
+        "num_channels": kind.channels,
+        "dtype": kind.dtype,
+        "largest": kind.largest,
         "classes": classes and list(classes),
         "read_by": asdict(images.choice),
     }
@@ -101,6 +105,8 @@ class TrainedRun:
     """Names of the labels or classes 0, 1, …; None where they are numbers."""
     choice: ImageChoice
     """How the files of the training images were read; of a tile store, when it was written."""
+    kind: ImageKind
+    """What the training images were; runs from before types were kept have their channels alone."""
     update: int
     """After which these weights were found."""
     validation_score: float
@@ -110,6 +116,31 @@ class TrainedRun:
         """What a class is called: its number if it has no name, such as one that no image has."""
         known = self.classes or ()
         return known[label] if label < len(known) else str(label)
+
+    def require_as_trained(self, source: ImageSource, name: str) -> None:
+        """Make sure that an image is of the training images' kind, for others are taken wrongly.
+
+        Parameters
+        ----------
+        source, name
+            The image, and what the error calls it.
+
+        Raises
+        ------
+        DatasetMismatch
+            If it has another number of channels, or pixels of another type or range.
+        """
+        found, trained = ImageKind.of(source), self.kind
+        if found.channels != trained.channels:
+            what = f"has {plural(found.channels, 'channel')}, and training images had {trained.channels}"
+        elif not found.has_values_of(trained):
+            what = f"holds {found.values}, and training images held {trained.values}"
+        else:
+            return
+        raise DatasetMismatch(
+            f"{name} {what}: the model would take it for another picture; write it as the training images "
+            "were, or give --other-pixels if it is as it should be"
+        )
 
 
 def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] = ()) -> TrainedRun:
@@ -157,6 +188,7 @@ def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] 
         model.eval(),
         made.classes,
         config.choice if made.read_by is None else made.read_by,
+        ImageKind(made.num_channels, made.dtype, made.largest),
         progress["update"],
         progress["best_score"],
     )
@@ -191,6 +223,9 @@ class _Made:
     classes: tuple[str, ...] | None
     read_by: ImageChoice | None = None
     """How files were read; None in runs from before there were choices."""
+    dtype: str | None = None
+    """Of the pixels; None in runs from before it was kept."""
+    largest: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_channels"):

@@ -158,8 +158,8 @@ class Trainer:
         DamagedCheckpoint
             If there are checkpoints and none can be read, or the best one is gone.
         DatasetMismatch
-            If images to train on and to validate by have different further inputs, or masks hold classes that
-            the model does not tell apart.
+            If images to train on and to validate by have different further inputs or pixels, or masks hold
+            classes that the model does not tell apart.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         TrainingDiverged
@@ -237,7 +237,7 @@ class Trainer:
         Raises
         ------
         DatasetMismatch
-            If images to train on and to validate by have different further inputs.
+            If images to train on and to validate by have different further inputs or pixels.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         """
