@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -338,3 +340,42 @@ def test_guards_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", timed)
     plain, model = pair(Net())
     assert torch.allclose(model(image()), plain(image()))
+
+
+class DrawsInPython(nn.Module):
+    """Code that is captured anew at each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).square().mean((2, 3)) + 0 * random.random()
+
+
+def test_models_in_several_threads_are_captured_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    nets = [DrawsInPython().double() for _ in range(2)] + [nn.Conv2d(3, 4, 3).double()]
+    plain, image = copy.deepcopy(nets), torch.randn(2, 3, 24, 20, dtype=torch.float64)
+    functions = torch.manual_seed, torch.set_rng_state, nn.BatchNorm2d.forward
+    ready = threading.Barrier(len(nets))
+
+    def work(model: nn.Module) -> None:
+        ready.wait()
+        for _ in range(2):
+            model(image).square().sum().backward()
+
+    models = [StreamingModel(net, tile=12) for net in nets]
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for net, twin in zip(nets, plain, strict=True):
+        for _ in range(2):
+            twin(image).square().sum().backward()
+        torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+        gradients, expected = ([p.grad for p in each.parameters()] for each in (net, twin))
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+    assert gc.isenabled()
+    assert (torch.manual_seed, torch.set_rng_state, nn.BatchNorm2d.forward) == functions

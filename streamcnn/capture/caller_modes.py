@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from torch._C import _autograd
@@ -49,19 +50,36 @@ class CallerModes:
             _take_modes()
 
 
-@contextmanager
-def collector(on: bool) -> Iterator[None]:
-    """Run a block with Python's cyclic collector at work or not.
+class _Collector:
+    """Keeps Python's cyclic collector off while some thread is in a block of its."""
 
-    Capture and planning make a great many objects, which stay, in a few seconds: the collector would walk
-    all of them and all of PyTorch's again and again, for a quarter of that time.
-    """
-    was_on = gc.isenabled()
-    (gc.enable if on else gc.disable)()
-    try:
-        yield
-    finally:
-        (gc.enable if was_on else gc.disable)()
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._num_blocks = 0
+        self._was_on = False
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run a block with the collector off.
+
+        Capture and planning make a great many objects, which stay, in a few seconds: the collector would walk
+        all of them and all of PyTorch's again and again, for a quarter of that time.
+        """
+        with self._lock:
+            if not self._num_blocks:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._num_blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_blocks -= 1
+                if self._was_on and not self._num_blocks:
+                    gc.enable()
+
+
+collector = _Collector()
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -27,6 +28,9 @@ from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import StreamError, UnsupportedModel
 
 T = TypeVar("T")
+
+_ALONE = RLock()
+"""Held while a call is captured, since it changes functions and settings of PyTorch's for all threads."""
 
 
 class ForwardPass:
@@ -55,17 +59,24 @@ class ForwardPass:
         UnsupportedModel
             If the call cannot be captured; the module is as it was.
         """
-        with (caller_modes or CallerModes()).aside(), _cumulative_averages(net):
+        with (caller_modes or CallerModes()).aside(), ExitStack() as capturing:
+            capturing.enter_context(_ALONE)
+            capturing.enter_context(_cumulative_averages(net))
+
+            def run_beside_others(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+                capturing.close()
+                return run(graph, states)
+
             mode = (net.training, torch.is_grad_enabled())
             if mode not in self._unguardable:
                 try:
-                    return self._guarded(net, image, args, kwargs, run)
+                    return self._guarded(net, image, args, kwargs, run_beside_others)
                 except CannotBeGuarded:
                     self._unguardable.add(mode)
             capture = _captured_anew(net, image, args, kwargs)
             try:
                 with function_modes_aside():
-                    results = run(capture.graph, capture.states)
+                    results = run_beside_others(capture.graph, capture.states)
             except BaseException:
                 capture.undo()
                 raise
@@ -125,7 +136,7 @@ def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Ra
 
 def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
     try:
-        with _quiet(), collector(on=False):
+        with _quiet(), collector.off():
             return capture_anew(net, image, args, kwargs)
     except StreamError:
         raise

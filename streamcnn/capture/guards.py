@@ -12,7 +12,6 @@ image's shape, which takes no memory.
 
 from __future__ import annotations
 
-import gc
 import logging
 import operator
 import os
@@ -102,13 +101,15 @@ class GuardedForward:
             self._unseen = unseen
             self._graphs = _Graphs()
             self._compiled = _compiled(self._graphs)
-        call = _GuardedCall(net, args, kwargs, run)
-        outer, _present.call = _present.call, call
-        try:
-            with _dynamo_as_wanted():
+        with ExitStack() as settings:
+            settings.enter_context(_dynamo_as_wanted())
+            settings.enter_context(collector.off())
+            call = _GuardedCall(net, args, kwargs, run, settings)
+            outer, _present.call = _present.call, call
+            try:
                 result = _followed(call, self._compiled, net, image, args, kwargs)
-        finally:
-            _present.call = outer
+            finally:
+                _present.call = outer
         if not call.has_begun:
             raise CannotBeGuarded("no tensor operation depends on the image")
         return result
@@ -117,8 +118,7 @@ class GuardedForward:
 def _followed(call: _GuardedCall, compiled: Callable[..., Any], *inputs: Any) -> Any:
     """The result of a call, or the news that Dynamo cannot follow its code."""
     try:
-        with collector(on=False):
-            return compiled(*inputs)
+        return compiled(*inputs)
     except StreamError:
         raise
     except Exception as error:
@@ -192,9 +192,9 @@ class _Captured:
             self._graph, self._keys = call.lower(self._module, inputs)
             self._module = None
         call.has_begun = True
+        call.settings.close()
         states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
-        with collector(call.collects):
-            return call.run(self._graph, states)
+        return call.run(self._graph, states)
 
 
 class _GuardedCall:
@@ -206,11 +206,13 @@ class _GuardedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         run: Run,
+        settings: ExitStack,
     ) -> None:
         self.net = net
         self.arguments = (args, kwargs)
         self.run = run
-        self.collects = gc.isenabled()
+        self.settings = settings
+        """What holds while the call is captured, and no longer when its operators are carried out."""
         self.has_begun = False
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> tuple[RawGraph, tuple[str | None, ...]]:

@@ -9,6 +9,7 @@ Anywhere else it is found: then the pass is refused, and the module put back as 
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -255,13 +256,23 @@ def _functions_whole() -> Iterator[None]:
     with (
         patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
         patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
-        patch.object(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
+        _replaced_here(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
         ExitStack() as generators,
     ):
         for module in (torch, torch.random):
             for name in SEEDING:
-                generators.enter_context(patch.object(module, name, _refuse_seed))
+                generators.enter_context(_replaced_here(module, name, _refuse_seed))
         yield
+
+
+def _replaced_here(module: Any, name: str, replacement: Callable[..., Any]) -> Any:
+    """A patch of a function for calls in this thread; in others passes may be carried out meanwhile."""
+    original, here = getattr(module, name), threading.get_ident()
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if threading.get_ident() == here else original)(*args, **kwargs)
+
+    return patch.object(module, name, function)
 
 
 def _refuse_seed(*args: Any, **kwargs: Any) -> None:
@@ -270,7 +281,7 @@ def _refuse_seed(*args: Any, **kwargs: Any) -> None:
 
 def _refuse_bound(args: Any) -> Any:
     """Called by the ``apply`` that was taken from a function before the pass: what goes past our own."""
-    cls = sys._getframe(1).f_locals.get("cls")
+    cls = sys._getframe(2).f_locals.get("cls")
     raise UnsupportedModel(
         f"the forward pass calls the apply of {getattr(cls, '__name__', 'a function')} by another name, and "
         "holds code that can only be captured without values: write .apply(...) where it is called"

@@ -140,7 +140,7 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
     def gradients(program: Program) -> frozenset[str]:
         return differentiated(program, spec.leaves & program.nodes.keys())
 
-    with collector(on=False):
+    with collector.off():
         read = {key: reader.axes for key, reader in captured.maps.items()}
         trace = Trace(
             captured.graph,
