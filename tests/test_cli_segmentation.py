@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tifffile
+import zarr
 from segmentation_runs import FACTORY, draw_pair, write_factories, write_pairs
 
 from streamcnn.cli.arguments import parse_numbers
@@ -97,6 +98,27 @@ def test_masks_may_lie_in_a_folder_with_splits(workplace: Path, run: Run) -> Non
     assert status == 0
     assert (workplace / "maps" / "split" / "images" / "val" / "2.zarr").is_dir()
     assert (workplace / "maps" / "images" / "4.zarr").is_dir()
+
+
+def test_masks_of_background_alone_may_have_no_chunk(workplace: Path, run: Run) -> None:
+    """zarr writes none by default, as if they had been lost."""
+    rows = (workplace / "scenes.csv").read_text()
+    for seed in (0, 2, 3):  # of each split
+        zarr.create_array(workplace / f"masks/{seed}.zarr", shape=(72, 64), chunks=(32, 32), dtype="u1")
+        rows = rows.replace(f"masks/{seed}.tif", f"masks/{seed}.zarr")
+    (workplace / "scenes.csv").write_text(rows)
+    status, _, err = run(*arguments(workplace))
+    assert (status, "0.zarr has none of its 6 chunks" in err, "empty_masks" in err) == (1, True, True)
+    assert not (workplace / "run").exists()
+    assert run(*arguments(workplace), "--empty-masks")[::2] == (0, "")
+    # The run keeps it.
+    status, out, _ = run("evaluate", TRUST, workplace / "run", "--json")
+    assert (status, json.loads(out)["num_images"]) == (0, 2)
+    values = json.loads((workplace / "run/run.json").read_text())
+    assert values.pop("empty_masks") is True
+    (workplace / "run/run.json").write_text(json.dumps(values))
+    assert run("evaluate", TRUST, workplace / "run")[0] == 1
+    assert run("evaluate", TRUST, workplace / "run", "--empty-masks")[0] == 0
 
 
 def test_maps_are_called_as_their_images_and_lie_in_the_folder(workplace: Path, run: Run) -> None:

@@ -84,8 +84,8 @@ def test_an_array_without_a_chunk_is_refused(tmp_path: Path, options: Any, key: 
     num_chunks = 4 if "shards" in options else 16
     message = (
         f"a.zarr has none of its {num_chunks} chunks, such as {key}: they were lost, never written or are "
-        'named otherwise; copy the image again, or open it with missing_chunks="fill" if it is empty on '
-        "purpose"
+        "named otherwise; copy the image again, or if it is empty on purpose write it with "
+        'write_empty_chunks, or open it with missing_chunks="fill", and a mask with empty_masks=True'
     )
     for missing_chunks in ("some", "error"):
         with pytest.raises(CorruptImage, match=re.escape(message)):

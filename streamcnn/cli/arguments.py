@@ -61,6 +61,10 @@ OtherPixels = Annotated[
 Masks = Annotated[
     str | None, typer.Option(help="Folder with a mask for each image, if DATA is a folder of images.")
 ]
+EmptyMasks = Annotated[
+    bool,
+    typer.Option("--empty-masks", help="Masks in zarr without any chunk hold their fill value alone."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

@@ -13,6 +13,7 @@ from streamcnn.cli import classifying, segmenting
 from streamcnn.cli.arguments import (
     Budget,
     ChannelsLast,
+    EmptyMasks,
     Inputs,
     Json,
     Level,
@@ -47,6 +48,7 @@ def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Other images than the run's.")] = None,
     masks: Masks = None,
+    empty_masks: EmptyMasks = False,
     inputs: Inputs = None,
     series: Series = None,
     level: Level = None,
@@ -72,7 +74,8 @@ def evaluate(
     # The masks of the run belong to its images.
     folder = config.masks if data is None and masks is None else masks
     try:
-        task = replace(config, data=where, masks=folder, inputs=columns).make_task()
+        empty = empty_masks or config.empty_masks
+        task = replace(config, data=where, masks=folder, empty_masks=empty, inputs=columns).make_task()
     except ValueError as error:
         exit_for_wrong_usage(str(error))
     # What is in a tile store was read when it was written.

@@ -13,6 +13,7 @@ import typer
 from streamcnn.cli.arguments import (
     Budget,
     ChannelsLast,
+    EmptyMasks,
     Inputs,
     Level,
     Masks,
@@ -73,6 +74,7 @@ class RunOptions:
     )
 
     masks: Masks = None
+    empty_masks: EmptyMasks = False
     loss: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +112,7 @@ class RunOptions:
         return RunConfig(
             task=self.task,
             masks=None if self.masks is None else str(local_path(self.masks).resolve()),
+            empty_masks=self.empty_masks,
             loss=self._loss(),
             key=self.key,
             class_names=None if self.class_names is None else parse_names(self.class_names),

@@ -23,6 +23,7 @@ from streamcnn.data.mask_values import values_of_file
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, is_image, open_chosen, open_image
 from streamcnn.data.sources.files import is_there
+from streamcnn.data.sources.guard import MissingChunks
 from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical, split_of_folder
 from streamcnn.data.uniform import check_alike, kind_of_file
@@ -70,6 +71,9 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         As for ``TileDataset``: images are mirrored and turned with their masks, whose values stay.
     choice
         Which image of each file, in which resolution, and where its channels are. Masks are read as they are.
+    empty_masks
+        Whether a mask in zarr may lack all its chunks, and then holds its fill value alone, as zarr writes a
+        mask of background by default. A mask whose chunks were lost cannot be told from that.
 
     Raises
     ------
@@ -91,13 +95,15 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         augmentation: RandomAugmentation | None = None,
         seed: int = 0,
         choice: ImageChoice = DEFAULT_CHOICE,
+        empty_masks: bool = False,
     ) -> None:
         self.path = local_path(path)
         self.choice = choice
+        self._missing_chunks: MissingChunks = "fill" if empty_masks else "some"
         every = _pairs(self.path, None if masks is None else local_path(masks), choice)
         check_alike(self.path, [pair.name for pair in every], [kind_of_file(p.image, choice) for p in every])
         for pair in every:
-            _check_mask(open_chosen(pair.image, choice), open_image(pair.mask))
+            _check_mask(open_chosen(pair.image, choice), self._open_mask(pair))
         wanted = None if split is None else canonical(split)
         pairs = [pair for pair in every if wanted is None or pair.split == wanted]
         if not pairs:
@@ -117,11 +123,14 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
 
     def __getitem__(self, position: int) -> tuple[ImageSource, ImageSource]:
         pair = self._pairs[position]
-        image, mask = open_chosen(pair.image, self.choice), open_image(pair.mask)
+        image, mask = open_chosen(pair.image, self.choice), self._open_mask(pair)
         if self._augmentation is None:
             return image, mask
         drawn = self._augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
         return AugmentedSource(image, drawn), AugmentedSource(mask, replace(drawn, invert=False, gain=1.0))
+
+    def _open_mask(self, pair: _Pair) -> ImageSource:
+        return open_image(pair.mask, missing_chunks=self._missing_chunks)
 
     @property
     def fingerprint(self) -> str:
@@ -155,7 +164,7 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         CorruptImage
             If it cannot be read.
         """
-        return values_of_file(self._pairs[position].mask)
+        return values_of_file(self._pairs[position].mask, self._missing_chunks)
 
     def mask_name(self, position: int) -> str:
         """Where a mask lies."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from streamcnn.data.sources import ImageSource, open_image
+from streamcnn.data.sources.guard import MissingChunks
 from streamcnn.geometry.regions import Interval, Region
 
 _ROWS, _COLUMNS = 512, 2**15
@@ -47,8 +48,8 @@ def _parts(mask: ImageSource) -> Iterator[Region]:
             yield Region(Interval(top, min(top + _ROWS, height)), Interval(left, min(left + _COLUMNS, width)))
 
 
-def values_of_file(path: Path) -> Mapping[int, int]:
-    """`values_of` the mask in a file, which are kept until it is written again.
+def values_of_file(path: Path, missing_chunks: MissingChunks = "some") -> Mapping[int, int]:
+    """`values_of` the mask in a file, opened so, which are kept until it is written again.
 
     Raises
     ------
@@ -56,11 +57,13 @@ def values_of_file(path: Path) -> Mapping[int, int]:
         If it cannot be read.
     """
     if path.is_dir():
-        return MappingProxyType(values_of(open_image(path)))
+        return MappingProxyType(values_of(open_image(path, missing_chunks=missing_chunks)))
     found = path.stat()
-    return _values_of_file(path, found.st_size, found.st_mtime_ns)
+    return _values_of_file(path, missing_chunks, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2**12)
-def _values_of_file(path: Path, size: int, modified_ns: int) -> Mapping[int, int]:
-    return MappingProxyType(values_of(open_image(path)))
+def _values_of_file(
+    path: Path, missing_chunks: MissingChunks, size: int, modified_ns: int
+) -> Mapping[int, int]:
+    return MappingProxyType(values_of(open_image(path, missing_chunks=missing_chunks)))

@@ -28,7 +28,7 @@ from streamcnn.training.settings import TrainSettings
 from streamcnn.training.task import Task
 
 RUN = "run.json"
-OF_TASKS = ("task", "inputs", "masks", "loss", "key", "class_names")
+OF_TASKS = ("task", "inputs", "masks", "empty_masks", "loss", "key", "class_names")
 """Values that a task is made of."""
 
 
@@ -53,6 +53,8 @@ class RunConfig:
     folder of images; see ``MaskDataset``."""
     masks: str | None = None
     """For segmentation, if the data are a folder: that of the masks."""
+    empty_masks: bool = False
+    """For segmentation: whether masks in zarr may lack all their chunks; see ``MaskDataset``."""
     loss: SegmentationLoss | None = None
     """For segmentation; None takes the cross-entropy."""
     key: str | None = None
@@ -180,7 +182,8 @@ class RunConfig:
 
 
 def _classification(config: RunConfig) -> Classification:
-    given = [name for name in ("masks", "loss", "key", "class_names") if getattr(config, name) is not None]
+    of_masks = ("masks", "empty_masks", "loss", "key", "class_names")
+    given = [name for name in of_masks if getattr(config, name) not in (None, False)]
     if given:
         of_names = "; a classifier's classes are called as its folders or the labels in its table are"
         raise ValueError(
@@ -202,7 +205,8 @@ def _segmentation(config: RunConfig) -> Segmentation:
             f"model={config.model!r}: allowed for segmentation are factories package.module:factory, such as "
             "segmentation_models_pytorch:Unet; timm's models give no maps"
         )
-    return Segmentation(config.masks, config.loss or SegmentationLoss(), config.key, config.class_names)
+    loss = config.loss or SegmentationLoss()
+    return Segmentation(config.masks, loss, config.key, config.class_names, config.empty_masks)
 
 
 _TASKS: Mapping[str, Callable[[RunConfig], Task[Any]]] = {

@@ -75,6 +75,8 @@ class Segmentation(Task[MaskDataset]):
     """Which of several results of the model the scores are; None if it is the only one."""
     names: tuple[str, ...] | None = None
     """Of the classes 0, 1, …; None where they are numbers."""
+    empty_masks: bool = False
+    """Whether masks in zarr may lack all their chunks: see `MaskDataset`."""
 
     name = "segmentation"
     measure = "mean IoU"
@@ -130,6 +132,7 @@ class Segmentation(Task[MaskDataset]):
             augmentation=augmentation,
             seed=seed,
             choice=choice,
+            empty_masks=self.empty_masks,
         )
 
     def groups(self, images: MaskDataset) -> Sequence[None]:

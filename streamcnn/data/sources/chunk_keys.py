@@ -57,8 +57,9 @@ def with_present_chunks(name: str, array: ZarrArray, *, may_be_empty: bool) -> Z
         return array
     raise CorruptImage(
         f"{name} has none of its {math.prod(_grid(array))} chunks, such as {_key(array, own)}: they were "
-        "lost, never written or are named otherwise; copy the image again, or open it with "
-        'missing_chunks="fill" if it is empty on purpose'
+        "lost, never written or are named otherwise; copy the image again, or if it is empty on purpose "
+        'write it with write_empty_chunks, or open it with missing_chunks="fill", and a mask with '
+        "empty_masks=True"
     )
 
 
