@@ -26,6 +26,8 @@ REMEDIES = {
     "it has dropout": "switch dropout off there, or apply it to what comes out",
     "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md)",
     "it is not applied to a map of shape (N, C, H, W)": "bring the map to (N, C, H, W) before it",
+    "it shuffles rows or columns": "bring the map to (N, C, H, W) before it",
+    "its rows and columns are not those of the map": "bring the map to (N, C, H, W) before it",
     "it is not applied to images or tokens": "bring it to (N, C, H, W) or (N, C, H * W) before it",
     "its operands have their spatial axes at different places": _WITH_ONE_LAYOUT,
     "its operands have their axes of space merged differently": _WITH_ONE_LAYOUT,
