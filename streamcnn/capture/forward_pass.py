@@ -11,9 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from threading import RLock
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
 from streamcnn.capture.capture import CUMULATIVE, RawGraph
 from streamcnn.capture.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
+from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import StreamError, UnsupportedModel
+from streamcnn.graph.flattening import TRACING
 
 T = TypeVar("T")
-
-_ALONE = RLock()
-"""Held while a call is captured, since it changes functions and settings of PyTorch's for all threads."""
 
 
 class ForwardPass:
@@ -60,7 +57,7 @@ class ForwardPass:
             If the call cannot be captured; the module is as it was.
         """
         with (caller_modes or CallerModes()).aside(), ExitStack() as capturing:
-            capturing.enter_context(_ALONE)
+            capturing.enter_context(TRACING)
             capturing.enter_context(_cumulative_averages(net))
 
             def run_beside_others(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
@@ -171,7 +168,7 @@ _HERE = str(Path(__file__).parent)
 def _cumulative_averages(module: nn.Module) -> Iterator[None]:
     """Let batch norm with ``momentum=None`` be traced, whose own forward reads a counter's value."""
     if any(isinstance(m, _BatchNorm) and m.momentum is None for m in module.modules()):
-        with patch.object(_BatchNorm, "forward", _normalise):
+        with replaced_here(_BatchNorm, "forward", _normalise):
             yield
     else:
         yield

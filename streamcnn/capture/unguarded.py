@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from streamcnn.capture.leftovers import (
     refuse_new_parameters,
     refuse_remaining,
 )
+from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.results import taken_apart
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
@@ -254,25 +254,15 @@ class _Handle:
 def _functions_whole() -> Iterator[None]:
     """Record the user's functions whole, and checkpointed calls as ordinary ones."""
     with (
-        patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
-        patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
-        _replaced_here(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
+        replaced_here(torch.autograd.Function, "apply", _apply),
+        replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
+        replaced_here(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
         ExitStack() as generators,
     ):
         for module in (torch, torch.random):
             for name in SEEDING:
-                generators.enter_context(_replaced_here(module, name, _refuse_seed))
+                generators.enter_context(replaced_here(module, name, _refuse_seed))
         yield
-
-
-def _replaced_here(module: Any, name: str, replacement: Callable[..., Any]) -> Any:
-    """A patch of a function for calls in this thread; in others passes may be carried out meanwhile."""
-    original, here = getattr(module, name), threading.get_ident()
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return (replacement if threading.get_ident() == here else original)(*args, **kwargs)
-
-    return patch.object(module, name, function)
 
 
 def _refuse_seed(*args: Any, **kwargs: Any) -> None:
@@ -342,13 +332,17 @@ def _named_submodules(net: nn.Module) -> Iterator[None]:
     """Note on each recorded call which submodule makes it."""
     paths: dict[nn.Module, str] = {module: name for name, module in net.named_modules()}
     outer: list[Any] = []
+    here = threading.get_ident()
 
     def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != here:
+            return
         outer.append(fx_traceback.current_meta.get("nn_module_stack"))
         fx_traceback.current_meta["nn_module_stack"] = {"": (paths.get(module, ""), type(module))}
 
     def leave(module: nn.Module, args: Any, result: Any) -> None:
-        fx_traceback.current_meta["nn_module_stack"] = outer.pop() if outer else None
+        if threading.get_ident() == here:
+            fx_traceback.current_meta["nn_module_stack"] = outer.pop() if outer else None
 
     handles = (
         module_hooks.register_module_forward_pre_hook(enter),

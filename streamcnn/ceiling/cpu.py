@@ -324,7 +324,7 @@ class DataLimit:
         is_lowest = ceiling < _soft_limit()
         _data_caps.put(self, ceiling)
         self._move(budget)
-        if is_lowest and not is_refused(ceiling):
+        if is_lowest and not _is_enforced():
             raise _not_enforced()
 
     def _move(self, budget: int) -> None:
@@ -392,7 +392,17 @@ entered_limits: dict[DataLimit, int] = {}
 """Blocks that are entered, and the process in which they were."""
 
 
-def is_refused(nbytes: int) -> bool:
+def _is_enforced() -> bool:
+    """Whether the kernel refuses a mapping as large as the limit; other threads may move that meanwhile."""
+    while True:
+        limit = _soft_limit()
+        if _is_refused(limit):
+            return True
+        if limit == _soft_limit():
+            return False
+
+
+def _is_refused(nbytes: int) -> bool:
     """Whether the kernel refuses a mapping of ``nbytes``; old and emulated ones ignore the limit."""
     try:
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -135,8 +135,9 @@ class Maps:
     @property
     def held_bytes(self) -> int:
         """Bytes of memory that the checkpoints take."""
-        tiers = {name: self._plan.stores[name].tier for name in self._checkpoints}
-        return sum(self._checkpoints[n].spec.nbytes for n, tier in tiers.items() if tier is not Tier.DISK)
+        # A copy: passes in other threads ask, too.
+        stores = list(self._checkpoints.items())
+        return sum(s.spec.nbytes for name, s in stores if self._plan.stores[name].tier is not Tier.DISK)
 
     @property
     def bytes_moved(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ SEEDED = (
 )
 
 RECOMPUTED = "recomputed"
+
+TRACING = RLock()
+"""Held while something is captured or compiled: that changes functions and settings of PyTorch's for all
+threads, and the modes under which it traces above autograd are one stack for all of them."""
 
 
 class CannotFlatten(Exception):

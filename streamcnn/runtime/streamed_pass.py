@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -69,8 +69,13 @@ class Shrink(Protocol):
 Keep = Callable[[Store], Tensor]
 """Reads a result that is stored, and gives what stands in for it."""
 
-_waiting: WeakSet[Pass] = WeakSet()
-"""Passes whose backward pass is still to come."""
+_waiting: WeakValueDictionary[int, Pass] = WeakValueDictionary()
+"""Passes whose backward pass is still to come, in all threads."""
+
+
+def _all_waiting() -> list[Pass]:
+    # Iteration over the dictionary itself would fail where another thread's pass begins or ends meanwhile.
+    return [run for ref in _waiting.valuerefs() if (run := ref()) is not None]
 
 
 class Pass:
@@ -106,7 +111,7 @@ class Pass:
         for batch in self.batches:
             batch.start()
         self.execution: Execution
-        self.waiting_bytes = sum(other.execution.held_bytes for other in _waiting)
+        self.waiting_bytes = sum(other.execution.held_bytes for other in _all_waiting())
         # What images hold already is planned for as if they were yet to be decoded, and counts as that.
         held = sum(batch.held_bytes for batch in self.batches)
         self.ceiling = ceiling_for(reader.device, counted=held)
@@ -207,7 +212,7 @@ class Pass:
             values = {**values, **stored}
         outputs = {name: values[self.present_name(name)] for name in self.output_names}
         if self.plan.training:
-            _waiting.add(self)
+            _waiting[id(self)] = self
         else:
             self.close()
         # Last, so that nothing is left to be interrupted once the buffers have changed.
@@ -315,8 +320,8 @@ class Pass:
 
     def close(self) -> None:
         """Free all stores and their folder, and the decoded images that no other pass waits with."""
-        _waiting.discard(self)
-        used = [source for other in _waiting for batch in other.batches for source in batch.sources]
+        _waiting.pop(id(self), None)
+        used = [source for other in _all_waiting() for batch in other.batches for source in batch.sources]
         for batch in self.batches:
             batch.release(but=used)
         self.execution.close()

@@ -27,7 +27,7 @@ from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
-from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.flattening import TRACING, is_fake
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine
@@ -279,7 +279,9 @@ class StreamingModel(ModuleFacade):
         return self._passes.planned(self, self.net, self._call, image, given, self._device(), machine)
 
     def _device(self) -> torch.device:
-        first = next(chain(self.net.parameters(), self.net.buffers()), None)
+        # While another thread's pass is captured, stand-ins take the places of parameters.
+        with TRACING:
+            first = next(chain(self.net.parameters(), self.net.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
     def release(self) -> None:
