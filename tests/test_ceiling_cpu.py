@@ -274,7 +274,7 @@ def test_a_kernel_that_ignores_the_limit_is_an_error(monkeypatch: pytest.MonkeyP
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    monkeypatch.setattr(cpu, "is_refused", lambda nbytes: False)
+    monkeypatch.setattr(cpu, "_is_refused", lambda nbytes: False)
     with pytest.raises(StreamError, match="cannot be enforced"), DataLimit(1000 * MB):
         pass
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
