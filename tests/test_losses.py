@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from operator_cases import by_name
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
+from streamcnn.execution.executor import PassEvent
+from streamcnn.graph.ops import losses
+from streamcnn.graph.ops.late_checks import check_late, checked_at_the_end
 
 SHAPE = (2, 3, 33, 29)
 CLASSES = 4
@@ -132,6 +136,42 @@ def test_a_class_that_there_is_not_is_an_error_as_in_plain_pytorch() -> None:
         module(an_image(), target)
     with pytest.raises(IndexError, match="Target 4 is out of bounds"):
         StreamingModel(module, tile=16)(an_image(), target)
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(CLASSES, dtype=torch.float64)])
+@pytest.mark.parametrize("unknown", [-1, CLASSES])
+def test_a_class_that_there_is_not_is_told_when_the_phase_ends(
+    monkeypatch: pytest.MonkeyPatch, weight: Tensor | None, unknown: int
+) -> None:
+    """As on a GPU, where it would end all work of the process if a kernel met it."""
+    monkeypatch.setattr(losses, "_is_fatal", lambda target: not target.is_floating_point())
+    module = WithLoss(partial(F.cross_entropy, weight=weight, ignore_index=2)).double()
+    target = some_classes()
+    streamed, plain, _ = both(module, an_image(), target)
+    assert_equal(streamed, plain)
+    target[1, 20, 7] = unknown
+    model = StreamingModel(module, tile=16)
+    model.resident_tail = False
+    events: list[PassEvent] = []
+    model.observer = events.append
+    with pytest.raises(IndexError, match=f"Target {unknown} is out of bounds"):
+        model(an_image(), target)
+    assert [event.part for event in events] == ["phase", "phase"]
+
+
+def test_a_late_check_waits_for_the_end_of_its_block_alone() -> None:
+    made: list[int] = []
+    with checked_at_the_end():
+        check_late(partial(made.append, 1))
+        with checked_at_the_end():
+            check_late(partial(made.append, 2))
+        assert made == [2]
+    check_late(partial(made.append, 3))
+    assert made == [2, 1, 3]
+    with suppress(KeyError), checked_at_the_end():
+        check_late(partial(made.append, 4))
+        raise KeyError
+    assert made == [2, 1, 3]
 
 
 def test_operands_of_other_extents_are_broadcast() -> None:

@@ -29,6 +29,7 @@ from streamcnn.execution.maps import ImageReader, Maps, OpenStore
 from streamcnn.execution.step import Compute, MakeCompute, Step
 from streamcnn.execution.steps import Steps
 from streamcnn.graph.autocast import autocast, autocast_state
+from streamcnn.graph.ops.late_checks import checked_at_the_end
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
 from streamcnn.stores import Store
@@ -259,12 +260,14 @@ class Execution:
 
     @contextmanager
     def _observed(self, part: str, level: int, direction: str) -> Iterator[None]:
-        """Tell the observer when a part begins, and when it ends or fails."""
+        """Tell the observer when a part begins, and when it ends or fails; late checks are made then."""
         if self._observer is None:
-            yield
+            with checked_at_the_end():
+                yield
             return
         self._observer(PassEvent(part, level, direction, begins=True))
         try:
-            yield
+            with checked_at_the_end():
+                yield
         finally:
             self._observer(PassEvent(part, level, direction, begins=False))

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare
+from streamcnn.graph.ops.late_checks import check_late
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.reduction_types import Sum, statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
@@ -140,15 +141,31 @@ def class_losses(loss: OpOverload, dtype: torch.dtype, scores: Tensor, target: T
     Raises
     ------
     IndexError
-        For a class without scores, as on the CPU. On a GPU that would end all work of the process there.
+        For a class without scores, as on the CPU; on a GPU when the phase ends.
     """
-    if target.is_cuda and not target.is_floating_point():
-        ignored = args[2]
-        unknown = target[((target < 0) | (target >= scores.shape[1])) & (target != ignored)]
-        if unknown.numel():
-            raise IndexError(f"Target {int(unknown[0])} is out of bounds.")
+    if _is_fatal(target):
+        target = _known(target, scores.shape[1], args[2])
     losses: Tensor = loss(scores, target, *args)
     return losses.to(dtype)
+
+
+def _is_fatal(target: Tensor) -> bool:
+    """Whether a class without scores would end all work of the process on a GPU."""
+    return target.is_cuda and target.dtype == torch.int64
+
+
+def _known(target: Tensor, num_classes: int, ignored: int) -> Tensor:
+    """``target`` (N, h, w) with classes without scores ignored, which a late check refuses."""
+    is_known = ((target >= 0) & (target < num_classes)) | (target == ignored)
+    least, largest = target.masked_fill(is_known, ignored).aminmax()
+
+    def check() -> None:
+        for unknown in (int(least), int(largest)):
+            if unknown != ignored:
+                raise IndexError(f"Target {unknown} is out of bounds.")
+
+    check_late(check)
+    return target.masked_fill(~is_known, ignored)
 
 
 def class_weights(target: Tensor, weight: Tensor | None, ignored: int, dtype: torch.dtype) -> Tensor:
@@ -156,7 +173,8 @@ def class_weights(target: Tensor, weight: Tensor | None, ignored: int, dtype: to
     counts = target != ignored
     if weight is None:
         return counts.to(dtype)
-    classes = torch.where(counts, target, 0).long()
+    # What is beyond is refused with the losses, and on a GPU not before this has run.
+    classes = torch.where(counts, target, 0).long().clamp(0, len(weight) - 1)
     return torch.where(counts, weight.detach().to(dtype)[classes], 0)
 
 
