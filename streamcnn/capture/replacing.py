@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import ClassMethodDescriptorType
 from typing import Any
 from unittest.mock import patch
 
@@ -15,10 +16,14 @@ from unittest.mock import patch
 def replaced_here(owner: Any, name: str, replacement: Callable[..., Any]) -> AbstractContextManager[Any]:
     """A block in which an attribute of a module or class, a function, is another one for this thread."""
     original, here = vars(owner)[name], threading.get_ident()
-    is_classmethod = isinstance(original, classmethod)
-    elsewhere = original.__func__ if is_classmethod else original
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        return (replacement if threading.get_ident() == here else elsewhere)(*args, **kwargs)
+        return (replacement if threading.get_ident() == here else original)(*args, **kwargs)
 
-    return patch.object(owner, name, classmethod(function) if is_classmethod else function)
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == here:
+            return replacement(cls, *args, **kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    is_method_of_class = isinstance(original, (classmethod, ClassMethodDescriptorType))
+    return patch.object(owner, name, classmethod(method) if is_method_of_class else function)
