@@ -453,3 +453,63 @@ def test_a_capture_changes_nothing_for_other_threads() -> None:
     torch.testing.assert_close(net.state_dict(), twin.state_dict())
     expected = [p.grad for p in plain.parameters()]
     torch.testing.assert_close([p.grad for p in streamed_net.parameters()], expected, rtol=1e-9, atol=1e-12)
+
+
+class Fivefold(torch.autograd.Function):
+    """Multiplies by a factor; its gradient is not that of its formula."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float = 2) -> Tensor:
+        return factor * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.factor = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return 5 * ctx.factor * gradient, None
+
+
+fivefold = Fivefold.apply
+
+
+class Applies(nn.Module):
+    """A function of the user's, in code that is captured anew at each pass if it draws."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], *, draws: bool) -> None:
+        super().__init__()
+        self.conv, self.apply_it, self.draws = nn.Conv2d(3, 4, 3), apply, draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.draws:
+            random.random()
+        return self.apply_it(self.conv(x))
+
+
+@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("arguments", [(), (3.0,)])
+def test_a_function_has_its_default_arguments(arguments: tuple[float, ...], draws: bool) -> None:
+    plain, model = pair(Applies(lambda x: Fivefold.apply(x, *arguments), draws=draws))
+    for each in (plain, model):
+        each(image()).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x: fivefold(x, 3.0),
+        lambda x: fivefold(x, 3.0) + 1,
+        lambda x: Fivefold.apply(fivefold(x, 3.0), 2.0),
+    ],
+)
+def test_an_apply_by_another_name_is_followed_or_refused(apply: Callable[[Tensor], Tensor]) -> None:
+    plain, model = pair(Applies(apply, draws=False))
+    for each in (plain, model):
+        each(image()).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    with pytest.raises(UnsupportedModel, match=r"the apply of Fivefold by another name.*write \.apply"):
+        pair(Applies(apply, draws=True))[1](image())

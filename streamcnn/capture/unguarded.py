@@ -8,13 +8,13 @@ Anywhere else it is found: then the pass is refused, and the module put back as 
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,7 @@ class _Call:
                 kept = [place.take() for place in self.places]
             self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)
+            _refuse_bound((leaves, kept))
             return (*leaves, *kept)
 
         return function
@@ -208,6 +209,7 @@ class _Watch(TorchFunctionMode):
                 f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
                 "its own: return the map as a further result and ask autograd.grad for its gradient"
             )
+        _refuse_bound((args, kwargs))
         result = func(*args, **(kwargs or {}))
         if isinstance(result, FakeTensor):
             self.call.made.append(weakref.ref(result))
@@ -256,7 +258,6 @@ def _functions_whole() -> Iterator[None]:
     with (
         replaced_here(torch.autograd.Function, "apply", _apply),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
-        replaced_here(torch._functorch.utils, "unwrap_dead_wrappers", _refuse_bound),
         ExitStack() as generators,
     ):
         for module in (torch, torch.random):
@@ -269,13 +270,20 @@ def _refuse_seed(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModel(SEEDED)
 
 
-def _refuse_bound(args: Any) -> Any:
-    """Called by the ``apply`` that was taken from a function before the pass: what goes past our own."""
-    cls = sys._getframe(2).f_locals.get("cls")
-    raise UnsupportedModel(
-        f"the forward pass calls the apply of {getattr(cls, '__name__', 'a function')} by another name, and "
-        "holds code that can only be captured without values: write .apply(...) where it is called"
-    )
+_APPLY = vars(torch.autograd.Function)["apply"]
+_inner: WeakSet[type[torch.autograd.Function]] = WeakSet()
+"""Functions by which custom operators are differentiated: those are recorded above them."""
+
+
+def _refuse_bound(values: Any) -> None:
+    """Refuse results of an ``apply`` that was taken from a function before the pass, past our own."""
+    for leaf in pytree.tree_leaves(values):
+        cls = getattr(leaf.grad_fn, "_forward_cls", None) if isinstance(leaf, Tensor) else None
+        if cls is not None and cls not in _inner:
+            raise UnsupportedModel(
+                f"the forward pass calls the apply of {cls.__name__} by another name, and holds code that "
+                "can only be captured without values: write .apply(...) where it is called"
+            )
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -284,10 +292,11 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         run, _, *operands = args
         with _recomputed():
             return run(*operands)
-    original = super(torch.autograd.Function, cls).apply
+    original = _APPLY.__get__(None, cls)
     if get_proxy_mode() is None:
-        # Below a call that is recorded already: the function by which a custom operator is differentiated.
+        _inner.add(cls)
         return original(*args, **kwargs)
+    _refuse_bound((args, kwargs))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
@@ -297,6 +306,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedModel(
             f"{cls.__name__} changes its input in place (mark_dirty): return a new tensor instead"
         )
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        like = pytree.tree_map_only(Tensor, Tensor.detach, like)
 
     def run_whole(*tensors: Tensor) -> Any:
         given = iter(tensors)
