@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import randomized
+from helpers import randomized, traced
+from operator_counts import count_operators
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
+from streamcnn.graph.costs import casts_of
 
 SHAPE = (3, 3, 33, 29)
 TILE = (11, 10)
@@ -121,3 +123,51 @@ def test_norm_kept_in_float32(dtype: torch.dtype) -> None:
             return self.net(x)
 
     assert_as_exact_as_plain(Mixed(), dtype)
+
+
+class Shared(nn.Module):
+    """A convolution that is applied twice, and one in a block without autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(3, 3, 3, padding=1)
+        self.once = nn.Conv2d(3, 4, 1)
+        self.exact = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(torch.tanh(self.twice(x)))
+        with torch.autocast("cpu", enabled=False):
+            exact = self.exact(x.to(self.exact.weight.dtype))
+        return self.once(x) + exact
+
+
+def test_a_parameter_is_cast_once_a_phase() -> None:
+    """Only where one operator reads it: gradients of several are added in float32."""
+
+    def casts(tile: int) -> int:
+        model = StreamingModel(_network(nn.BatchNorm2d(WIDTH)).eval(), tile=tile)
+        image = torch.randn(1, 3, 33, 33)
+
+        def call() -> None:
+            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                model(image)
+
+        call()
+        return count_operators(call)["_to_copy"]
+
+    # Beside the image's pixels, tile by tile: two weights and a bias.
+    assert (casts(33), casts(11)) == (1 + 3, 9 + 3)
+
+
+def test_gradients_of_a_shared_parameter_are_added_in_float32() -> None:
+    torch.manual_seed(0)
+    net = Shared()
+    plain, image = copy.deepcopy(net).double(), torch.randn(1, 3, 24, 24)
+    found = _pass(StreamingModel(net, tile=8), image, torch.bfloat16)
+    true = _pass(plain, image.double())
+    errors = _errors(found, true)
+    assert max(errors.values()) < 0.02
+    with torch.autocast("cpu"):
+        program, _ = traced(Shared(), (1, 3, 24, 24))
+    cast = casts_of(program, program.nodes)
+    assert {program.states[name] for name in cast} == {"once.weight", "once.bias"}

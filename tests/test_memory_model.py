@@ -62,6 +62,7 @@ def test_a_forward_step() -> None:
         "live activations": own,
         # Copies of it while its statistics are worked out.
         "operator workspace": 2 * own,
+        "parameters that autocast casts": 0,
         "address space of compiled code": BACKEND.code_bytes,
         "buffers of matrix products": 0,
     }
@@ -69,6 +70,13 @@ def test_a_forward_step() -> None:
     assert step.operator == "conv2d"
     # All blocks are small, so all of them may be kept; code is not in blocks.
     assert step.reusable == step.nbytes - BACKEND.code_bytes
+
+
+def test_parameters_that_autocast_casts_are_counted_once_each() -> None:
+    with torch.autocast("cpu"):
+        _, _, (first, second) = tiled_stages((2, 3))
+    found = [terms_of(steps(tiled, BACKEND, backward=False)[0]) for tiled in (first, second)]
+    assert [terms["parameters that autocast casts"] for terms in found] == [2 * 8 * 3 * 9, 2 * 4 * 8]
 
 
 def test_a_backward_step_of_a_stored_convolution() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
 from streamcnn.geometry.axis_maps import AxisMap, Sliding
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.graph.costs import cost_of
+from streamcnn.graph.costs import casts_of, cost_of
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.program import Node, Program, has_gradient
 from streamcnn.plan.plan import Phase, TileKind
@@ -40,6 +40,7 @@ def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
         outputs=tuple(output for name, part in owned.items() for output in _outputs_of(name, part)),
         releases=_with_inputs(phase, operators),
         consumed=phase.consumed,
+        casts=casts_of(program, phase.nodes),
         parts={},
     )
 
@@ -81,6 +82,7 @@ def backward_step(
         ),
         releases=phase.releases,
         consumed=phase.consumed,
+        casts=casts_of(program, phase.nodes),
         parts=parts,
     )
 

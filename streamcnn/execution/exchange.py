@@ -43,19 +43,25 @@ class Exchange:
         self._maps = maps
         self._global_graph = global_graph
         self._combiner = combiner
+        self._cast: dict[str, Tensor] = {}
+        """Global values in another type, for the tiles of a phase."""
 
     def gather(self, step: Step, tile: Tile) -> list[Tensor]:
         """The step's inputs for a tile, which are the caller's; their memory may be a store's."""
-        return [self._input(each, tile) for each in step.inputs]
+        return [self._input(each, tile, step) for each in step.inputs]
 
-    def _input(self, wanted: Input, tile: Tile) -> Tensor:
+    def end_phase(self) -> None:
+        """Let go of what only the tiles of one phase need."""
+        self._cast.clear()
+
+    def _input(self, wanted: Input, tile: Tile, step: Step) -> Tensor:
         name = wanted.name
         found: Tensor | None
         match wanted.source:
             case Source.MAP:
                 found = self._maps.read(name, tile.needed(name))
             case Source.VALUE:
-                found = self._global_graph.values[name]
+                found = self._global_graph.values[name] if name not in step.casts else self._as(name, step)
             case Source.GRADIENT:
                 found = self._maps.read_gradient(name, tile.own(name))
             case Source.STORED:
@@ -64,6 +70,12 @@ class Exchange:
                 found = self._global_graph.gradient_terms[name][wanted.index]
         assert found is not None
         return found
+
+    def _as(self, name: str, step: Step) -> Tensor:
+        """A global value in the type that a step takes it in."""
+        if name not in self._cast:
+            self._cast[name] = self._global_graph.values[name].to(step.casts[name])
+        return self._cast[name]
 
     def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
         """Hand on what was computed for a tile, each output before the next one is asked for."""

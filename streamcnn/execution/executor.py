@@ -229,6 +229,7 @@ class Execution:
                 tile = Tile(phase, row, col)
                 self._exchange.scatter(step, tile, compute(self._exchange.gather(step, tile)))
                 self._after_step(phase.shape(direction, row, col))
+        self._exchange.end_phase()
 
     @property
     def results(self) -> dict[str, Store]:

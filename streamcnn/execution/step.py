@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
@@ -158,5 +159,7 @@ class Step:
     """For each operator, the values that nothing after it reads; forward, input maps too."""
     consumed: frozenset[str]
     """Operators whose value another operator of the phase reads."""
+    casts: Mapping[str, torch.dtype]
+    """Global values that are handed over in another type: the one that autocast would cast them to."""
     parts: Mapping[str, tuple[Operand, ...]]
     """Backward, the different parts of each input map that are read: gradients are worked out of each."""

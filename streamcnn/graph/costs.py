@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -169,6 +169,7 @@ class Cost:
     that it calls would leave that out."""
 
 
+_HALVES = (torch.float16, torch.bfloat16)
 _UNDECLARED = Cost()
 _COSTS = Registry[Cost]("cost")
 
@@ -215,6 +216,27 @@ def makes_new(target: object) -> bool:
 def draws(target: object) -> bool:
     """Whether a call takes random numbers from PyTorch's generators."""
     return is_seeded(target) or cost_of(target).draws
+
+
+def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:
+    """Global values in float32 that autocast casts at the one operator that reads them, and to what.
+
+    Those of several are left out: each of them has a gradient of its own, which are added in float32.
+    """
+    nodes = program.nodes
+    found: dict[str, torch.dtype] = {}
+    read: set[str] = set()
+    for name in operators:
+        node = nodes[name]
+        for operand in node.operands:
+            if operand in read:
+                found.pop(operand, None)
+            elif not nodes[operand].is_map and cost_of(node.target).routine is not None:
+                given, dtype = nodes[operand].spec, node.tensor.dtype
+                if isinstance(given, TensorSpec) and given.dtype == torch.float32 and dtype in _HALVES:
+                    found[operand] = dtype
+        read.update(node.operands)
+    return found
 
 
 def elements(operation: Operation) -> int:

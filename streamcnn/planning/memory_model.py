@@ -222,6 +222,7 @@ def _forward_step(tile: _LargestTile) -> Step:
         regions,
         MemoryTerm("live activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
+        MemoryTerm("parameters that autocast casts", tiled.outline.cast_bytes),
     )
     step = tile.step(terms, most.operator, backward=False)
     return tile.or_reading(step, (regions, MemoryTerm("live activations", beside_reading)), backward=False)

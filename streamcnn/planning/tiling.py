@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamcnn.geometry.regions import Indices, Intervals
-from streamcnn.graph.costs import Cost, Routine, cost_of, makes_new
+from streamcnn.graph.costs import Cost, Routine, casts_of, cost_of, makes_new
 from streamcnn.graph.program import Access, Kind, Program, Ref
 from streamcnn.plan.plan import Phase
 from streamcnn.plan.tiles import AxisStep
@@ -54,6 +54,8 @@ class Outline:
     """For each operator, bytes of what it reads beside maps."""
     parameter_bytes: int
     """Of all operators, each parameter and buffer once."""
+    cast_bytes: int
+    """Of parameters in the types that autocast casts them to."""
     position_bytes: Mapping[str, int]
     """For each operator and input, bytes of one position of its value, all images and channels together."""
 
@@ -95,6 +97,10 @@ class Outline:
                 for name in stage.nodes
             },
             parameter_bytes=sum(nodes[name].nbytes for name in read if nodes[name].kind is Kind.STATE),
+            cast_bytes=sum(
+                nodes[name].tensor.numel * dtype.itemsize
+                for name, dtype in casts_of(program, stage.nodes).items()
+            ),
             position_bytes={node.name: node.nbytes // math.prod(node.size) for node in maps},
         )
 
