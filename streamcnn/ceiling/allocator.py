@@ -74,7 +74,7 @@ def start_thread_pool() -> None:
 @functools.cache
 def _start_autograd() -> None:
     """Run a first backward pass."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = torch.zeros((), requires_grad=True)
         torch.autograd.grad(2 * leaf, leaf)
 
