@@ -16,7 +16,7 @@ from streamcnn import StreamingModel
 from streamcnn.errors import UnsupportedModel
 
 # TorchScript, which a case has, is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
 
 
 def _parameters() -> list[Any]:

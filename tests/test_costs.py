@@ -113,6 +113,10 @@ SAVING: dict[str, tuple[Any, list[Any]]] = {
     "bmm": (aten.bmm.default, [values(3, 5, 6), values(3, 6, 7)]),
     "matmul": (aten.matmul.default, [values(3, 5, 6), values(3, 6, 7)]),
     "attention": (aten.scaled_dot_product_attention.default, [*(values(2, 40, 3) for _ in range(3))]),
+    "attention of heads": (
+        aten.scaled_dot_product_attention.default,
+        [values(2, 3, 40, 4) for _ in range(3)],
+    ),
     "attention with dropout": (
         aten.scaled_dot_product_attention.default,
         [*(values(2, 3, 40, 4) for _ in range(3)), None, 0.2],

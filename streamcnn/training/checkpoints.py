@@ -215,7 +215,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
     _require_plain_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # PyTorch 2.14 tells of sparse tensors, which are refused below.
+            warnings.filterwarnings("ignore", "Validating sparse tensor", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # what is made to look like a checkpoint fails in any way

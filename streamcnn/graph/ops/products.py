@@ -294,13 +294,17 @@ def _attention_operations(operation: Operation) -> int:
     return 2 * queries * keys * int(query.shape[-1] + value.shape[-1])
 
 
+_FUSED_AXES = (3, 4) if torch.__version__ >= "2.14" else (4,)
+"""Axes of operands for which attention may be one kernel: before PyTorch 2.14 those with heads alone."""
+
+
 def _attention_bytes(operation: Operation) -> int:
     """Bytes of the matrix of queries by keys, where attention is not one kernel that never forms it.
 
     Strides are not known here: on a CPU the kernel also wants the channels to be dense.
     """
     query, key, value, mask, dropout = operation.bind("query", "key", "value", "attn_mask", "dropout_p")
-    is_fused = len(query.shape) == 4 and query.shape[-1] == value.shape[-1]
+    is_fused = len(query.shape) in _FUSED_AXES and query.shape[-1] == value.shape[-1]
     if not operation.fuses_attention:
         is_trained = isinstance(mask, Operand) and mask.is_trained
         is_fused = is_fused and not dropout and not is_trained
@@ -312,17 +316,22 @@ def _attention_bytes(operation: Operation) -> int:
 def _attention_saved(operation: Operation) -> int:
     """The matrix's softmax and, with dropout, the mask in the same type and what is left.
 
-    Queries and keys are scaled before they are multiplied.
+    Queries and keys are scaled before they are multiplied. One kernel keeps a number for each query instead.
     """
     query, key, dropout = operation.bind("query", "key", "dropout_p")
     matrix = _attention_bytes(operation)
-    return (3 if dropout else 1) * matrix + (query.tensor.nbytes + key.tensor.nbytes if matrix else 0)
+    if not matrix:
+        num_queries = int(query.tensor.numel) // int(query.shape[-1])
+        return num_queries * max(4, int(query.tensor.dtype.itemsize))
+    return (3 if dropout else 1) * matrix + int(query.tensor.nbytes + key.tensor.nbytes)
 
 
 declare(
     aten.scaled_dot_product_attention.default,
     cost=Cost(
-        operations=counted, saves=Saves(operands=True, beside=_attention_saved), inner=_attention_bytes
+        operations=counted,
+        saves=Saves(operands=True, result=True, beside=_attention_saved),
+        inner=_attention_bytes,
     ),
 )
 declare(attend, attention_of_rows, cost=Cost(operations=_attention_operations))
