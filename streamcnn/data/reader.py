@@ -75,6 +75,11 @@ class BatchReader(SourceBatch):
         self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
         self.dtype = probe.dtype
 
+    @property
+    def shared_tensors(self) -> list[Tensor]:
+        """The caller's tensors that pixels are read from."""
+        return super().shared_tensors if self._tensor is None else [self._tensor]
+
     def _stored_shape(self) -> tuple[int, int, int, int]:
         if self._tensor is None:
             return (len(self.sources), *self.sources[0].shape)
