@@ -156,9 +156,10 @@ def _shrinking(tile: Tensor) -> Tensor:
         (_shrinking, DatasetMismatch, r"preprocess= turned a tile of shape \(2, 3, \d+, \d+\) into"),
         (lambda tile: tile // 2, DatasetMismatch, r"image of torch.uint8"),
         (lambda tile: tile.sub_(1).double(), ValueError, r"preprocess= changed its tile in place"),
+        (lambda tile: tile.clamp_(0, 200).double(), ValueError, r"preprocess= changed its tile in place"),
         (lambda tile: tile.double() / 0, CorruptImage, r"NaN or infinite"),
     ],
-    ids=["3-D", "batch", "size", "integer", "in place", "infinite"],
+    ids=["3-D", "batch", "size", "integer", "in place", "in place, but ones stay", "infinite"],
 )
 def test_a_preprocess_that_cannot_be_used(preprocess: Any, error: type[Exception], text: str) -> None:
     model = make_model(preprocess=preprocess)
