@@ -28,6 +28,7 @@ from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
+from streamcnn.runtime.transforms import refuse_many_gradients
 from streamcnn.stores import (
     MemoryStore,
     SpareFiles,
@@ -525,6 +526,7 @@ class Streamed(torch.autograd.Function):
                 "a streamed pass can only be differentiated once: call backward() or grad() without "
                 "create_graph=True"
             )
+        refuse_many_gradients(grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.run = None
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
