@@ -23,6 +23,7 @@ from streamcnn import (
     UnsupportedModel,
     ZarrSource,
 )
+from streamcnn.data.augmentation import Augmentation, AugmentedSource
 from streamcnn.data.reader import BatchReader
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import streamed_pass
@@ -155,9 +156,10 @@ def _shrinking(tile: Tensor) -> Tensor:
         (_shrinking, DatasetMismatch, r"preprocess= turned a tile of shape \(2, 3, \d+, \d+\) into"),
         (lambda tile: tile // 2, DatasetMismatch, r"image of torch.uint8"),
         (lambda tile: tile.sub_(1).double(), ValueError, r"preprocess= changed its tile in place"),
+        (lambda tile: tile.clamp_(0, 200).double(), ValueError, r"preprocess= changed its tile in place"),
         (lambda tile: tile.double() / 0, CorruptImage, r"NaN or infinite"),
     ],
-    ids=["3-D", "batch", "size", "integer", "in place", "infinite"],
+    ids=["3-D", "batch", "size", "integer", "in place", "in place, but ones stay", "infinite"],
 )
 def test_a_preprocess_that_cannot_be_used(preprocess: Any, error: type[Exception], text: str) -> None:
     model = make_model(preprocess=preprocess)
@@ -251,6 +253,51 @@ def test_what_backward_needs_is_changed_after_forward(name: str, tmp_path: Path)
     # The traceback that a user may keep does not keep the stores.
     assert caught.value.__traceback__ is not None
     assert not list(tmp_path.iterdir())
+
+
+def _as_tensor(image: Tensor) -> Tensor:
+    return image
+
+
+def _as_source(image: Tensor) -> list[TensorSource]:
+    return [TensorSource(each) for each in image]
+
+
+def _as_augmented(image: Tensor) -> list[AugmentedSource]:
+    return [AugmentedSource(TensorSource(each), Augmentation(mirror=True)) for each in image]
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("given", [_as_tensor, _as_source, _as_augmented])
+def test_an_image_is_overwritten_between_forward_and_backward(given: Any, tail: bool) -> None:
+    model = make_model()
+    model.resident_tail = tail
+    buffer = make_image()
+    losses = []
+    for _ in range(2):
+        losses.append(model(given(buffer)).sum())
+        buffer.copy_(make_image() * 2)
+    before = everything_of(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.stack(losses).sum().backward()
+    assert_unchanged(before, everything_of(model))
+
+
+def test_a_mask_is_overwritten_between_forward_and_backward() -> None:
+    model = StreamingModel(nn.Conv2d(3, 1, 3, padding=1).double(), tile=16)
+    mask = torch.rand(1, *SHAPE[2:], dtype=torch.float64)
+    loss = model.streamed_loss(make_image()[:1], TensorSource(mask), lambda out, target: (out * target).sum())
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_image_of_inference_mode_is_no_obstacle() -> None:
+    with torch.inference_mode():
+        image = make_image()
+    model = make_model(preprocess=lambda tile: tile * 2)
+    model(image).sum().backward()
+    assert model.net[0].weight.grad.norm() > 0
 
 
 # --- budgets ---------------------------------------------------------------------------------------------

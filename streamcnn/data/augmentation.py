@@ -68,6 +68,11 @@ class AugmentedSource(ImageSource):
         return AugmentedSource, (self._source, self._augmentation)
 
     @property
+    def shared_tensor(self) -> Tensor | None:
+        """That of the image as stored."""
+        return self._source.shared_tensor
+
+    @property
     def held_bytes(self) -> int:
         """What the image as stored holds."""
         return self._source.held_bytes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.data.normalisation import Normalise
+from streamcnn.data.pointwise import looks_further, some_pixels
 from streamcnn.data.source_batch import SourceBatch
 from streamcnn.data.sources import ImageSource, as_sources
 from streamcnn.data.wrapping import find_wrap, is_integer
@@ -20,6 +21,9 @@ from streamcnn.support.units import format_bytes
 
 _LARGE_SHARE = 8
 """Reading is what a budget is too small for if it takes more than one byte in so many, whatever the tiles."""
+
+_MOST_TRIED = 8
+"""Tiles of a pass by which it is seen whether ``preprocess`` is pointwise."""
 
 Preprocess = Callable[[Tensor], Tensor]
 """A pointwise function of a tile (N, C, h, w) as stored, on the device, to the float tile for the model.
@@ -58,11 +62,15 @@ class BatchReader(SourceBatch):
         """The least and the largest value of the pixels that were prepared so far."""
         self._sums: list[tuple[Region, Tensor]] = []
         """Regions that were read, with the sums of their pixels, which are to be looked at."""
+        self._num_tried = 0
+        self._further: list[tuple[Region, Tensor]] = []
+        """Regions that were read, with whether their pixels depend on others, which is to be looked at."""
         self._settles_later = device.type == "cuda"
         stored = self._stored_shape()
-        pixel = torch.ones((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=device)
-        probe = self._prepared(pixel)
-        if preprocess is not None and (pixel != 1).any():
+        with torch.inference_mode(False):
+            pixel = torch.ones((*stored[:2], 1, 1), dtype=self._stored_dtype(), device=device)
+            probe = self._first_prepared(pixel)
+        if preprocess is not None and (pixel._version > 0 or (pixel != 1).any()):
             raise ValueError(
                 "preprocess= changed its tile in place, which may be the image's own memory: allowed is a "
                 "function that returns a new tensor, such as lambda tile: tile / 255"
@@ -74,6 +82,11 @@ class BatchReader(SourceBatch):
             )
         self.shape = (stored[0], probe.shape[1], stored[2], stored[3])
         self.dtype = probe.dtype
+
+    @property
+    def shared_tensors(self) -> list[Tensor]:
+        """The caller's tensors that pixels are read from."""
+        return super().shared_tensors if self._tensor is None else [self._tensor]
 
     def _stored_shape(self) -> tuple[int, int, int, int]:
         if self._tensor is None:
@@ -88,6 +101,18 @@ class BatchReader(SourceBatch):
 
     def _stored_dtype(self) -> torch.dtype:
         return self.sources[0].dtype if self._tensor is None else self._tensor.dtype
+
+    def _first_prepared(self, pixel: Tensor) -> Tensor:
+        try:
+            return self._prepared(pixel)
+        except DatasetMismatch:
+            raise
+        except Exception as error:
+            error.add_note(
+                f"preprocess= was called with a tile of shape {tuple(pixel.shape)}: allowed is a pointwise "
+                "function, to which the size of a tile is no matter"
+            )
+            raise
 
     def _prepared(self, tile: Tensor) -> Tensor:
         shape = tile.shape
@@ -108,34 +133,41 @@ class BatchReader(SourceBatch):
         CorruptImage
             If pixels cannot be read, or are NaN or infinite. That they are is told on a GPU by `settle`.
         DatasetMismatch
-            If ``preprocess`` calculates with integers, and results do not fit their type.
+            If ``preprocess`` calculates with integers, and results do not fit their type; or if it gives a
+            pixel other values beside other pixels.
         """
         stored = self.read_stored(region)
         self._check_arithmetic(stored)
         # Pixels as stored are the fewest bytes to copy to a GPU, and it converts them faster.
-        tile = self._prepared(self.delivered(stored))
+        delivered = self.delivered(stored)
+        tile = self._prepared(delivered)
         if self._settles_later:
             self._sums.append((region, tile.sum()))
         else:
             self._require_finite(tile, region)
+        self._check_pointwise(delivered, tile, region)
         return tile
 
     def settle(self) -> None:
-        """See that what was read on a GPU since this was called last holds finite pixels.
+        """See that what was read on a GPU since this was called last can be used.
 
-        It waits for the GPU once.
+        It waits for the GPU once, and once more as long as ``preprocess`` is tried.
 
         Raises
         ------
         CorruptImage
-            If it does not.
+            If it holds NaN or infinite pixels.
+        DatasetMismatch
+            If ``preprocess`` gives a pixel other values beside other pixels.
         """
         sums, self._sums = self._sums, []
-        if not sums or torch.stack([total for _, total in sums]).isfinite().all():
-            return
-        for region, total in sums:
-            if not torch.isfinite(total):
-                self._require_finite(self._prepared(self.delivered(self.read_stored(region))), region)
+        further, self._further = self._further, []
+        if sums and not torch.stack([total for _, total in sums]).isfinite().all():
+            for region, total in sums:
+                if not torch.isfinite(total):
+                    self._require_finite(self._prepared(self.delivered(self.read_stored(region))), region)
+        if further and torch.stack([looks for _, looks in further]).any():
+            self._refuse_further(*further)
 
     def _require_finite(self, tile: Tensor, region: Region) -> None:
         # One pass over the sum finds any NaN or infinity without a mask of the tile's size.
@@ -163,6 +195,28 @@ class BatchReader(SourceBatch):
                 "allowed are results that fit the type; turn the tile into floats first, such as "
                 "tile.float() * 2 - 255"
             )
+
+    def _check_pointwise(self, delivered: Tensor, tile: Tensor, region: Region) -> None:
+        """Refuse what depends on how the image is cut, by tiles that are not of one colour."""
+        if self._preprocess is None or self._is_own or self._num_tried == _MOST_TRIED:
+            return
+        pixels = some_pixels(delivered)
+        is_told = self._settles_later or bool((pixels != pixels[..., :1, :1]).any())
+        self._num_tried += is_told
+        looks = looks_further(self._prepared, pixels, tile)
+        if self._settles_later:
+            self._further.append((region, looks))
+        elif looks:
+            self._refuse_further((region, looks))
+
+    def _refuse_further(self, *found: tuple[Region, Tensor]) -> None:
+        region = next(region for region, looks in found if looks)
+        raise DatasetMismatch(
+            "preprocess= makes of a pixel one value among its neighbours and another among others, in rows "
+            f"{_span(region.rows)}, columns {_span(region.cols)}: allowed is a pointwise function without "
+            "random numbers, as it is called with tiles; take numbers of the whole image, such as its mean, "
+            "beforehand, and let the model itself blur, augment and normalise"
+        )
 
     def _describe_bad_pixel(self, tile: Tensor, region: Region) -> str:
         """The first pixel of a tile (N, C, h, w) that is NaN or infinite, and whose it is."""

@@ -49,6 +49,12 @@ class SourceBatch:
         costs = tuple(source.reading_cost for source in self.sources)
         return BatchCost(costs, first.shape[0] * first.dtype.itemsize)
 
+    @property
+    def shared_tensors(self) -> list[Tensor]:
+        """The caller's tensors that pixels are read from."""
+        shared = (source.shared_tensor for source in self.sources)
+        return [tensor for tensor in shared if tensor is not None]
+
     def read_stored(self, region: Region) -> Tensor:
         """The pixels (N, C, h, w) of ``region`` as they are stored, on the host.
 

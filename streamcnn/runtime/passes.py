@@ -28,6 +28,7 @@ from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
 from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner, Streamed
+from streamcnn.runtime.transforms import refuse_tangents, refuse_transforms
 from streamcnn.support.interrupts import undoing
 
 
@@ -95,6 +96,7 @@ class Passes:
         keep: Keep | None,
     ) -> Any:
         """What ``net`` returns for whole images; with ``keep`` maps among it are what that makes of them."""
+        refuse_transforms()
         image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
         if image_gradient and owner.preprocess is not None:
             raise ValueError(
@@ -106,6 +108,7 @@ class Passes:
         running = _Running(self, owner, reader, leaf, caller_modes, keep)
 
         def run(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
+            refuse_tangents(image, states)
             refuse_changes_of_the_image(graph, image)
             refuse_shared_memory(graph, states)
             results = running.in_parts(Captured(graph, states, reader.device, given.maps))

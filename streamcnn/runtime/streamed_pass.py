@@ -28,6 +28,7 @@ from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
+from streamcnn.runtime.transforms import refuse_many_gradients
 from streamcnn.stores import (
     MemoryStore,
     SpareFiles,
@@ -308,7 +309,7 @@ class Pass:
         return self.execution.forward()
 
     def recomputed_from(self) -> list[Tensor]:
-        """States without a gradient that the backward pass reads once more."""
+        """States without a gradient, and images, that the backward pass reads once more."""
         differentiated = (phase for phase in self.plan.phases if phase.differentiated)
         read = {
             operand
@@ -316,7 +317,11 @@ class Pass:
             for name in phase.nodes
             for operand in self.program.nodes[name].operands
         }
-        return [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
+        states = [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
+        batches = {self.program.image: self.reader, **{n: self.maps[k] for n, k in self.program.maps.items()}}
+        images = chain(*(batch.shared_tensors for name, batch in batches.items() if name in read))
+        # Tensors made in inference mode have no version that could be compared.
+        return [*states, *(image for image in images if not image.is_inference())]
 
     def close(self) -> None:
         """Free all stores and their folder, and the decoded images that no other pass waits with."""
@@ -494,7 +499,7 @@ class Streamed(torch.autograd.Function):
         with saved_tensors_hooks_aside():
             values = run.forward()
         names = run.output_names
-        # Saved only so that autograd notices a state or the image being changed before backward.
+        # Saved only so that autograd notices a state or an image being changed before backward.
         ctx.save_for_backward(*anchors, *run.recomputed_from())
         ctx.run = run
         ctx.places = [anchor.data_ptr() for anchor in run.anchors]
@@ -521,6 +526,7 @@ class Streamed(torch.autograd.Function):
                 "a streamed pass can only be differentiated once: call backward() or grad() without "
                 "create_graph=True"
             )
+        refuse_many_gradients(grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.run = None
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]

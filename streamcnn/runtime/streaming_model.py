@@ -73,7 +73,8 @@ class StreamingModel(ModuleFacade):
         A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes. It is
         called with tiles on the model's device, whose integers stay integers until it makes floats of them:
         ``tile / 255`` and ``tile.float() * 2 - 255`` do, ``tile * 2 - 255`` of bytes is refused, as its
-        results do not fit into bytes.
+        results do not fit into bytes. ``tile / tile.max()``, a blur or random numbers are refused, as they
+        depend on how the image is cut.
     device
         Where to compute; the module is moved there. ``None`` leaves it where it is.
     compile

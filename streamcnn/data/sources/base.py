@@ -74,6 +74,11 @@ class ImageSource(ABC):
         """The size and place of its pixels in the world, as far as its file says them."""
         return Placement(self.shape[1:])
 
+    @property
+    def shared_tensor(self) -> Tensor | None:
+        """The caller's own tensor that the pixels are read from, which may be changed; None for others."""
+        return None
+
     # --- what reading takes --------------------------------------------------------------------------
 
     @property

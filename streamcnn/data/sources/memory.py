@@ -44,6 +44,11 @@ class TensorSource(ImageSource):
         return TensorSource, (self._tensor,)
 
     @property
+    def shared_tensor(self) -> Tensor:
+        """The image."""
+        return self._tensor
+
+    @property
     def reading_cost(self) -> ReadingCost:
         """Nothing: regions are views."""
         return ReadingCost(self.shape[1:])
