@@ -33,6 +33,9 @@ class FakePlan:
     def to_json(self) -> str:
         return json.dumps(self.made_with)
 
+    def validate(self) -> None:
+        """It fits."""
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +170,15 @@ def test_plan_leaves_what_is_not_given_to_the_planner(run: Run) -> None:
 
 @pytest.mark.usefixtures("engine")
 def test_a_budget_that_is_too_small_is_status_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(plan: FakePlan) -> str:
+    def refuse(plan: FakePlan) -> None:
         raise PlanDoesNotFit("projected 3 GiB, allowed 1 GiB")
 
-    monkeypatch.setattr(FakePlan, "explain", refuse)
-    assert run("plan", "1") == (1, "", "streamcnn: error: projected 3 GiB, allowed 1 GiB\n")
+    monkeypatch.setattr(FakePlan, "validate", refuse)
+    refusal = "streamcnn: error: projected 3 GiB, allowed 1 GiB\n"
+    status, out, err = run("plan", "1")
+    assert (status, out.startswith("plan {"), err) == (1, True, refusal)
+    status, out, err = run("plan", "1", "--json")
+    assert (status, json.loads(out)["budget"], err) == (1, None, refusal)
 
 
 @pytest.mark.usefixtures("engine")
