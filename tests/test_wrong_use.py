@@ -123,7 +123,8 @@ def _with_pixel(value: float) -> Tensor:
         (
             [TensorSource(make_image()[0]), TensorSource(make_image()[0, :, 1:])],
             DatasetMismatch,
-            r"image 1 of the batch is \(3, 36, 45\) .*, image 0 is \(3, 37, 45\)",
+            r"image 1 of the batch is \(3, 36, 45\) .*, image 0 is \(3, 37, 45\)"
+            r".*--batch 1, and --accumulate 2",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
