@@ -228,7 +228,7 @@ def test_an_ultramnist_set_is_made_checked_and_shown(run: Run, tmp_path: Path) -
     for line in (
         "recipe         faithful",
         "images         test: 3; train: 29",
-        "labels         test: 3 labels, 1 images each; train: 28 labels, 1 to 2 images each",
+        "labels         test: 3 labels, 1 image each; train: 28 labels, 1 to 2 images each",
         "shapes         1 x 64 x 64",
         "damaged        0",
     ):
@@ -262,6 +262,8 @@ def test_images_are_converted(run: Run, tmp_path: Path) -> None:
     status, out, err = run("convert", tmp_path / "in", tmp_path / "out", "--labels", tmp_path / "labels.csv")
     assert (status, err) == (0, "")
     assert out.startswith("a: 3 x 70 x 50 uint8, ")
+    assert "already" not in out
+    assert run("convert", tmp_path / "in", tmp_path / "out") == (0, "1 image already in the store\n", "")
     assert "classes       cat" in run("info", tmp_path / "out")[1].splitlines()
     status, _, err = run("convert", tmp_path / "gone", tmp_path / "out")
     assert status == 1
