@@ -33,6 +33,9 @@ class FakePlan:
     def to_json(self) -> str:
         return json.dumps(self.made_with)
 
+    def validate(self) -> None:
+        """It fits."""
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +170,15 @@ def test_plan_leaves_what_is_not_given_to_the_planner(run: Run) -> None:
 
 @pytest.mark.usefixtures("engine")
 def test_a_budget_that_is_too_small_is_status_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(plan: FakePlan) -> str:
+    def refuse(plan: FakePlan) -> None:
         raise PlanDoesNotFit("projected 3 GiB, allowed 1 GiB")
 
-    monkeypatch.setattr(FakePlan, "explain", refuse)
-    assert run("plan", "1") == (1, "", "streamcnn: error: projected 3 GiB, allowed 1 GiB\n")
+    monkeypatch.setattr(FakePlan, "validate", refuse)
+    refusal = "streamcnn: error: projected 3 GiB, allowed 1 GiB\n"
+    status, out, err = run("plan", "1")
+    assert (status, out.startswith("plan {"), err) == (1, True, refusal)
+    status, out, err = run("plan", "1", "--json")
+    assert (status, json.loads(out)["budget"], err) == (1, None, refusal)
 
 
 @pytest.mark.usefixtures("engine")
@@ -221,7 +228,7 @@ def test_an_ultramnist_set_is_made_checked_and_shown(run: Run, tmp_path: Path) -
     for line in (
         "recipe         faithful",
         "images         test: 3; train: 29",
-        "labels         test: 3 labels, 1 images each; train: 28 labels, 1 to 2 images each",
+        "labels         test: 3 labels, 1 image each; train: 28 labels, 1 to 2 images each",
         "shapes         1 x 64 x 64",
         "damaged        0",
     ):
@@ -255,6 +262,8 @@ def test_images_are_converted(run: Run, tmp_path: Path) -> None:
     status, out, err = run("convert", tmp_path / "in", tmp_path / "out", "--labels", tmp_path / "labels.csv")
     assert (status, err) == (0, "")
     assert out.startswith("a: 3 x 70 x 50 uint8, ")
+    assert "already" not in out
+    assert run("convert", tmp_path / "in", tmp_path / "out") == (0, "1 image already in the store\n", "")
     assert "classes       cat" in run("info", tmp_path / "out")[1].splitlines()
     status, _, err = run("convert", tmp_path / "gone", tmp_path / "out")
     assert status == 1

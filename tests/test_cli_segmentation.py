@@ -179,9 +179,9 @@ def test_the_same_command_goes_on_and_another_loss_does_not(workplace: Path, run
         ({"ignore-index": None}, 1, "masks hold the classes 255 (mask "),
         ({"model-option": "classes=2"}, 1, "masks hold the classes 2 (mask "),
         (
-            {"validation-split": None, "validation-share": 0.01},
+            {"validation-split": None, "validation-share": 0.99},
             2,
-            "of 4 images leaves 4 to train on",
+            "of 4 images leaves 0 to train on and 4 to validate by",
         ),
     ],
 )

@@ -177,6 +177,23 @@ def test_a_division_depends_on_the_seed() -> None:
         divide(labels, share=1)
 
 
+@pytest.mark.parametrize("num_images", range(2, 6))
+def test_a_share_of_few_images_is_one_image(num_images: int) -> None:
+    labels = ["rare", *["common"] * num_images]
+    divisions = {divide(labels, share=0.01, seed=seed) for seed in range(40)}
+    # Any of the commonest label, by the seed, and never the only one of its label.
+    assert {held_out for _, held_out in divisions} == {(p,) for p in range(1, num_images + 1)}
+    for training, held_out in divisions:
+        assert sorted((*training, *held_out)) == list(range(num_images + 1))
+
+
+@pytest.mark.parametrize(("labels", "share"), [([0, 0, 0], 0), ([0, 1, 2, 3], 0.1), ([], 0.1)])
+def test_no_image_is_set_aside_unasked_or_where_each_is_its_label_s_only_one(
+    labels: list[int], share: float
+) -> None:
+    assert divide(labels, share=share) == (tuple(range(len(labels))), ())
+
+
 def test_a_subset_has_as_many_of_each() -> None:
     labels = "aaaabbbbbbcc"
     chosen = balanced_subset(labels, 2, seed=1)

@@ -142,7 +142,7 @@ def test_a_page_s_title_is_text() -> None:
 def test_a_plan_is_shown_as_text(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     import streamcnn
 
-    explained = SimpleNamespace(explain=lambda: f"one\n{EVIL}", max_error=0.0)
+    explained = SimpleNamespace(explain=lambda: f"one\n{EVIL}", validate=lambda: None)
     streamed = SimpleNamespace(plan=lambda shape: explained)
     monkeypatch.setattr(models, "load", lambda name, **_: None)
     monkeypatch.setattr(streamcnn, "StreamingModel", lambda *_, **__: streamed)

@@ -223,6 +223,22 @@ def test_the_smallest_budget_named_is_enough_and_one_byte_less_is_not(name: str)
     assert not found_by(searching(name, refused.nbytes - 1, CPU)).fits
 
 
+# timm asks for a deprecated annotation when it is imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_budget_named_as_enough_is_enough_where_kernels_of_many_shapes_are_kept() -> None:
+    timm = pytest.importorskip("timm")
+    program, wanted = traced(timm.create_model("resnet18"), (1, 3, 4000, 4000))
+    tilings = TilingCandidates(program, wanted, CPU, None, BACKEND)
+
+    def found_with(budget: int) -> Solution:
+        return found_by(Search(tilings, budget, (OffloadTier(Tier.DISK),)))
+
+    refused = [found_with(budget * MIB) for budget in (20, 100)]
+    assert not any(each.fits for each in refused)
+    assert len({each.nbytes for each in refused}) == 1
+    assert found_with(refused[0].nbytes).fits
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_more_memory_is_never_slower(name: str) -> None:
     smallest = found_by(searching(name, MIB, CPU)).nbytes

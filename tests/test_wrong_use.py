@@ -107,7 +107,12 @@ def _with_pixel(value: float) -> Tensor:
         (_with_pixel(-math.inf), CorruptImage, r"NaN or infinite"),
         (make_image().to(torch.uint8), DatasetMismatch, r"image of torch.uint8: .* preprocess= a function"),
         ([TensorSource(make_image()[0].byte())], DatasetMismatch, r"image of torch.uint8"),
-        (make_image()[:, :2], UnsupportedModel, r"shape \(2, 2, 37, 45\): .*to have 3 channels, but got 2"),
+        (
+            make_image()[:, :2],
+            UnsupportedModel,
+            r"shape \(2, 2, 37, 45\): the image has 2 channels, and the model's layer .*Conv2d\(3, .* "
+            r"takes 3\. Give an image with 3 channels, have preprocess= .* make the model for 2 \(in_chans=2",
+        ),
         (make_image()[:, :, :2, :2], UnsupportedModel, r"shape \(2, 3, 2, 2\): .* plain model accepts"),
         (
             make_image().float(),
@@ -119,7 +124,8 @@ def _with_pixel(value: float) -> Tensor:
         (
             [TensorSource(make_image()[0]), TensorSource(make_image()[0, :, 1:])],
             DatasetMismatch,
-            r"image 1 of the batch is \(3, 36, 45\) .*, image 0 is \(3, 37, 45\)",
+            r"image 1 of the batch is \(3, 36, 45\) .*, image 0 is \(3, 37, 45\)"
+            r".*--batch 1, and --accumulate 2",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -7,24 +7,22 @@ caller's own hooks, modes and compilers, and what the code does besides computin
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
 from streamcnn.capture.capture import CUMULATIVE, RawGraph
-from streamcnn.capture.guards import TORCH_FOLDER, CannotBeGuarded, GuardedForward, Run, first_line, silenced
+from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run, silenced
+from streamcnn.capture.refusals import refusal
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.unguarded import Capture, capture_anew
-from streamcnn.errors import StreamError, UnsupportedModel
+from streamcnn.errors import StreamError
 from streamcnn.graph.flattening import TRACING
 
 T = TypeVar("T")
@@ -138,30 +136,7 @@ def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs:
     except StreamError:
         raise
     except Exception as error:
-        raise UnsupportedModel(
-            f"the model cannot be captured for an image of shape {tuple(image.shape)}: "
-            f"{_reason(error)}{_line_of(error)}. Allowed are modules whose forward takes the image first "
-            "and does not branch on its values; check that the plain model accepts this shape and arguments."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Why tracing has failed, in the user's words."""
-    if isinstance(error, DataDependentOutputException):
-        return "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
-    if isinstance(error, DynamicOutputShapeException):
-        return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
-    return first_line(error).rstrip(".")
-
-
-def _line_of(error: Exception) -> str:
-    """The last line of code outside PyTorch and this package that an error passed through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((TORCH_FOLDER, _HERE))]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
-
-
-_HERE = str(Path(__file__).parent)
+        raise refusal(net, image, error) from error
 
 
 @contextmanager

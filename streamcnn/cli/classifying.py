@@ -11,6 +11,7 @@ import typer
 
 from streamcnn.cli.arguments import exit_for_wrong_usage
 from streamcnn.support.text import printable
+from streamcnn.support.units import plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +100,7 @@ def open_images(
 
 def _print(found: Score, num_images: int, classes: tuple[str, ...] | None) -> None:
     """The score as text, with the accuracy of each class that there are images of."""
-    typer.echo(f"accuracy {found.accuracy:.1%} of {num_images} images, loss {found.loss:.4g}")
+    typer.echo(f"accuracy {found.accuracy:.1%} of {plural(num_images, 'image')}, loss {found.loss:.4g}")
     for label, row in enumerate(found.confusion):
         if sum(row):
             name = str(label) if classes is None else classes[label]

@@ -89,10 +89,14 @@ def convert(
             choice=choice_of(series, level, channels_last),
             on_shard=on_shard,
         )
+        num_left = len(found)
         for record in records:
+            num_left -= 1
             progress.advance(progress.task_ids[0])
             line = f"{record.name}: {_by(record.shape)} {record.dtype}, {format_bytes(record.stored_bytes)}"
             progress.console.print(as_text(line), soft_wrap=True, highlight=False)
+    if num_left:
+        typer.echo(f"{plural(num_left, 'image')} already in the store")
 
 
 def store_facts(store: TileStore) -> dict[str, Any]:
@@ -217,8 +221,8 @@ def _balance(counts: Counter[int | None]) -> str:
     if not labelled:
         return "none"
     fewest, most = min(labelled.values()), max(labelled.values())
-    each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    text = f"{plural(len(labelled), 'label')}, {each} images each"
+    each = plural(most, "image") if fewest == most else f"{fewest} to {plural(most, 'image')}"
+    text = f"{plural(len(labelled), 'label')}, {each} each"
     return f"{text}, {unlabelled} without" if unlabelled else text
 
 

@@ -71,7 +71,8 @@ def plan(
 ) -> None:
     """Print how an image would be streamed and what that is projected to hold; runs nothing.
 
-    Of a file that is given, the head alone is read; it is planned for as train takes it.
+    Of a file that is given, the head alone is read; it is planned for as train takes it. If no plan fits the
+    budget, the nearest is printed, and the exit status is 1.
     """
     budget_bytes = parse("--budget", parse_bytes, budget)
     host_bytes = parse("--host-memory", parse_bytes, host_memory)
@@ -103,6 +104,7 @@ def plan(
     if source is not None and not as_json:
         typer.echo(printable(_file_line(source)))
     typer.echo(planned.to_json() if as_json else printable(planned.explain(), keep="\n"))
+    planned.validate()
 
 
 def _refuse_beside_image(image: Path | None, given: dict[str, Any], chosen: dict[str, Any]) -> None:

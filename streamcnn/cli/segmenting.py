@@ -17,6 +17,7 @@ import typer
 
 from streamcnn.cli.arguments import exit_for_wrong_usage
 from streamcnn.support.text import printable
+from streamcnn.support.units import plural
 
 if TYPE_CHECKING:
     from streamcnn.data.mask_dataset import MaskDataset
@@ -105,7 +106,7 @@ def _print(found: Segmented, num_images: int, classes: Sequence[str] | None) -> 
     score = found.score
     typer.echo(
         f"mean IoU {score.mean_iou:.1%}, mean Dice {score.mean_dice:.1%}, pixels found {score.accuracy:.1%} "
-        f"of {num_images} images, loss {found.loss:.4g}"
+        f"of {plural(num_images, 'image')}, loss {found.loss:.4g}"
     )
     for line in class_lines(score, classes):
         typer.echo(line)

@@ -16,6 +16,7 @@ from streamcnn.cli.training_progress import TrainingProgress
 from streamcnn.errors import StreamError
 from streamcnn.support.extras import require
 from streamcnn.support.text import as_text
+from streamcnn.support.units import plural
 from streamcnn.training import StoppedAtOnce, Terminated, Trainer, make_trainer, read_log, write_report
 from streamcnn.training.report import best_epoch
 
@@ -60,8 +61,8 @@ def _run(trainer: Trainer, budget: int | None, out: Path) -> None:
         say_ending(ended.signal, f"{ended}; the same command goes on")
         raise typer.Exit(status_of(ended.signal)) from None
     best = (
-        f"{result.num_updates} updates in {result.num_epochs} epochs; best validation {trainer.task.measure} "
-        f"{result.best_score:.1%}: {result.best}"
+        f"{plural(result.num_updates, 'update')} in {plural(result.num_epochs, 'epoch')}; best validation "
+        f"{trainer.task.measure} {result.best_score:.1%}: {result.best}"
     )
     classes = trainer.task.told_of_classes(best_epoch(trainer.task, read_log(out)))
     for line in (best, *classes, f"page: {write_report(out)}"):

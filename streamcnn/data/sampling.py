@@ -24,7 +24,8 @@ def divide(
     labels
         Of all images.
     share
-        Of the images that go to validation, as near as whole images of each label allow.
+        Of the images that go to validation, as near as whole images of each label allow. A share above 0
+        gives one image at least, of the commonest label, if that label has another.
 
     Raises
     ------
@@ -35,12 +36,18 @@ def divide(
         raise ValueError(f"share={share}: allowed are 0 and more, and less than 1")
     validation: list[int] = []
     due = 0.0
-    for label, positions in _by_label(labels).items():
+    by_label = _by_label(labels)
+    for label, positions in by_label.items():
         # What rounding leaves over is passed on, so that labels with few images get their share in turn.
         due += share * len(positions)
         count = min(round(due), len(positions))
         due -= count
-        validation += _shuffled(positions, f"divide {seed} {label!r}")[:count]
+        validation += _shuffled(positions, _division_key(seed, label))[:count]
+    if share > 0 and not validation:
+        # So few images that every share rounds to none: they could not be trained with at all.
+        commonest = max(by_label, key=lambda label: len(by_label[label]), default=None)
+        if len(by_label.get(commonest, ())) > 1:
+            validation = _shuffled(by_label[commonest], _division_key(seed, commonest))[:1]
     chosen = set(validation)
     return tuple(p for p in range(len(labels)) if p not in chosen), tuple(sorted(chosen))
 
@@ -159,6 +166,10 @@ def _by_label(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     for position, label in enumerate(labels):
         positions[label].append(position)
     return positions
+
+
+def _division_key(seed: int, label: Hashable) -> str:
+    return f"divide {seed} {label!r}"
 
 
 def _shuffled(positions: Sequence[int], key: str) -> list[int]:

@@ -367,21 +367,29 @@ class _Choice:
 def _choose(scores: CandidateScores, limit: int, budget: int | None) -> _Choice:
     """For each stage the fastest candidate that fits, where steps hold no more than ``limit`` reusable bytes.
 
-    If not all fit, what takes less is looked for until nothing is found.
+    If not all fit, the limit is tightened below what they take until that stops falling; if none fits then,
+    the same begins anew from the smallest candidates. What this ends with does not depend on the budget: a
+    budget that is named as enough is enough.
     """
     allowed = math.inf if budget is None else budget
-    room = allowed
-    best: _Choice | None = None
+    choice = _tightened(scores, limit, room=allowed, allowed=allowed)
+    if choice.nbytes > allowed:
+        choice = _tightened(scores, limit, room=0, allowed=allowed)
+    return replace(choice, fits=choice.nbytes <= allowed)
+
+
+def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> _Choice:
+    """The first choice that fits ``allowed``, from those for ``room`` and for ever less than the last takes;
+    if none does, the smallest."""
+    best = _choose_once(scores, limit, room)
     for _ in range(CHOICE_ROUNDS):
-        choice = _choose_once(scores, limit, room)
-        if best is not None and choice.nbytes >= best.nbytes:
-            break
-        best = choice
         if best.nbytes <= allowed:
             break
-        room = best.nbytes - 1
-    assert best is not None
-    return replace(best, fits=best.nbytes <= allowed)
+        choice = _choose_once(scores, limit, best.nbytes - 1)
+        if choice.nbytes >= best.nbytes:
+            break
+        best = choice
+    return best
 
 
 def _choose_once(scores: CandidateScores, limit: int, allowed: float) -> _Choice:

@@ -198,7 +198,8 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
             raise DatasetMismatch(
                 f"image {position} of the batch is {source.shape} {source.dtype} ({source.name}), image 0 is "
                 f"{sources[0].shape} {sources[0].dtype} ({sources[0].name}): allowed is one shape and dtype; "
-                "put images that differ into batches of their own"
+                "put images that differ into batches of their own; streamcnn train takes one at a time with "
+                "--batch 1, and --accumulate 2 makes updates of two"
             )
         if source.largest != sources[0].largest:
             raise DatasetMismatch(

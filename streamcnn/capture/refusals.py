@@ -1,0 +1,92 @@
+"""Why a call of the user's module could not be captured, in the user's words."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from streamcnn.capture.guards import TORCH_FOLDER, first_line
+from streamcnn.errors import UnsupportedModel
+from streamcnn.support.units import plural
+
+_ALLOWED = (
+    "Allowed are modules whose forward takes the image first and does not branch on its values; check that "
+    "the plain model accepts this shape and arguments"
+)
+_NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
+_CHANNELS: dict[type[nn.Module], str] = {
+    _ConvNd: "in_channels",
+    _NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+}
+"""What layers call the number of channels that they were made for."""
+
+
+def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel:
+    """What to raise where ``error`` has ended the capture of ``net(image)``."""
+    reason = _of_channels(net, image, error) or f"{_reason(error)}{_line_of(error)}. {_ALLOWED}"
+    return UnsupportedModel(
+        f"the model cannot be captured for an image of shape {tuple(image.shape)}: {reason}."
+    )
+
+
+def _of_channels(net: nn.Module, image: Tensor, error: Exception) -> str:
+    """What is wrong and what to do, if the image has other channels than the first layer that has a number
+    of them; else an empty text."""
+    layers = ((name, layer, _channels_of(layer)) for name, layer in net.named_modules())
+    name, first, allowed = next((found for found in layers if found[2]), ("", None, 0))
+    found = image.shape[1]
+    if first is None or found == allowed:
+        return ""
+    if not any(layer is first and given.shape[1:2] == (found,) for layer, given in _calls(error)):
+        return ""
+    named = f"the model's layer {name}" if name else "the model"
+    kind = f"{type(first).__name__}({first.extra_repr()})"
+    return (
+        f"the image has {plural(found, 'channel')}, and {named}, {kind}, takes {allowed}. Give "
+        f"an image with {plural(allowed, 'channel')}, have preprocess= choose or make them, or make the "
+        f"model for {found} (in_chans={found} of a model from timm)"
+    )
+
+
+def _channels_of(layer: nn.Module) -> int:
+    """How many channels a layer was made for; 0 if it does not say."""
+    names = (name for kind, name in _CHANNELS.items() if isinstance(layer, kind))
+    return next((int(getattr(layer, name)) for name in names), 0)
+
+
+def _calls(error: Exception) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The modules that were being called when an error was raised, with what each was given first."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        match _first_arguments(frame):
+            case nn.Module() as module, Tensor() as given:
+                yield module, given
+
+
+def _first_arguments(frame: FrameType) -> tuple[object, ...]:
+    code = frame.f_code
+    return tuple(frame.f_locals.get(name) for name in code.co_varnames[: min(code.co_argcount, 2)])
+
+
+def _reason(error: Exception) -> str:
+    """Why tracing has failed."""
+    if isinstance(error, DataDependentOutputException):
+        return "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
+    if isinstance(error, DynamicOutputShapeException):
+        return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
+    return first_line(error).rstrip(".")
+
+
+def _line_of(error: Exception) -> str:
+    """The last line of code outside PyTorch and this package that an error passed through; empty if there is
+    none, or only generated code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.line and not frame.filename.startswith(_NOT_THE_USERS)]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
