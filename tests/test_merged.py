@@ -158,6 +158,18 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     ),
     "tokens of channels first": lambda x: (x.flatten(2) * x.flatten(2).softmax(1)).unflatten(2, (22, 18)),
     "reductions of tokens": lambda x: x * (tokens_of(x).mean(1) + tokens_of(x).amax((1,)))[..., None, None],
+    "largest of all positions, and where": lambda x: (
+        x.flatten(2).max(2).values * x.flatten(2).min(-1, keepdim=True)[0].flatten(1),
+        tokens_of(x).max(1),
+        (tokens_of(x).min(1).indices + tokens_of(x).argmax(1, keepdim=True)[:, 0]) * x.mean((2, 3)),
+    ),
+    "first of equal ones": lambda x: (
+        F.interpolate(x.round(decimals=1), scale_factor=2).flatten(2).max(2),
+        x.flatten(2).argmin(2) * x.mean((2, 3)),
+    ),
+    "any and all of tokens": lambda x: (
+        x * ((tokens_of(x) > 1).any(1) | (tokens_of(x) < 1).all(1))[..., None, None]
+    ),
     "norms and deviations of tokens": lambda x: (
         map_of(F.normalize(tokens_of(x), dim=-1), x) / tokens_of(x).std(1)[..., None, None]
     ),

@@ -229,6 +229,27 @@ REDUCTIONS = {
         (x > -1).amin((2, 3)),
     ),
     "positions of channels": lambda x: x * (x.argmax(1, keepdim=True) + (x > 0).any(1, keepdim=True)),
+    "largest and smallest of all": lambda x: (x / (x.max() + 1), x - F.interpolate(x, scale_factor=2).min()),
+    "of all, in half the bits": lambda x: (
+        x * x.float().max() + x.float().sum((2, 3), dtype=torch.float64).mean()
+    ),
+    "any and all": lambda x: (
+        x * ((x > 3).any() + 2 * (x < 9).all()),
+        (x > 1).any(2).any(2) * (x.mean((2, 3)) + x.bool().all((0, 2, 3))),
+        x * (x > 0.5).any(3, keepdim=True) * (x > -1).all((1, 2), keepdim=True),
+    ),
+    "any over no axes": lambda x: x * torch.any(x > 0.3, dim=()),
+    "any of bytes": lambda x: (x.mean((2, 3)), (x * 9).clamp(0, 9).byte().any(), (x * 9).byte().all(1)),
+    "how many are not zero": lambda x: (
+        x * torch.count_nonzero(x > 0),
+        x.mean((2, 3)) * torch.count_nonzero(F.relu(x), (2, 3)),
+        x * torch.count_nonzero(x > 0, 1)[:, None],
+    ),
+    "largest magnitude": lambda x: (
+        x / torch.linalg.vector_norm(x, torch.inf),
+        torch.linalg.vector_norm(F.interpolate(x, scale_factor=2), -torch.inf, (2, 3)),
+        torch.linalg.vector_norm(x, torch.inf, 1),
+    ),
     "count": lambda x: x.sum((2, 3)) / (x > 0.1).sum((2, 3)),
     "masked mean": lambda x: (x * (x > 0)).sum((2, 3)) / (x > 0).to(x.dtype).mean((2, 3)),
     "two of the same map": lambda x: torch.cat((x.mean((2, 3)), x.amax((2, 3)), x.var((2, 3))), 1),

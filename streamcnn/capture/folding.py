@@ -287,6 +287,8 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
         if call.target in along_axes.EXPONENTIAL and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
             result = along_axes.exponential(tracer, call.target, first.ref, merged, parts[0])
             return as_seen(tracer, result, first.runs, parts[0].shape)
+        if call.target in along_axes.SELECTING and tuple(merged) == tracer.axes(first.ref):
+            return _select(tracer, call, first, parts)
         whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")
     starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
@@ -299,6 +301,19 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     if not isinstance(result, tuple):
         return as_seen(tracer, result, runs, parts[0].shape)
     return tuple(as_seen(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
+
+
+def _select(tracer: FoldingTracer, call: Call, value: Folded, likes: Sequence[Tensor]) -> Any:
+    """The largest or smallest of all positions, and its place among them."""
+    if tracer.spec(value.ref).dtype in (torch.bool, torch.int64):
+        return NotStreamable("it finds the place of truth values or of whole numbers of 64 bits")
+    axes = tracer.axes(value.ref)
+    assert axes is not None
+    ndim = len(tracer.spec(value.ref).shape)
+    order = [axis for axis in range(ndim) if axis not in axes] + list(axes)
+    x = tracer.stream(Call(aten.permute.default, (value.ref, order), {}))
+    found = along_axes.selected(tracer, call.target, x, likes)
+    return found if len(likes) > 1 else found[0]
 
 
 def _unmerged(value: Any) -> Any:
@@ -335,13 +350,20 @@ def _reduce(tracer: FoldingTracer, call: Call) -> Any:
     )
     if dims not in (None, []):
         axes = [i for axis in sorted(taken) for i in value.span(axis)]
-        if isinstance(dims, int) and len(axes) > 1:
-            return NotStreamable("it works along merged axes of space")
-        translated = translated.replaced("dim", axes[0] if isinstance(dims, int) else axes)
+        is_one = isinstance(dims, int) and len(axes) == 1
+        if isinstance(dims, int) and not is_one:
+            if call.target not in _OF_SEVERAL:
+                return NotStreamable("it works along merged axes of space")
+            translated = Call(_OF_SEVERAL[call.target], translated.args, translated.kwargs)
+        translated = translated.replaced("dim", axes[0] if is_one else axes)
     result = tracer.stream(translated)
     keeps = like.dim() == ndim
     runs = tuple(run for axis, run in enumerate(value.runs) if keeps or axis not in taken)
     return as_seen(tracer, result, runs, like.shape)
+
+
+_OF_SEVERAL = {aten.any.dim: aten.any.dims, aten.all.dim: aten.all.dims}
+"""Operators along one axis, and their forms for several."""
 
 
 # --- products of matrices -----------------------------------------------------------------------------
@@ -538,8 +560,8 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
     **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along),
     **dict.fromkeys((shape.flip, resampling.roll, along_axes.along_axis, losses.gather_channels), _along),
-    **dict.fromkeys((reductions.mean_or_sum, reductions.extremum), _reduce),
-    **dict.fromkeys((reductions.vector_norm, reductions.variance), _reduce),
+    **dict.fromkeys((reductions.mean_or_sum, reductions.extremum, reductions.truth), _reduce),
+    **dict.fromkeys((reductions.vector_norm, reductions.variance, reductions.count), _reduce),
     products.matrix_product: _product,
     products.einsum: _einsum,
     products.attention: _attention,

@@ -40,6 +40,7 @@ REMEDIES = {
     "it merges a spatial axis with another or splits it unevenly": _IN_TWO_STEPS,
     "it splits a spatial axis": _IN_TWO_STEPS,
     "it works along merged axes of space": _ON_SMALL_MAPS,
+    "it finds the place of truth values": "convert the values to float32 before it",
     "it sums over all positions": _ON_SMALL_MAPS,
     "it repeats a spatial axis": "interpolate with mode='nearest' instead",
     "it repeats a map along space": "interpolate with mode='nearest' instead",

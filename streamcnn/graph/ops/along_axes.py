@@ -8,26 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Saves, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.reductions import extremum, mean_or_sum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.window_reductions import WindowMaxima
 from streamcnn.graph.program import Ref, refs_in
 
 aten = torch.ops.aten
 
 _ALONG_DIM = (
-    aten.all.dim,
-    aten.all.dims,
-    aten.any.dim,
-    aten.any.dims,
     aten.argmax.default,
     aten.argmin.default,
     aten.argsort.default,
     aten.argsort.stable,
-    aten.count_nonzero.dim_IntList,
     aten.cummax.default,
     aten.cummin.default,
     aten.cumprod.default,
@@ -105,6 +102,31 @@ def exponential(tracer: Tracer, target: object, ref: Ref, dims: Sequence[int], l
         whole = tracer.global_value(aten.add.Tensor, logarithm, top)
         return tracer.global_value(rounded_as, whole, tuple(like.shape), like.dtype)
     return result if like.dtype == dtype else made(aten.to.dtype, result, like.dtype)
+
+
+SELECTING: dict[object, int] = {
+    aten.max.dim: 1,
+    aten.min.dim: -1,
+    aten.argmax.default: 1,
+    aten.argmin.default: -1,
+}
+"""Operators that find the largest or the smallest value along an axis, and its place."""
+
+
+def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) -> tuple[Ref, ...]:
+    """The largest or smallest value of all positions (..., H, W), in row order, and its place, or that alone.
+
+    ``likes`` are what the whole results would be. Of equal values it is the first, which has the gradient.
+    """
+    axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+    assert axes is not None
+    x = ref if SELECTING[target] > 0 else pointwise(tracer, Call(aten.neg.default, (ref,), {}))
+    windows = (Adaptive(shape[axes[0]], 1), Adaptive(shape[axes[1]], 1))
+    value, place = tracer.reduce(WindowMaxima(shape, axes, True, windows), x)
+    if len(likes) > 1 and SELECTING[target] < 0:
+        value = tracer.global_value(aten.neg.default, value)
+    parts = zip((value, place)[-len(likes) :], likes, strict=True)
+    return tuple(tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts)
 
 
 def offset(largest: Tensor, is_finite: bool) -> Tensor:

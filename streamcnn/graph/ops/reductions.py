@@ -61,11 +61,9 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
     def build(shape: tuple[int, ...], chosen: tuple[int, ...], keep: bool) -> Placeable:
         return Sum(shape, chosen, keep, 1 / math.prod(shape[dim] for dim in chosen) if average else 1.0)
 
-    if call.bind("dtype")[0] is not None:
-        return NotStreamable("it converts to another dtype while reducing")
     like = tracer.fake(call)
     if like.dtype != tracer.spec(call.args[0]).dtype:
-        # A sum of whole numbers or of a mask is a whole number.
+        # A sum of whole numbers or of a mask is a whole number; dtype= says another one.
         counted = pointwise(tracer, Call(aten.to.dtype, (call.args[0], like.dtype), {}))
         call = Call(call.target, (counted, *call.args[1:]), call.kwargs)
     result = _reduce_or_local(tracer, call, dims, keepdim, build)
@@ -75,24 +73,69 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
 declare(aten.mean, aten.sum, cost=Cost(saves=NOTHING))
 
 
-@rule(aten.amax.default, aten.amin.default)
+@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
 def extremum(tracer: Tracer, call: Call) -> Any:
     """Largest or smallest value over spatial axes and any others."""
-    dims, keepdim = call.bind("dim", "keepdim")
-    sign = 1 if call.target is aten.amax.default else -1
+    everything = call.target in (aten.max.default, aten.min.default)
+    dims, keepdim = (None, False) if everything else call.bind("dim", "keepdim")
+    sign = 1 if call.target in (aten.amax.default, aten.max.default) else -1
     result = _reduce_or_local(
         tracer, call, dims, keepdim, lambda shape, chosen, keep: Extremum(shape, chosen, keep, sign)
     )
     return result[0] if isinstance(result, tuple) else result
 
 
+@rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
+def truth(tracer: Tracer, call: Call) -> Any:
+    """Whether any value, or every one, is not zero."""
+    everything = call.target in (aten.any.default, aten.all.default)
+    dims, keepdim = (None, False) if everything else call.bind("dim", "keepdim")
+    dims = [dims] if isinstance(dims, int) else dims
+    ref = call.args[0]
+    if dims == [] and not everything:
+        # Over no axes, other than in a sum.
+        return pointwise(tracer, call)
+    if spatial_dims(tracer, ref, dims) is None:
+        return per_position(tracer, call, ref, dropped=dims or ())
+    numbers = pointwise(tracer, Call(is_true, (ref,), {}))
+    target = aten.amax.default if call.target in _ANY else aten.amin.default
+    found = extremum(tracer, Call(target, (numbers, dims or [], keepdim), {}))
+    return tracer.global_value(aten.to.dtype, found, tracer.fake(call).dtype)
+
+
+_ANY = (aten.any.default, aten.any.dim, aten.any.dims)
+
+
+def is_true(x: Tensor) -> Tensor:
+    """1 for every value but zero, in bytes."""
+    return (x != 0).to(torch.uint8)
+
+
+@rule(aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+def count(tracer: Tracer, call: Call) -> Any:
+    """How many values are not zero."""
+    dims = call.bind("dim")[0]
+    dims = [dims] if isinstance(dims, int) else dims
+    if spatial_dims(tracer, call.args[0], dims) is None:
+        return per_position(tracer, call, call.args[0], dropped=dims or ())
+    counted = pointwise(tracer, Call(aten.ne.Scalar, (call.args[0], 0), {}))
+    return mean_or_sum(tracer, Call(aten.sum.dim_IntList, (counted, dims or [], False), {}))
+
+
+declare(is_true, cost=Cost(saves=NOTHING, detaches=True))
+
+
 @rule(aten.linalg_vector_norm.default)
 def vector_norm(tracer: Tracer, call: Call) -> Any:
     """The p-norm over spatial axes and any others."""
     power, dims, keepdim, dtype = call.bind("ord", "dim", "keepdim", "dtype")
-    if dtype is not None or not 1 <= power < math.inf:
+    if dtype is None and math.isinf(power):
+        sizes = pointwise(tracer, Call(aten.abs.default, (call.args[0],), {}))
+        target = aten.amax.default if power > 0 else aten.amin.default
+        return extremum(tracer, Call(target, (sizes, dims or [], keepdim), {}))
+    if dtype is not None or power < 1:
         return NotStreamable(
-            f"norms with dtype= or of order {power} are not streamed: allowed are orders >= 1"
+            f"norms with dtype= or of order {power} are not streamed: allowed are orders >= 1 and -inf"
         )
     result = _reduce_or_local(
         tracer, call, dims, keepdim, lambda shape, chosen, keep: VectorNorm(shape, chosen, keep, power)
