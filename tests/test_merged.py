@@ -167,6 +167,15 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
         F.interpolate(x.round(decimals=1), scale_factor=2).flatten(2).max(2),
         x.flatten(2).argmin(2) * x.mean((2, 3)),
     ),
+    "some of the largest, and where": lambda x: (
+        x.flatten(2).topk(5, 2).values.mean(2),
+        tokens_of(x).topk(70, 1),
+        (
+            tokens_of(x).topk(3, 1, largest=False)[0].sin(),
+            x.flatten(2).topk(1)[1] * x.mean((2, 3))[..., None],
+        ),
+        F.relu(x - 2).flatten(2).topk(200, -1)[0],
+    ),
     "any and all of tokens": lambda x: (
         x * ((tokens_of(x) > 1).any(1) | (tokens_of(x) < 1).all(1))[..., None, None]
     ),

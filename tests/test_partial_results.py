@@ -23,6 +23,7 @@ from streamcnn.graph.ops.reduction_types import (
     Sum,
     VectorNorm,
 )
+from streamcnn.graph.ops.top_positions import TopPositions
 from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans
 
 SHAPE = (2, 3, 120, 7)
@@ -38,6 +39,7 @@ RULES: list[Reduction] = [
     AlongOneAxis.of(Extremum(SHAPE, (0, 3), True), (2, 3)),
     WindowMeans(SHAPE, (2, 3), True, WINDOWS),
     WindowMaxima(SHAPE, (2, 3), True, WINDOWS),
+    TopPositions(SHAPE, (2, 3), True, 9),
 ]
 
 

@@ -30,6 +30,7 @@ from streamcnn.graph.ops import (
     resampling,
     shape,
     sliding_blocks,
+    top_positions,
 )
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Axes, Ref
@@ -287,8 +288,9 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
         if call.target in along_axes.EXPONENTIAL and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
             result = along_axes.exponential(tracer, call.target, first.ref, merged, parts[0])
             return as_seen(tracer, result, first.runs, parts[0].shape)
-        if call.target in along_axes.SELECTING and tuple(merged) == tracer.axes(first.ref):
-            return _select(tracer, call, first, parts)
+        selects = call.target in along_axes.SELECTING or call.target is aten.topk.default
+        if selects and tuple(merged) == tracer.axes(first.ref):
+            return _select(tracer, call, first, listed[0], parts)
         whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")
     starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
@@ -303,8 +305,8 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     return tuple(as_seen(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
 
 
-def _select(tracer: FoldingTracer, call: Call, value: Folded, likes: Sequence[Tensor]) -> Any:
-    """The largest or smallest of all positions, and its place among them."""
+def _select(tracer: FoldingTracer, call: Call, value: Folded, merged: int, likes: Sequence[Tensor]) -> Any:
+    """The largest or smallest of all positions, or some of them, and their places among them."""
     if tracer.spec(value.ref).dtype in (torch.bool, torch.int64):
         return NotStreamable("it finds the place of truth values or of whole numbers of 64 bits")
     axes = tracer.axes(value.ref)
@@ -312,6 +314,13 @@ def _select(tracer: FoldingTracer, call: Call, value: Folded, likes: Sequence[Te
     ndim = len(tracer.spec(value.ref).shape)
     order = [axis for axis in range(ndim) if axis not in axes] + list(axes)
     x = tracer.stream(Call(aten.permute.default, (value.ref, order), {}))
+    if call.target is aten.topk.default:
+        count, largest = call.bind("k", "largest")
+        if count > top_positions.MOST:
+            return NotStreamable("it works along merged axes of space")
+        turned = [*range(merged), ndim - 2, *range(merged, ndim - 2)]
+        results = along_axes.top_values(tracer, x, count, largest)
+        return tuple(tracer.global_value(aten.permute.default, each, turned) for each in results)
     found = along_axes.selected(tracer, call.target, x, likes)
     return found if len(likes) > 1 else found[0]
 

@@ -15,6 +15,7 @@ from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.reductions import extremum, mean_or_sum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.top_positions import TopPositions
 from streamcnn.graph.ops.window_reductions import WindowMaxima
 from streamcnn.graph.program import Ref, refs_in
 
@@ -127,6 +128,15 @@ def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) 
         value = tracer.global_value(aten.neg.default, value)
     parts = zip((value, place)[-len(likes) :], likes, strict=True)
     return tuple(tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts)
+
+
+def top_values(tracer: Tracer, ref: Ref, count: int, largest: bool) -> tuple[Ref, Ref]:
+    """So many largest or smallest values (..., count) of all positions (..., H, W), and their places."""
+    axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+    assert axes is not None
+    x = ref if largest else pointwise(tracer, Call(aten.neg.default, (ref,), {}))
+    values, places = tracer.reduce(TopPositions(shape, axes, True, count), x)
+    return values if largest else tracer.global_value(aten.neg.default, values), places
 
 
 def offset(largest: Tensor, is_finite: bool) -> Tensor:

@@ -1,0 +1,86 @@
+"""The largest values of a map's positions, as pooling of the few most telling ones has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamcnn.geometry.regions import Region
+from streamcnn.graph.ops.reduction_types import Partials, Reduction, stacked
+
+MOST = 4096
+"""Values that are found at most: each tile gives as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopPositions(Reduction):
+    """The ``num_values`` largest of the last two axes, largest first, and their places in row order.
+
+    Of equal values those at the first places are taken, so that nothing depends on the tiles; ATen takes any.
+    """
+
+    num_values: int
+
+    @property
+    def needs_values(self) -> bool:
+        return False
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        flat = x.flatten(-2)
+        count = min(self.num_values, flat.shape[-1])
+        index = _first_largest(flat, count)
+        rows = index // region.cols.size + region.rows.start
+        places = rows * self.shape[-1] + index % region.cols.size + region.cols.start
+        # What a small tile lacks is behind all that there is.
+        missing = (0, self.num_values - count)
+        return self._ordered(
+            torch.nn.functional.pad(flat.gather(-1, index).double(), missing, value=-math.inf),
+            torch.nn.functional.pad(places, missing, value=math.prod(self.shape[-2:])),
+        )
+
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        values, places = (each.movedim(0, -2).flatten(-2) for each in stacked(parts))
+        return self._ordered(values, places)
+
+    def _ordered(self, values: Tensor, places: Tensor) -> Partials:
+        """The largest values, largest first, of equal ones those at the first places, and all places."""
+        places, order = places.sort(-1)
+        best, by_value = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        return best[..., : self.num_values], places.gather(-1, by_value)[..., : self.num_values]
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (parts[0].to(dtype), parts[1])
+
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        assert grads[0] is not None
+        return results[1], grads[0].to(dtype)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        places, gradient = terms
+        height, width = region.rows.size, region.cols.size
+        row = places // self.shape[-1] - region.rows.start
+        col = places % self.shape[-1] - region.cols.start
+        is_here = (row >= 0) & (row < height) & (col >= 0) & (col < width)
+        index = torch.where(is_here, row * width + col, 0)
+        found = gradient.new_zeros((*gradient.shape[:-1], height * width))
+        found.scatter_add_(-1, index, torch.where(is_here, gradient, 0))
+        return found.reshape(*gradient.shape[:-1], height, width)
+
+
+def _first_largest(x: Tensor, count: int) -> Tensor:
+    """Places along the last axis of so many largest values, in any order; of equal ones the first."""
+    least = x.topk(count, -1).values[..., -1:]
+    rank = torch.where(x.isnan(), 3, torch.where(x > least, 2, torch.where(x == least, 1, 0)))
+    size = x.shape[-1]
+    from_behind = torch.arange(size, 0, -1, device=x.device)
+    return (rank * (size + 1) + from_behind).topk(count, -1).indices
