@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import traced
+from helpers import assert_streamed_equals_plain, traced
 from operator_cases import SHAPE, WIDTH, Applied, Function, after_convolution, assert_streams, by_name
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -222,7 +222,7 @@ def test_adaptive_maxima_of_infinite_values() -> None:
 RESIZES: dict[str, dict[str, Any]] = {
     "nearest, factor 3": {"scale_factor": 3},
     "nearest, factor 2.5": {"scale_factor": 2.5},
-    "nearest, factors that round to whole ones": {"scale_factor": (3.04, 1.04)},
+    "nearest, factors that round": {"scale_factor": (3.04, 0.47)},
     "nearest, two factors": {"scale_factor": (2.0, 1.0)},
     "nearest, size": {"size": (30, 40)},
     "nearest, smaller": {"size": (5, 9)},
@@ -273,6 +273,22 @@ def test_resizing_that_aten_differentiates_wrongly_is_resident(
 ) -> None:
     options: dict[str, Any] = {"scale_factor": factors, "mode": "bicubic", "antialias": antialias}
     assert_streams(lambda x: F.interpolate(x, **options), resident=True)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param((2.03, 1.5), id="doubles an extent"),
+        pytest.param((1.02, 1.5), id="keeps an extent"),
+        pytest.param((41.0, 1.0), id="rounded gradient"),
+    ],
+)
+def test_nearest_resizing_in_which_aten_contradicts_itself_is_resident(factors: tuple[float, float]) -> None:
+    # Of a wide map ATen takes other positions than of a small one.
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=factors), nn.Conv2d(4, 2, 3, stride=(2, 1))
+    )
+    assert_streamed_equals_plain(net, (1, 3, 22, 210), tile=32, resident=True)
 
 
 REGRIDDED = {
