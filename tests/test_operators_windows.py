@@ -11,7 +11,10 @@ from operator_cases import SHAPE, WIDTH, Applied, Function, after_convolution, a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from streamcnn.geometry.axis_maps import Adaptive
+from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.pooling import max_pool
+from streamcnn.graph.ops.window_reductions import WindowMaxima
 from streamcnn.graph.program import Kind
 
 # --- windows ------------------------------------------------------------------------------------------
@@ -207,6 +210,18 @@ def test_places_of_adaptive_maxima(size: tuple[int, int]) -> None:
         return values, x.flatten(2).gather(2, indices.flatten(2)) + indices.flatten(2)
 
     assert_streams(places, resident=None)
+
+
+@pytest.mark.parametrize("size", [(None, 1), (1, None), (None, 3), (2, None)])
+def test_adaptive_maxima_of_each_row_or_column(size: tuple[int | None, int | None]) -> None:
+    assert_streams(lambda x: x * F.adaptive_max_pool2d(x.relu(), size).mean())
+
+
+def test_adaptive_maxima_of_many_rows_are_taken_at_once() -> None:
+    # One by one they took minutes to trace.
+    shape, axes = (1, 1, 50_000, 50_000), (2, 3)
+    reduction = WindowMaxima(shape, axes, True, (Adaptive(50_000, 50_000), Adaptive(50_000, 2)))
+    assert len(list(reduction._pairs(Region.whole((50_000, 50_000))))) == 2
 
 
 def test_adaptive_maxima_of_infinite_values() -> None:
