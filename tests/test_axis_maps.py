@@ -341,7 +341,26 @@ def test_nearest_resampling_to_a_size(num_out: int, size: int) -> None:
     def run(x: Tensor) -> Tensor:
         return F.interpolate(x, (1, num_out))
 
-    assert_required(Case(nearest_taps(num_out, size, None).access, run, size))
+    taps = nearest_taps(num_out, size, None)
+    assert taps
+    assert_required(Case(taps.access, run, size))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("num_out", "size"), [(99_991, 40_000), (13_337, 40_000), (4_797, 3), (160, 120)])
+def test_nearest_positions_of_wide_maps(num_out: int, size: int, dtype: torch.dtype, mode: str) -> None:
+    taps = nearest_taps(num_out, size, None, centred="exact" in mode, dtype=dtype)
+    # One image a bit of the position, as such numbers are beyond what some types can hold.
+    bits = torch.arange(size.bit_length())
+    x = ((torch.arange(size) >> bits[:, None]) & 1)[:, None, None].to(dtype)
+    found = F.interpolate(x, (1, num_out), mode=mode).long()[:, 0, 0]
+    picked = tuple((found << bits[:, None]).sum(0).tolist())
+    x = x[:1].requires_grad_()
+    F.interpolate(x, (1, num_out), mode=mode).float().sum().backward()
+    assert x.grad is not None
+    agrees = x.grad.flatten().equal(torch.bincount(torch.tensor(picked), minlength=size).to(dtype))
+    assert (taps is not None and taps.sources == (picked,)) or (dtype == torch.float64 and not agrees)
 
 
 def taps_of(mode: str, corners: bool, num_out: int, size: int) -> Taps:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import traced
+from helpers import assert_streamed_equals_plain, traced
 from operator_cases import SHAPE, WIDTH, Applied, Function, after_convolution, assert_streams, by_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from streamcnn.geometry.axis_maps import Adaptive
+from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.pooling import max_pool
+from streamcnn.graph.ops.window_reductions import WindowMaxima
 from streamcnn.graph.program import Kind
 
 # --- windows ------------------------------------------------------------------------------------------
@@ -209,6 +212,18 @@ def test_places_of_adaptive_maxima(size: tuple[int, int]) -> None:
     assert_streams(places, resident=None)
 
 
+@pytest.mark.parametrize("size", [(None, 1), (1, None), (None, 3), (2, None)])
+def test_adaptive_maxima_of_each_row_or_column(size: tuple[int | None, int | None]) -> None:
+    assert_streams(lambda x: x * F.adaptive_max_pool2d(x.relu(), size).mean())
+
+
+def test_adaptive_maxima_of_many_rows_are_taken_at_once() -> None:
+    # One by one they took minutes to trace.
+    shape, axes = (1, 1, 50_000, 50_000), (2, 3)
+    reduction = WindowMaxima(shape, axes, True, (Adaptive(50_000, 50_000), Adaptive(50_000, 2)))
+    assert len(list(reduction._pairs(Region.whole((50_000, 50_000))))) == 2
+
+
 def test_adaptive_maxima_of_infinite_values() -> None:
     # Nothing is larger than what stands for a window of which no tile has shown anything.
     assert_streams(
@@ -222,7 +237,7 @@ def test_adaptive_maxima_of_infinite_values() -> None:
 RESIZES: dict[str, dict[str, Any]] = {
     "nearest, factor 3": {"scale_factor": 3},
     "nearest, factor 2.5": {"scale_factor": 2.5},
-    "nearest, factors that round to whole ones": {"scale_factor": (3.04, 1.04)},
+    "nearest, factors that round": {"scale_factor": (3.04, 0.47)},
     "nearest, two factors": {"scale_factor": (2.0, 1.0)},
     "nearest, size": {"size": (30, 40)},
     "nearest, smaller": {"size": (5, 9)},
@@ -273,6 +288,22 @@ def test_resizing_that_aten_differentiates_wrongly_is_resident(
 ) -> None:
     options: dict[str, Any] = {"scale_factor": factors, "mode": "bicubic", "antialias": antialias}
     assert_streams(lambda x: F.interpolate(x, **options), resident=True)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param((2.03, 1.5), id="doubles an extent"),
+        pytest.param((1.02, 1.5), id="keeps an extent"),
+        pytest.param((41.0, 1.0), id="rounded gradient"),
+    ],
+)
+def test_nearest_resizing_in_which_aten_contradicts_itself_is_resident(factors: tuple[float, float]) -> None:
+    # Of a wide map ATen takes other positions than of a small one.
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=factors), nn.Conv2d(4, 2, 3, stride=(2, 1))
+    )
+    assert_streamed_equals_plain(net, (1, 3, 22, 210), tile=32, resident=True)
 
 
 REGRIDDED = {

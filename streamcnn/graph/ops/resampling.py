@@ -204,12 +204,25 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
 )
 def upsample_nearest(tracer: Tracer, call: Call) -> Any:
     """Nearest-neighbour resampling to any size, larger or smaller."""
-    kernel = call.target.overloadpacket.default  # type: ignore[attr-defined]
+    centred, dtype = "exact" in str(call.target), tracer.spec(call.args[0]).dtype
 
-    def taps(num_out: int, size: int, step: float | None) -> Taps:
-        return nearest_taps(num_out, size, step, kernel)
+    def taps(num_out: int, size: int, step: float | None) -> Taps | None:
+        return nearest_taps(num_out, size, step, centred=centred, dtype=dtype)
 
+    if not _stays_global(tracer, call):
+        axes = list(zip(tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:], strict=True))
+        along = [taps(*axis, step) for axis, step in zip(axes, _steps(call), strict=True)]
+        if None in along:
+            return _as_aten_has_it(tracer, call, "ATen's kernels differ in which position is nearest")
+        if not all(each and _repeats(each, *axis) for each, axis in zip(along, axes, strict=True)):
+            return _resampled(tracer, call, taps)
     return _resampled(tracer, call, taps, (repeat_nearest, 0))
+
+
+def _repeats(taps: Taps, num_out: int, size: int) -> bool:
+    """Whether every position is taken equally often, which the rounding of places may prevent."""
+    factor, rest = divmod(num_out, size)
+    return rest == 0 and taps.sources == (tuple(place // factor for place in range(num_out)),)
 
 
 @rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, without_maps=True)
@@ -229,7 +242,7 @@ def upsample_bicubic(tracer: Tracer, call: Call) -> Any:
     """Bicubic resampling, corners aligned or not, to any size."""
     (corners,) = call.bind("align_corners")
     if _is_inconsistent(tracer, call):
-        return _as_aten_has_it(tracer, call)
+        return _as_aten_has_it(tracer, call, _INCONSISTENT)
     return _resampled(tracer, call, lambda n, size, step: bicubic_taps(n, size, step, corners))
 
 
@@ -244,7 +257,7 @@ def upsample_antialiased(tracer: Tracer, call: Call) -> Any:
     """Bilinear or bicubic resampling with a filter that is as wide as the coarser grid asks for."""
     (corners,) = call.bind("align_corners")
     if _is_inconsistent(tracer, call):
-        return _as_aten_has_it(tracer, call)
+        return _as_aten_has_it(tracer, call, _INCONSISTENT)
     kernel = CUBIC if "bicubic" in str(call.target) else TRIANGLE
     return _resampled(tracer, call, lambda n, size, step: antialiased_taps(n, size, step, corners, kernel))
 
@@ -255,16 +268,19 @@ def _is_inconsistent(tracer: Tracer, call: Call) -> bool:
     return any(after == before and step not in (None, 1.0) for after, before, step in extents)
 
 
-def _as_aten_has_it(tracer: Tracer, call: Call) -> Any:
+_INCONSISTENT = "ATen's gradient is not that of its result: a factor that is not 1 keeps a size"
+
+
+def _as_aten_has_it(tracer: Tracer, call: Call, reason: str) -> Any:
     if tracer.axes(call.args[0]) is None:
         return tracer.global_value(call.target, *call.args, **call.kwargs)
-    return NotStreamable("ATen's gradient is not that of its result: a factor that is not 1 keeps a size")
+    return NotStreamable(reason)
 
 
 def _resampled(
     tracer: Tracer,
     call: Call,
-    taps: Callable[[int, int, float | None], Taps],
+    taps: Callable[[int, int, float | None], Taps | None],
     by_whole_factors: tuple[Callable[..., Tensor], int] | None = None,
 ) -> Any:
     """Record resampling.
@@ -272,7 +288,8 @@ def _resampled(
     Parameters
     ----------
     taps
-        Those along an axis, given the extents of result and operand and the scale factor handed to ATen.
+        Those along an axis, given the extents of result and operand and the scale factor handed to ATen;
+        ``None`` where ATen contradicts itself, for which the rule has looked.
     by_whole_factors
         What upsamples a tile to a multiple of its size, and how many neighbours that reads.
     """
@@ -285,7 +302,7 @@ def _resampled(
     factors = _whole_factors(like.shape[2:], sizes)
     if by_whole_factors and was_map and factors is not None and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, *by_whole_factors)
-    along = [taps(*axis) for axis in zip(like.shape[2:], sizes, steps, strict=True)]
+    along = [each for axis in zip(like.shape[2:], sizes, steps, strict=True) if (each := taps(*axis))]
     return _gathered(tracer, ref, like, (2, 3), along)
 
 

@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from streamcnn.geometry.axis_maps import Gathered
-
-aten = torch.ops.aten
 
 Places = tuple[int, ...]
 
@@ -38,13 +36,44 @@ class Taps:
 
 
 def nearest_taps(
-    num_out: int, size: int, scale: float | None, target: OpOverload = aten.upsample_nearest2d.default
-) -> Taps:
-    """Those of the nearest neighbour, read off ATen's own kernel so that its rounding is ours."""
-    with unset_fake_temporarily():
-        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size, 1)
-        picked = target(places, [num_out, 1], scale, None)
-        return Taps((tuple(int(place) for place in picked.flatten()),))
+    num_out: int,
+    size: int,
+    scale: float | None,
+    *,
+    centred: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Taps | None:
+    """Those of the nearest neighbour; ``None`` where ATen's kernels do not agree on them.
+
+    It has two, chosen by extents and memory format, and its gradients are those of the first: by places in
+    float32, without regard to a factor that comes with an extent which is kept or doubled, and by places in
+    the map's own precision.
+
+    Parameters
+    ----------
+    centred
+        Whether places are those of the positions' centres, as "nearest-exact" has it.
+    dtype
+        That of the map.
+    """
+    picked = _nearest(num_out, size, scale, centred, np.float32)
+    if not centred and num_out in (size, 2 * size) and (picked != np.arange(num_out) * size // num_out).any():
+        return None
+    if dtype == torch.float64 and (picked != _nearest(num_out, size, scale, centred, np.float64)).any():
+        return None
+    return Taps((tuple(picked.tolist()),))
+
+
+def _nearest(
+    num_out: int, size: int, scale: float | None, centred: bool, dtype: npt.DTypeLike
+) -> npt.NDArray[np.int64]:
+    """The positions that are nearest, worked out in ``dtype`` step by step as ATen does."""
+    extents = np.array([size, num_out]).astype(dtype)
+    step = np.array(1 / scale).astype(dtype) if scale is not None and scale > 0 else extents[0] / extents[1]
+    places = (np.arange(num_out).astype(dtype) + np.array(0.5 if centred else 0.0).astype(dtype)) * step
+    # ATen rounds to float32 what it takes the floor of.
+    picked: npt.NDArray[np.int64] = np.floor(places.astype(np.float32)).astype(np.int64)
+    return np.minimum(picked, size - 1)
 
 
 def bilinear_taps(num_out: int, size: int, scale: float | None, align_corners: bool) -> Taps:

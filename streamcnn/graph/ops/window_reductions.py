@@ -76,7 +76,7 @@ class WindowMeans(Reduction):
 def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
     """Sums over each window along ``dim``, of which ``x`` has ``positions``: zero where it has none."""
     met = windows.readers(positions)
-    if windows.count != windows.size:
+    if not _is_kept(windows):
         parts = (part for _, part in _met(windows, positions))
         x = torch.stack([x.narrow(dim, part.start, part.size).sum(dim) for part in parts], dim)
     pads = (met.start, windows.count - met.stop)
@@ -91,9 +91,24 @@ def _met(windows: Adaptive, positions: Interval) -> Iterator[tuple[int, Interval
         yield index, held.shift(-positions.start)
 
 
+def _is_kept(windows: Adaptive) -> bool:
+    """Whether every window is one position."""
+    return windows.count == windows.size
+
+
+def _met_in_turn(windows: Adaptive, positions: Interval) -> Iterator[tuple[slice, Interval]]:
+    for index, part in _met(windows, positions):
+        yield slice(index, index + 1), part
+
+
+def _met_at_once(windows: Adaptive, positions: Interval) -> Iterator[tuple[slice, Interval]]:
+    met = windows.readers(positions)
+    yield slice(met.start, met.stop), Interval(0, positions.size)
+
+
 def _spread(gradient: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
     """The gradients of all windows along ``dim``, added up at each of ``positions``."""
-    if windows.count == windows.size:
+    if _is_kept(windows):
         return gradient.narrow(dim, positions.start, positions.size)
     spread = gradient.new_zeros(_with_extent(gradient.shape, dim, positions.size))
     for index, part in _met(windows, positions):
@@ -124,9 +139,19 @@ class WindowMaxima(Reduction):
         """Stands for the place of a maximum where nothing has been seen yet: behind all others."""
         return math.prod(windows.size for windows in self.windows)
 
-    def _pairs(self, region: Region) -> Iterator[tuple[tuple[int, int], Region]]:
-        """The windows, row and column, that a tile meets, and the part of the tile in each."""
-        rows, cols = (list(_met(*axis)) for axis in zip(self.windows, region, strict=True))
+    @property
+    def _kept(self) -> int | None:
+        """The axis, -2 or -1, whose windows are single positions, taken at once; the longer of two."""
+        axes = zip(self.windows, (-2, -1), strict=True)
+        kept = [(axis.count, dim) for axis, dim in axes if _is_kept(axis)]
+        return max(kept)[1] if kept else None
+
+    def _pairs(self, region: Region) -> Iterator[tuple[tuple[slice, slice], Region]]:
+        """The windows, rows and columns, that a tile meets, and the part of the tile in each."""
+        rows, cols = (
+            list(_met_at_once(windows, positions) if self._kept == dim else _met_in_turn(windows, positions))
+            for dim, windows, positions in zip((-2, -1), self.windows, region, strict=True)
+        )
         for row, height in rows:
             for col, width in cols:
                 yield (row, col), Region(height, width)
@@ -144,9 +169,13 @@ class WindowMaxima(Reduction):
         best = torch.full(shape, -math.inf, dtype=torch.float64, device=x.device)
         places = torch.full(shape, self._nowhere, device=x.device)
         for (row, col), part in self._pairs(region):
-            value, index = _cut(x, part).flatten(-2).max(-1)
+            values, there = _cut(x, part), self._places(region, part, x.device)
+            if self._kept is None:
+                values, there = values.flatten(-2).unsqueeze(-2), there.reshape(1, -1)
+            dim = -2 if self._kept == -1 else -1
+            value, index = values.max(dim, keepdim=True)
             best[..., row, col] = value.double()
-            places[..., row, col] = self._places(region, part, x.device).flatten()[index]
+            places[..., row, col] = there.expand(values.shape).gather(dim, index)
         return (best, places)
 
     def merge(self, parts: Sequence[Partials]) -> Partials:
@@ -167,7 +196,7 @@ class WindowMaxima(Reduction):
     def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         found = torch.zeros_like(x)
         for (row, col), part in self._pairs(region):
-            places, gradient = (term[..., row, col, None, None] for term in terms)
+            places, gradient = (term[..., row, col] for term in terms)
             chosen = self._places(region, part, x.device) == places
             _cut(found, part).add_(chosen * gradient)
         return found
