@@ -21,6 +21,7 @@ _BY_A_RULE = "write a rule for it (docs/adding_an_operator.md), or use operators
 
 REMEDIES = {
     "ATen's gradient is not that of its result": "give the size instead of the factor",
+    "ATen's kernels differ in which position is nearest": "give another size or factor, or a whole one",
     "it has no rule for axes of space that are merged": _ON_MAPS,
     "it has no rule": _BY_A_RULE,
     "it has dropout": "switch dropout off there, or apply it to what comes out",

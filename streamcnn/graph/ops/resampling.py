@@ -213,7 +213,9 @@ def upsample_nearest(tracer: Tracer, call: Call) -> Any:
         axes = list(zip(tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:], strict=True))
         along = [taps(*axis, step) for axis, step in zip(axes, _steps(call), strict=True)]
         if None in along:
-            return _as_aten_has_it(tracer, call, "ATen's kernels differ in which position is nearest")
+            return _as_aten_has_it(
+                tracer, call, NotStreamable("ATen's kernels differ in which position is nearest")
+            )
         if not all(each and _repeats(each, *axis) for each, axis in zip(along, axes, strict=True)):
             return _resampled(tracer, call, taps)
     return _resampled(tracer, call, taps, (repeat_nearest, 0))
@@ -268,13 +270,15 @@ def _is_inconsistent(tracer: Tracer, call: Call) -> bool:
     return any(after == before and step not in (None, 1.0) for after, before, step in extents)
 
 
-_INCONSISTENT = "ATen's gradient is not that of its result: a factor that is not 1 keeps a size"
+_INCONSISTENT = NotStreamable(
+    "ATen's gradient is not that of its result: a factor that is not 1 keeps a size"
+)
 
 
-def _as_aten_has_it(tracer: Tracer, call: Call, reason: str) -> Any:
+def _as_aten_has_it(tracer: Tracer, call: Call, refusal: NotStreamable) -> Any:
     if tracer.axes(call.args[0]) is None:
         return tracer.global_value(call.target, *call.args, **call.kwargs)
-    return NotStreamable(reason)
+    return refusal
 
 
 def _resampled(
