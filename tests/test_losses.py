@@ -174,6 +174,23 @@ def test_a_late_check_waits_for_the_end_of_its_block_alone() -> None:
     assert made == [2, 1, 3]
 
 
+@pytest.mark.parametrize("options", [{}, {"full": True, "reduction": "sum"}, {"reduction": "none"}], ids=str)
+def test_a_loss_that_looks_at_its_variances(options: dict[str, Any]) -> None:
+    loss = nn.GaussianNLLLoss(**options)
+
+    def gaussian(x: Tensor, target: Tensor) -> Tensor:
+        return loss(x[:, :2], target, F.softplus(x[:, 2:]))
+
+    target = torch.randn(2, 2, 33, 29, dtype=torch.float64)
+    module = WithLoss(gaussian).double()
+    streamed, plain, model = both(module, an_image(), target)
+    assert_equal(streamed, plain)
+    assert model.plan(SHAPE, inputs=(target,)).residents == ()
+    module.loss = lambda x, target: loss(x[:, :2], target, x[:, 2:])
+    with pytest.raises(AssertionError, match="var has negative"):
+        StreamingModel(module, tile=16)(an_image(), target)
+
+
 def test_operands_of_other_extents_are_broadcast() -> None:
     target = torch.randn(2, 1, 33, 29, dtype=torch.float64)
     module = WithLoss(lambda x, y: F.mse_loss(*torch.broadcast_tensors(x, y))).double()

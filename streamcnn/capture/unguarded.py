@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
@@ -257,6 +258,7 @@ def _functions_whole() -> Iterator[None]:
     """Record the user's functions whole, and checkpointed calls as ordinary ones."""
     with (
         replaced_here(torch.autograd.Function, "apply", _apply),
+        replaced_here(F, "gaussian_nll_loss", _gaussian_nll_loss),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         ExitStack() as generators,
     ):
@@ -268,6 +270,18 @@ def _functions_whole() -> Iterator[None]:
 
 def _refuse_seed(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModel(SEEDED)
+
+
+_GAUSSIAN_NLL_LOSS = F.gaussian_nll_loss
+
+
+def _gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+    """``F.gaussian_nll_loss``, whose look at the signs of variances becomes a check when the pass runs."""
+    if not isinstance(var, Tensor) or torch._C._is_torch_function_mode_enabled():
+        return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
+    torch._assert_async(~torch.any(var < 0), "var has negative entry/entries")
+    with replaced_here(torch, "any", lambda is_negative: False):
+        return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
 
 
 _APPLY = vars(torch.autograd.Function)["apply"]
