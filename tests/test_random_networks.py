@@ -223,7 +223,11 @@ def assert_streams(
     steps, dense, train, shape = case
     torch.manual_seed(0)
     net = randomized(RandomNet(steps, dense)).train(train)
-    assert_streamed_equals_plain(net, shape, tile=tile, one_tile=True, zero_gradients=True)
+    found = assert_streamed_equals_plain(
+        net, shape, tile=tile, one_tile=True, zero_gradients=True, resident=None
+    )
+    # Nearest resampling between some extents is not the same for all of ATen's kernels in float64.
+    assert all("ATen's kernels differ" in each for each in found.residents)
 
 
 tiles = st.tuples(st.integers(4, 12), st.integers(4, 12))
