@@ -12,7 +12,7 @@ from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Saves, declare
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
-from streamcnn.graph.ops.reduction_types import statistics_dtype
+from streamcnn.graph.ops.reduction_types import Selection, statistics_dtype
 from streamcnn.graph.ops.reductions import extremum, mean_or_sum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.top_positions import TopPositions
@@ -121,21 +121,23 @@ def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) 
     """
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     assert axes is not None
-    x = ref if SELECTING[target] > 0 else pointwise(tracer, Call(aten.neg.default, (ref,), {}))
     windows = (Adaptive(shape[axes[0]], 1), Adaptive(shape[axes[1]], 1))
-    value, place = tracer.reduce(WindowMaxima(shape, axes, True, windows), x)
-    if len(likes) > 1 and SELECTING[target] < 0:
-        value = tracer.global_value(aten.neg.default, value)
-    parts = zip((value, place)[-len(likes) :], likes, strict=True)
+    found = _of_sign(tracer, ref, WindowMaxima(shape, axes, True, windows), largest=SELECTING[target] > 0)
+    parts = zip(found[-len(likes) :], likes, strict=True)
     return tuple(tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts)
 
 
 def top_values(tracer: Tracer, ref: Ref, count: int, largest: bool) -> tuple[Ref, Ref]:
     """So many largest or smallest values (..., count) of all positions (..., H, W), and their places."""
-    axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+    axes = tracer.axes(ref)
     assert axes is not None
+    return _of_sign(tracer, ref, TopPositions(tracer.spec(ref).shape, axes, True, count), largest=largest)
+
+
+def _of_sign(tracer: Tracer, ref: Ref, reduction: Selection, *, largest: bool) -> tuple[Ref, Ref]:
+    """The values and places that a reduction picks as the largest of a map; or those of the smallest."""
     x = ref if largest else pointwise(tracer, Call(aten.neg.default, (ref,), {}))
-    values, places = tracer.reduce(TopPositions(shape, axes, True, count), x)
+    values, places = tracer.reduce(reduction, x)
     return values if largest else tracer.global_value(aten.neg.default, values), places
 
 

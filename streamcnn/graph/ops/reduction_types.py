@@ -126,6 +126,32 @@ class Placeable(Reduction):
 
 
 @dataclass(frozen=True, slots=True)
+class Selection(Reduction):
+    """Values that are picked, and their places in the whole map, counted in row order of its last two axes.
+
+    The gradient of a value goes to its place.
+    """
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    @property
+    def nowhere(self) -> int:
+        """Stands for a place where nothing has been seen: behind all others."""
+        return math.prod(self.shape[-2:])
+
+    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (parts[0].to(dtype), parts[1])
+
+    def gradient_terms(
+        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        assert grads[0] is not None
+        return results[1], grads[0].to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Sum(Placeable):
     """Sum times ``scale``; a mean with ``scale = 1 / count``."""
 

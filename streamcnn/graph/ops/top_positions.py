@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
-from streamcnn.graph.ops.reduction_types import Partials, Reduction, stacked
+from streamcnn.graph.ops.reduction_types import Partials, Selection, stacked
 
 MOST = 4096
 """Values that are found at most: each tile gives as many."""
 
 
 @dataclass(frozen=True, slots=True)
-class TopPositions(Reduction):
+class TopPositions(Selection):
     """The ``num_values`` largest of the last two axes, largest first, and their places in row order.
 
     Of equal values those at the first places are taken, so that nothing depends on the tiles; ATen takes any.
@@ -29,10 +29,6 @@ class TopPositions(Reduction):
     def needs_values(self) -> bool:
         return False
 
-    @property
-    def positional(self) -> bool:
-        return True
-
     def partial(self, x: Tensor, region: Region) -> Partials:
         flat = x.flatten(-2)
         count = min(self.num_values, flat.shape[-1])
@@ -43,7 +39,7 @@ class TopPositions(Reduction):
         missing = (0, self.num_values - count)
         return self._ordered(
             torch.nn.functional.pad(flat.gather(-1, index).double(), missing, value=-math.inf),
-            torch.nn.functional.pad(places, missing, value=math.prod(self.shape[-2:])),
+            torch.nn.functional.pad(places, missing, value=self.nowhere),
         )
 
     def merge(self, parts: Sequence[Partials]) -> Partials:
@@ -55,15 +51,6 @@ class TopPositions(Reduction):
         places, order = places.sort(-1)
         best, by_value = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
         return best[..., : self.num_values], places.gather(-1, by_value)[..., : self.num_values]
-
-    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (parts[0].to(dtype), parts[1])
-
-    def gradient_terms(
-        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        assert grads[0] is not None
-        return results[1], grads[0].to(dtype)
 
     def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         places, gradient = terms

@@ -16,7 +16,14 @@ from torch import Tensor
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.ops.constants import numbers
-from streamcnn.graph.ops.reduction_types import Partials, Reduction, added, stacked, statistics_dtype
+from streamcnn.graph.ops.reduction_types import (
+    Partials,
+    Reduction,
+    Selection,
+    added,
+    stacked,
+    statistics_dtype,
+)
 
 Windows = tuple[Adaptive, Adaptive]
 """Those of the rows and of the columns, the map's last two axes."""
@@ -122,22 +129,13 @@ def _with_extent(shape: Sequence[int], dim: int, extent: int) -> tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class WindowMaxima(Reduction):
+class WindowMaxima(Selection):
     """The largest value of each window and its place in the whole map, counted in row order.
 
     The gradient goes to the first of several equal ones, as in ATen's pooling.
     """
 
     windows: Windows
-
-    @property
-    def positional(self) -> bool:
-        return True
-
-    @property
-    def _nowhere(self) -> int:
-        """Stands for the place of a maximum where nothing has been seen yet: behind all others."""
-        return math.prod(windows.size for windows in self.windows)
 
     @property
     def _kept(self) -> int | None:
@@ -167,7 +165,7 @@ class WindowMaxima(Reduction):
     def partial(self, x: Tensor, region: Region) -> Partials:
         shape = (*x.shape[:-2], *(windows.count for windows in self.windows))
         best = torch.full(shape, -math.inf, dtype=torch.float64, device=x.device)
-        places = torch.full(shape, self._nowhere, device=x.device)
+        places = torch.full(shape, self.nowhere, device=x.device)
         for (row, col), part in self._pairs(region):
             values, there = _cut(x, part), self._places(region, part, x.device)
             if self._kept is None:
@@ -182,16 +180,7 @@ class WindowMaxima(Reduction):
         bests, places = stacked(parts)
         best = bests.amax(0)
         holds = (bests == best) | bests.isnan()
-        return (best, torch.where(holds, places, self._nowhere).amin(0))
-
-    def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (parts[0].to(dtype), parts[1])
-
-    def gradient_terms(
-        self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        assert grads[0] is not None
-        return results[1], grads[0].to(dtype)
+        return (best, torch.where(holds, places, self.nowhere).amin(0))
 
     def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         found = torch.zeros_like(x)
