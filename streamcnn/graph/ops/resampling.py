@@ -205,20 +205,17 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
 def upsample_nearest(tracer: Tracer, call: Call) -> Any:
     """Nearest-neighbour resampling to any size, larger or smaller."""
     centred, dtype = "exact" in str(call.target), tracer.spec(call.args[0]).dtype
-
-    def taps(num_out: int, size: int, step: float | None) -> Taps | None:
-        return nearest_taps(num_out, size, step, centred=centred, dtype=dtype)
-
-    if not _stays_global(tracer, call):
-        axes = list(zip(tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:], strict=True))
-        along = [taps(*axis, step) for axis, step in zip(axes, _steps(call), strict=True)]
-        if None in along:
+    known: dict[tuple[int, int, float | None], Taps] = {}
+    for axis in () if _stays_global(tracer, call) else _extents(tracer, call):
+        taps = nearest_taps(*axis, centred=centred, dtype=dtype)
+        if taps is None:
             return _as_aten_has_it(
                 tracer, call, NotStreamable("ATen's kernels differ in which position is nearest")
             )
-        if not all(each and _repeats(each, *axis) for each, axis in zip(along, axes, strict=True)):
-            return _resampled(tracer, call, taps)
-    return _resampled(tracer, call, taps, (repeat_nearest, 0))
+        known[axis] = taps
+    repeats = all(_repeats(taps, *axis[:2]) for axis, taps in known.items())
+    by_whole_factors = (repeat_nearest, 0) if repeats else None
+    return _resampled(tracer, call, lambda n, size, step: known[n, size, step], by_whole_factors)
 
 
 def _repeats(taps: Taps, num_out: int, size: int) -> bool:
@@ -266,8 +263,13 @@ def upsample_antialiased(tracer: Tracer, call: Call) -> Any:
 
 def _is_inconsistent(tracer: Tracer, call: Call) -> bool:
     """Whether a factor that is not 1 keeps an extent: one of ATen's two passes takes no account of it."""
-    extents = zip(tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:], _steps(call), strict=True)
-    return any(after == before and step not in (None, 1.0) for after, before, step in extents)
+    return any(after == before and step not in (None, 1.0) for after, before, step in _extents(tracer, call))
+
+
+def _extents(tracer: Tracer, call: Call) -> list[tuple[int, int, float | None]]:
+    """Of rows and of columns: the extents of result and operand, and the scale factor handed to ATen."""
+    after, before = tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:]
+    return list(zip(after, before, _steps(call), strict=True))
 
 
 _INCONSISTENT = NotStreamable(
@@ -284,7 +286,7 @@ def _as_aten_has_it(tracer: Tracer, call: Call, refusal: NotStreamable) -> Any:
 def _resampled(
     tracer: Tracer,
     call: Call,
-    taps: Callable[[int, int, float | None], Taps | None],
+    taps: Callable[[int, int, float | None], Taps],
     by_whole_factors: tuple[Callable[..., Tensor], int] | None = None,
 ) -> Any:
     """Record resampling.
@@ -292,8 +294,7 @@ def _resampled(
     Parameters
     ----------
     taps
-        Those along an axis, given the extents of result and operand and the scale factor handed to ATen;
-        ``None`` where ATen contradicts itself, for which the rule has looked.
+        Those along an axis, given the extents of result and operand and the scale factor handed to ATen.
     by_whole_factors
         What upsamples a tile to a multiple of its size, and how many neighbours that reads.
     """
@@ -306,7 +307,7 @@ def _resampled(
     factors = _whole_factors(like.shape[2:], sizes)
     if by_whole_factors and was_map and factors is not None and _are_exact(steps, factors):
         return _upsampled(tracer, ref, like, factors, *by_whole_factors)
-    along = [each for axis in zip(like.shape[2:], sizes, steps, strict=True) if (each := taps(*axis))]
+    along = [taps(*axis) for axis in _extents(tracer, call)]
     return _gathered(tracer, ref, like, (2, 3), along)
 
 
