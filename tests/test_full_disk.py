@@ -23,7 +23,7 @@ from streamcnn.data.image_files import find_images
 from streamcnn.data.tile_store import TileStore
 from streamcnn.errors import CannotWrite, DatasetMismatch
 from streamcnn.geometry.regions import Region
-from streamcnn.stores import StoreSpec, ZarrStore
+from streamcnn.stores import PlainTransfers, StoreSpec, ZarrStore
 from streamcnn.support.disk import writing
 from streamcnn.support.units import format_bytes
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
@@ -226,7 +226,7 @@ def test_images_on_a_full_disk_stay_whole_and_are_gone_on_with(disk: Path) -> No
 def test_a_map_on_a_full_disk_names_the_disk(disk: Path) -> None:
     spec = StoreSpec((1, 4, 512, 512), torch.float32, (2, 3))
     whole = Region.whole((512, 512))
-    store = ZarrStore(spec, disk / "map", (64, 64), torch.device("cpu"))
+    store = ZarrStore(spec, disk / "map", (64, 64), PlainTransfers(torch.device("cpu")))
     with pytest.raises(
         CannotWrite, match=rf"cannot write {disk}/map: the disk at {disk} is full .*: 4\.00 MiB"
     ):

@@ -101,7 +101,7 @@ class ToldStore(MemoryStore):
     """A store that tells of every read and write."""
 
     def __init__(self, spec: StoreSpec, touched: Callable[[], None]) -> None:
-        super().__init__(spec, CPU, CPU)
+        super().__init__(spec, CPU)
         self._touched = touched
 
     def _check(self, region: Region, tile: Tensor | None = None) -> None:

@@ -21,16 +21,33 @@ from unittest.mock import patch
 import pytest
 import torch
 import zarr
+from copy_engines import LateCopies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.stores import MemoryStore, SpareFiles, SpillFolder, Store, StoreSpec, ZarrStore, memory
+from streamcnn.stores import (
+    GpuTransfers,
+    HostStore,
+    MemoryStore,
+    PlainTransfers,
+    SpareFiles,
+    SparePinned,
+    SpillFolder,
+    Store,
+    StoreSpec,
+    Transfers,
+    ZarrStore,
+    memory,
+    transfers_of,
+)
 from streamcnn.stores.strips import BLOCK_NBYTES, Strips
+from streamcnn.stores.transfers import few_pieces, pieces
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+HERE = PlainTransfers(CPU)
 TILE_HINT = (24, 20)
 
 # All extents differ, so that a swapped axis cannot hide; none is a multiple of a chunk.
@@ -62,8 +79,10 @@ def random_tile(spec: StoreSpec, where: Region, seed: int = 0) -> Tensor:
 
 def computed(store: Store, tile: Tensor) -> Tensor:
     """``tile`` where a pass has its tiles."""
-    assert isinstance(store, (MemoryStore, ZarrStore))
-    return tile.to(store.compute_device)
+    if isinstance(store, MemoryStore):
+        return tile.to(store._device)
+    assert isinstance(store, (HostStore, ZarrStore))
+    return tile.to(store._transfers.compute_device)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -85,17 +104,33 @@ class KeepingStore(MemoryStore):
             super().add(region, tile, may_keep=may_keep)
 
 
-def make_on_disk(spill: SpillFolder, compute_device: torch.device, spec: StoreSpec) -> ZarrStore:
-    return ZarrStore(spec, spill.new_folder(), TILE_HINT, compute_device)
+def late(*, pins: bool = True, overlaps: bool = False) -> GpuTransfers:
+    """Transfers of a GPU whose copies take place as late as may be."""
+    transfers = GpuTransfers(LateCopies(pins=pins))
+    transfers._overlaps = overlaps
+    return transfers
 
 
-def make_on_used_disk(spill: SpillFolder, compute_device: torch.device, spec: StoreSpec) -> ZarrStore:
+def make_on_host(transfers: GpuTransfers, spec: StoreSpec) -> HostStore:
+    """A store whose memory was another map's."""
+    spares = SparePinned()
+    used = spares.take(spec.nbytes + 100, transfers.engine.pin)
+    used.memory.fill_(7)
+    spares.keep(used)
+    return HostStore(spec, transfers, spares)
+
+
+def make_on_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec) -> ZarrStore:
+    return ZarrStore(spec, spill.new_folder(), TILE_HINT, transfers)
+
+
+def make_on_used_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec) -> ZarrStore:
     """A store whose file was another map's, and is full of its bytes."""
     spares = SpareFiles(spill.path)
     used = spill.new_folder()
     used.write_bytes(b"\x42" * (spec.nbytes // 2))
     spares.keep(used)
-    return ZarrStore(spec, spill.new_folder(), TILE_HINT, compute_device, spares)
+    return ZarrStore(spec, spill.new_folder(), TILE_HINT, transfers, spares)
 
 
 @pytest.fixture
@@ -109,8 +144,13 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
         "memory",
         "unzeroed",
         "memory, tiles kept",
+        "host",
+        "host, overlapping",
+        "host, not pinned",
         "disk",
         "used disk",
+        "disk, overlapping",
+        "used disk, overlapping",
         pytest.param("device", marks=pytest.mark.gpu),
         pytest.param("pinned", marks=pytest.mark.gpu),
         pytest.param("disk to device", marks=pytest.mark.gpu),
@@ -118,16 +158,27 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
 )
 def make_store(request: pytest.FixtureRequest, spill: SpillFolder) -> MakeStore:
     makers: dict[str, MakeStore] = {
-        "memory": lambda spec: MemoryStore(spec, CPU, CPU),
-        "unzeroed": lambda spec: MemoryStore(spec, CPU, CPU, zeroed=False),
-        "memory, tiles kept": lambda spec: KeepingStore(spec, CPU, CPU),
-        "disk": partial(make_on_disk, spill, CPU),
-        "used disk": partial(make_on_used_disk, spill, CPU),
-        "device": lambda spec: MemoryStore(spec, CUDA, CUDA),
-        "pinned": lambda spec: MemoryStore(spec, CPU, CUDA),
-        "disk to device": partial(make_on_disk, spill, CUDA),
+        "memory": lambda spec: MemoryStore(spec, CPU),
+        "unzeroed": lambda spec: MemoryStore(spec, CPU, zeroed=False),
+        "memory, tiles kept": lambda spec: KeepingStore(spec, CPU),
+        "host": partial(make_on_host, late()),
+        "host, overlapping": partial(make_on_host, late(overlaps=True)),
+        "host, not pinned": partial(make_on_host, late(pins=False, overlaps=True)),
+        "disk": partial(make_on_disk, spill, HERE),
+        "used disk": partial(make_on_used_disk, spill, HERE),
+        "disk, overlapping": partial(make_on_disk, spill, late(overlaps=True)),
+        "used disk, overlapping": partial(make_on_used_disk, spill, late(overlaps=True)),
+        "device": lambda spec: MemoryStore(spec, CUDA),
+        "pinned": lambda spec: make_on_host(_gpu_transfers(), spec),
+        "disk to device": lambda spec: make_on_disk(spill, _gpu_transfers(), spec),
     }
     return makers[request.param]
+
+
+def _gpu_transfers() -> GpuTransfers:
+    transfers = transfers_of(CUDA)
+    assert isinstance(transfers, GpuTransfers)
+    return transfers
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -250,39 +301,34 @@ def full_of(value: int, make: Callable[..., Tensor] = torch.empty) -> Callable[.
 @given(histories())
 def test_any_history_is_a_dense_tensors(history: tuple[Any, ...]) -> None:
     spec, hint, steps = history
-    assert_like_dense(MemoryStore(spec, CPU, CPU), steps)
+    assert_like_dense(MemoryStore(spec, CPU), steps)
     with patch("torch.empty", full_of(7)):
-        assert_like_dense(MemoryStore(spec, CPU, CPU, zeroed=False), steps)
-    assert_like_dense(KeepingStore(spec, CPU, CPU), steps)
+        assert_like_dense(MemoryStore(spec, CPU, zeroed=False), steps)
+    assert_like_dense(KeepingStore(spec, CPU), steps)
+    for overlaps, pins in itertools.product((False, True), repeat=2):
+        transfers = late(pins=pins, overlaps=overlaps)
+        with contextlib.closing(make_on_host(transfers, spec)) as store:
+            assert_like_dense(store, steps)
+        with SpillFolder() as spill:
+            assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, transfers), steps)
     with SpillFolder() as spill:
-        assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, CPU), steps)
+        assert_like_dense(ZarrStore(spec, spill.new_folder(), hint, HERE), steps)
         spares = SpareFiles(spill.path)
         for used in (b"", b"\x42" * 100, b"\x42" * 2**20):
             path = spill.new_folder()
             path.write_bytes(used)
             spares.keep(path)
-            with contextlib.closing(ZarrStore(spec, spill.new_folder(), hint, CPU, spares)) as store:
+            with contextlib.closing(ZarrStore(spec, spill.new_folder(), hint, HERE, spares)) as store:
                 assert_like_dense(store, steps)
 
 
 class TestMemoryStore:
     def test_reading_where_it_lives_copies_nothing(self) -> None:
-        store = MemoryStore(NCHW, CPU, CPU)
+        store = MemoryStore(NCHW, CPU)
         store.write(region(0, 9, 0, 9), random_tile(NCHW, region(0, 9, 0, 9)))
         view, again = store.read(region(2, 5, 3, 7)), store.read(region(2, 5, 3, 7))
         assert view.data_ptr() == again.data_ptr()
         assert store.read(region(0, 1, 0, 1)).data_ptr() % 64 == 0
-
-    def test_on_the_host_for_another_device_a_tile_is_a_copy_there(self) -> None:
-        # "meta" stands for a GPU: it has no values, and takes none of the map's memory.
-        store = MemoryStore(NCHW, CPU, torch.device("meta"))
-        inside = region(2, 5, 3, 7)
-        assert store.read(inside).device.type == "meta"
-        store.write(inside, random_tile(NCHW, inside))
-        store.add(inside, random_tile(NCHW, inside))
-        tile = store.read(inside)
-        assert (tile.device.type, tuple(tile.shape)) == ("meta", NCHW.tile_shape(inside))
-        assert tile.is_contiguous()
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -293,7 +339,7 @@ class TestMemoryStore:
         inside, whole = region(5, 40, 7, 30), Region.whole(NCHW.size)
         tile = random_tile(spec, whole).to(memory_format=memory_format)[at(spec, inside)]
         for fill in (MemoryStore.write, MemoryStore.add):
-            store = MemoryStore(spec, CPU, CPU)
+            store = MemoryStore(spec, CPU)
             fill(store, inside, tile)
             assert store.read(whole).is_contiguous(memory_format=memory_format)
             assert_same(store.read(inside), tile)
@@ -307,7 +353,7 @@ class TestMemoryStore:
             lambda store: store.add(inside, other[at(NCHW, inside)]),
             lambda store: store.write(inside, other[at(NCHW, inside)]),
         ):
-            store = KeepingStore(NCHW, CPU, CPU)
+            store = KeepingStore(NCHW, CPU)
             store.write(whole, tile)
             assert store.read(whole).data_ptr() == tile.data_ptr()
             change(store)
@@ -317,7 +363,7 @@ class TestMemoryStore:
         whole, inside = Region.whole(NCHW.size), region(1, 9, 2, 8)
         tile = random_tile(NCHW, whole)
         place, expected = tile.data_ptr(), tile.clone()
-        store = KeepingStore(NCHW, CPU, CPU)
+        store = KeepingStore(NCHW, CPU)
         store.add(whole, tile)
         store.add(inside, random_tile(NCHW, inside))
         expected[at(NCHW, inside)] += random_tile(NCHW, inside)
@@ -335,37 +381,75 @@ class TestMemoryStore:
             (whole, torch.zeros(()).expand(NCHW.shape), True),
         ]
         for where, tile, may_keep in cases:
-            store = KeepingStore(NCHW, CPU, CPU)
+            store = KeepingStore(NCHW, CPU)
             store.write(where, tile, may_keep=may_keep)
             assert store.read(where).untyped_storage().data_ptr() != tile.untyped_storage().data_ptr()
-        store = MemoryStore(NCHW, CPU, CPU)
+        store = MemoryStore(NCHW, CPU)
         tile = random_tile(NCHW, whole)
         store.write(whole, tile, may_keep=True)
         assert store.read(whole).data_ptr() != tile.data_ptr(), "host memory keeps a tile's place in the heap"
 
-    def test_only_tiles_for_a_gpu_are_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[tuple[int, ...], bool]] = []
-        make = torch.empty
 
-        def empty(shape: tuple[int, ...], *, pin_memory: bool, **options: Any) -> Tensor:
-            asked.append((shape, pin_memory))
-            return make(shape, **options)
+class TestStoresAwayFromTheDevice:
+    @pytest.mark.parametrize("make", [make_on_host, lambda transfers, spec: None], ids=["host", "disk"])
+    def test_a_tile_that_may_change_is_taken_as_it_was(
+        self, spill: SpillFolder, make: Callable[[GpuTransfers, StoreSpec], Store | None]
+    ) -> None:
+        transfers, where = late(overlaps=True), region(3, 20, 0, 47)
+        store = make(transfers, NCHW) or make_on_disk(spill, transfers, NCHW)
+        tile = random_tile(NCHW, where)
+        expected = tile.clone()
+        store.write(where, tile)
+        store.add(where, tile)
+        tile.zero_()
+        assert_same(store.read(where), 2 * expected)
 
-        store = MemoryStore(NCHW, CPU, CUDA)
-        inside = region(2, 5, 3, 7)
-        store.write(inside, random_tile(NCHW, inside))
-        monkeypatch.setattr(torch, "empty", empty)
-        # Without a GPU it ends here, once the buffer is filled.
-        with contextlib.suppress(AssertionError, RuntimeError):
-            store.read(inside)
-        assert asked == [(NCHW.tile_shape(inside), True)]
+    def test_memory_is_handed_on_when_no_copy_reads_it_any_more(self) -> None:
+        transfers, spares, where = late(overlaps=True), SparePinned(), region(3, 20, 0, 47)
+        first, second = HostStore(NCHW, transfers, spares), HostStore(NCHW, transfers, spares)
+        expected = random_tile(NCHW, where)
+        first.write(where, expected)
+        incoming = first.reserve(where)
+        incoming.fetch()
+        first.close()
+        place = spares._spare[0].memory.data_ptr()
+        second.write(where, random_tile(NCHW, where, 1))
+        assert second._block is not None
+        assert second._block.memory.data_ptr() == place
+        assert_same(second.read(where), random_tile(NCHW, where, 1))
+        assert_same(incoming.tile(), expected)
+
+    def test_a_band_of_rows_is_one_copy_and_an_awkward_region_goes_by_way_of_a_buffer(self) -> None:
+        spec = dataclasses.replace(NCHW, shape=(1, 3, 200, 47))
+        whole = random_tile(spec, Region.whole(spec.size)).to(memory_format=torch.channels_last)
+        band, column = region(3, 190, 0, 47), region(3, 190, 5, 20)
+        for where in (band, column):
+            engine = LateCopies()
+            store = make_on_host(GpuTransfers(engine), spec)
+            store.write(Region.whole(spec.size), whole)
+            engine.num_brought = 0
+            assert_same(store.read(where), whole[at(spec, where)])
+            assert engine.num_brought == 1
+            if where == band:
+                assert store._map is not None
+                assert store._map.is_contiguous(memory_format=torch.channels_last)
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_few_pieces_are_copied_as_they_lie(self, memory_format: torch.memory_format) -> None:
+        view = torch.empty(2, 4, 200, 60).to(memory_format=memory_format)[:, :, 10:150]
+        assert few_pieces(view)
+        copies = pieces(torch.empty_like(view), view)
+        assert len(copies) == (2 if memory_format is torch.channels_last else 8)
+        assert not few_pieces(view[..., 5:])
+        # As many of them, each large enough.
+        assert few_pieces(torch.empty(1, 1, 70, 2**18)[..., : 2**16])
 
 
 class TestZarrStore:
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_zarr_reads_the_folder(self, spill: SpillFolder, spec: StoreSpec) -> None:
         folder = spill.new_folder()
-        store = ZarrStore(spec, folder, TILE_HINT, CPU)
+        store = ZarrStore(spec, folder, TILE_HINT, HERE)
         where = region(7, 55, 13, 47)
         store.write(where, random_tile(spec, where))
         array = torch.from_numpy(zarr.open_array(folder, mode="r")[...])
@@ -374,7 +458,7 @@ class TestZarrStore:
 
     def test_what_was_never_written_takes_no_room(self, spill: SpillFolder) -> None:
         spec = dataclasses.replace(NCHW, shape=(1, 8, 4000, 1000))
-        store = ZarrStore(spec, spill.new_folder(), (4000, 1000), CPU)
+        store = ZarrStore(spec, spill.new_folder(), (4000, 1000), HERE)
         where = region(1000, 1001, 0, 1000)
         store.write(where, random_tile(spec, where))
         assert_same(store.read(region(990, 1000, 0, 1000)), torch.zeros(1, 8, 10, 1000))
@@ -383,13 +467,13 @@ class TestZarrStore:
         assert file.stat().st_blocks * 512 < 2**20
 
     def test_close_leaves_no_files(self, spill: SpillFolder) -> None:
-        store = make_on_disk(spill, CPU, NCHW)
+        store = make_on_disk(spill, HERE, NCHW)
         store.write(region(0, 61, 0, 47), random_tile(NCHW, region(0, 61, 0, 47)))
         store.close()
         assert list(spill.path.iterdir()) == []
 
     def test_garbage_leaves_no_files(self, spill: SpillFolder) -> None:
-        store = make_on_disk(spill, CPU, NCHW)
+        store = make_on_disk(spill, HERE, NCHW)
         store.write(region(0, 9, 0, 9), random_tile(NCHW, region(0, 9, 0, 9)))
         del store
         gc.collect()
@@ -398,7 +482,7 @@ class TestZarrStore:
     def test_a_folder_in_use_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "mine").write_text("keep")
         with pytest.raises(FileExistsError):
-            ZarrStore(NCHW, tmp_path, TILE_HINT, CPU)
+            ZarrStore(NCHW, tmp_path, TILE_HINT, HERE)
         gc.collect()
         assert (tmp_path / "mine").read_text() == "keep"
 
@@ -406,17 +490,17 @@ class TestZarrStore:
         with pytest.raises(
             ValueError, match=r"complex32 cannot be kept on disk; possible are torch\.float64"
         ):
-            make_on_disk(spill, CPU, dataclasses.replace(NCHW, dtype=torch.complex32))
+            make_on_disk(spill, HERE, dataclasses.replace(NCHW, dtype=torch.complex32))
 
     def test_a_shortened_file_is_an_error(self, spill: SpillFolder) -> None:
-        store, where = make_on_disk(spill, CPU, NCHW), region(0, 20, 0, 10)
+        store, where = make_on_disk(spill, HERE, NCHW), region(0, 20, 0, 10)
         store.write(where, random_tile(NCHW, where))
         os.truncate(spill.path / "map-000000" / "c.0.0.0.0", 100)
         with pytest.raises(OSError, match="bytes early"):
             store.read(where)
 
     def test_a_refused_write_propagates_and_can_be_repeated(self, spill: SpillFolder) -> None:
-        store, where = make_on_disk(spill, CPU, NCHW), region(0, 20, 0, 10)
+        store, where = make_on_disk(spill, HERE, NCHW), region(0, 20, 0, 10)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
@@ -428,7 +512,7 @@ class TestZarrStore:
         assert_same(store.read(where), random_tile(NCHW, where))
 
     def test_reader_and_writer_may_share_strips(self, spill: SpillFolder) -> None:
-        store, mine, other = make_on_disk(spill, CPU, NCHW), region(0, 61, 0, 23), region(0, 61, 23, 47)
+        store, mine, other = make_on_disk(spill, HERE, NCHW), region(0, 61, 0, 23), region(0, 61, 23, 47)
         expected = random_tile(NCHW, mine)
         store.write(mine, expected)
 
@@ -490,7 +574,7 @@ class TestSpillFolder:
     def test_removes_only_what_it_made(self, tmp_path: Path) -> None:
         (tmp_path / "mine").write_text("keep")
         spill = SpillFolder(tmp_path)
-        stores = [make_on_disk(spill, CPU, NCHW) for _ in range(2)]
+        stores = [make_on_disk(spill, HERE, NCHW) for _ in range(2)]
         spill.close()
         spill.close()
         stores[0].close()

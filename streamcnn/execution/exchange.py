@@ -5,8 +5,9 @@ Only here do a tile's tensors meet stores, images and global values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,8 @@ from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.maps import Maps
 from streamcnn.execution.step import Computed, Input, Output, Sink, Source, Step
 from streamcnn.geometry.regions import Region
-from streamcnn.plan.plan import Phase
+from streamcnn.plan.plan import Phase, TileKind
+from streamcnn.stores import Deferred, Incoming
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,11 @@ class Tile:
     phase: Phase
     row: int
     col: int
+
+    @property
+    def kind(self) -> TileKind:
+        """What it has in common with tiles that are computed alike."""
+        return self.phase.kind(self.row, self.col)
 
     def own(self, name: str) -> Region:
         """The part of an output that the tile is responsible for."""
@@ -46,9 +53,30 @@ class Exchange:
         self._cast: dict[str, Tensor] = {}
         """Global values in another type, for the tiles of a phase."""
 
-    def gather(self, step: Step, tile: Tile) -> list[Tensor]:
-        """The step's inputs for a tile, which are the caller's; their memory may be a store's."""
+    def gather(self, step: Step, tile: Tile, ahead: Sequence[Incoming] = ()) -> list[Tensor]:
+        """The step's inputs for a tile, which are the caller's; their memory may be a store's.
+
+        ``ahead`` is what was prepared of them.
+        """
+        if ahead:
+            return [each.tile() for each in ahead]
         return [self._input(each, tile, step) for each in step.inputs]
+
+    def prepare(self, step: Step, tile: Tile) -> list[Incoming]:
+        """The step's inputs for a tile, to be read beside what is computed before it."""
+        return [self._incoming(each, tile, step) for each in step.inputs]
+
+    def _incoming(self, wanted: Input, tile: Tile, step: Step) -> Incoming:
+        name = wanted.name
+        match wanted.source:
+            case Source.MAP:
+                return self._maps.reserve(name, tile.needed(name))
+            case Source.GRADIENT:
+                return self._maps.reserve_gradient(name, tile.own(name))
+            case Source.STORED:
+                return self._maps.reserve(name, tile.own(name))
+            case _:
+                return Deferred(partial(self._input, wanted, tile, step))
 
     def end_phase(self) -> None:
         """Let go of what only the tiles of one phase need."""

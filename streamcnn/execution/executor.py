@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.late_checks import checked_at_the_end
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
-from streamcnn.stores import Store
+from streamcnn.stores import Incoming, PlainTransfers, Store, Transfers
 
 _STEPS = 64
 """Steps of a phase that are kept: there are more kinds of tiles only where each tile is of its own."""
@@ -81,7 +82,8 @@ class Execution:
     ``before_part`` is called before the tiles of a phase and before a segment, in each direction.
     ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
     the pass by raising. ``make_compute`` gives what carries out a step, ``runner`` carries out segments where
-    it can. ``steps`` are those of the plan, if an earlier pass has made some. ``images`` are the image and
+    it can. ``steps`` are those of the plan, if an earlier pass has made some. ``transfers`` are those of the
+    stores that ``open_store`` opens. ``images`` are the image and
     what is read by regions beside it, by node.
     """
 
@@ -93,6 +95,7 @@ class Execution:
         images: Mapping[str, ImageReader],
         open_store: OpenStore,
         *,
+        transfers: Transfers | None = None,
         steps: Steps | None = None,
         make_compute: MakeCompute = compute_eagerly,
         runner: SegmentRunner | None = None,
@@ -110,6 +113,7 @@ class Execution:
         self._after_step = after_step
         self._observer = observer
         self.device = images[program.image].device
+        self._transfers = transfers or PlainTransfers(self.device)
         self.autocast = autocast_state(self.device)
         self._phases = {phase.level: phase for phase in plan.phases}
         self._segments = {segment.level: segment for segment in plan.segments}
@@ -224,11 +228,23 @@ class Execution:
 
         # A cast that is cached would keep the graph of the tile that made it.
         with torch.no_grad(), autocast(self.device, self.autocast, cache=direction != "backward"):
-            for row, col in self._combiner.tiles(phase):
-                step, compute = prepared(phase.kind(row, col))
-                tile = Tile(phase, row, col)
-                self._exchange.scatter(step, tile, compute(self._exchange.gather(step, tile)))
-                self._after_step(phase.shape(direction, row, col))
+            tiles = [Tile(phase, row, col) for row, col in self._combiner.tiles(phase)]
+            overlaps = (direction, phase.level) in self.plan.overlapped
+            with self._transfers.overlapping(wanted=overlaps):
+                ahead: list[Incoming] = []
+                for tile, following in zip_longest(tiles, tiles[1:]):
+                    step, compute = prepared(tile.kind)
+                    inputs = self._exchange.gather(step, tile, ahead)
+                    ahead = []
+                    if overlaps and following is not None:
+                        ahead = self._exchange.prepare(prepared(following.kind)[0], following)
+                    self._exchange.scatter(step, tile, compute(inputs))
+                    if overlaps:
+                        # The host's part of moving others, now that a GPU has this one to compute.
+                        self._transfers.advance()
+                        for incoming in ahead:
+                            incoming.fetch()
+                    self._after_step(phase.shape(direction, tile.row, tile.col))
         self._exchange.end_phase()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from streamcnn.geometry.windows import crop
 from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.stores import Store, StoreSpec
+from streamcnn.stores import Deferred, Incoming, Store, StoreSpec
 
 
 class ImageReader(Protocol):
@@ -70,6 +71,12 @@ class Maps:
             return crop(value, node.map_axes, Region.whole(node.size), part)
         return self._checkpoints[name].read(part)
 
+    def reserve(self, name: str, part: Region) -> Incoming:
+        """The same, later: read beside what is computed until then, where that is possible."""
+        if name in self._checkpoints:
+            return self._checkpoints[name].reserve(part)
+        return Deferred(partial(self.read, name, part))
+
     def settle_images(self) -> None:
         """Raise what was wrong with pixels that were read, where that is not told at once."""
         for image in self._images.values():
@@ -95,6 +102,10 @@ class Maps:
     def read_gradient(self, name: str, part: Region) -> Tensor:
         """A region of a gradient map; not to be written to."""
         return self._gradients[name].read(part)
+
+    def reserve_gradient(self, name: str, part: Region) -> Incoming:
+        """The same, later: read beside what is computed until then, where that is possible."""
+        return self._gradients[name].reserve(part)
 
     def add_gradient(self, name: str, part: Region, gradient: Tensor, *, may_keep: bool = False) -> None:
         """Add to a region of a map's gradient; ``may_keep`` as of :meth:`~streamcnn.stores.Store.add`."""

@@ -30,6 +30,9 @@ def explain_plan(plan: Plan) -> str:
         f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *_phases(plan),
     ]
+    if plan.overlapped:
+        parts = len(plan.overlapped)
+        lines.append(f"tiles are moved while others are computed {plural(parts, 'time')} that a phase is run")
     again = [phase for phases in plan.rematerialised.values() for phase in phases]
     if again:
         dropped = sum(plan.stores[name].nbytes for phase in again for name in phase.stored)

@@ -131,6 +131,8 @@ class Plan:
     """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
     num_resident: int
     """Operators that run on whole maps after the last tile: the resident tail."""
+    overlapped: frozenset[PassPart] = frozenset()
+    """Phases during which tiles are moved to and from other tiers while others are computed."""
     image_held_bytes: int = 0
     """Bytes of the budget that images take as long as the pass needs them, such as a decoded PNG."""
     image_read_bytes: int = 0
@@ -198,7 +200,11 @@ class Plan:
             "budget": self.budget,
             # By the name that it has had in files from the first.
             **({} if self.reuses_blocks is None else {"reuses_heap": self.reuses_blocks}),
-            **({} if self.kept_bytes is None else {"kept_bytes": _by_words(self.kept_bytes)}),
+            **(
+                {}
+                if self.kept_bytes is None
+                else {"kept_bytes": {_in_words(p): n for p, n in self.kept_bytes.items()}}
+            ),
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,
@@ -212,6 +218,7 @@ class Plan:
             "image_read_bytes": self.image_read_bytes,
             "num_resident": self.num_resident,
             "residents": list(self.residents),
+            **({"overlapped": sorted(map(_in_words, self.overlapped))} if self.overlapped else {}),
             "stores": {name: _as_json(store) for name, store in self.stores.items()},
             "phases": [_phase_as_json(phase) for phase in self.phases],
             "rematerialised": {
@@ -241,5 +248,10 @@ def _as_json(store: StorePlan) -> dict[str, object]:
 
 
 def _by_words(kept_bytes: Mapping[PassPart, int]) -> dict[str, int]:
-    """What JSON can have: parts as two words."""
-    return {f"{kind} {level}": nbytes for (kind, level), nbytes in kept_bytes.items()}
+    return {_in_words(part): nbytes for part, nbytes in kept_bytes.items()}
+
+
+def _in_words(part: PassPart) -> str:
+    """What JSON can have for a part."""
+    kind, level = part
+    return f"{kind} {level}"

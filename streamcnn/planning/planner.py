@@ -23,6 +23,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, is_differentiated, overhead_terms, peak_points
+from streamcnn.planning.overlapping import hidden_seconds, overlapped
 from streamcnn.planning.resident_bytes import total_bytes
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import Machine, PassSpec
@@ -115,6 +116,8 @@ class _Attempt:
             rematerialised=again,
             reuses_blocks=solution.reuses_blocks,
         )
+        room = spec.room(machine.reserved)
+        points, parts = overlapped(points, tiled, again, stores, machine.backend, room)
         worst = max(points, key=lambda point: point.nbytes)
         training = bool(spec.leaves)
         on = machine.hardware, machine.backend
@@ -147,11 +150,14 @@ class _Attempt:
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
             plain_bytes=machine.reserved + plain.solution.nbytes,
-            projected_seconds=self.seconds + resident.seconds,
+            projected_seconds=self.seconds
+            + resident.seconds
+            - hidden_seconds(solution, parts, machine.hardware),
             plain_seconds=at_once.seconds,
             recomputation=flops / at_once.flops if at_once.flops else 1.0,
             num_resident=_num_last(program, staging),
             # In the tail nothing streams, so only the program without one has the reasons.
+            overlapped=parts,
             image_held_bytes=spec.reading.held,
             image_read_bytes=max(
                 (

@@ -209,6 +209,10 @@ class TiledStage:
         """The most rows and columns that a tile needs of ``name``."""
         return self.rows.largest[name], self.cols.largest[name]
 
+    def largest_nbytes(self, name: str) -> int:
+        """Bytes of that."""
+        return self.outline.position_bytes[name] * math.prod(self.largest(name))
+
     def largest_own(self, name: str) -> tuple[int, int]:
         """The most rows and columns of output ``name`` that a tile is responsible for."""
         height, width = self.program.nodes[name].size

@@ -27,7 +27,18 @@ from streamcnn.errors import RatesUnusable, StreamError
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.storage import Tier
-from streamcnn.stores import MemoryStore, SpillFolder, Store, StoreSpec, ZarrStore
+from streamcnn.stores import (
+    GpuTransfers,
+    HostStore,
+    MemoryStore,
+    SparePinned,
+    SpillFolder,
+    Store,
+    StoreSpec,
+    Transfers,
+    ZarrStore,
+    transfers_of,
+)
 from streamcnn.support.atomic import replace_file
 from streamcnn.support.cache import cache_folder
 from streamcnn.support.documents import conform, parse_json, read_regular
@@ -36,7 +47,7 @@ VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _LEAST = 1e-18
 """Of all rates and seconds; one over it is the most."""
-_METHOD = 4
+_METHOD = 5
 """Counts up when what is timed changes: profiles that an earlier version kept are then measured again."""
 _REPEATS = 4
 _INTERPRETED = 20
@@ -145,13 +156,13 @@ def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, 
     A store in the device's memory hands out views, which operators make contiguous, and takes new memory.
     """
     spec = StoreSpec(_TILE, torch.float32, (2, 3))
-    host = torch.device("cpu")
+    moved, pinned = transfers_of(device), SparePinned()
     read, written, transfers = _Rates(), _Rates(), _Rates()
     with SpillFolder() as folder:
         tiers: dict[Tier, Callable[[], Store]] = {
-            Tier.MEMORY: lambda: MemoryStore(spec, device, device),
-            Tier.HOST: lambda: MemoryStore(spec, host, device),
-            Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], device),
+            Tier.MEMORY: lambda: MemoryStore(spec, device),
+            Tier.HOST: lambda: _host_store(spec, moved, pinned),
+            Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], moved),
         }
         for tier, new in tiers.items():
             read[tier], written[tier], transfers[tier] = _store(device, new())
@@ -159,6 +170,13 @@ def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, 
         written[Tier.DISK] = min(written[Tier.DISK], _flushed(folder.path / "flushed"))
     read[Tier.MEMORY], written[Tier.MEMORY] = memory, 1 / (1 / memory + 1 / fresh)
     return read, written, transfers
+
+
+def _host_store(spec: StoreSpec, transfers: Transfers, pinned: SparePinned) -> Store:
+    """A map in host RAM, which is the device's own memory where the host computes."""
+    if isinstance(transfers, GpuTransfers):
+        return HostStore(spec, transfers, pinned)
+    return MemoryStore(spec, transfers.compute_device)
 
 
 def _flushed(path: Path) -> float:

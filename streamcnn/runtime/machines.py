@@ -20,7 +20,7 @@ an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64.""
 def this_machine(device: torch.device) -> Machine:
     """This machine, computing on ``device``; it is measured how fast it is if it never was."""
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
-    if device.type != "cpu":
+    if device.type == "cuda":
         offload_tiers = (OffloadTier(Tier.HOST), *offload_tiers)
     return Machine(hardware_profile(device), offload_tiers, reserved_bytes(device), backend_of(device))
 

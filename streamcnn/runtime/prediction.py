@@ -142,8 +142,7 @@ def whole_map(result: Tensor) -> Store:
     """
     if result.dim() != 4:
         raise _no_map(f"has shape {tuple(result.shape)}")
-    cpu = torch.device("cpu")
-    store = MemoryStore(StoreSpec(tuple(result.shape), result.dtype, (2, 3)), cpu, cpu)
+    store = MemoryStore(StoreSpec(tuple(result.shape), result.dtype, (2, 3)), torch.device("cpu"))
     store.write(Region.whole(store.spec.size), result)
     return store
 

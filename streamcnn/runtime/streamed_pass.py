@@ -30,14 +30,18 @@ from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.transforms import refuse_many_gradients
 from streamcnn.stores import (
+    GpuTransfers,
+    HostStore,
     MemoryStore,
     SpareFiles,
+    SparePinned,
     SpillFolder,
     Store,
     StoreSpec,
     ZarrStore,
     free_bytes,
     remove_abandoned,
+    transfers_of,
 )
 from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
@@ -55,6 +59,10 @@ class PassOwner(Protocol):
     @property
     def spare_files(self) -> SpareFiles:
         """What earlier passes have left for maps that this one spills."""
+
+    @property
+    def spare_pinned(self) -> SparePinned:
+        """What they have left for maps that it keeps in host memory beside a GPU."""
 
 
 class Shrink(Protocol):
@@ -145,7 +153,9 @@ class Pass:
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
         spares = self.owner.spare_files
         _check_disk(self.plan, spares)
-        self.stores = _Stores(spares, self.reader.device, zeroed=self.plan.kept_bytes is None)
+        self.stores = _Stores(
+            spares, self.owner.spare_pinned, self.reader.device, zeroed=self.plan.kept_bytes is None
+        )
         self.execution = Execution(
             self.program,
             self.plan,
@@ -155,6 +165,7 @@ class Pass:
                 **{name: self.maps[key] for name, key in self.program.maps.items()},
             },
             self.stores.open,
+            transfers=self.stores.transfers,
             steps=planned.steps,
             make_compute=planned.compiled.steps if self.owner.compiles else compute_eagerly,
             runner=planned.compiled.segments if self.owner.compiles else None,
@@ -457,8 +468,12 @@ def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepSha
 class _Stores:
     """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
 
-    def __init__(self, spares: SpareFiles, device: torch.device, *, zeroed: bool) -> None:
+    def __init__(
+        self, spares: SpareFiles, pinned: SparePinned, device: torch.device, *, zeroed: bool
+    ) -> None:
         self.spares = spares
+        self.transfers = transfers_of(device)
+        self._pinned = pinned
         self._device = device
         self._zeroed = zeroed
         self._folder: SpillFolder | None = None
@@ -467,10 +482,11 @@ class _Stores:
         """An empty store in ``tier``."""
         if tier is Tier.DISK:
             self._folder = self._folder or SpillFolder(self.spares.parent)
-            return ZarrStore(spec, self._folder.new_folder(), tile, self._device, self.spares)
-        place = torch.device("cpu") if tier is Tier.HOST else self._device
-        zeroed = self._zeroed and place.type == "cpu"
-        return MemoryStore(spec, place, self._device, zeroed=zeroed)
+            return ZarrStore(spec, self._folder.new_folder(), tile, self.transfers, self.spares)
+        if tier is Tier.HOST:
+            assert isinstance(self.transfers, GpuTransfers)
+            return HostStore(spec, self.transfers, self._pinned)
+        return MemoryStore(spec, self._device, zeroed=self._zeroed and self._device.type == "cpu")
 
     def close(self) -> None:
         """Remove the folder on disk, if there is one."""

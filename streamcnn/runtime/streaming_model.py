@@ -49,7 +49,7 @@ from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
 from streamcnn.runtime.target_errors import classes_beyond, other_size, unknown_class
 from streamcnn.runtime.with_loss import Loss, LossCalls
-from streamcnn.stores import SpareFiles, Store
+from streamcnn.stores import SpareFiles, SparePinned, Store
 from streamcnn.support.units import format_bytes, parse_bytes
 
 
@@ -120,6 +120,8 @@ class StreamingModel(ModuleFacade):
         self.resident_tail = True
         """Whether the layers after the last large map may be run on whole maps."""
         self._spare_files = SpareFiles()
+        self.spare_pinned = SparePinned()
+        """Host memory that passes on a GPU have left for the maps of the next one."""
         self._passes = Passes()
         self._call = ForwardPass()
         self._losses = LossCalls()
@@ -134,6 +136,7 @@ class StreamingModel(ModuleFacade):
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
             "_spare_files": SpareFiles(),
+            "spare_pinned": SparePinned(),
             "_passes": Passes(),
             "_call": ForwardPass(),
             "_losses": LossCalls(),
@@ -293,6 +296,7 @@ class StreamingModel(ModuleFacade):
         """
         give_back()
         self._spare_files.close()
+        self.spare_pinned.close()
 
     @property
     def spare_files(self) -> SpareFiles:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
+from streamcnn.stores.transfers import Deferred, Incoming
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,22 @@ class Store(ABC):
         self._count(read=self.spec.tile_nbytes(region))
         return tile
 
+    def reserve(self, region: Region) -> Incoming:
+        """The same, to be read beside what is computed until it is asked for, where that is possible.
+
+        What was written before counts. Memory for it is had now; nothing may be written to ``region`` until
+        it has been asked for.
+
+        Raises
+        ------
+        ValueError
+            If the store is closed.
+        """
+        self._check(region)
+        incoming = self._reserve(region)
+        self._count(read=self.spec.tile_nbytes(region))
+        return incoming
+
     def write(self, region: Region, tile: Tensor, *, may_keep: bool = False) -> None:
         """Replace the values inside ``region`` by ``tile``, converted to ``spec.dtype``.
 
@@ -138,6 +156,10 @@ class Store(ABC):
     @abstractmethod
     def _read(self, region: Region) -> Tensor:
         """The values inside ``region``."""
+
+    def _reserve(self, region: Region) -> Incoming:
+        """The values inside ``region``, later."""
+        return Deferred(partial(self._read, region))
 
     @abstractmethod
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:

@@ -1,9 +1,7 @@
-"""A map kept whole in memory: on the compute device, or in host RAM beside it."""
+"""A map kept whole in the memory of the device that computes."""
 
 from __future__ import annotations
 
-import math
-import mmap
 from threading import Lock
 
 import torch
@@ -13,10 +11,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, layout
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.frontier import Frontier
-from streamcnn.stores.transfer import to_compute, to_host
-
-_HUGE_PAGE_BYTES = 2**25
-"""Maps of at least this many bytes ask for 2 MiB pages, which are zeroed and mapped in fewer steps."""
+from streamcnn.stores.pinned import fresh_memory, shaped
 
 
 class MemoryStore(Store):
@@ -27,9 +22,7 @@ class MemoryStore(Store):
     spec
         The map.
     device
-        Where the tensor lives.
-    compute_device
-        Where tiles are read to. If it is ``device``, reading returns a view and copies nothing.
+        Where the tensor lives. Reading returns a view and copies nothing.
     zeroed
         Whether memory comes zeroed. Else it comes from PyTorch's allocator as it is, and what is read before
         it was written is zeroed then.
@@ -37,25 +30,20 @@ class MemoryStore(Store):
     Notes
     -----
     Zeroed host RAM comes from the kernel page by page as it is touched, so a map that is written in
-    part costs what was written. A limit on the data segment counts all of it at once. Transfers to a
-    GPU go through a pinned buffer and are enqueued on the current stream; a write or add from a GPU
-    waits for it. Where memory does not come zeroed, and on a GPU, a tile that covers the whole map
-    may become the map without being copied.
+    part costs what was written. A limit on the data segment counts all of it at once. Where memory does not
+    come zeroed, and on a GPU, a tile that covers the whole map may become the map without being copied.
     """
 
     def __init__(
         self,
         spec: StoreSpec,
         device: torch.device,
-        compute_device: torch.device,
         *,
         zeroed: bool = True,
     ) -> None:
         super().__init__(spec)
         self._zeroed = zeroed
         self._device = device
-        self._on_host = device.type == "cpu"
-        self.compute_device = compute_device
         self._map: Tensor | None = None
         self._is_read = False
         """Whether the map is a tile that others may read, and so is not to be changed."""
@@ -65,26 +53,21 @@ class MemoryStore(Store):
 
     def _read(self, region: Region) -> Tensor:
         if self._map is None:
-            return torch.zeros(
-                self.spec.tile_shape(region), dtype=self.spec.dtype, device=self.compute_device
-            )
+            return torch.zeros(self.spec.tile_shape(region), dtype=self.spec.dtype, device=self._device)
         if not self._zeroed:
             self._zero_unwritten(self._map, region)
-        view = self._view(self._map, region)
-        return to_compute(view, self.compute_device) if self._on_host else view
+        return self._view(self._map, region)
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         if may_keep and self._can_keep(region, tile):
             self._keep(tile, is_read=True)
             return
-        # Of another type only where it is stored: a conversion on a GPU would take its memory.
-        tile = to_host(tile, tile.dtype) if self._on_host else tile
         whole = self._writable(tile)
         self._claim(whole, region)
         self._view(whole, region).copy_(tile)
 
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
-        tile = to_host(tile, self.spec.dtype) if self._on_host else tile.to(self.spec.dtype)
+        tile = tile.to(self.spec.dtype)
         if may_keep and self._can_keep(region, tile):
             self._keep(tile, is_read=False)
             return
@@ -150,29 +133,9 @@ def _keeps_tiles(device: torch.device, *, zeroed: bool) -> bool:
 def _zeros(spec: StoreSpec, device: torch.device, memory_format: torch.memory_format) -> Tensor:
     """A zeroed tensor for the whole map."""
     if device.type != "cpu":
-        return torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=memory_format).zero_()
-    flat = _lazy_zeros(spec)
-    if memory_format is not torch.channels_last:
-        return flat.view(spec.shape)
-    n, c, h, w = spec.shape
-    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return _empty(spec, device, memory_format).zero_()
+    return shaped(fresh_memory(spec.nbytes), spec.shape, spec.dtype, memory_format)
 
 
 def _empty(spec: StoreSpec, device: torch.device, memory_format: torch.memory_format) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=memory_format)
-
-
-def _lazy_zeros(spec: StoreSpec) -> Tensor:
-    """A map's elements in one row: host zeros whose pages are not touched yet, in a mapping of their own.
-
-    ``torch.zeros`` writes every page (1.07 GB became resident for a tensor of 2**30 bytes); pages fresh
-    from the kernel are zero. A map taken from the C library's heap would outlive tiles' tensors around
-    it and leave holes. The mapping is private, so that a limit on the data segment counts it.
-    """
-    nbytes = max(spec.nbytes, 1)
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(math.prod(spec.shape), dtype=spec.dtype)
-    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= _HUGE_PAGE_BYTES:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(buffer, dtype=torch.uint8, count=spec.nbytes).view(spec.dtype)

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -29,7 +30,7 @@ from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.spare_files import SpareFiles
 from streamcnn.stores.spill import remove_with
 from streamcnn.stores.strips import Block, Strips
-from streamcnn.stores.transfer import host_buffer, to_host
+from streamcnn.stores.transfers import Incoming, Transfers
 from streamcnn.support.disk import writing
 
 # Zarr has no bfloat16: its bit pattern is kept. The other names are NumPy's and Zarr's alike.
@@ -64,8 +65,8 @@ class ZarrStore(Store):
         collected and when the interpreter exits.
     tile_hint
         Extents (H, W) of the tiles by which the map will mostly be read and written.
-    compute_device
-        Where tiles are read to.
+    transfers
+        What moves tiles to and from where they are computed.
     spares
         Where files come from and go to; without it each map has a new one.
 
@@ -90,7 +91,7 @@ class ZarrStore(Store):
         spec: StoreSpec,
         folder: Path,
         tile_hint: tuple[int, int],
-        compute_device: torch.device,
+        transfers: Transfers,
         spares: SpareFiles | None = None,
     ) -> None:
         super().__init__(spec)
@@ -100,7 +101,7 @@ class ZarrStore(Store):
         self._strips = Strips.suited(spec, tile_hint)
         self._file_order = self._strips.file_order
         self._map_order = tuple(int(axis) for axis in np.argsort(self._file_order))
-        self.compute_device = compute_device
+        self._transfers = transfers
         self._frontier = Frontier(spec.size)
         self._writing = RLock()
         self._folder = folder
@@ -120,28 +121,41 @@ class ZarrStore(Store):
             _write_fully(self._file, index, start)
 
     def _read(self, region: Region) -> Tensor:
+        return self._reserve(region).tile()
+
+    def _reserve(self, region: Region) -> Incoming:
+        self._transfers.settle(self)
+        shape = self.spec.tile_shape(region)
+        return self._transfers.bring(shape, self.spec.dtype, partial(self._on_host, region))
+
+    def _on_host(self, region: Region) -> Tensor:
+        """The values inside ``region`` in host memory."""
         if not self._is_new:
             for part, holds in self._claim(region):
                 if not holds:
                     self._zero(part)
-        # Pinned, a tile goes to the GPU while the next one is being read.
-        tile = host_buffer(self.spec.tile_shape(region), self.spec.dtype, self.compute_device)
+        tile = self._transfers.buffer(self.spec.tile_shape(region), self.spec.dtype)
         scratch = self._scratch(region)
         for block in self._strips.blocks(region):
             self._load(block, scratch)
             crop(tile, self.spec.axes, region, block.part).copy_(self._part(block, scratch))
-        return tile.to(self.compute_device, non_blocking=True)
+        return tile
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
-        self._claim(region)
-        self._update(region, to_host(tile, self.spec.dtype), adds=False)
-        self._mark(region)
+        def finish(found: Tensor) -> None:
+            self._claim(region)
+            self._update(region, found, adds=False)
+            self._mark(region)
+
+        self._transfers.take(self, tile, self.spec.dtype, finish, is_final=may_keep)
 
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
-        tile = to_host(tile, self.spec.dtype)
-        for part, holds in self._claim(region):
-            self._update(part, crop(tile, self.spec.axes, region, part), adds=holds)
-        self._mark(region)
+        def finish(found: Tensor) -> None:
+            for part, holds in self._claim(region):
+                self._update(part, crop(found, self.spec.axes, region, part), adds=holds)
+            self._mark(region)
+
+        self._transfers.take(self, tile, self.spec.dtype, finish, is_final=may_keep)
 
     def _claim(self, region: Region) -> list[tuple[Region, bool]]:
         """``region`` in parts, each with whether something was written there.

@@ -62,6 +62,8 @@ class Backend(ABC):
     ``returning``, and no block comes from the operating system anew."""
     beside_tensors: frozenset[str] = frozenset()
     """Names of the backend's terms that are no tensors."""
+    overlaps: bool = False
+    """Whether tiles are moved to and from other tiers while others are computed."""
     fuses_attention: bool
     """Whether attention is one kernel whatever its options."""
     prefers_bands: bool

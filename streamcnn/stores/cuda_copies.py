@@ -1,0 +1,90 @@
+"""CUDA's copy engines: a stream each way, and events that order them with the stream that computes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, cuda
+
+from streamcnn.stores.transfers import Copies, GpuTransfers, PlainTransfers, Transfers
+
+
+class CudaCopies:
+    """A stream each way beside the one that computes.
+
+    Tensors are all had on the stream that computes, so the caching allocator reuses none of them early, and
+    reserves no memory for other streams. Who lets go of one waits for its copies first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._incoming: cuda.Stream = cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._outgoing: cuda.Stream = cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def mark(self) -> cuda.Event:
+        """The end of what the GPU has been given to compute."""
+        return _recorded(cuda.current_stream(self.device))
+
+    def bring(self, copies: Copies, after: cuda.Event) -> cuda.Event:
+        """Copy to the GPU."""
+        return _copied(self._incoming, copies, after)
+
+    def take(self, copies: Copies, after: cuda.Event) -> cuda.Event:
+        """Copy from the GPU."""
+        return _copied(self._outgoing, copies, after)
+
+    def hold(self, mark: cuda.Event) -> None:
+        """Have the stream that computes wait."""
+        cuda.current_stream(self.device).wait_event(mark)
+
+    def settle(self, mark: cuda.Event) -> None:
+        """Have the host wait."""
+        mark.synchronize()
+
+    def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        """A tensor of PyTorch's allocator of pinned memory, which knows what copies of it are under way."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True, memory_format=memory_format)
+
+    def pin(self, block: Tensor) -> Callable[[], None] | None:
+        """Register memory of the host's with CUDA."""
+        runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
+        error = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+        if int(error) != 0:
+            warnings.warn(
+                f"{block.nbytes} bytes of host memory cannot be pinned (CUDA error {int(error)}): maps there "
+                "are copied more slowly. Raise the limit of locked memory (ulimit -l), or free host memory",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        place, process = block.data_ptr(), os.getpid()
+
+        def undo() -> None:
+            # A forked child has the memory, and no CUDA.
+            if os.getpid() == process:
+                cuda.check_error(runtime.cudaHostUnregister(place))
+
+        return undo
+
+
+def _recorded(stream: cuda.Stream) -> cuda.Event:
+    event: cuda.Event = cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _copied(stream: cuda.Stream, copies: Copies, after: cuda.Event) -> cuda.Event:
+    stream.wait_event(after)
+    with cuda.stream(stream):
+        for target, source in copies:
+            target.copy_(source, non_blocking=True)
+    return _recorded(stream)
+
+
+def transfers_of(device: torch.device) -> Transfers:
+    """What moves tiles between host memory and a device that computes."""
+    return GpuTransfers(CudaCopies(device)) if device.type == "cuda" else PlainTransfers(device)

@@ -1,0 +1,113 @@
+"""A map kept whole in host RAM, beside a GPU that computes with it."""
+
+from __future__ import annotations
+
+from functools import partial
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import crop, layout
+from streamcnn.stores.base import Store, StoreSpec
+from streamcnn.stores.frontier import Frontier
+from streamcnn.stores.pinned import PinnedBlock, SparePinned, shaped
+from streamcnn.stores.transfers import Deferred, GpuTransfers, Incoming, few_pieces
+
+
+class HostStore(Store):
+    """One pinned block that holds the whole map, had when something is first written, in its layout.
+
+    A region without gaps in memory, such as a band of full rows of one image in ``channels_last``, is copied
+    as it lies, beside what the GPU computes, and so are few large pieces. Others go by way of a pinned
+    buffer, and so does what is added to something that is there.
+
+    Parameters
+    ----------
+    spec
+        The map.
+    transfers
+        What moves its tiles.
+    spares
+        Where blocks come from and go to.
+    """
+
+    def __init__(self, spec: StoreSpec, transfers: GpuTransfers, spares: SparePinned) -> None:
+        super().__init__(spec)
+        self._transfers = transfers
+        self._spares = spares
+        self._block: PinnedBlock | None = None
+        self._map: Tensor | None = None
+        self._lock = Lock()
+        """Held where memory is had and where it is noted which part has been written."""
+        self._frontier = Frontier(spec.size)
+
+    def _read(self, region: Region) -> Tensor:
+        return self._reserve(region).tile()
+
+    def _reserve(self, region: Region) -> Incoming:
+        shape, dtype = self.spec.tile_shape(region), self.spec.dtype
+        if self._map is None:
+            return Deferred(partial(torch.zeros, shape, dtype=dtype, device=self._transfers.compute_device))
+        self._transfers.settle(self)
+        for part, holds in self._claim(self._map, region):
+            if not holds:
+                self._view(self._map, part).zero_()
+        view = self._view(self._map, region)
+        return self._transfers.bring(shape, dtype, partial(self._source, view), layout(view))
+
+    def _source(self, view: Tensor) -> Tensor:
+        """A region of the map in pinned memory, as it lies or in a buffer."""
+        if self._is_copied_as_it_lies(view):
+            return view
+        return self._transfers.buffer(view.shape, view.dtype, layout(view)).copy_(view)
+
+    def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
+        self._put(region, tile, adds=False, is_final=may_keep)
+
+    def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
+        self._put(region, tile, adds=True, is_final=may_keep)
+
+    def _put(self, region: Region, tile: Tensor, *, adds: bool, is_final: bool) -> None:
+        whole = self._writable(tile)
+        for part, holds in self._claim(whole, region):
+            target = self._view(whole, part)
+            share = crop(tile, self.spec.axes, region, part)
+            # What is there already may be on its way still: the host comes after that.
+            if not holds and share.dtype == target.dtype and self._is_copied_as_it_lies(target):
+                self._transfers.put(self, share, target, is_final=is_final)
+            else:
+                finish = partial(_combine, target, adds=adds and holds)
+                self._transfers.take(self, share, target.dtype, finish, is_final=is_final)
+
+    def _free(self) -> None:
+        self._map = None
+        if self._block is not None:
+            self._transfers.drain()
+            self._spares.keep(self._block)
+            self._block = None
+
+    def _is_copied_as_it_lies(self, view: Tensor) -> bool:
+        assert self._block is not None
+        return self._block.is_pinned and few_pieces(view)
+
+    def _writable(self, tile: Tensor) -> Tensor:
+        """The map, in the layout of the first tile."""
+        with self._lock:
+            if self._map is None:
+                self._block = self._spares.take(self.spec.nbytes, self._transfers.engine.pin)
+                self._map = shaped(self._block.memory, self.spec.shape, self.spec.dtype, layout(tile))
+            return self._map
+
+    def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
+        """``region`` in parts, each with whether something was written there; from now on, all of it was."""
+        with self._lock:
+            return self._frontier.claim(region, lambda part: self._view(whole, part).zero_())
+
+    def _view(self, whole: Tensor, region: Region) -> Tensor:
+        return crop(whole, self.spec.axes, Region.whole(self.spec.size), region)
+
+
+def _combine(target: Tensor, tile: Tensor, *, adds: bool) -> None:
+    target.add_(tile) if adds else target.copy_(tile)

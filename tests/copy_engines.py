@@ -1,0 +1,145 @@
+"""A GPU's copy engines without a GPU: copies take place as late as their order allows.
+
+So whoever reads a tile that has not come, changes or drops one that has not gone, or reuses host memory that
+a copy still reads, finds it here every time; on a GPU it shows now and then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from streamcnn.stores.transfers import Copies
+
+Mark = tuple[str, int]
+"""Of which queue, and after how many of its entries; what a CPU computes is done at once."""
+
+
+@dataclass
+class _Copy:
+    target: Tensor
+    source: Tensor
+    expected: Tensor
+    """What the source held when the copy was asked for."""
+    on_device: Tensor
+    """One of the two: its memory would be used for something else as soon as it is let go of."""
+
+
+@dataclass
+class LateCopies:
+    """Copies between host memory and a "device" that is the host, too."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pins: bool = True
+    """Whether memory can be pinned."""
+    num_pinned: int = 0
+    num_brought: int = 0
+    num_taken: int = 0
+    num_settled: int = 0
+    """How often the host waited for a copy that was not done."""
+
+    def __post_init__(self) -> None:
+        self._queues: dict[str, deque[list[_Copy]]] = {"in": deque(), "out": deque()}
+        self._done = {"in": 0, "out": 0}
+
+    @property
+    def num_open(self) -> int:
+        """Copies that were asked for, and that nothing has waited for."""
+        return sum(map(len, self._queues.values()))
+
+    def mark(self) -> Mark:
+        """What is computed is done."""
+        return "computed", 0
+
+    def bring(self, copies: Copies, after: Mark) -> Mark:
+        """The device's memory may be had for something else only after the copy, the host's changed."""
+        self.num_brought += len(copies)
+        for target, _ in copies:
+            _spoil(target)
+        return self._ask("in", [_Copy(_alias(t), _alias(s), s.clone(), _alias(t)) for t, s in copies])
+
+    def take(self, copies: Copies, after: Mark) -> Mark:
+        """As `bring`; memory of the device that is let go of is used for something else at once."""
+        self.num_taken += len(copies)
+        return self._ask("out", [_Copy(_alias(t), _alias(s), s.clone(), _alias(s)) for t, s in copies])
+
+    def hold(self, mark: Mark) -> None:
+        """What a CPU computes next is computed at once."""
+        self._reach(mark)
+
+    def settle(self, mark: Mark) -> None:
+        """Have it done."""
+        self.num_settled += self._reach(mark)
+
+    def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        """Memory with anything in it."""
+        buffer = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
+        _spoil(buffer)
+        return buffer
+
+    def pin(self, block: Tensor) -> Callable[[], None] | None:
+        """Count it."""
+        if not self.pins:
+            return None
+        self.num_pinned += block.nbytes
+        _spoil(block)
+        nbytes = block.nbytes
+
+        def undo() -> None:
+            self.num_pinned -= nbytes
+
+        return undo
+
+    def _ask(self, queue: str, copies: list[_Copy]) -> Mark:
+        for copy in copies:
+            target, source = copy.target, copy.source
+            assert (target.shape, target.dtype) == (source.shape, source.dtype)
+            for each in (target, source):
+                assert each.is_contiguous() or each.is_contiguous(memory_format=torch.channels_last), (
+                    "a copy of memory with gaps takes other memory and time"
+                )
+        self._queues[queue].append(copies)
+        return queue, self._done[queue] + len(self._queues[queue])
+
+    def _reach(self, mark: Mark) -> int:
+        queue, count = mark
+        if queue == "computed" or count <= self._done[queue]:
+            return 0
+        while self._done[queue] < count:
+            for copy in self._queues[queue][0]:
+                assert self._is_held(copy.on_device), "let go of while it was copied"
+                assert torch.equal(_bits(copy.source), _bits(copy.expected)), "changed while it was copied"
+                copy.target.copy_(copy.source)
+            self._queues[queue].popleft()
+            self._done[queue] += 1
+        return 1
+
+    def _is_held(self, x: Tensor) -> bool:
+        """Whether somebody else has memory of the device."""
+        copies = [copy for each in self._queues.values() for asked in each for copy in asked]
+        held = [t for copy in copies for t in (copy.target, copy.source, copy.on_device)]
+        place = x.untyped_storage().data_ptr()
+        return _num_uses(x) > sum(t.untyped_storage().data_ptr() == place for t in held)
+
+
+def _alias(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def _num_uses(x: Tensor) -> int:
+    """Tensors in the memory of ``x``."""
+    alone = torch.empty(1)
+    counted = [torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (x, alone)]
+    return counted[0] - counted[1] + 1
+
+
+def _spoil(x: Tensor) -> None:
+    x.fill_(True if x.dtype == torch.bool else 77)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)

@@ -1,0 +1,259 @@
+"""Tiles that are moved while others are computed: exact, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from copy_engines import LateCopies
+from streaming_cases import Gate, assert_same_gradients, error_of, loss_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamcnn import StreamingModel
+from streamcnn.execution.exchange import Exchange
+from streamcnn.graph.program import Program
+from streamcnn.plan.plan import PassPart, Plan
+from streamcnn.plan.storage import Tier
+from streamcnn.runtime import plan_cache, streamed_pass
+from streamcnn.stores import GpuTransfers
+
+SHAPE = (1, 3, 61, 53)
+conv = partial(nn.Conv2d, kernel_size=3, bias=False)
+
+
+class Residual(nn.Module):
+    """Maps with several readers, in one phase and in others; a statistic in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 6, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.a = nn.Sequential(conv(6, 6, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.b = nn.Sequential(conv(6, 6, padding=2, dilation=2), nn.BatchNorm2d(6), Gate(6))
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.b(self.a(x)))
+        x = x + self.a(x)
+        return self.head(x).mean((2, 3))
+
+
+class Skips(nn.Module):
+    """An encoder and decoder that ends in a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(conv(3, 5, padding=1), nn.GroupNorm(1, 5), nn.GELU())
+        self.deep = nn.Sequential(conv(5, 7, padding=1), nn.BatchNorm2d(7), nn.SiLU())
+        self.up = nn.Sequential(conv(12, 5, padding=1), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x)
+        deep = self.deep(F.max_pool2d(skip, 2))
+        deep = F.interpolate(deep, size=skip.shape[2:], mode="bilinear")
+        return self.up(torch.cat([skip, deep], 1))
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LateCopies]]:
+    """The copy engines of all passes; every one of them is done with all that it was asked for."""
+    made: list[LateCopies] = []
+
+    def transfers_of(device: torch.device) -> GpuTransfers:
+        made.append(LateCopies(device))
+        return GpuTransfers(made[-1])
+
+    monkeypatch.setattr(streamed_pass, "transfers_of", transfers_of)
+    yield made
+    assert made
+    assert not any(engine.num_open for engine in made)
+
+
+def away(
+    monkeypatch: pytest.MonkeyPatch,
+    choose: Callable[[str], Tier],
+    overlaps: Callable[[PassPart], bool] = lambda part: True,
+) -> None:
+    """Have plans keep maps away from memory, and move them beside."""
+    original = plan_cache.make_plan
+
+    def planned(*args: Any) -> tuple[Program, Plan]:
+        program, plan = original(*args)
+        stores = {
+            name: dataclasses.replace(store, tier=choose(name), gradient_tier=choose(name))
+            for name, store in plan.stores.items()
+        }
+        again = [phase for phases in plan.rematerialised.values() for phase in phases]
+        parts = {(direction, phase.level) for phase in plan.phases for direction in ("forward", "backward")}
+        parts |= {("again", phase.level) for phase in again}
+        return program, dataclasses.replace(
+            plan, stores=stores, overlapped=frozenset(filter(overlaps, parts))
+        )
+
+    monkeypatch.setattr(plan_cache, "make_plan", planned)
+
+
+def on_host(name: str) -> Tier:
+    return Tier.HOST
+
+
+def on_disk(name: str) -> Tier:
+    return Tier.DISK
+
+
+def mixed(name: str) -> Tier:
+    return list(Tier)[sum(map(ord, name)) % 3]
+
+
+def make_model(
+    make_net: Callable[[], nn.Module], tile: int | tuple[int, int]
+) -> tuple[StreamingModel, nn.Module]:
+    torch.manual_seed(0)
+    net = make_net().double()
+    model = StreamingModel(net, tile=tile)
+    model.resident_tail = False
+    return model, copy.deepcopy(net)
+
+
+def assert_exact(model: StreamingModel, plain: nn.Module, image: Tensor) -> None:
+    for net in (model, plain):
+        net.zero_grad()
+    images = [image.clone().requires_grad_() for _ in range(2)]
+    outputs = [net(x) for net, x in zip((model, plain), images, strict=True)]
+    assert error_of(*outputs) < 1e-12
+    for output in outputs:
+        loss_of(output).backward()
+    assert_same_gradients(model, plain)
+    assert error_of(images[0].grad, images[1].grad) < 1e-10
+
+
+@pytest.mark.parametrize("overlaps", [True, False], ids=["overlapping", "at once"])
+@pytest.mark.parametrize("choose", [on_host, on_disk, mixed], ids=lambda choose: choose.__name__)
+@pytest.mark.parametrize("make_net", [Residual, Skips], ids=lambda net: net.__name__)
+@pytest.mark.parametrize(
+    ("shape", "tile", "memory_format"),
+    [
+        (SHAPE, (16, 53), torch.channels_last),
+        (SHAPE, 20, torch.contiguous_format),
+        ((2, *SHAPE[1:]), 24, torch.channels_last),
+    ],
+    ids=str,
+)
+def test_exact_however_late_copies_are(
+    engines: list[LateCopies],
+    monkeypatch: pytest.MonkeyPatch,
+    make_net: Callable[[], nn.Module],
+    choose: Callable[[str], Tier],
+    shape: tuple[int, ...],
+    tile: int | tuple[int, int],
+    memory_format: torch.memory_format,
+    overlaps: bool,
+) -> None:
+    away(monkeypatch, choose, lambda part: overlaps)
+    model, plain = make_model(make_net, tile)
+    for net in (model, plain):
+        net.to(memory_format=memory_format)
+    image = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
+    for _ in range(2):
+        assert_exact(model, plain, image)
+    assert sum(engine.num_brought for engine in engines)
+    assert sum(engine.num_taken for engine in engines)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_and_narrow_types(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    away(monkeypatch, on_host)
+    model, plain = make_model(Residual, (16, 53))
+    model.float(), plain.float()
+    image = torch.randn(SHAPE)
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        outputs = [net(image) for net in (model, plain)]
+    assert error_of(*outputs) < (2e-2 if dtype is torch.bfloat16 else 1e-5)
+    for output in outputs:
+        loss_of(output).backward()
+    assert_same_gradients(model, plain, 0.1 if dtype is torch.bfloat16 else 1e-3)
+
+
+def test_the_next_tile_is_under_way_while_one_is_computed(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(monkeypatch, on_host)
+    model, _ = make_model(Residual, (16, 53))
+    asked: list[tuple[str, int]] = []
+    for name in ("prepare", "scatter"):
+
+        def noted(name: str, original: Callable[..., Any], *args: Any) -> Any:
+            asked.append((name, args[2].row))
+            return original(*args)
+
+        monkeypatch.setattr(Exchange, name, partial_method(partial(noted, name, getattr(Exchange, name))))
+    model(torch.randn(SHAPE, dtype=torch.float64)).sum().backward()
+    assert len(asked) > 20
+    assert asked[:4] == [("prepare", 1), ("scatter", 0), ("prepare", 2), ("scatter", 1)]
+    # A GPU would be waited for at the end of a phase, and for what leaves it for a host that adds.
+    waits = sum(engine.num_settled for engine in engines)
+    assert waits < sum(engine.num_taken for engine in engines)
+
+
+def partial_method(call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: call(*args)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("choose", [on_host, on_disk], ids=lambda choose: choose.__name__)
+def test_a_failure_leaves_nothing_under_way(
+    engines: list[LateCopies],
+    monkeypatch: pytest.MonkeyPatch,
+    choose: Callable[[str], Tier],
+    direction: str,
+) -> None:
+    away(monkeypatch, choose)
+    model, plain = make_model(Residual, (16, 53))
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    output = model(image) if direction == "backward" else None
+    original, count = Exchange.scatter, 0
+
+    def failing(self: Exchange, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        original(self, *args)
+        if count == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as failure:
+        failure.setattr(Exchange, "scatter", failing)
+        with pytest.raises(KeyboardInterrupt):
+            model(image) if output is None else output.sum().backward()
+    assert not any(engine.num_open for engine in engines)
+    for net in (model, plain):
+        for norm in net.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+    assert_exact(model, plain, image)
+
+
+def test_memory_of_maps_is_kept_for_the_next_pass_and_given_back(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(monkeypatch, on_host)
+    model, plain = make_model(Residual, (16, 53))
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    pinned = []
+    for _ in range(3):
+        assert_exact(model, plain, image)
+        pinned.append(sum(engine.num_pinned for engine in engines))
+    assert pinned[0] == model.spare_pinned.nbytes > 0
+    assert pinned[1] == pinned[2] <= 1.25 * pinned[0], "later passes pin no more"
+    assert copy.deepcopy(model).spare_pinned.nbytes == 0
+    model.release()
+    gc.collect()
+    assert sum(engine.num_pinned for engine in engines) == model.spare_pinned.nbytes == 0
