@@ -99,14 +99,17 @@ def test_where_blocks_are_kept_the_plan_leaves_room_for_what_is_no_tensor() -> N
 def test_a_card_is_charged_no_less_than_a_cpu_without_libraries() -> None:
     bare = CpuBackend(kernel_bytes=0, code_bytes=0, matrix_bytes=0, fuses_attention=True)
     for budget in (None, 2 * 10**9, 15 * 10**7):
-        host, card = plan_with(bare, budget), plan_with(CudaBackend(prefers_bands=False), budget)
+        host, card = (
+            plan_with(bare, budget),
+            plan_with(CudaBackend(prefers_bands=False, overlaps=False), budget),
+        )
         assert card.projected_bytes == host.projected_bytes
 
 
 def test_a_card_cuts_maps_into_bands_rather_than_squares() -> None:
     grids = []
-    for backend in (CudaBackend(prefers_bands=False), CudaBackend()):
-        plan = plan_with(backend, 3 * 10**8, shape=(1, 3, 3600, 800))
+    for backend in (CudaBackend(prefers_bands=False, overlaps=False), CudaBackend(overlaps=False)):
+        plan = plan_with(backend, 3 * 10**8, shape=(1, 3, 7200, 800))
         assert plan.fits
         # The first two phases read the image, of which a map is computed again.
         grids.append([(len(phase.rows), len(phase.cols)) for phase in plan.phases[2:]])

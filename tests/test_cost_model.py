@@ -18,6 +18,7 @@ from streamcnn.planning.backends import CpuBackend
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     PARAMETER_PASSES,
+    MapTraffic,
     Traffic,
     all_works,
     output_traffic,
@@ -88,16 +89,21 @@ def test_what_is_moved_to_and_from_stores() -> None:
     first, second = divide(program).stages[:2]
     nbytes = program.nodes["conv2d"].nbytes
     # Written once; in the backward pass its gradient is read, and its values for the statistics.
-    assert output_traffic(program, first, backward=True) == {"conv2d": Traffic(2 * nbytes, nbytes)}
-    assert output_traffic(program, first, backward=False) == {"conv2d": Traffic(0, nbytes)}
+    values, gradient = Traffic(nbytes, nbytes), Traffic(nbytes, 0)
+    assert output_traffic(program, first, backward=True) == {"conv2d": MapTraffic(values, gradient)}
+    assert output_traffic(program, first, backward=False) == {"conv2d": MapTraffic(Traffic(0, nbytes))}
     (tiled,) = tile_stage(Outline.of(program, second), (2, 3))
     traffic = tile_traffic(tiled, backward=True)
     moved = traffic.pop("conv2d")
+    regions = moved.gradient.written
     # Read forward and backward; the gradient is added: read and written. Each of six tiles does so.
-    assert moved == Traffic(3 * moved.written, moved.written, 3 * 6)
+    assert moved == MapTraffic(Traffic(2 * regions, 0, 2 * 6), Traffic(regions, regions, 6))
     # What it stores is written once, and read as often as the stage's own output above.
-    assert traffic == {name: Traffic(0, 0, 3 * 6) for name in second.stored}
-    assert moved.written == tiled.covered("conv2d") * nbytes // PIXELS > nbytes
+    assert traffic == {name: MapTraffic(Traffic(0, 0, 2 * 6), Traffic(0, 0, 6)) for name in second.stored}
+    assert regions == tiled.covered("conv2d") * nbytes // PIXELS > nbytes
+    assert moved.seconds(HARDWARE, (Tier.DISK, Tier.MEMORY)) == pytest.approx(
+        moved.values.seconds(HARDWARE, Tier.DISK) + moved.gradient.seconds(HARDWARE, Tier.MEMORY)
+    )
     assert Traffic(10, 20, 7).seconds(HARDWARE, Tier.DISK) == pytest.approx(
         10 / HARDWARE.read_bytes[Tier.DISK]
         + 20 / HARDWARE.write_bytes[Tier.DISK]

@@ -290,11 +290,18 @@ def test_norms_without_weights(norm: nn.Module) -> None:
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("overlaps", [False, True], ids=["at once", "overlapping"])
+@pytest.mark.parametrize("tile", [32, (32, SHAPE[3])], ids=["squares", "bands"])
 def test_stores_away_from_the_device(
-    monkeypatch: pytest.MonkeyPatch, tier: Tier, memory_format: torch.memory_format
+    monkeypatch: pytest.MonkeyPatch,
+    tier: Tier,
+    memory_format: torch.memory_format,
+    overlaps: bool,
+    tile: int | tuple[int, int],
 ) -> None:
+    shape = SHAPE if tile == 32 else (1, *SHAPE[1:])
     net = make_net().double().to(GPU, memory_format=memory_format)
-    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU).to(memory_format=memory_format)
+    image = torch.randn(shape, dtype=torch.float64, device=GPU).to(memory_format=memory_format)
     expected = update(copy.deepcopy(net), image)
     original = plan_cache.make_plan
 
@@ -304,17 +311,18 @@ def test_stores_away_from_the_device(
             name: dataclasses.replace(store, tier=tier, gradient_tier=tier)
             for name, store in plan.stores.items()
         }
-        return program, dataclasses.replace(plan, stores=stores)
+        parts = {(d, phase.level) for phase in plan.phases for d in ("forward", "backward") if overlaps}
+        return program, dataclasses.replace(plan, stores=stores, overlapped=frozenset(parts))
 
     monkeypatch.setattr(plan_cache, "make_plan", away)
-    model = StreamingModel(net, "3GB", tile=32)
+    model = StreamingModel(net, "3GB", tile=tile)
     model.resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.
     for _ in range(5):
         net.zero_grad()
         net.load_state_dict(make_net().double().state_dict())
         assert_same(update(model, image), expected, 1e-10)
-    assert {store.tier for store in model.plan(SHAPE, torch.float64).stores.values()} == {tier}
+    assert {store.tier for store in model.plan(shape, torch.float64).stores.values()} == {tier}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

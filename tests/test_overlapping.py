@@ -254,6 +254,10 @@ def test_memory_of_maps_is_kept_for_the_next_pass_and_given_back(
     assert pinned[0] == model.spare_pinned.nbytes > 0
     assert pinned[1] == pinned[2] <= 1.25 * pinned[0], "later passes pin no more"
     assert copy.deepcopy(model).spare_pinned.nbytes == 0
+    # A pass that is never differentiated goes with its maps.
+    model(image)
+    gc.collect()
+    assert sum(engine.num_pinned for engine in engines) == model.spare_pinned.nbytes
     model.release()
     gc.collect()
     assert sum(engine.num_pinned for engine in engines) == model.spare_pinned.nbytes == 0

@@ -43,6 +43,40 @@ def test_a_card_that_is_not_here() -> None:
     assert lines[1].endswith(" on disk")
 
 
+def test_tiles_are_moved_beside_others_where_there_is_memory_for_it() -> None:
+    net = make_net()
+    machine = cuda_card(net, host_bytes=10**12, optimizer_copies=2)
+    # Were it as fast as a card is, all maps would be computed again.
+    slow = dataclasses.replace(machine, hardware=dataclasses.replace(machine.hardware, dense_flops=1e11))
+    at_once = dataclasses.replace(slow, backend=dataclasses.replace(slow.backend, overlaps=False))
+    plan, other = (StreamingModel(net, "4GB").plan_for(each, SHAPE) for each in (slow, at_once))
+    assert plan.fits
+    assert plan.projected_seconds < other.projected_seconds
+    away = {name for name, store in plan.stores.items() if store.tier is not Tier.MEMORY}
+    phases = {phase.level: phase for phase in plan.phases}
+    assert plan.overlapped
+    for direction, level in plan.overlapped:
+        phase = phases[level]
+        assert direction in ("forward", "backward", "again")
+        assert phase.num_tiles > 1
+        assert away & {*phase.inputs, *phase.stored}
+    counted = len(plan.overlapped)
+    assert f"tiles are moved while others are computed {counted} times that a phase is run" in plan.explain()
+    assert len(json.loads(plan.to_json())["overlapped"]) == counted
+    assert not other.overlapped
+    assert "overlapped" not in json.loads(other.to_json())
+
+
+def test_a_gradient_map_stays_in_memory_where_that_is_faster() -> None:
+    net = make_net()
+    machine = cuda_card(net, host_bytes=10**12, optimizer_copies=2)
+    slow = dataclasses.replace(machine, hardware=dataclasses.replace(machine.hardware, dense_flops=1e11))
+    plan = StreamingModel(net, "6GB").plan_for(slow, SHAPE)
+    tiers = {(store.tier, store.gradient_tier) for store in plan.stores.values()}
+    assert (Tier.HOST, Tier.MEMORY) in tiers
+    assert (Tier.MEMORY, Tier.HOST) not in tiers
+
+
 def test_the_smallest_budget_named_counts_what_the_card_holds() -> None:
     net = make_net()
     machine = cuda_card(net, host_bytes=10**12, optimizer_copies=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -14,14 +14,17 @@ from torch import nn
 
 from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
+from streamcnn.plan.plan import PassPart
 from streamcnn.plan.reading import NO_READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.planning.backends import CpuBackend
+from streamcnn.planning import candidates
+from streamcnn.planning.backends import Backend, CpuBackend
 from streamcnn.planning.candidates import TilingCandidates
-from streamcnn.planning.cost_model import Traffic
+from streamcnn.planning.cost_model import MapTraffic, Tiers
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import is_differentiated, peak_points
+from streamcnn.planning.memory_model import PeakPoint, is_differentiated, peak_points
+from streamcnn.planning.overlapping import moved_beside, overlapped
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Staging, divide, drop, gathered, recompute
@@ -30,6 +33,7 @@ SHAPE = (1, 3, 250, 230)
 MIB = 2**20
 CPU = NOMINAL["cpu"]
 BACKEND = CpuBackend.on(1)
+OVERLAPPING = replace(BACKEND, overlaps=True)
 SLOW_DISK = HardwareProfile(
     source="a slow disk",
     dense_flops=CPU.dense_flops,
@@ -86,10 +90,10 @@ def traced_net(name: str) -> tuple[Program, frozenset[str]]:
     return traced(NETS[name](), SHAPE)
 
 
-def searching(name: str, budget: int | None, hardware: HardwareProfile) -> Search:
+def searching(name: str, budget: int | None, hardware: HardwareProfile, backend: Backend = BACKEND) -> Search:
     program, wanted = traced_net(name)
     return Search(
-        TilingCandidates(program, wanted, hardware, None, BACKEND), budget, (OffloadTier(Tier.DISK),)
+        TilingCandidates(program, wanted, hardware, None, backend), budget, (OffloadTier(Tier.DISK),)
     )
 
 
@@ -118,45 +122,66 @@ def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]:
-    """Bytes and seconds of every choice of stores, tiles and allocator for a staging."""
-    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, BACKEND)
+    """Bytes and seconds of every choice of stores, tiles and allocator for a staging.
+
+    Where the device moves tiles beside others, both with and without that.
+    """
+    hardware, backend = search.tilings.hardware, search.tilings.backend
+    global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, backend)
     again = staging.rematerialised
     ways = [search.tilings.of(stage) for stage in (*staging.stages, *(each.stage for each in again))]
     table = search.table(staging)
     names = sorted(staging.stored)
     dropped = {name for each in again for name in each.stage.stored}
-    for tiers in itertools.product((Tier.MEMORY, Tier.DISK), repeat=len(names)):
-        if any(tier is Tier.DISK and name in dropped for name, tier in zip(names, tiers, strict=True)):
+    everywhere: list[Tiers] = [
+        (Tier.MEMORY, Tier.MEMORY),
+        (Tier.DISK, Tier.MEMORY),
+        (Tier.DISK, Tier.DISK),
+    ]
+    for chosen_tiers in itertools.product(everywhere, repeat=len(names)):
+        tiers = dict(zip(names, chosen_tiers, strict=True))
+        if any(tiers[name][0] is Tier.DISK for name in dropped):
             continue
-        stores = table.stores(dict(zip(names, tiers, strict=True)))
+        stores = table.stores(tiers)
         stored = StoredBytes(stores, staging.levels)
         for chosen in itertools.product(*ways):
-            moved = dict.fromkeys(names, Traffic(0, 0))
-            for row in table.rows:
-                for name, traffic in row.outputs.items():
-                    moved[name] += traffic
-            for tiling in chosen:
-                for name, traffic in tiling.moved.items():
-                    moved[name] += traffic
-            disk = sum(moved[name].seconds(search.tilings.hardware, stores[name].tier) for name in names)
-            for reuses_blocks in (False,) if Tier.DISK in tiers else (True, False):
-                tiled = [tiling.tiled for tiling in chosen]
+            near, away = [], []
+            for row, tiling in zip(table.rows, chosen, strict=True):
+                moves = [*row.outputs.items(), *tiling.moved.items()]
+                near.append(sum(seconds_in(Tier.MEMORY, each, tiers[n], hardware) for n, each in moves))
+                away.append(sum(seconds_in(Tier.DISK, each, tiers[n], hardware) for n, each in moves))
+            is_offloaded = any(tier is Tier.DISK for tier, _ in chosen_tiers)
+            tiled = [tiling.tiled for tiling in chosen]
+            first = tiled[: len(staging.stages)]
+            again_tiled = [
+                (each.before, stage) for each, stage in zip(again, tiled[len(first) :], strict=True)
+            ]
+            for reuses_blocks, overlaps in itertools.product(
+                (False,) if is_offloaded else (True, False),
+                (True, False) if backend.overlaps and is_offloaded else (False,),
+            ):
                 points = peak_points(
-                    tiled[: len(staging.stages)],
+                    first,
                     global_bytes,
                     stored,
-                    rematerialised=[
-                        (each.before, stage)
-                        for each, stage in zip(again, tiled[len(staging.stages) :], strict=True)
-                    ],
+                    rematerialised=again_tiled,
+                    moving=moved_beside(first, again_tiled, stores) if overlaps else {},
                     reuses_blocks=reuses_blocks,
                 )
                 nbytes = max(point.nbytes for point in points)
-                seconds = disk + sum(
-                    tiling.time.seconds + (0 if reuses_blocks else tiling.time.fresh_seconds)
-                    for tiling in chosen
-                )
+                seconds = 0.0
+                for tiling, beside, aside in zip(chosen, near, away, strict=True):
+                    fresh = 0 if reuses_blocks else tiling.time.fresh_seconds
+                    computing = tiling.time.seconds + fresh + beside
+                    hides = overlaps and tiling.tiled.num_tiles > 1
+                    seconds += max(computing, aside) if hides else computing + aside
                 yield nbytes, seconds
+
+
+def seconds_in(tier: Tier, moved: MapTraffic, tiers: Tiers, hardware: HardwareProfile) -> float:
+    """Time in the stores of one tier."""
+    both = zip((moved.values, moved.gradient), tiers, strict=True)
+    return sum(traffic.seconds(hardware, tier) for traffic, each in both if each is tier)
 
 
 def found_by(search: Search) -> Solution:
@@ -169,35 +194,52 @@ DECODED = BatchCost((ReadingCost((SHAPE[2], SHAPE[3]), held=10**6, opening=3 * 1
 
 @pytest.mark.parametrize("budget", [None, 10**9, 8 * 10**7, 10**6])
 @pytest.mark.parametrize("reading", [NO_READING, DECODED], ids=["in memory", "decoded"])
+@pytest.mark.parametrize("backend", [BACKEND, OVERLAPPING], ids=["at once", "overlapping"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_search_weighs_what_the_terms_of_the_worst_point_add_up_to(
-    name: str, reading: BatchCost, budget: int | None
+    name: str, reading: BatchCost, budget: int | None, backend: Backend
 ) -> None:
     program, wanted = traced_net(name)
-    tilings = TilingCandidates(program, wanted, CPU, None, BACKEND, reading=reading)
+    tilings = TilingCandidates(program, wanted, CPU, None, backend, reading=reading)
     search = Search(tilings, budget, (OffloadTier(Tier.DISK),))
     found = found_by(search)
-    points = peak_points(
-        [tiling.tiled for tiling in found.tilings],
-        search.global_bytes(found.staging),
-        StoredBytes(found.stores, found.staging.levels),
-        reuses_blocks=found.reuses_blocks,
-    )
+
+    def points_with(moving: Mapping[PassPart, int]) -> list[PeakPoint]:
+        return peak_points(
+            found.tiled,
+            search.global_bytes(found.staging),
+            StoredBytes(found.stores, found.staging.levels),
+            rematerialised=found.rematerialised,
+            moving=moving,
+            reuses_blocks=found.reuses_blocks,
+        )
+
+    moved = moved_beside(found.tiled, found.rematerialised, found.stores) if found.overlaps else {}
+    points = points_with(moved)
+    if found.fits:
+        assert overlapped(points_with({}), moved, backend, budget) == moved.keys()
     assert max(point.nbytes for point in points) == found.nbytes
     assert (points[0].name == "the first read") == bool(reading.opening)
 
 
+@pytest.mark.parametrize("backend", [BACKEND, OVERLAPPING], ids=["at once", "overlapping"])
 @pytest.mark.parametrize("hardware", [CPU, SLOW_DISK], ids=["nominal", "slow disk"])
 @pytest.mark.parametrize("name", SMALL)
-def test_the_search_comes_within_5_percent_of_the_best(name: str, hardware: HardwareProfile) -> None:
-    everything = searching(name, None, hardware)
+def test_the_search_comes_within_5_percent_of_the_best(
+    monkeypatch: pytest.MonkeyPatch, name: str, hardware: HardwareProfile, backend: Backend
+) -> None:
+    # There are as many choices as there are ways to combine all stages' tiles.
+    if name == "three convolutions":
+        monkeypatch.setattr(candidates, "TILE_EDGES", (64,))
+        monkeypatch.setattr(candidates, "FEW_BANDS", ())
+    everything = searching(name, None, hardware, backend)
     all_of_them = [each for staging in stagings(everything) for each in projections(everything, staging)]
     smallest, largest = min(n for n, _ in all_of_them), max(n for n, _ in all_of_them)
     gaps = []
     for share in (0.02, 0.1, 0.25, 0.5, 0.8):
         budget = int(smallest + share * (largest - smallest))
         best = min(seconds for nbytes, seconds in all_of_them if nbytes <= budget)
-        found = found_by(searching(name, budget, hardware))
+        found = found_by(searching(name, budget, hardware, backend))
         assert found.fits
         gaps.append(found.seconds / best)
     assert max(gaps) <= 1.05, gaps

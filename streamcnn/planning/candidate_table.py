@@ -15,9 +15,10 @@ from streamcnn.plan.level_bytes import HeldBytes, Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import Flags, Lives
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
-from streamcnn.planning.cost_model import Traffic, output_traffic
+from streamcnn.planning.cost_model import MapTraffic, Tiers, Traffic, output_traffic
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import PassBytes, is_differentiated
+from streamcnn.planning.overlapping import OnTheWay
 from streamcnn.planning.staging import Stage, Staging
 
 Floats = NDArray[np.float64]
@@ -43,9 +44,7 @@ class CandidateScores:
     reusable: Ints
     """(stages, candidates): bytes of it in blocks that may be kept for reuse when they are freed."""
     seconds: Floats
-    """(stages, candidates): time of the stage, its inputs' stores included."""
-    outputs: float
-    """Seconds of what stages move however they are tiled."""
+    """(stages, candidates): time of the stage, its stores included."""
     levels: Ints
     """By stage."""
     peak_levels: Ints
@@ -101,15 +100,17 @@ class StageRow:
 
     tilings: tuple[TilingCandidate, ...]
     numbers: Ints
-    """(4, candidates): what :class:`CandidateScores` has as ``forward``, ``backward``, ``reusable`` and
-    ``num_kernels``."""
+    """(5, candidates): what :class:`CandidateScores` has as ``forward``, ``backward``, ``reusable`` and
+    ``num_kernels``, and tiles."""
     seconds: Floats
     """(2, candidates): where freed blocks are given back, and where they are kept for reuse."""
     touched: tuple[str, ...]
     """Maps whose stores its tiles read or write: its stored inputs and what it stores."""
     moved: Ints
-    """(3, touched x candidates): bytes read, bytes written and transfers of each."""
-    outputs: Mapping[str, Traffic]
+    """(6, touched x candidates): bytes read, bytes written and transfers of each, and of its gradient."""
+    on_the_way: Ints
+    """(3, touched x candidates): bytes of it while a tile is computed, forward, backward and of gradients."""
+    outputs: Mapping[str, MapTraffic]
     is_differentiated: bool
 
     @classmethod
@@ -118,23 +119,28 @@ class StageRow:
         found = tilings.of(stage)
         touched = tuple(found[0].moved)
         moved = [tiling.moved[name] for name in touched for tiling in found]
+        moving = [tiling.on_the_way.get(name, OnTheWay()) for name in touched for tiling in found]
         times = [tiling.time for tiling in found]
         backward = is_differentiated(stage, tilings.differentiated)
         steps = [(tiling.forward, tiling.backward) for tiling in found]
         if stage.rematerialises:
             steps = [(0, forward) for forward, _ in steps]
+            moving = [OnTheWay(0, each.forward) for each in moving]
         return cls(
             tilings=found,
             numbers=np.array(
                 [
-                    (*step, tiling.reusable, tiling.tiled.num_kernels)
+                    (*step, tiling.reusable, tiling.tiled.num_kernels, tiling.tiled.num_tiles)
                     for step, tiling in zip(steps, found, strict=True)
                 ],
                 np.int64,
             ).T,
             seconds=np.array([(time.seconds + time.fresh_seconds, time.seconds) for time in times]).T,
             touched=touched,
-            moved=np.array([(each.read, each.written, each.transfers) for each in moved], np.int64)
+            moved=np.array([(*_numbers(each.values), *_numbers(each.gradient)) for each in moved], np.int64)
+            .reshape(-1, 6)
+            .T,
+            on_the_way=np.array([(each.forward, each.backward, each.gradient) for each in moving], np.int64)
             .reshape(-1, 3)
             .T,
             outputs=output_traffic(tilings.program, stage, backward=backward),
@@ -158,6 +164,8 @@ class CandidateTable:
     backward: Ints
     reusable: Ints
     num_kernels: Ints
+    num_tiles: Ints
+    """(stages, candidates)."""
     seconds: Floats
     """(2, stages, candidates): where freed blocks are given back, and where they are kept for reuse."""
     touched: Ints
@@ -165,14 +173,19 @@ class CandidateTable:
     toucher: Ints
     """Which stage does so."""
     moved: Ints
-    """(3, touched, candidates): bytes read, bytes written and transfers."""
+    """(6, touched, candidates): bytes read, bytes written and transfers, then those of gradient maps."""
+    on_the_way: Ints
+    """(3, touched, candidates): bytes while a tile is computed, forward, backward and of gradients."""
     maps: tuple[str, ...]
     """Stored maps."""
     lives: Lives
     """Of each stored map."""
     outputs: Ints
-    """Which map is stored, by stage; the next are bytes (outputs, 2), read and written."""
+    """Which map is stored, by stage."""
     output_bytes: Ints
+    """(outputs, 2, 2): of the map and of its gradient map, bytes read and written however tiles are cut."""
+    storer: Ints
+    """Which stage stores it."""
 
     @classmethod
     def of(cls, staging: Staging, rows: tuple[StageRow, ...], gathers: Collection[Node]) -> CandidateTable:
@@ -184,8 +197,8 @@ class CandidateTable:
         lengths = np.array([len(row.tilings) for row in rows], np.int64)
         is_filled = np.arange(lengths.max(initial=1)) < lengths[:, None]
         toucher = np.repeat(np.arange(len(rows)), [len(row.touched) for row in rows])
-        forward, backward, reusable, num_kernels = _padded(
-            [row.numbers for row in rows], is_filled, (_NEVER, 0, 0, 0)
+        forward, backward, reusable, num_kernels, num_tiles = _padded(
+            [row.numbers for row in rows], is_filled, (_NEVER, 0, 0, 0, 1)
         )
         outputs = [each for row in rows for each in row.outputs.values()]
         return cls(
@@ -199,14 +212,19 @@ class CandidateTable:
             backward=backward,
             reusable=reusable,
             num_kernels=num_kernels,
+            num_tiles=num_tiles,
             seconds=_padded([row.seconds for row in rows], is_filled, (np.inf, np.inf)),
             touched=np.array([places[name] for row in rows for name in row.touched], np.int64),
             toucher=toucher,
-            moved=_padded([row.moved for row in rows], is_filled[toucher], (0, 0, 0)),
+            moved=_padded([row.moved for row in rows], is_filled[toucher], (0,) * 6),
+            on_the_way=_padded([row.on_the_way for row in rows], is_filled[toucher], (0,) * 3),
             maps=maps,
             lives=_lives(staging, rows, maps, gathers),
             outputs=np.array([places[name] for row in rows for name in row.outputs], np.int64),
-            output_bytes=np.array([(each.read, each.written) for each in outputs]).reshape(-1, 2),
+            output_bytes=np.array(
+                [(*_numbers(each.values)[:2], *_numbers(each.gradient)[:2]) for each in outputs], np.int64
+            ).reshape(-1, 2, 2),
+            storer=np.repeat(np.arange(len(rows)), np.array([len(row.outputs) for row in rows], np.int64)),
         )
 
     @property
@@ -214,14 +232,14 @@ class CandidateTable:
         """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
         return _spread(np.unique(self.reusable), len(self.rows))
 
-    def stores(self, tiers: Mapping[str, Tier]) -> dict[str, StorePlan]:
+    def stores(self, tiers: Mapping[str, Tiers]) -> dict[str, StorePlan]:
         """The plan of each stored map, given where it lives; tiles' extents are left at nothing."""
         lives = self.lives
         arrays = (lives.nbytes, lives.kept, lives.last_reader, lives.rematerialised)
         return {
             name: StorePlan(
-                tier=tiers[name],
-                gradient_tier=tiers[name],
+                tier=tiers[name][0],
+                gradient_tier=tiers[name][1],
                 nbytes=nbytes,
                 kept=kept,
                 last_reader=last_reader,
@@ -233,9 +251,9 @@ class CandidateTable:
             )
         }
 
-    def traffic(self) -> dict[str, Traffic]:
+    def traffic(self) -> dict[str, MapTraffic]:
         """What a pass moves of each stored map with every stage tiled coarsest."""
-        moved = dict.fromkeys(self.staging.stored, Traffic(0, 0))
+        moved = dict.fromkeys(self.staging.stored, MapTraffic())
         for row in self.rows:
             for name, traffic in (*row.outputs.items(), *row.tilings[0].moved.items()):
                 moved[name] += traffic
@@ -243,26 +261,42 @@ class CandidateTable:
 
     def score(
         self,
-        tiers: Mapping[str, Tier],
+        tiers: Mapping[str, Tiers],
         global_bytes: GlobalBytes,
         hardware: HardwareProfile,
         *,
         reuses_blocks: bool,
+        overlaps: bool = False,
     ) -> CandidateScores:
-        """Bytes and seconds of every candidate, given where each map lives."""
-        places = np.array([_TIERS[tiers[name]] for name in self.maps], np.int64)
+        """Bytes and seconds of every candidate, given where each map and its gradient map live.
+
+        With ``overlaps`` tiles are moved to and from other tiers while others are computed.
+        """
+        places = np.array([[_TIERS[tier] for tier in tiers[name]] for name in self.maps], np.int64)
+        places = places.reshape(-1, 2)
         rates = np.array([(hardware.read_bytes[tier], hardware.write_bytes[tier]) for tier in _TIERS])[places]
-        waits = np.array([hardware.transfer_seconds[tier] for tier in _TIERS])[places]
+        waits = np.array([[hardware.transfer_seconds[tier]] for tier in _TIERS])[places]
         in_memory = places == _TIERS[Tier.MEMORY]
-        stored = self.lives.held(len(global_bytes.num_kernels), in_memory, in_memory)
+        stored = self.lives.held(len(global_bytes.num_kernels), in_memory[:, 0], in_memory[:, 1])
+        slowness = np.concatenate((1 / rates, waits), axis=2)
+        forward, backward = self.forward, self.backward
+        seconds = self.seconds[int(reuses_blocks)]
+        if overlaps:
+            more_forward, more_backward = self._on_the_way(~in_memory)
+            forward = forward + more_forward * (forward > 0)
+            backward = backward + more_backward * (backward > 0)
+            seconds = seconds + self._store_seconds(slowness * in_memory[..., None])
+            beside = self._store_seconds(slowness * ~in_memory[..., None])
+            # Where tiles follow each other, whichever takes less is hidden by the other.
+            seconds = np.where(self.num_tiles > 1, np.maximum(seconds, beside), seconds + beside)
+        else:
+            seconds = seconds + self._store_seconds(slowness)
         return CandidateScores(
-            forward=self.forward,
-            backward=self.backward,
+            forward=forward,
+            backward=backward,
             num_kernels=self.num_kernels,
             reusable=self.reusable,
-            seconds=self.seconds[int(reuses_blocks)]
-            + self._tile_seconds(np.column_stack((1 / rates, waits))),
-            outputs=sum((self.output_bytes / rates[self.outputs]).sum(axis=1).tolist()),
+            seconds=seconds,
             levels=self.levels,
             peak_levels=self.peak_levels,
             global_bytes=global_bytes,
@@ -270,17 +304,38 @@ class CandidateTable:
             reuses_blocks=reuses_blocks,
         )
 
-    def _tile_seconds(self, slowness: Floats) -> Floats:
-        """(stages, candidates): projected time spent on stores, as far as it depends on the tiles.
+    def _store_seconds(self, slowness: Floats) -> Floats:
+        """(stages, candidates): projected time spent on stores.
 
         Parameters
         ----------
         slowness
-            (maps, 3): seconds for a byte read, for a byte written and for a transfer.
+            (maps, 2, 3): of maps and gradient maps, seconds for a byte read, a byte written and a transfer.
         """
         summed: Floats = np.zeros_like(self.seconds[0])
-        np.add.at(summed, self.toucher, np.einsum("ktc,tk->tc", self.moved, slowness[self.touched]))
+        flat = slowness.reshape(-1, 6)[self.touched]
+        np.add.at(summed, self.toucher, np.einsum("ktc,tk->tc", self.moved, flat))
+        outputs = (self.output_bytes * slowness[self.outputs, :, :2]).sum(axis=(1, 2))
+        np.add.at(summed, self.storer, outputs[:, None])
         return summed
+
+    def _on_the_way(self, away: Flags) -> tuple[Ints, Ints]:
+        """(stages, candidates): bytes on the way while a tile is computed, forward and backward.
+
+        Parameters
+        ----------
+        away
+            (maps, 2): whether maps and gradient maps are away from the device's memory.
+        """
+        values, gradients = away[self.touched].T[..., None]
+        forward, backward = np.zeros_like(self.forward), np.zeros_like(self.backward)
+        np.add.at(forward, self.toucher, self.on_the_way[0] * values)
+        np.add.at(backward, self.toucher, self.on_the_way[1] * values + self.on_the_way[2] * gradients)
+        return forward, backward
+
+
+def _numbers(traffic: Traffic) -> tuple[int, int, int]:
+    return traffic.read, traffic.written, traffic.transfers
 
 
 def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
@@ -297,7 +352,7 @@ def _lives(
     nbytes, last, needed = dict[str, int](), dict(made), set[str]()
     # Levels of stages ascend, and stages that rematerialise maps come after these.
     for stage, row in zip(staging.stages, rows, strict=False):
-        nbytes.update((name, traffic.written) for name, traffic in row.outputs.items())
+        nbytes.update((name, traffic.values.written) for name, traffic in row.outputs.items())
         last.update(dict.fromkeys(row.touched, stage.level))
         if row.is_differentiated:
             needed.update(row.touched)

@@ -9,8 +9,9 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.backends import Backend
-from streamcnn.planning.cost_model import StageTime, Traffic, Work, all_works, stage_time, tile_traffic
+from streamcnn.planning.cost_model import MapTraffic, StageTime, Work, all_works, stage_time, tile_traffic
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
+from streamcnn.planning.overlapping import OnTheWay, on_the_way
 from streamcnn.planning.resident_bytes import total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, most_parts, tile_stage
@@ -39,8 +40,10 @@ class TilingCandidate:
     """Bytes of a backward step; 0 if there is none."""
     reusable: int
     """Bytes of the larger one in blocks that may be kept for reuse when they are freed."""
-    moved: Mapping[str, Traffic]
+    moved: Mapping[str, MapTraffic]
     """What all tiles move of each stored input; of what they store, the transfers alone."""
+    on_the_way: Mapping[str, OnTheWay]
+    """What is on the way of each while a tile is computed, if tiles are moved beside."""
 
     @property
     def nbytes(self) -> int:
@@ -135,4 +138,5 @@ class TilingCandidates:
             backward=after.nbytes if after else 0,
             reusable=max(forward.reusable, after.reusable if after else 0),
             moved=tile_traffic(tiled, backward=backward),
+            on_the_way=on_the_way(tiled),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from streamcnn.graph.costs import Cost, Operation, cost_of, counted, elements, windows
 from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
@@ -138,7 +139,7 @@ def stage_time(
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a pass moves to and from the store of one map and that of its gradient."""
+    """What a pass moves to and from one store."""
 
     read: int
     """Bytes; so is the next."""
@@ -158,40 +159,72 @@ class Traffic:
         )
 
 
-def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, Traffic]:
+NO_TRAFFIC = Traffic(0, 0)
+Tiers = tuple[Tier, Tier]
+"""Where a map lives, and where its gradient map does."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapTraffic:
+    """What a pass moves of one map."""
+
+    values: Traffic = NO_TRAFFIC
+    gradient: Traffic = NO_TRAFFIC
+
+    def __add__(self, other: MapTraffic) -> MapTraffic:
+        return MapTraffic(self.values + other.values, self.gradient + other.gradient)
+
+    def seconds(self, hardware: HardwareProfile, tiers: Tiers) -> float:
+        """Projected time in stores at ``tiers``."""
+        return self.values.seconds(hardware, tiers[0]) + self.gradient.seconds(hardware, tiers[1])
+
+
+def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, MapTraffic]:
     """What the tiles of a stage move of each stored input, and the transfers alone of what they store."""
-    found = {}
+    found, num_tiles = {}, tiled.num_tiles
     for name in tiled.stage.inputs:
         node = tiled.program.nodes[name]
         if node.kind is Kind.LOCAL:
             regions = tiled.covered(name) * (node.nbytes // math.prod(node.size))
+            once = Traffic(regions, 0, num_tiles)
             # In the backward pass it is read again, and its gradient added to what is there.
             found[name] = (
-                Traffic(3 * regions, regions, 3 * tiled.num_tiles)
+                MapTraffic(once + once, Traffic(regions, regions, num_tiles))
                 if backward
-                else Traffic(regions, 0, tiled.num_tiles)
+                else MapTraffic(once)
             )
     for name, times_read in _times_read(tiled.program, tiled.stage, backward=backward).items():
-        found[name] = Traffic(0, 0, (1 + times_read) * tiled.num_tiles)
+        found[name] = MapTraffic(
+            Traffic(0, 0, (1 + times_read.values) * num_tiles), Traffic(0, 0, times_read.gradient * num_tiles)
+        )
     return found
 
 
-def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, Traffic]:
+def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, MapTraffic]:
     """What a stage moves of each map that it stores, however it is tiled; transfers are left out."""
-    times_read = _times_read(program, stage, backward=backward)
-    return {
-        name: Traffic(times * program.nodes[name].nbytes, program.nodes[name].nbytes)
-        for name, times in times_read.items()
-    }
+    found = {}
+    for name, times_read in _times_read(program, stage, backward=backward).items():
+        nbytes = program.nodes[name].nbytes
+        found[name] = MapTraffic(
+            Traffic(times_read.values * nbytes, nbytes), Traffic(times_read.gradient * nbytes, 0)
+        )
+    return found
 
 
-def _times_read(program: Program, stage: Stage, *, backward: bool) -> dict[str, int]:
+class _TimesRead(NamedTuple):
+    """How often a stage itself reads a map that it writes, and the gradient of it."""
+
+    values: int
+    gradient: int
+
+
+def _times_read(program: Program, stage: Stage, *, backward: bool) -> dict[str, _TimesRead]:
     """How often the stage itself reads from the stores of a map that it writes.
 
     In the backward pass its gradient, and its values once more where a reduction looks at them.
     """
     reduced = {program.nodes[name].operands[0] for name in stage.reductions}
-    return {name: backward + (backward and name in reduced) for name in stage.stored}
+    return {name: _TimesRead(int(backward and name in reduced), int(backward)) for name in stage.stored}
 
 
 def plain_time(

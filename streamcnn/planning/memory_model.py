@@ -8,9 +8,10 @@ projection is that of its worst moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from streamcnn.planning.tiling import Outline, TiledStage
 
 NO_STEP = Step((), "", 0)
 """Where no operator runs."""
+ON_THE_WAY = "tiles on the way"
+"""The name of the term for tiles that are moved while another one is computed."""
 REDUCTION_COPIES = 2
 """Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
 
@@ -123,14 +126,22 @@ def peak_points(
     stored: StoredBytes,
     *,
     rematerialised: Sequence[tuple[int, TiledStage]] = (),
+    moving: Mapping[PassPart, int] = MappingProxyType({}),
     reuses_blocks: bool,
 ) -> list[PeakPoint]:
     """All peak points of a pass, in order.
 
     They are the first read of images that are decoded whole, every phase and the global values of every level
     forward, of which the last are the resident tail, and the same backward, where a phase is differentiated,
-    with the stages that are ``rematerialised`` before it, which come with its level.
+    with the stages that are ``rematerialised`` before it, which come with its level. ``moving`` has the parts
+    in which tiles are moved while others are computed, with what that takes.
     """
+
+    def point(name: str, part: PassPart, held: LevelBytes, level: int, step: Step) -> PeakPoint:
+        if part in moving:
+            step = replace(step, terms=(*step.terms, MemoryTerm(ON_THE_WAY, moving[part])))
+        return found.point(name, part, held, level, step)
+
     pairs = [
         steps(
             stage,
@@ -165,9 +176,7 @@ def peak_points(
     for level in levels:
         if level in by_level:
             step, _ = by_level[level]
-            points.append(
-                found.point(f"phase {level}, forward", ("forward", level), held.forward, level, step)
-            )
+            points.append(point(f"phase {level}, forward", ("forward", level), held.forward, level, step))
         if level in global_bytes.steps:
             points.append(found.segment_point(global_bytes, level, "forward", held.forward))
     for level in reversed(levels):
@@ -177,10 +186,8 @@ def peak_points(
         if after is not None:
             for dropped, step in again.get(level, ()):
                 name = f"phase {dropped} again, before phase {level}, backward"
-                points.append(found.point(name, ("again", dropped), held.backward, level, step))
-            points.append(
-                found.point(f"phase {level}, backward", ("backward", level), held.backward, level, after)
-            )
+                points.append(point(name, ("again", dropped), held.backward, level, step))
+            points.append(point(f"phase {level}, backward", ("backward", level), held.backward, level, after))
     return points
 
 

@@ -23,7 +23,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, is_differentiated, overhead_terms, peak_points
-from streamcnn.planning.overlapping import hidden_seconds, overlapped
+from streamcnn.planning.overlapping import moved_beside, overlapped
 from streamcnn.planning.resident_bytes import total_bytes
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import Machine, PassSpec
@@ -109,15 +109,17 @@ class _Attempt:
         program, staging, differentiated = tilings.program, solution.staging, tilings.differentiated
         stores = _with_tiles(solution)
         tiled, again = solution.tiled, solution.rematerialised
-        points = peak_points(
+        points_with = partial(
+            peak_points,
             tiled,
             self.search.global_bytes(staging),
             StoredBytes(stores, staging.levels),
             rematerialised=again,
             reuses_blocks=solution.reuses_blocks,
         )
-        room = spec.room(machine.reserved)
-        points, parts = overlapped(points, tiled, again, stores, machine.backend, room)
+        moved = moved_beside(tiled, again, stores)
+        parts = overlapped(points_with(), moved, machine.backend, spec.room(machine.reserved))
+        points = points_with(moving={part: moved[part] for part in parts})
         worst = max(points, key=lambda point: point.nbytes)
         training = bool(spec.leaves)
         on = machine.hardware, machine.backend
@@ -150,9 +152,7 @@ class _Attempt:
             worst=worst.name,
             worst_operator=_named(program, worst.operator),
             plain_bytes=machine.reserved + plain.solution.nbytes,
-            projected_seconds=self.seconds
-            + resident.seconds
-            - hidden_seconds(solution, parts, machine.hardware),
+            projected_seconds=self.seconds + resident.seconds,
             plain_seconds=at_once.seconds,
             recomputation=flops / at_once.flops if at_once.flops else 1.0,
             num_resident=_num_last(program, staging),

@@ -23,6 +23,7 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
+from streamcnn.planning.cost_model import Tiers
 from streamcnn.planning.global_bytes import GlobalBytes, last_readers, with_gradient_maps
 from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.spec import OffloadTier
@@ -50,6 +51,8 @@ class Policy(Enum):
     """What becomes of a map that could be stored."""
 
     KEEP = "keep"
+    OFFLOAD_VALUES = "offload values"
+    """Offloaded, but for the gradient map, which lives for a few phases only."""
     OFFLOAD = "offload"
     DROP = "drop"
     """Stored in the forward pass, and rematerialised in the backward pass."""
@@ -62,17 +65,20 @@ class Policies:
     """What becomes of the maps that a staging stores; those that are not named are kept."""
 
     offloaded: frozenset[str] = frozenset()
+    gradients: frozenset[str] = frozenset()
+    """Those of them whose gradient maps are offloaded, too."""
     dropped: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()
 
     def changed(self, policies: Mapping[str, Policy]) -> Policies:
         """The same but for the maps that ``policies`` names."""
 
-        def named(before: frozenset[str], policy: Policy) -> frozenset[str]:
-            return before.difference(policies).union(n for n, each in policies.items() if each is policy)
+        def named(before: frozenset[str], *chosen: Policy) -> frozenset[str]:
+            return before.difference(policies).union(n for n, each in policies.items() if each in chosen)
 
         return Policies(
-            named(self.offloaded, Policy.OFFLOAD),
+            named(self.offloaded, Policy.OFFLOAD, Policy.OFFLOAD_VALUES),
+            named(self.gradients, Policy.OFFLOAD),
             named(self.dropped, Policy.DROP),
             named(self.recomputed, Policy.RECOMPUTE),
         )
@@ -88,12 +94,14 @@ class Solution:
     """What becomes of the maps that it stores."""
     table: CandidateTable
     """The candidates of the stages that are left."""
-    tiers: Mapping[str, Tier]
-    """Where each stored map lives."""
+    tiers: Mapping[str, Tiers]
+    """Where each stored map lives, and its gradient map."""
     tilings: tuple[TilingCandidate, ...]
     """How each stage is tiled, those that rematerialise maps last."""
     reuses_blocks: bool
     """Whether freed blocks are kept for reuse."""
+    overlaps: bool
+    """Whether tiles are moved to and from other tiers while others are computed."""
     seconds: float
     nbytes: int
     fits: bool
@@ -196,6 +204,8 @@ class Search:
         match policy:
             case Policy.KEEP:
                 return True
+            case Policy.OFFLOAD_VALUES:
+                return thorough or name in found.policies.gradients
             case Policy.OFFLOAD:
                 return thorough
             case Policy.DROP:
@@ -230,14 +240,17 @@ class Search:
         """Solutions of a staging with maps offloaded in the order of what that costs per byte."""
         order = self._offload_order(staging)
 
-        def offload(count: int) -> Solution:
-            return self.solution(staging, Policies(frozenset(order[:count])), reuses_blocks=False)
+        def offload(count: int, *, gradients: bool) -> Solution:
+            offloaded = frozenset(order[:count])
+            policies = Policies(offloaded, offloaded if gradients else frozenset())
+            return self.solution(staging, policies, reuses_blocks=False)
 
         yield self.solution(staging, Policies(), reuses_blocks=True)
-        fewest = _fewest(len(order), lambda count: offload(count).fits)
-        counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
-        for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
-            yield offload(count)
+        for gradients in (True, False):
+            fewest = _fewest(len(order), lambda count: offload(count, gradients=gradients).fits)  # noqa: B023
+            counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
+            for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
+                yield offload(count, gradients=gradients)
 
     def _offload_order(self, staging: Staging) -> list[str]:
         """Stored maps, those first that free most bytes for the time that moving them takes."""
@@ -245,7 +258,7 @@ class Search:
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
-            seconds = moved[name].seconds(self.tilings.hardware, tier)
+            seconds = moved[name].seconds(self.tilings.hardware, (tier, tier))
             # Rounded, so that of equally dear ones the larger comes first.
             return float(f"{seconds / nbytes:.3g}"), -nbytes, name
 
@@ -265,12 +278,20 @@ class Search:
         reuses_blocks = reuses_blocks and reuses_blocks in self._ways and not policies.offloaded
         staging = self._staging(base, policies)
         table, global_bytes = self.table(staging), self.global_bytes(staging)
-        tiers = self._tiers(staging, policies.offloaded)
-        scores = table.score(tiers, global_bytes, self.tilings.hardware, reuses_blocks=reuses_blocks)
+        tiers = self._tiers(staging, policies)
+        hardware = self.tilings.hardware
+        # Moving tiles beside others is faster and takes memory.
+        ways = (True, False) if self.tilings.backend.overlaps and policies.offloaded else (False,)
+        all_scores = [
+            table.score(tiers, global_bytes, hardware, reuses_blocks=reuses_blocks, overlaps=overlaps)
+            for overlaps in ways
+        ]
         choices = (
-            _choose(scores, limit, self.budget) for limit in (table.limits if reuses_blocks else (_ANY,))
+            (overlaps, _choose(scores, limit, self.budget))
+            for overlaps, scores in zip(ways, all_scores, strict=True)
+            for limit in (table.limits if reuses_blocks else (_ANY,))
         )
-        choice = min(choices, key=lambda choice: choice.rank)
+        overlaps, choice = min(choices, key=lambda each: each[1].rank)
         return Solution(
             base=base,
             policies=policies,
@@ -278,6 +299,7 @@ class Search:
             tiers=tiers,
             tilings=tuple(row.tilings[i] for row, i in zip(table.rows, choice.indices, strict=True)),
             reuses_blocks=reuses_blocks,
+            overlaps=overlaps,
             seconds=choice.seconds,
             nbytes=choice.nbytes,
             fits=choice.fits,
@@ -318,21 +340,23 @@ class Search:
             row = self._rows[stage] = StageRow.of(self.tilings, stage)
         return row
 
-    def _tiers(self, staging: Staging, offloaded: frozenset[str]) -> dict[str, Tier]:
-        """Where each stored map lives: offloaded ones in the first tier that has room, else in the last.
+    def _tiers(self, staging: Staging, policies: Policies) -> dict[str, Tiers]:
+        """Where each stored map and its gradient map live: offloaded ones in the first tier that has room,
+        else in the last.
 
         Results are for the caller to read piece by piece, and take no memory.
         """
-        tiers = dict.fromkeys(staging.stored, Tier.MEMORY)
+        tiers: dict[str, Tiers] = dict.fromkeys(staging.stored, (Tier.MEMORY, Tier.MEMORY))
         free = [each.capacity for each in self.offload_tiers]
-        for name in sorted(offloaded, key=self.program.position):
-            # A map and its gradient map.
-            nbytes = 2 * self.program.nodes[name].nbytes
+        for name in sorted(policies.offloaded, key=self.program.position):
+            has_gradient = name in policies.gradients
+            nbytes = (1 + has_gradient) * self.program.nodes[name].nbytes
             index = next((i for i, n in enumerate(free) if n is None or n >= nbytes), len(free) - 1)
             left = free[index]
             free[index] = None if left is None else left - nbytes
-            tiers[name] = self.offload_tiers[index].tier
-        tiers.update(dict.fromkeys(staging.stored & self._results, Tier.DISK))
+            tier = self.offload_tiers[index].tier
+            tiers[name] = tier, tier if has_gradient else Tier.MEMORY
+        tiers.update(dict.fromkeys(staging.stored & self._results, (Tier.DISK, Tier.DISK)))
         return tiers
 
     def global_bytes(self, staging: Staging) -> GlobalBytes:
@@ -406,7 +430,7 @@ def _choose_once(scores: CandidateScores, limit: int, allowed: float) -> _Choice
     nbytes = max(int(scores.peaks(found)[rows, choice].max(initial=0)), scores.other_peak(found))
     return _Choice(
         indices=tuple(choice.tolist()),
-        seconds=float(scores.seconds[rows, choice].sum()) + scores.outputs,
+        seconds=float(scores.seconds[rows, choice].sum()),
         nbytes=nbytes,
         fits=nbytes <= allowed,
     )

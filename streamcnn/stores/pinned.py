@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ class SparePinned:
     def __init__(self) -> None:
         self._lock = Lock()
         self._spare: list[PinnedBlock] = []
-        self._in_use = self._most_in_use = 0
+        self._in_use = WeakSet[PinnedBlock]()
+        """Some go with a store that is collected."""
+        self._most_in_use = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparePinned, ()
@@ -74,22 +76,17 @@ class SparePinned:
             found = min(fitting, key=lambda block: block.nbytes, default=None)
             if found is not None:
                 self._spare.remove(found)
-            self._in_use += found.nbytes if found is not None else nbytes
-            self._most_in_use = max(self._most_in_use, self._in_use)
-            self._make_room()
-        if found is None:
-            try:
+            else:
+                self._make_room(nbytes)
                 found = PinnedBlock(nbytes, pin)
-            except BaseException:
-                with self._lock:
-                    self._in_use -= nbytes
-                raise
+            self._in_use.add(found)
+            self._most_in_use = max(self._most_in_use, sum(each.nbytes for each in self._in_use))
         return found
 
     def keep(self, block: PinnedBlock) -> None:
         """Take a block that nobody uses any more."""
         with self._lock:
-            self._in_use -= block.nbytes
+            self._in_use.discard(block)
             self._spare.append(block)
 
     def close(self) -> None:
@@ -97,10 +94,12 @@ class SparePinned:
         with self._lock:
             self._spare.clear()
 
-    def _make_room(self) -> None:
-        """Give up what goes past the bound, of the smallest blocks first."""
+    def _make_room(self, nbytes: int) -> None:
+        """Give up what would go past the bound with a new block, of the smallest blocks first."""
+        used = sum(block.nbytes for block in self._in_use) + nbytes
+        excess = sum(block.nbytes for block in self._spare) + used
+        excess -= int(_LARGEST_WASTE * max(self._most_in_use, used))
         self._spare.sort(key=lambda block: block.nbytes)
-        excess = sum(b.nbytes for b in self._spare) + self._in_use - int(_LARGEST_WASTE * self._most_in_use)
         while excess > 0 and self._spare:
             excess -= self._spare.pop(0).nbytes
 
