@@ -28,7 +28,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[HardwarePr
     """Made-up measurements, each twice as fast as the one before, kept in a file of their own."""
     made: list[HardwareProfile] = []
 
-    def measure(device: torch.device) -> HardwareProfile:
+    def measure(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
         hardware = NOMINAL["cpu"]
         made.append(dataclasses.replace(hardware, source="made up", dense_flops=2 ** len(made) * 1e9))
         return made[-1]
@@ -80,6 +80,31 @@ def test_another_number_of_threads_is_another_machine(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert hardware_profile(CPU) != first
     assert len(measured) == 2
+
+
+def test_a_pass_is_planned_with_the_rates_of_the_type_that_it_computes_in(
+    measured: list[HardwareProfile],
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))
+    shape = (1, 3, 60, 50)
+    plans = [StreamingModel(net, tile=16).plan(shape)]
+    with torch.autocast("cpu", torch.bfloat16):
+        plans.append(StreamingModel(net, tile=16).plan(shape))
+    plans.append(StreamingModel(net.double(), tile=16).plan(shape, torch.float64))
+    assert len(measured) == 3
+    plans.append(StreamingModel(net.float(), tile=16).plan(shape))
+    assert len(measured) == 3
+    assert plans[0].digest == plans[3].digest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_timed_is_of_the_type_asked_for(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    results: list[Any] = []
+    monkeypatch.setattr(calibration, "_seconds", lambda device, run: results.append(run()) or 1.0)
+    monkeypatch.setattr(calibration, "_fresh", lambda device: 1.0)
+    monkeypatch.setattr(calibration, "_stores", lambda *args: ({}, {}, {}))
+    assert str(dtype).removeprefix("torch.") in calibrate(CPU, dtype).source
+    assert {each.dtype for each in results if isinstance(each, Tensor)} == {dtype}
 
 
 @pytest.mark.parametrize("left", ["", "{", "[]"])
@@ -178,7 +203,7 @@ def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(
         read_bytes={**measured[0].read_bytes, Tier.DISK: 1e6},
         write_bytes={**measured[0].write_bytes, Tier.DISK: 1e6},
     )
-    monkeypatch.setattr("streamcnn.runtime.machines.hardware_profile", lambda device: slow)
+    monkeypatch.setattr("streamcnn.runtime.machines.hardware_profile", lambda *args: slow)
     other = StreamingModel(net, "150MB").plan(shape)
     assert other.projected_seconds > first.projected_seconds
     assert other.bytes_on(Tier.DISK) < first.bytes_on(Tier.DISK)

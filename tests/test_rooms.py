@@ -14,7 +14,7 @@ from torch import nn
 
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import rooms
-from streamcnn.ceiling.rooms import Room, host_room
+from streamcnn.ceiling.rooms import Room, host_memory_bytes, host_room
 from streamcnn.runtime import smaller_plans
 
 MIB = 2**20
@@ -46,6 +46,13 @@ def second_version(root: Path, limit: str, used: int, path: str = "/pod/box") ->
 
 def room_of(root: Path, membership: Path) -> Room | None:
     return host_room(cgroups=root, membership=membership)
+
+
+def test_host_memory_is_the_ram_or_less_where_a_group_is_limited(tmp_path: Path) -> None:
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, expected in (("max", ram), (str(1000 * MIB), 1000 * MIB), (str(2**61), ram)):
+        membership = second_version(tmp_path, limit, 700 * MIB)
+        assert host_memory_bytes(cgroups=tmp_path, membership=membership) == expected
 
 
 def test_a_group_of_the_second_version_leaves_its_limit_less_what_it_must_keep(

@@ -152,7 +152,8 @@ def _prepared(net: nn.Module, task: Task) -> nn.Module:
     kind = task.kind
     if kind.is_streamed:
         # What is measured once for a machine is no part of a first pass.
-        hardware_profile(next(net.parameters()).device)
+        element = torch.bfloat16 if task.case.autocast else torch.float32
+        hardware_profile(next(net.parameters()).device, element)
         return StreamingModel(net, kind.budget, compile=kind.compiles_parts)
     if kind.checkpoints:
         if not hasattr(net, "set_grad_checkpointing"):

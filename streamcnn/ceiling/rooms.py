@@ -6,6 +6,7 @@ containers, systemd and Slurm limit memory, ends the process without a word.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,6 +80,18 @@ def host_room(*, cgroups: Path | None = None, membership: Path | None = None) ->
         trim_heap()
         rooms = list(_rooms(cgroups or CGROUPS, membership or MEMBERSHIP))
     return min(rooms, key=lambda room: room.nbytes, default=None)
+
+
+def host_memory_bytes(*, cgroups: Path | None = None, membership: Path | None = None) -> int:
+    """Bytes of the host's RAM, or what a control group leaves of it, in use or not.
+
+    Parameters are those of `host_room`.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for files, folder in _groups(cgroups or CGROUPS, membership or MEMBERSHIP):
+        limit = _number(folder / files.limit)
+        found += [] if limit is None else [limit]
+    return min(found)
 
 
 def _rooms(cgroups: Path, membership: Path) -> Iterator[Room]:

@@ -36,6 +36,11 @@ class PassSpec:
     reading: BatchCost = NO_READING
     """What reading the batch takes in the memory that the budget is of."""
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The element type of most convolutions."""
+        return self.casts or self.dtype
+
     def room(self, reserved: int) -> int | None:
         """Bytes that the plan may take beside ``reserved`` bytes."""
         allowed = self.budget if self.target is None else self.target

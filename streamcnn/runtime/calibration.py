@@ -2,8 +2,8 @@
 
 What is measured is what plans are made of: a dense and a depthwise convolution, a pointwise operator, new
 memory from the operating system, small operators, and the stores, through the store classes themselves. The
-file is keyed by device, number of threads, whether blocks are kept, and PyTorch's version; plans made with
-equal profiles are equal.
+file is keyed by device, element type, number of threads, whether blocks are kept, and PyTorch's version;
+plans made with equal profiles are equal.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ _FLUSHED_BYTES = 2**27
 """Bytes that are written through to the disk, to see how fast it is."""
 
 
-def hardware_profile(device: torch.device) -> HardwareProfile:
-    """The hardware profile of ``device``: that kept for it, or measured now and kept.
+def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -> HardwareProfile:
+    """The hardware profile of ``device`` for convolutions in ``dtype``: that kept for it, or measured now and
+    kept.
 
     With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` it is the nominal one. Rates in
     the file that are none, such as those of a file that was cut off, are measured again.
@@ -77,19 +78,19 @@ def hardware_profile(device: torch.device) -> HardwareProfile:
     if choice == "off":
         return NOMINAL["cuda" if device.type == "cuda" else "cpu"]
     path = Path(choice) if choice else cache_folder() / "rates.json"
-    key = hardware_key(device)
+    key = hardware_key(device, dtype)
     known = _read(path)
     rates = _rates(known.get(key), path)
     if rates is None:
-        rates = calibrate(device)
+        rates = calibrate(device, dtype)
         # Plans do not know of memory that was kept after it.
         ceiling_for(device).empty_cache()
         _write(path, {**known, key: asdict(rates)})
     return rates
 
 
-def calibrate(device: torch.device) -> HardwareProfile:
-    """Measure the rates of ``device`` and of its stores; takes a few seconds and some 300 MB.
+def calibrate(device: torch.device, dtype: torch.dtype = torch.float32) -> HardwareProfile:
+    """Measure the rates of ``device`` in ``dtype`` and of its stores; takes a few seconds and some 300 MB.
 
     Random numbers that the caller draws later are as if nothing had been measured.
     """
@@ -101,21 +102,24 @@ def calibrate(device: torch.device) -> HardwareProfile:
         torch.autocast(device.type, enabled=False),
         _kept_blocks(device),
     ):
-        x = torch.rand(_TILE, device=device)
+        # Where kernels for channels_last are the fast ones, whoever minds the time has his model so.
+        order = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         channels = _TILE[1]
-        dense = torch.rand(channels, channels, 3, 3, device=device)
-        depthwise = torch.rand(channels, 1, 3, 3, device=device)
-        tiny = torch.rand(1, 8, 4, 4, device=device)
+        x, dense, depthwise = (
+            torch.rand(shape, device=device, dtype=dtype).contiguous(memory_format=order)
+            for shape in (_TILE, (channels, channels, 3, 3), (channels, 1, 3, 3))
+        )
+        tiny = torch.rand(1, 8, 4, 4, device=device, dtype=dtype)
         window = 2 * 9 * x.numel()
         dense_seconds = _seconds(device, lambda: torch.conv2d(x, dense, padding=1))
         grouped_seconds = _seconds(device, lambda: torch.conv2d(x, depthwise, padding=1, groups=channels))
-        large, out = torch.zeros(2, _LARGE, device=device)
+        large, out = torch.zeros(2, _LARGE, device=device, dtype=dtype)
         pointwise = _seconds(device, lambda: torch.add(large, 1.0, out=out))
         small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
         memory = 2 * large.nbytes / pointwise
         read, written, transfers = _stores(device, memory, fresh)
     return HardwareProfile(
-        source=hardware_key(device),
+        source=hardware_key(device, dtype),
         dense_flops=window * channels / dense_seconds,
         grouped_flops=window / grouped_seconds,
         memory_bytes=memory,
@@ -225,12 +229,13 @@ def _seconds(device: torch.device, action: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def hardware_key(device: torch.device) -> str:
+def hardware_key(device: torch.device, dtype: torch.dtype) -> str:
     """What the rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     blocks = ", blocks kept" if keeps_blocks(device) else ""
     threads = torch.get_num_threads()
-    return f"{name}, {threads} threads{blocks}, method {_METHOD}, torch {torch.__version__}"
+    element = str(dtype).removeprefix("torch.")
+    return f"{name}, {element}, {threads} threads{blocks}, method {_METHOD}, torch {torch.__version__}"
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from streamcnn.ceiling.device import reserved_bytes
+from streamcnn.ceiling.rooms import host_memory_bytes
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
@@ -17,12 +18,19 @@ CONTEXT_BYTES = 960 * 2**20
 an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
 
 
-def this_machine(device: torch.device) -> Machine:
-    """This machine, computing on ``device``; it is measured how fast it is if it never was."""
+_MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Element types that convolutions are timed in; others are taken to be as fast as the first."""
+_HOST_SHARE = 0.75
+"""The part of the host's RAM that maps may take beside a GPU: the rest is for whatever else there is."""
+
+
+def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
+    """This machine, computing on ``device`` in ``dtype``; it is measured how fast it is if it never was."""
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
     if device.type == "cuda":
-        offload_tiers = (OffloadTier(Tier.HOST), *offload_tiers)
-    return Machine(hardware_profile(device), offload_tiers, reserved_bytes(device), backend_of(device))
+        offload_tiers = (OffloadTier(Tier.HOST, int(_HOST_SHARE * host_memory_bytes())), *offload_tiers)
+    hardware = hardware_profile(device, dtype if dtype in _MEASURED else _MEASURED[0])
+    return Machine(hardware, offload_tiers, reserved_bytes(device), backend_of(device))
 
 
 def backend_of(device: torch.device) -> Backend:

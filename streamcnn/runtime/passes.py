@@ -80,7 +80,7 @@ class Passes:
             spec = _spec(owner, captured, image)
             if machine is not None:
                 return self._plans.plan(captured, spec, machine)
-            return self._plan_here(captured, spec, this_machine(device))[0]
+            return self._plan_here(captured, spec, this_machine(device, spec.computed_in))[0]
 
         here = stand_in(image.shape, image.dtype, device, requires_grad=image.requires_grad)
         return call.until_captured(net, here, given.args, given.kwargs, take)
@@ -131,7 +131,7 @@ class Passes:
 
     def prepare(self, captured: Captured, spec: PassSpec, owner: Owner) -> tuple[Planned, SmallerPlans]:
         """The plan of a pass that is to be carried out here, and what gives smaller ones."""
-        machine = this_machine(captured.device)
+        machine = this_machine(captured.device, spec.computed_in)
         planned, spec = self._plan_here(captured, spec, machine)
         if self._collected is None:
             self._collected = finalize(owner, give_back)

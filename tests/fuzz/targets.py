@@ -177,12 +177,12 @@ def _use_digits(folder: Path, attempts: Attempts) -> None:
 def _use_rates(folder: Path, attempts: Attempts) -> None:
     measured: list[HardwareProfile] = []
 
-    def calibrate(device: torch.device) -> HardwareProfile:
+    def calibrate(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
         measured.append(NOMINAL["cpu"])
         return measured[0]
 
     before = calibration.hardware_key, calibration.calibrate, os.environ.get(calibration.VARIABLE)
-    calibration.hardware_key, calibration.calibrate = lambda device: KEY, calibrate
+    calibration.hardware_key, calibration.calibrate = lambda *args: KEY, calibrate
     os.environ[calibration.VARIABLE] = str(folder / "rates.json")
     try:
         with attempts.attempt():
