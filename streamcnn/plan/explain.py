@@ -30,10 +30,11 @@ def explain_plan(plan: Plan) -> str:
         f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *_phases(plan),
     ]
-    if plan.overlapped:
-        parts = len(plan.overlapped)
-        lines.append(f"tiles are moved while others are computed {plural(parts, 'time')} that a phase is run")
     again = [phase for phases in plan.rematerialised.values() for phase in phases]
+    if plan.overlapped:
+        runs = sum(1 + phase.differentiated for phase in plan.phases) + len(again)
+        beside = f"{len(plan.overlapped)} of {plural(runs, 'run')} of a phase"
+        lines.append(f"{beside} move tiles while others are computed")
     if again:
         dropped = sum(plan.stores[name].nbytes for phase in again for name in phase.stored)
         lines.append(
