@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class CudaCopies:
         runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
         error = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
         if int(error) != 0:
+            # CUDA reports it once more, to whatever is launched next.
+            with suppress(RuntimeError):
+                torch.zeros(1, device=self.device).add_(1)
             warnings.warn(
                 f"{block.nbytes} bytes of host memory cannot be pinned (CUDA error {int(error)}): maps there "
                 "are copied more slowly. Raise the limit of locked memory (ulimit -l), or free host memory",

@@ -29,7 +29,8 @@ class PinnedBlock:
     """Host memory of its own, pinned if that was possible, until it is collected."""
 
     def __init__(self, nbytes: int, pin: Pin) -> None:
-        self.memory = fresh_memory(nbytes)
+        # The kernel may move a page that it shares with a forked child, away from where the GPU copies to.
+        self.memory = fresh_memory(nbytes, is_inherited=False)
         undo = pin(self.memory)
         self.is_pinned = undo is not None
         if undo is not None:
@@ -104,18 +105,21 @@ class SparePinned:
             excess -= self._spare.pop(0).nbytes
 
 
-def fresh_memory(nbytes: int) -> Tensor:
+def fresh_memory(nbytes: int, *, is_inherited: bool = True) -> Tensor:
     """Bytes of host memory: zeros whose pages are not touched yet, in a mapping of their own.
 
     ``torch.zeros`` writes every page (1.07 GB became resident for a tensor of 2**30 bytes); pages fresh
     from the kernel are zero. A map taken from the C library's heap would outlive tiles' tensors around
-    it and leave holes. The mapping is private, so that a limit on the data segment counts it.
+    it and leave holes. The mapping is private, so that a limit on the data segment counts it. Forked children
+    have it too if it ``is_inherited``.
     """
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(nbytes, dtype=torch.uint8)
     buffer = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE_PAGE_BYTES:
         buffer.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_DONTFORK") and not is_inherited:
+        buffer.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes)
 
 
