@@ -21,6 +21,7 @@ from streamcnn.capture.capture import CUMULATIVE, RawGraph
 from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run, silenced
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.replacing import replaced_here
+from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import StreamError
 from streamcnn.graph.flattening import TRACING
@@ -56,6 +57,7 @@ class ForwardPass:
         """
         with (caller_modes or CallerModes()).aside(), ExitStack() as capturing:
             capturing.enter_context(TRACING)
+            capturing.enter_context(interpreted_scripts())
             capturing.enter_context(_cumulative_averages(net))
 
             def run_beside_others(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:

@@ -20,6 +20,7 @@ _ALLOWED = (
     "Allowed are modules whose forward takes the image first and does not branch on its values; check that "
     "the plain model accepts this shape and arguments"
 )
+_READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
 _NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
 _CHANNELS: dict[type[nn.Module], str] = {
     _ConvNd: "in_channels",
@@ -78,10 +79,22 @@ def _first_arguments(frame: FrameType) -> tuple[object, ...]:
 def _reason(error: Exception) -> str:
     """Why tracing has failed."""
     if isinstance(error, DataDependentOutputException):
-        return "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
+        return _READS_VALUE
     if isinstance(error, DynamicOutputShapeException):
         return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
+    if "TorchScript interpreter" in first_line(error):
+        return _of_script(str(error))
     return first_line(error).rstrip(".")
+
+
+def _of_script(text: str) -> str:
+    """Why a script has failed, and in which of its lines, from TorchScript's own account of it."""
+    before, mark, _ = text.partition("<--- HERE")
+    lines = [line.strip() for line in before.splitlines()]
+    line = f" in '{lines[-2]}'" if mark and len(lines) > 1 else ""
+    # Errors that only say that there is no value lose their text on the way.
+    said = text.rpartition("Error:")[2].strip().partition("\n")[0].rstrip(".")
+    return f"a script{line}: {said or _READS_VALUE}"
 
 
 def _line_of(error: Exception) -> str:

@@ -38,6 +38,7 @@ from streamcnn.capture.leftovers import (
     refuse_backward_hooks,
     refuse_new_parameters,
     refuse_remaining,
+    refuse_scripted_fakes,
 )
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.results import taken_apart
@@ -174,6 +175,7 @@ class _Call:
                     result = self.net(image, *args, **kwargs)
                 self.places = places_of_fakes(self.net, states)
                 refuse_new_parameters(self.net, states)
+                refuse_scripted_fakes(self.net, states)
                 kept = [place.take() for place in self.places]
             self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)

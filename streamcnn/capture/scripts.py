@@ -1,0 +1,72 @@
+"""TorchScript while a call is captured: interpreted as written, operator by operator.
+
+PyTorch compiles a script when it has run a few times. Stretches of it then bring a gradient of their own and
+run on detached tensors, so that tracing would see no gradient pass through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from streamcnn.capture.replacing import replaced_here
+
+_METHOD: Any = torch._C.ScriptMethod
+_FUNCTION: Any = torch._C.ScriptFunction
+_call_method = vars(_METHOD)["__call__"]
+_call_function = vars(_FUNCTION)["__call__"]
+
+
+@contextmanager
+def interpreted_scripts() -> Iterator[None]:
+    """A block in which this thread's scripts, modules and functions, run without being compiled."""
+    with (
+        torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
+        replaced_here(_METHOD, "__call__", _method),
+        replaced_here(_FUNCTION, "__call__", _function),
+    ):
+        yield
+
+
+def _method(script: Any, *args: Any, **kwargs: Any) -> Any:
+    given = _arguments(script.schema.arguments[1:], args, kwargs)
+    if given is None:
+        return _call_method(script, *args, **kwargs)  # It says what is wrong.
+    return _call_function(_uncompiled(script), script.owner, *given)
+
+
+def _function(script: Any, *args: Any, **kwargs: Any) -> Any:
+    given = _arguments(script.schema.arguments, args, kwargs)
+    if given is None:
+        return _call_function(script, *args, **kwargs)  # It says what is wrong.
+    return _call_function(_uncompiled(script), *given)
+
+
+def _uncompiled(script: Any) -> Any:
+    """A copy of a script as a function, which has not run before; a method's takes the module as well."""
+    graph = script.inlined_graph.copy()
+    # What is forked would run in a thread of its own, and be recorded in any order.
+    torch._C._jit_pass_inline_fork_wait(graph)
+    return torch._C._create_function_from_graph(script.name, graph)
+
+
+def _arguments(declared: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """The values of all declared arguments in order; None if some are missing, or more are given."""
+    named, found = dict(kwargs), list(args)
+    for argument in declared[len(args) :]:
+        if argument.name in named:
+            found.append(named.pop(argument.name))
+        elif argument.has_default_value():
+            found.append(argument.default_value)
+        else:
+            return None
+    return found if len(found) == len(declared) and not named else None
+
+
+def scripted_attributes(module: Any) -> dict[str, Any]:
+    """What a scripted module keeps, buffers and parameters included; nothing if it is not scripted."""
+    kind = vars(module).get("_concrete_type") if isinstance(module, torch.jit.ScriptModule) else None
+    return {} if kind is None else {name: module._c.getattr(name) for name in kind.get_attributes()}
