@@ -123,6 +123,11 @@ def is_argument(key: str) -> bool:
     return key.startswith(ARGUMENT)
 
 
+def outside_key(name: str) -> str:
+    """The key of a tensor that the pass changes and that was not known to go in, by its name in the graph."""
+    return f"a tensor from outside of the module ({name})"
+
+
 def spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes | None:
     """The spatial axes of an argument of the image's size, or of four axes as an image has them."""
     size = image_shape[2:]

@@ -18,7 +18,15 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
-from streamcnn.capture.capture import Given, RawGraph, RawNode, is_argument, moved, spatial_axes
+from streamcnn.capture.capture import (
+    Given,
+    RawGraph,
+    RawNode,
+    is_argument,
+    moved,
+    outside_key,
+    spatial_axes,
+)
 from streamcnn.capture.lines import line_of
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.windows import Axes
@@ -109,6 +117,8 @@ class _Functionalizer:
         self.nodes: list[RawNode] = []
         self.states: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
+        self.first_reads: dict[str, FxNode] = {}
+        """Constants by their names in the flat graph."""
         self.image: FxNode | None = None
         self.hooks = hooks
         self.checks: list[Ref] = []
@@ -132,6 +142,7 @@ class _Functionalizer:
                 "the model's result does not depend on the image: nothing can be streamed; "
                 "call the module itself"
             )
+        self._take_changed_constants()
         changed = [n for n in self.flat.graph.nodes if n.name in self.states and self.writes.get(n, 0)]
         return RawGraph(
             nodes=tuple(self.nodes),
@@ -157,6 +168,8 @@ class _Functionalizer:
         self.values[node] = self._hooked(node, Ref(node.name))
 
     def _constant(self, node: FxNode) -> None:
+        if not node.users:
+            return
         value = getattr(self.flat, str(node.target))
         if not isinstance(value, Tensor) or is_fake(value):
             raise UnsupportedModel(
@@ -168,8 +181,20 @@ class _Functionalizer:
                 "the forward pass reads a tensor from outside that requires a gradient "
                 f"({_source(node, self)}): register it as a parameter, or pass it to the model"
             )
+        # A tensor has a node at each place where it is read.
+        first = self.first_reads.setdefault(str(node.target), node)
+        if first is not node:
+            self.same[node] = first
+            return
         self.constants[node.name] = value
         self.values[node] = Ref(node.name)
+
+    def _take_changed_constants(self) -> None:
+        """Count tensors from outside among the states if the pass changes them."""
+        for node in self.first_reads.values():
+            if self.writes.get(node, 0):
+                del self.constants[node.name]
+                self.states[node.name] = outside_key(str(node.target))
 
     def _maps(self, image_shape: tuple[int, ...]) -> dict[str, Axes]:
         """Further arguments with spatial extent."""
@@ -342,7 +367,7 @@ class _Functionalizer:
     def _refuse_twice(self, node: FxNode, written: FxNode) -> None:
         """Activation checkpointing runs its calls again, so that they change a state twice."""
         owner = self._owner(written)
-        if is_recomputed(node) and owner.op == "placeholder" and self.ambient:
+        if is_recomputed(node) and owner.op in ("placeholder", "get_attr") and self.ambient:
             raise UnsupportedModel(
                 f"'{self.states.get(owner.name, owner.name)}' changes inside checkpoint(), "
                 "and plain PyTorch changes it twice, forward and backward: call the layers without "

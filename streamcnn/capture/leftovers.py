@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
-from streamcnn.capture.scripts import scripted_attributes
+from streamcnn.capture.scripts import ScriptedAttributes
 from streamcnn.errors import UnsupportedModel
 
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -63,7 +63,7 @@ def refuse_scripted_fakes(net: nn.Module, states: Sequence[Tensor]) -> None:
     """Raise if a script has put a traced tensor into an attribute, other than stand-ins of states."""
     known = set(map(id, states))
     for name, module in net.named_modules():
-        for attribute, value in scripted_attributes(module).items():
+        for attribute, value in ScriptedAttributes(module).items():
             if isinstance(value, FakeTensor) and id(value) not in known:
                 raise UnsupportedModel(
                     f"the script of {_titled(name, module)} assigns a tensor to its attribute '{attribute}': "
@@ -75,7 +75,8 @@ def refuse_scripted_fakes(net: nn.Module, states: Sequence[Tensor]) -> None:
 def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
     """Attributes of submodules, and what lists and dicts among them hold: container, key and value."""
     seen: set[int] = set()
-    pending: list[Any] = [vars(module) for module in net.modules()]
+    scripted = [ScriptedAttributes(module) for module in net.modules()]
+    pending: list[Any] = [*(vars(module) for module in net.modules()), *scripted]
     while pending:
         container = pending.pop()
         if id(container) in seen:
@@ -96,9 +97,7 @@ class Snapshot:
 
     def __init__(self, net: nn.Module) -> None:
         self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
-        self._scripted: list[tuple[Any, dict[str, Any]]] = [
-            (module, scripted_attributes(module)) for module in net.modules()
-        ]
+        self._scripted = [(module, ScriptedAttributes(module)) for module in net.modules()]
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._random = (random.getstate(), np.random.get_state())
         for _, _, attributes in self._modules:
@@ -120,10 +119,11 @@ class Snapshot:
         for _, module, attributes in self._modules:
             vars(module).clear()
             vars(module).update(attributes)
-        for module, attributes in self._scripted:
-            for name, value in scripted_attributes(module).items():
-                if value is not attributes[name]:
-                    module._c.setattr(name, attributes[name])
+        for module, scripted in self._scripted:
+            present = ScriptedAttributes(module)
+            for name, value in scripted.items():
+                if present[name] is not value:
+                    present[name] = value
         for container, contents in self._contents.values():
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(contents)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from streamcnn.capture.replacing import replaced_here
 
@@ -66,7 +67,19 @@ def _arguments(declared: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str
     return found if len(found) == len(declared) and not named else None
 
 
-def scripted_attributes(module: Any) -> dict[str, Any]:
-    """What a scripted module keeps, buffers and parameters included; nothing if it is not scripted."""
-    kind = vars(module).get("_concrete_type") if isinstance(module, torch.jit.ScriptModule) else None
-    return {} if kind is None else {name: module._c.getattr(name) for name in kind.get_attributes()}
+class ScriptedAttributes(dict[str, Any]):
+    """What a scripted module keeps, buffers and parameters included; empty if it is not scripted.
+
+    An assigned entry is assigned to the module's attribute.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        is_script = isinstance(module, torch.jit.ScriptModule) and "_concrete_type" in vars(module)
+        script: Any = vars(module)["_c"] if is_script else None
+        names = vars(module)["_concrete_type"].get_attributes() if is_script else ()
+        super().__init__({name: script.getattr(name) for name in names})
+        self._script = script
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._script.setattr(name, value)
+        super().__setitem__(name, value)

@@ -19,16 +19,21 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import Proxy
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    track_tensor_tree,
+)
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture.capture import RawGraph, module_states, named_arguments
+from streamcnn.capture.capture import RawGraph, module_states, named_arguments, outside_key
 from streamcnn.capture.functional import functionalized
 from streamcnn.capture.leftovers import (
     Place,
@@ -87,7 +92,7 @@ def _traced(
     with mode:
         like = torch.empty(image.shape, dtype=image.dtype, device=image.device)
         like.requires_grad_(image.requires_grad)
-    call = _Call(net, args, kwargs, states)
+    call = _Call(net, args, kwargs, states, mode)
     grad = torch.is_grad_enabled()
     inputs = [like, *(mode.from_tensor(tensor) for tensor in states.values())]
     flat = flatten(call.on(tuple(states)), inputs, mode, grad=grad)
@@ -101,7 +106,13 @@ def _traced(
         path_of=str,
         hooks=flat_hooks,
     )
-    return Capture(graph, states, call.result, before.restore), call.made
+    constants = {
+        node.target: getattr(flat, node.target) for node in flat.graph.nodes if node.op == "get_attr"
+    }
+    outside = {
+        key: constant for name, constant in constants.items() if (key := outside_key(name)) in graph.updates
+    }
+    return Capture(graph, {**states, **outside}, call.result, before.restore), call.made
 
 
 def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -121,11 +132,17 @@ class _Call:
     """A call of the module as a function of tensors, while it is traced."""
 
     def __init__(
-        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], states: Mapping[str, Tensor]
+        self,
+        net: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        states: Mapping[str, Tensor],
+        mode: FakeTensorMode,
     ) -> None:
         self.net = net
         self.arguments = (args, kwargs)
         self.states = states
+        self.mode = mode
         self.keys = {id(tensor): key for key, tensor in states.items()}
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
         """Hooks on gradients by the name of the traced value."""
@@ -185,6 +202,14 @@ class _Call:
         return function
 
 
+_PLAIN = (Tensor, nn.Parameter)
+_READS = frozenset(
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__index__", "__int__")
+)
+"""Methods that give a tensor's values to Python."""
+
+
 class _Watch(TorchFunctionMode):
     """Follows what tracing alone would not see, and notes the tensors that are made."""
 
@@ -192,6 +217,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.call = call
         self.infers = torch.is_inference_mode_enabled()
+        self.stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
+        """Tensors from outside, each with what stands for it, by identity."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,6 +228,10 @@ class _Watch(TorchFunctionMode):
                 "the forward pass enters torch.inference_mode(), whose tensors have no gradient anywhere: "
                 "use torch.no_grad() for the block"
             )
+        if func in _READS and self._is_from_outside(args[0]):
+            with disable_proxy_modes_tracing(), unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func is Tensor.register_hook:
@@ -213,10 +244,31 @@ class _Watch(TorchFunctionMode):
                 "its own: return the map as a further result and ask autograd.grad for its gradient"
             )
         _refuse_bound((args, kwargs))
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if isinstance(result, FakeTensor):
             self.call.made.append(weakref.ref(result))
         return result
+
+    def _traced(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor; for one from outside it is made where it is met first.
+
+        As it is, such a tensor would be written to, or read by NumPy, past what is recorded.
+        """
+        mode = get_proxy_mode()
+        if mode is None or type(tensor) not in _PLAIN:
+            return tensor
+        if id(tensor) not in self.stand_ins:
+            with disable_proxy_modes_tracing():
+                fake = self.call.mode.from_tensor(tensor)
+            node: Any = mode.tracer.create_arg(tensor)
+            track_tensor_tree(fake, Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)
+            self.stand_ins[id(tensor)] = (tensor, fake)
+        return self.stand_ins[id(tensor)][1]
+
+    def _is_from_outside(self, tensor: Tensor) -> bool:
+        """Whether a tensor has values, and those that it has where it is read."""
+        _, stand_in = self.stand_ins.get(id(tensor), (tensor, None))
+        return type(tensor) in _PLAIN and (stand_in is None or stand_in._version == 0)
 
     def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> _Handle:
         proxy = proxy_of(tensor)
@@ -261,6 +313,7 @@ def _functions_whole() -> Iterator[None]:
     with (
         replaced_here(torch.autograd.Function, "apply", _apply),
         replaced_here(F, "gaussian_nll_loss", _gaussian_nll_loss),
+        replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         ExitStack() as generators,
     ):
@@ -284,6 +337,15 @@ def _gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args
     torch._assert_async(~torch.any(var < 0), "var has negative entry/entries")
     with replaced_here(torch, "any", lambda is_negative: False):
         return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
+
+
+_FROM_NUMPY = torch.from_numpy
+
+
+def _from_numpy(array: Any) -> Tensor:
+    """``torch.from_numpy``, whose result is in the array's memory; while tracing it would be in a copy."""
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        return _FROM_NUMPY(array)
 
 
 _APPLY = vars(torch.autograd.Function)["apply"]

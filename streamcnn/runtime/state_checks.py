@@ -21,13 +21,14 @@ def refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
         If one is, naming both.
     """
     by_memory: dict[int, list[str]] = {}
-    for key, state in states.items() if graph.updates else ():
+    known = {**graph.constants, **states}
+    for key, state in known.items() if graph.updates else ():
         by_memory.setdefault(state.untyped_storage().data_ptr(), []).append(key)
     # Tensors on the meta device have no memory.
     by_memory.pop(0, None)
     for keys in by_memory.values():
         for first, second in permutations(keys, 2):
-            if first in graph.updates and _overlap(states[first], states[second]):
+            if first in graph.updates and _overlap(known[first], known[second]):
                 raise UnsupportedModel(
                     f"the forward pass changes '{first}', which shares memory with '{second}': give each a "
                     "tensor of its own"
