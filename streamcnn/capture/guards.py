@@ -31,10 +31,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules import module as module_hooks
 
 from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.functional import functionalized
+from streamcnn.capture.presence import presence_guarded
 from streamcnn.errors import StreamError
 from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 
@@ -43,6 +45,7 @@ Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 that are only checked."""
 
 TORCH_FOLDER = str(Path(torch.__file__).parent)
+_GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 MOST_GRAPHS = 32
 """Captured graphs kept before all are dropped: images of ever new sizes make one each."""
 
@@ -129,7 +132,8 @@ def _followed(call: _GuardedCall, compiled: Callable[..., Any], *inputs: Any) ->
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unseen:
-    """What Dynamo has no guards for: what modules' classes hold, and the environment's variables."""
+    """What Dynamo has no guards for: what modules' classes hold, hooks of all modules, and the environment's
+    variables."""
 
     members: tuple[Any, ...]
     environment: Mapping[str, str]
@@ -141,7 +145,8 @@ class _Unseen:
         # Dynamo itself patches the base class when it is used first, and not what a call goes through.
         own = (vars(kind).values() for kind in kinds if kind not in (nn.Module, object))
         calls = (getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__"))
-        return cls((*chain.from_iterable(own), *calls), dict(os.environ))
+        hooks = (hook for kind in _GLOBAL_HOOKS for hook in getattr(module_hooks, kind).values())
+        return cls((*chain.from_iterable(own), *calls, *hooks), dict(os.environ))
 
     def is_same(self, other: _Unseen) -> bool:
         """Whether nothing has changed in between."""
@@ -275,6 +280,7 @@ def _dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\._dynamo")
         settings.enter_context(patch.dict(handlers, _plain_answers()))
+        settings.enter_context(presence_guarded())
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
         for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):

@@ -1,0 +1,120 @@
+"""A capture does not outlive what was not there when it was made: attributes, entries, hooks of modules."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamcnn import StreamingModel
+
+settings = types.ModuleType("settings")
+
+
+class Options:
+    """A configuration whose entries are its attributes."""
+
+    def __init__(self, **options: Any) -> None:
+        vars(self).update(options)
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+    def get(self, name: str, default: float) -> float:
+        return vars(self).get(name, default)
+
+
+def _helper() -> None:
+    """A function, for attributes to be set on."""
+
+
+class Net(nn.Module):
+    def __init__(self, look: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.look = look
+        self.options: Any = Options(other=1.0)
+        self.namespace = argparse.Namespace(other=1.0)
+        self.ordered: Any = OrderedDict()
+        self.plain: dict[str, float] = {}
+        self.all = [self.plain]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) * (2.0 if self.look(self) else 1.0)
+
+
+def _caught(net: Any) -> bool:
+    try:
+        return bool(net.options.scale)
+    except AttributeError:
+        return False
+
+
+def _set_options(net: Any) -> None:
+    net.options.scale = 3.0
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], object]]] = {
+    "in vars of a module": (lambda net: "scale" in vars(net), lambda net: setattr(net, "scale", 3.0)),
+    "get from vars of a module": (lambda net: vars(net).get("scale"), lambda net: setattr(net, "scale", 3.0)),
+    "in vars of an object": (lambda net: "scale" in vars(net.options), _set_options),
+    "in an object": (lambda net: "scale" in net.options, _set_options),
+    "get of an object": (lambda net: net.options.get("scale", 0.0), _set_options),
+    "how many an object has": (lambda net: len(vars(net.options)) > 1, _set_options),
+    "an AttributeError": (_caught, _set_options),
+    "another object in its place": (
+        lambda net: "scale" in net.options,
+        lambda net: setattr(net, "options", Options(scale=3.0)),
+    ),
+    "in a Namespace": (
+        lambda net: "scale" in net.namespace,
+        lambda net: setattr(net.namespace, "scale", 3.0),
+    ),
+    "hasattr of a Python module": (
+        lambda net: hasattr(settings, "scale"),
+        lambda net: setattr(settings, "scale", 3.0),
+    ),
+    "hasattr of a function": (
+        lambda net: hasattr(_helper, "scale"),
+        lambda net: setattr(_helper, "scale", 3.0),
+    ),
+    "an empty OrderedDict": (lambda net: net.ordered, lambda net: net.ordered.update(scale=3.0)),
+    "an empty dict in a list": (lambda net: any(net.all), lambda net: net.plain.update(scale=3.0)),
+}
+
+
+@pytest.mark.parametrize(("look", "change"), CHANGES.values(), ids=CHANGES.keys())
+def test_what_comes_after_a_capture_is_seen(
+    look: Callable[[Any], Any], change: Callable[[Any], object]
+) -> None:
+    for place in (settings, _helper):
+        vars(place).pop("scale", None)
+    net = Net(look)
+    model = StreamingModel(net, tile=16)
+    image = torch.rand(1, 3, 29, 37)
+    before, again = model(image), model(image)
+    change(net)
+    torch.testing.assert_close(again, before)
+    torch.testing.assert_close(model(image), 2 * before)
+
+
+def test_a_hook_of_all_modules_is_seen_when_it_comes_and_goes() -> None:
+    def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return 2 * output if isinstance(module, nn.Conv2d) else None
+
+    model = StreamingModel(Net(lambda net: False), tile=16)
+    image = torch.rand(1, 3, 29, 37)
+    before = model(image)
+    hook = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        hooked = model(image)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(hooked, 2 * before)
+    torch.testing.assert_close(model(image), before)
