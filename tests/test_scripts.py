@@ -68,6 +68,13 @@ class Branches(nn.Module):
         return torch.tanh(x) if bool(x.mean() > 0) else x
 
 
+class WithoutGradient(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(x)
+        return gate * x
+
+
 class Net(nn.Module):
     """A convolution, the script, and a head."""
 
@@ -171,4 +178,10 @@ def test_a_script_that_assigns_a_tensor_is_refused_and_keeps_what_it_had() -> No
 def test_a_script_that_branches_on_values_is_refused_with_its_line() -> None:
     model = _streamed(Net(_scripted(Branches())).double())
     with pytest.raises(UnsupportedModel, match=r"a script in 'return torch\.tanh.*it reads a value of"):
+        model(_image(SHAPE))
+
+
+def test_a_script_that_switches_gradients_off_is_refused() -> None:
+    model = _streamed(Net(_scripted(WithoutGradient())).double())
+    with pytest.raises(UnsupportedModel, match=r"a script of the model uses no_grad, .* use it outside"):
         model(_image(SHAPE))

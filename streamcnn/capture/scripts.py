@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from streamcnn.capture.replacing import replaced_here
+from streamcnn.errors import UnsupportedModel
 
 _METHOD: Any = torch._C.ScriptMethod
 _FUNCTION: Any = torch._C.ScriptFunction
@@ -49,9 +50,28 @@ def _function(script: Any, *args: Any, **kwargs: Any) -> Any:
 def _uncompiled(script: Any) -> Any:
     """A copy of a script as a function, which has not run before; a method's takes the module as well."""
     graph = script.inlined_graph.copy()
+    _refuse_blocks(graph)
     # What is forked would run in a thread of its own, and be recorded in any order.
     torch._C._jit_pass_inline_fork_wait(graph)
     return torch._C._create_function_from_graph(script.name, graph)
+
+
+def _refuse_blocks(graph: Any) -> None:
+    """Refuse what changes modes out of sight: blocks without gradients or under autocast.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the script has such a block.
+    """
+    entered = [str(next(iter(node.inputs())).type()) for node in graph.findAllNodes("prim::Enter")]
+    named = [kind.rpartition(".")[2] for kind in entered if "record_function" not in kind]
+    named += ["set_grad_enabled" for _ in graph.findAllNodes("aten::set_grad_enabled")]
+    if named:
+        raise UnsupportedModel(
+            f"a script of the model uses {named[0]}, which cannot be seen from outside of it: use it outside "
+            "of the script, detach() what is to have no gradient, or use the module without torch.jit"
+        )
 
 
 def _arguments(declared: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
