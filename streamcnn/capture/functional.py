@@ -319,6 +319,9 @@ class _Functionalizer:
         written = self._itself(written)
         self._refuse_twice(node, written)
         functional, args, kwargs = functional_of(node, _source(node, self))
+        if isinstance(functional, OnCopy) and functional.num_results > 0:
+            self._write_beside_results(node, written, functional, self._resolve(args), self._resolve(kwargs))
+            return
         # Only then does the call as it is do on a tile what the functional one does.
         is_plain = written not in self.viewed and args == node.args and own_name(node.target)
         args, kwargs = self._resolve(args), self._resolve(kwargs)
@@ -332,6 +335,18 @@ class _Functionalizer:
         )
         self.same[node] = written
         self._write(node, written, ref)
+
+    def _write_beside_results(
+        self, node: FxNode, written: FxNode, functional: OnCopy, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A call that overwrites ``written`` and returns something else."""
+        count = functional.num_results
+        every = self._append(node, self._fresh(f"{node.name}_all"), functional, args, kwargs)
+        new = self._append(node, self._fresh(f"{node.name}_written"), operator.getitem, (every, count), {})
+        self.values[node] = (
+            every if count > 1 else self._append(node, node.name, operator.getitem, (every, 0), {})
+        )
+        self._write(node, written, new)
 
     def _write(self, node: FxNode, written: FxNode, ref: Ref) -> None:
         """Give ``written`` a new value, and everything that it is a view of."""

@@ -393,10 +393,21 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             next(given) if tensor else leaf for tensor, leaf in zip(is_tensor, rest, strict=True)
         ]
         run_args, run_kwargs = pytree.tree_unflatten(filled, spec)
-        return cls.apply(*run_args, **run_kwargs)
+        return _tensors_of(cls.apply(*run_args, **run_kwargs))
 
     given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return record_whole(Whole(cls.__name__, run_whole), given, like)
+    recorded = record_whole(Whole(cls.__name__, run_whole), given, _tensors_of(like))
+    tensors = iter(pytree.tree_leaves(recorded))
+    return pytree.tree_map_only(Tensor, lambda _: next(tensors), like)
+
+
+def _tensors_of(results: Any) -> Any:
+    """What a function has returned, without the numbers and texts among it."""
+    leaves = pytree.tree_leaves(results)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    if len(tensors) == len(leaves):
+        return results
+    return tensors if len(tensors) != 1 else tensors[0]
 
 
 @contextmanager

@@ -153,7 +153,10 @@ def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], d
 
 
 class OnCopy:
-    """An in-place operator without a functional form, applied to a copy."""
+    """An in-place operator without a functional form, applied to a copy.
+
+    It returns the copy; behind other results of the operator's own, if it has any.
+    """
 
     def __init__(self, target: OpOverload) -> None:
         self.target = target
@@ -164,13 +167,20 @@ class OnCopy:
             for position, a in enumerate(target._schema.arguments)
             if a.alias_info is not None and a.alias_info.is_write
         )
+        self.num_results = sum(each.alias_info is None for each in target._schema.returns)
+        """Results beside what is overwritten."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name, position = self._written
         if position < len(args):
-            copied = (*args[:position], args[position].clone(), *args[position + 1 :])
-            return self.target(*copied, **kwargs)
-        return self.target(*args, **{**kwargs, name: kwargs[name].clone()})
+            copy = args[position].clone()
+            results = self.target(*args[:position], copy, *args[position + 1 :], **kwargs)
+        else:
+            copy = kwargs[name].clone()
+            results = self.target(*args, **{**kwargs, name: copy})
+        if self.num_results == 0:
+            return copy
+        return (results, copy) if self.num_results == 1 else (*results, copy)
 
     def __repr__(self) -> str:
         return self.__name__

@@ -1,0 +1,142 @@
+"""Operators and functions of the user's own: what they overwrite, and what else they return."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import TOLERANCE, assert_streamed_equals_plain
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.library import custom_op
+
+from streamcnn import StreamingModel
+from streamcnn.verification import relative_errors
+
+
+def _move(average: Tensor, x: Tensor) -> None:
+    average.mul_(0.9).add_(x.mean((0, 2, 3)), alpha=0.1)
+
+
+def _averaged(x: Tensor, average: Tensor) -> None:
+    _move(average, x)
+
+
+def _averaged_and_pooled(x: Tensor, average: Tensor) -> Tensor:
+    _move(average, x)
+    return x.amax((2, 3))
+
+
+def _averaged_and_two(x: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+    _move(average, x)
+    return x.amax((2, 3)), x.amin((2, 3))
+
+
+def _named(function: Callable[..., Any], schema: str) -> Any:
+    name = f"streamcnn_tests::{function.__name__.strip('_')}"
+    return custom_op(name, function, mutates_args=("average",), schema=schema)
+
+
+averaged = _named(_averaged, "(Tensor x, Tensor(a!) average) -> ()")
+averaged_and_pooled = _named(_averaged_and_pooled, "(Tensor x, Tensor(a!) average) -> Tensor")
+averaged_and_two = _named(_averaged_and_two, "(Tensor x, Tensor(a!) average) -> (Tensor, Tensor)")
+
+
+@averaged_and_pooled.register_fake
+def _(x: Tensor, average: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2])
+
+
+@averaged_and_two.register_fake
+def _(x: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+
+
+def _nothing_returned(net: Net, x: Tensor) -> Tensor:
+    before = x - net.average[:, None, None]
+    averaged(x.detach(), net.average)
+    return before * 2 - net.average[:, None, None]
+
+
+def _one_returned(net: Net, x: Tensor) -> Tensor:
+    pooled = averaged_and_pooled(x.detach(), net.average)
+    return x * pooled[:, :, None, None] - net.average[:, None, None]
+
+
+def _two_returned(net: Net, x: Tensor) -> Tensor:
+    largest, least = averaged_and_two(x.detach(), net.average)
+    return x * (largest - least)[:, :, None, None] - net.average[:, None, None]
+
+
+class Scaled(Function):
+    """A function that also says by how much, and nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> tuple[Tensor, int, None]:
+        ctx.factor = factor
+        return x * factor, factor + 1, None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def _with_number(net: Net, x: Tensor) -> Tensor:
+    scaled, number, nothing = Scaled.apply(x, 3)
+    assert nothing is None
+    return scaled * number
+
+
+class Net(nn.Module):
+    def __init__(self, middle: Callable[[Net, Tensor], Tensor], *, is_guarded: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("average", torch.ones(4))
+        self.average: Tensor
+        self.middle = middle
+        self.is_guarded = is_guarded
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_guarded:
+            time.perf_counter()  # Dynamo does not follow it.
+        return self.middle(self, self.conv(x))
+
+
+MIDDLES = (_nothing_returned, _one_returned, _two_returned, _with_number)
+
+
+def _passes(model: nn.Module, net: Net) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        image = torch.randn((2, 3, 29, 37), generator=generator, dtype=torch.float64, requires_grad=True)
+        output = model(image)
+        output.square().sum().backward()
+        found[f"pass {number}"] = {
+            "output": output.detach(),
+            "average": net.average.clone(),
+            **{f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None},
+        }
+        net.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("middle", MIDDLES)
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_what_the_users_operators_write_and_return(
+    middle: Callable[[Net, Tensor], Tensor], is_guarded: bool
+) -> None:
+    plain, streamed = (Net(middle, is_guarded=is_guarded).double() for _ in range(2))
+    streamed.load_state_dict(plain.state_dict())
+    model = StreamingModel(streamed, tile=16)
+    model.resident_tail = False
+    errors, _ = relative_errors(_passes(plain, plain), _passes(model, streamed))
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_a_function_that_returns_numbers_beside_a_map_is_streamed() -> None:
+    net = Net(_with_number, is_guarded=False)
+    assert_streamed_equals_plain(net, (2, 3, 29, 37), tile=16, resident=None)
