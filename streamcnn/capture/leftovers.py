@@ -59,12 +59,11 @@ def refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
                 )
 
 
-def refuse_scripted_fakes(net: nn.Module, states: Sequence[Tensor]) -> None:
-    """Raise if a script has put a traced tensor into an attribute, other than stand-ins of states."""
-    known = set(map(id, states))
-    for name, module in net.named_modules():
+def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]) -> None:
+    """Raise if a script has put another tensor into an attribute; ``before`` is what all modules had."""
+    for (name, module), had in zip(net.named_modules(), before, strict=True):
         for attribute, value in ScriptedAttributes(module).items():
-            if isinstance(value, FakeTensor) and id(value) not in known:
+            if isinstance(value, FakeTensor) and value is not had[attribute]:
                 raise UnsupportedModel(
                     f"the script of {_titled(name, module)} assigns a tensor to its attribute '{attribute}': "
                     "overwrite a buffer in place (copy_), return the tensor, or use the module without "

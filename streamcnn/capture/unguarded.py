@@ -43,10 +43,11 @@ from streamcnn.capture.leftovers import (
     refuse_backward_hooks,
     refuse_new_parameters,
     refuse_remaining,
-    refuse_scripted_fakes,
+    refuse_scripted_tensors,
 )
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.results import taken_apart
+from streamcnn.capture.scripts import ScriptedAttributes
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
 
@@ -150,7 +151,23 @@ class _Call:
         self.image_name = ""
         self.places: list[Place] = []
         """Where the module keeps tensors that its forward pass has made."""
+        self.exchanged: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        """Registered tensors that the forward pass has replaced by others that were there, or by nothing."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def _exchanged(
+        self, own: Mapping[str, Tensor], fakes: Mapping[str, Tensor]
+    ) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+        """Where parameters and buffers are not ``own``, stand-ins by qualified name, and what is there."""
+        real = {id(fake): self.states[key] for key, fake in fakes.items()}
+        found: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        for prefix, module in self.net.named_modules(remove_duplicate=False):
+            for registry in (module._parameters, module._buffers):
+                for name, value in () if isinstance(module, torch.jit.ScriptModule) else registry.items():
+                    before = own.get(f"{prefix}.{name}" if prefix else name)
+                    if value is not before and (value is None or id(value) in real):
+                        found.append((registry, name, None if value is None else real[id(value)]))
+        return found
 
     def _put_attributes(self, fakes: Mapping[str, Tensor]) -> None:
         """Let stand-ins take the places of tensors that are plain attributes."""
@@ -171,6 +188,8 @@ class _Call:
         count = len(values) - len(self.places)
         for place, value in zip(self.places, values[count:], strict=True):
             place.container[place.key] = value
+        for registry, name, tensor in self.exchanged:
+            registry[name] = tensor
         assert self.rebuild is not None
         return self.rebuild(values[:count])
 
@@ -188,11 +207,13 @@ class _Call:
             self.image_name = proxy_of(image).node.name
             self._put_attributes(by_key)
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
+                scripted = [ScriptedAttributes(module) for module in self.net.modules()]
                 with _functions_whole():
                     result = self.net(image, *args, **kwargs)
                 self.places = places_of_fakes(self.net, states)
+                self.exchanged = self._exchanged(own, by_key)
                 refuse_new_parameters(self.net, states)
-                refuse_scripted_fakes(self.net, states)
+                refuse_scripted_tensors(self.net, scripted)
                 kept = [place.take() for place in self.places]
             self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)
