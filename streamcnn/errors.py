@@ -64,6 +64,10 @@ class UntrustedModel(StreamError, PermissionError):
     """A file names code to be run that the caller has not allowed."""
 
 
+class FactoryFailed(StreamError, RuntimeError):
+    """The user's function that should make a model raised; what it raised is the cause."""
+
+
 class RatesUnusable(StreamError, OSError):
     """The file that keeps this machine's rates can be neither read nor written."""
 

@@ -268,3 +268,21 @@ def test_images_are_converted(run: Run, tmp_path: Path) -> None:
     status, _, err = run("convert", tmp_path / "gone", tmp_path / "out")
     assert status == 1
     assert "there is nothing at" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "verify"])
+def test_a_factory_gets_its_arguments(run: Run, command: str) -> None:
+    options = [
+        part
+        for text in ("in_channels=2", "out_channels=3", "kernel_size=[3, 5]", "padding_mode=reflect")
+        for part in ("--model-option", text)
+    ]
+    status, out, err = run(command, "torch.nn:Conv2d", *options, "--channels", "2", "--size", "40")
+    assert (status, err) == (0, "")
+    assert "40x40" in out
+    status, _, err = run(command, "torch.nn:Conv2d", *options, "--model-option", "depth=1")
+    assert status == 2
+    assert "MODEL: torch.nn:Conv2d cannot be called with in_channels=2, " in err
+    status, _, err = run(command, "torch.nn:Conv2d", "--model-option", "depth")
+    assert status == 2
+    assert "--model-option: cannot read 'depth': allowed is KEY=VALUE" in err

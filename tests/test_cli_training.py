@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from training_runs import assert_equal, final_state, log_without_times
 
-from streamcnn.cli.training_options import parse_key_values
+from streamcnn.cli.arguments import parse_key_values
 from streamcnn.training import load_run, read_log
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.runs import read_run

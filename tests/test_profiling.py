@@ -50,6 +50,12 @@ def streamed(net: torch.nn.Module, budget: int, tile: int) -> StreamingModel:
     return StreamingModel(net, budget, tile=tile, preprocess=lambda pixels: pixels / 255 - 0.5)
 
 
+def test_a_fresh_process_makes_the_model_with_its_arguments() -> None:
+    options = {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding_mode": "reflect"}
+    (profile,) = profile_tiles("torch.nn:Conv2d", (1, 2, 40, 40), [20], None, repeats=0, options=options)
+    assert profile.refusal is None
+
+
 def test_one_process_measures_and_one_is_refused(
     factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

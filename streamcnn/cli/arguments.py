@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -65,6 +66,13 @@ EmptyMasks = Annotated[
     bool,
     typer.Option("--empty-masks", help="Masks in zarr without any chunk hold their fill value alone."),
 ]
+KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="An argument of the factory, or of timm's model; may be repeated."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -107,6 +115,30 @@ def parse_numbers(text: str | None) -> tuple[float, ...] | None:
         raise ValueError(f"cannot read {text!r} as numbers: allowed is such as 1,2.5,2.5") from None
 
 
+def parse_key_values(texts: Sequence[str] | None) -> dict[str, Any]:
+    """``["lr=0.1", "nesterov=true"]`` as values by name; a value that is no JSON is text.
+
+    Raises
+    ------
+    ValueError
+        If one is not of that form, or a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"cannot read {text!r}: allowed is KEY=VALUE, such as momentum=0.9")
+        if name in found:
+            raise ValueError(f"{name} is given twice: give it once")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply: allowed are plain values") from None
+    return found
+
+
 def choice_of(
     series: int | None, level: int | None, channels_last: bool | None, *, otherwise: ImageChoice | None = None
 ) -> ImageChoice:
@@ -129,16 +161,18 @@ def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
         exit_for_wrong_usage(f"{option}: {error}")
 
 
-def load(name: str, *, num_channels: int | None = None) -> nn.Module:
-    """The model of that name; a wrong name ends the command as wrong usage.
+def load(
+    name: str, options: Mapping[str, Any] | None = None, *, num_channels: int | None = None
+) -> nn.Module:
+    """The model of that name; a wrong name, or options that it does not take, end the command as wrong usage.
 
     One of timm's is made for images of ``num_channels``, as for training, if they are given.
     """
     from streamcnn.support.models import is_factory, load_model
 
-    options = {} if num_channels is None or is_factory(name) else {"in_chans": num_channels}
+    channels = {} if num_channels is None or is_factory(name) else {"in_chans": num_channels}
     try:
-        return load_model(name, **options)
+        return load_model(name, **{**channels, **(options or {})})
     except ValueError as error:
         exit_for_wrong_usage(f"MODEL: {error}")
 

@@ -14,6 +14,7 @@ from streamcnn.cli.arguments import (
     Json,
     Level,
     Model,
+    ModelOption,
     Series,
     Tile,
     choice_of,
@@ -21,6 +22,7 @@ from streamcnn.cli.arguments import (
     load,
     parse,
     parse_extent,
+    parse_key_values,
 )
 from streamcnn.support.text import printable
 from streamcnn.support.units import parse_bytes
@@ -58,6 +60,7 @@ def plan(
     channels_last: ChannelsLast = None,
     budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
     tile: Tile = None,
+    model_option: ModelOption = None,
     card: Annotated[
         bool, typer.Option("--card", help="Plan for a CUDA card, which need not be here, with nominal rates.")
     ] = False,
@@ -78,6 +81,7 @@ def plan(
     host_bytes = parse("--host-memory", parse_bytes, host_memory)
     extent = parse("--size", parse_extent, size or "4000")
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
+    options = parse("--model-option", parse_key_values, model_option)
     given = {"--size": size, "--channels": channels}
     chosen = {"--series": series, "--level": level, "--channels-last/--channels-first": channels_last}
     _refuse_beside_image(image, given, chosen)
@@ -87,7 +91,7 @@ def plan(
 
         source = open_chosen(image, choice_of(series, level, channels_last))
     shape = (batch, channels or 3, *extent) if source is None else (batch, *source.shape)
-    net = load(model, num_channels=None if source is None else shape[1])
+    net = load(model, options, num_channels=None if source is None else shape[1])
     from streamcnn import StreamingModel
     from streamcnn.data.normalisation import Normalise
 

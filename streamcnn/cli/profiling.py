@@ -11,7 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcnn.cli.arguments import Batch, Channels, Model, Size, load, parse, parse_extent
+from streamcnn.cli.arguments import (
+    Batch,
+    Channels,
+    Model,
+    ModelOption,
+    Size,
+    load,
+    parse,
+    parse_extent,
+    parse_key_values,
+)
 from streamcnn.support.text import as_text
 from streamcnn.support.units import parse_bytes
 
@@ -26,6 +36,7 @@ def profile(
     budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
     batch: Batch = 1,
     channels: Channels = 3,
+    model_option: ModelOption = None,
     output: Annotated[Path, typer.Option(help="Folder for the lines, figures and page.")] = Path("profile"),
     repeats: Annotated[
         int, typer.Option(min=0, help="Updates whose median is the time, after one to warm up; 0: that one.")
@@ -36,19 +47,20 @@ def profile(
     budget_bytes = parse("--budget", parse_bytes, budget)
     shape = (batch, channels, *parse("--size", parse_extent, size))
     edges = parse("--tiles", parse_tiles, tiles)
-    load(model)  # a wrong name ends here rather than in the first measurement
+    options = parse("--model-option", parse_key_values, model_option)
+    load(model, options)  # a wrong name ends here rather than in the first measurement
     from streamcnn.profiling import make_folder, profile_tiles, write_results
     from streamcnn.support.extras import require
 
     require("matplotlib.figure", extra="plots")
     make_folder(output)
-    measured = profile_tiles(model, shape, edges, budget_bytes, repeats=repeats)
+    measured = profile_tiles(model, shape, edges, budget_bytes, repeats=repeats, options=options)
     console = Console()
     if as_json:
         profiles = _print_json(measured)
     else:
         profiles = _collect(measured, edges, console)
-    write_results(profiles, model, shape, output)
+    write_results(profiles, " ".join([model, *(model_option or ())]), shape, output)
     if not as_json:
         console.print(as_text(f"page: {output / 'report.html'}"), soft_wrap=True, highlight=False)
 

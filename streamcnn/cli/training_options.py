@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -15,13 +13,16 @@ from streamcnn.cli.arguments import (
     ChannelsLast,
     EmptyMasks,
     Inputs,
+    KeyValues,
     Level,
     Masks,
+    ModelOption,
     Series,
     Tile,
     choice_of,
     parse,
     parse_extent,
+    parse_key_values,
     parse_names,
     parse_numbers,
 )
@@ -30,8 +31,6 @@ from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources.places import local_path
 from streamcnn.support.units import parse_bytes
 from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
-
-KeyValues = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")]
 
 
 def _defaults(kind: type[Any]) -> SimpleNamespace:
@@ -53,7 +52,7 @@ class RunOptions:
     budget: Budget = _RUN.budget
     tile: Tile = _RUN.tile
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = _RUN.device
-    model_option: KeyValues = None
+    model_option: ModelOption = None
     inputs: Inputs = None
     series: Series = None
     level: Level = None
@@ -191,27 +190,3 @@ class SettingsOptions:
             schedule_options=parse("--schedule-option", parse_key_values, values.pop("schedule_option")),
             **values,
         )
-
-
-def parse_key_values(texts: Sequence[str] | None) -> dict[str, Any]:
-    """``["lr=0.1", "nesterov=true"]`` as values by name; a value that is no JSON is text.
-
-    Raises
-    ------
-    ValueError
-        If one is not of that form, or a name comes twice.
-    """
-    found: dict[str, Any] = {}
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not (name.isidentifier() and equals):
-            raise ValueError(f"cannot read {text!r}: allowed is KEY=VALUE, such as momentum=0.9")
-        if name in found:
-            raise ValueError(f"{name} is given twice: give it once")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-        except RecursionError:
-            raise ValueError(f"{name} is nested too deeply: allowed are plain values") from None
-    return found

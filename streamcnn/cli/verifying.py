@@ -18,10 +18,12 @@ from streamcnn.cli.arguments import (
     Channels,
     Json,
     Model,
+    ModelOption,
     Tile,
     load,
     parse,
     parse_extent,
+    parse_key_values,
 )
 from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import format_bytes, plural
@@ -46,6 +48,7 @@ def verify(
     batch: Batch = 2,
     channels: Channels = 3,
     tile: Tile = "96",
+    model_option: ModelOption = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that passes.")] = 1e-6,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +58,7 @@ def verify(
     """
     extent = parse("--size", parse_extent, size)
     tile_extent = None if tile is None else parse("--tile", parse_extent, tile)
-    net = load(model)
+    net = load(model, parse("--model-option", parse_key_values, model_option))
     import streamcnn
     from streamcnn.runtime.obstacles import streamability
 

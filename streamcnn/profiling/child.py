@@ -1,15 +1,16 @@
 """The process that measures one tile size: prints one :class:`TileProfile` as a line of JSON.
 
-    python -m streamcnn.profiling.child MODEL FOLDER TILE BUDGET REPEATS
+    python -m streamcnn.profiling.child MODEL FOLDER TILE BUDGET REPEATS OPTIONS
 
 FOLDER holds the images of the batch; BUDGET is bytes or ``none``; REPEATS the
-updates that follow the first.
+updates that follow the first; OPTIONS a JSON object, the model's arguments.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,14 @@ class _Update:
     timeline: Timeline | None
 
 
-def measure(model: str, folder: Path, tile: int, budget: int | None, repeats: int) -> TileProfile:
+def measure(
+    model: str,
+    folder: Path,
+    tile: int,
+    budget: int | None,
+    repeats: int,
+    options: Mapping[str, Any] | None = None,
+) -> TileProfile:
     """Updates with tiles of that size in this process, on the images in ``folder``.
 
     The first update is not timed unless it is the only one, but its peak counts.
@@ -53,7 +61,7 @@ def measure(model: str, folder: Path, tile: int, budget: int | None, repeats: in
     """
     torch.manual_seed(0)
     streamed = StreamingModel(
-        load_model(model).train(),
+        load_model(model, **(options or {})).train(),
         budget,
         tile=tile,
         spill=folder,
@@ -128,10 +136,10 @@ def _mean_square(output: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print; an error that a user can act on is one line on standard error."""
-    model, folder, tile, budget, repeats = arguments
+    model, folder, tile, budget, repeats, options = arguments
     limit = None if budget == "none" else int(budget)
     try:
-        profile = measure(model, Path(folder), int(tile), limit, int(repeats))
+        profile = measure(model, Path(folder), int(tile), limit, int(repeats), json.loads(options))
     except (StreamError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(profile.to_json())

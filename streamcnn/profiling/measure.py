@@ -6,12 +6,15 @@ never falls, and memory freed by one update would be reused by the next.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +36,7 @@ def profile_tiles(
     budget: int | None,
     *,
     repeats: int = 1,
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[TileProfile]:
     """The profile of each tile size, as soon as it is measured, on random images on disk.
 
@@ -50,6 +54,8 @@ def profile_tiles(
     repeats
         Updates whose median is the time, after one that bears the costs of first use; 0 for that one alone.
         The peak is that of all.
+    options
+        Arguments of the model, as JSON has them.
 
     Raises
     ------
@@ -62,11 +68,20 @@ def profile_tiles(
         raise ValueError(f"tiles={list(tiles)}: allowed are one or more positive numbers of pixels")
     if repeats < 0:
         raise ValueError(f"repeats={repeats}: allowed are 0 and positive numbers of updates")
-    return _measure(model, shape, tuple(tiles), budget, repeats)
+    made = _Model(model, json.dumps(dict(options or {})))
+    return _measure(made, shape, tuple(tiles), budget, repeats)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a fresh process makes a model of."""
+
+    name: str
+    options: str
 
 
 def _measure(
-    model: str, shape: tuple[int, int, int, int], tiles: tuple[int, ...], budget: int | None, repeats: int
+    model: _Model, shape: tuple[int, int, int, int], tiles: tuple[int, ...], budget: int | None, repeats: int
 ) -> Iterator[TileProfile]:
     with tempfile.TemporaryDirectory(prefix="streamcnn-profile-") as name:
         folder = Path(name)
@@ -78,9 +93,11 @@ def _measure(
             yield _in_fresh_process(model, folder, tile, budget, repeats)
 
 
-def _in_fresh_process(model: str, folder: Path, tile: int, budget: int | None, repeats: int) -> TileProfile:
+def _in_fresh_process(
+    model: _Model, folder: Path, tile: int, budget: int | None, repeats: int
+) -> TileProfile:
     limit = "none" if budget is None else str(budget)
-    arguments = [model, str(folder), str(tile), limit, str(repeats)]
+    arguments = [model.name, str(folder), str(tile), limit, str(repeats), model.options]
     command = [sys.executable, "-m", "streamcnn.profiling.child", *arguments]
     # The child looks for the user's factory where this process does.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

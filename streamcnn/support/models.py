@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Collection
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
+import torch
 from torch import nn
 
-from streamcnn.errors import UntrustedModel
+from streamcnn.errors import FactoryFailed, StreamError, UntrustedModel
 from streamcnn.support import torchvision_import
 from streamcnn.support.extras import require
 
@@ -34,12 +38,14 @@ def load_model(name: str, **kwargs: object) -> nn.Module:
     ValueError
         If there is no timm model, module or factory of that name, if it does not take ``kwargs``, or returns
         no module.
+    FactoryFailed
+        If the factory, or the module that it is in, raises.
     MissingExtra
         If it is a timm name and timm is not installed.
     """
     model = _call_factory(name, kwargs) if is_factory(name) else _create_with_timm(name, kwargs)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} returned a {type(model).__name__}: allowed is a torch.nn.Module")
+        raise ValueError(f"{name} returned {_described(model)}: allowed is a torch.nn.Module")
     return model
 
 
@@ -75,33 +81,81 @@ def require_trust(name: str, trust: Collection[str], where: Path) -> None:
 
 def _call_factory(name: str, kwargs: dict[str, object]) -> object:
     module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module missing inside the user's own file is a bug there and keeps its traceback.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
+    if not (all(part.isidentifier() for part in module_name.split(".")) and attribute.isidentifier()):
         raise ValueError(
-            f"no module {error.name!r} for model {name!r}: allowed is package.module:factory; "
-            "call the command in the folder that holds it, or add that to PYTHONPATH"
-        ) from error
+            f"cannot read {name!r} as a model: allowed is package.module:factory, or a timm name"
+        )
+    module = _import(module_name, name)
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"{module_name} has no callable {attribute!r}: allowed is package.module:factory")
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
-        raise ValueError(f"{name} does not take {kwargs}: {error}") from error
-    return factory(**kwargs)
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
+        raise ValueError(f"{name} cannot be called with {given}: {error}") from error
+    with _naming_failures(name, module.__file__):
+        return factory(**kwargs)
+
+
+def _import(module_name: str, name: str) -> ModuleType:
+    """The module that holds the factory of the model called ``name``."""
+    try:
+        with _naming_failures(name, None):
+            return importlib.import_module(module_name)
+    except FactoryFailed as failed:
+        error = failed.__cause__
+        # A module missing inside the user's own file is a bug there.
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
+            raise
+        raise ValueError(
+            f"no module {missing!r} for model {name!r}: allowed is package.module:factory; "
+            "call the command in the folder that holds it, or add that to PYTHONPATH"
+        ) from error
+
+
+@contextmanager
+def _naming_failures(name: str, file: str | None) -> Iterator[None]:
+    """Have whatever the user's code raises in the block name the model, and the line of ``file``."""
+    try:
+        yield
+    except (StreamError, MemoryError, torch.OutOfMemoryError):
+        raise  # memory that is refused is told by its type
+    except (Exception, SystemExit) as error:
+        kind = type(error).__name__
+        what = f"{kind}: {error}" if str(error) else kind
+        raise FactoryFailed(
+            f"{name} fails with {what}{_place(error, file)}: mend it, or give another model"
+        ) from error
+
+
+def _place(error: BaseException, file: str | None) -> str:
+    """The last line of ``file`` that an error passed through, or else the last of all."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith("<frozen")
+    ]
+    own = [frame for frame in frames if frame.filename == file] or frames
+    return (
+        f" ({own[-1].filename}, line {own[-1].lineno})" if own and not isinstance(error, SyntaxError) else ""
+    )
+
+
+def _described(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _create_with_timm(name: str, kwargs: dict[str, object]) -> object:
     torchvision_import.install()
     timm = require("timm", extra="zoo")
     if not timm.is_model(name):
-        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "none"
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        similar = f" (similar: {close})" if close else ""
         raise ValueError(
-            f"no timm model {name!r} (similar: {close}): allowed is a timm name, "
+            f"no timm model {name!r}{similar}: allowed is a timm name, "
             "see timm.list_models(), or package.module:factory"
         )
     try:
