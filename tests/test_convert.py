@@ -208,6 +208,29 @@ def test_labels_are_given_later_and_corrected(folder: Path, tmp_path: Path) -> N
     assert shard.stat().st_mtime_ns == written
 
 
+def test_a_split_that_is_given_holds_for_images_that_are_there(folder: Path, tmp_path: Path) -> None:
+    images, out = find_images([folder / "one.tif", folder / "deep"]), tmp_path / "out"
+    rows = table(folder, "image,label,split\none,dog,val\ntwo three,cat,\n")
+    list(convert(images, out, labels=rows))
+    assert [(r.name, r.split) for r in convert(images[:1], out, split="test")] == [("one", "test")]
+    assert list(convert(images, out)) == []
+    assert [(r.name, r.split) for r in convert(images, out, labels=rows, split="test")] == [
+        ("one", "val"),
+        ("two three", "test"),
+    ]
+    assert {r.name: (r.label, r.split) for r in TileStore(out).records} == {
+        "one": (1, "val"),
+        "two three": (0, "test"),
+    }
+
+
+def test_complex_numbers_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "radar.npy", np.zeros((3, 40, 30), np.complex64))
+    with pytest.raises(DatasetMismatch, match=r"radar\.npy has pixels of type complex64: allowed in a tile"):
+        list(convert(find_images([tmp_path / "radar.npy"]), tmp_path / "out"))
+    assert list((tmp_path / "out" / "images").rglob("*")) == []
+
+
 def test_classes_keep_their_numbers_through_interruptions(folder: Path, tmp_path: Path) -> None:
     images, out = find_images([folder]), tmp_path / "out"
     tables = (

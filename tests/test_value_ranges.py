@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from torch import nn
 
 from streamcnn import StreamingModel
 from streamcnn.data.augmentation import Augmentation, AugmentedSource
@@ -78,6 +79,15 @@ def test_normalise_divides_by_what_the_image_says(tmp_path: Path) -> None:
         torch.testing.assert_close(by_type.read(Region.whole(SIZE)), expected)
     with pytest.raises(ValueError, match="divisor='most': allowed are range and type"):
         Normalise(divisor="most")
+
+
+def test_complex_pixels_are_refused_by_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "radar.npy", np.zeros((3, 40, 30), np.complex64))
+    model = StreamingModel(nn.Conv2d(3, 1, 1), preprocess=Normalise())
+    with pytest.raises(
+        DatasetMismatch, match="pixels of type complex64: allowed are integers, floats and bool"
+    ):
+        model.plan([open_image(tmp_path / "radar.npy")])
 
 
 @pytest.mark.parametrize("write", [write_bits, write_12_bit, lambda path: write_pgm(path, 100)])

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from streamcnn.cli.arguments import ChannelsLast, Json, Level, Series, choice_of
+from streamcnn.cli.arguments import ChannelsLast, Json, Level, Series, choice_of, exit_for_wrong_usage
 from streamcnn.cli.ending import keeping
 from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import format_bytes, plural
@@ -64,7 +64,12 @@ def convert(
     labels: Annotated[
         Path | None, typer.Option(help="CSV with the columns image, label and, if wanted, split.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of images of which the CSV says none.")] = "train",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of images of which the CSV says none; default: what they have in OUT, or train."
+        ),
+    ] = None,
     series: Series = None,
     level: Level = None,
     channels_last: ChannelsLast = None,
@@ -73,6 +78,8 @@ def convert(
     from streamcnn.data.convert import convert as write
     from streamcnn.data.image_files import find_images
 
+    if split is not None and not split.strip():
+        exit_for_wrong_usage(f"--split: {split!r} is blank: give a name, such as train or test")
     console = Console()
     found = find_images(sources, series)
     with keeping("finished images"), progress_bar(console, "images", len(found)) as progress:

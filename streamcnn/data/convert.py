@@ -24,6 +24,8 @@ from streamcnn.data.tile_store.format import IMAGES
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 KIND = "images"
+_SPLIT = "train"
+"""Of images of which nobody says one."""
 
 
 def convert(
@@ -31,7 +33,7 @@ def convert(
     out: str | Path,
     *,
     labels: str | Path | None = None,
-    split: str = "train",
+    split: str | None = None,
     choice: ImageChoice = DEFAULT_CHOICE,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Iterator[ImageRecord]:
@@ -39,7 +41,7 @@ def convert(
 
     An image that the store has is left alone if its files are the same, by `fingerprint`, and so is the
     choice. It is written again if files were changed, or its channels are read from another axis; it keeps
-    its label and split unless ``labels`` says others.
+    its label and split unless ``labels`` or ``split`` says others.
     Holds some shards of 16 MiB at a time, and an image that has to be decoded whole.
 
     Parameters
@@ -53,7 +55,8 @@ def convert(
         ``label`` (whole numbers from 0 on, or names of classes) and, if wanted, ``split``. Images that the
         store has already take what it says.
     split
-        Of images of which the table says none.
+        Of images of which the table says none, those that the store has among them. None leaves these in
+        their split, and new images are for training.
     choice
         Which image of each file, in which resolution, and where its channels are.
     on_shard
@@ -77,7 +80,7 @@ def convert(
             numbered = any(record.label is not None for record in writer.records.values())
             texts = [row.label for row in rows.values()]
             writer.set_classes(class_names(texts, writer.head.classes, numbered=numbered))
-            yield from _labelled_anew(writer, rows)
+        yield from _told_anew(writer, [image.name for image in named.values()], rows or {}, split)
         for image in missing:
             row = None if rows is None else rows[image.name]
             source = open_chosen(image.path, choice)
@@ -92,7 +95,7 @@ def _write(
     image: FoundImage,
     source: ImageSource,
     row: Row | None,
-    split: str,
+    split: str | None,
     choice: ImageChoice,
     on_shard: Callable[[int, int], None] | None,
 ) -> ImageRecord:
@@ -112,7 +115,7 @@ def _write(
         writer.folder,
         source,
         name=image.name,
-        split=(None if row is None else row.split) or (split if before is None else before.split),
+        split=(None if row is None else row.split) or split or (_SPLIT if before is None else before.split),
         label=label if row is None else label_number(row.label, writer.head.classes),
         levels=num_levels(source.shape[1:]),
         origin=origin,
@@ -121,12 +124,15 @@ def _write(
     )
 
 
-def _labelled_anew(writer: TileStoreWriter, rows: Mapping[str, Row]) -> Iterator[ImageRecord]:
-    """Images that the store has, of which the table says something else now; no pixel is written again."""
-    for record in [record for record in writer.records.values() if record.name in rows]:
-        row = rows[record.name]
-        label = label_number(row.label, writer.head.classes)
-        changed = replace(record, label=label, split=row.split or record.split)
+def _told_anew(
+    writer: TileStoreWriter, names: Sequence[str], rows: Mapping[str, Row], split: str | None
+) -> Iterator[ImageRecord]:
+    """Images that the store has, of which something else is said now; no pixel is written again."""
+    for record in [record for name in names if (record := writer.records.get(name)) is not None]:
+        row = rows.get(record.name)
+        label = record.label if row is None else label_number(row.label, writer.head.classes)
+        said = split if row is None else row.split or split
+        changed = replace(record, label=label, split=said or record.split)
         if changed != record:
             writer.add(changed)
             yield changed

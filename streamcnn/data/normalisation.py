@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamcnn.errors import DatasetMismatch
+
 DIVISORS = ("range", "type")
 
 
@@ -38,7 +40,19 @@ class Normalise:
             raise ValueError(f"divisor={self.divisor!r}: allowed are {' and '.join(DIVISORS)}")
 
     def __call__(self, tile: Tensor, *, largest: int | None = None) -> Tensor:
-        """A tile of the same shape; ``largest`` is what a pixel may be, None for what its type allows."""
+        """A tile of the same shape; ``largest`` is what a pixel may be, None for what its type allows.
+
+        Raises
+        ------
+        DatasetMismatch
+            If pixels are complex numbers.
+        """
+        if tile.dtype.is_complex:
+            kind = str(tile.dtype).removeprefix("torch.")
+            raise DatasetMismatch(
+                f"the image has pixels of type {kind}: allowed are integers, floats and bool; store "
+                "magnitudes, or real and imaginary parts as channels"
+            )
         # In place on a copy: two more tiles would be held at a time.
         pixels = tile.to(torch.float32, copy=True)
         scale = self._scale(tile.dtype, largest)

@@ -213,7 +213,7 @@ def reason(error: Exception) -> str:
     """The error's text, after its type where the text alone says little."""
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError):
         return f"{type(error).__name__}: {shortened(error)}"
-    return shortened(error) or type(error).__name__
+    return shortened(error).rstrip(".") or type(error).__name__
 
 
 def shortened(error: Exception) -> str:

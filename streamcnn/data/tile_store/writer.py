@@ -23,6 +23,7 @@ from streamcnn.data.sources import ImageSource, largest_of
 from streamcnn.data.tile_store.arrays import record_files, write_image
 from streamcnn.data.tile_store.format import (
     COMPLETE,
+    DTYPES,
     IMAGES,
     JOURNAL,
     LOCK,
@@ -210,7 +211,7 @@ def write_image_folder(
     ValueError
         If the name could not be a folder's on every system.
     DatasetMismatch
-        If the name is a folder of other images, or lies in one.
+        If the name is a folder of other images, or lies in one, or pixels have a type that no store has.
     CorruptImage
         If the source cannot be read, or a link leads out of the store.
     CannotWrite
@@ -220,6 +221,12 @@ def write_image_folder(
         raise ValueError(
             f"image name {name!r}: allowed are letters, digits, _ and %, and . - ( ) and blanks after "
             "the first character, in parts divided by /"
+        )
+    kind = str(source.dtype).removeprefix("torch.")
+    if kind not in DTYPES:
+        raise DatasetMismatch(
+            f"{source.name} has pixels of type {kind}: allowed in a tile store are {', '.join(DTYPES)}; "
+            "save it as one of these"
         )
     target = store / IMAGES / name
     require_within(store, target, error=CorruptImage)
@@ -253,7 +260,7 @@ def write_image_folder(
         split=split,
         label=label,
         shape=source.shape,
-        dtype=str(source.dtype).removeprefix("torch."),
+        dtype=kind,
         levels=levels,
         metadata=metadata,
         shards=shards,
