@@ -94,6 +94,7 @@ def test_version_and_help(run: Run) -> None:
         (["plan", "x", "--tile", "-5"], "--tile: cannot read '-5' as pixels"),
         (["verify", "x", "--size", "a"], "--size: cannot read 'a' as pixels"),
         (["verify", "no_such_package:net"], "MODEL: no module 'no_such_package'"),
+        (["plan", ":net"], "MODEL: cannot read ':net' as a model"),
         (["demo", "--budget", "0"], "--budget: cannot read '0' as a number of bytes"),
         (["demo", "--size", "10"], "Invalid value for '--size'"),
     ],
@@ -286,3 +287,18 @@ def test_a_factory_gets_its_arguments(run: Run, command: str) -> None:
     status, _, err = run(command, "torch.nn:Conv2d", "--model-option", "depth")
     assert status == 2
     assert "--model-option: cannot read 'depth': allowed is KEY=VALUE" in err
+
+
+def test_an_image_that_cannot_be_counted_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("plan", "resnet18", "--size", "2000000000")
+    assert status == 1
+    assert err.startswith(
+        "streamcnn: error: an image of shape (1, 3, 2000000000, 2000000000) has 2**63 bytes"
+    )
+    status, _, err = run("profile", "resnet18", "--size", "2000000000")
+    assert status == 1
+    assert err.startswith("streamcnn: error: the image takes ")
+    assert "free: give a smaller --size, or another disk with TMPDIR" in err

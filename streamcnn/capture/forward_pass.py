@@ -7,6 +7,7 @@ caller's own hooks, modes and compilers, and what the code does besides computin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -23,10 +24,13 @@ from streamcnn.capture.refusals import refusal
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.unguarded import Capture, capture_anew
-from streamcnn.errors import StreamError
+from streamcnn.errors import PlanDoesNotFit, StreamError
 from streamcnn.graph.flattening import TRACING
 
 T = TypeVar("T")
+
+_MOST_BYTES = 2**63 - 1
+"""That PyTorch counts."""
 
 
 class ForwardPass:
@@ -112,7 +116,18 @@ class _Taken(Exception):
 def stand_in(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, requires_grad: bool = False
 ) -> Tensor:
-    """A tensor of ``shape`` that takes the memory of one element."""
+    """A tensor of ``shape`` that takes the memory of one element.
+
+    Raises
+    ------
+    PlanDoesNotFit
+        If PyTorch cannot count its bytes.
+    """
+    if math.prod(shape) * dtype.itemsize > _MOST_BYTES:
+        raise PlanDoesNotFit(
+            f"an image of shape {tuple(shape)} has 2**63 bytes or more, which PyTorch cannot count: "
+            "give a smaller one"
+        )
     image = torch.zeros((), dtype=dtype, device=device).expand(shape)
     return image.requires_grad_(requires_grad)
 

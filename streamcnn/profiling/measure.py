@@ -7,7 +7,9 @@ never falls, and memory freed by one update would be reused by the next.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from streamcnn.data.sources import write_zarr_image
+from streamcnn.data.sources.zarr import CHUNK, write_zarr_bands
 from streamcnn.errors import StreamError
 from streamcnn.profiling.tile_profile import TileProfile
+from streamcnn.support.units import format_bytes
 
 _LINES_OF_A_CRASH = 12
 
@@ -72,6 +76,13 @@ def profile_tiles(
     return _measure(made, shape, tuple(tiles), budget, repeats)
 
 
+def _random_bands(shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Random bytes for an image, from above, as many rows at a time as a chunk has."""
+    channels, height, width = shape
+    for row in range(0, height, CHUNK):
+        yield torch.randint(256, (channels, min(CHUNK, height - row), width), dtype=torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class _Model:
     """What a fresh process makes a model of."""
@@ -85,10 +96,14 @@ def _measure(
 ) -> Iterator[TileProfile]:
     with tempfile.TemporaryDirectory(prefix="streamcnn-profile-") as name:
         folder = Path(name)
+        needed, free = math.prod(shape), shutil.disk_usage(folder).free
+        if needed > free:
+            raise ProfileFailed(
+                f"the image takes {format_bytes(needed)} on the disk at {folder.parent}, of which "
+                f"{format_bytes(free)} are free: give a smaller --size, or another disk with TMPDIR"
+            )
         for index in range(shape[0]):
-            pixels = torch.randint(256, shape[1:], dtype=torch.uint8)
-            write_zarr_image(folder / f"image-{index}.zarr", pixels)
-        del pixels
+            write_zarr_bands(folder / f"image-{index}.zarr", shape[1:], torch.uint8, _random_bands(shape[1:]))
         for tile in tiles:
             yield _in_fresh_process(model, folder, tile, budget, repeats)
 

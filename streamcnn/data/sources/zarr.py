@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,6 +36,8 @@ from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
 from streamcnn.support.text import without_secrets
 
+CHUNK = 512
+"""Rows and columns of the chunks that are written."""
 _CHUNK_COPIES = 2
 """A chunk as stored, which need not be smaller, and decoded."""
 
@@ -196,7 +199,7 @@ class ZarrSource(FileSource):
         return pixels
 
 
-def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = 512) -> None:
+def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = CHUNK) -> None:
     """Write an image ``(C, H, W)`` as a compressed zarr array with a checksum in every chunk.
 
     Chunks that hold nothing but zeros are written too, so that a lost one can be told from them.
@@ -208,18 +211,31 @@ def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = 512) -> No
     chunk : height and width of the chunks in pixels; each holds all channels
     """
     channels, height, width = image.shape
-    pixels = image.numpy()
+    write_zarr_bands(path, (channels, height, width), image.dtype, image.split(chunk, dim=1), chunk=chunk)
+
+
+def write_zarr_bands(
+    path: str | Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    bands: Iterable[Tensor],
+    *,
+    chunk: int = CHUNK,
+) -> None:
+    """Write an image as `write_zarr_image` does, from bands of ``chunk`` rows, the topmost first."""
+    channels, height, width = shape
     array = zarr.create_array(
         str(path),
-        shape=pixels.shape,
+        shape=shape,
         chunks=(channels, min(chunk, height), min(chunk, width)),
-        dtype=pixels.dtype,
+        dtype=torch.empty(0, dtype=dtype).numpy().dtype,
         compressors=ZstdCodec(level=1, checksum=True),
         dimension_names=("c", "y", "x"),
         overwrite=True,
         config={"write_empty_chunks": True},
     )
-    array[:] = pixels
+    for row, band in zip(range(0, height, chunk), bands, strict=True):
+        array[:, row : row + chunk] = band.numpy()
 
 
 class _Guarding:
