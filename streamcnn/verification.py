@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from streamcnn.capture.results import taken_apart
 from streamcnn.graph.program import has_gradient
 from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.support.units import plural
 
 FLOOR = 1e-6
 """Share of the model's largest norm below which a value counts as noise: a bias before batch norm has a
@@ -47,8 +48,9 @@ class Verification:
     def explain(self) -> str:
         """The verdict and the worst few entries as text."""
         worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
+        phases, tiles = plural(self.num_phases, "phase"), plural(self.num_tiles, "tile")
         lines = [
-            f"streamed in {self.num_phases} phases of up to {self.num_tiles} tiles against plain PyTorch: "
+            f"streamed in {phases} of up to {tiles} against plain PyTorch: "
             f"largest error {self.max_error:.2e} over {len(self.errors)} comparisons",
             *(f"  {error:.2e}  {name}" for name, error in worst),
             *self.notes,

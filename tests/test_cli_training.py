@@ -182,7 +182,7 @@ def test_a_classifier_is_trained_evaluated_and_asked(workplace: Path, run: Run) 
     assert "epoch 6: loss" in out
     assert "36 updates in 6 epochs; best validation accuracy 100.0%" in out
     folder = workplace / "run"
-    assert "0 of 4 validation images are taken wrongly" in (folder / "report.html").read_text()
+    assert "0 of 4 validation images misclassified" in (folder / "report.html").read_text()
     first = read_log(folder)[0]
     assert (first["kind"], first["measured_bytes"] > 0) == ("update", True)
 
@@ -269,7 +269,7 @@ def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run:
         ({"model-option": "width"}, "--model-option: cannot read 'width': allowed is KEY=VALUE"),
         ({"budget": "many"}, "--budget: "),
         ({"device": "cuda:99x"}, "device='cuda:99x': there is cpu"),
-        ({"model-option": "depth=3"}, "factories:small does not take {'depth': 3}"),
+        ({"model-option": "depth=3"}, "factories:small cannot be called with depth=3: got an unexpected"),
         ({"schedule": "StepLR"}, "schedule='StepLR' with schedule_options={}: "),
     ],
 )

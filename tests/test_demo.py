@@ -80,7 +80,7 @@ def test_says_so_when_it_did_not_overfit(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(overfitting, "predict", lambda model, images: tuple(label + 1 for _, label in images))
     result, text = run(DemoSettings(size=64, num_images=2, epochs=1, output=tmp_path))
     assert not result.overfitted
-    assert "knows only 0 of 2 images: it did not overfit in 1 epochs" in text
+    assert "knows only 0 of 2 images: it did not overfit in 1 epoch; give more --epochs" in text
     assert text.count("WRONG") == 2
 
 

@@ -61,7 +61,7 @@ def test_the_page_shows_the_best_epoch() -> None:
     assert expected + "at most 50.0 MiB of the 100 MiB allowed." in page
     counts = re.findall(r"<td[^>]*>(\d*)</td>", page)
     assert counts == ["1", "1", "", "2"]
-    assert "1 of 4 validation images are taken wrongly" in page
+    assert "1 of 4 validation images misclassified" in page
     assert "a &lt;cat&gt;, taken for dog<br><span>image &lt;2&gt;</span>" in page
     assert len(re.findall(r"<img ", page)) == 3 + 1
     # It asks for nothing: all pictures are in the page.
@@ -72,7 +72,7 @@ def test_the_page_shows_the_best_epoch() -> None:
 def test_there_are_pictures_of_some_mistakes_alone() -> None:
     count = 2 * MAX_MISTAKES
     page = render_report(CONFIG, [UPDATE, epoch(0, 0.0, [1, 0] * MAX_MISTAKES)], Images(count))
-    assert f"{count} of {count} validation images are taken wrongly" in page
+    assert f"{count} of {count} validation image{'s' if count > 1 else ''} misclassified" in page
     assert len(re.findall(r"<img ", page)) == 3 + MAX_MISTAKES
 
 

@@ -228,6 +228,11 @@ def test_explain_names_the_worst_first() -> None:
     )
 
 
+def test_explain_counts_one_phase_and_one_tile() -> None:
+    text = Verification({"a": 0.5}, num_tiles=1, num_phases=1, sizes={}, notes=()).explain()
+    assert text.startswith("streamed in 1 phase of up to 1 tile against plain PyTorch")
+
+
 def shifted(*args: Any) -> Tensor:
     value: Tensor = ORIGINAL_EVALUATE(*args)
     return value + 1e-6

@@ -30,7 +30,7 @@ from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
 from streamcnn.support.text import as_text
-from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes
+from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes, plural
 
 _FIGURE_PIXELS = 1000  # the figure shows every n-th pixel, so that it has about as many
 
@@ -154,7 +154,8 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
     console.print(
         f"network: {format_count(sum(p.numel() for p in net.parameters()))} parameters; one update holds "
         f"{format_bytes(plan.plain_bytes)} in plain PyTorch, "
-        f"the budget is {'none' if budget is None else format_bytes(budget)}"
+        f"the budget is {'none' if budget is None else format_bytes(budget)}",
+        soft_wrap=True,
     )
     console.print(as_text(plan.explain()), soft_wrap=True)
     started = time.perf_counter()
@@ -293,8 +294,9 @@ def _print_result(result: DemoResult, settings: DemoSettings, console: Console) 
     budget = parse_bytes(settings.budget)
     of_budget = "" if budget is None else f" of a budget of {format_bytes(budget)}"
     console.print(
-        f"trained {settings.epochs} epochs in {format_duration(result.seconds)}; "
-        f"held at most {_format_reading(result.measured_bytes)}{of_budget}"
+        f"trained {plural(settings.epochs, 'epoch')} in {format_duration(result.seconds)}; "
+        f"held at most {_format_reading(result.measured_bytes)}{of_budget}",
+        soft_wrap=True,
     )
     for index, (prediction, label) in enumerate(zip(result.predictions, result.labels, strict=True)):
         verdict = "right" if prediction == label else "WRONG"
@@ -304,6 +306,7 @@ def _print_result(result: DemoResult, settings: DemoSettings, console: Console) 
     else:
         console.print(
             f"the network knows only {result.num_right} of {len(result.labels)} images: "
-            f"it did not overfit in {settings.epochs} epochs; try more"
+            f"it did not overfit in {plural(settings.epochs, 'epoch')}; give more --epochs",
+            soft_wrap=True,
         )
     console.print(as_text(f"figure: {result.figure}"), soft_wrap=True)

@@ -92,7 +92,8 @@ _PLAN_HINT = "Point at a phase to see what it runs, reads and stores."
 _NOTE = (
     '<p class="note">Point at a tile size in a chart or the table to see it; click, or reach it with the '
     "Tab key, to keep it. Memory is what the process held above what it held when the update began. "
-    "Recomputation: positions computed by all tiles over positions of the maps, 1.00x without halos. "
+    "Recomputation: floating-point operations over those of plain PyTorch on the whole image, for halos and "
+    "maps that are computed again. "
     "Moved: bytes read from and written to stores. A barrier is a result that needs a whole map, such as "
     "the statistics of a batch norm: the next phase begins when it is known.</p>"
 )

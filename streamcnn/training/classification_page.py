@@ -9,6 +9,7 @@ from streamcnn.data.dataset import ImageDataset
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.errors import RunMismatch
 from streamcnn.support.text import html_text as escape
+from streamcnn.support.units import plural
 from streamcnn.training.page_parts import EDGE, embedded, percentages
 from streamcnn.training.task import Shown
 
@@ -38,7 +39,7 @@ def shown(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], images: 
             [
                 "<h2>Which class is taken for which</h2>",
                 _confusion(predictions, images),
-                f"<h2>{len(wrong)} of {len(images)} validation images are taken wrongly</h2>",
+                f"<h2>{len(wrong)} of {plural(len(images), 'validation image')} misclassified</h2>",
                 _mistakes(wrong[:MAX_MISTAKES], predictions, images),
             ]
         ),
@@ -58,7 +59,10 @@ def _confusion(predictions: Sequence[int], images: ImageDataset) -> str:
         + "</tr>"
         for label, row in enumerate(counts)
     )
-    caption = "Rows: labels. Columns: what the images are taken for. The deeper, the larger the row's share."
+    caption = (
+        "Rows: labels. Columns: what the images are taken for. "
+        "The deeper the colour, the larger the share of the row."
+    )
     return f'<p>{caption}</p><div class="scroll"><table><tr><th></th>{heads}</tr>{rows}</table></div>'
 
 

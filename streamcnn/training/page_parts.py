@@ -40,8 +40,13 @@ def percentages(epochs: Sequence[Mapping[str, Any]], caption: str, curves: Mappi
         axes.plot(numbers, [100 * line[name] for line in epochs], ".-", color=color, label=label)
     axes.set_ylim(0, 102)
     axes.set_ylabel("%")
-    axes.legend()
+    add_legend(axes)
     return drawn(caption, figure)
+
+
+def add_legend(axes: Any) -> None:
+    """Above the frame, where it covers no curve."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, handlelength=1.2)
 
 
 def drawn(caption: str, figure: Any) -> str:

@@ -15,10 +15,10 @@ from streamcnn.support.atomic import replace_file
 from streamcnn.support.disk import writing
 from streamcnn.support.html import html_page
 from streamcnn.support.text import html_text as escape
-from streamcnn.support.units import format_bytes, format_duration
+from streamcnn.support.units import format_bytes, format_duration, plural
 from streamcnn.training.config import RunConfig
 from streamcnn.training.log import read_log
-from streamcnn.training.page_parts import BLUE, GREY, ORANGE, RED, axes_over, drawn
+from streamcnn.training.page_parts import BLUE, GREY, ORANGE, RED, add_legend, axes_over, drawn
 from streamcnn.training.runs import read_run
 from streamcnn.training.task import Task
 
@@ -139,7 +139,7 @@ def _headline(task: Task[Any], best: Line, updates: Sequence[Line], config: RunC
     speed = sum(line["megapixels_per_second"] * line["seconds"] for line in updates) / seconds
     text = (
         f"Best validation {task.measure} {best[task.logged]:.1%}, after epoch {best['epoch'] + 1}; "
-        f"{len(updates)} updates in {format_duration(seconds)}, {speed:.2g} megapixels per second"
+        f"{plural(len(updates), 'update')} in {format_duration(seconds)}, {speed:.2g} megapixels per second"
     )
     measured = [line["measured_bytes"] for line in updates if line["measured_bytes"] is not None]
     if measured:
@@ -153,8 +153,8 @@ def _loss(epochs: Sequence[Line], name: str) -> str:
     axes, figure = axes_over("epoch")
     axes.plot(numbers, [line["loss"] for line in epochs], ".-", color=BLUE, label="training")
     axes.plot(numbers, [line["validation_loss"] for line in epochs], ".-", color=ORANGE, label="validation")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    add_legend(axes)
     return drawn(f"Loss (mean {name})", figure)
 
 
@@ -173,7 +173,7 @@ def _memory(updates: Sequence[Line], config: RunConfig) -> str:
     # Room for the budget's line below the frame.
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.set_ylabel("MiB")
-    axes.legend()
+    add_legend(axes)
     return drawn("Peak memory of each update", figure)
 
 

@@ -26,6 +26,7 @@ from streamcnn.support.disk import writing
 from streamcnn.support.documents import require_within
 from streamcnn.support.extras import require
 from streamcnn.support.text import html_text as escape
+from streamcnn.support.units import plural
 from streamcnn.training.class_names import class_label
 from streamcnn.training.page_parts import EDGE, embedded, percentages
 from streamcnn.training.task import Shown
@@ -118,13 +119,14 @@ def shown(
     }
     at = sorted(pictured(len(images)))
     figures = "".join(_figure(position, images, folder, ignored) for position in at)
+    shown = f"{len(at)} of {plural(len(images), 'validation image')}"
     score = SegmentationScore(torch.tensor(best["overlaps"]))
     legend = "Masks are drawn over the images in the colours of the table, class 0 in none"
     legend += "" if ignored is None else f", pixels of {ignored}, which do not count, in white"
     return Shown(
         percentages(epochs, "Validation", curves),
         f"<h2>Scores of each class</h2>{_scores(score, names)}"
-        f"<h2>{len(at)} of {len(images)} validation images</h2><p>{legend}.</p>{_named_chips(names)}"
+        f"<h2>{shown}</h2><p>{legend}.</p>{_named_chips(names)}"
         f'<div class="triples">{figures}</div>',
     )
 
