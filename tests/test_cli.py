@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -302,3 +305,28 @@ def test_an_image_that_cannot_be_counted_is_refused(
     assert status == 1
     assert err.startswith("streamcnn: error: the image takes ")
     assert "free: give a smaller --size, or another disk with TMPDIR" in err
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "streamcnn", "plan"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: python -m streamcnn plan")
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 80, 3), np.uint8)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", pixels)
+    (tmp_path / "t.csv").write_text("image,label\na.npy,0\nb.npy,0\n")
+    command = [sys.executable, "-m", "streamcnn", "train", "no_such", "t.csv", "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("streamcnn: warning: ")
+    assert "are the same, byte for byte: 'a.npy' = 'b.npy'" in first
+    assert second.startswith("streamcnn: error: no timm model 'no_such'")
+
+
+def test_a_warning_of_others_has_its_place() -> None:
+    line = cli._warning_line(UserWarning("slow\x1b"), UserWarning, "/usr/lib/other.py", 7)
+    assert line == "streamcnn: warning: slow\\x1b (UserWarning, /usr/lib/other.py, line 7)\n"

@@ -191,7 +191,10 @@ def test_a_start_that_failed_does_not_bind_the_run(tmp_path: Path) -> None:
     [
         ({"learning_rate": 0.5}, "learning_rate was 0.001 and is 0.5"),
         ({"batch_size": 1, "seed": 4}, "batch_size was 2 and is 1; seed was 0 and is 4"),
-        ({"net": nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())}, "tensors was"),
+        (
+            {"net": nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())},
+            r": tensors: 0.weight was torch.float32\(6, 1, 3, 3\) and is torch.float32\(3, 1, 1, 1\), ",
+        ),
     ],
 )
 def test_a_run_goes_on_with_what_it_began_with_alone(

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from signal import Signals
@@ -42,7 +45,7 @@ def main() -> NoReturn:
     if "" not in sys.path:
         # Factories in the present folder, after all that is installed.
         sys.path.append("")
-    with raising() as signals:
+    with _warnings_as_lines(), raising() as signals:
         try:
             app()
         except StreamError as error:
@@ -77,6 +80,25 @@ def _make_logs_printable() -> None:
     """Of what nothing else handles, which goes to standard error."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Printable())
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    before = warnings.formatwarning
+    warnings.formatwarning = _warning_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as the command says it; one that others' code gives has its place."""
+    ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    place = "" if ours else f" ({category.__name__}, {filename}, line {lineno})"
+    return printable(f"streamcnn: warning: {message}{place}", keep="\n") + "\n"
 
 
 def _fail(text: str) -> NoReturn:

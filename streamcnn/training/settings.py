@@ -157,6 +157,8 @@ class TrainSettings:
         return asdict(self)
 
 
+_MOST_NAMED = 5
+"""Differing values of one name that a message shows."""
 MAY_GROW = frozenset({"epochs", "patience", "save_every"})
 """Settings that say when a run ends or is saved, and not what it computes until then."""
 
@@ -170,7 +172,7 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         If they differ, with all differences.
     """
     differing = [
-        f"{name} was {expected.get(name)!r} and is {found.get(name)!r}"
+        _difference(name, expected.get(name), found.get(name))
         for name in sorted({*found, *expected})
         if found.get(name) != expected.get(name) and name not in MAY_GROW
     ]
@@ -179,6 +181,23 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             f"the run cannot go on, since it began differently: {'; '.join(differing)}. Go on with what it "
             f"began with, or begin another run in another folder{_about_times(found, expected)}"
         )
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    """What of a value is another; of values by name, such as the model's tensors, the first five that are."""
+    if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
+        return f"{name} was {then!r} and is {now!r}"
+    keys = [key for key in (*then, *(key for key in now if key not in then)) if then.get(key) != now.get(key)]
+    described = [
+        f"{key} was {then[key]} and is {now[key]}"
+        if key in then and key in now
+        else (
+            f"{key} was {then[key]} and is missing" if key in then else f"{key} is {now[key]} and was missing"
+        )
+        for key in keys[:_MOST_NAMED]
+    ]
+    more = [f"{len(keys) - _MOST_NAMED} more differ"] if len(keys) > _MOST_NAMED else []
+    return f"{name}: {', '.join([*described, *more])}"
 
 
 def _about_times(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

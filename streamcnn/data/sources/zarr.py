@@ -211,7 +211,9 @@ def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = CHUNK) -> 
     chunk : height and width of the chunks in pixels; each holds all channels
     """
     channels, height, width = image.shape
-    write_zarr_bands(path, (channels, height, width), image.dtype, image.split(chunk, dim=1), chunk=chunk)
+    write_zarr_bands(
+        path, (channels, height, width), image.dtype, torch.split(image, chunk, dim=1), chunk=chunk
+    )
 
 
 def write_zarr_bands(
