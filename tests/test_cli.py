@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,6 +326,12 @@ def test_a_warning_is_one_line(tmp_path: Path) -> None:
     assert first.startswith("streamcnn: warning: ")
     assert "are the same, byte for byte: 'a.npy' = 'b.npy'" in first
     assert second.startswith("streamcnn: error: no timm model 'no_such'")
+
+
+def test_a_warning_is_said_once() -> None:
+    with cli._warnings_as_lines():
+        texts = [warnings.formatwarning(UserWarning(text), UserWarning, cli.__file__, 1) for text in "aba"]
+    assert texts == ["streamcnn: warning: a\n", "streamcnn: warning: b\n", ""]
 
 
 def test_a_warning_of_others_has_its_place() -> None:

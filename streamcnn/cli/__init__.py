@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from signal import Signals
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -84,8 +84,16 @@ def _make_logs_printable() -> None:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    before = warnings.formatwarning
-    warnings.formatwarning = _warning_line
+    """Each once, although data may be opened several times."""
+    before, shown = warnings.formatwarning, set[str]()
+
+    def format_once(*warning: Any) -> str:
+        text = _warning_line(*warning)
+        is_new = text not in shown
+        shown.add(text)
+        return text if is_new else ""
+
+    warnings.formatwarning = format_once
     try:
         yield
     finally:
