@@ -341,6 +341,8 @@ def test_results_that_are_no_tensor_are_refused(image: Tensor) -> None:
 def test_images_that_the_model_cannot_take_are_refused(model: StreamingModel) -> None:
     with pytest.raises(UnsupportedModel, match=r"the model fails for an image of shape \(1, 4, 30, 30\)"):
         LayerGradCam(model, "last").attribute(torch.zeros(1, 4, 30, 30, dtype=torch.float64), target=0)
+    with pytest.raises(UnsupportedModel, match=r"the image has 4 channels, and the model's layer .* takes"):
+        LayerGradCam(model, "last").attribute(torch.zeros(1, 4, 30, 30, dtype=torch.float64), target=0)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,11 @@ def test_two_masks_of_one_image_are_refused(folders: Path) -> None:
         (["images/a.1.tif,"], "image,mask", "line 2: mask is blank"),
         (["images/a.1.tif,masks/no.tif"], "image,mask", r"line 2 names .*no\.tif, where there is no image"),
         ([], "image,mask", "has no rows"),
-        (["images/a.1.tif,x"], "image,label", "needed are image and mask"),
+        (
+            ["images/a.1.tif,x"],
+            "image,label",
+            "needed are image and mask.*; for its column label give --task classif",
+        ),
     ],
 )
 def test_a_wrong_table_is_an_error_that_names_the_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,15 @@ def net() -> nn.Module:
 
 def streamed(budget: str) -> StreamingModel:
     return StreamingModel(net(), budget, preprocess=lambda tile: tile / 255)
+
+
+def test_the_command_that_helps_can_be_pasted(tmp_path: Path) -> None:
+    path = tmp_path / "my slide's.npy.png"
+    Image.fromarray(np.zeros((900, 900, 3), np.uint8)).save(path)
+    with pytest.raises(PlanDoesNotFit) as refused:
+        streamed("1MiB")(open_image(path))
+    command = str(refused.value).partition("`streamcnn convert ")[2].partition(" OUT`")[0]
+    assert shlex.split(command) == [str(path)]
 
 
 STORED = {

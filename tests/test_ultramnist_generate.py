@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,22 @@ def test_a_contact_sheet_shows_every_class(folder: Path, tmp_path: Path) -> None
     pixels = store.source(record).read(Region.whole((96, 96)))[None].float()
     expected = torch.nn.functional.interpolate(pixels, (64, 64), mode="area")[0, 0].numpy()
     assert np.abs(first[28:92, 8:72, 0] - expected).mean() < 40
+
+
+def test_a_contact_sheet_is_a_picture(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    for name in ("sheet.txt", "sheet"):
+        status, _, err = run("ultramnist", "preview", folder, "--output", tmp_path / name)
+        assert status == 2
+        assert "allowed are those of pictures, such as .png or .jpg" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_images_are_wrong_usage(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, _, err = run("ultramnist", "generate", tmp_path / "out", "--train", "0", "--test", "0")
+    assert (status, "--train 0 and --test 0 are no images" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_contact_sheet_of_nothing_is_refused(folder: Path, tmp_path: Path) -> None:

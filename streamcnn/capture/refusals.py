@@ -32,13 +32,13 @@ _CHANNELS: dict[type[nn.Module], str] = {
 
 def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel:
     """What to raise where ``error`` has ended the capture of ``net(image)``."""
-    reason = _of_channels(net, image, error) or f"{_reason(error)}{_line_of(error)}. {_ALLOWED}"
+    reason = of_channels(net, image, error) or f"{_reason(error)}{_line_of(error)}. {_ALLOWED}"
     return UnsupportedModel(
         f"the model cannot be captured for an image of shape {tuple(image.shape)}: {reason}."
     )
 
 
-def _of_channels(net: nn.Module, image: Tensor, error: Exception) -> str:
+def of_channels(net: nn.Module, image: Tensor, error: Exception) -> str:
     """What is wrong and what to do, if the image has other channels than the first layer that has a number
     of them; else an empty text."""
     layers = ((name, layer, _channels_of(layer)) for name, layer in net.named_modules())

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from signal import Signals
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -87,8 +87,10 @@ def _warnings_as_lines() -> Iterator[None]:
     """Each once, although data may be opened several times."""
     before, shown = warnings.formatwarning, set[str]()
 
-    def format_once(*warning: Any) -> str:
-        text = _warning_line(*warning)
+    def format_once(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        text = _warning_line(message, category, filename, lineno, line)
         is_new = text not in shown
         shown.add(text)
         return text if is_new else ""

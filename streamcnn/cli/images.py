@@ -59,7 +59,7 @@ def info(
 
 
 def convert(
-    sources: Annotated[list[Path], typer.Argument(metavar="SRC...", help="Images, or folders of them.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SRC", help="Images, or folders of them.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the tile store.")],
     labels: Annotated[
         Path | None, typer.Option(help="CSV with the columns image, label and, if wanted, split.")

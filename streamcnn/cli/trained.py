@@ -94,7 +94,7 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...",
+            metavar="IMAGE",
             help="Images, folders of them, or CSV files that name images and their inputs.",
         ),
     ],

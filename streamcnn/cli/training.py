@@ -29,7 +29,7 @@ Data = Annotated[
 def train(
     model: Model,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that is there is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an existing run is resumed.")],
     run: RunOptions,
     settings: SettingsOptions,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from streamcnn.cli.arguments import FAILED, Json
+from streamcnn.cli.arguments import FAILED, Json, exit_for_wrong_usage, parse
 from streamcnn.cli.ending import keeping
 from streamcnn.cli.images import progress_bar, verify_store
 from streamcnn.support.text import as_text, printable
@@ -47,6 +47,8 @@ def generate(
     from streamcnn.data.ultramnist import Recipe, Spec, load_digits
     from streamcnn.data.ultramnist.generate import generate as write
 
+    if not train + test:
+        exit_for_wrong_usage("--train 0 and --test 0 are no images: give a number for one of them")
     console = Console()
     loaded = load_digits(digits)
     for note in loaded.notes:
@@ -85,7 +87,8 @@ def preview(
 ) -> None:
     """Write a contact sheet with one image of each class."""
     from streamcnn.data.tile_store import TileStore
-    from streamcnn.data.ultramnist.preview import write_contact_sheet
+    from streamcnn.data.ultramnist.preview import require_picture, write_contact_sheet
 
+    parse("--output", require_picture, output)
     count = write_contact_sheet(TileStore(store), output, split=split, edge=edge, boxes=boxes)
     typer.echo(printable(f"{output}: {count} images of split {split}"))

@@ -14,6 +14,8 @@ from streamcnn.errors import DatasetMismatch, some
 from streamcnn.support.documents import open_regular
 
 _OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
+_TASKS = {"label": "classification", "mask": "segmentation"}
+"""Which task needs a column of that name beside the images."""
 _MOST_TEXT = 500
 _MANY = 100
 """More values than a column of splits has."""
@@ -56,7 +58,7 @@ def _cells(
     if any(places[name] is None for name in needed):
         raise DatasetMismatch(
             f"{path} has the columns {_shown(header)}: needed are {' and '.join(needed)}, and split if "
-            f"wanted{_advice(header)}"
+            f"wanted{_advice(header, needed)}"
         )
     _require_numbers(path, numbers, present)
     places |= {name: present.index(name) for name in numbers}
@@ -95,10 +97,14 @@ def _shown(names: Sequence[str]) -> str:
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
 
 
-def _advice(header: Sequence[str]) -> str:
+def _advice(header: Sequence[str], needed: Sequence[str]) -> str:
     for mark, described in _OTHER_SEPARATORS.items():
         if len(header) == 1 and mark in header[0]:
             return f"; its columns are separated by {described}: save it with commas"
+    lower = {name.strip().lower() for name in header}
+    for column, task in _TASKS.items():
+        if column in lower and column not in needed and "image" in lower:
+            return f"; for its column {column} give --task {task}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -257,12 +258,13 @@ class BatchReader(SourceBatch):
             return
         source = max(self.sources, key=lambda source: source.reading_cost.least)
         own = source.reading_cost.least
+        needed = f"{plan.projected_bytes} bytes ({format_bytes(plan.projected_bytes)})"
         others = f"; with the batch's other images {format_bytes(least)}" if own < least else ""
         raise PlanDoesNotFit(
             f"reading {source.name} takes {format_bytes(own)}{others}, however small the tiles are, and the "
             f"budget for everything is {format_bytes(plan.budget)}: the image is stored as {source.pieces}. "
-            f"Write it in small chunks with `streamcnn convert {source.name} OUT` and read it from there, or "
-            f"raise budget= to at least {plan.projected_bytes} bytes ({format_bytes(plan.projected_bytes)})."
+            f"Write it in small chunks with `streamcnn convert {shlex.quote(source.name)} OUT` and read it "
+            f"from there, or raise budget= to at least {needed}."
         )
 
 

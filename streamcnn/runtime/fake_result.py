@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.refusals import of_channels
 from streamcnn.errors import UnsupportedModel
 
 
@@ -47,9 +48,11 @@ def fake_result(
         module._forward_hooks.clear()
     prepare(bare)
     further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
+    with mode:
+        image = torch.empty(shape, dtype=dtype, device=device)
     try:
         with mode, torch.no_grad():
-            return bare(torch.empty(shape, dtype=dtype, device=device), *further)
+            return bare(image, *further)
     except Exception as error:  # whatever the user's code raises
-        reason = str(error).partition("\n")[0]
+        reason = of_channels(bare, image, error) or str(error).partition("\n")[0]
         raise UnsupportedModel(f"the model fails for an image of shape {tuple(shape)}: {reason}") from error

@@ -188,7 +188,7 @@ def _classification(config: RunConfig) -> Classification:
         of_names = "; a classifier's classes are called as its folders or the labels in its table are"
         raise ValueError(
             f"{' and '.join(given)}: allowed for the task segmentation, and this is {config.task}: take that "
-            f"one, or leave them out{of_names if 'class_names' in given else ''}"
+            f"task, or leave them out{of_names if 'class_names' in given else ''}"
         )
     return Classification(config.inputs)
 

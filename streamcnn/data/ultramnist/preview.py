@@ -34,13 +34,16 @@ def write_contact_sheet(
     ------
     DatasetMismatch
         If the split has no images, or boxes are wanted and unknown.
+    ValueError
+        If the path's ending is of no kind of picture.
     MissingExtra
         If Pillow is not installed.
     CannotWrite
         If there is no room, or the folder may not be written to.
     """
-    records = _one_per_class(store, split)
     pillow = require("PIL.Image", extra="plots")
+    require_picture(path)
+    records = _one_per_class(store, split)
     draw = require("PIL.ImageDraw", extra="plots")
     rows = -(-len(records) // _COLUMNS)
     columns = min(_COLUMNS, len(records))
@@ -56,6 +59,22 @@ def write_contact_sheet(
     with writing(Path(path)):
         sheet.save(path)
     return len(records)
+
+
+def require_picture(path: str | Path) -> None:
+    """Make sure that a path ends as a picture that can be written.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    pillow = require("PIL.Image", extra="plots")
+    ending = Path(path).suffix.lower()
+    if pillow.registered_extensions().get(ending) not in pillow.SAVE:
+        raise ValueError(
+            f"{path} has the ending {ending!r}: allowed are those of pictures, such as .png or .jpg"
+        )
 
 
 def _one_per_class(store: TileStore, split: str) -> list[ImageRecord]:
