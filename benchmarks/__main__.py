@@ -36,8 +36,9 @@ from benchmarks.zoo.command import zoo
 from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
+from streamcnn.errors import StreamError
 from streamcnn.support.signals import BY_SIGNAL, raising
-from streamcnn.support.text import as_text
+from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import format_bytes, format_duration, parse_bytes
 from streamcnn.training.config import present_devices
 
@@ -234,6 +235,9 @@ def main() -> NoReturn:
     with raising() as signals:
         try:
             app()
+        except StreamError as error:
+            typer.echo(printable(f"benchmarks: error: {error}", keep="\n"), err=True)
+            raise SystemExit(1) from None
         except SystemExit:
             if not signals:
                 raise

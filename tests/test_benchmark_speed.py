@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from benchmarks import record as records
-from benchmarks.__main__ import app
+from benchmarks.__main__ import app, main
 from benchmarks.speed import results, rounds
 from benchmarks.speed.cases import STANDARD, Case
 from benchmarks.speed.kinds import DEFAULT_KINDS, KINDS, kinds_of
@@ -296,3 +296,31 @@ class TestCases:
         told = Task.from_json(task.to_json())
         assert (told.kind, told.device, told.threads) == (task.kind, "cpu", 2)
         assert (told.case.model, told.case.shape) == (UNET, (1, 3, 64, 64))
+
+
+def test_a_model_that_is_none_starts_no_process() -> None:
+    found = command("no_such_model", "--size", 64, "--budget", "1GiB", "--no-record")
+    assert found.exit_code == 2
+    assert "no timm model 'no_such_model'" in found.output
+    assert "starting" not in found.output
+
+
+def test_an_error_that_a_user_can_act_on_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "run",
+        "--budget",
+        "1GB",
+        "--scale",
+        "tiny",
+        "--digits",
+        tmp_path / "gone",
+        "--work",
+        tmp_path,
+    ]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(f"benchmarks: error: no folder {tmp_path / 'gone'}: name one")

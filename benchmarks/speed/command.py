@@ -19,6 +19,7 @@ from benchmarks.speed.results import Result
 from benchmarks.speed.rounds import measure
 from benchmarks.speed.table import tables
 from benchmarks.speed.task import Task
+from streamcnn.support.models import load_model
 from streamcnn.support.units import parse_bytes
 from streamcnn.training.config import present_devices
 
@@ -67,6 +68,8 @@ def speed(
         if size or batch or budget or autocast or inference:
             raise typer.BadParameter("the standard cases have their own sizes, budgets and modes")
         cases = STANDARD[device]
+    else:
+        _require_model(model)
     names = _kinds(kinds, device)
     for case in cases:
         tasks = _tasks(case, names, device, threads)
@@ -74,6 +77,16 @@ def speed(
         if record:
             command = "python -m benchmarks " + " ".join(sys.argv[1:])
             results.record(result, command, **asdict(case), **machine)
+        if all(row.outcome == "failed" for row in result.rows):
+            raise typer.Exit(1)
+
+
+def _require_model(name: str) -> None:
+    """Find a wrong name before any process is started for it."""
+    try:
+        load_model(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _measured(tasks: Sequence[Task], repeats: int) -> tuple[Result, dict[str, Any]]:
