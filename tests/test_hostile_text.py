@@ -144,7 +144,7 @@ def test_a_plan_is_shown_as_text(monkeypatch: pytest.MonkeyPatch, run: Run) -> N
 
     explained = SimpleNamespace(explain=lambda: f"one\n{EVIL}", validate=lambda: None)
     streamed = SimpleNamespace(plan=lambda shape: explained)
-    monkeypatch.setattr(models, "load", lambda name, **_: None)
+    monkeypatch.setattr(models, "load", lambda *_, **__: None)
     monkeypatch.setattr(streamcnn, "StreamingModel", lambda *_, **__: streamed)
     status, out, _ = run("plan", "any")
     assert (status, out) == (0, f"one\n{SHOWN}\n")
