@@ -176,7 +176,11 @@ def test_info_says_what_a_folder_of_images_holds(home: Path) -> None:
     ]
     (home / "empty").mkdir()
     result = CliRunner().invoke(app, ["info", str(home / "empty")])
-    assert str(result.exception).startswith(f"no image is known at {home / 'empty'}: see docs/images.md")
+    none = f"no image is known at {home / 'empty'}"
+    assert str(result.exception).startswith(f"{none} (an empty folder): see docs/images.md")
+    (home / "empty" / "notes.txt").write_text("none")
+    result = CliRunner().invoke(app, ["info", str(home / "empty")])
+    assert str(result.exception).startswith(f"{none} (a folder with no image in it): see docs/images.md")
 
 
 @pytest.mark.parametrize(

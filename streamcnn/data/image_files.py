@@ -95,7 +95,7 @@ def _scans_of(paths: Sequence[Path], series: int | None) -> list[tuple[Path, Sca
             continue
         scans = _scans_below(given, series)
         if not scans:
-            raise CorruptImage(f"no image is known at {given}: see docs/images.md for the formats")
+            raise _none_known(given)
         kept = without_thumbnails([scan.shown.relative_to(given).as_posix() for scan in scans])
         found += [(given, scan) for scan in scans if scan.shown.relative_to(given).as_posix() in kept]
     for beside in files.values():
@@ -115,9 +115,11 @@ def _require_image(given: Path) -> None:
     if is_tile_store(given):
         raise DatasetMismatch(f"{given} is a tile store already: give the images that it was made from")
     if not is_image(given) and not given.is_dir():
-        raise CorruptImage(
-            f"no image is known at {given}{_content(given)}: see docs/images.md for the formats"
-        )
+        raise _none_known(given)
+
+
+def _none_known(given: Path) -> CorruptImage:
+    return CorruptImage(f"no image is known at {given}{_content(given)}: see docs/images.md for the formats")
 
 
 def _scans_below(folder: Path, series: int | None, above: Sequence[Path] = ()) -> list[Scan]:
@@ -187,7 +189,7 @@ def _refuse_unknown(folder: Path, unknown: Sequence[Path]) -> None:
 def _content(path: Path) -> str:
     """What a file begins with, in brackets."""
     if path.is_dir():
-        return " (a folder with no image in it)"
+        return " (a folder with no image in it)" if any(path.iterdir()) else " (an empty folder)"
     with opening(str(path), "image"), path.open("rb") as file:
         head = file.read(16)
     return f" (it begins with {head!r})" if head else " (it is empty)"
