@@ -15,7 +15,7 @@ from streamcnn import StreamingModel, cli
 from streamcnn.data.sources import ZarrSource, write_zarr_image
 from streamcnn.errors import BudgetExceeded
 from streamcnn.profiling import ProfileFailed, TileProfile, child, profile_tiles, write_results
-from streamcnn.profiling.figures import FIGURES, memory_figure
+from streamcnn.profiling.figures import FIGURES, memory_figure, time_figure
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import fastest
 from streamcnn.support.models import load_model
@@ -231,3 +231,12 @@ def test_results_that_cannot_be_written_leave_the_old_ones(
         write_results(PROFILES, "resnet18", SHAPE, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_points_of_time_are_below_the_frame() -> None:
+    # Of times that are alike the margin of matplotlib is nothing.
+    alike = [dataclasses.replace(profile, seconds=1 + 1e-3 * i) for i, profile in enumerate(PROFILES)]
+    axes = time_figure(alike, "resnet18").axes[0]
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert 1.05 * max(profile.seconds or 0 for profile in alike) < top < 1.2

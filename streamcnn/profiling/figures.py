@@ -62,7 +62,7 @@ def time_figure(profiles: Sequence[TileProfile], title: str) -> Any:
     """
     figure, axes = _against_tile_size(profiles, title)
     axes.plot(*_points(profiles, "seconds"), "o-", color=_COLORS["measured"])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set_ylabel("forward and backward [s]")
     for profile in profiles:
         if profile.seconds is None:
