@@ -254,7 +254,7 @@ def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run:
     assert "batch_size was 2 and is 3" in err
     assert read_run(workplace / "run").settings.batch_size == 2
     status, _, err = run(*arguments(workplace, epochs=2, std=0.25))
-    assert (status, "normalise was {'mean': 0.5, 'std': 0.5} and is" in err) == (1, True)
+    assert (status, "normalise: std was 0.5 and is 0.25" in err) == (1, True)
     assert run(*arguments(workplace, "other", epochs=2))[0] == 0
     assert log_without_times(workplace / "other") == log_without_times(workplace / "run")
 
@@ -298,7 +298,10 @@ def test_classes_are_those_that_the_run_was_trained_with(workplace: Path, run: R
     assert (status, out.splitlines()[1:]) == (0, ["  dark: 1 of 1"])
     (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,grey\n")
     status, _, err = run("evaluate", TRUST, folder, "--data", workplace / "some.csv", "--split", "train")
-    assert (status, "there are images of 'grey'; known classes are 'bright', 'dark'" in err) == (1, True)
+    assert (
+        status,
+        "there are images of 'grey'; known classes are 'bright', 'dark': give" in err,
+    ) == (1, True)
     (workplace / "some.csv").write_text("image,label\nimages/test/dark/0.png,1\n")
     status, _, err = run("evaluate", TRUST, folder, "--data", workplace / "some.csv", "--split", "train")
     assert (status, "labels are numbers here, and names where the classes are from" in err) == (1, True)

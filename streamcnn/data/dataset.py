@@ -168,7 +168,10 @@ class ImageDataset(Dataset[Sample], ABC):
             raise DatasetMismatch(f"labels are {here} here, and {there} where the classes are from")
         unknown = sorted({self.classes[label] for label in self.labels} - set(classes))
         if unknown:
-            raise DatasetMismatch(f"there are images of {some(unknown)}; known classes are {some(classes)}")
+            raise DatasetMismatch(
+                f"there are images of {some(unknown)}; known classes are {some(classes)}: give images of "
+                "these, or correct the labels"
+            )
         self.labels = tuple(classes.index(self.classes[label]) for label in self.labels)
         self.classes = classes
 
