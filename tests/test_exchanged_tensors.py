@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from streamcnn import StreamingModel, UnsupportedModel
 from streamcnn.verification import relative_errors
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.torch.jit.* is deprecated:{kind}")
+    for kind in ("DeprecationWarning", "FutureWarning")
+]
 
 
 class Net(nn.Module):

@@ -15,7 +15,10 @@ from streamcnn import StreamingModel, UnsupportedModel
 from streamcnn.verification import relative_errors
 
 # PyTorch's own: TorchScript is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.torch.jit.* is deprecated:{kind}")
+    for kind in ("DeprecationWarning", "FutureWarning")
+]
 
 SHAPE = (2, 3, 29, 37)
 
