@@ -75,6 +75,11 @@ class LateCopies:
         """Have it done."""
         self.num_settled += self._reach(mark)
 
+    def settle_all(self) -> None:
+        """Have all of it done."""
+        for queue, asked in self._queues.items():
+            self.num_settled += self._reach((queue, self._done[queue] + len(asked)))
+
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """Memory with anything in it."""
         buffer = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)

@@ -261,3 +261,34 @@ def test_memory_of_maps_is_kept_for_the_next_pass_and_given_back(
     model.release()
     gc.collect()
     assert sum(engine.num_pinned for engine in engines) == model.spare_pinned.nbytes == 0
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("queue", ["bring", "take"])
+def test_an_interrupt_before_a_copy_has_a_mark_leaves_nothing_under_way(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch, queue: str, direction: str
+) -> None:
+    away(monkeypatch, on_host)
+    model, plain = make_model(Residual, (16, 53))
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    output = model(image) if direction == "backward" else None
+    original, count = getattr(LateCopies, queue), 0
+
+    def interrupted(self: LateCopies, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        mark = original(self, *args)
+        if count == 6:
+            raise KeyboardInterrupt
+        return mark
+
+    with monkeypatch.context() as failure:
+        failure.setattr(LateCopies, queue, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(image) if output is None else output.sum().backward()
+    assert not any(engine.num_open for engine in engines)
+    for net in (model, plain):
+        for norm in net.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+    assert_exact(model, plain, image)

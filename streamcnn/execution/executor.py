@@ -259,7 +259,11 @@ class Execution:
 
     def close(self) -> None:
         """Free every store. Closing again does nothing."""
-        self._maps.close()
+        try:
+            # An interrupt outside a phase may have left a copy under way.
+            self._transfers.drain()
+        finally:
+            self._maps.close()
 
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:

@@ -46,6 +46,11 @@ class CudaCopies:
         """Have the host wait."""
         mark.synchronize()
 
+    def settle_all(self) -> None:
+        """Have the host wait for both streams."""
+        self._incoming.synchronize()
+        self._outgoing.synchronize()
+
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """A tensor of PyTorch's allocator of pinned memory, which knows what copies of it are under way."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True, memory_format=memory_format)

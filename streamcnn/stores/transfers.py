@@ -57,6 +57,9 @@ class CopyEngine(Protocol):
     def settle(self, mark: Mark) -> None:
         """Wait on the host until a mark is reached."""
 
+    def settle_all(self) -> None:
+        """Wait on the host for all copies: also for those that an interrupt left nobody the mark of."""
+
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """An uninitialised tensor in pinned memory, which is not reused before copies of it are done."""
 
@@ -224,7 +227,6 @@ class GpuTransfers(Transfers):
         self._num_earlier = 0
         """How many of those are of tiles before the present one."""
         self._overlaps = False
-        self._last_brought: Mark | None = None
 
     def buffer(
         self,
@@ -244,13 +246,7 @@ class GpuTransfers(Transfers):
     ) -> Incoming:
         """Memory on the GPU now, and what comes there when it is fetched."""
         tile = torch.empty(tuple(shape), dtype=dtype, device=self.compute_device, memory_format=memory_format)
-        return _Brought(self, tile, source, self.engine.mark())
-
-    def fetched(self, tile: Tensor, source: Tensor, after: Mark) -> Mark:
-        """Copy what is in pinned memory to a tile; the end of that."""
-        done = self.engine.bring(pieces(tile, source), after)
-        self._last_brought = done
-        return done
+        return _Brought(self.engine, tile, source, self.engine.mark())
 
     def take(
         self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
@@ -292,9 +288,7 @@ class GpuTransfers(Transfers):
         """Finish all that was taken; nothing is brought any more."""
         self._finish(len(self._taken))
         self._num_earlier = 0
-        if self._last_brought is not None:
-            self.engine.settle(self._last_brought)
-            self._last_brought = None
+        self.engine.settle_all()
 
     def _finish(self, count: int) -> None:
         for _ in range(count):
@@ -308,21 +302,28 @@ class GpuTransfers(Transfers):
         """Where it is wanted, tiles are taken away while later ones are computed."""
         self._overlaps = wanted
         try:
-            yield
-            self.drain()
+            try:
+                yield
+                self.drain()
+            finally:
+                self._drop()
         finally:
-            self._overlaps = False
-            for each in self._taken:
-                self.engine.settle(each.done)
-            self._taken.clear()
-            self.drain()
+            # Once more, as it may have been interrupted.
+            self._drop()
+
+    def _drop(self) -> None:
+        """Wait until no copy is under way; what is not finished never is."""
+        self._overlaps = False
+        self.engine.settle_all()
+        self._taken.clear()
+        self._num_earlier = 0
 
 
 class _Brought:
     """A tile whose memory is there."""
 
-    def __init__(self, transfers: GpuTransfers, tile: Tensor, source: Source, free: Mark) -> None:
-        self._transfers = transfers
+    def __init__(self, engine: CopyEngine, tile: Tensor, source: Source, free: Mark) -> None:
+        self._engine = engine
         self._tile = tile
         self._source: Source | None = source
         self._free = free
@@ -333,12 +334,12 @@ class _Brought:
         """Have it copied."""
         if self._source is not None:
             source, self._source = self._source(), None
-            self._done = self._transfers.fetched(self._tile, source, self._free)
+            self._done = self._engine.bring(pieces(self._tile, source), self._free)
 
     def tile(self) -> Tensor:
         """The tile; what is computed from now on waits for it."""
         self.fetch()
-        self._transfers.engine.hold(self._done)
+        self._engine.hold(self._done)
         return self._tile
 
 
