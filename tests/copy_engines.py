@@ -104,6 +104,7 @@ class LateCopies:
             target, source = copy.target, copy.source
             assert (target.shape, target.dtype) == (source.shape, source.dtype)
             for each in (target, source):
+                assert each.resolve_conj().resolve_neg() is each, "the host would change it before it comes"
                 assert each.is_contiguous() or each.is_contiguous(memory_format=torch.channels_last), (
                     "a copy of memory with gaps takes other memory and time"
                 )

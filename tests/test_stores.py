@@ -444,6 +444,15 @@ class TestStoresAwayFromTheDevice:
         # As many of them, each large enough.
         assert few_pieces(torch.empty(1, 1, 70, 2**18)[..., : 2**16])
 
+    def test_a_conjugate_is_taken_as_what_it_stands_for(self) -> None:
+        spec = dataclasses.replace(NCHW, dtype=torch.complex64)
+        transfers, whole = late(overlaps=True), Region.whole(spec.size)
+        store = make_on_host(transfers, spec)
+        tile = random_tile(spec, whole)
+        store.write(whole, tile.conj())
+        store.add(whole, tile.conj())
+        assert_same(store.read(whole), (2 * tile.conj()).resolve_conj())
+
 
 class TestZarrStore:
     @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -252,16 +252,16 @@ class GpuTransfers(Transfers):
         self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
     ) -> None:
         """Copy it to a pinned buffer, and finish it when that is done."""
-        found = dense(tile)
+        found = dense(_plain(tile))
         buffer = self.engine.buffer(found.shape, found.dtype, layout(found))
-        # What was made dense is a copy that nobody else has.
+        # What was made so is a copy that nobody else has.
         is_final = is_final or found is not tile
         # A conversion on the GPU would take its memory.
         self._send(owner, [(buffer, found)], lambda: finish(buffer.to(dtype)), is_final=is_final)
 
     def put(self, owner: object, tile: Tensor, target: Tensor, *, is_final: bool) -> None:
         """Copy a tile to pinned memory as it lies there; both of one type."""
-        found = tile.contiguous(memory_format=layout(target))
+        found = _plain(tile).contiguous(memory_format=layout(target))
         self._send(owner, pieces(target, found), lambda: None, is_final=is_final or found is not tile)
 
     def settle(self, owner: object) -> None:
@@ -341,6 +341,11 @@ class _Brought:
         self.fetch()
         self._engine.hold(self._done)
         return self._tile
+
+
+def _plain(tile: Tensor) -> Tensor:
+    """The tile, conjugated if it is to be: PyTorch would do so on the host before the copy is there."""
+    return tile.resolve_conj().resolve_neg()
 
 
 def pieces(target: Tensor, source: Tensor) -> Copies:
