@@ -57,27 +57,41 @@ class CudaCopies:
 
     def pin(self, block: Tensor) -> Callable[[], None] | None:
         """Register memory of the host's with CUDA."""
-        runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
-        error = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
-        if int(error) != 0:
-            # CUDA reports it once more, to whatever is launched next.
-            with suppress(RuntimeError):
-                torch.zeros(1, device=self.device).add_(1)
+        device, place, process = self.device, block.data_ptr(), os.getpid()
+        try:
+            error = _error_of("cudaHostRegister", device, place, block.nbytes, 0)
+        except BaseException:
+            # Pinning takes long, and an interrupt comes when it is done.
+            _error_of("cudaHostUnregister", device, place)
+            raise
+        if error:
             warnings.warn(
-                f"{block.nbytes} bytes of host memory cannot be pinned (CUDA error {int(error)}): maps there "
+                f"{block.nbytes} bytes of host memory cannot be pinned (CUDA error {error}): maps there "
                 "are copied more slowly. Raise the limit of locked memory (ulimit -l), or free host memory",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return None
-        place, process = block.data_ptr(), os.getpid()
 
         def undo() -> None:
-            # A forked child has the memory, and no CUDA.
-            if os.getpid() == process:
-                cuda.check_error(runtime.cudaHostUnregister(place))
+            # A forked child has no CUDA.
+            if os.getpid() == process and (error := _error_of("cudaHostUnregister", device, place)):
+                raise RuntimeError(f"host memory cannot be given back (CUDA error {error})")
 
         return undo
+
+
+def _error_of(function: str, device: torch.device, *args: int) -> int:
+    """Call a function of CUDA's runtime; the number of its error, 0 if there is none."""
+    runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
+    # It would make a context on whichever device is current.
+    with cuda.device(device):
+        error = int(getattr(runtime, function)(*args))
+    if error:
+        # CUDA keeps the error for whoever asks next, which is the next kernel: have that be this one.
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)
+    return error
 
 
 def _recorded(stream: cuda.Stream) -> cuda.Event:

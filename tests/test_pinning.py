@@ -1,0 +1,68 @@
+"""Pinned host memory: how CUDA's runtime is asked for it, with a stand-in for that."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from streamcnn.stores import cuda_copies
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda place, nbytes, flags: calls.append("register") or 0,
+        cudaHostUnregister=lambda place: calls.append("unregister") or 0,
+    )
+    stand_in = SimpleNamespace(
+        cudart=lambda: runtime,
+        device=lambda device: nullcontext(calls.append(f"on {device}")),
+        runtime=runtime,
+    )
+    monkeypatch.setattr(cuda_copies, "cuda", stand_in)
+    return calls
+
+
+def engine() -> cuda_copies.CudaCopies:
+    engine = object.__new__(cuda_copies.CudaCopies)
+    engine.device = torch.device("cpu")
+    return engine
+
+
+def test_it_is_done_on_the_device_that_computes_and_undone(calls: list[str]) -> None:
+    undo = engine().pin(torch.zeros(8, dtype=torch.uint8))
+    assert undo is not None
+    undo()
+    assert calls == ["on cpu", "register", "on cpu", "unregister"]
+
+
+def test_an_interrupt_that_comes_when_it_is_done_undoes_it(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(place: int, nbytes: int, flags: int) -> int:
+        calls.append("register")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda_copies.cuda.runtime, "cudaHostRegister", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine().pin(torch.zeros(8, dtype=torch.uint8))
+    assert calls == ["on cpu", "register", "on cpu", "unregister"]
+
+
+def test_the_error_of_a_refusal_is_not_left_for_the_next_kernel(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(*args: Any, **kwargs: Any) -> None:
+        calls.append("launched")
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(cuda_copies.cuda.runtime, "cudaHostRegister", lambda *args: 2)
+    monkeypatch.setattr(torch, "ones", launched)
+    with pytest.warns(RuntimeWarning, match="cannot be pinned"):
+        assert engine().pin(torch.zeros(8, dtype=torch.uint8)) is None
+    assert calls == ["on cpu", "launched"]
