@@ -1,7 +1,8 @@
-"""Pinned host memory: how CUDA's runtime is asked for it, with a stand-in for that."""
+"""Pinned host memory: how CUDA's runtime is asked for it, with a stand-in for that, and who has it."""
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from streamcnn.stores import cuda_copies
+from streamcnn.stores.pinned import PinnedBlock
 
 
 @pytest.fixture
@@ -66,3 +68,13 @@ def test_the_error_of_a_refusal_is_not_left_for_the_next_kernel(
     with pytest.warns(RuntimeWarning, match="cannot be pinned"):
         assert engine().pin(torch.zeros(8, dtype=torch.uint8)) is None
     assert calls == ["on cpu", "launched"]
+
+
+def test_a_forked_child_is_given_no_pages_of_pinned_memory() -> None:
+    block = PinnedBlock(2**26, lambda memory: lambda: None)
+    block.memory.fill_(7)
+    child = os.fork()
+    if child == 0:
+        os._exit(int(block.memory[2**20]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert block.memory.all()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 from weakref import WeakSet, finalize
@@ -24,13 +26,15 @@ _LARGEST_WASTE = 1.25
 HUGE_PAGE_BYTES = 2**25
 """Mappings of at least this many bytes ask for 2 MiB pages, which are zeroed and mapped in fewer steps."""
 
+_WIPE_ON_FORK = 18
+"""Linux's ``MADV_WIPEONFORK``, which the module mmap does not name."""
+
 
 class PinnedBlock:
     """Host memory of its own, pinned if that was possible, until it is collected."""
 
     def __init__(self, nbytes: int, pin: Pin) -> None:
-        # The kernel may move a page that it shares with a forked child, away from where the GPU copies to.
-        self.memory = fresh_memory(nbytes, is_inherited=False)
+        self.memory = fresh_memory(nbytes, inherited=False)
         undo = pin(self.memory)
         self.is_pinned = undo is not None
         if undo is not None:
@@ -105,21 +109,27 @@ class SparePinned:
             excess -= self._spare.pop(0).nbytes
 
 
-def fresh_memory(nbytes: int, *, is_inherited: bool = True) -> Tensor:
+def fresh_memory(nbytes: int, *, inherited: bool = True) -> Tensor:
     """Bytes of host memory: zeros whose pages are not touched yet, in a mapping of their own.
 
     ``torch.zeros`` writes every page (1.07 GB became resident for a tensor of 2**30 bytes); pages fresh
     from the kernel are zero. A map taken from the C library's heap would outlive tiles' tensors around
-    it and leave holes. The mapping is private, so that a limit on the data segment counts it. Forked children
-    have it too if it ``is_inherited``.
+    it and leave holes. The mapping is private, so that a limit on the data segment counts it.
+
+    Parameters
+    ----------
+    inherited
+        Whether a forked child has what is in it; else it has zeros. When a process forks, Linux copies every
+        pinned page; before 5.9 it gave a new page to whoever wrote first, and a GPU kept the old one.
     """
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(nbytes, dtype=torch.uint8)
     buffer = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE_PAGE_BYTES:
         buffer.madvise(mmap.MADV_HUGEPAGE)
-    if hasattr(mmap, "MADV_DONTFORK") and not is_inherited:
-        buffer.madvise(mmap.MADV_DONTFORK)
+    if not inherited and sys.platform == "linux":
+        with suppress(OSError):
+            buffer.madvise(_WIPE_ON_FORK)
     return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes)
 
 
