@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from streamcnn import StreamingModel, cli
 from streamcnn.plan.storage import Tier
+from streamcnn.planning.overlapping import OnTheWay, on_the_way
 from streamcnn.runtime import plan_cache
 from streamcnn.runtime.machines import CONTEXT_BYTES, cuda_card, this_machine
 
@@ -67,6 +70,16 @@ def test_tiles_are_moved_beside_others_where_there_is_memory_for_it() -> None:
     assert len(json.loads(plan.to_json())["overlapped"]) == counted
     assert not other.overlapped
     assert "overlapped" not in json.loads(other.to_json())
+
+
+def test_what_a_tile_gives_before_its_end_is_on_the_way_twice() -> None:
+    stage = SimpleNamespace(inputs=(), stored=("early", "last"), nodes=("early", "between", "last"))
+    tiled: Any = SimpleNamespace(num_tiles=2, stage=stage, largest_nbytes=lambda name: 10)
+    moved = on_the_way(tiled)
+    # The tile's own, still being taken away while the rest of it is computed, and that of the tile before it.
+    assert moved["early"] == OnTheWay(forward=20, backward=10, gradient=10)
+    # The step counts the one that it ends with.
+    assert moved["last"] == OnTheWay(forward=10, backward=10, gradient=10)
 
 
 def test_a_gradient_map_stays_in_memory_where_that_is_faster() -> None:

@@ -21,7 +21,7 @@ class OnTheWay:
     """Bytes of one map that are moved for a tile."""
 
     forward: int = 0
-    """Read or written in the forward pass, if the map is away."""
+    """Read or written in the forward pass, if the map is away, and held beyond what the step counts."""
     backward: int = 0
     """Read in the backward pass, if it is."""
     gradient: int = 0
@@ -40,7 +40,9 @@ def on_the_way(tiled: TiledStage) -> dict[str, OnTheWay]:
         found[name] = OnTheWay(nbytes, nbytes, readers * nbytes)
     for name in tiled.stage.stored:
         nbytes = tiled.largest_nbytes(name)
-        found[name] = OnTheWay(nbytes, nbytes, nbytes)
+        # What a tile gives before its last operator is held until that is computed, the last one's beside it.
+        times = 1 if name == tiled.stage.nodes[-1] else 2
+        found[name] = OnTheWay(times * nbytes, nbytes, nbytes)
     return found
 
 
