@@ -204,6 +204,25 @@ def test_the_next_tile_is_under_way_while_one_is_computed(
     assert waits < sum(engine.num_taken for engine in engines)
 
 
+def test_the_next_tile_is_asked_for_before_the_host_waits_for_what_has_gone(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(monkeypatch, on_host)
+    model, _ = make_model(Residual, (16, 53))
+    asked: list[str] = []
+    for owner, name in ((GpuTransfers, "advance"), (LateCopies, "bring")):
+
+        def noted(name: str, original: Callable[..., Any], *args: Any) -> Any:
+            asked.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, partial_method(partial(noted, name, getattr(owner, name))))
+    model(torch.randn(SHAPE, dtype=torch.float64)).sum().backward()
+    # Of the first tile of a phase that has inputs away: it waits; the second comes while that is computed.
+    first = asked.index("bring")
+    assert asked[first : first + 4] == ["bring", "bring", "advance", "bring"]
+
+
 def partial_method(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: call(*args)
 

@@ -125,6 +125,12 @@ class Exchange:
                 self._combiner.add_map_gradient(name, _in_whole(output.part, tile.needed(name)), value)
 
 
+def fetch(incoming: Iterable[Incoming]) -> None:
+    """Have inputs come that were prepared."""
+    for each in incoming:
+        each.fetch()
+
+
 def _in_whole(part: Region, needed: Region) -> Region:
     """A part of what a tile needs, in positions of the whole map."""
     return Region(part.rows.shift(needed.rows.start), part.cols.shift(needed.cols.start))

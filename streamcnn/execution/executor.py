@@ -24,7 +24,7 @@ from torch import Tensor
 from streamcnn.execution.build_step import Arrivals
 from streamcnn.execution.combiner import Combiner
 from streamcnn.execution.eager import compute_eagerly
-from streamcnn.execution.exchange import Exchange, Tile
+from streamcnn.execution.exchange import Exchange, Tile, fetch
 from streamcnn.execution.global_graph import GlobalGraph, Results, SegmentRunner
 from streamcnn.execution.maps import ImageReader, Maps, OpenStore
 from streamcnn.execution.step import Compute, MakeCompute, Step
@@ -240,10 +240,10 @@ class Execution:
                         ahead = self._exchange.prepare(prepared(following.kind)[0], following)
                     self._exchange.scatter(step, tile, compute(inputs))
                     if overlaps:
-                        # The host's part of moving others, now that a GPU has this one to compute.
+                        # The host's part of moving others, now that a GPU has this one to compute. The next
+                        # one's inputs come first: they wait for no copy, and come while the host adds.
+                        fetch(ahead)
                         self._transfers.advance()
-                        for incoming in ahead:
-                            incoming.fetch()
                     self._after_step(phase.shape(direction, tile.row, tile.col))
         self._exchange.end_phase()
 
