@@ -200,11 +200,7 @@ class Plan:
             "budget": self.budget,
             # By the name that it has had in files from the first.
             **({} if self.reuses_blocks is None else {"reuses_heap": self.reuses_blocks}),
-            **(
-                {}
-                if self.kept_bytes is None
-                else {"kept_bytes": {_in_words(p): n for p, n in self.kept_bytes.items()}}
-            ),
+            **({} if self.kept_bytes is None else {"kept_bytes": _by_words(self.kept_bytes)}),
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
             "worst": self.worst,

@@ -16,8 +16,6 @@ from streamcnn.runtime.calibration import hardware_profile, keeps_blocks
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
 an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
-
-
 _MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Element types that convolutions are timed in; others are taken to be as fast as the first."""
 _HOST_SHARE = 0.75

@@ -5,9 +5,10 @@ computation: the tile that is computed next is brought while this one is compute
 are taken away. The host's own part, which may be a file, falls into the same time, since a GPU is given its
 work ahead of doing it. So no thread is needed, and nothing waits for the GPU but what needs its results.
 
-What makes that safe: memory of a tile is had before the tile ahead of it is computed, and filled after all
-that was given to the GPU until then; a tile that is taken away is let go of when that is done; and a store's
-memory is handed on when no copy uses it any more.
+Three rules make that safe. A tile's memory is allocated before the tile ahead of it is computed, and its
+copy waits for all that the GPU had been given to do by then: nothing else uses that memory any more. A tile
+that is taken away is held until its copy is done. A store's memory goes to another one only when no copy uses
+it; where a pass fails, the host waits for that.
 """
 
 from __future__ import annotations
