@@ -102,7 +102,8 @@ def _recorded(stream: cuda.Stream) -> cuda.Event:
 
 def _copied(stream: cuda.Stream, copies: Copies, after: cuda.Event) -> cuda.Event:
     stream.wait_event(after)
-    with cuda.stream(stream):
+    # Twice, as an interrupt may keep the inner one from making the stream that computes current again.
+    with cuda.stream(cuda.current_stream(stream.device)), cuda.stream(stream):
         for target, source in copies:
             target.copy_(source, non_blocking=True)
     return _recorded(stream)

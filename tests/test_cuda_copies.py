@@ -1,4 +1,4 @@
-"""Pinned host memory: how CUDA's runtime is asked for it, with a stand-in for that, and who has it."""
+"""How CUDA is asked for pinned memory and copies, with a stand-in for it, and who has that memory."""
 
 from __future__ import annotations
 
@@ -78,3 +78,30 @@ def test_a_forked_child_is_given_no_pages_of_pinned_memory() -> None:
         os._exit(int(block.memory[2**20]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert block.memory.all()
+
+
+def test_an_interrupt_leaves_the_stream_that_computes_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    computing, copying = (SimpleNamespace(device="cuda:0", wait_event=waited.append) for _ in range(2))
+    current = [computing]
+
+    class Chosen:
+        def __init__(self, stream: SimpleNamespace) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *args: object) -> None:
+            if self.stream is copying:
+                raise KeyboardInterrupt
+            current[0] = self.before
+
+    stand_in = SimpleNamespace(stream=Chosen, current_stream=lambda device: current[0])
+    monkeypatch.setattr(cuda_copies, "cuda", stand_in)
+    target, source = torch.zeros(3), torch.ones(3)
+    with pytest.raises(KeyboardInterrupt):
+        cuda_copies._copied(copying, [(target, source)], "earlier work")  # type: ignore[arg-type]
+    assert torch.equal(target, source)
+    assert waited == ["earlier work"]
+    assert current == [computing]
