@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from torch import Tensor
 from streamcnn.data.sources.zarr import CHUNK, write_zarr_bands
 from streamcnn.errors import StreamError
 from streamcnn.profiling.tile_profile import TileProfile
+from streamcnn.stores import free_bytes
 from streamcnn.support.units import format_bytes
 
 _LINES_OF_A_CRASH = 12
@@ -96,7 +96,7 @@ def _measure(
 ) -> Iterator[TileProfile]:
     with tempfile.TemporaryDirectory(prefix="streamcnn-profile-") as name:
         folder = Path(name)
-        needed, free = math.prod(shape), shutil.disk_usage(folder).free
+        needed, free = math.prod(shape), free_bytes(folder)
         if needed > free:
             raise ProfileFailed(
                 f"the image takes {format_bytes(needed)} on the disk at {folder.parent}, of which "
