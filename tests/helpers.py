@@ -70,6 +70,13 @@ def assert_streamed_equals_plain(
     return found
 
 
+def all_in_tiles(net: nn.Module) -> StreamingModel:
+    """A net of which nothing is left to the resident tail."""
+    model = StreamingModel(net, tile=16)
+    model.resident_tail = False
+    return model
+
+
 def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:
     """Raise if most parameters, or the image, have a gradient that is zero: comparing it shows nothing.
 

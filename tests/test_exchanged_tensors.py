@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE
+from helpers import TOLERANCE, all_in_tiles
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, UnsupportedModel
+from streamcnn import UnsupportedModel
 from streamcnn.verification import relative_errors
 
 pytestmark = [
@@ -76,18 +76,12 @@ def _passes(model: nn.Module, net: Net) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _streamed(net: nn.Module) -> StreamingModel:
-    model = StreamingModel(net, tile=16)
-    model.resident_tail = False
-    return model
-
-
 @pytest.mark.parametrize("change", [_swapped, _two_deep, _dropped, _tied])
 @pytest.mark.parametrize("is_guarded", [True, False])
 def test_what_is_exchanged_stays_so(change: Callable[[Any, Tensor], None], is_guarded: bool) -> None:
     streamed = Net(change, is_guarded=is_guarded).double()
     plain = copy.deepcopy(streamed)
-    expected, found = _passes(plain, plain), _passes(_streamed(streamed), streamed)
+    expected, found = _passes(plain, plain), _passes(all_in_tiles(streamed), streamed)
     assert [group.keys() for group in found.values()] == [group.keys() for group in expected.values()]
     errors, _ = relative_errors(expected, found)
     assert max(errors.values()) < TOLERANCE, errors
@@ -108,7 +102,7 @@ class Swaps(nn.Module):
 
 def test_a_script_that_exchanges_its_buffers_is_refused() -> None:
     script: Any = torch.jit.script(Swaps())
-    model = _streamed(nn.Sequential(nn.Conv2d(3, 4, 3), script).double())
+    model = all_in_tiles(nn.Sequential(nn.Conv2d(3, 4, 3), script).double())
     with pytest.raises(UnsupportedModel, match="assigns a tensor to its attribute"):
         model(torch.rand(1, 3, 29, 37, dtype=torch.float64))
     assert script.old.tolist() == [1.0] * 4

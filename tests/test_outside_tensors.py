@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE
+from helpers import TOLERANCE, all_in_tiles
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, UnsupportedModel
+from streamcnn import UnsupportedModel
 from streamcnn.verification import relative_errors
 
 Change = Callable[["Outside", Tensor], Tensor]
@@ -117,17 +117,11 @@ def _passes(model: nn.Module, net: Net) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _streamed(net: nn.Module) -> StreamingModel:
-    model = StreamingModel(net, tile=16)
-    model.resident_tail = False
-    return model
-
-
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_is_outside_is_read_and_changes_as_it_would(change: Change) -> None:
     plain, streamed = Net(change).double(), Net(change).double()
     streamed.load_state_dict(plain.state_dict())
-    expected, found = _passes(plain, plain), _passes(_streamed(streamed), streamed)
+    expected, found = _passes(plain, plain), _passes(all_in_tiles(streamed), streamed)
     errors, _ = relative_errors(expected, found)
     assert max(errors.values()) < TOLERANCE, errors
 
@@ -139,7 +133,7 @@ def test_a_value_that_the_pass_has_changed_is_not_read() -> None:
 
     net = Net(change).double()
     with pytest.raises(UnsupportedModel, match="reads a value of a tensor"):
-        _streamed(net)(torch.rand(1, 3, 29, 37, dtype=torch.float64))
+        all_in_tiles(net)(torch.rand(1, 3, 29, 37, dtype=torch.float64))
     assert net.outside.scale.tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -151,4 +145,4 @@ def test_two_arrays_in_one_memory_are_refused_where_one_changes() -> None:
         return _by_channel(x, second)
 
     with pytest.raises(UnsupportedModel, match=r"a tensor from outside of the module .* shares memory with"):
-        _streamed(Net(change).double())(torch.rand(1, 3, 29, 37, dtype=torch.float64))
+        all_in_tiles(Net(change).double())(torch.rand(1, 3, 29, 37, dtype=torch.float64))

@@ -227,6 +227,16 @@ def partial_method(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: call(*args)
 
 
+def assert_as_new(engines: list[LateCopies], model: StreamingModel, plain: nn.Module, image: Tensor) -> None:
+    """A pass that failed has left no copy under way, and the next one is exact."""
+    assert not any(engine.num_open for engine in engines)
+    for net in (model, plain):
+        for norm in net.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+    assert_exact(model, plain, image)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("choose", [on_host, on_disk], ids=lambda choose: choose.__name__)
 def test_a_failure_leaves_nothing_under_way(
@@ -252,12 +262,7 @@ def test_a_failure_leaves_nothing_under_way(
         failure.setattr(Exchange, "scatter", failing)
         with pytest.raises(KeyboardInterrupt):
             model(image) if output is None else output.sum().backward()
-    assert not any(engine.num_open for engine in engines)
-    for net in (model, plain):
-        for norm in net.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.reset_running_stats()
-    assert_exact(model, plain, image)
+    assert_as_new(engines, model, plain, image)
 
 
 def test_memory_of_maps_is_kept_for_the_next_pass_and_given_back(
@@ -305,9 +310,4 @@ def test_an_interrupt_before_a_copy_has_a_mark_leaves_nothing_under_way(
         failure.setattr(LateCopies, queue, interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(image) if output is None else output.sum().backward()
-    assert not any(engine.num_open for engine in engines)
-    for net in (model, plain):
-        for norm in net.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.reset_running_stats()
-    assert_exact(model, plain, image)
+    assert_as_new(engines, model, plain, image)

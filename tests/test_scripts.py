@@ -8,10 +8,10 @@ from typing import Any, Final
 import pytest
 import torch
 from failure_cases import assert_unchanged, everything_of
-from helpers import TOLERANCE
+from helpers import TOLERANCE, all_in_tiles
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel, UnsupportedModel
+from streamcnn import UnsupportedModel
 from streamcnn.verification import relative_errors
 
 # PyTorch's own: TorchScript is on its way out.
@@ -144,18 +144,12 @@ def _passes(model: nn.Module, states: nn.Module) -> dict[str, dict[str, Tensor]]
     return found
 
 
-def _streamed(net: nn.Module) -> StreamingModel:
-    model = StreamingModel(net, tile=16)
-    model.resident_tail = False
-    return model
-
-
 @pytest.mark.parametrize("make", NETS.values(), ids=NETS.keys())
 def test_gradients_pass_through_scripts_at_each_pass(make: Callable[[], nn.Module]) -> None:
     plain, streamed = make().double(), make().double()
     streamed.load_state_dict(plain.state_dict())
     expected = _passes(plain, plain)
-    found = _passes(_streamed(streamed), streamed)
+    found = _passes(all_in_tiles(streamed), streamed)
     assert {name: set(group) for name, group in found.items()} == {n: set(g) for n, g in expected.items()}
     errors, _ = relative_errors(expected, found)
     assert max(errors.values()) < TOLERANCE, errors
@@ -163,14 +157,14 @@ def test_gradients_pass_through_scripts_at_each_pass(make: Callable[[], nn.Modul
 
 def test_scripts_are_as_they_were_after_a_capture() -> None:
     calls = [vars(kind)["__call__"] for kind in (torch._C.ScriptMethod, torch._C.ScriptFunction)]
-    _streamed(Net(_scripted(Gate())).double())(_image(SHAPE))
+    all_in_tiles(Net(_scripted(Gate())).double())(_image(SHAPE))
     assert [vars(kind)["__call__"] for kind in (torch._C.ScriptMethod, torch._C.ScriptFunction)] == calls
     assert torch._C._get_graph_executor_optimize()
 
 
 def test_a_script_that_assigns_a_tensor_is_refused_and_keeps_what_it_had() -> None:
     net = Net(_scripted(nn.Sequential(Counts(), Reassigns()))).double()
-    model = _streamed(net)
+    model = all_in_tiles(net)
     before = everything_of(model)
     with pytest.raises(UnsupportedModel, match=r"script of 'script\.1' .* attribute 'average': overwrite"):
         model(_image(SHAPE))
@@ -179,12 +173,12 @@ def test_a_script_that_assigns_a_tensor_is_refused_and_keeps_what_it_had() -> No
 
 
 def test_a_script_that_branches_on_values_is_refused_with_its_line() -> None:
-    model = _streamed(Net(_scripted(Branches())).double())
+    model = all_in_tiles(Net(_scripted(Branches())).double())
     with pytest.raises(UnsupportedModel, match=r"a script in 'return torch\.tanh.*it reads a value of"):
         model(_image(SHAPE))
 
 
 def test_a_script_that_switches_gradients_off_is_refused() -> None:
-    model = _streamed(Net(_scripted(WithoutGradient())).double())
+    model = all_in_tiles(Net(_scripted(WithoutGradient())).double())
     with pytest.raises(UnsupportedModel, match=r"a script of the model uses no_grad, .* use it outside"):
         model(_image(SHAPE))
