@@ -239,18 +239,22 @@ class Search:
     def _offloading(self, staging: Staging) -> Iterator[Solution]:
         """Solutions of a staging with maps offloaded in the order of what that costs per byte."""
         order = self._offload_order(staging)
+        yield self.solution(staging, Policies(), reuses_blocks=True)
+        for gradients in (True, False):
+            yield from self._offloaded(staging, order, gradients=gradients)
 
-        def offload(count: int, *, gradients: bool) -> Solution:
+    def _offloaded(self, staging: Staging, order: Sequence[str], *, gradients: bool) -> Iterator[Solution]:
+        """Solutions with fewer and with more maps offloaded, with or without their gradient maps."""
+
+        def offload(count: int) -> Solution:
             offloaded = frozenset(order[:count])
             policies = Policies(offloaded, offloaded if gradients else frozenset())
             return self.solution(staging, policies, reuses_blocks=False)
 
-        yield self.solution(staging, Policies(), reuses_blocks=True)
-        for gradients in (True, False):
-            fewest = _fewest(len(order), lambda count: offload(count, gradients=gradients).fits)  # noqa: B023
-            counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
-            for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
-                yield offload(count, gradients=gradients)
+        fewest = _fewest(len(order), lambda count: offload(count).fits)
+        counts = {min(len(order), math.ceil(fewest * step)) for step in SPILL_STEPS}
+        for count in range(len(order) + 1) if len(order) <= THOROUGH else sorted(counts):
+            yield offload(count)
 
     def _offload_order(self, staging: Staging) -> list[str]:
         """Stored maps, those first that free most bytes for the time that moving them takes."""
