@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamcnn import StreamingModel
 from streamcnn.errors import RatesUnusable
 from streamcnn.plan.hardware import NOMINAL, HardwareProfile
 from streamcnn.plan.plan import Tier
-from streamcnn.runtime import calibration
-from streamcnn.runtime.calibration import calibrate, hardware_profile
+from streamcnn.runtime import calibration, rates
+from streamcnn.runtime.calibration import hardware_profile
+from streamcnn.runtime.rates import measured_rates
 
 CPU = torch.device("cpu")
 
@@ -28,13 +32,13 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[HardwarePr
     """Made-up measurements, each twice as fast as the one before, kept in a file of their own."""
     made: list[HardwareProfile] = []
 
-    def measure(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
+    def measure(device: torch.device, dtype: torch.dtype, source: str) -> HardwareProfile:
         hardware = NOMINAL["cpu"]
         made.append(dataclasses.replace(hardware, source="made up", dense_flops=2 ** len(made) * 1e9))
         return made[-1]
 
     monkeypatch.setenv(calibration.VARIABLE, str(tmp_path / "deep" / "rates.json"))
-    monkeypatch.setattr(calibration, "calibrate", measure)
+    monkeypatch.setattr(calibration, "measured_rates", measure)
     return made
 
 
@@ -54,23 +58,64 @@ def test_what_was_measured_with_is_given_back(
     assert emptied == [1]
 
 
-def test_random_numbers_are_as_if_nothing_had_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_seconds", lambda device, run: 1.0)
-    monkeypatch.setattr(calibration, "_fresh", lambda device: 1.0)
-    monkeypatch.setattr(calibration, "_stores", lambda *args: ({}, {}, {}))
+class _Timed(TorchDispatchMode):
+    """Notes the element types of the maps that convolutions and norms are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(part in func.__name__ for part in ("convolution", "batch_norm")):
+            name = func.__name__.partition(".")[0]
+            self.dtypes.setdefault(name, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything on the device is done once, and taken to take a second."""
+
+    def once(device: torch.device, action: Callable[[], object], *, times: int = 1) -> float:
+        action()
+        return 1.0
+
+    monkeypatch.setattr(rates, "_seconds", once)
+    monkeypatch.setattr(rates, "_fresh", lambda device: 1.0)
+    monkeypatch.setattr(rates, "_flushed", lambda path: 1.0)
+    monkeypatch.setattr(rates, "_stores", lambda *args: ({}, {Tier.DISK: 2.0}, {}))
+
+
+@pytest.mark.usefixtures("untimed")
+def test_random_numbers_are_as_if_nothing_had_been_measured() -> None:
     before = torch.get_rng_state()
-    calibrate(CPU)
+    measured_rates(CPU, torch.float32, "")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_pass_that_casts_has_others_rates_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    results: list[Any] = []
-    monkeypatch.setattr(calibration, "_seconds", lambda device, run: results.append(run()) or 1.0)
-    monkeypatch.setattr(calibration, "_fresh", lambda device: 1.0)
-    monkeypatch.setattr(calibration, "_stores", lambda *args: ({}, {}, {}))
-    with torch.autocast("cpu", torch.bfloat16):
-        calibrate(CPU)
-    assert {each.dtype for each in results if isinstance(each, Tensor)} == {torch.float32}
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_timed_is_of_the_type_asked_for_in_both_passes(dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), _Timed() as timed:
+        measured_rates(CPU, dtype, "")
+    backward = {name for name in timed.dtypes if "backward" in name}
+    assert len(backward) == 2
+    assert len(timed.dtypes) > len(backward)
+    assert set().union(*timed.dtypes.values()) == {dtype}
+
+
+@pytest.mark.usefixtures("untimed")
+def test_what_reaches_the_disk_and_what_ram_takes_are_rates_of_their_own() -> None:
+    found = measured_rates(CPU, torch.float32, "")
+    assert (found.write_bytes[Tier.DISK], found.buffered_write_bytes) == (1.0, 2.0)
+
+
+def test_what_is_slow_is_not_timed_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(step=10)
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(now))
+    done: list[None] = []
+    assert rates._seconds(CPU, lambda: done.append(None)) == 10
+    assert len(done) == 1
 
 
 def test_another_number_of_threads_is_another_machine(
@@ -95,16 +140,6 @@ def test_a_pass_is_planned_with_the_rates_of_the_type_that_it_computes_in(
     plans.append(StreamingModel(net.float(), tile=16).plan(shape))
     assert len(measured) == 3
     assert plans[0].digest == plans[3].digest
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_what_is_timed_is_of_the_type_asked_for(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    results: list[Any] = []
-    monkeypatch.setattr(calibration, "_seconds", lambda device, run: results.append(run()) or 1.0)
-    monkeypatch.setattr(calibration, "_fresh", lambda device: 1.0)
-    monkeypatch.setattr(calibration, "_stores", lambda *args: ({}, {}, {}))
-    assert str(dtype).removeprefix("torch.") in calibrate(CPU, dtype).source
-    assert {each.dtype for each in results if isinstance(each, Tensor)} == {dtype}
 
 
 @pytest.mark.parametrize("left", ["", "{", "[]"])
@@ -177,8 +212,8 @@ def test_nominal_rates_where_nothing_shall_be_measured(
 
 
 def test_this_machine() -> None:
-    hardware = calibrate(CPU)
-    assert hardware.source.endswith(f"torch {torch.__version__}")
+    hardware = measured_rates(CPU, torch.float32, "this machine")
+    assert hardware.source == "this machine"
     assert 1e8 < hardware.dense_flops < 1e14
     assert hardware.grouped_flops < hardware.dense_flops
     assert 0 < hardware.operator_seconds < 0.1
@@ -186,6 +221,23 @@ def test_this_machine() -> None:
         assert set(by_home) == set(Tier)
         assert all(1e5 < rate < 1e13 for rate in by_home.values())
     assert hardware.fresh_bytes > 1e6
+    assert hardware.buffered_write_bytes >= hardware.write_bytes[Tier.DISK]
+
+
+def test_rates_say_what_they_were_measured_on(
+    measured: list[HardwareProfile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: list[str] = []
+
+    def measure(device: torch.device, dtype: torch.dtype, source: str) -> HardwareProfile:
+        sources.append(source)
+        return NOMINAL["cpu"]
+
+    monkeypatch.setattr(calibration, "measured_rates", measure)
+    hardware_profile(CPU, torch.bfloat16)
+    assert len(sources) == 1
+    assert "bfloat16" in sources[0]
+    assert sources[0].endswith(f"torch {torch.__version__}")
 
 
 def test_a_slow_disk_changes_the_plan_and_the_same_rates_do_not(

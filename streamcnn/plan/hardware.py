@@ -27,7 +27,9 @@ class HardwareProfile:
     read_bytes: Mapping[Tier, float]
     """Bytes read from a store."""
     write_bytes: Mapping[Tier, float]
-    """Bytes written to a store."""
+    """Bytes written to a store; to one on disk, as they reach the disk."""
+    buffered_write_bytes: float
+    """Bytes written to a store on disk, as long as the system takes them into RAM."""
     transfer_seconds: Mapping[Tier, float]
     """What it costs to read or write a region of a store however small it is, in seconds."""
 
@@ -42,6 +44,7 @@ NOMINAL = {
         operator_seconds=1e-4,
         read_bytes={Tier.MEMORY: 8e9, Tier.HOST: 8e9, Tier.DISK: 1e9},
         write_bytes={Tier.MEMORY: 5e9, Tier.HOST: 5e9, Tier.DISK: 5e8},
+        buffered_write_bytes=5e8,
         transfer_seconds={Tier.MEMORY: 4e-5, Tier.HOST: 4e-5, Tier.DISK: 2e-4},
     ),
     "cuda": HardwareProfile(
@@ -53,6 +56,7 @@ NOMINAL = {
         operator_seconds=2e-5,
         read_bytes={Tier.MEMORY: 4e11, Tier.HOST: 1.2e10, Tier.DISK: 1e9},
         write_bytes={Tier.MEMORY: 4e11, Tier.HOST: 1.2e10, Tier.DISK: 5e8},
+        buffered_write_bytes=5e8,
         transfer_seconds={Tier.MEMORY: 4e-5, Tier.HOST: 1e-4, Tier.DISK: 3e-4},
     ),
 }

@@ -177,24 +177,29 @@ def _use_digits(folder: Path, attempts: Attempts) -> None:
 def _use_rates(folder: Path, attempts: Attempts) -> None:
     measured: list[HardwareProfile] = []
 
-    def calibrate(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
+    def measure(device: torch.device, dtype: torch.dtype, source: str) -> HardwareProfile:
         measured.append(NOMINAL["cpu"])
         return measured[0]
 
-    before = calibration.hardware_key, calibration.calibrate, os.environ.get(calibration.VARIABLE)
-    calibration.hardware_key, calibration.calibrate = lambda *args: KEY, calibrate
+    before = calibration.hardware_key, calibration.measured_rates, os.environ.get(calibration.VARIABLE)
+    calibration.hardware_key, calibration.measured_rates = lambda *args: KEY, measure
     os.environ[calibration.VARIABLE] = str(folder / "rates.json")
     try:
         with attempts.attempt():
             rates = calibration.hardware_profile(torch.device("cpu"))
             numbers = [rates.dense_flops, rates.grouped_flops, rates.memory_bytes, rates.fresh_bytes]
-            numbers += [rates.operator_seconds, *rates.read_bytes.values(), *rates.write_bytes.values()]
+            numbers += [
+                rates.operator_seconds,
+                rates.buffered_write_bytes,
+                *rates.read_bytes.values(),
+                *rates.write_bytes.values(),
+            ]
             assert all(0 < number < float("inf") for number in numbers)
             assert len(rates.read_bytes) == len(rates.write_bytes) == 3
             if measured:
                 attempts.refusals.append("rates: measured again")
     finally:
-        calibration.hardware_key, calibration.calibrate = before[0], before[1]
+        calibration.hardware_key, calibration.measured_rates = before[0], before[1]
         os.environ[calibration.VARIABLE] = before[2] or "off"
 
 

@@ -1,0 +1,286 @@
+"""How fast a machine is, measured on work of the kinds that networks do.
+
+Convolutions and a batch norm with its activation are timed forward and backward, as plans count them; so are
+new memory from the operating system, small operators, and the stores, through the store classes themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamcnn.ceiling.kept_blocks import KeptBlocks, give_back, kept_blocks_available
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.plan.hardware import NOMINAL, HardwareProfile
+from streamcnn.plan.storage import Tier
+from streamcnn.stores import (
+    GpuTransfers,
+    HostStore,
+    MemoryStore,
+    SparePinned,
+    SpillFolder,
+    Store,
+    StoreSpec,
+    Transfers,
+    ZarrStore,
+    transfers_of,
+)
+
+_REPEATS = 4
+_ENOUGH = 0.5
+"""Seconds after which work is not timed once more: what takes that long is not slow because it is new."""
+_INTERPRETED = 20
+"""What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
+_TILE = (1, 64, 256, 256)
+"""The map that is moved: 16 MiB of float32, a tile of usual size."""
+_LARGE = 2**24
+"""Elements of a map that no cache holds."""
+_SMALL = Region(Interval(8, 12), Interval(8, 12))
+"""A region that is hardly anything to move."""
+_FLUSHED_BYTES = 2**27
+"""Bytes that are written through to the disk, to see how fast it is."""
+_PASSES = 3
+"""What a convolution does in both passes over its forward pass: one product more for each operand."""
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class _Convolution:
+    """A layer that is timed; as many rows and columns come out as go in."""
+
+    weight: tuple[int, int, int, int]
+    groups: int = 1
+
+    @property
+    def padding(self) -> list[int]:
+        """On either side, per axis."""
+        return [edge // 2 for edge in self.weight[2:]]
+
+
+_DENSE = (_Convolution((64, 64, 3, 3)), _Convolution((256, 64, 1, 1)), _Convolution((64, 256, 1, 1)))
+"""A bottleneck's layers."""
+_DEPTHWISE = (_Convolution((64, 1, 3, 3), groups=64), _Convolution((64, 1, 5, 5), groups=64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """How much is timed at once."""
+
+    normalised: int
+    """Bytes of the map that is normalised."""
+    convolved: int
+    """Bytes of a map of 64 channels that is convolved."""
+    times: int
+    """How often it is done before it is waited for."""
+
+
+_WORK = {"cpu": _Work(2**24, 2**22, 1), "cuda": _Work(2**27, 2**25, 8)}
+"""By type of device. A GPU is to have more to do than is asked for, and more to read than its cache holds."""
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> HardwareProfile:
+    """Measure the rates of ``device`` in ``dtype`` and of its stores; takes a few seconds and some 300 MB,
+    on a GPU 700.
+
+    Random numbers that the caller draws later are as if nothing had been measured.
+    """
+    fresh = _fresh(device)
+    # Rates are kept: that the first pass casts is no matter to the next one.
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        _kept_blocks(device),
+    ):
+        memory = _memory_rate(device, dtype)
+        dense = _flops_rate(device, dtype, _DENSE, memory)
+        depthwise = _flops_rate(device, dtype, _DEPTHWISE, memory)
+        tiny = torch.rand(1, 8, 4, 4, device=device, dtype=dtype)
+        small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
+        read, written, transfers = _stores(device, memory, fresh)
+    with SpillFolder() as folder:
+        flushed = _flushed(folder.path / "flushed")
+    return HardwareProfile(
+        source=source,
+        dense_flops=dense,
+        grouped_flops=depthwise,
+        memory_bytes=memory,
+        fresh_bytes=fresh,
+        operator_seconds=_INTERPRETED * small,
+        read_bytes=read,
+        # Maps that are many outgrow what RAM takes.
+        write_bytes={**written, Tier.DISK: min(written[Tier.DISK], flushed)},
+        buffered_write_bytes=written[Tier.DISK],
+        transfer_seconds=transfers,
+    )
+
+
+_Rates = dict[Tier, float]
+
+
+@contextmanager
+def _kept_blocks(device: torch.device) -> Iterator[None]:
+    """Take tensors from kept blocks, as a pass does where it can."""
+    if not keeps_blocks(device):
+        yield
+        return
+    blocks = KeptBlocks()
+    blocks.enter()
+    try:
+        yield
+    finally:
+        blocks.leave()
+        give_back()
+
+
+def keeps_blocks(device: torch.device) -> bool:
+    """Whether passes on ``device`` take their tensors from kept blocks."""
+    return device.type == "cpu" and kept_blocks_available()
+
+
+def _random(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A map or a weight, in the order of channels that whoever minds the time has his model in."""
+    order = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return torch.rand(shape, device=device, dtype=dtype).contiguous(memory_format=order)
+
+
+def _map(device: torch.device, dtype: torch.dtype, channels: int, nbytes: int) -> Tensor:
+    """A square map of one image; ``nbytes`` are those of 64 of its channels."""
+    edge = math.isqrt(nbytes // (64 * dtype.itemsize))
+    return _random(device, dtype, (1, channels, edge, edge))
+
+
+def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes per second that a batch norm and its activation read and write, forward and backward."""
+    work = _WORK[device.type]
+    x = _map(device, dtype, 64, work.normalised)
+    # Where maps are cast, scales are not.
+    scale = torch.ones(64, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    made = [True, True, True]
+
+    def both_passes() -> None:
+        normalised, mean, deviation = _aten.native_batch_norm(x, scale, scale, None, None, True, 0.1, 1e-5)
+        y = torch.relu(normalised)
+        gradient = _aten.threshold_backward(y, y, 0)
+        _aten.native_batch_norm_backward(gradient, x, scale, None, None, mean, deviation, True, 1e-5, made)
+
+    return 2 * _PASSES * 2 * x.nbytes / _seconds(device, both_passes, times=work.times)
+
+
+def _flops_rate(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[_Convolution], memory: float
+) -> float:
+    """Operations per second of convolutions, forward and backward, beside reading and writing their maps.
+
+    Parameters
+    ----------
+    memory
+        Bytes per second at which maps are read and written.
+    """
+    flops = total = moved = 0.0
+    work = _WORK[device.type]
+    for layer in layers:
+        x = _map(device, dtype, layer.groups * layer.weight[1], work.convolved)
+        weight = _random(device, dtype, layer.weight)
+        y = torch.conv2d(x, weight, padding=layer.padding, groups=layer.groups)
+        total += _seconds(device, partial(_both_passes, layer, x, weight, y), times=work.times)
+        flops += _PASSES * 2 * weight[0].numel() * y.numel()
+        moved += _PASSES * (x.nbytes + y.nbytes) / memory
+    # Small maps stay in caches, and moving them can look as dear as all of it.
+    return flops / max(total - moved, total / 2)
+
+
+def _both_passes(layer: _Convolution, x: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    torch.conv2d(x, weight, padding=layer.padding, groups=layer.groups)
+    padding, ones = layer.padding, [1, 1]
+    _aten.convolution_backward(
+        gradient, x, weight, None, ones, padding, ones, False, [0, 0], layer.groups, [True, True, False]
+    )
+
+
+def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
+    """Bytes per second read from and written to a store at every place, and seconds of a small transfer.
+
+    A store in the device's memory hands out views, which operators make contiguous, and takes new memory.
+    """
+    spec = StoreSpec(_TILE, torch.float32, (2, 3))
+    moved, pinned = transfers_of(device), SparePinned()
+    read, written, transfers = _Rates(), _Rates(), _Rates()
+    with SpillFolder() as folder:
+        tiers: dict[Tier, Callable[[], Store]] = {
+            Tier.MEMORY: lambda: MemoryStore(spec, device),
+            Tier.HOST: lambda: _host_store(spec, moved, pinned),
+            Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], moved),
+        }
+        for tier, new in tiers.items():
+            read[tier], written[tier], transfers[tier] = _store(device, new())
+    read[Tier.MEMORY], written[Tier.MEMORY] = memory, 1 / (1 / memory + 1 / fresh)
+    return read, written, transfers
+
+
+def _host_store(spec: StoreSpec, transfers: Transfers, pinned: SparePinned) -> Store:
+    """A map in host RAM, which is the device's own memory where the host computes."""
+    if isinstance(transfers, GpuTransfers):
+        return HostStore(spec, transfers, pinned)
+    return MemoryStore(spec, transfers.compute_device)
+
+
+def _flushed(path: Path) -> float:
+    """Bytes per second that reach the disk under ``path``."""
+    block = bytes(_FLUSHED_BYTES)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(block) / (time.perf_counter() - start)
+
+
+def _store(device: torch.device, store: Store) -> tuple[float, float, float]:
+    """Bytes per second read from and written to one store, and seconds of a small transfer; it is closed."""
+    tile, whole = torch.rand(_TILE, device=device), Region.whole(store.spec.size)
+    small = torch.rand(store.spec.tile_shape(_SMALL), device=device)
+    writing = _seconds(device, lambda: store.write(whole, tile))
+    reading = _seconds(device, lambda: store.read(whole).clone())
+    adding = _seconds(device, lambda: store.add(_SMALL, small))
+    fetching = _seconds(device, lambda: store.read(_SMALL).clone())
+    store.close()
+    return tile.nbytes / reading, tile.nbytes / writing, (adding + fetching) / 2
+
+
+def _fresh(device: torch.device) -> float:
+    """Bytes per second of memory that is new to the process, beyond what writing them costs."""
+    if device.type == "cuda":
+        # Blocks are cached by PyTorch: after the first tiles none is new.
+        return NOMINAL["cuda"].fresh_bytes
+    known = torch.zeros(_LARGE)
+    new_seconds = _seconds(device, lambda: torch.empty(_LARGE).fill_(1.0))
+    known_seconds = _seconds(device, lambda: known.fill_(1.0))
+    return known.nbytes / max(new_seconds - known_seconds, 0.1 * known_seconds)
+
+
+def _seconds(device: torch.device, action: Callable[[], object], *, times: int = 1) -> float:
+    """Seconds of an action at its fastest: whatever else the machine does only adds to them.
+
+    It is done so many ``times`` before it is waited for.
+    """
+    seconds = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        for _ in range(times):
+            action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append((time.perf_counter() - start) / times)
+        if seconds[-1] > _ENOUGH:
+            break
+    return min(seconds)
