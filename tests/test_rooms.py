@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel
 from streamcnn.ceiling import rooms
-from streamcnn.ceiling.rooms import Room, host_memory_bytes, host_room
+from streamcnn.ceiling.rooms import Room, buffered_file_bytes, host_memory_bytes, host_room
 from streamcnn.runtime import smaller_plans
 
 MIB = 2**20
@@ -53,6 +54,21 @@ def test_host_memory_is_the_ram_or_less_where_a_group_is_limited(tmp_path: Path)
     for limit, expected in (("max", ram), (str(1000 * MIB), 1000 * MIB), (str(2**61), ram)):
         membership = second_version(tmp_path, limit, 700 * MIB)
         assert host_memory_bytes(cgroups=tmp_path, membership=membership) == expected
+
+
+@pytest.mark.parametrize(
+    ("fixed", "percent", "expected"),
+    [("0", "10", 75 * MIB), (str(30 * MIB), "0", 30 * MIB), (str(4000 * MIB), "0", 750 * MIB), ("0", "0", 0)],
+)
+def test_as_many_bytes_of_files_are_buffered_as_the_kernel_holds_back(
+    tmp_path: Path, fixed: str, percent: str, expected: int
+) -> None:
+    membership = second_version(tmp_path, str(1000 * MIB), 700 * MIB)
+    settings = tmp_path / "vm"
+    found = partial(buffered_file_bytes, cgroups=tmp_path, membership=membership, settings=settings)
+    assert found() == 0
+    write(settings, dirty_background_bytes=fixed + "\n", dirty_background_ratio=percent + "\n")
+    assert found() == expected
 
 
 def test_a_group_of_the_second_version_leaves_its_limit_less_what_it_must_keep(

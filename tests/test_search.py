@@ -34,16 +34,11 @@ MIB = 2**20
 CPU = NOMINAL["cpu"]
 BACKEND = CpuBackend.on(1)
 OVERLAPPING = replace(BACKEND, overlaps=True)
-SLOW_DISK = HardwareProfile(
+SLOW_DISK = replace(
+    CPU,
     source="a slow disk",
-    dense_flops=CPU.dense_flops,
-    grouped_flops=CPU.grouped_flops,
-    memory_bytes=CPU.memory_bytes,
-    fresh_bytes=CPU.fresh_bytes,
-    operator_seconds=CPU.operator_seconds,
     read_bytes={**CPU.read_bytes, Tier.DISK: 2e7},
     write_bytes={**CPU.write_bytes, Tier.DISK: 1e7},
-    transfer_seconds=CPU.transfer_seconds,
 )
 FAST_DISK = replace(
     SLOW_DISK,
@@ -255,6 +250,29 @@ def test_a_map_is_computed_again_where_the_disk_is_slow() -> None:
     assert slow.fits
     assert fast.fits
     assert len(slow.stores) < len(fast.stores)
+
+
+def test_maps_on_disk_are_moved_at_the_rate_of_ram_as_long_as_it_takes_them() -> None:
+    name = "a skip"
+    program, wanted = traced_net(name)
+    hardware = replace(CPU, write_bytes={**CPU.write_bytes, Tier.DISK: 2e8}, buffered_write_bytes=1e9)
+    tilings = TilingCandidates(program, wanted, hardware, None, BACKEND)
+    smallest = found_by(searching(name, MIB, hardware)).nbytes
+    budget = smallest + MIB
+
+    def found_with(buffered: int) -> Solution:
+        return found_by(Search(tilings, budget, (OffloadTier(Tier.DISK, buffered=buffered),)))
+
+    never, always = found_with(0), found_with(2**40)
+    fast = replace(hardware, write_bytes={**CPU.write_bytes, Tier.DISK: 1e9})
+    assert always.seconds == found_by(searching(name, budget, fast)).seconds
+    assert never.seconds == found_by(searching(name, budget, hardware)).seconds
+    on_disk = sum((s.tier, s.gradient_tier).count(Tier.DISK) * s.nbytes for s in always.stores.values())
+    assert found_with(on_disk).seconds == always.seconds < never.seconds
+    # Beyond it, what is more waits for the disk.
+    seconds = [found_with(on_disk * share // 8).seconds for share in range(9)]
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(set(seconds)) > 2
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -20,6 +20,9 @@ from streamcnn.support.units import format_bytes
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+VIRTUAL_MEMORY = Path("/proc/sys/vm")
+_FREE_SHARE = 0.75
+"""The part of the host's RAM that files are taken to have beside all that is in use."""
 _NO_LIMIT = 2**62
 """From here on a control group's limit of the first version means none."""
 _KERNELS_SHARE = 64
@@ -92,6 +95,29 @@ def host_memory_bytes(*, cgroups: Path | None = None, membership: Path | None = 
         limit = _number(folder / files.limit)
         found += [] if limit is None else [limit]
     return min(found)
+
+
+def buffered_file_bytes(
+    *, cgroups: Path | None = None, membership: Path | None = None, settings: Path | None = None
+) -> int:
+    """Bytes of files that the system takes into RAM before it begins to write them, so that nobody waits.
+
+    Parameters
+    ----------
+    cgroups, membership
+        As of `host_memory_bytes`.
+    settings
+        The folder of the kernel's settings of virtual memory; ``/proc/sys/vm`` if None.
+
+    Notes
+    -----
+    Whoever writes more than halfway from ``dirty_background_bytes`` to ``dirty_bytes``, or the ratios, waits
+    for the disk (Linux, Documentation/admin-guide/sysctl/vm.rst). None are taken where there is no such file.
+    """
+    settings = settings or VIRTUAL_MEMORY
+    memory = int(_FREE_SHARE * host_memory_bytes(cgroups=cgroups, membership=membership))
+    fixed, percent = (_number(settings / f"dirty_background_{unit}") or 0 for unit in ("bytes", "ratio"))
+    return min(fixed or memory * percent // 100, memory)
 
 
 def _rooms(cgroups: Path, membership: Path) -> Iterator[Room]:

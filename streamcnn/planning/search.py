@@ -19,6 +19,7 @@ from itertools import combinations, product
 import numpy as np
 
 from streamcnn.graph.program import Kind
+from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
@@ -217,7 +218,7 @@ class Search:
 
     def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
         """Whether a map is computed again, ``once`` or in each reader, faster than moved, halos left out."""
-        nodes, hardware = self.program.nodes, self.tilings.hardware
+        nodes, hardware = self.program.nodes, self._hardware(found.tiers)
         pending, chain = [name], dict[str, None]()
         while pending:
             place = pending.pop()
@@ -283,7 +284,7 @@ class Search:
         staging = self._staging(base, policies)
         table, global_bytes = self.table(staging), self.global_bytes(staging)
         tiers = self._tiers(staging, policies)
-        hardware = self.tilings.hardware
+        hardware = self._hardware(tiers)
         # Moving tiles beside others is faster and takes memory.
         ways = (True, False) if self.tilings.backend.overlaps and policies.offloaded else (False,)
         all_scores = [
@@ -362,6 +363,17 @@ class Search:
             tiers[name] = tier, tier if has_gradient else Tier.MEMORY
         tiers.update(dict.fromkeys(staging.stored & self._results, (Tier.DISK, Tier.DISK)))
         return tiers
+
+    def _hardware(self, tiers: Mapping[str, Tiers]) -> HardwareProfile:
+        """The rates where maps live in ``tiers``: some of what is written to files is taken by RAM."""
+        hardware = self.tilings.hardware
+        nbytes = sum(each.count(Tier.DISK) * self.program.nodes[name].nbytes for name, each in tiers.items())
+        buffered = min(nbytes, sum(each.buffered for each in self.offload_tiers))
+        if not buffered:
+            return hardware
+        on_disk = hardware.write_bytes[Tier.DISK]
+        seconds = buffered / hardware.buffered_write_bytes + (nbytes - buffered) / on_disk
+        return replace(hardware, write_bytes={**hardware.write_bytes, Tier.DISK: nbytes / seconds})
 
     def global_bytes(self, staging: Staging) -> GlobalBytes:
         """What is not cut into tiles, worked out once for a staging and all that recompute more of it."""

@@ -54,6 +54,8 @@ class OffloadTier:
     tier: Tier
     capacity: int | None = None
     """Bytes that it takes; None for any number."""
+    buffered: int = 0
+    """Bytes on disk that the system takes into RAM, so that nobody waits for the disk."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

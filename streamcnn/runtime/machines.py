@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from streamcnn.ceiling.device import reserved_bytes
-from streamcnn.ceiling.rooms import host_memory_bytes
+from streamcnn.ceiling.rooms import buffered_file_bytes, host_memory_bytes
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
 from streamcnn.planning.spec import Machine, OffloadTier
-from streamcnn.runtime.calibration import hardware_profile, keeps_blocks
+from streamcnn.runtime.calibration import hardware_profile
+from streamcnn.runtime.rates import keeps_blocks
 
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
@@ -24,9 +25,11 @@ _HOST_SHARE = 0.75
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
     """This machine, computing on ``device`` in ``dtype``; it is measured how fast it is if it never was."""
-    offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK),)
+    offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK, buffered=buffered_file_bytes()),)
     if device.type == "cuda":
-        offload_tiers = (OffloadTier(Tier.HOST, int(_HOST_SHARE * host_memory_bytes())), *offload_tiers)
+        # What is left of the host's RAM when maps come to the disk is not for files.
+        host = OffloadTier(Tier.HOST, int(_HOST_SHARE * host_memory_bytes()))
+        offload_tiers = (host, OffloadTier(Tier.DISK))
     hardware = hardware_profile(device, dtype if dtype in _MEASURED else _MEASURED[0])
     return Machine(hardware, offload_tiers, reserved_bytes(device), backend_of(device))
 
