@@ -123,6 +123,22 @@ def test_statistics_of_the_shape_of_a_part_of_a_map() -> None:
     assert_streamed_equals_plain(normalized(Applied(norm)), SHAPE, tile=TILE, resident=True)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(3),
+        nn.BatchNorm2d(3, momentum=None),
+        nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+    ],
+)
+@pytest.mark.parametrize("tile", [8, 16])
+def test_one_norm_used_several_times(norm: nn.Module, tile: int) -> None:
+    """In tiles, and where running statistics of one use enter another on whole values."""
+    layers = [nn.Conv2d(3, 3, 3, bias=False), norm, nn.Tanh()]
+    net = nn.Sequential(*layers * 4, nn.AdaptiveAvgPool2d(2), *layers[1:] * 2)
+    assert_streamed_equals_plain(randomized(net), (2, 3, 30, 30), tile=tile, resident=None)
+
+
 def test_frozen_affine_part() -> None:
     net = normalized(nn.BatchNorm2d(WIDTH))
     net[1].requires_grad_(False)

@@ -173,7 +173,7 @@ def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -
     It has no gradient.
     """
     dtype = torch.promote_types(running.dtype, value.dtype)
-    mean = running.to(dtype) * (1 - rate)
+    mean = running.detach().to(dtype) * (1 - rate)
     new = value.detach().to(dtype)
     # In as few small kernels as can be.
     mean = mean + new * (factor * rate) if isinstance(rate, Tensor) else mean.add_(new, alpha=factor * rate)
@@ -215,7 +215,12 @@ def functional_batch_norm(
     rate: float | Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Train-mode batch norm that returns the new running statistics and changes nothing."""
+    """Train-mode batch norm that returns the new running statistics and changes nothing.
+
+    They have no gradient, and those of an earlier use of the same norm, which an autograd graph may begin
+    at, are to have none.
+    """
+    running_mean, running_var = running_mean.detach(), running_var.detach()
     enabled = torch.backends.cudnn.enabled
     if not isinstance(rate, Tensor):
         mean, variance = running_mean.clone(), running_var.clone()
@@ -280,8 +285,8 @@ def functional_instance_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance norm that returns the new running statistics and changes nothing."""
-    mean, var = running_mean.clone(), running_var.clone()
+    """Instance norm that returns the new running statistics, without a gradient, and changes nothing."""
+    mean, var = running_mean.detach().clone(), running_var.detach().clone()
     enabled = torch.backends.cudnn.enabled
     return torch.instance_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
 
