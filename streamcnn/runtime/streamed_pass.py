@@ -28,6 +28,7 @@ from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
+from streamcnn.runtime.state_copies import assign, copied
 from streamcnn.runtime.transforms import refuse_many_gradients
 from streamcnn.stores import (
     GpuTransfers,
@@ -142,8 +143,8 @@ class Pass:
         # Some code is taken to be there.
         self.is_trusting = self.ceiling.counts_code and bool(planned.carried_out)
         read = set(self.program.states.values())
-        for qualified in self.program.updates.keys() & read - self.before.keys():
-            self.before[qualified] = self.known[qualified].detach().clone()
+        changing = [q for q in self.program.updates if q in read and q not in self.before]
+        self.before.update(copied({q: self.known[q] for q in changing}))
         present = {**self.known, **self.before}
         self.states = {name: present[qualified] for name, qualified in self.program.states.items()}
         self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
@@ -233,12 +234,11 @@ class Pass:
     def updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """``outputs``, the states that the module changes having their new values: all of them, or none."""
         updates = self.program.updates
-        before = {q: self.before[q] if q in self.before else self.known[q].detach().clone() for q in updates}
+        unread = copied({q: self.known[q] for q in updates if q not in self.before})
+        before = {q: unread[q] if q in unread else self.before[q] for q in updates}
 
         def give(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            with torch.no_grad():
-                for qualified in updates:
-                    self.known[qualified].copy_(found[qualified])
+            assign(self.known, found)
             return outputs
 
         new = {qualified: values[name] for qualified, name in updates.items()}
