@@ -38,6 +38,8 @@ def dense(x: Tensor) -> Tensor:
 
 def crop(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
     """The view of ``x``, which covers one region, on a part of it."""
+    if covered == part:
+        return x
     for axis, outer, inner in zip(axes, covered, part, strict=True):
         if outer != inner:
             x = x.narrow(axis, inner.start - outer.start, inner.size)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+_NOTHING = nullcontext()
+
 
 @dataclass(frozen=True, slots=True)
 class Casts:
@@ -24,15 +26,18 @@ def autocast_state(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-@contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> Iterator[None]:
+def autocast(
+    device: torch.device, dtype: torch.dtype | None, *, cache: bool = True
+) -> AbstractContextManager[Any]:
     """Autocast as it was when the pass began, whatever it is now.
 
     Without the cache where tiles are differentiated one by one: a cached cast would keep the graph of
     the tile that made it.
     """
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache):
-        yield
+    if dtype is None and not torch.is_autocast_enabled(device.type):
+        # Entered several times a tile.
+        return _NOTHING
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache)
 
 
 def as_recorded(*, grad: bool, casts: Casts | None) -> AbstractContextManager[Any]:
@@ -40,9 +45,6 @@ def as_recorded(*, grad: bool, casts: Casts | None) -> AbstractContextManager[An
     if grad and casts is None:
         return _NOTHING
     return _blocks(grad, casts)
-
-
-_NOTHING = nullcontext()
 
 
 @contextmanager

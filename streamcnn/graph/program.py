@@ -268,13 +268,19 @@ def refs_in(structure: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(leaf.name for leaf in leaves if isinstance(leaf, Ref)))
 
 
+_ATOMS = (int, float, type(None), torch.dtype)
+"""What has nothing inside."""
+
+
 def substitute(structure: Any, value_of: Callable[[str], Any]) -> Any:
     """``structure`` with each :class:`Ref` replaced by ``value_of(name)``."""
     if isinstance(structure, Ref):
         return value_of(structure.name)
     if isinstance(structure, (list, tuple)):
-        # Plain recursion: it runs once per node and tile, where a general tree walk is too slow.
-        return type(structure)([substitute(item, value_of) for item in structure])
+        # Plain recursion, and none for numbers: it runs once per node and tile.
+        return type(structure)(
+            [item if isinstance(item, _ATOMS) else substitute(item, value_of) for item in structure]
+        )
     if isinstance(structure, dict):
         return {key: substitute(item, value_of) for key, item in structure.items()}
     return structure
