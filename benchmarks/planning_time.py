@@ -64,9 +64,9 @@ def _time(name: str, seconds: dict[str, float]) -> None:
     """Have planning's call of ``name`` note how long it takes."""
     original = getattr(plan_cache, name)
 
-    def timed(*args: Any) -> Any:
+    def timed(*args: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        result = original(*args)
+        result = original(*args, **options)
         seconds[name] = time.perf_counter() - start
         return result
 
