@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
+from streamcnn.data import source_batch
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import TensorSource
 from streamcnn.errors import CorruptImage
@@ -56,6 +57,25 @@ def test_for_a_gpu_the_region_read_last_is_kept(monkeypatch: pytest.MonkeyPatch)
             assert torch.equal(reader.read(REGION), PART)
         assert torch.equal(reader.read(other), IMAGE[:, :, :3, :4])
         assert read == expected
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_for_a_gpu_no_more_than_the_region_is_pinned(
+    monkeypatch: pytest.MonkeyPatch, order: torch.memory_format
+) -> None:
+    pins: list[bool] = []
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *args, pin_memory, **kwargs: (pins.append(pin_memory), empty(*args, **kwargs))[1],
+    )
+    region = PART.contiguous(memory_format=order)[:, :, 1:-1, 2:]
+    pinned = source_batch._pinned(region)
+    assert pins == [True]
+    assert torch.equal(pinned, region)
+    assert pinned.is_contiguous(memory_format=order)
+    assert pinned.untyped_storage().nbytes() == region.numel() * region.itemsize
 
 
 def test_a_tensors_region_is_not_copied() -> None:

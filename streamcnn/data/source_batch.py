@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamcnn.data.sources import ImageSource
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.geometry.windows import dense, layout
 from streamcnn.plan.reading import NO_READING, BatchCost
 
 
@@ -72,7 +73,7 @@ class SourceBatch:
     def delivered(self, stored: Tensor) -> Tensor:
         """Pixels where the model wants them. From memory that is pinned first, the host does not wait."""
         if self.device.type == "cuda" and stored.device.type == "cpu":
-            stored = stored.pin_memory()
+            stored = _pinned(stored)
         return stored.to(self.device, non_blocking=True)
 
     def settle(self) -> None:
@@ -109,6 +110,18 @@ class SourceBatch:
     def _distinct(self) -> Iterable[ImageSource]:
         """Each source once: a batch may hold one twice."""
         return {id(source): source for source in self.sources}.values()
+
+
+def _pinned(stored: Tensor) -> Tensor:
+    """A copy in pinned memory, without gaps; what is there already so is taken as it is.
+
+    ``Tensor.pin_memory`` keeps strides: of a region cut out of an image it pins all from its first pixel to
+    its last, and from there to a GPU it goes by way of memory that is not pinned.
+    """
+    if stored.is_pinned() and dense(stored) is stored:
+        return stored
+    pinned = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True, memory_format=layout(stored))
+    return pinned.copy_(stored)
 
 
 def _batch(tiles: list[Tensor]) -> Tensor:
