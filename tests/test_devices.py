@@ -6,6 +6,7 @@ It has no memory and no values, and operators refuse to mix it with tensors on t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from streamcnn import StreamingModel
 from streamcnn.data.reader import BatchReader
 from streamcnn.geometry.regions import Region
-from streamcnn.graph.ops import samples
+from streamcnn.graph.ops import constants, dropout, pooling, samples
 from streamcnn.graph.ops.rules import Sample
 
 DROPOUT = Sample(
@@ -71,3 +72,30 @@ def test_an_image_on_the_host_gets_its_gradient_there() -> None:
 def test_a_model_of_buffers_alone_is_captured_on_their_device() -> None:
     net = nn.BatchNorm2d(3, affine=False).to("meta")
     assert StreamingModel(net)(torch.randn(1, 3, 20, 20)).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda device: dropout.draw_seed(device=device),
+        lambda device: pooling._reciprocal((4, 6), (1, 1, 1, 2), dtype=torch.float32, device=device),
+        lambda device: constants.brought(torch.rand(3), device),
+    ],
+    ids=["seed of dropout", "divisors of pooling", "values"],
+)
+def test_the_host_waits_for_no_card_to_take_small_values(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[torch.device], Tensor]
+) -> None:
+    """It would wait until the card has done all that it was given before."""
+    pinned: list[Tensor] = []
+
+    def to(values: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        assert device.type == "cuda"
+        assert non_blocking
+        assert any(values is each for each in pinned)
+        return values
+
+    monkeypatch.setattr(Tensor, "pin_memory", lambda values: (pinned.append(values), values)[1])
+    monkeypatch.setattr(Tensor, "to", to)
+    make(torch.device("cuda"))
+    assert len(pinned) == 1

@@ -17,4 +17,11 @@ def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tens
     """
     if not beside.is_cuda or is_fake(beside):
         return torch.tensor(values, dtype=dtype, device=beside.device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(beside.device, non_blocking=True)
+    return brought(torch.tensor(values, dtype=dtype), beside.device)
+
+
+def brought(values: Tensor, device: torch.device) -> Tensor:
+    """A few values of the host's on ``device``, for which the host does not wait either."""
+    if device.type != "cuda" or is_fake(values):
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import NOTHING, Cost, declare
+from streamcnn.graph.ops.constants import brought
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
@@ -69,7 +70,7 @@ def _without_drawing(tracer: Tracer, ref: Ref, probability: float) -> Any:
 
 def draw_seed(*, device: torch.device) -> Tensor:
     """A seed from PyTorch's generator of the host, shape (); on ``device``, where every tile reads it."""
-    return torch.randint(2**62, ()).to(device)
+    return brought(torch.randint(2**62, ()), device)
 
 
 def draw_channel_mask(

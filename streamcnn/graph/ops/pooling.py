@@ -13,6 +13,7 @@ from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding, Transposed
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import layout, placed
 from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, declare, elements, windows
+from streamcnn.graph.ops.constants import brought
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, as_pair, as_triple, rule
@@ -295,7 +296,7 @@ def _window_counts(axis_map: Sliding, num_out: int, size: int, count_padding: bo
 def _reciprocal(
     counts: tuple[int, ...], shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    return (1.0 / torch.tensor(counts, dtype=torch.float64, device=device)).to(dtype).reshape(shape)
+    return brought(torch.tensor([1 / count for count in counts], dtype=dtype).reshape(shape), device)
 
 
 def _only(axis: int) -> Access:

@@ -19,6 +19,7 @@ from torch import Tensor
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes, dense
 from streamcnn.graph.ops import channel_kernels
+from streamcnn.graph.ops.constants import brought
 
 Partials = tuple[Tensor, ...]
 
@@ -209,7 +210,7 @@ class Moments(Reduction):
         counts, means, variances = stacked(parts)
         count = counts.sum()
         # What is multiplied by them or compared with the mean becomes float64, too.
-        weights = (counts / count).to(means.device, non_blocking=True).reshape(-1, *[1] * (means.dim() - 1))
+        weights = brought(counts / count, means.device).reshape(-1, *[1] * (means.dim() - 1))
         mean = (weights * means).sum(0)
         return (count, mean, (weights * (_squared(means - mean) + variances)).sum(0))
 
