@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from copy_engines import LateCopies
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +25,7 @@ from streamcnn.plan.plan import Tier
 from streamcnn.runtime import calibration, rates
 from streamcnn.runtime.calibration import hardware_profile
 from streamcnn.runtime.rates import measured_rates
+from streamcnn.stores import GpuTransfers, HostStore, SparePinned, StoreSpec
 
 CPU = torch.device("cpu")
 
@@ -222,6 +225,31 @@ def test_this_machine() -> None:
         assert all(1e5 < rate < 1e13 for rate in by_home.values())
     assert hardware.fresh_bytes > 1e6
     assert hardware.buffered_write_bytes >= hardware.write_bytes[Tier.DISK]
+
+
+def test_a_card_is_timed_while_it_computes_and_not_while_the_host_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+
+    def pass_time(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pass_time(20e-6))
+    card = torch.device("cuda")
+    assert rates._seconds(card, lambda: pass_time(10e-6), times=20) == pytest.approx(11e-6)
+    assert rates._seconds(CPU, lambda: pass_time(10e-6)) == pytest.approx(10e-6)
+
+
+def test_host_memory_beside_a_card_is_timed_as_maps_are_written() -> None:
+    """Once, from the card to where they lie: what is written again goes by way of a buffer and the host."""
+    transfers, spares = GpuTransfers(LateCopies()), SparePinned()
+    spec = StoreSpec(rates._TILE, torch.float32, (2, 3))
+    with patch.object(GpuTransfers, "take", autospec=True, side_effect=GpuTransfers.take) as take:
+        rates._store(CPU, lambda: HostStore(spec, transfers, spares), once=True)
+    assert {call.args[2].numel() for call in take.call_args_list} == {64 * 4 * 4}
+    assert spares.nbytes <= 2 * spec.nbytes
 
 
 def test_rates_say_what_they_were_measured_on(

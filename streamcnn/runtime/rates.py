@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -222,7 +222,10 @@ def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, 
             Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], moved),
         }
         for tier, new in tiers.items():
-            read[tier], written[tier], transfers[tier] = _store(device, new())
+            # A map beside a GPU is written once, for the most part, and what is there already is written
+            # more slowly.
+            once = tier is Tier.HOST and isinstance(moved, GpuTransfers)
+            read[tier], written[tier], transfers[tier] = _store(device, new, once=once)
     read[Tier.MEMORY], written[Tier.MEMORY] = memory, 1 / (1 / memory + 1 / fresh)
     return read, written, transfers
 
@@ -245,15 +248,27 @@ def _flushed(path: Path) -> float:
     return len(block) / (time.perf_counter() - start)
 
 
-def _store(device: torch.device, store: Store) -> tuple[float, float, float]:
-    """Bytes per second read from and written to one store, and seconds of a small transfer; it is closed."""
-    tile, whole = torch.rand(_TILE, device=device), Region.whole(store.spec.size)
-    small = torch.rand(store.spec.tile_shape(_SMALL), device=device)
-    writing = _seconds(device, lambda: store.write(whole, tile))
-    reading = _seconds(device, lambda: store.read(whole).clone())
-    adding = _seconds(device, lambda: store.add(_SMALL, small))
-    fetching = _seconds(device, lambda: store.read(_SMALL).clone())
-    store.close()
+def _store(device: torch.device, new: Callable[[], Store], *, once: bool) -> tuple[float, float, float]:
+    """Bytes per second read from and written to one store, and seconds of a small transfer.
+
+    ``once`` has each map be written once, to a store of its own.
+    """
+    tile = torch.rand(_TILE, device=device)
+    with closing(new()) as store:
+        whole, small = Region.whole(store.spec.size), torch.rand(store.spec.tile_shape(_SMALL), device=device)
+
+        def write() -> None:
+            if not once:
+                store.write(whole, tile)
+                return
+            with closing(new()) as other:
+                other.write(whole, tile)
+
+        writing = _seconds(device, write)
+        store.write(whole, tile)
+        reading = _seconds(device, lambda: store.read(whole).clone())
+        adding = _seconds(device, lambda: store.add(_SMALL, small))
+        fetching = _seconds(device, lambda: store.read(_SMALL).clone())
     return tile.nbytes / reading, tile.nbytes / writing, (adding + fetching) / 2
 
 
