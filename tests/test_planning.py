@@ -72,6 +72,28 @@ def test_tiles_are_moved_beside_others_where_there_is_memory_for_it() -> None:
     assert "overlapped" not in json.loads(other.to_json())
 
 
+def test_a_map_that_a_card_has_room_for_stays_there() -> None:
+    """Moving it would be hidden behind the computation, but gain nothing."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+    )
+    model = StreamingModel(net, tile=32)
+    model.resident_tail = False
+    plan = model.plan_for(cuda_card(net, host_bytes=10**12, optimizer_copies=0), (2, 3, 75, 61))
+    assert plan.stores
+    assert {tier for store in plan.stores.values() for tier in (store.tier, store.gradient_tier)} == {
+        Tier.MEMORY
+    }
+    assert not plan.overlapped
+
+
 def test_what_a_tile_gives_before_its_end_is_on_the_way_twice() -> None:
     stage = SimpleNamespace(inputs=(), stored=("early", "last"), nodes=("early", "between", "last"))
     tiled: Any = SimpleNamespace(num_tiles=2, stage=stage, largest_nbytes=lambda name: 10)

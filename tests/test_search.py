@@ -122,6 +122,13 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
     Where the device moves tiles beside others, both with and without that.
     """
     hardware, backend = search.tilings.hardware, search.tilings.backend
+    # What nothing hides: the device's own memory is read and written, and somebody asks for that.
+    never_hidden = replace(
+        hardware,
+        read_bytes={Tier.DISK: hardware.read_bytes[Tier.MEMORY]},
+        write_bytes={Tier.DISK: hardware.write_bytes[Tier.MEMORY]},
+        transfer_seconds={Tier.DISK: max(hardware.transfer_seconds.values())},
+    )
     global_bytes = GlobalBytes(search.program, staging, search.tilings.differentiated, backend)
     again = staging.rematerialised
     ways = [search.tilings.of(stage) for stage in (*staging.stages, *(each.stage for each in again))]
@@ -140,11 +147,12 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
         stores = table.stores(tiers)
         stored = StoredBytes(stores, staging.levels)
         for chosen in itertools.product(*ways):
-            near, away = [], []
+            near, away, asked = [], [], []
             for row, tiling in zip(table.rows, chosen, strict=True):
                 moves = [*row.outputs.items(), *tiling.moved.items()]
                 near.append(sum(seconds_in(Tier.MEMORY, each, tiers[n], hardware) for n, each in moves))
                 away.append(sum(seconds_in(Tier.DISK, each, tiers[n], hardware) for n, each in moves))
+                asked.append(sum(seconds_in(Tier.DISK, each, tiers[n], never_hidden) for n, each in moves))
             is_offloaded = any(tier is Tier.DISK for tier, _ in chosen_tiers)
             tiled = [tiling.tiled for tiling in chosen]
             first = tiled[: len(staging.stages)]
@@ -165,11 +173,11 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
                 )
                 nbytes = max(point.nbytes for point in points)
                 seconds = 0.0
-                for tiling, beside, aside in zip(chosen, near, away, strict=True):
+                for tiling, beside, aside, never in zip(chosen, near, away, asked, strict=True):
                     fresh = 0 if reuses_blocks else tiling.time.fresh_seconds
                     computing = tiling.time.seconds + fresh + beside
                     hides = overlaps and tiling.tiled.num_tiles > 1
-                    seconds += max(computing, aside) if hides else computing + aside
+                    seconds += max(computing + never, aside) if hides else computing + aside
                 yield nbytes, seconds
 
 

@@ -285,10 +285,14 @@ class CandidateTable:
             more_forward, more_backward = self._on_the_way(~in_memory)
             forward = forward + more_forward * (forward > 0)
             backward = backward + more_backward * (backward > 0)
-            seconds = seconds + self._store_seconds(slowness * in_memory[..., None])
-            beside = self._store_seconds(slowness * ~in_memory[..., None])
+            computing = seconds + self._store_seconds(slowness * in_memory[..., None])
+            beside, asked = (
+                self._store_seconds(each * ~in_memory[..., None])
+                for each in (slowness, _asked(hardware, waits))
+            )
             # Where tiles follow each other, whichever takes less is hidden by the other.
-            seconds = np.where(self.num_tiles > 1, np.maximum(seconds, beside), seconds + beside)
+            hidden = np.maximum(computing + asked, beside)
+            seconds = np.where(self.num_tiles > 1, hidden, computing + beside)
         else:
             seconds = seconds + self._store_seconds(slowness)
         return CandidateScores(
@@ -332,6 +336,17 @@ class CandidateTable:
         np.add.at(forward, self.toucher, self.on_the_way[0] * values)
         np.add.at(backward, self.toucher, self.on_the_way[1] * values + self.on_the_way[2] * gradients)
         return forward, backward
+
+
+def _asked(hardware: HardwareProfile, waits: Floats) -> Floats:
+    """(maps, 2, 3): seconds for a byte read, a byte written and a transfer that nothing hides.
+
+    A tile that comes or goes beside others is written or read in the device's memory all the same, and who
+    asks for that gives the device its work. So a map is never moved faster than it is read where it is.
+    """
+    read, written = (rates[Tier.MEMORY] for rates in (hardware.read_bytes, hardware.write_bytes))
+    copied = np.broadcast_to((1 / read, 1 / written), (*waits.shape[:2], 2))
+    return np.concatenate((copied, np.maximum(waits, hardware.transfer_seconds[Tier.MEMORY])), axis=2)
 
 
 def _numbers(traffic: Traffic) -> tuple[int, int, int]:
