@@ -455,6 +455,21 @@ class TestStoresAwayFromTheDevice:
 
 
 class TestZarrStore:
+    @pytest.mark.parametrize("overlaps", [False, True])
+    def test_on_a_gpu_tiles_come_in_the_layout_in_which_they_went(
+        self, spill: SpillFolder, overlaps: bool
+    ) -> None:
+        """A card's kernels for channels that lie beside each other are many times as fast."""
+        where, part = region(3, 30, 2, 31), region(5, 28, 7, 30)
+        for order in (torch.channels_last, torch.contiguous_format):
+            store = make_on_disk(spill, late(overlaps=overlaps), NCHW)
+            tile = random_tile(NCHW, where).contiguous(memory_format=order)
+            store.write(where, tile)
+            store.add(where, tile)
+            found = store.read(part)
+            assert_same(found, (2 * tile)[:, :, 2:-2, 5:-1])
+            assert found.is_contiguous(memory_format=order)
+
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_zarr_reads_the_folder(self, spill: SpillFolder, spec: StoreSpec) -> None:
         folder = spill.new_folder()

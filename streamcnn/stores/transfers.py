@@ -125,8 +125,12 @@ class Transfers(ABC):
         dtype: torch.dtype,
         source: Source,
         memory_format: torch.memory_format = torch.contiguous_format,
+        wanted: torch.memory_format | None = None,
     ) -> Incoming:
-        """A tile of such a shape; ``source`` is asked for it when it is fetched."""
+        """A tile of such a shape; ``source`` is asked for it when it is fetched.
+
+        A GPU, whose kernels mind it more and change it faster, gives it in the layout that is ``wanted``.
+        """
 
     @abstractmethod
     def take(
@@ -187,6 +191,7 @@ class PlainTransfers(Transfers):
         dtype: torch.dtype,
         source: Source,
         memory_format: torch.memory_format = torch.contiguous_format,
+        wanted: torch.memory_format | None = None,
     ) -> Incoming:
         """What the source gives, when it is asked for."""
         return Deferred(lambda: source().to(self.compute_device))
@@ -244,10 +249,11 @@ class GpuTransfers(Transfers):
         dtype: torch.dtype,
         source: Source,
         memory_format: torch.memory_format = torch.contiguous_format,
+        wanted: torch.memory_format | None = None,
     ) -> Incoming:
         """Memory on the GPU now, and what comes there when it is fetched."""
         tile = torch.empty(tuple(shape), dtype=dtype, device=self.compute_device, memory_format=memory_format)
-        return _Brought(self.engine, tile, source, self.engine.mark())
+        return _Brought(self.engine, tile, source, wanted or memory_format, self.engine.mark())
 
     def take(
         self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
@@ -323,9 +329,12 @@ class GpuTransfers(Transfers):
 class _Brought:
     """A tile whose memory is there."""
 
-    def __init__(self, engine: CopyEngine, tile: Tensor, source: Source, free: Mark) -> None:
+    def __init__(
+        self, engine: CopyEngine, tile: Tensor, source: Source, wanted: torch.memory_format, free: Mark
+    ) -> None:
         self._engine = engine
         self._tile = tile
+        self._wanted = wanted
         self._source: Source | None = source
         self._free = free
         """From when on nothing that was given to the GPU earlier uses the memory."""
@@ -341,7 +350,7 @@ class _Brought:
         """The tile; what is computed from now on waits for it."""
         self.fetch()
         self._engine.hold(self._done)
-        return self._tile
+        return self._tile.contiguous(memory_format=self._wanted)
 
 
 def _plain(tile: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
-from streamcnn.geometry.windows import crop
+from streamcnn.geometry.windows import crop, layout
 from streamcnn.stores.base import Store, StoreSpec
 from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.spare_files import SpareFiles
@@ -104,6 +104,8 @@ class ZarrStore(Store):
         self._transfers = transfers
         self._frontier = Frontier(spec.size)
         self._writing = RLock()
+        self._layout: torch.memory_format | None = None
+        """That of the tile that came last: maps are read in the layout in which they were written."""
         self._folder = folder
         with self._told():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +127,8 @@ class ZarrStore(Store):
 
     def _reserve(self, region: Region) -> Incoming:
         self._transfers.settle(self)
-        shape = self.spec.tile_shape(region)
-        return self._transfers.bring(shape, self.spec.dtype, partial(self._on_host, region))
+        shape, on_host = self.spec.tile_shape(region), partial(self._on_host, region)
+        return self._transfers.bring(shape, self.spec.dtype, on_host, wanted=self._layout)
 
     def _on_host(self, region: Region) -> Tensor:
         """The values inside ``region`` in host memory."""
@@ -142,6 +144,8 @@ class ZarrStore(Store):
         return tile
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
+        self._layout = layout(tile)
+
         def finish(found: Tensor) -> None:
             self._claim(region)
             self._update(region, found, adds=False)
@@ -150,6 +154,8 @@ class ZarrStore(Store):
         self._transfers.take(self, tile, self.spec.dtype, finish, is_final=may_keep)
 
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
+        self._layout = layout(tile)
+
         def finish(found: Tensor) -> None:
             for part, holds in self._claim(region):
                 self._update(part, crop(found, self.spec.axes, region, part), adds=holds)
