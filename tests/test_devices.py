@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel
@@ -99,3 +101,10 @@ def test_the_host_waits_for_no_card_to_take_small_values(
     monkeypatch.setattr(Tensor, "to", to)
     make(torch.device("cuda"))
     assert len(pinned) == 1
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, FunctionalTensorMode])
+def test_what_is_recorded_to_be_compiled_pins_nothing(mode: Any) -> None:
+    with mode():
+        assert constants._is_traced(torch.rand(3))
+    assert not constants._is_traced(torch.rand(3))

@@ -29,6 +29,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import plan_cache
+from streamcnn.runtime.calibration import calibrate
 from streamcnn.stores import MemoryStore
 from streamcnn.support.models import load_model
 
@@ -338,7 +339,12 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("casts", [False, True])
-def test_compiled_parts(memory_format: torch.memory_format, casts: bool) -> None:
+# Inductor advises to round float32 in products, and imports what is deprecated.
+@pytest.mark.filterwarnings("ignore", "error:compile=True")
+def test_compiled_parts(
+    monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format, casts: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net = make_net().to(GPU, memory_format=memory_format)
     image = torch.randn(SHAPE, device=GPU).to(memory_format=memory_format)
     model, plain = StreamingModel(copy.deepcopy(net), "3GB", tile=(64, 131), compile=True), net
@@ -387,7 +393,7 @@ def test_channels_last(
     model.resident_tail = False
     assert_same(update(model, image), expected, 1e-4)
     assert len(set(launched)) == 4
-    assert len(read) > 4
+    assert len(read) >= 4
     assert all(part.stride(1) == 1 for part in read)
 
 
@@ -432,6 +438,34 @@ def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
         # Sums and statistics are not rounded to the map's type.
         allowed = (accuracy if of_maps else min(accuracy, 1e-5)) * float(right.abs().max())
         assert float((found.double() - right).abs().max()) <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rates_are_those_of_a_card(dtype: torch.dtype) -> None:
+    """Any card that there is, by wide margins: what is timed is its work and not that of asking for it."""
+    found = calibrate(GPU, dtype)
+    # A product's operands are read from memory less often than it multiplies them.
+    assert 2e12 < found.dense_flops < 5e15
+    assert found.grouped_flops < found.dense_flops
+    assert 2e11 < found.memory_bytes < 2e13
+    assert 1e-6 < found.operator_seconds < 1e-3
+    for rates in (found.read_bytes, found.write_bytes):
+        assert 2e9 < rates[Tier.HOST] < rates[Tier.MEMORY]
+    # The bus is as fast both ways.
+    assert 0.4 < found.write_bytes[Tier.HOST] / found.read_bytes[Tier.HOST] < 2.5
+
+
+def test_of_an_image_on_the_host_a_tile_is_pinned() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)).to(GPU)
+    image = torch.randn(1, 3, 6000, 1000)
+    model = StreamingModel(net, "3GB", tile=(100, 1000))
+    model.resident_tail = False
+    torch.cuda.memory.reset_peak_host_memory_stats()
+    with torch.no_grad():
+        model(image)
+    # The next one's may be under way, each in a block of up to twice its size.
+    most = torch.cuda.memory.host_memory_stats()["active_bytes.peak"]
+    assert 0 < most < 8 * image.nbytes // 60
 
 
 def test_an_image_on_the_host() -> None:

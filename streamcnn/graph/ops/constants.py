@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from streamcnn.graph.flattening import is_fake
 
@@ -15,13 +16,18 @@ def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tens
 
     From memory that is not pinned it would wait until the device has done all that it was given before.
     """
-    if not beside.is_cuda or is_fake(beside):
+    if not beside.is_cuda or _is_traced(beside):
         return torch.tensor(values, dtype=dtype, device=beside.device)
     return brought(torch.tensor(values, dtype=dtype), beside.device)
 
 
 def brought(values: Tensor, device: torch.device) -> Tensor:
     """A few values of the host's on ``device``, for which the host does not wait either."""
-    if device.type != "cuda" or is_fake(values):
+    if device.type != "cuda" or _is_traced(values):
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def _is_traced(values: Tensor) -> bool:
+    """Whether what is done with ``values`` is recorded: pinned memory is nothing that can be compiled."""
+    return is_fake(values) or isinstance(values, FunctionalTensor)
