@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,22 @@ def test_the_host_waits_for_no_card_to_take_small_values(
     monkeypatch.setattr(Tensor, "to", to)
     make(torch.device("cuda"))
     assert len(pinned) == 1
+
+
+def test_a_card_has_a_constant_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waits for it, since the next pass may be on another stream."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    like: Any = SimpleNamespace(
+        is_cuda=True, shape=torch.Size([7919]), dtype=torch.float64, device=torch.device("cpu")
+    )
+    with torch.inference_mode():
+        found = constants.filled(0.5, like)
+    assert torch.equal(found, torch.full((7919,), 0.5, dtype=torch.float64))
+    assert not found.is_inference()
+    assert constants.filled(0.5, like) is found
+    assert len(waited) == 1
+    assert constants.filled(0.5, torch.zeros(3)) is not constants.filled(0.5, torch.zeros(3))
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, FunctionalTensorMode])

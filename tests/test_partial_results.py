@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from operator_counts import count_operators
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamcnn import StreamingModel
 from streamcnn.execution import combiner
 from streamcnn.execution.combiner import Combiner
 from streamcnn.geometry.axis_maps import Adaptive
@@ -149,3 +150,16 @@ def test_the_gradient_of_statistics_is_one_operator_a_tile() -> None:
     assert sum(count_operators(lambda: rule.gradient(x, whole, terms)).values()) == 1
     # Beside the sum with what comes from elsewhere.
     assert sum(count_operators(lambda: rule.added_gradient(x, x, whole, terms)).values()) == 2
+
+
+def test_running_statistics_of_all_norms_are_copied_at_once() -> None:
+    """Into the module, when a pass has gone through."""
+    norms = [nn.BatchNorm2d(3, momentum=None if index % 2 else 0.1) for index in range(6)]
+    model = StreamingModel(nn.Sequential(*norms))
+    image = torch.randn(2, 3, 20, 18)
+    with torch.no_grad():
+        model(image)
+        counts = count_operators(lambda: model(image))
+    # Floating-point numbers and counters.
+    assert counts["_foreach_copy_"] == 2
+    assert not counts["copy_"]

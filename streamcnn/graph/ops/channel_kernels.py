@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense, layout
+from streamcnn.graph.ops.constants import filled
 
 _MAX_ELEMENTS = 2**31
 """Positions are 32-bit numbers in the kernels."""
@@ -60,7 +61,7 @@ def beside(gradient: Tensor, x: Tensor) -> Tensor:
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """``x * scale``."""
-    return normalised(x, torch.zeros_like(scale), scale, None, None)
+    return normalised(x, filled(0, scale), scale, None, None)
 
 
 def sums(x: Tensor, gradient: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +89,8 @@ class Line(NamedTuple):
 
 def line(mean: Tensor, slope: Tensor, offset: Tensor) -> Line:
     """``slope * (x - mean) + offset``, for any number of tiles ``x``."""
-    minus_one = torch.full((1,), -1, dtype=torch.int32, device=mean.device)
-    return Line(mean, slope, offset, torch.ones_like(mean), minus_one)
+    minus_one = filled(-1, mean.new_empty(1, dtype=torch.int32))
+    return Line(mean, slope, offset, filled(1, mean), minus_one)
 
 
 def plus_line(total: Tensor, x: Tensor, line: Line) -> Tensor:

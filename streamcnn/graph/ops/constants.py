@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,25 @@ def brought(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or _is_traced(values):
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def filled(value: float, like: Tensor) -> Tensor:
+    """A tensor of ``like``'s shape, type and device that is ``value`` everywhere; not to be written to.
+
+    On a GPU it is made once, as it costs as much to ask for as a pass over a small map.
+    """
+    if not like.is_cuda or _is_traced(like):
+        return torch.full_like(like, value)
+    return _kept(value, like.shape, like.dtype, like.device)
+
+
+@lru_cache(1024)
+def _kept(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        made = torch.full(shape, value, dtype=dtype, device=device)
+    # It is there for whatever stream asks next.
+    torch.cuda.synchronize(device)
+    return made
 
 
 def _is_traced(values: Tensor) -> bool:

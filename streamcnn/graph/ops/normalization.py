@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.windows import dense, layout
 from streamcnn.graph.costs import Cost, Operation, Saves, declare, elements
 from streamcnn.graph.ops import channel_kernels
+from streamcnn.graph.ops.constants import filled
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
 from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
@@ -33,7 +34,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale)
         if channel_kernels.fits(x):
             return channel_kernels.normalised(x, mean, scale, None, shift)
-        one = torch.ones_like(mean)
+        one = filled(1, mean)
         return torch.batch_norm(x, scale, shift, mean, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     @staticmethod
@@ -43,7 +44,7 @@ class _Normalize(torch.autograd.Function):
             gradient = channel_kernels.beside(grads[0], x)
             grad_shift, grad_scale = channel_kernels.sums(x, gradient, mean, scale)
             return channel_kernels.scaled(gradient, scale), None, grad_scale, grad_shift
-        saved, one = _no_statistics(x), torch.ones_like(mean)
+        saved, one = _no_statistics(x), filled(1, mean)
         # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that of
         # a permuted result, for one that lies as x does.
         gradient = grads[0].contiguous(memory_format=layout(x))
