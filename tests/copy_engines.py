@@ -103,6 +103,9 @@ class LateCopies:
         for copy in copies:
             target, source = copy.target, copy.source
             assert (target.shape, target.dtype) == (source.shape, source.dtype)
+            assert _order(target) == _order(source), (
+                "a copy between orders of axes takes other memory and time"
+            )
             for each in (target, source):
                 assert each.resolve_conj().resolve_neg() is each, "the host would change it before it comes"
                 assert each.is_contiguous() or each.is_contiguous(memory_format=torch.channels_last), (
@@ -141,6 +144,11 @@ def _num_uses(x: Tensor) -> int:
     alone = torch.empty(1)
     counted = [torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (x, alone)]
     return counted[0] - counted[1] + 1
+
+
+def _order(x: Tensor) -> list[int]:
+    """The strides that matter."""
+    return [stride for stride, extent in zip(x.stride(), x.shape, strict=True) if extent > 1]
 
 
 def _spoil(x: Tensor) -> None:
