@@ -160,18 +160,20 @@ def test_a_class_that_there_is_not_is_told_when_the_phase_ends(
 
 
 def test_a_late_check_waits_for_the_end_of_its_block_alone() -> None:
-    made: list[int] = []
+    made: list[list[int]] = []
+    one, two, three, four = (torch.arange(count) for count in (1, 2, 3, 4))
     with checked_at_the_end():
-        check_late(partial(made.append, 1))
+        check_late(one, made.append)
+        check_late(three, made.append)
         with checked_at_the_end():
-            check_late(partial(made.append, 2))
-        assert made == [2]
-    check_late(partial(made.append, 3))
-    assert made == [2, 1, 3]
+            check_late(two, made.append)
+        assert made == [[0, 1]]
+    check_late(four, made.append)
+    assert made == [[0, 1], [0], [0, 1, 2], [0, 1, 2, 3]]
     with suppress(KeyError), checked_at_the_end():
-        check_late(partial(made.append, 4))
+        check_late(one, made.append)
         raise KeyError
-    assert made == [2, 1, 3]
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize("options", [{}, {"full": True, "reduction": "sum"}, {"reduction": "none"}], ids=str)

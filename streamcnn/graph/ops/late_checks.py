@@ -6,11 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
+Check = Callable[[list[int]], object]
+
 
 class _Pending(threading.local):
     """The checks of this thread's block; None outside of one."""
 
-    checks: list[Callable[[], None]] | None = None
+    checks: list[tuple[Tensor, Check]] | None = None
 
 
 _pending = _Pending()
@@ -22,15 +27,24 @@ def checked_at_the_end() -> Iterator[None]:
     outer, _pending.checks = _pending.checks, []
     try:
         yield
-        for check in _pending.checks:
-            check()
+        _make(_pending.checks)
     finally:
         _pending.checks = outer
 
 
-def check_late(check: Callable[[], None]) -> None:
-    """Call ``check``, which raises if a value is not allowed: at once, or at the end of the block around."""
+def check_late(values: Tensor, check: Check) -> None:
+    """Call ``check``, which raises if a value is not allowed: at once, or at the end of the block around.
+
+    It is given ``values``, whole numbers (n,), which come from the GPU all together.
+    """
     if _pending.checks is None:
-        check()
+        _make([(values, check)])
     else:
-        _pending.checks.append(check)
+        _pending.checks.append((values, check))
+
+
+def _make(checks: list[tuple[Tensor, Check]]) -> None:
+    if checks:
+        found = iter(torch.cat([values for values, _ in checks]).tolist())
+        for values, check in checks:
+            check([next(found) for _ in range(len(values))])

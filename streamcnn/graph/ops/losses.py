@@ -157,14 +157,14 @@ def _is_fatal(target: Tensor) -> bool:
 def _known(target: Tensor, num_classes: int, ignored: int) -> Tensor:
     """``target`` (N, h, w) with classes without scores ignored, which a late check refuses."""
     is_known = ((target >= 0) & (target < num_classes)) | (target == ignored)
-    least, largest = target.masked_fill(is_known, ignored).aminmax()
+    extremes = torch.stack(target.masked_fill(is_known, ignored).aminmax())
 
-    def check() -> None:
-        for unknown in (int(least), int(largest)):
+    def check(found: list[int]) -> None:
+        for unknown in found:
             if unknown != ignored:
                 raise IndexError(f"Target {unknown} is out of bounds.")
 
-    check_late(check)
+    check_late(extremes, check)
     return target.masked_fill(~is_known, ignored)
 
 
