@@ -1,7 +1,7 @@
 """The hardware profile of this machine: measured once in a few seconds, kept in the user's cache folder.
 
-The file is keyed by device, element type and how it is multiplied, number of threads, whether blocks are kept,
-and PyTorch's version; plans made with equal profiles are equal.
+The file is keyed by device, element type and how it is multiplied, number of threads, whether blocks are
+kept, and PyTorch's version; plans made with equal profiles are equal.
 """
 
 from __future__ import annotations
