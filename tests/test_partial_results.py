@@ -88,6 +88,15 @@ def test_complex_values_are_merged(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)
+def test_partial_results_have_one_shape_and_type_whatever_the_tile(rule: Reduction) -> None:
+    # A pass is traced with those of a single position.
+    x = torch.randn(SHAPE)
+    small = rule.partial(x[:, :, :1, :1], Region.whole((1, 1)))
+    whole = rule.partial(x, Region.whole(SHAPE[2:]))
+    assert [(each.shape, each.dtype) for each in small] == [(each.shape, each.dtype) for each in whole]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
 def test_tiles_are_merged_together(rule: Reduction) -> None:
     """Merging two tiles after the other called some eight operators a tile."""
     x = torch.randn(SHAPE, dtype=torch.float64)

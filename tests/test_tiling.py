@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
+from helpers import traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import programs
+from torch import nn
 
-from streamcnn.geometry.regions import Interval
+from streamcnn.geometry.regions import Interval, Intervals
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
 from streamcnn.plan.tiles import AxisKind, AxisStep
@@ -45,6 +49,27 @@ def test_tiles_cover_every_output_once(program: Program, tile: tuple[int, int]) 
 def positions(interval: Interval) -> range:
     """The integers in an interval."""
     return range(interval.start, interval.stop)
+
+
+def test_grids_of_very_many_tiles_are_worked_out_when_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Those of an image of 1 x 3,000,000,000 pixels took minutes, and the first was taken.
+    program, _ = traced(nn.Conv2d(3, 4, (1, 3)), (1, 3, 1, 3_000_000_000))
+    outline = Outline.of(program, *divide(program).stages)
+    cut = []
+
+    def evenly(size: int, num_parts: int) -> Intervals:
+        cut.append(num_parts)
+        return Intervals(*(np.arange(num_parts) + (np.arange(2) * size // num_parts)[:, None]))
+
+    monkeypatch.setattr(Intervals, "evenly", evenly)
+    found = tile_stage(outline, (1, 1), (1, 3), (1, 90_000), (1, 90_000_000))
+    assert next(found).num_tiles == 1
+    assert next(found).num_tiles == 3
+    assert max(cut) == 3
+    assert next(found).num_tiles == 90_000
+    assert max(cut) == 90_000
 
 
 @some

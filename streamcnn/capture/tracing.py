@@ -7,6 +7,7 @@ its rule; without one, or if the rule refuses, the maps are gathered and the cal
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -430,7 +431,11 @@ class _Tracer:
         fake = self.fakes[ref.name]
 
         def finished() -> tuple[Tensor, ...]:
-            return reduction.finish(reduction.partial(fake, Region.whole(node.size)), node.tensor.dtype)
+            # Partial results have one shape whatever the tile, and the smallest meets the fewest windows.
+            assert node.axes is not None
+            corner = functools.reduce(lambda x, axis: x.narrow(axis, 0, 1), node.axes, fake)
+            partial = reduction.partial(corner, Region.whole((1, 1)))
+            return reduction.finish(partial, node.tensor.dtype)
 
         results = self._once((reduction, _look(fake)), finished)
         whole = self._add(self._fresh(), results, kind=Kind.REDUCTION, args=(ref,), reduction=reduction)

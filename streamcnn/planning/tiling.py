@@ -24,6 +24,9 @@ from streamcnn.planning.tile_kinds import axis_kinds, numbered
 TileCounts = tuple[int, int]
 """Number of tiles (rows, columns)."""
 
+_PARTS_AT_ONCE = 2**16
+"""Tiles along either axis, those of several grids together, that are worked out in one go."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
@@ -273,7 +276,19 @@ def most_parts(outline: Outline) -> TileCounts:
 
 
 def tile_stage(outline: Outline, *grids: TileCounts) -> Iterator[TiledStage]:
-    """A stage in each of ``grids`` of tiles."""
+    """A stage in each of ``grids`` of tiles, in turn: grids of very many are worked out when they are asked for."""
+    together: list[TileCounts] = []
+    num_parts = 0
+    for parts in grids:
+        num_parts += sum(parts)
+        if together and num_parts > _PARTS_AT_ONCE:
+            yield from _tile_together(outline, together)
+            together, num_parts = [], sum(parts)
+        together.append(parts)
+    yield from _tile_together(outline, together)
+
+
+def _tile_together(outline: Outline, grids: Sequence[TileCounts]) -> Iterator[TiledStage]:
     axes = [dict.fromkeys(counts) for counts in zip(*grids, strict=True)]
     if outline.square:
         axes = [axes[0] | axes[1]]
