@@ -189,6 +189,23 @@ def test_the_command_refuses_other_tile_sizes(
     assert "--tiles: cannot read" in capsys.readouterr().err
 
 
+def test_the_command_fails_where_no_tile_size_ran(
+    factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = [profile for profile in PROFILES if profile.refusal is not None]
+    monkeypatch.setattr("streamcnn.profiling.profile_tiles", lambda *_, **__: iter(refused))
+    monkeypatch.setattr(
+        "sys.argv", ["streamcnn", "profile", factory, "--tiles", "512", "--output", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert (tmp_path / "out" / "report.html").exists()
+    assert (
+        "no tile size ran within 100 MiB; tiles of 512 pixels take least, 700 MiB" in capsys.readouterr().err
+    )
+
+
 def test_plain_lines_without_a_terminal(
     factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from streamcnn.cli.arguments import (
     parse_key_values,
 )
 from streamcnn.support.text import as_text
-from streamcnn.support.units import parse_bytes
+from streamcnn.support.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from streamcnn.profiling import TileProfile
@@ -43,7 +43,10 @@ def profile(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
 ) -> None:
-    """Measure training updates with each tile size in a fresh process, and draw what they hold."""
+    """Measure training updates with each tile size in a fresh process, and draw what they hold.
+
+    If none of them runs within the budget, the exit status is 1.
+    """
     budget_bytes = parse("--budget", parse_bytes, budget)
     shape = (batch, channels, *parse("--size", parse_extent, size))
     edges = parse("--tiles", parse_tiles, tiles)
@@ -63,6 +66,19 @@ def profile(
     write_results(profiles, " ".join([model, *(model_option or ())]), shape, output)
     if not as_json:
         console.print(as_text(f"page: {output / 'report.html'}"), soft_wrap=True, highlight=False)
+    _refuse_if_none_ran(profiles)
+
+
+def _refuse_if_none_ran(profiles: Sequence[TileProfile]) -> None:
+    if any(profile.refusal is None for profile in profiles):
+        return
+    from streamcnn.errors import PlanDoesNotFit
+
+    least = min(profiles, key=lambda profile: profile.projected_bytes)
+    raise PlanDoesNotFit(
+        f"no tile size ran within {format_bytes(least.budget or 0)}; tiles of {least.tile} pixels take least, "
+        f"{format_bytes(least.projected_bytes)}: give smaller --tiles or a larger --budget"
+    )
 
 
 def parse_tiles(text: str) -> tuple[int, ...]:
