@@ -75,6 +75,36 @@ def test_a_segmentation_is_trained_evaluated_and_its_maps_are_written(workplace:
     assert tifffile.imread(maps / "0.tif").shape == (72, 64, 3)
 
 
+def test_the_plan_of_a_segmentation_never_has_the_map_of_scores_whole(workplace: Path, run: Run) -> None:
+    options = [FACTORY, "--size=20000", "--channels=1", "--budget=100MiB"]
+    status, _, err = run("plan", *options)
+    assert status == 1
+    assert "stream it with model.streamed_loss, as --task segmentation does. Or: raise budget=" in err
+    status, out, err = run("plan", *options, "--task=segmentation", "--loss=cross_entropy+dice")
+    assert (status, err) == (0, "")
+    assert "\nfits in 100 MiB with tiles of " in out
+
+
+def test_the_plan_of_a_segmentation_of_an_image_is_that_of_training(workplace: Path, run: Run) -> None:
+    image = f"--image={workplace / 'images' / '0.tif'}"
+    assert run("plan", FACTORY, image, "--tile=40", "--task=segmentation")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--loss=dice"], "--loss: is of a segmentation: add --task segmentation"),
+        (["--task=segmentation", "--loss=focal"], "--loss: loss='focal': allowed are cross_entropy, dice"),
+        (["--task=segmentation", "--card"], "--card: plans no losses"),
+    ],
+)
+def test_options_of_a_plan_that_contradict_each_other(
+    options: list[str], message: str, workplace: Path, run: Run
+) -> None:
+    status, _, err = run("plan", FACTORY, "--size=64", *options)
+    assert (status, message in err) == (2, True)
+
+
 def test_masks_may_lie_in_a_folder_with_splits(workplace: Path, run: Run) -> None:
     for seed, split in enumerate(("train", "train", "val", "test")):
         for name in ("images", "masks"):

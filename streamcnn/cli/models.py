@@ -28,7 +28,16 @@ from streamcnn.support.text import printable
 from streamcnn.support.units import parse_bytes
 
 if TYPE_CHECKING:
+    from streamcnn import StreamingModel
     from streamcnn.data.sources import ImageSource
+    from streamcnn.plan.plan import Plan
+
+
+class Task(StrEnum):
+    """What follows the model's result."""
+
+    classification = "classification"
+    segmentation = "segmentation"
 
 
 class Optimizer(StrEnum):
@@ -61,6 +70,15 @@ def plan(
     budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
     tile: Tile = None,
     model_option: ModelOption = None,
+    task: Annotated[
+        Task, typer.Option(help="What it is trained for; the loss of a segmentation is streamed too.")
+    ] = Task.classification,
+    loss: Annotated[
+        str | None, typer.Option(help="With --task segmentation: as of train; default: cross_entropy.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="With --task segmentation: which of several results the scores are.")
+    ] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Plan for a CUDA card, which need not be here, with nominal rates.")
     ] = False,
@@ -85,6 +103,7 @@ def plan(
     given = {"--size": size, "--channels": channels}
     chosen = {"--series": series, "--level": level, "--channels-last/--channels-first": channels_last}
     _refuse_beside_image(image, given, chosen)
+    _refuse_beside_task(task, {"--loss": loss, "--key": key}, card=card)
     source = None
     if image is not None:
         from streamcnn.data.sources import open_chosen
@@ -103,12 +122,43 @@ def plan(
 
         machine = cuda_card(net, host_bytes=host_bytes or 0, optimizer_copies=optimizer.copies)
         planned = streamed.plan_for(machine, shape)
+    elif task is Task.segmentation:
+        planned = _plan_segmentation(streamed, source, shape, loss, key)
     else:
         planned = streamed.plan(shape if source is None else [source] * batch)
     if source is not None and not as_json:
         typer.echo(printable(_file_line(source)))
     typer.echo(planned.to_json() if as_json else printable(planned.explain(), keep="\n"))
     planned.validate()
+
+
+def _plan_segmentation(
+    streamed: StreamingModel,
+    source: ImageSource | None,
+    shape: tuple[int, int, int, int],
+    loss: str | None,
+    key: str | None,
+) -> Plan:
+    """The plan of a streamed loss, with a mask, and an image if there is none, that take no memory."""
+    import torch
+
+    from streamcnn.data.sources import TensorSource
+    from streamcnn.training import Segmentation, SegmentationLoss
+
+    settings = parse("--loss", lambda name: SegmentationLoss(name=name), loss or "cross_entropy")
+    nothing = torch.zeros(1, 1, 1)
+    image = TensorSource(nothing.expand(shape[1:])) if source is None else source
+    mask = TensorSource(nothing.byte().expand(1, *shape[2:]))
+    return Segmentation(settings=settings, key=key).plan_of(streamed, image, mask, shape[0])
+
+
+def _refuse_beside_task(task: Task, given: dict[str, Any], *, card: bool) -> None:
+    """End the command if options are of the other task, or ask for what is not there."""
+    wrong = [name for name, value in given.items() if value is not None]
+    if task is Task.segmentation and card:
+        exit_for_wrong_usage("--card: plans no losses: leave it out, or leave --task out")
+    if task is Task.classification and wrong:
+        exit_for_wrong_usage(f"{', '.join(wrong)}: is of a segmentation: add --task segmentation")
 
 
 def _refuse_beside_image(image: Path | None, given: dict[str, Any], chosen: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.explain import explain_plan
-from streamcnn.plan.storage import MemoryTerm, StorePlan, Tier
+from streamcnn.plan.storage import OUTPUTS, MemoryTerm, StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.plan.tiles import AxisKind, AxisStep
 from streamcnn.support.units import format_bytes
@@ -179,6 +179,11 @@ class Plan:
         advice = f"Raise budget= to at least {needed} bytes ({format_bytes(needed)}),"
         if self.limited_by:
             advice = f"A larger budget= does not help: {self.limited_by}. Or"
+        if largest[0].name == OUTPUTS:
+            advice = (
+                "The loss has the model's result whole: stream it with model.streamed_loss, as "
+                f"--task segmentation does. Or: {advice[0].lower()}{advice[1:]}"
+            )
         raise PlanDoesNotFit(
             f"no plan for an image of shape {self.image_shape} fits in {format_bytes(self.budget)}: the "
             f"smallest needs {format_bytes(beyond)} more, in {self.worst}, at {self.worst_operator}, with "

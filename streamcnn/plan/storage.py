@@ -35,6 +35,10 @@ class StorePlan:
     and the backward pass needs it."""
 
 
+OUTPUTS = "outputs in the loss"
+"""The name of the term for what the model gives, whole, beside its loss."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryTerm:
     """One named term of the projected bytes."""

@@ -10,6 +10,7 @@ from streamcnn.graph.costs import Routine, cost_of
 from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.reading import HELD, NO_READING, OPENING, READING, BatchCost
+from streamcnn.plan.storage import OUTPUTS
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.resident_bytes import ResidentBytes
 from streamcnn.planning.staging import Staging
@@ -92,7 +93,7 @@ class GlobalBytes:
         others = LevelBytes.of(
             num_levels,
             ("gradients of global values", arriving.cumsum()),
-            ("outputs in the loss", np.full(num_levels, outputs)),
+            (OUTPUTS, np.full(num_levels, outputs)),
         )
         flowing, taken = self._gradient_maps(program, staging)
         states = _states_by_level(program, staging.levels, self.differentiated, num_levels)

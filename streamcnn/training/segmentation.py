@@ -143,7 +143,7 @@ class Segmentation(Task[MaskDataset]):
         self, images: MaskDataset, validation: MaskDataset, model: StreamingModel | None = None
     ) -> int | None:
         """The channels of the model's result, of which a single one is two classes."""
-        return None if model is None else max(self._num_channels(model, images), 2)
+        return None if model is None else max(self._num_channels(model, images[0][0]), 2)
 
     def class_names(self, images: MaskDataset) -> tuple[str, ...] | None:
         """Those that were given: masks hold numbers."""
@@ -167,7 +167,7 @@ class Segmentation(Task[MaskDataset]):
         self, model: nn.Module, images: Mapping[str, MaskDataset], before_image: Callable[[], None]
     ) -> None:
         """Compare the classes that all masks hold with the model's channels; all masks are read."""
-        channels = self._num_channels(_streaming(model), next(iter(images.values())))
+        channels = self._num_channels(_streaming(model), next(iter(images.values()))[0][0])
         num_classes, ignored = max(channels, 2), self.settings.ignore_index
         wrong: dict[int, str] = {}
         for each in images.values():
@@ -190,7 +190,7 @@ class Segmentation(Task[MaskDataset]):
                 "the model more channels, or name one value that does not count as ignore_index"
             )
 
-    def _num_channels(self, model: StreamingModel, images: MaskDataset) -> int:
+    def _num_channels(self, model: StreamingModel, source: ImageSource) -> int:
         """Channels of the model's result for the first image, which is not computed.
 
         Raises
@@ -198,7 +198,6 @@ class Segmentation(Task[MaskDataset]):
         DatasetMismatch
             If it is no map of scores, or there are not as many weights or names as classes.
         """
-        source, _ = images[0]
         with naming("the first image", [0], [source.name]):
             reader = BatchReader([source], next(model.parameters()).device, model.preprocess)
             result = fake_result(model.net, reader.shape, reader.dtype)
@@ -227,12 +226,17 @@ class Segmentation(Task[MaskDataset]):
 
     def plan(self, model: StreamingModel, images: MaskDataset, batch_size: int, device: torch.device) -> Plan:
         """The plan of the streamed loss."""
-        image, mask = images[0]
+        return self.plan_of(model, *images[0], batch_size)
+
+    def plan_of(
+        self, model: StreamingModel, image: ImageSource, mask: ImageSource, batch_size: int
+    ) -> Plan:
+        """The plan of the streamed loss of so many images like this one."""
         try:
             return model.plan_loss([image] * batch_size, [mask] * batch_size, self._loss)
         except UnsupportedModel:
             # Where the loss does not take the model's result, that is told in other words.
-            self._num_channels(model, images)
+            self._num_channels(model, image)
             raise
 
     def loss(
