@@ -279,6 +279,14 @@ def test_wrong_usage_leaves_nothing(workplace: Path, run: Run, changes: dict[str
     assert not (workplace / "run").exists()
 
 
+def test_turned_images_that_are_no_squares_are_trained_on_one_by_one(workplace: Path, run: Run) -> None:
+    # A batch in which one is turned would otherwise end the run, in whichever epoch that is drawn.
+    flags = ["--turns", "--epochs=1"]
+    status, _, err = run(*arguments(workplace), *flags)
+    assert (status, "is not square" in err, "--batch 1 --accumulate 2" in err) == (1, True, True), err
+    assert run(*arguments(workplace, batch=1, accumulate=2), *flags)[0] == 0
+
+
 def test_too_few_classes_are_one_clear_error(workplace: Path, run: Run) -> None:
     (workplace / "labels.csv").write_text("image,label\nimages/train/dark/0.png,5\nimages/val/dark/0.png,5\n")
     parts = arguments(workplace)

@@ -322,7 +322,7 @@ def test_another_mask_is_another_run(tmp_path: Path, place: Path) -> None:
     _, mask = draw_pair(0)
     mask[40, 40] = (mask[40, 40] + 1) % 3
     tifffile.imwrite(tmp_path / "masks" / "0.tif", mask)
-    with pytest.raises(RunMismatch, match=r"images was 'content .* and is 'content"):
+    with pytest.raises(RunMismatch, match=r"training images or their labels, masks .*\(content"):
         make_trainer(config, tmp_path / "run").run()
 
 

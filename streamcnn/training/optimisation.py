@@ -103,6 +103,8 @@ class Optimisation:
         self._optimizer.load_state_dict(saved["optimizer"])
         if self._schedule is not None:
             self._schedule.load_state_dict(saved["schedule"])
+            # The steps that came first were another process's, and PyTorch warns of a schedule that begins.
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
         self._scaler.load_state_dict(saved["scaler"])
         if self._averaged is not None:
             self._averaged.load_state_dict(saved["averaged"])

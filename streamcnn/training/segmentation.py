@@ -228,9 +228,7 @@ class Segmentation(Task[MaskDataset]):
         """The plan of the streamed loss."""
         return self.plan_of(model, *images[0], batch_size)
 
-    def plan_of(
-        self, model: StreamingModel, image: ImageSource, mask: ImageSource, batch_size: int
-    ) -> Plan:
+    def plan_of(self, model: StreamingModel, image: ImageSource, mask: ImageSource, batch_size: int) -> Plan:
         """The plan of the streamed loss of so many images like this one."""
         try:
             return model.plan_loss([image] * batch_size, [mask] * batch_size, self._loss)

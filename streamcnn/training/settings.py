@@ -159,6 +159,8 @@ class TrainSettings:
 
 _MOST_NAMED = 5
 """Differing values of one name that a message shows."""
+_FINGERPRINTS = {"images": "the training images", "validation": "the validation images"}
+"""Values that stand for all that is known of images, and what these are called."""
 MAY_GROW = frozenset({"epochs", "patience", "save_every"})
 """Settings that say when a run ends or is saved, and not what it computes until then."""
 
@@ -185,6 +187,8 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 def _difference(name: str, then: Any, now: Any) -> str:
     """What of a value is another; of values by name, such as the model's tensors, the first five that are."""
+    if name in _FINGERPRINTS and isinstance(then, str) and isinstance(now, str):
+        return f"{_FINGERPRINTS[name]} or their labels, masks or augmentations are others ({then}, now {now})"
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
         return f"{name} was {then!r} and is {now!r}"
     keys = [key for key in (*then, *(key for key in now if key not in then)) if then.get(key) != now.get(key)]
@@ -204,7 +208,7 @@ def _about_times(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """That images may be the same although they are told as others."""
     old = [
         name
-        for name in ("images", "validation")
+        for name in _FINGERPRINTS
         if str(found.get(name)).startswith(OF_CONTENT)
         and not str(expected.get(name)).startswith(OF_CONTENT)
         and found.get(name) != expected.get(name)

@@ -33,6 +33,7 @@ from streamcnn.training.identity import (
     differences,
     identity_of,
     plan_digest,
+    require_one_size,
     require_same_inputs,
     versions,
     with_present_fingerprints,
@@ -237,7 +238,8 @@ class Trainer:
         Raises
         ------
         DatasetMismatch
-            If images to train on and to validate by have different further inputs or pixels.
+            If images to train on and to validate by have different further inputs or pixels, or if those of
+            a batch would have different sizes as they are turned.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         """
@@ -246,6 +248,7 @@ class Trainer:
         self.sampler = self._make_sampler()
         self.progress = Progress()
         require_same_inputs(self.images, self.validation)
+        require_one_size(self.images, self.settings.batch_size)
         found = identity_of(self.model, self.images, self.validation, self.settings, self.device)
         self._identity = {**self.identity, **self.task.identity(), **found}
         self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
