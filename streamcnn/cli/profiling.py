@@ -76,8 +76,8 @@ def _refuse_if_none_ran(profiles: Sequence[TileProfile]) -> None:
 
     least = min(profiles, key=lambda profile: profile.projected_bytes)
     raise PlanDoesNotFit(
-        f"no tile size ran within {format_bytes(least.budget or 0)}; tiles of {least.tile} pixels take least, "
-        f"{format_bytes(least.projected_bytes)}: give smaller --tiles or a larger --budget"
+        f"no tile size ran within {format_bytes(least.budget or 0)}; tiles of {least.tile} pixels take "
+        f"least, {format_bytes(least.projected_bytes)}: give smaller --tiles or a larger --budget"
     )
 
 

@@ -276,7 +276,7 @@ def most_parts(outline: Outline) -> TileCounts:
 
 
 def tile_stage(outline: Outline, *grids: TileCounts) -> Iterator[TiledStage]:
-    """A stage in each of ``grids`` of tiles, in turn: grids of very many are worked out when they are asked for."""
+    """A stage in each of ``grids`` of tiles, in turn; those of very many wait until they are asked for."""
     together: list[TileCounts] = []
     num_parts = 0
     for parts in grids:

@@ -158,7 +158,7 @@ def require_one_size(images: Images, batch_size: int) -> None:
     _, height, width = source.shape
     if height != width:
         raise DatasetMismatch(
-            f"images are turned by quarters, and {source.name} is not square, of {height} x {width} pixels now: "
-            f"images of a batch have one size, so train one at a time, with --batch 1 --accumulate {batch_size}, "
-            "or leave --turns out"
+            f"images are turned by quarters, and {source.name} is not square, of {height} x {width} pixels "
+            "now: images of a batch have one size, so train one at a time, with --batch 1 "
+            f"--accumulate {batch_size}, or leave --turns out"
         )
