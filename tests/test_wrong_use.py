@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from streamcnn import (
     CorruptImage,
     DatasetMismatch,
+    ImageSource,
     PlanDoesNotFit,
     StreamingModel,
     TensorSource,
@@ -25,6 +26,7 @@ from streamcnn import (
 )
 from streamcnn.data.augmentation import Augmentation, AugmentedSource
 from streamcnn.data.reader import BatchReader
+from streamcnn.data.sources import ArraySource
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import streamed_pass
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
@@ -287,6 +289,29 @@ def test_an_image_is_overwritten_between_forward_and_backward(given: Any, tail: 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.stack(losses).sum().backward()
     assert_unchanged(before, everything_of(model))
+
+
+def _as_array(image: Tensor) -> list[ImageSource]:
+    return [ArraySource(each.numpy()) for each in image]
+
+
+def _as_augmented_array(image: Tensor) -> list[ImageSource]:
+    return [AugmentedSource(source, Augmentation(quarter_turns=1)) for source in _as_array(image)]
+
+
+@pytest.mark.parametrize("given", [_as_array, _as_augmented_array])
+def test_an_array_is_filled_with_another_image_between_forward_and_backward(given: Any) -> None:
+    model = make_model()
+    buffer = make_image()
+    loss = model(given(buffer)).sum()
+    same = buffer.clone()
+    buffer.copy_(make_image() * 2)
+    before = everything_of(model)
+    with pytest.raises(RuntimeError, match=r"an array of shape .* was changed between forward and backward"):
+        loss.backward(retain_graph=True)
+    assert_unchanged(before, everything_of(model))
+    buffer.copy_(same)
+    loss.backward()
 
 
 def test_a_mask_is_overwritten_between_forward_and_backward() -> None:

@@ -73,6 +73,11 @@ class AugmentedSource(ImageSource):
         return self._source.shared_tensor
 
     @property
+    def sample(self) -> bytes | None:
+        """That of the image as stored."""
+        return self._source.sample
+
+    @property
     def held_bytes(self) -> int:
         """What the image as stored holds."""
         return self._source.held_bytes

@@ -56,6 +56,11 @@ class SourceBatch:
         shared = (source.shared_tensor for source in self.sources)
         return [tensor for tensor in shared if tensor is not None]
 
+    def samples(self) -> list[tuple[str, bytes]]:
+        """Names and some pixels of the caller's arrays that are read."""
+        found = ((source.name, source.sample) for source in self.sources)
+        return [(name, sample) for name, sample in found if sample is not None]
+
     def read_stored(self, region: Region) -> Tensor:
         """The pixels (N, C, h, w) of ``region`` as they are stored, on the host.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -321,18 +321,31 @@ class Pass:
 
     def recomputed_from(self) -> list[Tensor]:
         """States without a gradient, and images, that the backward pass reads once more."""
+        read = self._read_again()
+        states = [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
+        images = chain(*(batch.shared_tensors for batch in self._batches_of(read)))
+        # Tensors made in inference mode have no version that could be compared.
+        return [*states, *(image for image in images if not image.is_inference())]
+
+    def arrays_read_again(self) -> list[tuple[str, bytes]]:
+        """Names and some pixels of the caller's arrays that the backward pass reads once more."""
+        return list(chain(*(batch.samples() for batch in self._batches_of(self._read_again()))))
+
+    def _read_again(self) -> set[str]:
+        """What operators of the backward pass's recomputation read."""
         differentiated = (phase for phase in self.plan.phases if phase.differentiated)
-        read = {
+        return {
             operand
             for phase in (*differentiated, *chain(*self.plan.rematerialised.values()))
             for name in phase.nodes
             for operand in self.program.nodes[name].operands
         }
-        states = [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
-        batches = {self.program.image: self.reader, **{n: self.maps[k] for n, k in self.program.maps.items()}}
-        images = chain(*(batch.shared_tensors for name, batch in batches.items() if name in read))
-        # Tensors made in inference mode have no version that could be compared.
-        return [*states, *(image for image in images if not image.is_inference())]
+
+    def _batches_of(self, names: Collection[str]) -> list[SourceBatch]:
+        """The images and maps among these."""
+        batches: dict[str, SourceBatch] = {self.program.image: self.reader}
+        batches |= {name: self.maps[key] for name, key in self.program.maps.items()}
+        return [batch for name, batch in batches.items() if name in names]
 
     def close(self) -> None:
         """Free all stores and their folder, and the decoded images that no other pass waits with."""
@@ -517,7 +530,7 @@ class Streamed(torch.autograd.Function):
         names = run.output_names
         # Saved only so that autograd notices a state or an image being changed before backward.
         ctx.save_for_backward(*anchors, *run.recomputed_from())
-        ctx.run = run
+        ctx.run, ctx.arrays = run, run.arrays_read_again()
         ctx.places = [anchor.data_ptr() for anchor in run.anchors]
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
@@ -551,6 +564,12 @@ class Streamed(torch.autograd.Function):
                 "the .data of a parameter was replaced between forward and backward: run the "
                 "forward pass again"
             )
+        present = run.arrays_read_again()
+        if ctx.arrays != present:
+            raise RuntimeError(
+                f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
+                "reads it once more: leave it as it is until then, or give each pass a copy"
+            )
         arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
         with saved_tensors_hooks_aside():
             found = run.backward(arriving)
@@ -559,3 +578,8 @@ class Streamed(torch.autograd.Function):
         # The image may be on the host while its gradient was summed where the model is.
         on_device = zip(gradients, anchors, strict=True)
         return None, *(None if g is None else g.to(anchor.device) for g, anchor in on_device)
+
+
+def _changed(before: list[tuple[str, bytes]], present: list[tuple[str, bytes]]) -> str:
+    """The name of the first array whose pixels are others."""
+    return next(name for (name, was), (_, now) in zip(before, present, strict=True) if was != now)

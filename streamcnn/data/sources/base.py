@@ -79,6 +79,14 @@ class ImageSource(ABC):
         """The caller's own tensor that the pixels are read from, which may be changed; None for others."""
         return None
 
+    @property
+    def sample(self) -> bytes | None:
+        """Some pixels of the caller's own array, by which another image in its place is told; None of others.
+
+        A change of a few pixels may go unnoticed: an array, unlike a tensor, keeps no count of its changes.
+        """
+        return None
+
     # --- what reading takes --------------------------------------------------------------------------
 
     @property

@@ -19,6 +19,9 @@ from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
 
+_SAMPLED = 32
+"""Places along each axis of an array that are looked at, to tell whether it was changed."""
+
 
 @final
 class TensorSource(ImageSource):
@@ -104,6 +107,14 @@ class ArraySource(FileSource):
     def __reduce__(self) -> tuple[object, ...]:
         origin = self._origin
         return _remade, (_mapping(origin) if _is_whole_map(origin) else origin, self._requested_layout)
+
+    @property
+    def sample(self) -> bytes | None:
+        """Some pixels of an array in memory; a file's are told by its stamp."""
+        if self._stamp is not None:
+            return None
+        steps = (-(-extent // _SAMPLED) for extent in self._array.shape)
+        return self._array[tuple(slice(None, None, step) for step in steps)].tobytes()
 
     @property
     def pieces(self) -> str:
