@@ -91,9 +91,9 @@ class RawGraph:
 
 def _text(target: Callable[..., Any]) -> str:
     """A target as part of a graph's key: those of the user's own are told apart by name alone."""
-    return (
-        str(target) if isinstance(target, (OpOverload, Whole)) else getattr(target, "__name__", str(target))
-    )
+    if isinstance(target, Whole):
+        return target.outline
+    return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
 def moved(statistic: Tensor, normalised: Tensor) -> Tensor:

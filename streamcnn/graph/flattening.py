@@ -8,6 +8,7 @@ under ``vmap``) becomes one call of a :class:`Whole`.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,38 @@ class Whole:
 
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def outline(self) -> str:
+        """What plans depend on: kinds of results, and the code of bodies but for values of numbers in it."""
+        made = [f"{leaf.dtype}{tuple(leaf.shape)}" for leaf in pytree.tree_leaves(self.like)]
+        return "\n".join([self.name, *made, *map(_outline, self.bodies)])
+
+
+class OnlyResult:
+    """A call of a :class:`Whole` that has one result, as that."""
+
+    def __init__(self, whole: Whole) -> None:
+        self.whole = whole
+        self.__name__ = whole.name
+
+    def __call__(self, *args: Any) -> Any:
+        return self.whole(*args)[0]
+
+
+def _outline(body: GraphModule) -> str:
+    lines = []
+    for node in body.graph.nodes:
+        args, kwargs = pytree.tree_map(_without_number, (node.args, dict(node.kwargs)))
+        inner = getattr(body, str(node.target), None) if node.op == "get_attr" else None
+        lines.append(f"{node.name}={node.target}{args}{kwargs}")
+        lines += [_outline(inner)] if isinstance(inner, GraphModule) else []
+    return "\n".join(lines)
+
+
+def _without_number(value: Any) -> Any:
+    """A float that may change without a change of what the code does."""
+    return "number" if isinstance(value, float) and value != 0 and math.isfinite(value) else value
 
 
 class GradientHook(Whole):

@@ -17,7 +17,7 @@ from streamcnn.ceiling.rooms import Room
 from streamcnn.data.map_reader import MapReader
 from streamcnn.execution.compiled import Compiled
 from streamcnn.execution.steps import Steps
-from streamcnn.graph.flattening import Whole
+from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Program, differentiated
 from streamcnn.graph.registry import rules_version
 from streamcnn.plan.plan import Plan, StepShape
@@ -91,16 +91,21 @@ class PlanCache:
 def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
     """What was planned for one graph, with the user's own functions and constants of an equal one."""
     targets = {
-        id(old.target): new.target
+        old.target: new.target
         for old, new in zip(known.nodes, graph.nodes, strict=True)
-        if isinstance(old.target, Whole)
+        if isinstance(old.target, Whole) and isinstance(new.target, Whole)
     }
     constants = {name: graph.constants[name] for name in planned.program.constants}
     if not targets:
         return replace(planned, program=replace(planned.program, constants=constants))
+
+    def of_graph(target: Any) -> Any:
+        if isinstance(target, OnlyResult):
+            return OnlyResult(targets[target.whole])
+        return targets[target] if isinstance(target, Whole) else target
+
     nodes = {
-        name: replace(node, target=targets[id(node.target)]) if id(node.target) in targets else node
-        for name, node in planned.program.nodes.items()
+        name: replace(node, target=of_graph(node.target)) for name, node in planned.program.nodes.items()
     }
     program = replace(planned.program, nodes=nodes, constants=constants)
     found = replace(Planned.of(program, planned.plan), carried_out=planned.carried_out)

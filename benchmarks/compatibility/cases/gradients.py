@@ -197,6 +197,44 @@ class GrowingReversal(Small):
         return self.head(v), Reverse.apply(v, self.strength).sum(1)
 
 
+@CASES("autograd.Function: the reversal of a map grows", _strength_grows)
+class GrowingMapReversal(Small):
+    strength = 0.0
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + Reverse.apply(x.tanh(), self.strength)
+
+
+class Weighted(Function):
+    """A map weighted by channel, with an inner choice of the weights' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, power: int) -> Tensor:
+        ctx.power = power
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.power == 1:
+            return gradient * 3, None
+        return gradient.sign() * 3, None
+
+
+def _power_changes(model: Any, net: Any, record: Record) -> None:
+    for power in (1, 2, 1):
+        net.power = power
+        record.run(model)
+
+
+@CASES("autograd.Function: code that is linear and then is not", _power_changes)
+class ChangingWeights(Small):
+    power = 1
+
+    def middle(self, x: Tensor) -> Tensor:
+        return Weighted.apply(x, self.power)
+
+
 # --- hooks on gradients -------------------------------------------------------------------------------
 
 

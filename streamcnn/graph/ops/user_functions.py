@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import Cost, declare
-from streamcnn.graph.flattening import GradientHook, Whole
+from streamcnn.graph.flattening import GradientHook, OnlyResult, Whole
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule, rule_for
@@ -50,19 +50,8 @@ def user_function(tracer: Tracer, call: Call) -> Any:
     axes = None if reason else common_axes(tracer, call, like.dim())
     if axes is None:
         return NotStreamable(reason or "its operands have their spatial axes at different places")
-    aligned, accesses = align_operands(tracer, Call(_First(whole), call.args, call.kwargs), like, axes)
+    aligned, accesses = align_operands(tracer, Call(OnlyResult(whole), call.args, call.kwargs), like, axes)
     return (tracer.local(aligned.target, aligned.args, like=like, axes=axes, accesses=accesses),)
-
-
-class _First:
-    """The only result of a function on a tile."""
-
-    def __init__(self, whole: Whole) -> None:
-        self.whole = whole
-        self.__name__ = whole.name
-
-    def __call__(self, *args: Any) -> Any:
-        return self.whole(*args)[0]
 
 
 def _why_not_local(tracer: Tracer, call: Call, whole: Whole, like: Tensor) -> str | None:
