@@ -20,7 +20,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -281,6 +281,8 @@ def _dynamo_as_wanted() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"torch\._dynamo")
         settings.enter_context(patch.dict(handlers, _plain_answers()))
         settings.enter_context(presence_guarded())
+        # It would be taken for a setting without effect.
+        settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, "set_materialize_grads"))
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
         for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):
@@ -303,6 +305,11 @@ def _dynamo_as_wanted() -> Iterator[None]:
             )
         )
         yield
+
+
+def _unfollowed(owner: type, name: str) -> AbstractContextManager[Any]:
+    """A block in which Dynamo does not follow code that calls a method of PyTorch's."""
+    return patch.object(owner, name, torch._dynamo.disable(vars(owner)[name]))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

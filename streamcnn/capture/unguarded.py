@@ -279,7 +279,8 @@ class _Watch(TorchFunctionMode):
         if mode is None or type(tensor) not in _PLAIN:
             return tensor
         if id(tensor) not in self.stand_ins:
-            with disable_proxy_modes_tracing():
+            # What makes it is no part of the forward pass.
+            with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
                 fake = self.call.mode.from_tensor(tensor)
             node: Any = mode.tracer.create_arg(tensor)
             track_tensor_tree(fake, Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)

@@ -173,7 +173,9 @@ def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
     with disable_proxy_modes_tracing():
         results = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, tensor.device), like)
     proxy = tracer.create_proxy("call_function", target, tuple(proxies), {})
-    track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+    # What this does with the results is no part of the forward pass.
+    with torch._C.DisableTorchFunction():
+        track_tensor_tree(results, proxy, constant=None, tracer=tracer)
     return results
 
 

@@ -235,6 +235,46 @@ class ChangingWeights(Small):
         return Weighted.apply(x, self.power)
 
 
+class Pair(Function):
+    """Two results, whose gradients are None where nothing arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        return x * weight, x.abs()
+
+    @staticmethod
+    def backward(ctx: Any, scaled: Tensor | None, size: Tensor | None) -> Any:
+        x, weight = ctx.saved_tensors
+        if scaled is None:
+            return size * x.sign() * 3, None
+        return scaled * weight + (0 if size is None else size * x.sign()), (scaled * x).sum((0, 2, 3))[
+            :, None, None
+        ]
+
+
+class Paired(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH, 1, 1))
+
+    def middle(self, x: Tensor) -> Tensor:
+        return Pair.apply(x, self.weight)[1]
+
+
+CASES.add("autograd.Function: set_materialize_grads(False), a gradient does not arrive", Paired, passes(2))
+
+
+def _without_gradients(model: Any, net: Any, record: Record) -> None:
+    record.run(model)
+    with torch.no_grad():
+        record.run(model, backward=False)
+
+
+CASES.add("autograd.Function: two results, under no_grad", Paired, _without_gradients)
+
+
 # --- hooks on gradients -------------------------------------------------------------------------------
 
 
