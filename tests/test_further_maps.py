@@ -163,3 +163,13 @@ def test_results_that_depend_on_each_other_read_the_same_mask() -> None:
     model, source = StreamingModel(copy.deepcopy(net), tile=16), [TensorSource(mask[None]) for mask in MASK]
     for ours, theirs in zip(model(an_image(), source), net(an_image(), MASK), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_source_has_no_values_to_decide_by() -> None:
+    class Deciding(Masked):
+        def forward(self, x: Tensor, mask: Tensor, more: dict[str, Tensor] | None = None) -> Tensor:
+            return super().forward(x, mask) * (2 if mask.any() else 1)
+
+    model = StreamingModel(Deciding().double(), tile=16)
+    with pytest.raises(UnsupportedModel, match="reads a value of a tensor"):
+        model(an_image(), [TensorSource(mask[None]) for mask in MASK])

@@ -35,6 +35,7 @@ from torch.utils import checkpoint
 
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments, outside_key
 from streamcnn.capture.functional import functionalized
+from streamcnn.capture.known_values import KnownValues
 from streamcnn.capture.leftovers import (
     Place,
     Snapshot,
@@ -148,6 +149,7 @@ class _Call:
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
         """Hooks on gradients by the name of the traced value."""
         self.made: list[weakref.ref[Tensor]] = []
+        self.known: KnownValues | None = None
         self.image_name = ""
         self.places: list[Place] = []
         """Where the module keeps tensors that its forward pass has made."""
@@ -205,6 +207,7 @@ class _Call:
             args, kwargs = pytree.tree_map(traced, self.arguments)
             own = {n: by_key[self.keys[id(state)]] for n, state in module_states(self.net).items()}
             self.image_name = proxy_of(image).node.name
+            self.known = KnownValues({state: self.states[key] for key, state in by_key.items()})
             self._put_attributes(by_key)
             with _reparametrize_module(self.net, own), _named_submodules(self.net), _Watch(self):
                 scripted = [ScriptedAttributes(module) for module in self.net.modules()]
@@ -216,6 +219,7 @@ class _Call:
                 refuse_scripted_tensors(self.net, scripted)
                 kept = [place.take() for place in self.places]
             self._put_states_back(states, keys)
+            self.known = None
             leaves, self.rebuild = taken_apart(result)
             _refuse_bound((leaves, kept))
             return (*leaves, *kept)
@@ -224,11 +228,11 @@ class _Call:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_READS = frozenset(
-    getattr(Tensor, name)
-    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__index__", "__int__")
+_COPIES = frozenset(
+    getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__index__", "__int__")
 )
-"""Methods that give a tensor's values to Python."""
+_READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
+"""Methods that give a tensor's values to Python; the last two, with the memory that they are in."""
 
 
 class _Watch(TorchFunctionMode):
@@ -252,6 +256,11 @@ class _Watch(TorchFunctionMode):
         if func in _READS and self._is_from_outside(args[0]):
             with disable_proxy_modes_tracing(), unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
+        if func in _COPIES and self.call.known is not None:
+            known = self.call.known.of(args[0])
+            if known is not None:
+                with disable_proxy_modes_tracing(), unset_fake_temporarily():
+                    return func(known, *args[1:], **(kwargs or {}))
         args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()

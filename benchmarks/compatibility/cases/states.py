@@ -690,3 +690,65 @@ class Described(Small):
 
     def middle(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+
+# --- values of states that decide ---------------------------------------------------------------------
+
+
+@CASES("a flag in a buffer: .item() == 0 initialises (ActNorm)", passes(3))
+class ActNorm(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1, WIDTH, 1, 1))
+        self.register_buffer("initialised", torch.tensor(0, dtype=torch.uint8))
+
+    def middle(self, x: Tensor) -> Tensor:
+        if self.initialised.item() == 0:
+            self.shift.data.copy_(-_channels(x))
+            self.initialised.fill_(1)
+        return x + self.shift
+
+
+@CASES("a counter in a buffer: if self.count < 2", passes(4))
+class WarmUp(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+
+    def middle(self, x: Tensor) -> Tensor:
+        if self.count < 2:
+            x = x * 0.5
+        if (self.count % 2 == 1).item():
+            x = x.sin()
+        self.count += 1
+        return x
+
+
+@CASES("a weight's norm as a number", passes(2))
+class ScaledByNorm(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return x / max(1.0, float(self.head.weight.detach().norm()))
+
+
+@CASES("a buffer's value is read after it has changed", passes(2), expected="reads a value of a tensor")
+class ReadAfterChange(WarmUp):
+    def middle(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x * 0.5 if self.count == 1 else x
+
+
+@CASES("a running mean's value is read after its norm", passes(2), expected="reads a value of a tensor")
+class MeanReadAfterNorm(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return x * 0.5 if float(self.norm.running_mean.sum()) < 0 else x
+
+
+def _called_with_numbers(model: Any, net: nn.Module, record: Record) -> None:
+    for number in (0.5, 2.0):
+        record.run(model, torch.tensor(number))
+
+
+@CASES("an argument's value", _called_with_numbers)
+class Threshold(Small):
+    def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
+        return super().forward(x.sin() if threshold > 1 else x)
