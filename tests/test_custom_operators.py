@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.autograd import Function
 from torch.library import custom_op
 
 from streamcnn import StreamingModel
+from streamcnn.errors import UnsupportedModel
 from streamcnn.verification import relative_errors
 
 
@@ -35,14 +37,30 @@ def _averaged_and_two(x: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
     return x.amax((2, 3)), x.amin((2, 3))
 
 
-def _named(function: Callable[..., Any], schema: str) -> Any:
+def _averaged_and_ranged(x: Tensor, average: Tensor, more: list[Tensor]) -> Tensor:
+    _move(average, x)
+    more[0].copy_(x.amax((0, 2, 3)))
+    more[1].add_(1)
+    return x.amax((2, 3))
+
+
+def _named(function: Callable[..., Any], schema: str, *more: str) -> Any:
     name = f"streamcnn_tests::{function.__name__.strip('_')}"
-    return custom_op(name, function, mutates_args=("average",), schema=schema)
+    return custom_op(name, function, mutates_args=("average", *more), schema=schema)
 
 
 averaged = _named(_averaged, "(Tensor x, Tensor(a!) average) -> ()")
 averaged_and_pooled = _named(_averaged_and_pooled, "(Tensor x, Tensor(a!) average) -> Tensor")
 averaged_and_two = _named(_averaged_and_two, "(Tensor x, Tensor(a!) average) -> (Tensor, Tensor)")
+
+averaged_and_ranged = _named(
+    _averaged_and_ranged, "(Tensor x, Tensor(a!) average, Tensor(b!)[] more) -> Tensor", "more"
+)
+
+
+@averaged_and_ranged.register_fake
+def _(x: Tensor, average: Tensor, more: list[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[:2])
 
 
 @averaged_and_pooled.register_fake
@@ -71,6 +89,12 @@ def _two_returned(net: Net, x: Tensor) -> Tensor:
     return x * (largest - least)[:, :, None, None] - net.average[:, None, None]
 
 
+def _several_written(net: Net, x: Tensor) -> Tensor:
+    before = x - net.largest[:, None, None]
+    pooled = averaged_and_ranged(x.detach(), net.average, [net.largest, net.count])
+    return before * pooled[:, :, None, None] * net.count - (net.average + net.largest)[:, None, None]
+
+
 class Scaled(Function):
     """A function that also says by how much, and nothing."""
 
@@ -95,7 +119,11 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.register_buffer("average", torch.ones(4))
+        self.register_buffer("largest", torch.zeros(4))
+        self.register_buffer("count", torch.zeros(()))
         self.average: Tensor
+        self.largest: Tensor
+        self.count: Tensor
         self.middle = middle
         self.is_guarded = is_guarded
 
@@ -105,7 +133,7 @@ class Net(nn.Module):
         return self.middle(self, self.conv(x))
 
 
-MIDDLES = (_nothing_returned, _one_returned, _two_returned, _with_number)
+MIDDLES = (_nothing_returned, _one_returned, _two_returned, _several_written, _with_number)
 
 
 def _passes(model: nn.Module, net: Net) -> dict[str, dict[str, Tensor]]:
@@ -117,7 +145,7 @@ def _passes(model: nn.Module, net: Net) -> dict[str, dict[str, Tensor]]:
         output.square().sum().backward()
         found[f"pass {number}"] = {
             "output": output.detach(),
-            "average": net.average.clone(),
+            **{name: buffer.clone() for name, buffer in net.named_buffers()},
             **{f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None},
         }
         net.zero_grad()
@@ -140,3 +168,37 @@ def test_what_the_users_operators_write_and_return(
 def test_a_function_that_returns_numbers_beside_a_map_is_streamed() -> None:
     net = Net(_with_number, is_guarded=False)
     assert_streamed_equals_plain(net, (2, 3, 29, 37), tile=16, resident=None)
+
+
+def _two_in_one_memory(net: Net, x: Tensor) -> Tensor:
+    pooled = averaged_and_ranged(x.detach(), net.average, [net.average.view(4), net.count])
+    return x * pooled[:, :, None, None]
+
+
+def test_operators_that_overwrite_a_memory_twice_are_refused() -> None:
+    model = StreamingModel(Net(_two_in_one_memory, is_guarded=True).double(), tile=16)
+    with pytest.raises(UnsupportedModel, match=r"overwrites several tensors .* in the same memory"):
+        model(torch.randn(2, 3, 29, 37, dtype=torch.float64))
+
+
+def _quantised() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1))
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]
+    prepared: nn.Module = torch.ao.quantization.prepare_qat(net)
+    return prepared
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization", "ignore:.*reduce_range")
+def test_quantisation_aware_training_of_observers_that_have_been_called() -> None:
+    plain = _quantised()
+    image = torch.randn(2, 3, 29, 37, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedModel, match="call the module itself on a small image once"):
+        StreamingModel(copy.deepcopy(plain), tile=16)(image)
+    plain(image[..., :9, :9])
+    streamed = copy.deepcopy(plain)
+    for model in (plain, StreamingModel(streamed, tile=16)):
+        model(image).square().sum().backward()
+    for (name, expected), found in zip(plain.named_parameters(), streamed.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, expected), found in zip(plain.named_buffers(), streamed.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)

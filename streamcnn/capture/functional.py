@@ -285,15 +285,21 @@ class _Functionalizer:
     def _write_several(self, node: FxNode, written: list[FxNode]) -> None:
         """A call that overwrites several values, in a list or one each."""
         functional, args, kwargs = functional_of(node, _source(node, self))
+        values = [self._itself(each) for each in written]
+        for value in values:
+            self._refuse_twice(node, value)
         if isinstance(functional, OnCopy):
-            raise UnsupportedModel(
-                f"'{node.name}' ({_source(node, self)}) uses {node.target}, which overwrites several tensors "
-                "and has no functional form; use operators that return new tensors instead"
-            )
+            if functional.returns_written or len(set(map(self._owner, values))) < len(values):
+                raise UnsupportedModel(
+                    f"'{node.name}' ({_source(node, self)}) uses {node.target}, which overwrites several "
+                    "tensors and returns them, or has two in the same memory; use operators that return new "
+                    "tensors instead"
+                )
+            self._write_beside_results(node, values, functional, args, kwargs)
+            return
         results = self._append(node, node.name, functional, self._resolve(args), self._resolve(kwargs))
         self.values[node] = results
-        for index, each in enumerate(written):
-            value = self._itself(each)
+        for index, value in enumerate(values):
             name = self._fresh(f"{node.name}_{index}")
             item = self._append(node, name, operator.getitem, (results, index), {})
             self._write(node, value, item)
@@ -320,7 +326,7 @@ class _Functionalizer:
         self._refuse_twice(node, written)
         functional, args, kwargs = functional_of(node, _source(node, self))
         if isinstance(functional, OnCopy) and functional.num_results > 0:
-            self._write_beside_results(node, written, functional, self._resolve(args), self._resolve(kwargs))
+            self._write_beside_results(node, [written], functional, args, kwargs)
             return
         # Only then does the call as it is do on a tile what the functional one does.
         is_plain = written not in self.viewed and args == node.args and own_name(node.target)
@@ -337,16 +343,25 @@ class _Functionalizer:
         self._write(node, written, ref)
 
     def _write_beside_results(
-        self, node: FxNode, written: FxNode, functional: OnCopy, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        node: FxNode,
+        written: Sequence[FxNode],
+        functional: OnCopy,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        """A call that overwrites ``written`` and returns something else."""
+        """A call that overwrites ``written`` and returns something else, or nothing."""
         count = functional.num_results
-        every = self._append(node, self._fresh(f"{node.name}_all"), functional, args, kwargs)
-        new = self._append(node, self._fresh(f"{node.name}_written"), operator.getitem, (every, count), {})
-        self.values[node] = (
-            every if count > 1 else self._append(node, node.name, operator.getitem, (every, 0), {})
-        )
-        self._write(node, written, new)
+        name = self._fresh(f"{node.name}_all")
+        every = self._append(node, name, functional, self._resolve(args), self._resolve(kwargs))
+        if count == 1:
+            self.values[node] = self._append(node, node.name, operator.getitem, (every, 0), {})
+        elif count > 1:
+            self.values[node] = every
+        for index, each in enumerate(written):
+            name = self._fresh(f"{node.name}_written")
+            new = self._append(node, name, operator.getitem, (every, count + index), {})
+            self._write(node, each, new)
 
     def _write(self, node: FxNode, written: FxNode, ref: Ref) -> None:
         """Give ``written`` a new value, and everything that it is a view of."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
@@ -153,34 +154,49 @@ def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], d
 
 
 class OnCopy:
-    """An in-place operator without a functional form, applied to a copy.
+    """An in-place operator without a functional form, applied to copies.
 
-    It returns the copy; behind other results of the operator's own, if it has any.
+    It returns the copy, or the copies; behind other results of the operator's own, if it has any.
     """
 
     def __init__(self, target: OpOverload) -> None:
         self.target = target
         self.tags = target.tags
         self.__name__ = str(target)
-        self._written = next(
+        self._written = tuple(
             (a.name, position)
             for position, a in enumerate(target._schema.arguments)
             if a.alias_info is not None and a.alias_info.is_write
         )
         self.num_results = sum(each.alias_info is None for each in target._schema.returns)
         """Results beside what is overwritten."""
+        self.returns_written = self.num_results < len(target._schema.returns)
+        """Whether it returns what it overwrites."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        name, position = self._written
-        if position < len(args):
-            copy = args[position].clone()
-            results = self.target(*args[:position], copy, *args[position + 1 :], **kwargs)
-        else:
-            copy = kwargs[name].clone()
-            results = self.target(*args, **{**kwargs, name: copy})
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        copies: list[Tensor] = []
+        for name, position in self._written:
+            place = position if position < len(args) else name
+            if place in given:
+                given[place] = pytree.tree_map_only(Tensor, torch.clone, given[place])
+                copies += [leaf for leaf in pytree.tree_leaves(given[place]) if isinstance(leaf, Tensor)]
+        shapes = [copy.shape for copy in copies]
+        positional = [given.pop(position) for position in range(len(args))]
+        results = self.target(*positional, **given)
+        self._refuse_resized(shapes, copies)
         if self.num_results == 0:
-            return copy
-        return (results, copy) if self.num_results == 1 else (*results, copy)
+            return copies[0] if len(copies) == 1 else tuple(copies)
+        return (results, *copies) if self.num_results == 1 else (*results, *copies)
+
+    def _refuse_resized(self, shapes: list[torch.Size], copies: list[Tensor]) -> None:
+        for before, copy in zip(shapes, copies, strict=True):
+            if copy.shape != before:
+                raise UnsupportedModel(
+                    f"the forward pass uses {self.target}, which changes the shape of a tensor from "
+                    f"{tuple(before)} to {tuple(copy.shape)}, as observers of quantisation do when they are "
+                    "called first: call the module itself on a small image once"
+                )
 
     def __repr__(self) -> str:
         return self.__name__
