@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from streamcnn.capture.blind import BLIND, gaussian_nll_loss
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments, outside_key
 from streamcnn.capture.functional import functionalized
 from streamcnn.capture.known_values import KnownValues
@@ -261,6 +262,7 @@ class _Watch(TorchFunctionMode):
             if known is not None:
                 with disable_proxy_modes_tracing(), unset_fake_temporarily():
                     return func(known, *args[1:], **(kwargs or {}))
+        func = BLIND.get(func, func)
         args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
@@ -343,7 +345,7 @@ def _functions_whole() -> Iterator[None]:
     """Record the user's functions whole, and checkpointed calls as ordinary ones."""
     with (
         replaced_here(torch.autograd.Function, "apply", _apply),
-        replaced_here(F, "gaussian_nll_loss", _gaussian_nll_loss),
+        replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         ExitStack() as generators,
@@ -356,18 +358,6 @@ def _functions_whole() -> Iterator[None]:
 
 def _refuse_seed(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModel(SEEDED)
-
-
-_GAUSSIAN_NLL_LOSS = F.gaussian_nll_loss
-
-
-def _gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-    """``F.gaussian_nll_loss``, whose look at the signs of variances becomes a check when the pass runs."""
-    if not isinstance(var, Tensor) or torch._C._is_torch_function_mode_enabled():
-        return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
-    torch._assert_async(~torch.any(var < 0), "var has negative entry/entries")
-    with replaced_here(torch, "any", lambda is_negative: False):
-        return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
 
 
 _FROM_NUMPY = torch.from_numpy

@@ -500,6 +500,14 @@ CASES.on_map(
 CASES.on_map("median over space", lambda x: x.flatten(2).median(-1)[0][..., None, None])
 CASES.on_map("amax over everything", lambda x: x / x.abs().amax())
 CASES.on_map("norm of the map", lambda x: 50 * x / x.norm())
+CASES.on_map(
+    "torch.cov of a map's channels",
+    lambda x: torch.stack([torch.cov(each.flatten(1)).sum(0) for each in x])[..., None, None],
+)
+CASES.on_map(
+    "corrcoef as a method, of maps and of vectors",
+    lambda x: (x.transpose(0, 1).flatten(1).corrcoef().sum(0) + x[0, 0, 0].corrcoef()).view(1, -1, 1, 1),
+)
 CASES.on_map("channels_last", lambda x: torch.tanh(x.contiguous(memory_format=torch.channels_last)))
 
 

@@ -1,0 +1,60 @@
+"""Functions of PyTorch's that look at values for an error or a warning, for tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from streamcnn.capture.replacing import replaced_here
+
+_GAUSSIAN_NLL_LOSS = F.gaussian_nll_loss
+
+
+def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+    """``F.gaussian_nll_loss``, whose look at the signs of variances becomes a check when the pass runs."""
+    if not isinstance(var, Tensor) or torch._C._is_torch_function_mode_enabled():
+        return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
+    torch._assert_async(~torch.any(var < 0), "var has negative entry/entries")
+    with replaced_here(torch, "any", lambda is_negative: False):
+        return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
+
+
+def cov(
+    input: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None
+) -> Tensor:
+    """``torch.cov``, which asks whether the weights and what it divides by are positive.
+
+    With weights of observations it asks their values, and is left as it is.
+    """
+    if fweights is not None or aweights is not None or input.dim() > 2:
+        return torch.cov(input, correction=correction, fweights=fweights, aweights=aweights)
+    rows = input if input.dim() == 2 else input.view(1, -1)
+    count = rows.shape[1]
+    if count <= correction:
+        return torch.cov(input, correction=correction)
+    rows = rows - (rows.sum(1) / count).unsqueeze(1)
+    return (torch.mm(rows, rows.t().conj()) / (count - correction)).squeeze()
+
+
+def corrcoef(input: Tensor) -> Tensor:
+    """``torch.corrcoef``, which asks what :func:`cov` does."""
+    found = cov(input)
+    if found.dim() == 0:
+        return found / found
+    variances = found.diag()
+    deviations = (variances.real if found.is_complex() else variances).sqrt()
+    found = found / deviations.view(-1, 1) / deviations.view(1, -1)
+    if found.is_complex():
+        return torch.complex(found.real.clip(-1, 1), found.imag.clip(-1, 1))
+    return found.clip(-1, 1)
+
+
+BLIND: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+    {torch.cov: cov, Tensor.cov: cov, torch.corrcoef: corrcoef, Tensor.corrcoef: corrcoef}
+)
+"""By the function that a mode is told of."""
