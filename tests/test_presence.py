@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -118,3 +119,34 @@ def test_a_hook_of_all_modules_is_seen_when_it_comes_and_goes() -> None:
         hook.remove()
     torch.testing.assert_close(hooked, 2 * before)
     torch.testing.assert_close(model(image), before)
+
+
+class Scaled(nn.Module):
+    """A layer that is scaled if it says by how much."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale if hasattr(self, "scale") else x * 1.0
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_a_module_that_is_compiled_inside(is_guarded: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.compiled = torch.compile(Scaled(), backend="eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not is_guarded:
+                time.perf_counter()  # Dynamo does not follow it.
+            return self.compiled(self.conv(x)).mean((2, 3))
+
+    net = Net()
+    model = StreamingModel(net, tile=16)
+    image = torch.rand(1, 3, 29, 37)
+    expected = net.conv(image).mean((2, 3))
+    torch.testing.assert_close(model(image), expected)
+    net.compiled._orig_mod.scale = 3.0
+    torch.testing.assert_close(model(image), 3 * expected)
+    del net.compiled._orig_mod.scale
+    torch.testing.assert_close(model(image), expected)

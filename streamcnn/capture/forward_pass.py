@@ -8,6 +8,7 @@ caller's own hooks, modes and compilers, and what the code does besides computin
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -181,6 +182,19 @@ def _normalise(self: Any, input: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep PyTorch's own log of a failed trace off the terminal; its reason is in our error."""
-    with silenced("torch._subclasses.fake_tensor"), silenced("torch.fx.experimental.symbolic_shapes"):
+    """Keep PyTorch's own log of a failed trace off the terminal; its reason is in our error.
+
+    Modules and functions that the user has compiled run as they are, without a word about tracing's hooks.
+    """
+    from torch._dynamo import config
+
+    with (
+        warnings.catch_warnings(),
+        config.patch(error_on_nested_fx_trace=False),
+        silenced("torch._subclasses.fake_tensor"),
+        silenced("torch.fx.experimental.symbolic_shapes"),
+    ):
+        warnings.filterwarnings(
+            "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
+        )
         yield

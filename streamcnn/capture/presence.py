@@ -31,10 +31,15 @@ def presence_guarded() -> Iterator[None]:
     guarded: set[str] = set()
 
     def wrap_and_guard(self: Any, value: Any) -> Any:
+        asked = self.source
         found = wrap(self, value)
+        if self.source is not asked:
+            # Guards are now those of what it has inside: of a compiled module, the module.
+            value = getattr(value, "_orig_mod", None)
         look = _look_of(value)
-        if look is not None and self.name not in guarded:
-            guarded.add(self.name)
+        name = self.source.name
+        if look is not None and name not in guarded:
+            guarded.add(name)
             self.install_guards(partial(_guard, look=look, seen=look(value)))
         return found
 
