@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.autograd.function import FunctionCtx
 from torch.fx import Proxy
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import (
@@ -345,6 +346,7 @@ def _functions_whole() -> Iterator[None]:
     """Record the user's functions whole, and checkpointed calls as ordinary ones."""
     with (
         replaced_here(torch.autograd.Function, "apply", _apply),
+        replaced_here(FunctionCtx, "mark_dirty", _refuse_dirty),
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
@@ -367,6 +369,13 @@ def _from_numpy(array: Any) -> Tensor:
     """``torch.from_numpy``, whose result is in the array's memory; while tracing it would be in a copy."""
     with disable_proxy_modes_tracing(), unset_fake_temporarily():
         return _FROM_NUMPY(array)
+
+
+def _refuse_dirty(ctx: Any, *tensors: Tensor) -> None:
+    raise UnsupportedModel(
+        f"{type(ctx)._forward_cls.__name__} changes its input in place (mark_dirty): "
+        "return a new tensor instead"
+    )
 
 
 _APPLY = vars(torch.autograd.Function)["apply"]
@@ -401,10 +410,6 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
     with disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
-    if any(made is leaf for made in pytree.tree_leaves(like) for leaf in leaves if isinstance(made, Tensor)):
-        raise UnsupportedModel(
-            f"{cls.__name__} changes its input in place (mark_dirty): return a new tensor instead"
-        )
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         like = pytree.tree_map_only(Tensor, Tensor.detach, like)
 
