@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.compatibility.case import Case
 from benchmarks.compatibility.cases import (
+    architectures,
     arguments,
     around,
     blocks,
@@ -18,5 +19,16 @@ from benchmarks.compatibility.cases import (
 
 def all_cases() -> list[Case]:
     """Every case in the order of the table; a case's number is its place, from 1."""
-    kinds = (captures, gradients, leftovers, blocks, operators, arguments, around, states, unfollowed)
+    kinds = (
+        captures,
+        gradients,
+        leftovers,
+        blocks,
+        operators,
+        architectures,
+        arguments,
+        around,
+        states,
+        unfollowed,
+    )
     return [case for kind in kinds for case in kind.CASES]

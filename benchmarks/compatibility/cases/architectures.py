@@ -1,0 +1,169 @@
+"""Blocks of published architectures, written as their authors' code has them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.compatibility.case import WIDTH, Cases, Record, Small, passes
+
+CASES = Cases("Blocks of published architectures")
+
+
+@CASES("CondConv: a kernel for each image, in groups", passes(2))
+class CondConv(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = nn.Parameter(torch.randn(3, WIDTH, WIDTH, 3, 3) * 0.1)
+        self.route = nn.Linear(WIDTH, 3)
+
+    def middle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        routed = torch.sigmoid(self.route(F.adaptive_avg_pool2d(x, 1).flatten(1)))
+        kernels = (routed @ self.kernels.flatten(1)).view(n * c, c, 3, 3)
+        return F.conv2d(x.reshape(1, n * c, h, w), kernels, padding=1, groups=n).view(n, c, h, w)
+
+
+@CASES("coordinate attention", passes(2))
+class CoordinateAttention(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.rows = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.cols = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        rows = F.adaptive_avg_pool2d(x, (None, 1))
+        cols = F.adaptive_avg_pool2d(x, (1, None)).permute(0, 1, 3, 2)
+        rows, cols = F.hardswish(self.shared(torch.cat([rows, cols], 2))).split([h, w], 2)
+        return x * self.cols(cols.permute(0, 1, 3, 2)).sigmoid() * self.rows(rows).sigmoid()
+
+
+@CASES("involution", passes(2))
+class Involution(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(WIDTH, 9, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        parts = F.unfold(x, 3, padding=1).view(n, c, 9, h, w)
+        return (parts * self.kernel(x).unsqueeze(1)).sum(2)
+
+
+@CASES("mixture of experts behind a noisy gate, its loss on self", passes(3))
+class Experts(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList([nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(3)])
+
+    def middle(self, x: Tensor) -> Tensor:
+        logits = self.gate(x.mean((2, 3)))
+        best, which = (logits + torch.randn_like(logits)).topk(2, 1)
+        gates = torch.zeros_like(logits).scatter(1, which, best.softmax(1))
+        load = gates.sum(0)
+        self.aux_loss = load.var() / load.mean() ** 2
+        return sum(gates[:, i, None, None, None] * expert(x) for i, expert in enumerate(self.experts))
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.aux_loss
+
+
+@CASES("DropBlock", passes(3))
+class DropBlock(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        dropped = (torch.rand(x.shape[0], *x.shape[2:]) < 0.03).to(x.dtype)
+        kept = 1 - F.max_pool2d(dropped[:, None], 3, 1, 1)
+        return x * kept * kept.numel() / kept.sum()
+
+
+@CASES("switchable normalisation", passes(3))
+class SwitchableNorm(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(2, 3))
+        self.register_buffer("mean", torch.zeros(1, WIDTH, 1))
+
+    def middle(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        mean, square = flat.mean(-1, keepdim=True), flat.square().mean(-1, keepdim=True)
+        means = [mean, mean.mean(1, keepdim=True), mean.mean(0, keepdim=True)]
+        squares = [square, square.mean(1, keepdim=True), square.mean(0, keepdim=True)]
+        self.mean.mul_(0.9).add_(0.1 * means[2].data)
+        w, v = self.weights.softmax(1)
+        found = sum(a * m for a, m in zip(w, means, strict=True))
+        var = sum(a * (s - m * m) for a, s, m in zip(v, squares, means, strict=True))
+        return ((flat - found) / (var + 1e-3).sqrt()).view_as(x)
+
+
+@CASES("wavelets and back", passes(2))
+class Wavelets(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        x = x[..., :28, :36]
+        rows = x[:, :, 0::2], x[:, :, 1::2]
+        a, b, c, d = (part[..., i::2] / 2 for part in rows for i in (0, 1))
+        low, high = (a + b + c + d).sin(), b + d - a - c
+        whole = torch.zeros_like(x)
+        whole[..., 0::2, 0::2] = low - high
+        whole[..., 0::2, 1::2] = low + high
+        whole[..., 1::2, 0::2] = high * 2
+        return x + whole
+
+
+@CASES("StyleGAN's modulated convolution", passes(2))
+class Modulated(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.style = nn.Linear(WIDTH, WIDTH)
+        self.kernel = nn.Parameter(torch.randn(WIDTH, WIDTH, 3, 3))
+
+    def middle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        kernels = self.kernel[None] * (self.style(x.mean((2, 3))) + 1)[:, None, :, None, None]
+        kernels = kernels * (kernels.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+        y = F.conv2d(x.reshape(1, -1, h, w), kernels.flatten(0, 1), padding=1, groups=n)
+        return F.leaky_relu(y.view(n, c, h, w), 0.2).clamp(-256, 256)
+
+
+@CASES("a net run on the image's scales, turned and flipped", passes(2))
+class Scales(Small):
+    def forward(self, x: Tensor) -> Any:
+        small = F.interpolate(x, scale_factor=0.5, mode="bilinear", recompute_scale_factor=True)
+        found = [self.maps(x), self.maps(x.flip(3)).flip(3), self.maps(x.rot90(2, (2, 3))).rot90(-2, (2, 3))]
+        found.append(F.interpolate(self.maps(small), found[0].shape[2:], mode="bilinear"))
+        return torch.stack(found).amax(0), self.head(torch.stack(found).var(0).mean((2, 3)))
+
+
+class Reparametrised(Small):
+    """A 3x3 and a 1x1 branch, which become one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.small = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.fused(x) if hasattr(self, "fused") else self.large(x) + self.small(x)
+
+    def fuse(self) -> None:
+        """Put one convolution in the place of both."""
+        self.fused = copy.deepcopy(self.large)
+        self.fused.weight.data += F.pad(self.small.weight.data, (1, 1, 1, 1))
+        self.fused.bias.data += self.small.bias.data
+        del self.large, self.small
+
+
+def _fused_on_the_way(model: Any, net: Any, record: Record) -> None:
+    record.run(model)
+    net.fuse()
+    record.run(model)
+    record.run(model)
+
+
+CASES.add("RepVGG: branches are fused between passes", Reparametrised, _fused_on_the_way)
