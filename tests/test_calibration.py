@@ -245,7 +245,7 @@ def test_a_card_is_timed_while_it_computes_and_not_while_the_host_waits(
 def test_host_memory_beside_a_card_is_timed_as_maps_are_written() -> None:
     """Once, from the card to where they lie: what is written again goes by way of a buffer and the host."""
     transfers, spares = GpuTransfers(LateCopies()), SparePinned()
-    spec = StoreSpec(rates._TILE, torch.float32, (2, 3))
+    spec = StoreSpec(rates._MAP, torch.float32, (2, 3))
     with patch.object(GpuTransfers, "take", autospec=True, side_effect=GpuTransfers.take) as take:
         rates._store(CPU, lambda: HostStore(spec, transfers, spares), once=True)
     assert {call.args[2].numel() for call in take.call_args_list} == {64 * 4 * 4}

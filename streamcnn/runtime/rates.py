@@ -40,8 +40,10 @@ _ENOUGH = 0.5
 """Seconds after which work is not timed once more: what takes that long is not slow because it is new."""
 _INTERPRETED = 20
 """What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
-_TILE = (1, 64, 256, 256)
-"""The map that is moved: 16 MiB of float32, a tile of usual size."""
+_MAP = (1, 64, 512, 512)
+"""The map that is moved: 64 MiB of float32, more than most caches hold."""
+_BANDS = tuple(Region(Interval(top, top + 128), Interval(0, _MAP[3])) for top in range(0, _MAP[2], 128))
+"""What is moved of it at a time: 16 MiB, a tile of usual size."""
 _LARGE = 2**24
 """Elements of a map that no cache holds."""
 _SMALL = Region(Interval(8, 12), Interval(8, 12))
@@ -210,23 +212,26 @@ def _both_passes(layer: _Convolution, x: Tensor, weight: Tensor, gradient: Tenso
 def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
     """Bytes per second read from and written to a store at every place, and seconds of a small transfer.
 
-    A store in the device's memory hands out views, which operators make contiguous, and takes new memory.
+    A store in the device's memory hands out views, which operators make contiguous. It takes new memory,
+    unless blocks are kept.
     """
-    spec = StoreSpec(_TILE, torch.float32, (2, 3))
+    spec = StoreSpec(_MAP, torch.float32, (2, 3))
     moved, pinned = transfers_of(device), SparePinned()
     read, written, transfers = _Rates(), _Rates(), _Rates()
     with SpillFolder() as folder:
         tiers: dict[Tier, Callable[[], Store]] = {
-            Tier.MEMORY: lambda: MemoryStore(spec, device),
+            Tier.MEMORY: lambda: MemoryStore(spec, device, zeroed=not keeps_blocks(device)),
             Tier.HOST: lambda: _host_store(spec, moved, pinned),
-            Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _TILE[2:], moved),
+            Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _BANDS[0].size, moved),
         }
         for tier, new in tiers.items():
             # A map beside a GPU is written once, for the most part, and what is there already is written
             # more slowly.
             once = tier is Tier.HOST and isinstance(moved, GpuTransfers)
             read[tier], written[tier], transfers[tier] = _store(device, new, once=once)
-    read[Tier.MEMORY], written[Tier.MEMORY] = memory, 1 / (1 / memory + 1 / fresh)
+    read[Tier.MEMORY] = memory
+    if not keeps_blocks(device):
+        written[Tier.MEMORY] = 1 / (1 / memory + 1 / fresh)
     return read, written, transfers
 
 
@@ -253,23 +258,28 @@ def _store(device: torch.device, new: Callable[[], Store], *, once: bool) -> tup
 
     ``once`` has each map be written once, to a store of its own.
     """
-    tile = torch.rand(_TILE, device=device)
+
+    def write(store: Store) -> None:
+        for band in _BANDS:
+            store.write(band, tile)
+
+    def write_new() -> None:
+        with closing(new()) as other:
+            write(other)
+
+    def read() -> None:
+        for band in _BANDS:
+            store.read(band).clone()
+
     with closing(new()) as store:
-        whole, small = Region.whole(store.spec.size), torch.rand(store.spec.tile_shape(_SMALL), device=device)
-
-        def write() -> None:
-            if not once:
-                store.write(whole, tile)
-                return
-            with closing(new()) as other:
-                other.write(whole, tile)
-
-        writing = _seconds(device, write)
-        store.write(whole, tile)
-        reading = _seconds(device, lambda: store.read(whole).clone())
+        nbytes = store.spec.nbytes
+        tile, small = (torch.rand(store.spec.tile_shape(part), device=device) for part in (_BANDS[0], _SMALL))
+        write(store)
+        writing = _seconds(device, write_new if once else partial(write, store))
+        reading = _seconds(device, read)
         adding = _seconds(device, lambda: store.add(_SMALL, small))
         fetching = _seconds(device, lambda: store.read(_SMALL).clone())
-    return tile.nbytes / reading, tile.nbytes / writing, (adding + fetching) / 2
+    return nbytes / reading, nbytes / writing, (adding + fetching) / 2
 
 
 def _fresh(device: torch.device) -> float:
