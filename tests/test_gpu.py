@@ -29,7 +29,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import plan_cache
-from streamcnn.runtime.calibration import calibrate
+from streamcnn.runtime.rates import measured_rates
 from streamcnn.stores import MemoryStore
 from streamcnn.support.models import load_model
 
@@ -443,7 +443,7 @@ def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rates_are_those_of_a_card(dtype: torch.dtype) -> None:
     """Any card that there is, by wide margins: what is timed is its work and not that of asking for it."""
-    found = calibrate(GPU, dtype)
+    found = measured_rates(GPU, dtype, "a card")
     # A product's operands are read from memory less often than it multiplies them.
     assert 2e12 < found.dense_flops < 5e15
     assert found.grouped_flops < found.dense_flops

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from streamcnn.ceiling.kept_blocks import KeptBlocks, give_back, kept_blocks_available
@@ -52,7 +53,6 @@ _FLUSHED_BYTES = 2**27
 """Bytes that are written through to the disk, to see how fast it is."""
 _PASSES = 3
 """What a convolution does in both passes over its forward pass: one product more for each operand."""
-_aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ class _Convolution:
     groups: int = 1
 
     @property
-    def padding(self) -> list[int]:
+    def padding(self) -> tuple[int, int]:
         """On either side, per axis."""
-        return [edge // 2 for edge in self.weight[2:]]
+        return self.weight[2] // 2, self.weight[3] // 2
 
 
 _DENSE = (_Convolution((64, 64, 3, 3)), _Convolution((256, 64, 1, 1)), _Convolution((64, 256, 1, 1)))
@@ -99,6 +99,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
     # Rates are kept: that the first pass casts is no matter to the next one.
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         _kept_blocks(device),
@@ -164,16 +165,17 @@ def _map(device: torch.device, dtype: torch.dtype, channels: int, nbytes: int) -
 def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes per second that a batch norm and its activation read and write, forward and backward."""
     work = _WORK[device.type]
-    x = _map(device, dtype, 64, work.normalised)
+    x = _map(device, dtype, 64, work.normalised).requires_grad_()
     # Where maps are cast, scales are not.
-    scale = torch.ones(64, device=device, dtype=torch.promote_types(dtype, torch.float32))
-    made = [True, True, True]
+    scale, shift = (
+        torch.ones(64, device=device, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        for _ in range(2)
+    )
 
     def both_passes() -> None:
-        normalised, mean, deviation = _aten.native_batch_norm(x, scale, scale, None, None, True, 0.1, 1e-5)
-        y = torch.relu(normalised)
-        gradient = _aten.threshold_backward(y, y, 0)
-        _aten.native_batch_norm_backward(gradient, x, scale, None, None, mean, deviation, True, 1e-5, made)
+        with torch.enable_grad():
+            y = torch.relu(F.batch_norm(x, None, None, scale, shift, training=True))
+        torch.autograd.grad(y, (x, scale, shift), y.detach())
 
     return 2 * _PASSES * 2 * x.nbytes / _seconds(device, both_passes, times=work.times)
 
@@ -191,8 +193,8 @@ def _flops_rate(
     flops = total = moved = 0.0
     work = _WORK[device.type]
     for layer in layers:
-        x = _map(device, dtype, layer.groups * layer.weight[1], work.convolved)
-        weight = _random(device, dtype, layer.weight)
+        x = _map(device, dtype, layer.groups * layer.weight[1], work.convolved).requires_grad_()
+        weight = _random(device, dtype, layer.weight).requires_grad_()
         y = torch.conv2d(x, weight, padding=layer.padding, groups=layer.groups)
         total += _seconds(device, partial(_both_passes, layer, x, weight, y), times=work.times)
         flops += _PASSES * 2 * weight[0].numel() * y.numel()
@@ -202,11 +204,9 @@ def _flops_rate(
 
 
 def _both_passes(layer: _Convolution, x: Tensor, weight: Tensor, gradient: Tensor) -> None:
-    torch.conv2d(x, weight, padding=layer.padding, groups=layer.groups)
-    padding, ones = layer.padding, [1, 1]
-    _aten.convolution_backward(
-        gradient, x, weight, None, ones, padding, ones, False, [0, 0], layer.groups, [True, True, False]
-    )
+    with torch.enable_grad():
+        y = torch.conv2d(x, weight, padding=layer.padding, groups=layer.groups)
+    torch.autograd.grad(y, (x, weight), gradient)
 
 
 def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
