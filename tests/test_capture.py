@@ -513,3 +513,19 @@ def test_an_apply_by_another_name_is_followed_or_refused(apply: Callable[[Tensor
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
     with pytest.raises(UnsupportedModel, match=r"the apply of Fivefold by another name.*write \.apply"):
         pair(Applies(apply, draws=True))[1](image())
+
+
+def test_a_closure_is_looked_at_whatever_dynamo_makes_of_dicts_that_are_as_they_were() -> None:
+    """As in PyTorch 2.11, whose default it is."""
+    scale = 2.0
+
+    class Scaled(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).mean((2, 3)) * scale
+
+    net = Scaled(3, 4, 3)
+    model, image = StreamingModel(net, tile=16), torch.rand(1, 3, 30, 30)
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        for value in (2.0, 3.0, 5.0):
+            scale = value
+            torch.testing.assert_close(model(image), net(image))

@@ -302,6 +302,9 @@ def _dynamo_as_wanted() -> Iterator[None]:
                 force_parameter_static_shapes=True,
                 automatic_dynamic_shapes=False,
                 assume_static_by_default=True,
+                # In PyTorch 2.11 it is on, and what closures, defaults and flags of parameters are is not
+                # looked at any more where the dicts of modules are as they were.
+                use_recursive_dict_tags_for_guards=False,
             )
         )
         yield
@@ -344,7 +347,7 @@ def _plain_answers() -> dict[Any, Callable[..., Any]]:
     return {
         function: _said_to_torch_alone(handler)
         for function, handler in TorchInGraphFunctionVariable._get_handlers().items()
-        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling")
+        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling", "is_exporting")
     }
 
 
