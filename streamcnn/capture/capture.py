@@ -90,7 +90,7 @@ class RawGraph:
 
 
 def _text(target: Callable[..., Any]) -> str:
-    """A target as part of a graph's key: those of the user's own are told apart by name alone."""
+    """A target as part of a graph's key: of the user's functions, all that plans depend on."""
     if isinstance(target, Whole):
         return target.outline
     return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))

@@ -21,8 +21,8 @@ from streamcnn.support.units import format_bytes
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 VIRTUAL_MEMORY = Path("/proc/sys/vm")
-_FREE_SHARE = 0.75
-"""The part of the host's RAM that files are taken to have beside all that is in use."""
+_OFFLOAD_SHARE = 0.75
+"""The part of the host's RAM that maps or files may take: the rest is for whatever else there is."""
 _NO_LIMIT = 2**62
 """From here on a control group's limit of the first version means none."""
 _KERNELS_SHARE = 64
@@ -97,6 +97,14 @@ def host_memory_bytes(*, cgroups: Path | None = None, membership: Path | None = 
     return min(found)
 
 
+def host_offload_bytes(*, cgroups: Path | None = None, membership: Path | None = None) -> int:
+    """Bytes of the host's RAM that maps beside a GPU, or files of maps, may take.
+
+    Parameters are those of `host_memory_bytes`.
+    """
+    return int(_OFFLOAD_SHARE * host_memory_bytes(cgroups=cgroups, membership=membership))
+
+
 def buffered_file_bytes(
     *, cgroups: Path | None = None, membership: Path | None = None, settings: Path | None = None
 ) -> int:
@@ -115,7 +123,7 @@ def buffered_file_bytes(
     for the disk (Linux, Documentation/admin-guide/sysctl/vm.rst). None are taken where there is no such file.
     """
     settings = settings or VIRTUAL_MEMORY
-    memory = int(_FREE_SHARE * host_memory_bytes(cgroups=cgroups, membership=membership))
+    memory = host_offload_bytes(cgroups=cgroups, membership=membership)
     fixed, percent = (_number(settings / f"dirty_background_{unit}") or 0 for unit in ("bytes", "ratio"))
     return min(fixed or memory * percent // 100, memory)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from streamcnn.ceiling.device import reserved_bytes
-from streamcnn.ceiling.rooms import buffered_file_bytes, host_memory_bytes
+from streamcnn.ceiling.rooms import buffered_file_bytes, host_offload_bytes
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
@@ -19,8 +19,6 @@ CONTEXT_BYTES = 960 * 2**20
 an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
 _MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Element types that convolutions are timed in; others are taken to be as fast as the first."""
-_HOST_SHARE = 0.75
-"""The part of the host's RAM that maps may take beside a GPU: the rest is for whatever else there is."""
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
@@ -28,7 +26,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Ma
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK, buffered=buffered_file_bytes()),)
     if device.type == "cuda":
         # What is left of the host's RAM when maps come to the disk is not for files.
-        host = OffloadTier(Tier.HOST, int(_HOST_SHARE * host_memory_bytes()))
+        host = OffloadTier(Tier.HOST, host_offload_bytes())
         offload_tiers = (host, OffloadTier(Tier.DISK))
     hardware = hardware_profile(device, dtype if dtype in _MEASURED else _MEASURED[0])
     return Machine(hardware, offload_tiers, reserved_bytes(device), backend_of(device))

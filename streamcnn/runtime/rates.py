@@ -85,8 +85,9 @@ class _Work:
     """How often it is done before it is waited for."""
 
 
-_WORK = {"cpu": _Work(2**24, 2**22, 1), "cuda": _Work(2**27, 2**25, 8)}
-"""By type of device. A GPU is to have more to do than is asked for, and more to read than its cache holds."""
+_GPU_WORK = _Work(2**27, 2**25, 8)
+"""A GPU is to have more to do than is asked for, and more to read than its cache holds."""
+_OTHER_WORK = _Work(2**24, 2**22, 1)
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> HardwareProfile:
@@ -104,9 +105,11 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
         torch.autocast(device.type, enabled=False),
         _kept_blocks(device),
     ):
-        memory = _memory_rate(device, dtype)
-        dense = _flops_rate(device, dtype, _DENSE, memory)
-        depthwise = _flops_rate(device, dtype, _DEPTHWISE, memory)
+        work = _GPU_WORK if device.type == "cuda" else _OTHER_WORK
+        memory = _memory_rate(device, dtype, work)
+        dense, depthwise = (
+            _flops_rate(device, dtype, work, layers, memory) for layers in (_DENSE, _DEPTHWISE)
+        )
         tiny = torch.rand(1, 8, 4, 4, device=device, dtype=dtype)
         small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
         read, written, transfers = _stores(device, memory, fresh)
@@ -162,9 +165,8 @@ def _map(device: torch.device, dtype: torch.dtype, channels: int, nbytes: int) -
     return _random(device, dtype, (1, channels, edge, edge))
 
 
-def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _memory_rate(device: torch.device, dtype: torch.dtype, work: _Work) -> float:
     """Bytes per second that a batch norm and its activation read and write, forward and backward."""
-    work = _WORK[device.type]
     x = _map(device, dtype, 64, work.normalised).requires_grad_()
     # Where maps are cast, scales are not.
     scale, shift = (
@@ -181,7 +183,7 @@ def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _flops_rate(
-    device: torch.device, dtype: torch.dtype, layers: Sequence[_Convolution], memory: float
+    device: torch.device, dtype: torch.dtype, work: _Work, layers: Sequence[_Convolution], memory: float
 ) -> float:
     """Operations per second of convolutions, forward and backward, beside reading and writing their maps.
 
@@ -191,7 +193,6 @@ def _flops_rate(
         Bytes per second at which maps are read and written.
     """
     flops = total = moved = 0.0
-    work = _WORK[device.type]
     for layer in layers:
         x = _map(device, dtype, layer.groups * layer.weight[1], work.convolved).requires_grad_()
         weight = _random(device, dtype, layer.weight).requires_grad_()
