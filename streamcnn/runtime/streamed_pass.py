@@ -564,8 +564,7 @@ class Streamed(torch.autograd.Function):
                 "the .data of a parameter was replaced between forward and backward: run the "
                 "forward pass again"
             )
-        present = run.arrays_read_again()
-        if ctx.arrays != present:
+        if ctx.arrays and ctx.arrays != (present := run.arrays_read_again()):
             raise RuntimeError(
                 f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
                 "reads it once more: leave it as it is until then, or give each pass a copy"
