@@ -12,11 +12,15 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import plain_passes
 import pynvml
 import pytest
 import torch
+from helpers import randomized
+from plain_passes import ACTIVATIONS
 from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -358,17 +362,34 @@ def test_compiled_parts(
     assert model.last_report.num_compiled
 
 
+@pytest.fixture(params=["Triton", "ATen"])
+def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whose kernels are called where channels lie beside each other."""
+    if request.param == "ATen":
+        monkeypatch.setenv(channel_kernels.VARIABLE, "0")
+    channel_kernels._passes.cache_clear()
+    assert (channel_kernels._passes(GPU, torch.float32) is None) is (request.param == "ATen")
+    yield request.param
+    channel_kernels._passes.cache_clear()
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(monkeypatch: pytest.MonkeyPatch, kernels: str) -> list[str]:
     """The kernels for channels beside each other, each time that one is called."""
     called: list[str] = []
 
-    def told(name: str) -> Any:
-        function = getattr(torch, name)
-        return lambda *args: (called.append(name), function(*args))[1]
+    def told(module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (called.append(name), function(*args))[1])
 
-    for name in ("update_stats", "elemt", "backward_reduce", "backward_elemt"):
-        monkeypatch.setattr(torch, f"batch_norm_{name}", told(f"batch_norm_{name}"))
+    if kernels == "ATen":
+        for name in ("update_stats", "elemt", "backward_reduce", "backward_elemt"):
+            told(torch, f"batch_norm_{name}")
+    else:
+        from streamcnn.graph.ops import triton_passes
+
+        for name in ("moments", "normalised", "gradients", "plus_line"):
+            told(triton_passes, name)
     return called
 
 
@@ -399,7 +420,7 @@ def test_channels_last(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gaps", [False, True])
-def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
+def test_kernels_for_channels_last(kernels: str, dtype: torch.dtype, gaps: bool) -> None:
     """Each computes what it says, also of a view cut out of a map and where the mean is large."""
     torch.manual_seed(0)
     whole = 20 + torch.randn(2, 5, 40, 33, dtype=torch.float64)
@@ -407,22 +428,23 @@ def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
     x = whole[:, :, 1:-2, 3:] if gaps else whole
     assert channel_kernels.fits(x)
     assert not channel_kernels.fits(x.contiguous())
+    assert channel_kernels.takes_activations(x) is (kernels == "Triton")
     gradient = torch.randn(x.shape, device=GPU).to(dtype).to(memory_format=torch.channels_last)
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     mean, variance = channel_kernels.moments(x)
     assert mean.dtype == variance.dtype == stats
-    scale, slope, offset, weight = (torch.rand(5, dtype=stats, device=GPU) + 0.5 for _ in range(4))
-    total, product = channel_kernels.sums(x, gradient, mean, scale)
+    scale, slope, offset = (torch.rand(5, dtype=stats, device=GPU) + 0.5 for _ in range(3))
+    sent_on, total, product = channel_kernels.gradients(x, gradient, mean, scale, offset)
     exact, sent = x.double(), gradient.double()
-    middle, a, b, c, w = (v.double()[:, None, None] for v in (mean, scale, slope, offset, weight))
+    middle, a, b, c = (v.double()[:, None, None] for v in (mean, scale, slope, offset))
     expected = {
         "mean": (mean, exact.mean((0, 2, 3))),
         "variance": (variance, exact.var((0, 2, 3), correction=0)),
         "normalised": (
-            channel_kernels.normalised(x, mean, scale, weight, offset),
-            (exact - middle) * a * w + c,
+            channel_kernels.normalised(x, mean, scale, offset),
+            (exact - middle) * a + c,
         ),
-        "scaled": (channel_kernels.scaled(gradient, scale), sent * a),
+        "gradient": (sent_on, sent * a),
         "sum": (total, sent.sum((0, 2, 3))),
         "product": (product, (sent * (exact - middle)).sum((0, 2, 3))),
         "line": (
@@ -438,6 +460,46 @@ def test_kernels_for_channels_last(dtype: torch.dtype, gaps: bool) -> None:
         # Sums and statistics are not rounded to the map's type.
         allowed = (accuracy if of_maps else min(accuracy, 1e-5)) * float(right.abs().max())
         assert float((found.double() - right).abs().max()) <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 2, 3, 5), (2, 24, 90, 111), (1, 64, 333, 400), (3, 2050, 8, 8)])
+def test_norms_that_take_activations_along(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As in plain operators, in float64, of maps of some sizes and alignments."""
+    torch.manual_seed(0)
+    made = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+    x, gradient, summand = (
+        each.to(GPU, dtype, memory_format=torch.channels_last) for each in (3 + made[0], *made[1:])
+    )
+    assert channel_kernels.takes_activations(x)
+    stats = torch.promote_types(dtype, torch.float32)
+    scale, shift = (torch.rand(shape[1], dtype=stats, device=GPU) + 0.3 for _ in range(2))
+    mean, variance = channel_kernels.moments(x)
+    expected = [*plain_passes.moments(x.double())]
+    found = [mean, variance]
+    for activation in ACTIVATIONS:
+        for added in (None, summand):
+            found.append(channel_kernels.normalised(x, mean, scale, shift, activation, added))
+            expected.append(plain_passes.normalised(x.double(), mean, scale, shift, activation, added))
+        given = (mean, scale, shift, activation)
+        found.extend(channel_kernels.gradients(x, gradient, *given))
+        expected.extend(plain_passes.gradients(x.double(), gradient.double(), *given))
+    for value, right in zip(found, expected, strict=True):
+        error = (value.double() - right).abs().max() / right.abs().max()
+        assert float(error) <= 64 * torch.finfo(value.dtype).eps
+
+
+@pytest.mark.parametrize("tile", [200, 24, (8, 200)])
+def test_fused_norms(launched: list[str], tile: int | tuple[int, int]) -> None:
+    """A net with every form that is fused."""
+    net = randomized(plain_passes.make_net()).to(GPU, memory_format=torch.channels_last)
+    image = torch.randn(2, 3, 43, 41, device=GPU).to(memory_format=torch.channels_last)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = update(copy.deepcopy(net).double(), image.double())
+        model = StreamingModel(net, "3GB", tile=tile)
+        model.resident_tail = False
+        assert_same(update(model, image), expected, 1e-3)
+    assert len(set(launched)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from itertools import chain
 
 from streamcnn.execution.build_step import Arrivals, backward_step, forward_step
+from streamcnn.execution.fused import with_fused_operators
 from streamcnn.execution.step import Step
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase, Plan, TileKind
@@ -16,13 +17,20 @@ _KEPT = 512
 
 
 class Steps:
-    """Makes the steps of one plan when they are first asked for."""
+    """Makes the steps of one plan when they are first asked for.
 
-    def __init__(self, program: Program, plan: Plan) -> None:
+    Parameters
+    ----------
+    fuses
+        Whether operators are taken together where one pass over a map does for several.
+    """
+
+    def __init__(self, program: Program, plan: Plan, *, fuses: bool = False) -> None:
         # By identity: a phase that is run again has the level of another one, and tiles of its own.
         phases = {id(phase): phase for phase in (*plan.phases, *chain(*plan.rematerialised.values()))}
-        self._forward = lru_cache(_KEPT)(partial(_forward, program, phases))
-        self._backward = lru_cache(_KEPT)(partial(_backward, program, phases, plan.differentiated))
+        self.fuses = fuses
+        self._forward = lru_cache(_KEPT)(partial(_forward, program, phases, fuses))
+        self._backward = lru_cache(_KEPT)(partial(_backward, program, phases, fuses, plan.differentiated))
 
     def forward(self, phase: Phase, kind: TileKind) -> Step:
         """The step that computes tiles of a kind."""
@@ -33,16 +41,19 @@ class Steps:
         return self._backward(id(phase), arrivals, kind)
 
 
-def _forward(program: Program, phases: Mapping[int, Phase], phase: int, kind: TileKind) -> Step:
-    return forward_step(program, phases[phase], kind)
+def _forward(program: Program, phases: Mapping[int, Phase], fuses: bool, phase: int, kind: TileKind) -> Step:
+    step = forward_step(program, phases[phase], kind)
+    return with_fused_operators(step) if fuses else step
 
 
 def _backward(
     program: Program,
     phases: Mapping[int, Phase],
+    fuses: bool,
     differentiated: Collection[str],
     phase: int,
     arrivals: Arrivals,
     kind: TileKind,
 ) -> Step:
-    return backward_step(program, phases[phase], kind, differentiated, arrivals)
+    step = backward_step(program, phases[phase], kind, differentiated, arrivals)
+    return with_fused_operators(step) if fuses else step

@@ -43,9 +43,9 @@ class Planned:
     """Shapes of steps that have been carried out: what libraries compile for them once is there."""
 
     @classmethod
-    def of(cls, program: Program, plan: Plan) -> Planned:
-        """A plan that was never carried out."""
-        return cls(program, plan, Steps(program, plan), Compiled(program))
+    def of(cls, program: Program, plan: Plan, *, fuses: bool) -> Planned:
+        """A plan that was never carried out; ``fuses`` is as for :class:`Steps`."""
+        return cls(program, plan, Steps(program, plan, fuses=fuses), Compiled(program))
 
 
 class PlanCache:
@@ -108,7 +108,9 @@ def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
         name: replace(node, target=of_graph(node.target)) for name, node in planned.program.nodes.items()
     }
     program = replace(planned.program, nodes=nodes, constants=constants)
-    found = replace(Planned.of(program, planned.plan), carried_out=planned.carried_out)
+    found = replace(
+        Planned.of(program, planned.plan, fuses=planned.steps.fuses), carried_out=planned.carried_out
+    )
     found.compiled.refuse("its own functions and hooks are other ones in every pass")
     return found
 
@@ -155,7 +157,8 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
             read,
             keeps_results=spec.keeps_results,
         )
-        return Planned.of(*make_plan(trace.program, spec, machine, gradients))
+        program, plan = make_plan(trace.program, spec, machine, gradients)
+        return Planned.of(program, plan, fuses=machine.backend.fuses_norms)
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:

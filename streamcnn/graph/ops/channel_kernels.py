@@ -1,13 +1,20 @@
-"""Passes over a map on a CUDA card that ATen's kernels for synchronised batch norm make at once.
+"""Passes over a map on a CUDA card that read and write every element once, and sum in float32 at least.
 
-Each reads and writes every element once and sums in float32 at least. Maps are (N, C, h, w) tensors whose
-channels lie beside each other, copied first if they have gaps; per-channel values are (C,) and in the type of
-the map's statistics. What the functions replace takes several passes, or a tensor as large as the map in
-float32, or kernels that start one block a channel and so leave most of a card idle where channels are few.
+Maps are (N, C, h, w) tensors whose channels lie beside each other, copied first if they have gaps;
+per-channel values are (C,) and in the type of the map's statistics. What the functions replace takes several
+passes, or a tensor as large as the map in float32, or kernels that start one block a channel and so leave
+most of a card idle where channels are few.
+
+They are kernels of streamcnn's own where Triton works, which comes with PyTorch for CUDA, and else those that
+ATen has for synchronised batch norm.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
+from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -15,8 +22,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense, layout
+from streamcnn.graph.ops.activations import IDENTITY, RELU, Activation
 from streamcnn.graph.ops.constants import filled
 
+VARIABLE = "STREAMCNN_TRITON"
+"""The environment variable that is ``0`` where ATen's kernels are to be called."""
 _MAX_ELEMENTS = 2**31
 """Positions are 32-bit numbers in the kernels."""
 
@@ -39,40 +49,69 @@ def is_channels_last(x: Tensor) -> bool:
     return layout(x) is torch.channels_last
 
 
+def takes_activations(x: Tensor) -> bool:
+    """Whether a norm of ``x``, which fits, can take along what comes behind it."""
+    return _own(x) is not None
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel: on a card by Welford's algorithm.
 
     Where :func:`has_host_moments`, ATen reads ``x`` twice, and makes no tensor as large as it is.
     """
-    return torch.batch_norm_update_stats(dense(x), None, None, 0.0)
+    own = _own(x)
+    if own is None:
+        return torch.batch_norm_update_stats(dense(x), None, None, 0.0)
+    mean, variance = own.moments(dense(x))
+    return mean, variance
 
 
 def normalised(
-    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: Activation = IDENTITY,
+    summand: Tensor | None = None,
 ) -> Tensor:
-    """``(x - mean) * inverse * weight + bias``."""
-    return torch.batch_norm_elemt(dense(x), weight, bias, mean, inverse, 0.0)
+    """``activation((x - mean) * scale + shift + summand)``, rounded once to the type of ``x``.
 
-
-def beside(gradient: Tensor, x: Tensor) -> Tensor:
-    """A gradient of ``x`` in the layout and type of ``x``, as the functions here want it."""
-    return gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """``x * scale``."""
-    return normalised(x, filled(0, scale), scale, None, None)
-
-
-def sums(x: Tensor, gradient: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over each channel of ``gradient`` and of ``gradient * (x - mean)``.
-
-    ``inverse`` is not part of them.
+    A summand and an activation are for an ``x`` that :func:`takes_activations`.
     """
-    total, product, _, _ = torch.batch_norm_backward_reduce(
-        gradient, dense(x), mean, inverse, None, True, False, False
+    own = _own(x)
+    if own is None:
+        assert activation is IDENTITY
+        assert summand is None
+        return torch.batch_norm_elemt(dense(x), None, shift, mean, scale, 0.0)
+    found: Tensor = own.normalised(
+        dense(x), mean, scale, shift, activation, None if summand is None else _beside(summand)
     )
-    return total, product
+    return found
+
+
+def gradients(
+    x: Tensor, gradient: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation = IDENTITY
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`normalised` hands on of a gradient, which is that of what comes behind the summand.
+
+    An activation is for an ``x`` that :func:`takes_activations`.
+
+    Returns
+    -------
+    tuple of Tensor
+        The gradient of ``x``, and (C,) those of the shift and of the scale.
+    """
+    own = _own(x)
+    if own is not None:
+        found, total, product = own.gradients(dense(x), _beside(gradient), mean, scale, shift, activation)
+        return found, total, product
+    assert activation is IDENTITY
+    gradient = _beside(gradient.to(x.dtype))
+    # The kernel's sums are without the inverse deviation, in whose place the scale is.
+    total, product, _, _ = torch.batch_norm_backward_reduce(
+        gradient, dense(x), mean, scale, None, True, False, False
+    )
+    return torch.batch_norm_elemt(gradient, None, None, filled(0, scale), scale, 0.0), total, product
 
 
 class Line(NamedTuple):
@@ -84,7 +123,7 @@ class Line(NamedTuple):
     one: Tensor
     """Ones, (C,)."""
     minus_one: Tensor
-    """The kernel subtracts sums of gradients over a count: where that is -1, it adds them."""
+    """ATen's kernel subtracts sums of gradients over a count: where that is -1, it adds them."""
 
 
 def line(mean: Tensor, slope: Tensor, offset: Tensor) -> Line:
@@ -94,6 +133,85 @@ def line(mean: Tensor, slope: Tensor, offset: Tensor) -> Line:
 
 
 def plus_line(total: Tensor, x: Tensor, line: Line) -> Tensor:
-    """``total + slope * (x - mean) + offset``."""
+    """``total + slope * (x - mean) + offset`` in the type of ``x``."""
     mean, slope, offset, one, count = line
-    return torch.batch_norm_backward_elemt(beside(total, x), dense(x), mean, one, None, offset, slope, count)
+    own = _own(x)
+    if own is not None:
+        found: Tensor = own.plus_line(_beside(total), dense(x), mean, slope, offset)
+        return found
+    total = _beside(total.to(x.dtype))
+    return torch.batch_norm_backward_elemt(total, dense(x), mean, one, None, offset, slope, count)
+
+
+def _beside(value: Tensor) -> Tensor:
+    """A map whose channels lie beside each other, without gaps."""
+    return value.contiguous(memory_format=torch.channels_last)
+
+
+def _own(x: Tensor) -> ModuleType | None:
+    """Streamcnn's own passes for a map like ``x``; ``None`` where ATen's are called."""
+    return _passes(x.device, x.dtype) if x.is_cuda else None
+
+
+@lru_cache
+def _passes(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module of the passes, if they give what plain operators do for maps of a type on a device."""
+    if os.environ.get(VARIABLE) == "0":
+        return None
+    try:
+        from streamcnn.graph.ops import triton_passes
+    except ImportError:
+        # A PyTorch that was built without Triton.
+        return None
+    try:
+        wrong = _differing(triton_passes, device, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Whatever a compiler, its drivers and its tools may raise.
+        wrong = str(error).strip().partition("\n")[0] or type(error).__name__
+    if not wrong:
+        return triton_passes
+    warnings.warn(
+        f"streamcnn's own kernels for batch norm do not work for {dtype} on {device}: {wrong}. PyTorch's are "
+        f"used, with the same results and more time; {VARIABLE}=0 in the environment leaves this check out",
+        stacklevel=2,
+    )
+    return None
+
+
+def _differing(passes: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
+    """What a pass gives that plain operators do not, tried once on a small map; empty if there is nothing.
+
+    The map's values are made up without the caller's random numbers.
+    """
+    statistics = torch.promote_types(dtype, torch.float32)
+    values = torch.arange(2 * 64 * 5 * 7, device=device, dtype=torch.float64)
+    x, gradient, summand = (
+        _beside((values * factor).sin().reshape(2, 64, 5, 7).to(dtype)) for factor in (0.7, 1.3, 2.9)
+    )
+    mean, scale, shift = ((values[:64] * factor).cos().to(statistics) for factor in (0.3, 0.9, 1.7))
+    a, b, c = (value.double()[:, None, None] for value in (mean, scale, shift))
+    centred = x.double() - a
+    sent = torch.where(centred * b + c > 0, gradient.double(), 0)
+    variance, middle = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    found = (
+        *passes.moments(x),
+        passes.normalised(x, mean, scale, shift, RELU, summand),
+        *passes.gradients(x, gradient, mean, scale, shift, RELU),
+        passes.plus_line(gradient, x, mean, scale, shift),
+    )
+    expected = (
+        *(middle, variance),
+        (centred * b + c + summand.double()).relu(),
+        *(sent * b, sent.sum((0, 2, 3)), (sent * centred).sum((0, 2, 3))),
+        gradient.double() + b * centred + c,
+    )
+    names = ("mean", "variance", "norm", "gradient", "sum", "product", "line")
+    # One look at the device for all of them.
+    errors = torch.stack(
+        [(f - e).abs().max() / e.abs().max().clamp_min(1) for f, e in zip(found, expected, strict=True)]
+    ).tolist()
+    allowed = (16 * torch.finfo(value.dtype).eps for value in found)
+    off = [name for name, error, most in zip(names, errors, allowed, strict=True) if not error <= most]
+    return f"{', '.join(off)} differ from plain operators'" if off else ""

@@ -31,19 +31,18 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mean, scale)
+        ctx.save_for_backward(x, mean, scale, shift)
         if channel_kernels.fits(x):
-            return channel_kernels.normalised(x, mean, scale, None, shift)
+            return channel_kernels.normalised(x, mean, scale, shift)
         one = filled(1, mean)
         return torch.batch_norm(x, scale, shift, mean, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, scale = ctx.saved_tensors
+        x, mean, scale, shift = ctx.saved_tensors
         if channel_kernels.fits(x):
-            gradient = channel_kernels.beside(grads[0], x)
-            grad_shift, grad_scale = channel_kernels.sums(x, gradient, mean, scale)
-            return channel_kernels.scaled(gradient, scale), None, grad_scale, grad_shift
+            grad_x, grad_shift, grad_scale = channel_kernels.gradients(x, grads[0], mean, scale, shift)
+            return grad_x, None, grad_scale, grad_shift
         saved, one = _no_statistics(x), filled(1, mean)
         # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that of
         # a permuted result, for one that lies as x does.

@@ -64,6 +64,8 @@ class Backend(ABC):
     """Names of the backend's terms that are no tensors."""
     overlaps: bool = False
     """Whether tiles are moved to and from other tiers while others are computed."""
+    fuses_norms: bool = False
+    """Whether a norm takes along an activation and a sum that come behind it."""
     fuses_attention: bool
     """Whether attention is one kernel whatever its options."""
     prefers_bands: bool

@@ -1,0 +1,161 @@
+"""Norms that take along what comes behind them: an activation, or a sum with another map and a ReLU.
+
+On a card such operators spend their time on reading and writing the map. Here they read and write it once,
+each way: what a norm gives before its activation is never written, and worked out again where that is
+differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamcnn.graph.ops import channel_kernels
+from streamcnn.graph.ops.activations import RELU, Activation, activation_of
+from streamcnn.graph.ops.normalization import normalize
+from streamcnn.graph.ops.rules import Call
+from streamcnn.graph.program import Ref, substitute
+from streamcnn.graph.schemas import operator_name
+
+aten = torch.ops.aten
+
+
+def fused(names: Sequence[str], calls: Sequence[Call]) -> Call | None:
+    """One call in the place of several, which gives the value of the last one.
+
+    Parameters
+    ----------
+    names, calls
+        Each call reads the value of the one before it, which nothing else reads, and may overwrite it.
+
+    Returns
+    -------
+    Call or None
+        ``None`` if there is no such form.
+    """
+    norm, *others = calls
+    if norm.target is not normalize or not others or norm.kwargs:
+        return None
+    last = others[-1]
+    activation = activation_of(last)
+    if activation is None or last.args[:1] != (Ref(names[-2]),):
+        return None
+    if len(others) == 1:
+        return Call(ActivatedNorm(activation, last), norm.args, {})
+    # A gradient comes through a ReLU by its result alone, whatever was added before.
+    summand = _summand(others[0], names[0]) if activation == RELU and len(others) == 2 else None
+    if summand is None:
+        return None
+    return Call(SummedNorm(names[0], others[0], last), (*norm.args, summand), {})
+
+
+def _summand(call: Call, name: str) -> Ref | None:
+    """What a call adds to the value ``name``, as long as it does no more."""
+    if operator_name(call.target).removesuffix("_") != "add" or len(call.args) != 2 or call.kwargs:
+        return None
+    others = [each for each in call.args if each != Ref(name)]
+    return others[0] if len(others) == 1 and isinstance(others[0], Ref) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ActivatedNorm:
+    """``activation(normalize(x, ...))``."""
+
+    activation: Activation
+    after: Call
+    """The activation as it is called by itself."""
+
+    def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if _is_suited(x, mean):
+            found: Tensor = _ActivatedNorm.apply(x, mean, scale, shift, self.activation)  # type: ignore[no-untyped-call]
+            return found
+        return _continued(normalize(x, mean, scale, shift), self.after)
+
+
+@dataclass(frozen=True, slots=True)
+class SummedNorm:
+    """``relu(normalize(x, ...) + summand)``."""
+
+    name: str
+    """Of what is normalised, among the arguments of the sum."""
+    sum: Call
+    after: Call
+    """The sum and the activation as they are called by themselves."""
+
+    def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, summand: Tensor) -> Tensor:
+        if _is_suited(x, mean) and summand.shape == x.shape and summand.dtype == x.dtype:
+            result = _SummedNorm.apply(x, mean, scale, shift, summand.detach())  # type: ignore[no-untyped-call]
+            found: Tensor = _Divided.apply(result, summand)  # type: ignore[no-untyped-call]
+            return found
+        value = normalize(x, mean, scale, shift)
+        args = substitute(self.sum.args, lambda name: value if name == self.name else summand)
+        return _continued(self.sum.target(*args), self.after)
+
+
+def _continued(value: Tensor, call: Call) -> Tensor:
+    """What a call gives of ``value`` in the place of its first argument."""
+    result: Tensor = call.target(value, *call.args[1:], **call.kwargs)
+    return result
+
+
+def _is_suited(x: Tensor, mean: Tensor) -> bool:
+    """Whether the norm of ``x`` is one pass with what comes behind it, rather than one of every image."""
+    return mean.numel() == x.shape[1] and channel_kernels.fits(x) and channel_kernels.takes_activations(x)
+
+
+class _ActivatedNorm(torch.autograd.Function):
+    """The norm and its activation. Of the map it keeps what the norm keeps, and no more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, scale, shift)
+        ctx.activation = activation
+        return channel_kernels.normalised(x, mean, scale, shift, activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale, shift = ctx.saved_tensors
+        grad_x, grad_shift, grad_scale = channel_kernels.gradients(
+            x, grads[0], mean, scale, shift, ctx.activation
+        )
+        return grad_x, None, grad_scale, grad_shift, None
+
+
+class _SummedNorm(torch.autograd.Function):
+    """The norm, the sum and the ReLU, differentiated as if it were the norm alone: see :class:`_Divided`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, summand: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, scale, shift)
+        return channel_kernels.normalised(x, mean, scale, shift, RELU, summand)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale, shift = ctx.saved_tensors
+        grad_x, grad_shift, grad_scale = channel_kernels.gradients(x, grads[0], mean, scale, shift)
+        return grad_x, None, grad_scale, grad_shift, None
+
+
+class _Divided(torch.autograd.Function):
+    """Hands on what comes through the ReLU that gave ``result`` to both of its summands.
+
+    It is a node of its own, so that the gradient of the result is gone when that of the norm is made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, summand: Tensor) -> Tensor:
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (result,) = ctx.saved_tensors
+        gradient = aten.threshold_backward(grads[0], result, 0)
+        return gradient, gradient

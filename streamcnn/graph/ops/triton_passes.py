@@ -1,0 +1,374 @@
+"""Passes over a map on a CUDA card as Triton kernels, each of which reads and writes every element once.
+
+A map (N, C, h, w) whose channels lie beside each other is a matrix of positions by channels. What is summed
+over positions is summed by each program of a kernel over the positions that it walks over, and then over
+programs, always in the same order. Values are computed with in float32, or in float64 for maps of that.
+
+Importing this module imports Triton, so :mod:`streamcnn.graph.ops.channel_kernels` does it on a card alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from streamcnn.graph.ops.activations import Activation
+
+_ELEMENTS = 2048
+"""Of a block, which a program has in registers: 16 for each of its threads."""
+_CHANNELS = 64
+"""Of a block at most: so many halves are a line of the cache."""
+_PROGRAMS = 8
+"""For each multiprocessor, where each program walks over many blocks."""
+_MERGED = (64, 16)
+"""Programs and channels of a block where moments are merged."""
+
+
+# --- kernels -----------------------------------------------------------------------------------------------
+# Triton takes annotations for types of its own, so kernels have them for constants alone. They are given the
+# number of positions, and that of channels as ``groups`` of ``ALIGNED``: so the compiler knows what divides
+# it, and has each thread read 16 bytes at once.
+
+
+@triton.jit
+def _activated(v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    # Comparisons that are false let NaN through.
+    if KIND == "relu":
+        v = tl.where(v <= 0, 0.0, v)
+    elif KIND == "hardtanh":
+        v = tl.where(v < LOW, LOW, tl.where(v > HIGH, HIGH, v))
+    elif KIND == "leaky_relu":
+        v = tl.where(v > 0, v, v * LOW)
+    elif KIND == "silu":
+        v = v / (1.0 + tl.exp(-v))
+    elif KIND == "hardswish":
+        v *= tl.where(v < -3.0, 0.0, tl.where(v > 3.0, 6.0, v + 3.0)) / 6.0
+    return v
+
+
+@triton.jit
+def _differentiated(g, v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """What comes through an activation of ``v`` of a gradient ``g``."""
+    if KIND == "relu":
+        g = tl.where(v <= 0, 0.0, g)
+    elif KIND == "hardtanh":
+        g = tl.where((v <= LOW) | (v >= HIGH), 0.0, g)
+    elif KIND == "leaky_relu":
+        g = tl.where(v > 0, g, g * LOW)
+    elif KIND == "silu":
+        s = 1.0 / (1.0 + tl.exp(-v))
+        g = g * s * (1.0 + v * (1.0 - s))
+    elif KIND == "hardswish":
+        g = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, g * (v / 3.0 + 0.5), g))
+    return g
+
+
+@triton.jit(do_not_specialize=["rows", "groups"])
+def _normalise(
+    x,
+    mean,
+    scale,
+    shift,
+    summand,
+    result,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ADDS: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channels = groups * ALIGNED
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    there = channel < channels
+    inside = (row < rows) & there
+    place = row * channels + channel
+    v = tl.load(x + place, inside).to(TYPE) - tl.load(mean + channel, there)
+    v = v * tl.load(scale + channel, there) + tl.load(shift + channel, there)
+    if ADDS:
+        v += tl.load(summand + place, inside).to(TYPE)
+    v = _activated(v, KIND, LOW, HIGH)
+    tl.store(result + place, v.to(result.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows", "groups"])
+def _differentiate(
+    x,
+    gradient,
+    mean,
+    scale,
+    shift,
+    result,
+    sums,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channels = groups * ALIGNED
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    there = channel < channels
+    middle = tl.load(mean + channel, there)
+    factor = tl.load(scale + channel, there)
+    offset = tl.load(shift + channel, there)
+    total = tl.zeros((ROWS, CHANNELS), TYPE)
+    product = tl.zeros((ROWS, CHANNELS), TYPE)
+    for first in range(program * ROWS, rows, num_programs * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & there
+        place = row * channels + channel
+        v = tl.load(x + place, inside, 0.0).to(TYPE) - middle
+        g = tl.load(gradient + place, inside, 0.0).to(TYPE)
+        g = _differentiated(g, v * factor + offset, KIND, LOW, HIGH)
+        tl.store(result + place, (g * factor).to(result.dtype.element_ty), inside)
+        total += g
+        # Of positions that are none the gradient is zero, and the value finite.
+        product += g * v
+    at = sums + 2 * program * channels + channel
+    tl.store(at, tl.sum(total, 0)[None, :], there)
+    tl.store(at + channels, tl.sum(product, 0)[None, :], there)
+
+
+@triton.jit(do_not_specialize=["rows", "groups"])
+def _observe(
+    x,
+    moments,
+    rows,
+    groups,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channels = groups * ALIGNED
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    there = channel < channels
+    # Of each row of the blocks by itself, by Welford's algorithm.
+    count = tl.zeros((ROWS, 1), TYPE)
+    mean = tl.zeros((ROWS, CHANNELS), TYPE)
+    deviation = tl.zeros((ROWS, CHANNELS), TYPE)
+    for first in range(program * ROWS, rows, num_programs * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        is_row = row < rows
+        value = tl.load(x + (row * channels + channel), is_row & there, 0.0).to(TYPE)
+        count += tl.where(is_row, 1.0, 0.0).to(TYPE)
+        delta = tl.where(is_row, value - mean, 0.0)
+        mean += delta / tl.maximum(count, 1.0)
+        deviation += delta * (value - mean)
+    number = tl.sum(count, 0)[None, :]
+    middle = tl.sum(count * mean, 0)[None, :] / tl.maximum(number, 1.0)
+    deviation += count * (mean - middle) * (mean - middle)
+    at = moments + 3 * program * channels + channel
+    tl.store(at, number + tl.zeros((1, CHANNELS), TYPE), there)
+    tl.store(at + channels, middle, there)
+    tl.store(at + 2 * channels, tl.sum(deviation, 0)[None, :], there)
+
+
+@triton.jit(do_not_specialize=["programs", "channels"])
+def _merge(moments, mean, variance, programs, channels, PROGRAMS: tl.constexpr, CHANNELS: tl.constexpr):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    there = channel < channels
+    # Of each row of the blocks by itself, by the formula of Chan, Golub and LeVeque (1979).
+    number = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    middle = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    deviation = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    for first in range(0, programs, PROGRAMS):
+        program = first + tl.arange(0, PROGRAMS)[:, None]
+        inside = (program < programs) & there
+        at = moments + 3 * program * channels + channel
+        count = tl.load(at, inside, 0.0).to(tl.float64)
+        delta = tl.load(at + channels, inside, 0.0).to(tl.float64) - middle
+        number += count
+        share = count / tl.maximum(number, 1.0)
+        middle += delta * share
+        deviation += tl.load(at + 2 * channels, inside, 0.0) + delta * delta * (number - count) * share
+    total = tl.maximum(tl.sum(number, 0), 1.0)[None, :]
+    whole = tl.sum(number * middle, 0)[None, :] / total
+    deviation += number * (middle - whole) * (middle - whole)
+    tl.store(mean + channel, whole.to(mean.dtype.element_ty), there)
+    spread = tl.sum(deviation, 0)[None, :] / total
+    tl.store(variance + channel, spread.to(variance.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=["rows", "groups"])
+def _add_line(
+    total,
+    x,
+    mean,
+    slope,
+    offset,
+    result,
+    rows,
+    groups,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channels = groups * ALIGNED
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    there = channel < channels
+    inside = (row < rows) & there
+    place = row * channels + channel
+    v = tl.load(x + place, inside).to(TYPE) - tl.load(mean + channel, there)
+    v = v * tl.load(slope + channel, there) + tl.load(offset + channel, there)
+    v += tl.load(total + place, inside).to(TYPE)
+    tl.store(result + place, v.to(result.dtype.element_ty), inside)
+
+
+# --- what calls them ---------------------------------------------------------------------------------------
+
+
+def normalised(
+    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation, summand: Tensor | None
+) -> Tensor:
+    """``activation((x - mean) * scale + shift + summand)``, rounded once.
+
+    ``x`` and ``summand`` are dense and channels_last, and the result is a new map like ``x``; per-channel
+    values (C,) are in the type that is computed in.
+    """
+    grid, result = _Grid.of(x), torch.empty_like(x)
+    with _on(x.device):
+        _normalise[grid.blocks](
+            *(x, mean, scale, shift, x if summand is None else summand, result),
+            *(grid.rows, grid.groups),
+            KIND=activation.kind,
+            LOW=activation.low,
+            HIGH=activation.high,
+            ADDS=summand is not None,
+            **grid.constants,
+        )
+    return result
+
+
+def gradients(
+    x: Tensor, gradient: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`normalised` without a summand hands on of a gradient, which lies as ``x`` does.
+
+    Returns
+    -------
+    tuple of Tensor
+        The gradient of ``x``, and (C,) the sums over each channel of what comes through the activation, and
+        of that times ``x - mean``.
+    """
+    grid, result = _Grid.of(x), torch.empty_like(x)
+    programs = grid.walking(x.device)
+    sums = scale.new_empty(programs, 2, grid.channels)
+    with _on(x.device):
+        _differentiate[programs, grid.blocks[1]](
+            *(x, gradient, mean, scale, shift, result, sums),
+            *(grid.rows, grid.groups),
+            KIND=activation.kind,
+            LOW=activation.low,
+            HIGH=activation.high,
+            **grid.constants,
+        )
+    total, product = sums.sum(0)
+    return result, total, product
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of each channel of a dense channels_last map."""
+    grid = _Grid.of(x)
+    programs = grid.walking(x.device)
+    found = torch.empty(programs, 3, grid.channels, dtype=grid.dtype, device=x.device)
+    mean, variance = (found.new_empty(grid.channels) for _ in range(2))
+    with _on(x.device):
+        _observe[programs, grid.blocks[1]](x, found, grid.rows, grid.groups, **grid.constants)
+        _merge[(triton.cdiv(grid.channels, _MERGED[1]),)](
+            *(found, mean, variance, programs, grid.channels),
+            PROGRAMS=_MERGED[0],
+            CHANNELS=_MERGED[1],
+            enable_fp_fusion=True,
+        )
+    return mean, variance
+
+
+def plus_line(total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """``total + slope * (x - mean) + offset`` in the type of ``x``, which lies as ``total`` does."""
+    grid, result = _Grid.of(x), torch.empty_like(x)
+    with _on(x.device):
+        _add_line[grid.blocks](
+            total, x, mean, slope, offset, result, grid.rows, grid.groups, **grid.constants
+        )
+    return result
+
+
+class _Grid(NamedTuple):
+    """How a map is divided among programs."""
+
+    rows: int
+    channels: int
+    blocks: tuple[int, int]
+    """Blocks along positions and along channels."""
+    constants: dict[str, Any]
+    """What kernels are compiled for."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Grid:
+        """Of a map (N, C, h, w)."""
+        channels = x.shape[1]
+        rows = x.numel() // channels
+        across = min(_CHANNELS, triton.next_power_of_2(channels))
+        down = _ELEMENTS // across
+        constants = {
+            "TYPE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+            "ALIGNED": min(16, channels & -channels),
+            "ROWS": down,
+            "CHANNELS": across,
+            # Said because what it is by itself changes with Triton 3.10.
+            "enable_fp_fusion": True,
+        }
+        return cls(rows, channels, (triton.cdiv(rows, down), triton.cdiv(channels, across)), constants)
+
+    @property
+    def groups(self) -> int:
+        """Channels by so many as are known to divide them."""
+        aligned: int = self.constants["ALIGNED"]
+        return self.channels // aligned
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that is computed in."""
+        return torch.float64 if self.constants["TYPE"] is tl.float64 else torch.float32
+
+    def walking(self, device: torch.device) -> int:
+        """Programs along positions, as many as are busy at a time, where each walks over many blocks."""
+        down, across = self.blocks
+        return max(1, min(down, _PROGRAMS * _multiprocessors(device) // across))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        # Under Triton's interpreter, whose programs run one after the other.
+        return 1
+    found: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return found
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

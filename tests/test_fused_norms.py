@@ -1,0 +1,152 @@
+"""Norms that take along an activation and a sum: which do, what they give, and what they hold."""
+
+from __future__ import annotations
+
+import plain_passes
+import pytest
+import torch
+from helpers import assert_streamed_equals_plain, randomized, traced
+from plain_passes import Block, Plain, make_net, take_passes
+from torch import Tensor, nn
+
+from streamcnn.graph.fusion import runs
+from streamcnn.graph.ops import channel_kernels, fused_norms
+from streamcnn.graph.program import Kind
+from streamcnn.support.models import load_model
+
+LAST = torch.channels_last
+SHAPE = (2, 3, 43, 41)
+
+
+def chain(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *modules, nn.Conv2d(4, 2, 1))
+
+
+def runs_of(net: nn.Module) -> list[int]:
+    """The lengths of a net's runs."""
+    program, _ = traced(net.train(), (1, 3, 24, 24))
+    nodes = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
+    seen = {node.operands[0] for node in program.nodes.values() if node.kind is Kind.REDUCTION}
+    return [len(run) for run in runs(nodes, seen | set(program.output_names))]
+
+
+class Twice(nn.Module):
+    """A norm that more than its activation reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.relu(y) * y
+
+
+class Scaled(nn.Module):
+    """A sum that is more than a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(torch.add(self.norm(x), x, alpha=2))
+
+
+class WithoutGradient(nn.Module):
+    """An activation that autograd does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        with torch.no_grad():
+            z = torch.relu(y)
+        return z + x
+
+
+class Overwritten(nn.Module):
+    """What is normalised is overwritten between the norm and the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.relu(y + x.sigmoid_())
+
+
+@pytest.mark.parametrize(
+    ("net", "lengths"),
+    [
+        (chain(nn.BatchNorm2d(4), nn.ReLU()), [2]),
+        (chain(nn.BatchNorm2d(4), nn.ReLU6(inplace=True)), [2]),
+        (chain(nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Hardswish()), [2, 2]),
+        (chain(nn.InstanceNorm2d(4), nn.LeakyReLU()), [2]),
+        (chain(nn.BatchNorm2d(4), nn.GELU()), []),
+        (chain(nn.BatchNorm2d(4)), []),
+        (chain(nn.ReLU(), nn.BatchNorm2d(4)), []),
+        (chain(Plain(4)), [3]),
+        (chain(Block(4, 4, 1, nn.ReLU(), swaps=False)), [2, 3]),
+        (chain(Block(4, 4, 1, nn.ReLU(), swaps=True)), [2, 3]),
+        (chain(Twice()), []),
+        (chain(Scaled()), []),
+        (chain(WithoutGradient()), []),
+        (chain(Overwritten()), []),
+    ],
+)
+def test_runs(net: nn.Module, lengths: list[int]) -> None:
+    assert runs_of(net) == lengths
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Norms through the passes of a card, in plain operators: their activations, and whether they add."""
+    found: list[tuple[str, bool]] = []
+    take_passes(plain_passes, monkeypatch.setattr)
+    original = plain_passes.normalised
+
+    def told(*args: object) -> Tensor:
+        found.append((args[4].kind, args[5] is not None))  # type: ignore[attr-defined]
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(plain_passes, "normalised", told)
+    return found
+
+
+@pytest.mark.parametrize("tile", [200, 24, (8, 200)])
+def test_streamed_is_plain(calls: list[tuple[str, bool]], tile: int | tuple[int, int]) -> None:
+    net = randomized(make_net()).to(memory_format=LAST)
+    assert_streamed_equals_plain(net, SHAPE, tile=tile, one_tile=tile == 200)
+    kinds = {("relu", False), ("leaky_relu", False), ("hardtanh", False), ("silu", False)}
+    assert {*kinds, ("relu", True), ("hardswish", False), ("identity", False)} == set(calls)
+
+
+@pytest.mark.parametrize(("name", "adds"), [("resnet18", True), ("mobilenetv3_small_100", False)])
+def test_networks_are_plain(calls: list[tuple[str, bool]], name: str, adds: bool) -> None:
+    torch.manual_seed(0)
+    net = randomized(load_model(name).train()).to(memory_format=LAST)
+    assert_streamed_equals_plain(net, (1, 3, 75, 83), tile=200, one_tile=True, tolerance=1e-7, resident=None)
+    assert (("relu", True) in calls) is adds
+
+
+def test_without_kernels_operators_run_one_by_one(
+    calls: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card without Triton, or where maps are NCHW."""
+    monkeypatch.setattr(channel_kernels, "fits", lambda x: False)
+    assert_streamed_equals_plain(randomized(make_net()), SHAPE, tile=24)
+    assert not calls
+
+
+def test_an_activation_keeps_the_map_alone(calls: list[tuple[str, bool]]) -> None:
+    """Nothing is saved of what a norm gives, nor of what its activation makes of that."""
+    x = torch.randn(1, 4, 5, 6, requires_grad=True).to(memory_format=LAST)
+    mean, scale, shift = (torch.rand(4, requires_grad=True) for _ in range(3))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        fused_norms._ActivatedNorm.apply(x, mean, scale, shift, fused_norms.Activation("silu"))
+    assert [each.data_ptr() for each in saved if each.dim() == 4] == [x.data_ptr()]
