@@ -247,7 +247,7 @@ def test_host_memory_beside_a_card_is_timed_as_maps_are_written() -> None:
     transfers, spares = GpuTransfers(LateCopies()), SparePinned()
     spec = StoreSpec(rates._MAP, torch.float32, (2, 3))
     with patch.object(GpuTransfers, "take", autospec=True, side_effect=GpuTransfers.take) as take:
-        rates._store(CPU, lambda: HostStore(spec, transfers, spares), once=True)
+        rates._store(CPU, rates._GPU_WORK, lambda: HostStore(spec, transfers, spares), once=True)
     assert {call.args[2].numel() for call in take.call_args_list} == {64 * 4 * 4}
     assert spares.nbytes <= 2 * spec.nbytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import plain_passes
 import pytest
 import torch
 from helpers import traced
@@ -14,7 +15,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.planning.backends import CpuBackend
+from streamcnn.planning.backends import CpuBackend, CudaBackend
 from streamcnn.planning.cost_model import (
     BACKWARD_WORK,
     PARAMETER_PASSES,
@@ -25,6 +26,7 @@ from streamcnn.planning.cost_model import (
     plain_time,
     stage_time,
     tile_traffic,
+    works_on_tiles,
 )
 from streamcnn.planning.staging import divide
 from streamcnn.planning.tiling import Outline, tile_stage
@@ -82,6 +84,41 @@ def test_the_time_of_a_stage() -> None:
     of_parameters = 6 * PARAMETER_PASSES * 3 * 8 * 9 * 4 / HARDWARE.memory_bytes
     assert both.seconds == pytest.approx((1 + BACKWARD_WORK) * forward.seconds + of_parameters)
     assert both.flops == (1 + BACKWARD_WORK) * works["conv2d"].flops
+
+
+def test_a_card_takes_activations_along() -> None:
+    torch.manual_seed(0)
+    program = traced(plain_passes.Plain(8), (1, 8, 24, 24))[0]
+    works = all_works(program)
+    assert works_on_tiles(program, works, CpuBackend.on(1)) is works
+    found = works_on_tiles(program, works, CudaBackend())
+    along = {name for name, work in found.items() if work.is_taken_along}
+    assert along == {"add", "relu"}
+    nbytes = 8 * 24 * 24 * 4
+    # The norm reads and writes the map for all of them; the sum reads another one.
+    assert (found["add"].nbytes, found["relu"].nbytes) == (nbytes, 0)
+    assert all(found[name] == works[name] for name in works.keys() - along)
+    assert all(found[name].flops == works[name].flops for name in works)
+
+
+def test_a_card_is_given_work_ahead() -> None:
+    """Either the card's time or the host's counts, whichever is longer."""
+    program = program_of_net()
+    stage = divide(program).stages[0]
+    works = all_works(program)
+    (tiled,) = tile_stage(Outline.of(program, stage), (2, 3))
+    times = {
+        seconds: stage_time(
+            tiled,
+            works,
+            dataclasses.replace(HARDWARE, operator_seconds=seconds),
+            CudaBackend(),
+            backward=False,
+        ).seconds
+        for seconds in (0.0, 1e-9, 1.0)
+    }
+    assert times[0.0] == times[1e-9] < 1
+    assert times[1.0] == 6
 
 
 def test_what_is_moved_to_and_from_stores() -> None:

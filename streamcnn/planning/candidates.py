@@ -9,7 +9,15 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.backends import Backend
-from streamcnn.planning.cost_model import MapTraffic, StageTime, Work, all_works, stage_time, tile_traffic
+from streamcnn.planning.cost_model import (
+    MapTraffic,
+    StageTime,
+    Work,
+    all_works,
+    stage_time,
+    tile_traffic,
+    works_on_tiles,
+)
 from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
 from streamcnn.planning.overlapping import OnTheWay, on_the_way
 from streamcnn.planning.resident_bytes import total_bytes
@@ -71,6 +79,7 @@ class TilingCandidates:
         self.backend = backend
         self.reading = reading
         self.works: Mapping[str, Work] = all_works(program)
+        self.works_on_tiles = works_on_tiles(program, self.works, backend)
         self._tile = tile
         self._known: dict[Stage, tuple[TilingCandidate, ...]] = {} if known is None else dict(known._known)
 
@@ -133,7 +142,7 @@ class TilingCandidates:
         forward, after = steps(tiled, self.backend, self.reading, backward=backward)
         return TilingCandidate(
             tiled,
-            time=stage_time(tiled, self.works, self.hardware, self.backend, backward=backward),
+            time=stage_time(tiled, self.works_on_tiles, self.hardware, self.backend, backward=backward),
             forward=forward.nbytes,
             backward=after.nbytes if after else 0,
             reusable=max(forward.reusable, after.reusable if after else 0),

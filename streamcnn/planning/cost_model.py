@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from streamcnn.graph.costs import Cost, Operation, cost_of, counted, elements, windows
+from streamcnn.graph.fusion import runs
 from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.storage import Tier
@@ -40,6 +42,8 @@ class Work:
     """Whether every channel is convolved by itself."""
     num_positions: int
     """Spatial positions of the result."""
+    is_taken_along: bool = False
+    """Whether it is part of the pass that another operator makes over the map."""
 
     def seconds(self, hardware: HardwareProfile) -> float:
         """Projected time in memory that the process has already."""
@@ -118,7 +122,7 @@ def stage_time(
     backward: bool,
 ) -> StageTime:
     """Time of a stage; with its backward pass, in which all but the skipped operators are run again."""
-    seconds = fresh = flops = 0.0
+    seconds = asked = fresh = flops = 0.0
     skipped, num_tiles = frozenset(tiled.outline.skipped), tiled.num_tiles
     for name in tiled.stage.nodes:
         each, passes = works[name], 1.0
@@ -126,7 +130,9 @@ def stage_time(
             passes += BACKWARD_WORK + (name not in skipped)
         repeated = passes * tiled.covered(name) / each.num_positions
         zeroing = 0.0 if backend.keeps_blocks else repeated * each.made / hardware.fresh_bytes
-        seconds += repeated * each.seconds(hardware) + passes * num_tiles * hardware.operator_seconds
+        seconds += repeated * each.seconds(hardware)
+        if not each.is_taken_along:
+            asked += passes * num_tiles * hardware.operator_seconds
         if repeated * each.made >= passes * num_tiles * backend.reusable_bytes:
             seconds += zeroing
         else:
@@ -134,7 +140,12 @@ def stage_time(
         flops += repeated * each.flops
     if backward:
         seconds += PARAMETER_PASSES * num_tiles * tiled.outline.parameter_bytes / hardware.memory_bytes
-    return StageTime(seconds, fresh, int(flops))
+    return StageTime(_together(seconds, asked, backend), fresh, int(flops))
+
+
+def _together(seconds: float, asked: float, backend: Backend) -> float:
+    """Seconds of operators and of asking for them."""
+    return max(seconds, asked) if backend.runs_ahead else seconds + asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +253,29 @@ def plain_time(
     """
     seconds = flops = 0.0
     passes = 1 + BACKWARD_WORK * backward
+    asked = passes * len(works) * hardware.operator_seconds
     for each in works.values():
-        seconds += passes * (each.seconds(hardware) + hardware.operator_seconds)
+        seconds += passes * each.seconds(hardware)
         if each.made >= backend.reusable_bytes and not keeps_blocks:
             seconds += passes * each.made / hardware.fresh_bytes
         flops += passes * each.flops
-    return StageTime(seconds, 0.0, int(flops))
+    return StageTime(_together(seconds, asked, backend), 0.0, int(flops))
 
 
 def all_works(program: Program) -> dict[str, Work]:
     """The work of every local operator."""
     return {node.name: work(program, node) for node in program.nodes.values() if node.kind is Kind.LOCAL}
+
+
+def works_on_tiles(program: Program, works: Mapping[str, Work], backend: Backend) -> Mapping[str, Work]:
+    """The work of every local operator on tiles, where some are taken along with others."""
+    if not backend.fuses_norms:
+        return works
+    nodes = program.nodes
+    seen = {name for node in nodes.values() if node.kind is not Kind.LOCAL for name in node.operands}
+    found = dict(works)
+    for run in runs([nodes[name] for name in works], seen.union(program.output_names)):
+        for before, node in pairwise(run):
+            read = sum(nodes[name].nbytes for name in node.operands if name != before.name)
+            found[node.name] = replace(works[node.name], nbytes=read, made=0, is_taken_along=True)
+    return found

@@ -227,7 +227,7 @@ class Search:
                 continue
             chain[place] = None
             pending.extend(local.accesses)
-        recomputed = sum(self.tilings.works[each].seconds(hardware) for each in chain)
+        recomputed = sum(self.tilings.works_on_tiles[each].seconds(hardware) for each in chain)
         moved, passes = 0.0, 1
         for tiling, row in zip(found.tilings, found.table.rows, strict=True):
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):

@@ -31,7 +31,7 @@ VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _LEAST = 1e-18
 """Of all rates and seconds; one over it is the most."""
-_METHOD = 8
+_METHOD = 9
 """Counts up when what is timed changes: profiles that an earlier version kept are then measured again."""
 
 

@@ -112,7 +112,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
         )
         tiny = torch.rand(1, 8, 4, 4, device=device, dtype=dtype)
         small = _seconds(device, lambda: [torch.add(tiny, 1.0) for _ in range(100)]) / 100
-        read, written, transfers = _stores(device, memory, fresh)
+        read, written, transfers = _stores(device, work, memory, fresh)
     with SpillFolder() as folder:
         flushed = _flushed(folder.path / "flushed")
     return HardwareProfile(
@@ -210,7 +210,7 @@ def _both_passes(layer: _Convolution, x: Tensor, weight: Tensor, gradient: Tenso
     torch.autograd.grad(y, (x, weight), gradient)
 
 
-def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
+def _stores(device: torch.device, work: _Work, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
     """Bytes per second read from and written to a store at every place, and seconds of a small transfer.
 
     A store in the device's memory hands out views, which operators make contiguous. It takes new memory,
@@ -229,7 +229,7 @@ def _stores(device: torch.device, memory: float, fresh: float) -> tuple[_Rates, 
             # A map beside a GPU is written once, for the most part, and what is there already is written
             # more slowly.
             once = tier is Tier.HOST and isinstance(moved, GpuTransfers)
-            read[tier], written[tier], transfers[tier] = _store(device, new, once=once)
+            read[tier], written[tier], transfers[tier] = _store(device, work, new, once=once)
     read[Tier.MEMORY] = memory
     if not keeps_blocks(device):
         written[Tier.MEMORY] = 1 / (1 / memory + 1 / fresh)
@@ -254,7 +254,9 @@ def _flushed(path: Path) -> float:
     return len(block) / (time.perf_counter() - start)
 
 
-def _store(device: torch.device, new: Callable[[], Store], *, once: bool) -> tuple[float, float, float]:
+def _store(
+    device: torch.device, work: _Work, new: Callable[[], Store], *, once: bool
+) -> tuple[float, float, float]:
     """Bytes per second read from and written to one store, and seconds of a small transfer.
 
     ``once`` has each map be written once, to a store of its own.
@@ -278,8 +280,9 @@ def _store(device: torch.device, new: Callable[[], Store], *, once: bool) -> tup
         write(store)
         writing = _seconds(device, write_new if once else partial(write, store))
         reading = _seconds(device, read)
-        adding = _seconds(device, lambda: store.add(_SMALL, small))
-        fetching = _seconds(device, lambda: store.read(_SMALL).clone())
+        # Small ones are asked for ahead, like operators.
+        adding = _seconds(device, lambda: store.add(_SMALL, small), times=work.times)
+        fetching = _seconds(device, lambda: store.read(_SMALL).clone(), times=work.times)
     return nbytes / reading, nbytes / writing, (adding + fetching) / 2
 
 

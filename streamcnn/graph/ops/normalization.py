@@ -88,10 +88,38 @@ def scale_and_shift(
 
     The shift is the bias. It also hands on the gradient of the mean, ``-scale`` times its own.
     """
-    inverse = torch.rsqrt(variance + eps)
-    scale = inverse if weight is None else inverse * weight
-    shift = (mean.detach() - mean) * scale.detach()
-    return scale, shift if bias is None else shift + bias
+    scale, shift = _ScaleAndShift.apply(mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return scale, shift
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    """Few values in few operators: on a card each costs as much to ask for as a pass over a small map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        inverse = torch.rsqrt(variance + eps)
+        scale = inverse if weight is None else inverse * weight
+        ctx.save_for_backward(inverse, scale)
+        return scale, torch.zeros_like(mean) if bias is None else bias.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, scale = ctx.saved_tensors
+        grad_scale, grad_shift = grads
+        nothing = filled(0, scale)
+        grad_weight = grad_scale * inverse
+        grad_variance = torch.addcmul(nothing, grad_weight, inverse * scale, value=-0.5)
+        grad_mean = torch.addcmul(nothing, grad_shift, scale, value=-1)
+        _, _, has_weight, has_bias, _ = ctx.needs_input_grad
+        return (
+            grad_mean,
+            grad_variance,
+            grad_weight if has_weight else None,
+            grad_shift if has_bias else None,
+            None,
+        )
 
 
 def _normalized(

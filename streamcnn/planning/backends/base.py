@@ -64,6 +64,9 @@ class Backend(ABC):
     """Names of the backend's terms that are no tensors."""
     overlaps: bool = False
     """Whether tiles are moved to and from other tiers while others are computed."""
+    runs_ahead: bool = False
+    """Whether the host asks for operators while earlier ones are carried out, so that what takes longer
+    counts."""
     fuses_norms: bool = False
     """Whether a norm takes along an activation and a sum that come behind it."""
     fuses_attention: bool

@@ -34,6 +34,7 @@ class CudaBackend(Backend):
     fragmentation: str = "rounding and fragmentation of the caching allocator"
     has_choice: bool = False
     overlaps: bool = True
+    runs_ahead: bool = True
     fuses_norms: bool = True
     fuses_attention: bool = True
     prefers_bands: bool = True
