@@ -125,6 +125,14 @@ def test_streamed_is_plain(calls: list[tuple[str, bool]], tile: int | tuple[int,
     assert {*kinds, ("relu", True), ("hardswish", False), ("identity", False)} == set(calls)
 
 
+@pytest.mark.parametrize("tile", [200, 24])
+def test_running_statistics_are_taken_along_too(calls: list[tuple[str, bool]], tile: int) -> None:
+    """As in inference, and where norms are frozen."""
+    net = randomized(make_net()).to(memory_format=LAST).eval()
+    assert_streamed_equals_plain(net, SHAPE, tile=tile, one_tile=tile == 200)
+    assert {("silu", False), ("relu", True)} <= set(calls)
+
+
 @pytest.mark.parametrize(("name", "adds"), [("resnet18", True), ("mobilenetv3_small_100", False)])
 def test_networks_are_plain(calls: list[tuple[str, bool]], name: str, adds: bool) -> None:
     torch.manual_seed(0)

@@ -108,18 +108,18 @@ class _ScaleAndShift(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inverse, scale = ctx.saved_tensors
         grad_scale, grad_shift = grads
-        nothing = filled(0, scale)
         grad_weight = grad_scale * inverse
-        grad_variance = torch.addcmul(nothing, grad_weight, inverse * scale, value=-0.5)
-        grad_mean = torch.addcmul(nothing, grad_shift, scale, value=-1)
-        _, _, has_weight, has_bias, _ = ctx.needs_input_grad
-        return (
-            grad_mean,
-            grad_variance,
-            grad_weight if has_weight else None,
-            grad_shift if has_bias else None,
-            None,
+        grad_mean = grad_variance = None
+        # Running statistics have no gradient.
+        if ctx.needs_input_grad[0]:
+            nothing = filled(0, scale)
+            grad_mean = torch.addcmul(nothing, grad_shift, scale, value=-1)
+            grad_variance = torch.addcmul(nothing, grad_weight, inverse * scale, value=-0.5)
+        weight, bias = (
+            gradient if wanted else None
+            for gradient, wanted in zip((grad_weight, grad_shift), ctx.needs_input_grad[2:], strict=False)
         )
+        return grad_mean, grad_variance, weight, bias, None
 
 
 def _normalized(
@@ -152,6 +152,13 @@ def _is_of_images(tracer: Tracer, ref: Ref) -> bool:
 
 def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
     """A norm by running statistics, which treats every position alike."""
+    if _is_of_images(tracer, ref):
+        *given, eps = call.bind("running_mean", "running_var", "weight", "bias", "eps")
+        mean, variance, weight, bias = (_as_statistics(tracer, ref, value) for value in given)
+        # A network's running statistics are there.
+        assert mean is not None
+        assert variance is not None
+        return _normalized(tracer, ref, mean, variance, weight, bias, eps)
     values = {p.name: _as_statistics(tracer, ref, p) for p in call.args[1:5] if isinstance(p, Ref)}
     args = (ref, *(values[p.name] if isinstance(p, Ref) else p for p in call.args[1:]))
     return per_position(tracer, Call(call.target, args, call.kwargs), ref)
