@@ -76,16 +76,14 @@ def normalised(
 ) -> Tensor:
     """``activation((x - mean) * scale + shift + summand)``, rounded once to the type of ``x``.
 
-    A summand and an activation are for an ``x`` that :func:`takes_activations`.
+    A summand, which has no gaps, and an activation are for an ``x`` that :func:`takes_activations`.
     """
     own = _own(x)
     if own is None:
         assert activation is IDENTITY
         assert summand is None
         return torch.batch_norm_elemt(dense(x), None, shift, mean, scale, 0.0)
-    found: Tensor = own.normalised(
-        dense(x), mean, scale, shift, activation, None if summand is None else _beside(summand)
-    )
+    found: Tensor = own.normalised(dense(x), mean, scale, shift, activation, summand)
     return found
 
 

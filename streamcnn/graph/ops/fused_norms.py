@@ -87,7 +87,7 @@ class SummedNorm:
     """The sum and the activation as they are called by themselves."""
 
     def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, summand: Tensor) -> Tensor:
-        if _is_suited(x, mean) and summand.shape == x.shape and summand.dtype == x.dtype:
+        if _is_suited(x, mean) and _lies_as(summand, x):
             result = _SummedNorm.apply(x, mean, scale, shift, summand.detach())  # type: ignore[no-untyped-call]
             found: Tensor = _Divided.apply(result, summand)  # type: ignore[no-untyped-call]
             return found
@@ -105,6 +105,12 @@ def _continued(value: Tensor, call: Call) -> Tensor:
 def _is_suited(x: Tensor, mean: Tensor) -> bool:
     """Whether the norm of ``x`` is one pass with what comes behind it, rather than one of every image."""
     return mean.numel() == x.shape[1] and channel_kernels.fits(x) and channel_kernels.takes_activations(x)
+
+
+def _lies_as(summand: Tensor, x: Tensor) -> bool:
+    """Whether a map can be added to that of ``x`` without a copy, which a sum by itself would not take."""
+    alike = summand.shape == x.shape and summand.dtype == x.dtype
+    return alike and summand.is_contiguous(memory_format=torch.channels_last)
 
 
 class _ActivatedNorm(torch.autograd.Function):
