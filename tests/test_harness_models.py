@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness.attempts import Refused
 from benchmarks.harness.classifiers import (
     LearnedResizer,
     PatchGD,
@@ -23,6 +24,7 @@ from benchmarks.harness.kinds.patchgd import PatchGDTrainer
 from benchmarks.harness.kinds.tiles import PiecesTrainer
 from benchmarks.harness.legibility import legibility_ceiling
 from benchmarks.harness.pyramid import FIELD, ScalePyramid, scale_pyramid
+from benchmarks.harness.row_ceiling import RowCeiling
 from benchmarks.harness.scales import SCALES
 from streamcnn import TensorSource, verify
 from streamcnn.data.dataset import TileDataset
@@ -192,3 +194,13 @@ def test_gradients_of_pieces_that_overflow_are_left_out(tiny_images: TileStore, 
 def test_whole_images_are_normalised_and_stacked() -> None:
     found = WholeImages(Means())([constant(0.75), constant(0.25)])
     assert torch.allclose(found, torch.tensor([[0.5] * 3, [-0.5] * 3]))
+
+
+def test_memory_that_a_factory_is_refused_is_refused_to_its_method() -> None:
+    """What makes a network says in words of its own that it cannot be made, with the error beside it."""
+    refusal = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
+    ceiling = RowCeiling("cpu", 10**9)
+    with pytest.raises(Refused, match=r"^DefaultCPUAllocator"), ceiling.limited(reuse_heap=True):
+        raise ValueError("cannot be made: give other options") from refusal
+    with pytest.raises(ValueError, match=r"^another"), ceiling.limited(reuse_heap=True):
+        raise ValueError("another") from KeyError("model")

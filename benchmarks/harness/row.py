@@ -27,6 +27,7 @@ from streamcnn.data.dataset import LabelledImages, TileDataset
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.tile_store import TileStore
 from streamcnn.errors import TrainingDiverged
+from streamcnn.support.extras import require
 from streamcnn.training import Terminated, score
 from streamcnn.training.checkpoints import load_checkpoint
 from streamcnn.training.evaluation import require_metrics
@@ -69,6 +70,7 @@ def _warm_up(store: TileStore) -> None:
     source, _ = TileDataset(store, "test")[0]
     read_whole(source)
     require_metrics()
+    require("timm", extra="zoo")
     net = nn.Sequential(nn.Conv2d(source.shape[0], 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1))
     for model in (StreamingModel(net, tile=64, preprocess=Normalise()), WholeImages(net)):
         optimizer = torch.optim.Adam(model.parameters())

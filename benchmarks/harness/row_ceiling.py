@@ -57,9 +57,11 @@ class RowCeiling:
         except (BudgetExceeded, PlanDoesNotFit) as error:
             raise Refused(_first_line(error)) from error
         except Exception as error:
-            if not is_out_of_memory(error):
+            # What makes a network says in words of its own that it cannot be made.
+            refusal = error if is_out_of_memory(error) else error.__cause__
+            if not isinstance(refusal, Exception) or not is_out_of_memory(refusal):
                 raise
-            raise Refused(_first_line(error)) from error
+            raise Refused(_first_line(refusal)) from error
 
     def check(self) -> None:
         """Refuse what is held now, if it is too much."""
