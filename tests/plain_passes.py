@@ -26,6 +26,19 @@ ACTIVATIONS = (
 )
 
 
+def operands(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A map far from zero, a gradient of it, another map, and a mean, a scale and a shift.
+
+    What is normalised is nowhere so close to a kink of an activation that rounding could take it across.
+    """
+    x, gradient, summand = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    x, summand = ((4 * each).round() / 4 for each in (3 + x, summand))
+    maps = (each.to(dtype, memory_format=torch.channels_last) for each in (x, gradient, summand))
+    statistics = torch.promote_types(dtype, torch.float32)
+    scale = torch.randint(-1, 2, (shape[1],), generator=generator).to(statistics).exp2()
+    return (*maps, torch.full_like(scale, 3.25), scale, torch.full_like(scale, 0.1))
+
+
 def normalised(
     x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation, summand: Tensor | None
 ) -> Tensor:

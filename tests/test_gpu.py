@@ -467,16 +467,12 @@ def test_kernels_for_channels_last(kernels: str, dtype: torch.dtype, gaps: bool)
 def test_norms_that_take_activations_along(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """As in plain operators, in float64, of maps of some sizes and alignments."""
     torch.manual_seed(0)
-    made = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
-    x, gradient, summand = (
-        each.to(GPU, dtype, memory_format=torch.channels_last) for each in (3 + made[0], *made[1:])
+    x, gradient, summand, mean, scale, shift = (
+        each.to(GPU) for each in plain_passes.operands(shape, dtype, torch.Generator().manual_seed(0))
     )
     assert channel_kernels.takes_activations(x)
-    stats = torch.promote_types(dtype, torch.float32)
-    scale, shift = (torch.rand(shape[1], dtype=stats, device=GPU) + 0.3 for _ in range(2))
-    mean, variance = channel_kernels.moments(x)
     expected = [*plain_passes.moments(x.double())]
-    found = [mean, variance]
+    found = [*channel_kernels.moments(x)]
     for activation in ACTIVATIONS:
         for added in (None, summand):
             found.append(channel_kernels.normalised(x, mean, scale, shift, activation, added))

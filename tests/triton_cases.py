@@ -30,18 +30,12 @@ def passes() -> Iterator[tuple[str, list[float]]]:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for shape in ((1, 2, 3, 5), (2, 24, 9, 11), (1, 64, 33, 40), (1, 200, 7, 1), (3, 65, 8, 8)):
-            made = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
-            x, gradient, summand = (
-                each.to(dtype, memory_format=torch.channels_last) for each in (3 + made[0], *made[1:])
-            )
-            statistics = torch.promote_types(dtype, torch.float32)
-            mean = x.double().mean((0, 2, 3)).to(statistics)
-            scale, shift = (torch.rand(shape[1], generator=generator).to(statistics) + 0.3 for _ in range(2))
+            x, gradient, summand, mean, scale, shift = plain_passes.operands(shape, dtype, generator)
             case = f"{dtype} {shape}"
             right = plain_passes.moments(x.double())
             for name, *pair in zip(("mean", "variance"), triton_passes.moments(x), right, strict=True):
                 yield f"{case} {name}", largest(*pair)
-            found = triton_passes.plus_line(gradient.to(statistics), x, mean, scale, shift)
+            found = triton_passes.plus_line(gradient.to(mean.dtype), x, mean, scale, shift)
             expected = plain_passes.plus_line(gradient, x.double(), mean, scale, shift)
             yield f"{case} line", largest(found, expected)
             for activation in ACTIVATIONS:
