@@ -64,6 +64,8 @@ class GlobalBytes:
         self.steps = {level: each.step() for level, each in by_level.items()}
         """By level: what working out its global values and differentiating them takes beyond those before;
         the last of them is the resident tail's."""
+        self.reusable = max((step.reusable for step in self.steps.values()), default=0)
+        """The most bytes of any of these in blocks that may be kept for reuse."""
         self.step_levels, self.step_bytes = (
             np.array(each, np.int64)
             for each in zip(*((level, step.nbytes) for level, step in self.steps.items()), strict=True)

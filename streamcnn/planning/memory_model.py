@@ -93,8 +93,9 @@ class PassBytes:
             The most bytes of a step in blocks that are kept for reuse; None where they are given back.
         """
         backend = global_bytes.backend
-        tail = max((step.reusable for step in global_bytes.steps.values()), default=0)
-        holes = None if reusable is None else backend.keeping.of_pass(reusable, tail, num_stages)
+        holes = (
+            None if reusable is None else backend.keeping.of_pass(reusable, global_bytes.reusable, num_stages)
+        )
         return cls(backend, global_bytes.kept(num_kernels) + others, holes)
 
     def lost(self, nbytes: Bytes) -> Bytes | int:
