@@ -327,19 +327,7 @@ class _Grid(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> _Grid:
         """Of a map (N, C, h, w)."""
-        channels = x.shape[1]
-        rows = x.numel() // channels
-        across = min(_CHANNELS, triton.next_power_of_2(channels))
-        down = _ELEMENTS // across
-        constants = {
-            "TYPE": tl.float64 if x.dtype == torch.float64 else tl.float32,
-            "ALIGNED": min(16, channels & -channels),
-            "ROWS": down,
-            "CHANNELS": across,
-            # Said because what it is by itself changes with Triton 3.10.
-            "enable_fp_fusion": True,
-        }
-        return cls(rows, channels, (triton.cdiv(rows, down), triton.cdiv(channels, across)), constants)
+        return _grid(x.numel() // x.shape[1], x.shape[1], x.dtype)
 
     @property
     def groups(self) -> int:
@@ -356,6 +344,21 @@ class _Grid(NamedTuple):
         """Programs along positions, as many as are busy at a time, where each walks over many blocks."""
         down, across = self.blocks
         return max(1, min(down, _PROGRAMS * _multiprocessors(device) // across))
+
+
+@lru_cache(1024)
+def _grid(rows: int, channels: int, dtype: torch.dtype) -> _Grid:
+    across = min(_CHANNELS, triton.next_power_of_2(channels))
+    down = _ELEMENTS // across
+    constants = {
+        "TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ALIGNED": min(16, channels & -channels),
+        "ROWS": down,
+        "CHANNELS": across,
+        # Said because what it is by itself changes with Triton 3.10.
+        "enable_fp_fusion": True,
+    }
+    return _Grid(rows, channels, (triton.cdiv(rows, down), triton.cdiv(channels, across)), constants)
 
 
 @lru_cache
