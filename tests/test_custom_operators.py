@@ -73,6 +73,17 @@ def _(x: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
 
 
+@custom_op("streamcnn_tests::copy_", mutates_args=("average",))
+def copy_(average: Tensor, x: Tensor) -> None:
+    """Named as an operator of ATen's that does something else."""
+    _move(average, x)
+
+
+def _named_as_another(net: Net, x: Tensor) -> Tensor:
+    copy_(net.average, x.detach())
+    return x - net.average[:, None, None]
+
+
 def _nothing_returned(net: Net, x: Tensor) -> Tensor:
     before = x - net.average[:, None, None]
     averaged(x.detach(), net.average)
@@ -133,7 +144,10 @@ class Net(nn.Module):
         return self.middle(self, self.conv(x))
 
 
-MIDDLES = (_nothing_returned, _one_returned, _two_returned, _several_written, _with_number)
+MIDDLES = (
+    *(_nothing_returned, _one_returned, _two_returned, _several_written, _with_number),
+    _named_as_another,
+)
 
 
 def _passes(model: nn.Module, net: Net) -> dict[str, dict[str, Tensor]]:

@@ -79,6 +79,31 @@ class Overwritten(nn.Module):
         return torch.relu(y + x.sigmoid_())
 
 
+@torch.library.custom_op("streamcnn_tests::relu", mutates_args=(), tags=(torch.Tag.pointwise,))
+def relu(x: Tensor) -> Tensor:
+    return x.clamp(min=0.5)
+
+
+@torch.library.custom_op("streamcnn_tests::add", mutates_args=(), tags=(torch.Tag.pointwise,))
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y + 1
+
+
+relu.register_fake(torch.empty_like)
+add.register_fake(lambda x, y: torch.empty_like(x))
+
+
+class NamedAsOthers(nn.Module):
+    """A user's operators with the names of ATen's that do something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(add(self.norm(x), x)) + relu(self.norm(x))
+
+
 @pytest.mark.parametrize(
     ("net", "lengths"),
     [
@@ -96,6 +121,7 @@ class Overwritten(nn.Module):
         (chain(Scaled()), []),
         (chain(WithoutGradient()), []),
         (chain(Overwritten()), []),
+        (chain(NamedAsOthers()), []),
     ],
 )
 def test_runs(net: nn.Module, lengths: list[int]) -> None:

@@ -16,7 +16,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
 from streamcnn.graph.flattening import is_fake
 from streamcnn.graph.program import Ref
-from streamcnn.graph.schemas import bound, operator_name, places_of_axes
+from streamcnn.graph.schemas import bound, name_in_library, operator_name, places_of_axes
 
 aten = torch.ops.aten
 
@@ -69,7 +69,7 @@ def changes_shape(target: object) -> bool:
 
 def own_name(target: object) -> bool:
     """Whether a target is the in-place form of an operator, ``relu_``, rather than one with ``out=``."""
-    return operator_name(target).endswith("_")
+    return isinstance(target, OpOverload) and name_in_library(target).endswith("_")
 
 
 # --- functional forms ------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[
             "use an operator that returns a new tensor instead"
         )
     args, kwargs = _with_defaults(node, target)
-    overload = _overload_of(target, name)
+    overload = _overload_of(target)
     if overload is not None:
         outs = {argument.name for argument in target._schema.arguments if argument.is_out}
         return overload, args, {key: value for key, value in kwargs.items() if key not in outs}
@@ -125,14 +125,14 @@ def copied(source: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
     return source.to(dtype).expand(shape)
 
 
-def _overload_of(target: OpOverload, name: str) -> OpOverload | None:
+def _overload_of(target: OpOverload) -> OpOverload | None:
     """The overload that takes the same arguments and returns a new tensor."""
-    if name in _DROPOUTS:
+    if operator_name(target) in _DROPOUTS:
         # Their schemas name the operand otherwise.
-        return _DROPOUTS[name]
-    if name.startswith("bernoulli_"):
+        return _DROPOUTS[operator_name(target)]
+    if operator_name(target).startswith("bernoulli_"):
         return aten.bernoulli.p if target._overloadname == "float" else None
-    packet = target.overloadpacket
+    packet, name = target.overloadpacket, name_in_library(target)
     if name.endswith("_"):
         packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]

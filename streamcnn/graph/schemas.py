@@ -10,8 +10,18 @@ from torch._ops import OpOverload
 
 
 def operator_name(target: object) -> str:
-    """An operator's name without namespace and overload, ``"relu_"``; empty for what is no operator."""
-    return target._schema.name.split("::")[1] if isinstance(target, OpOverload) else ""
+    """The name of an ATen operator without its overload, ``"relu_"``; empty for anything else.
+
+    What another library calls so may do something else.
+    """
+    is_aten = isinstance(target, OpOverload) and target.namespace == "aten"
+    return name_in_library(target) if is_aten else ""
+
+
+def name_in_library(target: OpOverload) -> str:
+    """The name of an operator, whosever it is, without namespace and overload."""
+    name: str = target._schema.name.split("::")[1]
+    return name
 
 
 def bound(target: object, args: Sequence[Any], kwargs: Mapping[str, Any], *names: str) -> list[Any]:
