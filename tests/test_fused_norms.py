@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+
 import plain_passes
 import pytest
 import torch
 from helpers import assert_streamed_equals_plain, randomized, traced
 from plain_passes import Block, Plain, make_net, take_passes
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from streamcnn import StreamingModel
+from streamcnn.execution.steps import Steps
 from streamcnn.graph.fusion import runs
 from streamcnn.graph.ops import channel_kernels, fused_norms
 from streamcnn.graph.program import Kind
+from streamcnn.runtime import plan_cache
 from streamcnn.support.models import load_model
 
 LAST = torch.channels_last
@@ -22,9 +33,9 @@ def chain(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), *modules, nn.Conv2d(4, 2, 1))
 
 
-def runs_of(net: nn.Module) -> list[int]:
+def runs_of(net: nn.Module, num_images: int = 1) -> list[int]:
     """The lengths of a net's runs."""
-    program, _ = traced(net.train(), (1, 3, 24, 24))
+    program, _ = traced(net.train(), (num_images, 3, 24, 24))
     nodes = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
     seen = {node.operands[0] for node in program.nodes.values() if node.kind is Kind.REDUCTION}
     return [len(run) for run in runs(nodes, seen | set(program.output_names))]
@@ -79,6 +90,33 @@ class Overwritten(nn.Module):
         return torch.relu(y + x.sigmoid_())
 
 
+class Late(nn.Module):
+    """A summand that is made of a smaller map, behind the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Conv2d(4, 1, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.factor = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.aside(x)
+        y = self.norm(x)
+        return torch.relu_(y.add_(small * self.factor))
+
+
+class Broadcast(nn.Module):
+    """A summand of fewer channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.offset = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(x) + self.offset)
+
+
 @torch.library.custom_op("streamcnn_tests::relu", mutates_args=(), tags=(torch.Tag.pointwise,))
 def relu(x: Tensor) -> Tensor:
     return x.clamp(min=0.5)
@@ -122,10 +160,19 @@ class NamedAsOthers(nn.Module):
         (chain(WithoutGradient()), []),
         (chain(Overwritten()), []),
         (chain(NamedAsOthers()), []),
+        (chain(Late()), []),
+        (chain(Broadcast()), [3]),
     ],
 )
 def test_runs(net: nn.Module, lengths: list[int]) -> None:
     assert runs_of(net) == lengths
+
+
+def test_norms_of_each_image_are_no_runs() -> None:
+    """A card's kernels take one mean a channel, and that of a single image is one."""
+    net = chain(nn.GroupNorm(2, 4), nn.ReLU(), nn.InstanceNorm2d(4), nn.SiLU())
+    assert runs_of(net) == [2, 2]
+    assert runs_of(net, num_images=2) == []
 
 
 @pytest.fixture
@@ -159,6 +206,19 @@ def test_running_statistics_are_taken_along_too(calls: list[tuple[str, bool]], t
     assert {("silu", False), ("relu", True)} <= set(calls)
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_passes_without_gradients_take_activations_along(
+    calls: list[tuple[str, bool]], without_gradients: Callable[[], AbstractContextManager[None]]
+) -> None:
+    net = randomized(make_net()).double().to(memory_format=LAST).eval()
+    model = StreamingModel(net, tile=24)
+    model.resident_tail = False
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    with without_gradients():
+        torch.testing.assert_close(model(image), net(image))
+    assert {("silu", False), ("relu", True)} <= set(calls)
+
+
 @pytest.mark.parametrize(("name", "adds"), [("resnet18", True), ("mobilenetv3_small_100", False)])
 def test_networks_are_plain(calls: list[tuple[str, bool]], name: str, adds: bool) -> None:
     torch.manual_seed(0)
@@ -174,6 +234,48 @@ def test_without_kernels_operators_run_one_by_one(
     monkeypatch.setattr(channel_kernels, "fits", lambda x: False)
     assert_streamed_equals_plain(randomized(make_net()), SHAPE, tile=24)
     assert not calls
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that there are while operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        storages = [each.untyped_storage() for each in tree_leaves(result) if isinstance(each, Tensor)]
+        self.made |= {StorageWeakRef(each): each.nbytes() for each in storages}
+        self.made = {each: nbytes for each, nbytes in self.made.items() if not each.expired()}
+        self.most = max(self.most, sum(self.made.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    "net", [chain(nn.BatchNorm2d(4), nn.SiLU()), chain(Plain(4)), chain(Broadcast()), chain(Late())]
+)
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_no_more_is_held_than_by_single_operators(
+    monkeypatch: pytest.MonkeyPatch, net: nn.Module, has_kernels: bool
+) -> None:
+    """Also where a map lies so, or a summand is such, that the operators run one by one."""
+    # Kernels take no memory but for what they give.
+    make = SimpleNamespace(normalised=lambda x, *args: torch.empty_like(x))
+    held = []
+    for fuses in (False, True):
+        take_passes(make, monkeypatch.setattr)  # type: ignore[arg-type]
+        monkeypatch.setattr(channel_kernels, "fits", lambda x: has_kernels and x.dim() == 4)
+        monkeypatch.setattr(
+            plan_cache, "Steps", lambda program, plan, fuses, told=fuses: Steps(program, plan, fuses=told)
+        )
+        model = StreamingModel(net.eval().to(memory_format=LAST), tile=200)
+        model.resident_tail = False
+        with LiveBytes() as live:
+            model(torch.rand(1, 3, 64, 64))
+        held.append(live.most)
+    assert 0 < held[1] <= held[0]
 
 
 def test_an_activation_keeps_the_map_alone(calls: list[tuple[str, bool]]) -> None:

@@ -14,10 +14,9 @@ _LONGEST = 3
 
 
 def runs(nodes: Sequence[Node], seen: Collection[str]) -> Iterator[tuple[Node, ...]]:
-    """Runs of nodes that have a fused form: each alone reads the one before it, at the same positions.
+    """Runs of nodes that have a fused form: each alone reads the one just before it, at the same positions.
 
-    Between the first and the second there may be a node that makes another operand of the second. The first
-    is carried out after it then, which takes no memory: what it reads is as large as what it makes.
+    One that is carried out later, past others, would hold on to what it reads while they make their values.
 
     Parameters
     ----------
@@ -26,21 +25,15 @@ def runs(nodes: Sequence[Node], seen: Collection[str]) -> Iterator[tuple[Node, .
     seen
         Nodes whose values are wanted by others than operators.
     """
-    places = {node.name: place for place, node in enumerate(nodes)}
     num_readers = Counter(name for node in nodes for name in node.operands)
-    readers = {name: node for node in nodes for name in node.operands}
-    taken: set[str] = set()
-    for node in nodes:
+    for first, node in enumerate(nodes):
         run = [node]
-        while len(run) < _LONGEST and run[-1].name not in seen and num_readers[run[-1].name] == 1:
-            run.append(readers[run[-1].name])
-            if run[-1].name in taken or not _continues(*run[-2:]):
+        for following in nodes[first + 1 : first + _LONGEST]:
+            name = run[-1].name
+            if name in seen or num_readers[name] > 1 or not _continues(run[-1], following):
                 break
-            between = nodes[places[run[-2].name] + 1 : places[run[-1].name]]
-            if not _may_wait(run, between):
-                break
+            run.append(following)
             if fused([each.name for each in run], [_call(each) for each in run]) is not None:
-                taken.update(each.name for each in run)
                 yield tuple(run)
                 break
 
@@ -51,26 +44,13 @@ def _call(node: Node) -> Call:
 
 
 def _continues(first: Node, second: Node) -> bool:
-    """Whether two operators are alike in all that a fused one has but once."""
+    """Whether one operator reads another, and they are alike in all that a fused one has but once."""
     assert first.local is not None
     assert second.local is not None
     return (
-        first.local.pointwise
+        first.name in second.operands
+        and first.local.pointwise
         and second.local.pointwise
         and first.spec == second.spec
         and (first.axes, first.grad, first.casts) == (second.axes, second.grad, second.casts)
-        and first.grad
-    )
-
-
-def _may_wait(run: Sequence[Node], between: Sequence[Node]) -> bool:
-    """Whether nothing that runs between the last two of a run changes what is read, or is held meanwhile."""
-    *_, before, last = run
-    return not between or (
-        len(run) == 2
-        and len(between) == 1
-        and between[0].name in last.operands
-        and between[0].local is not None
-        and between[0].local.pointwise
-        and set(between[0].operands).isdisjoint(before.operands)
     )

@@ -14,14 +14,23 @@ def operator_name(target: object) -> str:
 
     What another library calls so may do something else.
     """
-    is_aten = isinstance(target, OpOverload) and target.namespace == "aten"
-    return name_in_library(target) if is_aten else ""
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return ""
+    return name_in_library(target)
 
 
 def name_in_library(target: OpOverload) -> str:
     """The name of an operator, whosever it is, without namespace and overload."""
     name: str = target._schema.name.split("::")[1]
     return name
+
+
+def in_place_form(target: Callable[..., Any]) -> OpOverload:
+    """The overload of a pointwise ATen operator that overwrites its first operand, such as itself."""
+    assert isinstance(target, OpOverload)
+    packet = getattr(torch.ops.aten, operator_name(target).removesuffix("_") + "_")
+    found: OpOverload = getattr(packet, target._overloadname)
+    return found
 
 
 def bound(target: object, args: Sequence[Any], kwargs: Mapping[str, Any], *names: str) -> list[Any]:

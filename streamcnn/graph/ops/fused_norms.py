@@ -19,7 +19,7 @@ from streamcnn.graph.ops.activations import RELU, Activation, activation_of
 from streamcnn.graph.ops.normalization import normalize
 from streamcnn.graph.ops.rules import Call
 from streamcnn.graph.program import Ref, substitute
-from streamcnn.graph.schemas import operator_name
+from streamcnn.graph.schemas import in_place_form, operator_name
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def fused(names: Sequence[str], calls: Sequence[Call]) -> Call | None:
     summand = _summand(others[0], names[0]) if activation == RELU and len(others) == 2 else None
     if summand is None:
         return None
-    return Call(SummedNorm(names[0], others[0], last), (*norm.args, summand), {})
+    return Call(SummedNorm(names[0], others[0]), (*norm.args, summand), {})
 
 
 def _summand(call: Call, name: str) -> Ref | None:
@@ -70,10 +70,15 @@ class ActivatedNorm:
     """The activation as it is called by itself."""
 
     def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        if _is_suited(x, mean):
+        if _is_suited(x):
             found: Tensor = _ActivatedNorm.apply(x, mean, scale, shift, self.activation)  # type: ignore[no-untyped-call]
             return found
-        return _continued(normalize(x, mean, scale, shift), self.after)
+        value = normalize(x, mean, scale, shift)
+        # The caller holds x until this returns. Operators that run one by one let go of it after the norm,
+        # unless autograd saves it: so the result goes into the norm's memory.
+        target = self.after.target if value.requires_grad else in_place_form(self.after.target)
+        result: Tensor = target(value, *self.after.args[1:], **self.after.kwargs)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +88,27 @@ class SummedNorm:
     name: str
     """Of what is normalised, among the arguments of the sum."""
     sum: Call
-    after: Call
-    """The sum and the activation as they are called by themselves."""
+    """The sum as it is called by itself."""
 
     def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, summand: Tensor) -> Tensor:
-        if _is_suited(x, mean) and _lies_as(summand, x):
+        if _is_suited(x) and _lies_as(summand, x):
             result = _SummedNorm.apply(x, mean, scale, shift, summand.detach())  # type: ignore[no-untyped-call]
             found: Tensor = _Divided.apply(result, summand)  # type: ignore[no-untyped-call]
             return found
-        value = normalize(x, mean, scale, shift)
+        return self._summed(normalize(x, mean, scale, shift), summand).relu_()
+
+    def _summed(self, value: Tensor, summand: Tensor) -> Tensor:
+        if not value.requires_grad:
+            # Into the norm's memory, for the same reason as in an activated norm.
+            return value.add_(summand)
         args = substitute(self.sum.args, lambda name: value if name == self.name else summand)
-        return _continued(self.sum.target(*args), self.after)
+        result: Tensor = self.sum.target(*args)
+        return result
 
 
-def _continued(value: Tensor, call: Call) -> Tensor:
-    """What a call gives of ``value`` in the place of its first argument."""
-    result: Tensor = call.target(value, *call.args[1:], **call.kwargs)
-    return result
-
-
-def _is_suited(x: Tensor, mean: Tensor) -> bool:
-    """Whether the norm of ``x`` is one pass with what comes behind it, rather than one of every image."""
-    return mean.numel() == x.shape[1] and channel_kernels.fits(x) and channel_kernels.takes_activations(x)
+def _is_suited(x: Tensor) -> bool:
+    """Whether the norm of ``x`` is one pass with what comes behind it."""
+    return channel_kernels.fits(x) and channel_kernels.takes_activations(x)
 
 
 def _lies_as(summand: Tensor, x: Tensor) -> bool:

@@ -64,21 +64,22 @@ def _no_statistics(x: Tensor) -> Tensor | None:
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``(x - mean) * scale + shift`` of ``x`` (N, C, h, w) by values (C,), or by (N*C,) ones of each image.
+    """``(x - mean) * scale + shift`` of ``x`` (N, C, h, w) by values (C,).
 
     The mean is taken as a constant: see :func:`scale_and_shift`.
     """
-    x = dense(x)
-    if mean.numel() == x.shape[1]:
-        # Not through a view: changing a view in place later would copy its whole gradient.
-        result: Tensor = _Normalize.apply(x, mean, scale, shift)  # type: ignore[no-untyped-call]
-        return result
-    per_image = x.reshape(1, -1, *x.shape[2:])
-    result = _Normalize.apply(per_image, mean, scale, shift)  # type: ignore[no-untyped-call]
-    return result.reshape(x.shape)
+    # Not through a view: changing a view in place later would copy its whole gradient.
+    result: Tensor = _Normalize.apply(dense(x), mean, scale, shift)  # type: ignore[no-untyped-call]
+    return result
 
 
-declare(normalize, cost=Cost(operations=elements, makes_new=True))
+def normalize_images(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The same by values of each image, (N*C,)."""
+    per_image = dense(x).reshape(1, -1, *x.shape[2:])
+    return normalize(per_image, mean, scale, shift).reshape(x.shape)
+
+
+declare(normalize, normalize_images, cost=Cost(operations=elements, makes_new=True))
 
 
 def scale_and_shift(
@@ -128,8 +129,9 @@ def _normalized(
     like = torch.empty(tracer.spec(ref).shape, dtype=tracer.spec(ref).dtype, device="meta")
     weight, bias = (_as_statistics(tracer, ref, parameter) for parameter in (weight, bias))
     scale, shift = tracer.global_value(scale_and_shift, mean, variance, weight, bias, eps)
+    target = normalize if tracer.spec(mean).shape == like.shape[1:2] else normalize_images
     return tracer.local(
-        normalize, (ref, mean, scale, shift), like=like, axes=(2, 3), accesses={ref.name: Access()}
+        target, (ref, mean, scale, shift), like=like, axes=(2, 3), accesses={ref.name: Access()}
     )
 
 
