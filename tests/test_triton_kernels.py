@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import plain_passes
 import pytest
 import torch
@@ -47,11 +50,10 @@ KERNELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("channels", [64, 24])
-@pytest.mark.parametrize("name", KERNELS)
-def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capability: int) -> None:
-    """Compiled for bfloat16 down to a card's machine code, for which no card is needed."""
+def compiled(
+    name: str, channels: int, capability: int, float_type: str, half_type: str, **constants: Any
+) -> Any:
+    """A kernel compiled down to a card's machine code, for which no card is needed."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -61,7 +63,8 @@ def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capab
 
     kernel = getattr(triton_passes, name)
     grid = triton_passes._Grid.of(torch.empty(1, channels, 8, 8))
-    constants = {**grid.constants, **KERNELS[name], "TYPE": tl.float32}
+    type_ = {"fp32": tl.float32, "fp64": tl.float64}[float_type]
+    constants = {**grid.constants, **KERNELS[name], **constants, "TYPE": type_}
     halves = {"x", "gradient", "summand", "result", "total"}
     types: dict[str, str] = {}
     for argument in kernel.arg_names:
@@ -70,9 +73,9 @@ def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capab
         elif argument in ("rows", "groups", "channels", "programs"):
             types[argument] = "i32"
         else:
-            types[argument] = "*bf16" if argument in halves else "*fp32"
+            types[argument] = f"*{half_type}" if argument in halves else f"*{float_type}"
     places = {argument: (place,) for place, argument in enumerate(kernel.arg_names)}
-    compiled = triton.compile(
+    found = triton.compile(
         ASTSource(
             kernel,
             types,
@@ -82,14 +85,30 @@ def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capab
         target=GPUTarget("cuda", capability, 32),
         options={"enable_fp_fusion": True},
     )
-    assert compiled.asm["cubin"]
-    code = compiled.asm["ptx"]
+    assert found.asm["cubin"]
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("channels", [64, 24])
+@pytest.mark.parametrize("name", KERNELS)
+def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capability: int) -> None:
+    code = compiled(name, channels, capability, "fp32", "bf16").asm["ptx"]
     if name != "_merge":
         assert "ld.global.v4.b32" in code
         assert "ld.global.b16" not in code
     if name in ("_normalise", "_differentiate", "_add_line"):
         assert "st.global.v4.b32" in code
         assert "st.global.b16" not in code
+
+
+@pytest.mark.parametrize("name", ["_normalise", "_differentiate"])
+@pytest.mark.parametrize("kind", ["hardtanh", "leaky_relu", "silu", "hardswish"])
+def test_numbers_are_as_precise_as_maps(name: str, kind: str) -> None:
+    """Triton's interpreter does not round those that it compiles as float32."""
+    code = compiled(name, 64, 90, "fp64", "fp64", KIND=kind, LOW=0.1, HIGH=0.7).asm["ptx"]
+    rounded = {struct.pack(">d", np.float32(number)).hex().upper() for number in (0.1, 0.7)}
+    assert not {f"0d{digits}" for digits in rounded} & set(re.findall("0d[0-9A-F]{16}", code))
 
 
 class TestChoice:

@@ -37,12 +37,19 @@ _MERGED = (64, 16)
 
 
 @triton.jit
+def _number(VALUE: tl.constexpr, v):
+    """A number in the type of ``v``: by itself it is a float32 where values are compared and chosen."""
+    return tl.full((1, 1), VALUE, v.dtype)
+
+
+@triton.jit
 def _activated(v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     # Comparisons that are false let NaN through.
     if KIND == "relu":
         v = tl.where(v <= 0, 0.0, v)
     elif KIND == "hardtanh":
-        v = tl.where(v < LOW, LOW, tl.where(v > HIGH, HIGH, v))
+        low, high = _number(LOW, v), _number(HIGH, v)
+        v = tl.where(v < low, low, tl.where(v > high, high, v))
     elif KIND == "leaky_relu":
         v = tl.where(v > 0, v, v * LOW)
     elif KIND == "silu":
@@ -58,7 +65,7 @@ def _differentiated(g, v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.conste
     if KIND == "relu":
         g = tl.where(v <= 0, 0.0, g)
     elif KIND == "hardtanh":
-        g = tl.where((v <= LOW) | (v >= HIGH), 0.0, g)
+        g = tl.where((v <= _number(LOW, v)) | (v >= _number(HIGH, v)), 0.0, g)
     elif KIND == "leaky_relu":
         g = tl.where(v > 0, g, g * LOW)
     elif KIND == "silu":
