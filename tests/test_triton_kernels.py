@@ -176,6 +176,10 @@ class TestChoice:
                 channel_kernels._passes(self.device, torch.float32)
         assert channel_kernels._passes(self.device, torch.float32) is own
 
+    def test_nothing_is_interpreted_for_a_card(self, own: SimpleNamespace) -> None:
+        own.IS_INTERPRETED = True
+        assert channel_kernels._passes(torch.device("cuda", 0), torch.float32) is None
+
     def test_without_triton_or_where_it_is_not_wanted(
         self, own: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -76,4 +76,5 @@ def streamed() -> Iterator[tuple[str, list[float]]]:
 
 
 if __name__ == "__main__":
+    assert triton_passes.IS_INTERPRETED
     json.dump({**dict(passes()), **dict(special_values()), **dict(streamed())}, sys.stdout)

@@ -244,6 +244,9 @@ def _add_line(
 
 # --- what calls them ---------------------------------------------------------------------------------------
 
+IS_INTERPRETED = not isinstance(_normalise, triton.JITFunction)
+"""Whether Triton interprets kernels, as ``TRITON_INTERPRET=1`` has it do: on the host, block by block."""
+
 
 def normalised(
     x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation, summand: Tensor | None
