@@ -53,6 +53,16 @@ def passes() -> Iterator[tuple[str, list[float]]]:
                     yield f"{case} {activation.kind} {name}", largest(*pair)
 
 
+def moments_far_from_zero() -> Iterator[tuple[str, list[float]]]:
+    """The variance is that of the map's own values, however large their mean is against it."""
+    generator = torch.Generator().manual_seed(1)
+    for mean in (1e2, 1e4, 1e6):
+        x = (mean + torch.randn((1, 24, 90, 70), generator=generator, dtype=torch.float64)).float()
+        found = triton_passes.moments(x.contiguous(memory_format=torch.channels_last))
+        for name, *pair in zip(("mean", "variance"), found, plain_passes.moments(x.double()), strict=True):
+            yield f"{name} with a mean of {mean}", largest(*pair)
+
+
 def special_values() -> Iterator[tuple[str, list[float]]]:
     """NaN stays, wherever it comes from, and infinities are what plain PyTorch makes of them."""
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1.0]).reshape(1, 2, 3, 1)
@@ -77,4 +87,7 @@ def streamed() -> Iterator[tuple[str, list[float]]]:
 
 if __name__ == "__main__":
     assert triton_passes.IS_INTERPRETED
-    json.dump({**dict(passes()), **dict(special_values()), **dict(streamed())}, sys.stdout)
+    json.dump(
+        {**dict(passes()), **dict(moments_far_from_zero()), **dict(special_values()), **dict(streamed())},
+        sys.stdout,
+    )

@@ -168,6 +168,8 @@ def _observe(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = channel < channels
+    # Differences from a value of the channel itself are small, and exact where they matter.
+    pivot = tl.load(x + (program * ROWS * channels + channel), there, 0.0).to(TYPE)
     # Of each row of the blocks by itself, by Welford's algorithm.
     count = tl.zeros((ROWS, 1), TYPE)
     mean = tl.zeros((ROWS, CHANNELS), TYPE)
@@ -175,7 +177,7 @@ def _observe(
     for first in range(program * ROWS, rows, num_programs * ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         is_row = row < rows
-        value = tl.load(x + (row * channels + channel), is_row & there, 0.0).to(TYPE)
+        value = tl.load(x + (row * channels + channel), is_row & there, 0.0).to(TYPE) - pivot
         count += tl.where(is_row, 1.0, 0.0).to(TYPE)
         delta = tl.where(is_row, value - mean, 0.0)
         mean += delta / tl.maximum(count, 1.0)
@@ -183,10 +185,11 @@ def _observe(
     number = tl.sum(count, 0)[None, :]
     middle = tl.sum(count * mean, 0)[None, :] / tl.maximum(number, 1.0)
     deviation += count * (mean - middle) * (mean - middle)
-    at = moments + 3 * program * channels + channel
+    at = moments + 4 * program * channels + channel
     tl.store(at, number + tl.zeros((1, CHANNELS), TYPE), there)
-    tl.store(at + channels, middle, there)
-    tl.store(at + 2 * channels, tl.sum(deviation, 0)[None, :], there)
+    tl.store(at + channels, pivot, there)
+    tl.store(at + 2 * channels, middle, there)
+    tl.store(at + 3 * channels, tl.sum(deviation, 0)[None, :], there)
 
 
 @triton.jit(do_not_specialize=["programs", "channels"])
@@ -200,13 +203,14 @@ def _merge(moments, mean, variance, programs, channels, PROGRAMS: tl.constexpr, 
     for first in range(0, programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)[:, None]
         inside = (program < programs) & there
-        at = moments + 3 * program * channels + channel
+        at = moments + 4 * program * channels + channel
         count = tl.load(at, inside, 0.0).to(tl.float64)
-        delta = tl.load(at + channels, inside, 0.0).to(tl.float64) - middle
+        pivot = tl.load(at + channels, inside, 0.0).to(tl.float64)
+        delta = pivot + tl.load(at + 2 * channels, inside, 0.0) - middle
         number += count
         share = count / tl.maximum(number, 1.0)
         middle += delta * share
-        deviation += tl.load(at + 2 * channels, inside, 0.0) + delta * delta * (number - count) * share
+        deviation += tl.load(at + 3 * channels, inside, 0.0) + delta * delta * (number - count) * share
     total = tl.maximum(tl.sum(number, 0), 1.0)[None, :]
     whole = tl.sum(number * middle, 0)[None, :] / total
     deviation += number * (middle - whole) * (middle - whole)
@@ -301,7 +305,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of each channel of a dense channels_last map."""
     grid = _Grid.of(x)
     programs = grid.walking(x.device)
-    found = torch.empty(programs, 3, grid.channels, dtype=grid.dtype, device=x.device)
+    found = torch.empty(programs, 4, grid.channels, dtype=grid.dtype, device=x.device)
     mean, variance = (found.new_empty(grid.channels) for _ in range(2))
     with _on(x.device):
         _observe[programs, grid.blocks[1]](x, found, grid.rows, grid.groups, **grid.constants)
