@@ -96,7 +96,8 @@ def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capab
     code = compiled(name, channels, capability, "fp32", "bf16").asm["ptx"]
     if name != "_merge":
         assert "ld.global.v4.b32" in code
-        assert "ld.global.b16" not in code
+        # A program takes the value that moments are differences to once.
+        assert code.count("ld.global.b16") <= (name == "_observe")
     if name in ("_normalise", "_differentiate", "_add_line"):
         assert "st.global.v4.b32" in code
         assert "st.global.b16" not in code
