@@ -1,16 +1,66 @@
-"""Exact end-to-end training of CNNs on very large images under a hard memory ceiling."""
+"""Exact end-to-end training of CNNs on very large images under a hard memory ceiling.
 
-from streamcnn.data.sources import ImageSource as ImageSource
-from streamcnn.data.sources import TensorSource as TensorSource
-from streamcnn.data.sources import ZarrSource as ZarrSource
-from streamcnn.errors import BudgetExceeded as BudgetExceeded
-from streamcnn.errors import CorruptImage as CorruptImage
-from streamcnn.errors import DatasetMismatch as DatasetMismatch
-from streamcnn.errors import PlanDoesNotFit as PlanDoesNotFit
-from streamcnn.errors import StreamError as StreamError
-from streamcnn.errors import UnsupportedModel as UnsupportedModel
-from streamcnn.plan.plan import Plan as Plan
-from streamcnn.runtime.report import Report as Report
-from streamcnn.runtime.streaming_model import StreamingModel as StreamingModel
-from streamcnn.verification import Verification as Verification
-from streamcnn.verification import verify as verify
+What needs PyTorch is imported when its name is first used (PEP 562), so that the command line answers
+``--help`` and wrong usage at once.
+"""
+
+from typing import TYPE_CHECKING
+
+from streamcnn.errors import (
+    BudgetExceeded,
+    CorruptImage,
+    DatasetMismatch,
+    PlanDoesNotFit,
+    StreamError,
+    UnsupportedModel,
+)
+
+__all__ = [
+    "BudgetExceeded",
+    "CorruptImage",
+    "DatasetMismatch",
+    "ImageSource",
+    "Plan",
+    "PlanDoesNotFit",
+    "Report",
+    "StreamError",
+    "StreamingModel",
+    "TensorSource",
+    "UnsupportedModel",
+    "Verification",
+    "ZarrSource",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from streamcnn.data.sources import ImageSource, TensorSource, ZarrSource
+    from streamcnn.plan.plan import Plan
+    from streamcnn.runtime.report import Report
+    from streamcnn.runtime.streaming_model import StreamingModel
+    from streamcnn.verification import Verification, verify
+else:
+    _HOMES = {
+        "ImageSource": "streamcnn.data.sources",
+        "Plan": "streamcnn.plan.plan",
+        "Report": "streamcnn.runtime.report",
+        "StreamingModel": "streamcnn.runtime.streaming_model",
+        "TensorSource": "streamcnn.data.sources",
+        "Verification": "streamcnn.verification",
+        "ZarrSource": "streamcnn.data.sources",
+        "verify": "streamcnn.verification",
+    }
+
+    def __getattr__(name):
+        import importlib
+        import sys
+
+        if name not in _HOMES:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message, name=name, obj=sys.modules[__name__])
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        # Python does not ask again.
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

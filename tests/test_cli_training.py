@@ -21,7 +21,8 @@ from PIL import Image
 from training_runs import assert_equal, final_state, log_without_times
 
 from streamcnn.cli.arguments import parse_key_values
-from streamcnn.training import load_run, read_log
+from streamcnn.cli.training_options import RunOptions, SettingsOptions
+from streamcnn.training import RunConfig, load_run, read_log
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.runs import read_run
 
@@ -469,3 +470,8 @@ def test_brackets_in_the_name_of_a_run_are_no_markup(workplace: Path, run: Run) 
     status, out, err = run(*arguments(workplace, "run[/bold]", epochs=1))
     assert (status, err) == (0, "")
     assert f"page: {workplace}/run[/bold]/report.html" in out
+
+
+def test_options_that_are_not_given_are_as_in_the_library(tmp_path: Path) -> None:
+    config = RunOptions().config("resnet18", str(tmp_path), SettingsOptions())
+    assert config == RunConfig(model="resnet18", data=str(tmp_path.resolve()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,8 +17,9 @@ from streamcnn.errors import StreamError
 from streamcnn.support.extras import require
 from streamcnn.support.text import as_text
 from streamcnn.support.units import plural
-from streamcnn.training import StoppedAtOnce, Terminated, Trainer, make_trainer, read_log, write_report
-from streamcnn.training.report import best_epoch
+
+if TYPE_CHECKING:
+    from streamcnn.training import Trainer
 
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Tile store, CSV file, or folder of classes or of images.")
@@ -40,8 +41,10 @@ def train(
     second one it ends at once.
     """
     try:
-        config = run.config(model, data, settings.settings())
+        config = run.config(model, data, settings)
         require("matplotlib.figure", extra="plots")  # now rather than after the run
+        from streamcnn.training import make_trainer
+
         trainer = make_trainer(config, out, events=tensorboard)
     except StreamError:
         raise  # what is on the disk is at fault, not the command
@@ -52,6 +55,9 @@ def train(
 
 def _run(trainer: Trainer, budget: int | None, out: Path) -> None:
     """Train with progress on the terminal, and write the run's page."""
+    from streamcnn.training import StoppedAtOnce, Terminated, read_log, write_report
+    from streamcnn.training.report import best_epoch
+
     console = Console()
     trainer.on_end = _say_that_it_saves
     try:

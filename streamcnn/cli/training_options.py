@@ -1,10 +1,9 @@
-"""Options of ``train``, each declared once; a default is that of what the option is for."""
+"""Options of ``train``; a default is that of what the option is for, whose import would be PyTorch's."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from types import SimpleNamespace
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,51 +25,35 @@ from streamcnn.cli.arguments import (
     parse_names,
     parse_numbers,
 )
-from streamcnn.data.augmentation import RandomAugmentation
-from streamcnn.data.normalisation import Normalise
-from streamcnn.data.sources.places import local_path
 from streamcnn.support.units import parse_bytes
-from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
 
-
-def _defaults(kind: type[Any]) -> SimpleNamespace:
-    """What the fields of a dataclass are if nobody says otherwise."""
-    return SimpleNamespace(**{field.name: field.default for field in fields(kind)})
-
-
-_RUN = _defaults(RunConfig)
-_SETTINGS = _defaults(TrainSettings)
-_NORMALISE = _defaults(Normalise)
-_AUGMENTATION = _defaults(RandomAugmentation)
+if TYPE_CHECKING:
+    from streamcnn.training import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """What a run is of, besides model and data: see `RunConfig`."""
 
-    task: Annotated[str, typer.Option(help="classification, or segmentation.")] = _RUN.task
-    budget: Budget = _RUN.budget
-    tile: Tile = _RUN.tile
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = _RUN.device
+    task: Annotated[str, typer.Option(help="classification, or segmentation.")] = "classification"
+    budget: Budget = None
+    tile: Tile = None
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu"
     model_option: ModelOption = None
     inputs: Inputs = None
     series: Series = None
     level: Level = None
     channels_last: ChannelsLast = None
-    split: Annotated[str, typer.Option(help="Images to train on.")] = _RUN.split
+    split: Annotated[str, typer.Option(help="Images to train on.")] = "train"
     validation_split: Annotated[
         str | None, typer.Option(help="Images to choose the best weights by; default: a share of the former.")
-    ] = _RUN.validation_split
-    validation_share: Annotated[float, typer.Option(help="That share.")] = _RUN.validation_share
-    mean: Annotated[float, typer.Option(help="Taken from pixels of 0 to 1.")] = _NORMALISE.mean
-    std: Annotated[float, typer.Option(help="By which they are divided then.")] = _NORMALISE.std
-    mirrors: Annotated[bool, typer.Option("--mirrors", help="Mirror half of the images.")] = (
-        _AUGMENTATION.mirrors
-    )
-    turns: Annotated[bool, typer.Option("--turns", help="Turn images by quarters.")] = _AUGMENTATION.turns
-    inversion: Annotated[float, typer.Option(help="Share of images that are inverted.")] = (
-        _AUGMENTATION.inversion
-    )
+    ] = None
+    validation_share: Annotated[float, typer.Option(help="That share.")] = 0.1
+    mean: Annotated[float, typer.Option(help="Taken from pixels of 0 to 1.")] = 0.5
+    std: Annotated[float, typer.Option(help="By which they are divided then.")] = 0.5
+    mirrors: Annotated[bool, typer.Option("--mirrors", help="Mirror half of the images.")] = False
+    turns: Annotated[bool, typer.Option("--turns", help="Turn images by quarters.")] = False
+    inversion: Annotated[float, typer.Option(help="Share of images that are inverted.")] = 0.0
 
     masks: Masks = None
     empty_masks: EmptyMasks = False
@@ -100,7 +83,7 @@ class RunOptions:
         str | None, typer.Option(help="Of several results of the model the one that is the map of scores.")
     ] = None
 
-    def config(self, model: str, data: str, settings: TrainSettings) -> RunConfig:
+    def config(self, model: str, data: str, settings: SettingsOptions) -> RunConfig:
         """The run of a model on some images; text that cannot be read ends the command as wrong usage.
 
         Raises
@@ -108,31 +91,40 @@ class RunOptions:
         ValueError
             If a value has no meaning.
         """
+        model_options = parse("--model-option", parse_key_values, self.model_option)
+        budget = parse("--budget", parse_bytes, self.budget)
+        tile = None if self.tile is None else parse("--tile", parse_extent, self.tile)
+        loss, of_settings = self._loss_values(), settings.values()
+        from streamcnn.data.augmentation import RandomAugmentation
+        from streamcnn.data.normalisation import Normalise
+        from streamcnn.data.sources.places import local_path
+        from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
+
         return RunConfig(
             task=self.task,
             masks=None if self.masks is None else str(local_path(self.masks).resolve()),
             empty_masks=self.empty_masks,
-            loss=self._loss(),
+            loss=SegmentationLoss(**loss) if loss else None,
             key=self.key,
             class_names=None if self.class_names is None else parse_names(self.class_names),
             model=model,
-            model_options=parse("--model-option", parse_key_values, self.model_option),
+            model_options=model_options,
             data=str(local_path(data).resolve()),
             inputs=parse_names(self.inputs),
             choice=choice_of(self.series, self.level, self.channels_last),
             split=self.split,
             validation_split=self.validation_split,
             validation_share=self.validation_share,
-            budget=parse("--budget", parse_bytes, self.budget),
-            tile=None if self.tile is None else parse("--tile", parse_extent, self.tile),
+            budget=budget,
+            tile=tile,
             device=self.device,
             normalise=Normalise(self.mean, self.std),
             augmentation=RandomAugmentation(mirrors=self.mirrors, turns=self.turns, inversion=self.inversion),
-            settings=settings,
+            settings=TrainSettings(**of_settings),
         )
 
-    def _loss(self) -> SegmentationLoss | None:
-        """The loss of a segmentation; None if nothing is said of it."""
+    def _loss_values(self) -> dict[str, Any]:
+        """What is said of the loss of a segmentation."""
         given = {
             "name": self.loss,
             "ignore_index": self.ignore_index,
@@ -140,53 +132,38 @@ class RunOptions:
             "label_smoothing": self.label_smoothing,
             "options": parse("--loss-option", parse_key_values, self.loss_option) or None,
         }
-        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return SegmentationLoss(**values) if values else None
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsOptions:
     """How a run is trained: see `TrainSettings`."""
 
-    epochs: Annotated[int, typer.Option(help="Most passes over the images.")] = _SETTINGS.epochs
-    batch: Annotated[int, typer.Option(help="Images of a forward pass.")] = _SETTINGS.batch_size
-    accumulate: Annotated[int, typer.Option(help="Forward passes of an update.")] = _SETTINGS.accumulate
-    optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = _SETTINGS.optimizer
-    learning_rate: Annotated[float, typer.Option(help="Of the optimiser.")] = _SETTINGS.learning_rate
+    epochs: Annotated[int, typer.Option(help="Most passes over the images.")] = 10
+    batch: Annotated[int, typer.Option(help="Images of a forward pass.")] = 1
+    accumulate: Annotated[int, typer.Option(help="Forward passes of an update.")] = 1
+    optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = "Adam"
+    learning_rate: Annotated[float, typer.Option(help="Of the optimiser.")] = 1e-3
     optimizer_option: KeyValues = None
-    schedule: Annotated[str | None, typer.Option(help="A class of torch.optim.lr_scheduler.")] = (
-        _SETTINGS.schedule
-    )
+    schedule: Annotated[str | None, typer.Option(help="A class of torch.optim.lr_scheduler.")] = None
     schedule_option: KeyValues = None
-    schedule_every: Annotated[str, typer.Option(help="epoch or update.")] = _SETTINGS.schedule_every
-    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of all gradients.")] = (
-        _SETTINGS.clip_norm
-    )
-    ema_decay: Annotated[float | None, typer.Option(help="Average the weights with this decay.")] = (
-        _SETTINGS.ema_decay
-    )
-    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16.")] = _SETTINGS.autocast
-    balanced: Annotated[bool, typer.Option("--balanced", help="As many images of each label.")] = (
-        _SETTINGS.balanced
-    )
-    patience: Annotated[int | None, typer.Option(help="Epochs without a gain to end after.")] = (
-        _SETTINGS.patience
-    )
-    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = _SETTINGS.save_every
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentations.")] = _SETTINGS.seed
+    schedule_every: Annotated[str, typer.Option(help="epoch or update.")] = "epoch"
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of all gradients.")] = None
+    ema_decay: Annotated[float | None, typer.Option(help="Average the weights with this decay.")] = None
+    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16.")] = None
+    balanced: Annotated[bool, typer.Option("--balanced", help="As many images of each label.")] = False
+    patience: Annotated[int | None, typer.Option(help="Epochs without a gain to end after.")] = None
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentations.")] = 0
 
-    def settings(self) -> TrainSettings:
-        """Settings of these values; text that cannot be read ends the command as wrong usage.
-
-        Raises
-        ------
-        ValueError
-            If a value has no meaning.
-        """
+    def values(self) -> dict[str, Any]:
+        """Values of `TrainSettings`; text that cannot be read ends the command as wrong usage."""
         values = asdict(self)
-        return TrainSettings(
-            batch_size=values.pop("batch"),
-            optimizer_options=parse("--optimizer-option", parse_key_values, values.pop("optimizer_option")),
-            schedule_options=parse("--schedule-option", parse_key_values, values.pop("schedule_option")),
+        return {
+            "batch_size": values.pop("batch"),
+            "optimizer_options": parse(
+                "--optimizer-option", parse_key_values, values.pop("optimizer_option")
+            ),
+            "schedule_options": parse("--schedule-option", parse_key_values, values.pop("schedule_option")),
             **values,
-        )
+        }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from streamcnn.support.units import format_bytes
-from streamcnn.training import Trainer
+
+if TYPE_CHECKING:
+    from streamcnn.training import Trainer
 
 
 class TrainingProgress:
