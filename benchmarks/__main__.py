@@ -37,7 +37,7 @@ from streamcnn.data.tile_store import TileStore
 from streamcnn.data.ultramnist import Digits, load_digits
 from streamcnn.data.ultramnist.generate import Progress
 from streamcnn.errors import StreamError
-from streamcnn.support.signals import BY_SIGNAL, raising
+from streamcnn.support.signals import BY_SIGNAL, Stopped, raising
 from streamcnn.support.text import as_text, printable
 from streamcnn.support.units import format_bytes, format_duration, parse_bytes
 from streamcnn.training.config import present_devices
@@ -232,16 +232,17 @@ def _scale(name: str) -> Scale:
 
 def main() -> NoReturn:
     """Run the command line and exit, at a signal with the status that shells expect."""
-    with raising() as signals:
-        try:
+    signals: list[int] = []
+    try:
+        with raising(signals):
             app()
-        except StreamError as error:
-            typer.echo(printable(f"benchmarks: error: {error}", keep="\n"), err=True)
-            raise SystemExit(1) from None
-        except SystemExit:
-            if not signals:
-                raise
-            raise SystemExit(BY_SIGNAL + signals[0]) from None
+    except StreamError as error:
+        typer.echo(printable(f"benchmarks: error: {error}", keep="\n"), err=True)
+        raise SystemExit(1) from None
+    except (SystemExit, Stopped):
+        if not signals:
+            raise
+        raise SystemExit(BY_SIGNAL + signals[0]) from None
     raise SystemExit(0)
 
 

@@ -13,8 +13,8 @@ import hypothesis
 import pytest
 import torch
 
-from streamcnn import cli
 from streamcnn.ceiling.kept_blocks import give_back
+from streamcnn.cli import command_line
 from streamcnn.data.tile_store import TileStore
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
@@ -94,7 +94,7 @@ def run(
     def run_with(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["streamcnn", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            command_line.run()
         output = capsys.readouterr()
         assert isinstance(caught.value.code, int)
         return caught.value.code, output.out, output.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import streamcnn
-from streamcnn import cli
+from streamcnn.cli import command_line
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.runtime import obstacles
@@ -215,9 +216,9 @@ def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch: pytest
     def broken() -> None:
         raise AssertionError("an invariant")
 
-    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(command_line, "app", broken)
     with pytest.raises(AssertionError, match="an invariant"):
-        cli.main()
+        command_line.run()
 
 
 def test_an_ultramnist_set_is_made_checked_and_shown(run: Run, tmp_path: Path) -> None:
@@ -329,11 +330,40 @@ def test_a_warning_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_warning_is_said_once() -> None:
-    with cli._warnings_as_lines():
-        texts = [warnings.formatwarning(UserWarning(text), UserWarning, cli.__file__, 1) for text in "aba"]
+    with command_line._warnings_as_lines():
+        texts = [
+            warnings.formatwarning(UserWarning(text), UserWarning, command_line.__file__, 1) for text in "aba"
+        ]
     assert texts == ["streamcnn: warning: a\n", "streamcnn: warning: b\n", ""]
 
 
 def test_a_warning_of_others_has_its_place() -> None:
-    line = cli._warning_line(UserWarning("slow\x1b"), UserWarning, "/usr/lib/other.py", 7)
+    line = command_line._warning_line(UserWarning("slow\x1b"), UserWarning, "/usr/lib/other.py", 7)
     assert line == "streamcnn: warning: slow\\x1b (UserWarning, /usr/lib/other.py, line 7)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("error", [None, RuntimeError("a library's own")])
+def test_a_signal_is_one_line_whatever_becomes_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    error: Exception | None,
+) -> None:
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as stopped:
+            raise error or stopped from None
+
+    monkeypatch.setattr(command_line, "app", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            command_line.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (caught.value.code, capfd.readouterr().err) == (
+        128 + number,
+        f"streamcnn: ended by {number.name}\n",
+    )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from source_contract import assert_reads, pixels, region
 from typer.testing import CliRunner
 
-from streamcnn.cli import app
+from streamcnn.cli.command_line import app
 from streamcnn.data.image_files import find_images
 from streamcnn.data.sources import open_image
 from streamcnn.data.tile_store import TileStore

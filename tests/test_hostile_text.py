@@ -21,8 +21,7 @@ from profiles import PROFILES, REFUSED, SHAPE, made
 from rich.console import Console
 from typer.testing import CliRunner
 
-from streamcnn import cli
-from streamcnn.cli import models, overfitting, profiling, verifying
+from streamcnn.cli import command_line, models, overfitting, profiling, verifying
 from streamcnn.cli.overfitting import DemoSettings, run_demo
 from streamcnn.data.sources import ZarrSource
 from streamcnn.profiling.figures import write_figures
@@ -183,11 +182,11 @@ def test_what_libraries_log_of_a_file_is_text(
 
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.zeros((9, 9), np.uint8), tile=(16, 16))
-    monkeypatch.setattr(cli, "app", lambda: print("run", file=sys.stderr))
+    monkeypatch.setattr(command_line, "app", lambda: print("run", file=sys.stderr))
     assert logging.lastResort is not None
     monkeypatch.setattr(logging.lastResort, "formatter", None)
     with pytest.raises(SystemExit):
-        cli.main()
+        command_line.run()
     record = logging.LogRecord("tifffile", logging.WARNING, "", 0, f"{EVIL}\n%s", ("\x07",), None)
     logging.lastResort.handle(record)
     assert capsys.readouterr().err == f"run\n{SHOWN}\n\\x07\n"
@@ -199,6 +198,6 @@ def test_what_libraries_log_of_a_file_is_text(
     ids=json.dumps,
 )
 def test_wrong_usage_is_text(arguments: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(command_line.app, arguments)
     assert result.exit_code == 2
     assert "\x1b" not in result.output

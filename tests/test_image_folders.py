@@ -16,7 +16,7 @@ import zarr
 from source_contract import pixels, region, write_ome
 from typer.testing import CliRunner
 
-from streamcnn.cli import app
+from streamcnn.cli.command_line import app
 from streamcnn.data.convert import convert
 from streamcnn.data.file_dataset import open_dataset, open_table
 from streamcnn.data.image_files import find_images

@@ -1,11 +1,14 @@
-"""Signals that come while zarr or pydantic works are raised when it is done."""
+"""Signals that come while zarr or pydantic works, or an import does, are raised when it is done."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -70,7 +73,8 @@ CALLS = [as_statement, as_result, with_error, in_pydantic]
 @pytest.mark.parametrize("call", CALLS)
 def test_a_first_signal_waits_for_libraries(call: Callable[[list[str]], object]) -> None:
     done: list[str] = []
-    with pytest.raises(Stopped) as stopped, raising() as found:
+    found: list[int] = []
+    with pytest.raises(Stopped) as stopped, raising(found):
         call(done)
     assert (done, found, stopped.value.signal) == (["work"], [signal.SIGINT], signal.SIGINT)
 
@@ -90,11 +94,41 @@ def test_a_second_signal_waits_for_libraries(call: Callable[[list[str]], object]
     assert (heard, done) == ([signal.SIGINT], ["work"])
 
 
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module that can be imported; its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def written(text: str) -> str:
+        name = "interrupted_script"
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return name
+
+    return written
+
+
+def test_a_signal_waits_for_imports(script: Callable[[str], str]) -> None:
+    name = script("import signal\nsignal.raise_signal(signal.SIGINT)\nis_whole = True\n")
+    with pytest.raises(Stopped), raising([]):
+        importlib.import_module(name)
+    assert sys.modules[name].is_whole
+
+
+def test_a_signal_waits_for_no_import_that_runs_the_block(script: Callable[[str], str]) -> None:
+    name = script(
+        "import signal\nfrom streamcnn.support.signals import raising\n"
+        "with raising([]):\n    signal.raise_signal(signal.SIGINT)\n    raise AssertionError\n"
+    )
+    with pytest.raises(Stopped):
+        importlib.import_module(name)
+
+
 def test_a_signal_elsewhere_is_raised_where_it_comes() -> None:
     done: list[str] = []
 
     def run() -> None:
-        with raising():
+        with raising([]):
             signal.raise_signal(signal.SIGINT)
             done.append("went on")
 

@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as numcodecs_of_zarr
 
 from streamcnn import StreamingModel
-from streamcnn.cli import app
+from streamcnn.cli.command_line import app
 from streamcnn.data.sources import TiffSource, ZarrSource, open_image
 from streamcnn.errors import CorruptImage, DatasetMismatch
 

@@ -3,9 +3,10 @@
 A signal that the process ignores when a block begins stays ignored, as under ``nohup``, or in the background
 of a shell without job control. Only the main thread can be told; elsewhere nothing is done.
 
-Two libraries do not bear an exception that comes from outside. zarr works in a thread of its own while the
+Three things do not bear an exception that comes from outside. zarr works in a thread of its own while the
 main thread waits for it; interrupted there, the work would go on unwatched, in folders that are being cleared
-away. pydantic's compiled part may print the exception and go on. What is raised waits until they return.
+away. pydantic's compiled part may print the exception and go on. So may compiled modules that are being
+imported, and PyTorch's abort the process. What is raised waits until they return.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,7 +24,7 @@ SIGNALS = tuple(
 BY_SIGNAL = 128
 """Exit status of a process that a signal ended, less the signal's number."""
 
-_UNINTERRUPTED = ("zarr", "pydantic")
+_UNINTERRUPTED = ("zarr", "pydantic", "importlib")
 
 _Handler = Callable[[int, FrameType | None], object]
 
@@ -49,6 +50,11 @@ class StoppedAtOnce(Stopped):
         super().__init__(number, f"stopped at once by a second signal, {signal.Signals(number).name}")
 
 
+def leave_to_system() -> None:
+    """Have `SIGNALS` end the process, with nothing said or cleared away; Python raises an error at SIGINT."""
+    _set(_heeded(), signal.SIG_DFL)
+
+
 @contextmanager
 def heeding(end: Callable[[signal.Signals], None]) -> Iterator[None]:
     """Call ``end`` at the first of `SIGNALS` in the block, and raise at the second.
@@ -58,7 +64,7 @@ def heeding(end: Callable[[signal.Signals], None]) -> Iterator[None]:
     StoppedAtOnce
         At the second signal. A third has the system's own effect.
     """
-    heeded = _heeded()
+    heeded, block = _heeded(), _block()
 
     def note(number: int, _: object) -> None:
         _set(heeded, stop)
@@ -66,41 +72,47 @@ def heeding(end: Callable[[signal.Signals], None]) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         _set(heeded, signal.SIG_DFL)
-        _raise_outside(StoppedAtOnce(number), frame)
+        _raise_outside(StoppedAtOnce(number), frame, block)
 
     with _handled(heeded, note):
         yield
 
 
 @contextmanager
-def raising() -> Iterator[list[int]]:
+def raising(found: list[int], *, importers: tuple[str, ...] = ()) -> Iterator[None]:
     """Raise at the first of `SIGNALS` in the block, so that what it began is cleared away.
 
-    Yields
-    ------
-    A list that the signal's number is put into: whatever catches the error may raise another.
+    Parameters
+    ----------
+    found
+        The signal's number is put into it: whatever catches the error may raise another.
+    importers
+        Our packages that import what they need before they begin anything: a signal that comes meanwhile has
+        the system's own effect, at once.
 
     Raises
     ------
     Stopped
         At the first signal. A second has the system's own effect.
     """
-    heeded, found = _heeded(), list[int]()
+    heeded, block = _heeded(), _block()
 
     def stop(number: int, frame: FrameType | None) -> None:
         _set(heeded, signal.SIG_DFL)
+        ours = [name for name in map(_module, _callers_of({"importlib"}, frame, block)) if _is_ours(name)]
+        if ours and all(name.startswith(importers) for name in ours):
+            signal.raise_signal(number)
         found.append(number)
-        _raise_outside(Stopped(number), frame)
+        _raise_outside(Stopped(number), frame, block)
 
     with _handled(heeded, stop):
-        yield found
+        yield
 
 
-def _raise_outside(error: Stopped, frame: FrameType | None) -> None:
+def _raise_outside(error: Stopped, frame: FrameType | None, block: FrameType) -> None:
     """Raise ``error`` in ``frame``, where a signal came, or in what called a library at work there."""
-    frames = list(_outwards(frame))
-    inside = [at for at, each in enumerate(frames) if _package(each) in _UNINTERRUPTED]
-    if not inside or inside[-1] + 1 == len(frames):
+    callers = _callers_of(_UNINTERRUPTED, frame, block)
+    if not callers:
         raise error
 
     def stop(*_: object) -> None:
@@ -108,18 +120,38 @@ def _raise_outside(error: Stopped, frame: FrameType | None) -> None:
         raise error
 
     # A frame's own function is called only while something traces.
-    frames[inside[-1] + 1].f_trace = stop
+    callers[0].f_trace = stop
     sys.settrace(lambda *_: None)
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def _callers_of(packages: Container[str], frame: FrameType | None, block: FrameType) -> list[FrameType]:
+    """What called some packages that are at work in ``frame``, up to the ``block``; none if they are not.
+
+    What runs the block itself does not count, such as the import of a script that trains.
+    """
+    frames = list(_outwards(frame, block))
+    inside = [at for at, each in enumerate(frames[:-1]) if _module(each).partition(".")[0] in packages]
+    return frames[inside[-1] + 1 :] if inside else []
+
+
+def _outwards(frame: FrameType | None, last: FrameType) -> Iterator[FrameType]:
+    """A frame and those that called it, up to the last."""
     while frame is not None:
         yield frame
-        frame = frame.f_back
+        frame = None if frame is last else frame.f_back
 
 
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _is_ours(module: str) -> bool:
+    return module.startswith("streamcnn.")
+
+
+def _block() -> FrameType:
+    """The frame of the ``with`` statement, asked of by its context manager."""
+    return sys._getframe(3)
 
 
 def _heeded() -> list[signal.Signals]:
