@@ -1,7 +1,7 @@
 """Exact end-to-end training of CNNs on very large images under a hard memory ceiling.
 
-What needs PyTorch is imported when its name is first used (PEP 562), so that the command line answers
-``--help`` and wrong usage at once.
+What needs PyTorch, and what is a module of the package, is imported when its name is first used (PEP 562), so
+that the command line answers ``--help`` and wrong usage at once.
 """
 
 from typing import TYPE_CHECKING
@@ -54,13 +54,19 @@ else:
         import importlib
         import sys
 
-        if name not in _HOMES:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            # Python does not ask again.
+            globals()[name] = value
+            return value
+        part = f"{__name__}.{name}"
+        try:
+            return importlib.import_module(part)
+        except ModuleNotFoundError as error:
+            if error.name != part:
+                raise
             message = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(message, name=name, obj=sys.modules[__name__])
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        # Python does not ask again.
-        globals()[name] = value
-        return value
+            raise AttributeError(message, name=name, obj=sys.modules[__name__]) from None
 
     def __dir__():
         return sorted({*globals(), *__all__})

@@ -90,6 +90,7 @@ class TestThePackage:
             "from streamcnn import StreamingModel as first; import streamcnn; "
             "assert streamcnn.StreamingModel is first",
             "import streamcnn.data; assert streamcnn.data.__name__ == 'streamcnn.data'",
+            "import streamcnn; assert streamcnn.training.TrainSettings",
         ],
     )
     def test_it_is_imported(self, code: str) -> None:
