@@ -97,12 +97,11 @@ def test_where_blocks_are_kept_the_plan_leaves_room_for_what_is_no_tensor() -> N
 
 
 def test_a_card_is_charged_no_less_than_a_cpu_without_libraries() -> None:
+    """With the same preferences, so that it has the same plan."""
     bare = CpuBackend(kernel_bytes=0, code_bytes=0, matrix_bytes=0, fuses_attention=True)
+    alike = CudaBackend(prefers_bands=False, overlaps=False, runs_ahead=False, fuses_norms=False)
     for budget in (None, 2 * 10**9, 15 * 10**7):
-        host, card = (
-            plan_with(bare, budget),
-            plan_with(CudaBackend(prefers_bands=False, overlaps=False), budget),
-        )
+        host, card = plan_with(bare, budget), plan_with(alike, budget)
         assert card.projected_bytes == host.projected_bytes
 
 

@@ -102,12 +102,13 @@ class _ScaleAndShift(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inverse = torch.rsqrt(variance + eps)
         scale = inverse if weight is None else inverse * weight
-        ctx.save_for_backward(inverse, scale)
+        # The last two are not looked at: that they were changed is an error, as in plain PyTorch.
+        ctx.save_for_backward(inverse, scale, variance, weight)
         return scale, torch.zeros_like(mean) if bias is None else bias.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inverse, scale = ctx.saved_tensors
+        inverse, scale, *_ = ctx.saved_tensors
         grad_scale, grad_shift = grads
         grad_weight = grad_scale * inverse
         grad_mean = grad_variance = None
