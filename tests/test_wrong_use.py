@@ -263,6 +263,21 @@ def test_what_backward_needs_is_changed_after_forward(name: str, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["running_var", "weight", "bias"])
+def test_what_a_frozen_norm_was_worked_out_from_may_change(name: str) -> None:
+    """The backward pass has the scale and the shift of the forward pass, and its gradients."""
+    gradients = []
+    for factor in (1, 2):
+        model = make_model()
+        model.net[1].eval().requires_grad_(False)
+        image = make_image().requires_grad_()
+        output = model(image)
+        getattr(model.net[1], name).mul_(factor)
+        output.square().sum().backward()
+        gradients.append(image.grad)
+    assert torch.equal(*gradients)
+
+
 def _as_tensor(image: Tensor) -> Tensor:
     return image
 
