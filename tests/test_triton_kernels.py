@@ -51,7 +51,6 @@ KERNELS: dict[str, dict[str, Any]] = {
     "_differentiate": {"KIND": "silu", "LOW": 0.0, "HIGH": 0.0},
     "_observe": {},
     "_merge": {"PROGRAMS": 64},
-    "_add_line": {},
 }
 
 
@@ -69,7 +68,7 @@ def compiled(
     grid = triton_passes._Grid.of(torch.empty(1, channels, 8, 8))
     type_ = {"fp32": tl.float32, "fp64": tl.float64}[float_type]
     constants = {**grid.constants, **KERNELS[name], **constants, "TYPE": type_}
-    halves = {"x", "gradient", "summand", "result", "total"}
+    halves = {"x", "gradient", "summand", "result"}
     types: dict[str, str] = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -102,7 +101,7 @@ def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capab
         assert "ld.global.v4.b32" in code
         # A program takes the value that moments are differences to once.
         assert code.count("ld.global.b16") <= (name == "_observe")
-    if name in ("_normalise", "_differentiate", "_add_line"):
+    if name in ("_normalise", "_differentiate"):
         assert "st.global.v4.b32" in code
         assert "st.global.b16" not in code
 

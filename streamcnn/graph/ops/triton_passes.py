@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from streamcnn.graph.ops.activations import Activation
+from streamcnn.graph.ops.activations import IDENTITY, Activation
 
 _ELEMENTS = 2048
 """Of a block, which a program has in registers: 16 for each of its threads."""
@@ -219,33 +219,6 @@ def _merge(moments, mean, variance, programs, channels, PROGRAMS: tl.constexpr, 
     tl.store(variance + channel, spread.to(variance.dtype.element_ty), there)
 
 
-@triton.jit(do_not_specialize=["rows", "groups"])
-def _add_line(
-    total,
-    x,
-    mean,
-    slope,
-    offset,
-    result,
-    rows,
-    groups,
-    TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    channels = groups * ALIGNED
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    there = channel < channels
-    inside = (row < rows) & there
-    place = row * channels + channel
-    v = tl.load(x + place, inside).to(TYPE) - tl.load(mean + channel, there)
-    v = v * tl.load(slope + channel, there) + tl.load(offset + channel, there)
-    v += tl.load(total + place, inside).to(TYPE)
-    tl.store(result + place, v.to(result.dtype.element_ty), inside)
-
-
 # --- what calls them ---------------------------------------------------------------------------------------
 
 IS_INTERPRETED = not isinstance(_normalise, triton.JITFunction)
@@ -320,12 +293,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def plus_line(total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """``total + slope * (x - mean) + offset`` in the type of ``x``, which lies as ``total`` does."""
-    grid, result = _Grid.of(x), torch.empty_like(x)
-    with _on(x.device):
-        _add_line[grid.blocks](
-            total, x, mean, slope, offset, result, grid.rows, grid.groups, **grid.constants
-        )
-    return result
+    return normalised(x, mean, slope, offset, IDENTITY, total)
 
 
 class _Grid(NamedTuple):
