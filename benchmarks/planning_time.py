@@ -2,8 +2,8 @@
 
     python -m benchmarks.planning_time run resnet50 tf_efficientnet_b7 --size 4000 --budgets 2GiB,8GiB
 
-Capture, tracing and the search are timed apart, and asking for the plan again; nothing is run. The machine's
-rates are measured beforehand.
+Capture, tracing and the search are timed apart, and asking for the plan again and for images of other sizes;
+nothing is run. The machine's rates are measured beforehand.
 """
 
 from __future__ import annotations
@@ -56,8 +56,17 @@ def one(model: str, size: int, budget: str) -> None:
     start = time.perf_counter()
     model.plan((1, 3, size, size))
     seconds["again"] = time.perf_counter() - start
+    sizes = [_plan_seconds(model, size + 64 * number) for number in range(1, 5)]
     parts = {f"{name.lower()}_seconds": round(value, 4) for name, value in seconds.items()}
-    print(json.dumps({"seconds": round(total, 2), **parts, "phases": len(plan.phases), "fits": plan.fits}))
+    found = {"seconds": round(total, 2), **parts, "further_sizes_seconds": sizes}
+    print(json.dumps({**found, "phases": len(plan.phases), "fits": plan.fits}))
+
+
+def _plan_seconds(model: StreamingModel, size: int) -> float:
+    """Seconds to plan for images of a size."""
+    start = time.perf_counter()
+    model.plan((1, 3, size, size))
+    return round(time.perf_counter() - start, 2)
 
 
 def _time(name: str, seconds: dict[str, float]) -> None:

@@ -192,7 +192,7 @@ def test_a_loss_is_captured_once() -> None:
         # A function that is made anew, as in a loop.
         model.streamed_loss(an_image(), TARGET, partial(F.cross_entropy, ignore_index=2))
     _, call = model._losses.of(model.net, partial(F.cross_entropy, ignore_index=2))
-    assert call._guarded._graphs.count == 1
+    assert call._guarded.count == 1
 
 
 def test_evaluation_needs_no_gradients() -> None:

@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
 from streamcnn.capture.capture import CUMULATIVE, RawGraph
-from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run, silenced
+from streamcnn.capture.dynamo_settings import silenced
+from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.scripts import interpreted_scripts

@@ -7,36 +7,35 @@ within a millisecond, that nothing that it has read is different. What the code 
 (counters, attributes, lists) is left to it as well: it happens after the graph has been carried out.
 
 The graph is handed to us as to any compiler. The image is stood in for by one element expanded to the
-image's shape, which takes no memory.
+image's shape, which takes no memory. Each size of images is captured by itself, until there have been
+several: then for all further ones at once, where that can be (:mod:`any_size`).
 """
 
 from __future__ import annotations
 
-import logging
 import operator
 import os
 import re
 import threading
+import time
 import types
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules import module as module_hooks
 
+from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_after, outline, with_symbols
 from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
+from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
 from streamcnn.capture.functional import functionalized
-from streamcnn.capture.presence import presence_guarded
 from streamcnn.errors import StreamError
 from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
 
@@ -44,10 +43,14 @@ Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those
 that are only checked."""
 
-TORCH_FOLDER = str(Path(torch.__file__).parent)
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 MOST_GRAPHS = 32
-"""Captured graphs kept before all are dropped: images of ever new sizes make one each."""
+"""Graphs captured for images of one size each that are kept."""
+_MOST_OF_ANY_SIZE = 4
+"""Graphs that are captured for images of all further sizes: code that takes more ways than that does by sizes
+is captured for each."""
+_MOST_SIZES = 64
+"""Sizes that the raw graphs of each are kept for."""
 
 
 class CannotBeGuarded(Exception):
@@ -78,8 +81,10 @@ class GuardedForward:
     """The captured forward passes of one module, each with the guards under which it holds."""
 
     def __init__(self) -> None:
-        self._compiled: Callable[..., Any] | None = None
-        self._graphs = _Graphs()
+        self._of_size: OrderedDict[tuple[_Kind, tuple[int, ...]], _Captures] = OrderedDict()
+        """What was captured for images of one size, the most recently used last."""
+        self._of_any_size: dict[_Kind, _Captures | None] = {}
+        """What was captured for those of all further sizes; None where each is captured by itself."""
         self._unseen = _Unseen((), {})
 
     def __call__(
@@ -100,34 +105,76 @@ class GuardedForward:
             If the forward pass cannot be captured whole; nothing has been run or changed.
         """
         unseen = _Unseen.by(net)
-        if self._compiled is None or self._graphs.count >= MOST_GRAPHS or not unseen.is_same(self._unseen):
+        if not unseen.is_same(self._unseen):
             self._unseen = unseen
-            self._graphs = _Graphs()
-            self._compiled = _compiled(self._graphs)
-        with ExitStack() as settings:
-            settings.enter_context(_dynamo_as_wanted())
-            settings.enter_context(collector.off())
-            call = _GuardedCall(net, args, kwargs, run, settings)
-            outer, _present.call = _present.call, call
+            self._of_size.clear()
+            self._of_any_size.clear()
+        kind, size = _kind(net, image, (args, kwargs)), tuple(image.shape[2:])
+        if (kind, size) not in self._of_size and (captures := self._for_further_sizes(kind)):
+            call = _GuardedCall(net, args, kwargs, run)
             try:
-                result = _followed(call, self._compiled, net, image, args, kwargs)
-            finally:
-                _present.call = outer
-        if not call.has_begun:
-            raise CannotBeGuarded("no tensor operation depends on the image")
-        return result
+                symbols = with_symbols(image, call.arguments)
+                return _called(call, captures, image, symbols, given_up_after(self._seconds(kind)))
+            except (CannotBeGuarded, StreamError):
+                if call.has_begun:
+                    raise
+                self._of_any_size[kind] = None
+        call = _GuardedCall(net, args, kwargs, run)
+        return _called(call, self._for_size(kind, size), image)
+
+    @property
+    def count(self) -> int:
+        """How many graphs are kept."""
+        kept = (*self._of_size.values(), *self._of_any_size.values())
+        return sum(captures.count for captures in kept if captures is not None)
+
+    def _for_size(self, kind: _Kind, size: tuple[int, ...]) -> _Captures:
+        """Where what is captured for one size goes, or is found; what was used long ago is dropped."""
+        captures = self._of_size.setdefault((kind, size), _Captures(check=None))
+        if captures.count >= MOST_GRAPHS:
+            captures = self._of_size[kind, size] = _Captures(check=None)
+        self._of_size.move_to_end((kind, size))
+        while len(self._of_size) > 1 and self.count >= MOST_GRAPHS:
+            self._of_size.popitem(last=False)
+        return captures
+
+    def _for_further_sizes(self, kind: _Kind) -> _Captures | None:
+        """Where what is captured for all of them goes; None if each is to be captured by itself."""
+        if sum(known == kind for known, _ in self._of_size) < MANY_SIZES:
+            return None
+        captures = self._of_any_size.setdefault(kind, _Captures(check=check_any_size))
+        if captures is not None and captures.count >= _MOST_OF_ANY_SIZE:
+            captures = self._of_any_size[kind] = None
+        return captures
+
+    def _seconds(self, kind: _Kind) -> float:
+        """The longest that a capture of one size took."""
+        return max(captures.seconds for (known, _), captures in self._of_size.items() if known == kind)
 
 
-def _followed(call: _GuardedCall, compiled: Callable[..., Any], *inputs: Any) -> Any:
-    """The result of a call, or the news that Dynamo cannot follow its code."""
-    try:
-        return compiled(*inputs)
-    except StreamError:
-        raise
-    except Exception as error:
-        if call.has_begun:
-            raise
-        raise CannotBeGuarded(first_line(error)) from error
+_Kind = tuple[Any, ...]
+"""What calls have in common that are alike but for the image's size."""
+
+
+def _kind(net: nn.Module, image: Tensor, arguments: Any) -> _Kind:
+    return net.training, torch.is_grad_enabled(), outline(image, arguments)
+
+
+def _called(
+    call: _GuardedCall, captures: _Captures, image: Tensor, *settings: AbstractContextManager[None]
+) -> Any:
+    """The result of a call, by what was captured before, or is now under further ``settings``."""
+    with call.settings:
+        for each in (dynamo_as_wanted(), collector.off(), *settings):
+            call.settings.enter_context(each)
+        outer, _present.call = _present.call, call
+        try:
+            result = captures.followed(call, image)
+        finally:
+            _present.call = outer
+    if not call.has_begun:
+        raise CannotBeGuarded("no tensor operation depends on the image")
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,14 +204,55 @@ class _Unseen:
         )
 
 
+class _Captures:
+    """Graphs captured of one module's code: Dynamo's function of it, and the backend that it hands them to.
+
+    ``check`` refuses graphs that do not hold for what they are to serve.
+    """
+
+    def __init__(self, check: Callable[[GraphModule], None] | None) -> None:
+        self._graphs = _Graphs(check)
+        self._compiled: Callable[..., Any] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._graphs.count
+
+    @property
+    def seconds(self) -> float:
+        """The longest that one has taken to be captured."""
+        return self._graphs.seconds
+
+    def followed(self, call: _GuardedCall, image: Tensor) -> Any:
+        """The result of a call, or the news that Dynamo cannot follow its code."""
+        if self._compiled is None:
+            self._compiled = _compiled(self._graphs)
+        self._graphs.began = time.perf_counter()
+        try:
+            return self._compiled(call.net, image, *call.arguments)
+        except StreamError:
+            raise
+        except Exception as error:
+            if call.has_begun:
+                raise
+            raise CannotBeGuarded(first_line(error)) from error
+
+
 class _Graphs:
     """Dynamo's backend. It does not know its owner: the collector does not see into Dynamo's cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[GraphModule], None] | None) -> None:
+        self._check = check
         self.count = 0
+        self.seconds = 0.0
+        self.began = 0.0
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self._check is not None:
+            self._check(graph)
         self.count += 1
+        self.seconds = max(self.seconds, time.perf_counter() - self.began)
         return _Captured(graph)
 
 
@@ -174,7 +262,8 @@ def _compiled(graphs: _Graphs) -> Callable[..., Any]:
     torch._dynamo.allow_in_graph(as_image)  # type: ignore[no-untyped-call]
     # Captured graphs belong to a code object, and their names to its globals. Those of its own go with it.
     own = types.FunctionType(_forward.__code__.replace(), {**_forward.__globals__}, "forward")
-    return torch.compile(own, backend=graphs, fullgraph=True, dynamic=False)
+    # Whether sizes are fixed is marked on images, and decided by settings for all else.
+    return torch.compile(own, backend=graphs, fullgraph=True)
 
 
 class _Captured:
@@ -182,8 +271,8 @@ class _Captured:
 
     def __init__(self, module: GraphModule) -> None:
         self._module: GraphModule | None = module
-        self._graph: RawGraph | None = None
-        self._keys: tuple[str | None, ...] = ()
+        self._lowered: OrderedDict[tuple[int, ...], _Lowered] = OrderedDict()
+        """By the sizes that are not fixed, the most recently used last."""
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         with function_modes_aside():
@@ -192,65 +281,86 @@ class _Captured:
     def _carried_out(self, inputs: Sequence[Any]) -> Sequence[Any]:
         call = _present.call
         assert call is not None
-        if self._graph is None:
+        sizes = tuple(given for given in inputs if isinstance(given, int))
+        if sizes not in self._lowered:
             assert self._module is not None
-            self._graph, self._keys = call.lower(self._module, inputs)
-            self._module = None
+            self._lowered[sizes] = call.lower(self._module, inputs)
+            if not sizes:
+                # It is lowered once.
+                self._module = None
+            elif len(self._lowered) > _MOST_SIZES:
+                self._lowered.popitem(last=False)
+        self._lowered.move_to_end(sizes)
+        lowered = self._lowered[sizes]
         call.has_begun = True
         call.settings.close()
-        states = {key: given for key, given in zip(self._keys, inputs, strict=True) if key is not None}
-        return call.run(self._graph, states)
+        return call.run(lowered.graph, lowered.states(inputs))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lowered:
+    """Dynamo's graph as a raw one."""
+
+    graph: RawGraph
+    keys: tuple[str | None, ...]
+    """For each input that is a tensor the key of a state, or None for the image."""
+
+    def states(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
+        """The states among the inputs of a call."""
+        tensors = (given for given in inputs if isinstance(given, Tensor))
+        return {key: given for key, given in zip(self.keys, tensors, strict=True) if key is not None}
 
 
 class _GuardedCall:
     """One call of the module."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        run: Run,
-        settings: ExitStack,
-    ) -> None:
+    def __init__(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> None:
         self.net = net
         self.arguments = (args, kwargs)
         self.run = run
-        self.settings = settings
+        self.settings = ExitStack()
         """What holds while the call is captured, and no longer when its operators are carried out."""
         self.has_begun = False
 
-    def lower(self, module: GraphModule, inputs: Sequence[Any]) -> tuple[RawGraph, tuple[str | None, ...]]:
-        """Dynamo's graph as a raw one, and for each input the key of a state, or None for the image."""
+    def lower(self, module: GraphModule, inputs: Sequence[Any]) -> _Lowered:
+        """Dynamo's graph as a raw one, for inputs of these sizes; ints among them are sizes."""
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         images = {
             node.args[0]
             for node in module.graph.nodes
             if node.op == "call_function" and node.target is as_image
         }
+        given = [pair for pair in zip(placeholders, inputs, strict=True) if isinstance(pair[1], Tensor)]
         named = _names(self.net, self.arguments)
-        keys = tuple(
-            None if node in images else named.get(id(given), node.name)
-            for node, given in zip(placeholders, inputs, strict=True)
-        )
-        fakes = [_fake_of(node, node in images) for node in placeholders]
-        mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+        keys = tuple(None if node in images else named.get(id(value), node.name) for node, value in given)
+        fakes = [_fake_of(node, value, is_image=node in images) for node, value in given]
         grad = torch.is_grad_enabled()
-        flat = flatten(Inliner(module, through=as_image).run, fakes, mode, grad=grad)
+
+        def of_these_sizes(*tensors: Tensor) -> Any:
+            remaining = iter(tensors)
+            values = (next(remaining) if isinstance(value, Tensor) else value for value in inputs)
+            return Inliner(module, through=as_image).run(*values)
+
+        flat = flatten(of_these_sizes, fakes, fakes[0].fake_mode, grad=grad)  # type: ignore[attr-defined]
         if any(reads_values(node.target) for node in flat.graph.nodes):
             raise CannotFlatten("a number is read from a tensor")
-        shape = next((tuple(f.shape) for f, key in zip(fakes, keys, strict=True) if key is None), ())
+        shape = next((tuple(fake.shape) for fake, key in zip(fakes, keys, strict=True) if key is None), ())
         device = fakes[0].device
         graph = functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
-        return graph, keys
+        return _Lowered(graph, keys)
 
 
-def _fake_of(node: torch.fx.Node, is_image: bool) -> Tensor:
+def _fake_of(node: torch.fx.Node, given: Tensor, *, is_image: bool) -> Tensor:
+    """What an input is while its graph is lowered."""
     fake: Tensor = node.meta["example_value"]
-    if not is_image:
+    has_symbols = any(isinstance(size, torch.SymInt) for size in fake.shape)
+    if not is_image and not has_symbols:
         return fake
     with fake.fake_mode:  # type: ignore[attr-defined]
-        return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+        if is_image:
+            return torch.empty(given.shape, dtype=fake.dtype, device=fake.device)
+        alike = torch.empty_strided(given.shape, given.stride(), dtype=fake.dtype, device=fake.device)
+        return alike.requires_grad_(given.requires_grad)
 
 
 def _names(net: nn.Module, arguments: Any) -> dict[int, str]:
@@ -265,108 +375,3 @@ def _path_of(place: str) -> str:
     """A submodule's qualified name, from Dynamo's name of its place."""
     path = re.sub(r"\._modules\['([^']*)'\]", r".\1", place).removeprefix("L['net']")
     return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
-
-
-@contextmanager
-def _dynamo_as_wanted() -> Iterator[None]:
-    """Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
-    from torch._dynamo import config, guards, symbolic_convert
-    from torch._dynamo.variables.misc import RandomVariable
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
-
-    handlers = TorchInGraphFunctionVariable._get_handlers()
-    many = 2**30
-    with ExitStack() as settings:
-        settings.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module=r"torch\._dynamo")
-        settings.enter_context(patch.dict(handlers, _plain_answers()))
-        settings.enter_context(presence_guarded())
-        # It would be taken for a setting without effect.
-        settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, "set_materialize_grads"))
-        # Its state would be part of the graph and of no guard.
-        settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
-        for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):
-            settings.enter_context(silenced(name))
-        # It parses whole files for the sake of a line of the log.
-        settings.enter_context(patch.object(symbolic_convert, "get_funcname", _unnamed))
-        # For another line it fills a buffer larger than the processor's caches, and times the guards.
-        settings.enter_context(patch.object(guards, "profile_guard_manager", _untimed))
-        settings.enter_context(
-            config.patch(
-                recompile_limit=many,
-                accumulated_recompile_limit=many,
-                suppress_errors=False,
-                # What a capture leaves is collected when the caller's own garbage is.
-                run_gc_after_compile=False,
-                skip_nnmodule_hook_guards=False,
-                force_parameter_static_shapes=True,
-                automatic_dynamic_shapes=False,
-                assume_static_by_default=True,
-                # In PyTorch 2.11 it is on, and what closures, defaults and flags of parameters are is not
-                # looked at any more where the dicts of modules are as they were.
-                use_recursive_dict_tags_for_guards=False,
-            )
-        )
-        yield
-
-
-def _unfollowed(owner: type, name: str) -> AbstractContextManager[Any]:
-    """A block in which Dynamo does not follow code that calls a method of PyTorch's."""
-    return patch.object(owner, name, torch._dynamo.disable(vars(owner)[name]))  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def silenced(name: str) -> Iterator[None]:
-    """Keep one of PyTorch's loggers off the terminal."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _never(value: object) -> bool:
-    return False
-
-
-def _unnamed(filename: str, lineno: int) -> None:
-    return None
-
-
-def _untimed(*_: Any) -> float:
-    return 0.0
-
-
-@cache
-def _plain_answers() -> dict[Any, Callable[..., Any]]:
-    """Handlers of the functions that say whether code is being compiled; every pass has them in place."""
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
-
-    return {
-        function: _said_to_torch_alone(handler)
-        for function, handler in TorchInGraphFunctionVariable._get_handlers().items()
-        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling", "is_exporting")
-    }
-
-
-def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo's answer to whether it is compiling, as PyTorch's own code gets it: to the user's it is no.
-
-    The user's forward pass is to be the one that plain PyTorch would run.
-    """
-    from torch._dynamo.variables import ConstantVariable
-
-    def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if tx.f_code.co_filename.startswith(TORCH_FOLDER):
-            return handler(self, tx, *args, **kwargs)
-        return ConstantVariable.create(False)
-
-    return handle
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or what kind of error it is."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from streamcnn.capture.guards import TORCH_FOLDER, first_line
+from streamcnn.capture.dynamo_settings import TORCH_FOLDER, first_line
 from streamcnn.errors import UnsupportedModel
 from streamcnn.support.units import plural
 

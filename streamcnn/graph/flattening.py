@@ -321,6 +321,14 @@ def _with_regions_folded(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
+def is_plain(module: GraphModule) -> bool:
+    """Whether all calls of a captured graph are recorded as what they compute, none as it is, whole."""
+    has_bodies = any(isinstance(child, GraphModule) for child in module.children())
+    return not has_bodies and not any(
+        isinstance(node.target, Whole) or _nesting(node) for node in module.graph.nodes
+    )
+
+
 def _nesting(node: FxNode) -> int:
     """1 where a functorch transform begins, -1 where it ends."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""

@@ -1,0 +1,123 @@
+"""Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from streamcnn.capture.presence import presence_guarded
+
+TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+@contextmanager
+def dynamo_as_wanted() -> Iterator[None]:
+    """A block in which Dynamo follows code as captures want it."""
+    from torch._dynamo import config, guards, symbolic_convert
+    from torch._dynamo.variables.misc import RandomVariable
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+    many = 2**30
+    with ExitStack() as settings:
+        settings.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+        settings.enter_context(patch.dict(handlers, _plain_answers()))
+        settings.enter_context(presence_guarded())
+        # It would be taken for a setting without effect.
+        settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, "set_materialize_grads"))
+        # Its state would be part of the graph and of no guard.
+        settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
+        for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):
+            settings.enter_context(silenced(name))
+        # It parses whole files for the sake of a line of the log.
+        settings.enter_context(patch.object(symbolic_convert, "get_funcname", _unnamed))
+        # For another line it fills a buffer larger than the processor's caches, and times the guards.
+        settings.enter_context(patch.object(guards, "profile_guard_manager", _untimed))
+        settings.enter_context(
+            config.patch(
+                recompile_limit=many,
+                accumulated_recompile_limit=many,
+                suppress_errors=False,
+                # What a capture leaves is collected when the caller's own garbage is.
+                run_gc_after_compile=False,
+                skip_nnmodule_hook_guards=False,
+                force_parameter_static_shapes=True,
+                automatic_dynamic_shapes=False,
+                assume_static_by_default=True,
+                # In PyTorch 2.11 it is on, and what closures, defaults and flags of parameters are is not
+                # looked at any more where the dicts of modules are as they were.
+                use_recursive_dict_tags_for_guards=False,
+            )
+        )
+        yield
+
+
+def _unfollowed(owner: type, name: str) -> AbstractContextManager[Any]:
+    """A block in which Dynamo does not follow code that calls a method of PyTorch's."""
+    return patch.object(owner, name, torch._dynamo.disable(vars(owner)[name]))  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Keep one of PyTorch's loggers off the terminal."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _never(value: object) -> bool:
+    return False
+
+
+def _unnamed(filename: str, lineno: int) -> None:
+    return None
+
+
+def _untimed(*_: Any) -> float:
+    return 0.0
+
+
+@cache
+def _plain_answers() -> dict[Any, Callable[..., Any]]:
+    """Handlers of the functions that say whether code is being compiled; every pass has them in place."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    return {
+        function: _said_to_torch_alone(handler)
+        for function, handler in TorchInGraphFunctionVariable._get_handlers().items()
+        if getattr(function, "__name__", "") in ("is_compiling", "is_dynamo_compiling", "is_exporting")
+    }
+
+
+def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's answer to whether it is compiling, as PyTorch's own code gets it: to the user's it is no.
+
+    The user's forward pass is to be the one that plain PyTorch would run.
+    """
+    from torch._dynamo.variables import ConstantVariable
+
+    def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if tx.f_code.co_filename.startswith(TORCH_FOLDER):
+            return handler(self, tx, *args, **kwargs)
+        return ConstantVariable.create(False)
+
+    return handle
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or what kind of error it is."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
