@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo       train a small CNN on four 4000x4000 images under a memory budget (minutes)"
-	@echo "make test       the complete CPU tests"
+	@echo "make test       the CPU tests, but for the slow ones"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench-gpu  a short UltraMNIST benchmark on a CUDA device; call it again to go on"

@@ -118,7 +118,7 @@ class _Functionalizer:
         self.states: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.first_reads: dict[str, FxNode] = {}
-        """Constants by their names in the flat graph."""
+        """By the name of a constant in the flat graph, the node that reads it first."""
         self.image: FxNode | None = None
         self.hooks = hooks
         self.checks: list[Ref] = []
@@ -513,7 +513,7 @@ def _is_profiling(target: object) -> bool:
 
 
 def _is_check(target: object) -> bool:
-    """Whether a call only asserts what is known already."""
+    """Whether a call is one of PyTorch's assertions."""
     return isinstance(target, OpOverload) and "_assert" in target._schema.name
 
 

@@ -49,7 +49,7 @@ def convert(
     images
         From ``find_images``.
     out
-        Folder of the store; made, added to, or gone on with.
+        Folder of the store; made, added to, or resumed.
     labels
         CSV file with the columns ``image`` (a file name, or its path below the folder that was given),
         ``label`` (whole numbers from 0 on, or names of classes) and, if wanted, ``split``. Images that the

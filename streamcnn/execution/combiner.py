@@ -23,8 +23,7 @@ _MOST_BYTES = 2**18
 class Combiner:
     """Runs all tiles in this process, in row order, and adds what each one gives to what is there.
 
-    Nothing else knows that order or adds anything up. Where several processes share a phase's tiles, each
-    one's combiner has tiles of its own, and exchanges partial results and gradients with the others'.
+    Nothing else knows that order or adds anything up.
     """
 
     def __init__(self, program: Program, maps: Maps, global_graph: GlobalGraph) -> None:

@@ -156,7 +156,6 @@ class _Attempt:
             plain_seconds=at_once.seconds,
             recomputation=flops / at_once.flops if at_once.flops else 1.0,
             num_resident=_num_last(program, staging),
-            # In the tail nothing streams, so only the program without one has the reasons.
             overlapped=parts,
             image_held_bytes=spec.reading.held,
             image_read_bytes=max(
@@ -167,6 +166,7 @@ class _Attempt:
                 ),
                 default=0,
             ),
+            # In the tail nothing streams, so only the program without one has the reasons.
             residents=tuple(f"{node.note} ({node.source})" for node in everything.program.residents),
         )
 

@@ -330,7 +330,7 @@ class Search:
         return self._stagings[key]
 
     def table(self, staging: Staging) -> CandidateTable:
-        """The candidates of a staging's stages; the last ones asked for are kept."""
+        """The candidates of a staging's stages; the last ones made are kept."""
         if staging not in self._tables:
             if len(self._tables) >= _TABLES:
                 self._tables.pop(next(iter(self._tables)))

@@ -153,7 +153,7 @@ def restoring(where: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise DamagedCheckpoint(
-            f"the newest checkpoint in {where} holds states that cannot be gone on with "
+            f"the newest checkpoint in {where} holds states that cannot be resumed from "
             f"({type(error).__name__}: {error}): begin another run in another folder"
         ) from error
 
