@@ -344,7 +344,7 @@ def test_states_that_pytorch_does_not_take_are_one_clear_error(folder: Path) -> 
         state = load_checkpoint(best(folder))
         change(state)
         checkpoints.save(state, 1)
-        with pytest.raises(DamagedCheckpoint, match="holds states that cannot be gone on with"):
+        with pytest.raises(DamagedCheckpoint, match="holds states that cannot be resumed from"):
             make_trainer(config_of(folder), folder).run()
 
 
