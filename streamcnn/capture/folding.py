@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from string import ascii_letters
 from typing import Any, Protocol
 
 import torch
@@ -200,7 +199,7 @@ def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
     added = like.dim() - max(len(value.runs) for value in folded)
     first = max(folded, key=lambda value: len(value.runs))
     maps = [value for value in values_of(call) if isinstance(value, Ref) and tracer.axes(value) is not None]
-    if maps or not all(_is_merged_like(tracer, value, first) for value in folded):
+    if maps or not all(is_merged_like(tracer, value, first) for value in folded):
         return NotStreamable("its operands have their axes of space merged differently")
     extents = tracer.spec(first.ref).shape
 
@@ -209,20 +208,23 @@ def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
             return value.ref
         if not isinstance(value, Ref):
             return value
-        return _apart(tracer, value, Folded(first.ref, (1,) * added + first.runs), (1,) * added + extents)
+        return taken_apart(
+            tracer, value, Folded(first.ref, (1,) * added + first.runs), (1,) * added + extents
+        )
 
     translated = Call(call.target, *_mapped(apart, call))
     return as_seen(tracer, tracer.stream(translated), (1,) * added + first.runs, like.shape)
 
 
-def _is_merged_like(tracer: FoldingTracer, value: Folded, first: Folded) -> bool:
+def is_merged_like(tracer: FoldingTracer, value: Folded, first: Folded) -> bool:
     """Whether a map has the axes merged that ``first`` has, of the same extents or of one position.
 
     As many positions can be of other extents: those of a map that was turned.
     """
     before = len(first.runs) - len(value.runs)
     pairs = [
-        (_parts(tracer, value, axis), _parts(tracer, first, axis + before)) for axis in range(len(value.runs))
+        (parts_of(tracer, value, axis), parts_of(tracer, first, axis + before))
+        for axis in range(len(value.runs))
     ]
     return all(
         len(own) == len(others) and (len(own) == 1 or own == others or 1 in map(math.prod, (own, others)))
@@ -230,13 +232,13 @@ def _is_merged_like(tracer: FoldingTracer, value: Folded, first: Folded) -> bool
     )
 
 
-def _parts(tracer: FoldingTracer, value: Folded, axis: int) -> tuple[int, ...]:
+def parts_of(tracer: FoldingTracer, value: Folded, axis: int) -> tuple[int, ...]:
     """The extents of the map's axes behind one that the code sees."""
     extents = tracer.spec(value.ref).shape
     return tuple(extents[i] for i in value.span(axis))
 
 
-def _apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int]) -> Ref:
+def taken_apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int]) -> Ref:
     """A global value that meets a map of these extents, with the axes apart that are merged there."""
     before = tracer.spec(ref).shape
     after: list[int] = []
@@ -272,7 +274,7 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     values = values_of(call)
     first = next(value for value in values if isinstance(value, Folded))
     folded = [value for value in values if isinstance(value, Folded)]
-    if any(value.runs != first.runs or not _is_merged_like(tracer, value, first) for value in folded) or any(
+    if any(value.runs != first.runs or not is_merged_like(tracer, value, first) for value in folded) or any(
         tracer.axes(value) is not None or len(tracer.spec(value).shape) > 1
         for value in values
         if isinstance(value, Ref)
@@ -375,154 +377,6 @@ _OF_SEVERAL = {aten.any.dim: aten.any.dims, aten.all.dim: aten.all.dims}
 """Operators along one axis, and their forms for several."""
 
 
-# --- products of matrices -----------------------------------------------------------------------------
-
-
-def _product(tracer: FoldingTracer, call: Call) -> Any:
-    """A product in which positions are rows, columns, or images of a batch.
-
-    Where every row or column meets every position, as queries meet keys, the other operand is whole.
-    """
-    first, second = (as_folded(tracer, value) for value in call.args[:2])
-    if min(len(first.runs), len(second.runs)) < 2:
-        return NotStreamable("one of its operands is a vector")
-    rows, columns = _place(tracer, first), _place(tracer, second)
-    like = tracer.fake_seen(call)
-    if rows == -2:
-        result = products.by_rows(tracer, first.ref, first.span(-2), _whole(tracer, second), like)
-        return as_seen(tracer, result, (1,) * (like.dim() - 2) + (first.runs[-2], 1), like.shape)
-    if columns == -1:
-        result = products.by_columns(tracer, _whole(tracer, first), second.ref, second.span(-1), like)
-        return as_seen(tracer, result, (1,) * (like.dim() - 1) + (second.runs[-1],), like.shape)
-    if rows == -1 and columns == -2:
-        return _over_positions(tracer, first, second)
-    return _by_batch(tracer, call, (first, second))
-
-
-def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any:
-    """A product that sums over the positions, as keys and values of linear attention."""
-    ndim = len(first.runs)
-    turned = (*range(ndim - 2), *first.span(-1), ndim - 2)
-    columns = tracer.stream(Call(aten.permute.default, (first.ref, turned), {}))
-    shapes = [tracer.spec(ref).shape[:-1] for ref in (columns, second.ref)]
-    if len(second.runs) != ndim or shapes[0] != shapes[1] or tracer.axes(columns) != tracer.axes(second.ref):
-        return NotStreamable("it sums over all positions of operands that have them in different shapes")
-    return products.over_positions(tracer, columns, second.ref, second.span(-2))
-
-
-def _einsum(tracer: FoldingTracer, call: Call) -> Any:
-    """A product by an equation, with a letter for each of the map's axes."""
-    equation, operands = call.bind("equation", "tensors")
-    named = products.terms_of(equation)
-    if isinstance(named, NotStreamable):
-        return named
-    *terms, right = named
-    parts: dict[str, tuple[int, ...]] = {}
-    for term, value in zip(terms, operands, strict=True):
-        if isinstance(value, Folded):
-            for axis, letter in enumerate(term):
-                part = _parts(tracer, value, axis)
-                if parts.setdefault(letter, part) != part:
-                    return NotStreamable("its operands have their axes of space merged differently")
-    unused = iter(sorted(set(ascii_letters) - set(equation)))
-    letters = {letter: letter + "".join(next(unused) for _ in part[1:]) for letter, part in parts.items()}
-    refs: list[Ref] = []
-    for term, value in zip(terms, operands, strict=True):
-        if isinstance(value, Folded):
-            refs.append(value.ref)
-            continue
-        pairs = list(zip(term, tracer.spec(value).shape, strict=True))
-        if tracer.axes(value) is not None or any(
-            len(parts.get(letter, ())) > 1 and extent == 1 for letter, extent in pairs
-        ):
-            return NotStreamable("its operands have their axes of space merged differently")
-        apart = [i for letter, extent in pairs for i in parts.get(letter, (extent,))]
-        refs.append(reshaped(tracer, value, tuple(apart)))
-    *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
-    result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
-    like = tracer.fake_seen(call)
-    return as_seen(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
-
-
-def _attention(tracer: FoldingTracer, call: Call) -> Any:
-    """Attention whose queries are positions, or within each image of a batch of windows."""
-    query, key, value = (as_folded(tracer, each) for each in call.args[:3])
-    (mask,) = call.bind("attn_mask")
-    places = [_place(tracer, each) for each in (query, key, value)]
-    if any(call.bind("dropout_p", "is_causal", "enable_gqa")):
-        return NotStreamable("it has dropout, is causal, or groups queries")
-    if places[0] != -2:
-        return _by_batch(tracer, call, (query, key, value), mask)
-    if isinstance(mask, Folded) or (mask is not None and tracer.axes(mask) is not None):
-        return NotStreamable("its mask is computed from maps")
-    if mask is not None:
-        mask = _rows_apart(tracer, mask, query)
-    whole = (_whole(tracer, key), _whole(tracer, value))
-    (scale,) = call.bind("scale")
-    like = tracer.fake_seen(call)
-    result = products.attend_by_rows(tracer, query.ref, query.span(-2), whole, mask, scale, like)
-    return as_seen(tracer, result, (1,) * (like.dim() - 2) + (query.runs[-2], 1), like.shape)
-
-
-def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:
-    """A mask with a row for each position, as a map; or one row for all, with axes of one position."""
-    extents, before = tracer.spec(query.ref).shape, tracer.spec(mask).shape
-    if before[-2] == 1:
-        return reshaped(tracer, mask, (*before[:-2], *((1,) * query.runs[-2]), before[-1]))
-    rows = [extents[i] for i in query.span(-2)]
-    axes = tracer.axes(query.ref)
-    assert axes is not None
-    start = len(before) - 2 - query.span(-2).start
-    apart = reshaped(tracer, mask, (*before[:-2], *rows, before[-1]))
-    return tracer.promote(apart, (axes[0] + start, axes[1] + start))
-
-
-def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mask: Any = None) -> Any:
-    """Matrices of each image of a batch: the axes of space stay in front of theirs."""
-    like = tracer.fake_seen(call)
-    first = max(operands, key=lambda each: (_place(tracer, each) is not None, len(each.runs)))
-    place = _place(tracer, first)
-    if place is None or place >= -2 or like.dim() != len(first.runs):
-        return NotStreamable("it mixes positions")
-    extents = tracer.spec(first.ref).shape
-    translated: list[Ref] = []
-    for each in operands:
-        if _place(tracer, each) is None:
-            translated.append(_apart(tracer, each.ref, first, extents))
-        elif each.runs == first.runs and _is_merged_like(tracer, each, first):
-            translated.append(each.ref)
-        else:
-            return NotStreamable("its operands have their axes of space merged differently")
-    # The one for batches takes three axes and no more.
-    target = aten.matmul.default if call.target is aten.bmm.default else call.target
-    call = Call(target, (*translated, *call.args[len(translated) :]), call.kwargs)
-    if isinstance(mask, Ref) and tracer.axes(mask) is None:
-        call = call.replaced("attn_mask", _apart(tracer, mask, first, extents))
-    elif isinstance(mask, Folded) and mask.runs == first.runs and _is_merged_like(tracer, mask, first):
-        call = call.replaced("attn_mask", mask.ref)
-    elif mask is not None:
-        return NotStreamable("its mask has axes of space merged differently")
-    return as_seen(tracer, tracer.stream(call), first.runs, like.shape)
-
-
-def _place(tracer: FoldingTracer, value: Folded) -> int | None:
-    """Which axis that the code sees holds those of space, counted from the end.
-
-    None for a global value, 0 for a map whose axes of space are apart, or that has others merged.
-    """
-    axes = tracer.axes(value.ref)
-    if axes is None:
-        return None
-    ndim = len(value.runs)
-    found = {axis - ndim for axis in range(ndim) for each in axes if each in value.span(axis)}
-    others = any(run > 1 for axis, run in enumerate(value.runs) if axis - ndim not in found)
-    return 0 if len(found) > 1 or others else found.pop()
-
-
-def _whole(tracer: FoldingTracer, value: Folded) -> Ref:
-    return value.ref if tracer.axes(value.ref) is None else unfolded(tracer, value)
-
-
 # --- shared -------------------------------------------------------------------------------------------
 
 
@@ -571,9 +425,6 @@ TRANSLATIONS: dict[Any, Callable[[FoldingTracer, Call], Any]] = {
     **dict.fromkeys((shape.flip, resampling.roll, along_axes.along_axis, losses.gather_channels), _along),
     **dict.fromkeys((reductions.mean_or_sum, reductions.extremum, reductions.truth), _reduce),
     **dict.fromkeys((reductions.vector_norm, reductions.variance, reductions.count), _reduce),
-    products.matrix_product: _product,
-    products.einsum: _einsum,
-    products.attention: _attention,
 }
 """How a call is translated, by the rule that its operator has."""
 

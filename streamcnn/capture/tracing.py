@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.folded_images  # these two fill the registry
+import streamcnn.capture.folded_images  # these three fill the registry
 import streamcnn.capture.folded_losses
+import streamcnn.capture.folded_products
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawGraph, RawNode, moved
 from streamcnn.capture.folding import MERGING, Folded, is_folded, stream_folded, unfolded
