@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,43 @@ def test_to_moves_the_net_between_passes() -> None:
         loss_of(module(make_image())).backward()
     assert_same_gradients(model, plain)
     assert {p.device.type for p in StreamingModel(make_net(), device="meta").parameters()} == {"meta"}
+
+
+class WithMask(nn.Module):
+    """Code that is followed under guards, and code that is not."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        self.body, self.code = make_net(), code
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.body(x) * mask
+        if self.code == "reads a value" and self.body[0].weight.sum().item() > 1e9:
+            y = y + 1
+        if self.code == "opens a file":
+            with open(os.devnull):
+                pass
+        return y
+
+
+@pytest.mark.parametrize("code", ["plain", "reads a value", "opens a file"])
+def test_parameters_can_be_exchanged_after_a_pass(code: str) -> None:
+    """What was captured holds no reference of its own to them, nor anything that only the collector frees."""
+    model = StreamingModel(WithMask(code), tile=16)
+    plain = copy.deepcopy(model.net)
+    image = make_image()
+    # A view, as a slice of a batch is.
+    mask = torch.rand(2, *plain.body(image).shape, dtype=torch.float64)[0]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for module in (model, plain):
+            loss_of(module(image, mask)).backward()
+            module.float().double()
+            module.zero_grad()
+            loss_of(module(image, mask)).backward()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same_gradients(model, plain)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "save"])

@@ -58,6 +58,9 @@ def dynamo_as_wanted() -> Iterator[None]:
                 use_recursive_dict_tags_for_guards=False,
             )
         )
+        if hasattr(config, "invalidate_compile_context_weakrefs"):
+            # PyTorch 2.13 on; where code cannot be followed, nothing else drops its references to parameters.
+            settings.enter_context(config.patch(invalidate_compile_context_weakrefs=True))
         yield
 
 

@@ -130,7 +130,11 @@ def stand_in(
             f"an image of shape {tuple(shape)} has 2**63 bytes or more, which PyTorch cannot count: "
             "give a smaller one"
         )
-    image = torch.zeros((), dtype=dtype, device=device).expand(shape)
+    element = torch.zeros(1, dtype=dtype, device=device)
+    # No view: of a view's fake tensor Dynamo makes a cycle that the collector does not see, and what was
+    # captured would stay, with weak references to the parameters.
+    image = torch.empty(0, dtype=dtype, device=device)
+    image.set_(element.untyped_storage(), 0, shape, (0,) * len(shape))
     return image.requires_grad_(requires_grad)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.nn.modules import module as module_hooks
 
@@ -37,7 +38,7 @@ from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
 from streamcnn.capture.functional import functionalized
 from streamcnn.errors import StreamError
-from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, reads_values
+from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, let_go, reads_values
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those
@@ -269,6 +270,10 @@ def _compiled(graphs: _Graphs) -> Callable[..., Any]:
 class _Captured:
     """What Dynamo calls in place of a graph's operations."""
 
+    # Dynamo wraps it in functions that get a copy of whatever its ``__dict__`` holds at first: its graph
+    # would stay, and with it fake tensors and their weak references to the parameters.
+    __slots__ = ("_lowered", "_module")
+
     def __init__(self, module: GraphModule) -> None:
         self._module: GraphModule | None = module
         self._lowered: OrderedDict[tuple[int, ...], _Lowered] = OrderedDict()
@@ -334,6 +339,20 @@ class _GuardedCall:
         named = _names(self.net, self.arguments)
         keys = tuple(None if node in images else named.get(id(value), node.name) for node, value in given)
         fakes = [_fake_of(node, value, is_image=node in images) for node, value in given]
+        mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+        try:
+            return _Lowered(self._raw(module, inputs, keys, fakes, mode), keys)
+        finally:
+            let_go(mode)
+
+    def _raw(
+        self,
+        module: GraphModule,
+        inputs: Sequence[Any],
+        keys: tuple[str | None, ...],
+        fakes: list[Tensor],
+        mode: FakeTensorMode,
+    ) -> RawGraph:
         grad = torch.is_grad_enabled()
 
         def of_these_sizes(*tensors: Tensor) -> Any:
@@ -341,13 +360,12 @@ class _GuardedCall:
             values = (next(remaining) if isinstance(value, Tensor) else value for value in inputs)
             return Inliner(module, through=as_image).run(*values)
 
-        flat = flatten(of_these_sizes, fakes, fakes[0].fake_mode, grad=grad)  # type: ignore[attr-defined]
+        flat = flatten(of_these_sizes, fakes, mode, grad=grad)
         if any(reads_values(node.target) for node in flat.graph.nodes):
             raise CannotFlatten("a number is read from a tensor")
         shape = next((tuple(fake.shape) for fake, key in zip(fakes, keys, strict=True) if key is None), ())
         device = fakes[0].device
-        graph = functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
-        return _Lowered(graph, keys)
+        return functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
 
 
 def _fake_of(node: torch.fx.Node, given: Tensor, *, is_image: bool) -> Tensor:

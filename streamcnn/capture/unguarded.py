@@ -52,7 +52,16 @@ from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.results import taken_apart
 from streamcnn.capture.scripts import ScriptedAttributes
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING, Whole, flatten, proxy_of, record_whole
+from streamcnn.graph.flattening import (
+    RECOMPUTED,
+    SEEDED,
+    SEEDING,
+    Whole,
+    flatten,
+    let_go,
+    proxy_of,
+    record_whole,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,20 @@ def _traced(
     net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Snapshot
 ) -> tuple[Capture, list[weakref.ref[Tensor]]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        return _traced_in(mode, net, image, args, kwargs, before)
+    finally:
+        let_go(mode)
+
+
+def _traced_in(
+    mode: FakeTensorMode,
+    net: nn.Module,
+    image: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: Snapshot,
+) -> tuple[Capture, list[weakref.ref[Tensor]]]:
     states = _states(net, args, kwargs)
     with mode:
         like = torch.empty(image.shape, dtype=image.dtype, device=image.device)

@@ -125,6 +125,19 @@ class GradientHook(Whole):
         return hooked
 
 
+def let_go(mode: FakeTensorMode) -> None:
+    """Have a mode whose fake tensors are not needed any more forget what they stand for.
+
+    Its weak references to parameters would keep :func:`torch.utils.swap_tensors` from exchanging them, and it
+    may stay itself until the collector runs, or for ever: that does not see from a view to its base.
+    """
+    described = mode.fake_tensor_converter.meta_converter.describer
+    described.lookup_tensor.clear()
+    described.lookup_storage.clear()
+    if mode.shape_env is not None:
+        mode.shape_env.tracked_fakes = None
+
+
 def flatten(
     function: Callable[..., Any], inputs: Sequence[Tensor], mode: FakeTensorMode, *, grad: bool
 ) -> GraphModule:
