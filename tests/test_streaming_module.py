@@ -24,7 +24,7 @@ from streaming_cases import (
 )
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel
+from streamcnn import StreamingModel, UnsupportedModel
 
 
 def test_state_dict_has_the_modules_own_keys_both_ways() -> None:
@@ -143,6 +143,46 @@ def test_parameters_can_be_exchanged_after_a_pass(code: str) -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert_same_gradients(model, plain)
+
+
+class Named(Tensor):
+    """A tensor of another class, and nothing else."""
+
+
+class Doubling(Tensor):
+    """Convolutions with it give twice what is expected."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 2 if func is torch.conv2d else result
+
+
+@pytest.mark.parametrize("code", ["plain", "opens a file"])
+def test_parameters_of_a_subclass_of_tensor_can_be_converted(code: str) -> None:
+    """To autograd such a one is a view, and still one after ``.double()``, of a base in float32."""
+
+    def with_name() -> WithMask:
+        net = WithMask(code).float()
+        net.body[0].weight = nn.Parameter(net.body[0].weight.detach().as_subclass(Named))
+        return net.double()
+
+    model, plain = StreamingModel(with_name(), tile=16), with_name()
+    assert plain.body[0].weight._is_view()
+    image, mask = make_image(), torch.ones((), dtype=torch.float64)
+    for module in (model, plain):
+        loss_of(module(image, mask)).backward()
+    assert_same_gradients(model, plain)
+
+
+def test_parameters_and_buffers_that_change_operators_are_refused() -> None:
+    """In plain PyTorch results are of their class, too, and change the operators that follow."""
+    for place, name in ((0, "weight"), (1, "running_mean")):
+        net = make_net()
+        value = getattr(net[place], name).detach().as_subclass(Doubling)
+        setattr(net[place], name, nn.Parameter(value) if name == "weight" else value)
+        with pytest.raises(UnsupportedModel, match=rf"'{place}.{name}' is of class Doubling, whose __torch"):
+            StreamingModel(net)(make_image())
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "save"])

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
-from streamcnn.capture.capture import CUMULATIVE, RawGraph
+from streamcnn.capture.capture import CUMULATIVE, RawGraph, module_states
 from streamcnn.capture.dynamo_settings import silenced
 from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.scripts import interpreted_scripts
+from streamcnn.capture.subclasses import refuse_own_functions, without_left_bases
 from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import PlanDoesNotFit, StreamError
 from streamcnn.graph.flattening import TRACING
@@ -65,6 +66,9 @@ class ForwardPass:
             capturing.enter_context(TRACING)
             capturing.enter_context(interpreted_scripts())
             capturing.enter_context(_cumulative_averages(net))
+            states = module_states(net)
+            refuse_own_functions(states)
+            capturing.enter_context(without_left_bases(states.values()))
 
             def run_beside_others(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:
                 capturing.close()

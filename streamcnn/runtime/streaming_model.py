@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.forward_pass import ForwardPass
+from streamcnn.capture.subclasses import has_own_functions
 from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.map_files import check_place, write_map
@@ -476,10 +477,7 @@ def _like(image: Image, results: Any) -> Any:
     Inside of a pass some are of that class and some are not, since stored maps are plain tensors.
     """
     kind: Any = type(image)
-    default: Any = Tensor.__torch_function__
-    if not isinstance(image, Tensor) or kind is Tensor:
-        return results
-    if getattr(kind.__torch_function__, "__func__", None) is not default.__func__:
+    if not isinstance(image, Tensor) or kind is Tensor or has_own_functions(kind):
         return results
     return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)
 

@@ -1,0 +1,79 @@
+"""Parameters and buffers of subclasses of Tensor.
+
+To autograd ``nn.Parameter`` of a subclass is a view, and so may a buffer be. After ``.double()`` or
+``tensor.data = other`` such a tensor lies in memory of its own, but is still said to be a view of what it was
+made of, by which PyTorch makes its stand-in and fails. While a call is captured it is said to be none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from streamcnn.errors import UnsupportedModel
+
+_IS_VIEW = Tensor._is_view
+
+
+def has_own_functions(kind: type[Tensor]) -> bool:
+    """Whether a subclass of Tensor says itself what functions of PyTorch's do with it."""
+    found: Any = kind.__torch_function__
+    default: Any = Tensor.__torch_function__
+    return found is not torch._C._disabled_torch_function_impl and (
+        getattr(found, "__func__", None) is not default.__func__
+    )
+
+
+def refuse_own_functions(states: Mapping[str, Tensor]) -> None:
+    """Refuse parameters and buffers, by name, of a class that changes what functions of PyTorch's do.
+
+    Results are of that class in plain PyTorch, and not where a forward pass is captured. Those around other
+    tensors are followed, as they give results that are none of theirs.
+
+    Raises
+    ------
+    UnsupportedModel
+        If there are some.
+    """
+    for name, state in states.items():
+        if has_own_functions(type(state)) and not is_traceable_wrapper_subclass(state):
+            plain = f"{name.rpartition('.')[2]}.detach().as_subclass(torch.Tensor)"
+            kind, plain = (
+                ("parameter", f"nn.Parameter({plain})")
+                if isinstance(state, nn.Parameter)
+                else ("buffer", plain)
+            )
+            raise UnsupportedModel(
+                f"{kind} '{name}' is of class {type(state).__name__}, whose __torch_function__ may change "
+                "what any operator does with it or with a result of it: allowed are tensors of torch.Tensor "
+                f"and of subclasses without one; put {plain} in its place, and what the class does into the "
+                "forward pass"
+            )
+
+
+def without_left_bases(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """A block in which tensors that have left their base are no views, if some of these have."""
+    if not any(map(_has_left, tensors)):
+        return nullcontext()
+    here = threading.get_ident()
+
+    def is_view(tensor: Tensor) -> bool:
+        return _IS_VIEW(tensor) and not (threading.get_ident() == here and _has_left(tensor))
+
+    return patch.object(Tensor, "_is_view", is_view)
+
+
+def _has_left(tensor: Tensor) -> bool:
+    """Whether a view is in other memory than its base."""
+    with torch._C.DisableTorchFunctionSubclass():
+        base = tensor._base if _IS_VIEW(tensor) else None
+        if base is None or {tensor.layout, base.layout} != {torch.strided}:
+            return False
+        return bool(tensor.untyped_storage()._cdata != base.untyped_storage()._cdata)
