@@ -51,16 +51,15 @@ from streamcnn.capture.leftovers import (
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.results import taken_apart
 from streamcnn.capture.scripts import ScriptedAttributes
+from streamcnn.capture.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import (
     RECOMPUTED,
     SEEDED,
     SEEDING,
-    Whole,
     flatten,
     let_go,
     proxy_of,
-    record_whole,
 )
 
 
@@ -428,35 +427,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         _inner.add(cls)
         return original(*args, **kwargs)
     _refuse_bound((args, kwargs))
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-    rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
     with disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
-    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-        like = pytree.tree_map_only(Tensor, Tensor.detach, like)
-
-    def run_whole(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        filled: list[Any] = [
-            next(given) if tensor else leaf for tensor, leaf in zip(is_tensor, rest, strict=True)
-        ]
-        run_args, run_kwargs = pytree.tree_unflatten(filled, spec)
-        return _tensors_of(cls.apply(*run_args, **run_kwargs))
-
-    given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    recorded = record_whole(Whole(cls.__name__, run_whole), given, _tensors_of(like))
-    tensors = iter(pytree.tree_leaves(recorded))
-    return pytree.tree_map_only(Tensor, lambda _: next(tensors), like)
-
-
-def _tensors_of(results: Any) -> Any:
-    """What a function has returned, without the numbers and texts among it."""
-    leaves = pytree.tree_leaves(results)
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    if len(tensors) == len(leaves):
-        return results
-    return tensors if len(tensors) != 1 else tensors[0]
+    return called_whole(cls.__name__, cls.apply, args, kwargs, like)
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+"""Calls that are recorded whole while a forward pass is traced: carried out as they are, on whole values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils import _pytree as pytree
+
+from streamcnn.graph.flattening import Whole, record_whole
+
+
+def called_whole(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Any
+) -> Any:
+    """Record ``function(*args, **kwargs)`` as one call; fake results that are like ``like``."""
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        like = pytree.tree_map_only(Tensor, Tensor.detach, like)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
+
+    def run_whole(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        filled: list[Any] = [
+            next(given) if tensor else leaf for tensor, leaf in zip(is_tensor, rest, strict=True)
+        ]
+        run_args, run_kwargs = pytree.tree_unflatten(filled, spec)
+        return _tensors_of(function(*run_args, **run_kwargs))
+
+    given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    recorded = record_whole(Whole(name, run_whole), given, _tensors_of(like))
+    tensors = iter(pytree.tree_leaves(recorded))
+    return pytree.tree_map_only(Tensor, lambda _: next(tensors), like)
+
+
+def _tensors_of(results: Any) -> Any:
+    """What a function has returned, without the numbers and texts among it."""
+    leaves = pytree.tree_leaves(results)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    if len(tensors) == len(leaves):
+        return results
+    return tensors if len(tensors) != 1 else tensors[0]
