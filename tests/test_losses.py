@@ -219,3 +219,39 @@ def test_the_logits_of_a_loss_are_not_gathered() -> None:
     logits = 8 * 4 * 4096**2
     assert plan.residents == ()
     assert plan.projected_bytes < logits / 2
+
+
+class Reading(nn.Module):
+    """The columns of an image as a text, and its CTC loss."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.SiLU(), nn.Conv2d(5, CLASSES, 3, padding=1))
+        self.loss = loss
+
+    def forward(self, x: Tensor, target: Tensor, *lengths: Tensor) -> Any:
+        columns = self.body(x).mean(2).permute(2, 0, 1)
+        return self.loss(columns.log_softmax(2), target, *lengths)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CTCLoss(),
+        nn.CTCLoss(reduction="none", blank=2),
+        nn.CTCLoss(reduction="sum", zero_infinity=True),
+        torch.ctc_loss,
+        lambda y, target, had, wanted: F.ctc_loss(y[:, 0], target[0], had[0], wanted[0]),
+        lambda y, target, had, wanted: F.ctc_loss(y, target, had.tolist(), (3, 2)),
+    ],
+)
+def test_ctc(loss: Loss) -> None:
+    torch.manual_seed(0)
+    target = torch.tensor([[1, 3, 1], [3, 3, 1]])
+    # The second text has no room where reduction is "sum".
+    lengths = torch.tensor([27, 2 if getattr(loss, "zero_infinity", False) else 9]), torch.tensor([3, 3])
+    streamed, plain, model = both(Reading(loss).double(), an_image(), target, *lengths)
+    for found, expected in zip(streamed, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert plain[1].norm() > 0
+    assert sum(phase.num_tiles for phase in model.plan(SHAPE, inputs=(target, *lengths)).phases) > 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamcnn.capture.replacing import replaced_here
+from streamcnn.capture.whole_calls import called_whole
 
 _GAUSSIAN_NLL_LOSS = F.gaussian_nll_loss
+_NO_REDUCTION = 0
+"""As ``torch.ctc_loss`` has it."""
 
 
 def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +59,25 @@ def corrcoef(input: Tensor) -> Tensor:
     return found.clip(-1, 1)
 
 
+def _ctc_loss(function: Callable[..., Tensor], log_probs: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A CTC loss, whose work depends on the lengths of what it compares: those are read when it runs."""
+    given = inspect.signature(F.ctc_loss).bind(log_probs, *args, **kwargs).arguments
+    # PyTorch's signature of torch.ctc_loss says that it takes the mean, and it does not.
+    reduction = given.get("reduction", "none" if function is torch.ctc_loss else "mean")
+    shape = log_probs.shape[1:-1] if reduction in ("none", _NO_REDUCTION) else ()
+    casts = torch.is_autocast_enabled(log_probs.device.type)
+    like = log_probs.new_empty(shape, dtype=torch.float32 if casts else log_probs.dtype)
+    return called_whole("ctc_loss", function, (log_probs, *args), kwargs, like)
+
+
 BLIND: Mapping[Any, Callable[..., Any]] = MappingProxyType(
-    {torch.cov: cov, Tensor.cov: cov, torch.corrcoef: corrcoef, Tensor.corrcoef: corrcoef}
+    {
+        torch.cov: cov,
+        Tensor.cov: cov,
+        torch.corrcoef: corrcoef,
+        Tensor.corrcoef: corrcoef,
+        torch.ctc_loss: partial(_ctc_loss, torch.ctc_loss),
+        F.ctc_loss: partial(_ctc_loss, F.ctc_loss),
+    }
 )
 """By the function that a mode is told of."""
