@@ -216,3 +216,56 @@ def test_quantisation_aware_training_of_observers_that_have_been_called() -> Non
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
     for (name, expected), found in zip(plain.named_buffers(), streamed.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)
+
+
+def _observed(observer: Any, **options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    fake = torch.ao.quantization.FakeQuantize(observer, **options)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), fake, nn.Conv2d(4, 2, 3), nn.SiLU())
+    return net
+
+
+_PER_CHANNEL = {"ch_axis": 1, "dtype": torch.quint8, "qscheme": torch.per_channel_affine}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization", "ignore:.*reduce_range")
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MinMaxObserver", {}),
+        ("MovingAverageMinMaxObserver", {"qscheme": torch.per_tensor_symmetric, "dtype": torch.qint8}),
+        ("PerChannelMinMaxObserver", _PER_CHANNEL),
+        ("MovingAveragePerChannelMinMaxObserver", _PER_CHANNEL),
+    ],
+)
+def test_observers_of_the_minimum_and_maximum(name: str, options: dict[str, Any], is_first: bool) -> None:
+    """The first of three images has the largest range: what an observer keeps is another thing for each."""
+    quantised = {"quant_min": -128, "quant_max": 127} if options.get("dtype") == torch.qint8 else {}
+    plain = _observed(getattr(torch.ao.quantization, name), **options, **quantised)
+    generator = torch.Generator().manual_seed(1)
+    images = [scale * torch.randn(2, 3, 29, 37, generator=generator) for scale in (2, 1, 0.5)]
+    if is_first and "PerChannel" in name:
+        with pytest.raises(UnsupportedModel, match="call the module itself on a small image once"):
+            StreamingModel(plain)(images[0])
+        return
+    if not is_first:
+        plain(images[0][..., :9, :9])
+    streamed = copy.deepcopy(plain)
+    model = StreamingModel(streamed, tile=16)
+    model.resident_tail = False
+    for image in images:
+        for net in (plain, model):
+            net(image).square().sum().backward()
+        for (key, expected), found in zip(plain.named_buffers(), streamed.buffers(), strict=True):
+            torch.testing.assert_close(found, expected, msg=key)
+    for (key, weight), found in zip(plain.named_parameters(), streamed.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, weight.grad, rtol=1e-4, atol=1e-4, msg=key)
+    assert sum(phase.num_tiles for phase in model.plan((2, 3, 29, 37)).phases) > 2
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization", "ignore:.*reduce_range")
+def test_an_observer_that_decides_by_values_is_refused_by_name() -> None:
+    net = _observed(torch.ao.quantization.HistogramObserver)
+    with pytest.raises(UnsupportedModel, match=r"'2\.activation_post_process' \(HistogramObserver\) decides"):
+        StreamingModel(net, tile=16)(torch.randn(2, 3, 29, 37))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.whole_calls import called_whole
 
 _GAUSSIAN_NLL_LOSS = F.gaussian_nll_loss
+_ASKED = "check_min_max_valid"
 _NO_REDUCTION = 0
 """As ``torch.ctc_loss`` has it."""
 
@@ -57,6 +61,27 @@ def corrcoef(input: Tensor) -> Tensor:
     if found.is_complex():
         return torch.complex(found.real.clip(-1, 1), found.imag.clip(-1, 1))
     return found.clip(-1, 1)
+
+
+def observers_blind() -> AbstractContextManager[Any]:
+    """A block in which observers of quantisation take it that they have seen something.
+
+    They ask before they compute with it, and they have where what it is depends on the image.
+    """
+    # PyTorch is to lose it.
+    observer = sys.modules.get("torch.ao.quantization.observer")
+    if not hasattr(observer, _ASKED):
+        return nullcontext()
+    asked = getattr(observer, _ASKED)
+
+    def check(least: Tensor, largest: Tensor) -> bool:
+        try:
+            return bool(asked(least, largest))
+        except DataDependentOutputException:
+            torch._assert_async((least <= largest).all(), "an observer's min is not less than its max")
+            return True
+
+    return replaced_here(observer, _ASKED, check)
 
 
 def _ctc_loss(function: Callable[..., Tensor], log_probs: Tensor, *args: Any, **kwargs: Any) -> Any:

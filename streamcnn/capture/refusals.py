@@ -22,6 +22,8 @@ _ALLOWED = (
 )
 _READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
 _NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
+_OBSERVER = "ObserverBase"
+"""What observers' classes derive from, in ``torch.ao``, which PyTorch is to lose, and in torchao."""
 _CHANNELS: dict[type[nn.Module], str] = {
     _ConvNd: "in_channels",
     _NormBase: "num_features",
@@ -32,7 +34,11 @@ _CHANNELS: dict[type[nn.Module], str] = {
 
 def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel:
     """What to raise where ``error`` has ended the capture of ``net(image)``."""
-    reason = of_channels(net, image, error) or f"{_reason(error)}{_line_of(error)}. {_ALLOWED}"
+    reason = (
+        of_channels(net, image, error)
+        or _of_observer(net, error)
+        or f"{_reason(error)}{_line_of(error)}. {_ALLOWED}"
+    )
     return UnsupportedModel(
         f"the model cannot be captured for an image of shape {tuple(image.shape)}: {reason}."
     )
@@ -61,6 +67,24 @@ def _channels_of(layer: nn.Module) -> int:
     """How many channels a layer was made for; 0 if it does not say."""
     names = (name for kind, name in _CHANNELS.items() if isinstance(layer, kind))
     return next((int(getattr(layer, name)) for name in names), 0)
+
+
+def _of_observer(net: nn.Module, error: Exception) -> str:
+    """What is wrong and what to do, if an observer of quantisation was being called; else an empty text."""
+    called = [module for module, _ in _calls(error) if _OBSERVER in map(_name_of, type(module).__mro__)]
+    if not called:
+        return ""
+    name = next((name for name, module in net.named_modules() if module is called[-1]), "")
+    return (
+        f"the observer '{name}' ({type(called[-1]).__name__}) decides by values of the map what it computes. "
+        "Allowed are MinMaxObserver, MovingAverageMinMaxObserver, both of them per channel, and "
+        "FusedMovingAvgObsFakeQuantize: choose those in the qconfig, or let the module itself see smaller "
+        "images first and switch its observers off with model.apply(torch.ao.quantization.disable_observer)"
+    )
+
+
+def _name_of(kind: type) -> str:
+    return kind.__name__
 
 
 def _calls(error: Exception) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture.blind import BLIND, gaussian_nll_loss
+from streamcnn.capture.blind import BLIND, gaussian_nll_loss, observers_blind
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments, outside_key
 from streamcnn.capture.functional import functionalized
 from streamcnn.capture.known_values import KnownValues
@@ -61,6 +61,7 @@ from streamcnn.graph.flattening import (
     let_go,
     proxy_of,
 )
+from streamcnn.graph.in_place import resized
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +294,8 @@ class _Watch(TorchFunctionMode):
             return self._hook(*args)
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             return _set_data(*args)
+        if func is Tensor.resize_ and not kwargs:
+            return _resized(*args)
         if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
             raise UnsupportedModel(
                 f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
@@ -339,6 +342,16 @@ class _Watch(TorchFunctionMode):
         return _Handle(hooks, hook)
 
 
+def _resized(tensor: Tensor, *size: Any) -> Tensor:
+    """``tensor.resize_(size)``, which observers of quantisation call each time."""
+    wanted = tuple(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+    if wanted == tuple(tensor.shape):
+        return tensor
+    if tensor.numel():
+        return tensor.resize_(wanted)
+    raise resized("the forward pass calls resize_(), which changes", tensor.shape, wanted)
+
+
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     """``tensor.data = value``, which autograd does not see."""
     if value.shape != tensor.shape or value.dtype != tensor.dtype:
@@ -370,6 +383,7 @@ def _functions_whole() -> Iterator[None]:
         replaced_here(torch.autograd.Function, "apply", _apply),
         replaced_here(FunctionCtx, "mark_dirty", _refuse_dirty),
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
+        observers_blind(),
         replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         ExitStack() as generators,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -192,14 +192,18 @@ class OnCopy:
     def _refuse_resized(self, shapes: list[torch.Size], copies: list[Tensor]) -> None:
         for before, copy in zip(shapes, copies, strict=True):
             if copy.shape != before:
-                raise UnsupportedModel(
-                    f"the forward pass uses {self.target}, which changes the shape of a tensor from "
-                    f"{tuple(before)} to {tuple(copy.shape)}, as observers of quantisation do when they are "
-                    "called first: call the module itself on a small image once"
-                )
+                raise resized(f"the forward pass uses {self.target}, which changes", before, copy.shape)
 
     def __repr__(self) -> str:
         return self.__name__
+
+
+def resized(what_changes: str, before: Sequence[int], after: Sequence[int]) -> UnsupportedModel:
+    """What to raise where a tensor that had no elements gets some."""
+    return UnsupportedModel(
+        f"{what_changes} the shape of a tensor from {tuple(before)} to {tuple(after)}, as observers of "
+        "quantisation do when they are called first: call the module itself on a small image once"
+    )
 
 
 # --- writes that autograd does not see, and checks -------------------------------------------------------
