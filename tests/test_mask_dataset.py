@@ -18,6 +18,7 @@ from streamcnn.data.mask_dataset import MaskDataset
 from streamcnn.data.sources import ImageSource
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.geometry.regions import Region
+from streamcnn.training.batch_sizes import require_one_size, require_one_size_in_order
 
 SIZE = (12, 17)
 
@@ -52,6 +53,24 @@ def table(folder: Path, *rows: str, header: str = "image,mask,split") -> Path:
 
 def read(source: ImageSource) -> Tensor:
     return source.read(Region.whole(source.shape[1:]))
+
+
+def test_images_of_a_batch_have_one_size(folders: Path) -> None:
+    turned = MaskDataset(
+        folders / "images", masks=folders / "masks", augmentation=RandomAugmentation(turns=True)
+    )
+    require_one_size(turned, 1, advice="")
+    with pytest.raises(DatasetMismatch, match=r"a\.1\.tif is not square, of 12 x 17 pixels now"):
+        require_one_size(turned, 2, advice="take fewer")
+    write(folders / "images" / "far" / "b.tif", an_image(2, (13, 17)))
+    write(folders / "masks" / "far" / "b.tiff", a_mask(2, (13, 17)))
+    images = MaskDataset(folders / "images", masks=folders / "masks")
+    require_one_size_in_order(images, 2, advice="")
+    for check, size in ((require_one_size, 2), (require_one_size_in_order, 3)):
+        with pytest.raises(
+            DatasetMismatch, match=r"image 2 \(.*b\.tif\) has 13 x 17 .* so take fewer, or write"
+        ):
+            check(images, size, advice="take fewer")
 
 
 def test_masks_lie_in_a_folder_at_the_paths_of_their_images(folders: Path) -> None:

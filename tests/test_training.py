@@ -48,6 +48,20 @@ def test_images_and_validation_have_the_same_inputs(tmp_path: Path) -> None:
         trainer.run()
 
 
+@pytest.mark.parametrize("odd", ["images", "validation"])
+def test_images_of_a_batch_have_one_size(tmp_path: Path, odd: str) -> None:
+    """It is told before the first update, however late the image would come."""
+    trainer = make_trainer(tmp_path, epochs=1)
+    images: Images = getattr(trainer, odd)
+    images.pixels[3] = torch.randn(1, 44, 36)
+    first = 0 if odd == "images" else 2
+    text = rf"image 3 \(.*\) has 44 x 36 pixels, and image {first} \(.*\) 40 x 36: images of a batch have one"
+    with pytest.raises(DatasetMismatch, match=rf"{text} size, so train one at a time, with --batch 1 --acc"):
+        trainer.run()
+    assert not list(tmp_path.glob("checkpoints/*"))
+    make_trainer(tmp_path / "one by one", epochs=1, batch_size=1).run()
+
+
 def test_a_run_learns_and_writes_what_it_does(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, epochs=8, learning_rate=0.05, ema_decay=None)
     result = trainer.run()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zarr
@@ -27,6 +29,7 @@ from streamcnn import (
 from streamcnn.data.augmentation import Augmentation, AugmentedSource
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import ArraySource
+from streamcnn.geometry.regions import Region
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import streamed_pass
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
@@ -184,6 +187,64 @@ def test_an_image_gradient_through_preprocess() -> None:
     model = make_model(preprocess=lambda tile: tile * 2)
     with pytest.raises(ValueError, match=r"requires a gradient and preprocess= is set: .* or detach it"):
         model(make_image().requires_grad_())
+
+
+@pytest.mark.parametrize("how", ["call", "plan", "loss", "plan_loss", "predict_to"])
+def test_images_of_several_sizes_are_refused_before_one_is_read(tmp_path: Path, how: str) -> None:
+    images = [Unreadable(torch.zeros(3, 40, 50 + (at == 2))) for at in range(4)]
+    model = StreamingModel(nn.Conv2d(3, 2, 3, padding=1), tile=16)
+    target = torch.zeros(4, 40, 50, dtype=torch.long)
+    calls: dict[str, Callable[[], Any]] = {
+        "call": lambda: model(images),
+        "plan": lambda: model.plan(images),
+        "loss": lambda: model.streamed_loss(images, target, nn.CrossEntropyLoss()),
+        "plan_loss": lambda: model.plan_loss(images, target, nn.CrossEntropyLoss()),
+        "predict_to": lambda: model.predict_to(images, tmp_path / "map.zarr"),
+    }
+    with pytest.raises(
+        DatasetMismatch, match=r"image 2 of the batch is \(3, 40, 51\).*image 0 is \(3, 40, 50\)"
+    ):
+        calls[how]()
+
+
+class Unreadable(TensorSource):
+    """None of its pixels is to be read."""
+
+    def _read(self, region: Region) -> Tensor:
+        raise AssertionError(self.name)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "text"),
+    [
+        (
+            (1, 3, 40),
+            ValueError,
+            r"shape=\(1, 3, 40\): allowed are four positive whole numbers \(N, C, H, W\)",
+        ),
+        ((1, 3, 40.5, 50), ValueError, r"shape=\(1, 3, 40.5, 50\): allowed are four positive whole"),
+        ((1, 3, 0, 50), ValueError, r"shape=\(1, 3, 0, 50\): allowed are four positive whole"),
+        (
+            [torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)],
+            TypeError,
+            "image 0 of the batch is a Tensor: allowed is",
+        ),
+        ([np.zeros((3, 8, 8))], TypeError, "image 0 of the batch is a ndarray: allowed is an ImageSource"),
+        (["a.png"], TypeError, "image 0 of the batch is a str: .* open a file with open_image"),
+        ([], DatasetMismatch, "a batch of 0 images"),
+        (None, TypeError, r"the image is a NoneType: allowed are a tensor \(N, C, H, W\), an ImageSource"),
+    ],
+)
+def test_a_plan_of_what_is_no_image(image: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        StreamingModel(make_net()).plan(image)
+
+
+def test_the_plan_of_an_image_is_that_of_its_shape() -> None:
+    model, image = StreamingModel(make_net(), tile=16), make_image()
+    assert model.plan(image) == model.plan(tuple(image.shape))
+    with_gradient = model.plan(image.requires_grad_())
+    assert with_gradient.differentiated > model.plan(tuple(image.shape)).differentiated
 
 
 class Branching(nn.Module):

@@ -27,8 +27,10 @@ def print_score(
 ) -> None:
     """Print loss, accuracy and which images are taken wrongly."""
     from streamcnn.training import score
+    from streamcnn.training.batch_sizes import require_one_size_in_order
 
     images.renumber(trained.classes)
+    require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
     found = score(trained.model, images, batch_size=batch, device=trained.config.device)
     if as_json:
         mistakes = {

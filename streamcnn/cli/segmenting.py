@@ -68,6 +68,9 @@ def print_score(
     """Print loss, and IoU and Dice of the classes."""
     import torch
 
+    from streamcnn.training.batch_sizes import require_one_size_in_order
+
+    require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
     task.check(trained.model, {"evaluation": images}, lambda: None)
     found = task.evaluate(
         trained.model,

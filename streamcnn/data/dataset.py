@@ -109,6 +109,11 @@ class ImageDataset(Dataset[Sample], ABC):
     def _open(self, position: int) -> ImageSource:
         """An image as it is stored."""
 
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Height and width of an image as it is stored."""
+        _, height, width = self._open(position).shape
+        return height, width
+
     @abstractmethod
     def _identities(self) -> Iterator[str]:
         """What tells each image and its label from another."""
@@ -257,6 +262,11 @@ class TileDataset(ImageDataset):
 
     def _open(self, position: int) -> ImageSource:
         return self.store.source(self.records[position])
+
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Height and width of an image as it is stored."""
+        _, height, width = self.records[position].shape
+        return height, width
 
     def _check_copies(self) -> None:
         """Compare images by the checksums of their chunks."""

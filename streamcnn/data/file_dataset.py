@@ -23,7 +23,7 @@ from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, ope
 from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical
 from streamcnn.data.tile_store import is_tile_store
-from streamcnn.data.uniform import check_alike, kind_of_file
+from streamcnn.data.uniform import check_alike, kind_of_file, size_of_file
 from streamcnn.errors import DatasetMismatch, some
 
 _READERS = 8
@@ -106,6 +106,10 @@ class FileDataset(ImageDataset):
 
     def _open(self, position: int) -> ImageSource:
         return open_chosen(self._files[position].path, self.choice)
+
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Height and width of an image as it is stored."""
+        return size_of_file(self._files[position].path, self.choice)
 
     def inputs(self, position: int) -> tuple[Tensor, ...]:
         """The numbers of an image, (K,) in float32, if columns were named."""

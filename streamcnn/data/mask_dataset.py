@@ -26,7 +26,7 @@ from streamcnn.data.sources.files import is_there
 from streamcnn.data.sources.guard import MissingChunks
 from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical, split_of_folder
-from streamcnn.data.uniform import check_alike, kind_of_file
+from streamcnn.data.uniform import check_alike, kind_of_file, size_of_file
 from streamcnn.data.wrapping import is_integer
 from streamcnn.errors import DatasetMismatch, some
 
@@ -110,7 +110,7 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
             raise no_split(self.path, split, (pair.split for pair in every))
         self._pairs = pairs if positions is None else [pairs[position] for position in positions]
         self.names = tuple(pair.name for pair in self._pairs)
-        self._augmentation = augmentation
+        self.augmentation = augmentation
         self._seed = seed
         self._epoch = 0
 
@@ -124,10 +124,14 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
     def __getitem__(self, position: int) -> tuple[ImageSource, ImageSource]:
         pair = self._pairs[position]
         image, mask = open_chosen(pair.image, self.choice), self._open_mask(pair)
-        if self._augmentation is None:
+        if self.augmentation is None:
             return image, mask
-        drawn = self._augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
+        drawn = self.augmentation.draw(seed=self._seed, epoch=self._epoch, index=position)
         return AugmentedSource(image, drawn), AugmentedSource(mask, replace(drawn, invert=False, gain=1.0))
+
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Height and width of an image as it is stored."""
+        return size_of_file(self._pairs[position].image, self.choice)
 
     def _open_mask(self, pair: _Pair) -> ImageSource:
         return open_image(pair.mask, missing_chunks=self._missing_chunks)
@@ -141,7 +145,7 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         CorruptImage
             If a file cannot be read.
         """
-        return f"{OF_CONTENT}{digest_of(self._identities(), self._augmentation, self._seed)}"
+        return f"{OF_CONTENT}{digest_of(self._identities(), self.augmentation, self._seed)}"
 
     def _identities(self) -> Iterator[str]:
         # Beside one another: a disk or a file server answers some requests sooner than one by one.

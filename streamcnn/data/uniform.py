@@ -96,13 +96,31 @@ def kind_of_file(path: Path, choice: ImageChoice = DEFAULT_CHOICE) -> ImageKind:
     CorruptImage, DatasetMismatch, MissingExtra
         As from `open_image`, if it cannot be opened.
     """
+    return _head_of(path, choice)[0]
+
+
+def size_of_file(path: Path, choice: ImageChoice = DEFAULT_CHOICE) -> tuple[int, int]:
+    """Height and width of an image, from its head; errors are those of `kind_of_file`."""
+    return _head_of(path, choice)[1]
+
+
+_Head = tuple[ImageKind, tuple[int, int]]
+
+
+def _head_of(path: Path, choice: ImageChoice) -> _Head:
     if path.is_dir():
-        return ImageKind.of(open_chosen(path, choice))
+        return _head(path, choice)
     found = path.stat()
-    return _kind_of_file(path, choice, found.st_size, found.st_mtime_ns)
+    return _head_of_file(path, choice, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2**16)
-def _kind_of_file(path: Path, choice: ImageChoice, size: int, modified_ns: int) -> ImageKind:
+def _head_of_file(path: Path, choice: ImageChoice, size: int, modified_ns: int) -> _Head:
     """Kept, as a run opens its data set several times; a file that was written again is another one."""
-    return ImageKind.of(open_chosen(path, choice))
+    return _head(path, choice)
+
+
+def _head(path: Path, choice: ImageChoice) -> _Head:
+    source = open_chosen(path, choice)
+    _, height, width = source.shape
+    return ImageKind.of(source), (height, width)

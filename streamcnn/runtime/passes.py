@@ -50,6 +50,11 @@ class ImageSpec:
     reading: BatchCost = NO_READING
 
 
+def wants_gradient(image: Image) -> bool:
+    """Whether a pass is to give the gradient of an image, too."""
+    return isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
+
+
 class Passes:
     """Plans and carries out calls of modules for one model, which each call names.
 
@@ -97,7 +102,7 @@ class Passes:
     ) -> Any:
         """What ``net`` returns for whole images; with ``keep`` maps among it are what that makes of them."""
         refuse_transforms()
-        image_gradient = isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
+        image_gradient = wants_gradient(image)
         if image_gradient and owner.preprocess is not None:
             raise ValueError(
                 "the image requires a gradient and preprocess= is set: the gradient would be that of the "

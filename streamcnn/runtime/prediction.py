@@ -14,7 +14,7 @@ from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.data.reader import Image
 from streamcnn.data.sources import ImageSource, as_sources
 from streamcnn.data.sources.placement import Placement
-from streamcnn.errors import UnsupportedModel
+from streamcnn.errors import DatasetMismatch, UnsupportedModel
 from streamcnn.geometry.regions import Region
 from streamcnn.stores import MemoryStore, Store, StoreSpec
 
@@ -123,6 +123,19 @@ def as_stored_map(store: Store) -> StoredMap:
 
 def _no_map(found: str) -> UnsupportedModel:
     return UnsupportedModel(f"the model's result {found}: allowed is a map (1, C, H, W) of one image")
+
+
+def require_one_image(image: Image) -> None:
+    """Make sure that it is one, before it is read.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there are several, or none.
+    """
+    count = len(image) if isinstance(image, Tensor) else len(as_sources(image))
+    if count != 1:
+        raise DatasetMismatch(f"a map of one image is written, and {count} are given: call it for each image")
 
 
 def placement_of(image: Image) -> Placement:

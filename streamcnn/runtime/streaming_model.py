@@ -11,8 +11,9 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.map_files import check_place, write_map
 from streamcnn.data.reader import BatchReader, Image, Preprocess
-from streamcnn.data.sources import ImageSource
 from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
 from streamcnn.graph.flattening import TRACING, is_fake
@@ -34,7 +34,7 @@ from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine
 from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.module_facade import ModuleFacade
-from streamcnn.runtime.passes import ImageSpec, Passes
+from streamcnn.runtime.passes import ImageSpec, Passes, wants_gradient
 from streamcnn.runtime.plan_cache import Planned, module_dtype
 from streamcnn.runtime.prediction import (
     Key,
@@ -43,6 +43,7 @@ from streamcnn.runtime.prediction import (
     as_stored_map,
     evaluating,
     placement_of,
+    require_one_image,
     stands_in,
     whole_map,
 )
@@ -156,7 +157,7 @@ class StreamingModel(ModuleFacade):
 
     def plan(
         self,
-        shape: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        shape: tuple[int, int, int, int] | Image,
         dtype: torch.dtype | None = None,
         *,
         inputs: Sequence[Any] = (),
@@ -164,7 +165,7 @@ class StreamingModel(ModuleFacade):
     ) -> Plan:
         """How an image of ``shape`` (N, C, H, W) would be run now, in the present mode.
 
-        Given the images themselves, a source or a list of them, the plan also counts what reading them takes.
+        Given the images themselves, as for the model itself, the plan also counts what reading them takes.
 
         A plan that does not fit the budget is returned all the same; see ``Plan.fits``. With gradients
         disabled it is a plan for inference.
@@ -180,12 +181,14 @@ class StreamingModel(ModuleFacade):
         ------
         UnsupportedModel
             If the module cannot be captured at this shape.
+        DatasetMismatch
+            If the images are no batch.
         """
         image = self._image_spec(shape, dtype)
         planned = self.planned(
             image.shape,
             image.dtype,
-            image_gradient=False,
+            image_gradient=image.requires_grad,
             inputs=inputs,
             named=named_inputs,
             reading=image.reading,
@@ -194,7 +197,7 @@ class StreamingModel(ModuleFacade):
 
     def plan_loss(
         self,
-        image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        image: tuple[int, int, int, int] | Image,
         target: Any,
         loss: Loss,
         **maps: Any,
@@ -205,6 +208,8 @@ class StreamingModel(ModuleFacade):
         ------
         UnsupportedModel
             If the module or the loss cannot be captured at this shape.
+        DatasetMismatch
+            If the images are no batch.
         """
         module, call = self._losses.of(self.net, loss)
         device = self._device()
@@ -213,15 +218,14 @@ class StreamingModel(ModuleFacade):
 
     def _image_spec(
         self,
-        image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
+        image: tuple[int, int, int, int] | Image,
         dtype: torch.dtype | None = None,
     ) -> ImageSpec:
         """What is known of images, or of a shape."""
-        if not _are_sources(image):
-            shape = cast("tuple[int, int, int, int]", image)
-            return ImageSpec(shape, dtype or module_dtype(self.net), requires_grad=False)
+        if not _is_image(image):
+            return ImageSpec(_as_shape(image), dtype or module_dtype(self.net), requires_grad=False)
         reader = BatchReader(image, self._device(), self.preprocess)
-        return ImageSpec(reader.shape, dtype or reader.dtype, requires_grad=False, reading=reader.reading)
+        return ImageSpec(reader.shape, dtype or reader.dtype, wants_gradient(image), reader.reading)
 
     def plan_for(
         self,
@@ -418,12 +422,13 @@ class StreamingModel(ModuleFacade):
             If the path's ending or an option is none of these.
         CannotWrite
             If something is at ``path`` already, or it cannot be written; nothing of it is left then.
-        PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage
-            As from the model itself; the last but one also if the result is no map (1, C, H, W).
+        PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage, DatasetMismatch
+            As from the model itself; also where the result is no map (1, C, H, W), or images are several.
         """
         place = Path(path)
         module, call = self._predictions.of(self.net, output, key, dtype)
         check_place(place, overwrite=overwrite)
+        require_one_image(image)
         is_written = False
 
         def keep(store: Store) -> Tensor:
@@ -464,11 +469,19 @@ class StreamingModel(ModuleFacade):
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
 
-def _are_sources(
-    image: tuple[int, int, int, int] | ImageSource | Sequence[ImageSource],
-) -> TypeGuard[ImageSource | Sequence[ImageSource]]:
-    """Whether it is images, and no shape."""
-    return isinstance(image, ImageSource) or (len(image) > 0 and isinstance(image[0], ImageSource))
+def _is_image(image: tuple[int, int, int, int] | Image) -> TypeGuard[Image]:
+    """Whether it is no numbers, which are a shape."""
+    return not isinstance(image, (tuple, list)) or not any(isinstance(each, Integral) for each in image)
+
+
+def _as_shape(shape: Any) -> tuple[int, int, int, int]:
+    if len(shape) != 4 or any(not isinstance(each, Integral) or each < 1 for each in shape):
+        raise ValueError(
+            f"shape={tuple(shape)}: allowed are four positive whole numbers (N, C, H, W), or images as for "
+            "the model itself"
+        )
+    n, c, h, w = map(int, shape)
+    return (n, c, h, w)
 
 
 def _like(image: Image, results: Any) -> Any:

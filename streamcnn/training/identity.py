@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import ImageDataset, Images, input_shapes
 from streamcnn.data.uniform import ImageKind
 from streamcnn.errors import DatasetMismatch
@@ -140,25 +139,4 @@ def require_same_inputs(images: Images, validation: Images) -> None:
         raise DatasetMismatch(
             f"training images have inputs of the shapes {trained}, and validation images {validated}: "
             "give both the same inputs"
-        )
-
-
-def require_one_size(images: Images, batch_size: int) -> None:
-    """Make sure that images which are turned have one size in each batch, whatever is drawn for them.
-
-    Raises
-    ------
-    DatasetMismatch
-        If the first is not square, and there are others in its batch.
-    """
-    augmentation = getattr(images, "augmentation", None)
-    if batch_size == 1 or not isinstance(augmentation, RandomAugmentation) or not augmentation.turns:
-        return
-    source = images[0][0]
-    _, height, width = source.shape
-    if height != width:
-        raise DatasetMismatch(
-            f"images are turned by quarters, and {source.name} is not square, of {height} x {width} pixels "
-            "now: images of a batch have one size, so train one at a time, with --batch 1 "
-            f"--accumulate {batch_size}, or leave --turns out"
         )

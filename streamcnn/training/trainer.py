@@ -25,6 +25,7 @@ from streamcnn.data.sources import ImageSource
 from streamcnn.errors import DamagedCheckpoint
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
+from streamcnn.training.batch_sizes import require_one_size, require_one_size_in_order
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.classification import Classification
 from streamcnn.training.ending import EndAsked, EndRequest
@@ -33,7 +34,6 @@ from streamcnn.training.identity import (
     differences,
     identity_of,
     plan_digest,
-    require_one_size,
     require_same_inputs,
     versions,
     with_present_fingerprints,
@@ -159,8 +159,8 @@ class Trainer:
         DamagedCheckpoint
             If there are checkpoints and none can be read, or the best one is gone.
         DatasetMismatch
-            If images to train on and to validate by have different further inputs or pixels, or masks hold
-            classes that the model does not tell apart.
+            If images to train on and to validate by have different further inputs or pixels, if images of a
+            batch would have different sizes, or masks hold classes that the model does not tell apart.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         TrainingDiverged
@@ -238,8 +238,8 @@ class Trainer:
         Raises
         ------
         DatasetMismatch
-            If images to train on and to validate by have different further inputs or pixels, or if those of
-            a batch would have different sizes as they are turned.
+            If images to train on and to validate by have different further inputs or pixels, or if images
+            of a batch would have different sizes.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         """
@@ -248,7 +248,10 @@ class Trainer:
         self.sampler = self._make_sampler()
         self.progress = Progress()
         require_same_inputs(self.images, self.validation)
-        require_one_size(self.images, self.settings.batch_size)
+        size = self.settings.batch_size
+        advice = f"train one at a time, with --batch 1 --accumulate {size}"
+        require_one_size(self.images, size, advice=advice)
+        require_one_size_in_order(self.validation, size, advice=advice)
         found = identity_of(self.model, self.images, self.validation, self.settings, self.device)
         self._identity = {**self.identity, **self.task.identity(), **found}
         self._find_plan_digest()  # so that a plan that does not fit is told before anything is written

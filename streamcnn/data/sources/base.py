@@ -7,7 +7,7 @@ converts nor normalises pixels; that is the model's ``preprocess``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -191,8 +191,13 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     DatasetMismatch
         If there is no image, or one differs from the first.
     TypeError
-        If something in the sequence is no `ImageSource`.
+        If it is no sequence, or something in it is no `ImageSource`.
     """
+    if not isinstance(image, (ImageSource, Iterable)):
+        raise TypeError(
+            f"the image is a {type(image).__name__}: allowed are a tensor (N, C, H, W), an ImageSource, and "
+            "a list of them"
+        )
     sources = [image] if isinstance(image, ImageSource) else list(image)
     if not sources:
         raise DatasetMismatch("a batch of 0 images: allowed are 1 and more")
