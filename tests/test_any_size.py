@@ -211,6 +211,18 @@ def test_gradients_are_those_of_plain_pytorch_while_sizes_of_image_and_mask_chan
     assert counts(model._call) == [1, 1]
 
 
+def test_parameters_can_be_exchanged_after_passes_of_many_sizes() -> None:
+    model = StreamingModel(Net(lambda net, x: x).double(), tile=32)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for size in (*SIZES[:5], *SIZES[:5]):
+            model(torch.randn(1, 3, *size, dtype=torch.float64)).sum().backward()
+            model.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert None not in counts(model._call)
+
+
 def test_an_image_that_is_too_small_is_refused_as_ever() -> None:
     net = nn.Sequential(nn.Conv2d(3, 2, 7), nn.Conv2d(2, 2, 7)).double()
     model = StreamingModel(net, tile=32)

@@ -443,7 +443,12 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     _refuse_bound((args, kwargs))
     with disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
-    return called_whole(cls.__name__, cls.apply, args, kwargs, like)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        # Looked up when it runs: here it is this function's.
+        return cls.apply(*args, **kwargs)
+
+    return called_whole(cls.__name__, function, args, kwargs, like)
 
 
 @contextmanager
