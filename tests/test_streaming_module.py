@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +272,112 @@ def saved(state: Mapping[str, Tensor]) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()
+
+
+class OfItsOwn(nn.Module):
+    """Has attributes with the names of the model's, and methods in place of a module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.spill = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(2, 2)
+        self.tile, self.budget, self._call = 3, nn.Parameter(torch.ones(2)), 0.5
+        self.grid = torch.ones(2)
+        self.double()
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        return x - 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.body(self.preprocess(x)).mean((2, 3)))
+        return self.spill(y * self.budget * self.grid) * self.tile * self._call
+
+    def _apply(self, fn: Any) -> OfItsOwn:  # type: ignore[override]
+        super()._apply(fn)
+        self.grid = fn(self.grid)
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.head.parameters(recurse)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"own.{key}": value for key, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:  # type: ignore[override]
+        return super().load_state_dict({key.removeprefix("own."): v for key, v in state.items()}, strict)
+
+
+def test_a_net_may_have_attributes_that_are_called_as_the_models_are() -> None:
+    net = OfItsOwn()
+    before = dict(vars(net))
+    model, plain = StreamingModel(net, tile=16), copy.deepcopy(net)
+    assert vars(net) == before
+    assert model.tile == (16, 16)
+    for module in (model, plain):
+        loss_of(module(make_image())).backward()
+    assert_same_gradients(model.net, plain)
+
+
+def test_no_attribute_of_the_models_is_one_of_the_nets() -> None:
+    net = make_net()
+    names = set(vars(StreamingModel(make_net()))) - set(vars(net)) - {"net"}
+    for name in names:
+        setattr(net, name, name)
+    model = StreamingModel(net, budget="1GiB", tile=16)
+    model(make_image())
+    assert {getattr(net, name) for name in names} == names
+
+
+def test_methods_that_a_net_has_of_its_own_are_the_models() -> None:
+    net = OfItsOwn()
+    model = StreamingModel(net)
+    assert list(map(id, model.parameters())) == list(map(id, net.parameters()))
+    assert list(model.state_dict()) == list(net.state_dict())
+    model.load_state_dict(OfItsOwn().state_dict())
+    assert model.to(torch.float32) is model
+    assert net.grid.dtype == torch.float32
+    assert model.double() is model
+    assert net.grid.dtype == torch.float64
+
+
+def test_a_preprocessing_module_is_no_part_of_the_net_and_moves_with_it() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.full((3, 1, 1), 0.25, dtype=torch.float64))
+
+        def forward(self, tile: Tensor) -> Tensor:
+            return tile - self.mean
+
+    net, centred = make_net(), Centred()
+    keys, names = list(net.state_dict()), [name for name, _ in net.named_modules()]
+    model = StreamingModel(net, tile=16, preprocess=centred)
+    model.preprocess = centred
+    assert list(net.state_dict()) == keys
+    assert [name for name, _ in net.named_modules()] == names
+    twin = copy.deepcopy(net)
+    assert error_of(model(make_image()), twin(make_image() - 0.25)) <= TOLERANCE
+    for moved in (model.to(torch.float32), model.double().float()):
+        assert next(moved.preprocess.buffers()).dtype == torch.float32
+
+
+def test_the_mode_is_that_of_the_net_whoever_sets_it() -> None:
+    model = StreamingModel(make_net())
+    model.net.eval()
+    assert not model.training
+    model.train(model.training)
+    assert not any(module.training for module in model.net.modules())
+    for module in model.modules():
+        module.training = True
+    assert all(module.training for module in model.net.modules())
+
+
+def test_an_attribute_that_is_set_anew_is_the_nets() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + getattr(self, "shift", 0)
+
+    model = StreamingModel(Shifted(), tile=16)
+    image = make_image()
+    assert torch.equal(model(image), image)
+    model.shift = 2.0
+    assert torch.equal(model(image), image + 2)

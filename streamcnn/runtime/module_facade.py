@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 from torch import nn
@@ -20,8 +21,9 @@ _SHARED = (
 class ModuleFacade(nn.Module):
     """Has another module's parameters, buffers, ``state_dict`` keys, mode and attributes.
 
-    It shares the registries of ``net``, so that names, keys and moves are its own. What a subclass has set
-    itself is the subclass's; other attributes are read from and written to ``net``.
+    It shares the registries of ``net``, so that names, keys and moves are its own, and leaves to ``net`` the
+    methods that modules often have of their own. What a subclass has set before it calls ``__init__`` is the
+    subclass's, whatever ``net`` has under that name; other attributes are read from and written to ``net``.
 
     Raises
     ------
@@ -38,7 +40,6 @@ class ModuleFacade(nn.Module):
         object.__setattr__(self, "net", net)
         for registry in _SHARED:
             object.__setattr__(self, registry, getattr(net, registry))
-        self.training = net.training
 
     def __getattr__(self, name: str) -> Any:
         # Not found here: the module's own attributes and methods.
@@ -52,17 +53,52 @@ class ModuleFacade(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         net = self.__dict__.get("net")
-        own = net is None or name in self.__dict__ or hasattr(type(self), name)
-        if own or not hasattr(net, name):
-            super().__setattr__(name, value)
+        if net is None or name in self.__dict__ or hasattr(type(self), name):
+            # Not as modules do it: one that is an option would be registered with ``net``.
+            object.__setattr__(self, name, value)
         else:
             setattr(net, name, value)
+
+    @property
+    def training(self) -> bool:
+        """The mode that ``net`` is in, whoever has set it."""
+        return self.net.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # Modules set it before they have anything.
+        if "net" in self.__dict__:
+            self.net.training = mode
 
     def train(self, mode: bool = True) -> Self:
         """Set train or eval mode of the module and everything in it."""
         self.net.train(mode)
-        self.training = mode
         return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the module, or change its type, as its own ``to`` does."""
+        self.net.to(*args, **kwargs)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.net._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
+        """The module's own."""
+        return self.net.parameters(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's own."""
+        return self.net.named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own."""
+        return self.net.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module does it."""
+        return self.net.load_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.net._save_to_state_dict(destination, prefix, keep_vars)

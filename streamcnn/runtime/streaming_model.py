@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,6 @@ class StreamingModel(ModuleFacade):
         device: torch.device | str | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(net)
         self.budget = parse_bytes(budget)
         self.tile = _as_tile(tile)
         self.spill = _as_folder(spill)
@@ -128,6 +127,7 @@ class StreamingModel(ModuleFacade):
         self._call = ForwardPass()
         self._losses = LossCalls()
         self._predictions = PredictionCalls()
+        super().__init__(net)
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
@@ -147,6 +147,17 @@ class StreamingModel(ModuleFacade):
             "observer": None,
         }
         return {**self.__dict__, **emptied}
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the module, or change its type, and that of ``preprocess`` if it is one."""
+        if isinstance(self.preprocess, nn.Module):
+            self.preprocess.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        if isinstance(self.preprocess, nn.Module):
+            self.preprocess._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
