@@ -79,6 +79,8 @@ class RawGraph:
     """How many of the results, the last ones, are values that the model only asserts something of."""
     changes_image: bool = False
     """Whether the model overwrites the image, as ``x.sub_(mean)`` does."""
+    marks_image: bool = False
+    """Whether the model changes if the image requires a gradient, as ``x.requires_grad_()`` does."""
     key: str = field(init=False, compare=False)
     """Equal for graphs that are planned alike."""
 

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -88,18 +88,36 @@ def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: d
     refuse_backward_hooks(net)
     before = Snapshot(net)
     try:
-        capture, traced = _traced(net, image, args, kwargs, before)
+        capture, traced, flags = _traced(net, image, args, kwargs, before)
         before.refuse_fakes()
         refuse_remaining(traced)
+        flags.set()
     except BaseException:
         before.restore()
         raise
     return capture
 
 
+@dataclass(frozen=True, slots=True)
+class _Flags:
+    """Which states the forward pass has frozen or released (``requires_grad``), and what it made of them."""
+
+    wanted: tuple[tuple[Tensor, bool], ...]
+
+    def set(self) -> None:
+        """Do to the states what was done to their stand-ins."""
+        for state, flag in self.wanted:
+            state.requires_grad_(flag)
+
+    def undo(self) -> None:
+        """Put the states back as they were."""
+        for state, flag in self.wanted:
+            state.requires_grad_(not flag)
+
+
 def _traced(
     net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Snapshot
-) -> tuple[Capture, list[weakref.ref[Tensor]]]:
+) -> tuple[Capture, list[weakref.ref[Tensor]], _Flags]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         return _traced_in(mode, net, image, args, kwargs, before)
@@ -139,7 +157,15 @@ def _traced_in(
     outside = {
         key: constant for name, constant in constants.items() if (key := outside_key(name)) in graph.updates
     }
-    return Capture(graph, {**states, **outside}, call.result, before.restore), call.made
+    wanted = ((states[key], flag) for key, flag in call.flags.items())
+    flags = _Flags(tuple((state, flag) for state, flag in wanted if state.requires_grad != flag))
+
+    def undo() -> None:
+        before.restore()
+        flags.undo()
+
+    graph = replace(graph, marks_image=call.marks_image)
+    return Capture(graph, {**states, **outside}, call.result, undo), call.made, flags
 
 
 def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -180,6 +206,10 @@ class _Call:
         """Where the module keeps tensors that its forward pass has made."""
         self.exchanged: list[tuple[dict[str, Any], str, Tensor | None]] = []
         """Registered tensors that the forward pass has replaced by others that were there, or by nothing."""
+        self.flags: dict[str, bool] = {}
+        """Whether states require gradients at the end, by key."""
+        self.marks_image = False
+        """Whether the forward pass has changed if the image requires one."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
 
     def _exchanged(
@@ -238,6 +268,7 @@ class _Call:
                 scripted = [ScriptedAttributes(module) for module in self.net.modules()]
                 with _functions_whole():
                     result = self.net(image, *args, **kwargs)
+                self.flags = {key: state.requires_grad for key, state in by_key.items()}
                 self.places = places_of_fakes(self.net, states)
                 self.exchanged = self._exchanged(own, by_key)
                 refuse_new_parameters(self.net, states)
@@ -296,6 +327,8 @@ class _Watch(TorchFunctionMode):
             return _set_data(*args)
         if func is Tensor.resize_ and not kwargs:
             return _resized(*args)
+        if func is Tensor.requires_grad_ or func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
+            self._mark(*args, **kwargs)
         if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
             raise UnsupportedModel(
                 f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
@@ -328,6 +361,20 @@ class _Watch(TorchFunctionMode):
         """Whether a tensor has values, and those that it has where it is read."""
         _, stand_in = self.stand_ins.get(id(tensor), (tensor, None))
         return type(tensor) in _PLAIN and (stand_in is None or stand_in._version == 0)
+
+    def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
+        """Note that a tensor is frozen or released; only of what goes in does it matter to anybody."""
+        proxy = proxy_of(tensor)
+        node = None if proxy is None else proxy.node
+        if node is None or node.op != "placeholder" or tensor.requires_grad == requires_grad:
+            return
+        if node.name == self.call.image_name:
+            self.call.marks_image = True
+        elif node.users:
+            raise UnsupportedModel(
+                "the forward pass freezes or releases a tensor (requires_grad) that it has used already: do "
+                "so before its first use, or outside of the forward pass"
+            )
 
     def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> _Handle:
         proxy = proxy_of(tensor)

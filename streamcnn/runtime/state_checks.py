@@ -67,8 +67,13 @@ def refuse_changes_of_the_image(graph: RawGraph, image: Image) -> None:
     Raises
     ------
     UnsupportedModel
-        If it overwrites it.
+        If it overwrites it, or changes whether it requires a gradient.
     """
+    if graph.marks_image and isinstance(image, Tensor):
+        raise UnsupportedModel(
+            "the forward pass changes whether the image requires a gradient (requires_grad): do so before "
+            "the call"
+        )
     if graph.changes_image and isinstance(image, Tensor):
         raise UnsupportedModel(
             "the forward pass overwrites the image, which is the caller's: use an operator that returns "

@@ -1,0 +1,85 @@
+"""Tensors that forward freezes and releases (``requires_grad``)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import all_in_tiles
+from streaming_cases import assert_same_gradients, loss_of, make_image
+from torch import Tensor, nn
+
+from streamcnn import UnsupportedModel
+
+Freeze = Callable[[nn.Module, bool], Any]
+
+
+class Net(nn.Module):
+    def __init__(self, freeze: Freeze, *, late: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, 2, 1)
+        self.freeze, self.late = freeze, late
+
+    def forward(self, x: Tensor, released: bool) -> Tensor:
+        if not self.late:
+            self.freeze(self.stem, released)
+        features = self.stem(x)
+        if self.late:
+            self.freeze(self.stem, released)
+        return self.head(features).relu()
+
+
+def _by_method(module: nn.Module, released: bool) -> None:
+    module.requires_grad_(released)
+
+
+def _by_attribute(module: nn.Module, released: bool) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad = released
+
+
+@pytest.mark.parametrize("freeze", [_by_method, _by_attribute])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_frozen_and_released_in_forward_is(freeze: Freeze, first: bool) -> None:
+    net = Net(freeze).double()
+    model, plain = all_in_tiles(net), copy.deepcopy(net)
+    for number, released in enumerate((first, not first, first)):
+        for module in (model, plain):
+            module.zero_grad()
+            loss_of(module(make_image(number), released)).backward()
+        assert [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in plain.parameters()]
+        assert_same_gradients(net, plain)
+
+
+def test_planning_freezes_nothing() -> None:
+    net = Net(_by_attribute).double()
+    all_in_tiles(net).plan((2, 3, 37, 45), inputs=(False,))
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_freezing_what_was_used_is_refused() -> None:
+    net = Net(_by_method, late=True).double()
+    model = all_in_tiles(net)
+    model(make_image(), True)
+    with pytest.raises(UnsupportedModel, match="that it has used already"):
+        model(make_image(), False)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+class Marked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.requires_grad_().square()
+
+
+def test_marking_the_callers_image_is_refused() -> None:
+    model, image = all_in_tiles(Marked()), make_image()
+    with pytest.raises(UnsupportedModel, match="whether the image requires a gradient"):
+        model(image)
+    assert not image.requires_grad
+    image.requires_grad_()
+    model(image).sum().backward()
+    torch.testing.assert_close(image.grad, 2 * image.detach())
