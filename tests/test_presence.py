@@ -1,4 +1,4 @@
-"""A capture does not outlive what was not there when it was made: attributes, entries, hooks of modules."""
+"""A capture does not outlive what Dynamo does not guard: what comes later, methods, orders of entries."""
 
 from __future__ import annotations
 
@@ -103,6 +103,87 @@ def test_what_comes_after_a_capture_is_seen(
     change(net)
     torch.testing.assert_close(again, before)
     torch.testing.assert_close(model(image), 2 * before)
+
+
+def test_an_order_that_changes_is_seen() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factors = OrderedDict(one=1.0, two=2.0)
+            self.among = {"factors": self.factors}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * next(iter(self.factors.values())) * next(iter(self.among["factors"].values()))
+
+    net = First()
+    model = StreamingModel(net, tile=16)
+    image = torch.rand(1, 3, 29, 37)
+    torch.testing.assert_close(model(image), image)
+    net.factors.move_to_end("one")
+    torch.testing.assert_close(model(image), 4 * image)
+    net.factors.move_to_end("two")
+    torch.testing.assert_close(model(image), image)
+
+
+class Base:
+    """Has methods of every kind, of which some are replaced."""
+
+    __slots__ = ()
+
+    def factor(self) -> float:
+        return 1.0
+
+    @property
+    def proportion(self) -> float:
+        return 1.0
+
+    @classmethod
+    def of_class(cls) -> float:
+        return 1.0
+
+    def __getitem__(self, name: str) -> float:
+        return 1.0
+
+
+class Slotted(Base):
+    __slots__ = ()
+
+
+class Derived(Base):
+    pass
+
+
+METHODS: dict[str, tuple[Callable[[Any], float], Any]] = {
+    "factor": (lambda helper: helper.factor(), lambda self: 3.0),
+    "proportion": (lambda helper: helper.proportion, property(lambda self: 3.0)),
+    "of_class": (lambda helper: helper.of_class(), classmethod(lambda cls: 3.0)),
+    "__getitem__": (lambda helper: helper["factor"], lambda self, name: 3.0),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", [Derived, Slotted])
+@pytest.mark.parametrize("inherited", [True, False])
+def test_a_method_of_a_helper_that_is_replaced_is_seen(
+    name: str, kind: type, inherited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, replacement = METHODS[name]
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.helper = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * read(self.helper)
+
+    model = StreamingModel(Scaled(), tile=16)
+    image = torch.rand(1, 3, 29, 37)
+    torch.testing.assert_close(model(image), image)
+    monkeypatch.setattr(Base if inherited else kind, name, replacement, raising=False)
+    torch.testing.assert_close(model(image), 3 * image)
+    monkeypatch.undo()
+    torch.testing.assert_close(model(image), image)
 
 
 def test_a_hook_of_all_modules_is_seen_when_it_comes_and_goes() -> None:

@@ -1,30 +1,36 @@
-"""What Dynamo has no guards for: which attributes there are, and whether anything is in a dict.
+"""What Dynamo has no guards for: which attributes there are, methods, and what is in a dict in which order.
 
 Dynamo guards what it finds. Where code looks for what is not there (``"scale" in vars(self)``, ``hasattr`` of
 a module or function, ``except AttributeError``, ``if self.options``), it often guards nothing, and a capture
-would be used on when that has come. So everything that Dynamo reads under a name gets one more guard.
+would be used on when that has come. Methods it takes from an object's class without a guard, and of an
+``OrderedDict`` it does not know that the order may change. So everything that Dynamo reads under a name gets
+one more guard.
 """
 
 from __future__ import annotations
 
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo.guards import DictGuardManager
 
 _OTHERS = (Tensor, type)
 """What has attributes and is not looked into: tensors have guards of their own, and so have classes."""
+_HEAP_TYPE = 1 << 9
+"""The flag of classes that are not built in."""
 
 
 @contextmanager
 def presence_guarded() -> Iterator[None]:
-    """A block in which Dynamo also guards which attributes there are, and whether dicts are empty."""
+    """A block in which Dynamo also guards attributes that may come, methods, and what dicts have."""
     from torch._dynamo.variables.builder import VariableBuilder
 
     wrap = VariableBuilder.__call__
@@ -49,13 +55,17 @@ def presence_guarded() -> Iterator[None]:
 
 def _look_of(value: Any) -> Callable[[Any], Any] | None:
     """What to compare of a value at each call; None for nothing."""
+    if isinstance(value, OrderedDict):
+        return _keys
     if isinstance(value, dict):
         return _has_entries
     if isinstance(value, types.MappingProxyType):
         return bool
-    if isinstance(value, _OTHERS) or type(getattr(value, "__dict__", None)) is not dict or _is_torchs(value):
+    if isinstance(value, _OTHERS) or _is_torchs(value):
         return None
-    return _attributes
+    if type(getattr(value, "__dict__", None)) is not dict:
+        return _methods if _is_users(type(value)) else None
+    return _attributes_and_methods if _is_users(type(value)) else _attributes
 
 
 def _is_torchs(value: Any) -> bool:
@@ -63,6 +73,30 @@ def _is_torchs(value: Any) -> bool:
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
     is_code = isinstance(value, (types.ModuleType, types.FunctionType))
     return is_code and str(name).partition(".")[0] == torch.__name__
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class may be changed, and nobody else looks at it, as it is done for modules."""
+    return _is_made(kind) and not issubclass(kind, nn.Module)
+
+
+def _is_made(kind: type) -> bool:
+    """Whether a class comes from a ``class`` statement that is not PyTorch's."""
+    return bool(kind.__flags__ & _HEAP_TYPE) and str(kind.__module__).partition(".")[0] != torch.__name__
+
+
+def _keys(value: OrderedDict[Any, Any]) -> tuple[Any, ...]:
+    return tuple(value)
+
+
+def _attributes_and_methods(value: Any) -> tuple[Any, ...]:
+    return (*_attributes(value), *_methods(value))
+
+
+def _methods(value: Any) -> tuple[Any, ...]:
+    """Methods and properties of an object's class and those that it is derived from."""
+    members = chain.from_iterable(vars(kind).values() for kind in type(value).__mro__ if _is_made(kind))
+    return tuple(member for member in members if hasattr(type(member), "__get__"))
 
 
 def _has_entries(value: dict[Any, Any]) -> bool:
@@ -75,11 +109,16 @@ def _attributes(value: Any) -> tuple[str, ...]:
 
 def _guard(builder: Any, guard: Any, *, look: Callable[[Any], Any], seen: Any) -> None:
     """Add a guard that compares ``look`` of a value with what was ``seen``."""
+    from torch._dynamo.guards import _get_closure_vars
 
     def is_same(value: Any) -> bool:
         return bool(look(value) == seen)
 
     manager = builder.get_guard_manager(guard)
+    what = [f"{look.__name__}({guard.name})"]
     # Those of dicts compare the number of entries, and take no further guards.
     if not isinstance(manager, DictGuardManager):
-        manager.add_lambda_guard(is_same, [f"{look.__name__}({guard.name})"], None)
+        manager.add_lambda_guard(is_same, what, None)
+    elif look is _keys:
+        names = {**_get_closure_vars(), "___is_same": is_same}
+        builder.add_python_lambda_leaf_guard_to_root([f"___is_same({guard.name})"], what, closure_vars=names)
