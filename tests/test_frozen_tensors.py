@@ -1,4 +1,4 @@
-"""Tensors that forward freezes and releases (``requires_grad``)."""
+"""Tensors that forward freezes and releases (``requires_grad``), copies, and asks for their versions."""
 
 from __future__ import annotations
 
@@ -83,3 +83,51 @@ def test_marking_the_callers_image_is_refused() -> None:
     image.requires_grad_()
     model(image).sum().backward()
     torch.testing.assert_close(image.grad, 2 * image.detach())
+
+
+class Copying(nn.Module):
+    """Subtracts what a copy of its layer gives, to which no gradient goes."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.conv, self.factor = nn.Conv2d(3, 4, 3), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        twin = copy.deepcopy(self.conv)
+        twin.weight.data.mul_(self.factor)
+        assert twin.weight.requires_grad
+        return self.conv(x) - twin(x).square()
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_copy_made_in_forward_has_no_part_in_the_gradient(factor: float) -> None:
+    net = Copying(factor).double()
+    model, plain = all_in_tiles(net), copy.deepcopy(net)
+    for module in (model, plain):
+        loss_of(module(make_image())).backward()
+    assert_same_gradients(net, plain)
+
+
+class Cached(nn.Module):
+    """Works out its weight anew where that was overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.version, self.num_made = -1, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.version != self.conv.weight._version:
+            self.version, self.num_made = self.conv.weight._version, self.num_made + 1
+        return self.conv(x)
+
+
+def test_versions_of_tensors_are_their_own() -> None:
+    net = Cached().double()
+    model = all_in_tiles(net)
+    for num_made in (1, 2):
+        for _ in range(2):
+            model(make_image())
+            assert (net.version, net.num_made) == (net.conv.weight._version, num_made)
+        with torch.no_grad():
+            net.conv.weight.mul_(2)

@@ -48,6 +48,12 @@ class KnownValues:
             if 0 not in value.stride()
         }
 
+    def version_of(self, tensor: Tensor) -> int:
+        """How often a traced tensor was overwritten: of a state, in all its time."""
+        proxy = proxy_of(tensor)
+        known = None if proxy is None else self._states.get(proxy.node.name)
+        return tensor._version + (0 if known is None else known.value._version - known.version)
+
     def of(self, tensor: Tensor) -> Tensor | None:
         """The values of a traced tensor that is a function of states alone, unless the pass changes those."""
         proxy = proxy_of(tensor)

@@ -321,6 +321,10 @@ class _Watch(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if func == Tensor._version.__get__ and self.call.known is not None:  # type: ignore[attr-defined]
+            return self.call.known.version_of(args[0])
+        if func is Tensor.__deepcopy__:
+            return _deep_copy(*args)
         if func is Tensor.register_hook:
             return self._hook(*args)
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
@@ -397,6 +401,18 @@ def _resized(tensor: Tensor, *size: Any) -> Tensor:
     if tensor.numel():
         return tensor.resize_(wanted)
     raise resized("the forward pass calls resize_(), which changes", tensor.shape, wanted)
+
+
+def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """What ``copy.deepcopy`` makes of a tensor: one of the same values that nothing ties to it."""
+    if id(tensor) in memo:
+        found: Tensor = memo[id(tensor)]
+        return found
+    if not tensor.is_leaf:
+        raise RuntimeError("copy.deepcopy of a tensor that was computed: only leaves can be copied by it")
+    found = memo[id(tensor)] = tensor.detach().clone()
+    with disable_proxy_modes_tracing():
+        return found.requires_grad_(tensor.requires_grad)
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:

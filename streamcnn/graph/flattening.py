@@ -378,8 +378,10 @@ def _fold(
 
 
 def reads_values(target: object) -> bool:
-    """Whether a call makes a Python number of a tensor."""
-    return target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+    """Whether a call makes a Python number of a tensor: its value, or how often it was overwritten."""
+    values = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+    # Registered when Dynamo meets it first.
+    return target in values or str(target) == "prims._tensor_version.default"
 
 
 def is_fake(value: object) -> bool:
