@@ -381,3 +381,7 @@ def test_an_attribute_that_is_set_anew_is_the_nets() -> None:
     assert torch.equal(model(image), image)
     model.shift = 2.0
     assert torch.equal(model(image), image + 2)
+    del model.shift
+    assert torch.equal(model(image), image)
+    with pytest.raises(AttributeError, match="shift"):
+        del model.shift

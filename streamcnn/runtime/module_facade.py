@@ -23,7 +23,7 @@ class ModuleFacade(nn.Module):
 
     It shares the registries of ``net``, so that names, keys and moves are its own, and leaves to ``net`` the
     methods that modules often have of their own. What a subclass has set before it calls ``__init__`` is the
-    subclass's, whatever ``net`` has under that name; other attributes are read from and written to ``net``.
+    subclass's, whatever ``net`` has under that name; other attributes are those of ``net``.
 
     Raises
     ------
@@ -58,6 +58,12 @@ class ModuleFacade(nn.Module):
             object.__setattr__(self, name, value)
         else:
             setattr(net, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or "net" not in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.net, name)
 
     @property
     def training(self) -> bool:
