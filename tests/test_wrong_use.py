@@ -60,6 +60,21 @@ def test_an_option_without_meaning(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         StreamingModel(net, **options)
     assert_unchanged(before, everything_of(net))
+    model = StreamingModel(net, budget="1GiB", tile=16)
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=text):
+            setattr(model, name, value)
+    assert (model.budget, model.tile, model.spill) == (2**30, (16, 16), None)
+
+
+def test_options_are_set_between_passes_as_they_are_given_at_first(tmp_path: Path) -> None:
+    model = StreamingModel(make_net().eval(), tile=16)
+    output = model(make_image())
+    for name, value in {"tile": 24, "budget": "1GiB", "spill": str(tmp_path)}.items():
+        setattr(model, name, value)
+    torch.testing.assert_close(model(make_image()), output)
+    assert model.plan(tuple(make_image().shape)).tile == (24, 24)
+    assert (model.budget, model.spill) == (2**30, tmp_path)
 
 
 @pytest.mark.parametrize("net", ["resnet18", nn.Conv2d], ids=str)

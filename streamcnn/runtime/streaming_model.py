@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -132,6 +132,11 @@ class StreamingModel(ModuleFacade):
         record_idle_memory()
         if device is not None:
             self.to(device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Options may be set between passes as they are given at first.
+        understood = _OPTIONS.get(name)
+        super().__setattr__(name, value if understood is None else understood(value))
 
     def __getstate__(self) -> dict[str, Any]:
         # Captured graphs hold operators, which cannot be copied; they are made again when needed.
@@ -524,3 +529,7 @@ def _as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
     if not folder.is_dir():
         raise ValueError(f"spill={str(spill)!r} is no folder: create it, or pass None for the temporary one")
     return folder
+
+
+_OPTIONS: dict[str, Callable[[Any], Any]] = {"budget": parse_bytes, "tile": _as_tile, "spill": _as_folder}
+"""Options that are given in several forms, and what makes one of them."""
