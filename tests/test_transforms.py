@@ -41,6 +41,13 @@ def test_a_transform_is_refused(transform: Callable[[StreamingModel, Tensor], ob
     assert_unchanged(before, everything_of(model))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_a_trace_is_refused() -> None:
+    model = make_model().eval()
+    with pytest.raises(UnsupportedModel, match=r"torch\.jit\.trace\(\)"):
+        torch.jit.trace(model, make_image())
+
+
 def test_a_tangent_of_the_image_is_refused() -> None:
     model = make_model()
     before = everything_of(model)

@@ -1,6 +1,7 @@
-"""Ways of differentiating that a streamed pass has no part in, each refused by its name.
+"""What a streamed pass has no part in, each refused by its name.
 
-They are forward mode, transforms of ``torch.func``, and many gradients of the outputs at once.
+They are forward mode, transforms of ``torch.func``, many gradients of the outputs at once, and traces of
+``torch.jit``.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from streamcnn.errors import UnsupportedModel
 
 
 def refuse_transforms() -> None:
-    """Make sure that no transform of ``torch.func`` is around a call.
+    """Make sure that no transform of ``torch.func`` is around a call, and that it is not traced.
 
     Raises
     ------
     UnsupportedModel
         If one is.
     """
+    _refuse_tracing()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedModel(
             "the model is called inside of a transform of torch.func, such as grad, vjp, jvp, jacrev or "
             "vmap: call it outside of them; gradients are those of backward() and torch.autograd.grad(), and "
             "several images go in as a batch"
+        )
+
+
+def _refuse_tracing() -> None:
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedModel(
+            "the model is called inside of torch.jit.trace() or of an export that traces: give these the "
+            "module itself, which is model.net"
         )
 
 
