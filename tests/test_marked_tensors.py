@@ -1,8 +1,9 @@
-"""Tensors that forward freezes and releases (``requires_grad``), copies, and asks for their versions."""
+"""Tensors that forward freezes and releases (``requires_grad``), copies, and asks for what is set on them."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +132,29 @@ def test_versions_of_tensors_are_their_own() -> None:
             assert (net.version, net.num_made) == (net.conv.weight._version, num_made)
         with torch.no_grad():
             net.conv.weight.mul_(2)
+
+
+class Tagged(nn.Module):
+    """Reads attributes that are set on tensors."""
+
+    def __init__(self, *, is_guarded: bool) -> None:
+        super().__init__()
+        self.conv, self.is_guarded = nn.Conv2d(3, 4, 3), is_guarded
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        if not self.is_guarded:
+            time.perf_counter()  # Dynamo does not follow it.
+        tags = [getattr(tensor, "tag", 1.0) for tensor in (x, vector, self.conv.weight)]
+        return self.conv(x) * vector * tags[0] + tags[1] * tags[2]
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_attributes_of_tensors_are_read(is_guarded: bool) -> None:
+    net = Tagged(is_guarded=is_guarded).double()
+    model, image, vector = all_in_tiles(net), make_image(), torch.ones(4, 1, 1, dtype=torch.float64)
+    for tagged in (image, vector, net.conv.weight):
+        torch.testing.assert_close(model(image, vector), net(image, vector))
+        tagged.tag = 3.0
+        torch.testing.assert_close(model(image, vector), net(image, vector))
+    del image.tag
+    torch.testing.assert_close(model(image, vector), net(image, vector))

@@ -75,7 +75,8 @@ class ForwardPass:
                 return run(graph, states)
 
             mode = (net.training, torch.is_grad_enabled())
-            if mode not in self._unguardable:
+            # Attributes of the image would be in no guard.
+            if mode not in self._unguardable and not vars(image):
                 try:
                     return self._guarded(net, image, args, kwargs, run_beside_others)
                 except CannotBeGuarded:

@@ -137,9 +137,10 @@ def _traced_in(
     with mode:
         like = torch.empty(image.shape, dtype=image.dtype, device=image.device)
         like.requires_grad_(image.requires_grad)
+        vars(like).update(vars(image))
     call = _Call(net, args, kwargs, states, mode)
     grad = torch.is_grad_enabled()
-    inputs = [like, *(mode.from_tensor(tensor) for tensor in states.values())]
+    inputs = [like, *(_stand_in_for(tensor, mode) for tensor in states.values())]
     flat = flatten(call.on(tuple(states)), inputs, mode, grad=grad)
     flat_hooks = {name: tuple(hooks) for name, hooks in call.hooks.items()}
     graph = functionalized(
@@ -166,6 +167,14 @@ def _traced_in(
 
     graph = replace(graph, marks_image=call.marks_image)
     return Capture(graph, {**states, **outside}, call.result, undo), call.made, flags
+
+
+def _stand_in_for(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor with what the user has set on ``tensor``."""
+    fake = mode.from_tensor(tensor)
+    if type(tensor) in _PLAIN:
+        vars(fake).update(vars(tensor))
+    return fake
 
 
 def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:

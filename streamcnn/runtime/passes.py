@@ -121,6 +121,9 @@ class Passes:
             return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
+        if type(image) in (Tensor, nn.Parameter):
+            # What the caller has set on it, and not PyTorch.
+            vars(here).update((n, value) for n, value in vars(image).items() if not n.startswith("_dynamo"))
         return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
 
     def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
