@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 import torch
 from helpers import streaming_plan
@@ -187,3 +190,76 @@ def test_tokens_are_dropped_alike_in_tiles_and_in_the_resident_tail() -> None:
     (gradient,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
     assert not whole.plan(image.shape, image.dtype).phases
     torch.testing.assert_close(tiled, (output.detach(), gradient), rtol=1e-9, atol=1e-12)
+
+
+class _ShakenPath(torch.autograd.Function):
+    """ShakeDrop: one number for each image, others for the gradient than for the value."""
+
+    num_calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        _ShakenPath.num_calls += 1
+        return x * torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * torch.rand(grads[0].shape[0], 1, 1, 1, dtype=grads[0].dtype)
+
+
+class _Weights(torch.autograd.Function):
+    """Numbers that depend on nothing, as those of torch.distributions.Beta."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.rand_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+class DrawingInside(nn.Module):
+    """Draws in functions of the user's own, and between them."""
+
+    def __init__(self, *, is_guarded: bool) -> None:
+        super().__init__()
+        self.is_guarded = is_guarded
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_guarded:
+            time.perf_counter()  # Dynamo does not follow it.
+        weights = _Weights.apply(torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype))
+        others = torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)
+        x = torch.relu(x - x.mean((2, 3), keepdim=True)) * weights + (1 - weights) * others * x.flip(0)
+        return _ShakenPath.apply(x)
+
+
+class DrawingForEach(nn.Module):
+    """Draws under a transform."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = torch.vmap(lambda each: each * torch.rand(1), randomness="different")(x.mean((2, 3)))
+        return x * scales[:, :, None, None] + torch.rand(x.shape[0], 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [DrawingInside(is_guarded=True), DrawingInside(is_guarded=False), DrawingForEach()],
+    ids=["functions", "functions in code without guards", "vmap"],
+)
+def test_code_of_the_users_draws_as_it_would(module: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), module, nn.Conv2d(WIDTH, 2, 3)).double()
+    image = torch.randn(5, 3, 23, 19, dtype=torch.float64)
+    found, after = _run(net, image, 8, 3), torch.rand(1)
+    torch.testing.assert_close(found, _run(net, image, None, 3), rtol=1e-9, atol=1e-12)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_planning_does_not_run_code_of_the_users() -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), DrawingInside(is_guarded=False))
+    model = StreamingModel(net.double(), tile=8)
+    _ShakenPath.num_calls = 0
+    model.plan((2, 3, 23, 19))
+    # Where it cannot be followed it runs once, to be captured.
+    assert _ShakenPath.num_calls == 1

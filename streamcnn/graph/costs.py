@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Node, Program, TensorSpec, substitute
 from streamcnn.graph.registry import Registry, is_seeded
 from streamcnn.graph.schemas import bound
@@ -169,6 +171,8 @@ class Cost:
     that it calls would leave that out."""
 
 
+_OF_TORCH = frozenset({"aten", "prim", "prims"})
+"""Namespaces of operators whose tags say whether they draw."""
 _HALVES = (torch.float16, torch.bfloat16)
 _UNDECLARED = Cost()
 _COSTS = Registry[Cost]("cost")
@@ -218,6 +222,14 @@ def draws(target: object) -> bool:
     return is_seeded(target) or cost_of(target).draws
 
 
+def may_draw(target: object) -> bool:
+    """Whether a call may take random numbers: code of the user's own need not say so."""
+    is_users = isinstance(target, (Whole, OnlyResult)) or (
+        isinstance(target, OpOverload) and target.namespace not in _OF_TORCH
+    )
+    return is_users or draws(target)
+
+
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:
     """Global values in float32 that autocast casts at the one operator that reads them, and to what.
 
@@ -252,8 +264,11 @@ def windows(operation: Operation) -> int:
 def counted(operation: Operation) -> int:
     """Operations of the matrix products and convolutions that a call on whole values is made of.
 
-    It is run on tensors without memory while PyTorch's own formulas count.
+    It is run on tensors without memory while PyTorch's own formulas count. The user's own Python is not: it
+    may print, count, draw numbers or want values.
     """
+    if isinstance(operation.target, Whole) and not operation.target.bodies:
+        return 0
 
     def empty(value: Any) -> Any:
         if not isinstance(value, Operand):
@@ -262,13 +277,21 @@ def counted(operation: Operation) -> int:
         return made if isinstance(value.spec, tuple) else made[0]
 
     args, kwargs = pytree.tree_map(empty, (operation.args, dict(operation.kwargs)), is_leaf=_is_operand)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), _drawing_nothing(operation.target):
         try:
             operation.target(*args, **kwargs)
         except (RuntimeError, NotImplementedError, TypeError):
             # It makes a tensor of its own on another device, or has no form for tensors without memory.
             return 0
     return int(counter.get_total_flops())
+
+
+def _drawing_nothing(target: object) -> AbstractContextManager[None]:
+    """A block after which random numbers are as if ``target`` had not been called in it."""
+    if not may_draw(target):
+        return nullcontext()
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
+    return torch.random.fork_rng(devices)
 
 
 def _is_operand(value: object) -> bool:

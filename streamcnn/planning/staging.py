@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from streamcnn.graph.costs import draws
+from streamcnn.graph.costs import may_draw
 from streamcnn.graph.program import Kind, Node, Program
 
 
@@ -148,7 +148,7 @@ def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[
     drawn = 0
     for node in program.nodes.values():
         level = _level(program, node, levels)
-        if node.kind is Kind.GLOBAL and draws(node.target):
+        if node.kind is Kind.GLOBAL and may_draw(node.target):
             # Numbers are drawn in the order in which the model draws them.
             level = drawn = max(level, drawn)
         if node.kind is Kind.LOCAL:
@@ -169,7 +169,7 @@ def _delay(program: Program, levels: dict[str, int]) -> None:
     """
     free: set[str] = set()
     for node in program.nodes.values():
-        is_value = node.kind in (Kind.GLOBAL, Kind.PROMOTED) and not draws(node.target)
+        is_value = node.kind in (Kind.GLOBAL, Kind.PROMOTED) and not may_draw(node.target)
         if is_value and all(n in free or program.nodes[n].kind is Kind.STATE for n in node.operands):
             free.add(node.name)
     latest: dict[str, int] = {}
