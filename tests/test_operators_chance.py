@@ -60,6 +60,22 @@ def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     assert not torch.equal(_run(net, image, 8, 3)[0], _run(net, image, 8, 4)[0])
 
 
+@pytest.mark.parametrize("resident_tail", [True, False])
+@pytest.mark.parametrize(
+    "pooling", [nn.AdaptiveAvgPool2d(1), nn.Conv2d(WIDTH, WIDTH, (21, 17))], ids=["pooled", "convolved"]
+)
+def test_dropout_of_one_position_is_that_of_plain_pytorch(pooling: nn.Module, resident_tail: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), pooling, nn.Dropout(0.5), nn.Conv2d(WIDTH, 4, 1)).double()
+    model = StreamingModel(net, tile=8)
+    model.resident_tail = resident_tail
+    image = torch.randn(5, 3, 23, 19, dtype=torch.float64)
+    torch.manual_seed(3)
+    found, after = model(image), torch.rand(1)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, net(image), rtol=1e-9, atol=1e-12)
+    assert torch.equal(after, torch.rand(1))
+
+
 @pytest.mark.parametrize("module", [nn.Dropout(0.3, inplace=True), nn.Dropout2d(0.3, inplace=True)])
 def test_dropout_in_place_is_streamed(module: nn.Module) -> None:
     plan = streaming_plan(nn.Sequential(nn.Conv2d(3, WIDTH, 3), module), (2, 3, 20, 20), 8)[1]
@@ -235,6 +251,21 @@ class DrawingInside(nn.Module):
         return _ShakenPath.apply(x)
 
 
+@torch.library.custom_op("streamcnn_tests::fill_at_random", mutates_args={"x"})
+def _fill_at_random(x: Tensor) -> None:
+    x.copy_(torch.rand(x.shape, dtype=x.dtype))
+
+
+class Filling(nn.Module):
+    """Has an operator of another library draw, whose result is needed late."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype)
+        _fill_at_random(weights)
+        others = torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)
+        return torch.relu(x - x.mean((2, 3), keepdim=True)) * weights + others * x
+
+
 class DrawingForEach(nn.Module):
     """Draws under a transform."""
 
@@ -245,8 +276,8 @@ class DrawingForEach(nn.Module):
 
 @pytest.mark.parametrize(
     "module",
-    [DrawingInside(is_guarded=True), DrawingInside(is_guarded=False), DrawingForEach()],
-    ids=["functions", "functions in code without guards", "vmap"],
+    [DrawingInside(is_guarded=True), DrawingInside(is_guarded=False), DrawingForEach(), Filling()],
+    ids=["functions", "functions in code without guards", "vmap", "another library"],
 )
 def test_code_of_the_users_draws_as_it_would(module: nn.Module) -> None:
     net = nn.Sequential(nn.Conv2d(3, WIDTH, 3), module, nn.Conv2d(WIDTH, 2, 3)).double()

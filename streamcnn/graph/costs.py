@@ -224,10 +224,10 @@ def draws(target: object) -> bool:
 
 def may_draw(target: object) -> bool:
     """Whether a call may take random numbers: code of the user's own need not say so."""
-    is_users = isinstance(target, (Whole, OnlyResult)) or (
-        isinstance(target, OpOverload) and target.namespace not in _OF_TORCH
-    )
-    return is_users or draws(target)
+    # What overwrites its arguments may stand in something that copies them first.
+    called = getattr(target, "target", target)
+    is_other = isinstance(called, OpOverload) and called.namespace not in _OF_TORCH
+    return is_other or isinstance(called, (Whole, OnlyResult)) or draws(target)
 
 
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:

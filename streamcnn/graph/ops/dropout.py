@@ -15,7 +15,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.constants import brought
 from streamcnn.graph.ops.pointwise import pointwise
-from streamcnn.graph.ops.rules import Call, Sample, Tracer, rule
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
@@ -31,8 +31,10 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     axes = tracer.axes(ref)
     if not train or probability in (0, 1):
         return _without_drawing(tracer, ref, probability if train else 0)
-    if axes is None and len(tracer.spec(ref).shape) < 3:
+    if all(extent == 1 for extent in tracer.spec(ref).shape[2:]):
         # The head's: drawn as plain PyTorch draws it.
+        if axes is not None:
+            return NotStreamable("it has one position")
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     like, accesses = tracer.fake(call), {ref.name: Access()}
     # A seed per layer, drawn in program order: which layers are resident does not change a mask.
