@@ -132,7 +132,7 @@ def _traced_in(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     before: Snapshot,
-) -> tuple[Capture, list[weakref.ref[Tensor]]]:
+) -> tuple[Capture, list[weakref.ref[Tensor]], _Flags]:
     states = _states(net, args, kwargs)
     with mode:
         like = torch.empty(image.shape, dtype=image.dtype, device=image.device)
