@@ -25,6 +25,7 @@ REMEDIES = {
     "it has no rule for axes of space that are merged": _ON_MAPS,
     "it has no rule": _BY_A_RULE,
     "it has dropout": "switch dropout off there, or apply it to what comes out",
+    "it has one position": "leave it so: a map of one position is small",
     "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md)",
     "it is not applied to a map of shape (N, C, H, W)": "bring the map to (N, C, H, W) before it",
     "it shuffles rows or columns": "bring the map to (N, C, H, W) before it",
