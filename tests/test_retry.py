@@ -89,6 +89,32 @@ def test_the_result_is_the_same(
     assert_same(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.7, 0.95])
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(
+    monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[dict[str, Tensor], int], share: float
+) -> None:
+    """Refused in the forward pass, in the first backward pass, or in the second and its forward pass."""
+    expected, num_calls = undisturbed
+    # Each backward pass but the first repeats the forward pass.
+    refused = RefusedOnce(1 + int(share * 2 * num_calls))
+    around_operators(monkeypatch, refused)
+    model = StreamingModel(make_net(), "1GiB", tile=64)
+    torch.manual_seed(7)
+    image = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = model(image.requires_grad_()).square().sum()
+    for retain in (True, False):
+        model.zero_grad()
+        image.grad = None
+        loss.backward(retain_graph=retain)
+        assert image.grad is not None
+        left = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        left |= {"image gradient": image.grad, "random state": torch.get_rng_state()}
+        left |= dict(model.named_buffers())
+        assert_same(left, {name: value for name, value in expected.items() if name != "output"}, 1e-9)
+    assert model.last_report is not None
+    assert model.last_report.num_retries == 1
+
+
 @pytest.mark.parametrize("at", [2, 12])
 def test_without_a_tile_of_its_own_it_is_planned_for_less(
     monkeypatch: pytest.MonkeyPatch, planned: tuple[dict[str, Tensor], int], at: int
