@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn.geometry.axis_maps import Adaptive
-from streamcnn.geometry.regions import Region
+from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.ops.adaptive_pooling import window_maxima
 from streamcnn.graph.ops.pooling import max_pool
 from streamcnn.graph.ops.window_reductions import WindowMaxima
 from streamcnn.graph.program import Kind
@@ -222,7 +223,8 @@ def test_adaptive_maxima_of_many_rows_are_taken_at_once() -> None:
     # One by one they took minutes to trace.
     shape, axes = (1, 1, 50_000, 50_000), (2, 3)
     reduction = WindowMaxima(shape, axes, True, (Adaptive(50_000, 50_000), Adaptive(50_000, 2)))
-    assert len(list(reduction._pairs(Region.whole((50_000, 50_000))))) == 2
+    image = torch.empty(shape, device="meta")
+    assert count_operators(lambda: reduction.partial(image, Region.whole(shape[2:]))).total() < 50
 
 
 @pytest.mark.parametrize("pool", [nn.AdaptiveMaxPool2d((3, 7777)), nn.AdaptiveAvgPool2d((7777, 3))])
@@ -331,3 +333,40 @@ REGRIDDED = {
 @by_name(REGRIDDED)
 def test_regridding(case: nn.Module) -> None:
     assert_streams(case)
+
+
+class Largest(nn.Module):
+    """Largest values and their places, of a map with many equal values."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv, self.size = nn.Conv2d(3, 4, 3, padding=1), size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        y = (2 * y).round().relu() + (y - y.detach())
+        return nn.functional.adaptive_max_pool2d(y, self.size, return_indices=True)
+
+
+@pytest.mark.parametrize("size", [(2, 40), (37, 3), (8, 53), (45, 1), (30, 40), (45, 53), (50, 60)])
+def test_the_first_of_equal_values_in_many_windows(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    assert_streamed_equals_plain(Largest(size), (2, 3, 45, 53), tile=(17, 20))
+
+
+@pytest.mark.parametrize("count", [200, 800])
+def test_the_work_of_windows_does_not_grow_with_their_number(count: int) -> None:
+    x, region = torch.rand(2, 3, 64, 4000), Region(Interval(0, 64), Interval(0, 4000))
+    windows = (Adaptive(64, 8), Adaptive(4000, count))
+    pooling = WindowMaxima(x.shape, (2, 3), True, windows)
+    places = torch.zeros(2, 3, 8, count, dtype=torch.long)
+    calls = count_operators(lambda: pooling.partial(x, region))
+    assert calls.total() < 250
+    assert count_operators(lambda: pooling.gradient(x, region, (places, places.float()))).total() < 50
+    many = (Adaptive(64, 32), Adaptive(4000, count))
+    assert count_operators(lambda: window_maxima(x, many, out=region_of(many), origin=region)).total() < 250
+
+
+def region_of(windows: tuple[Adaptive, Adaptive]) -> Region:
+    rows, cols = (Interval(0, axis.count) for axis in windows)
+    return Region(rows, cols)

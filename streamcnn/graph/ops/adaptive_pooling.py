@@ -17,6 +17,7 @@ from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
 from streamcnn.graph.ops.reductions import reduced
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.window_places import largest_in
 from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows
 from streamcnn.graph.program import Access, Ref
 
@@ -122,21 +123,25 @@ def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> T
 
     The gradient goes to the first of several equal ones in row order: to the first column of the first row.
     """
-    for dim, axis, wanted, at_hand in zip((-1, -2), axes[::-1], out[::-1], origin[::-1], strict=True):
-        places, _ = _window_places(axis, wanted, at_hand, beside=x)
-        x = _windows(x, dim, places).max(dim).values
-    return x
+    row, col = _largest(x, axes, out, origin)
+    values = x.flatten(-2).gather(-1, (row * x.shape[-1] + col).flatten(-2))
+    return values.view(row.shape)
 
 
 def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Places in the whole map, counted in row order, of what :func:`window_maxima` finds."""
-    rows, cols = (_window_places(*axis, beside=x)[0] for axis in zip(axes, out, origin, strict=True))
-    x, col = _windows(x, -1, cols).max(-1)
-    row = _windows(x, -2, rows).max(-2).indices
-    col = _windows(col, -2, rows).gather(-2, row.unsqueeze(-2)).squeeze(-2)
-    row = rows[torch.arange(len(rows), device=x.device)[:, None], row] + origin.rows.start
-    col = cols[torch.arange(len(cols), device=x.device), col] + origin.cols.start
-    return row * axes[1].size + col
+    row, col = _largest(x, axes, out, origin)
+    return (row + origin.rows.start) * axes[1].size + col + origin.cols.start
+
+
+def _largest(x: Tensor, axes: Windows, out: Region, origin: Region) -> tuple[Tensor, Tensor]:
+    """Row and column in ``x`` of the largest value of each of the windows ``out``."""
+    rows, cols = (
+        [axis.window(Interval(i, i + 1)).shift(-at_hand.start) for i in range(wanted.start, wanted.stop)]
+        for axis, wanted, at_hand in zip(axes, out, origin, strict=True)
+    )
+    _, row, col = largest_in(x.detach(), rows, cols)
+    return row, col
 
 
 declare(window_means, window_maxima, window_places, cost=Cost(operations=windows))
