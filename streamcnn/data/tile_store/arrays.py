@@ -31,6 +31,8 @@ SHARD_BYTES = 2**24
 """Most pixels' bytes in one shard: a 4000x4000 image of one byte is one shard."""
 _SMALLEST_LEVEL = 1024
 """Edge in pixels below which no further level is of use to a viewer."""
+_MEAN_ROWS = 16
+"""Rows of a smaller image that are averaged at a time."""
 _RGB = (("R", "FF0000"), ("G", "00FF00"), ("B", "0000FF"))
 
 ZarrArray = zarr.Array[Any]
@@ -148,24 +150,39 @@ class _Halved(ImageSource):
         self._source = source
 
     def _read(self, region: Region) -> Tensor:
-        # By rows of chunks, since the means are made of floats, four times as many bytes.
         rows, cols = region
-        tops = range(rows.start, rows.stop, CHUNK // 2)
-        strips = (Interval(top, min(top + CHUNK // 2, rows.stop)) for top in tops)
-        return torch.cat([self._means(Region(strip, cols)) for strip in strips], 1)
+        found = torch.empty((self.shape[0], *region.size), dtype=self.dtype)
+        # By rows of chunks, and of each only some in floats at a time, which are four times as many bytes:
+        # large blocks that come and go leave holes in the heap that the next ones do not fit into.
+        for strip in _parts(rows, CHUNK // 2):
+            pixels = self._pixels(Region(strip, cols))
+            for part in _parts(Interval(0, strip.size), _MEAN_ROWS):
+                there = strip.start - rows.start + part.start
+                found[:, there : there + part.size] = self._means(pixels[:, 2 * part.start : 2 * part.stop])
+        return found
 
-    def _means(self, region: Region) -> Tensor:
+    def _pixels(self, region: Region) -> Tensor:
+        """What a region of this image is made of."""
         _, height, width = self._source.shape
         rows, cols = region
         wanted = Region(
             Interval(2 * rows.start, min(2 * rows.stop, height)),
             Interval(2 * cols.start, min(2 * cols.stop, width)),
         )
+        return self._source.read(wanted)
+
+    def _means(self, pixels: Tensor) -> Tensor:
         # Exact for integers of up to 32 bits, which have no 53 bits even as a sum of four.
         narrow = self.dtype == torch.float32 or self.dtype.itemsize <= 2
-        pixels = self._source.read(wanted).to(torch.float32 if narrow else torch.float64)
-        means = torch.nn.functional.avg_pool2d(pixels, 2, ceil_mode=True)
-        return means.to(self.dtype) if self.dtype.is_floating_point else means.round().to(self.dtype)
+        floats = pixels.to(torch.float32 if narrow else torch.float64)
+        means = torch.nn.functional.avg_pool2d(floats, 2, ceil_mode=True)
+        return means if self.dtype.is_floating_point else means.round_()
+
+
+def _parts(whole: Interval, extent: int) -> Iterator[Interval]:
+    """An interval in parts of an extent, the last of which may be shorter."""
+    for start in range(whole.start, whole.stop, extent):
+        yield Interval(start, min(start + extent, whole.stop))
 
 
 def _attributes(
