@@ -140,7 +140,7 @@ def _largest(x: Tensor, axes: Windows, out: Region, origin: Region) -> tuple[Ten
         [axis.window(Interval(i, i + 1)).shift(-at_hand.start) for i in range(wanted.start, wanted.stop)]
         for axis, wanted, at_hand in zip(axes, out, origin, strict=True)
     )
-    _, row, col = largest_in(x.detach(), rows, cols)
+    _, row, col = largest_in(x, rows, cols)
     return row, col
 
 
