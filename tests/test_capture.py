@@ -512,6 +512,8 @@ def test_an_apply_by_another_name_is_followed_or_refused(apply: Callable[[Tensor
         each(image()).square().mean().backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    # That it is followed by its own name does not let it be passed over afterwards.
+    pair(Applies(lambda x: Fivefold.apply(x), draws=True))[1](image())
     with pytest.raises(UnsupportedModel, match=r"the apply of Fivefold by another name.*write \.apply"):
         pair(Applies(apply, draws=True))[1](image())
 
