@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from helpers import traced
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn import StreamingModel
+from streamcnn.execution.maps import Maps
 from streamcnn.graph.program import Kind, on_whole_maps
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.plan import Plan
@@ -185,3 +189,35 @@ class RunningSums(nn.Module):
 def test_no_plan_takes_more_than_plain_pytorch(budget: str | None) -> None:
     plan = StreamingModel(RunningSums(), budget).plan((1, 3, 1024, 1024), torch.float32)
     assert plan.projected_bytes <= plan.plain_bytes
+
+
+class Resampled(nn.Module):
+    """A map that is taken whole, by an operator whose gradient needs no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.interpolate(self.first(x), scale_factor=0.5, mode="bilinear"))
+
+
+def test_a_whole_map_that_no_gradient_needs_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[weakref.ref[Any]] = []
+    read_whole = Maps.read_whole
+
+    def keep(maps: Maps, name: str) -> Tensor:
+        whole = read_whole(maps, name).clone()
+        gathered.append(weakref.ref(whole.untyped_storage()))
+        return whole
+
+    monkeypatch.setattr(Maps, "read_whole", keep)
+    net = Resampled()
+    model = StreamingModel(net, tile=16)
+    image = torch.rand(1, 3, 48, 40)
+    found = model(image).square().mean()
+    assert gathered
+    assert [ref() for ref in gathered] == [None] * len(gathered)
+    (gradient,) = torch.autograd.grad(found, net.first.weight)
+    (expected,) = torch.autograd.grad(net(image).square().mean(), net.first.weight)
+    torch.testing.assert_close(gradient, expected)

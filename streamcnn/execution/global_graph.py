@@ -71,6 +71,18 @@ class _Record:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+class _Ending(torch.autograd.Function):
+    """A value whose gradient is that of a tensor of its shape without memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, end: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
 class GlobalGraph:
     """Values and gradients of all global values of one pass."""
 
@@ -124,10 +136,19 @@ class GlobalGraph:
 
     def _reached(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
         """The results of a reduction or gather, which autograd ends at."""
+        if node.kind is Kind.GATHER and self._runner is None:
+            return self._gathered(node, current, barrier)
         if node.name not in current.barriers:
             results = tuple(self._leaf(node.name, tensor) for tensor in barrier(node))
             current.barriers[node.name] = results
         return current.barriers[node.name]
+
+    def _gathered(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
+        """A whole map, which nothing but its readers and what autograd saves for them keeps."""
+        (whole,) = barrier(node)
+        end = self._leaf(node.name, whole.new_empty(()).expand(whole.shape))
+        current.barriers[node.name] = (end,)
+        return (_Ending.apply(whole, end) if end.requires_grad else whole,)  # type: ignore[no-untyped-call]
 
     def _read(self, name: str, current: _Record) -> Tensor:
         """A value of another segment, which autograd ends at."""
