@@ -214,9 +214,9 @@ def test_every_operator_has_a_cost(sample: Sample) -> None:
             assert work(program, node).flops > 0
         if node.kind is Kind.GLOBAL:
             assert resident_work(program, node).flops >= 0
-        workspace = cost_of(node.target).workspace
-        if workspace is not None:
-            assert workspace(CallBytes(3, 5, 7)) >= 0
+        cost = cost_of(node.target)
+        for workspace in (cost.workspace, cost.backward_workspace):
+            assert workspace is None or workspace(CallBytes(3, 5, 7, 4)) >= 0
 
 
 # --- registries ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamcnn.graph.ops.dropout import drop_elements
 from streamcnn.graph.program import Kind
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.backends import CpuBackend
@@ -65,7 +66,6 @@ BETWEEN: dict[str, Between] = {
     "log-softmax": lambda x: x.log_softmax(1),
     "clamp": lambda x: x.clamp(0, 1),
     "where": lambda x: torch.where(x > 0, x, x * 0.1),
-    "dropout": lambda x: F.dropout(x, 0.3),
     "gate": lambda x: x * x.sigmoid(),
     "residual": lambda x: x + F.relu(x),
     "squeeze and excite": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
@@ -128,6 +128,11 @@ def test_what_autograd_saves_is_counted(between: Between) -> None:
     net = Around(between)
     counted = saved_bytes(copy.deepcopy(net))
     assert resident(net).staying == pytest.approx(counted, abs=SMALL)
+
+
+def test_dropout_saves_a_byte_for_each_element() -> None:
+    counted = saved_bytes(Around(lambda x: drop_elements(x, torch.tensor(5), 0.3, tuple(x.shape))))
+    assert resident(Around(lambda x: F.dropout(x, 0.3))).staying == pytest.approx(counted, abs=SMALL)
 
 
 class Reshaped(nn.Module):

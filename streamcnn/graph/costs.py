@@ -107,6 +107,13 @@ class CallBytes(NamedTuple):
     result: int
     weights: int
     """Of parameters, and of their gradients where those are made too."""
+    itemsize: int
+    """Of one element of the result."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it is in half precision, which sums and some other operators turn into float32 first."""
+        return self.itemsize == 2
 
 
 Formula = Callable[[Operation], int]
@@ -144,7 +151,10 @@ class Cost:
     operations: Formula | None = None
     """Floating-point operations of a forward call on whole operands."""
     workspace: Callable[[CallBytes], int] | None = None
-    """Bytes that a call takes besides operands, parameters and result, forward or backward; None for none."""
+    """Bytes that a call takes besides operands, parameters and result; None for none."""
+    backward_workspace: Callable[[CallBytes], int] | None = None
+    """Bytes that its backward pass takes besides those, their gradients and what is saved; None for as many
+    as ``workspace``."""
     saves: Saves = OPERANDS
     inner: Formula | None = None
     """Bytes of a value that a call makes besides its result, and whose gradient it makes backward."""

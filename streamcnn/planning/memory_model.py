@@ -34,7 +34,7 @@ NO_STEP = Step((), "", 0)
 ON_THE_WAY = "tiles on the way"
 """The name of the term for tiles that are moved while another one is computed."""
 REDUCTION_COPIES = 2
-"""Temporary copies of a tile's own part while a reduction or its gradient is worked out."""
+"""Temporary copies of a tile's own part while a reduction or its gradient is worked out, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def _forward_step(tile: _LargestTile) -> Step:
         live += tile.made(name)
         most.offer(name, live + tile.padded(name), tile.workspaces[name])
         if name in owned:
-            most.offer(name, live, REDUCTION_COPIES * tile.own(name))
+            most.offer(name, live, tile.observed(name))
         live -= sum(tile.made(dead) for dead in tiled.outline.releases.get(name, ()))
     regions = MemoryTerm("input regions", tile.reads())
     terms = (
@@ -243,11 +243,14 @@ def _backward_step(tile: _LargestTile) -> Step:
     most = _PeakTracker()
     values = 0
     for name in tiled.stage.nodes:
-        values += tile.padded(name) + (0 if name in skipped else tile.made(name))
-        most.offer(name, tile.nbytes[name] + tile.operands[name], tile.workspaces[name])
+        values += tile.padded(name)
+        if name not in skipped:
+            values += tile.made(name) + tile.saved_beside(name)
+            most.offer(name, 0, tile.workspaces[name])
+        most.offer(name, tile.nbytes[name] + tile.operands[name], tile.backward_workspaces[name])
     own = [tile.own(name) for name in tiled.outline.owned]
     # What arrives at the tile is worked out before anything flows back.
-    most.offer(most.operator, 0, REDUCTION_COPIES * max(own, default=0))
+    most.offer(most.operator, 0, max(map(tile.observed, tiled.outline.owned), default=0))
     before = (
         MemoryTerm("input regions and their gradients", 2 * tile.reads()),
         MemoryTerm("autograd graph of a tile", values),
@@ -295,13 +298,21 @@ class _LargestTile:
             for name, operands in outline.map_operands.items()
         }
         """Bytes of the map operands of each operator."""
-        self.workspaces = {
-            name: backend.workspace(
-                cost, CallBytes(self.operands[name], self.nbytes[name], outline.weights[name])
+        calls = {
+            name: CallBytes(
+                self.operands[name],
+                self.nbytes[name],
+                outline.weights[name],
+                tiled.program.nodes[name].tensor.dtype.itemsize,
             )
-            for name, cost in outline.costs.items()
+            for name in outline.costs
         }
+        self.workspaces = {name: backend.workspace(cost, calls[name]) for name, cost in outline.costs.items()}
         """Bytes that each operator takes besides operands, parameters and result."""
+        self.backward_workspaces = {
+            name: backend.backward_workspace(cost, calls[name]) for name, cost in outline.costs.items()
+        }
+        """The same of its backward pass."""
 
     def made(self, name: str) -> int:
         """Bytes that an operator's value adds: none if it overwrites its operand."""
@@ -310,6 +321,17 @@ class _LargestTile:
     def own(self, name: str) -> int:
         """Bytes of a tile's own part of an output."""
         return self.tiled.outline.position_bytes[name] * math.prod(self.tiled.largest_own(name))
+
+    def observed(self, name: str) -> int:
+        """Bytes taken while an output's own part is reduced, or its gradient is put together."""
+        own, itemsize = self.own(name), self.program.nodes[name].tensor.dtype.itemsize
+        fed = [rule.workspace(own // itemsize, itemsize) for rule in self.tiled.outline.fed.get(name, ())]
+        return max((REDUCTION_COPIES * own, *fed))
+
+    def saved_beside(self, name: str) -> int:
+        """Bytes of what autograd saves of an operator that is neither operand nor result."""
+        rows, cols = self.tiled.largest(name)
+        return self.tiled.outline.beside_bytes[name] * rows * cols
 
     def padded(self, name: str) -> int:
         """Bytes of the padded copies that an operator reads at the border of the map."""

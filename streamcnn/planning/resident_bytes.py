@@ -98,6 +98,7 @@ class ResidentBytes:
         """The worst moment."""
         inner = self._array({name: self._inner(name) for name in self.names})
         workspace = self._array({name: self._workspace(name) for name in self.names})
+        backward_workspace = self._array({name: self._workspace(name, backward=True) for name in self.names})
         beside = self._beside.cumsum()
         saved = self._living(self._saved.keys(), self._saved) + beside
         values = self._living(self._last.keys() - self._saved.keys(), self._asked)
@@ -107,7 +108,7 @@ class ResidentBytes:
             flow = self._living(self._last.keys() & self.differentiated, ())
             flow += self._array({name: self._gradient_copies(name) for name in self.names}) + 2 * inner
             given = self._array(self._state_bytes())[::-1].cumsum()[::-1]
-            moments.append(np.array((saved, given, flow, workspace)))
+            moments.append(np.array((saved, given, flow, backward_workspace)))
         most = max(moments, key=lambda moment: moment.sum(axis=0).max(initial=0))
         worst = int(most.sum(axis=0).argmax()) if self.names else None
         held = (0, 0, 0, 0) if worst is None else most[:, worst].tolist()
@@ -198,14 +199,16 @@ class ResidentBytes:
         node, fuses_attention = self.program.nodes[name], self.backend.fuses_attention
         return Operation.of(self.program, node, self.differentiated, fuses_attention=fuses_attention)
 
-    def _workspace(self, name: str) -> int:
+    def _workspace(self, name: str, *, backward: bool = False) -> int:
         """Bytes that an operator takes besides, for parameters and for their gradients."""
         node, nodes = self.program.nodes[name], self.program.nodes
         operands = (nodes[n] for n in node.operands)
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
         # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
         values = sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
-        return self.backend.workspace(cost_of(node.target), CallBytes(values, node.nbytes, 2 * weights))
+        itemsize = max((spec.dtype.itemsize for spec in node.specs), default=1)
+        nbytes, cost = CallBytes(values, node.nbytes, 2 * weights, itemsize), cost_of(node.target)
+        return (self.backend.backward_workspace if backward else self.backend.workspace)(cost, nbytes)
 
     def _gradient_copies(self, name: str) -> int:
         """Bytes of gradients beside one of each value: an operator adds to those that are there already."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamcnn.geometry.regions import Indices, Intervals
-from streamcnn.graph.costs import Cost, Routine, casts_of, cost_of, makes_new
-from streamcnn.graph.program import Access, Kind, Program, Ref
+from streamcnn.graph.costs import Cost, Operation, Routine, casts_of, cost_of, makes_new
+from streamcnn.graph.ops.reduction_types import Reduction
+from streamcnn.graph.program import Access, Kind, Node, Program, Ref
 from streamcnn.plan.plan import Phase
 from streamcnn.plan.tiles import AxisStep
 from streamcnn.planning.routines import num_sizes
@@ -61,6 +62,10 @@ class Outline:
     """Of parameters in the types that autocast casts them to."""
     position_bytes: Mapping[str, int]
     """For each operator and input, bytes of one position of its value, all images and channels together."""
+    beside_bytes: Mapping[str, int]
+    """For each operator, the same of what autograd saves that is neither operand nor result."""
+    fed: Mapping[str, tuple[Reduction, ...]]
+    """By map, the reductions of the stage that it feeds."""
 
     @classmethod
     def of(cls, program: Program, stage: Stage) -> Outline:
@@ -105,6 +110,8 @@ class Outline:
                 for name, dtype in casts_of(program, stage.nodes).items()
             ),
             position_bytes={node.name: node.nbytes // math.prod(node.size) for node in maps},
+            beside_bytes={name: _beside_bytes(program, nodes[name], cost) for name, cost in costs.items()},
+            fed=_fed(program, stage),
         )
 
 
@@ -315,6 +322,22 @@ def _accesses(program: Program, name: str) -> Mapping[str, Access]:
     local = program.nodes[name].local
     assert local is not None
     return local.accesses
+
+
+def _beside_bytes(program: Program, node: Node, cost: Cost) -> int:
+    """Bytes for each position of what autograd saves beside operands and result."""
+    if cost.saves.beside is None:
+        return 0
+    return -(-cost.saves.beside(Operation.of(program, node)) // math.prod(node.size))
+
+
+def _fed(program: Program, stage: Stage) -> dict[str, tuple[Reduction, ...]]:
+    fed: dict[str, tuple[Reduction, ...]] = {}
+    for name in stage.reductions:
+        node = program.nodes[name]
+        assert node.reduction is not None
+        fed[node.operands[0]] = (*fed.get(node.operands[0], ()), node.reduction)
+    return fed
 
 
 def _readers(program: Program, stage: Stage) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Adaptive, Sliding
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.graph.costs import Cost, declare, windows
+from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Saves, cost_of, declare, windows
 from streamcnn.graph.ops.constants import numbers
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
 from streamcnn.graph.ops.reductions import reduced
+from streamcnn.graph.ops.resampling import gather_positions, take, taken
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
-from streamcnn.graph.ops.window_places import largest_in
+from streamcnn.graph.ops.taps import Taps
 from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows
 from streamcnn.graph.program import Access, Ref
 
@@ -110,12 +112,8 @@ def _record(
 
 def window_means(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Means of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map."""
-    for dim, axis, wanted, at_hand in zip((-2, -1), axes, out, origin, strict=True):
-        places, lengths = _window_places(axis, wanted, at_hand, beside=x)
-        held = torch.arange(places.shape[1], device=x.device) < lengths[:, None]
-        shares = held.to(x.dtype) / lengths[:, None].to(x.dtype)
-        x = (_windows(x, dim, places) * (shares if dim == -1 else shares[..., None])).sum(dim)
-    return x
+    taps = (_shares(axes[0]), _shares(axes[1]))
+    return gather_positions(x, taps, (x.dim() - 2, x.dim() - 1), out=out, origin=origin)
 
 
 def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
@@ -123,47 +121,104 @@ def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> T
 
     The gradient goes to the first of several equal ones in row order: to the first column of the first row.
     """
-    row, col = _largest(x, axes, out, origin)
-    values = x.flatten(-2).gather(-1, (row * x.shape[-1] + col).flatten(-2))
-    return values.view(row.shape)
+    for dim, axis, wanted, at_hand in zip((-1, -2), axes[::-1], out[::-1], origin[::-1], strict=True):
+        places = taken(_places(axis), wanted, at_hand)
+        x = _Largest.apply(x, x.dim() + dim, places)  # type: ignore[no-untyped-call]
+    return x
+
+
+class _Largest(torch.autograd.Function):
+    """The largest of several positions along an axis, to the first of which the gradient goes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, places: list[list[int]]) -> Tensor:
+        found, place = _largest(x, axis, places)
+        ctx.save_for_backward(place)
+        ctx.axis, ctx.extent = axis, x.shape[axis]
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (place,), axis = grads, ctx.saved_tensors, ctx.axis
+        extents = [ctx.extent if dim == axis else extent for dim, extent in enumerate(gradient.shape)]
+        return gradient.new_zeros(extents).scatter_add_(axis, place.long(), gradient), None, None
+
+
+def _largest(x: Tensor, axis: int, places: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The largest of the positions along ``axis`` that are at the same index, and the first place of it."""
+    shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
+    best, place = None, torch.empty(0)
+    for each in places:
+        part, there = take(x, axis, each), numbers(each, torch.int32, beside=x).reshape(shape)
+        if best is None:
+            best, place = part.clone(), there.expand(part.shape).clone()
+            continue
+        # Nothing is larger than NaN.
+        is_better = (part <= best).logical_not_().logical_and_(best == best)
+        best, place = torch.where(is_better, part, best), torch.where(is_better, there, place)
+        del part, is_better
+    assert best is not None
+    return best, place
 
 
 def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Places in the whole map, counted in row order, of what :func:`window_maxima` finds."""
-    row, col = _largest(x, axes, out, origin)
-    return (row + origin.rows.start) * axes[1].size + col + origin.cols.start
+    rows, cols = (taken(_places(axis), *each) for axis, *each in zip(axes, out, origin, strict=True))
+    x, col = _largest(x, x.dim() - 1, cols)
+    row = _largest(x, x.dim() - 2, rows)[1].long()
+    col = col.gather(-2, row)
+    return row.add_(origin.rows.start).mul_(axes[1].size).add_(col).add_(origin.cols.start)
 
 
-def _largest(x: Tensor, axes: Windows, out: Region, origin: Region) -> tuple[Tensor, Tensor]:
-    """Row and column in ``x`` of the largest value of each of the windows ``out``."""
-    rows, cols = (
-        [axis.window(Interval(i, i + 1)).shift(-at_hand.start) for i in range(wanted.start, wanted.stop)]
-        for axis, wanted, at_hand in zip(axes, out, origin, strict=True)
-    )
-    _, row, col = largest_in(x, rows, cols)
-    return row, col
+def _maxima_workspace(nbytes: CallBytes) -> int:
+    """Values that lie between the axes, three at a time, with two places and three masks of each.
 
-
-declare(window_means, window_maxima, window_places, cost=Cost(operations=windows))
-
-
-def _window_places(
-    axis: Adaptive, wanted: Interval, at_hand: Interval, *, beside: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where in ``at_hand`` each of the windows ``wanted`` lies, (count, longest), and its length, (count,).
-
-    Shorter windows end in repetitions of their last position. Both are on the device of ``beside``.
+    They are no more than operand or result, unless there are fewer rows and more columns.
     """
-    each = [axis.window(Interval(i, i + 1)) for i in range(wanted.start, wanted.stop)]
-    first = numbers([window.start - at_hand.start for window in each], torch.int64, beside)
-    lengths = numbers([window.size for window in each], torch.int64, beside)
-    offsets = torch.arange(max(window.size for window in each), device=beside.device)
-    return first[:, None] + torch.minimum(offsets, lengths[:, None] - 1), lengths
+    most = max(nbytes.operands, nbytes.result)
+    return 3 * most + 11 * most // min(nbytes.itemsize, 4)
 
 
-def _windows(x: Tensor, dim: int, places: Tensor) -> Tensor:
-    """``x`` at ``places``, (windows, positions in each), along ``dim``: positions become axis ``dim``."""
-    return torch.unflatten(x.index_select(dim, places.flatten()), dim, places.shape)
+def _gradient_workspace(nbytes: CallBytes) -> int:
+    """Gradients that lie between the axes, and their places."""
+    most = max(nbytes.operands, nbytes.result)
+    return most + 8 * most // nbytes.itemsize
+
+
+def _saved_places(operation: Operation) -> int:
+    """Places along either axis, in 32 bits."""
+    (result,), x = operation.results, operation.args[0]
+    return 4 * (result.numel + result.numel // result.shape[-2] * int(x.shape[-2]))
+
+
+declare(window_means, cost=cost_of(gather_positions))
+declare(
+    window_maxima,
+    cost=Cost(
+        operations=windows,
+        workspace=_maxima_workspace,
+        backward_workspace=_gradient_workspace,
+        saves=Saves(beside=_saved_places),
+    ),
+)
+declare(window_places, cost=Cost(operations=windows, workspace=_maxima_workspace, saves=NOTHING))
+
+
+@lru_cache(256)
+def _shares(axis: Adaptive) -> Taps:
+    """The means of all windows as sums of positions with weights, those beyond a window's end being zero."""
+    places = _places(axis)
+    sizes = [axis.window(Interval(i, i + 1)).size for i in range(axis.count)]
+    weights = (tuple(1 / size if tap < size else 0.0 for size in sizes) for tap in range(len(places)))
+    return Taps(places, tuple(weights))
+
+
+@lru_cache(256)
+def _places(axis: Adaptive) -> tuple[tuple[int, ...], ...]:
+    """The first position of every window, the second and so on: shorter windows end in repetitions."""
+    each = [axis.window(Interval(i, i + 1)) for i in range(axis.count)]
+    longest = max(window.size for window in each)
+    return tuple(tuple(min(window.start + tap, window.stop - 1) for window in each) for tap in range(longest))
 
 
 class _Pyramid(nn.Module):

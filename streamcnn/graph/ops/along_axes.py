@@ -175,7 +175,32 @@ def _index_bytes(operation: Operation) -> int:
 
 
 declare(aten.softmax, aten._softmax, aten.log_softmax, cost=Cost(saves=RESULT))
-declare(aten.cumsum, cost=Cost(saves=NOTHING))
+declare(aten.cumsum, cost=Cost(backward_workspace=lambda nbytes: 2 * nbytes.result, saves=NOTHING))
+declare(aten.cumprod, cost=Cost(backward_workspace=lambda nbytes: 4 * nbytes.result))
+declare(aten.logcumsumexp, cost=Cost(backward_workspace=lambda nbytes: 7 * nbytes.result))
+declare(
+    *(aten.prod, aten.nansum),
+    cost=Cost(backward_workspace=lambda nbytes: (4 if nbytes.is_half else 2) * nbytes.operands),
+)
+declare(
+    aten.logsumexp,
+    # Powers of all values, and what they are lowered by; backward once more.
+    cost=Cost(
+        workspace=lambda nbytes: nbytes.operands + 2 * nbytes.result,
+        backward_workspace=lambda nbytes: 2 * nbytes.operands,
+    ),
+)
+declare(aten.diff, cost=Cost(backward_workspace=lambda nbytes: 2 * nbytes.operands, saves=NOTHING))
+declare(
+    result_of,
+    # Its other result, and of some operators a copy of what they sort.
+    cost=Cost(
+        workspace=lambda nbytes: nbytes.operands + 8 * nbytes.result // nbytes.itemsize,
+        # In half precision they are put back in float32.
+        backward_workspace=lambda nbytes: 2 * nbytes.operands * nbytes.is_half,
+        saves=Saves(beside=lambda operation: 8 * operation.numel),
+    ),
+)
 declare(aten.sort, aten.topk, cost=Cost(saves=Saves(beside=_index_bytes)))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Sliding, Transposed
-from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Routine, declare, elements
+from streamcnn.graph.costs import CallBytes, Cost, Operation, Routine, declare
 from streamcnn.graph.ops.depthwise import has_slow_weights, weight_gradient
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, as_triple, rule
 from streamcnn.graph.program import Access, Ref
@@ -319,7 +319,6 @@ declare(
     convolve_transposed,
     cost=replace(_CONVOLUTION, operations=_operations_transposed, stand_in=stored_convolve_transposed),
 )
-declare(torch.add, cost=Cost(operations=elements, saves=NOTHING, makes_new=True))
 declare(convolve_volume, cost=replace(_CONVOLUTION, operations=_operations, makes_new=True))
 # On whole values.
 declare(

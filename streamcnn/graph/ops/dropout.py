@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.regions import Region
-from streamcnn.graph.costs import NOTHING, Cost, declare
+from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Saves, declare, elements
 from streamcnn.graph.ops.constants import brought
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
@@ -104,24 +104,46 @@ def drop_elements(
             interval = out[axes.index(dim)]
             start, stop = interval.start, interval.stop
         index = torch.arange(start, stop, device=x.device)
+        if dim == len(shape) - 1:
+            index = index + seed
         position = position * extent + index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    uniform = mix(position + seed) & (2**_BITS - 1)
-    kept = uniform >= round(probability * 2**_BITS)
-    dropped: Tensor = x * (kept.to(x.dtype) / (1 - probability))
+    kept = mix_(position).bitwise_and_(2**_BITS - 1) >= round(probability * 2**_BITS)
+    del position
+    dropped: Tensor = (x * kept).mul_(1 / (1 - probability))
     return dropped
 
 
-def mix(counter: Tensor) -> Tensor:
-    """SplitMix64's finaliser: well mixed 64-bit integers from consecutive ones."""
-    value = counter * -7046029254386353131
-    value = (value ^ _shifted(value, 30)) * -4658895280553007687
-    value = (value ^ _shifted(value, 27)) * -7723592293110705685
-    return value ^ _shifted(value, 31)
+def _draw_workspace(nbytes: CallBytes) -> int:
+    """Counters and what they are mixed with, of 64 bits each."""
+    return 16 * nbytes.result // nbytes.itemsize
+
+
+declare(
+    drop_elements,
+    cost=Cost(
+        operations=lambda operation: 20 * operation.numel,
+        workspace=_draw_workspace,
+        backward_workspace=lambda nbytes: nbytes.result,
+        # Which elements are kept, in a byte for each.
+        saves=Saves(beside=elements),
+        makes_new=True,
+    ),
+)
+
+
+def mix_(counter: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place: well mixed 64-bit integers from consecutive ones."""
+    for bits, factor in ((0, -7046029254386353131), (30, -4658895280553007687), (27, -7723592293110705685)):
+        if bits:
+            counter ^= _shifted(counter, bits)
+        counter *= factor
+    counter ^= _shifted(counter, 31)
+    return counter
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
     """Shift right without copying the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 SAMPLES: tuple[Sample, ...] = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.costs import Cost, declare
+from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.late_checks import check_late
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.reduction_types import Sum, statistics_dtype
@@ -186,6 +186,11 @@ declare(
         workspace=lambda nbytes: 2 * nbytes.operands,
     ),
 )
+# The classes, twice, and their weights.
+declare(
+    class_weights,
+    cost=Cost(workspace=lambda nbytes: 2 * nbytes.operands + 2 * nbytes.result, saves=NOTHING),
+)
 
 
 # --- what losses are written with ---------------------------------------------------------------------
@@ -201,6 +206,10 @@ def one_hot(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return tracer.local(
         call.target, (ref, num_classes), like=tracer.fake(call), axes=axes, accesses={ref.name: Access()}
     )
+
+
+# In half precision what it takes, in float32.
+declare(aten.gather, cost=Cost(workspace=lambda nbytes: 2 * nbytes.result * nbytes.is_half))
 
 
 @rule(aten.gather.default)

@@ -79,7 +79,12 @@ def normalize_images(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> T
     return normalize(per_image, mean, scale, shift).reshape(x.shape)
 
 
-declare(normalize, normalize_images, cost=Cost(operations=elements, makes_new=True))
+declare(
+    normalize,
+    normalize_images,
+    # On a CPU ATen works out the gradient as in train mode, and then takes the other.
+    cost=Cost(operations=elements, backward_workspace=lambda nbytes: nbytes.result, makes_new=True),
+)
 
 
 def scale_and_shift(
@@ -395,7 +400,11 @@ def _statistics_bytes(operation: Operation) -> int:
     return 2 * itemsize * (operation.numel // int(math.prod(shape)))
 
 
-declare(aten.layer_norm, cost=Cost(saves=Saves(operands=True, beside=_statistics_bytes)))
+declare(
+    aten.layer_norm,
+    # The operand in one piece, or its gradient.
+    cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=Saves(operands=True, beside=_statistics_bytes)),
+)
 
 
 def _cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:

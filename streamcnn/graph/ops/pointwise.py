@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,18 @@ from torch import nn
 from torch._ops import OpOverload
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
-from streamcnn.graph.costs import FACTORS, NOTHING, RESULT, Cost, Operation, Routine, Saves, declare, elements
+from streamcnn.graph.costs import (
+    FACTORS,
+    NOTHING,
+    RESULT,
+    CallBytes,
+    Cost,
+    Operation,
+    Routine,
+    Saves,
+    declare,
+    elements,
+)
 from streamcnn.graph.in_place import revalued
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref, refs_in, substitute
@@ -274,17 +285,57 @@ def from_metadata(tracer: Tracer, call: Call) -> Ref:
     return created
 
 
-ELEMENTWISE = Cost(operations=elements, makes_new=True)
+def _results(count: int) -> Callable[[CallBytes], int]:
+    """Bytes of so many values as large as the result."""
+    return lambda nbytes: count * nbytes.result
+
+
+def _summed_up(count: int) -> Callable[[CallBytes], int]:
+    """Gradients as large as the result that are summed up to smaller operands, in half precision in float32.
+
+    Of operands that are no smaller the gradients are counted as theirs.
+    """
+
+    def nbytes_of(nbytes: CallBytes) -> int:
+        return max(0, 2 * nbytes.result - nbytes.operands) * (count + 2 * nbytes.is_half)
+
+    return nbytes_of
+
+
+# Of most, the derivative is worked out operator by operator.
+ELEMENTWISE = Cost(operations=elements, backward_workspace=_results(2), makes_new=True)
+_FUSED = replace(ELEMENTWISE, backward_workspace=_results(0))
 
 declare(torch.Tag.pointwise, cost=ELEMENTWISE)
 declare(
-    *(aten.exp, aten.reciprocal, aten.relu, aten.rsqrt, aten.sigmoid, aten.sqrt, aten.tanh),
-    cost=replace(ELEMENTWISE, saves=RESULT),
+    *(aten.elu, aten.gelu, aten.hardsigmoid, aten.hardswish, aten.hardtanh, aten.leaky_relu, aten.log),
+    *(aten.log_sigmoid, aten.logit, aten.mish, aten.silu, aten.softplus, aten.softshrink, aten.threshold),
+    aten.relu6,
+    cost=_FUSED,
+)
+declare(aten.exp, aten.relu, aten.sigmoid, aten.tanh, cost=replace(_FUSED, saves=RESULT))
+declare(aten.reciprocal, aten.rsqrt, aten.sqrt, cost=replace(ELEMENTWISE, saves=RESULT))
+declare(aten.clone, aten.neg, aten.to, aten._to_copy, cost=replace(_FUSED, saves=NOTHING))
+declare(aten.add, torch.add, aten.sub, cost=replace(_FUSED, backward_workspace=_summed_up(0), saves=NOTHING))
+declare(aten.mul, torch.mul, cost=replace(ELEMENTWISE, backward_workspace=_summed_up(1), saves=FACTORS))
+declare(aten.prelu, cost=replace(ELEMENTWISE, backward_workspace=_summed_up(1)))
+declare(aten.atan2, aten.erf, cost=replace(ELEMENTWISE, backward_workspace=_results(4)))
+declare(
+    aten.div,
+    cost=replace(
+        ELEMENTWISE,
+        backward_workspace=lambda nbytes: 2 * nbytes.result + _summed_up(1)(nbytes),
+        saves=FACTORS,
+    ),
 )
 declare(
-    aten.add, aten.clone, aten.neg, aten.sub, aten.to, aten._to_copy, cost=replace(ELEMENTWISE, saves=NOTHING)
+    aten.rms_norm,
+    # Step by step, in half precision in float32.
+    cost=Cost(
+        workspace=lambda nbytes: 4 * nbytes.result * nbytes.is_half,
+        backward_workspace=lambda nbytes: (9 if nbytes.is_half else 4) * nbytes.result,
+    ),
 )
-declare(aten.div, aten.mul, cost=replace(ELEMENTWISE, saves=FACTORS))
 # Where it takes which of the two, in a byte for each.
 declare(aten.where, cost=replace(ELEMENTWISE, saves=Saves(beside=elements)))
 declare(aten.detach, aten.detach_copy, cost=Cost(saves=NOTHING, detaches=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding, Transposed
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import layout, placed
-from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, declare, elements, windows
+from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, Saves, declare, elements, windows
 from streamcnn.graph.ops.constants import brought
 from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
@@ -211,16 +211,32 @@ def _places(operation: Operation) -> int:
     return _INDEX_BYTES * operation.numel if len(operation.results) == 1 else 0
 
 
-declare(max_pool, cost=Cost(operations=windows, pads=True))
+declare(
+    max_pool,
+    # On a CPU operand, result and places in another order, and the places twice.
+    cost=Cost(
+        operations=windows,
+        workspace=lambda nbytes: (
+            nbytes.operands + nbytes.result + 2 * _INDEX_BYTES * nbytes.result // nbytes.itemsize
+        ),
+        backward_workspace=lambda nbytes: 0,
+        saves=Saves(operands=True, beside=_places),
+        pads=True,
+    ),
+)
 declare(
     places_of_maxima,
-    # Places in the tile, their rows and columns, and those again.
-    cost=Cost(operations=windows, workspace=lambda nbytes: 5 * nbytes.result, saves=NOTHING, makes_new=True),
+    # The maxima, their places in the tile, rows and columns, and those again.
+    cost=Cost(operations=windows, workspace=lambda nbytes: 6 * nbytes.result, saves=NOTHING, makes_new=True),
 )
 declare(
     unpooled,
     # Places within the tile, as rows and columns and at once; zeros, and what they become.
-    cost=Cost(operations=elements, workspace=lambda nbytes: 3 * nbytes.operands + 2 * nbytes.result),
+    cost=Cost(
+        operations=elements,
+        workspace=lambda nbytes: 3 * nbytes.operands + 2 * nbytes.result,
+        saves=Saves(beside=lambda operation: _INDEX_BYTES * int(operation.args[0].tensor.numel)),
+    ),
 )
 declare(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, cost=Cost(saves=replace(OPERANDS, beside=_places)))
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
 
 from streamcnn.graph.costs import FACTORS, Cost, Operand, Operation, Routine, Saves, counted, declare
 from streamcnn.graph.ops.convolution import chain
@@ -101,9 +103,26 @@ def _axes_of_product(
 
 
 declare(
-    *(aten.addmm, aten.baddbmm, aten.bmm, aten.einsum, aten.matmul, aten.mm),
+    *(aten.addmm, aten.baddbmm, aten.bmm, aten.matmul, aten.mm),
     cost=Cost(operations=counted, saves=FACTORS, routine=Routine.MATRIX_PRODUCT),
 )
+
+
+def _operand_bytes(operation: Operation) -> int:
+    """Bytes of all tensors that a call takes."""
+    leaves = tree_leaves((operation.args, dict(operation.kwargs)))
+    return sum(spec.nbytes for leaf in leaves if isinstance(leaf, Operand) for spec in leaf.specs)
+
+
+# It reorders its operands' axes, and copies them for that.
+_REORDERING = Cost(
+    operations=counted,
+    workspace=lambda nbytes: nbytes.operands,
+    backward_workspace=lambda nbytes: 0,
+    saves=Saves(factors=True, beside=_operand_bytes),
+    routine=Routine.MATRIX_PRODUCT,
+)
+declare(aten.einsum, cost=_REORDERING)
 
 
 def _with_axes(tracer: Tracer, ref: Ref, ndim: int) -> Ref:
@@ -191,11 +210,9 @@ def _product_operations(operation: Operation) -> int:
     return 2 * operation.numel * int(shared)
 
 
-declare(
-    product_of_rows,
-    product_of_columns,
-    cost=Cost(operations=_product_operations, routine=Routine.MATRIX_PRODUCT),
-)
+declare(product_of_rows, cost=Cost(operations=_product_operations, routine=Routine.MATRIX_PRODUCT))
+# It is worked out with rows and columns exchanged, in copies.
+declare(product_of_columns, cost=replace(_REORDERING, operations=_product_operations))
 
 
 def _at_every_position(
@@ -334,7 +351,12 @@ declare(
         inner=_attention_bytes,
     ),
 )
-declare(attend, attention_of_rows, cost=Cost(operations=_attention_operations))
+declare(
+    attend,
+    attention_of_rows,
+    # The operands in one piece each, and the result in another order.
+    cost=Cost(operations=_attention_operations, workspace=lambda nbytes: nbytes.operands + nbytes.result),
+)
 
 
 class _Attention(nn.Module):

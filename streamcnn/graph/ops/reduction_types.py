@@ -66,6 +66,10 @@ class Reduction(ABC):
         """Whether it depends on where in the map a tile lies."""
         return False
 
+    def workspace(self, numel: int, itemsize: int) -> int:
+        """Bytes that partial results of so many elements take, or their gradient beside one as large."""
+        return 2 * numel * max(itemsize, 4)
+
     @abstractmethod
     def partial(self, x: Tensor, region: Region) -> Partials:
         """Partial results of a tile ``x`` that covers ``region``."""
@@ -291,6 +295,10 @@ class Extremum(Placeable):
         best, share = terms
         return (x == best) * share
 
+    def workspace(self, numel: int, itemsize: int) -> int:
+        # Which values are the best, in a byte for each: counted in 64 bits, or as factors of their own.
+        return numel * max(9, 1 + 2 * itemsize)
+
 
 @dataclass(frozen=True, slots=True)
 class VectorNorm(Placeable):
@@ -363,6 +371,9 @@ class AlongOneAxis(Reduction):
             )
             for part, neutral in zip(parts, self.reduction.neutral, strict=True)
         )
+
+    def workspace(self, numel: int, itemsize: int) -> int:
+        return self.reduction.workspace(numel, itemsize)
 
     def merge(self, parts: Sequence[Partials]) -> Partials:
         return self.reduction.merge(parts)

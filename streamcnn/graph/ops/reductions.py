@@ -70,7 +70,23 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
-declare(aten.mean, aten.sum, cost=Cost(saves=NOTHING))
+declare(
+    *(aten.mean, aten.sum),
+    cost=Cost(
+        workspace=lambda nbytes: 2 * (nbytes.operands + nbytes.result) * nbytes.is_half,
+        backward_workspace=lambda nbytes: 0,
+        saves=NOTHING,
+    ),
+)
+declare(
+    *(aten.amax, aten.amin),
+    # Which values are the largest, in a byte for each, and in 64 bits where they are counted.
+    cost=Cost(backward_workspace=lambda nbytes: 9 * nbytes.operands // nbytes.itemsize),
+)
+declare(
+    *(aten.linalg_vector_norm, aten.var, aten.std),
+    cost=Cost(backward_workspace=lambda nbytes: nbytes.operands + 2 * nbytes.result),
+)
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)

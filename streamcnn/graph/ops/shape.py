@@ -367,6 +367,10 @@ def index_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return tracer.local(call.target, call.args, like=like, axes=(rows, cols), accesses=accesses)
 
 
+# Backward entries are added up in place of copies: in order, and into zeros.
+declare(aten.index, cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=NOTHING))
+
+
 class _Rearranged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = x.chunk(3, 1)

@@ -101,8 +101,14 @@ def summed_blocks(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tens
 declare(
     blocks_of,
     summed_blocks,
-    # The operand in one piece.
-    cost=Cost(operations=elements, workspace=lambda nbytes: nbytes.operands, saves=NOTHING, makes_new=True),
+    # The operand in one piece; backward the gradient of the result.
+    cost=Cost(
+        operations=elements,
+        workspace=lambda nbytes: nbytes.operands,
+        backward_workspace=lambda nbytes: max(nbytes.operands, nbytes.result),
+        saves=NOTHING,
+        makes_new=True,
+    ),
 )
 declare(aten.im2col, aten.col2im, cost=Cost(saves=NOTHING))
 

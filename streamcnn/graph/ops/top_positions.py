@@ -29,6 +29,10 @@ class TopPositions(Selection):
     def needs_values(self) -> bool:
         return False
 
+    def workspace(self, numel: int, itemsize: int) -> int:
+        # Ranks in 64 bits, three at a time, and what they are of.
+        return numel * (27 + itemsize)
+
     def partial(self, x: Tensor, region: Region) -> Partials:
         flat = x.flatten(-2)
         count = min(self.num_values, flat.shape[-1])
@@ -70,4 +74,4 @@ def _first_largest(x: Tensor, count: int) -> Tensor:
     rank = torch.where(x.isnan(), 3, torch.where(x > least, 2, torch.where(x == least, 1, 0)))
     size = x.shape[-1]
     from_behind = torch.arange(size, 0, -1, device=x.device)
-    return (rank * (size + 1) + from_behind).topk(count, -1).indices
+    return rank.mul_(size + 1).add_(from_behind).topk(count, -1).indices

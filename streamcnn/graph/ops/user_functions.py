@@ -36,6 +36,8 @@ _ADDING = frozenset({"add", "sub", "neg"})
 
 # The user's own code may print, count or look at values.
 declare(Whole, GradientHook, cost=Cost(is_opaque=True))
+# What it does is worked out operator by operator.
+declare(OnlyResult, cost=Cost(workspace=lambda nbytes: 2 * nbytes.result))
 
 
 @rule(Whole)

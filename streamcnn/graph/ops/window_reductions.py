@@ -129,6 +129,10 @@ class WindowMaxima(Selection):
 
     windows: Windows
 
+    def workspace(self, numel: int, itemsize: int) -> int:
+        # A window may be nearly all of the tile: which of its values is the largest, in a byte for each.
+        return numel * (1 + 2 * itemsize)
+
     @property
     def needs_values(self) -> bool:
         return False

@@ -131,6 +131,10 @@ def written(
     return torch.slice_scatter(into, inside, dim, begin, begin + (stop - start - 1) * step + 1, step)
 
 
+# What replaces, where it is not all that is at hand, and its gradient.
+declare(written, cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=NOTHING))
+
+
 class _Written(nn.Module):
     """Rows, columns, channels and a border assigned to."""
 

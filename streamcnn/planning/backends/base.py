@@ -78,6 +78,11 @@ class Backend(ABC):
         """Bytes that a call takes besides operands, parameters and result: those declared."""
         return 0 if cost.workspace is None else cost.workspace(nbytes)
 
+    def backward_workspace(self, cost: Cost, nbytes: CallBytes) -> int:
+        """Bytes that its backward pass takes besides those, their gradients and what is saved."""
+        declared = cost.backward_workspace
+        return self.workspace(cost, nbytes) if declared is None else declared(nbytes)
+
     @abstractmethod
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
         """What a step takes that compiles so many kernels and has matrix products of so many sizes."""
