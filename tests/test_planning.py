@@ -14,6 +14,7 @@ from torch import nn
 from streamcnn import StreamingModel, cli
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.overlapping import OnTheWay, on_the_way
+from streamcnn.planning.spec import OffloadTier
 from streamcnn.runtime import plan_cache
 from streamcnn.runtime.machines import CONTEXT_BYTES, cuda_card, this_machine
 
@@ -152,7 +153,18 @@ def test_a_plan_is_made_once_for_each_machine(monkeypatch: pytest.MonkeyPatch) -
     assert model.plan_for(here, shape) is first
     assert model.plan(shape) is first
     assert len(made) == 1
-    # What is reserved and how fast the machine is are part of what a plan depends on.
-    model.plan_for(dataclasses.replace(here, reserved=10**6), shape)
-    model.plan_for(dataclasses.replace(here, hardware=dataclasses.replace(here.hardware, source="x")), shape)
-    assert len(made) == 3
+    # A plan depends on all that is known of the machine.
+    hardware = here.hardware
+    others = [
+        dataclasses.replace(here, reserved=10**6),
+        dataclasses.replace(here, offload_tiers=(OffloadTier(Tier.DISK, 10**6),)),
+        dataclasses.replace(here, hardware=dataclasses.replace(hardware, source="x")),
+        dataclasses.replace(here, hardware=dataclasses.replace(hardware, dense_flops=1.0)),
+        dataclasses.replace(
+            here, hardware=dataclasses.replace(hardware, read_bytes={**hardware.read_bytes, Tier.DISK: 1.0})
+        ),
+    ]
+    for other in others:
+        assert model.plan_for(other, shape) is not first
+    assert len(made) == 1 + len(others)
+    assert model.plan_for(dataclasses.replace(here), shape) is first

@@ -33,6 +33,10 @@ class HardwareProfile:
     transfer_seconds: Mapping[Tier, float]
     """What it costs to read or write a region of a store however small it is, in seconds."""
 
+    def __hash__(self) -> int:
+        # Equal profiles have equal figures; mappings themselves have no hash.
+        return hash((self.source, self.dense_flops, self.memory_bytes, self.operator_seconds))
+
 
 NOMINAL = {
     "cpu": HardwareProfile(

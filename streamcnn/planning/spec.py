@@ -58,9 +58,9 @@ class OffloadTier:
     """Bytes on disk that the system takes into RAM, so that nobody waits for the disk."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan is made for."""
+    """What a plan is made for: of equal machines plans are the same."""
 
     hardware: HardwareProfile
     offload_tiers: tuple[OffloadTier, ...]

@@ -56,8 +56,7 @@ class PlanCache:
 
     def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
-        device = (machine.reserved, machine.hardware.source, machine.backend)
-        key = (captured.settings, spec, device, rules_version())
+        key = (captured.settings, spec, machine, rules_version())
         graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
