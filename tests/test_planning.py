@@ -168,3 +168,15 @@ def test_a_plan_is_made_once_for_each_machine(monkeypatch: pytest.MonkeyPatch) -
         assert model.plan_for(other, shape) is not first
     assert len(made) == 1 + len(others)
     assert model.plan_for(dataclasses.replace(here), shape) is first
+
+
+def test_many_sizes_of_images_keep_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamingModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)), "1GB")
+    shapes = [(1, 3, 100 + index, 90) for index in range(12)]
+    plans = [model.plan(shape) for shape in shapes]
+    assert [model.plan(shape) for shape in shapes] == plans
+    made = []
+    original = plan_cache.make_plan
+    monkeypatch.setattr(plan_cache, "make_plan", lambda *args: made.append(1) or original(*args))
+    assert all(model.plan(shape) is plan for shape, plan in zip(shapes, plans, strict=True))
+    assert made == []

@@ -30,6 +30,7 @@ from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
 from streamcnn.planning.tiling import TiledStage
+from streamcnn.support.recent import Recent
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """How many times the fewest offloaded maps are tried: more of them leave room for larger tiles."""
@@ -157,8 +158,8 @@ class Search:
         self._global_bytes: tuple[Mapping[str, int], Mapping[str, int], GlobalBytes] | None = None
         self._with_gradient_maps = with_gradient_maps(self.program, tilings.differentiated)
         self._rows: dict[Stage, StageRow] = {}
-        self._stagings: dict[tuple[Staging, frozenset[str], frozenset[str]], Staging] = {}
-        self._tables: dict[Staging, CandidateTable] = {}
+        self._stagings = Recent[tuple[Staging, frozenset[str], frozenset[str]], Staging](_TABLES)
+        self._tables = Recent[Staging, CandidateTable](_TABLES)
 
     def best(self, stagings: Iterable[Staging]) -> Solution:
         """The best of the solutions that only offload, over all stagings."""
@@ -312,32 +313,28 @@ class Search:
 
     def _staging(self, base: Staging, policies: Policies) -> Staging:
         recomputed, dropped = policies.recomputed, policies.dropped
-        key = (base, recomputed, dropped)
-        if key not in self._stagings:
-            if len(self._stagings) >= _TABLES:
-                self._stagings.pop(next(iter(self._stagings)))
+
+        def make() -> Staging:
             staging = base
             for name in sorted(recomputed, key=self.program.position):
                 staging = recompute(self.program, staging, name)
-            if dropped:
-                staging = drop(
-                    self.program,
-                    staging,
-                    dropped,
-                    lambda stage: is_differentiated(stage, self.tilings.differentiated),
-                )
-            self._stagings[key] = staging
-        return self._stagings[key]
+            if not dropped:
+                return staging
+            differentiated = self.tilings.differentiated
+            return drop(
+                self.program, staging, dropped, lambda stage: is_differentiated(stage, differentiated)
+            )
+
+        return self._stagings.get((base, recomputed, dropped), make)
 
     def table(self, staging: Staging) -> CandidateTable:
-        """The candidates of a staging's stages; the last ones made are kept."""
-        if staging not in self._tables:
-            if len(self._tables) >= _TABLES:
-                self._tables.pop(next(iter(self._tables)))
+        """The candidates of a staging's stages; the last ones asked for are kept."""
+
+        def make() -> CandidateTable:
             stages = (*staging.stages, *(each.stage for each in staging.rematerialised))
-            rows = tuple(self._row(stage) for stage in stages)
-            self._tables[staging] = CandidateTable.of(staging, rows, self._gathers)
-        return self._tables[staging]
+            return CandidateTable.of(staging, tuple(map(self._row, stages)), self._gathers)
+
+        return self._tables.get(staging, make)
 
     def _row(self, stage: Stage) -> StageRow:
         row = self._rows.get(stage)

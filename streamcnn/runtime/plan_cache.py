@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,14 @@ from streamcnn.graph.registry import rules_version
 from streamcnn.plan.plan import Plan, StepShape
 from streamcnn.planning.planner import make_plan
 from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.support.recent import Recent
 
 _ANY = 2**62
-_CACHED = 8
-"""Plans kept, the most recently used ones."""
-
-T = TypeVar("T")
+_NODES = 32_000
+"""Nodes of the programs of all plans that are kept. Images of many sizes need a plan each, which takes
+seconds to make, and 2 to 4 MB with the 500 nodes of a ResNet-50: of 64 such plans 250 MB at most."""
+_PLANS = 8
+"""Plans that are kept in any case."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,12 +53,12 @@ class PlanCache:
     """The plans of one module's captured forward passes, the most recently used ones."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[Any, tuple[RawGraph, Planned]] = OrderedDict()
+        self._plans = Recent[Any, tuple[RawGraph, Planned]](_NODES, size=_num_nodes, least=_PLANS)
 
     def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
         """The plan for what was captured, whatever mode the module is in by now."""
         key = (captured.settings, spec, machine, rules_version())
-        graph, planned = _kept(self._plans, key, lambda: (captured.graph, _plan(captured, spec, machine)))
+        graph, planned = self._plans.get(key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
     def plan_within(
@@ -85,6 +86,10 @@ class PlanCache:
             if planned.plan.fits:
                 break
         return replace(planned, plan=replace(planned.plan, limited_by=str(room))), within
+
+
+def _num_nodes(planned: tuple[RawGraph, Planned]) -> int:
+    return len(planned[1].program.nodes)
 
 
 def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
@@ -130,16 +135,6 @@ class Captured:
     def __post_init__(self) -> None:
         settings = (self.device, self.graph.key, _specs(self.states), tuple(self.maps))
         object.__setattr__(self, "settings", settings)
-
-
-def _kept(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T]) -> T:
-    """The value of ``key``, made if it is not there; the oldest goes when there are too many."""
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > _CACHED:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
 
 
 def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamcnn.capture.forward_pass import ForwardPass
+from streamcnn.support.recent import Recent
 
 _KEPT = 8
 """Losses whose captures are kept, the most recently used ones."""
@@ -35,17 +35,11 @@ class LossCalls:
     """The captured calls of one module with each of its losses behind it."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, tuple[WithLoss, ForwardPass]] = OrderedDict()
+        self._known = Recent[Hashable, tuple[WithLoss, ForwardPass]](_KEPT)
 
     def of(self, net: nn.Module, loss: Loss) -> tuple[WithLoss, ForwardPass]:
         """``net`` with ``loss`` behind it, and its calls: those of before if the loss is the same."""
-        key = _key(loss)
-        if key not in self._known:
-            self._known[key] = WithLoss(net, loss), ForwardPass()
-            if len(self._known) > _KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        found, call = self._known[key]
+        found, call = self._known.get(_key(loss), lambda: (WithLoss(net, loss), ForwardPass()))
         # Unlike train(), which would reach the parts of both.
         found.training = net.training
         return found, call
