@@ -259,6 +259,19 @@ def test_an_index_error_of_the_loss_itself_stays_one() -> None:
         model_of(make_net()).streamed_loss(an_image(), TARGET, loss)
 
 
+@pytest.mark.parametrize("kind", [IndexError, UnsupportedModel, RuntimeError])
+def test_an_error_that_stays_keeps_its_cause(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    model = model_of(make_net())
+
+    def fail(*args: Any) -> None:
+        raise kind("nothing about the target") from KeyError("why")
+
+    monkeypatch.setattr(model, "_streamed", fail)
+    with pytest.raises(kind) as caught:
+        model.streamed_loss(an_image(), TARGET, F.cross_entropy)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 # --- losses of overlap --------------------------------------------------------------------------------
 
 

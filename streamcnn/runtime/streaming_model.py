@@ -49,7 +49,7 @@ from streamcnn.runtime.prediction import (
 )
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
-from streamcnn.runtime.target_errors import classes_beyond, other_size, unknown_class
+from streamcnn.runtime.target_errors import classes_beyond, other_size, raise_told, unknown_class
 from streamcnn.runtime.with_loss import Loss, LossCalls
 from streamcnn.stores import SpareFiles, SparePinned, Store
 from streamcnn.support.units import format_bytes, parse_bytes
@@ -383,11 +383,11 @@ class StreamingModel(ModuleFacade):
         try:
             result: Tensor = self._streamed(module, call, image, (target, maps), {})
         except IndexError as error:
-            raise unknown_class(error, target) or error from error
+            raise_told(unknown_class(error, target), error)
         except UnsupportedModel as error:
-            raise other_size(error, image, target) or error from error
+            raise_told(other_size(error, image, target), error)
         except RuntimeError as error:
-            raise classes_beyond(error, target) or error from error
+            raise_told(classes_beyond(error, target), error)
         return result
 
     @_disable_dynamo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from streamcnn.data.mask_values import values_of
 from streamcnn.data.reader import Image
@@ -24,6 +24,13 @@ def sources_of(value: Any) -> Sequence[ImageSource]:
     """The sources that a value is; none of a tensor."""
     each = list(value) if isinstance(value, (list, tuple)) else [value]
     return [source for source in each if isinstance(source, ImageSource)]
+
+
+def raise_told(told: DatasetMismatch | None, error: Exception) -> NoReturn:
+    """Raise what ``error`` means, or the error itself as it came, with its own cause."""
+    if told is None:
+        raise error
+    raise told from error
 
 
 def unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
