@@ -126,6 +126,26 @@ def test_an_allocation_that_is_refused_is_a_refusal(
     assert (profile.measured_bytes, profile.reading) == (None, "not run")
 
 
+@pytest.mark.parametrize("smaller", [0, 1])
+def test_only_a_smaller_plan_counts_as_a_refusal(
+    smaller: int, factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = StreamingModel.forward
+
+    def begun_again(model: StreamingModel, *args: object) -> object:
+        found = forward(model, *args)  # type: ignore[arg-type]
+        assert model.last_report is not None
+        model.last_report = dataclasses.replace(model.last_report, num_retries=1, num_smaller_plans=smaller)
+        return found
+
+    monkeypatch.setattr(child, "_mean_square", lambda output: 0 * output.sum())
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_: None)
+    monkeypatch.setattr(StreamingModel, "forward", begun_again)
+    write_zarr_image(tmp_path / "image-0.zarr", torch.zeros(3, 40, 40, dtype=torch.uint8))
+    refusal = child.measure(factory, tmp_path, 32, None, repeats=0).refusal
+    assert (refusal is not None) == bool(smaller)
+
+
 @pytest.mark.parametrize(("repeats", "updates"), [(0, 1), (2, 3)])
 def test_the_time_is_the_median_of_the_updates_after_the_first(
     repeats: int, updates: int, factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.device import HostCeiling
+from streamcnn.runtime.plan_cache import Planned
+from streamcnn.runtime.streamed_pass import Pass
 
 SHAPE = (2, 3, 150, 131)
 
@@ -85,7 +87,9 @@ def test_the_result_is_the_same(
     found = update(model)
     assert model.last_report is not None
     assert model.last_report.num_retries == 1
-    assert "memory was refused: begun again" in model.last_report.explain()
+    assert "memory was refused 1 time and the pass begun again, 1 time by a smaller plan" in (
+        model.last_report.explain()
+    )
     assert_same(found, expected, 1e-9)
 
 
@@ -289,6 +293,28 @@ def test_inference_is_begun_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(model(image), net(image), rtol=1e-12, atol=1e-12)
     assert model.last_report is not None
     assert model.last_report.num_retries == 1
+
+
+def test_a_pass_begun_again_by_the_same_plan_is_told_from_one_by_a_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin = Pass._begin
+
+    def trust(run: Pass, planned: Planned) -> None:
+        begin(run, planned)
+        # Some code is taken to be there, as after an earlier pass.
+        run.is_trusting = run.num_retries == 0
+
+    monkeypatch.setattr(Pass, "_begin", trust)
+    around_operators(monkeypatch, RefusedOnce(5))
+    net = make_net()
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    model = StreamingModel(net, "1GiB", tile=64)
+    model(image)
+    report = model.last_report
+    assert report is not None
+    assert (report.num_retries, report.num_smaller_plans) == (1, 0)
+    assert "memory was refused 1 time and the pass begun again, by the same plan" in report.explain()
 
 
 def test_when_the_smallest_tiles_are_refused_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,8 @@ def make_update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | No
     except (PlanDoesNotFit, BudgetExceeded) as error:
         return str(error)
     assert streamed.last_report is not None
-    if streamed.last_report.num_retries:
-        return "memory was refused in the middle; the update went on with smaller tiles"
+    if streamed.last_report.num_smaller_plans:
+        return "memory was refused in the middle; the update went on by a smaller plan"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamcnn.execution.executor import PhaseReport
-from streamcnn.support.units import format_bytes
+from streamcnn.support.units import format_bytes, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Report:
     """Until all work was handed over: a GPU may compute on after that. So it is for each phase."""
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
-    """How often memory was refused and the pass begun again with smaller tiles."""
+    """How often memory was refused and the pass begun again, by the same plan or a smaller one."""
     samples: tuple[tuple[float, int], ...] = ()
     """Seconds since the pass was made and bytes held then, counted as ``measured_bytes``, where the peak
     comes from sampling."""
@@ -39,6 +39,9 @@ class Report:
     num_compiled: int | None = None
     """Parts of the pass that are compiled, as ``compile=True`` asks for; ``None`` without it. A first pass
     has none: what it meets is compiled before the next one."""
+    num_smaller_plans: int = 0
+    """Those of the retries that went by a plan for less memory, with smaller tiles for the most part. Others
+    go by the same plan: without compiled parts, or with what libraries compile counted anew."""
 
     @property
     def bytes_moved(self) -> int:
@@ -54,7 +57,9 @@ class Report:
             f"{self.seconds:.2f} s, {format_bytes(self.bytes_moved)} moved through stores",
         ]
         if self.num_retries:
-            lines.append(f"memory was refused: begun again {self.num_retries} times with smaller tiles")
+            times, smaller = plural(self.num_retries, "time"), self.num_smaller_plans
+            how = f"{plural(smaller, 'time')} by a smaller plan" if smaller else "by the same plan"
+            lines.append(f"memory was refused {times} and the pass begun again, {how}")
         if self.num_compiled is not None:
             lines.append(f"{self.num_compiled} parts of it are compiled")
         if self.is_shared:

@@ -128,7 +128,7 @@ class Pass:
         self.outputs = planned.program.outputs
         self.random_state = _random_state(reader.device)
         self.seconds = 0.0
-        self.num_retries = 0
+        self.num_retries = self.num_smaller_plans = 0
         self.began = time.perf_counter()
         self.peak: int | None = None
         self.reading = "unknown"
@@ -293,6 +293,7 @@ class Pass:
             raise error
         self._restart(again)
         self.num_retries += 1
+        self.num_smaller_plans += not as_before
 
     def _restart(self, planned: Planned) -> None:
         """Make ready to run the pass once more."""
@@ -411,6 +412,7 @@ class Pass:
             seconds=self.seconds,
             phases=tuple(self.execution.reports),
             num_retries=self.num_retries,
+            num_smaller_plans=self.num_smaller_plans,
             samples=tuple(self.samples),
             baseline_bytes=self.ceiling.baseline_bytes,
             waiting_bytes=self.waiting_bytes,
