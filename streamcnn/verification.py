@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -112,12 +114,12 @@ def verify(
     plain, num_dropped = _without_dropout(net, dtype)
     streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
     streamed.resident_tail = False
-    device = streamed._device()
+    device = _device_of(plain)
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda given: _cast(given.to(device), dtype), (tuple(inputs), dict(named_inputs or {}))
     )
     call = _Call(_images(shape, seed, dtype).to(device), args, kwargs)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+    with _comparing(device):
         expected, found = (_everything(model, call.fresh(), seed) for model in (plain, streamed))
         # That of the pass, whose image wants a gradient: another one would have to be captured first.
         again = call.fresh()
@@ -150,11 +152,26 @@ def rounding(
     image = _images(shape, seed, dtype)
     digits = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     moved = image * (1 + digits * torch.finfo(dtype).eps)
-    with torch.random.fork_rng([]), torch.enable_grad():
+    device = _device_of(plain)
+    with _comparing(device):
         expected, found = (
-            _everything(copy.deepcopy(plain), _Call(each, (), {}).fresh(), seed) for each in (image, moved)
+            _everything(copy.deepcopy(plain), _Call(each.to(device), (), {}).fresh(), seed)
+            for each in (image, moved)
         )
     return relative_errors(expected, found)[0]
+
+
+def _device_of(net: nn.Module) -> torch.device:
+    """Where the first parameter or buffer is, and so the image of a pass."""
+    first = next(chain(net.parameters(), net.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def _comparing(device: torch.device) -> Iterator[None]:
+    """Passes with gradients, after which the generators of the host and of ``device`` are as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        yield
 
 
 def _without_dropout(net: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, int]:

@@ -36,6 +36,7 @@ from streamcnn.runtime import plan_cache
 from streamcnn.runtime.rates import measured_rates
 from streamcnn.stores import MemoryStore
 from streamcnn.support.models import load_model
+from streamcnn.verification import rounding
 
 pytestmark = [
     pytest.mark.gpu,
@@ -558,3 +559,11 @@ def test_inference_on_another_stream() -> None:
         found = StreamingModel(net, "3GB", tile=64)(image)
     torch.cuda.current_stream(GPU).wait_stream(stream)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_rounding_leaves_the_cards_generator_as_it_is() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)).cuda()
+    state = torch.cuda.get_rng_state()
+    found = rounding(net, (2, 3, 40, 36))
+    assert max(found.values()) < 1e-6
+    assert torch.equal(torch.cuda.get_rng_state(), state)

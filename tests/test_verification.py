@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcnn import verify
+from streamcnn import verification, verify
 from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.combiner import Combiner
 from streamcnn.execution.interpreter import TileRun
 from streamcnn.runtime.streamed_pass import Pass
-from streamcnn.verification import Verification, relative_errors
+from streamcnn.verification import Verification, relative_errors, rounding
 
 SHAPE = (2, 3, 25, 29)
 TILE = 12
@@ -336,3 +336,15 @@ def test_the_random_state_is_put_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="to have 5 channels, but got 3"):
         verify(other, SHAPE)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_rounding_is_looked_at_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def note(model: nn.Module, call: Any, seed: int) -> dict[str, dict[str, Tensor]]:
+        devices.append(call.image.device.type)
+        return {}
+
+    monkeypatch.setattr(verification, "_everything", note)
+    assert rounding(nn.Conv2d(3, 2, 3).to("meta"), (1, 3, 9, 8)) == {}
+    assert devices == ["meta", "meta"]
