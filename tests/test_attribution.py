@@ -146,6 +146,25 @@ def test_hooks_of_the_caller_see_no_more_than_a_pass_gives(model: StreamingModel
     assert image.grad is None
 
 
+def test_hooks_that_change_the_result_are_part_of_the_model(image: Tensor) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"scores": self.body(x)}
+
+    net = Several()
+    seen: list[Tensor] = []
+    net.register_forward_hook(lambda _module, _args, result: result["scores"])
+    model = make(net)
+    net.body.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    found = Saliency(model).attribute(image, target=[1, 3], abs=False)
+    assert all(type(each) is Tensor for each in seen)
+    assert_close(found, plain_gradient(model, image, [1, 3]))
+
+
 def test_a_place_in_a_map_of_scores(image: Tensor) -> None:
     model = make(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Conv2d(2, 4, 3)))
     wanted = image.clone().requires_grad_()

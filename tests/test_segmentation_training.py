@@ -266,6 +266,8 @@ def test_one_of_several_results_is_trained_by_its_key(place: Path, tmp_path: Pat
     with pytest.raises(DatasetMismatch, match="result is a dict of 'out', 'aux', and key is None: allowed"):
         make_trainer(a_config(place / "scenes.csv", **values), tmp_path / "run").run()
     make_trainer(a_config(place / "scenes.csv", key="out", **values), tmp_path / "run").run()
+    picked = {**values, "model": "segmenting_nets:picked"}
+    make_trainer(a_config(place / "scenes.csv", **picked), tmp_path / "hook").run()
     with pytest.raises(RunMismatch, match="key was 'out' and is 'aux'"):
         make_trainer(a_config(place / "scenes.csv", key="aux", **values), tmp_path / "run").run()
 

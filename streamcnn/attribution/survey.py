@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamcnn.data.reader import BatchReader, Image
 from streamcnn.errors import UnsupportedModel, some
-from streamcnn.runtime.fake_result import fake_result
+from streamcnn.runtime.fake_result import captured_result, fake_result
 from streamcnn.runtime.streaming_model import StreamingModel
 
 
@@ -106,7 +106,11 @@ def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Ite
             if name:
                 module.register_forward_hook(partial(_note, outputs, name))
 
+    args = tuple(args)
     output = fake_result(net, shape, dtype, args, prepare=watch)
+    # A hook may change what the model returns.
+    known = captured_result(net, shape, dtype, args)
+    output = output if known is None else known
     layers = {name: LayerOutput(_shape(calls[-1]), len(calls)) for name, calls in outputs.items()}
     return Survey(layers, output)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,8 +12,67 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.capture import RawGraph
+from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.refusals import of_channels
+from streamcnn.capture.tracing import Trace
 from streamcnn.errors import UnsupportedModel
+
+_MARK = 9
+"""Axes of extent 1 before those of a result, by which it is told from what hooks keep of a pass."""
+
+
+class _OneTensor(nn.Module):
+    """A module whose result is one tensor, or has one under a key, marked."""
+
+    def __init__(self, net: nn.Module, key: str | None) -> None:
+        super().__init__()
+        self.net = net
+        self.key = key
+
+    def forward(self, image: Tensor, args: tuple[Any, ...]) -> Tensor:
+        result = self.net(image, *args)
+        if self.key is not None:
+            result = result.get(self.key) if isinstance(result, Mapping) else None
+        # An error would have the model run once more, on tensors that its hooks may keep.
+        return result[(None,) * _MARK] if isinstance(result, Tensor) else image
+
+
+def captured_result(
+    net: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    args: Iterable[Any] = (),
+    *,
+    key: str | None = None,
+) -> Tensor | None:
+    """The tensor that ``net`` returns for an image of ``shape``, without values, as a pass would capture it.
+
+    Hooks are followed, as parts of the model, and nothing is run. None if it has none, since
+    :func:`fake_result` is faster then, if it returns no tensor, or none under ``key``, or if it cannot be
+    captured.
+    """
+    if not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):
+        return None
+    first = next(chain(net.parameters(), net.buffers()), None)
+    device = torch.device("cpu") if first is None else first.device
+    probe = _OneTensor(net, key)
+    # Unlike train(), which would reach all parts.
+    probe.training = net.training
+
+    def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Tensor | None:
+        program = Trace(graph, states, dtype, device).program()
+        specs = (program.nodes[name].tensor for name in program.output_names)
+        marked = [spec for spec in specs if spec.shape[:_MARK] == (1,) * _MARK]
+        return torch.empty(marked[0].shape[_MARK:], dtype=marked[0].dtype, device="meta") if marked else None
+
+    try:
+        with torch.no_grad():
+            return ForwardPass().until_captured(
+                probe, stand_in(shape, dtype, device), (tuple(args),), {}, take
+            )
+    except UnsupportedModel:
+        return None
 
 
 def fake_result(
@@ -25,7 +85,8 @@ def fake_result(
 ) -> Any:
     """What ``net`` returns for an image of ``shape`` (N, C, H, W), of tensors without values.
 
-    It neither runs nor changes the module: a copy without values and without the caller's hooks is called.
+    It neither runs nor changes the module: a copy without values and without the caller's hooks is called, so
+    hooks that change a result are not followed; :func:`captured_result` follows them.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ from streamcnn.data.sources import ImageChoice, ImageSource
 from streamcnn.errors import DatasetMismatch, TrainingDiverged, UnsupportedModel, some
 from streamcnn.metrics import SegmentationScore, class_overlaps
 from streamcnn.plan.plan import Plan
-from streamcnn.runtime.fake_result import fake_result
+from streamcnn.runtime.fake_result import captured_result, fake_result
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.training.class_names import class_lines, require_as_many, require_names
 from streamcnn.training.naming import listed, naming
@@ -200,8 +200,9 @@ class Segmentation(Task[MaskDataset]):
         """
         with naming("the first image", [0], [source.name]):
             reader = BatchReader([source], next(model.parameters()).device, model.preprocess)
-            result = fake_result(model.net, reader.shape, reader.dtype)
-        if self.key is not None or not isinstance(result, Tensor):
+            known = captured_result(model.net, reader.shape, reader.dtype, key=self.key)
+            result = fake_result(model.net, reader.shape, reader.dtype) if known is None else known
+        if known is None and (self.key is not None or not isinstance(result, Tensor)):
             if not isinstance(result, Mapping) or self.key not in result:
                 raise DatasetMismatch(
                     f"the model's result is {_described(result)}, and key is {self.key!r}: allowed are a map "
