@@ -14,6 +14,8 @@ from streamcnn import StreamingModel
 from streamcnn.capture.capture import module_states
 from streamcnn.capture.forward_pass import capture
 from streamcnn.capture.tracing import Trace
+from streamcnn.geometry.axis_maps import AxisMap
+from streamcnn.geometry.regions import Interval
 from streamcnn.graph.program import Program, differentiated
 from streamcnn.plan.plan import Plan
 from streamcnn.verification import FLOOR, Verification, verify
@@ -103,6 +105,13 @@ def traced(module: nn.Module, shape: Shape, *, tail: str | None = None) -> tuple
     program, parameters = trace.program(tail), dict(module.named_parameters())
     leaves = {name for name, qualified in program.states.items() if qualified in parameters}
     return program, differentiated(program, leaves)
+
+
+def required(axis_map: AxisMap, out: Interval, size: int) -> Interval:
+    """Positions that ``out`` reads inside an input of ``size`` positions, or the nearest one."""
+    window = axis_map.window(out)
+    start = min(max(window.start, 0), size - 1)
+    return Interval(start, max(min(window.stop, size), start + 1))
 
 
 def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int]) -> tuple[Program, Plan]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import required
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -85,18 +86,16 @@ def assert_required(case: Case) -> None:
     reads = positions_read(case)
     outs = all_intervals(len(reads))
     at_once = Intervals(np.array([out.start for out in outs]), np.array([out.stop for out in outs]))
-    each = [case.axis_map.required(out, case.size) for out in outs]
+    each = [required(case.axis_map, out, case.size) for out in outs]
     assert list(case.axis_map.required_each(at_once, case.size)) == each
     for out in outs:
         read = set[int]().union(*reads[out.start : out.stop])
-        required = case.axis_map.required(out, case.size)
-        assert 0 <= required.start < required.stop <= case.size, (out, required)
-        assert read <= set(range(required.start, required.stop)), (out, required, read)
+        needed = required(case.axis_map, out, case.size)
+        assert 0 <= needed.start < needed.stop <= case.size, (out, needed)
+        assert read <= set(range(needed.start, needed.stop)), (out, needed, read)
         if case.exact:
-            hull = (
-                Interval(min(read), max(read) + 1) if read else Interval(required.start, required.start + 1)
-            )
-            assert required == hull, (out, required, read)
+            hull = Interval(min(read), max(read) + 1) if read else Interval(needed.start, needed.start + 1)
+            assert needed == hull, (out, needed, read)
 
 
 def assert_runs(case: Case) -> None:
@@ -106,13 +105,13 @@ def assert_runs(case: Case) -> None:
     whole = case.whole(image)
     rows, out_rows = Interval(0, 1), Interval(0, whole.shape[2])
     for out in all_intervals(whole.shape[3])[::3]:
-        required = case.axis_map.required(out, case.size)
-        x = image[..., required.start : required.stop]
+        needed = required(case.axis_map, out, case.size)
+        x = image[..., needed.start : needed.stop]
         if case.fill is not None:
             window = case.axis_map.window(out)
-            found = case.part(padded(x, AXES, Region(rows, required), Region(rows, window), case.fill))
+            found = case.part(padded(x, AXES, Region(rows, needed), Region(rows, window), case.fill))
         else:
-            result = case.axis_map.result(required, out)
+            result = case.axis_map.result(needed, out)
             found = placed(case.part(x), AXES, Region(out_rows, result), Region(out_rows, out))
         torch.testing.assert_close(found, whole[..., out.start : out.stop], rtol=1e-12, atol=1e-12)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,18 @@ def _no_thread_is_left() -> Any:
     assert sampling_threads() == []
 
 
+@contextmanager
+def sampling(*options: Any) -> Iterator[Sampler[Any]]:
+    """A sampler whose thread runs in the block, and whose error is raised behind it."""
+    sampler = Sampler[Any](*options)
+    try:
+        sampler.start()
+        yield sampler
+    finally:
+        sampler.close()
+    sampler.raise_error()
+
+
 class TestSampler:
     def test_what_reading_raises_is_raised(self) -> None:
         calls: list[int] = []
@@ -41,7 +55,7 @@ class TestSampler:
             if len(calls) == 3:
                 raise KeyError("bug")
 
-        with pytest.raises(KeyError, match="bug"), Sampler(read, 0.001):
+        with pytest.raises(KeyError, match="bug"), sampling(read, 0.001):
             wait_until(lambda: len(calls) == 3)
         assert len(calls) == 3
 
@@ -51,7 +65,7 @@ class TestSampler:
                 raise KeyError("bug")
 
         def run() -> None:
-            with Sampler(read, 0.001) as sampler:
+            with sampling(read, 0.001) as sampler:
                 wait_until(lambda: sampler.thread is not None and not sampler.thread.is_alive())
                 raise ValueError("mine")
 
@@ -62,7 +76,7 @@ class TestSampler:
         def read() -> None:
             raise KeyError("bug")
 
-        with pytest.raises(KeyError, match="bug"), Sampler(read):
+        with pytest.raises(KeyError, match="bug"), sampling(read):
             pytest.fail("the block was entered")
 
     def test_a_sample_without_memory_for_itself_is_left_out(self) -> None:
@@ -74,7 +88,7 @@ class TestSampler:
                 raise MemoryError
             return Reading(nbytes, Source.OWN_PROCESS)
 
-        with Sampler(read, 0.001) as sampler:
+        with sampling(read, 0.001) as sampler:
             wait_until(lambda: len(sampler.samples) > 2)
         assert [nbytes for _, nbytes in sampler.samples][:3] == [1, 5, 3]
         assert sampler.peak == Reading(5, Source.OWN_PROCESS)
@@ -93,7 +107,7 @@ class TestSampler:
         assert sampler.peak == Reading(100, Source.OWN_PROCESS)
 
     def test_times_rise(self) -> None:
-        with Sampler(lambda: Reading(1, Source.OWN_PROCESS), 0.001) as sampler:
+        with sampling(lambda: Reading(1, Source.OWN_PROCESS), 0.001) as sampler:
             wait_until(lambda: len(sampler.samples) > 3)
         times = [when for when, _ in sampler.samples]
         assert times == sorted(times)

@@ -112,7 +112,7 @@ def test_any_history_keeps_counts_caps_and_contents(
                 assert free_block_bytes() <= nbytes
             in_use = sum(pages(tensor.nbytes) for tensor in alive.values())
             most = max(most, in_use)
-            assert (blocks.in_use, blocks.most_in_use) == (in_use, most)
+            assert (blocks._counts()[0], blocks._counts()[1]) == (in_use, most)
             assert most <= blocks.peak <= max(most, keep)
             assert in_use + free_block_bytes() <= max(in_use, keep)
             assert_tiled()
@@ -125,7 +125,7 @@ def test_any_history_keeps_counts_caps_and_contents(
     give_back()
     # But for what was used before: tensors of other tests, alive in the same process.
     assert extents() == before
-    assert blocks.in_use == 0
+    assert blocks._counts()[0] == 0
 
 
 def test_freed_blocks_are_handed_out_again_and_their_pages_are_there() -> None:
@@ -165,7 +165,7 @@ def test_holes_cost_no_refusal() -> None:
     large = block(16 * MIB)
     blocks.leave()
     assert is_kept(large)
-    assert (blocks.in_use, blocks.peak) == (32 * MIB, 32 * MIB)
+    assert (blocks._counts()[0], blocks.peak) == (32 * MIB, 32 * MIB)
 
 
 def test_what_goes_past_the_cap_is_pytorchs_own_error() -> None:
@@ -179,7 +179,7 @@ def test_what_goes_past_the_cap_is_pytorchs_own_error() -> None:
     # As much as there is, and small blocks, which are not counted.
     alive = [block(4 * MIB), block(1000)]
     blocks.leave()
-    assert blocks.in_use == 4 * MIB
+    assert blocks._counts()[0] == 4 * MIB
     assert [is_kept(tensor) for tensor in alive] == [True, False]
 
 
@@ -194,7 +194,7 @@ def test_in_no_pass_tensors_are_pytorchs_own() -> None:
     # A storage that grows takes memory as a new one does.
     within.resize_(4 * MIB)
     assert not is_kept(within)
-    assert blocks.in_use == 0
+    assert blocks._counts()[0] == 0
 
 
 def test_a_pass_within_another_counts_for_both() -> None:
@@ -208,9 +208,9 @@ def test_a_pass_within_another_counts_for_both() -> None:
     inner.leave()
     third = block(4 * MIB)
     outer.leave()
-    assert (outer.in_use, inner.in_use) == (9 * MIB, 3 * MIB)
+    assert (outer._counts()[0], inner._counts()[0]) == (9 * MIB, 3 * MIB)
     del first, second, third
-    assert (outer.in_use, inner.in_use, outer.most_in_use) == (0, 0, 9 * MIB)
+    assert (outer._counts()[0], inner._counts()[0], outer._counts()[1]) == (0, 0, 9 * MIB)
 
 
 def test_an_outer_pass_may_end_first() -> None:
@@ -242,7 +242,7 @@ def test_two_threads_have_a_cap_each_and_may_free_each_others_blocks() -> None:
         else:
             with pytest.raises(RuntimeError, match=f"of the {cap} that"):
                 threads[who](lambda nbytes=nbytes: block(nbytes))  # type: ignore[misc]
-        assert [each.in_use for each in passes] == [
+        assert [each._counts()[0] for each in passes] == [
             sum(pages(tensor.nbytes) for tensor in each) for each in alive
         ]
         assert_tiled()
@@ -283,7 +283,7 @@ def test_blocks_are_freed_by_whoever_holds_them_last() -> None:
     give_back()
     # But for what was used before: tensors of other tests, alive in the same process.
     assert extents() == before
-    assert blocks.in_use == 0
+    assert blocks._counts()[0] == 0
 
 
 def test_tensors_are_saved_and_loaded() -> None:
@@ -309,13 +309,13 @@ def test_an_heir_counts_the_blocks_of_an_earlier_part() -> None:
     second.inherit(first)
     second.enter()
     try:
-        assert (first.in_use, second.in_use, second.most_in_use) == (0, 3 * MIB, 3 * MIB)
+        assert (first._counts()[0], second._counts()[0], second._counts()[1]) == (0, 3 * MIB, 3 * MIB)
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             block(2 * MIB)
         del freed
-        assert (second.in_use, free_block_bytes()) == (2 * MIB, MIB)
+        assert (second._counts()[0], free_block_bytes()) == (2 * MIB, MIB)
         del left
-        assert (second.in_use, free_block_bytes()) == (0, 3 * MIB)
+        assert (second._counts()[0], free_block_bytes()) == (0, 3 * MIB)
         assert_tiled()
     finally:
         second.leave()

@@ -137,7 +137,7 @@ def test_parts_have_their_names_and_do_not_overlap() -> None:
 def test_the_thread_samples_within_a_part_and_between_the_directions() -> None:
     def wait_for(count: int) -> None:
         until = time.monotonic() + 20
-        while recorder.timeline(0) is None or recorder.num_samples < count:
+        while recorder.timeline(0) is None or len(recorder._samples) < count:
             assert time.monotonic() < until
             time.sleep(0.002)
 
@@ -145,7 +145,7 @@ def test_the_thread_samples_within_a_part_and_between_the_directions() -> None:
         recorder.observe(begin(1))
         wait_for(3)
         recorder.observe(end(1))
-        wait_for(recorder.num_samples + 2)
+        wait_for(len(recorder._samples) + 2)
         recorder.observe(begin(1, "backward"))
         recorder.observe(end(1, "backward"))
     timeline = recorder.timeline(0)
@@ -163,7 +163,7 @@ def test_few_samples_are_held_and_every_peak_is_among_them(monkeypatch: pytest.M
     for level in range(1, 21):
         recorder.observe(begin(level))
         recorder.observe(end(level))
-    assert recorder.num_samples <= 40
+    assert len(recorder._samples) <= 40
     assert peaks(recorder.timeline(0)) == [1, *(1000 + level for level in range(2, 21))]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from einops import rearrange
-from helpers import assert_streamed_equals_plain
+from helpers import assert_streamed_equals_plain, required
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ def test_a_tile_is_reshaped_like_the_whole(
         intervals.append(Interval(start, data.draw(st.integers(start + 1, move.result))))
     out = Region(*intervals)
     sizes = [move.size for move in moves]
-    part = Region(*(m.access.required(i, n) for m, i, n in zip(moves, out, sizes, strict=True)))
+    part = Region(*(required(m.access, i, n) for m, i, n in zip(moves, out, sizes, strict=True)))
     at_hand = crop(whole, axes, Region.whole((sizes[0], sizes[1])), part)
     found = regrouped(at_hand, after, moves)
     covered = Region(*(m.access.result(p, i) for m, p, i in zip(moves, part, out, strict=True)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import traced
+from helpers import required, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import programs
@@ -96,7 +96,7 @@ def _wanted_by(
     for reader in stage.nodes:
         for name, access in program.nodes[reader].local.accesses.items():
             axis_map = (access.rows, access.cols)[axis]
-            wanted[name].append(axis_map.required(needed[reader], program.nodes[name].size[axis]))
+            wanted[name].append(required(axis_map, needed[reader], program.nodes[name].size[axis]))
     return wanted
 
 
@@ -162,7 +162,7 @@ def _computed(program: Program, stage: Stage, step: AxisStep, axis: int) -> Size
         result, operands = out, {}
         for operand, access in local.accesses.items():
             axis_map, first = (access.rows, access.cols)[axis], step.needed[operand].start
-            part = axis_map.required(out, program.nodes[operand].size[axis])
+            part = required(axis_map, out, program.nodes[operand].size[axis])
             window = part if local.fill is None else axis_map.window(out)
             if not operands and local.fill is None and not local.positional:
                 result = axis_map.result(part, out)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_streamed_equals_plain
+from helpers import assert_streamed_equals_plain, required
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ def test_a_tile_is_written_like_the_whole(data: st.DataObject) -> None:
     expected = torch.slice_scatter(into, part, 2, first, stop, step)
     begin = draw(st.integers(0, size - 1))
     rows = Interval(begin, draw(st.integers(begin + 1, size)))
-    at_hand = Transposed(1, step, -first, 1).required(rows, len(positions))
+    at_hand = required(Transposed(1, step, -first, 1), rows, len(positions))
     cols = Interval(0, 1)
     found = written(
         part[:, :, at_hand.start : at_hand.stop],

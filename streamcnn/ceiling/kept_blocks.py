@@ -69,21 +69,12 @@ class KeptBlocks:
         self._library.kept_blocks_leave(self._pass)
 
     @property
-    def in_use(self) -> int:
-        """Bytes of its tensors now, in whole pages."""
-        return self._counts()[0]
-
-    @property
-    def most_in_use(self) -> int:
-        """The most bytes that its tensors held."""
-        return self._counts()[1]
-
-    @property
     def peak(self) -> int:
         """The most bytes that its tensors and free blocks held together."""
         return self._counts()[2]
 
     def _counts(self) -> tuple[int, int, int]:
+        """Bytes of its tensors now and at most, in whole pages, and at most with free blocks."""
         counts = (ctypes.c_size_t * 3)()
         self._library.kept_blocks_count(self._pass, counts)
         return counts[0], counts[1], counts[2]

@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Lock, Thread, get_ident
-from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 INTERVAL = 0.02
 """Seconds between samples of a GPU's memory: a reading takes about a millisecond."""
@@ -118,25 +117,6 @@ class Sampler(Generic[R]):
         """Raise what a reading raised on the thread, if it did."""
         if self._error is not None:
             raise self._error
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-            return self
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-        if error is None:
-            self.raise_error()
-            self.sample()
 
     def _run(self) -> None:
         try:

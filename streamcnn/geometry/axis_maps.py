@@ -4,7 +4,7 @@ Each class answers two questions about a half-open interval of output positions:
 
 ``window(out)``
     the interval of input positions it reads, padding included, so it may reach outside the input;
-``required(out, size)``
+``required_each(out, size)``
     the part of that window inside an input of ``size`` positions, at least one position long.
 
 The window decides what is padding; whether a tile is "the first one" never does. The rule itself,
@@ -26,13 +26,6 @@ Index = TypeVar("Index", int, Indices)
 Span = TypeVar("Span", Interval, Intervals)
 
 
-def clip(window: Interval, size: int) -> Interval:
-    """The part of ``window`` inside ``[0, size)``, or the nearest single position if there is none."""
-    start = min(max(window.start, 0), size - 1)
-    stop = max(min(window.stop, size), start + 1)
-    return Interval(start, stop)
-
-
 class AxisMap(ABC):
     """Dependence of output positions on input positions along one axis."""
 
@@ -51,12 +44,8 @@ class AxisMap(ABC):
         """Input positions that ``out`` reads, those outside the input being padding."""
         return type(out)(*self.bounds(out.start, out.stop))
 
-    def required(self, out: Interval, size: int) -> Interval:
-        """Positions that must be at hand, inside an input of ``size`` positions and at least one."""
-        return clip(self.window(out), size)
-
     def required_each(self, out: Intervals, size: int) -> Intervals:
-        """:meth:`required` of many intervals."""
+        """Positions that must be at hand, inside an input of ``size`` positions and at least one."""
         first, last = self.bounds(out.start, out.stop)
         start = np.minimum(np.maximum(first, 0), size - 1)
         return Intervals(start, np.maximum(np.minimum(last, size), start + 1))

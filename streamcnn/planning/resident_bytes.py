@@ -41,9 +41,9 @@ class Step:
         return total_bytes(self.terms)
 
 
-def total_bytes(*terms: Iterable[MemoryTerm]) -> int:
+def total_bytes(terms: Iterable[MemoryTerm]) -> int:
     """The sum of all terms."""
-    return sum(term.nbytes for each in terms for term in each)
+    return sum(term.nbytes for term in terms)
 
 
 class ResidentBytes:

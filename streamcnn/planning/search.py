@@ -412,28 +412,28 @@ def _choose(scores: CandidateScores, limit: int, budget: int | None) -> _Choice:
     choice = _tightened(scores, limit, room=allowed, allowed=allowed)
     if choice.nbytes > allowed:
         choice = _tightened(scores, limit, room=0, allowed=allowed)
-    return replace(choice, fits=choice.nbytes <= allowed)
+    return choice
 
 
 def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> _Choice:
     """The first choice that fits ``allowed``, from those for ``room`` and for ever less than the last takes;
     if none does, the smallest."""
-    best = _choose_once(scores, limit, room)
+    best = _choose_once(scores, limit, room, allowed)
     for _ in range(CHOICE_ROUNDS):
         if best.nbytes <= allowed:
             break
-        choice = _choose_once(scores, limit, best.nbytes - 1)
+        choice = _choose_once(scores, limit, best.nbytes - 1, allowed)
         if choice.nbytes >= best.nbytes:
             break
         best = choice
     return best
 
 
-def _choose_once(scores: CandidateScores, limit: int, allowed: float) -> _Choice:
-    """For each stage the fastest candidate that fits; what the backend keeps depends on all of them."""
+def _choose_once(scores: CandidateScores, limit: int, room: float, allowed: float) -> _Choice:
+    """For each stage the fastest candidate that fits ``room``; what the backend keeps depends on all."""
     found, choice = scores.pass_bytes(None, limit), None
     for _ in range(KEPT_ROUNDS):
-        before, choice = choice, _fastest(scores, scores.peaks(found), limit, allowed)
+        before, choice = choice, _fastest(scores, scores.peaks(found), limit, room)
         if before is not None and np.array_equal(before, choice):
             break
         found = scores.pass_bytes(choice, limit)

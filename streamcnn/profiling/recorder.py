@@ -75,11 +75,6 @@ class Recorder:
                 self._take(moment)
                 self._close(moment)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples that are held now."""
-        return len(self._samples)
-
     def timeline(self, baseline_bytes: int) -> Timeline | None:
         """What was recorded, in bytes above the baseline; None if memory cannot be read."""
         if not self._samples:

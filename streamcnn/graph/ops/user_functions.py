@@ -30,7 +30,6 @@ aten = torch.ops.aten
 
 _SAME_SHAPE = frozenset({"alias", "clone", "detach", "expand", "view", "_unsafe_view", "_to_copy", "view_as"})
 """Operators that are the identity of positions where they keep the shape."""
-_SCALING = frozenset({"mul", "div", "masked_fill", "where"})
 _ADDING = frozenset({"add", "sub", "neg"})
 
 
