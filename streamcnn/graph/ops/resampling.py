@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding, reflected
-from streamcnn.geometry.regions import Interval, Region
-from streamcnn.geometry.windows import layout
-from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Saves, declare, windows
-from streamcnn.graph.ops.constants import numbers
+from streamcnn.graph.costs import NOTHING, Cost, Operation, Saves, declare
 from streamcnn.graph.ops.convolution import chain
+from streamcnn.graph.ops.gathering import gather_positions
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.taps import (
@@ -171,105 +169,6 @@ def _gathered(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes, taps: Sequence
         positional=True,
         heavy=True,
     )
-
-
-def gather_positions(
-    x: Tensor, taps: tuple[Taps, Taps], axes: Axes, *, out: Region, origin: Region
-) -> Tensor:
-    """Positions ``out`` of a gathered map, from ``x`` which covers ``origin`` of its operand."""
-    along = list(zip(axes, taps, out, origin, strict=True))
-    # First the axis that becomes shorter: what lies between is no larger than operand or result.
-    for axis, each, wanted, at_hand in sorted(along, key=lambda one: one[2].size / one[3].size):
-        x = _gather_along(x, axis, each, wanted, at_hand)
-    return x
-
-
-def _gather_along(x: Tensor, axis: int, taps: Taps, wanted: Interval, at_hand: Interval) -> Tensor:
-    """Positions ``wanted`` along one axis, from ``x`` which covers ``at_hand``."""
-    places = taken(taps.sources, wanted, at_hand)
-    if taps.weights is None:
-        return take(x, axis, places[0])
-    weights = [each[wanted.start : wanted.stop] for each in taps.weights]
-    result: Tensor = _WeightedSum.apply(x, axis, places, weights)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _WeightedSum(torch.autograd.Function):
-    """Sums of positions along an axis times their weights, tap after tap: each is let go of before the next.
-
-    In half precision they are summed in float32, and rounded once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, axis: int, places: list[list[int]], weights: list[tuple[float, ...]]
-    ) -> Tensor:
-        ctx.taps = (axis, places, weights)
-        ctx.extent = x.shape[axis]
-        shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
-        dtype = _sum_dtype(x.dtype)
-        total = None
-        for each, factors in zip(places, weights, strict=True):
-            factor = numbers(factors, dtype, beside=x).reshape(shape)
-            # No name for what is taken: it would live until the next tap is taken, too.
-            if total is None:
-                total = take(x, axis, each) * factor
-            else:
-                total.addcmul_(take(x, axis, each), factor)
-        assert total is not None
-        return total.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (axis, places, weights) = grads, ctx.taps
-        shape = [-1 if dim == axis else 1 for dim in range(gradient.dim())]
-        dtype = _sum_dtype(gradient.dtype)
-        extents = [ctx.extent if dim == axis else extent for dim, extent in enumerate(gradient.shape)]
-        device, order = gradient.device, layout(gradient)
-        total = torch.empty(extents, dtype=dtype, device=device, memory_format=order).zero_()
-        for each, factors in zip(places, weights, strict=True):
-            factor = numbers(factors, dtype, beside=gradient).reshape(shape)
-            _add_to(total, axis, each, gradient * factor)
-        return total.to(gradient.dtype), None, None, None
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _gather_workspace(nbytes: CallBytes) -> int:
-    """What lies between the axes and one tap, or its gradient; in half precision either in float32."""
-    return (5 if nbytes.is_half else 2) * max(nbytes.operands, nbytes.result)
-
-
-declare(
-    gather_positions,
-    cost=Cost(operations=windows, workspace=_gather_workspace, saves=NOTHING),
-)
-
-
-def taken(sources: Sequence[Sequence[int]], wanted: Interval, at_hand: Interval) -> list[list[int]]:
-    """What ``wanted`` positions read of an operand, tap by tap, counted from the first ``at_hand``."""
-    return [[place - at_hand.start for place in source[wanted.start : wanted.stop]] for source in sources]
-
-
-def _is_run(places: list[int]) -> bool:
-    return places == list(range(places[0], places[0] + len(places)))
-
-
-def take(x: Tensor, axis: int, places: list[int]) -> Tensor:
-    """The positions of ``x`` at ``places`` along an axis: a view of it if they follow each other."""
-    if _is_run(places):
-        return x.narrow(axis, places[0], len(places))
-    return x.index_select(axis, numbers(places, torch.int64, beside=x))
-
-
-def _add_to(x: Tensor, axis: int, places: list[int], values: Tensor) -> None:
-    """Add to ``x`` what :func:`take` took of it."""
-    if _is_run(places):
-        x.narrow(axis, places[0], len(places)).add_(values)
-    else:
-        x.index_add_(axis, numbers(places, torch.int64, beside=x), values)
 
 
 @rule(
