@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Adaptive, Sliding
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Saves, cost_of, declare, windows
-from streamcnn.graph.ops.constants import numbers
 from streamcnn.graph.ops.convolution import chain
-from streamcnn.graph.ops.gathering import gather_positions, take, taken
+from streamcnn.graph.ops.gathering import gather_positions
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
 from streamcnn.graph.ops.reductions import reduced
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.taps import Taps
+from streamcnn.graph.ops.window_places import largest_in
 from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
+_INDEX_BYTES = 8
 FEW = 8
 """So many positions along an axis are few: what each reads of a large map is more than a tile should."""
 
@@ -121,74 +122,39 @@ def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> T
 
     The gradient goes to the first of several equal ones in row order: to the first column of the first row.
     """
-    for dim, axis, wanted, at_hand in zip((-1, -2), axes[::-1], out[::-1], origin[::-1], strict=True):
-        places = taken(_places(axis), wanted, at_hand)
-        x = _Largest.apply(x, x.dim() + dim, places)  # type: ignore[no-untyped-call]
-    return x
-
-
-class _Largest(torch.autograd.Function):
-    """The largest of several positions along an axis, to the first of which the gradient goes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, places: list[list[int]]) -> Tensor:
-        found, place = _largest(x, axis, places)
-        ctx.save_for_backward(place)
-        ctx.axis, ctx.extent = axis, x.shape[axis]
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (place,), axis = grads, ctx.saved_tensors, ctx.axis
-        extents = [ctx.extent if dim == axis else extent for dim, extent in enumerate(gradient.shape)]
-        return gradient.new_zeros(extents).scatter_add_(axis, place.long(), gradient), None, None
-
-
-def _largest(x: Tensor, axis: int, places: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The largest of the positions along ``axis`` that are at the same index, and the first place of it."""
-    shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
-    best, place = None, torch.empty(0)
-    for each in places:
-        part, there = take(x, axis, each), numbers(each, torch.int32, beside=x).reshape(shape)
-        if best is None:
-            best, place = part.clone(), there.expand(part.shape).clone()
-            continue
-        # Nothing is larger than NaN.
-        is_better = (part <= best).logical_not_().logical_and_(best == best)
-        best, place = torch.where(is_better, part, best), torch.where(is_better, there, place)
-        del part, is_better
-    assert best is not None
-    return best, place
+    row, col = _largest(x, axes, out, origin)
+    values = x.flatten(-2).gather(-1, (row * x.shape[-1] + col).flatten(-2))
+    return values.view(row.shape)
 
 
 def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Places in the whole map, counted in row order, of what :func:`window_maxima` finds."""
-    rows, cols = (taken(_places(axis), *each) for axis, *each in zip(axes, out, origin, strict=True))
-    x, col = _largest(x, x.dim() - 1, cols)
-    row = _largest(x, x.dim() - 2, rows)[1].long()
-    col = col.gather(-2, row)
+    row, col = _largest(x, axes, out, origin)
     return row.add_(origin.rows.start).mul_(axes[1].size).add_(col).add_(origin.cols.start)
 
 
+def _largest(x: Tensor, axes: Windows, out: Region, origin: Region) -> tuple[Tensor, Tensor]:
+    """Row and column in ``x`` of the largest value of each of the windows ``out``."""
+    rows, cols = (
+        [axis.window(Interval(i, i + 1)).shift(-at_hand.start) for i in range(wanted.start, wanted.stop)]
+        for axis, wanted, at_hand in zip(axes, out, origin, strict=True)
+    )
+    _, row, col = largest_in(x, rows, cols)
+    return row, col
+
+
 def _maxima_workspace(nbytes: CallBytes) -> int:
-    """Values that lie between the axes, three at a time, with two places and three masks of each.
+    """The operand in one piece; values that lie between the axes, and their places in 32 bits; three indices.
 
-    They are no more than operand or result, unless there are fewer rows and more columns.
+    Those values are no more than operand or result, unless there are fewer rows and more columns.
     """
-    most = max(nbytes.operands, nbytes.result)
-    return 3 * most + 11 * most // min(nbytes.itemsize, 4)
-
-
-def _gradient_workspace(nbytes: CallBytes) -> int:
-    """Gradients that lie between the axes, and their places."""
-    most = max(nbytes.operands, nbytes.result)
-    return most + 8 * most // nbytes.itemsize
+    between = max(nbytes.operands, nbytes.result)
+    places = (4 * between + 3 * _INDEX_BYTES * nbytes.result) // nbytes.itemsize
+    return nbytes.operands + nbytes.result + between + places
 
 
 def _saved_places(operation: Operation) -> int:
-    """Places along either axis, in 32 bits."""
-    (result,), x = operation.results, operation.args[0]
-    return 4 * (result.numel + result.numel // result.shape[-2] * int(x.shape[-2]))
+    return _INDEX_BYTES * operation.numel
 
 
 declare(window_means, cost=cost_of(gather_positions))
@@ -197,7 +163,7 @@ declare(
     cost=Cost(
         operations=windows,
         workspace=_maxima_workspace,
-        backward_workspace=_gradient_workspace,
+        backward_workspace=lambda nbytes: 0,
         saves=Saves(beside=_saved_places),
     ),
 )
