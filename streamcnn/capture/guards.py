@@ -39,6 +39,7 @@ from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
 from streamcnn.capture.functional import functionalized
 from streamcnn.errors import StreamError
 from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, let_go, reads_values
+from streamcnn.support.recent import Recent
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those
@@ -276,8 +277,8 @@ class _Captured:
 
     def __init__(self, module: GraphModule) -> None:
         self._module: GraphModule | None = module
-        self._lowered: OrderedDict[tuple[int, ...], _Lowered] = OrderedDict()
-        """By the sizes that are not fixed, the most recently used last."""
+        self._lowered = Recent[tuple[int, ...], _Lowered](_MOST_SIZES)
+        """By the sizes that are not fixed."""
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         with function_modes_aside():
@@ -287,16 +288,15 @@ class _Captured:
         call = _present.call
         assert call is not None
         sizes = tuple(given for given in inputs if isinstance(given, int))
-        if sizes not in self._lowered:
+
+        def make() -> _Lowered:
             assert self._module is not None
-            self._lowered[sizes] = call.lower(self._module, inputs)
-            if not sizes:
-                # It is lowered once.
-                self._module = None
-            elif len(self._lowered) > _MOST_SIZES:
-                self._lowered.popitem(last=False)
-        self._lowered.move_to_end(sizes)
-        lowered = self._lowered[sizes]
+            return call.lower(self._module, inputs)
+
+        lowered = self._lowered.get(sizes, make)
+        if not sizes:
+            # It is lowered once.
+            self._module = None
         call.has_begun = True
         call.settings.close()
         return call.run(lowered.graph, lowered.states(inputs))
