@@ -28,6 +28,7 @@ from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
+from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_copies import assign, copied
 from streamcnn.runtime.transforms import refuse_many_gradients
 from streamcnn.stores import (
@@ -66,16 +67,6 @@ class PassOwner(Protocol):
         """What they have left for maps that it keeps in host memory beside a GPU."""
 
 
-class Shrink(Protocol):
-    """Plans a pass again that was refused memory."""
-
-    def __call__(self, plan: Plan) -> Planned | None:
-        """The same pass with smaller tiles; None if there is no such plan within the budget."""
-
-    def keep(self) -> None:
-        """What was planned last has gone through: later passes of the same kind are to begin with it."""
-
-
 Keep = Callable[[Store], Tensor]
 """Reads a result that is stored, and gives what stands in for it."""
 
@@ -102,7 +93,7 @@ class Pass:
         reader: BatchReader,
         captured: Captured,
         owner: PassOwner,
-        shrink: Shrink,
+        shrink: SmallerPlans,
         keep: Keep | None = None,
     ) -> None:
         self.owner = owner
