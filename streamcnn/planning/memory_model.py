@@ -25,11 +25,11 @@ from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.backends.base import Bytes
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.resident_bytes import Step, total_bytes
+from streamcnn.planning.resident_bytes import StepBytes, total_bytes
 from streamcnn.planning.staging import Stage
 from streamcnn.planning.tiling import Outline, TiledStage
 
-NO_STEP = Step((), "", 0)
+NO_STEP = StepBytes((), "", 0)
 """Where no operator runs."""
 ON_THE_WAY = "tiles on the way"
 """The name of the term for tiles that are moved while another one is computed."""
@@ -107,7 +107,7 @@ class PassBytes:
         sums: Ints = held.total[levels] + steps + self.lost(steps)
         return sums
 
-    def point(self, name: str, part: PassPart, held: LevelBytes, level: int, step: Step) -> PeakPoint:
+    def point(self, name: str, part: PassPart, held: LevelBytes, level: int, step: StepBytes) -> PeakPoint:
         """One point with its terms, whose sum is :meth:`at`."""
         waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
         return PeakPoint(name, part, step.operator, (*held.at(level), *step.terms, waste), step.reading)
@@ -138,7 +138,7 @@ def peak_points(
     in which tiles are moved while others are computed, with what that takes.
     """
 
-    def point(name: str, part: PassPart, held: LevelBytes, level: int, step: Step) -> PeakPoint:
+    def point(name: str, part: PassPart, held: LevelBytes, level: int, step: StepBytes) -> PeakPoint:
         if part in moving:
             step = replace(step, terms=(*step.terms, MemoryTerm(ON_THE_WAY, moving[part])))
         return found.point(name, part, held, level, step)
@@ -152,7 +152,7 @@ def peak_points(
         )
         for stage in tiled
     ]
-    again: dict[int, list[tuple[int, Step]]] = {}
+    again: dict[int, list[tuple[int, StepBytes]]] = {}
     for before, stage in rematerialised:
         step, _ = steps(stage, global_bytes.backend, global_bytes.reading, backward=False)
         again.setdefault(before, []).append((stage.stage.level, step))
@@ -200,7 +200,7 @@ def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
 
 def steps(
     tiled: TiledStage, backend: Backend, reading: BatchCost = NO_READING, *, backward: bool
-) -> tuple[Step, Step | None]:
+) -> tuple[StepBytes, StepBytes | None]:
     """The largest tile of a stage forward and, if wanted, backward."""
     tile = _LargestTile(tiled, backend, reading)
     return _forward_step(tile), _backward_step(tile) if backward else None
@@ -212,7 +212,7 @@ def overhead_terms(outline: Outline, backend: Backend, *, backward: bool) -> tup
     return backend.step_terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
 
 
-def _forward_step(tile: _LargestTile) -> Step:
+def _forward_step(tile: _LargestTile) -> StepBytes:
     """One tile without autograd: values live from their operator to their last use."""
     tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
     most = _PeakTracker()
@@ -236,7 +236,7 @@ def _forward_step(tile: _LargestTile) -> Step:
     return tile.or_reading(step, (regions, MemoryTerm("live activations", beside_reading)), backward=False)
 
 
-def _backward_step(tile: _LargestTile) -> Step:
+def _backward_step(tile: _LargestTile) -> StepBytes:
     """One tile with autograd: values are kept, gradients flow back operator by operator."""
     tiled = tile.tiled
     skipped = frozenset(tiled.outline.skipped)
@@ -353,7 +353,7 @@ class _LargestTile:
         assert local is not None
         return any(image in local.accesses for image in self.images)
 
-    def or_reading(self, step: Step, beside: tuple[MemoryTerm, ...], *, backward: bool) -> Step:
+    def or_reading(self, step: StepBytes, beside: tuple[MemoryTerm, ...], *, backward: bool) -> StepBytes:
         """The step with what is read of images, at the moment of reading if that takes more.
 
         Parameters
@@ -367,13 +367,13 @@ class _LargestTile:
         if not nbytes:
             return step
         overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
-        read = Step((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.reusable)
+        read = StepBytes((*beside, MemoryTerm(READING, nbytes), *overhead), image, step.reusable)
         return replace(read if read.nbytes > step.nbytes else step, reading=nbytes)
 
-    def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> Step:
+    def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> StepBytes:
         """A step of these terms and of what it takes beside tensors."""
         overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
-        return Step((*terms, *overhead), operator, int(self._reusable_share() * total_bytes(terms)))
+        return StepBytes((*terms, *overhead), operator, int(self._reusable_share() * total_bytes(terms)))
 
     def _reusable_share(self) -> float:
         """The share of the tile's bytes that is in blocks which may be kept when they are freed."""

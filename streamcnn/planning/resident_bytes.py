@@ -24,7 +24,7 @@ from streamcnn.planning.routines import num_sizes
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepBytes:
     """Projected bytes at the worst operator of a step."""
 
     terms: tuple[MemoryTerm, ...]
@@ -94,7 +94,7 @@ class ResidentBytes:
         reduced = {name for name in self.names if self.program.nodes[name].kind is Kind.REDUCTION}
         return sum(map(self._size, self._saved.keys() | self._asked | reduced)) + int(self._beside.sum())
 
-    def step(self) -> Step:
+    def step(self) -> StepBytes:
         """The worst moment."""
         inner = self._array({name: self._inner(name) for name in self.names})
         workspace = self._array({name: self._workspace(name) for name in self.names})
@@ -119,7 +119,7 @@ class ResidentBytes:
             "operator workspace",
         )
         sizes = (*map(self._size, self._saved), *self._beside.tolist())
-        return Step(
+        return StepBytes(
             (
                 *map(MemoryTerm, kinds, held),
                 # One kernel for each convolution forward, and two in the backward pass, a step of its own.
