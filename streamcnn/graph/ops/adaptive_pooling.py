@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Adaptive, Sliding
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Saves, cost_of, declare, windows
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.gathering import gather_positions
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
 from streamcnn.graph.ops.reductions import reduced
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.ops.taps import Taps
 from streamcnn.graph.ops.window_places import largest_in
 from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Saves, declare
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import Selection, statistics_dtype
 from streamcnn.graph.ops.reductions import extremum, mean_or_sum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.ops.top_positions import TopPositions
 from streamcnn.graph.ops.window_reductions import WindowMaxima
 from streamcnn.graph.program import Ref, refs_in

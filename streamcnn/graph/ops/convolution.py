@@ -17,6 +17,7 @@ from streamcnn.geometry.axis_maps import Sliding, Transposed
 from streamcnn.graph.costs import CallBytes, Cost, Operation, Routine, declare
 from streamcnn.graph.ops.depthwise import has_slow_weights, weight_gradient
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, as_pair, as_triple, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
@@ -341,23 +342,6 @@ class _Bands(nn.Module):
         volume = self.last(self.first(x.unsqueeze(1)).sin())
         turned: Tensor = self.last(self.first(x.permute(0, 2, 3, 1).unsqueeze(1)))
         return torch.cat((volume.mean((2, 3, 4)), turned.square().mean((2, 3, 4))), 1)
-
-
-class _Chain(nn.Module):
-    """Layers in a row, then something whose gradient differs at every position."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(x)
-        return (y * torch.tanh(y)).mean((2, 3))
-
-
-def chain(*layers: nn.Module) -> nn.Module:
-    """A test module: ``layers`` in a row and a curved spatial mean."""
-    return _Chain(*layers)
 
 
 def _mixed() -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.graph.costs import CallBytes, Cost, Operation, counted, declare, windows
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten

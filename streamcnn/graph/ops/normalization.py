@@ -17,10 +17,10 @@ from streamcnn.geometry.windows import dense, layout
 from streamcnn.graph.costs import Cost, Operation, Saves, declare, elements
 from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.ops.constants import filled
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
 from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten

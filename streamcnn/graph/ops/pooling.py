@@ -14,9 +14,9 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import layout, placed
 from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, Saves, declare, elements, windows
 from streamcnn.graph.ops.constants import brought
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, as_pair, as_triple, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten

@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
 from streamcnn.graph.costs import FACTORS, Cost, Operand, Operation, Routine, Saves, counted, declare
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.reduction_types import ProductSum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten

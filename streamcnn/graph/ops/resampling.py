@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding, reflected
 from streamcnn.graph.costs import NOTHING, Cost, Operation, Saves, declare
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.gathering import gather_positions
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.ops.taps import (
     CUBIC,
     TRIANGLE,

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import Cost, declare
 from streamcnn.graph.flattening import GradientHook, OnlyResult, Whole
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule, rule_for
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.graph.schemas import operator_name
 

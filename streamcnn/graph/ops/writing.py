@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Transposed
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import NOTHING, Cost, declare
-from streamcnn.graph.ops.convolution import chain
 from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Axes, Ref
 
 aten = torch.ops.aten
