@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel
-from streamcnn.runtime import streamed_pass
+from streamcnn.runtime import pass_stores
 from streamcnn.stores import SpillFolder, owners, remove_abandoned
 from streamcnn.stores.owners import Owner
 
@@ -142,7 +142,7 @@ def test_dead_folders_take_no_room_from_a_plan(tmp_path: Path, monkeypatch: pyte
     process, name = start(tmp_path, "os._exit(0)")
     process.wait()
     # A disk that has room once the folder is gone.
-    monkeypatch.setattr(streamed_pass, "free_bytes", lambda spill: 0 if (tmp_path / name).exists() else 2**40)
+    monkeypatch.setattr(pass_stores, "free_bytes", lambda spill: 0 if (tmp_path / name).exists() else 2**40)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3))
     model = StreamingModel(net, tile=16, spill=tmp_path)
     model.resident_tail = False

@@ -31,7 +31,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.data.sources import ArraySource
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime import streamed_pass
+from streamcnn.runtime import pass_stores
 from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
 
 # --- wrong use -------------------------------------------------------------------------------------------
@@ -98,12 +98,12 @@ def test_a_disk_without_room(on_disk: None, tmp_path: Path, monkeypatch: pytest.
     model = make_model(tmp_path)
     needed = model.plan(tuple(make_image().shape), torch.float64).bytes_on(Tier.DISK)
     before = everything_of(model)
-    monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed - 1)
+    monkeypatch.setattr(pass_stores, "free_bytes", lambda parent: needed - 1)
     with pytest.raises(PlanDoesNotFit, match=r"spills .* at a time, and .* has .* left: pass spill="):
         model(make_image())
     assert_unchanged(before, everything_of(model))
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(streamed_pass, "free_bytes", lambda parent: needed)
+    monkeypatch.setattr(pass_stores, "free_bytes", lambda parent: needed)
     model(make_image())
 
 

@@ -23,11 +23,12 @@ from streamcnn.graph.program import substitute
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.arguments import Arguments
+from streamcnn.runtime.autograd_node import Streamed
 from streamcnn.runtime.machines import this_machine
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
-from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner, Streamed
+from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner
 from streamcnn.runtime.transforms import refuse_tangents, refuse_transforms
 from streamcnn.support.interrupts import undoing
 

@@ -1,4 +1,4 @@
-"""One streamed pass: an execution under its ceiling, as one node of the user's autograd graph."""
+"""One streamed pass: an execution under its ceiling, in both directions."""
 
 from __future__ import annotations
 
@@ -14,36 +14,25 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.caller_modes import saved_tensors_hooks_aside
 from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.source_batch import SourceBatch
-from streamcnn.errors import BudgetExceeded, PlanDoesNotFit
+from streamcnn.errors import BudgetExceeded
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
-from streamcnn.plan.storage import Tier
+from streamcnn.runtime.pass_stores import PassStores, check_disk
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_copies import assign, copied
-from streamcnn.runtime.transforms import refuse_many_gradients
 from streamcnn.stores import (
-    GpuTransfers,
-    HostStore,
-    MemoryStore,
     SpareFiles,
     SparePinned,
-    SpillFolder,
     Store,
-    StoreSpec,
-    ZarrStore,
-    free_bytes,
-    remove_abandoned,
-    transfers_of,
 )
 from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
@@ -144,8 +133,8 @@ class Pass:
         )
         self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
         spares = self.owner.spare_files
-        _check_disk(self.plan, spares)
-        self.stores = _Stores(
+        check_disk(self.plan, spares)
+        self.stores = PassStores(
             spares, self.owner.spare_pinned, self.reader.device, zeroed=self.plan.kept_bytes is None
         )
         self.execution = Execution(
@@ -429,19 +418,6 @@ def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None
     )
 
 
-def _check_disk(plan: Plan, spares: SpareFiles) -> None:
-    """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
-    needed, spill = plan.bytes_on(Tier.DISK), spares.parent
-    if needed:
-        # What killed processes have left takes no room from this one.
-        remove_abandoned(spill)
-    if needed and needed > (free := free_bytes(spill) + spares.nbytes):
-        raise PlanDoesNotFit(
-            f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
-            f"{format_bytes(free)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
-        )
-
-
 def _positions(outputs: Any) -> list[str]:
     """The name at each place of a model's result; the same one again where it is returned again."""
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
@@ -471,36 +447,6 @@ def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepSha
     return after_step
 
 
-class _Stores:
-    """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
-
-    def __init__(
-        self, spares: SpareFiles, pinned: SparePinned, device: torch.device, *, zeroed: bool
-    ) -> None:
-        self.spares = spares
-        self.transfers = transfers_of(device)
-        self._pinned = pinned
-        self._device = device
-        self._zeroed = zeroed
-        self._folder: SpillFolder | None = None
-
-    def open(self, spec: StoreSpec, tier: Tier, tile: tuple[int, int]) -> Store:
-        """An empty store in ``tier``."""
-        if tier is Tier.DISK:
-            self._folder = self._folder or SpillFolder(self.spares.parent)
-            return ZarrStore(spec, self._folder.new_folder(), tile, self.transfers, self.spares)
-        if tier is Tier.HOST:
-            assert isinstance(self.transfers, GpuTransfers)
-            return HostStore(spec, self.transfers, self._pinned)
-        return MemoryStore(spec, self._device, zeroed=self._zeroed and self._device.type == "cpu")
-
-    def close(self) -> None:
-        """Remove the folder on disk, if there is one."""
-        if self._folder is not None:
-            self._folder.close()
-            self._folder = None
-
-
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The random states of the host and of the device, if that is another."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -510,68 +456,3 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-class Streamed(torch.autograd.Function):
-    """A streamed pass as one node of the user's autograd graph."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
-        # Hooks of the caller are for what this node saves, not for the graphs inside of it.
-        with saved_tensors_hooks_aside():
-            values = run.forward()
-        names = run.output_names
-        # Saved only so that autograd notices a state or an image being changed before backward.
-        ctx.save_for_backward(*anchors, *run.recomputed_from())
-        ctx.run, ctx.arrays = run, run.arrays_read_again()
-        ctx.places = [anchor.data_ptr() for anchor in run.anchors]
-        # Aliases: the run keeps its values, and autograd makes an output keep the run.
-        outputs = {name: values[name].detach() for name in names}
-        # What the user does to a result is no matter to what is computed from it later.
-        read = {operand for node in run.program.nodes.values() for operand in node.operands}
-        outputs |= {n: outputs[n].clone() for n in names if run.present_name(n) in read}
-        constant = (n for n in names if run.present_name(n) not in run.plan.differentiated)
-        ctx.mark_non_differentiable(*(outputs[n] for n in constant))
-        ctx.set_materialize_grads(False)
-        return tuple(outputs.values())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run: Pass | None = ctx.run
-        if run is None:
-            raise RuntimeError(
-                "this streamed output has been differentiated already and its stores are freed: "
-                "pass retain_graph=True to the first backward(), or run the forward pass again"
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a streamed pass can only be differentiated once: call backward() or grad() without "
-                "create_graph=True"
-            )
-        refuse_many_gradients(grads)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.run = None
-        anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
-        if ctx.places != [anchor.data_ptr() for anchor in run.anchors]:
-            raise RuntimeError(
-                "the .data of a parameter was replaced between forward and backward: run the "
-                "forward pass again"
-            )
-        if ctx.arrays and ctx.arrays != (present := run.arrays_read_again()):
-            raise RuntimeError(
-                f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
-                "reads it once more: leave it as it is until then, or give each pass a copy"
-            )
-        arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
-        with saved_tensors_hooks_aside():
-            found = run.backward(arriving)
-        image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
-        gradients = (found.get(name) for name in (*run.leaf_states, *image))
-        # The image may be on the host while its gradient was summed where the model is.
-        on_device = zip(gradients, anchors, strict=True)
-        return None, *(None if g is None else g.to(anchor.device) for g, anchor in on_device)
-
-
-def _changed(before: list[tuple[str, bytes]], present: list[tuple[str, bytes]]) -> str:
-    """The name of the first array whose pixels are others."""
-    return next(name for (name, was), (_, now) in zip(before, present, strict=True) if was != now)

@@ -1,0 +1,77 @@
+"""A streamed pass as one node of the user's autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamcnn.capture.caller_modes import saved_tensors_hooks_aside
+from streamcnn.runtime.streamed_pass import Pass
+from streamcnn.runtime.transforms import refuse_many_gradients
+
+
+class Streamed(torch.autograd.Function):
+    """A streamed pass as one node of the user's autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
+        # Hooks of the caller are for what this node saves, not for the graphs inside of it.
+        with saved_tensors_hooks_aside():
+            values = run.forward()
+        names = run.output_names
+        # Saved only so that autograd notices a state or an image being changed before backward.
+        ctx.save_for_backward(*anchors, *run.recomputed_from())
+        ctx.run, ctx.arrays = run, run.arrays_read_again()
+        ctx.places = [anchor.data_ptr() for anchor in run.anchors]
+        # Aliases: the run keeps its values, and autograd makes an output keep the run.
+        outputs = {name: values[name].detach() for name in names}
+        # What the user does to a result is no matter to what is computed from it later.
+        read = {operand for node in run.program.nodes.values() for operand in node.operands}
+        outputs |= {n: outputs[n].clone() for n in names if run.present_name(n) in read}
+        constant = (n for n in names if run.present_name(n) not in run.plan.differentiated)
+        ctx.mark_non_differentiable(*(outputs[n] for n in constant))
+        ctx.set_materialize_grads(False)
+        return tuple(outputs.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: Pass | None = ctx.run
+        if run is None:
+            raise RuntimeError(
+                "this streamed output has been differentiated already and its stores are freed: "
+                "pass retain_graph=True to the first backward(), or run the forward pass again"
+            )
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a streamed pass can only be differentiated once: call backward() or grad() without "
+                "create_graph=True"
+            )
+        refuse_many_gradients(grads)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.run = None
+        anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
+        if ctx.places != [anchor.data_ptr() for anchor in run.anchors]:
+            raise RuntimeError(
+                "the .data of a parameter was replaced between forward and backward: run the "
+                "forward pass again"
+            )
+        if ctx.arrays and ctx.arrays != (present := run.arrays_read_again()):
+            raise RuntimeError(
+                f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
+                "reads it once more: leave it as it is until then, or give each pass a copy"
+            )
+        arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
+        with saved_tensors_hooks_aside():
+            found = run.backward(arriving)
+        image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
+        gradients = (found.get(name) for name in (*run.leaf_states, *image))
+        # The image may be on the host while its gradient was summed where the model is.
+        on_device = zip(gradients, anchors, strict=True)
+        return None, *(None if g is None else g.to(anchor.device) for g, anchor in on_device)
+
+
+def _changed(before: list[tuple[str, bytes]], present: list[tuple[str, bytes]]) -> str:
+    """The name of the first array whose pixels are others."""
+    return next(name for (name, was), (_, now) in zip(before, present, strict=True) if was != now)

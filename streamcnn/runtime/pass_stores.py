@@ -1,0 +1,67 @@
+"""The stores of one pass: where each of its stored maps is kept, and whether the disk has room for them."""
+
+from __future__ import annotations
+
+import torch
+
+from streamcnn.errors import PlanDoesNotFit
+from streamcnn.plan.plan import Plan
+from streamcnn.plan.storage import Tier
+from streamcnn.stores import (
+    GpuTransfers,
+    HostStore,
+    MemoryStore,
+    SpareFiles,
+    SparePinned,
+    SpillFolder,
+    Store,
+    StoreSpec,
+    ZarrStore,
+    free_bytes,
+    remove_abandoned,
+    transfers_of,
+)
+from streamcnn.support.units import format_bytes
+
+
+def check_disk(plan: Plan, spares: SpareFiles) -> None:
+    """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
+    needed, spill = plan.bytes_on(Tier.DISK), spares.parent
+    if needed:
+        # What killed processes have left takes no room from this one.
+        remove_abandoned(spill)
+    if needed and needed > (free := free_bytes(spill) + spares.nbytes):
+        raise PlanDoesNotFit(
+            f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
+            f"{format_bytes(free)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
+        )
+
+
+class PassStores:
+    """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
+
+    def __init__(
+        self, spares: SpareFiles, pinned: SparePinned, device: torch.device, *, zeroed: bool
+    ) -> None:
+        self.spares = spares
+        self.transfers = transfers_of(device)
+        self._pinned = pinned
+        self._device = device
+        self._zeroed = zeroed
+        self._folder: SpillFolder | None = None
+
+    def open(self, spec: StoreSpec, tier: Tier, tile: tuple[int, int]) -> Store:
+        """An empty store in ``tier``."""
+        if tier is Tier.DISK:
+            self._folder = self._folder or SpillFolder(self.spares.parent)
+            return ZarrStore(spec, self._folder.new_folder(), tile, self.transfers, self.spares)
+        if tier is Tier.HOST:
+            assert isinstance(self.transfers, GpuTransfers)
+            return HostStore(spec, self.transfers, self._pinned)
+        return MemoryStore(spec, self._device, zeroed=self._zeroed and self._device.type == "cpu")
+
+    def close(self) -> None:
+        """Remove the folder on disk, if there is one."""
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
