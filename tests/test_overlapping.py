@@ -21,7 +21,7 @@ from streamcnn.execution.exchange import Exchange
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import PassPart, Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime import plan_cache, streamed_pass
+from streamcnn.runtime import pass_stores, plan_cache
 from streamcnn.stores import GpuTransfers
 
 SHAPE = (1, 3, 61, 53)
@@ -70,7 +70,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LateCopies]]:
         made.append(LateCopies(device))
         return GpuTransfers(made[-1])
 
-    monkeypatch.setattr(streamed_pass, "transfers_of", transfers_of)
+    monkeypatch.setattr(pass_stores, "transfers_of", transfers_of)
     yield made
     assert made
     assert not any(engine.num_open for engine in made)
