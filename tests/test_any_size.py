@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,9 @@ SERVED: dict[str, Code] = {
     "padding as needed": same_padding,
     "coordinates": coordinates,
     "a loop by size": halved,
+    "no size": lambda net, x: x * 2 if x.shape[2] is not None and 4 in (4, 5) else x,
+    "the larger of one type": lambda net, x: x * max(x.shape[2], 70) + min(x.shape[3] / 2, 30.0),
+    "digits": lambda net, x: x * round(x.shape[2], 2) + round(x.shape[3] / 3, 1),
 }
 
 
@@ -113,6 +117,15 @@ OF_ONE_SIZE: dict[str, Code] = {
     "a result": lambda net, x: (x, x.shape[2]),
     "what is remembered": remembered,
     "a function of its own": lambda net, x: Scaled.apply(x),
+    "a size among others": lambda net, x: x * 2 if 112 in x.shape else x,
+    "a ratio among others": lambda net, x: x * 2 if 56.0 in [x.shape[3] / 2] else x,
+    "a truth that is one": lambda net, x: x * 2 if (x.shape[2] > 70) is True else x,
+    "a truth that is not one": lambda net, x: x * 2 if operator.is_not(x.shape[2] > 70, False) else x,
+    "a class": lambda net, x: x * 2 if x.shape[2].__class__ is int else x,
+    "tens": lambda net, x: x * round(x.shape[2], -1),
+    "the larger of two types": lambda net, x: x * max(x.shape[3], 1.5),
+    "the smallest of two types": lambda net, x: x * min(x.shape[3] / 2, x.shape[2], 30),
+    "a ratio as a result": lambda net, x: (x, x.shape[2] / x.shape[3]),
 }
 
 

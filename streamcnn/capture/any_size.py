@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import named_arguments, spatial_axes
+from streamcnn.capture.symbols import NotOfAnySize, refused_where_they_differ
 from streamcnn.geometry.windows import Axes
 from streamcnn.graph.flattening import is_plain
 
@@ -35,10 +36,6 @@ _AT_LEAST = 10.0
 _WITH_SYMBOLS_ALONE = (operator.is_, operator.is_not, torch._refs.tensor)
 """Functions that Dynamo calls for symbols; of numbers it knows whether they are one object, and makes another
 tensor."""
-
-
-class NotOfAnySize(Exception):
-    """A capture holds for one size alone, or takes too long with symbols for sizes."""
 
 
 def outline(image: Tensor, arguments: Any) -> tuple[Any, ...]:
@@ -76,7 +73,8 @@ def with_symbols(image: Tensor, arguments: Any) -> Iterator[None]:
         for tensor, axes in marked:
             # A firmer mark would make an error of code that fixes a size.
             torch._dynamo.maybe_mark_dynamic(tensor, list(axes))
-        yield
+        with refused_where_they_differ():
+            yield
     finally:
         for tensor, marks in before:
             for name in _marks(tensor):
@@ -132,8 +130,13 @@ def check_any_size(module: GraphModule) -> None:
     if not symbols or sizes != symbols or not all(symbol.isidentifier() for symbol in symbols):
         raise NotOfAnySize("the code needs one height and width, or computes others that go in")
     output = next(node for node in module.graph.nodes if node.op == "output")
-    if not all(isinstance(_value(node), Tensor) for node in output.all_input_nodes):
+    if not all(_is_tensor(node) for node in output.all_input_nodes):
         raise NotOfAnySize("a size is among the results")
+
+
+def _is_tensor(node: Node) -> bool:
+    """Whether a result is a tensor to the code as well: Dynamo makes one of a real number."""
+    return isinstance(_value(node), Tensor) and node.target is not torch.scalar_tensor
 
 
 def _value(node: Node) -> Any:
