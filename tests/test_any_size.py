@@ -246,6 +246,40 @@ def test_an_image_that_is_too_small_is_refused_as_ever() -> None:
     with pytest.raises(type(told.value), match=str(told.value)[:30]):
         StreamingModel(copy.deepcopy(net), tile=32)(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     model(torch.zeros(1, 3, 90, 91, dtype=torch.float64))
+    # It has cost nothing that was captured, and the code is not taken for one that cannot be followed.
+    assert counts(model._call) == [1]
+    assert not model._call._unguardable
+    assert len(model._call._guarded._of_size) == any_size.MANY_SIZES
+
+
+class Weighted(nn.Module):
+    """A map times a number, which is part of what a call is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: Tensor, weight: float) -> Tensor:
+        return self.conv(x) * weight
+
+
+def test_graphs_of_many_kinds_of_calls_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "MOST_GRAPHS", 4)
+    monkeypatch.setattr(guards, "_MOST_KINDS", 3)
+    net, call = Weighted().double(), ForwardPass()
+
+    def captured(weight: float, size: tuple[int, int]) -> int:
+        image = stand_in((1, 3, *size), torch.float64, torch.device("cpu"))
+        call.until_captured(net, image, (weight,), {}, lambda graph, states: None)
+        return call._guarded.count
+
+    num_graphs = [captured(float(weight), size) for weight in range(8) for size in SIZES[:3]]
+    assert max(num_graphs) == 4 + 3
+    assert counts(call) == [1, 1, 1]
+    with monkeypatch.context() as patches:
+        patches.setattr(guards._Graphs, "__call__", None)
+        for weight in (5.0, 6.0, 7.0):
+            captured(weight, (90, 91))
 
 
 def test_the_code_of_further_sizes_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,12 +76,14 @@ class ForwardPass:
 
             mode = (net.training, torch.is_grad_enabled())
             # Attributes of the image would be in no guard.
-            if mode not in self._unguardable and not vars(image):
-                try:
+            can_try = mode not in self._unguardable and not vars(image)
+            if can_try:
+                with suppress(CannotBeGuarded):
                     return self._guarded(net, image, args, kwargs, run_beside_others)
-                except CannotBeGuarded:
-                    self._unguardable.add(mode)
             capture = _captured_anew(net, image, args, kwargs)
+            # Where this fails as well, it is the image or an argument that is wrong.
+            if can_try:
+                self._unguardable.add(mode)
             try:
                 with function_modes_aside():
                     results = run_beside_others(capture.graph, capture.states)

@@ -20,7 +20,7 @@ import threading
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -51,6 +51,8 @@ MOST_GRAPHS = 32
 _MOST_OF_ANY_SIZE = 4
 """Graphs that are captured for images of all further sizes: code that takes more ways than that does by sizes
 is captured for each."""
+_MOST_KINDS = 16
+"""Kinds of calls that such graphs are kept for."""
 _MOST_SIZES = 64
 """Sizes that the raw graphs of each are kept for."""
 
@@ -85,8 +87,9 @@ class GuardedForward:
     def __init__(self) -> None:
         self._of_size: OrderedDict[tuple[_Kind, tuple[int, ...]], _Captures] = OrderedDict()
         """What was captured for images of one size, the most recently used last."""
-        self._of_any_size: dict[_Kind, _Captures | None] = {}
-        """What was captured for those of all further sizes; None where each is captured by itself."""
+        self._of_any_size: OrderedDict[_Kind, _Captures | None] = OrderedDict()
+        """What was captured for those of all further sizes, the most recently used kind last; None where each
+        is captured by itself."""
         self._unseen = _Unseen((), {})
 
     def __call__(
@@ -112,6 +115,7 @@ class GuardedForward:
             self._of_size.clear()
             self._of_any_size.clear()
         kind, size = _kind(net, image, (args, kwargs)), tuple(image.shape[2:])
+        needs_size = False
         if (kind, size) not in self._of_size and (captures := self._for_further_sizes(kind)):
             call = _GuardedCall(net, args, kwargs, run)
             try:
@@ -120,15 +124,22 @@ class GuardedForward:
             except (CannotBeGuarded, StreamError):
                 if call.has_begun:
                     raise
-                self._of_any_size[kind] = None
+                needs_size = True
         call = _GuardedCall(net, args, kwargs, run)
-        return _called(call, self._for_size(kind, size), image)
+        captures = self._for_size(kind, size)
+        try:
+            return _called(call, captures, image)
+        finally:
+            # Where it cannot be captured by itself either, it is this image that is wrong.
+            if needs_size and call.has_begun:
+                self._of_any_size[kind] = None
+            if not captures.count:
+                self._of_size.pop((kind, size), None)
 
     @property
     def count(self) -> int:
         """How many graphs are kept."""
-        kept = (*self._of_size.values(), *self._of_any_size.values())
-        return sum(captures.count for captures in kept if captures is not None)
+        return _count((*self._of_size.values(), *self._of_any_size.values()))
 
     def _for_size(self, kind: _Kind, size: tuple[int, ...]) -> _Captures:
         """Where what is captured for one size goes, or is found; what was used long ago is dropped."""
@@ -136,22 +147,32 @@ class GuardedForward:
         if captures.count >= MOST_GRAPHS:
             captures = self._of_size[kind, size] = _Captures(check=None)
         self._of_size.move_to_end((kind, size))
-        while len(self._of_size) > 1 and self.count >= MOST_GRAPHS:
+        while len(self._of_size) > 1 and _count(self._of_size.values()) >= MOST_GRAPHS:
             self._of_size.popitem(last=False)
         return captures
 
     def _for_further_sizes(self, kind: _Kind) -> _Captures | None:
         """Where what is captured for all of them goes; None if each is to be captured by itself."""
-        if sum(known == kind for known, _ in self._of_size) < MANY_SIZES:
-            return None
-        captures = self._of_any_size.setdefault(kind, _Captures(check=check_any_size))
+        if kind not in self._of_any_size:
+            if sum(known == kind for known, _ in self._of_size) < MANY_SIZES:
+                return None
+            self._of_any_size[kind] = _Captures(check=check_any_size)
+        self._of_any_size.move_to_end(kind)
+        while len(self._of_any_size) > _MOST_KINDS:
+            self._of_any_size.popitem(last=False)
+        captures = self._of_any_size[kind]
         if captures is not None and captures.count >= _MOST_OF_ANY_SIZE:
             captures = self._of_any_size[kind] = None
         return captures
 
     def _seconds(self, kind: _Kind) -> float:
         """The longest that a capture of one size took."""
-        return max(captures.seconds for (known, _), captures in self._of_size.items() if known == kind)
+        of_kind = (captures.seconds for (known, _), captures in self._of_size.items() if known == kind)
+        return max(of_kind, default=0.0)
+
+
+def _count(kept: Iterable[_Captures | None]) -> int:
+    return sum(captures.count for captures in kept if captures is not None)
 
 
 _Kind = tuple[Any, ...]
