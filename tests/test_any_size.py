@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn import StreamingModel
 from streamcnn.capture import any_size, guards
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.graph import flattening
 
 SIZES = [(64, 64), (96, 64), (80, 112), (200, 72), (65, 67), (112, 112), (33, 40)]
 Code = Callable[["Net", Tensor], Any]
@@ -280,6 +282,16 @@ def test_graphs_of_many_kinds_of_calls_do_not_pile_up(monkeypatch: pytest.Monkey
         patches.setattr(guards._Graphs, "__call__", None)
         for weight in (5.0, 6.0, 7.0):
             captured(weight, (90, 91))
+
+
+def test_what_pytorch_knows_of_fake_tensors_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flattening, "_MOST_FAKES", 100)
+    net, call = Net(lambda net, x: x).double(), ForwardPass()
+    known = []
+    for height in range(20, 60):
+        key(call, net, (height, 51))
+        known.append(len(FakeTensorMode.cache))
+    assert max(known) < 200
 
 
 def test_the_code_of_further_sizes_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.subclasses import refuse_own_functions, without_left_bases
 from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import PlanDoesNotFit, StreamError
-from streamcnn.graph.flattening import TRACING
+from streamcnn.graph.flattening import TRACING, bound_known_fakes
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ class ForwardPass:
         """
         with (caller_modes or CallerModes()).aside(), ExitStack() as capturing:
             capturing.enter_context(TRACING)
+            bound_known_fakes()
             capturing.enter_context(interpreted_scripts())
             capturing.enter_context(_cumulative_averages(net))
             states = module_states(net)

@@ -138,6 +138,16 @@ def let_go(mode: FakeTensorMode) -> None:
         mode.shape_env.tracked_fakes = None
 
 
+_MOST_FAKES = 2**15
+"""Results of calls on fake tensors that PyTorch may keep, 2 kB each."""
+
+
+def bound_known_fakes() -> None:
+    """Have PyTorch forget what calls on fake tensors give, once that is much: each size adds to it."""
+    if len(FakeTensorMode.cache) > _MOST_FAKES:
+        FakeTensorMode.cache_clear()
+
+
 def flatten(
     function: Callable[..., Any], inputs: Sequence[Tensor], mode: FakeTensorMode, *, grad: bool
 ) -> GraphModule:
