@@ -1,14 +1,17 @@
 """Captures that hold for images of any height and width, where sizes keep changing.
 
-Dynamo puts symbols in the place of height and width, and guards whatever the code decides by them. The graph
-that it gives is then lowered for each size that comes, which takes a fraction of the time that following the
-code takes. With symbols Dynamo itself takes two or three times as long as without, and minutes where sizes
-are computed with at length: so it is tried once there have been several sizes, and given up in time.
+Dynamo puts symbols in the place of height and width. The graph that it gives is then lowered for each size
+that comes, which takes a fraction of the time that following the code takes. It holds where the code looks at
+no height or width, as most convolutional networks do not. Dynamo would follow code that does, too; but what
+it makes of a symbol is not always what Python makes of its number (``64 in x.shape``, ``int(-h / 3)``,
+``h % 1.5``, ``is``), and it says nothing where it is not.
+
+With symbols Dynamo takes two or three times as long as without, and longer where sizes go through many
+layers: so it is tried once there have been several sizes, and given up in time.
 """
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +26,6 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import named_arguments, spatial_axes
-from streamcnn.capture.symbols import NotOfAnySize, refused_where_they_differ
 from streamcnn.geometry.windows import Axes
 from streamcnn.graph.flattening import is_plain
 
@@ -33,9 +35,10 @@ _SLOWER = 5
 """Following code with symbols may take so many times as long as without,"""
 _AT_LEAST = 10.0
 """or so many seconds: Dynamo loads more code when it uses symbols first."""
-_WITH_SYMBOLS_ALONE = (operator.is_, operator.is_not, torch._refs.tensor)
-"""Functions that Dynamo calls for symbols; of numbers it knows whether they are one object, and makes another
-tensor."""
+
+
+class NotOfAnySize(Exception):
+    """A capture holds for one size alone, or takes too long with symbols for sizes."""
 
 
 def outline(image: Tensor, arguments: Any) -> tuple[Any, ...]:
@@ -73,8 +76,7 @@ def with_symbols(image: Tensor, arguments: Any) -> Iterator[None]:
         for tensor, axes in marked:
             # A firmer mark would make an error of code that fixes a size.
             torch._dynamo.maybe_mark_dynamic(tensor, list(axes))
-        with refused_where_they_differ():
-            yield
+        yield
     finally:
         for tensor, marks in before:
             for name in _marks(tensor):
@@ -88,25 +90,36 @@ def _marks(tensor: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def given_up_after(seconds: float) -> Iterator[None]:
-    """A block in which code may be followed for so long, where it takes ``seconds`` without symbols.
+def given_up_in_time(seconds: float) -> Iterator[None]:
+    """A block in which code is followed as long as it looks at no symbol, and not for long.
+
+    ``seconds`` is what that takes without symbols.
 
     Raises
     ------
     NotOfAnySize
-        Within Dynamo, at the first instruction after that.
+        Within Dynamo, where the code gets a symbol, or at the first instruction after too long.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+    from torch._dynamo.variables.tensor import SymNodeVariable
 
     deadline, here = time.perf_counter() + max(_SLOWER * seconds, _AT_LEAST), threading.get_ident()
-    step = InstructionTranslatorBase.step
+    step, init = InstructionTranslatorBase.step, SymNodeVariable.__init__
 
     def step_in_time(self: Any) -> bool:
         if time.perf_counter() > deadline and threading.get_ident() == here:
-            raise NotOfAnySize("sizes are computed with at length")
+            raise NotOfAnySize("sizes go through many operators")
         return step(self)
 
-    with patch.object(InstructionTranslatorBase, "step", step_in_time):
+    def get_no_symbol(self: Any, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == here:
+            raise NotOfAnySize("the code looks at a size")
+        init(self, *args, **kwargs)
+
+    with (
+        patch.object(InstructionTranslatorBase, "step", step_in_time),
+        patch.object(SymNodeVariable, "__init__", get_no_symbol),
+    ):
         yield
 
 
@@ -116,27 +129,17 @@ def check_any_size(module: GraphModule) -> None:
     Raises
     ------
     NotOfAnySize
-        If the code needs one height and width, results that are no tensors depend on them, or calls have
+        If a size is fixed, others than those of the image and of arguments as large go in, or calls have
         bodies of their own.
     """
     if not is_plain(module):
         raise NotOfAnySize("some calls have bodies of their own")
-    if any(node.target in _WITH_SYMBOLS_ALONE for node in module.graph.nodes):
-        raise NotOfAnySize("sizes are taken for objects, or for values of a tensor")
     values = [_value(node) for node in module.graph.nodes if node.op == "placeholder"]
     symbols = {str(value) for value in values if isinstance(value, torch.SymInt)}
     tensors = [value for value in values if isinstance(value, Tensor)]
     sizes = {str(size) for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)}
     if not symbols or sizes != symbols or not all(symbol.isidentifier() for symbol in symbols):
-        raise NotOfAnySize("the code needs one height and width, or computes others that go in")
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    if not all(_is_tensor(node) for node in output.all_input_nodes):
-        raise NotOfAnySize("a size is among the results")
-
-
-def _is_tensor(node: Node) -> bool:
-    """Whether a result is a tensor to the code as well: Dynamo makes one of a real number."""
-    return isinstance(_value(node), Tensor) and node.target is not torch.scalar_tensor
+        raise NotOfAnySize("a size is fixed, or others go in")
 
 
 def _value(node: Node) -> Any:

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.nn.modules import module as module_hooks
 
-from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_after, outline, with_symbols
+from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_in_time, outline, with_symbols
 from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
@@ -120,7 +120,7 @@ class GuardedForward:
             call = _GuardedCall(net, args, kwargs, run)
             try:
                 symbols = with_symbols(image, call.arguments)
-                return _called(call, captures, image, symbols, given_up_after(self._seconds(kind)))
+                return _called(call, captures, image, symbols, given_up_in_time(self._seconds(kind)))
             except (CannotBeGuarded, StreamError):
                 if call.has_begun:
                     raise
