@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.capture import device_of
 from streamcnn.capture.results import taken_apart
 from streamcnn.graph.program import has_gradient
 from streamcnn.runtime.streaming_model import StreamingModel
@@ -114,7 +114,7 @@ def verify(
     plain, num_dropped = _without_dropout(net, dtype)
     streamed = StreamingModel(copy.deepcopy(plain), tile=tile)
     streamed.resident_tail = False
-    device = _device_of(plain)
+    device = device_of(plain)
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda given: _cast(given.to(device), dtype), (tuple(inputs), dict(named_inputs or {}))
     )
@@ -152,19 +152,13 @@ def rounding(
     image = _images(shape, seed, dtype)
     digits = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     moved = image * (1 + digits * torch.finfo(dtype).eps)
-    device = _device_of(plain)
+    device = device_of(plain)
     with _comparing(device):
         expected, found = (
             _everything(copy.deepcopy(plain), _Call(each.to(device), (), {}).fresh(), seed)
             for each in (image, moved)
         )
     return relative_errors(expected, found)[0]
-
-
-def _device_of(net: nn.Module) -> torch.device:
-    """Where the first parameter or buffer is, and so the image of a pass."""
-    first = next(chain(net.parameters(), net.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
@@ -118,6 +120,12 @@ def module_states(net: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all their names: tied ones have several."""
     parameters = net.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(net.named_buffers(remove_duplicate=False))}
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where a module's first parameter or buffer is, and so the image of a pass; the CPU if it has none."""
+    first = next(chain(net.parameters(), net.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def is_argument(key: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
-from streamcnn.capture.capture import CUMULATIVE, RawGraph, module_states
+from streamcnn.capture.capture import CUMULATIVE, RawGraph, device_of, module_states
 from streamcnn.capture.dynamo_settings import silenced
 from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run
 from streamcnn.capture.refusals import refusal
@@ -154,9 +154,7 @@ def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Ra
     UnsupportedModel
         If the module cannot be captured at this shape.
     """
-    first = next(iter((*module.parameters(), *module.buffers())), None)
-    device = torch.device("cpu") if first is None else first.device
-    image = stand_in(shape, dtype, device)
+    image = stand_in(shape, dtype, device_of(module))
     return ForwardPass().until_captured(module, image, (), {}, lambda graph, states: graph)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.capture import RawGraph
+from streamcnn.capture.capture import RawGraph, device_of
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.refusals import of_channels
 from streamcnn.capture.tracing import Trace
@@ -54,8 +53,7 @@ def captured_result(
     """
     if not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):
         return None
-    first = next(chain(net.parameters(), net.buffers()), None)
-    device = torch.device("cpu") if first is None else first.device
+    device = device_of(net)
     probe = _OneTensor(net, key)
     # Unlike train(), which would reach all parts.
     probe.training = net.training
@@ -101,7 +99,6 @@ def fake_result(
         If the model fails for such an image.
     """
     mode = FakeTensorMode()
-    device = next((state.device for state in (*net.parameters(), *net.buffers())), torch.device("cpu"))
     with FakeCopyMode(mode):
         bare: nn.Module = copy.deepcopy(net)
     for module in bare.modules():
@@ -110,7 +107,7 @@ def fake_result(
     prepare(bare)
     further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
     with mode:
-        image = torch.empty(shape, dtype=dtype, device=device)
+        image = torch.empty(shape, dtype=dtype, device=device_of(net))
     try:
         with mode, torch.no_grad():
             return bare(image, *further)

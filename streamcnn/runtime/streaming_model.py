@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self, TypeGuard
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.capture import device_of
 from streamcnn.capture.forward_pass import ForwardPass
 from streamcnn.capture.subclasses import has_own_functions
 from streamcnn.ceiling.cuda import record_idle_memory
@@ -306,8 +306,7 @@ class StreamingModel(ModuleFacade):
     def _device(self) -> torch.device:
         # While another thread's pass is captured, stand-ins take the places of parameters.
         with TRACING:
-            first = next(chain(self.net.parameters(), self.net.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+            return device_of(self.net)
 
     def release(self) -> None:
         """Give back the memory and the files on disk that passes have kept for the next one.
