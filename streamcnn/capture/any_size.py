@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import named_arguments, spatial_axes
@@ -134,13 +134,9 @@ def check_any_size(module: GraphModule) -> None:
     """
     if not is_plain(module):
         raise NotOfAnySize("some calls have bodies of their own")
-    values = [_value(node) for node in module.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
     symbols = {str(value) for value in values if isinstance(value, torch.SymInt)}
     tensors = [value for value in values if isinstance(value, Tensor)]
     sizes = {str(size) for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)}
     if not symbols or sizes != symbols or not all(symbol.isidentifier() for symbol in symbols):
         raise NotOfAnySize("a size is fixed, or others go in")
-
-
-def _value(node: Node) -> Any:
-    return node.meta["example_value"]

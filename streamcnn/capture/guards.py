@@ -49,8 +49,8 @@ _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 MOST_GRAPHS = 32
 """Graphs captured for images of one size each that are kept."""
 _MOST_OF_ANY_SIZE = 4
-"""Graphs that are captured for images of all further sizes: code that takes more ways than that does by sizes
-is captured for each."""
+"""Graphs that are captured for images of all further sizes; where more are needed, as of code that is
+different in each pass, each size is captured by itself."""
 _MOST_KINDS = 16
 """Kinds of calls that such graphs are kept for."""
 _MOST_SIZES = 64
