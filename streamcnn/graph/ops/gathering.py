@@ -29,9 +29,9 @@ def gather_positions(
 
 def _gather_along(x: Tensor, axis: int, taps: Taps, wanted: Interval, at_hand: Interval) -> Tensor:
     """Positions ``wanted`` along one axis, from ``x`` which covers ``at_hand``."""
-    places = taken(taps.sources, wanted, at_hand)
+    places = _taken(taps.sources, wanted, at_hand)
     if taps.weights is None:
-        return take(x, axis, places[0])
+        return _take(x, axis, places[0])
     weights = [each[wanted.start : wanted.stop] for each in taps.weights]
     result: Tensor = _WeightedSum.apply(x, axis, places, weights)  # type: ignore[no-untyped-call]
     return result
@@ -56,9 +56,9 @@ class _WeightedSum(torch.autograd.Function):
             factor = numbers(factors, dtype, beside=x).reshape(shape)
             # No name for what is taken: it would live until the next tap is taken, too.
             if total is None:
-                total = take(x, axis, each) * factor
+                total = _take(x, axis, each) * factor
             else:
-                total.addcmul_(take(x, axis, each), factor)
+                total.addcmul_(_take(x, axis, each), factor)
         assert total is not None
         return total.to(x.dtype)
 
@@ -91,7 +91,7 @@ declare(
 )
 
 
-def taken(sources: Sequence[Sequence[int]], wanted: Interval, at_hand: Interval) -> list[list[int]]:
+def _taken(sources: Sequence[Sequence[int]], wanted: Interval, at_hand: Interval) -> list[list[int]]:
     """What ``wanted`` positions read of an operand, tap by tap, counted from the first ``at_hand``."""
     return [[place - at_hand.start for place in source[wanted.start : wanted.stop]] for source in sources]
 
@@ -100,7 +100,7 @@ def _is_run(places: list[int]) -> bool:
     return places == list(range(places[0], places[0] + len(places)))
 
 
-def take(x: Tensor, axis: int, places: list[int]) -> Tensor:
+def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
     """The positions of ``x`` at ``places`` along an axis: a view of it if they follow each other."""
     if _is_run(places):
         return x.narrow(axis, places[0], len(places))
@@ -108,7 +108,7 @@ def take(x: Tensor, axis: int, places: list[int]) -> Tensor:
 
 
 def _add_to(x: Tensor, axis: int, places: list[int], values: Tensor) -> None:
-    """Add to ``x`` what :func:`take` took of it."""
+    """Add to ``x`` what :func:`_take` took of it."""
     if _is_run(places):
         x.narrow(axis, places[0], len(places)).add_(values)
     else:
