@@ -183,6 +183,8 @@ class Cost:
 
 _OF_TORCH = frozenset({"aten", "prim", "prims"})
 """Namespaces of operators whose tags say whether they draw."""
+INDEX_BYTES = 8
+"""Of a place that an operator returns or saves: one 64-bit integer."""
 _HALVES = (torch.float16, torch.bfloat16)
 _UNDECLARED = Cost()
 _COSTS = Registry[Cost]("cost")

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Adaptive, Sliding
 from streamcnn.geometry.regions import Interval, Region
-from streamcnn.graph.costs import NOTHING, CallBytes, Cost, Operation, Saves, cost_of, declare, windows
+from streamcnn.graph.costs import (
+    INDEX_BYTES,
+    NOTHING,
+    CallBytes,
+    Cost,
+    Operation,
+    Saves,
+    cost_of,
+    declare,
+    windows,
+)
 from streamcnn.graph.ops.gathering import gather_positions
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
@@ -25,7 +35,6 @@ from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
-_INDEX_BYTES = 8
 FEW = 8
 """So many positions along an axis are few: what each reads of a large map is more than a tile should."""
 
@@ -149,12 +158,12 @@ def _maxima_workspace(nbytes: CallBytes) -> int:
     Those values are no more than operand or result, unless there are fewer rows and more columns.
     """
     between = max(nbytes.operands, nbytes.result)
-    places = (4 * between + 3 * _INDEX_BYTES * nbytes.result) // nbytes.itemsize
+    places = (4 * between + 3 * INDEX_BYTES * nbytes.result) // nbytes.itemsize
     return nbytes.operands + nbytes.result + between + places
 
 
 def _saved_places(operation: Operation) -> int:
-    return _INDEX_BYTES * operation.numel
+    return INDEX_BYTES * operation.numel
 
 
 declare(window_means, cost=cost_of(gather_positions))

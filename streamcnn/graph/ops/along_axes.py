@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.geometry.axis_maps import Adaptive
-from streamcnn.graph.costs import NOTHING, RESULT, Cost, Operation, Saves, declare
+from streamcnn.graph.costs import INDEX_BYTES, NOTHING, RESULT, Cost, Operation, Saves, declare
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import Selection, statistics_dtype
 from streamcnn.graph.ops.reductions import extremum, mean_or_sum
@@ -195,10 +195,10 @@ declare(
     result_of,
     # Its other result, and of some operators a copy of what they sort.
     cost=Cost(
-        workspace=lambda nbytes: nbytes.operands + 8 * nbytes.result // nbytes.itemsize,
+        workspace=lambda nbytes: nbytes.operands + INDEX_BYTES * nbytes.result // nbytes.itemsize,
         # In half precision they are put back in float32.
         backward_workspace=lambda nbytes: 2 * nbytes.operands * nbytes.is_half,
-        saves=Saves(beside=lambda operation: 8 * operation.numel),
+        saves=Saves(beside=lambda operation: INDEX_BYTES * operation.numel),
     ),
 )
 declare(aten.sort, aten.topk, cost=Cost(saves=Saves(beside=_index_bytes)))

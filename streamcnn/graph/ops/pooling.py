@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from streamcnn.geometry.axis_maps import Broadcast, Same, Sliding, Transposed
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import layout, placed
-from streamcnn.graph.costs import NOTHING, OPERANDS, Cost, Operation, Saves, declare, elements, windows
+from streamcnn.graph.costs import (
+    INDEX_BYTES,
+    NOTHING,
+    OPERANDS,
+    Cost,
+    Operation,
+    Saves,
+    declare,
+    elements,
+    windows,
+)
 from streamcnn.graph.ops.constants import brought
 from streamcnn.graph.ops.pointwise import per_position
 from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, as_pair, as_triple, rule
@@ -20,9 +30,6 @@ from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
-
-_INDEX_BYTES = 8
-"""Bytes of the index that max pooling keeps for every result."""
 
 
 @rule(aten.max_pool2d.default)
@@ -208,7 +215,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 def _places(operation: Operation) -> int:
     """Bytes of the index of every maximum; one that returns it keeps it as a result."""
-    return _INDEX_BYTES * operation.numel if len(operation.results) == 1 else 0
+    return INDEX_BYTES * operation.numel if len(operation.results) == 1 else 0
 
 
 declare(
@@ -217,7 +224,7 @@ declare(
     cost=Cost(
         operations=windows,
         workspace=lambda nbytes: (
-            nbytes.operands + nbytes.result + 2 * _INDEX_BYTES * nbytes.result // nbytes.itemsize
+            nbytes.operands + nbytes.result + 2 * INDEX_BYTES * nbytes.result // nbytes.itemsize
         ),
         backward_workspace=lambda nbytes: 0,
         saves=Saves(operands=True, beside=_places),
@@ -235,7 +242,7 @@ declare(
     cost=Cost(
         operations=elements,
         workspace=lambda nbytes: 3 * nbytes.operands + 2 * nbytes.result,
-        saves=Saves(beside=lambda operation: _INDEX_BYTES * int(operation.args[0].tensor.numel)),
+        saves=Saves(beside=lambda operation: INDEX_BYTES * int(operation.args[0].tensor.numel)),
     ),
 )
 declare(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, cost=Cost(saves=replace(OPERANDS, beside=_places)))
