@@ -14,16 +14,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from streamcnn.capture.batch_norms import traceable_batch_norms
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
-from streamcnn.capture.capture import CUMULATIVE, RawGraph, device_of, module_states
+from streamcnn.capture.capture import RawGraph, device_of, module_states
+from streamcnn.capture.collectives import collectives_as_called, collectives_refused
 from streamcnn.capture.dynamo_settings import silenced
 from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run
 from streamcnn.capture.refusals import refusal
-from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.subclasses import refuse_own_functions, without_left_bases
 from streamcnn.capture.unguarded import Capture, capture_anew
@@ -66,7 +65,8 @@ class ForwardPass:
             capturing.enter_context(TRACING)
             bound_known_fakes()
             capturing.enter_context(interpreted_scripts())
-            capturing.enter_context(_cumulative_averages(net))
+            capturing.enter_context(traceable_batch_norms(net))
+            capturing.enter_context(collectives_as_called())
             states = module_states(net)
             refuse_own_functions(states)
             capturing.enter_context(without_left_bases(states.values()))
@@ -160,35 +160,12 @@ def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Ra
 
 def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
     try:
-        with _quiet(), collector.off():
+        with _quiet(), collector.off(), collectives_refused():
             return capture_anew(net, image, args, kwargs)
     except StreamError:
         raise
     except Exception as error:
         raise refusal(net, image, error) from error
-
-
-@contextmanager
-def _cumulative_averages(module: nn.Module) -> Iterator[None]:
-    """Let batch norm with ``momentum=None`` be traced, whose own forward reads a counter's value."""
-    if any(isinstance(m, _BatchNorm) and m.momentum is None for m in module.modules()):
-        with replaced_here(_BatchNorm, "forward", _normalise):
-            yield
-    else:
-        yield
-
-
-def _normalise(self: Any, input: Tensor) -> Tensor:
-    """``_BatchNorm.forward``, which says :data:`CUMULATIVE` where that would read the counter."""
-    self._check_input_dim(input)
-    factor = 0.0 if self.momentum is None else self.momentum
-    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-        self.num_batches_tracked.add_(1)
-        factor = CUMULATIVE if self.momentum is None else factor
-    own_statistics = self.training or (self.running_mean is None and self.running_var is None)
-    tracked = not self.training or self.track_running_stats
-    mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-    return F.batch_norm(input, mean, var, self.weight, self.bias, own_statistics, factor, self.eps)
 
 
 @contextmanager

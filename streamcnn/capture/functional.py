@@ -27,6 +27,7 @@ from streamcnn.capture.capture import (
     outside_key,
     spatial_axes,
 )
+from streamcnn.capture.collectives import in_their_order
 from streamcnn.capture.lines import line_of
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.windows import Axes
@@ -145,7 +146,7 @@ class _Functionalizer:
         self._take_changed_constants()
         changed = [n for n in self.flat.graph.nodes if n.name in self.states and self.writes.get(n, 0)]
         return RawGraph(
-            nodes=tuple(self.nodes),
+            nodes=tuple(in_their_order(self.nodes)),
             image=self.image.name,
             image_shape=tuple(image_shape),
             states=self.states,

@@ -33,6 +33,7 @@ from torch.fx import GraphModule
 from torch.nn.modules import module as module_hooks
 
 from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_in_time, outline, with_symbols
+from streamcnn.capture.batch_norms import all_processes
 from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
@@ -180,7 +181,7 @@ _Kind = tuple[Any, ...]
 
 
 def _kind(net: nn.Module, image: Tensor, arguments: Any) -> _Kind:
-    return net.training, torch.is_grad_enabled(), outline(image, arguments)
+    return net.training, torch.is_grad_enabled(), all_processes(), outline(image, arguments)
 
 
 def _called(

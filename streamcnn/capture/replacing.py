@@ -8,22 +8,44 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from types import ClassMethodDescriptorType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 
-def replaced_here(owner: Any, name: str, replacement: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """A block in which an attribute of a module or class, a function, is another one for this thread."""
-    original, here = vars(owner)[name], threading.get_ident()
+
+def replaced_here(
+    owner: Any, name: str, replacement: Callable[..., Any], *, lasting: bool = False
+) -> AbstractContextManager[Any]:
+    """A block in which an attribute of a module or class, a function, is another one for this thread.
+
+    If ``lasting``, what stands there is the same object each time, so that guards hold which have seen it;
+    ``replacement`` is then kept.
+    """
+    make = _lasting if lasting else _for_thread
+    return patch.object(owner, name, make(vars(owner)[name], replacement, threading.get_ident()))
+
+
+def _for_thread(original: Any, replacement: Callable[..., Any], here: int) -> Any:
+    """``replacement`` for the thread ``here``, and the original for all others."""
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def is_here() -> bool:
+        # Dynamo asks this itself: it cannot follow how.
+        return threading.get_ident() == here
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        return (replacement if threading.get_ident() == here else original)(*args, **kwargs)
+        return (replacement if is_here() else original)(*args, **kwargs)
 
     def method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == here:
+        if is_here():
             return replacement(cls, *args, **kwargs)
         return original.__get__(None, cls)(*args, **kwargs)
 
     is_method_of_class = isinstance(original, (classmethod, ClassMethodDescriptorType))
-    return patch.object(owner, name, classmethod(method) if is_method_of_class else function)
+    return classmethod(method) if is_method_of_class else function
+
+
+_lasting = lru_cache(256)(_for_thread)

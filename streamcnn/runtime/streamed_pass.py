@@ -22,6 +22,7 @@ from streamcnn.data.source_batch import SourceBatch
 from streamcnn.errors import BudgetExceeded
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.executor import Execution, Observer
+from streamcnn.graph.ops.shared_statistics import meets_others
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.runtime.pass_stores import PassStores, check_disk
@@ -58,6 +59,8 @@ class PassOwner(Protocol):
 
 Keep = Callable[[Store], Tensor]
 """Reads a result that is stored, and gives what stands in for it."""
+
+_TOGETHER = "a pass in which processes meet is not begun again with smaller ones"
 
 _waiting: WeakValueDictionary[int, Pass] = WeakValueDictionary()
 """Passes whose backward pass is still to come, in all threads."""
@@ -264,8 +267,10 @@ class Pass:
 
         If code was not looked for, begin as before, and look: only so much of it is kept, and some may have
         been dropped for another model's. If parts were compiled, begin without: a plan knows what operators
-        take one by one.
+        take one by one. What is done together with other processes can only be done once.
         """
+        if meets_others(self.program):
+            raise error
         as_before = self.is_trusting or self.planned.compiled.give_up()
         again = self.planned if as_before else self.shrink(self.plan)
         self.planned.carried_out.clear()
@@ -348,7 +353,8 @@ class Pass:
         except BaseException as error:
             is_limited = self.plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
-                raise BudgetExceeded(_refusal(self.plan, direction, error, self._room())) from error
+                why = _TOGETHER if meets_others(self.program) else "there is no plan with smaller ones"
+                raise BudgetExceeded(_refusal(self.plan, direction, error, self._room(), why)) from error
             raise
         finally:
             self.seconds += time.perf_counter() - start
@@ -401,8 +407,8 @@ class Pass:
         )
 
 
-def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None) -> str:
-    """What the user is told when memory was refused, or taken past the budget, and smaller tiles are none.
+def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None, why: str) -> str:
+    """What the user is told when memory was refused, or taken past the budget, and ``why`` that is the end.
 
     ``room`` is what another limit left, if that was less than the budget.
     """
@@ -413,7 +419,7 @@ def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None
     advice = "raise budget=" if room is None else f"a larger budget= does not help, since {room}"
     return (
         f"{what}, projected {format_bytes(plan.projected_bytes)} with tiles of "
-        f"{plan.tile[0]}x{plan.tile[1]} pixels, and there is no plan with smaller ones. "
+        f"{plan.tile[0]}x{plan.tile[1]} pixels, and {why}. "
         f"Nothing was changed; {advice}"
     )
 

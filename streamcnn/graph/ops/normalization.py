@@ -129,7 +129,7 @@ class _ScaleAndShift(torch.autograd.Function):
         return grad_mean, grad_variance, weight, bias, None
 
 
-def _normalized(
+def normalized(
     tracer: Tracer, ref: Ref, mean: Ref, variance: Ref, weight: Ref | None, bias: Ref | None, eps: float
 ) -> Ref:
     like = torch.empty(tracer.spec(ref).shape, dtype=tracer.spec(ref).dtype, device="meta")
@@ -153,20 +153,20 @@ def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | Non
     return cast
 
 
-def _is_of_images(tracer: Tracer, ref: Ref) -> bool:
+def is_of_images(tracer: Tracer, ref: Ref) -> bool:
     """Whether a map has shape (N, C, H, W), and no further axis behind."""
     return tracer.axes(ref) == (2, 3) and len(tracer.spec(ref).shape) == 4
 
 
 def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
     """A norm by running statistics, which treats every position alike."""
-    if _is_of_images(tracer, ref):
+    if is_of_images(tracer, ref):
         *given, eps = call.bind("running_mean", "running_var", "weight", "bias", "eps")
         mean, variance, weight, bias = (_as_statistics(tracer, ref, value) for value in given)
         # A network's running statistics are there.
         assert mean is not None
         assert variance is not None
-        return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+        return normalized(tracer, ref, mean, variance, weight, bias, eps)
     values = {p.name: _as_statistics(tracer, ref, p) for p in call.args[1:5] if isinstance(p, Ref)}
     args = (ref, *(values[p.name] if isinstance(p, Ref) else p for p in call.args[1:]))
     return per_position(tracer, Call(call.target, args, call.kwargs), ref)
@@ -184,7 +184,7 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     if tracer.axes(ref) == (2, 3) and not training:
         return _fixed(tracer, call, ref)
-    if not _is_of_images(tracer, ref):
+    if not is_of_images(tracer, ref):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
@@ -193,7 +193,7 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
         _update_running(tracer, running_mean, mean, rate, 1.0)
         unbiased = moments.count / max(moments.count - 1, 1)
         _update_running(tracer, running_var, variance, rate, unbiased)
-    return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+    return normalized(tracer, ref, mean, variance, weight, bias, eps)
 
 
 def _rate(tracer: Tracer, momentum: float | Ref) -> Any:
@@ -285,7 +285,7 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
         return _whole_instance_norm(tracer, call)
     if tracer.axes(ref) == (2, 3) and not own_statistics:
         return _fixed(tracer, call, ref)
-    if not _is_of_images(tracer, ref):
+    if not is_of_images(tracer, ref):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     moments = Moments(tracer.spec(ref).shape, (2, 3), False)
     mean, variance = tracer.reduce(moments, ref)
@@ -295,7 +295,7 @@ def instance_norm(tracer: Tracer, call: Call) -> Any:
         _update_running(tracer, running_var, tracer.global_value(torch.mean, variance, 0), momentum, unbiased)
     weight, bias = (_repeated(tracer, ref, parameter) for parameter in (weight, bias))
     mean, variance = (tracer.global_value(torch.flatten, value) for value in (mean, variance))
-    return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+    return normalized(tracer, ref, mean, variance, weight, bias, eps)
 
 
 def _repeated(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Any:
@@ -343,7 +343,7 @@ def repeated(parameter: Tensor, times: int) -> Tensor:
 def group_norm(tracer: Tracer, call: Call) -> Any:
     """Group norm over each image's groups of channels."""
     ref, num_groups, weight, bias, eps = call.bind("input", "num_groups", "weight", "bias", "eps")
-    if not _is_of_images(tracer, ref):
+    if not is_of_images(tracer, ref):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     return _grouped(tracer, ref, num_groups, weight, bias, eps)
 
@@ -364,7 +364,7 @@ def _grouped(
     statistics = tracer.reduce(Moments(split, (2, 3, 4), False), grouped)
     mean, variance = (tracer.global_value(per_channel, value, channels) for value in statistics)
     weight, bias = (_repeated(tracer, ref, parameter) for parameter in (weight, bias))
-    return _normalized(tracer, ref, mean, variance, weight, bias, eps)
+    return normalized(tracer, ref, mean, variance, weight, bias, eps)
 
 
 def split_channels(x: Tensor, num_groups: int) -> Tensor:
@@ -381,7 +381,7 @@ def per_channel(statistic: Tensor, channels: int) -> Tensor:
 def layer_norm(tracer: Tracer, call: Call) -> Any:
     """Layer norm over trailing axes: per position if they are channels, else over each whole image."""
     ref, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps")
-    if not _is_of_images(tracer, ref) or len(shape) != 3:
+    if not is_of_images(tracer, ref) or len(shape) != 3:
         return trailing_norm(tracer, call)
     dtype = tracer.fake(call).dtype
     result = _cast(tracer, ref, statistics_dtype(tracer.spec(ref).dtype))

@@ -1,0 +1,163 @@
+"""Batch norm by the statistics of several processes' images, as ``torch.nn.SyncBatchNorm`` has it.
+
+A process works out the moments of its own images as for any batch norm, in tiles; then the processes tell
+each other theirs. That is an operator on a few values, and the rest of the norm is local as ever. Processes
+may have images of different sizes and so other plans, but have to meet in one order: each of these operators
+takes a value that the one before has given, so that no plan carries them out in another, forward or backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from streamcnn.graph.flattening import Whole
+from streamcnn.graph.ops.normalization import is_of_images, normalize, normalized, scale_and_shift
+from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
+from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.program import Program
+
+_SCHEMA = (
+    "(Tensor input, Tensor? weight, Tensor? bias, float eps, str group, Tensor? after=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _group(name: str) -> Any:
+    """The process group of a name, as PyTorch's own functional collectives find it."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
+@torch.library.custom_op("streamcnn::shared_moments", mutates_args=())
+def shared_moments(
+    mean: Tensor, variance: Tensor, count: int, group: str, after: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and biased variance (C,) of all processes' values, given those of this one's ``count`` ones.
+
+    Parameters
+    ----------
+    group
+        Name of the process group; every process of it has to call this as often.
+    after
+        The last result of the call that this one follows.
+
+    Returns
+    -------
+    tuple
+        Mean, variance, the number of values behind each as float64 (), and what the next call follows.
+    """
+    processes = _group(group)
+    own = torch.cat([mean.new_full((1,), count, dtype=torch.float64), mean.double(), variance.double()])
+    everyone = own.new_empty(dist.get_world_size(processes), own.numel())
+    dist.all_gather(list(everyone.unbind()), own, group=processes)
+    counts, means, variances = torch.split(everyone, [1, mean.numel(), mean.numel()], dim=1)
+    shares = counts / counts.sum()
+    # By the formula of Chan, Golub and LeVeque, as tiles' moments are merged.
+    together = (shares * means).sum(0)
+    spread = (shares * ((means - together).square() + variances)).sum(0)
+    return together.to(mean.dtype), spread.to(variance.dtype), counts.sum(), mean.new_zeros(())
+
+
+@shared_moments.register_fake
+def _(
+    mean: Tensor, variance: Tensor, count: int, group: str, after: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = mean.new_empty((), dtype=torch.float64)
+    return torch.empty_like(mean), torch.empty_like(variance), total, mean.new_empty(())
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mean, _, count, group, _ = inputs
+    together, _, total, _ = output
+    ctx.save_for_backward(mean, together, total)
+    ctx.count, ctx.group = count, group
+
+
+def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of all processes, and of them this one's share by the number of its values."""
+    mean, together, total = ctx.saved_tensors
+    grad_mean, grad_variance, _, grad_after = grads
+    everyone = torch.stack([grad_mean.double(), grad_variance.double()])
+    dist.all_reduce(everyone, group=_group(ctx.group))
+    grad_mean, grad_variance = everyone * (ctx.count / total)
+    grad_mean = grad_mean + 2 * (mean.double() - together) * grad_variance
+    after = torch.zeros_like(grad_after) if ctx.needs_input_grad[4] else None
+    return grad_mean.to(mean.dtype), grad_variance.to(mean.dtype), None, None, after
+
+
+shared_moments.register_autograd(_gradient, setup_context=_remember)
+
+
+def _on_whole(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: str,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The norm of whole values (N, C, ...); with it what `shared_moments` gives."""
+    dims = [0, *range(2, input.dim())]
+    dtype = statistics_dtype(input.dtype)
+    variance, mean = torch.var_mean(input.to(dtype), dims, correction=0)
+    count = input.numel() // input.shape[1]
+    mean, variance, total, after = shared_moments(mean, variance, count, group, after)
+    weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
+    scale, shift = scale_and_shift(mean, variance, weight, bias, eps)
+    return normalize(input, mean, scale, shift), mean, variance, total, after
+
+
+torch.library.define("streamcnn::synchronised_batch_norm", _SCHEMA)
+torch.library.impl("streamcnn::synchronised_batch_norm", "CompositeImplicitAutograd", _on_whole)
+SYNCHRONISED = torch.ops.streamcnn.synchronised_batch_norm.default
+"""``(result, mean, variance, count, after)`` of a map or any values (N, C, ...); see `shared_moments`."""
+SHARED = torch.ops.streamcnn.shared_moments.default
+AFTER = 4
+"""Which of these results it is that the next call follows."""
+
+
+@rule(SYNCHRONISED)
+def synchronised_batch_norm(tracer: Tracer, call: Call) -> Any:
+    """Batch norm by what the processes of a group have together."""
+    ref, weight, bias, eps, group, after = call.bind("input", "weight", "bias", "eps", "group", "after")
+    if not is_of_images(tracer, ref):
+        return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
+    moments = Moments(tracer.spec(ref).shape, (0, 2, 3), False)
+    own_mean, own_variance = tracer.reduce(moments, ref)
+    mean, variance, total, after = tracer.global_value(
+        SHARED, own_mean, own_variance, moments.count, group, after
+    )
+    return normalized(tracer, ref, mean, variance, weight, bias, eps), mean, variance, total, after
+
+
+def meets_others(program: Program) -> bool:
+    """Whether a pass over ``program`` waits for other processes, and they for it."""
+    targets = (node.target for node in program.nodes.values())
+    names = (target.outline if isinstance(target, Whole) else str(target) for target in targets)
+    return any("c10d" in name or name == str(SHARED) for name in names)
+
+
+def normalised_together(norm: nn.SyncBatchNorm, input: Tensor, group: str) -> Tensor:
+    """What ``norm`` gives in train mode, its running statistics moved."""
+    normalise = torch.ops.streamcnn.synchronised_batch_norm
+    result: Tensor
+    result, mean, variance, count, _ = normalise(input, norm.weight, norm.bias, norm.eps, group)
+    if not norm.track_running_stats:
+        return result
+    assert norm.num_batches_tracked is not None
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        # A cumulative average has the module's counter for its weight.
+        rate = norm.num_batches_tracked.double().reciprocal() if norm.momentum is None else norm.momentum
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            assert running is not None
+            running.copy_(running * (1 - rate) + value * rate)
+    return result
+
+
+SAMPLES: tuple[Sample, ...] = ()
+"""A sample runs in one process, and it takes several to share anything."""
