@@ -179,6 +179,8 @@ class Cost:
     is_opaque: bool = False
     """Whether its code does more than compute its result, or decides by values: a recording of the operators
     that it calls would leave that out."""
+    meets_others: bool = False
+    """Whether it waits for other processes, and they for it."""
 
 
 _OF_TORCH = frozenset({"aten", "prim", "prims"})
@@ -240,6 +242,12 @@ def may_draw(target: object) -> bool:
     called = getattr(target, "target", target)
     is_other = isinstance(called, OpOverload) and called.namespace not in _OF_TORCH
     return is_other or isinstance(called, (Whole, OnlyResult)) or draws(target)
+
+
+def meets_others(target: object) -> bool:
+    """Whether a call waits for other processes, and they for it. PyTorch's collectives are told by name."""
+    name = target.outline if isinstance(target, Whole) else str(target)
+    return "c10d" in name or cost_of(target).meets_others
 
 
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:

@@ -22,7 +22,7 @@ from streamcnn.data.source_batch import SourceBatch
 from streamcnn.errors import BudgetExceeded
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.executor import Execution, Observer
-from streamcnn.graph.ops.shared_statistics import meets_others
+from streamcnn.graph.costs import meets_others
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.runtime.pass_stores import PassStores, check_disk
@@ -175,6 +175,11 @@ class Pass:
         """The outputs, as the first plan's program names them."""
         return refs_in(self.outputs)
 
+    @property
+    def meets_others(self) -> bool:
+        """Whether processes wait for each other in the course of it."""
+        return any(meets_others(node.target) for node in self.program.nodes.values())
+
     def present_name(self, output: str) -> str:
         """An output's name in the present program: where another tail is resident, nodes have other names."""
         return self._present_names[output]
@@ -269,7 +274,7 @@ class Pass:
         been dropped for another model's. If parts were compiled, begin without: a plan knows what operators
         take one by one. What is done together with other processes can only be done once.
         """
-        if meets_others(self.program):
+        if self.meets_others:
             raise error
         as_before = self.is_trusting or self.planned.compiled.give_up()
         again = self.planned if as_before else self.shrink(self.plan)
@@ -353,7 +358,7 @@ class Pass:
         except BaseException as error:
             is_limited = self.plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
-                why = _TOGETHER if meets_others(self.program) else "there is no plan with smaller ones"
+                why = _TOGETHER if self.meets_others else "there is no plan with smaller ones"
                 raise BudgetExceeded(_refusal(self.plan, direction, error, self._room(), why)) from error
             raise
         finally:

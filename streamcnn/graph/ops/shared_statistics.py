@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from streamcnn.graph.flattening import Whole
+from streamcnn.graph.costs import Cost, declare
 from streamcnn.graph.ops.normalization import is_of_images, normalize, normalized, scale_and_shift
 from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
-from streamcnn.graph.program import Program
 
 _SCHEMA = (
     "(Tensor input, Tensor? weight, Tensor? bias, float eps, str group, Tensor? after=None)"
@@ -119,6 +118,9 @@ AFTER = 4
 """Which of these results it is that the next call follows."""
 
 
+declare(SYNCHRONISED, SHARED, cost=Cost(meets_others=True))
+
+
 @rule(SYNCHRONISED)
 def synchronised_batch_norm(tracer: Tracer, call: Call) -> Any:
     """Batch norm by what the processes of a group have together."""
@@ -131,13 +133,6 @@ def synchronised_batch_norm(tracer: Tracer, call: Call) -> Any:
         SHARED, own_mean, own_variance, moments.count, group, after
     )
     return normalized(tracer, ref, mean, variance, weight, bias, eps), mean, variance, total, after
-
-
-def meets_others(program: Program) -> bool:
-    """Whether a pass over ``program`` waits for other processes, and they for it."""
-    targets = (node.target for node in program.nodes.values())
-    names = (target.outline if isinstance(target, Whole) else str(target) for target in targets)
-    return any("c10d" in name or name == str(SHARED) for name in names)
 
 
 def normalised_together(norm: nn.SyncBatchNorm, input: Tensor, group: str) -> Tensor:
