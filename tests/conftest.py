@@ -23,6 +23,8 @@ from streamcnn.runtime import plan_cache
 
 # Plans are then the same on every machine.
 os.environ["STREAMCNN_CALIBRATION"] = "off"
+# And each test makes its own.
+os.environ["STREAMCNN_PLANS"] = "off"
 
 # Small tensors are slower on several threads, and tests may share the machine.
 if "OMP_NUM_THREADS" not in os.environ:

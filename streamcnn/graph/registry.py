@@ -6,7 +6,9 @@ A counter of all entries tells a plan that was made by other rules than those of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,12 +16,21 @@ from torch._ops import OpOverload
 
 T = TypeVar("T")
 
+_PACKAGE = "streamcnn."
+_ENTERING = frozenset({"streamcnn.graph.costs", "streamcnn.graph.ops.rules"})
+"""Modules whose functions enter what others declare."""
 _registrations = 0
+_from_outside = 0
 
 
 def rules_version() -> int:
     """How many entries have been made in all registries; it grows when an operator's rule or cost changes."""
     return _registrations
+
+
+def all_are_built_in() -> bool:
+    """Whether all entries have been made by this package's own modules."""
+    return not _from_outside
 
 
 class Registry(Generic[T]):
@@ -47,7 +58,7 @@ class Registry(Generic[T]):
         TypeError, ValueError
             For a key that is none, and without ``replace`` for one that has a value already.
         """
-        global _registrations
+        global _from_outside, _registrations
         keys = tuple(keys)
         for key in keys:
             if not (callable(key) or isinstance(key, torch.Tag)):
@@ -56,10 +67,24 @@ class Registry(Generic[T]):
                 raise ValueError(f"{key} has a {self.what} already: replace=True gives it another")
         self._values.update(dict.fromkeys(keys, value))
         _registrations += 1
+        _from_outside += not _is_built_in(sys._getframe(1))
 
     def get(self, target: object) -> T | None:
         """The value for a node's target, or ``None``."""
         return next((self._values[key] for key in _keys(target) if key in self._values), None)
+
+
+def _is_built_in(frame: FrameType | None) -> bool:
+    """Whether an entry is made by a module of this package: by the one that calls what enters it."""
+    while frame is not None and _module(frame) in _ENTERING:
+        frame = frame.f_back
+    return frame is not None and _module(frame).startswith(_PACKAGE)
+
+
+def _module(frame: FrameType) -> str:
+    """The module whose code runs; code that was given as text may have none."""
+    name: str = frame.f_globals.get("__name__", "")
+    return name
 
 
 def _keys(target: object) -> Iterator[Any]:

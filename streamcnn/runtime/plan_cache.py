@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from streamcnn.graph.registry import rules_version
 from streamcnn.plan.plan import Plan, StepShape
 from streamcnn.planning.planner import make_plan
 from streamcnn.planning.spec import Machine, PassSpec
+from streamcnn.runtime.plan_files import PlanFile
 from streamcnn.support.recent import Recent
 
 _ANY = 2**62
@@ -30,6 +32,8 @@ _NODES = 32_000
 seconds to make, and 2 to 4 MB with the 500 nodes of a ResNet-50: of 64 such plans 250 MB at most."""
 _PLANS = 8
 """Plans that are kept in any case."""
+_WORTH_KEEPING = 0.1
+"""Seconds that a plan has to take to be kept on disk."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,9 +142,7 @@ class Captured:
 
 
 def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
-    def gradients(program: Program) -> frozenset[str]:
-        return differentiated(program, spec.leaves & program.nodes.keys())
-
+    fuses = machine.backend.fuses_norms
     with collector.off():
         read = {key: reader.axes for key, reader in captured.maps.items()}
         trace = Trace(
@@ -151,8 +153,32 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
             read,
             keeps_results=spec.keeps_results,
         )
-        program, plan = make_plan(trace.program, spec, machine, gradients)
-        return Planned.of(program, plan, fuses=machine.backend.fuses_norms)
+        file = PlanFile(captured.settings, spec, machine)
+        found = file.read()
+        if found is not None:
+            tail, plan = found
+            return Planned.of(trace.program(tail), plan, fuses=fuses)
+        began = time.perf_counter()
+        tail, program, plan = _made(trace, spec, machine)
+        if time.perf_counter() - began > _WORTH_KEEPING:
+            file.write(tail, plan)
+        return Planned.of(program, plan, fuses=fuses)
+
+
+def _made(trace: Trace, spec: PassSpec, machine: Machine) -> tuple[str | None, Program, Plan]:
+    """The plan, the program that it is for, and where that program's tail begins."""
+    tails: dict[int, tuple[str | None, Program]] = {}
+
+    def program_with(tail: str | None) -> Program:
+        program = trace.program(tail)
+        tails[id(program)] = tail, program
+        return program
+
+    def gradients(program: Program) -> frozenset[str]:
+        return differentiated(program, spec.leaves & program.nodes.keys())
+
+    program, plan = make_plan(program_with, spec, machine, gradients)
+    return tails[id(program)][0], program, plan
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:

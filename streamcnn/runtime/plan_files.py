@@ -1,0 +1,180 @@
+"""Plans on disk, in the user's cache folder: a search that one process has done, no other one repeats.
+
+A plan is a function of the captured graph, the specification, the machine and the code that plans. A file is
+named by a digest of all of these, so that it is found by whoever would make the same plan and by nobody else.
+What is found is read by its schema; a file that holds something else is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import streamcnn
+from streamcnn.errors import StreamError
+from streamcnn.graph.registry import all_are_built_in
+from streamcnn.plan.plan import Plan
+from streamcnn.support.atomic import replace_file
+from streamcnn.support.cache import cache_folder
+from streamcnn.support.documents import read_regular
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+VARIABLE = "STREAMCNN_PLANS"
+"""Environment variable: a folder to keep plans in, or "off" for none."""
+_SUFFIX = ".plan"
+_MOST_FILES = 512
+"""Files that are kept, the most recently used ones: 30 to 130 kB each for a network of the usual size."""
+_ROOMS = ("capture", "geometry", "graph", "plan", "planning")
+"""The code that plans depend on."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPlan:
+    """A plan as a file has it."""
+
+    tail: str | None
+    """The captured call from which on the program that it is for runs on whole maps."""
+    plan: Plan
+    kept_bytes: tuple[tuple[str, int, int], ...] | None
+    """Those of the plan, whose keys JSON does not have: kind and level of a part, and bytes."""
+
+    @classmethod
+    def of(cls, tail: str | None, plan: Plan) -> KeptPlan:
+        """A plan to be written."""
+        parts = plan.kept_bytes
+        pairs = None if parts is None else tuple((*part, nbytes) for part, nbytes in parts.items())
+        return cls(tail, replace(plan, kept_bytes=None), pairs)
+
+    def restored(self) -> tuple[str | None, Plan]:
+        """Tail and plan as they were."""
+        pairs = self.kept_bytes
+        parts = None if pairs is None else {(kind, level): nbytes for kind, level, nbytes in pairs}
+        return self.tail, replace(self.plan, kept_bytes=parts)
+
+
+class PlanFile:
+    """Where one plan is kept, or will be.
+
+    Parameters
+    ----------
+    *settings
+        All that the plan is a function of, besides the code and PyTorch.
+    """
+
+    def __init__(self, *settings: Any) -> None:
+        folder = _folder()
+        self._path = None if folder is None else folder / f"{_digest(settings)}{_SUFFIX}"
+
+    def read(self) -> tuple[str | None, Plan] | None:
+        """Tail and plan; None if they were never kept, or the file holds something else."""
+        if self._path is None:
+            return None
+        from pydantic import ValidationError
+
+        try:
+            content = zlib.decompress(read_regular(self._path, error=_NoPlan))
+            found = _adapter().validate_json(content)
+        except (OSError, zlib.error, ValidationError, _NoPlan):
+            return None
+        with suppress(OSError):
+            os.utime(self._path)
+        return found.restored()
+
+    def write(self, tail: str | None, plan: Plan) -> None:
+        """Keep a plan; where that cannot be, a warning says so."""
+        if self._path is None:
+            return
+        content = zlib.compress(_adapter().dump_json(KeptPlan.of(tail, plan)), level=1)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._path, content, concurrent=True)
+            _remove_oldest(self._path.parent)
+        except OSError as error:
+            warnings.warn(
+                f"cannot keep plans in {self._path.parent} ({error.strerror}): other processes make them "
+                f"anew; name another folder in the environment variable {VARIABLE}, or set it to off",
+                stacklevel=2,
+            )
+
+
+class _NoPlan(StreamError):
+    """The file is none that a plan is kept in; one is made then."""
+
+
+def _folder() -> Path | None:
+    """Where plans are kept; None if they are not, or were made by rules that no digest knows."""
+    choice = os.environ.get(VARIABLE, "")
+    if choice == "off" or not all_are_built_in():
+        return None
+    if choice:
+        return Path(choice)
+    try:
+        return cache_folder() / "plans"
+    except RuntimeError:
+        return None  # There is no home folder.
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Remove files beyond the most that are kept, those first that were not used for longest."""
+    files = []
+    for path in folder.glob(f"*{_SUFFIX}"):
+        with suppress(FileNotFoundError):
+            files.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(files)[:-_MOST_FILES]:
+        path.unlink(missing_ok=True)
+
+
+def _digest(settings: tuple[Any, ...]) -> str:
+    libraries = (torch.__version__, torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled)
+    text = "\n".join((_code(), str(libraries), *map(_text, settings)))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """A digest of the code that plans."""
+    root = Path(streamcnn.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(path for room in _ROOMS for path in (root / room).rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\n".encode())
+        found.update(path.read_bytes())
+    found.update(Path(__file__).read_bytes())
+    return found.hexdigest()
+
+
+def _text(value: Any) -> str:
+    """A value in words that are the same in every process, which the order of a set is not."""
+    return "".join(_words(value))
+
+
+def _words(value: Any) -> Iterator[str]:
+    if is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__name__
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
+    if isinstance(value, dict):
+        yield f"{{{','.join(f'{_text(key)}:{_text(each)}' for key, each in value.items())}}}"
+    elif isinstance(value, (set, frozenset)):
+        yield f"{{{','.join(sorted(map(_text, value)))}}}"
+    elif isinstance(value, (list, tuple)):
+        yield f"[{','.join(map(_text, value))}]"
+    else:
+        yield repr(value)
+
+
+@cache
+def _adapter() -> TypeAdapter[KeptPlan]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(KeptPlan)
