@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import time
@@ -63,6 +64,12 @@ def _lists_beside(folder: Path) -> None:
     os.listdir(folder.parent)
 
 
+def _aborts(folder: Path) -> None:
+    # It is meant to: a dump of where would be taken for a fault of the tests.
+    faulthandler.disable()
+    os.abort()
+
+
 def _says_nothing(folder: Path) -> None:
     raise CorruptImage("")
 
@@ -75,7 +82,7 @@ FAULTS: list[tuple[str, Wrong, str]] = [
     ("escape", _writes_beside, "open '.*/canary/more'"),
     ("escape", _lists_beside, "os.listdir"),
     ("escape", lambda folder: os.system("true"), "os.system"),
-    ("death", lambda folder: os.abort(), "the process ended with -6"),
+    ("death", _aborts, "the process ended with -6"),
     ("hang", lambda folder: time.sleep(60), "no answer within 1 s"),
 ]
 
