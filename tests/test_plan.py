@@ -185,7 +185,7 @@ def test_json_has_the_projected_bytes_term_by_term() -> None:
     plan = make_plan()
     found = json.loads(plan.to_json())
     assert found["projected_bytes"] == plan.projected_bytes == sum(found["terms"].values()) == 462 * KIB
-    assert found["stores"]["conv"]["home"] == "memory"
+    assert found["stores"]["conv"]["tier"] == "memory"
     assert found["phases"][0]["tiles"] == [2, 1]
     assert found["image_shape"] == [1, 3, 8, 4]
     assert found["residents"] == list(plan.residents)

@@ -137,7 +137,7 @@ def test_the_command_plans_for_a_card(
     found = json.loads(capsys.readouterr().out)
     assert found["projected_bytes"] <= 4 * 10**9
     assert found["terms"]["reserved (context, libraries, weights, optimiser)"] > CONTEXT_BYTES
-    assert {store["home"] for store in found["stores"].values()} & {"host", "disk"}
+    assert {store["tier"] for store in found["stores"].values()} & {"host", "disk"}
     assert found["projected_seconds"] > 0
     assert found["recomputation"] >= 1
 

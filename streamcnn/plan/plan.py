@@ -203,8 +203,7 @@ class Plan:
             "training": self.training,
             "tile": list(self.tile),
             "budget": self.budget,
-            # By the name that it has had in files from the first.
-            **({} if self.reuses_blocks is None else {"reuses_heap": self.reuses_blocks}),
+            **({} if self.reuses_blocks is None else {"reuses_blocks": self.reuses_blocks}),
             **({} if self.kept_bytes is None else {"kept_bytes": _by_words(self.kept_bytes)}),
             "projected_bytes": self.projected_bytes,
             "plain_bytes": self.plain_bytes,
@@ -220,7 +219,7 @@ class Plan:
             "num_resident": self.num_resident,
             "residents": list(self.residents),
             **({"overlapped": sorted(map(_in_words, self.overlapped))} if self.overlapped else {}),
-            "stores": {name: _as_json(store) for name, store in self.stores.items()},
+            "stores": {name: asdict(store) for name, store in self.stores.items()},
             "phases": [_phase_as_json(phase) for phase in self.phases],
             "rematerialised": {
                 level: [_phase_as_json(phase) for phase in phases]
@@ -240,12 +239,6 @@ def _phase_as_json(phase: Phase) -> dict[str, object]:
         "stored": list(phase.stored),
         "reductions": list(phase.reductions),
     }
-
-
-def _as_json(store: StorePlan) -> dict[str, object]:
-    """A store's fields; tiers by the names that they have had in files from the first."""
-    fields = asdict(store)
-    return {"home": fields.pop("tier"), "gradient_home": fields.pop("gradient_tier"), **fields}
 
 
 def _by_words(kept_bytes: Mapping[PassPart, int]) -> dict[str, int]:
