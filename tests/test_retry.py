@@ -303,7 +303,7 @@ def test_a_pass_begun_again_by_the_same_plan_is_told_from_one_by_a_smaller(
     def trust(run: Pass, planned: Planned) -> None:
         begin(run, planned)
         # Some code is taken to be there, as after an earlier pass.
-        run.is_trusting = run.num_retries == 0
+        run.is_trusting = run.taken.num_retries == 0
 
     monkeypatch.setattr(Pass, "_begin", trust)
     around_operators(monkeypatch, RefusedOnce(5))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.capture.caller_modes import saved_tensors_hooks_aside
+from streamcnn.runtime.read_again import arrays_read_again, tensors_read_again
 from streamcnn.runtime.streamed_pass import Pass
 from streamcnn.runtime.transforms import refuse_many_gradients
 
@@ -22,8 +23,8 @@ class Streamed(torch.autograd.Function):
             values = run.forward()
         names = run.output_names
         # Saved only so that autograd notices a state or an image being changed before backward.
-        ctx.save_for_backward(*anchors, *run.recomputed_from())
-        ctx.run, ctx.arrays = run, run.arrays_read_again()
+        ctx.save_for_backward(*anchors, *tensors_read_again(run))
+        ctx.run, ctx.arrays = run, arrays_read_again(run)
         ctx.places = [anchor.data_ptr() for anchor in run.anchors]
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
@@ -57,7 +58,7 @@ class Streamed(torch.autograd.Function):
                 "the .data of a parameter was replaced between forward and backward: run the "
                 "forward pass again"
             )
-        if ctx.arrays and ctx.arrays != (present := run.arrays_read_again()):
+        if ctx.arrays and ctx.arrays != (present := arrays_read_again(run)):
             raise RuntimeError(
                 f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
                 "reads it once more: leave it as it is until then, or give each pass a copy"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -27,16 +26,13 @@ from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.runtime.pass_stores import PassStores, check_disk
 from streamcnn.runtime.plan_cache import Captured, Planned
+from streamcnn.runtime.refused_memory import refusal
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_copies import assign, copied
-from streamcnn.stores import (
-    SpareFiles,
-    SparePinned,
-    Store,
-)
+from streamcnn.runtime.taken import Taken
+from streamcnn.stores import SpareFiles, SparePinned, Store
 from streamcnn.support.interrupts import cleaning_up, undoing
-from streamcnn.support.units import format_bytes
 
 
 class PassOwner(Protocol):
@@ -60,7 +56,6 @@ class PassOwner(Protocol):
 Keep = Callable[[Store], Tensor]
 """Reads a result that is stored, and gives what stands in for it."""
 
-_TOGETHER = "a pass in which processes meet is not begun again with smaller ones"
 
 _waiting: WeakValueDictionary[int, Pass] = WeakValueDictionary()
 """Passes whose backward pass is still to come, in all threads."""
@@ -110,13 +105,7 @@ class Pass:
         self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
         self.random_state = _random_state(reader.device)
-        self.seconds = 0.0
-        self.num_retries = self.num_smaller_plans = 0
-        self.began = time.perf_counter()
-        self.peak: int | None = None
-        self.reading = "unknown"
-        self.is_shared = False
-        self.samples: list[tuple[float, int]] = []
+        self.taken = Taken()
         self._begin(planned)
 
     def _begin(self, planned: Planned) -> None:
@@ -282,8 +271,8 @@ class Pass:
         if again is None:
             raise error
         self._restart(again)
-        self.num_retries += 1
-        self.num_smaller_plans += not as_before
+        self.taken.num_retries += 1
+        self.taken.num_smaller_plans += not as_before
 
     def _restart(self, planned: Planned) -> None:
         """Make ready to run the pass once more."""
@@ -310,34 +299,6 @@ class Pass:
             batch.open()
         return self.execution.forward()
 
-    def recomputed_from(self) -> list[Tensor]:
-        """States without a gradient, and images, that the backward pass reads once more."""
-        read = self._read_again()
-        states = [self.states[n] for n in self.program.states if n in read and n not in self.leaf_states]
-        images = chain(*(batch.shared_tensors for batch in self._batches_of(read)))
-        # Tensors made in inference mode have no version that could be compared.
-        return [*states, *(image for image in images if not image.is_inference())]
-
-    def arrays_read_again(self) -> list[tuple[str, bytes]]:
-        """Names and some pixels of the caller's arrays that the backward pass reads once more."""
-        return list(chain(*(batch.samples() for batch in self._batches_of(self._read_again()))))
-
-    def _read_again(self) -> set[str]:
-        """What operators of the backward pass's recomputation read."""
-        differentiated = (phase for phase in self.plan.phases if phase.differentiated)
-        return {
-            operand
-            for phase in (*differentiated, *chain(*self.plan.rematerialised.values()))
-            for name in phase.nodes
-            for operand in self.program.nodes[name].operands
-        }
-
-    def _batches_of(self, names: Collection[str]) -> list[SourceBatch]:
-        """The images and maps among these."""
-        batches: dict[str, SourceBatch] = {self.program.image: self.reader}
-        batches |= {name: self.maps[key] for name, key in self.program.maps.items()}
-        return [batch for name, batch in batches.items() if name in names]
-
     def close(self) -> None:
         """Free all stores and their folder, and the decoded images that no other pass waits with."""
         _waiting.pop(id(self), None)
@@ -358,12 +319,13 @@ class Pass:
         except BaseException as error:
             is_limited = self.plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
-                why = _TOGETHER if self.meets_others else "there is no plan with smaller ones"
-                raise BudgetExceeded(_refusal(self.plan, direction, error, self._room(), why)) from error
+                text = refusal(self.plan, direction, error, self._room(), is_alone=not self.meets_others)
+                raise BudgetExceeded(text) from error
             raise
         finally:
-            self.seconds += time.perf_counter() - start
-        self._note(limit)
+            self.taken.seconds += time.perf_counter() - start
+        self.taken.note(limit)
+        self.owner.last_report = self._report()
         return found
 
     def _within(self, limit: Limit, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -386,47 +348,14 @@ class Pass:
         room, budget = self.ceiling.room, self.owner.budget
         return room if room is not None and (budget is None or room.nbytes < budget) else None
 
-    def _note(self, limit: Limit) -> None:
-        peak, at_most = limit.peak_bytes, limit.at_most_bytes
-        if peak is not None and at_most is not None:
-            # Also where the other direction's peak is larger, but samples may have missed one that was not.
-            if self.peak is None or at_most > self.peak:
-                self.reading = limit.reading
-            self.peak = max(self.peak or 0, peak)
-        self.is_shared = self.is_shared or limit.is_shared
-        self.samples.extend((when - self.began, nbytes) for when, nbytes in limit.samples)
-        self.owner.last_report = Report(
-            budget=self.plan.budget,
-            projected_bytes=self.plan.projected_bytes,
-            measured_bytes=self.peak,
-            reading=self.reading,
-            seconds=self.seconds,
+    def _report(self) -> Report:
+        return self.taken.report(
+            self.plan,
             phases=tuple(self.execution.reports),
-            num_retries=self.num_retries,
-            num_smaller_plans=self.num_smaller_plans,
-            samples=tuple(self.samples),
             baseline_bytes=self.ceiling.baseline_bytes,
             waiting_bytes=self.waiting_bytes,
-            is_shared=self.is_shared,
             num_compiled=self.planned.compiled.num_parts if self.owner.compiles else None,
         )
-
-
-def _refusal(plan: Plan, direction: str, error: BaseException, room: Room | None, why: str) -> str:
-    """What the user is told when memory was refused, or taken past the budget, and ``why`` that is the end.
-
-    ``room`` is what another limit left, if that was less than the budget.
-    """
-    budget = "no budget" if plan.budget is None else f"budget {format_bytes(plan.budget)}"
-    what = f"an allocation in the {direction} pass was refused: {budget}"
-    if isinstance(error, BudgetExceeded):
-        what = str(error)
-    advice = "raise budget=" if room is None else f"a larger budget= does not help, since {room}"
-    return (
-        f"{what}, projected {format_bytes(plan.projected_bytes)} with tiles of "
-        f"{plan.tile[0]}x{plan.tile[1]} pixels, and {why}. "
-        f"Nothing was changed; {advice}"
-    )
 
 
 def _positions(outputs: Any) -> list[str]:
