@@ -15,7 +15,8 @@ from test_zoo import NETS
 from torch import nn
 
 from streamcnn import StreamingModel
-from streamcnn.planning.search import Policies, Search, Solution
+from streamcnn.planning.policies import Policies
+from streamcnn.planning.search import Search, Solution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 

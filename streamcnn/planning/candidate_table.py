@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 
 from streamcnn.graph.program import Kind, Node
 from streamcnn.plan.hardware import HardwareProfile
-from streamcnn.plan.level_bytes import HeldBytes, Ints
+from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import Flags, Lives
+from streamcnn.planning.candidate_scores import CandidateScores, Floats
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers, Traffic, output_traffic
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import PassBytes, is_differentiated
+from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.overlapping import OnTheWay
 from streamcnn.planning.staging import Stage, Staging
-
-Floats = NDArray[np.float64]
 
 _TIERS = {tier: place for place, tier in enumerate(Tier)}
 """Place of each tier in arrays of rates."""
@@ -29,69 +28,6 @@ _FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
 """How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
 _NEVER = 2**62
 """Bytes of a candidate that a stage does not have."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CandidateScores:
-    """Projected bytes and seconds of every candidate, given where maps are stored."""
-
-    forward: Ints
-    """(stages, candidates): bytes of a step of the forward pass; 0 if there is none."""
-    backward: Ints
-    """The same of the backward pass."""
-    num_kernels: Ints
-    """(stages, candidates): different convolutions of the stage's forward pass."""
-    reusable: Ints
-    """(stages, candidates): bytes of it in blocks that may be kept for reuse when they are freed."""
-    seconds: Floats
-    """(stages, candidates): time of the stage, its stores included."""
-    levels: Ints
-    """By stage."""
-    peak_levels: Ints
-    """By stage: the level at which its step is carried out, that of a later one if it rematerialises maps."""
-    global_bytes: GlobalBytes
-    held: HeldBytes
-    """What is held beside steps but for what the backend keeps."""
-    reuses_blocks: bool
-    """Whether freed blocks are kept for reuse."""
-
-    def pass_bytes(self, choice: Ints | None, reusable: int) -> PassBytes:
-        """What a pass takes where stages take the candidates of ``choice``, at first of none.
-
-        Parameters
-        ----------
-        reusable
-            The most bytes of a step in blocks that may be kept for reuse.
-        """
-        num_kernels = np.zeros_like(self.global_bytes.num_kernels)
-        if choice is not None:
-            chosen = self.num_kernels[np.arange(len(choice)), choice]
-            num_kernels = np.bincount(self.levels, chosen, len(num_kernels)).astype(np.int64)
-        return PassBytes.of(
-            self.global_bytes,
-            self.held,
-            num_kernels,
-            len(self.levels),
-            reusable if self.reuses_blocks else None,
-        )
-
-    def peaks(self, found: PassBytes) -> Ints:
-        """(stages, candidates): bytes at the worse peak point of the stage."""
-        levels = self.peak_levels[:, None]
-        forward = found.at(found.held.forward, levels, self.forward)
-        backward = found.at(found.held.backward, levels, self.backward)
-        peaks: Ints = np.maximum(
-            np.where(self.forward > 0, forward, 0), np.where(self.backward > 0, backward, 0)
-        )
-        return peaks
-
-    def other_peak(self, found: PassBytes) -> int:
-        """Bytes at the worst peak point of those that belong to no stage."""
-        whole = self.global_bytes
-        peaks = [int(found.at(found.held.segments, whole.step_levels, whole.step_bytes).max(initial=0))]
-        if whole.reading.opening:
-            peaks.append(int(found.at(whole.opening, 0, 0)))
-        return max(peaks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,20 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import combinations, product
-
-import numpy as np
 
 from streamcnn.graph.program import Kind
 from streamcnn.plan.hardware import HardwareProfile
-from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
-from streamcnn.planning.candidate_table import CandidateScores, CandidateTable, StageRow
+from streamcnn.planning.candidate_table import CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
+from streamcnn.planning.choice import choose
 from streamcnn.planning.cost_model import Tiers
 from streamcnn.planning.global_bytes import GlobalBytes, last_readers, with_gradient_maps
 from streamcnn.planning.memory_model import is_differentiated
+from streamcnn.planning.policies import Policies, Policy
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
 from streamcnn.planning.tiling import TiledStage
@@ -40,50 +38,9 @@ THOROUGH = 8
 """Up to so many stored maps, every count of offloaded ones and every pair of moves is tried."""
 _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that are added where its readers differentiate them too, at least."""
-CHOICE_ROUNDS = 16
-"""How often candidates are chosen anew where they do not fit, at most."""
-KEPT_ROUNDS = 4
-"""How often candidates are chosen anew for what the backend keeps of the last ones, at most."""
 _ANY = 2**62
 _TABLES = 16
 """Tables kept; the search goes to and fro between a staging and one with a map less."""
-
-
-class Policy(Enum):
-    """What becomes of a map that could be stored."""
-
-    KEEP = "keep"
-    OFFLOAD_VALUES = "offload values"
-    """Offloaded, but for the gradient map, which lives for a few phases only."""
-    OFFLOAD = "offload"
-    DROP = "drop"
-    """Stored in the forward pass, and rematerialised in the backward pass."""
-    RECOMPUTE = "recompute"
-    """Not stored: every phase that reads it computes it again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """What becomes of the maps that a staging stores; those that are not named are kept."""
-
-    offloaded: frozenset[str] = frozenset()
-    gradients: frozenset[str] = frozenset()
-    """Those of them whose gradient maps are offloaded, too."""
-    dropped: frozenset[str] = frozenset()
-    recomputed: frozenset[str] = frozenset()
-
-    def changed(self, policies: Mapping[str, Policy]) -> Policies:
-        """The same but for the maps that ``policies`` names."""
-
-        def named(before: frozenset[str], *chosen: Policy) -> frozenset[str]:
-            return before.difference(policies).union(n for n, each in policies.items() if each in chosen)
-
-        return Policies(
-            named(self.offloaded, Policy.OFFLOAD, Policy.OFFLOAD_VALUES),
-            named(self.gradients, Policy.OFFLOAD),
-            named(self.dropped, Policy.DROP),
-            named(self.recomputed, Policy.RECOMPUTE),
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -293,7 +250,7 @@ class Search:
             for overlaps in ways
         ]
         choices = (
-            (overlaps, _choose(scores, limit, self.budget))
+            (overlaps, choose(scores, limit, self.budget))
             for overlaps, scores in zip(ways, all_scores, strict=True)
             for limit in (table.limits if reuses_blocks else (_ANY,))
         )
@@ -384,77 +341,6 @@ class Search:
             )
             self._global_bytes = known = (staging.levels, readers, global_bytes)
         return known[2]
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """Which candidate each stage takes, and what comes of it."""
-
-    indices: tuple[int, ...]
-    seconds: float
-    nbytes: int
-    fits: bool
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """Smaller is better."""
-        return not self.fits, self.seconds if self.fits else self.nbytes
-
-
-def _choose(scores: CandidateScores, limit: int, budget: int | None) -> _Choice:
-    """For each stage the fastest candidate that fits, where steps hold no more than ``limit`` reusable bytes.
-
-    If not all fit, the limit is tightened below what they take until that stops falling; if none fits then,
-    the same begins anew from the smallest candidates. What this ends with does not depend on the budget: a
-    budget that is named as enough is enough.
-    """
-    allowed = math.inf if budget is None else budget
-    choice = _tightened(scores, limit, room=allowed, allowed=allowed)
-    if choice.nbytes > allowed:
-        choice = _tightened(scores, limit, room=0, allowed=allowed)
-    return choice
-
-
-def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> _Choice:
-    """The first choice that fits ``allowed``, from those for ``room`` and for ever less than the last takes;
-    if none does, the smallest."""
-    best = _choose_once(scores, limit, room, allowed)
-    for _ in range(CHOICE_ROUNDS):
-        if best.nbytes <= allowed:
-            break
-        choice = _choose_once(scores, limit, best.nbytes - 1, allowed)
-        if choice.nbytes >= best.nbytes:
-            break
-        best = choice
-    return best
-
-
-def _choose_once(scores: CandidateScores, limit: int, room: float, allowed: float) -> _Choice:
-    """For each stage the fastest candidate that fits ``room``; what the backend keeps depends on all."""
-    found, choice = scores.pass_bytes(None, limit), None
-    for _ in range(KEPT_ROUNDS):
-        before, choice = choice, _fastest(scores, scores.peaks(found), limit, room)
-        if before is not None and np.array_equal(before, choice):
-            break
-        found = scores.pass_bytes(choice, limit)
-    assert choice is not None
-    rows = np.arange(len(choice))
-    found = scores.pass_bytes(choice, int(scores.reusable[rows, choice].max(initial=0)))
-    nbytes = max(int(scores.peaks(found)[rows, choice].max(initial=0)), scores.other_peak(found))
-    return _Choice(
-        indices=tuple(choice.tolist()),
-        seconds=float(scores.seconds[rows, choice].sum()),
-        nbytes=nbytes,
-        fits=nbytes <= allowed,
-    )
-
-
-def _fastest(scores: CandidateScores, peaks: Ints, limit: int, room: float) -> Ints:
-    """By stage: the fastest candidate that fits; where none does, the smallest."""
-    fitting = (peaks <= room) & (scores.reusable <= limit)
-    seconds = np.where(fitting, scores.seconds, np.inf)
-    choice: Ints = np.where(fitting.any(axis=1), seconds.argmin(axis=1), peaks.argmin(axis=1))
-    return choice
 
 
 def _fewest(most: int, fits: Callable[[int], bool]) -> int:

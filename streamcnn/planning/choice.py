@@ -1,0 +1,87 @@
+"""Which candidate each stage takes, given where maps are: the fastest ones that fit together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamcnn.plan.level_bytes import Ints
+from streamcnn.planning.candidate_scores import CandidateScores
+
+_ROUNDS = 16
+"""How often candidates are chosen anew where they do not fit, at most."""
+_KEPT_ROUNDS = 4
+"""How often candidates are chosen anew for what the backend keeps of the last ones, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which candidate each stage takes, and what comes of it."""
+
+    indices: tuple[int, ...]
+    seconds: float
+    nbytes: int
+    fits: bool
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Smaller is better."""
+        return not self.fits, self.seconds if self.fits else self.nbytes
+
+
+def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
+    """For each stage the fastest candidate that fits, where steps hold no more than ``limit`` reusable bytes.
+
+    If not all fit, the limit is tightened below what they take until that stops falling; if none fits then,
+    the same begins anew from the smallest candidates. What this ends with does not depend on the budget: a
+    budget that is named as enough is enough.
+    """
+    allowed = math.inf if budget is None else budget
+    choice = _tightened(scores, limit, room=allowed, allowed=allowed)
+    if choice.nbytes > allowed:
+        choice = _tightened(scores, limit, room=0, allowed=allowed)
+    return choice
+
+
+def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> Choice:
+    """The first choice that fits ``allowed``, from those for ``room`` and for ever less than the last takes;
+    if none does, the smallest."""
+    best = _choose_once(scores, limit, room, allowed)
+    for _ in range(_ROUNDS):
+        if best.nbytes <= allowed:
+            break
+        choice = _choose_once(scores, limit, best.nbytes - 1, allowed)
+        if choice.nbytes >= best.nbytes:
+            break
+        best = choice
+    return best
+
+
+def _choose_once(scores: CandidateScores, limit: int, room: float, allowed: float) -> Choice:
+    """For each stage the fastest candidate that fits ``room``; what the backend keeps depends on all."""
+    found, choice = scores.pass_bytes(None, limit), None
+    for _ in range(_KEPT_ROUNDS):
+        before, choice = choice, _fastest(scores, scores.peaks(found), limit, room)
+        if before is not None and np.array_equal(before, choice):
+            break
+        found = scores.pass_bytes(choice, limit)
+    assert choice is not None
+    rows = np.arange(len(choice))
+    found = scores.pass_bytes(choice, int(scores.reusable[rows, choice].max(initial=0)))
+    nbytes = max(int(scores.peaks(found)[rows, choice].max(initial=0)), scores.other_peak(found))
+    return Choice(
+        indices=tuple(choice.tolist()),
+        seconds=float(scores.seconds[rows, choice].sum()),
+        nbytes=nbytes,
+        fits=nbytes <= allowed,
+    )
+
+
+def _fastest(scores: CandidateScores, peaks: Ints, limit: int, room: float) -> Ints:
+    """By stage: the fastest candidate that fits; where none does, the smallest."""
+    fitting = (peaks <= room) & (scores.reusable <= limit)
+    seconds = np.where(fitting, scores.seconds, np.inf)
+    choice: Ints = np.where(fitting.any(axis=1), seconds.argmin(axis=1), peaks.argmin(axis=1))
+    return choice
