@@ -24,7 +24,7 @@ from streamcnn.capture.dynamo_settings import silenced
 from streamcnn.capture.guards import CannotBeGuarded, GuardedForward, Run
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.scripts import interpreted_scripts
-from streamcnn.capture.subclasses import refuse_own_functions, without_left_bases
+from streamcnn.capture.subclasses import refuse_own_functions, refuse_shards, without_left_bases
 from streamcnn.capture.unguarded import Capture, capture_anew
 from streamcnn.errors import PlanDoesNotFit, StreamError
 from streamcnn.graph.flattening import TRACING, bound_known_fakes
@@ -69,6 +69,7 @@ class ForwardPass:
             capturing.enter_context(collectives_as_called())
             states = module_states(net)
             refuse_own_functions(states)
+            refuse_shards(states)
             capturing.enter_context(without_left_bases(states.values()))
 
             def run_beside_others(graph: RawGraph, states: Mapping[str, Tensor]) -> Sequence[Any]:

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamcnn.errors import UnsupportedModel
@@ -56,6 +57,27 @@ def refuse_own_functions(states: Mapping[str, Tensor]) -> None:
                 f"and of subclasses without one; put {plain} in its place, and what the class does into the "
                 "forward pass"
             )
+
+
+def refuse_shards(states: Mapping[str, Tensor]) -> None:
+    """Refuse a module whose parameters are divided among processes, by the name of the first.
+
+    Raises
+    ------
+    UnsupportedModel
+        If there are such.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    from torch.distributed.tensor import DTensor
+
+    sharded = next((name for name, state in states.items() if isinstance(state, DTensor)), None)
+    if sharded is not None:
+        raise UnsupportedModel(
+            f"'{sharded}' is a DTensor, of which each process has a part: allowed are modules with whole "
+            "tensors; divide the streamed model, which has them whole while it runs, as in "
+            "fully_shard(StreamingModel(net))"
+        )
 
 
 def without_left_bases(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
