@@ -1,0 +1,187 @@
+"""Captured calls lowered one by one: by their rules while they stream, on whole maps where they do not.
+
+A call with a map among its operands is given to its rule; without one, or if the rule refuses, the maps are
+gathered and the call becomes a global value.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import streamcnn.capture.folded_images  # these three fill the registry
+import streamcnn.capture.folded_losses
+import streamcnn.capture.folded_products
+import streamcnn.graph.ops  # noqa: F401  likewise
+from streamcnn.capture.capture import RawNode, moved
+from streamcnn.capture.fake_calls import FakeCalls
+from streamcnn.capture.folding import MERGING, Folded, is_folded, stream_folded, unfolded
+from streamcnn.capture.recording import Recording, RecordingMark
+from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
+from streamcnn.graph.program import Axes, Kind, Ref, refs_in, substitute
+
+_LEAST_POSITIONS = 64
+"""Positions of a grid with which streaming begins again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How much had been lowered at some point."""
+
+    recorded: RecordingMark
+    values: int
+
+
+class Lowering:
+    """What a captured graph's calls have become, so far."""
+
+    def __init__(self, recording: Recording | None = None) -> None:
+        self.recording = Recording(FakeCalls()) if recording is None else recording
+        self.values: dict[str, Any] = {}
+        """Captured node name to a ref, one with merged axes, a tuple of those, or a plain value."""
+        self._num_images = 0
+
+    def mark(self) -> Mark:
+        """How much has been lowered."""
+        return Mark(self.recording.mark(), len(self.values))
+
+    def forked(self, mark: Mark) -> Lowering:
+        """What had been lowered at ``mark``, to go on resident."""
+        fork = Lowering(self.recording.forked(mark.recorded))
+        fork.values = dict(islice(self.values.items(), mark.values))
+        return fork
+
+    # --- what goes in --------------------------------------------------------------------------------
+
+    def add_image(self, name: str, image: Tensor) -> None:
+        self._num_images = image.shape[0]
+        self.values[name] = self.recording.add(name, image, kind=Kind.IMAGE, axes=(2, 3))
+
+    def add_map(self, name: str, tensor: Tensor, axes: Axes) -> None:
+        """A further map that is read by regions."""
+        self.values[name] = self.recording.add(name, _like(tensor), kind=Kind.IMAGE, axes=axes)
+
+    def add_state(self, name: str, tensor: Tensor) -> None:
+        self.values[name] = self.recording.add(name, _like(tensor), kind=Kind.STATE)
+
+    def read_as_map(self, name: str, axes: Axes) -> None:
+        """Take a state for a map from here on."""
+        self.values[name] = self.recording.promote(self.values[name], axes)
+
+    # --- calls ---------------------------------------------------------------------------------------
+
+    def lower(self, raw: RawNode) -> None:
+        """Lower one captured call."""
+        self.recording.raw = raw
+        args = substitute(raw.args, self._value)
+        kwargs = substitute(raw.kwargs, self._value)
+        if raw.target is moved:
+            self.values[raw.name] = self.recording.moved[args[0].name]
+            return
+        if raw.target is operator.getitem:
+            self.values[raw.name] = self._item(raw, *args)
+            return
+        self.values[raw.name] = self._called(Call(raw.target, args, kwargs))
+
+    def _value(self, name: str) -> Any:
+        return self.values[name]
+
+    def _item(self, raw: RawNode, value: Any, index: int) -> Any:
+        if isinstance(value, tuple) and index < len(value):
+            return value[index]
+        raise UnsupportedModel(
+            f"result {index} of an operator in {raw.source or 'the model'} has no streamed form: "
+            f"allowed are results 0 to {len(value) - 1 if isinstance(value, tuple) else 0}"
+        )
+
+    def _called(self, call: Call) -> Any:
+        operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
+        merged = is_folded(call)
+        recording = self.recording
+        if merged or any(recording.axes(ref) is not None for ref in operands):
+            result = self._stream(call, merged=merged)
+            if not isinstance(result, NotStreamable):
+                return result
+            call = self._gather_maps(call)
+            recording.note = result.reason
+        elif begins_maps(call.target) and not recording.resident:
+            result = self._begin(call)
+            if not isinstance(result, NotStreamable):
+                return result
+        rule = rule_for(call.target, without_maps=True)
+        if rule is None:
+            result = recording.global_value(call.target, *call.args, **call.kwargs)
+        else:
+            result = rule(recording, call)
+        recording.note = ""
+        return result
+
+    def _stream(self, call: Call, *, merged: bool) -> Any:
+        if self.recording.resident:
+            return NotStreamable("")
+        if merged:
+            return stream_folded(self.recording, call)
+        result = self.recording.stream(call)
+        if isinstance(result, NotStreamable) and rule_for(call.target) in MERGING:
+            merged_result = stream_folded(self.recording, call)
+            return result if isinstance(merged_result, NotStreamable) else merged_result
+        return result
+
+    def _begin(self, call: Call) -> Any:
+        """Stream a call whose first operand was worked out from whole maps: what it gives is a map again."""
+        ref = call.args[0]
+        if ref.name not in self.recording.from_whole:
+            return NotStreamable("")
+        result: Any = NotStreamable("")
+        for axes in self._grids(self.recording.spec(ref).shape):
+            promoted = self.recording.promote(ref, axes)
+            result = self.recording.stream(Call(call.target, (promoted, *call.args[1:]), call.kwargs))
+            if not isinstance(result, NotStreamable):
+                break
+        return result
+
+    def _grids(self, shape: tuple[int, ...]) -> Iterator[Axes]:
+        """Which axes of a tensor may be those of a map again; any would be exact.
+
+        With channels last they have a known map's extents. Of few positions nothing is gained.
+        """
+        if len(shape) != 4 or shape[0] != self._num_images:
+            return
+        if shape[2] * shape[3] >= _LEAST_POSITIONS:
+            yield (2, 3)
+        if shape[1] * shape[2] >= _LEAST_POSITIONS and shape[1:3] in self.recording.sizes:
+            yield (1, 2)
+
+    def _gather_maps(self, call: Call) -> Call:
+        args, kwargs = pytree.tree_map(self._whole, (call.args, dict(call.kwargs)))
+        return Call(call.target, args, kwargs)
+
+    def _whole(self, value: Any) -> Any:
+        """A map as a global value; anything else as it is."""
+        if isinstance(value, Folded):
+            return unfolded(self.recording, value)
+        is_map = isinstance(value, Ref) and self.recording.axes(value) is not None
+        return self.recording.gather(value) if is_map else value
+
+    # --- what comes out ------------------------------------------------------------------------------
+
+    def result(self, name: str, *, keeps_maps: bool = False) -> Any:
+        """A result of the model: whole, or with ``keeps_maps`` stored if it is a map computed in tiles."""
+        value = self.values[name]
+        recording = self.recording
+        if keeps_maps and isinstance(value, Ref) and recording.nodes[value.name].kind is Kind.LOCAL:
+            fake = recording.fakes[value.name]
+            return recording.add(f"result_{value.name}", fake, kind=Kind.RESULT, args=(value,))
+        return pytree.tree_map(self._whole, value)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
