@@ -1,0 +1,120 @@
+"""What stands for functions of PyTorch while a forward pass runs on fake tensors.
+
+The user's ``autograd.Function`` is recorded whole, since what it computes backward is its own; calls under
+activation checkpointing are recorded as ordinary ones; what cannot be followed is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.function import FunctionCtx
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+
+from streamcnn.capture.blind import gaussian_nll_loss, observers_blind
+from streamcnn.capture.replacing import replaced_here
+from streamcnn.capture.whole_calls import called_whole
+from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING
+
+
+@contextmanager
+def functions_replaced() -> Iterator[None]:
+    """A block in which this thread calls what stands for them."""
+    with (
+        replaced_here(torch.autograd.Function, "apply", _apply),
+        replaced_here(FunctionCtx, "mark_dirty", _refuse_dirty),
+        replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
+        observers_blind(),
+        replaced_here(torch, "from_numpy", _from_numpy),
+        replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
+        ExitStack() as generators,
+    ):
+        for module in (torch, torch.random):
+            for name in SEEDING:
+                generators.enter_context(replaced_here(module, name, _refuse_seed))
+        yield
+
+
+def _refuse_seed(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModel(SEEDED)
+
+
+_FROM_NUMPY = torch.from_numpy
+
+
+def _from_numpy(array: Any) -> Tensor:
+    """``torch.from_numpy``, whose result is in the array's memory; while tracing it would be in a copy."""
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        return _FROM_NUMPY(array)
+
+
+def _refuse_dirty(ctx: Any, *tensors: Tensor) -> None:
+    raise UnsupportedModel(
+        f"{type(ctx)._forward_cls.__name__} changes its input in place (mark_dirty): "
+        "return a new tensor instead"
+    )
+
+
+_APPLY = vars(torch.autograd.Function)["apply"]
+_inner: WeakSet[type[torch.autograd.Function]] = WeakSet()
+"""Functions by which custom operators are differentiated: those are recorded above them."""
+
+
+def refuse_bound(values: Any) -> None:
+    """Refuse results of an ``apply`` that was taken from a function before the pass, past our own."""
+    for leaf in pytree.tree_leaves(values):
+        cls = getattr(leaf.grad_fn, "_forward_cls", None) if isinstance(leaf, Tensor) else None
+        if cls is not None and cls not in _inner:
+            raise UnsupportedModel(
+                f"the forward pass calls the apply of {cls.__name__} by another name, and holds code that "
+                "can only be captured without values: write .apply(...) where it is called"
+            )
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``autograd.Function.apply`` while tracing: one call that is carried out as it is."""
+    if cls is checkpoint.CheckpointFunction:
+        run, _, *operands = args
+        with _recomputed():
+            return run(*operands)
+    original = _APPLY.__get__(None, cls)
+    if get_proxy_mode() is None:
+        _inner.add(cls)
+        return original(*args, **kwargs)
+    refuse_bound((args, kwargs))
+    with disable_proxy_modes_tracing():
+        like = original(*args, **kwargs)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        # Looked up when it runs: here it is this function's.
+        return cls.apply(*args, **kwargs)
+
+    return called_whole(cls.__name__, function, args, kwargs, like)
+
+
+@contextmanager
+def _recomputed() -> Iterator[None]:
+    """Note on each recorded call that activation checkpointing would run it twice."""
+    before = fx_traceback.current_meta.get("custom")
+    fx_traceback.current_meta["custom"] = {RECOMPUTED: True}
+    try:
+        yield
+    finally:
+        fx_traceback.current_meta["custom"] = before
+
+
+def _without_reentry(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """PyTorch's checkpointing without its recomputation."""
+    with _recomputed():
+        yield

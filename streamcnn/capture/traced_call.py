@@ -1,0 +1,162 @@
+"""One call of the user's module as a function of tensors, while it is traced on fake ones.
+
+What the module holds of its own gives way to stand-ins for the time of the call, and what the call leaves in
+the module's attributes is taken out until its values are known.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.nn.modules import module as module_hooks
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as pytree
+
+from streamcnn.capture.capture import module_states
+from streamcnn.capture.known_values import KnownValues
+from streamcnn.capture.leftovers import (
+    Place,
+    entries,
+    places_of_fakes,
+    refuse_new_parameters,
+    refuse_scripted_tensors,
+)
+from streamcnn.capture.replaced_functions import functions_replaced, refuse_bound
+from streamcnn.capture.results import taken_apart
+from streamcnn.capture.scripts import ScriptedAttributes
+from streamcnn.capture.watch import Noted, Watch
+from streamcnn.graph.flattening import proxy_of
+
+
+class TracedCall:
+    """A call of ``net`` that reads ``states``, by key; :meth:`on` is the function to be traced, once."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        states: Mapping[str, Tensor],
+        mode: FakeTensorMode,
+    ) -> None:
+        self.net = net
+        self.arguments = (args, kwargs)
+        self.states = states
+        self.mode = mode
+        self.keys = {id(tensor): key for key, tensor in states.items()}
+        self.noted = Noted()
+        self.places: list[Place] = []
+        """Where the module keeps tensors that its forward pass has made."""
+        self.exchanged: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        """Registered tensors that the forward pass has replaced by others that were there, or by nothing."""
+        self.flags: dict[str, bool] = {}
+        """Whether states require gradients at the end, by key."""
+        self.rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def _exchanged(
+        self, own: Mapping[str, Tensor], fakes: Mapping[str, Tensor]
+    ) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+        """Where parameters and buffers are not ``own``, stand-ins by qualified name, and what is there."""
+        real = {id(fake): self.states[key] for key, fake in fakes.items()}
+        found: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        for prefix, module in self.net.named_modules(remove_duplicate=False):
+            for registry in (module._parameters, module._buffers):
+                for name, value in () if isinstance(module, torch.jit.ScriptModule) else registry.items():
+                    before = own.get(f"{prefix}.{name}" if prefix else name)
+                    if value is not before and (value is None or id(value) in real):
+                        found.append((registry, name, None if value is None else real[id(value)]))
+        return found
+
+    def _put_attributes(self, fakes: Mapping[str, Tensor]) -> None:
+        """Let stand-ins take the places of tensors that are plain attributes."""
+        registered = {id(tensor) for tensor in (*self.net.parameters(), *self.net.buffers())}
+        for container, key, value in list(entries(self.net)):
+            if isinstance(value, Tensor) and id(value) in self.keys and id(value) not in registered:
+                container[key] = fakes[self.keys[id(value)]]
+
+    def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
+        """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
+        real = {id(fake): self.states[key] for fake, key in zip(fakes, keys, strict=True)}
+        for container, key, value in entries(self.net):
+            if id(value) in real:
+                container[key] = real[id(value)]
+
+    def result(self, values: Sequence[Any]) -> Any:
+        """What the module returns, and keeps, given the results of its graph."""
+        count = len(values) - len(self.places)
+        for place, value in zip(self.places, values[count:], strict=True):
+            place.container[place.key] = value
+        for registry, name, tensor in self.exchanged:
+            registry[name] = tensor
+        assert self.rebuild is not None
+        return self.rebuild(values[:count])
+
+    def on(self, keys: tuple[str, ...]) -> Callable[..., Any]:
+        """The call as a function of the image and of the states with these keys, in order."""
+
+        def function(image: Tensor, *states: Tensor) -> tuple[Any, ...]:
+            by_key = dict(zip(keys, states, strict=True))
+
+            def traced(leaf: Any) -> Any:
+                return by_key[self.keys[id(leaf)]] if id(leaf) in self.keys else leaf
+
+            args, kwargs = pytree.tree_map(traced, self.arguments)
+            own = {n: by_key[self.keys[id(state)]] for n, state in module_states(self.net).items()}
+            known = KnownValues({state: self.states[key] for key, state in by_key.items()})
+            self._put_attributes(by_key)
+            with (
+                _reparametrize_module(self.net, own),
+                _named_submodules(self.net),
+                Watch(self.mode, proxy_of(image).node.name, known, self.noted),
+            ):
+                scripted = [ScriptedAttributes(module) for module in self.net.modules()]
+                with functions_replaced():
+                    result = self.net(image, *args, **kwargs)
+                self.flags = {key: state.requires_grad for key, state in by_key.items()}
+                self.places = places_of_fakes(self.net, states)
+                self.exchanged = self._exchanged(own, by_key)
+                refuse_new_parameters(self.net, states)
+                refuse_scripted_tensors(self.net, scripted)
+                kept = [place.take() for place in self.places]
+            self._put_states_back(states, keys)
+            leaves, self.rebuild = taken_apart(result)
+            refuse_bound((leaves, kept))
+            return (*leaves, *kept)
+
+        return function
+
+
+@contextmanager
+def _named_submodules(net: nn.Module) -> Iterator[None]:
+    """Note on each recorded call which submodule makes it."""
+    paths: dict[nn.Module, str] = {module: name for name, module in net.named_modules()}
+    outer: list[Any] = []
+    here = threading.get_ident()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != here:
+            return
+        outer.append(fx_traceback.current_meta.get("nn_module_stack"))
+        fx_traceback.current_meta["nn_module_stack"] = {"": (paths.get(module, ""), type(module))}
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        if threading.get_ident() == here:
+            fx_traceback.current_meta["nn_module_stack"] = outer.pop() if outer else None
+
+    handles = (
+        module_hooks.register_module_forward_pre_hook(enter),
+        module_hooks.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        fx_traceback.current_meta.pop("nn_module_stack", None)

@@ -1,0 +1,214 @@
+"""What tracing alone would not see of a forward pass on fake tensors: followed, noted, or refused."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    track_tensor_tree,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from streamcnn.capture.blind import BLIND
+from streamcnn.capture.known_values import KnownValues
+from streamcnn.capture.replaced_functions import refuse_bound
+from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.flattening import proxy_of
+from streamcnn.graph.in_place import resized
+
+_PLAIN = (Tensor, nn.Parameter)
+_COPIES = frozenset(
+    getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__index__", "__int__")
+)
+_READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
+"""Methods that give a tensor's values to Python; the last two, with the memory that they are in."""
+
+
+@dataclass(slots=True)
+class Noted:
+    """What a forward pass has done."""
+
+    hooks: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
+    """Hooks on gradients by the name of the traced value."""
+    made: list[weakref.ref[Tensor]] = field(default_factory=list)
+    """The tensors that functions have returned."""
+    marks_image: bool = False
+    """Whether it has changed if the image requires a gradient."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no class of its own."""
+    return type(tensor) in _PLAIN
+
+
+class Watch(TorchFunctionMode):
+    """Sees each function of PyTorch that the forward pass calls.
+
+    Parameters
+    ----------
+    mode
+        Of the fake tensors.
+    image_name
+        The image in the trace.
+    known
+        The values of the states that go in.
+    noted
+        Where to note what the pass does.
+    """
+
+    def __init__(self, mode: FakeTensorMode, image_name: str, known: KnownValues, noted: Noted) -> None:
+        super().__init__()
+        self.mode = mode
+        self.image_name = image_name
+        self.known = known
+        self.noted = noted
+        self.infers = torch.is_inference_mode_enabled()
+        self.stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
+        """Tensors from outside, each with what stands for it, by identity."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_inference_mode_enabled() and not self.infers:
+            raise UnsupportedModel(
+                "the forward pass enters torch.inference_mode(), whose tensors have no gradient anywhere: "
+                "use torch.no_grad() for the block"
+            )
+        if func in _READS and self._is_from_outside(args[0]):
+            with disable_proxy_modes_tracing(), unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        if func in _COPIES:
+            known = self.known.of(args[0])
+            if known is not None:
+                with disable_proxy_modes_tracing(), unset_fake_temporarily():
+                    return func(known, *args[1:], **(kwargs or {}))
+        func = BLIND.get(func, func)
+        args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func == Tensor._version.__get__:  # type: ignore[attr-defined]
+            return self.known.version_of(args[0])
+        if func is Tensor.__deepcopy__:
+            return _deep_copy(*args)
+        if func is Tensor.register_hook:
+            return self._hook(*args)
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            return _set_data(*args)
+        if func is Tensor.resize_ and not kwargs:
+            return _resized(*args)
+        if func is Tensor.requires_grad_ or func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
+            self._mark(*args, **kwargs)
+        if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
+            raise UnsupportedModel(
+                f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
+                "its own: return the map as a further result and ask autograd.grad for its gradient"
+            )
+        refuse_bound((args, kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, FakeTensor):
+            self.noted.made.append(weakref.ref(result))
+        return result
+
+    def _traced(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor; for one from outside it is made where it is met first.
+
+        As it is, such a tensor would be written to, or read by NumPy, past what is recorded.
+        """
+        mode = get_proxy_mode()
+        if mode is None or not is_plain(tensor):
+            return tensor
+        if id(tensor) not in self.stand_ins:
+            # What makes it is no part of the forward pass.
+            with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+                fake = self.mode.from_tensor(tensor)
+            node: Any = mode.tracer.create_arg(tensor)
+            track_tensor_tree(fake, Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)
+            self.stand_ins[id(tensor)] = (tensor, fake)
+        return self.stand_ins[id(tensor)][1]
+
+    def _is_from_outside(self, tensor: Tensor) -> bool:
+        """Whether a tensor has values, and those that it has where it is read."""
+        _, stand_in = self.stand_ins.get(id(tensor), (tensor, None))
+        return is_plain(tensor) and (stand_in is None or stand_in._version == 0)
+
+    def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
+        """Note that a tensor is frozen or released; only of what goes in does it matter to anybody."""
+        proxy = proxy_of(tensor)
+        node = None if proxy is None else proxy.node
+        if node is None or node.op != "placeholder" or tensor.requires_grad == requires_grad:
+            return
+        if node.name == self.image_name:
+            self.noted.marks_image = True
+        elif node.users:
+            raise UnsupportedModel(
+                "the forward pass freezes or releases a tensor (requires_grad) that it has used already: do "
+                "so before its first use, or outside of the forward pass"
+            )
+
+    def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> _Handle:
+        proxy = proxy_of(tensor)
+        node = None if proxy is None else proxy.node
+        if node is None or (node.op == "placeholder" and node.name != self.image_name):
+            raise UnsupportedModel(
+                "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from "
+                "outside: set it once, outside of the forward pass"
+            )
+        hooks = self.noted.hooks.setdefault(node.name, [])
+        hooks.append(hook)
+        return _Handle(hooks, hook)
+
+
+def _resized(tensor: Tensor, *size: Any) -> Tensor:
+    """``tensor.resize_(size)``, which observers of quantisation call each time."""
+    wanted = tuple(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+    if wanted == tuple(tensor.shape):
+        return tensor
+    if tensor.numel():
+        return tensor.resize_(wanted)
+    raise resized("the forward pass calls resize_(), which changes", tensor.shape, wanted)
+
+
+def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """What ``copy.deepcopy`` makes of a tensor: one of the same values that nothing ties to it."""
+    if id(tensor) in memo:
+        found: Tensor = memo[id(tensor)]
+        return found
+    if not tensor.is_leaf:
+        raise RuntimeError("copy.deepcopy of a tensor that was computed: only leaves can be copied by it")
+    found = memo[id(tensor)] = tensor.detach().clone()
+    with disable_proxy_modes_tracing():
+        return found.requires_grad_(tensor.requires_grad)
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``, which autograd does not see."""
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise UnsupportedModel(
+            f"the forward pass assigns a tensor of shape {tuple(value.shape)} to the .data of one of shape "
+            f"{tuple(tensor.shape)}: do so outside of it"
+        )
+    with torch.no_grad():
+        tensor.detach().copy_(value)
+
+
+@dataclass(slots=True)
+class _Handle:
+    """What setting a hook returns."""
+
+    hooks: list[Callable[..., Any]]
+    hook: Callable[..., Any]
+
+    def remove(self) -> None:
+        """Take the hook off again."""
+        if self.hook in self.hooks:
+            self.hooks.remove(self.hook)
