@@ -1,0 +1,145 @@
+"""What the values of a flat graph hold, where calls overwrite memory and several views share it."""
+
+from __future__ import annotations
+
+import operator
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node as FxNode
+
+from streamcnn.capture.raw_calls import RawCalls
+from streamcnn.graph.in_place import changes_shape, functional_of, is_detached, is_view, revalued, scattered
+from streamcnn.graph.program import Ref
+
+
+class CurrentValues:
+    """Values by the node of the flat graph that made them, as they are after the calls so far.
+
+    Every value knows whose memory it views. A write to a view is scattered into what it views, up to the
+    tensor that owns the memory; another view of that is taken anew when it is read the next time.
+    """
+
+    def __init__(self, calls: RawCalls) -> None:
+        self._calls = calls
+        self._values: dict[FxNode, Any] = {}
+        """What reading a node gives now."""
+        self._same: dict[FxNode, FxNode] = {}
+        """In-place calls and the value that they return."""
+        self._viewed: dict[FxNode, FxNode] = {}
+        """Views and what they view."""
+        self._seen: dict[FxNode, int] = {}
+        """How often the memory of a node had been written to when its value was taken."""
+        self._writes: dict[FxNode, int] = {}
+
+    # --- what calls do -------------------------------------------------------------------------------
+
+    def set(self, node: FxNode, value: Any) -> None:
+        """Note what a node has given."""
+        self._values[node] = value
+
+    def set_same(self, node: FxNode, other: FxNode) -> None:
+        """Note that a node gives another one's value, whatever that holds."""
+        self._same[node] = other
+
+    def note_view(self, node: FxNode) -> None:
+        """Note whose memory a node views, if any."""
+        parent = is_view(node)
+        if parent is not None:
+            parent = self.itself(parent)
+            self._viewed[node] = parent
+            self._seen[node] = self._writes.get(self.owner(parent), 0)
+
+    def write(self, node: FxNode, written: FxNode, ref: Ref) -> None:
+        """Give ``written`` a new value, and everything that it is a view of."""
+        chain = [written]
+        while chain[-1] in self._viewed:
+            chain.append(self._viewed[chain[-1]])
+        new = {written: ref}
+        for view, parent in pairwise(chain):
+            before = self.read(parent)
+            target, args = scattered(view, before, new[view], self._calls.source(node))
+            name = self._calls.fresh(f"{node.name}_into")
+            new[parent] = self._calls.append(node, name, target, args, {})
+        self._keep_gradients(node, chain, new)
+        owner = chain[-1]
+        self._writes[owner] = self._writes.get(owner, 0) + 1
+        for member, value in new.items():
+            self._values[member] = value
+            self._seen[member] = self._writes[owner]
+
+    def _keep_gradients(self, node: FxNode, chain: list[FxNode], new: dict[FxNode, Any]) -> None:
+        """A write that autograd does not see changes the values of tensors and not where gradients go."""
+        unseen = self._calls.ambient and not self._calls.grad
+        for member in chain:
+            value = member.meta.get("val")
+            if unseen and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                inside, self._calls.grad = self._calls.grad, self._calls.ambient
+                name = self._calls.fresh(f"{node.name}_kept")
+                args = (self._values[member], new[member])
+                new[member] = self._calls.append(node, name, revalued, args, {})
+                self._calls.grad = inside
+            unseen = unseen or (self._calls.ambient and is_detached(member))
+
+    # --- reading -------------------------------------------------------------------------------------
+
+    def owns_memory(self, node: FxNode) -> bool:
+        """Whether a value is in memory of its own, and not in another's."""
+        return node not in self._viewed
+
+    def is_written(self, node: FxNode) -> bool:
+        """Whether a value, or a view of it, has been written to."""
+        return self._writes.get(node, 0) > 0
+
+    def itself(self, node: FxNode) -> FxNode:
+        """The value that an in-place call returns."""
+        while node in self._same:
+            node = self._same[node]
+        return node
+
+    def owner(self, node: FxNode) -> FxNode:
+        """The value whose memory it is in the end."""
+        while node in self._viewed:
+            node = self._viewed[node]
+        return node
+
+    def read(self, node: FxNode) -> Any:
+        """What ``node`` holds now; a view is taken again if what it views has been written to since."""
+        node = self.itself(node)
+        if node in self._viewed:
+            writes = self._writes.get(self.owner(node), 0)
+            if self._seen[node] != writes:
+                self._values[node] = self._again(node)
+                self._seen[node] = writes
+        return self._values[node]
+
+    def _again(self, node: FxNode) -> Ref:
+        args, kwargs = self.resolved(node)
+        if node.target is operator.getitem:
+            parts = node.args[0]
+            assert isinstance(parts, FxNode)
+            args = (self._again(parts), *args[1:])
+        target = node.target
+        assert callable(target)
+        if changes_shape(target):
+            target = functional_of(node, self._calls.source(node))[0]
+        return self._calls.append(node, self._calls.fresh(node.name), target, args, kwargs)
+
+    def resolved(self, node: FxNode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments, with what they hold now."""
+        args: tuple[Any, ...] = self.resolve(node.args)
+        kwargs: dict[str, Any] = self.resolve(node.kwargs)
+        return args, dict(kwargs)
+
+    def resolve(self, value: Any) -> Any:
+        """An argument, with what the nodes in it hold now."""
+        if isinstance(value, FxNode):
+            return self.read(value)
+        if isinstance(value, list):
+            return list(map(self.resolve, value))
+        if isinstance(value, tuple):
+            return tuple(map(self.resolve, value))
+        if isinstance(value, dict):
+            return {key: self.resolve(each) for key, each in value.items()}
+        return value

@@ -1,0 +1,102 @@
+"""The calls of a raw graph as they are recorded: named, and each with the blocks that it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+
+from streamcnn.capture.capture import RawNode
+from streamcnn.capture.lines import line_of
+from streamcnn.graph.autocast import Casts
+from streamcnn.graph.program import Ref
+
+_BLOCKS = frozenset({"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "lazy_load_decompositions"})
+
+
+def is_block(target: object) -> bool:
+    """Whether a call enters or leaves a block of the model, or does nothing."""
+    return getattr(target, "__name__", "") in _BLOCKS and not isinstance(target, OpOverload)
+
+
+class RawCalls:
+    """Calls that come of those of ``flat``; for the other parameters see ``functionalized``."""
+
+    def __init__(
+        self, flat: GraphModule, grad: bool, device: torch.device, path_of: Callable[[str], str]
+    ) -> None:
+        self.nodes: list[RawNode] = []
+        self.grad = self.ambient = grad
+        """Whether gradients are on: here, and where the pass begins."""
+        self.enables_grad = False
+        """Whether a block turns gradients on where they were off."""
+        self._device = device
+        self._path_of = path_of
+        self._casts: list[Casts | None] = [None]
+        self._names = {node.name for node in flat.graph.nodes}
+
+    def enter_or_leave(self, node: FxNode) -> None:
+        """Enter or leave a block of the model."""
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            self.grad = bool(node.args[0])
+            self.enables_grad = self.enables_grad or (self.grad and not self.ambient)
+        elif name == "_enter_autocast":
+            device, dtype, enabled = (*node.args, *(None,) * 3)[:3]
+            self._casts.append(self._casts_in(str(device), dtype, bool(enabled)))
+        elif name == "_exit_autocast":
+            self._casts.pop()
+
+    def _casts_in(self, device: str, dtype: Any, enabled: bool) -> Casts | None:
+        if device != self._device.type:
+            return self._casts[-1]
+        return Casts(device, (dtype or torch.get_autocast_dtype(device)) if enabled else None)
+
+    def append(
+        self,
+        node: FxNode,
+        name: str,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        in_place: Any = None,
+    ) -> Ref:
+        """Record a call that comes of ``node``."""
+        self.nodes.append(
+            RawNode(
+                name=name,
+                target=target,
+                args=args,
+                kwargs=kwargs,
+                source=self.source(node),
+                line=line_of(node.meta.get("stack_trace")),
+                in_place=in_place,
+                grad=self.grad,
+                casts=self._casts[-1],
+            )
+        )
+        return Ref(name)
+
+    def fresh(self, base: str) -> str:
+        """A name that no call has yet."""
+        name, count = base, 0
+        while name in self._names:
+            count += 1
+            name = f"{base}_{count}"
+        self._names.add(name)
+        return name
+
+    def source(self, node: FxNode) -> str:
+        """Module path in the user's model, if known."""
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            return ""
+        path, kind = list(stack.values())[-1]
+        name = kind if isinstance(kind, str) else kind.__name__
+        path = self._path_of(path)
+        return f"{path or 'model'} ({name.rsplit('.', 1)[-1]})"
