@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamcnn import StreamingModel
-from streamcnn.capture import capture, guards
+from streamcnn.capture import capture, dynamo_graphs, guards
 from streamcnn.errors import UnsupportedModel
 from streamcnn.runtime import plan_cache
 
@@ -90,7 +90,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(guards, "functionalized", "graphs")
+    counted(dynamo_graphs, "functionalized", "graphs")
     counted(plan_cache, "make_plan", "plans")
     return counts
 

@@ -13,40 +13,32 @@ several: then for all further ones at once, where that can be (:mod:`any_size`).
 
 from __future__ import annotations
 
-import operator
-import os
-import re
 import threading
 import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.nn.modules import module as module_hooks
 
 from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_in_time, outline, with_symbols
 from streamcnn.capture.batch_norms import all_processes
 from streamcnn.capture.caller_modes import collector, function_modes_aside
-from streamcnn.capture.capture import RawGraph, module_states, named_arguments
+from streamcnn.capture.capture import RawGraph
+from streamcnn.capture.dynamo_graphs import CannotBeGuarded, KeyedGraph, as_image, keyed_graph
 from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
-from streamcnn.capture.functional import functionalized
+from streamcnn.capture.unseen import Unseen
 from streamcnn.errors import StreamError
-from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, let_go, reads_values
 from streamcnn.support.recent import Recent
 
 Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 """Carries a captured graph out, given the tensors of its states by key; its results in order, without those
 that are only checked."""
 
-_GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 MOST_GRAPHS = 32
 """Graphs captured for images of one size each that are kept."""
 _MOST_OF_ANY_SIZE = 4
@@ -56,17 +48,6 @@ _MOST_KINDS = 16
 """Kinds of calls that such graphs are kept for."""
 _MOST_SIZES = 64
 """Sizes that the raw graphs of each are kept for."""
-
-
-class CannotBeGuarded(Exception):
-    """The forward pass holds code that Dynamo does not follow."""
-
-
-def as_image(image: Tensor) -> Tensor:
-    """The image as the model gets it, while its forward pass is captured."""
-    if not is_fake(image):
-        raise CannotBeGuarded("torch.compile is switched off")
-    return image.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,7 +72,7 @@ class GuardedForward:
         self._of_any_size: OrderedDict[_Kind, _Captures | None] = OrderedDict()
         """What was captured for those of all further sizes, the most recently used kind last; None where each
         is captured by itself."""
-        self._unseen = _Unseen((), {})
+        self._unseen = Unseen((), {})
 
     def __call__(
         self,
@@ -110,7 +91,7 @@ class GuardedForward:
         CannotBeGuarded
             If the forward pass cannot be captured whole; nothing has been run or changed.
         """
-        unseen = _Unseen.by(net)
+        unseen = Unseen.by(net)
         if not unseen.is_same(self._unseen):
             self._unseen = unseen
             self._of_size.clear()
@@ -201,33 +182,6 @@ def _called(
     return result
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Unseen:
-    """What Dynamo has no guards for: what modules' classes hold, hooks of all modules, and the environment's
-    variables."""
-
-    members: tuple[Any, ...]
-    environment: Mapping[str, str]
-
-    @classmethod
-    def by(cls, net: nn.Module) -> _Unseen:
-        """As it is now."""
-        kinds = dict.fromkeys(kind for module in net.modules() for kind in type(module).__mro__)
-        # Dynamo itself patches the base class when it is used first, and not what a call goes through.
-        own = (vars(kind).values() for kind in kinds if kind not in (nn.Module, object))
-        calls = (getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__"))
-        hooks = (hook for kind in _GLOBAL_HOOKS for hook in getattr(module_hooks, kind).values())
-        return cls((*chain.from_iterable(own), *calls, *hooks), dict(os.environ))
-
-    def is_same(self, other: _Unseen) -> bool:
-        """Whether nothing has changed in between."""
-        return (
-            len(self.members) == len(other.members)
-            and all(map(operator.is_, self.members, other.members))
-            and self.environment == other.environment
-        )
-
-
 class _Captures:
     """Graphs captured of one module's code: Dynamo's function of it, and the backend that it hands them to.
 
@@ -295,11 +249,11 @@ class _Captured:
 
     # Dynamo wraps it in functions that get a copy of whatever its ``__dict__`` holds at first: its graph
     # would stay, and with it fake tensors and their weak references to the parameters.
-    __slots__ = ("_lowered", "_module")
+    __slots__ = ("_keyed", "_module")
 
     def __init__(self, module: GraphModule) -> None:
         self._module: GraphModule | None = module
-        self._lowered = Recent[tuple[int, ...], _Lowered](_MOST_SIZES)
+        self._keyed = Recent[tuple[int, ...], KeyedGraph](_MOST_SIZES)
         """By the sizes that are not fixed."""
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
@@ -311,31 +265,17 @@ class _Captured:
         assert call is not None
         sizes = tuple(given for given in inputs if isinstance(given, int))
 
-        def make() -> _Lowered:
+        def make() -> KeyedGraph:
             assert self._module is not None
-            return call.lower(self._module, inputs)
+            return keyed_graph(call.net, call.arguments, self._module, inputs)
 
-        lowered = self._lowered.get(sizes, make)
+        keyed = self._keyed.get(sizes, make)
         if not sizes:
-            # It is lowered once.
+            # There will be no other.
             self._module = None
         call.has_begun = True
         call.settings.close()
-        return call.run(lowered.graph, lowered.states(inputs))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lowered:
-    """Dynamo's graph as a raw one."""
-
-    graph: RawGraph
-    keys: tuple[str | None, ...]
-    """For each input that is a tensor the key of a state, or None for the image."""
-
-    def states(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
-        """The states among the inputs of a call."""
-        tensors = (given for given in inputs if isinstance(given, Tensor))
-        return {key: given for key, given in zip(self.keys, tensors, strict=True) if key is not None}
+        return call.run(keyed.graph, keyed.states(inputs))
 
 
 class _GuardedCall:
@@ -348,70 +288,3 @@ class _GuardedCall:
         self.settings = ExitStack()
         """What holds while the call is captured, and no longer when its operators are carried out."""
         self.has_begun = False
-
-    def lower(self, module: GraphModule, inputs: Sequence[Any]) -> _Lowered:
-        """Dynamo's graph as a raw one, for inputs of these sizes; ints among them are sizes."""
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        images = {
-            node.args[0]
-            for node in module.graph.nodes
-            if node.op == "call_function" and node.target is as_image
-        }
-        given = [pair for pair in zip(placeholders, inputs, strict=True) if isinstance(pair[1], Tensor)]
-        named = _names(self.net, self.arguments)
-        keys = tuple(None if node in images else named.get(id(value), node.name) for node, value in given)
-        fakes = [_fake_of(node, value, is_image=node in images) for node, value in given]
-        mode = fakes[0].fake_mode  # type: ignore[attr-defined]
-        try:
-            return _Lowered(self._raw(module, inputs, keys, fakes, mode), keys)
-        finally:
-            let_go(mode)
-
-    def _raw(
-        self,
-        module: GraphModule,
-        inputs: Sequence[Any],
-        keys: tuple[str | None, ...],
-        fakes: list[Tensor],
-        mode: FakeTensorMode,
-    ) -> RawGraph:
-        grad = torch.is_grad_enabled()
-
-        def of_these_sizes(*tensors: Tensor) -> Any:
-            remaining = iter(tensors)
-            values = (next(remaining) if isinstance(value, Tensor) else value for value in inputs)
-            return Inliner(module, through=as_image).run(*values)
-
-        flat = flatten(of_these_sizes, fakes, mode, grad=grad)
-        if any(reads_values(node.target) for node in flat.graph.nodes):
-            raise CannotFlatten("a number is read from a tensor")
-        shape = next((tuple(fake.shape) for fake, key in zip(fakes, keys, strict=True) if key is None), ())
-        device = fakes[0].device
-        return functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
-
-
-def _fake_of(node: torch.fx.Node, given: Tensor, *, is_image: bool) -> Tensor:
-    """What an input is while its graph is lowered."""
-    fake: Tensor = node.meta["example_value"]
-    has_symbols = any(isinstance(size, torch.SymInt) for size in fake.shape)
-    if not is_image and not has_symbols:
-        return fake
-    with fake.fake_mode:  # type: ignore[attr-defined]
-        if is_image:
-            return torch.empty(given.shape, dtype=fake.dtype, device=fake.device)
-        alike = torch.empty_strided(given.shape, given.stride(), dtype=fake.dtype, device=fake.device)
-        return alike.requires_grad_(given.requires_grad)
-
-
-def _names(net: nn.Module, arguments: Any) -> dict[int, str]:
-    """Keys of tensors by their identity: qualified names, or the place among further arguments."""
-    named: dict[int, str] = {}
-    for key, tensor in (*named_arguments(arguments), *module_states(net).items()):
-        named.setdefault(id(tensor), key)
-    return named
-
-
-def _path_of(place: str) -> str:
-    """A submodule's qualified name, from Dynamo's name of its place."""
-    path = re.sub(r"\._modules\['([^']*)'\]", r".\1", place).removeprefix("L['net']")
-    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
