@@ -1,18 +1,23 @@
-"""Which line of the user's code a recorded call comes from."""
+"""Which code is the user's, and which line of it a recorded call comes from."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
+from streamcnn.capture.dynamo_settings import TORCH_FOLDER
 
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<number>\d+), in .*\n    (?P<code>.*)$', re.MULTILINE)
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
+
+
+def is_users(file: str) -> bool:
+    """Whether a file of Python code is neither PyTorch's nor this package's."""
+    return not file.startswith(_NOT_THE_USERS)
 
 
 def line_of(stack_trace: str | None) -> str:
-    """The innermost line outside of PyTorch and this package, as ``file.py:12: code``; empty if unknown.
+    """The innermost line of the user's code, as ``file.py:12: code``; empty if unknown.
 
     Parameters
     ----------
@@ -20,6 +25,6 @@ def line_of(stack_trace: str | None) -> str:
         As Python prints it, the innermost call last; None where none was recorded.
     """
     for frame in reversed([*_FRAME.finditer(stack_trace or "")]):
-        if not frame["file"].startswith(_NOT_THE_USERS):
+        if is_users(frame["file"]):
             return f"{Path(frame['file']).name}:{frame['number']}: {frame['code'].strip()}"
     return ""

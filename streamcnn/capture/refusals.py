@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from streamcnn.capture.dynamo_settings import TORCH_FOLDER, first_line
+from streamcnn.capture.dynamo_settings import first_line
+from streamcnn.capture.lines import is_users
 from streamcnn.errors import UnsupportedModel
 from streamcnn.support.units import plural
 
@@ -21,7 +22,6 @@ _ALLOWED = (
     "the plain model accepts this shape and arguments"
 )
 _READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
-_NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
 _OBSERVER = "ObserverBase"
 """What observers' classes derive from, in ``torch.ao``, which PyTorch is to lose, and in torchao."""
 _CHANNELS: dict[type[nn.Module], str] = {
@@ -125,5 +125,5 @@ def _line_of(error: Exception) -> str:
     """The last line of code outside PyTorch and this package that an error passed through; empty if there is
     none, or only generated code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.line and not frame.filename.startswith(_NOT_THE_USERS)]
+    own = [frame for frame in frames if frame.line and is_users(frame.filename)]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
