@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.folded_images  # these three fill the registry
+import streamcnn.capture.folded_axes  # these five fill the registry
+import streamcnn.capture.folded_images
 import streamcnn.capture.folded_losses
 import streamcnn.capture.folded_products
+import streamcnn.capture.folded_shapes
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved
 from streamcnn.capture.fake_calls import FakeCalls

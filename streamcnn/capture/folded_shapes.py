@@ -1,0 +1,106 @@
+"""Operators that regroup axes: how axes of space are merged, split and put in another order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from streamcnn.capture.folding import TRANSLATIONS, Folded, FoldingTracer, Runs, as_folded, as_seen
+from streamcnn.graph.ops import shape
+from streamcnn.graph.ops.rules import Call, NotStreamable
+from streamcnn.graph.program import Axes
+from streamcnn.graph.schemas import places_of_axes
+
+aten = torch.ops.aten
+
+
+def _reshape(tracer: FoldingTracer, call: Call) -> Any:
+    value = as_folded(tracer, call.args[0])
+    axes = tracer.axes(value.ref)
+    if axes is None:
+        return NotStreamable("it gives a global value the shape of a map")
+    after = tuple(tracer.fake_seen(call).shape)
+    if call.target in (aten.expand.default, aten.broadcast_to.default):
+        return _expand(tracer, value, after)
+    found = regrouping(tracer.spec(value.ref).shape, axes, after)
+    if found is None:
+        return NotStreamable("it splits a spatial axis unevenly or merges it with another in parts")
+    extents, runs = found
+    ref = value.ref
+    if extents != tracer.spec(ref).shape:
+        ref = tracer.stream(Call(aten.reshape.default, (ref, extents), {}))
+    return ref if isinstance(ref, NotStreamable) else as_seen(tracer, ref, runs, after)
+
+
+def regrouping(
+    before: Sequence[int], axes: Axes, after: Sequence[int]
+) -> tuple[tuple[int, ...], Runs] | None:
+    """A map's extents and its runs for a reshape of what the code sees to ``after``; None if it has none.
+
+    Both shapes are cut into the shortest stretches of axes that hold the same elements. Where no axis of
+    space is involved, the map takes the new axes. Where axes of space and others become one, they stay, as
+    a run. An axis of space that is split, or merged with others after it, is left to the rule of reshape.
+    """
+    extents: list[int] = []
+    runs: list[int] = []
+    i = k = 0
+    while i < len(before) or k < len(after):
+        first, start = i, k
+        if k < len(after) and after[k] == 1 and (i == len(before) or before[i] != 1):
+            k += 1  # an axis of one position is put in
+        elif i < len(before) and before[i] == 1 and i not in axes and (k == len(after) or after[k] != 1):
+            i += 1  # or taken out
+        elif i == len(before) or k == len(after):
+            return None
+        else:
+            i, k = i + 1, k + 1
+            while (held := math.prod(before[first:i])) != (holds := math.prod(after[start:k])):
+                if held < holds and i < len(before):
+                    i += 1
+                elif holds < held and k < len(after):
+                    k += 1
+                else:
+                    return None
+        spatial = [axis for axis in axes if first <= axis < i]
+        if spatial and k - start == 1 and (len(spatial) > 1 or spatial[0] > first):
+            extents += before[first:i]
+            runs.append(i - first)
+        elif spatial and (len(spatial) > 1 or spatial[0] > first):
+            inner = math.prod(after[start + 1 : k])
+            if spatial != [i - 1] or before[i - 1] % inner:
+                return None
+            # Its outer part goes with what is before it, its inner part is of other axes.
+            extents += (*before[first : i - 1], before[i - 1] // inner, *after[start + 1 : k])
+            runs += [i - first] + [1] * (k - start - 1)
+        else:
+            extents += after[start:k]
+            runs += [1] * (k - start)
+    return tuple(extents), tuple(runs)
+
+
+def _expand(tracer: FoldingTracer, value: Folded, after: tuple[int, ...]) -> Any:
+    extents = tracer.spec(value.ref).shape
+    before = value.seen(extents)
+    added = len(after) - len(before)
+    wanted = list(after[:added])
+    for axis, extent in enumerate(after[added:]):
+        if value.runs[axis] > 1 and extent != before[axis]:
+            return NotStreamable("it repeats merged axes of space")
+        wanted += [extents[i] for i in value.span(axis)] if value.runs[axis] > 1 else [extent]
+    result = tracer.stream(Call(aten.expand.default, (value.ref, wanted), {}))
+    return as_seen(tracer, result, (1,) * added + value.runs, after)
+
+
+def _permute(tracer: FoldingTracer, call: Call) -> Any:
+    value = as_folded(tracer, call.args[0])
+    places = places_of_axes(call.target, len(value.runs), call.args[1:], call.kwargs)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    axes = [i for axis in order for i in value.span(axis)]
+    result = tracer.stream(Call(aten.permute.default, (value.ref, axes), {}))
+    return as_seen(tracer, result, tuple(value.runs[axis] for axis in order), tracer.fake_seen(call).shape)
+
+
+TRANSLATIONS.update({shape.reshape: _reshape, shape.permute: _permute})
