@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.data.map_files import check_place, write_map
 from streamcnn.data.reader import Image
 from streamcnn.data.sources import ImageSource, as_sources
 from streamcnn.data.sources.placement import Placement
@@ -93,6 +95,42 @@ class PredictionCalls:
         return self._known[place]
 
 
+class MapWriter:
+    """Writes the map of one image to ``place``.
+
+    Raises
+    ------
+    CannotWrite
+        If something is at ``place`` already and is not to be overwritten.
+    DatasetMismatch
+        If it is not one image.
+    """
+
+    def __init__(
+        self, place: Path, image: Image, *, overwrite: bool, class_names: Sequence[str] | None
+    ) -> None:
+        check_place(place, overwrite=overwrite)
+        _require_one_image(image)
+        self._place = place
+        self._image = image
+        self._class_names = class_names
+        self._is_written = False
+
+    def keep(self, store: Store) -> Tensor:
+        """Write a stored map; what the module is told that its result is."""
+        found = _as_stored_map(store)
+        placement = _placement_of(self._image).of_map(found.shape[1:])
+        write_map(self._place, found, placement, class_names=self._class_names)
+        self._is_written = True
+        return stand_in(store.spec.shape, store.spec.dtype, torch.device("cpu"))
+
+    def finished(self, result: Tensor) -> Path:
+        """The path of the map, written now if the pass has made it whole."""
+        if not self._is_written:
+            self.keep(_whole_map(result))
+        return self._place
+
+
 class StoredMap(ImageSource):
     """The map (1, C, H, W) in a store as an image (C, H, W)."""
 
@@ -107,7 +145,7 @@ class StoredMap(ImageSource):
         return self._store.read(region)[0].cpu().to(self.dtype)
 
 
-def as_stored_map(store: Store) -> StoredMap:
+def _as_stored_map(store: Store) -> StoredMap:
     """The map that is written.
 
     Raises
@@ -125,7 +163,7 @@ def _no_map(found: str) -> UnsupportedModel:
     return UnsupportedModel(f"the model's result {found}: allowed is a map (1, C, H, W) of one image")
 
 
-def require_one_image(image: Image) -> None:
+def _require_one_image(image: Image) -> None:
     """Make sure that it is one, before it is read.
 
     Raises
@@ -138,14 +176,14 @@ def require_one_image(image: Image) -> None:
         raise DatasetMismatch(f"a map of one image is written, and {count} are given: call it for each image")
 
 
-def placement_of(image: Image) -> Placement:
+def _placement_of(image: Image) -> Placement:
     """Where the pixels of one image lie."""
     if isinstance(image, Tensor):
         return Placement((image.shape[2], image.shape[3]))
     return as_sources(image)[0].placement
 
 
-def whole_map(result: Tensor) -> Store:
+def _whole_map(result: Tensor) -> Store:
     """A result that was made whole, because an operator without a rule gives it.
 
     Raises
@@ -158,11 +196,6 @@ def whole_map(result: Tensor) -> Store:
     store = MemoryStore(StoreSpec(tuple(result.shape), result.dtype, (2, 3)), torch.device("cpu"))
     store.write(Region.whole(store.spec.size), result)
     return store
-
-
-def stands_in(store: Store) -> Tensor:
-    """What a module is told that its result is, when that has been written."""
-    return stand_in(store.spec.shape, store.spec.dtype, torch.device("cpu"))
 
 
 @contextmanager

@@ -7,51 +7,37 @@ whose ``backward()`` fills the same gradients.
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import device_of
 from streamcnn.capture.forward_pass import ForwardPass
-from streamcnn.capture.subclasses import has_own_functions
 from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.kept_blocks import give_back
-from streamcnn.data.map_files import check_place, write_map
 from streamcnn.data.reader import BatchReader, Image, Preprocess
-from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
 from streamcnn.graph.flattening import TRACING, is_fake
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine
 from streamcnn.runtime.arguments import Arguments
+from streamcnn.runtime.given_image import as_shape, image_by_name, is_image, like_image
 from streamcnn.runtime.module_facade import ModuleFacade
+from streamcnn.runtime.options import OPTIONS, as_folder, as_tile
 from streamcnn.runtime.passes import ImageSpec, Passes, wants_gradient
 from streamcnn.runtime.plan_cache import Planned, module_dtype
-from streamcnn.runtime.prediction import (
-    Key,
-    Output,
-    PredictionCalls,
-    as_stored_map,
-    evaluating,
-    placement_of,
-    require_one_image,
-    stands_in,
-    whole_map,
-)
+from streamcnn.runtime.prediction import Key, MapWriter, Output, PredictionCalls, evaluating
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
-from streamcnn.runtime.target_errors import classes_beyond, other_size, raise_told, unknown_class
+from streamcnn.runtime.target_errors import telling
 from streamcnn.runtime.with_loss import Loss, LossCalls
-from streamcnn.stores import SpareFiles, SparePinned, Store
+from streamcnn.stores import SpareFiles, SparePinned
 from streamcnn.support.units import format_bytes, parse_bytes
 
 
@@ -111,8 +97,8 @@ class StreamingModel(ModuleFacade):
         compile: bool = False,
     ) -> None:
         self.budget = parse_bytes(budget)
-        self.tile = _as_tile(tile)
-        self.spill = _as_folder(spill)
+        self.tile = as_tile(tile)
+        self.spill = as_folder(spill)
         self.preprocess = preprocess
         self.compiles = compile
         self.last_report: Report | None = None
@@ -135,7 +121,7 @@ class StreamingModel(ModuleFacade):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Options may be set between passes as they are given at first.
-        understood = _OPTIONS.get(name)
+        understood = OPTIONS.get(name)
         super().__setattr__(name, value if understood is None else understood(value))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,8 +224,8 @@ class StreamingModel(ModuleFacade):
         dtype: torch.dtype | None = None,
     ) -> ImageSpec:
         """What is known of images, or of a shape."""
-        if not _is_image(image):
-            return ImageSpec(_as_shape(image), dtype or module_dtype(self.net), requires_grad=False)
+        if not is_image(image):
+            return ImageSpec(as_shape(image), dtype or module_dtype(self.net), requires_grad=False)
         reader = BatchReader(image, self._device(), self.preprocess)
         return ImageSpec(reader.shape, dtype or reader.dtype, wants_gradient(image), reader.reading)
 
@@ -346,11 +332,11 @@ class StreamingModel(ModuleFacade):
             For a module that cannot be captured and for images that cannot be used.
         """
         if image is None:
-            image, kwargs = self._image_by_name(kwargs)
+            image, kwargs = image_by_name(self.net, kwargs)
         if is_fake(image):
             # Inside another model, which is being captured.
             return self.net(image, *args, **kwargs)
-        return _like(image, self._streamed(self.net, self._call, image, args, kwargs))
+        return like_image(image, self._streamed(self.net, self._call, image, args, kwargs))
 
     @_disable_dynamo
     def streamed_loss(self, image: Image, target: Any, loss: Loss, **maps: Any) -> Tensor:
@@ -379,14 +365,8 @@ class StreamingModel(ModuleFacade):
             If a mask that is read from a source does not fit the output, or holds a class that it has not.
         """
         module, call = self._losses.of(self.net, loss)
-        try:
+        with telling(image, target):
             result: Tensor = self._streamed(module, call, image, (target, maps), {})
-        except IndexError as error:
-            raise_told(unknown_class(error, target), error)
-        except UnsupportedModel as error:
-            raise_told(other_size(error, image, target), error)
-        except RuntimeError as error:
-            raise_told(classes_beyond(error, target), error)
         return result
 
     @_disable_dynamo
@@ -442,22 +422,11 @@ class StreamingModel(ModuleFacade):
         """
         place = Path(path)
         module, call = self._predictions.of(self.net, output, key, dtype)
-        check_place(place, overwrite=overwrite)
-        require_one_image(image)
-        is_written = False
-
-        def keep(store: Store) -> Tensor:
-            nonlocal is_written
-            found = as_stored_map(store)
-            write_map(place, found, placement_of(image).of_map(found.shape[1:]), class_names=class_names)
-            is_written = True
-            return stands_in(store)
-
+        writer = MapWriter(place, image, overwrite=overwrite, class_names=class_names)
+        given = (tuple(inputs), dict(named_inputs or {}))
         with evaluating(self.net):
-            result = self._streamed(module, call, image, (tuple(inputs), dict(named_inputs or {})), {}, keep)
-        if not is_written:
-            keep(whole_map(result))
-        return place
+            result = self._streamed(module, call, image, given, {}, writer.keep)
+        return writer.finished(result)
 
     def _streamed(
         self,
@@ -475,60 +444,3 @@ class StreamingModel(ModuleFacade):
         reader = BatchReader(image, self._device(), self.preprocess)
         given = Arguments.of(args, kwargs, reader.device)
         return self._passes.run(self, net, call, image, reader, given, keep)
-
-    def _image_by_name(self, kwargs: dict[str, Any]) -> tuple[Image, dict[str, Any]]:
-        """The image that was passed under the name that the module gives it, and what else was passed."""
-        name = next(iter(inspect.signature(self.net.forward).parameters), "")
-        if name not in kwargs:
-            raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
-        return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
-
-
-def _is_image(image: tuple[int, int, int, int] | Image) -> TypeGuard[Image]:
-    """Whether it is no numbers, which are a shape."""
-    return not isinstance(image, (tuple, list)) or not any(isinstance(each, Integral) for each in image)
-
-
-def _as_shape(shape: Any) -> tuple[int, int, int, int]:
-    if len(shape) != 4 or any(not isinstance(each, Integral) or each < 1 for each in shape):
-        raise ValueError(
-            f"shape={tuple(shape)}: allowed are four positive whole numbers (N, C, H, W), or images as for "
-            "the model itself"
-        )
-    n, c, h, w = map(int, shape)
-    return (n, c, h, w)
-
-
-def _like(image: Image, results: Any) -> Any:
-    """The results of a module as plain PyTorch gives them for an image of a subclass of Tensor.
-
-    Inside of a pass some are of that class and some are not, since stored maps are plain tensors.
-    """
-    kind: Any = type(image)
-    if not isinstance(image, Tensor) or kind is Tensor or has_own_functions(kind):
-        return results
-    return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)
-
-
-def _as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if tile is None:
-        return None
-    edges = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
-    if len(edges) != 2 or any(not isinstance(e, int) or isinstance(e, bool) or e < 1 for e in edges):
-        raise ValueError(
-            f"tile={tile!r}: allowed are a positive whole number of pixels or a pair (h, w) of them"
-        )
-    return (edges[0], edges[1])
-
-
-def _as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
-    if spill is None:
-        return None
-    folder = Path(spill)
-    if not folder.is_dir():
-        raise ValueError(f"spill={str(spill)!r} is no folder: create it, or pass None for the temporary one")
-    return folder
-
-
-_OPTIONS: dict[str, Callable[[Any], Any]] = {"budget": parse_bytes, "tile": _as_tile, "spill": _as_folder}
-"""Options that are given in several forms, and what makes one of them."""

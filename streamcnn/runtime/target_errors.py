@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from streamcnn.data.mask_values import values_of
 from streamcnn.data.reader import Image
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import DatasetMismatch, UnsupportedModel
 from streamcnn.geometry.regions import Interval, Region
 
 _UNKNOWN_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
@@ -26,14 +27,33 @@ def sources_of(value: Any) -> Sequence[ImageSource]:
     return [source for source in each if isinstance(source, ImageSource)]
 
 
-def raise_told(told: DatasetMismatch | None, error: Exception) -> NoReturn:
+@contextmanager
+def telling(image: Image, target: Any) -> Iterator[None]:
+    """A block in which a loss of the model's output for ``image`` takes ``target``, read from sources or not.
+
+    Raises
+    ------
+    DatasetMismatch
+        If what the loss says is about a mask; any other error comes as it is.
+    """
+    try:
+        yield
+    except IndexError as error:
+        _raise_told(_unknown_class(error, target), error)
+    except UnsupportedModel as error:
+        _raise_told(_other_size(error, image, target), error)
+    except RuntimeError as error:
+        _raise_told(_classes_beyond(error, target), error)
+
+
+def _raise_told(told: DatasetMismatch | None, error: Exception) -> NoReturn:
     """Raise what ``error`` means, or the error itself as it came, with its own cause."""
     if told is None:
         raise error
     raise told from error
 
 
-def unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
+def _unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
     """Where a target read from sources holds the class that a loss does not know; None if that is not it."""
     found = _UNKNOWN_CLASS.search(str(error))
     if found is None:
@@ -50,7 +70,7 @@ def unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
     return None
 
 
-def classes_beyond(error: RuntimeError, target: Any) -> DatasetMismatch | None:
+def _classes_beyond(error: RuntimeError, target: Any) -> DatasetMismatch | None:
     """Which classes targets read from sources hold, if a loss does not know one of them; None if it does."""
     if _NOT_ONE_HOT not in str(error):
         return None
@@ -77,7 +97,7 @@ def _place_of(source: ImageSource, value: int) -> tuple[int, int] | None:
     return None
 
 
-def other_size(error: Exception, image: Image, target: Any) -> DatasetMismatch | None:
+def _other_size(error: Exception, image: Image, target: Any) -> DatasetMismatch | None:
     """Which mask has another size than its image, where a loss has refused it; None if none has."""
     images, masks = sources_of(image), sources_of(target)
     size = images[0].shape[1:] if images else tuple(image.shape[2:])  # type: ignore[union-attr]

@@ -1,0 +1,61 @@
+"""The image of a call as users give it: by place or by name, or its shape for a plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any, TypeGuard
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from streamcnn.capture.subclasses import has_own_functions
+from streamcnn.data.reader import Image
+
+
+def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dict[str, Any]]:
+    """The image that was passed under the name that the module gives it, and what else was passed.
+
+    Raises
+    ------
+    TypeError
+        If it was not.
+    """
+    name = next(iter(inspect.signature(net.forward).parameters), "")
+    if name not in kwargs:
+        raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
+    return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
+
+
+def is_image(image: tuple[int, int, int, int] | Image) -> TypeGuard[Image]:
+    """Whether it is no numbers, which are a shape."""
+    return not isinstance(image, (tuple, list)) or not any(isinstance(each, Integral) for each in image)
+
+
+def as_shape(shape: Any) -> tuple[int, int, int, int]:
+    """A shape (N, C, H, W) that is one.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    if len(shape) != 4 or any(not isinstance(each, Integral) or each < 1 for each in shape):
+        raise ValueError(
+            f"shape={tuple(shape)}: allowed are four positive whole numbers (N, C, H, W), or images as for "
+            "the model itself"
+        )
+    n, c, h, w = map(int, shape)
+    return (n, c, h, w)
+
+
+def like_image(image: Image, results: Any) -> Any:
+    """The results of a module as plain PyTorch gives them for an image of a subclass of Tensor.
+
+    Inside of a pass some are of that class and some are not, since stored maps are plain tensors.
+    """
+    kind: Any = type(image)
+    if not isinstance(image, Tensor) or kind is Tensor or has_own_functions(kind):
+        return results
+    return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)

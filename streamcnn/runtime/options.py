@@ -1,0 +1,37 @@
+"""Options of a model in the forms that they are given in, and what makes one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from streamcnn.support.units import parse_bytes
+
+
+def as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if tile is None:
+        return None
+    edges = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
+    if len(edges) != 2 or any(not isinstance(e, int) or isinstance(e, bool) or e < 1 for e in edges):
+        raise ValueError(
+            f"tile={tile!r}: allowed are a positive whole number of pixels or a pair (h, w) of them"
+        )
+    return (edges[0], edges[1])
+
+
+def as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
+    if spill is None:
+        return None
+    folder = Path(spill)
+    if not folder.is_dir():
+        raise ValueError(f"spill={str(spill)!r} is no folder: create it, or pass None for the temporary one")
+    return folder
+
+
+OPTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {"budget": parse_bytes, "tile": as_tile, "spill": as_folder}
+)
+"""What makes one form of an option, by its name."""
