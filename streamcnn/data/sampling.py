@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,23 @@ class ResumableSampler(Sampler[int]):
             yield self._present()[self.position - 1]
         self.epoch += 1
         self.position = 0
+
+    def groups(self, size: int, announce: Callable[[int], None]) -> Iterator[list[int]]:
+        """The rest of the present epoch, ``size`` positions at a time, at its end those that are left.
+
+        When positions are handed out, the sampler stands behind them. Each is announced as soon as the one
+        before it is taken.
+        """
+        epoch, positions = self.epoch, list[int]()
+        for position in self:
+            positions.append(position)
+            upcoming = self.upcoming()
+            if upcoming is not None:
+                announce(upcoming)
+            if len(positions) == size or upcoming is None:
+                yield positions
+                positions = []
+        assert self.epoch == epoch + 1
 
     def upcoming(self) -> int | None:
         """The position that is handed out next in this epoch; None at its end."""

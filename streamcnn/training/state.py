@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,12 @@ from torch import Tensor
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError
 from streamcnn.support.documents import conform, require_flat
-from streamcnn.training.checkpoints import is_checkpoint_name
+from streamcnn.training.progress import Progress, require_count
 
 FORMAT = 2
 """Of a checkpoint's contents."""
 _FIRST = 1
 """The format from before there were other tasks than classification."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is.
-
-    Raises
-    ------
-    ValueError
-        If a count is negative, the score is none, or ``best`` is no checkpoint's name.
-    """
-
-    update: int = 0
-    epoch: int = 0
-    """Epochs that are over."""
-    num_images: int = 0
-    """Images of the present epoch so far; what follows is summed over them."""
-    loss_sum: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    """What the task tells of each image, by name."""
-    best_score: float = -1.0
-    """On the validation images, by the task's measure."""
-    best: str | None = None
-    """Name of the checkpoint with that score."""
-    epochs_since_best: int = 0
-    is_over: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("update", "epoch", "num_images", "epochs_since_best"):
-            _require_count(name, getattr(self, name))
-        if not -1 <= self.best_score <= 1:
-            raise ValueError(f"best_score={self.best_score}: allowed are shares, and -1 for none")
-        if self.best is not None and not is_checkpoint_name(self.best):
-            raise ValueError(f"best={self.best!r}: allowed are names of checkpoints, and None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +32,7 @@ class _Place:
 
     def __post_init__(self) -> None:
         for name in ("length", "epoch", "position"):
-            _require_count(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         if self.position > self.length:
             raise ValueError(f"position={self.position}: allowed are 0 to length={self.length}")
 
@@ -84,7 +50,7 @@ class _Facts:
     log_bytes: int
 
     def __post_init__(self) -> None:
-        _require_count("log_bytes", self.log_bytes)
+        require_count("log_bytes", self.log_bytes)
         require_flat("identity", self.identity)
 
 
@@ -177,8 +143,3 @@ def _require_mapping(name: str, found: object, where: Path) -> None:
         raise DamagedCheckpoint(
             f"{where}: {name} is a {type(found).__name__}: allowed is a dict with names as keys"
         )
-
-
-def _require_count(name: str, found: int) -> None:
-    if not 0 <= found < 2**63:
-        raise ValueError(f"{name}={found}: allowed are 0 and more, below 2**63")

@@ -42,11 +42,12 @@ from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
 from streamcnn.training.naming import naming
 from streamcnn.training.optimisation import Optimisation
+from streamcnn.training.progress import Progress
 from streamcnn.training.random_states import random_states, seed_all, set_random_states
 from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
-from streamcnn.training.state import FORMAT, Progress, progress_of, require_state, restoring
+from streamcnn.training.state import FORMAT, progress_of, require_state, restoring
 from streamcnn.training.task import Evaluation, Task
-from streamcnn.training.update_record import UpdateRecord, add_to
+from streamcnn.training.update_record import UpdateRecord
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Told the kind and the values of each line that is written to the log."""
@@ -309,10 +310,10 @@ class Trainer:
             warnings.warn(
                 f"{best}, the best checkpoint, is gone: the next epoch is taken for the best", stacklevel=3
             )
-            self.progress.best, self.progress.best_score = None, -1.0
+            self.progress.forget_best()
         self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
-        self.progress.is_over = self._is_over()
+        self._decide_whether_over()
 
     def _find_plan_digest(self) -> str | None:
         """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
@@ -325,7 +326,8 @@ class Trainer:
         """The rest of the present epoch."""
         self.model.train()
         self.images.set_epoch(self.sampler.epoch)
-        for positions in self._updates():
+        size = self.settings.batch_size * self.settings.accumulate
+        for positions in self.sampler.groups(size, self.images.prefetch):
             self._update(positions)
             if self.progress.update % self.settings.save_every == 0 and not self._end_request.is_made:
                 self._save()
@@ -337,33 +339,16 @@ class Trainer:
             self._save()
             raise self._end_request.to_error(self.progress.update)
 
-    def _updates(self) -> Iterator[list[int]]:
-        """Positions of the images of each update; when one is handed out, the sampler stands behind it."""
-        size = self.settings.batch_size * self.settings.accumulate
-        epoch, positions = self.sampler.epoch, list[int]()
-        for position in self.sampler:
-            positions.append(position)
-            upcoming = self.sampler.upcoming()
-            if upcoming is not None:
-                self.images.prefetch(upcoming)
-            if len(positions) == size or upcoming is None:
-                yield positions
-                positions = []
-        assert self.sampler.epoch == epoch + 1
-
     def _update(self, positions: list[int]) -> None:
         """One step of the optimiser, on the gradients of all ``positions``."""
-        progress, size, record = self.progress, self.settings.batch_size, UpdateRecord()
+        size, record = self.settings.batch_size, UpdateRecord()
         learning_rate = self.optimisation.learning_rate
         self.optimisation.clear_gradients()
         for at in range(0, len(positions), size):
             self._add_batch(positions[at : at + size], 1 / len(positions), record)
         self.optimisation.step()
-        progress.update += 1
-        progress.num_images += record.num_images
-        progress.loss_sum += record.loss_sum
-        add_to(progress.sums, record.sums)
-        self._note("update", record.values(epoch=progress.epoch, learning_rate=learning_rate))
+        self.progress.add(record)
+        self._note("update", record.values(epoch=self.progress.epoch, learning_rate=learning_rate))
 
     def _add_batch(self, batch: list[int], weight: float, record: UpdateRecord) -> None:
         """Add the gradients of one forward pass."""
@@ -448,26 +433,16 @@ class Trainer:
         """Note the validation, decide what comes next, and save."""
         progress = self.progress
         self.optimisation.end_epoch(found.loss)
-        sums, count = {"loss": progress.loss_sum, **progress.sums}, max(progress.num_images, 1)
-        means = {name: value / count for name, value in sums.items()}
-        values = {"epoch": progress.epoch, **means, "validation_loss": found.loss, **found.to_log()}
-        self._note("epoch", values)
-        progress.epoch += 1
-        progress.num_images, progress.loss_sum, progress.sums = 0, 0.0, {}
-        is_better = found.value > progress.best_score
-        progress.epochs_since_best = 0 if is_better else progress.epochs_since_best + 1
+        values = {"validation_loss": found.loss, **found.to_log()}
+        self._note("epoch", {"epoch": progress.epoch, **progress.means(), **values})
+        is_better = progress.end_epoch(found.value)
         if is_better:
             found.keep(self.folder)
-            progress.best_score = found.value
             progress.best = self.checkpoints.next_name(progress.update)
-        progress.is_over = self._is_over()
+        self._decide_whether_over()
         self._save()
         if is_better:
             self.checkpoints.mark_best(progress.best)
 
-    def _is_over(self) -> bool:
-        """Whether all epochs are over, or too many were no better."""
-        patience = self.settings.patience
-        return self.progress.epoch >= self.settings.epochs or (
-            patience is not None and self.progress.epochs_since_best >= patience
-        )
+    def _decide_whether_over(self) -> None:
+        self.progress.is_over = self.progress.reaches(self.settings.epochs, self.settings.patience)

@@ -1,0 +1,84 @@
+"""How far a run is, and what its updates and epochs add to that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from streamcnn.training.checkpoints import is_checkpoint_name
+from streamcnn.training.update_record import UpdateRecord, add_to
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is.
+
+    Raises
+    ------
+    ValueError
+        If a count is negative, the score is none, or ``best`` is no checkpoint's name.
+    """
+
+    update: int = 0
+    epoch: int = 0
+    """Epochs that are over."""
+    num_images: int = 0
+    """Images of the present epoch so far; what follows is summed over them."""
+    loss_sum: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    """What the task tells of each image, by name."""
+    best_score: float = -1.0
+    """On the validation images, by the task's measure."""
+    best: str | None = None
+    """Name of the checkpoint with that score."""
+    epochs_since_best: int = 0
+    is_over: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("update", "epoch", "num_images", "epochs_since_best"):
+            require_count(name, getattr(self, name))
+        if not -1 <= self.best_score <= 1:
+            raise ValueError(f"best_score={self.best_score}: allowed are shares, and -1 for none")
+        if self.best is not None and not is_checkpoint_name(self.best):
+            raise ValueError(f"best={self.best!r}: allowed are names of checkpoints, and None")
+
+    def add(self, record: UpdateRecord) -> None:
+        """Count an update, with what it has given."""
+        self.update += 1
+        self.num_images += record.num_images
+        self.loss_sum += record.loss_sum
+        add_to(self.sums, record.sums)
+
+    def means(self) -> dict[str, float]:
+        """The loss and what the task tells, by name, as means over the images of the present epoch."""
+        sums, count = {"loss": self.loss_sum, **self.sums}, max(self.num_images, 1)
+        return {name: value / count for name, value in sums.items()}
+
+    def end_epoch(self, score: float) -> bool:
+        """Count the present epoch; whether its score is better than all before."""
+        self.epoch += 1
+        self.num_images, self.loss_sum, self.sums = 0, 0.0, {}
+        is_better = score > self.best_score
+        self.epochs_since_best = 0 if is_better else self.epochs_since_best + 1
+        if is_better:
+            self.best_score = score
+        return is_better
+
+    def forget_best(self) -> None:
+        """Take the next epoch for the best."""
+        self.best, self.best_score = None, -1.0
+
+    def reaches(self, epochs: int, patience: int | None) -> bool:
+        """Whether so many epochs are over, or more than patience allows were no better."""
+        return self.epoch >= epochs or (patience is not None and self.epochs_since_best >= patience)
+
+
+def require_count(name: str, found: int) -> None:
+    """Make sure that a field is one.
+
+    Raises
+    ------
+    ValueError
+        If it is negative, or too large to be one.
+    """
+    if not 0 <= found < 2**63:
+        raise ValueError(f"{name}={found}: allowed are 0 and more, below 2**63")
