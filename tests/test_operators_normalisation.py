@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn import StreamingModel
-from streamcnn.graph.ops import normalization
+from streamcnn.graph.ops import norm_pass
 
 # --- normalisation ------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def test_gradients_of_weight_and_bias_are_made_like_a_weight(
         called.append(weight is not None or not (wanted[1] or wanted[2]))
         return torch.ops.aten.native_batch_norm_backward(gradient, x, weight, *args)
 
-    monkeypatch.setattr(normalization, "aten", SimpleNamespace(native_batch_norm_backward=backward))
+    monkeypatch.setattr(norm_pass, "aten", SimpleNamespace(native_batch_norm_backward=backward))
     assert_streamed_equals_plain(normalized(case()), SHAPE, tile=TILE)
     assert called
     assert all(called)
@@ -74,7 +74,7 @@ def test_a_tile_is_normalised_by_few_operators() -> None:
     scale, shift = (torch.rand(SHAPE[1], requires_grad=True) for _ in range(2))
     found: list[Tensor] = []
     forward = count_operators(
-        lambda: found.append(normalization.normalize(x, mean, scale, shift)),
+        lambda: found.append(norm_pass.normalize(x, mean, scale, shift)),
     )
     assert forward == {"full_like": 1, "native_batch_norm": 1}
     sent = torch.randn(SHAPE)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.ops.activations import RELU, Activation, activation_of
-from streamcnn.graph.ops.normalization import normalize
+from streamcnn.graph.ops.norm_pass import normalize
 from streamcnn.graph.ops.rules import Call
 from streamcnn.graph.program import Ref, substitute
 from streamcnn.graph.schemas import in_place_form, operator_name
