@@ -15,7 +15,7 @@ from streamcnn.execution import combiner
 from streamcnn.execution.backward_tile import told_apart
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops import channel_kernels
-from streamcnn.graph.ops.reduction_types import Moments
+from streamcnn.graph.ops.moments import Moments
 from streamcnn.stores import Store, memory
 from streamcnn.stores.memory import MemoryStore
 from streamcnn.support.models import load_model

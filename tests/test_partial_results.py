@@ -15,10 +15,10 @@ from streamcnn.execution import combiner
 from streamcnn.execution.combiner import Combiner
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.reduction_types import (
     AlongOneAxis,
     Extremum,
-    Moments,
     ProductSum,
     Reduction,
     Sum,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.graph.costs import Cost, Operation, Saves, declare
+from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.norm_pass import normalize, normalize_images, scale_and_shift
 from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
-from streamcnn.graph.ops.reduction_types import Moments, statistics_dtype
+from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref

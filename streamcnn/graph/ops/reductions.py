@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.graph.costs import NOTHING, Cost, declare
+from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.pointwise import per_position, pointwise
-from streamcnn.graph.ops.reduction_types import AlongOneAxis, Extremum, Moments, Placeable, Sum, VectorNorm
+from streamcnn.graph.ops.reduction_types import AlongOneAxis, Extremum, Placeable, Sum, VectorNorm
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Ref
