@@ -19,7 +19,8 @@ import typer
 import zarr
 
 from benchmarks.record import append
-from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.baseline import Baseline
+from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.data.ultramnist import Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
 

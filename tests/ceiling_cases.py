@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from streamcnn.ceiling import allocator, heap
-from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.baseline import Baseline
+from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.ceiling.process import status_bytes
 from streamcnn.ceiling.refusals import is_out_of_memory
 

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from streamcnn import StreamingModel
 from streamcnn.ceiling.allocator import start_thread_pool
-from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.baseline import Baseline
+from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.ceiling.kept_blocks import KeptBlocks, extents, free_block_bytes
 from streamcnn.ceiling.process import status_bytes
 from streamcnn.ceiling.refusals import is_out_of_memory

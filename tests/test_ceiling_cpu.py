@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamcnn.ceiling import allocator, cpu, heap, process
+from streamcnn.ceiling import allocator, data_segment, heap, process
 from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.errors import StreamError
@@ -274,7 +274,7 @@ def test_a_kernel_that_ignores_the_limit_is_an_error(monkeypatch: pytest.MonkeyP
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    monkeypatch.setattr(cpu, "_is_refused", lambda nbytes: False)
+    monkeypatch.setattr(data_segment, "_is_refused", lambda nbytes: False)
     with pytest.raises(StreamError, match="cannot be enforced"), DataLimit(1000 * MB):
         pass
     assert resource.getrlimit(resource.RLIMIT_DATA) == before

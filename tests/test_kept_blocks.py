@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamcnn.ceiling import kept_blocks
-from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.baseline import Baseline
+from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.ceiling.kept_blocks import LEAST_BYTES, KeptBlocks, extents, free_block_bytes, give_back
 from streamcnn.ceiling.process import status_bytes
 from streamcnn.ceiling.refusals import is_out_of_memory

@@ -27,25 +27,16 @@ process fit to be limited.
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 import threading
-from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from streamcnn.ceiling.allocator import (
-    cache_thread_stack,
-    free_matrix_buffers,
-    set_mmap_threshold,
-    start_thread_pool,
-    trim_heap,
-)
-from streamcnn.ceiling.caps import LowestCap
-from streamcnn.ceiling.children import watch_starts
-from streamcnn.ceiling.heap import HoleFiller, free_heap_bytes
-from streamcnn.ceiling.kept_blocks import KeptBlocks, free_block_bytes, resident_free_block_bytes
+from streamcnn.ceiling.allocator import free_matrix_buffers, set_mmap_threshold
+from streamcnn.ceiling.baseline import HEAP_LEAST, Baseline
+from streamcnn.ceiling.data_segment import data_caps, is_enforced, not_enforced, soft_limit
+from streamcnn.ceiling.kept_blocks import KeptBlocks
 from streamcnn.ceiling.peak import Peak, PeakGauge
 from streamcnn.ceiling.process import resident_bytes, status_bytes, untouched_code_bytes
 from streamcnn.errors import BudgetExceeded, StreamError
@@ -53,72 +44,14 @@ from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
 
 _HEAP_SHARE = 8
-_HEAP_LEAST = 2**24
 """What is taken off a budget for bytes that the heap holds free, at most: one in so many of the budget's, or
-so many if that is more."""
+``HEAP_LEAST`` if that is more."""
 
 _MOST_LIBRARIES = 3 * 2**23
 """What is taken off a budget for library code, at most: what plans reserve for the run time."""
 
 HIGH_WATER, SAMPLED = "VmHWM", "VmRSS, sampled"
 """What a peak of resident memory is read from: the kernel's own mark of it, or samples, which may miss it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """What the process held at one moment; the ceilings of one update count from it.
-
-    Forward and backward of one update share a baseline, since what the forward pass keeps counts
-    against the backward pass too.
-    """
-
-    data_bytes: int | None
-    """Data segment less free kept blocks and compiled code that is not touched; None if unknown."""
-    resident_bytes: int | None
-    """Resident memory less free kept blocks; None if unknown."""
-    free_bytes: int = 0
-    """Part of the data segment that the heap holds free and hands out again."""
-    file_bytes: int | None = None
-    """Resident pages of files, library code above all; None if unknown."""
-    holes: HoleFiller | None = field(default=None, repr=False, compare=False)
-    """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
-    others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
-    """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
-    key: object = field(default_factory=object, repr=False, compare=False)
-    passes: list[KeptBlocks] = field(default_factory=list, repr=False, compare=False)
-    """The part of this update that kept blocks count for, if any: its tensors are the next one's."""
-
-    @classmethod
-    def now(cls, *, fill_holes: bool = True) -> Baseline:
-        """What the process holds now, PyTorch's threads started and free memory given back.
-
-        Parameters
-        ----------
-        fill_holes
-            Whether the calling thread's heap is to be as in a fresh process, without large holes.
-        """
-        start_thread_pool()
-        cache_thread_stack()
-        free_matrix_buffers()
-        trim_heap()
-        holes = HoleFiller(_HEAP_LEAST) if fill_holes else None
-        data, resident = status_bytes("VmData"), status_bytes("VmRSS")
-        return cls(
-            None if data is None else data - free_block_bytes() - untouched_code_bytes(),
-            None if resident is None else resident - resident_free_block_bytes(),
-            free_heap_bytes(),
-            status_bytes("RssFile"),
-            holes,
-        )
-
-    def less(self, nbytes: int) -> Baseline:
-        """The baseline without ``nbytes`` of resident memory, which then count as taken since."""
-        data, resident = self.data_bytes, self.resident_bytes
-        return replace(
-            self,
-            data_bytes=None if data is None else data - nbytes,
-            resident_bytes=None if resident is None else resident - nbytes,
-        )
 
 
 class DataLimit:
@@ -172,7 +105,7 @@ class DataLimit:
         self._reuse_heap = reuse_heap
         self._given_baseline = baseline
         self._baseline = Baseline(None, None)
-        self._gauge = PeakGauge(_data_caps.settle)
+        self._gauge = PeakGauge(data_caps.settle)
         self._is_shared = False
         self._thread = threading.get_ident()
         self._blocks = None if kept is None else KeptBlocks(budget, kept)
@@ -233,7 +166,7 @@ class DataLimit:
         """Lift the limit and end the measurement. Closing again does what an interrupt has left undone."""
         if self._blocks is not None:
             self._blocks.leave()
-        _data_caps.drop(self)
+        data_caps.drop(self)
         self._gauge.close()
         entered_limits.pop(self, None)
 
@@ -294,7 +227,7 @@ class DataLimit:
             except StreamError:
                 if self._must_hold:
                     raise
-                _data_caps.drop(self)
+                data_caps.drop(self)
                 self._budget = None
         return self
 
@@ -319,25 +252,25 @@ class DataLimit:
     def _lower(self, budget: int) -> None:
         """Set the limit, unless a lower one is in force."""
         if sys.platform != "linux":
-            raise _not_enforced()
+            raise not_enforced()
         ceiling = self._ceiling(budget)
-        is_lowest = ceiling < _soft_limit()
-        _data_caps.put(self, ceiling)
+        is_lowest = ceiling < soft_limit()
+        data_caps.put(self, ceiling)
         self._move(budget)
-        if is_lowest and not _is_enforced():
-            raise _not_enforced()
+        if is_lowest and not is_enforced():
+            raise not_enforced()
 
     def _move(self, budget: int) -> None:
         """Have the limit be the present ceiling, if it is set; another thread may change that meanwhile."""
         found = None
         while found != (others := sum(self._baseline.others.values())):
             found = others
-            _data_caps.move(self, self._ceiling(budget))
+            data_caps.move(self, self._ceiling(budget))
 
     def _ceiling(self, budget: int) -> int:
         """Bytes of data segment up to which the process may grow."""
         if self._baseline.data_bytes is None:
-            raise _not_enforced()
+            raise not_enforced()
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
         others = sum(self._baseline.others.values())
         room = budget - in_heap - self._library_bytes()
@@ -359,62 +292,10 @@ class DataLimit:
         return Peak(max(0, peak.at_least - before), max(0, peak.at_most - before))
 
 
-def own_data_limit() -> int:
-    """The soft limit on the data segment that the user has set; ``sys.maxsize`` for none."""
-    return _data_caps.own
-
-
 def _heap_share(budget: int) -> int:
     """The most of a budget that is taken off for what the heap holds free."""
-    return max(budget // _HEAP_SHARE, _HEAP_LEAST)
+    return max(budget // _HEAP_SHARE, HEAP_LEAST)
 
 
-def _soft_limit() -> int:
-    """The soft limit on the data segment; no limit is larger than any number of bytes."""
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def _set_soft_limit(soft: int) -> None:
-    """Set the soft limit on the data segment; the hard limit stays."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY if soft == sys.maxsize else soft, hard))
-
-
-_data_caps = LowestCap(_soft_limit, _set_soft_limit)
-"""The ceilings of all blocks that are entered."""
-watch_starts(_data_caps.begin_start)
 entered_limits: dict[DataLimit, int] = {}
 """Blocks that are entered, and the process in which they were."""
-
-
-def _is_enforced() -> bool:
-    """Whether the kernel refuses a mapping as large as the limit; other threads may move that meanwhile."""
-    while True:
-        limit = _soft_limit()
-        if _is_refused(limit):
-            return True
-        if limit == _soft_limit():
-            return False
-
-
-def _is_refused(nbytes: int) -> bool:
-    """Whether the kernel refuses a mapping of ``nbytes``; old and emulated ones ignore the limit."""
-    try:
-        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:
-        return True
-    mapping.close()
-    return False
-
-
-def _not_enforced() -> StreamError:
-    return StreamError(
-        f"budget= cannot be enforced for host memory on this platform ({sys.platform}): that needs a "
-        "Linux kernel with /proc and RLIMIT_DATA; run on Linux or on a GPU, or pass budget=None to "
-        "run without a ceiling"
-    )

@@ -8,7 +8,8 @@ from typing import Protocol, Self
 import torch
 
 from streamcnn.ceiling.allocator import trim_heap
-from streamcnn.ceiling.cpu import Baseline, DataLimit
+from streamcnn.ceiling.baseline import Baseline
+from streamcnn.ceiling.cpu import DataLimit
 from streamcnn.ceiling.cuda import cuda_ceiling
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.ceiling.rooms import Room, host_room

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamcnn.ceiling.allocator import cache_thread_stack, start_thread_pool, trim_heap
-from streamcnn.ceiling.cpu import own_data_limit
+from streamcnn.ceiling.data_segment import own_data_limit
 from streamcnn.ceiling.kept_blocks import free_block_bytes, resident_free_block_bytes
 from streamcnn.ceiling.process import status_bytes
 from streamcnn.support.units import format_bytes

@@ -1,0 +1,75 @@
+"""What the process held at one moment; what an update takes on the host is counted from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from streamcnn.ceiling.allocator import (
+    cache_thread_stack,
+    free_matrix_buffers,
+    start_thread_pool,
+    trim_heap,
+)
+from streamcnn.ceiling.heap import HoleFiller, free_heap_bytes
+from streamcnn.ceiling.kept_blocks import KeptBlocks, free_block_bytes, resident_free_block_bytes
+from streamcnn.ceiling.process import status_bytes, untouched_code_bytes
+
+HEAP_LEAST = 2**24
+"""Bytes that a heap may hold free whatever the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the process held at one moment; the ceilings of one update count from it.
+
+    Forward and backward of one update share a baseline, since what the forward pass keeps counts
+    against the backward pass too.
+    """
+
+    data_bytes: int | None
+    """Data segment less free kept blocks and compiled code that is not touched; None if unknown."""
+    resident_bytes: int | None
+    """Resident memory less free kept blocks; None if unknown."""
+    free_bytes: int = 0
+    """Part of the data segment that the heap holds free and hands out again."""
+    file_bytes: int | None = None
+    """Resident pages of files, library code above all; None if unknown."""
+    holes: HoleFiller | None = field(default=None, repr=False, compare=False)
+    """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
+    others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
+    """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
+    key: object = field(default_factory=object, repr=False, compare=False)
+    passes: list[KeptBlocks] = field(default_factory=list, repr=False, compare=False)
+    """The part of this update that kept blocks count for, if any: its tensors are the next one's."""
+
+    @classmethod
+    def now(cls, *, fill_holes: bool = True) -> Baseline:
+        """What the process holds now, PyTorch's threads started and free memory given back.
+
+        Parameters
+        ----------
+        fill_holes
+            Whether the calling thread's heap is to be as in a fresh process, without large holes.
+        """
+        start_thread_pool()
+        cache_thread_stack()
+        free_matrix_buffers()
+        trim_heap()
+        holes = HoleFiller(HEAP_LEAST) if fill_holes else None
+        data, resident = status_bytes("VmData"), status_bytes("VmRSS")
+        return cls(
+            None if data is None else data - free_block_bytes() - untouched_code_bytes(),
+            None if resident is None else resident - resident_free_block_bytes(),
+            free_heap_bytes(),
+            status_bytes("RssFile"),
+            holes,
+        )
+
+    def less(self, nbytes: int) -> Baseline:
+        """The baseline without ``nbytes`` of resident memory, which then count as taken since."""
+        data, resident = self.data_bytes, self.resident_bytes
+        return replace(
+            self,
+            data_bytes=None if data is None else data - nbytes,
+            resident_bytes=None if resident is None else resident - nbytes,
+        )
