@@ -24,9 +24,9 @@ from streamcnn.graph.ops import (
     dropout,
     losses,
     normalization,
+    padding,
     pointwise,
     reductions,
-    resampling,
     shape,
     top_positions,
 )
@@ -205,7 +205,7 @@ TRANSLATIONS.update(
         **dict.fromkeys(
             (shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along
         ),
-        **dict.fromkeys((shape.flip, resampling.roll, along_axes.along_axis, losses.gather_channels), _along),
+        **dict.fromkeys((shape.flip, padding.roll, along_axes.along_axis, losses.gather_channels), _along),
         **dict.fromkeys((reductions.mean_or_sum, reductions.extremum, reductions.truth), _reduce),
         **dict.fromkeys((reductions.vector_norm, reductions.variance, reductions.count), _reduce),
     }

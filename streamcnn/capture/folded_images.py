@@ -27,6 +27,7 @@ from streamcnn.graph.ops import (
     convolution,
     images,
     normalization,
+    padding,
     pooling,
     resampling,
     sliding_blocks,
@@ -222,7 +223,7 @@ TRANSLATIONS.update(
         **dict.fromkeys((resampling.upsample_bicubic, resampling.upsample_antialiased), _by_image),
         adaptive_pooling.adaptive_pool: _by_image,
         **dict.fromkeys((resampling.pixel_shuffle, resampling.pixel_unshuffle), _by_image),
-        resampling.pad: _pad,
+        padding.pad: _pad,
         sliding_blocks.blocks: _blocks,
         sliding_blocks.sum_of_blocks: _sum_of_blocks,
     }

@@ -12,8 +12,23 @@ from streamcnn.geometry.regions import Interval, Region
 from streamcnn.geometry.windows import layout
 from streamcnn.graph.costs import NOTHING, CallBytes, Cost, declare, windows
 from streamcnn.graph.ops.constants import numbers
+from streamcnn.graph.ops.rules import Tracer
 from streamcnn.graph.ops.taps import Taps
-from streamcnn.graph.program import Axes
+from streamcnn.graph.program import Access, Axes, Ref
+
+
+def gathered(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes, taps: Sequence[Taps]) -> Ref:
+    """Record a map of which each position is a weighted sum of listed ones of ``ref``, along each axis."""
+    rows, cols = taps
+    return tracer.local(
+        gather_positions,
+        (ref, (rows, cols), axes),
+        like=like,
+        axes=axes,
+        accesses={ref.name: Access(rows.access, cols.access)},
+        positional=True,
+        heavy=True,
+    )
 
 
 def gather_positions(
