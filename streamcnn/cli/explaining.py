@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streamcnn import StreamingModel
+    from streamcnn.attribution.explanation import Facts
+    from streamcnn.attribution.methods import Method, Request
     from streamcnn.attribution.survey import Survey
     from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.plan.plan import Plan
@@ -97,21 +100,16 @@ def explain(
     require_new(out)
     parse("--colours", partial(colour_table, is_signed=chosen.is_signed), colours)
     trained = load_trained(run, budget, trust)
-    if trained.config.task != "classification":
-        exit_for_wrong_usage(
-            f"RUN: {run} is of the task {trained.config.task}: allowed are classifiers, whose scores have an "
-            "explanation; `streamcnn predict --output` writes maps of classes"
-        )
+    _require_classifier(run, trained)
     columns = columns_of(trained, inputs)
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)
-    path, source, numbers = _one_image(image, columns, choice)
+    subject = _one_image(image, columns, choice, trained.config.device)
     if not other_pixels:
-        trained.require_as_trained(source, str(path))
-    further = tuple(each[None].to(trained.config.device) for each in numbers)
-    from streamcnn.attribution.explanation import Facts, tile_borders, write_explanation
+        trained.require_as_trained(subject.source, subject.name)
+    from streamcnn.attribution.explanation import write_explanation
     from streamcnn.attribution.survey import survey_of
 
-    found = survey_of(trained.model, [source], further)
+    found = survey_of(trained.model, [subject.source], subject.further)
     names = _class_names(found, trained)
     label = None if target is None else parse("--target", partial(_label_of, names=names), target)
     if chosen.of_layer:
@@ -119,41 +117,19 @@ def explain(
         parse("--layer", found.map_shape, layer)
     console = Console(stderr=True)
     with console.status("predicting"):
-        probabilities, plan = _prediction(trained.model, str(path), source, further)
+        probabilities, plan = _prediction(trained.model, subject)
     label = probabilities.index(max(probabilities)) if label is None else label
-    request = Request(
-        model=trained.model,
-        image=[source],
-        target=label,
-        further=further,
-        layer=layer,
-        **options,
-    )
-    began = time.perf_counter()
+    asked = {"target": label, "further": subject.further, "layer": layer, **options}
+    request = Request(model=trained.model, image=[subject.source], **asked)
     with console.status(f"computing {method.value} of {names[label]}"):
-        attribution = chosen.run(request)
-    seconds = time.perf_counter() - began
-    likely = sorted(range(len(names)), key=lambda each: -probabilities[each])[:_MOST_SHOWN]
-    rows, cols = tile_borders(plan)
-    facts = Facts(
-        image=str(path),
-        shape=source.shape,
-        model=trained.config.model,
-        method=method.value,
-        layer=layer,
-        target=label,
-        target_name=names[label],
-        predictions=[(names[each], probabilities[each]) for each in likely],
-        tile_rows=rows,
-        tile_cols=cols,
-        options={name: getattr(request, name) for name in chosen.options},
-        seconds=seconds,
-        budget=trained.model.budget,
-    )
+        attribution, seconds = _timed(chosen, request)
+    facts = _facts(trained, subject, method, request, (probabilities, plan), seconds)
     with console.status(f"writing {out}"):
-        write_explanation(out, source, attribution, facts, is_signed=chosen.is_signed, colours=colours)
+        write_explanation(
+            out, subject.source, attribution, facts, is_signed=chosen.is_signed, colours=colours
+        )
     predicted, share = facts.predictions[0]
-    typer.echo(printable(f"{path}: {predicted}, {share:.1%}; {method.value} of {names[label]}"))
+    typer.echo(printable(f"{subject.name}: {predicted}, {share:.1%}; {method.value} of {names[label]}"))
     typer.echo(printable(f"page: {out / 'index.html'}"))
 
 
@@ -190,16 +166,33 @@ def _options_given(method: str, allowed: Sequence[str], **options: float | None)
     return given
 
 
-def _one_image(
-    path: Path, columns: tuple[str, ...], choice: ImageChoice
-) -> tuple[Path, ImageSource, tuple[Tensor, ...]]:
-    """The only image at a path, with its inputs."""
+def _require_classifier(run: Path, trained: TrainedRun) -> None:
+    """End the command if a run is of another task."""
+    if trained.config.task != "classification":
+        exit_for_wrong_usage(
+            f"RUN: {run} is of the task {trained.config.task}: allowed are classifiers, whose scores have an "
+            "explanation; `streamcnn predict --output` writes maps of classes"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The image that is explained."""
+
+    name: str
+    source: ImageSource
+    further: tuple[Tensor, ...]
+    """Its inputs as a batch of one, on the model's device."""
+
+
+def _one_image(path: Path, columns: tuple[str, ...], choice: ImageChoice, device: str) -> _Subject:
+    """The only image at a path."""
     found = list(islice(open_images([path], columns, choice), 2))
     if len(found) != 1:
         what = "no image" if not found else "several images"
         exit_for_wrong_usage(f"IMAGE: {path} holds {what}: allowed is one")
     name, source, *numbers = found[0]
-    return name, source, tuple(numbers)
+    return _Subject(str(name), source, tuple(each[None].to(device) for each in numbers))
 
 
 def _class_names(found: Survey, trained: TrainedRun) -> list[str]:
@@ -208,6 +201,46 @@ def _class_names(found: Survey, trained: TrainedRun) -> list[str]:
 
     require_target(found.output, 0)
     return [trained.class_name(label) for label in range(found.output.shape[1])]
+
+
+def _timed(method: Method, request: Request) -> tuple[Tensor, float]:
+    """An attribution, and the seconds that it took."""
+    began = time.perf_counter()
+    attribution = method.run(request)
+    return attribution, time.perf_counter() - began
+
+
+def _facts(
+    trained: TrainedRun,
+    subject: _Subject,
+    method: MethodName,
+    request: Request,
+    prediction: tuple[list[float], Plan],
+    seconds: float,
+) -> Facts:
+    """What was explained, and how."""
+    from streamcnn.attribution.explanation import Facts, tile_borders
+    from streamcnn.attribution.methods import METHODS
+
+    probabilities, plan = prediction
+    assert isinstance(request.target, int)
+    likely = sorted(range(len(probabilities)), key=lambda each: -probabilities[each])[:_MOST_SHOWN]
+    rows, cols = tile_borders(plan)
+    return Facts(
+        image=subject.name,
+        shape=subject.source.shape,
+        model=trained.config.model,
+        method=method.value,
+        layer=request.layer,
+        target=request.target,
+        target_name=trained.class_name(request.target),
+        predictions=[(trained.class_name(each), probabilities[each]) for each in likely],
+        tile_rows=rows,
+        tile_cols=cols,
+        options={name: getattr(request, name) for name in METHODS[method.value].options},
+        seconds=seconds,
+        budget=trained.model.budget,
+    )
 
 
 def _label_of(text: str, names: Sequence[str]) -> int:
@@ -227,17 +260,15 @@ def _label_of(text: str, names: Sequence[str]) -> int:
     raise ValueError(f"no class {text!r}: allowed are {some(names)}, and numbers up to {len(names) - 1}")
 
 
-def _prediction(
-    model: StreamingModel, name: str, source: ImageSource, further: tuple[Tensor, ...]
-) -> tuple[list[float], Plan]:
+def _prediction(model: StreamingModel, subject: _Subject) -> tuple[list[float], Plan]:
     """The probabilities of the classes, and the plan of the pass that gave them."""
     import torch
 
     from streamcnn.training.evaluation import require_finite
     from streamcnn.training.naming import naming
 
-    with torch.no_grad(), naming("prediction", [0], [name]):
-        logits = model([source], *further)
-        plan = model.plan([source], inputs=further)
-    require_finite(logits, [0], [name])
+    with torch.no_grad(), naming("prediction", [0], [subject.name]):
+        logits = model([subject.source], *subject.further)
+        plan = model.plan([subject.source], inputs=subject.further)
+    require_finite(logits, [0], [subject.name])
     return logits[0].double().softmax(0).tolist(), plan
