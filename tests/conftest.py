@@ -6,7 +6,8 @@ import dataclasses
 import gc
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -58,6 +59,19 @@ def _seeded() -> None:
 def _nothing_kept() -> None:
     """Free blocks count as none of what the process uses, which made-up figures do not know."""
     give_back()
+
+
+@pytest.fixture
+def gpu_left_clean() -> Iterator[None]:
+    """Nothing of a test stays in force on the card."""
+    card = torch.device("cuda:0")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.get_per_process_memory_fraction(card)
+    yield
+    assert torch.cuda.get_per_process_memory_fraction(card) == before, "the cap was left behind"
+    left = [thread.name for thread in threading.enumerate() if thread.name == "streamcnn-sampler"]
+    assert not left, "a sampling thread was left behind"
 
 
 @pytest.fixture(scope="session")

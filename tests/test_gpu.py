@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
-import plain_passes
 import pynvml
 import pytest
 import torch
-from helpers import randomized
-from plain_passes import ACTIVATIONS
+from gpu_cases import GPU, SHAPE, assert_same, make_net, update
 from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,72 +24,22 @@ from torch.nn import functional as F
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
-from streamcnn.graph.ops import channel_kernels
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import plan_cache
 from streamcnn.runtime.rates import measured_rates
-from streamcnn.stores import MemoryStore
 from streamcnn.support.models import load_model
 from streamcnn.verification import rounding
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("gpu_left_clean"),
     # timm asks for a deprecated annotation when it is imported.
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
 ]
 
-GPU = torch.device("cuda:0")
 GB = 10**9
-SHAPE = (2, 3, 150, 131)
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.get_per_process_memory_fraction(GPU)
-    yield
-    assert torch.cuda.get_per_process_memory_fraction(GPU) == before, "the cap was left behind"
-    left = [thread.name for thread in threading.enumerate() if thread.name == "streamcnn-sampler"]
-    assert not left, "a sampling thread was left behind"
-
-
-def make_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(4, 6, 3, stride=2),
-        nn.BatchNorm2d(6, momentum=None),
-        nn.SiLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 3),
-    )
-
-
-def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Everything that one forward and backward pass leaves behind."""
-    output = model(image)
-    output.square().sum().backward()
-    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    buffers = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
-    return {"output": output.detach(), **gradients, **buffers}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each value is within ``tolerance`` of the largest of its kind; some are rounding alone."""
-    assert found.keys() == expected.keys()
-    for kind in ("output", "gradient", "buffer"):
-        names = [name for name in expected if name.startswith(kind)]
-        largest = max(float(expected[name].double().abs().max()) for name in names)
-        for name in names:
-            distance = float((found[name].double() - expected[name].double()).abs().max())
-            assert distance <= tolerance * largest, f"{name}: {distance:.2e} of {largest:.2e}"
 
 
 class DevicePeak:
@@ -361,142 +307,6 @@ def test_compiled_parts(
             assert_same(update(model, image), update(plain, image), 5e-2 if casts else 1e-3)
     assert model.last_report is not None
     assert model.last_report.num_compiled
-
-
-@pytest.fixture(params=["Triton", "ATen"])
-def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whose kernels are called where channels lie beside each other."""
-    if request.param == "ATen":
-        monkeypatch.setenv(channel_kernels.VARIABLE, "0")
-    channel_kernels._passes.cache_clear()
-    assert (channel_kernels._passes(GPU, torch.float32) is None) is (request.param == "ATen")
-    yield request.param
-    channel_kernels._passes.cache_clear()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch, kernels: str) -> list[str]:
-    """The kernels for channels beside each other, each time that one is called."""
-    called: list[str] = []
-
-    def told(module: ModuleType, name: str) -> None:
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: (called.append(name), function(*args))[1])
-
-    if kernels == "ATen":
-        for name in ("update_stats", "elemt", "backward_reduce", "backward_elemt"):
-            told(torch, f"batch_norm_{name}")
-    else:
-        from streamcnn.graph.ops import triton_passes
-
-        for name in ("moments", "normalised", "gradients", "plus_line"):
-            told(triton_passes, name)
-    return called
-
-
-@pytest.mark.parametrize("tile", [64, (32, 200), 200])
-@pytest.mark.parametrize("num_images", [1, 2])
-def test_channels_last(
-    monkeypatch: pytest.MonkeyPatch, launched: list[str], num_images: int, tile: int | tuple[int, int]
-) -> None:
-    """Through the kernels for this layout, with maps that keep it from phase to phase.
-
-    In float32: on a card convolutions of float64 give NCHW, whatever they are given.
-    """
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    read: list[Tensor] = []
-    original = MemoryStore._read
-    monkeypatch.setattr(MemoryStore, "_read", lambda *args: (read.append(original(*args)), read[-1])[1])
-    net = make_net().to(GPU, memory_format=torch.channels_last)
-    image = torch.randn((num_images, *SHAPE[1:]), device=GPU).to(memory_format=torch.channels_last)
-    expected = update(copy.deepcopy(net).double(), image.double())
-    launched.clear()
-    model = StreamingModel(net, "3GB", tile=tile)
-    model.resident_tail = False
-    assert_same(update(model, image), expected, 1e-4)
-    assert len(set(launched)) == 4
-    assert len(read) >= 4
-    assert all(part.stride(1) == 1 for part in read)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gaps", [False, True])
-def test_kernels_for_channels_last(kernels: str, dtype: torch.dtype, gaps: bool) -> None:
-    """Each computes what it says, also of a view cut out of a map and where the mean is large."""
-    torch.manual_seed(0)
-    whole = 20 + torch.randn(2, 5, 40, 33, dtype=torch.float64)
-    whole = whole.to(GPU, dtype, memory_format=torch.channels_last)
-    x = whole[:, :, 1:-2, 3:] if gaps else whole
-    assert channel_kernels.fits(x)
-    assert not channel_kernels.fits(x.contiguous())
-    assert channel_kernels.takes_activations(x) is (kernels == "Triton")
-    gradient = torch.randn(x.shape, device=GPU).to(dtype).to(memory_format=torch.channels_last)
-    stats = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, variance = channel_kernels.moments(x)
-    assert mean.dtype == variance.dtype == stats
-    scale, slope, offset = (torch.rand(5, dtype=stats, device=GPU) + 0.5 for _ in range(3))
-    sent_on, total, product = channel_kernels.gradients(x, gradient, mean, scale, offset)
-    exact, sent = x.double(), gradient.double()
-    middle, a, b, c = (v.double()[:, None, None] for v in (mean, scale, slope, offset))
-    expected = {
-        "mean": (mean, exact.mean((0, 2, 3))),
-        "variance": (variance, exact.var((0, 2, 3), correction=0)),
-        "normalised": (
-            channel_kernels.normalised(x, mean, scale, offset),
-            (exact - middle) * a + c,
-        ),
-        "gradient": (sent_on, sent * a),
-        "sum": (total, sent.sum((0, 2, 3))),
-        "product": (product, (sent * (exact - middle)).sum((0, 2, 3))),
-        "line": (
-            channel_kernels.plus_line(gradient, x, channel_kernels.line(mean, slope, offset)),
-            sent + b * (exact - middle) + c,
-        ),
-    }
-    accuracy = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[str(dtype)[6:]]
-    for name, (found, right) in expected.items():
-        of_maps = found.dim() == 4
-        assert found.dtype == (dtype if of_maps else stats), name
-        assert not of_maps or found.is_contiguous(memory_format=torch.channels_last), name
-        # Sums and statistics are not rounded to the map's type.
-        allowed = (accuracy if of_maps else min(accuracy, 1e-5)) * float(right.abs().max())
-        assert float((found.double() - right).abs().max()) <= allowed, name
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 2, 3, 5), (2, 24, 90, 111), (1, 64, 333, 400), (3, 2050, 8, 8)])
-def test_norms_that_take_activations_along(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """As in plain operators, in float64, of maps of some sizes and alignments."""
-    torch.manual_seed(0)
-    x, gradient, summand, mean, scale, shift = (
-        each.to(GPU) for each in plain_passes.operands(shape, dtype, torch.Generator().manual_seed(0))
-    )
-    assert channel_kernels.takes_activations(x)
-    expected = [*plain_passes.moments(x.double())]
-    found = [*channel_kernels.moments(x)]
-    for activation in ACTIVATIONS:
-        for added in (None, summand):
-            found.append(channel_kernels.normalised(x, mean, scale, shift, activation, added))
-            expected.append(plain_passes.normalised(x.double(), mean, scale, shift, activation, added))
-        given = (mean, scale, shift, activation)
-        found.extend(channel_kernels.gradients(x, gradient, *given))
-        expected.extend(plain_passes.gradients(x.double(), gradient.double(), *given))
-    for value, right in zip(found, expected, strict=True):
-        error = (value.double() - right).abs().max() / right.abs().max()
-        assert float(error) <= 64 * torch.finfo(value.dtype).eps
-
-
-@pytest.mark.parametrize("tile", [200, 24, (8, 200)])
-def test_fused_norms(launched: list[str], tile: int | tuple[int, int]) -> None:
-    """A net with every form that is fused."""
-    net = randomized(plain_passes.make_net()).to(GPU, memory_format=torch.channels_last)
-    image = torch.randn(2, 3, 43, 41, device=GPU).to(memory_format=torch.channels_last)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        expected = update(copy.deepcopy(net).double(), image.double())
-        model = StreamingModel(net, "3GB", tile=tile)
-        model.resident_tail = False
-        assert_same(update(model, image), expected, 1e-3)
-    assert len(set(launched)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,45 @@
+"""What tests on a CUDA device share: a net, an update of it, and how two are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+GPU = torch.device("cuda:0")
+SHAPE = (2, 3, 150, 131)
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
+def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Everything that one forward and backward pass leaves behind."""
+    output = model(image)
+    output.square().sum().backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    buffers = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    return {"output": output.detach(), **gradients, **buffers}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Each value is within ``tolerance`` of the largest of its kind; some are rounding alone."""
+    assert found.keys() == expected.keys()
+    for kind in ("output", "gradient", "buffer"):
+        names = [name for name in expected if name.startswith(kind)]
+        largest = max(float(expected[name].double().abs().max()) for name in names)
+        for name in names:
+            distance = float((found[name].double() - expected[name].double()).abs().max())
+            assert distance <= tolerance * largest, f"{name}: {distance:.2e} of {largest:.2e}"
