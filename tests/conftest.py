@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,6 +22,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import plan_cache
+from streamcnn.stores import SpillFolder
 
 # Plans are then the same on every machine.
 os.environ["STREAMCNN_CALIBRATION"] = "off"
@@ -83,6 +85,13 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
 
     folder = tmp_path_factory.mktemp("tiny") / "images"
     return generated(SCALES["tiny"], folder, load_digits("uci"), workers=0)
+
+
+@pytest.fixture
+def spill(tmp_path: Path) -> Iterator[SpillFolder]:
+    """A folder for maps on disk."""
+    with SpillFolder(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture

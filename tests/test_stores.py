@@ -1,80 +1,52 @@
-"""One contract for all stores, and what is particular to the one on disk."""
+"""One contract for all stores, and what is particular to those in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import itertools
-import json
-import os
-import resource
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-import zarr
 from copy_engines import LateCopies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_cases import (
+    CPU,
+    HERE,
+    NCHW,
+    SPECS,
+    assert_same,
+    at,
+    late,
+    make_on_disk,
+    make_on_host,
+    make_on_used_disk,
+    random_tile,
+    region,
+    regions_of,
+)
 from torch import Tensor
 
-from streamcnn.geometry.regions import Interval, Region
+from streamcnn.geometry.regions import Region
 from streamcnn.stores import (
     GpuTransfers,
     HostStore,
     MemoryStore,
-    PlainTransfers,
     SpareFiles,
     SparePinned,
     SpillFolder,
     Store,
     StoreSpec,
-    Transfers,
     ZarrStore,
     memory,
     transfers_of,
 )
-from streamcnn.stores.strips import BLOCK_NBYTES, Strips
 from streamcnn.stores.transfers import few_pieces, pieces
-
-CPU = torch.device("cpu")
-CUDA = torch.device("cuda")
-HERE = PlainTransfers(CPU)
-TILE_HINT = (24, 20)
-
-# All extents differ, so that a swapped axis cannot hide; none is a multiple of a chunk.
-NCHW = StoreSpec((2, 3, 61, 47), torch.float32, (2, 3))
-NHWC = StoreSpec((2, 61, 47, 3), torch.float32, (1, 2))
-SPECS = [
-    dataclasses.replace(spec, dtype=dtype)
-    for spec in (NCHW, NHWC)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.complex64)
-]
-
-
-def region(top: int, bottom: int, left: int, right: int) -> Region:
-    return Region(Interval(top, bottom), Interval(left, right))
-
-
-def at(spec: StoreSpec, where: Region) -> tuple[slice, ...]:
-    """The index of ``where`` in a dense tensor."""
-    index = [slice(None)] * len(spec.shape)
-    index[spec.axes[0]] = slice(where.rows.start, where.rows.stop)
-    index[spec.axes[1]] = slice(where.cols.start, where.cols.stop)
-    return tuple(index)
-
-
-def random_tile(spec: StoreSpec, where: Region, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(spec.tile_shape(where), generator=generator).to(spec.dtype)
 
 
 def computed(store: Store, tile: Tensor) -> Tensor:
@@ -85,10 +57,7 @@ def computed(store: Store, tile: Tensor) -> Tensor:
     return tile.to(store._transfers.compute_device)
 
 
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0)
-
-
+CUDA = torch.device("cuda")
 MakeStore = Callable[[StoreSpec], Store]
 
 
@@ -102,41 +71,6 @@ class KeepingStore(MemoryStore):
     def add(self, region: Region, tile: Tensor, *, may_keep: bool = True) -> None:
         with patch.object(memory, "_keeps_tiles", lambda device, zeroed: True):
             super().add(region, tile, may_keep=may_keep)
-
-
-def late(*, pins: bool = True, overlaps: bool = False) -> GpuTransfers:
-    """Transfers of a GPU whose copies take place as late as may be."""
-    transfers = GpuTransfers(LateCopies(pins=pins))
-    transfers._overlaps = overlaps
-    return transfers
-
-
-def make_on_host(transfers: GpuTransfers, spec: StoreSpec) -> HostStore:
-    """A store whose memory was another map's."""
-    spares = SparePinned()
-    used = spares.take(spec.nbytes + 100, transfers.engine.pin)
-    used.memory.fill_(7)
-    spares.keep(used)
-    return HostStore(spec, transfers, spares)
-
-
-def make_on_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec) -> ZarrStore:
-    return ZarrStore(spec, spill.new_folder(), TILE_HINT, transfers)
-
-
-def make_on_used_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec) -> ZarrStore:
-    """A store whose file was another map's, and is full of its bytes."""
-    spares = SpareFiles(spill.path)
-    used = spill.new_folder()
-    used.write_bytes(b"\x42" * (spec.nbytes // 2))
-    spares.keep(used)
-    return ZarrStore(spec, spill.new_folder(), TILE_HINT, transfers, spares)
-
-
-@pytest.fixture
-def spill(tmp_path: Path) -> Iterator[SpillFolder]:
-    with SpillFolder(tmp_path) as folder:
-        yield folder
 
 
 @pytest.fixture(
@@ -255,15 +189,6 @@ class TestContract:
             store.read(where)
         with pytest.raises(AssertionError, match="expected"):
             store.write(region(0, 4, 0, 2), random_tile(spec, region(0, 1, 0, 2)))
-
-
-@st.composite
-def regions_of(draw: st.DrawFn, size: tuple[int, int]) -> Region:
-    spans = []
-    for extent in size:
-        start = draw(st.integers(0, extent - 1))
-        spans.append(Interval(start, draw(st.integers(start + 1, extent))))
-    return Region(*spans)
 
 
 @st.composite
@@ -452,185 +377,3 @@ class TestStoresAwayFromTheDevice:
         store.write(whole, tile.conj())
         store.add(whole, tile.conj())
         assert_same(store.read(whole), (2 * tile.conj()).resolve_conj())
-
-
-class TestZarrStore:
-    @pytest.mark.parametrize("overlaps", [False, True])
-    def test_on_a_gpu_tiles_come_in_the_layout_in_which_they_went(
-        self, spill: SpillFolder, overlaps: bool
-    ) -> None:
-        """A card's kernels for channels that lie beside each other are many times as fast."""
-        where, part = region(3, 30, 2, 31), region(5, 28, 7, 30)
-        for order in (torch.channels_last, torch.contiguous_format):
-            store = make_on_disk(spill, late(overlaps=overlaps), NCHW)
-            tile = random_tile(NCHW, where).contiguous(memory_format=order)
-            store.write(where, tile)
-            store.add(where, tile)
-            found = store.read(part)
-            assert_same(found, (2 * tile)[:, :, 2:-2, 5:-1])
-            assert found.is_contiguous(memory_format=order)
-
-    @pytest.mark.parametrize("spec", SPECS, ids=str)
-    def test_zarr_reads_the_folder(self, spill: SpillFolder, spec: StoreSpec) -> None:
-        folder = spill.new_folder()
-        store = ZarrStore(spec, folder, TILE_HINT, HERE)
-        where = region(7, 55, 13, 47)
-        store.write(where, random_tile(spec, where))
-        array = torch.from_numpy(zarr.open_array(folder, mode="r")[...])
-        whole = Region.whole(spec.size)
-        assert_same(array.view(spec.dtype) if spec.dtype == torch.bfloat16 else array, store.read(whole))
-
-    def test_what_was_never_written_takes_no_room(self, spill: SpillFolder) -> None:
-        spec = dataclasses.replace(NCHW, shape=(1, 8, 4000, 1000))
-        store = ZarrStore(spec, spill.new_folder(), (4000, 1000), HERE)
-        where = region(1000, 1001, 0, 1000)
-        store.write(where, random_tile(spec, where))
-        assert_same(store.read(region(990, 1000, 0, 1000)), torch.zeros(1, 8, 10, 1000))
-        file = spill.path / "map-000000" / "c.0.0.0.0"
-        assert file.stat().st_size > spec.nbytes
-        assert file.stat().st_blocks * 512 < 2**20
-
-    def test_close_leaves_no_files(self, spill: SpillFolder) -> None:
-        store = make_on_disk(spill, HERE, NCHW)
-        store.write(region(0, 61, 0, 47), random_tile(NCHW, region(0, 61, 0, 47)))
-        store.close()
-        assert list(spill.path.iterdir()) == []
-
-    def test_garbage_leaves_no_files(self, spill: SpillFolder) -> None:
-        store = make_on_disk(spill, HERE, NCHW)
-        store.write(region(0, 9, 0, 9), random_tile(NCHW, region(0, 9, 0, 9)))
-        del store
-        gc.collect()
-        assert list(spill.path.iterdir()) == []
-
-    def test_a_folder_in_use_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "mine").write_text("keep")
-        with pytest.raises(FileExistsError):
-            ZarrStore(NCHW, tmp_path, TILE_HINT, HERE)
-        gc.collect()
-        assert (tmp_path / "mine").read_text() == "keep"
-
-    def test_a_type_zarr_lacks_is_refused(self, spill: SpillFolder) -> None:
-        with pytest.raises(
-            ValueError, match=r"complex32 cannot be kept on disk; possible are torch\.float64"
-        ):
-            make_on_disk(spill, HERE, dataclasses.replace(NCHW, dtype=torch.complex32))
-
-    def test_a_shortened_file_is_an_error(self, spill: SpillFolder) -> None:
-        store, where = make_on_disk(spill, HERE, NCHW), region(0, 20, 0, 10)
-        store.write(where, random_tile(NCHW, where))
-        os.truncate(spill.path / "map-000000" / "c.0.0.0.0", 100)
-        with pytest.raises(OSError, match="bytes early"):
-            store.read(where)
-
-    def test_a_refused_write_propagates_and_can_be_repeated(self, spill: SpillFolder) -> None:
-        store, where = make_on_disk(spill, HERE, NCHW), region(0, 20, 0, 10)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        try:
-            with pytest.raises(OSError, match="too large"):
-                store.add(where, random_tile(NCHW, where))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        store.add(where, random_tile(NCHW, where))
-        assert_same(store.read(where), random_tile(NCHW, where))
-
-    def test_reader_and_writer_may_share_strips(self, spill: SpillFolder) -> None:
-        store, mine, other = make_on_disk(spill, HERE, NCHW), region(0, 61, 0, 23), region(0, 61, 23, 47)
-        expected = random_tile(NCHW, mine)
-        store.write(mine, expected)
-
-        def write_beside() -> None:
-            for seed in range(40):
-                store.write(other, random_tile(NCHW, other, seed))
-
-        writer = threading.Thread(target=write_beside)
-        writer.start()
-        while writer.is_alive():
-            assert_same(store.read(mine), expected)
-        writer.join()
-        assert_same(store.read(other), random_tile(NCHW, other, 39))
-
-
-class TestStrips:
-    @pytest.mark.parametrize(
-        ("shape", "axes", "tile", "strip"),
-        [
-            ((1, 64, 4000, 4000), (2, 3), (256, 256), (1, 64, 4000, 32)),
-            ((1, 4000, 4000, 64), (1, 2), (256, 256), (1, 4000, 32, 64)),
-            ((2, 16, 4000, 4000), (2, 3), (1024, 1024), (2, 16, 4000, 64)),
-            ((1, 64, 4000, 4000), (2, 3), (16, 4000), (1, 64, 4000, 4000)),
-            ((4, 2048, 125, 125), (2, 3), (16, 125), (4, 2048, 125, 32)),
-            ((1, 3, 7, 5), (2, 3), (256, 256), (1, 3, 7, 5)),
-        ],
-    )
-    def test_strips_suit_maps_and_tiles(
-        self, shape: tuple[int, ...], axes: tuple[int, int], tile: tuple[int, int], strip: tuple[int, ...]
-    ) -> None:
-        assert Strips.suited(StoreSpec(shape, torch.float32, axes), tile).shape == strip
-
-    @given(
-        shape=st.tuples(*[st.integers(1, 3000)] * 4),
-        tile=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
-        data=st.data(),
-    )
-    def test_blocks_cover_a_region_once_and_are_small(
-        self, shape: tuple[int, ...], tile: tuple[int, int], data: st.DataObject
-    ) -> None:
-        strips = Strips.suited(StoreSpec(shape, torch.float64, (2, 3)), tile)
-        rows, cols = (Interval(start, start + 1) for start in (shape[2] - 1, shape[3] - 1))
-        inside = data.draw(regions_of(shape[2:]))
-        blocks = list(strips.blocks(inside))
-        assert sum(block.part.rows.size * block.part.cols.size for block in blocks) == (
-            inside.rows.size * inside.cols.size
-        )
-        assert all(inside.contains(block.part) and block.covered.contains(block.part) for block in blocks)
-        ends = sorted((block.offset, block.offset + strips.block_nbytes(block)) for block in blocks)
-        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends))
-        # One position of all channels is never divided.
-        largest = max(BLOCK_NBYTES, shape[0] * shape[1] * 8)
-        assert all(strips.block_nbytes(block) <= largest for block in blocks)
-        (last,) = strips.blocks(Region(rows, cols))
-        assert last.offset + strips.row_nbytes == strips.count * strips.nbytes
-
-
-class TestSpillFolder:
-    def test_removes_only_what_it_made(self, tmp_path: Path) -> None:
-        (tmp_path / "mine").write_text("keep")
-        spill = SpillFolder(tmp_path)
-        stores = [make_on_disk(spill, HERE, NCHW) for _ in range(2)]
-        spill.close()
-        spill.close()
-        stores[0].close()
-        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-        with pytest.raises(ValueError, match="is closed"):
-            spill.new_folder()
-
-    def test_garbage_leaves_no_files(self, tmp_path: Path) -> None:
-        spill = SpillFolder(tmp_path)
-        spill.new_folder().mkdir()
-        del spill
-        gc.collect()
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_forked_childs_end_removes_nothing(self, spill: SpillFolder) -> None:
-        child = os.fork()
-        if child == 0:
-            spill.close()
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert spill.path.exists()
-
-    @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise RuntimeError('stop')"])
-    def test_the_interpreters_end_leaves_no_files(self, tmp_path: Path, end: str) -> None:
-        script = f"""
-import json
-from streamcnn.stores import SpillFolder
-spill = SpillFolder({str(tmp_path)!r})
-spill.new_folder().mkdir()
-print(json.dumps(spill.path.exists()), flush=True)
-{end}
-"""
-        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert json.loads(run.stdout) is True
-        assert list(tmp_path.iterdir()) == []
