@@ -12,25 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
-from streamcnn.capture.capture import (
-    Given,
-    RawGraph,
-    is_argument,
-    moved,
-    outside_key,
-    spatial_axes,
-)
+from streamcnn.capture.capture import Given, RawGraph, moved
 from streamcnn.capture.collectives import in_their_order
 from streamcnn.capture.current_values import CurrentValues
+from streamcnn.capture.graph_inputs import GraphInputs
 from streamcnn.capture.raw_calls import RawCalls, is_block
 from streamcnn.errors import UnsupportedModel
-from streamcnn.geometry.windows import Axes
-from streamcnn.graph.flattening import UPDATING, GradientHook, is_fake, is_recomputed, on_meta
+from streamcnn.graph.flattening import UPDATING, GradientHook, is_recomputed, on_meta
 from streamcnn.graph.in_place import (
     OnCopy,
     asserted,
@@ -85,100 +77,47 @@ class _Functionalizer:
         hooks: Mapping[str, Sequence[Callable[..., Any]]],
     ) -> None:
         self.flat = flat
-        self.keys = list(keys)
         self.calls = calls
         self.values = CurrentValues(calls)
+        self.inputs = GraphInputs(flat, keys, calls, self.values)
         self.hooks = hooks
-        self.states: dict[str, str] = {}
-        self.constants: dict[str, Tensor] = {}
-        self.first_reads: dict[str, FxNode] = {}
-        """By the name of a constant in the flat graph, the node that reads it first."""
-        self.image: FxNode | None = None
         self.checks: list[Ref] = []
 
     def run(self, image_shape: tuple[int, ...]) -> RawGraph:
         outputs: tuple[Any, ...] = ()
-        inputs = iter(self.keys)
+        inputs = self.inputs
         for node in self.flat.graph.nodes:
             if node.op == "placeholder":
-                self._placeholder(node, next(inputs))
+                inputs.add_placeholder(node)
+                self.values.set(node, self._hooked(node, Ref(node.name)))
             elif node.op == "get_attr":
-                self._constant(node)
+                inputs.add_constant(node)
             elif node.op == "call_function":
                 self._call(node)
             else:
                 assert node.op == "output", node.op
                 outputs = tuple(self._output(value) for value in _as_tuple(node.args[0]))
-        if self.image is None:
+        if inputs.image is None:
             raise UnsupportedModel(
                 "the model's result does not depend on the image: nothing can be streamed; "
                 "call the module itself"
             )
-        self._take_changed_constants()
-        changed = [n for n in self.flat.graph.nodes if n.name in self.states and self.values.is_written(n)]
+        inputs.take_changed_constants()
+        states = inputs.states
+        changed = [n for n in self.flat.graph.nodes if n.name in states and self.values.is_written(n)]
         return RawGraph(
             nodes=tuple(in_their_order(self.calls.nodes)),
-            image=self.image.name,
+            image=inputs.image.name,
             image_shape=tuple(image_shape),
-            states=self.states,
-            maps=self._maps(image_shape),
-            constants=self.constants,
+            states=states,
+            maps=inputs.maps(image_shape),
+            constants=inputs.constants,
             outputs=(*outputs, *self.checks),
             num_checks=len(self.checks),
-            updates={self.states[node.name]: self.values.read(node).name for node in changed},
+            updates={states[node.name]: self.values.read(node).name for node in changed},
             enables_grad=self.calls.enables_grad,
-            changes_image=self.values.is_written(self.image),
+            changes_image=self.values.is_written(inputs.image),
         )
-
-    # --- what goes in --------------------------------------------------------------------------------
-
-    def _placeholder(self, node: FxNode, key: str | None) -> None:
-        if key is None:
-            self.image = node
-        else:
-            self.states[node.name] = key
-        self.values.set(node, self._hooked(node, Ref(node.name)))
-
-    def _constant(self, node: FxNode) -> None:
-        if not node.users:
-            return
-        value = getattr(self.flat, str(node.target))
-        if not isinstance(value, Tensor) or is_fake(value):
-            raise UnsupportedModel(
-                f"the forward pass reads a tensor that tracing cannot follow ({self.calls.source(node)}): "
-                "a gradient taken inside, a torch.Generator of its own, or a storage that was exchanged"
-            )
-        if value.requires_grad and self.calls.ambient:
-            raise UnsupportedModel(
-                "the forward pass reads a tensor from outside that requires a gradient "
-                f"({self.calls.source(node)}): register it as a parameter, or pass it to the model"
-            )
-        # A tensor has a node at each place where it is read.
-        first = self.first_reads.setdefault(str(node.target), node)
-        if first is not node:
-            self.values.set_same(node, first)
-            return
-        self.constants[node.name] = value
-        self.values.set(node, Ref(node.name))
-
-    def _take_changed_constants(self) -> None:
-        """Count tensors from outside among the states if the pass changes them."""
-        for node in self.first_reads.values():
-            if self.values.is_written(node):
-                del self.constants[node.name]
-                self.states[node.name] = outside_key(str(node.target))
-
-    def _maps(self, image_shape: tuple[int, ...]) -> dict[str, Axes]:
-        """Further arguments with spatial extent."""
-        found = {}
-        for node in self.flat.graph.nodes:
-            if is_argument(self.states.get(node.name, "")):
-                axes = spatial_axes(tuple(node.meta["val"].shape), image_shape)
-                if axes is not None and not self.values.is_written(node):
-                    found[node.name] = axes
-        return found
-
-    # --- calls ---------------------------------------------------------------------------------------
 
     def _call(self, node: FxNode) -> None:
         target = node.target
@@ -206,7 +145,7 @@ class _Functionalizer:
         args, kwargs = self.values.resolved(node)
         statistics = _statistics(node)
         if statistics and isinstance(args[6], float) and math.isnan(args[6]):
-            args = (*args[:6], self._counter(statistics[0]), *args[7:])
+            args = (*args[:6], self.inputs.counter_of(statistics[0]), *args[7:])
         if changes_shape(target):
             target, args, kwargs = functional_of(node, self.calls.source(node))
             args, kwargs = self.values.resolve(args), self.values.resolve(kwargs)
@@ -220,18 +159,6 @@ class _Functionalizer:
                 self.values.itself(statistic),
                 self.calls.append(node, new, moved, (self.values.read(statistic), ref), {}),
             )
-
-    def _counter(self, running: FxNode) -> Any:
-        """The counter of batches that belongs to a running mean, as it is now."""
-        key = self.states.get(self.values.itself(running).name, "")
-        wanted = f"{key.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
-        for node in self.flat.graph.nodes:
-            if self.states.get(node.name) == wanted:
-                return self.values.read(node)
-        raise UnsupportedModel(
-            f"a norm with momentum=None has no counter of batches beside {key or 'its running mean'}: "
-            "set a momentum"
-        )
 
     def _write_several(self, node: FxNode, written: list[FxNode]) -> None:
         """A call that overwrites several values, in a list or one each."""
@@ -323,7 +250,7 @@ class _Functionalizer:
         owner = self.values.owner(written)
         if is_recomputed(node) and owner.op in ("placeholder", "get_attr") and self.calls.ambient:
             raise UnsupportedModel(
-                f"'{self.states.get(owner.name, owner.name)}' changes inside checkpoint(), "
+                f"'{self.inputs.states.get(owner.name, owner.name)}' changes inside checkpoint(), "
                 "and plain PyTorch changes it twice, forward and backward: call the layers without "
                 "checkpoint() (set_grad_checkpointing(False)); streaming recomputes activations itself"
             )
@@ -332,8 +259,8 @@ class _Functionalizer:
         if not isinstance(value, FxNode):
             return value
         itself = self.values.itself(value)
-        if itself.name in self.states and itself.op == "placeholder":
-            return Given(self.states[itself.name])
+        if itself.name in self.inputs.states and itself.op == "placeholder":
+            return Given(self.inputs.states[itself.name])
         return self.values.read(itself)
 
 

@@ -1,0 +1,102 @@
+"""What a flat graph reads: the image, states by their keys, and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+
+from streamcnn.capture.capture import is_argument, outside_key, spatial_axes
+from streamcnn.capture.current_values import CurrentValues
+from streamcnn.capture.raw_calls import RawCalls
+from streamcnn.errors import UnsupportedModel
+from streamcnn.geometry.windows import Axes
+from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.program import Ref
+
+
+class GraphInputs:
+    """The inputs of ``flat``, as they are met; ``keys`` are those of its placeholders, None for the image."""
+
+    def __init__(
+        self, flat: GraphModule, keys: Sequence[str | None], calls: RawCalls, values: CurrentValues
+    ) -> None:
+        self.image: FxNode | None = None
+        self.states: dict[str, str] = {}
+        """Keys by the names of nodes."""
+        self.constants: dict[str, Tensor] = {}
+        self._flat = flat
+        self._keys = iter(keys)
+        self._calls = calls
+        self._values = values
+        self._first_reads: dict[str, FxNode] = {}
+        """By the name of a constant in the flat graph, the node that reads it first."""
+
+    def add_placeholder(self, node: FxNode) -> None:
+        """Take the next input."""
+        key = next(self._keys)
+        if key is None:
+            self.image = node
+        else:
+            self.states[node.name] = key
+
+    def add_constant(self, node: FxNode) -> None:
+        """Take a tensor from outside, if it is one that may be read.
+
+        Raises
+        ------
+        UnsupportedModel
+            If it has no values, or requires a gradient.
+        """
+        if not node.users:
+            return
+        value = getattr(self._flat, str(node.target))
+        if not isinstance(value, Tensor) or is_fake(value):
+            raise UnsupportedModel(
+                f"the forward pass reads a tensor that tracing cannot follow ({self._calls.source(node)}): "
+                "a gradient taken inside, a torch.Generator of its own, or a storage that was exchanged"
+            )
+        if value.requires_grad and self._calls.ambient:
+            raise UnsupportedModel(
+                "the forward pass reads a tensor from outside that requires a gradient "
+                f"({self._calls.source(node)}): register it as a parameter, or pass it to the model"
+            )
+        # A tensor has a node at each place where it is read.
+        first = self._first_reads.setdefault(str(node.target), node)
+        if first is not node:
+            self._values.set_same(node, first)
+            return
+        self.constants[node.name] = value
+        self._values.set(node, Ref(node.name))
+
+    def take_changed_constants(self) -> None:
+        """Count tensors from outside among the states if the pass changes them."""
+        for node in self._first_reads.values():
+            if self._values.is_written(node):
+                del self.constants[node.name]
+                self.states[node.name] = outside_key(str(node.target))
+
+    def maps(self, image_shape: tuple[int, ...]) -> dict[str, Axes]:
+        """Further arguments with spatial extent."""
+        found = {}
+        for node in self._flat.graph.nodes:
+            if is_argument(self.states.get(node.name, "")):
+                axes = spatial_axes(tuple(node.meta["val"].shape), image_shape)
+                if axes is not None and not self._values.is_written(node):
+                    found[node.name] = axes
+        return found
+
+    def counter_of(self, running: FxNode) -> Any:
+        """The counter of batches that belongs to a running mean, as it is now."""
+        key = self.states.get(self._values.itself(running).name, "")
+        wanted = f"{key.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
+        for node in self._flat.graph.nodes:
+            if self.states.get(node.name) == wanted:
+                return self._values.read(node)
+        raise UnsupportedModel(
+            f"a norm with momentum=None has no counter of batches beside {key or 'its running mean'}: "
+            "set a momentum"
+        )
