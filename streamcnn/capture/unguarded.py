@@ -21,7 +21,7 @@ from streamcnn.capture.capture import RawGraph, named_arguments, outside_key
 from streamcnn.capture.functional import functionalized
 from streamcnn.capture.leftovers import Snapshot, entries, refuse_backward_hooks, refuse_remaining
 from streamcnn.capture.traced_call import TracedCall
-from streamcnn.capture.watch import is_plain
+from streamcnn.capture.watch import is_plain_tensor
 from streamcnn.graph.flattening import flatten, let_go
 
 
@@ -133,7 +133,7 @@ def _traced_in(
 def _stand_in_for(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake tensor with what the user has set on ``tensor``."""
     fake = mode.from_tensor(tensor)
-    if is_plain(tensor):
+    if is_plain_tensor(tensor):
         vars(fake).update(vars(tensor))
     return fake
 

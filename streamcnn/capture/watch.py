@@ -46,7 +46,7 @@ class Noted:
     """Whether it has changed if the image requires a gradient."""
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_plain_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is of no class of its own."""
     return type(tensor) in _PLAIN
 
@@ -125,7 +125,7 @@ class Watch(TorchFunctionMode):
         As it is, such a tensor would be written to, or read by NumPy, past what is recorded.
         """
         mode = get_proxy_mode()
-        if mode is None or not is_plain(tensor):
+        if mode is None or not is_plain_tensor(tensor):
             return tensor
         if id(tensor) not in self.stand_ins:
             # What makes it is no part of the forward pass.
@@ -139,7 +139,7 @@ class Watch(TorchFunctionMode):
     def _is_from_outside(self, tensor: Tensor) -> bool:
         """Whether a tensor has values, and those that it has where it is read."""
         _, stand_in = self.stand_ins.get(id(tensor), (tensor, None))
-        return is_plain(tensor) and (stand_in is None or stand_in._version == 0)
+        return is_plain_tensor(tensor) and (stand_in is None or stand_in._version == 0)
 
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
         """Note that a tensor is frozen or released; only of what goes in does it matter to anybody."""
