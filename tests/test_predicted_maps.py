@@ -319,7 +319,7 @@ def test_nothing_is_left_where_the_disk_is_full(
         calls.append(1)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("streamcnn.data.map_files._flush", full)
+    monkeypatch.setattr("streamcnn.data.map_files.flush_files", full)
     with pytest.raises(CannotWrite, match=r"the disk at .* is full"):
         model.predict_to(image, path, overwrite=True)
     assert calls

@@ -23,6 +23,7 @@ from streamcnn.data.sources.placement import Placement
 from streamcnn.data.tile_store.arrays import CHUNK, SHARD_BYTES, create_array, shards_of, write_shard
 from streamcnn.errors import CannotWrite
 from streamcnn.geometry.regions import Interval, Region
+from streamcnn.support.atomic import flush_files
 from streamcnn.support.disk import writing
 
 _ZARR, _TIFF = (".zarr",), (".tif", ".tiff")
@@ -82,7 +83,7 @@ def write_map(
                 _write_zarr(partial, source, placement, path.name, class_names)
             else:
                 _write_tiff(partial, source, placement)
-            _flush(partial)
+            flush_files(partial)
             _put(partial, path)
         except BaseException:
             _remove(partial)
@@ -172,11 +173,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Have all bytes on the disk before they get their name."""
-    for each in (path, *path.rglob("*")):
-        if each.is_file():
-            with each.open("rb") as file:
-                os.fsync(file.fileno())

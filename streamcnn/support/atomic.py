@@ -42,6 +42,14 @@ def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concu
         raise
 
 
+def flush_files(path: Path) -> None:
+    """Have all bytes of a file, or of those in a folder, on the disk before it gets its name."""
+    for each in (path, *path.rglob("*")):
+        if each.is_file():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def open_new(path: Path) -> BinaryIO:
     """A new file to write bytes to, in the place of what was there; a link there is replaced, not followed.
 

@@ -39,7 +39,7 @@ from streamcnn.data.tile_store.format import (
     write_manifest,
 )
 from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
-from streamcnn.support.atomic import replace_file
+from streamcnn.support.atomic import flush_files, replace_file
 from streamcnn.support.disk import writing
 from streamcnn.support.documents import read_within, require_within
 
@@ -242,7 +242,7 @@ def write_image_folder(
                 partial.unlink()
             write_image(partial, source, name=name, levels=levels, on_shard=on_shard)
             metadata, shards = record_files(partial)
-            _flush(partial)
+            flush_files(partial)
             if on_read is not None:
                 on_read()
             if target.exists():
@@ -327,14 +327,6 @@ def _whole_lines(path: Path) -> list[str]:
         return []
     lines = content.decode(errors="surrogateescape").split("\n")
     return lines[:-1]
-
-
-def _flush(folder: Path) -> None:
-    """Have all files of a folder on the disk before it gets its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
