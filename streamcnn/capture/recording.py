@@ -232,6 +232,7 @@ class Recording:
         return name
 
     def add(self, name: str, fake: Any, *, kind: Kind, **fields: Any) -> Ref:
+        """Record a node of the present captured call; ``fields`` are further ones of a `Node`."""
         spec = tuple(map(_spec_of, fake)) if isinstance(fake, tuple) else _spec_of(fake)
         defaults: dict[str, Any] = {"target": None, "args": (), "kwargs": {}}
         source, line = (self.raw.source, self.raw.line) if self.raw is not None else ("", "")
