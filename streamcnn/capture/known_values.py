@@ -1,13 +1,16 @@
-"""Values that are known while a pass is traced on fake tensors: those of states, and functions of states.
+"""Values that are known while a pass is traced on fake tensors: those of states, of constants, and of
+functions of both.
 
-A flag or counter in a buffer decides what a pass does (``if not self.initialized``, ``int(self.pointer)``).
-A pass that is captured anew may read it, for as long as the pass itself has not changed it.
+A flag or counter in a buffer decides what a pass does (``if not self.initialized``, ``int(self.pointer)``),
+and so does a tensor that the code makes of numbers (``(torch.tensor(sigma) > 0).all()``). All that the pass
+has done with such tensors is done again on their values, so that a value which it has changed, through a
+view or in place, is known as it is now.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +18,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Graph
 from torch.fx import Node as FxNode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from streamcnn.graph.flattening import UPDATING, proxy_of
 
@@ -27,22 +30,20 @@ from streamcnn.graph.flattening import UPDATING, proxy_of
 class _Known:
     """A state."""
 
-    stand_in: Tensor
     version: int
-    """That of the stand-in before the pass."""
+    """That of its stand-in before the pass."""
     value: Tensor
-
-    @property
-    def has_changed(self) -> bool:
-        return self.stand_in._version != self.version
 
 
 class KnownValues:
     """The values of a pass's states, given what stands for each in the trace that has just begun."""
 
     def __init__(self, states: Mapping[Tensor, Tensor]) -> None:
+        mode = get_proxy_mode()
+        assert mode is not None
+        self._constants: Any = getattr(mode.tracer, "root", None)
         self._states = {
-            proxy_of(stand_in).node.name: _Known(stand_in, stand_in._version, value)
+            proxy_of(stand_in).node.name: _Known(stand_in._version, value)
             for stand_in, value in states.items()
             # A source that is passed beside the image is a tensor without memory here.
             if 0 not in value.stride()
@@ -55,59 +56,99 @@ class KnownValues:
         return tensor._version + (0 if known is None else known.value._version - known.version)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The values of a traced tensor that is a function of states alone, unless the pass changes those."""
+        """The values that a traced tensor has now, if only states and constants have gone into them."""
         proxy = proxy_of(tensor)
-        return None if proxy is None else _value_of(proxy.node, self._states)
-
-
-def _value_of(node: FxNode, known: Mapping[str, _Known]) -> Tensor | None:
-    order = _ancestors([node])
-    changed = _ancestors(_written(node.graph))
-    values: dict[FxNode, Any] = {}
-    for each in reversed(order):
-        if each.op == "placeholder" and each.name in known:
-            if each in changed or known[each.name].has_changed:
-                return None
-            values[each] = known[each.name].value
-        elif not _is_pure(each.target):
+        if proxy is None:
             return None
-        else:
-            assert callable(each.target)
-            args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
-            with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        with (
+            disable_proxy_modes_tracing(),
+            unset_fake_temporarily(),
+            torch._C.DisableTorchFunction(),
+            torch.no_grad(),
+        ):
+            return self._computed(proxy.node)
+
+    def _computed(self, node: FxNode) -> Tensor | None:
+        values: dict[FxNode, Any] = {}
+        for each in _history(node):
+            if each.op == "call_function" and _can_be_repeated(each.target):
+                assert callable(each.target)
+                args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
                 values[each] = each.target(*args, **kwargs)
-    found = values[node]
-    return found if isinstance(found, Tensor) else None
+            elif (given := self._given(each)) is not None:
+                # What the pass overwrites is overwritten here.
+                values[each] = given.clone()
+            else:
+                return None
+        found = values[node]
+        return found if isinstance(found, Tensor) else None
+
+    def _given(self, node: FxNode) -> Tensor | None:
+        """The values of a state or a constant before the pass."""
+        if node.op == "get_attr":
+            constant = getattr(self._constants, str(node.target), None)
+            return constant if isinstance(constant, Tensor) else None
+        known = self._states.get(node.name) if node.op == "placeholder" else None
+        return None if known is None else known.value
 
 
-def _ancestors(nodes: Iterable[FxNode]) -> dict[FxNode, None]:
-    """``nodes`` and what they are functions of, each after all that read it."""
-    order: dict[FxNode, None] = {}
-    pending = list(nodes)
-    while pending:
-        each = pending.pop()
-        order.pop(each, None)
-        order[each] = None
-        pending.extend(each.all_input_nodes)
-    return order
+def _history(node: FxNode) -> list[FxNode]:
+    """The calls that have made ``node`` what it is now, in order: what it is computed from, and what has
+    overwritten any of that."""
+    found: set[FxNode] = set()
+    memory: set[int] = set()
+
+    def add(first: FxNode) -> None:
+        pending = [first]
+        while pending:
+            each = pending.pop()
+            if each not in found:
+                found.add(each)
+                memory.update(_memory_of(each))
+                pending.extend(each.all_input_nodes)
+
+    add(node)
+    writing = {
+        each: {place for written in _written_by(each) for place in _memory_of(written)}
+        for each in node.graph.nodes
+    }
+    while more := [each for each, places in writing.items() if each not in found and places & memory]:
+        for each in more:
+            add(each)
+    return [each for each in node.graph.nodes if each in found]
 
 
-def _written(graph: Graph) -> Iterator[FxNode]:
-    """What is overwritten without a count of its changes: statistics of norms, and by custom operators."""
-    for node in graph.nodes:
-        if node.target in UPDATING:
-            yield from (each for each in node.args[3:5] if isinstance(each, FxNode))
-        elif isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prim"):
-            yield from (node.all_input_nodes if node.target._schema.is_mutable else ())
+def _memory_of(node: FxNode) -> Iterator[int]:
+    """Which memory a value is in; views are in that of what they view."""
+    for leaf in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()._cdata
 
 
-def _is_pure(target: object) -> bool:
-    """Whether a call gives the same again and changes nothing."""
+def _written_by(node: FxNode) -> list[FxNode]:
+    """The operands that a call overwrites."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return []
+    if not isinstance(node.target, OpOverload):
+        # What a function of the user's own does is not known.
+        return node.all_input_nodes
+    if node.target in UPDATING:
+        return [each for each in node.args[3:5] if isinstance(each, FxNode)]
+    written: list[FxNode] = []
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            written += [each for each in pytree.tree_leaves(given) if isinstance(each, FxNode)]
+    return written
+
+
+def _can_be_repeated(target: object) -> bool:
+    """Whether a call does the same again, and nothing besides to anything but its operands."""
     if target is operator.getitem:
         return True
     return (
         isinstance(target, OpOverload)
-        and not target._schema.is_mutable
+        and (target.namespace in ("aten", "prim") or not target._schema.is_mutable)
         and target not in UPDATING
         and torch.Tag.nondeterministic_seeded not in target.tags
     )

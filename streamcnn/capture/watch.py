@@ -30,6 +30,11 @@ _PLAIN = (Tensor, nn.Parameter)
 _COPIES = frozenset(
     getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__index__", "__int__")
 )
+_ASKED = _COPIES | {
+    getattr(place, name) for place in (torch, Tensor) for name in ("equal", "allclose", "is_nonzero")
+}
+"""Functions that give what they have found in values to Python."""
+_UNKNOWN = object()
 _READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
 """Methods that give a tensor's values to Python; the last two, with the memory that they are in."""
 
@@ -87,11 +92,11 @@ class Watch(TorchFunctionMode):
         if func in _READS and self._is_from_outside(args[0]):
             with disable_proxy_modes_tracing(), unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
-        if func in _COPIES:
-            known = self.known.of(args[0])
-            if known is not None:
+        if func in _ASKED:
+            known = pytree.tree_map_only(Tensor, self._values, (args, kwargs or {}))
+            if not any(each is _UNKNOWN for each in pytree.tree_leaves(known)):
                 with disable_proxy_modes_tracing(), unset_fake_temporarily():
-                    return func(known, *args[1:], **(kwargs or {}))
+                    return func(*known[0], **known[1])
         func = BLIND.get(func, func)
         args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -135,6 +140,12 @@ class Watch(TorchFunctionMode):
             track_tensor_tree(fake, Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)
             self.stand_ins[id(tensor)] = (tensor, fake)
         return self.stand_ins[id(tensor)][1]
+
+    def _values(self, tensor: Tensor) -> Any:
+        """The values that a tensor has now, or a mark that they depend on the image."""
+        _, stand_in = self.stand_ins.get(id(tensor), (tensor, tensor))
+        found = self.known.of(stand_in)
+        return _UNKNOWN if found is None else found
 
     def _is_from_outside(self, tensor: Tensor) -> bool:
         """Whether a tensor has values, and those that it has where it is read."""

@@ -730,7 +730,7 @@ class ScaledByNorm(Small):
         return x / max(1.0, float(self.head.weight.detach().norm()))
 
 
-@CASES("a buffer's value is read after it has changed", passes(2), expected="reads a value of a tensor")
+@CASES("a buffer's value is read after it has changed", passes(2))
 class ReadAfterChange(WarmUp):
     def middle(self, x: Tensor) -> Tensor:
         self.count += 1
@@ -741,6 +741,41 @@ class ReadAfterChange(WarmUp):
 class MeanReadAfterNorm(Small):
     def middle(self, x: Tensor) -> Tensor:
         return x * 0.5 if float(self.norm.running_mean.sum()) < 0 else x
+
+
+@CASES("a part of a buffer's copy is changed, and its value read", passes(2))
+class CopyReadAfterChange(Centered):
+    def middle(self, x: Tensor) -> Tensor:
+        copied = self.center.clone()
+        copied[:, 0] += 5
+        copied.view(-1)[1:].neg_()
+        return x * float(copied.sum())
+
+
+@CASES("a tensor is filled in parts, and its value read", passes(2))
+class FilledReadAfterwards(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        sizes = torch.zeros(2)
+        sizes[0], sizes[1] = x.shape[-1], x.shape[-2]
+        torch._foreach_add_([sizes], 1)
+        return x / float(sizes.prod())
+
+
+@CASES("a tensor made of numbers decides", passes(2))
+class NumbersDecide(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        widths = torch.tensor([(1.0, 1.5)], dtype=x.dtype)
+        if not bool((widths > 0).all()):
+            raise ValueError("widths must be positive")
+        return x.sin() * x.new_tensor([3.0, 2.0])[1].item() if torch.equal(widths, widths) else x
+
+
+@CASES("a buffer is compared by torch.allclose", passes(2))
+class ComparedBuffer(Centered):
+    def middle(self, x: Tensor) -> Tensor:
+        is_known = not torch.allclose(self.center, torch.full_like(self.center, 0.25))
+        self.center.fill_(0.25)
+        return x - self.center if is_known else x.sin()
 
 
 def _called_with_numbers(model: Any, net: nn.Module, record: Record) -> None:
