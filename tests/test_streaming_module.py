@@ -405,3 +405,12 @@ def test_an_attribute_that_is_set_anew_is_the_nets() -> None:
     assert torch.equal(model(image), image)
     with pytest.raises(AttributeError, match="shift"):
         del model.shift
+
+
+@pytest.mark.parametrize("name", ["_device", "_dtype", "_model", "_module", "_image", "_forward"])
+def test_a_frameworks_own_names_are_free(name: str) -> None:
+    # Lightning Fabric's wrapper passes what it sets on to the module that it wraps, if that has it already.
+    model = StreamingModel(make_net(), tile=16)
+    assert not hasattr(model, name)
+    setattr(model, name, torch.device("cpu"))
+    model(make_image())

@@ -51,7 +51,7 @@ class LayerMethod(ABC):
         args = as_arguments(additional)
         if isinstance(inputs, Tensor):
             inputs = inputs.detach()  # its gradient is not wanted
-        reader = BatchReader(inputs, self.model._device(), self.model.preprocess)
+        reader = BatchReader(inputs, self.model.computing_device(), self.model.preprocess)
         found = survey(self.model.net, reader.shape, reader.dtype, args)
         require_target(found.output, target)
         call = _Call(self.model, inputs, args, found.map_shape(self.layer), reader.dtype, reader.device)

@@ -47,7 +47,7 @@ class ImageGradients:
         self, model: StreamingModel, inputs: Image, target: Target, additional: Any, *, num_copies: int
     ) -> None:
         self._net, self._target, self._args = model.net, target, as_arguments(additional)
-        reader = BatchReader(inputs, model._device(), model.preprocess)
+        reader = BatchReader(inputs, model.computing_device(), model.preprocess)
         require_target(survey(model.net, reader.shape, reader.dtype, self._args).output, target)
         nbytes = _nbytes(reader.shape, reader.dtype)
         is_own = not isinstance(inputs, Tensor) or model.preprocess is not None

@@ -123,7 +123,7 @@ def survey_of(model: StreamingModel, inputs: Image, args: Iterable[Any] = ()) ->
     DatasetMismatch, UnsupportedModel
         If they are no batch of images, or the model fails for them.
     """
-    reader = BatchReader(inputs, model._device(), model.preprocess)
+    reader = BatchReader(inputs, model.computing_device(), model.preprocess)
     return survey(model.net, reader.shape, reader.dtype, args)
 
 

@@ -214,7 +214,7 @@ class StreamingModel(ModuleFacade):
             If the images are no batch.
         """
         module, call = self._losses.of(self.net, loss)
-        device = self._device()
+        device = self.computing_device()
         given = Arguments.of((target, maps), {}, device)
         return self._passes.planned(self, module, call, self._image_spec(image), given, device, None).plan
 
@@ -226,7 +226,7 @@ class StreamingModel(ModuleFacade):
         """What is known of images, or of a shape."""
         if not is_image(image):
             return ImageSpec(as_shape(image), dtype or module_dtype(self.net), requires_grad=False)
-        reader = BatchReader(image, self._device(), self.preprocess)
+        reader = BatchReader(image, self.computing_device(), self.preprocess)
         return ImageSpec(reader.shape, dtype or reader.dtype, wants_gradient(image), reader.reading)
 
     def plan_for(
@@ -285,11 +285,13 @@ class StreamingModel(ModuleFacade):
         UnsupportedModel
             If the module cannot be captured at this shape.
         """
-        given = Arguments.of(tuple(inputs), named or {}, self._device())
+        device = self.computing_device()
+        given = Arguments.of(tuple(inputs), named or {}, device)
         image = ImageSpec(shape, dtype, image_gradient, reading)
-        return self._passes.planned(self, self.net, self._call, image, given, self._device(), machine)
+        return self._passes.planned(self, self.net, self._call, image, given, device, machine)
 
-    def _device(self) -> torch.device:
+    def computing_device(self) -> torch.device:
+        """Where the module is, and so where images are brought and passes run."""
         # While another thread's pass is captured, stand-ins take the places of parameters.
         with TRACING:
             return device_of(self.net)
@@ -441,6 +443,6 @@ class StreamingModel(ModuleFacade):
 
         With ``keep`` results that are maps stay stored, and are what it makes of them.
         """
-        reader = BatchReader(image, self._device(), self.preprocess)
+        reader = BatchReader(image, self.computing_device(), self.preprocess)
         given = Arguments.of(args, kwargs, reader.device)
         return self._passes.run(self, net, call, image, reader, given, keep)
