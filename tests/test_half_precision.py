@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +173,33 @@ def test_gradients_of_a_shared_parameter_are_added_in_float32() -> None:
         program, _ = traced(Shared(), (1, 3, 24, 24))
     cast = casts_of(program, program.nodes)
     assert {program.states[name] for name in cast} == {"once.weight", "once.bias"}
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "x += y": operator.iadd,
+    "x /= y": operator.itruediv,
+    "x.mul_(y)": Tensor.mul_,
+    "x[:, :2] -= y": lambda x, y: x[:, :2].sub_(y),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_autocast_has_cast_stays_so_when_it_is_changed_in_place(
+    change: Callable[[Tensor, Tensor], Any],
+) -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, WIDTH, 3)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.conv(image)
+            change(x, image[:, :1, 1:-1, 1:-1].exp() + 1)
+            return x
+
+    torch.manual_seed(0)
+    net, image = Changed(), torch.randn(SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = StreamingModel(net, tile=TILE)(image), net(image)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)

@@ -38,6 +38,8 @@ class RawNode:
     source: str
     in_place: Callable[..., Any] | None = None
     """The call as the user's model has it, if that overwrites its first argument."""
+    overwrites: str = ""
+    """The value in whose place its result is written, in that one's type; empty for none."""
     grad: bool = True
     """Whether autograd would record it."""
     casts: Casts | None = None
@@ -87,7 +89,10 @@ class RawGraph:
     """Equal for graphs that are planned alike."""
 
     def __post_init__(self) -> None:
-        nodes = (f"{n.name}={_text(n.target)}{n.args}{n.kwargs}{n.grad}{n.casts}" for n in self.nodes)
+        nodes = (
+            f"{n.name}={_text(n.target)}{n.args}{n.kwargs}{n.grad}{n.casts}{n.overwrites}"
+            for n in self.nodes
+        )
         constants = ((name, tuple(c.shape), c.dtype) for name, c in self.constants.items())
         rest = (self.image, self.image_shape, self.states, self.maps, self.outputs, self.updates)
         object.__setattr__(self, "key", "\n".join([*nodes, *map(str, constants), *map(str, rest)]))

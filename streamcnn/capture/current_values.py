@@ -52,7 +52,8 @@ class CurrentValues:
             self._seen[node] = self._writes.get(self.owner(parent), 0)
 
     def write(self, node: FxNode, written: FxNode, ref: Ref) -> None:
-        """Give ``written`` a new value, and everything that it is a view of."""
+        """Give ``written`` a new value, that of the last call, and everything that it is a view of."""
+        self._calls.note_overwritten(self._values[written].name)
         chain = [written]
         while chain[-1] in self._viewed:
             chain.append(self._viewed[chain[-1]])

@@ -30,6 +30,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
 from streamcnn.graph.program import Axes, Kind, Ref, refs_in, substitute
 
+_CAST = torch.ops.aten.to.dtype
 _LEAST_POSITIONS = 64
 """Positions of a grid with which streaming begins again."""
 
@@ -89,9 +90,22 @@ class Lowering:
             self.values[raw.name] = self.recording.moved[args[0].name]
             return
         if raw.target is operator.getitem:
-            self.values[raw.name] = self._item(raw, *args)
-            return
-        self.values[raw.name] = self._called(Call(raw.target, args, kwargs))
+            value = self._item(raw, *args)
+        else:
+            value = self._called(Call(raw.target, args, kwargs))
+        self.values[raw.name] = self._as_written(raw, value)
+
+    def _as_written(self, raw: RawNode, value: Any) -> Any:
+        """A call's result as it is written: ``x += y`` leaves ``x`` in its type, ``x + y`` would not."""
+        before = self.values.get(raw.overwrites)
+        if before is None:
+            # Nothing is overwritten, or nothing else reads it, as where all of it is copied over.
+            return value
+        dtype = self._type_of(before)
+        return value if self._type_of(value) == dtype else self._called(Call(_CAST, (value, dtype), {}))
+
+    def _type_of(self, value: Ref | Folded) -> torch.dtype:
+        return self.recording.spec(value.ref if isinstance(value, Folded) else value).dtype
 
     def _value(self, name: str) -> Any:
         return self.values[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ class RawCalls:
             )
         )
         return Ref(name)
+
+    def note_overwritten(self, name: str) -> None:
+        """Note that the last call's result is written in the place of a value."""
+        self.nodes[-1] = replace(self.nodes[-1], overwrites=name)
 
     def fresh(self, base: str) -> str:
         """A name that no call has yet."""

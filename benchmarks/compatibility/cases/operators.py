@@ -188,6 +188,25 @@ def _(x: Tensor) -> Tensor:
     return x * out
 
 
+@written("x += y leaves x in its type")
+def _(x: Tensor) -> Tensor:
+    low = (x * 0).float()
+    low += 0.1 * torch.ones_like(x)
+    low.flatten(2).mul_(x.cos().round().flatten(2) + 1.1)
+    return x * low
+
+
+@written("a loss in float32 that is summed up by +=")
+def _(x: Tensor) -> Tensor:
+    total = torch.zeros(len(x), dtype=torch.float32)
+    for exponent in (1, 2):
+        total += 0.1 + 0 * x.mean((1, 2, 3)) ** exponent
+    scales = [total.clone()]
+    with torch.no_grad():
+        torch._foreach_mul_(scales, [0.3 * torch.ones_like(total, dtype=x.dtype)])
+    return x * scales[0].view(-1, 1, 1, 1)
+
+
 @written("a map that is filled by parts")
 def _(x: Tensor) -> Tensor:
     out = torch.zeros(x.shape[0], 2 * WIDTH, *x.shape[2:], dtype=x.dtype)
