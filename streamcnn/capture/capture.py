@@ -90,8 +90,7 @@ class RawGraph:
 
     def __post_init__(self) -> None:
         nodes = (
-            f"{n.name}={_text(n.target)}{n.args}{n.kwargs}{n.grad}{n.casts}{n.overwrites}"
-            for n in self.nodes
+            f"{n.name}={_text(n.target)}{n.args}{n.kwargs}{n.grad}{n.casts}{n.overwrites}" for n in self.nodes
         )
         constants = ((name, tuple(c.shape), c.dtype) for name, c in self.constants.items())
         rest = (self.image, self.image_shape, self.states, self.maps, self.outputs, self.updates)

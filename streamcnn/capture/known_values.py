@@ -1,16 +1,18 @@
-"""Values that are known while a pass is traced on fake tensors: those of states, of constants, and of
-functions of both.
+"""Values that are known while a pass is traced on fake tensors: those of states, of constants, of random
+numbers, and of functions of them.
 
 A flag or counter in a buffer decides what a pass does (``if not self.initialized``, ``int(self.pointer)``),
-and so does a tensor that the code makes of numbers (``(torch.tensor(sigma) > 0).all()``). All that the pass
-has done with such tensors is done again on their values, so that a value which it has changed, through a
-view or in place, is known as it is now.
+and so does a tensor that the code makes of numbers (``(torch.tensor(sigma) > 0).all()``) or draws
+(``if torch.rand(1) < 0.1``). All that the pass has done with such tensors is done again on their values, so
+that a value which it has changed, through a view or in place, is known as it is now. The same numbers are
+drawn as when the pass runs, which begins with the generator as it is.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,9 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from streamcnn.graph.costs import may_draw
 from streamcnn.graph.flattening import UPDATING, proxy_of
+from streamcnn.graph.registry import is_seeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class KnownValues:
         return tensor._version + (0 if known is None else known.value._version - known.version)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The values that a traced tensor has now, if only states and constants have gone into them."""
+        """The values that a traced tensor has now, if none of an image have gone into them."""
         proxy = proxy_of(tensor)
         if proxy is None:
             return None
@@ -65,13 +69,14 @@ class KnownValues:
             unset_fake_temporarily(),
             torch._C.DisableTorchFunction(),
             torch.no_grad(),
+            _generator_kept(),
         ):
             return self._computed(proxy.node)
 
     def _computed(self, node: FxNode) -> Tensor | None:
         values: dict[FxNode, Any] = {}
         for each in _history(node):
-            if each.op == "call_function" and _can_be_repeated(each.target):
+            if each.op == "call_function" and _can_be_repeated(each):
                 assert callable(each.target)
                 args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
                 values[each] = each.target(*args, **kwargs)
@@ -107,12 +112,19 @@ def _history(node: FxNode) -> list[FxNode]:
                 memory.update(_memory_of(each))
                 pending.extend(each.all_input_nodes)
 
-    add(node)
+    def lacking() -> list[FxNode]:
+        more = [each for each, places in writing.items() if places & memory]
+        # Numbers depend on how many were drawn before them.
+        last = max((place for place, each in enumerate(drawing) if each in found), default=-1)
+        return [each for each in (*more, *drawing[: last + 1]) if each not in found]
+
     writing = {
         each: {place for written in _written_by(each) for place in _memory_of(written)}
         for each in node.graph.nodes
     }
-    while more := [each for each, places in writing.items() if each not in found and places & memory]:
+    drawing = [each for each in node.graph.nodes if _draws(each)]
+    add(node)
+    while more := lacking():
         for each in more:
             add(each)
     return [each for each in node.graph.nodes if each in found]
@@ -142,13 +154,36 @@ def _written_by(node: FxNode) -> list[FxNode]:
     return written
 
 
-def _can_be_repeated(target: object) -> bool:
+def _can_be_repeated(node: FxNode) -> bool:
     """Whether a call does the same again, and nothing besides to anything but its operands."""
+    target = node.target
     if target is operator.getitem:
         return True
-    return (
-        isinstance(target, OpOverload)
-        and (target.namespace in ("aten", "prim") or not target._schema.is_mutable)
-        and target not in UPDATING
-        and torch.Tag.nondeterministic_seeded not in target.tags
-    )
+    if not isinstance(target, OpOverload) or target in UPDATING:
+        return False
+    if is_seeded(target):
+        # Another generator would go on by it.
+        return _is_on_host(node) and node.kwargs.get("generator") is None
+    return target.namespace in ("aten", "prim") or not target._schema.is_mutable
+
+
+def _draws(node: FxNode) -> bool:
+    """Whether a call may take numbers from a generator; dropout need not."""
+    if not may_draw(node.target):
+        return False
+    probability, train = (*node.args[1:3], None, None)[:2]
+    return "dropout" not in str(node.target) or (train is not False and probability not in (0, 1))
+
+
+def _is_on_host(node: FxNode) -> bool:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _generator_kept() -> Iterator[None]:
+    state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

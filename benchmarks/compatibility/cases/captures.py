@@ -846,7 +846,7 @@ class TorchRandom(Small):
         return x * torch.rand(1, dtype=x.dtype)
 
 
-@CASES("torch.rand(1).item() as a factor", passes(3), expected=SAME_OR_REFUSED)
+@CASES("torch.rand(1).item() as a factor", passes(3))
 class TorchRandomItem(Small):
     def middle(self, x: Tensor) -> Tensor:
         return x * torch.rand(1).item()
@@ -875,6 +875,22 @@ class LayerDrop(Small):
             if not self.training or random.random() > 0.4:
                 x = x + torch.tanh(layer(x))
         return x
+
+
+@CASES("layers skipped by torch.rand(1), between other draws", passes(4))
+class LayerDropOfTorch(LayerDrop):
+    def middle(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x * (1 + torch.rand(len(x), 1, 1, 1, dtype=x.dtype))
+            if not (self.training and torch.rand(1) < 0.4):
+                x = x + torch.tanh(layer(x))
+        return x * torch.empty(1).uniform_(0.5, 2).item()
+
+
+@CASES("dropout in front of torch.rand(1).item()", passes(2), expected="reads a value of a tensor")
+class ReadBehindDropout(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5) * torch.rand(1).item()
 
 
 @CASES("layers in random order", passes(4))
