@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import may_draw
-from streamcnn.graph.flattening import UPDATING, proxy_of
+from streamcnn.graph.flattening import UPDATING, Whole, proxy_of
 from streamcnn.graph.registry import is_seeded
 
 
@@ -79,7 +79,11 @@ class KnownValues:
             if each.op == "call_function" and _can_be_repeated(each):
                 assert callable(each.target)
                 args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
+                before = torch.default_generator.get_state()
                 values[each] = each.target(*args, **kwargs)
+                if isinstance(each.target, Whole) and not _is_at(before):
+                    # The pass leaves such a call out if nothing else reads its result.
+                    return None
             elif (given := self._given(each)) is not None:
                 # What the pass overwrites is overwritten here.
                 values[each] = given.clone()
@@ -139,11 +143,8 @@ def _memory_of(node: FxNode) -> Iterator[int]:
 
 def _written_by(node: FxNode) -> list[FxNode]:
     """The operands that a call overwrites."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return []
     if not isinstance(node.target, OpOverload):
-        # What a function of the user's own does is not known.
-        return node.all_input_nodes
+        return []
     if node.target in UPDATING:
         return [each for each in node.args[3:5] if isinstance(each, FxNode)]
     written: list[FxNode] = []
@@ -157,7 +158,7 @@ def _written_by(node: FxNode) -> list[FxNode]:
 def _can_be_repeated(node: FxNode) -> bool:
     """Whether a call does the same again, and nothing besides to anything but its operands."""
     target = node.target
-    if target is operator.getitem:
+    if target is operator.getitem or isinstance(target, Whole):
         return True
     if not isinstance(target, OpOverload) or target in UPDATING:
         return False
@@ -178,6 +179,10 @@ def _draws(node: FxNode) -> bool:
 def _is_on_host(node: FxNode) -> bool:
     leaves = pytree.tree_leaves(node.meta.get("val"))
     return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _is_at(state: Tensor) -> bool:
+    return torch.equal(torch.default_generator.get_state(), state)
 
 
 @contextmanager

@@ -887,6 +887,31 @@ class LayerDropOfTorch(LayerDrop):
         return x * torch.empty(1).uniform_(0.5, 2).item()
 
 
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x * factor * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.saved_tensors[0] * 2, None
+
+
+@CASES("a value and torch.rand(1) are read behind autograd.Functions of weights", passes(3))
+class ReadBehindFunction(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(1.5))
+
+    def middle(self, x: Tensor) -> Tensor:
+        bias = _Doubled.apply(self.norm.bias, self.factor)
+        x = x + bias[:, None, None]
+        if torch.rand(1) < 0.5:
+            x = x.sin()
+        return x * float(self.factor) + float(bias.detach().sum())
+
+
 @CASES("dropout in front of torch.rand(1).item()", passes(2), expected="reads a value of a tensor")
 class ReadBehindDropout(Small):
     def middle(self, x: Tensor) -> Tensor:
