@@ -30,22 +30,51 @@ class Place:
 
     container: Any
     key: Any
+    path: tuple[int, ...] = ()
+    """Where in a tuple there."""
 
     def take(self) -> Tensor:
         """What is there, which goes until its values are known."""
-        value: Tensor = self.container[self.key]
-        self.container[self.key] = None
+        value = self.container[self.key]
+        for index in self.path:
+            value = value[index]
+        self.put(None)
+        assert isinstance(value, Tensor)
         return value
+
+    def put(self, value: Tensor | None) -> None:
+        """Have ``value`` there."""
+        self.container[self.key] = _exchanged(self.container[self.key], self.path, value)
+
+
+def _exchanged(held: Any, path: tuple[int, ...], value: Tensor | None) -> Any:
+    """``held`` with ``value`` at a place in tuples, or in place of it."""
+    if not path:
+        return value
+    parts = list(held)
+    parts[path[0]] = _exchanged(parts[path[0]], path[1:], value)
+    return type(held)(*parts) if hasattr(held, "_fields") else type(held)(parts)
 
 
 def places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[Place]:
     """Where submodules keep traced tensors other than the states that stand in for their own."""
     known = set(map(id, states))
     return [
-        Place(container, key)
+        Place(container, key, path)
         for container, key, value in entries(net)
-        if isinstance(value, FakeTensor) and id(value) not in known
+        for path, held in _in_tuples(value)
+        if isinstance(held, FakeTensor) and id(held) not in known
     ]
+
+
+def _in_tuples(value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """A value, or what tuples hold, with the way there."""
+    if not isinstance(value, tuple):
+        yield (), value
+        return
+    for index, inner in enumerate(value):
+        for path, held in _in_tuples(inner):
+            yield (index, *path), held
 
 
 def refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
@@ -72,7 +101,8 @@ def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]
 
 
 def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """Attributes of submodules, and what lists and dicts among them hold: container, key and value."""
+    """Attributes of submodules, and what lists and dicts among them or in tuples hold: container, key and
+    value."""
     seen: set[int] = set()
     scripted = [ScriptedAttributes(module) for module in net.modules()]
     pending: list[Any] = [*(vars(module) for module in net.modules()), *scripted]
@@ -83,8 +113,8 @@ def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
         seen.add(id(container))
         for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
             yield container, key, value
-            if isinstance(value, (dict, list, deque)):
-                pending.append(value)
+            held = (inner for _, inner in _in_tuples(value))
+            pending += [inner for inner in held if isinstance(inner, (dict, list, deque))]
 
 
 _NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)

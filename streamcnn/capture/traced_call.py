@@ -92,7 +92,7 @@ class TracedCall:
         """What the module returns, and keeps, given the results of its graph."""
         count = len(values) - len(self.places)
         for place, value in zip(self.places, values[count:], strict=True):
-            place.container[place.key] = value
+            place.put(value)
         for registry, name, tensor in self.exchanged:
             registry[name] = tensor
         assert self.rebuild is not None

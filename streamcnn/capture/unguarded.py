@@ -2,7 +2,7 @@
 
 The user's Python runs on fake tensors, as often as the model is called, and its operators are recorded; so
 what it prints, draws or counts happens as in plain PyTorch. Nothing that it reads can be out of date. A fake
-tensor that it leaves in an attribute, or in a list or dict there, gives way to the real one after the pass.
+tensor that it leaves in an attribute, or in a list, dict or tuple there, gives way to the real one after it.
 Anywhere else it is found: then the pass is refused, and the module put back as it was.
 """
 

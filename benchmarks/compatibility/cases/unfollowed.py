@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,26 @@ class TimedFeatures(Timed):
 
     def middle(self, x: Tensor) -> Tensor:
         self.features["pooled"] = x.mean((2, 3))
+        return x
+
+
+class _Parts(NamedTuple):
+    name: str
+    value: Tensor
+    more: tuple[Tensor, ...] = ()
+
+
+@CASES("a timer, and tensors are kept in tuples", passes(2))
+class TimedTuples(Timed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: tuple[Any, ...] = ()
+        self.by_name: dict[str, Any] = {}
+
+    def middle(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3)).detach()
+        self.kept = ((("pooled", pooled), ("twice", pooled * 2)), None, [pooled], pooled.max(1))
+        self.by_name["parts"] = _Parts("parts", pooled.sin(), (pooled, x.detach()))
         return x
 
 
