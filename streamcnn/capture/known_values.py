@@ -79,9 +79,9 @@ class KnownValues:
             if each.op == "call_function" and _can_be_repeated(each):
                 assert callable(each.target)
                 args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
-                before = torch.default_generator.get_state()
+                before = torch.default_generator.get_state() if isinstance(each.target, Whole) else None
                 values[each] = each.target(*args, **kwargs)
-                if isinstance(each.target, Whole) and not _is_at(before):
+                if before is not None and not torch.equal(before, torch.default_generator.get_state()):
                     # The pass leaves such a call out if nothing else reads its result.
                     return None
             elif (given := self._given(each)) is not None:
@@ -179,10 +179,6 @@ def _draws(node: FxNode) -> bool:
 def _is_on_host(node: FxNode) -> bool:
     leaves = pytree.tree_leaves(node.meta.get("val"))
     return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
-
-
-def _is_at(state: Tensor) -> bool:
-    return torch.equal(torch.default_generator.get_state(), state)
 
 
 @contextmanager
