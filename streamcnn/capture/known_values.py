@@ -29,6 +29,9 @@ from streamcnn.graph.costs import may_draw
 from streamcnn.graph.flattening import UPDATING, Whole, proxy_of
 from streamcnn.graph.registry import is_seeded
 
+_MOST_DRAWN = 2**16
+"""Random numbers of one call that are drawn to know what comes behind them."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -75,7 +78,9 @@ class KnownValues:
 
     def _computed(self, node: FxNode) -> Tensor | None:
         values: dict[FxNode, Any] = {}
-        for each in _history(node):
+        history = _history(node)
+        overwrites = any(map(_written_by, history))
+        for each in history:
             if each.op == "call_function" and _can_be_repeated(each):
                 assert callable(each.target)
                 args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
@@ -86,7 +91,7 @@ class KnownValues:
                     return None
             elif (given := self._given(each)) is not None:
                 # What the pass overwrites is overwritten here.
-                values[each] = given.clone()
+                values[each] = given.clone() if overwrites else given
             else:
                 return None
         found = values[node]
@@ -164,7 +169,7 @@ def _can_be_repeated(node: FxNode) -> bool:
         return False
     if is_seeded(target):
         # Another generator would go on by it.
-        return _is_on_host(node) and node.kwargs.get("generator") is None
+        return _is_small(node) and node.kwargs.get("generator") is None
     return target.namespace in ("aten", "prim") or not target._schema.is_mutable
 
 
@@ -176,9 +181,10 @@ def _draws(node: FxNode) -> bool:
     return "dropout" not in str(node.target) or (train is not False and probability not in (0, 1))
 
 
-def _is_on_host(node: FxNode) -> bool:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
+def _is_small(node: FxNode) -> bool:
+    """Whether a result is on the host, and no map's that should not be there whole."""
+    leaves = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    return all(leaf.device.type == "cpu" and leaf.numel() <= _MOST_DRAWN for leaf in leaves)
 
 
 @contextmanager
