@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from streamcnn import StreamingModel
+from streamcnn.capture import guards
 from streamcnn.errors import BudgetExceeded, UnsupportedModel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package here")
@@ -212,6 +214,11 @@ def with_collectives(rank: int) -> dict[str, Any]:
     with pytest.raises(UnsupportedModel) as error:
         StreamingModel(WithCollective("broadcast").double(), tile=(8, 8))(image_of(rank, 0))
     found["refused"] = str(error.value)
+    # A group of one process, and what the other one has for it.
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(make_net(), dist.new_group([0]))
+    found["alone"] = [
+        module(image_of(rank, 0)).detach() for module in (make_net(), StreamingModel(net, tile=16))
+    ]
     with pytest.raises(BudgetExceeded) as exceeded:
         refused_memory(rank)
     found["exceeded"] = str(exceeded.value)
@@ -235,12 +242,23 @@ def test_collectives_have_the_gradients_of_plain_pytorch(tmp_path: Path) -> None
         for kind in FOLLOWED:
             plain, streamed = found[kind]
             torch.testing.assert_close(streamed, plain, rtol=1e-9, atol=1e-12)
+        plain, streamed = found["alone"]
+        torch.testing.assert_close(streamed, plain, rtol=1e-9, atol=1e-12)
         assert "the forward pass calls torch.distributed.broadcast" in found["refused"]
         assert "a pass in which processes meet is not begun again" in found["exceeded"]
 
 
-def test_cumulative_averages_are_captured_once() -> None:
+def test_cumulative_averages_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+    begin = guards._Graphs.__call__
+
+    def count(*args: Any) -> Any:
+        captured.append(args)
+        return begin(*args)
+
+    monkeypatch.setattr(guards._Graphs, "__call__", count)
     model = StreamingModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)), tile=(16, 16))
-    for _ in range(3):
-        model(torch.rand(1, 3, 32, 32))
-    assert model._call._guarded.count == 1
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for thread in (first, second, first, second):
+            thread.submit(model, torch.rand(1, 3, 32, 32)).result()
+    assert len(captured) == 1

@@ -62,6 +62,9 @@ def _normalise_together(self: Any, input: Tensor, everyone: Group) -> Tensor:
     self._check_input_dim(input)
     self._check_non_zero_input_channels(input)
     group, size = everyone
+    if isinstance(self.process_group, int):
+        # What a process has for a group that others are in: it normalises by itself.
+        return _normalise(self, input)
     if self.process_group:
         group, size = self.process_group.group_name, self.process_group.size()
     if not self.training or size == 1:

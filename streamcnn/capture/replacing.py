@@ -6,8 +6,8 @@ Other threads find them as they are: passes are carried out, and the user's othe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ClassMethodDescriptorType
 from typing import Any
@@ -16,25 +16,39 @@ from unittest.mock import patch
 import torch
 
 
+class _Place(threading.local):
+    """Where a function is replaced: in the threads that are within a block."""
+
+    is_here = False
+
+
+@contextmanager
 def replaced_here(
     owner: Any, name: str, replacement: Callable[..., Any], *, lasting: bool = False
-) -> AbstractContextManager[Any]:
+) -> Iterator[None]:
     """A block in which an attribute of a module or class, a function, is another one for this thread.
 
-    If ``lasting``, what stands there is the same object each time, so that guards hold which have seen it;
-    ``replacement`` is then kept.
+    If ``lasting``, what stands there is the same object each time and in each thread, so that guards hold
+    which have seen it; ``replacement`` is then kept.
     """
     make = _lasting if lasting else _for_thread
-    return patch.object(owner, name, make(vars(owner)[name], replacement, threading.get_ident()))
+    function, place = make(vars(owner)[name], replacement)
+    with patch.object(owner, name, function):
+        place.is_here = True
+        try:
+            yield
+        finally:
+            place.is_here = False
 
 
-def _for_thread(original: Any, replacement: Callable[..., Any], here: int) -> Any:
-    """``replacement`` for the thread ``here``, and the original for all others."""
+def _for_thread(original: Any, replacement: Callable[..., Any]) -> tuple[Any, _Place]:
+    """``replacement`` for threads in the place that comes with it, and the original for all others."""
+    place = _Place()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_here() -> bool:
         # Dynamo asks this itself: it cannot follow how.
-        return threading.get_ident() == here
+        return place.is_here
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return (replacement if is_here() else original)(*args, **kwargs)
@@ -45,7 +59,7 @@ def _for_thread(original: Any, replacement: Callable[..., Any], here: int) -> An
         return original.__get__(None, cls)(*args, **kwargs)
 
     is_method_of_class = isinstance(original, (classmethod, ClassMethodDescriptorType))
-    return classmethod(method) if is_method_of_class else function
+    return classmethod(method) if is_method_of_class else function, place
 
 
 _lasting = lru_cache(256)(_for_thread)
