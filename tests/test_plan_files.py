@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamcnn import StreamingModel
 from streamcnn.graph import registry
@@ -128,6 +128,42 @@ def test_with_rules_of_the_users_nothing_is_kept_or_found(
     forbid(monkeypatch)
     with pytest.raises(Made):
         plan_of()
+
+
+class EveryOther(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.streamcnn_test.every_other(x)
+        return y.relu()
+
+
+def test_what_was_made_for_another_program_is_made_anew() -> None:
+    nets = [nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), EveryOther(), nn.Conv2d(4, 4, 3)) for _ in range(2)]
+    image = torch.rand(2, 3, 96, 80)
+    for step, net in zip((4, 2), nets, strict=True):
+        # An operator of the user's, of which another version of their code makes something else.
+        with torch.library._scoped_library("streamcnn_test", "DEF") as library:
+            library.define("every_other(Tensor x) -> Tensor")
+            library.impl(
+                "every_other",
+                lambda x, step=step: x[..., ::step, ::step].clone(),
+                "CompositeExplicitAutograd",
+            )
+            model = StreamingModel(net, tile=(32, 32))
+            model.resident_tail = False
+            with torch.no_grad():
+                torch.testing.assert_close(model(image), net(image))
+
+
+def test_what_is_for_another_net_is_made_anew(folder: Path) -> None:
+    made = plan_of()
+    (path,) = folder.iterdir()
+    net = make_net()[:4]
+    other = plan_of(net=net)
+    (other_path,) = set(folder.iterdir()) - {path}
+    path.write_bytes(other_path.read_bytes())
+    assert plan_of() == made
+    other_path.write_bytes(path.read_bytes())
+    assert plan_of(net=net) == other
 
 
 @pytest.mark.parametrize("content", [b"", b"half a file", "cut off", "a folder"])

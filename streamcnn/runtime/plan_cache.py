@@ -154,14 +154,13 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
             keeps_results=spec.keeps_results,
         )
         file = PlanFile(captured.settings, spec, machine)
-        found = file.read()
+        found = file.read(trace.program)
         if found is not None:
-            tail, plan = found
-            return Planned.of(trace.program(tail), plan, fuses=fuses)
+            return Planned.of(*found, fuses=fuses)
         began = time.perf_counter()
         tail, program, plan = _made(trace, spec, machine)
         if time.perf_counter() - began > _WORTH_KEEPING:
-            file.write(tail, plan)
+            file.write(tail, program, plan)
         return Planned.of(program, plan, fuses=fuses)
 
 

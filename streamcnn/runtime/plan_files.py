@@ -1,8 +1,10 @@
 """Plans on disk, in the user's cache folder: a search that one process has done, no other one repeats.
 
 A plan is a function of the captured graph, the specification, the machine and the code that plans. A file is
-named by a digest of all of these, so that it is found by whoever would make the same plan and by nobody else.
-What is found is read by its schema; a file that holds something else is made anew.
+named by a digest of all of these, so that it is found by whoever would make the same plan.
+What is found is read by its schema, and holds if it is for the program that the graph is traced to here:
+operators of the user's have their names in the graph, and what they give may have changed since. A file that
+holds something else is made anew.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import hashlib
 import os
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -22,6 +24,7 @@ import torch
 
 import streamcnn
 from streamcnn.errors import StreamError
+from streamcnn.graph.program import Program
 from streamcnn.graph.registry import all_are_built_in
 from streamcnn.plan.plan import Plan
 from streamcnn.support.atomic import replace_file
@@ -46,22 +49,32 @@ class KeptPlan:
 
     tail: str | None
     """The captured call from which on the program that it is for runs on whole maps."""
+    program: str
+    """A digest of that program."""
     plan: Plan
     kept_bytes: tuple[tuple[str, int, int], ...] | None
     """Those of the plan, whose keys JSON does not have: kind and level of a part, and bytes."""
 
     @classmethod
-    def of(cls, tail: str | None, plan: Plan) -> KeptPlan:
+    def of(cls, tail: str | None, program: Program, plan: Plan) -> KeptPlan:
         """A plan to be written."""
         parts = plan.kept_bytes
         pairs = None if parts is None else tuple((*part, nbytes) for part, nbytes in parts.items())
-        return cls(tail, replace(plan, kept_bytes=None), pairs)
+        return cls(tail, _outline(program), replace(plan, kept_bytes=None), pairs)
 
-    def restored(self) -> tuple[str | None, Plan]:
-        """Tail and plan as they were."""
+    def restored(self, program: Program) -> Plan:
+        """The plan as it was.
+
+        Raises
+        ------
+        _NoPlan
+            If it is not for ``program``.
+        """
+        if self.program != _outline(program):
+            raise _NoPlan
         pairs = self.kept_bytes
         parts = None if pairs is None else {(kind, level): nbytes for kind, level, nbytes in pairs}
-        return self.tail, replace(self.plan, kept_bytes=parts)
+        return replace(self.plan, kept_bytes=parts)
 
 
 class PlanFile:
@@ -77,8 +90,11 @@ class PlanFile:
         folder = _folder()
         self._path = None if folder is None else folder / f"{_digest(settings)}{_SUFFIX}"
 
-    def read(self) -> tuple[str | None, Plan] | None:
-        """Tail and plan; None if they were never kept, or the file holds something else."""
+    def read(self, program_with: Callable[[str | None], Program]) -> tuple[Program, Plan] | None:
+        """Program and plan, given what makes programs with their tails.
+
+        None if no plan was kept, or the file holds something else.
+        """
         if self._path is None:
             return None
         from pydantic import ValidationError
@@ -86,17 +102,20 @@ class PlanFile:
         try:
             content = zlib.decompress(read_regular(self._path, error=_NoPlan))
             found = _adapter().validate_json(content)
-        except (OSError, zlib.error, ValidationError, _NoPlan):
+            program = program_with(found.tail)
+            plan = found.restored(program)
+        except (OSError, zlib.error, ValidationError, LookupError, _NoPlan):
+            # A tail that the graph has not is a LookupError.
             return None
         with suppress(OSError):
             os.utime(self._path)
-        return found.restored()
+        return program, plan
 
-    def write(self, tail: str | None, plan: Plan) -> None:
+    def write(self, tail: str | None, program: Program, plan: Plan) -> None:
         """Keep a plan; where that cannot be, a warning says so."""
         if self._path is None:
             return
-        content = zlib.compress(_adapter().dump_json(KeptPlan.of(tail, plan)), level=1)
+        content = zlib.compress(_adapter().dump_json(KeptPlan.of(tail, program, plan)), level=1)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._path, content, concurrent=True)
@@ -151,6 +170,15 @@ def _code() -> str:
         found.update(f"{path.relative_to(root)}\n".encode())
         found.update(path.read_bytes())
     found.update(Path(__file__).read_bytes())
+    return found.hexdigest()
+
+
+def _outline(program: Program) -> str:
+    """A digest of what makes a plan one for a program: its values, and what is read for parts of them."""
+    found = hashlib.sha256()
+    for node in program.nodes.values():
+        reads = (node.operands, node.local, node.reduction)
+        found.update(f"{node.name} {node.kind} {node.spec} {node.axes} {node.grad} {reads}\n".encode())
     return found.hexdigest()
 
 
