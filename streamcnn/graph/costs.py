@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -245,9 +246,13 @@ def may_draw(target: object) -> bool:
 
 
 def meets_others(target: object) -> bool:
-    """Whether a call waits for other processes, and they for it. PyTorch's collectives are told by name."""
-    name = target.outline if isinstance(target, Whole) else str(target)
-    return "c10d" in name or cost_of(target).meets_others
+    """Whether a call waits for other processes, and they for it. PyTorch's collectives are told by name.
+
+    Functions of the user's own need not say so: where there are other processes, they are taken to.
+    """
+    if isinstance(target, (Whole, OnlyResult)):
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return "c10d" in str(target) or cost_of(target).meets_others
 
 
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:
