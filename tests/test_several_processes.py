@@ -263,3 +263,12 @@ def test_cumulative_averages_are_captured_once(monkeypatch: pytest.MonkeyPatch) 
         for thread in (first, second, first, second):
             thread.submit(model, torch.rand(1, 3, 32, 32)).result()
     assert len(captured) == 1
+
+
+def test_synchronised_norms_in_one_process_are_ordinary_ones() -> None:
+    nets = [make_net(), nn.SyncBatchNorm.convert_sync_batchnorm(make_net())]
+    plain, streamed = (
+        two_steps(module, net, 0)
+        for module, net in zip((nets[0], StreamingModel(nets[1], tile=(16, 12))), nets, strict=True)
+    )
+    torch.testing.assert_close(streamed, plain, rtol=1e-9, atol=1e-11)

@@ -40,7 +40,7 @@ def traceable_batch_norms(module: nn.Module) -> Iterator[None]:
     with ExitStack() as replaced:
         if any(norm.momentum is None for norm in norms):
             replaced.enter_context(replaced_here(_BatchNorm, "forward", _normalise, lasting=True))
-        if everyone is not None and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
             replaced.enter_context(
                 replaced_here(nn.SyncBatchNorm, "forward", _together(everyone), lasting=True)
             )
@@ -48,7 +48,7 @@ def traceable_batch_norms(module: nn.Module) -> Iterator[None]:
 
 
 @lru_cache(8)
-def _together(everyone: Group) -> Callable[[Any, Tensor], Tensor]:
+def _together(everyone: Group | None) -> Callable[[Any, Tensor], Tensor]:
     """``SyncBatchNorm.forward`` where these are all processes."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ def _together(everyone: Group) -> Callable[[Any, Tensor], Tensor]:
     return forward
 
 
-def _normalise_together(self: Any, input: Tensor, everyone: Group) -> Tensor:
+def _normalise_together(self: Any, input: Tensor, everyone: Group | None) -> Tensor:
     """``SyncBatchNorm.forward``, on any device."""
     self._check_input_dim(input)
     self._check_non_zero_input_channels(input)
-    group, size = everyone
-    if isinstance(self.process_group, int):
-        # What a process has for a group that others are in: it normalises by itself.
+    # A number is what a process has for a group that only others are in.
+    if everyone is None or isinstance(self.process_group, int):
         return _normalise(self, input)
+    group, size = everyone
     if self.process_group:
         group, size = self.process_group.group_name, self.process_group.size()
     if not self.training or size == 1:
