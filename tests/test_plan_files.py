@@ -211,11 +211,13 @@ def test_a_plan_that_takes_no_time_is_not_kept(folder: Path, monkeypatch: pytest
 def test_the_most_recently_used_files_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_files, "_MOST_FILES", 2)
     shapes = [(1, 3, 64, 64), (1, 3, 64, 72), (1, 3, 64, 80)]
+    folder.mkdir()
+    (folder / "holiday.plan").touch()
     plan_of(shapes[0])
     plan_of(shapes[1])
     plan_of(shapes[0])
     plan_of(shapes[2])
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2 + 1
     forbid(monkeypatch)
     plan_of(shapes[0])
     plan_of(shapes[2])

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 VARIABLE = "STREAMCNN_PLANS"
 """Environment variable: a folder to keep plans in, or "off" for none."""
 _SUFFIX = ".plan"
+_NAMES = f"{'[0-9a-f]' * 64}{_SUFFIX}"
+"""Of the files; the user's own in the same folder are none of ours."""
 _MOST_FILES = 512
 """Files that are kept, the most recently used ones: 30 to 130 kB each for a network of the usual size."""
 _ROOMS = ("capture", "geometry", "graph", "plan", "planning")
@@ -148,7 +150,7 @@ def _folder() -> Path | None:
 def _remove_oldest(folder: Path) -> None:
     """Remove files beyond the most that are kept, those first that were not used for longest."""
     files = []
-    for path in folder.glob(f"*{_SUFFIX}"):
+    for path in folder.glob(_NAMES):
         with suppress(FileNotFoundError):
             files.append((path.stat().st_mtime_ns, path))
     for _, path in sorted(files)[:-_MOST_FILES]:
