@@ -30,9 +30,15 @@ class Both(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.first(x) + self.second(x)
-        return y
+    def forward(self, x: Tensor) -> Any:
+        return self.first(x) + self.second(x)
+
+
+class Apart(Both):
+    """Two branches, each with a result."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
 
 
 class Pooled(nn.Module):
@@ -219,6 +225,10 @@ def with_collectives(rank: int) -> dict[str, Any]:
     found["alone"] = [
         module(image_of(rank, 0)).detach() for module in (make_net(), StreamingModel(net, tile=16))
     ]
+    branches = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(Apart(*branches).double())
+    StreamingModel(net, tile=(16, 16))(image_of(rank, 0))[1].sum().backward()
+    found["reached"] = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None}
     nets = (nn.SyncBatchNorm.convert_sync_batchnorm(make_net()), WithCollective("differentiable").double())
     found["exceeded"] = [refused_memory(net, rank) for net in nets]
     return found
@@ -244,6 +254,7 @@ def test_collectives_have_the_gradients_of_plain_pytorch(tmp_path: Path) -> None
             torch.testing.assert_close(streamed, plain, rtol=1e-9, atol=1e-12)
         plain, streamed = found["alone"]
         torch.testing.assert_close(streamed, plain, rtol=1e-9, atol=1e-12)
+        assert found["reached"] == {"second"}
         assert "the forward pass calls torch.distributed.broadcast" in found["refused"]
         for error in found["exceeded"]:
             assert "a pass in which processes meet is not begun again" in error

@@ -3,7 +3,9 @@
 A process works out the moments of its own images as for any batch norm, in tiles; then the processes tell
 each other theirs. That is an operator on a few values, and the rest of the norm is local as ever. Processes
 may have images of different sizes and so other plans, but have to meet in one order: each of these operators
-takes a value that the one before has given, so that no plan carries them out in another, forward or backward.
+takes a value that the one before has given, so that no plan carries them out in another. It has no gradient:
+a norm whose result has none gives its parameters none. Backward they meet in the opposite order, since levels
+are visited from the last to the first and autograd visits what was computed later first.
 """
 
 from __future__ import annotations
@@ -59,7 +61,12 @@ def shared_moments(
     # By the formula of Chan, Golub and LeVeque, as tiles' moments are merged.
     together = (shares * means).sum(0)
     spread = (shares * ((means - together).square() + variances)).sum(0)
-    return together.to(mean.dtype), spread.to(variance.dtype), counts.sum(), mean.new_zeros(())
+    return (
+        together.to(mean.dtype),
+        spread.to(variance.dtype),
+        counts.sum(),
+        mean.new_zeros((), dtype=torch.int64),
+    )
 
 
 @shared_moments.register_fake
@@ -67,7 +74,7 @@ def _(
     mean: Tensor, variance: Tensor, count: int, group: str, after: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = mean.new_empty((), dtype=torch.float64)
-    return torch.empty_like(mean), torch.empty_like(variance), total, mean.new_empty(())
+    return torch.empty_like(mean), torch.empty_like(variance), total, mean.new_empty((), dtype=torch.int64)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -77,16 +84,16 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.count, ctx.group = count, group
 
 
-def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(
+    ctx: Any, grad_mean: Tensor, grad_variance: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The gradients of all processes, and of them this one's share by the number of its values."""
     mean, together, total = ctx.saved_tensors
-    grad_mean, grad_variance, _, grad_after = grads
     everyone = torch.stack([grad_mean.double(), grad_variance.double()])
     dist.all_reduce(everyone, group=_group(ctx.group))
     grad_mean, grad_variance = everyone * (ctx.count / total)
     grad_mean = grad_mean + 2 * (mean.double() - together) * grad_variance
-    after = torch.zeros_like(grad_after) if ctx.needs_input_grad[4] else None
-    return grad_mean.to(mean.dtype), grad_variance.to(mean.dtype), None, None, after
+    return grad_mean.to(mean.dtype), grad_variance.to(mean.dtype), None, None, None
 
 
 shared_moments.register_autograd(_gradient, setup_context=_remember)
