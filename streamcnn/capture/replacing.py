@@ -34,11 +34,11 @@ def replaced_here(
     make = _lasting if lasting else _for_thread
     function, place = make(vars(owner)[name], replacement)
     with patch.object(owner, name, function):
-        place.is_here = True
+        outer, place.is_here = place.is_here, True
         try:
             yield
         finally:
-            place.is_here = False
+            place.is_here = outer
 
 
 def _for_thread(original: Any, replacement: Callable[..., Any]) -> tuple[Any, _Place]:
