@@ -84,11 +84,7 @@ class KnownValues:
             if each.op == "call_function" and _can_be_repeated(each):
                 assert callable(each.target)
                 args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
-                before = torch.default_generator.get_state() if isinstance(each.target, Whole) else None
                 values[each] = each.target(*args, **kwargs)
-                if before is not None and not torch.equal(before, torch.default_generator.get_state()):
-                    # The pass leaves such a call out if nothing else reads its result.
-                    return None
             elif (given := self._given(each)) is not None:
                 # What the pass overwrites is overwritten here.
                 values[each] = given.clone() if overwrites else given

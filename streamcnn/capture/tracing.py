@@ -18,6 +18,7 @@ from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.lowering import Lowering, Mark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
+from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Axes, Kind, Node, Program, refs_in, substitute
 
 
@@ -117,9 +118,10 @@ def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
 
 
 def _small_draws(nodes: Mapping[str, Node]) -> Iterator[str]:
-    """Small draws that nobody may read: they move the random state."""
+    """Small draws that nobody may read, and what may be some: they move the random state."""
     for node in nodes.values():
-        if node.kind is Kind.GLOBAL and draws(node.target) and not _reads_map(nodes, node):
+        is_whole = isinstance(node.target, (Whole, OnlyResult))
+        if node.kind is Kind.GLOBAL and (is_whole or draws(node.target)) and not _reads_map(nodes, node):
             yield node.name
 
 

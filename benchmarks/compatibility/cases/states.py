@@ -528,6 +528,21 @@ def _unread_draws(x: Tensor) -> Tensor:
     return x * _factor(x)
 
 
+class _Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value + torch.rand_like(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _unread_function(x: Tensor) -> Tensor:
+    _Noisy.apply(torch.linspace(0, 1, 3, dtype=x.dtype).requires_grad_())  # type: ignore[no-untyped-call]
+    return x * _factor(x)
+
+
 def _unread_map(x: Tensor) -> Tensor:
     torch.rand_like(x)
     return x * _factor(x)
@@ -547,6 +562,7 @@ def _seeded_generator(x: Tensor) -> Tensor:
 CASES.on_map("multinomial and bernoulli of features", _draws_by_features, passes(2))
 CASES.on_map("what is drawn first is used last", _drawn_first_used_last, passes(2))
 CASES.on_map("draws that nothing reads", _unread_draws, passes(2))
+CASES.on_map("a function that draws, and that nothing reads", _unread_function, passes(2))
 CASES.on_map("a drawn map that nothing reads", _unread_map, passes(2), expected=SAME_OR_REFUSED)
 CASES.on_map("manual_seed inside fork_rng", _seeded_in_a_fork, passes(2), expected=SAME_OR_REFUSED)
 CASES.on_map("a generator seeded in every forward", _seeded_generator, passes(2), expected=SAME_OR_REFUSED)

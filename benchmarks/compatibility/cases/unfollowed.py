@@ -196,3 +196,11 @@ def _held_with_gradient(model: Any, net: Any, record: Record) -> None:
 class TimedClinical(Timed):
     def late(self, v: Tensor) -> Tensor:
         return v * self.clinical
+
+
+@CASES("a timer, and a sample of torch.distributions that nothing reads", passes(2))
+class TimedSample(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        concentration = torch.tensor(0.4, dtype=torch.float64)
+        torch.distributions.Beta(concentration, concentration).sample()
+        return x * torch.rand((), dtype=x.dtype)
