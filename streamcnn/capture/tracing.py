@@ -18,7 +18,7 @@ from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.lowering import Lowering, Mark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
-from streamcnn.graph.flattening import OnlyResult, Whole
+from streamcnn.graph.flattening import GradientHook, OnlyResult, Whole
 from streamcnn.graph.program import Axes, Kind, Node, Program, refs_in, substitute
 
 
@@ -92,7 +92,7 @@ class Trace:
         outputs = substitute(graph.outputs, partial(lowering.result, keeps_maps=self._keeps_results))
         updates = {key: lowering.result(name).name for key, name in graph.updates.items()}
         nodes = lowering.recording.nodes
-        needed = _needed(nodes, (*refs_in(outputs), *updates.values(), *_small_draws(nodes), graph.image))
+        needed = _needed(nodes, (*refs_in(outputs), *updates.values(), *_run_if_unread(nodes), graph.image))
         _refuse_unread_draws(nodes, needed)
         read = {name: key for name, key in graph.states.items() if name in needed}
         return Program(
@@ -117,11 +117,14 @@ def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
     return needed
 
 
-def _small_draws(nodes: Mapping[str, Node]) -> Iterator[str]:
-    """Small draws that nobody may read, and what may be some: they move the random state."""
+def _run_if_unread(nodes: Mapping[str, Node]) -> Iterator[str]:
+    """Small draws that nobody may read, and functions of the user's, which may draw: they move the random
+    state."""
     for node in nodes.values():
-        is_whole = isinstance(node.target, (Whole, OnlyResult))
-        if node.kind is Kind.GLOBAL and (is_whole or draws(node.target)) and not _reads_map(nodes, node):
+        target = node.target
+        is_users = isinstance(target, (Whole, OnlyResult)) and not isinstance(target, GradientHook)
+        is_small = not _reads_map(nodes, node)
+        if node.kind is Kind.GLOBAL and (is_users or (is_small and draws(target))):
             yield node.name
 
 
