@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import distributed as dist
@@ -46,9 +47,18 @@ def collectives_as_called() -> Iterator[None]:
         if all_processes() is not None:
             from torch.distributed import _functional_collectives as functional
 
-            for name in _IN_PLACE:
-                unseen = _out_of_sight(vars(functional)[name])
+            by_name = {name: vars(functional)[name] for name in _IN_PLACE}
+            for name, collective in by_name.items():
+                unseen = _out_of_sight(collective)
                 replaced.enter_context(replaced_here(functional, name, unseen, lasting=True))
+            # PyTorch 2.11's Dynamo has the functions themselves in its table, later ones what calls them.
+            known = functional.traceable_collective_remaps
+            present = {
+                called: vars(functional)[stand_in.__name__]
+                for called, stand_in in known.items()
+                if stand_in in by_name.values()
+            }
+            replaced.enter_context(patch.dict(known, present))
         yield
 
 

@@ -53,6 +53,9 @@ def _for_thread(original: Any, replacement: Callable[..., Any]) -> tuple[Any, _P
     def function(*args: Any, **kwargs: Any) -> Any:
         return (replacement if is_here() else original)(*args, **kwargs)
 
+    # Dynamo looks some up by their names.
+    function.__name__ = original.__name__
+
     def method(cls: type, *args: Any, **kwargs: Any) -> Any:
         if is_here():
             return replacement(cls, *args, **kwargs)

@@ -265,6 +265,8 @@ class Inliner(Interpreter):
         if name == "register_hook" or kwargs.get("dirty_idx"):
             raise CannotFlatten(f"{name}: its side effects are in no graph")
         bodies = tuple(arg for arg in args if isinstance(arg, GraphModule))
+        if any("c10d" in _outline(body) for body in bodies):
+            raise CannotFlatten(f"{name}: processes meet in it, and not all that it does backward is in it")
         operands = tuple(arg for arg in args if not isinstance(arg, GraphModule))
         is_body = tuple(isinstance(arg, GraphModule) for arg in args)
         whole = Whole(name, _bound(target, is_body, bodies, kwargs), bodies)
