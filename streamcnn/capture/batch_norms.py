@@ -12,24 +12,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcnn.capture.capture import CUMULATIVE
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.graph.ops.shared_statistics import normalised_together
-
-Group = tuple[str, int]
-"""Name of a group of processes, and their number."""
-
-
-def all_processes() -> Group | None:
-    """The group of all processes, if they are to work together."""
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    world = dist.group.WORLD
-    assert world is not None
-    return world.group_name, world.size()
+from streamcnn.support.processes import Group, all_processes
 
 
 @contextmanager

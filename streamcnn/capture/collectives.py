@@ -18,13 +18,13 @@ import torch
 from torch import distributed as dist
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from streamcnn.capture.batch_norms import all_processes
 from streamcnn.capture.capture import RawNode
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.ops.shared_statistics import AFTER, SYNCHRONISED
 from streamcnn.graph.program import Ref
 from streamcnn.graph.schemas import with_argument
+from streamcnn.support.processes import all_processes
 
 _IN_PLACE = (
     "all_reduce_inplace",

@@ -15,10 +15,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamcnn.errors import UnsupportedModel
+from streamcnn.support.processes import all_processes
 
 _IS_VIEW = Tensor._is_view
 
@@ -67,7 +67,7 @@ def refuse_shards(states: Mapping[str, Tensor]) -> None:
     UnsupportedModel
         If there are such.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if all_processes() is None:
         return
     from torch.distributed.tensor import DTensor
 

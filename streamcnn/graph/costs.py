@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +25,7 @@ from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Node, Program, TensorSpec, substitute
 from streamcnn.graph.registry import Registry, is_seeded
 from streamcnn.graph.schemas import bound
+from streamcnn.support.processes import all_processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,8 @@ def meets_others(target: object) -> bool:
     Functions of the user's own need not say so: where there are other processes, they are taken to.
     """
     if isinstance(target, (Whole, OnlyResult)):
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        everyone = all_processes()
+        return everyone is not None and everyone[1] > 1
     return "c10d" in str(target) or cost_of(target).meets_others
 
 
