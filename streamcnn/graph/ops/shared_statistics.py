@@ -19,7 +19,7 @@ from torch import distributed as dist
 from streamcnn.graph.costs import Cost, declare
 from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.norm_pass import normalize, scale_and_shift
-from streamcnn.graph.ops.normalization import is_of_images, normalized
+from streamcnn.graph.ops.normalization import cumulative_rate, is_of_images, mixed, normalized
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 
@@ -154,12 +154,11 @@ def normalised_together(norm: nn.SyncBatchNorm, input: Tensor, group: str) -> Te
     assert norm.num_batches_tracked is not None
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        # A cumulative average has the module's counter for its weight.
-        rate = norm.num_batches_tracked.double().reciprocal() if norm.momentum is None else norm.momentum
+        rate = cumulative_rate(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         unbiased = variance * (count / (count - 1).clamp(min=1))
         for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
             assert running is not None
-            running.copy_(running * (1 - rate) + value * rate)
+            running.copy_(mixed(running, value, rate, 1.0))
     return result
 
 
