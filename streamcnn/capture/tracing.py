@@ -123,8 +123,7 @@ def _run_if_unread(nodes: Mapping[str, Node]) -> Iterator[str]:
     for node in nodes.values():
         target = node.target
         is_users = isinstance(target, (Whole, OnlyResult)) and not isinstance(target, GradientHook)
-        is_small = not _reads_map(nodes, node)
-        if node.kind is Kind.GLOBAL and (is_users or (is_small and draws(target))):
+        if node.kind is Kind.GLOBAL and (is_users or (draws(target) and not _reads_map(nodes, node))):
             yield node.name
 
 
