@@ -210,40 +210,40 @@ def test_repr_names_the_options() -> None:
     assert "budget=2.00 GiB, tile=(16, 8)" in repr(StreamingModel(make_net(), "2GiB", tile=(16, 8)))
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    """This process as a group of its own."""
     if not torch.distributed.is_available():
         pytest.skip("torch has no distributed package here")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        model, plain = streamed_and_plain()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            for module in (parallel, plain):
-                loss_of(module(make_image())).backward()
-        assert_same_gradients(parallel.module, plain)
-        assert_same_states(parallel.module, plain)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def test_parameters_are_divided_around_the_streamed_model_and_not_within(tmp_path: Path) -> None:
-    if not torch.distributed.is_available():
-        pytest.skip("torch has no distributed package here")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+@pytest.mark.usefixtures("group_of_one")
+def test_distributed_data_parallel() -> None:
+    model, plain = streamed_and_plain()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        for module in (parallel, plain):
+            loss_of(module(make_image())).backward()
+    assert_same_gradients(parallel.module, plain)
+    assert_same_states(parallel.module, plain)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_parameters_are_divided_around_the_streamed_model_and_not_within() -> None:
     # It is not there where torch has no distributed package.
     from torch.distributed.fsdp import fully_shard
 
-    try:
-        model, plain = streamed_and_plain()
-        divided = fully_shard(model)
-        for module in (divided, plain):
-            loss_of(module(make_image())).backward()
-        gradients = [parameter.grad.full_tensor() for parameter in divided.parameters()]
-        torch.testing.assert_close(gradients, [p.grad for p in plain.parameters()], rtol=1e-9, atol=1e-12)
-        with pytest.raises(UnsupportedModel, match=r"' is a DTensor.*fully_shard\(StreamingModel\(net\)\)"):
-            StreamingModel(fully_shard(make_net()), tile=(16, 8))(make_image())
-    finally:
-        torch.distributed.destroy_process_group()
+    model, plain = streamed_and_plain()
+    divided = fully_shard(model)
+    for module in (divided, plain):
+        loss_of(module(make_image())).backward()
+    gradients = [parameter.grad.full_tensor() for parameter in divided.parameters()]
+    torch.testing.assert_close(gradients, [p.grad for p in plain.parameters()], rtol=1e-9, atol=1e-12)
+    with pytest.raises(UnsupportedModel, match=r"' is a DTensor.*fully_shard\(StreamingModel\(net\)\)"):
+        StreamingModel(fully_shard(make_net()), tile=(16, 8))(make_image())
 
 
 def train_in_group(rank: int, num_ranks: int, folder: str) -> None:
