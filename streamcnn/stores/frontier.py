@@ -47,6 +47,8 @@ class Frontier:
         ``zero`` makes a part zero, where memory does not come so: what counts as written with ``region``.
         Both are done under the caller's lock: else another thread's region could be taken for skipped.
         """
+        if self._holds(region):
+            return [(region, True)]
         if zero is not None:
             for part in self.skipped(region):
                 zero(part)
@@ -71,6 +73,10 @@ class Frontier:
                 heights.append(height)
             before = height
         self._starts[first:end], self._heights[first:end] = starts, heights
+
+    def _holds(self, region: Region) -> bool:
+        """Whether all of ``region`` is known at a glance to be written, as most of what is read is."""
+        return len(self._heights) == 1 and region.rows.stop <= self._heights[0] and 0 not in region.size
 
     def _runs(self, cols: Interval) -> Iterator[tuple[Interval, int]]:
         """Runs of columns of equal height, as far as they are within ``cols``, with it."""
