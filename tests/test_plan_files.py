@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,17 @@ def test_the_most_recently_used_files_are_kept(folder: Path, monkeypatch: pytest
     plan_of(shapes[2])
     with pytest.raises(Made):
         plan_of(shapes[1])
+
+
+def test_parts_that_killed_writers_left_are_removed(folder: Path) -> None:
+    folder.mkdir()
+    left, present = (folder / f".{digit * 64}.plan.0a1b2c3d.partial" for digit in "ab")
+    for path in (left, present):
+        path.touch()
+    os.utime(left, (0, 0))
+    plan_of()
+    assert not left.exists()
+    assert present.exists()
 
 
 def test_words_are_the_same_whatever_the_order_of_a_set() -> None:

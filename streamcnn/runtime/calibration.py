@@ -50,7 +50,7 @@ def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -
     choice = os.environ.get(VARIABLE, "")
     if choice == "off":
         return NOMINAL["cuda" if device.type == "cuda" else "cpu"]
-    path = Path(choice) if choice else cache_folder() / "rates.json"
+    path = Path(choice).expanduser() if choice else cache_folder() / "rates.json"
     key = hardware_key(device, dtype)
     known = _read(path)
     rates = _rates(known.get(key), path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ _NAMES = f"{'[0-9a-f]' * 64}{_SUFFIX}"
 """Of the files; the user's own in the same folder are none of ours."""
 _MOST_FILES = 512
 """Files that are kept, the most recently used ones: 30 to 130 kB each for a network of the usual size."""
+_ABANDONED = 3600.0
+"""Seconds after which a part of a file is one whose writer was killed: writing takes milliseconds."""
 _ROOMS = ("capture", "geometry", "graph", "plan", "planning")
 """The code that plans depend on."""
 
@@ -140,7 +143,7 @@ def _folder() -> Path | None:
     if choice == "off" or not all_are_built_in():
         return None
     if choice:
-        return Path(choice)
+        return Path(choice).expanduser()
     try:
         return cache_folder() / "plans"
     except RuntimeError:
@@ -148,13 +151,24 @@ def _folder() -> Path | None:
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Remove files beyond the most that are kept, those first that were not used for longest."""
-    files = []
-    for path in folder.glob(_NAMES):
-        with suppress(FileNotFoundError):
-            files.append((path.stat().st_mtime_ns, path))
-    for _, path in sorted(files)[:-_MOST_FILES]:
+    """Remove files beyond the most that are kept, those first that were not used for longest.
+
+    So are parts of files whose writers were killed.
+    """
+    oldest = [path for _, path in _by_age(folder, _NAMES)[:-_MOST_FILES]]
+    before = time.time() - _ABANDONED
+    abandoned = [path for changed, path in _by_age(folder, f".{_NAMES}.*.partial") if changed < before]
+    for path in (*oldest, *abandoned):
         path.unlink(missing_ok=True)
+
+
+def _by_age(folder: Path, names: str) -> list[tuple[float, Path]]:
+    """Files with such names, the oldest first, each with when it was changed."""
+    files = []
+    for path in folder.glob(names):
+        with suppress(FileNotFoundError):
+            files.append((path.stat().st_mtime, path))
+    return sorted(files)
 
 
 def _digest(settings: tuple[Any, ...]) -> str:
