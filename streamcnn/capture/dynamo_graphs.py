@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.functional import functionalized
@@ -79,9 +80,17 @@ def _raw(
     flat = flatten(of_these_sizes, fakes, mode, grad=grad)
     if any(reads_values(node.target) for node in flat.graph.nodes):
         raise CannotFlatten("a number is read from a tensor")
+    if _has_unknown_sizes(mode):
+        raise CannotFlatten("a shape depends on values")
     shape = next((tuple(fake.shape) for fake, key in zip(fakes, keys, strict=True) if key is None), ())
     device = fakes[0].device
     return functionalized(flat, keys, shape, grad=grad, device=device, path_of=_path_of)
+
+
+def _has_unknown_sizes(mode: FakeTensorMode) -> bool:
+    """Whether a call that was traced has given a tensor of a size that only values tell."""
+    sizes = () if mode.shape_env is None else mode.shape_env.var_to_range
+    return any(symbol_is_type(size, SymT.UNBACKED_INT) for size in sizes)
 
 
 def _fake_of(node: torch.fx.Node, given: Tensor, *, is_image: bool) -> Tensor:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.blind import BLIND
+from streamcnn.capture.known_shapes import KnownShapes
 from streamcnn.capture.known_values import KnownValues
 from streamcnn.capture.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
@@ -80,6 +81,7 @@ class Watch(TorchFunctionMode):
         self.infers = torch.is_inference_mode_enabled()
         self.stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         """Tensors from outside, each with what stands for it, by identity."""
+        self._known_shapes = KnownShapes(known.of, self._constant)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +121,9 @@ class Watch(TorchFunctionMode):
                 "its own: return the map as a further result and ask autograd.grad for its gradient"
             )
         refuse_bound((args, kwargs))
-        result = func(*args, **kwargs)
+        result = self._known_shapes.call(func, args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
         if isinstance(result, FakeTensor):
             self.noted.made.append(weakref.ref(result))
         return result
@@ -140,6 +144,10 @@ class Watch(TorchFunctionMode):
             track_tensor_tree(fake, Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)
             self.stand_ins[id(tensor)] = (tensor, fake)
         return self.stand_ins[id(tensor)][1]
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor that was worked out beside the trace; it is the forward pass's own."""
+        return self._traced(tensor).clone()
 
     def _values(self, tensor: Tensor) -> Any:
         """The values that a tensor has now, or a mark that they depend on the image."""

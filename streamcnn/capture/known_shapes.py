@@ -1,0 +1,120 @@
+"""Functions whose results have a shape that depends on values, where those are known as the pass is traced.
+
+A mask in a buffer picks channels (``x[:, self.mask]``), and so do the places of what is not zero in a
+parameter that was pruned. What such a function finds becomes a constant of this pass, whose shape is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+_SELECT = frozenset({torch.masked_select, Tensor.masked_select})
+_REPEAT = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})
+_WHERE = frozenset({torch.where, Tensor.where})
+_FIND = frozenset(
+    getattr(place, name)
+    for place in (torch, Tensor, F)
+    for name in ("nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "one_hot")
+    if hasattr(place, name)
+)
+"""Functions without a gradient, which are worked out if all that they are given is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownShapes:
+    """Carries out such functions, of a pass that is being traced."""
+
+    values_of: Callable[[Tensor], Tensor | None]
+    """The values that a traced tensor has, if they are known."""
+    constant: Callable[[Tensor], Tensor]
+    """What stands in the trace for a tensor with values."""
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call gives, on traced tensors, if its shape depends on values and those are known.
+
+        Returns
+        -------
+        Any
+            The result; ``NotImplemented`` where the call is to be traced like any other.
+        """
+        if function is Tensor.__getitem__:
+            return self._indexed(*args, **kwargs)
+        if function in _SELECT:
+            return self._selected(*args, **kwargs)
+        if function in _REPEAT:
+            return self._repeated(*args, **kwargs)
+        if function in _FIND or (function in _WHERE and len(args) + len(kwargs) == 1):
+            return self._found(function, args, kwargs)
+        return NotImplemented
+
+    def _found(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given, structure = pytree.tree_flatten((args, dict(kwargs)))
+        values = [self.values_of(each) if isinstance(each, Tensor) else each for each in given]
+        if any(isinstance(each, Tensor) and value is None for each, value in zip(given, values, strict=True)):
+            return NotImplemented
+        args, kwargs = pytree.tree_unflatten(values, structure)
+        return self._constants(function, *args, **kwargs)
+
+    def _indexed(self, x: Tensor, index: Any) -> Any:
+        """``x[index]``, with the places that masks pick in place of the masks."""
+        parts = list(index) if isinstance(index, tuple) else [index]
+        masks = [(place, mask) for place, each in enumerate(parts) if (mask := self._mask(each)) is not None]
+        for place, mask in reversed(masks):
+            parts[place : place + 1] = self._places(mask, x.device)
+        return x[tuple(parts)] if masks else NotImplemented
+
+    def _mask(self, index: Any) -> Tensor | None:
+        """The values of a mask among indices, if it is one and they are known."""
+        if isinstance(index, Tensor):
+            is_mask = index.dtype in (torch.bool, torch.uint8) and index.dim() > 0
+            return self.values_of(index) if is_mask else None
+        is_list = isinstance(index, list) and bool(index) and all(isinstance(each, bool) for each in index)
+        is_array = isinstance(index, np.ndarray) and index.dtype == np.bool_ and index.ndim > 0
+        return _beside_the_trace(torch.tensor, index) if is_list or is_array else None
+
+    def _selected(self, x: Tensor, mask: Tensor) -> Any:
+        """``x.masked_select(mask)``."""
+        values = self.values_of(mask)
+        if values is None:
+            return NotImplemented
+        shape = torch.broadcast_shapes(x.shape, values.shape)  # type: ignore[no-untyped-call]
+        mask = _beside_the_trace(values.expand, shape)
+        return x.expand(shape)[tuple(self._places(mask, x.device))]
+
+    def _repeated(
+        self, x: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
+    ) -> Any:
+        """``x.repeat_interleave(repeats, dim)`` with a number of times for each slice."""
+        times = x if repeats is None else repeats
+        values = self.values_of(times) if isinstance(times, Tensor) else None
+        if values is None:
+            return NotImplemented
+        if repeats is None:
+            return self._constants(torch.repeat_interleave, values)
+        slices, axis = (x.flatten(), 0) if dim is None else (x, dim)
+        each = _beside_the_trace(values.expand, slices.shape[axis])
+        order = self._constants(torch.repeat_interleave, each)
+        return slices.index_select(axis, order)
+
+    def _places(self, mask: Tensor, device: torch.device) -> list[Tensor]:
+        """Where a mask holds, along each of its axes, for a tensor on ``device``."""
+        return list(self._constants(lambda: mask.to(device).nonzero(as_tuple=True)))
+
+    def _constants(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function gives on values."""
+        return pytree.tree_map_only(Tensor, self.constant, _beside_the_trace(function, *args, **kwargs))
+
+
+def _beside_the_trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        return function(*args, **kwargs)
