@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawNode
-from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.autocast import as_recorded
 
 
@@ -30,11 +28,6 @@ class FakeCalls:
         """A call's fake result, and which of the tensors among its arguments has the memory that it is in.
 
         ``raw`` is the captured call that it belongs to.
-
-        Raises
-        ------
-        UnsupportedModel
-            If what the call gives depends on the values of tensors.
         """
 
         def call() -> tuple[Any, int | None]:
@@ -44,16 +37,8 @@ class FakeCalls:
         casts = raw.casts if raw is not None else None
         key = (target, casts, look(args), look(kwargs))
         with as_recorded(grad=True, casts=casts):
-            try:
-                found: tuple[Any, int | None] = self.once(key, call)
-                return found
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                where = (raw.source if raw is not None else "") or "the model"
-                raise UnsupportedModel(
-                    f"{target_name(raw)} in {where} gives a value or a shape that depends on "
-                    "the values of tensors (.item(), a boolean mask as an index, nonzero): keep it a tensor, "
-                    "or compute with torch.where and masks of fixed shape"
-                ) from error
+            found: tuple[Any, int | None] = self.once(key, call)
+        return found
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for each key that can be one."""
