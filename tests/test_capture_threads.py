@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo  # replaces torch.manual_seed for good
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

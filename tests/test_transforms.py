@@ -14,7 +14,7 @@ from torch.func import functional_call
 from streamcnn import StreamingModel, UnsupportedModel
 
 # PyTorch's own forward mode calls it.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
 def _parameters(model: StreamingModel) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ node's shape and dtype is what running it would give.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 
@@ -18,7 +19,7 @@ from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.lowering import Lowering, Mark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
-from streamcnn.graph.flattening import GradientHook, OnlyResult, Whole
+from streamcnn.graph.flattening import TRACING, GradientHook, OnlyResult, Whole
 from streamcnn.graph.program import Axes, Kind, Node, Program, refs_in, substitute
 
 
@@ -54,7 +55,7 @@ class Trace:
         """What is read by regions beside the image."""
         self._marks: dict[str, Mark] = {}
         """What had been lowered before each captured call."""
-        with self._mode, torch.no_grad():
+        with self._on_fakes():
             self._lowering = lowering = Lowering()
             lowering.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
             for name, key in graph.states.items():
@@ -80,11 +81,17 @@ class Trace:
         if tail is not None:
             lowering = lowering.forked(self._marks[tail])
             position = next(i for i, raw in enumerate(self._graph.nodes) if raw.name == tail)
-            with self._mode, torch.no_grad():
+            with self._on_fakes():
                 for raw in self._graph.nodes[position:]:
                     lowering.lower(raw)
-        with self._mode:
+        with self._on_fakes():
             return self._made_of(lowering)
+
+    @contextmanager
+    def _on_fakes(self) -> Iterator[None]:
+        """A block in which calls are carried out without values."""
+        with TRACING, self._mode, torch.no_grad():
+            yield
 
     def _made_of(self, lowering: Lowering) -> Program:
         """The program of all calls, without nodes that nothing needs."""

@@ -14,6 +14,7 @@ import torch
 from streamcnn.execution.compiled_segments import CompiledSegments
 from streamcnn.execution.compiled_steps import CompiledSteps
 from streamcnn.execution.compiler import Candidate, Compile, by_inductor, lacks_a_compiler
+from streamcnn.graph.flattening import TRACING
 from streamcnn.graph.program import Program
 
 
@@ -52,7 +53,8 @@ class Compiled:
         failures: list[tuple[Candidate, Exception]] = []
         for candidate in candidates:
             try:
-                candidate.compile()
+                with TRACING:
+                    candidate.compile()
             except Exception as error:
                 failures.append((candidate, error))
                 self._is_over = lacks_a_compiler(error)

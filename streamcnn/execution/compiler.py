@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from streamcnn.graph.costs import cost_of
-from streamcnn.graph.flattening import TRACING
 from streamcnn.graph.program import Node
 
 
@@ -78,7 +77,7 @@ def by_inductor(module: nn.Module, inputs: list[Tensor]) -> Run:
     from torch._inductor import compile as compile_graph
 
     options = {"layout_optimization": False, "fallback_random": True}
-    with TRACING, config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
+    with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
         return cast("Run", compile_graph(cast("Any", module), cast("Any", inputs), options))
 
 

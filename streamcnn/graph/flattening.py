@@ -53,7 +53,8 @@ RECOMPUTED = "recomputed"
 
 TRACING = RLock()
 """Held while something is captured or compiled: that changes functions and settings of PyTorch's for all
-threads, and the modes under which it traces above autograd are one stack for all of them."""
+threads, and the modes under which it traces above autograd are one stack for all of them, which calls on fake
+tensors set aside for a moment. So they are made with it held too."""
 
 
 class CannotFlatten(Exception):

@@ -16,6 +16,7 @@ from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.refusals import of_channels
 from streamcnn.capture.tracing import Trace
 from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.flattening import TRACING
 
 _MARK = 9
 """Axes of extent 1 before those of a result, by which it is told from what hooks keep of a pass."""
@@ -98,19 +99,22 @@ def fake_result(
     UnsupportedModel
         If the model fails for such an image.
     """
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        bare: nn.Module = copy.deepcopy(net)
-    for module in bare.modules():
-        # The caller's own may keep what they see, which has no values here.
-        module._forward_hooks.clear()
-    prepare(bare)
-    further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
-    with mode:
-        image = torch.empty(shape, dtype=dtype, device=device_of(net))
-    try:
-        with mode, torch.no_grad():
-            return bare(image, *further)
-    except Exception as error:  # whatever the user's code raises
-        reason = of_channels(bare, image, error) or str(error).partition("\n")[0]
-        raise UnsupportedModel(f"the model fails for an image of shape {tuple(shape)}: {reason}") from error
+    with TRACING:
+        mode = FakeTensorMode()
+        with FakeCopyMode(mode):
+            bare: nn.Module = copy.deepcopy(net)
+        for module in bare.modules():
+            # The caller's own may keep what they see, which has no values here.
+            module._forward_hooks.clear()
+        prepare(bare)
+        further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))
+        with mode:
+            image = torch.empty(shape, dtype=dtype, device=device_of(net))
+        try:
+            with mode, torch.no_grad():
+                return bare(image, *further)
+        except Exception as error:  # whatever the user's code raises
+            reason = of_channels(bare, image, error) or str(error).partition("\n")[0]
+            raise UnsupportedModel(
+                f"the model fails for an image of shape {tuple(shape)}: {reason}"
+            ) from error
