@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from streamcnn import StreamingModel, cli
+from streamcnn.graph.program import TensorSpec
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.overlapping import OnTheWay, on_the_way
 from streamcnn.planning.spec import OffloadTier
@@ -45,6 +47,28 @@ def test_a_card_that_is_not_here() -> None:
     lines = plan.explain().splitlines()
     assert lines[1].startswith("fits in 5.59 GiB with tiles of ")
     assert lines[1].endswith(" on disk")
+
+
+@pytest.mark.parametrize("budget", ["900GB", "40GB"])
+def test_no_tile_is_larger_than_kernels_are_made_for(budget: str) -> None:
+    """Where a card has room for more, too: maps of 2**32 elements are cut, and are no part of the tail."""
+    shape = (1, 3, 8192, 8192)
+    net = make_net()
+    model, machine = StreamingModel(net, budget), cuda_card(net, host_bytes=10**12, optimizer_copies=2)
+    planned = model.planned(shape, torch.float32, image_gradient=False, machine=machine)
+    assert planned.plan.fits
+    nodes, most = planned.program.nodes, machine.backend.most_elements
+    assert most == 2**31 - 1
+    for phase in planned.plan.phases:
+        for row, col, name in itertools.product(range(len(phase.rows)), range(len(phase.cols)), phase.nodes):
+            height, width = phase.needed(row, col, name).size
+            assert nodes[name].tensor.shape[1] * height * width <= most
+    computed = (nodes[name] for segment in planned.plan.segments for name in segment.nodes)
+    assert all(node.tensor.numel <= most for node in computed if isinstance(node.spec, TensorSpec))
+    # Of that size only one that is asked for.
+    asked = dataclasses.replace(machine, backend=dataclasses.replace(machine.backend, most_elements=1))
+    plan = StreamingModel(make_net(), "900GB", tile=4096).plan_for(asked, shape)
+    assert {phase.num_tiles for phase in plan.phases} == {4}
 
 
 def test_tiles_are_moved_beside_others_where_there_is_memory_for_it() -> None:

@@ -98,7 +98,10 @@ class TilingCandidates:
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
         # Smaller tiles take no less of that.
         fine = FINE_BYTES + total_bytes(overhead_terms(outline, self.backend, backward=self._visits(outline)))
-        for tiled in tile_stage(outline, *dict.fromkeys(self._grids(outline))):
+        grids = list(dict.fromkeys(self._grids(outline)))
+        for index, tiled in enumerate(tile_stage(outline, *grids), start=1):
+            if tiled.most_elements > self.backend.most_elements and index < len(grids):
+                continue
             tiling = self._tiling(tiled)
             yield tiling
             if tiling.nbytes <= fine:

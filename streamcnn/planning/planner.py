@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 
-from streamcnn.graph.program import Kind, Program, on_whole_maps
+from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
 from streamcnn.plan.plan import PassPart, Plan, Segment
 from streamcnn.plan.reading import OF_IMAGES
 from streamcnn.plan.storage import MemoryTerm, StorePlan
@@ -50,7 +51,7 @@ def make_plan(
     """The best plan found and the program it is for; check :attr:`Plan.fits` before running it."""
     trial = _Trial(retrace, spec, machine, differentiate)
     tilings = trial.tilings(None)
-    plain = trial.attempt(_tail(tilings, sys.maxsize), tilings)
+    plain = trial.attempt(_tail(tilings, sys.maxsize, len(_local(tilings))), tilings)
     # Where a tile is asked for, there are tiles.
     may_be_plain = spec.tail and spec.tile is None
     most = plain.solution.nbytes if may_be_plain else None
@@ -59,7 +60,9 @@ def make_plan(
     if spec.tail:
         attempts += [trial.attempt(tail, tilings, most) for tail in _tails(whole, spec, machine)]
     if most is not None:
-        attempts = [plain, *(each for each in attempts if each.solution.nbytes <= most)]
+        attempts = [each for each in attempts if each.solution.nbytes <= most]
+        if not attempts or _longest(tilings) == len(_local(tilings)):
+            attempts.insert(0, plain)
     best = min(attempts, key=lambda attempt: attempt.rank)
     best = replace(best, solution=best.search.improved(best.solution))
     return best.search.program, best.plan(spec, machine, tilings, plain)
@@ -264,15 +267,32 @@ def _tails(whole: _Attempt, spec: PassSpec, machine: Machine) -> Iterator[_Tail]
     if room is not None and spec.tile is None and whole.solution.fits:
         allowed.append(largest + room - whole.solution.nbytes)
     tilings = whole.search.tilings
-    tails = {tail.start: tail for nbytes in allowed if (tail := _tail(tilings, nbytes)) is not None}
+    longest = _longest(tilings)
+    tails = {tail.start: tail for nbytes in allowed if (tail := _tail(tilings, nbytes, longest)) is not None}
     return iter(tails.values())
 
 
-def _tail(tilings: TilingCandidates, allowed: int) -> _Tail | None:
-    """The longest tail whose maps together take no more than ``allowed`` bytes."""
-    nodes = [node for node in tilings.program.nodes.values() if node.kind is Kind.LOCAL]
+def _local(tilings: TilingCandidates) -> list[Node]:
+    """The operators that may be in a tail, in order."""
+    return [node for node in tilings.program.nodes.values() if node.kind is Kind.LOCAL]
+
+
+def _longest(tilings: TilingCandidates) -> int:
+    """How many of the last operators have maps that the backend's kernels are made for."""
+    most, nodes = tilings.backend.most_elements, tilings.program.nodes
+
+    def is_suited(node: Node) -> bool:
+        maps = (node, *(nodes[name] for name in node.operands if nodes[name].is_map))
+        return all(each.tensor.numel <= most for each in maps)
+
+    return sum(1 for _ in takewhile(is_suited, reversed(_local(tilings))))
+
+
+def _tail(tilings: TilingCandidates, allowed: int, longest: int) -> _Tail | None:
+    """The longest tail, of that many operators at most, whose maps take no more than ``allowed`` bytes."""
+    nodes = _local(tilings)
     total, length = 0, 0
-    for node in reversed(nodes):
+    for node in reversed(nodes[len(nodes) - longest :]):
         total += TAIL_COPIES * node.nbytes
         if total > allowed:
             break

@@ -62,6 +62,8 @@ class Outline:
     """Of parameters in the types that autocast casts them to."""
     position_bytes: Mapping[str, int]
     """For each operator and input, bytes of one position of its value, all images and channels together."""
+    position_elements: Mapping[str, int]
+    """The same, in elements."""
     beside_bytes: Mapping[str, int]
     """For each operator, the same of what autograd saves that is neither operand nor result."""
     fed: Mapping[str, tuple[Reduction, ...]]
@@ -110,6 +112,7 @@ class Outline:
                 for name, dtype in casts_of(program, stage.nodes).items()
             ),
             position_bytes={node.name: node.nbytes // math.prod(node.size) for node in maps},
+            position_elements={node.name: node.tensor.numel // math.prod(node.size) for node in maps},
             beside_bytes={name: _beside_bytes(program, nodes[name], cost) for name, cost in costs.items()},
             fed=_fed(program, stage),
         )
@@ -222,6 +225,12 @@ class TiledStage:
     def largest_nbytes(self, name: str) -> int:
         """Bytes of that."""
         return self.outline.position_bytes[name] * math.prod(self.largest(name))
+
+    @property
+    def most_elements(self) -> int:
+        """Elements of the largest map, as far as a tile needs it."""
+        each = self.outline.position_elements.items()
+        return max(elements * math.prod(self.largest(name)) for name, elements in each)
 
     def largest_own(self, name: str) -> tuple[int, int]:
         """The most rows and columns of output ``name`` that a tile is responsible for."""

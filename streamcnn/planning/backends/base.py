@@ -6,6 +6,7 @@ is its ceiling, in ``streamcnn.ceiling``.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
@@ -73,6 +74,8 @@ class Backend(ABC):
     """Whether attention is one kernel whatever its options."""
     prefers_bands: bool
     """Whether tiles of whole rows are better than square ones of as many pixels."""
+    most_elements: int = sys.maxsize
+    """Elements of the largest tile of a map that kernels are made for."""
 
     def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
         """Bytes that a call takes besides operands, parameters and result: those declared."""

@@ -40,6 +40,9 @@ class CudaBackend(Backend):
     prefers_bands: bool = True
     """Whole rows of an image whose channels lie beside each other have no gaps in memory: kernels read them
     at full speed where they are, and no copy is made of them."""
+    most_elements: int = 2**31 - 1
+    """Past it streamcnn's kernels for norms are not called, ATen's go position by position, cuDNN has few
+    algorithms, and others fail: bilinear upsampling of channels_last maps did so (pytorch#185788)."""
 
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
         """Nothing that comes and goes with a step."""
