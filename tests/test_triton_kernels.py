@@ -50,7 +50,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "_normalise": {"KIND": "relu", "LOW": 0.0, "HIGH": 0.0, "ADDS": True},
     "_differentiate": {"KIND": "silu", "LOW": 0.0, "HIGH": 0.0},
     "_observe": {},
-    "_merge": {"PROGRAMS": 64},
+    "_merge": {"PROGRAMS": 256, "CHANNELS": 8},
 }
 
 
@@ -104,6 +104,12 @@ def test_threads_read_and_write_16_bytes_at_once(name: str, channels: int, capab
     if name in ("_normalise", "_differentiate"):
         assert "st.global.v4.b32" in code
         assert "st.global.b16" not in code
+
+
+def test_moments_are_merged_with_few_divisions() -> None:
+    """One in float64 is dozens of instructions, and one block merges what all programs have found."""
+    code = compiled("_merge", 64, 90, "fp32", "bf16").asm["ptx"]
+    assert code.count("div.rn.f64") <= 8
 
 
 @pytest.mark.parametrize("name", ["_normalise", "_differentiate"])

@@ -63,6 +63,19 @@ def moments_far_from_zero() -> Iterator[tuple[str, list[float]]]:
             yield f"{name} with a mean of {mean}", largest(*pair)
 
 
+def moments_of_many_programs() -> Iterator[tuple[str, list[float]]]:
+    """As many programs as a card has, merged block by block, with no whole number of blocks."""
+    one, triton_passes._multiprocessors = triton_passes._multiprocessors, lambda device: 132
+    generator = torch.Generator().manual_seed(2)
+    x = (20 + torch.randn((1, 70, 99, 100), generator=generator)).contiguous(
+        memory_format=torch.channels_last
+    )
+    found = triton_passes.moments(x)
+    for name, *pair in zip(("mean", "variance"), found, plain_passes.moments(x.double()), strict=True):
+        yield f"{name} of many programs", largest(*pair)
+    triton_passes._multiprocessors = one
+
+
 def special_values() -> Iterator[tuple[str, list[float]]]:
     """NaN stays, wherever it comes from, and infinities are what plain PyTorch makes of them."""
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1.0]).reshape(1, 2, 3, 1)
@@ -88,6 +101,12 @@ def streamed() -> Iterator[tuple[str, list[float]]]:
 if __name__ == "__main__":
     assert triton_passes.IS_INTERPRETED
     json.dump(
-        {**dict(passes()), **dict(moments_far_from_zero()), **dict(special_values()), **dict(streamed())},
+        {
+            **dict(passes()),
+            **dict(moments_far_from_zero()),
+            **dict(moments_of_many_programs()),
+            **dict(special_values()),
+            **dict(streamed()),
+        },
         sys.stdout,
     )

@@ -26,8 +26,9 @@ _CHANNELS = 64
 """Of a block at most: so many halves are a line of the cache."""
 _PROGRAMS = 8
 """For each multiprocessor, where each program walks over many blocks."""
-_MERGED = (64, 16)
-"""Programs and channels of a block where moments are merged."""
+_MERGED = {"PROGRAMS": 256, "CHANNELS": 8, "num_warps": 8}
+"""Programs and channels of a block where moments are merged: few for each thread, whose steps wait for each
+other."""
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
@@ -197,20 +198,22 @@ def _merge(moments, mean, variance, programs, channels, PROGRAMS: tl.constexpr, 
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = channel < channels
     # Of each row of the blocks by itself, by the formula of Chan, Golub and LeVeque (1979).
-    number = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    number = tl.zeros((PROGRAMS, 1), tl.float64)
     middle = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     deviation = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     for first in range(0, programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)[:, None]
-        inside = (program < programs) & there
+        is_program = program < programs
+        inside = is_program & there
+        # All channels have as many values, so a thread divides once for its channels.
+        count = tl.load(moments + 4 * program * channels, is_program, 0.0).to(tl.float64)
         at = moments + 4 * program * channels + channel
-        count = tl.load(at, inside, 0.0).to(tl.float64)
         pivot = tl.load(at + channels, inside, 0.0).to(tl.float64)
         delta = pivot + tl.load(at + 2 * channels, inside, 0.0) - middle
         number += count
         share = count / tl.maximum(number, 1.0)
         middle += delta * share
-        deviation += tl.load(at + 3 * channels, inside, 0.0) + delta * delta * (number - count) * share
+        deviation += tl.load(at + 3 * channels, inside, 0.0) + delta * delta * ((number - count) * share)
     total = tl.maximum(tl.sum(number, 0), 1.0)[None, :]
     whole = tl.sum(number * middle, 0)[None, :] / total
     deviation += number * (middle - whole) * (middle - whole)
@@ -282,11 +285,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, variance = (found.new_empty(grid.channels) for _ in range(2))
     with _on(x.device):
         _observe[programs, grid.blocks[1]](x, found, grid.rows, grid.groups, **grid.constants)
-        _merge[(triton.cdiv(grid.channels, _MERGED[1]),)](
-            *(found, mean, variance, programs, grid.channels),
-            PROGRAMS=_MERGED[0],
-            CHANNELS=_MERGED[1],
-            enable_fp_fusion=True,
+        _merge[(triton.cdiv(grid.channels, _MERGED["CHANNELS"]),)](
+            *(found, mean, variance, programs, grid.channels), **_MERGED, enable_fp_fusion=True
         )
     return mean, variance
 
