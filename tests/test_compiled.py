@@ -6,6 +6,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel
 from streamcnn.execution.compiled import Compiled
-from streamcnn.execution.compiler import Compile, Run
+from streamcnn.execution.compiler import Compile, Run, by_inductor
 from streamcnn.graph.ops import samples
 from streamcnn.graph.ops.rules import Sample
 from streamcnn.runtime import plan_cache
@@ -289,3 +290,22 @@ def test_inductor_compiles_steps_and_segments() -> None:
         assert_close(update(compiling, image, seed), update(plain, image, seed))
     # Convolution and normalisation, each forward and backward, and the values between them.
     assert num_compiled(compiling) == 7
+
+
+@pytest.mark.parametrize("sizes", [{"x": 2**24}, {"y": 2**12, "x": 2**12}])
+def test_a_pass_does_not_time_kernels(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> None:
+    """Where Inductor has one form of a kernel alone, it takes no memory to choose among several."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from torch._inductor import config as inductor
+    from torch._inductor.runtime.triton_heuristics import pointwise
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda module, inputs, options: given.update(options) or module
+    )
+    by_inductor(nn.Identity(), [])
+    with inductor.patch(given):
+        chosen = {"autotune_pointwise": inductor.triton.autotune_pointwise}
+    card = SimpleNamespace(warp_size_or_default=32)
+    forms = pointwise(sizes, {"device": card}, inductor_meta=chosen, return_configs=True)
+    assert len(forms) == 1

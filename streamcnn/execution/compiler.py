@@ -72,11 +72,18 @@ def by_inductor(module: nn.Module, inputs: list[Tensor]) -> Run:
 
     Its random numbers are those that PyTorch draws without a compiler. Where inputs have gradients, so have
     its results, and its backward pass, which takes place outside of autocast, is compiled with it.
+
+    On a GPU kernels would be timed in several forms when they first run: in a pass, beside its maps and
+    within its limit, with a buffer of the cache's size and copies of what they overwrite. Each has one form.
     """
     from torch._functorch import config
     from torch._inductor import compile as compile_graph
 
-    options = {"layout_optimization": False, "fallback_random": True}
+    options = {
+        "layout_optimization": False,
+        "fallback_random": True,
+        "triton.autotune_pointwise": False,
+    }
     with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
         return cast("Run", compile_graph(cast("Any", module), cast("Any", inputs), options))
 
