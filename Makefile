@@ -36,8 +36,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# Collecting all files takes longer than these tests' first results, and imports what they do not need.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu $$(grep -l "mark\.gpu" tests/test_*.py)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes 10
