@@ -174,15 +174,23 @@ class TestChoice:
             warnings.simplefilter("error")
             assert channel_kernels._passes(self.device, torch.float32) is None
 
-    def test_a_refused_block_is_no_answer(
-        self, own: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            RuntimeError("Triton Error [CUDA]: out of memory"),
+        ],
+        ids=repr,
+    )
+    def test_refused_memory_is_no_answer(
+        self, own: SimpleNamespace, refusal: RuntimeError, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(*args: Any) -> Any:
-            raise torch.OutOfMemoryError("none left")
+            raise refusal
 
         with monkeypatch.context() as patch:
             patch.setattr(own, "moments", refuse)
-            with pytest.raises(torch.OutOfMemoryError):
+            with pytest.raises(type(refusal), match=re.escape(str(refusal))):
                 channel_kernels._passes(self.device, torch.float32)
         assert channel_kernels._passes(self.device, torch.float32) is own
 

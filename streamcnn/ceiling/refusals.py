@@ -19,6 +19,7 @@ _ONEDNN_PRIMITIVE = "could not create a primitive"
 _CUDA_OUT_OF_MEMORY_TEXTS = (
     "CUDA error: out of memory",  # memory that PyTorch's allocator does not hand out, such as pinned buffers
     "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",  # a kernel's code
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # the same in cuDNN 9, and of host memory
