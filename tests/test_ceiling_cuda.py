@@ -13,6 +13,7 @@ from fake_nvml import Device, FakeNvml, Process
 from made_up_card import BUDGET, CAP, GB, GPU, MB, make_card, sampling_threads, wait_until
 
 from streamcnn import BudgetExceeded
+from streamcnn.ceiling import caps
 from streamcnn.ceiling.cuda import MARGIN_BYTES, RESERVED_STEP, CudaCeiling, CudaLimit
 from streamcnn.ceiling.gauge import ASSUMED_OVERHEAD, Gauge
 from streamcnn.ceiling.nvml import Nvml, Reading, Source
@@ -28,6 +29,22 @@ def make_blind(**options: Any) -> tuple[FakeCuda, Gauge]:
     """A card without NVML."""
     fake = FakeCuda(**options)
     return fake, Gauge(GPU, None, {}, cuda=fake)
+
+
+def test_a_child_forked_within_a_block_is_told_nothing_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, gauge = make_card()
+    parent, told = os.getpid(), fake.get_per_process_memory_fraction
+
+    def fraction(device: Any = None) -> float:
+        if os.getpid() != parent:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+        return told()
+
+    monkeypatch.setattr(fake, "get_per_process_memory_fraction", fraction)
+    with CudaLimit(gauge, BUDGET):
+        monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+        caps._after_fork()
+        monkeypatch.undo()
 
 
 class TestOverhead:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from threading import RLock
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -111,7 +112,9 @@ class LowestCap(Generic[N]):
         self._lock = RLock()
         self._caps.clear()
         self._starts.clear()
-        self._apply()
+        # There is no CUDA in a child, and PyTorch refuses to tell or change anything of a card there.
+        with suppress(RuntimeError):
+            self._apply()
 
 
 _all: WeakSet[LowestCap[Any]] = WeakSet()
