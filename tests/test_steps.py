@@ -273,3 +273,22 @@ def test_a_later_pass_finds_the_steps_of_an_earlier_one(monkeypatch: pytest.Monk
     made.clear()
     model(image).square().sum().backward()
     assert not made
+
+
+@pytest.mark.parametrize("kernel", [3, (5, 1)])
+def test_bands_are_padded_along_rows_alone(kernel: int | tuple[int, int]) -> None:
+    """Columns are the convolution's own affair: what is read of a band, and its gradient, has whole rows."""
+    layers = [nn.Conv2d(3, 3, kernel, padding="same") for _ in range(2)]
+    program, plan = streaming_plan(nn.Sequential(*layers), (1, 3, 50, 40), (16, 40))
+    convolutions = [
+        operator
+        for phase in plan.phases
+        for row in range(len(phase.row_kinds))
+        for operator in forward_step(program, phase, (row, 0)).operators
+    ]
+    assert any(operator.padding == (0, operator.padding[1]) for operator in convolutions if operator.padding)
+    for operator in convolutions:
+        (operand,) = operator.operands.values()
+        assert operand.window.cols == operand.part.cols
+        assert operator.padding is not None
+        assert operator.padding[1] == (1 if kernel == 3 else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
 from streamcnn.geometry.axis_maps import AxisMap, Sliding
@@ -120,6 +120,9 @@ class _Tile:
             )
             for name in rows.operands
         }
+        padding = _padding(node, operands)
+        if padding is not None:
+            operands = {name: _padded_by_target(each, padding) for name, each in operands.items()}
         target = node.in_place if node.name in self.phase.in_place else node.target
         assert target is not None
         return Operator(
@@ -129,7 +132,7 @@ class _Tile:
             out=self.covered(node.name),
             result=Region(rows.result, cols.result),
             positions=self._positions(node, operands),
-            padding=_padding(node, operands),
+            padding=None if padding is None else (padding[0] or 0, padding[1] or 0),
             is_skipped=is_skipped,
         )
 
@@ -171,15 +174,30 @@ class _Tile:
         )
 
 
-def _padding(node: Node, operands: Mapping[str, Operand]) -> tuple[int, int] | None:
-    """What the target of a node can pad by itself, rows and columns, where a window leaves the map."""
+_Padding = tuple[int | None, int | None]
+"""Along rows and columns; None where a window is padded for the target."""
+
+
+def _padding(node: Node, operands: Mapping[str, Operand]) -> _Padding | None:
+    """What the target of a node can pad by itself where a window leaves the map; None if nothing.
+
+    A window that is padded along rows alone has whole rows: where channels lie beside each other it is copied
+    in one piece, and what is cut out of its gradient has no gaps.
+    """
     assert node.local is not None
     if not cost_of(node.target).pads:
         return None
     ((name, operand),) = operands.items()
     each = zip(node.local.accesses[name], operand.part, operand.window, strict=True)
     rows, cols = (_padding_along(*axis) for axis in each)
-    return None if rows is None or cols is None else (rows, cols)
+    return None if rows is None and cols is None else (rows, cols)
+
+
+def _padded_by_target(operand: Operand, padding: _Padding) -> Operand:
+    """An operand whose window is the target's affair along the axes that it pads."""
+    axes = zip(padding, operand.part, operand.window, strict=True)
+    rows, cols = (window if own is None else part for own, part, window in axes)
+    return replace(operand, window=Region(rows, cols))
 
 
 def _padding_along(access: AxisMap, part: Interval, window: Interval) -> int | None:

@@ -46,7 +46,7 @@ class TileRun:
         """The value of one operator where the tile needs it."""
         node = operator.node
         assert node.local is not None
-        fill = None if operator.padding else node.local.fill
+        fill = node.local.fill
 
         def value_of(name: str) -> Any:
             operand = operator.operands.get(name)

@@ -95,7 +95,7 @@ class Operand:
     part: Region
     """What the operator reads of it."""
     window: Region
-    """The same with its padding."""
+    """The same with its padding, where the operator does not pad by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,8 @@ class Operator:
     positions: Mapping[str, Region]
     """Where in the whole map the tile lies, for targets that compute with it: more keyword arguments."""
     padding: tuple[int, int] | None
-    """What the target pads by itself on either side, rows and columns; None if windows are padded for it."""
+    """What the target pads by itself on either side, rows and columns, beside what windows are padded for
+    it; None if it is not told to pad."""
     is_skipped: bool
     """Whether it is a convolution whose value is stored already, and that no operator of the phase reads."""
 
