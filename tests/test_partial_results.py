@@ -31,7 +31,7 @@ SHAPE = (2, 3, 120, 7)
 DIMS = (0, 2, 3)
 WINDOWS = (Adaptive(120, 3), Adaptive(7, 2))
 RULES: list[Reduction] = [
-    Sum(SHAPE, DIMS, False, 0.5),
+    Sum(SHAPE, DIMS, False, 2),
     Moments(SHAPE, DIMS, False),
     Moments(SHAPE, (2, 3), True),
     Extremum(SHAPE, DIMS, False, -1),
@@ -48,7 +48,7 @@ def merge_rows(rule: Reduction, x: Tensor, height: int = 1) -> tuple[Tensor, ...
     """The results of ``rule`` on ``x``, cut into tiles of whole rows."""
     combine = make_combiner(rule)
     for start in range(0, x.shape[2], height):
-        region = Region(Interval(start, start + height), Interval(0, x.shape[3]))
+        region = Region(Interval(start, min(start + height, x.shape[2])), Interval(0, x.shape[3]))
         combine.merge("it", rule.partial(x[:, :, start : start + height], region))
     return rule.finish(combine.take_merged("it"), x.dtype)
 
@@ -71,6 +71,16 @@ def test_results_do_not_depend_on_the_number_of_tiles(rule: Reduction) -> None:
     whole = merge_rows(rule, x, height=SHAPE[2])
     torch.testing.assert_close(merge_rows(rule, x, height=40), whole, rtol=1e-11, atol=0)
     torch.testing.assert_close(merge_rows(rule, x), whole, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("edge", [7, 49, 107])
+def test_the_mean_of_equal_values_is_that_value(edge: int) -> None:
+    """A mask that covers everything has a coverage of 1, and a constant map no deviation: its root is taken."""
+    shape = (1, 1, edge, edge)
+    x = torch.ones(shape, dtype=torch.float64)
+    for height in (edge, 16):
+        assert merge_rows(Sum(shape, (2, 3), False, edge**2), x, height) == (1,)
+        assert merge_rows(Moments(shape, (2, 3), False), 3 * x, height) == (3, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)

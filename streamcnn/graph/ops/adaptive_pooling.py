@@ -54,7 +54,7 @@ def adaptive_pool(tracer: Tracer, call: Call) -> Any:
         return tracer.reduce(WindowMaxima(shape, axes, True, (rows, cols)), ref)
     dims = tuple(dim for dim, axis in zip(axes, (rows, cols), strict=True) if axis.count == 1)
     if dims and all(axis.count in (1, axis.size) for axis in (rows, cols)):
-        return reduced(tracer, ref, Sum(shape, dims, True, 1 / math.prod(shape[dim] for dim in dims)))[0]
+        return reduced(tracer, ref, Sum(shape, dims, True, math.prod(shape[dim] for dim in dims)))[0]
     return tracer.reduce(WindowMeans(shape, axes, True, (rows, cols)), ref)[0]
 
 

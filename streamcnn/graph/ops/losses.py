@@ -74,8 +74,8 @@ def _with(call: Call, **changed: Any) -> Call:
 def _summed(tracer: Tracer, losses: Ref, *, average: bool = False) -> Ref:
     """The sum or mean of all elements of a map."""
     shape = tracer.spec(losses).shape
-    scale = 1 / tracer.spec(losses).numel if average else 1.0
-    result: Ref = tracer.reduce(Sum(shape, tuple(range(len(shape))), False, scale), losses)[0]
+    divisor = tracer.spec(losses).numel if average else 1
+    result: Ref = tracer.reduce(Sum(shape, tuple(range(len(shape))), False, divisor), losses)[0]
     return result
 
 

@@ -42,7 +42,8 @@ class Moments(Reduction):
         count = counts.sum()
         # What is multiplied by them or compared with the mean becomes float64, too.
         weights = brought(counts / count, means.device).reshape(-1, *[1] * (means.dim() - 1))
-        mean = (weights * means).sum(0)
+        # From the first tile's on, so that the mean of equal values is that value and their variance 0.
+        mean = means[0] + (weights * (means - means[0])).sum(0)
         return (count, mean, (weights * (_squared(means - mean) + variances)).sum(0))
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:

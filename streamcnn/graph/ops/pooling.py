@@ -276,12 +276,12 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         size = tracer.spec(ref).shape[axis + 2]
         counts = _window_counts(axis_maps[axis], like.shape[axis + 2], size, count_padding)
         shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
-        factor = tracer.global_value(
-            _reciprocal, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device)
+        counted = tracer.global_value(
+            _numbers, tuple(counts), shape, dtype=like.dtype, device=torch.device(like.device)
         )
-        mapped = tracer.promote(factor, (2, 3))
+        mapped = tracer.promote(counted, (2, 3))
         accesses = {pooled.name: Access(), mapped.name: _only(axis)}
-        pooled = tracer.local(torch.mul, (pooled, mapped), like=like, axes=(2, 3), accesses=accesses)
+        pooled = tracer.local(aten.div.Tensor, (pooled, mapped), like=like, axes=(2, 3), accesses=accesses)
     return pooled
 
 
@@ -316,10 +316,10 @@ def _window_counts(axis_map: Sliding, num_out: int, size: int, count_padding: bo
     return counts
 
 
-def _reciprocal(
+def _numbers(
     counts: tuple[int, ...], shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    return brought(torch.tensor([1 / count for count in counts], dtype=dtype).reshape(shape), device)
+    return brought(torch.tensor(counts, dtype=dtype).reshape(shape), device)
 
 
 def _only(axis: int) -> Access:

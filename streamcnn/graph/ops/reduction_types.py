@@ -156,9 +156,12 @@ class Selection(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Sum(Placeable):
-    """Sum times ``scale``; a mean with ``scale = 1 / count``."""
+    """Sum over ``divisor``: a mean where that is ``count``.
 
-    scale: float = 1.0
+    A factor of ``1 / count`` would give less than 1 as the mean of 49 ones.
+    """
+
+    divisor: float = 1
 
     @property
     def neutral(self) -> tuple[float, ...]:
@@ -175,13 +178,13 @@ class Sum(Placeable):
         return added(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self._result(parts[0] * self.scale, dtype),)
+        return (self._result(parts[0] / self.divisor, dtype),)
 
     def gradient_terms(
         self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        return (self._broadcast(grads[0] * self.scale, dtype),)
+        return (self._broadcast(grads[0] / self.divisor, dtype),)
 
     def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         return terms[0]

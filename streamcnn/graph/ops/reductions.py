@@ -60,7 +60,7 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
     average = call.target in (aten.mean.default, aten.mean.dim)
 
     def build(shape: tuple[int, ...], chosen: tuple[int, ...], keep: bool) -> Placeable:
-        return Sum(shape, chosen, keep, 1 / math.prod(shape[dim] for dim in chosen) if average else 1.0)
+        return Sum(shape, chosen, keep, math.prod(shape[dim] for dim in chosen) if average else 1)
 
     like = tracer.fake(call)
     if like.dtype != tracer.spec(call.args[0]).dtype:
