@@ -75,7 +75,7 @@ def test_results_do_not_depend_on_the_number_of_tiles(rule: Reduction) -> None:
 
 @pytest.mark.parametrize("edge", [7, 49, 107])
 def test_the_mean_of_equal_values_is_that_value(edge: int) -> None:
-    """A mask that covers everything has a coverage of 1, and a constant map no deviation: its root is taken."""
+    """A mask that covers everything has a coverage of 1, and a constant map no deviation."""
     shape = (1, 1, edge, edge)
     x = torch.ones(shape, dtype=torch.float64)
     for height in (edge, 16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import Tensor
 from torch.fx import Node as FxNode
 
 from streamcnn.capture.raw_calls import RawCalls
-from streamcnn.graph.in_place import changes_shape, functional_of, is_detached, is_view, revalued, scattered
+from streamcnn.capture.saved_values import Overwrite
+from streamcnn.graph.in_place import (
+    changes_shape,
+    exchanges_memory,
+    functional_of,
+    is_detached,
+    is_view,
+    revalued,
+    scattered,
+)
 from streamcnn.graph.program import Ref
 
 
@@ -32,12 +42,17 @@ class CurrentValues:
         self._seen: dict[FxNode, int] = {}
         """How often the memory of a node had been written to when its value was taken."""
         self._writes: dict[FxNode, int] = {}
+        self._holders: dict[str, FxNode] = {}
+        """Nodes by the names of all values that they have had."""
+        self._unknown_writes: list[tuple[FxNode, int, str]] = []
+        """Writes that no version counts: whose memory, how many calls came before, and the line."""
 
     # --- what calls do -------------------------------------------------------------------------------
 
     def set(self, node: FxNode, value: Any) -> None:
         """Note what a node has given."""
         self._values[node] = value
+        self._hold(node, value)
 
     def set_same(self, node: FxNode, other: FxNode) -> None:
         """Note that a node gives another one's value, whatever that holds."""
@@ -57,6 +72,8 @@ class CurrentValues:
         chain = [written]
         while chain[-1] in self._viewed:
             chain.append(self._viewed[chain[-1]])
+        if any(map(is_detached, chain)) or (exchanges_memory(node) and chain[-1].op == "placeholder"):
+            self._unknown_writes.append((chain[-1], len(self._calls.nodes), self._calls.line(node)))
         new = {written: ref}
         for view, parent in pairwise(chain):
             before = self.read(parent)
@@ -67,7 +84,7 @@ class CurrentValues:
         owner = chain[-1]
         self._writes[owner] = self._writes.get(owner, 0) + 1
         for member, value in new.items():
-            self._values[member] = value
+            self.set(member, value)
             self._seen[member] = self._writes[owner]
 
     def _keep_gradients(self, node: FxNode, chain: list[FxNode], new: dict[FxNode, Any]) -> None:
@@ -82,6 +99,16 @@ class CurrentValues:
                 new[member] = self._calls.append(node, name, revalued, args, {})
                 self._calls.grad = inside
             unseen = unseen or (self._calls.ambient and is_detached(member))
+
+    def _hold(self, node: FxNode, value: Any) -> None:
+        if isinstance(value, Ref):
+            self._holders[value.name] = node
+
+    def unknown_writes(self) -> Iterator[Overwrite]:
+        """The writes that autograd does not know of, as those through ``.data``."""
+        for owner, position, line in self._unknown_writes:
+            memory = {name for name, node in self._holders.items() if self.owner(node) is owner}
+            yield Overwrite(memory, position, line)
 
     # --- reading -------------------------------------------------------------------------------------
 
@@ -111,7 +138,7 @@ class CurrentValues:
         if node in self._viewed:
             writes = self._writes.get(self.owner(node), 0)
             if self._seen[node] != writes:
-                self._values[node] = self._again(node)
+                self.set(node, self._again(node))
                 self._seen[node] = writes
         return self._values[node]
 

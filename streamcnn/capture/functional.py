@@ -21,6 +21,7 @@ from streamcnn.capture.collectives import in_their_order
 from streamcnn.capture.current_values import CurrentValues
 from streamcnn.capture.graph_inputs import GraphInputs
 from streamcnn.capture.raw_calls import RawCalls, is_block
+from streamcnn.capture.saved_values import refuse_saved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import UPDATING, GradientHook, is_recomputed, on_meta
 from streamcnn.graph.in_place import (
@@ -103,6 +104,8 @@ class _Functionalizer:
                 "call the module itself"
             )
         inputs.take_changed_constants()
+        examples = {node.name: node.meta.get("val") for node in self.flat.graph.nodes}
+        refuse_saved(self.calls.nodes, outputs, self.values.unknown_writes(), examples)
         states = inputs.states
         changed = [n for n in self.flat.graph.nodes if n.name in states and self.values.is_written(n)]
         return RawGraph(

@@ -75,7 +75,7 @@ class RawCalls:
                 args=args,
                 kwargs=kwargs,
                 source=self.source(node),
-                line=line_of(node.meta.get("stack_trace")),
+                line=self.line(node),
                 in_place=in_place,
                 grad=self.grad,
                 casts=self._casts[-1],
@@ -95,6 +95,10 @@ class RawCalls:
             name = f"{base}_{count}"
         self._names.add(name)
         return name
+
+    def line(self, node: FxNode) -> str:
+        """Line of the user's code, if known."""
+        return line_of(node.meta.get("stack_trace"))
 
     def source(self, node: FxNode) -> str:
         """Module path in the user's model, if known."""

@@ -86,7 +86,7 @@ def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[
     target = node.target
     assert isinstance(target, OpOverload)
     name = operator_name(target)
-    if name == "copy_" or _exchanges_data(node, target):
+    if name == "copy_" or _exchanges_data(node):
         return _copy(node)
     if name in _STORAGE:
         raise UnsupportedModel(
@@ -101,9 +101,14 @@ def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[
     return OnCopy(target), args, kwargs
 
 
-def _exchanges_data(node: FxNode, target: OpOverload) -> bool:
+def exchanges_memory(node: FxNode) -> bool:
+    """Whether a call is ``x.data = y``."""
+    return node.target is aten.set_.source_Tensor
+
+
+def _exchanges_data(node: FxNode) -> bool:
     """Whether a call is ``x.data = y`` with ``y`` of the same kind."""
-    if target is not aten.set_.source_Tensor:
+    if not exchanges_memory(node):
         return False
     into, given = (arg.meta["val"] for arg in node.args[:2] if isinstance(arg, FxNode))
     return bool(into.shape == given.shape and into.dtype == given.dtype)

@@ -219,6 +219,48 @@ class MaxNorm(Small):
         return super().maps(x)
 
 
+# --- .data of what a gradient needs -------------------------------------------------------------------
+
+_BY_DATA = r"by \.data .* whose values the gradient of aten\."
+
+
+@CASES("a gain's .data changes after its use, which the gradient reads", passes(2), expected=_BY_DATA)
+class GainByData(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.linspace(0.5, 1, WIDTH).view(-1, 1, 1))
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = x * self.gain
+        self.gain.data.mul_(0.9)
+        return y
+
+
+@CASES("weights are limited by .data after their use", expected=_BY_DATA)
+class LimitedAfterwards(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        for weight in self.parameters():
+            weight.data.clamp_(-0.2, 0.2)
+        return y
+
+
+@CASES("the result of a sigmoid is doubled by .data", expected=_BY_DATA)
+class DoubledByData(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(x)
+        y.data.mul_(2)
+        return y
+
+
+@CASES("a map behind a norm is clamped by .data", passes(2))
+class ClampedByData(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        x.data.clamp_(-1, 1)
+        self.norm.running_mean.data.mul_(0.5)
+        return x
+
+
 # --- between forward and backward ---------------------------------------------------------------------
 
 

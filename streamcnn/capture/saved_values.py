@@ -1,0 +1,96 @@
+"""Values that autograd has saved for the backward pass and that code overwrites without its knowledge.
+
+Written through ``.data`` such a value changes no version, so that plain PyTorch takes the new one for its
+gradient and says nothing. A streamed pass would take the one that was there when it was used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from streamcnn.capture.capture import RawNode
+from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.costs import cost_of, is_view
+from streamcnn.graph.flattening import UPDATING
+from streamcnn.graph.in_place import revalued
+from streamcnn.graph.program import Ref, refs_in
+
+
+@dataclass(frozen=True, slots=True)
+class Overwrite:
+    """A write that autograd does not know of."""
+
+    memory: Collection[str]
+    """Names of all values in the memory that is written to."""
+    position: int
+    """How many calls come before it."""
+    line: str
+    """Of the user's code; empty where it is not known."""
+
+
+def refuse_saved(
+    nodes: Sequence[RawNode], outputs: Any, overwrites: Iterable[Overwrite], examples: Mapping[str, Tensor]
+) -> None:
+    """Raise if one of ``overwrites`` changes a value that a gradient needs; ``examples`` have types by name.
+
+    Raises
+    ------
+    UnsupportedModel
+        It names the operator.
+    """
+    reached: set[str] | None = None
+    for overwrite in overwrites:
+        savers = [node for node in nodes[: overwrite.position] if _saves(node, overwrite.memory)]
+        if savers and reached is None:
+            reached = _reached_backward(nodes, outputs, examples)
+        found = next((node for node in savers if reached is not None and node.name in reached), None)
+        if found is not None:
+            where = f" in '{overwrite.line}'" if overwrite.line else ""
+            raise UnsupportedModel(
+                f"the forward pass overwrites a tensor by .data{where} whose values the gradient of "
+                f"{found.target} ({found.source or 'the model'}) needs, and plain PyTorch would take the new "
+                "values for it: overwrite it before its first use or outside of the forward pass, or change "
+                "a clone()"
+            )
+
+
+def _saves(node: RawNode, memory: Collection[str]) -> bool:
+    """Whether autograd keeps a value in ``memory`` for the gradient of a call."""
+    if not node.grad or node.target is revalued or is_view(node.target):
+        return False
+    saves = cost_of(node.target).saves
+    if saves.result and node.name in memory:
+        return True
+    if not any(name in memory for name in _differentiated_operands(node)):
+        return False
+    return saves.operands or (saves.factors and _num_operands(node) > 1)
+
+
+def _differentiated_operands(node: RawNode) -> tuple[str, ...]:
+    """Operands that the gradient may read: that of a norm which moves its statistics has others."""
+    if node.target in UPDATING and node.args[5]:
+        return refs_in((*node.args[:3], *node.args[5:]))
+    return node.operands
+
+
+def _num_operands(node: RawNode) -> int:
+    return sum(isinstance(value, Ref) for value in (*node.args, *node.kwargs.values()))
+
+
+def _reached_backward(nodes: Sequence[RawNode], outputs: Any, examples: Mapping[str, Tensor]) -> set[str]:
+    """Names of the values to which a gradient of ``outputs`` may come."""
+    reached = set(refs_in(outputs))
+    for node in reversed(nodes):
+        if node.name not in reached or not node.grad or cost_of(node.target).detaches:
+            continue
+        operands = node.operands[:1] if node.target is revalued else node.operands
+        reached.update(name for name in operands if _may_have_gradient(examples.get(name)))
+    return reached
+
+
+def _may_have_gradient(example: Tensor | None) -> bool:
+    return not isinstance(example, Tensor) or example.is_floating_point() or example.is_complex()
