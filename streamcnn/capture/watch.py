@@ -24,7 +24,7 @@ from streamcnn.capture.known_shapes import KnownShapes
 from streamcnn.capture.known_values import KnownValues
 from streamcnn.capture.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import proxy_of
+from streamcnn.graph.flattening import drawn_between, proxy_of
 from streamcnn.graph.in_place import resized
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -111,6 +111,8 @@ class Watch(TorchFunctionMode):
             return self._hook(*args)
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             return _set_data(*args)
+        if func is Tensor.random_ and len(args) == 3 and not kwargs:
+            return drawn_between(*args)
         if func is Tensor.resize_ and not kwargs:
             return _resized(*args)
         if func is Tensor.requires_grad_ or func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]

@@ -234,6 +234,12 @@ class Inliner(Interpreter):
         self._node = n
         return super().run_node(n)
 
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out a call of a tensor's method."""
+        if target == "random_" and len(args) == 3 and not kwargs:
+            return drawn_between(*args)
+        return super().call_method(target, args, kwargs)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call: an ordinary one, an inlined one, or one that is recorded whole."""
         if target is self._through:
@@ -272,6 +278,14 @@ class Inliner(Interpreter):
         is_body = tuple(isinstance(arg, GraphModule) for arg in args)
         whole = Whole(name, _bound(target, is_body, bodies, kwargs), bodies)
         return record_whole(whole, operands, node.meta["example_value"])
+
+
+def drawn_between(tensor: Tensor, low: int, high: int) -> Tensor:
+    """``tensor.random_(low, high)``, which draws the same numbers.
+
+    Its own overload is ``random_.from``, which no code of a graph can name.
+    """
+    return tensor.copy_(torch.randint(low, high, tensor.shape, dtype=tensor.dtype, device=tensor.device))
 
 
 def _inference_mode(target: Any, argument: Any) -> Any:

@@ -858,6 +858,11 @@ class TorchRandomPerChannel(Small):
         return x * (1 + 0.1 * torch.randn(x.shape[0], x.shape[1], 1, 1, dtype=x.dtype))
 
 
+CASES.on_vector(
+    "whole numbers by random_(low, high)", lambda v: v * torch.empty_like(v).random_(2, 9), passes(2)
+)
+
+
 @CASES("torch.randperm of the batch", passes(2), expected=SAME_OR_REFUSED)
 class Mixup(Small):
     def middle(self, x: Tensor) -> Tensor:
