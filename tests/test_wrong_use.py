@@ -247,6 +247,8 @@ class Unreadable(TensorSource):
         ([np.zeros((3, 8, 8))], TypeError, "image 0 of the batch is a ndarray: allowed is an ImageSource"),
         (["a.png"], TypeError, "image 0 of the batch is a str: .* open a file with open_image"),
         ([], DatasetMismatch, "a batch of 0 images"),
+        ({"image": torch.zeros(1, 3, 8, 8)}, TypeError, "the image is a dict: allowed are a tensor"),
+        ("a.png", TypeError, "the image is a str: allowed are a tensor"),
         (None, TypeError, r"the image is a NoneType: allowed are a tensor \(N, C, H, W\), an ImageSource"),
     ],
 )

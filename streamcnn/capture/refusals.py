@@ -22,6 +22,10 @@ _ALLOWED = (
     "the plain model accepts this shape and arguments"
 )
 _READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
+_NO_RESULT = "argument of type:"
+"""How ``torch.fx`` begins to say that it knows no results of some class."""
+_FUNCTIONAL = "torch/_functorch/"
+"""Where the transforms of ``torch.func`` are."""
 _OBSERVER = "ObserverBase"
 """What observers' classes derive from, in ``torch.ao``, which PyTorch is to lose, and in torchao."""
 _CHANNELS: dict[type[nn.Module], str] = {
@@ -106,9 +110,20 @@ def _reason(error: Exception) -> str:
         return _READS_VALUE
     if isinstance(error, DynamicOutputShapeException):
         return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
-    if "TorchScript interpreter" in first_line(error):
+    said = first_line(error).rstrip(".")
+    if "TorchScript interpreter" in said:
         return _of_script(str(error))
-    return first_line(error).rstrip(".")
+    if said.startswith(_NO_RESULT):
+        return (
+            f"it returns an object of {said.removeprefix(_NO_RESULT).strip()}, and holds code that can only "
+            "be captured without values: return tensors in tuples, lists, dicts or dataclasses"
+        )
+    if any(_FUNCTIONAL in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        return (
+            "it uses a transform of torch.func (vmap, grad, jvp), and holds code that can only be captured "
+            f"without values ({said})"
+        )
+    return said
 
 
 def _of_script(text: str) -> str:

@@ -42,8 +42,13 @@ def _only(values: Sequence[Any]) -> Any:
 def _with_fields(
     original: Any, names: Sequence[str], put: Callable[[Sequence[Any]], Any]
 ) -> Callable[[Sequence[Any]], Any]:
+    # Without its fields: they hold tensors of the pass that is taken apart.
+    emptied = copy.copy(original)
+    for name in names:
+        object.__setattr__(emptied, name, None)
+
     def rebuild(values: Sequence[Any]) -> Any:
-        made = copy.copy(original)
+        made = copy.copy(emptied)
         for name, value in zip(names, put(values), strict=True):
             object.__setattr__(made, name, value)
         return made

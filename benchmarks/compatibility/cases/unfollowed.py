@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -204,3 +205,43 @@ class TimedSample(Timed):
         concentration = torch.tensor(0.4, dtype=torch.float64)
         torch.distributions.Beta(concentration, concentration).sample()
         return x * torch.rand((), dtype=x.dtype)
+
+
+# --- results and transforms ---------------------------------------------------------------------------
+
+
+@dataclass
+class _Found:
+    logits: Tensor
+    more: Any
+
+
+class TimedDataclass(Timed):
+    def forward(self, x: Tensor) -> Any:
+        v = self.maps(x).mean((2, 3))
+        return _Found(self.head(v), {"pooled": v, "inner": _Found(v.sin(), None)})
+
+
+CASES.add("a timer, and the result is a dataclass with a dict and another", TimedDataclass, passes(2))
+
+
+class TimedObject(Timed):
+    def forward(self, x: Tensor) -> Any:
+        return torch.distributions.Categorical(logits=super().forward(x))
+
+
+def _likelihood(model: Any, net: nn.Module, record: Record) -> None:
+    loss = -model(record.image()).log_prob(torch.tensor([1, 2])).sum()
+    loss.backward()
+    record("loss", loss)
+    record.gradients("gradients")
+
+
+CASES.add("a timer, and the result is a distribution", TimedObject, _likelihood, expected="returns an object")
+
+
+@CASES("a timer, and vmap of jacrev of features", expected=r"a transform of torch\.func")
+class TimedJacobian(Timed):
+    def late(self, v: Tensor) -> Tensor:
+        jacobians = torch.vmap(torch.func.jacrev(torch.tanh))(v)
+        return v + jacobians.square().sum(2)

@@ -7,7 +7,7 @@ converts nor normalises pixels; that is the model's ``preprocess``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -193,7 +193,8 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     TypeError
         If it is no sequence, or something in it is no `ImageSource`.
     """
-    if not isinstance(image, (ImageSource, Iterable)):
+    # Of these a list would take the keys or the letters.
+    if not isinstance(image, (ImageSource, Iterable)) or isinstance(image, (Mapping, str, bytes)):
         raise TypeError(
             f"the image is a {type(image).__name__}: allowed are a tensor (N, C, H, W), an ImageSource, and "
             "a list of them"
