@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from typing import Any
 from weakref import WeakSet
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import FunctionCtx
+from torch.fx import Graph
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.utils import _pytree as pytree
@@ -89,11 +91,12 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         with _recomputed():
             return run(*operands)
     original = _APPLY.__get__(None, cls)
-    if get_proxy_mode() is None:
+    mode = get_proxy_mode()
+    if mode is None:
         _inner.add(cls)
         return original(*args, **kwargs)
     refuse_bound((args, kwargs))
-    with disable_proxy_modes_tracing():
+    with _nothing_recorded(mode.tracer.graph), disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
 
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -101,6 +104,19 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return cls.apply(*args, **kwargs)
 
     return called_whole(cls.__name__, function, args, kwargs, like)
+
+
+@contextmanager
+def _nothing_recorded(graph: Graph) -> Iterator[None]:
+    """A block whose own blocks, such as ``no_grad``, are no part of ``graph``.
+
+    They are recorded although operators are not. Leaving ``no_grad`` in a Function's forward, where gradients
+    are off already, would leave them off for the rest of the pass.
+    """
+    last = next(reversed(graph.nodes))
+    yield
+    for node in list(takewhile(lambda node: node is not last, reversed(graph.nodes))):
+        graph.erase_node(node)
 
 
 @contextmanager

@@ -204,9 +204,13 @@ def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
 
 
 def proxy_of(tensor: Tensor) -> Any:
-    """What stands for a tensor in the graph that is being made; None if that does not know it."""
+    """What stands for a tensor in the graph that is being made; None if that does not know it.
+
+    None is made while what runs whole is run.
+    """
     mode = get_proxy_mode()
-    assert mode is not None
+    if mode is None:
+        return None
     return get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy)
 
 

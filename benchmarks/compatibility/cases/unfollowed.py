@@ -79,6 +79,50 @@ class TimedAlias(Timed):
         return _sign(x) + x
 
 
+class Silent(torch.autograd.Function):
+    """A sine whose forward says once more that it records no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x.sin()
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient * ctx.saved_tensors[0].cos()
+
+
+@CASES("a timer, and no_grad in the forward of an autograd.Function", passes(2))
+class TimedSilent(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        return Silent.apply(x)
+
+
+class Nested(torch.autograd.Function):
+    """A sine of cubes, whose gradient comes of a graph that forward has made and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = x.pow(3).sin()
+        ctx.save_for_backward(x, y)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, y = ctx.saved_tensors
+        return torch.autograd.grad(y, x, gradient)[0]
+
+
+@CASES("an autograd.Function that keeps a graph of its own", passes(2))
+class KeepsGraph(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return Nested.apply(x)
+
+
 @CASES("a timer, and record_function", passes(2))
 class TimedProfile(Timed):
     def middle(self, x: Tensor) -> Tensor:
