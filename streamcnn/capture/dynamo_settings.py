@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 
+from streamcnn.capture.dynamo_slips import code_followed_as_it_runs
 from streamcnn.capture.presence import presence_guarded
 
 TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -32,6 +33,7 @@ def dynamo_as_wanted() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"torch\._dynamo")
         settings.enter_context(patch.dict(handlers, _plain_answers()))
         settings.enter_context(presence_guarded())
+        settings.enter_context(code_followed_as_it_runs())
         # It would be taken for a setting without effect.
         settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, "set_materialize_grads"))
         # Its state would be part of the graph and of no guard.

@@ -103,6 +103,55 @@ class SetGradEnabled(Small):
             return super().maps(x)
 
 
+@CASES("a function decorated with no_grad raises, and the error is caught", passes(2))
+class RaisesInBlock(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        @torch.no_grad()
+        def fails(x: Tensor) -> Tensor:
+            raise ValueError(x.shape)
+
+        try:
+            return fails(x)
+        except ValueError:
+            return torch.tanh(x)
+
+
+@CASES("a function decorated with enable_grad is called inside no_grad", passes(2))
+class CalledInBlock(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        @torch.enable_grad()
+        def cosine(x: Tensor) -> Tensor:
+            return torch.cos(x)
+
+        with torch.no_grad():
+            y, factor = cosine(x), torch.sin(x)
+        return y * x + factor
+
+
+@CASES("one no_grad() object, inside and outside of another", passes(2))
+class OneBlockTwice(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        block = torch.no_grad()
+        with block:
+            a = torch.cos(x)
+        with torch.no_grad():
+            with block:
+                b = torch.tanh(x)
+            c = torch.exp(x)
+        return a * x + b + c
+
+
+@CASES("a generator decorated with no_grad", passes(2))
+class DecoratedGenerator(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        @torch.no_grad()
+        def harmonics() -> Iterator[Tensor]:
+            for k in (1, 2):
+                yield torch.cos(k * x)
+
+        return x * sum(harmonics())
+
+
 @CASES("set_grad_enabled as a call", passes(2), expected=SAME_OR_REFUSED)
 class SetGradCall(Small):
     def maps(self, x: Tensor) -> Tensor:

@@ -496,6 +496,18 @@ class SetAndDeleted(Small):
         return out
 
 
+@CASES("a weight is another one for one call: deleted, set, deleted, set", passes(3))
+class OtherWeight(Small):
+    def late(self, v: Tensor) -> Tensor:
+        own = self.head.weight
+        del self.head.weight
+        self.head.weight = 2 * own
+        v = torch.tanh(v) + self.head(v).mean(1, keepdim=True)
+        del self.head.weight
+        self.head.weight = own
+        return v
+
+
 @CASES("a flag that restores itself", passes(2))
 class Restores(Small):
     def __init__(self) -> None:

@@ -1,0 +1,109 @@
+"""Code that Dynamo follows otherwise than it runs: blocks such as ``no_grad``, and parameters that come back.
+
+As PyTorch 2.13 has it, Dynamo leaves ``no_grad`` and ``enable_grad`` for the mode in which they were made,
+and not the one in which they were entered: a function that is decorated outside of a block and called inside
+of it ends the block. The block of a function that is decorated in the forward pass it never leaves if that
+raises, and leaves before the first step if it is a generator.
+
+A parameter that is deleted and set again, as code does that has a layer use another weight for one call, is
+gone from the module after the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from streamcnn.graph.flattening import CannotFlatten
+
+
+@contextmanager
+def code_followed_as_it_runs() -> Iterator[None]:
+    """A block in which Dynamo follows such code as it runs, or not at all."""
+    from torch._dynamo.variables import ctx_manager, functions
+    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+
+    grad_mode = ctx_manager.GradModeVariable
+    with ExitStack() as patches:
+        for name, method in _methods_of(grad_mode).items():
+            patches.enter_context(patch.object(grad_mode, name, method))
+        for name, kind in vars(functions).items():
+            if name.startswith("Wrapped") and "call_function" in vars(kind):
+                called = _left_in_any_case(kind.call_function)
+                patches.enter_context(patch.object(kind, "call_function", called))
+        kept = _keeping_parameters(UnspecializedNNModuleVariable.call_method)
+        patches.enter_context(patch.object(UnspecializedNNModuleVariable, "call_method", kept))
+        yield
+
+
+def _methods_of(grad_mode: Any) -> dict[str, Any]:
+    """What stands for methods of Dynamo's variable for ``no_grad``, ``enable_grad`` and ``set_grad_enabled``.
+
+    The modes in which it was entered are on a stack: a decorated function may call itself. What is set where
+    it is made, as by ``with set_grad_enabled(flag)``, has nothing to be put there.
+    """
+    create, enter, leave, decorate = (
+        getattr(grad_mode, name) for name in ("create", "enter", "exit", "call_function")
+    )
+
+    def make(tx: Any, target_value: Any, initialized: bool = False, **kwargs: Any) -> Any:
+        made = create(tx, target_value, initialized, **kwargs)
+        made.modes_before = None if initialized else []
+        return made
+
+    def enter_noting(self: Any, tx: Any) -> Any:
+        if getattr(self, "modes_before", None) is not None:
+            self.modes_before.append(torch.is_grad_enabled())
+        return enter(self, tx)
+
+    def leave_as_noted(self: Any, tx: Any, *args: Any) -> Any:
+        if getattr(self, "modes_before", None):
+            self.initial_values = [self.modes_before.pop()]
+        return leave(self, tx, *args)
+
+    def decorate_anew(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        made = decorate(self, tx, args, kwargs)
+        self.modes_before = []
+        return made
+
+    return {
+        "create": staticmethod(make),
+        "enter": enter_noting,
+        "exit": leave_as_noted,
+        "call_function": decorate_anew,
+    }
+
+
+def _left_in_any_case(call_function: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a function that was decorated in the forward pass."""
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
+
+        try:
+            result = call_function(self, tx, args, kwargs)
+        except Exception:
+            self.context.exit(tx)
+            raise
+        if isinstance(result, LocalGeneratorObjectVariable):
+            raise CannotFlatten("a generator is decorated in the forward pass")
+        return result
+
+    return call
+
+
+def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a module's method, unless that deletes a parameter or buffer."""
+
+    def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name == "__delattr__" and args[0].is_python_constant():
+            registered = (*self.value._parameters, *self.value._buffers)
+            if args[0].as_python_constant() in registered:
+                raise CannotFlatten("the forward pass deletes a parameter or a buffer")
+        return call_method(self, tx, name, args, kwargs)
+
+    return call
