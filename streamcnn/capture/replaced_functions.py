@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
@@ -27,7 +28,7 @@ from streamcnn.capture.blind import gaussian_nll_loss, observers_blind
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import RECOMPUTED, SEEDED, SEEDING
+from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING
 
 
 @contextmanager
@@ -39,17 +40,42 @@ def functions_replaced() -> Iterator[None]:
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         observers_blind(),
         replaced_here(torch, "from_numpy", _from_numpy),
+        replaced_here(saved_tensors_hooks, "__enter__", _enter_saved_tensors_hooks),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
-        ExitStack() as generators,
+        ExitStack() as functions,
     ):
         for module in (torch, torch.random):
             for name in SEEDING:
-                generators.enter_context(replaced_here(module, name, _refuse_seed))
+                functions.enter_context(replaced_here(module, name, _refuse_seed))
+        for name in DEFAULTS:
+            functions.enter_context(replaced_here(torch, name, _refuse_default))
         yield
 
 
 def _refuse_seed(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModel(SEEDED)
+
+
+def _refuse_default(*args: Any) -> None:
+    """Operators are carried out later, with the type that is the default then."""
+    raise UnsupportedModel(
+        "the forward pass sets the default dtype (set_default_dtype): set it outside, or give dtype= where "
+        "tensors are made"
+    )
+
+
+_ENTER = saved_tensors_hooks.__enter__
+
+
+def _enter_saved_tensors_hooks(hooks: saved_tensors_hooks) -> None:
+    """Begin a block whose hooks see what autograd saves: PyTorch's own give back what they are given."""
+    if not type(hooks).__module__.startswith("torch.") or type(hooks) is saved_tensors_hooks:
+        raise UnsupportedModel(
+            "the forward pass sets hooks on what autograd saves (saved_tensors_hooks), and a streamed pass "
+            "saves other things: use an autograd.Function for a gradient that is computed from other values; "
+            "streaming keeps no activations that need to be packed"
+        )
+    _ENTER(hooks)
 
 
 _FROM_NUMPY = torch.from_numpy

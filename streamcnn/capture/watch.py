@@ -107,6 +107,8 @@ class Watch(TorchFunctionMode):
             return self.known.version_of(args[0])
         if func is Tensor.__deepcopy__:
             return _deep_copy(*args)
+        if func == Tensor.grad_fn.__get__:  # type: ignore[union-attr]
+            return _without_hooks(func(*args))
         if func is Tensor.register_hook:
             return self._hook(*args)
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
@@ -187,6 +189,25 @@ class Watch(TorchFunctionMode):
         hooks = self.noted.hooks.setdefault(node.name, [])
         hooks.append(hook)
         return _Handle(hooks, hook)
+
+
+class _Recorded:
+    """What a tensor's ``grad_fn`` gives while tracing: the node itself, but for hooks on it."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("register_hook", "register_prehook"):
+            raise UnsupportedModel(
+                f"the forward pass calls grad_fn.{name}(), and a streamed pass has other nodes in its graph: "
+                "set the hook on the tensor itself (Tensor.register_hook)"
+            )
+        return getattr(self._node, name)
+
+
+def _without_hooks(node: Any) -> _Recorded | None:
+    return None if node is None else _Recorded(node)
 
 
 def _resized(tensor: Tensor, *size: Any) -> Tensor:

@@ -49,6 +49,9 @@ SEEDED = (
     "are, or seed outside of it"
 )
 
+DEFAULTS = ("set_default_dtype", "set_default_tensor_type")
+"""Functions of ``torch`` that say which type tensors get that are made without one."""
+
 RECOMPUTED = "recomputed"
 
 TRACING = RLock()
@@ -256,6 +259,8 @@ class Inliner(Interpreter):
             return _autocast(target, *args)
         if getattr(target, "__name__", "") in SEEDING:
             raise UnsupportedModel(SEEDED)
+        if getattr(target, "__name__", "") in DEFAULTS:
+            raise CannotFlatten("operators are carried out under another default")
         if isinstance(target, Whole):
             assert self._node is not None
             return record_whole(target, args, self._node.meta["example_value"])

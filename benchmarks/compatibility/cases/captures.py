@@ -697,6 +697,16 @@ class DefaultType(Small):
         return x * torch.tensor([0.1])
 
 
+@CASES("the default dtype is set in forward", expected="sets the default dtype")
+class SetsDefaultType(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        factor = torch.linspace(0, 1, WIDTH)[:, None, None] * torch.tensor([0.1])
+        torch.set_default_dtype(before)
+        return x * factor
+
+
 # --- counters and schedules ---------------------------------------------------------------------------
 
 

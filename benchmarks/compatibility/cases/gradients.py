@@ -312,6 +312,28 @@ class KeepsGradient(Small):
         return x
 
 
+def _lossy(x: Tensor) -> Tensor:
+    def pack(saved: Tensor) -> Tensor:
+        return saved.half()
+
+    def unpack(packed: Tensor) -> Tensor:
+        return packed.to(x.dtype)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return x * torch.sigmoid(x)
+
+
+def _doubled_at_node(x: Tensor) -> Tensor:
+    y = torch.tanh(x)
+    if y.grad_fn is not None:
+        y.grad_fn.register_prehook(lambda gradients: (2 * gradients[0],))
+    return y
+
+
+CASES.on_map("saved_tensors_hooks that keep half precision", _lossy, expected="saved_tensors_hooks")
+CASES.on_map("grad_fn.register_prehook", _doubled_at_node, expected=r"calls grad_fn\.register_prehook")
+
+
 @CASES("retain_grad on features", expected=SAME_OR_REFUSED)
 class Retains(Small):
     def late(self, v: Tensor) -> Tensor:
