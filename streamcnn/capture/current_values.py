@@ -12,6 +12,7 @@ from torch.fx import Node as FxNode
 
 from streamcnn.capture.raw_calls import RawCalls
 from streamcnn.capture.saved_values import Overwrite
+from streamcnn.graph.flattening import UPDATING
 from streamcnn.graph.in_place import (
     changes_shape,
     exchanges_memory,
@@ -72,7 +73,7 @@ class CurrentValues:
         chain = [written]
         while chain[-1] in self._viewed:
             chain.append(self._viewed[chain[-1]])
-        if any(map(is_detached, chain)) or (exchanges_memory(node) and chain[-1].op == "placeholder"):
+        if _is_unknown(node, chain):
             self._unknown_writes.append((chain[-1], len(self._calls.nodes), self._calls.line(node)))
         new = {written: ref}
         for view, parent in pairwise(chain):
@@ -171,3 +172,10 @@ class CurrentValues:
         if isinstance(value, dict):
             return {key: self.resolve(each) for key, each in value.items()}
         return value
+
+
+def _is_unknown(node: FxNode, chain: list[FxNode]) -> bool:
+    """Whether autograd does not notice a write: through ``.data``, by ``x.data = y``, or a norm's."""
+    if exchanges_memory(node):
+        return chain[-1].op == "placeholder"
+    return node.target in UPDATING or any(map(is_detached, chain))

@@ -1,7 +1,8 @@
 """Values that autograd has saved for the backward pass and that code overwrites without its knowledge.
 
-Written through ``.data`` such a value changes no version, so that plain PyTorch takes the new one for its
-gradient and says nothing. A streamed pass would take the one that was there when it was used.
+Written through ``.data``, or moved by a norm, such a value changes no version, so that plain PyTorch takes
+the new one for its gradient and says nothing. A streamed pass would take the one that was there when it was
+used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamcnn.capture.capture import RawNode
+from streamcnn.capture.capture import RawNode, moved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import cost_of, is_view
 from streamcnn.graph.flattening import UPDATING
@@ -51,28 +52,29 @@ def refuse_saved(
         if found is not None:
             where = f" in '{overwrite.line}'" if overwrite.line else ""
             raise UnsupportedModel(
-                f"the forward pass overwrites a tensor by .data{where} whose values the gradient of "
-                f"{found.target} ({found.source or 'the model'}) needs, and plain PyTorch would take the new "
-                "values for it: overwrite it before its first use or outside of the forward pass, or change "
-                "a clone()"
+                f"the forward pass overwrites a tensor{where} past autograd (by .data, or as a norm moves "
+                f"its statistics) whose values the gradient of {found.target} ({found.source or 'the model'})"
+                " needs, and plain PyTorch would take the new values for it: overwrite it before its first "
+                "use or outside of the forward pass, or change a clone()"
             )
 
 
 def _saves(node: RawNode, memory: Collection[str]) -> bool:
     """Whether autograd keeps a value in ``memory`` for the gradient of a call."""
-    if not node.grad or node.target is revalued or is_view(node.target):
+    if not node.grad or node.target in (revalued, moved) or is_view(node.target):
         return False
     saves = cost_of(node.target).saves
     if saves.result and node.name in memory:
         return True
-    if not any(name in memory for name in _differentiated_operands(node)):
+    moves_statistics = node.target in UPDATING and bool(node.args[5])
+    if not any(name in memory for name in _operands(node, with_statistics=not moves_statistics)):
         return False
     return saves.operands or (saves.factors and _num_operands(node) > 1)
 
 
-def _differentiated_operands(node: RawNode) -> tuple[str, ...]:
-    """Operands that the gradient may read: that of a norm which moves its statistics has others."""
-    if node.target in UPDATING and node.args[5]:
+def _operands(node: RawNode, *, with_statistics: bool) -> tuple[str, ...]:
+    """Names of a call's operands, with or without the running statistics of a norm."""
+    if node.target in UPDATING and not with_statistics:
         return refs_in((*node.args[:3], *node.args[5:]))
     return node.operands
 
@@ -87,7 +89,7 @@ def _reached_backward(nodes: Sequence[RawNode], outputs: Any, examples: Mapping[
     for node in reversed(nodes):
         if node.name not in reached or not node.grad or cost_of(node.target).detaches:
             continue
-        operands = node.operands[:1] if node.target is revalued else node.operands
+        operands = node.operands[:1] if node.target is revalued else _operands(node, with_statistics=False)
         reached.update(name for name in operands if _may_have_gradient(examples.get(name)))
     return reached
 

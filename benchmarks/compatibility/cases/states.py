@@ -221,7 +221,7 @@ class MaxNorm(Small):
 
 # --- .data of what a gradient needs -------------------------------------------------------------------
 
-_BY_DATA = r"by \.data .* whose values the gradient of aten\."
+_BY_DATA = r"past autograd .* whose values the gradient of aten\."
 
 
 @CASES("a gain's .data changes after its use, which the gradient reads", passes(2), expected=_BY_DATA)
@@ -379,6 +379,24 @@ class ResetAfter(Small):
     def middle(self, x: Tensor) -> Tensor:
         self.norm.reset_running_stats()
         return x
+
+
+@CASES("a norm in eval mode, then in training mode, in one forward", expected="past autograd")
+class EvalThenTrain(Small):
+    def maps(self, x: Tensor) -> Tensor:
+        self.norm.eval()
+        y = super().maps(0.5 * x)
+        self.norm.train()
+        return super().maps(x) + y
+
+
+@CASES("a norm's momentum is 0 for one call", passes(2))
+class MomentumZero(Small):
+    def maps(self, x: Tensor) -> Tensor:
+        momentum, self.norm.momentum = self.norm.momentum, 0.0
+        y = super().maps(0.5 * x)
+        self.norm.momentum = momentum
+        return super().maps(x) + y
 
 
 @CASES("a view of a running mean is taken before its norm and read after", passes(2))
