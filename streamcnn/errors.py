@@ -80,6 +80,20 @@ class CannotWrite(StreamError, OSError):
     """The disk is full, or a folder may not be written to."""
 
 
+class OtherProcessFailed(StreamError, RuntimeError):
+    """Another of the processes that train together has failed, which ends this one too.
+
+    Attributes
+    ----------
+    rank
+        Of the one that raises what happened; None if it is gone.
+    """
+
+    def __init__(self, text: str = "", *, rank: int | None = None) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+
 class TrainingDiverged(StreamError, ArithmeticError):
     """The loss is no number any more."""
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from streamcnn.cli import explaining, images, models, profiling, trained, training, ultramnist, verifying
 from streamcnn.cli.arguments import FAILED, parse
 from streamcnn.cli.ending import leave_output, say_ending, status_of
-from streamcnn.errors import StreamError
+from streamcnn.errors import OtherProcessFailed, StreamError
 from streamcnn.support.disk import is_full
 from streamcnn.support.signals import raising
 from streamcnn.support.text import printable
@@ -42,6 +42,10 @@ def run() -> NoReturn:
     with _warnings_as_lines():
         try:
             _run_command()
+        except OtherProcessFailed as error:
+            if error.rank is None:
+                _fail(str(error))
+            _leave_to_other()
         except StreamError as error:
             _fail(str(error))
         except OSError as error:
@@ -55,6 +59,14 @@ def run() -> NoReturn:
             leave_output()
             _fail(f"cannot write standard output: {error.strerror}: {advice}")
     raise SystemExit(0)
+
+
+def _leave_to_other() -> NoReturn:
+    """End after another process, which says why: whatever has started all ends them with the first."""
+    from streamcnn.support.processes import await_end
+
+    await_end()
+    raise SystemExit(FAILED) from None
 
 
 def _run_command() -> None:

@@ -69,6 +69,7 @@ def print_score(
     import torch
 
     from streamcnn.training.batch_sizes import require_one_size_in_order
+    from streamcnn.training.processes import in_turn
 
     require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
     task.check(trained.model, {"evaluation": images}, lambda: None)
@@ -77,7 +78,7 @@ def print_score(
         images,
         batch_size=batch,
         casting=nullcontext,
-        before_batch=lambda: None,
+        each=in_turn,
         device=torch.device(trained.config.device),
     )
     if as_json:

@@ -19,7 +19,7 @@ from streamcnn.support.text import as_text
 from streamcnn.support.units import plural
 
 if TYPE_CHECKING:
-    from streamcnn.training import Trainer
+    from streamcnn.training import Trainer, TrainResult
 
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Tile store, CSV file, or folder of classes or of images.")
@@ -39,33 +39,54 @@ def train(
 
     At SIGINT (Ctrl-C), SIGTERM or SIGHUP it saves its state and ends with exit status 130, 143 or 129; at a
     second one it ends at once.
+
+    In several processes, of which each makes --accumulate forward passes of --batch images for an update:
+    torchrun --nproc-per-node 4 -m streamcnn train ...
     """
     try:
-        config = run.config(model, data, settings)
-        require("matplotlib.figure", extra="plots")  # now rather than after the run
-        from streamcnn.training import make_trainer
+        from streamcnn.support.processes import join, leave
+        from streamcnn.training.processes import Processes
 
-        trainer = make_trainer(config, out, events=tensorboard)
+        join(run.device)
+        processes = Processes.present()
+        with processes.agreeing():
+            config = run.config(model, data, settings)
+            require("matplotlib.figure", extra="plots")  # now rather than after the run
+            from streamcnn.training import make_trainer
+
+            trainer = make_trainer(config, out, events=tensorboard)
     except StreamError:
         raise  # what is on the disk is at fault, not the command
     except ValueError as error:
         exit_for_wrong_usage(str(error))
-    _run(trainer, config.budget, out)
+    # Of several processes the first one says what all do.
+    console = Console(quiet=not processes.is_first)
+    result = _run(trainer, config.budget, console)
+    processes.first(lambda: _print_result(trainer, result, out, console))
+    leave()
 
 
-def _run(trainer: Trainer, budget: int | None, out: Path) -> None:
-    """Train with progress on the terminal, and write the run's page."""
-    from streamcnn.training import StoppedAtOnce, Terminated, read_log, write_report
-    from streamcnn.training.report import best_epoch
+def _run(trainer: Trainer, budget: int | None, console: Console) -> TrainResult:
+    """Train with progress on the terminal."""
+    from streamcnn.training import StoppedAtOnce, Terminated
 
-    console = Console()
-    trainer.on_end = _say_that_it_saves
+    say = (lambda number, text: None) if console.quiet else say_ending
+    trainer.on_end = lambda reason, number: say(
+        number, f"{reason}: saving after the present update; once more stops at once"
+    )
     try:
         with TrainingProgress(trainer, budget, console):
-            result = trainer.run()
+            return trainer.run()
     except (Terminated, StoppedAtOnce) as ended:
-        say_ending(ended.signal, f"{ended}; the same command goes on")
+        say(ended.signal, f"{ended}; the same command goes on")
         raise typer.Exit(status_of(ended.signal)) from None
+
+
+def _print_result(trainer: Trainer, result: TrainResult, out: Path, console: Console) -> None:
+    """Say what came of a run, and write its page."""
+    from streamcnn.training import read_log, write_report
+    from streamcnn.training.report import best_epoch
+
     best = (
         f"{plural(result.num_updates, 'update')} in {plural(result.num_epochs, 'epoch')}; best validation "
         f"{trainer.task.measure} {result.best_score:.1%}: {result.best}"
@@ -73,7 +94,3 @@ def _run(trainer: Trainer, budget: int | None, out: Path) -> None:
     classes = trainer.task.told_of_classes(best_epoch(trainer.task, read_log(out)))
     for line in (best, *classes, f"page: {write_report(out)}"):
         console.print(as_text(line), soft_wrap=True, highlight=False)
-
-
-def _say_that_it_saves(reason: str, number: int | None) -> None:
-    say_ending(number, f"{reason}: saving after the present update; once more stops at once")

@@ -140,8 +140,8 @@ class SettingsOptions:
     """How a run is trained: see `TrainSettings`."""
 
     epochs: Annotated[int, typer.Option(help="Most passes over the images.")] = 10
-    batch: Annotated[int, typer.Option(help="Images of a forward pass.")] = 1
-    accumulate: Annotated[int, typer.Option(help="Forward passes of an update.")] = 1
+    batch: Annotated[int, typer.Option(help="Images of a forward pass, in each process.")] = 1
+    accumulate: Annotated[int, typer.Option(help="Forward passes of an update, in each process.")] = 1
     optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = "Adam"
     learning_rate: Annotated[float, typer.Option(help="Of the optimiser.")] = 1e-3
     optimizer_option: KeyValues = None

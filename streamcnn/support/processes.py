@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
 from torch import distributed as dist
 
 Group = tuple[str, int]
 """Name of a group of processes, and their number."""
+
+_WAIT = timedelta(days=7)
+"""For processes with larger images. One that is gone is told at once."""
 
 
 def all_processes() -> Group | None:
@@ -15,3 +24,53 @@ def all_processes() -> Group | None:
     world = dist.group.WORLD
     assert world is not None
     return world.group_name, world.size()
+
+
+def join(device: str) -> None:
+    """Work together with the processes that ``torchrun`` has started beside this one, if it has.
+
+    Parameters
+    ----------
+    device
+        Where it computes: ``"cuda"`` is the GPU that has its number on this machine.
+
+    Raises
+    ------
+    ValueError
+        If there is no such GPU, or the device is a particular one, which all processes would take.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return
+    backend = "gloo"
+    if device != "cpu":
+        _take_own_gpu(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_WAIT)
+    atexit.register(leave)  # after an error too, lest threads of the group abort the process
+
+
+def leave() -> None:
+    """Work alone again."""
+    if all_processes() is not None:
+        dist.destroy_process_group()
+
+
+def await_end() -> None:
+    """Wait until another process has ended."""
+    with suppress(RuntimeError):
+        dist.all_gather_object([None] * dist.get_world_size(), None)
+
+
+def _take_own_gpu(device: str) -> None:
+    """Have ``"cuda"`` mean the GPU of this process's number."""
+    if device != "cuda":
+        raise ValueError(
+            f"device={device!r}: allowed are cpu and cuda, for of several processes each has a GPU of its own"
+        )
+    number, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= present:
+        raise ValueError(
+            f"device='cuda': this is process {number + 1} of this machine, which has {present} GPUs: start "
+            "as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(number)

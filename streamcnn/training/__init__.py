@@ -9,6 +9,8 @@ from streamcnn.training.ending import Terminated as Terminated
 from streamcnn.training.evaluation import Score as Score
 from streamcnn.training.evaluation import score as score
 from streamcnn.training.log import read_log as read_log
+from streamcnn.training.progress import TrainResult as TrainResult
+from streamcnn.training.records import Listener as Listener
 from streamcnn.training.report import write_report as write_report
 from streamcnn.training.runs import TrainedRun as TrainedRun
 from streamcnn.training.runs import load_run as load_run
@@ -18,6 +20,4 @@ from streamcnn.training.segmentation import Segmented as Segmented
 from streamcnn.training.segmentation_loss import SegmentationLoss as SegmentationLoss
 from streamcnn.training.settings import TrainSettings as TrainSettings
 from streamcnn.training.task import Task as Task
-from streamcnn.training.trainer import Listener as Listener
 from streamcnn.training.trainer import Trainer as Trainer
-from streamcnn.training.trainer import TrainResult as TrainResult

@@ -21,6 +21,7 @@ from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.training.classification_page import shown
 from streamcnn.training.evaluation import Score, require_labels, require_metrics, score
 from streamcnn.training.naming import open_batch
+from streamcnn.training.processes import Each
 from streamcnn.training.task import Batch, Shown, Task
 
 
@@ -120,13 +121,11 @@ class Classification(Task[ImageDataset]):
         *,
         batch_size: int,
         casting: Callable[[], AbstractContextManager[None]],
-        before_batch: Callable[[], None],
+        each: Each,
         device: torch.device,
     ) -> Score:
         """Loss, accuracy and predictions; see `score`."""
-        return score(
-            model, images, batch_size=batch_size, casting=casting, before_batch=before_batch, device=device
-        )
+        return score(model, images, batch_size=batch_size, casting=casting, each=each, device=device)
 
     def told(self, epoch: Mapping[str, Any]) -> str:
         """Loss and accuracy, in training and validation."""

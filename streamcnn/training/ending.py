@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from streamcnn.training.processes import Processes
+
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class Terminated(Exception):
     """The run was asked to end, by a signal or by `Trainer.end`; its state is saved.
@@ -22,7 +30,7 @@ class EndAsked(Exception):
 
 
 class EndRequest:
-    """Whether a run was asked to end; the run looks between two updates and two validation batches."""
+    """Whether a process was asked to end the run, which looks between two updates and validation batches."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -45,6 +53,23 @@ class EndRequest:
         """
         if self.is_made:
             raise EndAsked
+
+    def of_any(self, processes: Processes) -> EndRequest | None:
+        """The first request that was made in any process, the same in all; None if none was."""
+        return next((each for each in processes.gathered(self) if each.is_made), None)
+
+    def divided(self, processes: Processes, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Results for all items, which processes divide, unless one is asked to end meanwhile.
+
+        Raises
+        ------
+        EndAsked
+            If one is.
+        """
+        found = processes.divided(lambda item: None if self.is_made else (work(item),), items)
+        if self.of_any(processes) is not None:
+            raise EndAsked
+        return [each[0] for each in found if each is not None]
 
     def to_error(self, update: int | None) -> Terminated:
         """What the run ends with after an update; None if it has not begun."""

@@ -19,6 +19,7 @@ from streamcnn.errors import DatasetMismatch, TrainingDiverged
 from streamcnn.support import torchvision_import
 from streamcnn.support.extras import require
 from streamcnn.training.naming import naming, not_finite, open_batch
+from streamcnn.training.processes import Each, in_turn
 
 Classify = Callable[..., Tensor]
 """From a list of image sources, and further inputs if images have any, to logits ``(N, classes)``."""
@@ -57,6 +58,7 @@ def score(
     batch_size: int = 1,
     casting: Callable[[], AbstractContextManager[None]] = nullcontext,
     before_batch: Callable[[], None] = lambda: None,
+    each: Each = in_turn,
     device: torch.device | str = "cpu",
 ) -> Score:
     """Classify all ``images``, without gradients; modes and weights are the caller's.
@@ -69,6 +71,8 @@ def score(
         The block in which it does.
     before_batch
         Called before each batch; an error of its own ends the classification.
+    each
+        Has all batches classified, here or by several processes.
     device
         Where further inputs go.
 
@@ -82,8 +86,8 @@ def score(
         If torchmetrics is not installed.
     """
     classification = require_metrics()
-    logits: list[Tensor] = []
-    for at in range(0, len(images), batch_size):
+
+    def classified(at: int) -> Tensor:
         before_batch()
         positions = range(at, min(at + batch_size, len(images)))
         if positions.stop < len(images):
@@ -94,9 +98,12 @@ def score(
             with torch.no_grad(), casting():
                 found = classify(sources, *(each.to(device) for each in inputs))
             require_labels(labels, found)
-        logits.append(found.double().cpu())
-        require_finite(logits[-1], positions, names)
-    return _score(torch.cat(logits), images.labels, classification)
+        logits = found.double().cpu()
+        require_finite(logits, positions, names)
+        return logits
+
+    logits = torch.cat(each(classified, range(0, len(images), batch_size)))
+    return _score(logits, images.labels, classification)
 
 
 def require_metrics() -> ModuleType:

@@ -14,10 +14,11 @@ from torch import nn
 
 from streamcnn.data.dataset import ImageDataset, Images, input_shapes
 from streamcnn.data.uniform import ImageKind
-from streamcnn.errors import DatasetMismatch
+from streamcnn.errors import DatasetMismatch, RunMismatch, some
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.text import printable
 from streamcnn.training.naming import naming
+from streamcnn.training.processes import Processes
 from streamcnn.training.settings import TrainSettings
 from streamcnn.training.task import Task
 
@@ -41,6 +42,25 @@ def identity_of(
         "tile": streamed and streamed.tile and list(streamed.tile),
         "device": device.type,
     }
+
+
+def require_alike(identity: Mapping[str, Any], processes: Processes) -> None:
+    """Make sure that all processes train the same.
+
+    Raises
+    ------
+    RunMismatch
+        If one has another model, other images or other settings than the first.
+    """
+    of_first = processes.first(lambda: dict(identity))
+    with processes.agreeing():
+        names = sorted({*of_first, *identity})
+        differing = [name for name in names if of_first.get(name) != identity.get(name)]
+        if differing:
+            raise RunMismatch(
+                f"process {processes.rank} differs from the first in {some(differing)}: give all processes "
+                "the same arguments, and images of the same content"
+            )
 
 
 def with_present_fingerprints(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from streamcnn.training.processes import Processes
 from streamcnn.training.settings import TrainSettings
 from streamcnn.training.state import restoring
 
@@ -53,6 +54,16 @@ class Optimisation:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, a scalar, scaled where it is of half precision."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def add_up(self, processes: Processes) -> None:
+        """Add the gradients that several processes have; those that none has stay none."""
+        parameters = [each for each in self._net.parameters() if each.requires_grad]
+        reached = processes.gathered([each.grad is not None for each in parameters])
+        summed = [each for each, *of_each in zip(parameters, *reached, strict=True) if any(of_each)]
+        for each in summed:
+            if each.grad is None:
+                each.grad = torch.zeros_like(each)
+        processes.add_up(each.grad for each in summed if each.grad is not None)
 
     def step(self) -> None:
         """Change the weights by their gradients."""

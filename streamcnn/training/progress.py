@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from streamcnn.training.checkpoints import is_checkpoint_name
 from streamcnn.training.update_record import UpdateRecord, add_to
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came of a run."""
+
+    num_updates: int
+    num_epochs: int
+    best: Path
+    """The checkpoint with the best validation score."""
+    best_score: float
+    """That score: accuracy, or of segmentation the mean IoU."""
 
 
 @dataclass(slots=True)
@@ -62,6 +75,10 @@ class Progress:
         if is_better:
             self.best_score = score
         return is_better
+
+    def to_result(self, best: Path) -> TrainResult:
+        """What came of it, given where the best checkpoint is."""
+        return TrainResult(self.update, self.epoch, best, self.best_score)
 
     def forget_best(self) -> None:
         """Take the next epoch for the best."""

@@ -33,8 +33,9 @@ from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, require_trust
 from streamcnn.support.units import plural
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
 from streamcnn.training.config import OF_TASKS, RUN, RunConfig, divides_by_type
+from streamcnn.training.records import Listener
 from streamcnn.training.state import progress_of, require_state
-from streamcnn.training.trainer import Listener, Trainer
+from streamcnn.training.trainer import Trainer
 
 
 def make_trainer(

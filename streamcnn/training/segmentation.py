@@ -24,6 +24,7 @@ from streamcnn.runtime.fake_result import captured_result, fake_result
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.training.class_names import class_lines, require_as_many, require_names
 from streamcnn.training.naming import listed, naming
+from streamcnn.training.processes import Each
 from streamcnn.training.segmentation_loss import SegmentationLoss
 from streamcnn.training.segmentation_page import keep_maps, pictured, shown, step_of
 from streamcnn.training.task import Batch, Shown, Task
@@ -256,38 +257,47 @@ class Segmentation(Task[MaskDataset]):
         *,
         batch_size: int,
         casting: Callable[[], AbstractContextManager[None]],
-        before_batch: Callable[[], None],
+        each: Each,
         device: torch.device,
     ) -> Segmented:
         """Loss, overlaps and small maps, all from one pass over each image."""
-        streamed, wanted = _streaming(model), pictured(len(images))
-        loss, overlaps, maps = 0.0, torch.zeros((), dtype=torch.int64), dict[int, Tensor]()
-        for at in range(0, len(images), batch_size):
-            before_batch()
-            positions = range(at, min(at + batch_size, len(images)))
-            if positions.stop < len(images):
+        count, streamed, wanted = len(images), _streaming(model), pictured(len(images))
+
+        def judged(at: int) -> tuple[float, Tensor, dict[int, Tensor]]:
+            positions = range(at, min(at + batch_size, count))
+            if positions.stop < count:
                 images.prefetch(positions.stop)
-            sources, masks, *_ = self.open_batch(images, positions, "segmentation")
-            names = [source.name for source in sources]
-            judge: Any = partial(
-                _judged,
-                loss=self._loss,
-                key=self.key,
-                ignored=self.settings.ignore_index,
-                step=step_of(sources[0].shape[1:]),
+            with casting():
+                loss, overlaps, small = self._judge(streamed, images, positions)
+            # Copies, which hold nothing of the others.
+            return loss, overlaps, {p: small[p - at].clone() for p in positions if p in wanted}
+
+        losses, overlaps, maps = zip(*each(judged, range(0, count, batch_size)), strict=True)
+        score = SegmentationScore(torch.stack(overlaps).sum(0))
+        return Segmented(sum(losses) / count, score, count, {p: m for some in maps for p, m in some.items()})
+
+    def _judge(
+        self, model: StreamingModel, images: MaskDataset, positions: Sequence[int]
+    ) -> tuple[float, Tensor, Tensor]:
+        """The sum of a batch's losses, overlaps, and small maps of classes (N, h, w)."""
+        sources, masks, *_ = self.open_batch(images, positions, "segmentation")
+        names = [source.name for source in sources]
+        judge: Any = partial(
+            _judged,
+            loss=self._loss,
+            key=self.key,
+            ignored=self.settings.ignore_index,
+            step=step_of(sources[0].shape[1:]),
+        )
+        with naming("segmentation", positions, names), torch.no_grad():
+            found: Any = model.streamed_loss(sources, masks, judge)
+        loss, overlaps, small = (part.cpu() for part in found)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss of {listed(positions, names)} is {float(loss)}: see that the images are "
+                "what the model expects, or train it anew with a smaller learning_rate, or with clip_norm"
             )
-            with naming("segmentation", positions, names), torch.no_grad(), casting():
-                found: Any = streamed.streamed_loss(sources, masks, judge)
-            of_batch, of_classes, small = (each.cpu() for each in found)
-            if not math.isfinite(of_batch):
-                raise TrainingDiverged(
-                    f"the loss of {listed(positions, names)} is {float(of_batch)}: see that the images are "
-                    "what the model expects, or train it anew with a smaller learning_rate, or with clip_norm"
-                )
-            loss += float(of_batch) * len(positions)
-            overlaps = overlaps + of_classes
-            maps |= {p: small[p - at] for p in positions if p in wanted}
-        return Segmented(loss / len(images), SegmentationScore(overlaps), len(images), maps)
+        return float(loss) * len(positions), overlaps, small
 
     # --- what is told of it --------------------------------------------------------------------------
 

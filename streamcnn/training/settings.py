@@ -122,6 +122,11 @@ class TrainSettings:
                 "schedule='ReduceLROnPlateau' goes by the validation loss: allowed is schedule_every='epoch'"
             )
 
+    def casting(self, device: torch.device) -> torch.autocast:
+        """A block under autocast, if that is asked for."""
+        dtype, enabled = AUTOCAST_TYPES.get(self.autocast or "bfloat16"), self.autocast is not None
+        return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
+
     def step_schedule(self, schedule: LRScheduler, validation_loss: float) -> None:
         """Let a schedule make the step that comes after an epoch."""
         if isinstance(schedule, ReduceLROnPlateau):

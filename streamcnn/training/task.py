@@ -17,6 +17,7 @@ from streamcnn.data.dataset import Images
 from streamcnn.data.sources import ImageChoice, ImageSource
 from streamcnn.plan.plan import Plan
 from streamcnn.runtime.streaming_model import StreamingModel
+from streamcnn.training.processes import Each
 
 I = TypeVar("I", bound=Images)  # noqa: E741
 Batch = tuple[list[ImageSource], Any, *tuple[Tensor, ...]]
@@ -161,7 +162,7 @@ class Task(ABC, Generic[I]):
         *,
         batch_size: int,
         casting: Callable[[], AbstractContextManager[None]],
-        before_batch: Callable[[], None],
+        each: Each,
         device: torch.device,
     ) -> Evaluation:
         """What a model makes of ``images``, without gradients; modes and weights are the caller's.
@@ -172,8 +173,9 @@ class Task(ABC, Generic[I]):
             What is evaluated on which images, so many at a time.
         casting
             The block in which it is.
-        before_batch
-            Called before each batch; an error of its own ends the evaluation.
+        each
+            Evaluates each batch, here or in another process, and gives what came of all of them, in order:
+            what can be pickled, on the CPU.
         device
             Where the model is.
 

@@ -3,18 +3,22 @@
 A checkpoint is taken between two updates and holds all that the rest of the run depends on: weights,
 optimiser, schedule, loss scaling, averaged weights, every random state, the place in the order of images, the
 sums of the epoch so far, and how long the log was. What came after it is done again, in the same way.
+
+Several processes that PyTorch has brought together train one model: they divide the forward passes of each
+update, and the batches of each validation, and all else is as in one process.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +26,9 @@ from torch import Tensor, nn
 from streamcnn.data.dataset import Images
 from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
-from streamcnn.errors import DamagedCheckpoint
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
 from streamcnn.training.batch_sizes import require_one_size, require_one_size_in_order
-from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.classification import Classification
 from streamcnn.training.ending import EndAsked, EndRequest
 from streamcnn.training.evaluation import require_finite_loss
@@ -34,39 +36,29 @@ from streamcnn.training.identity import (
     differences,
     identity_of,
     plan_digest,
+    require_alike,
     require_same_inputs,
     versions,
     with_present_fingerprints,
 )
-from streamcnn.training.lock import holding
-from streamcnn.training.log import RunLog
 from streamcnn.training.naming import naming
 from streamcnn.training.optimisation import Optimisation
-from streamcnn.training.progress import Progress
-from streamcnn.training.random_states import random_states, seed_all, set_random_states
-from streamcnn.training.settings import AUTOCAST_TYPES, TrainSettings, require_same
+from streamcnn.training.processes import Processes
+from streamcnn.training.progress import Progress, TrainResult
+from streamcnn.training.random_states import random_states, seed_all, seed_for, set_random_states
+from streamcnn.training.records import Listener, Records
+from streamcnn.training.running_statistics import RunningStatistics
+from streamcnn.training.settings import TrainSettings, require_same
 from streamcnn.training.state import FORMAT, progress_of, require_state, restoring
 from streamcnn.training.task import Evaluation, Task
-from streamcnn.training.update_record import UpdateRecord
+from streamcnn.training.update_record import BatchRecord, UpdateRecord
 
-Listener = Callable[[str, Mapping[str, Any]], None]
-"""Told the kind and the values of each line that is written to the log."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What came of a run."""
-
-    num_updates: int
-    num_epochs: int
-    best: Path
-    """The checkpoint with the best validation score."""
-    best_score: float
-    """That score: accuracy, or of segmentation the mean IoU."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Trainer:
-    """Trains a model on whole images.
+    """Trains a model on whole images, together with other processes if PyTorch's distributed package has any.
 
     Parameters
     ----------
@@ -78,7 +70,8 @@ class Trainer:
         What to train on, and what to choose the best weights by: labelled images, or those of a
         ``MaskDataset``.
     settings
-        What to do with them.
+        What to do with them. Of several processes each makes ``accumulate`` forward passes for an update; the
+        attribute of this name has the passes of all together.
     folder
         Of the run: checkpoints and log. If there are checkpoints, the run goes on from the newest.
     task
@@ -99,7 +92,7 @@ class Trainer:
     Raises
     ------
     ValueError
-        If there are no images, or the model is none for the task.
+        If there are no images, or the model is none for the task, or one that adds up gradients itself.
     MissingExtra
         If a package is not installed that the task needs.
     """
@@ -124,10 +117,13 @@ class Trainer:
                 raise ValueError(f"there are no {what} images: allowed are one and more")
         self.task: Task[Any] = Classification() if task is None else task
         self.task.require_usable(model)  # now rather than after an epoch
+        self.processes = Processes.present()
+        self.processes.require_usable(model)
         self.model = model
         self.images = images
         self.validation = validation
-        self.settings = settings
+        # Those of the one process that would do the same.
+        self.settings = replace(settings, accumulate=settings.accumulate * self.processes.count)
         self.folder = folder
         self.identity = dict(identity or {})
         self.events = events
@@ -136,21 +132,24 @@ class Trainer:
         self.on_end = on_end
         self.net: nn.Module = model.net if isinstance(model, StreamingModel) else model
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
-        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        self.records = Records(folder, self.processes)
         self.progress = Progress()
         self._end_request = EndRequest()
 
     @property
     def updates_per_epoch(self) -> int:
         """Steps of the optimiser in a whole epoch."""
-        size = self.settings.batch_size * self.settings.accumulate
-        return math.ceil(len(self._make_sampler()) / size)
+        return math.ceil(len(self._make_sampler()) / self._images_per_update)
+
+    @property
+    def _images_per_update(self) -> int:
+        return self.settings.batch_size * self.settings.accumulate
 
     def run(self) -> TrainResult:
         """Train, from the newest checkpoint if there is one, until the run is over.
 
         At SIGINT, SIGTERM or SIGHUP the run ends after the present update or validation batch, its state
-        saved; at a second one it ends at once.
+        saved; at a second one it ends at once. What one of several processes raises ends all of them.
 
         Raises
         ------
@@ -174,28 +173,31 @@ class Trainer:
             After a signal or `end`, when the state is saved.
         StoppedAtOnce
             After a second signal; the newest checkpoint is the one before.
+        OtherProcessFailed
+            If an error has ended another process.
         """
         self._end_request = EndRequest()
-        with holding(self.folder), heeding(self._end_by):
+        with self.records.held(), heeding(self._end_by):
             self.begin()
             return self._run()
 
     def _run(self) -> TrainResult:
         """As `run`, in a folder that is this process's."""
-        saved = self.checkpoints.newest()
+        saved = self.records.newest()
         if saved is not None:
-            require_state(saved, self.checkpoints.folder)
+            require_state(saved, self.records.checkpoints.folder)
         if saved is not None and not saved["progress"]["update"] and saved["identity"] != self._identity:
             saved = None  # nothing was trained, so nothing is lost
         if saved is not None:
-            with restoring(self.checkpoints.folder):
+            with self.processes.agreeing(), restoring(self.records.checkpoints.folder):
                 self._restore(saved)
+            self.records.restore_best(self.progress)
         else:
             self._check()
         is_new, nbytes = saved is None, 0 if saved is None else saved["log_bytes"]
         del saved  # as large as model and optimiser together
-        with RunLog(self.folder, nbytes=nbytes, update=self.progress.update, events=self.events) as self.log:
-            self.on_start()
+        with self.records.open_log(nbytes=nbytes, update=self.progress.update, events=self.events):
+            self.processes.first(self.on_start)
             if is_new:
                 self._save()
             self._end_if_asked()
@@ -203,18 +205,7 @@ class Trainer:
                 if self.sampler.epoch == self.progress.epoch:
                     self._train_epoch()
                 self._end_epoch(self._validate())
-        best = self.checkpoints.best()
-        if best is None:
-            raise DamagedCheckpoint(
-                f"the best checkpoint in {self.checkpoints.folder} is gone: train for more epochs to have "
-                "another"
-            )
-        return TrainResult(
-            num_updates=self.progress.update,
-            num_epochs=self.progress.epoch,
-            best=best,
-            best_score=self.progress.best_score,
-        )
+        return self.progress.to_result(self.records.best())
 
     def end(self, reason: str) -> None:
         """Have the run end after the present update or validation batch, its state saved.
@@ -245,7 +236,16 @@ class Trainer:
             If the first image cannot be streamed within the budget.
         """
         seed_all(self.settings.seed)
-        self.optimisation = Optimisation(self.net, self.settings, self.device)
+        with self.processes.agreeing():
+            self._begin()
+        require_alike(self._identity, self.processes)
+        self.processes.spread(chain(self.net.parameters(), self.net.buffers()))
+        with self.processes.agreeing():
+            self.optimisation = Optimisation(self.net, self.settings, self.device)
+            self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
+
+    def _begin(self) -> None:
+        """Make what the weights do not matter for."""
         self.sampler = self._make_sampler()
         self.progress = Progress()
         require_same_inputs(self.images, self.validation)
@@ -255,15 +255,19 @@ class Trainer:
         require_one_size_in_order(self.validation, size, advice=advice)
         found = identity_of(self.model, self.images, self.validation, self.settings, self.device)
         self._identity = {**self.identity, **self.task.identity(), **found}
-        self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
 
     def _check(self) -> None:
         """Compare the model with all that it is to be trained for."""
         images = {"training": self.images, "validation": self.validation}
-        try:
-            self.task.check(self.model, images, self._end_request.require_none)
-        except EndAsked:
-            raise self._end_request.to_error(None) from None
+
+        def check() -> None:
+            with suppress(EndAsked):
+                self.task.check(self.model, images, self._end_request.require_none)
+
+        self.processes.first(check)
+        asked = self._end_request.of_any(self.processes)
+        if asked is not None:
+            raise asked.to_error(None)
 
     def _make_sampler(self) -> ResumableSampler:
         """The order of the images, at its beginning."""
@@ -272,22 +276,21 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of the state as it is between two updates."""
-        self.checkpoints.save(
-            {
-                "format": FORMAT,
-                "identity": self._identity,
-                "versions": versions(),
-                "progress": asdict(self.progress),
-                "model": self.net.state_dict(),
-                **self.optimisation.state_dict(),
-                "sampler": self.sampler.state_dict(),
-                "random": random_states(self.device),
-                # Not that of the beginning: it is another once memory was refused.
-                "plan": self._find_plan_digest(),
-                "log_bytes": self.log.flush(),
-            },
-            self.progress.update,
-        )
+        self.records.save(self._state, self.progress.update)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "identity": self._identity,
+            "versions": versions(),
+            "progress": asdict(self.progress),
+            "model": self.net.state_dict(),
+            **self.optimisation.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "random": random_states(self.device),
+            # Not that of the beginning: it is another once memory was refused.
+            "plan": self._find_plan_digest(),
+        }
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
@@ -300,18 +303,10 @@ class Trainer:
         for text in differences({**saved["versions"], "plan": saved["plan"]}, present):
             warnings.warn(text, stacklevel=3)
         self.net.load_state_dict(saved["model"])
-        self.optimisation.load_state_dict(saved, self.checkpoints.folder)
+        self.optimisation.load_state_dict(saved, self.records.checkpoints.folder)
         self.sampler.load_state_dict(saved["sampler"])
         self.progress = Progress(**progress_of(saved))
         set_random_states(saved["random"], self.device)
-        # The run may have been killed before that was marked, or a later one be marked that is passed over.
-        best = self.progress.best
-        if best is not None and not (self.checkpoints.folder / best).exists():
-            warnings.warn(
-                f"{best}, the best checkpoint, is gone: the next epoch is taken for the best", stacklevel=3
-            )
-            self.progress.forget_best()
-        self.checkpoints.mark_best(self.progress.best)
         # A run may be given more epochs, or more patience, than it had.
         self._decide_whether_over()
 
@@ -326,31 +321,45 @@ class Trainer:
         """The rest of the present epoch."""
         self.model.train()
         self.images.set_epoch(self.sampler.epoch)
-        size = self.settings.batch_size * self.settings.accumulate
-        for positions in self.sampler.groups(size, self.images.prefetch):
+        for positions in self.sampler.groups(self._images_per_update, self._announce):
             self._update(positions)
-            if self.progress.update % self.settings.save_every == 0 and not self._end_request.is_made:
-                self._save()
             self._end_if_asked()
+            if self.progress.update % self.settings.save_every == 0:
+                self._save()
+                self._end_if_asked()
+
+    def _announce(self, position: int) -> None:
+        """Prepare for the next image in order, if this process will read it."""
+        batch = self.sampler.position % self._images_per_update // self.settings.batch_size
+        if batch in self.processes.share(self.settings.accumulate):
+            self.images.prefetch(position)
 
     def _end_if_asked(self) -> None:
         """Save and end, if that was asked for."""
-        if self._end_request.is_made:
+        asked = self._end_request.of_any(self.processes)
+        if asked is not None:
             self._save()
-            raise self._end_request.to_error(self.progress.update)
+            raise asked.to_error(self.progress.update)
 
     def _update(self, positions: list[int]) -> None:
         """One step of the optimiser, on the gradients of all ``positions``."""
         size, record = self.settings.batch_size, UpdateRecord()
         learning_rate = self.optimisation.learning_rate
+        statistics = RunningStatistics(self.net, self.processes)
         self.optimisation.clear_gradients()
-        for at in range(0, len(positions), size):
-            self._add_batch(positions[at : at + size], 1 / len(positions), record)
+
+        def add(at: int) -> BatchRecord:
+            seed_for(self.settings.seed, "update", self.progress.update, at)
+            return self._add_batch(positions[at : at + size], 1 / len(positions))
+
+        record.add(self.processes.divided(add, range(0, len(positions), size)))
+        self.optimisation.add_up(self.processes)
+        statistics.merge()
         self.optimisation.step()
         self.progress.add(record)
         self._note("update", record.values(epoch=self.progress.epoch, learning_rate=learning_rate))
 
-    def _add_batch(self, batch: list[int], weight: float, record: UpdateRecord) -> None:
+    def _add_batch(self, batch: list[int], weight: float) -> BatchRecord:
         """Add the gradients of one forward pass."""
         where = f"update {self.progress.update + 1} of epoch {self.progress.epoch + 1}"
         sources, targets, *inputs = self.task.open_batch(self.images, batch, where)
@@ -358,9 +367,8 @@ class Trainer:
         with naming(where, batch, names):
             loss, logits = self.differentiate(sources, targets, weight, *self._on_device(inputs))
             require_finite_loss(loss, self.progress.update + 1, logits, batch, names)
-        record.add(sources, loss, self.task.sums(logits, targets))
-        if isinstance(self.model, StreamingModel) and self.model.last_report is not None:
-            record.add_report(self.model.last_report)
+        report = self.model.last_report if isinstance(self.model, StreamingModel) else None
+        return BatchRecord.of(sources, loss, self.task.sums(logits, targets), report)
 
     def _on_device(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [each.to(self.device) for each in inputs]
@@ -391,22 +399,13 @@ class Trainer:
 
     def _note(self, kind: str, values: Mapping[str, Any]) -> None:
         """Tell the log and the listener."""
-        self.log.write(kind, values, self.progress.update)
         # After a signal the terminal that the listener writes to may be gone, and the state is to be saved.
-        if self.listener is not None and self._end_request.signal is None:
-            self.listener(kind, values)
+        listener = self.listener if self._end_request.signal is None else None
+        self.records.note(kind, values, self.progress.update, listener)
 
-    @contextmanager
-    def casting(self) -> Iterator[None]:
+    def casting(self) -> AbstractContextManager[None]:
         """A block under autocast, as the settings say."""
-        name = self.settings.autocast
-        with torch.autocast(
-            self.device.type,
-            AUTOCAST_TYPES.get(name or "bfloat16"),
-            enabled=name is not None,
-            cache_enabled=False,
-        ):
-            yield
+        return self.settings.casting(self.device)
 
     # --- epochs --------------------------------------------------------------------------------------
 
@@ -421,13 +420,22 @@ class Trainer:
                     self.validation,
                     batch_size=self.settings.batch_size,
                     casting=self.casting,
-                    before_batch=self._end_request.require_none,
+                    each=self._each,
                     device=self.device,
                 )
         except EndAsked:
             # With the model's own weights again.
             self._end_if_asked()
             raise
+
+    def _each(self, work: Callable[[T], R], items: Sequence[T], /) -> list[R]:
+        """What validation gives for all batches."""
+
+        def seeded(item: T) -> R:
+            seed_for(self.settings.seed, "validation", self.progress.epoch, item)
+            return work(item)
+
+        return self._end_request.divided(self.processes, seeded, items)
 
     def _end_epoch(self, found: Evaluation) -> None:
         """Note the validation, decide what comes next, and save."""
@@ -437,12 +445,11 @@ class Trainer:
         self._note("epoch", {"epoch": progress.epoch, **progress.means(), **values})
         is_better = progress.end_epoch(found.value)
         if is_better:
-            found.keep(self.folder)
-            progress.best = self.checkpoints.next_name(progress.update)
+            progress.best = self.records.keep_best(found, progress.update)
         self._decide_whether_over()
         self._save()
         if is_better:
-            self.checkpoints.mark_best(progress.best)
+            self.records.mark_best(progress.best)
 
     def _decide_whether_over(self) -> None:
         self.progress.is_over = self.progress.reaches(self.settings.epochs, self.settings.patience)

@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streamcnn.data.sources import ImageSource
 from streamcnn.runtime.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """What a batch gives."""
+
+    num_images: int
+    num_pixels: int
+    loss: float
+    """Sum of its images' losses."""
+    sums: Mapping[str, float]
+    """Of what the task tells of each image, by name."""
+    measured_bytes: int | None = None
+    projected_bytes: int | None = None
+    num_retries: int = 0
+
+    @classmethod
+    def of(
+        cls, sources: Sequence[ImageSource], loss: float, sums: Mapping[str, float], report: Report | None
+    ) -> BatchRecord:
+        """That of some images, with what their streamed pass measured."""
+        return cls(
+            len(sources),
+            sum(math.prod(source.shape[1:]) for source in sources),
+            loss,
+            sums,
+            *(() if report is None else (report.measured_bytes, report.projected_bytes, report.num_retries)),
+        )
 
 
 class UpdateRecord:
@@ -16,39 +45,48 @@ class UpdateRecord:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._num_pixels = 0
-        self._reports: list[Report] = []
-        self.num_images = 0
-        self.loss_sum = 0.0
-        self.sums: dict[str, float] = {}
+        self._batches: list[BatchRecord] = []
+
+    def add(self, batches: Sequence[BatchRecord]) -> None:
+        """Add batches, in the order of their images."""
+        self._batches += batches
+
+    @property
+    def num_images(self) -> int:
+        """Of all batches."""
+        return sum(batch.num_images for batch in self._batches)
+
+    @property
+    def loss_sum(self) -> float:
+        """Of the losses of all images."""
+        return sum(batch.loss for batch in self._batches)
+
+    @property
+    def sums(self) -> dict[str, float]:
         """Of what the task tells of each image, by name."""
-
-    def add(self, sources: Sequence[ImageSource], loss: float, sums: Mapping[str, float]) -> None:
-        """Add a batch, with the sum of its images' losses and what else is summed over them."""
-        self.num_images += len(sources)
-        self._num_pixels += sum(math.prod(source.shape[1:]) for source in sources)
-        self.loss_sum += loss
-        add_to(self.sums, sums)
-
-    def add_report(self, report: Report) -> None:
-        """Add what a streamed pass measured."""
-        self._reports.append(report)
+        found: dict[str, float] = {}
+        for batch in self._batches:
+            add_to(found, batch.sums)
+        return found
 
     def values(self, *, epoch: int, learning_rate: float) -> dict[str, Any]:
         """The update's line of the log; its time ends now."""
         seconds = time.perf_counter() - self._start
-        measured = [report.measured_bytes for report in self._reports if report.measured_bytes is not None]
         return {
             "epoch": epoch,
             "loss": self.loss_sum / self.num_images,
             **{name: value / self.num_images for name, value in self.sums.items()},
             "learning_rate": learning_rate,
             "seconds": seconds,
-            "megapixels_per_second": self._num_pixels / seconds / 1e6,
-            "measured_bytes": max(measured, default=None),
-            "projected_bytes": max((report.projected_bytes for report in self._reports), default=None),
-            "retries": sum(report.num_retries for report in self._reports),
+            "megapixels_per_second": sum(batch.num_pixels for batch in self._batches) / seconds / 1e6,
+            "measured_bytes": max(self._known("measured_bytes"), default=None),
+            "projected_bytes": max(self._known("projected_bytes"), default=None),
+            "retries": sum(batch.num_retries for batch in self._batches),
         }
+
+    def _known(self, name: str) -> Iterator[int]:
+        """A value of all batches that have it."""
+        return (found for batch in self._batches if (found := getattr(batch, name)) is not None)
 
 
 def add_to(sums: dict[str, float], further: Mapping[str, float]) -> None:
