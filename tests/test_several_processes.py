@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_groups import in_two_processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -93,22 +94,6 @@ def with_all_images(layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     return [
         part.T.reshape(x.transpose(0, 1).shape).transpose(0, 1) for part, x in zip(parts, maps, strict=True)
     ]
-
-
-def run_in_group(rank: int, work: Callable[[int], Any], folder: str) -> None:
-    """One of two processes; leaves what ``work`` gives in ``folder``."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        torch.save(work(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What ``work`` gives in each of two processes that are a group."""
-    torch.multiprocessing.spawn(run_in_group, (work, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def two_steps(model: nn.Module, net: nn.Module, rank: int) -> dict[str, Any]:

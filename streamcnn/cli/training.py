@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,12 +45,15 @@ def train(
     torchrun --nproc-per-node 4 -m streamcnn train ...
     """
     try:
-        from streamcnn.support.processes import join, leave
+        from streamcnn.support.processes import join, leave, take_own_gpu
         from streamcnn.training.processes import Processes
 
-        join(run.device)
+        join()
         processes = Processes.present()
+        if not processes.is_first:
+            warnings.simplefilter("ignore")  # the first one's are the same
         with processes.agreeing():
+            take_own_gpu(run.device)
             config = run.config(model, data, settings)
             require("matplotlib.figure", extra="plots")  # now rather than after the run
             from streamcnn.training import make_trainer

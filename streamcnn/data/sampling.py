@@ -88,10 +88,18 @@ class ResumableSampler(Sampler[int]):
         False keeps the order of the data.
     labels
         If given, each epoch takes as many images of every label as the rarest label has.
+    multiple
+        Of which an epoch has a number of images: the last ones of its order are left out.
     """
 
     def __init__(
-        self, data: Sized, *, seed: int = 0, shuffle: bool = True, labels: Sequence[Hashable] | None = None
+        self,
+        data: Sized,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        labels: Sequence[Hashable] | None = None,
+        multiple: int = 1,
     ) -> None:
         if labels is not None and len(labels) != len(data):
             raise ValueError(f"{len(labels)} labels for {len(data)} images: allowed is one label each")
@@ -99,12 +107,22 @@ class ResumableSampler(Sampler[int]):
         self._seed = seed
         self._shuffle = shuffle
         self._labels = labels
+        self._multiple = multiple
         self.epoch = 0
         self.position = 0
         self._drawn: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
         """Images in a whole epoch."""
+        return self._drawn_length() // self._multiple * self._multiple
+
+    @property
+    def num_left_out(self) -> int:
+        """Images that an epoch's order has besides, which make up no ``multiple``."""
+        return self._drawn_length() - len(self)
+
+    def _drawn_length(self) -> int:
+        """Images in an epoch's order, those that are left out among them."""
         if self._labels is None:
             return self._length
         groups = _by_label(self._labels)
@@ -149,11 +167,10 @@ class ResumableSampler(Sampler[int]):
         """The order of an epoch."""
         positions: Sequence[int] = range(self._length)
         if self._labels is not None:
-            each = len(self) // max(1, len(_by_label(self._labels)))
+            each = self._drawn_length() // max(1, len(_by_label(self._labels)))
             positions = balanced_subset(self._labels, each, seed=_seed(f"epoch {self._seed} {epoch}"))
-        if not self._shuffle:
-            return list(positions)
-        return _shuffled(positions, f"order {self._seed} {epoch}")
+        order = _shuffled(positions, f"order {self._seed} {epoch}") if self._shuffle else list(positions)
+        return order[: len(self)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is, and of what."""

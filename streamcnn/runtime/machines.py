@@ -13,6 +13,7 @@ from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend
 from streamcnn.planning.spec import Machine, OffloadTier
 from streamcnn.runtime.calibration import hardware_profile
 from streamcnn.runtime.rates import keeps_blocks
+from streamcnn.support.processes import processes_here
 
 CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
@@ -23,13 +24,18 @@ _MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
     """This machine, computing on ``device`` in ``dtype``; it is measured how fast it is if it never was."""
-    offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK, buffered=buffered_file_bytes()),)
+    offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK, buffered=_share(buffered_file_bytes())),)
     if device.type == "cuda":
         # What is left of the host's RAM when maps come to the disk is not for files.
-        host = OffloadTier(Tier.HOST, host_offload_bytes())
+        host = OffloadTier(Tier.HOST, _share(host_offload_bytes()))
         offload_tiers = (host, OffloadTier(Tier.DISK))
     hardware = hardware_profile(device, dtype if dtype in _MEASURED else _MEASURED[0])
     return Machine(hardware, offload_tiers, reserved_bytes(device), backend_of(device))
+
+
+def _share(nbytes: int) -> int:
+    """What a process may take of the host's RAM, of which those that work with it here take as much each."""
+    return nbytes // processes_here()
 
 
 def backend_of(device: torch.device) -> Backend:

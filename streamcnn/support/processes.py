@@ -26,26 +26,17 @@ def all_processes() -> Group | None:
     return world.group_name, world.size()
 
 
-def join(device: str) -> None:
-    """Work together with the processes that ``torchrun`` has started beside this one, if it has.
+def processes_here() -> int:
+    """How many processes ``torchrun`` has started on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    Parameters
-    ----------
-    device
-        Where it computes: ``"cuda"`` is the GPU that has its number on this machine.
 
-    Raises
-    ------
-    ValueError
-        If there is no such GPU, or the device is a particular one, which all processes would take.
-    """
+def join() -> None:
+    """Work together with the processes that ``torchrun`` has started beside this one, if it has."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return
-    backend = "gloo"
-    if device != "cpu":
-        _take_own_gpu(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_WAIT)
+    has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=_WAIT)
     atexit.register(leave)  # after an error too, lest threads of the group abort the process
 
 
@@ -61,8 +52,16 @@ def await_end() -> None:
         dist.all_gather_object([None] * dist.get_world_size(), None)
 
 
-def _take_own_gpu(device: str) -> None:
-    """Have ``"cuda"`` mean the GPU of this process's number."""
+def take_own_gpu(device: str) -> None:
+    """Have ``"cuda"`` mean the GPU that has this process's number on this machine, if there are several.
+
+    Raises
+    ------
+    ValueError
+        If there is no such GPU, or the device is a particular one, which all processes would take.
+    """
+    if device == "cpu" or all_processes() is None or not torch.cuda.is_available():
+        return
     if device != "cuda":
         raise ValueError(
             f"device={device!r}: allowed are cpu and cuda, for of several processes each has a GPU of its own"

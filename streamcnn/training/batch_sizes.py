@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.dataset import Images
+from streamcnn.data.sampling import ResumableSampler
 from streamcnn.errors import DatasetMismatch
+from streamcnn.support.units import plural
 
 
 def require_one_size(images: Images, batch_size: int, *, advice: str) -> None:
@@ -44,6 +47,28 @@ def require_one_size_in_order(images: Images, batch_size: int, *, advice: str) -
         return
     for at in range(0, len(images), batch_size):
         _require_same(images, range(at, min(at + batch_size, len(images))), advice)
+
+
+def require_enough(sampler: ResumableSampler, num_processes: int, batch_size: int) -> None:
+    """Make sure that processes which meet in their passes have a batch each, and tell of images without.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there are too few images.
+    """
+    together = f"{num_processes} processes with {plural(batch_size, 'image')} each"
+    if not len(sampler):
+        raise DatasetMismatch(
+            f"an epoch has {sampler.num_left_out} images, and SyncBatchNorm norms those of {together} "
+            "together: start fewer processes, or give more images"
+        )
+    if sampler.num_left_out:
+        warnings.warn(
+            f"SyncBatchNorm norms the images of {together} together, so each epoch leaves "
+            f"{sampler.num_left_out} of {sampler.num_left_out + len(sampler)} out, by its order",
+            stacklevel=3,
+        )
 
 
 def _require_same(images: Images, positions: Sequence[int], advice: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from streamcnn.training.processes import Processes
@@ -70,6 +71,29 @@ class EndRequest:
         if self.of_any(processes) is not None:
             raise EndAsked
         return [each[0] for each in found if each is not None]
+
+    def checked(self, processes: Processes, check: Callable[[Callable[[], None]], None]) -> None:
+        """Have the first process check something, unless one is asked to end meanwhile.
+
+        Parameters
+        ----------
+        check
+            Calls what it is given now and then.
+
+        Raises
+        ------
+        Terminated
+            If one is.
+        """
+
+        def check_until_asked() -> None:
+            with suppress(EndAsked):
+                check(self.require_none)
+
+        processes.first(check_until_asked)
+        asked = self.of_any(processes)
+        if asked is not None:
+            raise asked.to_error(None)
 
     def to_error(self, update: int | None) -> Terminated:
         """What the run ends with after an update; None if it has not begun."""

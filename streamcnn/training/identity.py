@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -130,14 +131,16 @@ def plan_digest(
     return plan.digest
 
 
-def differences(before: Mapping[str, str | None], present: Mapping[str, str | None]) -> list[str]:
-    """What may make a run end differently, as texts: versions and plans that are not as they were."""
-    return [
-        f"the run began with {printable(f'{name} {value}')} and goes on with {present.get(name)}: "
-        "rounding may make it end differently from one without a break"
-        for name, value in before.items()
-        if value != present.get(name)
-    ]
+def tell_differences(saved: Mapping[str, Any], plan: str | None) -> None:
+    """Warn of what may make a run end differently: versions and plans that are not as they were."""
+    present = {**versions(), "plan": plan}
+    for name, value in {**saved["versions"], "plan": saved["plan"]}.items():
+        if value != present.get(name):
+            warnings.warn(
+                f"the run began with {printable(f'{name} {value}')} and goes on with {present.get(name)}: "
+                "rounding may make it end differently from one without a break",
+                stacklevel=4,
+            )
 
 
 def require_same_inputs(images: Images, validation: Images) -> None:

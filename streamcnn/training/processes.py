@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from streamcnn.errors import OtherProcessFailed
+from streamcnn.errors import OtherProcessFailed, StreamError
 from streamcnn.support.processes import all_processes
 
 T = TypeVar("T")
@@ -86,9 +86,16 @@ class Processes:
         """
         return range(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
 
-    def divided(self, work: Callable[[T], R], items: Sequence[T], /) -> list[R]:
-        """Results for all items, each worked out by one process; an error in one is one in all."""
-        with self.agreeing():
+    def meet_in(self, net: nn.Module) -> bool:
+        """Whether they wait for each other in the course of a training pass, by synchronised batch norms."""
+        return self.count > 1 and any(isinstance(each, nn.SyncBatchNorm) for each in net.modules())
+
+    def divided(self, work: Callable[[T], R], items: Sequence[T], /, *, meets: bool = False) -> list[R]:
+        """Results for all items, each worked out by one process; an error in one is one in all.
+
+        Where processes meet in the work, one with an error goes without a word: the others may wait in it.
+        """
+        with _others_there() if meets else self.agreeing():
             mine = [work(items[at]) for at in self.share(len(items))]
         return list(chain.from_iterable(self.gathered(mine)))
 
@@ -187,7 +194,9 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, StreamError):
+            raise
         raise OtherProcessFailed(
             "another process of the run has ended before its time: what it said last tells why, and if it "
-            f"said nothing, the system may have killed it for its memory ({str(error).splitlines()[0]})"
+            f"said nothing, the system may have killed it for its memory ({str(error).partition('. ')[0]})"
         ) from error

@@ -18,6 +18,7 @@ from streamcnn.training.lock import holding
 from streamcnn.training.log import RunLog
 from streamcnn.training.processes import Processes
 from streamcnn.training.progress import Progress
+from streamcnn.training.state import require_state
 from streamcnn.training.task import Evaluation
 
 Listener = Callable[[str, Mapping[str, Any]], None]
@@ -70,8 +71,11 @@ class Records:
         self._first(write)
 
     def newest(self) -> dict[str, Any] | None:
-        """What the newest intact checkpoint holds; see `CheckpointFolder.newest`."""
-        return self._first(self.checkpoints.newest)
+        """A trainer's state from the newest intact checkpoint; see `CheckpointFolder.newest`."""
+        saved = self._first(self.checkpoints.newest)
+        if saved is not None:
+            require_state(saved, self.checkpoints.folder)
+        return saved
 
     def save(self, state: Callable[[], dict[str, Any]], update: int) -> None:
         """Write a checkpoint of a state after so many updates, with how long the log is."""

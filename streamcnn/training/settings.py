@@ -122,6 +122,11 @@ class TrainSettings:
                 "schedule='ReduceLROnPlateau' goes by the validation loss: allowed is schedule_every='epoch'"
             )
 
+    @property
+    def images_per_update(self) -> int:
+        """Of whole updates."""
+        return self.batch_size * self.accumulate
+
     def casting(self, device: torch.device) -> torch.autocast:
         """A block under autocast, if that is asked for."""
         dtype, enabled = AUTOCAST_TYPES.get(self.autocast or "bfloat16"), self.autocast is not None
@@ -195,7 +200,8 @@ def _difference(name: str, then: Any, now: Any) -> str:
     if name in _FINGERPRINTS and isinstance(then, str) and isinstance(now, str):
         return f"{_FINGERPRINTS[name]} or their labels, masks or augmentations are others ({then}, now {now})"
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
-        return f"{name} was {then!r} and is {now!r}"
+        what = " (of all processes together)" if name == "accumulate" else ""
+        return f"{name}{what} was {then!r} and is {now!r}"
     keys = [key for key in (*then, *(key for key in now if key not in then)) if then.get(key) != now.get(key)]
     described = [
         f"{key} was {then[key]} and is {now[key]}"

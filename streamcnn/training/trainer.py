@@ -11,9 +11,8 @@ update, and the batches of each validation, and all else is as in one process.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -28,16 +27,16 @@ from streamcnn.data.sampling import ResumableSampler
 from streamcnn.data.sources import ImageSource
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.signals import heeding
-from streamcnn.training.batch_sizes import require_one_size, require_one_size_in_order
+from streamcnn.training.batch_sizes import require_enough, require_one_size, require_one_size_in_order
 from streamcnn.training.classification import Classification
 from streamcnn.training.ending import EndAsked, EndRequest
 from streamcnn.training.evaluation import require_finite_loss
 from streamcnn.training.identity import (
-    differences,
     identity_of,
     plan_digest,
     require_alike,
     require_same_inputs,
+    tell_differences,
     versions,
     with_present_fingerprints,
 )
@@ -49,7 +48,7 @@ from streamcnn.training.random_states import random_states, seed_all, seed_for, 
 from streamcnn.training.records import Listener, Records
 from streamcnn.training.running_statistics import RunningStatistics
 from streamcnn.training.settings import TrainSettings, require_same
-from streamcnn.training.state import FORMAT, progress_of, require_state, restoring
+from streamcnn.training.state import FORMAT, progress_of, restoring
 from streamcnn.training.task import Evaluation, Task
 from streamcnn.training.update_record import BatchRecord, UpdateRecord
 
@@ -132,6 +131,7 @@ class Trainer:
         self.on_end = on_end
         self.net: nn.Module = model.net if isinstance(model, StreamingModel) else model
         self.device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
+        self._meets = self.processes.meet_in(self.net)
         self.records = Records(folder, self.processes)
         self.progress = Progress()
         self._end_request = EndRequest()
@@ -139,11 +139,7 @@ class Trainer:
     @property
     def updates_per_epoch(self) -> int:
         """Steps of the optimiser in a whole epoch."""
-        return math.ceil(len(self._make_sampler()) / self._images_per_update)
-
-    @property
-    def _images_per_update(self) -> int:
-        return self.settings.batch_size * self.settings.accumulate
+        return math.ceil(len(self._make_sampler()) / self.settings.images_per_update)
 
     def run(self) -> TrainResult:
         """Train, from the newest checkpoint if there is one, until the run is over.
@@ -184,8 +180,6 @@ class Trainer:
     def _run(self) -> TrainResult:
         """As `run`, in a folder that is this process's."""
         saved = self.records.newest()
-        if saved is not None:
-            require_state(saved, self.records.checkpoints.folder)
         if saved is not None and not saved["progress"]["update"] and saved["identity"] != self._identity:
             saved = None  # nothing was trained, so nothing is lost
         if saved is not None:
@@ -255,24 +249,22 @@ class Trainer:
         require_one_size_in_order(self.validation, size, advice=advice)
         found = identity_of(self.model, self.images, self.validation, self.settings, self.device)
         self._identity = {**self.identity, **self.task.identity(), **found}
+        if self._meets:
+            self._identity["processes"] = self.processes.count
+            require_enough(self.sampler, self.processes.count, size)
 
     def _check(self) -> None:
         """Compare the model with all that it is to be trained for."""
         images = {"training": self.images, "validation": self.validation}
-
-        def check() -> None:
-            with suppress(EndAsked):
-                self.task.check(self.model, images, self._end_request.require_none)
-
-        self.processes.first(check)
-        asked = self._end_request.of_any(self.processes)
-        if asked is not None:
-            raise asked.to_error(None)
+        self._end_request.checked(
+            self.processes, lambda before_image: self.task.check(self.model, images, before_image)
+        )
 
     def _make_sampler(self) -> ResumableSampler:
         """The order of the images, at its beginning."""
         labels = self.task.groups(self.images) if self.settings.balanced else None
-        return ResumableSampler(self.images, seed=self.settings.seed, labels=labels)
+        multiple = self.settings.batch_size * self.processes.count if self._meets else 1
+        return ResumableSampler(self.images, seed=self.settings.seed, labels=labels, multiple=multiple)
 
     def _save(self) -> None:
         """Write a checkpoint of the state as it is between two updates."""
@@ -299,9 +291,7 @@ class Trainer:
         # As when it was saved: an augmentation that turns the first image has another plan.
         place = saved["sampler"]
         self.images.set_epoch(place["epoch"] if place["position"] else max(place["epoch"] - 1, 0))
-        present = {**versions(), "plan": self._find_plan_digest()}
-        for text in differences({**saved["versions"], "plan": saved["plan"]}, present):
-            warnings.warn(text, stacklevel=3)
+        tell_differences(saved, self._find_plan_digest())
         self.net.load_state_dict(saved["model"])
         self.optimisation.load_state_dict(saved, self.records.checkpoints.folder)
         self.sampler.load_state_dict(saved["sampler"])
@@ -321,7 +311,7 @@ class Trainer:
         """The rest of the present epoch."""
         self.model.train()
         self.images.set_epoch(self.sampler.epoch)
-        for positions in self.sampler.groups(self._images_per_update, self._announce):
+        for positions in self.sampler.groups(self.settings.images_per_update, self._announce):
             self._update(positions)
             self._end_if_asked()
             if self.progress.update % self.settings.save_every == 0:
@@ -330,7 +320,7 @@ class Trainer:
 
     def _announce(self, position: int) -> None:
         """Prepare for the next image in order, if this process will read it."""
-        batch = self.sampler.position % self._images_per_update // self.settings.batch_size
+        batch = self.sampler.position % self.settings.images_per_update // self.settings.batch_size
         if batch in self.processes.share(self.settings.accumulate):
             self.images.prefetch(position)
 
@@ -352,7 +342,8 @@ class Trainer:
             seed_for(self.settings.seed, "update", self.progress.update, at)
             return self._add_batch(positions[at : at + size], 1 / len(positions))
 
-        record.add(self.processes.divided(add, range(0, len(positions), size)))
+        batches = range(0, len(positions), size)
+        record.add(self.processes.divided(add, batches, meets=self._meets))
         self.optimisation.add_up(self.processes)
         statistics.merge()
         self.optimisation.step()
@@ -365,13 +356,12 @@ class Trainer:
         sources, targets, *inputs = self.task.open_batch(self.images, batch, where)
         names = [source.name for source in sources]
         with naming(where, batch, names):
-            loss, logits = self.differentiate(sources, targets, weight, *self._on_device(inputs))
+            loss, logits = self.differentiate(
+                sources, targets, weight, *(each.to(self.device) for each in inputs)
+            )
             require_finite_loss(loss, self.progress.update + 1, logits, batch, names)
         report = self.model.last_report if isinstance(self.model, StreamingModel) else None
         return BatchRecord.of(sources, loss, self.task.sums(logits, targets), report)
-
-    def _on_device(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [each.to(self.device) for each in inputs]
 
     def differentiate(
         self, sources: list[ImageSource], targets: Any, weight: float, *inputs: Tensor
