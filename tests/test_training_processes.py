@@ -284,6 +284,7 @@ def test_the_command_ends_in_several_processes_as_in_one(
         text=True,
     )
     assert process.stdout is not None
+    assert process.stdout.readline() == "2 processes, updates of 2 images\n"
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)

@@ -65,6 +65,9 @@ def train(
         exit_for_wrong_usage(str(error))
     # Of several processes the first one says what all do.
     console = Console(quiet=not processes.is_first)
+    if processes.count > 1:
+        size = trainer.settings.images_per_update
+        console.print(f"{processes.count} processes, updates of {plural(size, 'image')}", highlight=False)
     result = _run(trainer, config.budget, console)
     processes.first(lambda: _print_result(trainer, result, out, console))
     leave()

@@ -79,9 +79,11 @@ def make_trainer(
 
     def write() -> None:
         num_classes = task.num_classes(images, validation, model)
-        _write(folder, {**values, **derived, "num_classes": num_classes})
+        # With the passes of all processes together, as one that goes on alone would make them.
+        whole = replace(config, settings=trainer.settings).to_dict()
+        _write(folder, {**whole, **derived, "num_classes": num_classes})
 
-    return Trainer(
+    trainer = Trainer(
         model,
         images,
         validation,
@@ -93,6 +95,7 @@ def make_trainer(
         listener=listener,
         on_start=write,
     )
+    return trainer
 
 
 @dataclass(frozen=True, slots=True)
