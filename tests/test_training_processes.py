@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from process_groups import in_two_processes
 from segmentation_runs import IGNORED, a_config, write_factories, write_pairs
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from training_runs import SIZE, Images, final_state, log_without_times
 
 from streamcnn import ImageSource, StreamingModel
@@ -84,6 +84,19 @@ def raised_by(work: Callable[[], Any]) -> tuple[str, str, Any]:
     return "", "", None
 
 
+class Mean(nn.Module):
+    """Gives the mean of what all processes have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.conv(x).mean((2, 3))
+        dist.all_reduce(found)
+        return found
+
+
 class Acting(Images):
     """Images of which one does something when it is asked for."""
 
@@ -127,6 +140,9 @@ def ends(rank: int, folder: Path) -> dict[str, Any]:
         "asked late": asked_late.run,
         "differing": a_trainer(folder / "differing", identity={"model": rank}).run,
         "few": a_trainer(folder / "few", synchronised=True, count=3).run,
+        "collective": Trainer(
+            StreamingModel(Mean()), Images(4), Images(4), TrainSettings(), folder / "collective"
+        ).run,
         "wrapped": partial(
             Trainer,
             nn.parallel.DistributedDataParallel(make_net()),
@@ -234,9 +250,11 @@ def test_one_process_ends_the_run_of_all(trained: Trained) -> None:
         assert (progress["update"], progress["epoch"]) == (update, 0)
 
 
-def test_a_model_that_adds_up_gradients_itself_is_refused(trained: Trained) -> None:
-    for kind, text, _ in (each["wrapped"] for each in trained[1]):
+def test_a_model_that_brings_processes_together_itself_is_refused(trained: Trained) -> None:
+    for each in trained[1]:
+        kind, text, _ = each["wrapped"]
         assert (kind, "give the model itself" in text) == ("ValueError", True)
+        assert "the model calls torch.distributed in its forward pass" in each["collective"][1]
 
 
 def test_what_makes_up_no_multiple_is_left_out_of_an_epoch() -> None:

@@ -253,7 +253,12 @@ def meets_others(target: object) -> bool:
     if isinstance(target, (Whole, OnlyResult)):
         everyone = all_processes()
         return everyone is not None and everyone[1] > 1
-    return "c10d" in str(target) or cost_of(target).meets_others
+    return is_collective(target) or cost_of(target).meets_others
+
+
+def is_collective(target: object) -> bool:
+    """Whether it is one of PyTorch's collectives."""
+    return "c10d" in str(target)
 
 
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 from weakref import finalize
 
@@ -19,6 +20,7 @@ from streamcnn.ceiling.device import room_for
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.graph.autocast import autocast_state
+from streamcnn.graph.costs import is_collective
 from streamcnn.graph.program import substitute
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine, PassSpec
@@ -68,6 +70,11 @@ class Passes:
         """What went through instead of a spec that was refused memory, by what was captured and the spec."""
         self._collected: finalize[[], Any] | None = None
         """Gives kept blocks back when the model is collected; None before its first pass."""
+
+    def call_collectives(self) -> bool:
+        """Whether one that is planned calls ``torch.distributed``, by its module's own code."""
+        nodes = chain.from_iterable(program.nodes.values() for program in self._plans.programs())
+        return any(is_collective(node.target) for node in nodes)
 
     def planned(
         self,

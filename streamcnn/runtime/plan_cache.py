@@ -65,6 +65,10 @@ class PlanCache:
         graph, planned = self._plans.get(key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
+    def programs(self) -> list[Program]:
+        """What the plans are for."""
+        return [planned.program for _, planned in self._plans.values()]
+
     def plan_within(
         self,
         captured: Captured,

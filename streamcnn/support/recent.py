@@ -43,6 +43,11 @@ class Recent(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def values(self) -> list[V]:
+        """All that are kept."""
+        with self._lock:
+            return list(self._values.values())
+
     def get(self, key: K, make: Callable[[], V]) -> V:
         """The value of ``key``, made if it is not there.
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from streamcnn.data.dataset import ImageDataset, Images, input_shapes
 from streamcnn.data.uniform import ImageKind
-from streamcnn.errors import DatasetMismatch, RunMismatch, some
+from streamcnn.errors import DatasetMismatch, RunMismatch, UnsupportedModel, some
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.text import printable
 from streamcnn.training.naming import naming
@@ -43,6 +43,21 @@ def identity_of(
         "tile": streamed and streamed.tile and list(streamed.tile),
         "device": device.type,
     }
+
+
+def require_no_collectives(model: nn.Module) -> None:
+    """Make sure that a model whose pass is planned leaves it to its trainer what processes do together.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it calls ``torch.distributed``: processes need not make equally many passes.
+    """
+    if isinstance(model, StreamingModel) and model._passes.call_collectives():
+        raise UnsupportedModel(
+            "the model calls torch.distributed in its forward pass, and processes that train it make passes "
+            "by themselves: leave that out, or train it in a loop of your own, with as many passes in each"
+        )
 
 
 def require_alike(identity: Mapping[str, Any], processes: Processes) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from streamcnn.errors import OtherProcessFailed, StreamError
+from streamcnn.errors import OtherProcessFailed
 from streamcnn.support.processes import all_processes
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Processes:
     def share(self, total: int) -> range:
         """Which of so many items, in order, are this process's; shares differ by one at most.
 
-        The first processes have the larger ones, and all of them together are the items in order.
+        In the order of the processes they are all items in their order. The first has one, if any has.
         """
         return range(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
 
@@ -194,7 +194,7 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, StreamError):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise OtherProcessFailed(
             "another process of the run has ended before its time: what it said last tells why, and if it "

@@ -79,9 +79,7 @@ class Records:
 
     def save(self, state: Callable[[], dict[str, Any]], update: int) -> None:
         """Write a checkpoint of a state after so many updates, with how long the log is."""
-        self._first(
-            lambda: self.checkpoints.save({**state(), "log_bytes": self._log.flush()}, update) and None
-        )
+        self._first(lambda: self.checkpoints.save({**state(), "log_bytes": self._log.flush()}, update))
 
     def keep_best(self, found: Evaluation, update: int) -> str:
         """Write what the page shows of the best weights; what their checkpoint will be called."""

@@ -35,6 +35,7 @@ from streamcnn.training.identity import (
     identity_of,
     plan_digest,
     require_alike,
+    require_no_collectives,
     require_same_inputs,
     tell_differences,
     versions,
@@ -237,6 +238,7 @@ class Trainer:
         with self.processes.agreeing():
             self.optimisation = Optimisation(self.net, self.settings, self.device)
             self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
+            require_no_collectives(self.model)
 
     def _begin(self) -> None:
         """Make what the weights do not matter for."""
