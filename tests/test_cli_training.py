@@ -473,5 +473,5 @@ def test_brackets_in_the_name_of_a_run_are_no_markup(workplace: Path, run: Run) 
 
 
 def test_options_that_are_not_given_are_as_in_the_library(tmp_path: Path) -> None:
-    config = RunOptions().config("resnet18", str(tmp_path), SettingsOptions())
+    config = RunOptions().config("resnet18", str(tmp_path), SettingsOptions())()
     assert config == RunConfig(model="resnet18", data=str(tmp_path.resolve()))

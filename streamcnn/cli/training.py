@@ -44,6 +44,7 @@ def train(
     In several processes, of which each makes --accumulate forward passes of --batch images for an update:
     torchrun --nproc-per-node 4 -m streamcnn train ...
     """
+    make_config = run.config(model, data, settings)
     try:
         from streamcnn.support.processes import join, leave, take_own_gpu
         from streamcnn.training.processes import Processes
@@ -54,7 +55,7 @@ def train(
             warnings.simplefilter("ignore")  # the first one's are the same
         with processes.agreeing():
             take_own_gpu(run.device)
-            config = run.config(model, data, settings)
+            config = make_config()
             require("matplotlib.figure", extra="plots")  # now rather than after the run
             from streamcnn.training import make_trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,45 +84,48 @@ class RunOptions:
         str | None, typer.Option(help="Of several results of the model the one that is the map of scores.")
     ] = None
 
-    def config(self, model: str, data: str, settings: SettingsOptions) -> RunConfig:
-        """The run of a model on some images; text that cannot be read ends the command as wrong usage.
+    def config(self, model: str, data: str, settings: SettingsOptions) -> Callable[[], RunConfig]:
+        """What makes the run of a model on some images, or raises `ValueError` if a value has no meaning.
 
-        Raises
-        ------
-        ValueError
-            If a value has no meaning.
+        Text that cannot be read ends the command as wrong usage, before anything is imported.
         """
         model_options = parse("--model-option", parse_key_values, self.model_option)
         budget = parse("--budget", parse_bytes, self.budget)
         tile = None if self.tile is None else parse("--tile", parse_extent, self.tile)
         loss, of_settings = self._loss_values(), settings.values()
-        from streamcnn.data.augmentation import RandomAugmentation
-        from streamcnn.data.normalisation import Normalise
-        from streamcnn.data.sources.places import local_path
-        from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
 
-        return RunConfig(
-            task=self.task,
-            masks=None if self.masks is None else str(local_path(self.masks).resolve()),
-            empty_masks=self.empty_masks,
-            loss=SegmentationLoss(**loss) if loss else None,
-            key=self.key,
-            class_names=None if self.class_names is None else parse_names(self.class_names),
-            model=model,
-            model_options=model_options,
-            data=str(local_path(data).resolve()),
-            inputs=parse_names(self.inputs),
-            choice=choice_of(self.series, self.level, self.channels_last),
-            split=self.split,
-            validation_split=self.validation_split,
-            validation_share=self.validation_share,
-            budget=budget,
-            tile=tile,
-            device=self.device,
-            normalise=Normalise(self.mean, self.std),
-            augmentation=RandomAugmentation(mirrors=self.mirrors, turns=self.turns, inversion=self.inversion),
-            settings=TrainSettings(**of_settings),
-        )
+        def make() -> RunConfig:
+            from streamcnn.data.augmentation import RandomAugmentation
+            from streamcnn.data.normalisation import Normalise
+            from streamcnn.data.sources.places import local_path
+            from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
+
+            return RunConfig(
+                task=self.task,
+                masks=None if self.masks is None else str(local_path(self.masks).resolve()),
+                empty_masks=self.empty_masks,
+                loss=SegmentationLoss(**loss) if loss else None,
+                key=self.key,
+                class_names=None if self.class_names is None else parse_names(self.class_names),
+                model=model,
+                model_options=model_options,
+                data=str(local_path(data).resolve()),
+                inputs=parse_names(self.inputs),
+                choice=choice_of(self.series, self.level, self.channels_last),
+                split=self.split,
+                validation_split=self.validation_split,
+                validation_share=self.validation_share,
+                budget=budget,
+                tile=tile,
+                device=self.device,
+                normalise=Normalise(self.mean, self.std),
+                augmentation=RandomAugmentation(
+                    mirrors=self.mirrors, turns=self.turns, inversion=self.inversion
+                ),
+                settings=TrainSettings(**of_settings),
+            )
+
+        return make
 
     def _loss_values(self) -> dict[str, Any]:
         """What is said of the loss of a segmentation."""

@@ -45,15 +45,15 @@ def identity_of(
     }
 
 
-def require_no_collectives(model: nn.Module) -> None:
-    """Make sure that a model whose pass is planned leaves it to its trainer what processes do together.
+def require_no_collectives(model: nn.Module, processes: Processes) -> None:
+    """Make sure that a model, whose pass is planned, does not bring several processes together itself.
 
     Raises
     ------
     UnsupportedModel
         If it calls ``torch.distributed``: processes need not make equally many passes.
     """
-    if isinstance(model, StreamingModel) and model._passes.call_collectives():
+    if processes.count > 1 and isinstance(model, StreamingModel) and model._passes.call_collectives():
         raise UnsupportedModel(
             "the model calls torch.distributed in its forward pass, and processes that train it make passes "
             "by themselves: leave that out, or train it in a loop of your own, with as many passes in each"

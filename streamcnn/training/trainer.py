@@ -238,7 +238,7 @@ class Trainer:
         with self.processes.agreeing():
             self.optimisation = Optimisation(self.net, self.settings, self.device)
             self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
-            require_no_collectives(self.model)
+            require_no_collectives(self.model, self.processes)
 
     def _begin(self) -> None:
         """Make what the weights do not matter for."""
