@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from streamcnn.errors import UnsupportedModel
 from streamcnn.training.processes import Processes
 from streamcnn.training.settings import TrainSettings
 from streamcnn.training.state import restoring
@@ -56,10 +58,21 @@ class Optimisation:
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def add_up(self, processes: Processes) -> None:
-        """Add the gradients that several processes have; those that none has stay none."""
+        """Add the gradients that several processes have; those that none has stay none.
+
+        Raises
+        ------
+        UnsupportedModel
+            If one is sparse.
+        """
         parameters = [each for each in self._net.parameters() if each.requires_grad]
-        reached = processes.gathered([each.grad is not None for each in parameters])
-        summed = [each for each, *of_each in zip(parameters, *reached, strict=True) if any(of_each)]
+        layouts = processes.gathered([_layout_of(each.grad) for each in parameters])
+        if processes.count > 1 and "sparse" in " ".join(chain.from_iterable(layouts)):
+            raise UnsupportedModel(
+                "the model has sparse gradients, which are not added up among processes: make its embeddings "
+                "with sparse=False, or train in one process"
+            )
+        summed = [each for each, *of_each in zip(parameters, *layouts, strict=True) if any(of_each)]
         for each in summed:
             if each.grad is None:
                 each.grad = torch.zeros_like(each)
@@ -130,3 +143,8 @@ class Optimisation:
         with restoring(self._restored_from):
             yield
         self._untried.discard(what)
+
+
+def _layout_of(gradient: Tensor | None) -> str:
+    """How it lies in memory; nothing for none."""
+    return "" if gradient is None else str(gradient.layout)
