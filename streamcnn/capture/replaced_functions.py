@@ -139,7 +139,7 @@ def _nothing_recorded(graph: Graph) -> Iterator[None]:
     They are recorded although operators are not. Leaving ``no_grad`` in a Function's forward, where gradients
     are off already, would leave them off for the rest of the pass.
     """
-    last = next(reversed(graph.nodes))
+    last = next(iter(reversed(graph.nodes)))
     yield
     for node in list(takewhile(lambda node: node is not last, reversed(graph.nodes))):
         graph.erase_node(node)
