@@ -6,7 +6,7 @@ of it ends the block. The block of a function that is decorated in the forward p
 raises, and leaves before the first step if it is a generator.
 
 A parameter that is deleted and set again, as code does that has a layer use another weight for one call, is
-gone from the module after the pass.
+gone from the module after the pass. An ``OrderedDict`` whose order alone changes keeps its old one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streamcnn.graph.flattening import CannotFlatten
 @contextmanager
 def code_followed_as_it_runs() -> Iterator[None]:
     """A block in which Dynamo follows such code as it runs, or not at all."""
-    from torch._dynamo.variables import ctx_manager, functions
+    from torch._dynamo.variables import ctx_manager, functions, user_defined
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
     grad_mode = ctx_manager.GradModeVariable
@@ -37,6 +37,10 @@ def code_followed_as_it_runs() -> Iterator[None]:
                 patches.enter_context(patch.object(kind, "call_function", called))
         kept = _keeping_parameters(UnspecializedNNModuleVariable.call_method)
         patches.enter_context(patch.object(UnspecializedNNModuleVariable, "call_method", kept))
+        ordered = getattr(user_defined, "OrderedDictVariable", None)
+        if ordered is not None:
+            # PyTorch 2.13 on.
+            patches.enter_context(patch.object(ordered, "call_method", _reordering(ordered.call_method)))
         yield
 
 
@@ -105,5 +109,17 @@ def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
             if args[0].as_python_constant() in registered:
                 raise CannotFlatten("the forward pass deletes a parameter or a buffer")
         return call_method(self, tx, name, args, kwargs)
+
+    return call
+
+
+def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of an ``OrderedDict``'s method: what is moved to an end is written back."""
+
+    def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        result = call_method(self, tx, name, args, kwargs)
+        if name == "move_to_end":
+            self._base_vt.should_reconstruct_all = True
+        return result
 
     return call

@@ -508,6 +508,18 @@ class OtherWeight(Small):
         return v
 
 
+@CASES("a cache that moves what it used to its end", passes(3))
+class LeastRecent(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = OrderedDict(a=1.0, b=2.0, c=4.0)
+
+    def middle(self, x: Tensor) -> Tensor:
+        oldest = next(iter(self.cache))
+        self.cache.move_to_end(oldest)
+        return x * self.cache[oldest]
+
+
 @CASES("a flag that restores itself", passes(2))
 class Restores(Small):
     def __init__(self) -> None:
