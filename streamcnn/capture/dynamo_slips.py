@@ -6,7 +6,9 @@ of it ends the block. The block of a function that is decorated in the forward p
 raises, and leaves before the first step if it is a generator.
 
 A parameter that is deleted and set again, as code does that has a layer use another weight for one call, is
-gone from the module after the pass. An ``OrderedDict`` whose order alone changes keeps its old one.
+gone from the module after the pass. An attribute that has covered a method of the class for a while is taken
+to have been there before, and deleting it fails. An ``OrderedDict`` whose order alone changes keeps the old
+one.
 """
 
 from __future__ import annotations
@@ -101,13 +103,15 @@ def _left_in_any_case(call_function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a module's method, unless that deletes a parameter or buffer."""
+    """The call of a module's method, unless it deletes what Dynamo does not bring back."""
 
     def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name == "__delattr__" and args[0].is_python_constant():
-            registered = (*self.value._parameters, *self.value._buffers)
-            if args[0].as_python_constant() in registered:
+            deleted, module = args[0].as_python_constant(), self.value
+            if deleted in (*module._parameters, *module._buffers):
                 raise CannotFlatten("the forward pass deletes a parameter or a buffer")
+            if deleted not in vars(module) and hasattr(type(module), deleted):
+                raise CannotFlatten("the forward pass uncovers an attribute of a module's class")
         return call_method(self, tx, name, args, kwargs)
 
     return call

@@ -140,6 +140,57 @@ class Scales(Small):
         return torch.stack(found).amax(0), self.head(torch.stack(found).var(0).mean((2, 3)))
 
 
+@CASES("attention MIL with a loss of the most attended instances (CLAM)", passes(2))
+class InstanceLoss(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(WIDTH, 1)
+        self.instances = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        tokens = F.relu(self.maps(x)).flatten(2).transpose(1, 2)
+        scores = self.attention(tokens).transpose(1, 2)
+        bag = (scores.softmax(-1) @ tokens).squeeze(1)
+        ends = torch.cat([scores[:, 0].topk(4)[1], (-scores[:, 0]).topk(4)[1]], 1)
+        chosen = tokens.gather(1, ends[..., None].expand(-1, -1, WIDTH))
+        labels = torch.tensor([1] * 4 + [0] * 4).repeat(x.shape[0])
+        return self.head(bag), F.cross_entropy(self.instances(chosen).flatten(0, 1), labels)
+
+
+@CASES("a recurrent unit that refines a detached flow (RAFT)", passes(2))
+class Refined(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(2 * WIDTH + 2, 2 * WIDTH, 3, padding=1)
+        self.candidate = nn.Conv2d(2 * WIDTH + 2, WIDTH, 3, padding=1)
+        self.flow = nn.Conv2d(WIDTH, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        context = self.maps(x)
+        hidden, flow, found = torch.tanh(context), torch.zeros_like(x[:, :2]), []
+        for _ in range(3):
+            flow = flow.detach()
+            given = torch.cat([context, flow], 1)
+            update, reset = torch.sigmoid(self.gates(torch.cat([hidden, given], 1))).chunk(2, 1)
+            new = torch.tanh(self.candidate(torch.cat([reset * hidden, given], 1)))
+            hidden = (1 - update) * hidden + update * new
+            flow = flow + self.flow(hidden)
+            found.append(flow)
+        return found
+
+
+@CASES("the Lovasz hinge of all pixels", passes(2))
+class LovaszHinge(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        scores, target = x[:, 0].flatten(), (x[:, 1] > 0).to(x.dtype).flatten()
+        errors, order = (1 - scores * (2 * target - 1)).sort(descending=True)
+        target = target[order]
+        common, union = target.sum() - target.cumsum(0), target.sum() + (1 - target).cumsum(0)
+        jaccard = 1 - common / union
+        jaccard[1:] = jaccard[1:] - jaccard[:-1].clone()
+        return x + F.relu(errors) @ jaccard
+
+
 class Reparametrised(Small):
     """A 3x3 and a 1x1 branch, which become one convolution."""
 

@@ -508,6 +508,19 @@ class OtherWeight(Small):
         return v
 
 
+@CASES("a method is another one for a while", passes(2))
+class OtherMethod(Small):
+    def act(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = self.act(x)
+        self.act = torch.cos
+        y = y * self.act(x)
+        del self.act
+        return y + self.act(x)
+
+
 @CASES("a cache that moves what it used to its end", passes(3))
 class LeastRecent(Small):
     def __init__(self) -> None:
