@@ -864,3 +864,22 @@ def _called_with_numbers(model: Any, net: nn.Module, record: Record) -> None:
 class Threshold(Small):
     def forward(self, x: Tensor, threshold: Tensor) -> Tensor:
         return super().forward(x.sin() if threshold > 1 else x)
+
+
+@CASES("a mask in a buffer picks channels, others in each pass", passes(3))
+class MaskedChannels(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.arange(WIDTH) != 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        picked = x[:, self.mask]
+        self.mask = ~self.mask
+        return x + picked.sum(1, keepdim=True)
+
+
+@CASES("channels whose weights are large: nonzero", passes(2))
+class LargeWeights(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        sizes = self.conv.weight.detach().abs().mean((1, 2, 3))
+        return x + x[:, torch.nonzero(sizes >= sizes.median())[:, 0]].amax(1, keepdim=True)
