@@ -306,6 +306,6 @@ def test_a_pass_does_not_time_kernels(monkeypatch: pytest.MonkeyPatch, sizes: di
     by_inductor(nn.Identity(), [])
     with inductor.patch(given):
         chosen = {"autotune_pointwise": inductor.triton.autotune_pointwise}
-    card = SimpleNamespace(warp_size_or_default=32)
+    card = SimpleNamespace(type="cuda", warp_size_or_default=32)
     forms = pointwise(sizes, {"device": card}, inductor_meta=chosen, return_configs=True)
     assert len(forms) == 1
