@@ -404,17 +404,41 @@ def test_an_apply_by_another_name_is_followed_or_refused(apply: Callable[[Tensor
         pair(Applies(apply, draws=True))[1](image())
 
 
-def test_a_closure_is_looked_at_whatever_dynamo_makes_of_dicts_that_are_as_they_were() -> None:
-    """As in PyTorch 2.11, whose default it is."""
+class ReadsOutside(nn.Conv2d):
+    """Reads a closure's variable, an entry of a default, and whether its weight is frozen."""
+
+    def __init__(self, scale: Callable[[], float]) -> None:
+        super().__init__(3, 4, 3)
+        self.scale = scale
+
+    def shifted(self, x: Tensor, by: list[float] = [0.0]) -> Tensor:  # noqa: B006
+        return x + by[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = self.shifted(super().forward(input).mean((2, 3))) * self.scale()
+        return found if self.weight.requires_grad else -found
+
+
+def test_what_is_outside_is_looked_at_whatever_dynamo_makes_of_dicts_that_are_as_they_were() -> None:
+    """With the settings that are PyTorch 2.11's defaults."""
     scale = 2.0
-
-    class Scaled(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input).mean((2, 3)) * scale
-
-    net = Scaled(3, 4, 3)
+    net = ReadsOutside(lambda: scale)
     model, image = StreamingModel(net, tile=16), torch.rand(1, 3, 30, 30)
-    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+    settings = dict.fromkeys(
+        (
+            "use_recursive_dict_tags_for_guards",
+            "skip_guards_on_constant_func_defaults",
+            "skip_tensor_guards_with_matching_dict_tags",
+        ),
+        True,
+    )
+    with torch._dynamo.config.patch(settings):
         for value in (2.0, 3.0, 5.0):
             scale = value
+            torch.testing.assert_close(model(image), net(image))
+        for value in (1.0, 2.0, 0.0):
+            ReadsOutside.shifted.__defaults__[0][0] = value
+            torch.testing.assert_close(model(image), net(image))
+        for value in (False, True):
+            net.weight.requires_grad_(value)
             torch.testing.assert_close(model(image), net(image))
