@@ -83,6 +83,22 @@ def test_the_mean_of_equal_values_is_that_value(edge: int) -> None:
         assert merge_rows(Moments(shape, (2, 3), False), 3 * x, height) == (3, 0)
 
 
+@pytest.mark.parametrize("dims", [(0, 2, 3), (2, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_equal_values_have_no_variance(dtype: torch.dtype, dims: tuple[int, ...]) -> None:
+    """Whatever the rounding of their sums: where the deviation is 0 its gradient is, and else it is not."""
+    x = torch.empty(2, 3, 49, 37, dtype=dtype)
+    for value in (0.1, 0.7, -1e5 / 7):
+        rule = Moments(x.shape, dims, False)
+        # In one of the channels or images all values but one are equal.
+        mean, variance = merge_rows(rule, x.fill_(value), 16)
+        assert (mean == x[0, 0, 0, 0]).all()
+        assert (variance == 0).all()
+        x[1, 2, 3, 4] *= 1 + 2 * torch.finfo(dtype).eps
+        _, variance = merge_rows(rule, x, 16)
+        assert (variance > 0).sum() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_values_are_merged(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

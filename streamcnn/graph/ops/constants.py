@@ -17,14 +17,14 @@ def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tens
 
     From memory that is not pinned it would wait until the device has done all that it was given before.
     """
-    if not beside.is_cuda or _is_traced(beside):
+    if not beside.is_cuda or is_traced(beside):
         return torch.tensor(values, dtype=dtype, device=beside.device)
     return brought(torch.tensor(values, dtype=dtype), beside.device)
 
 
 def brought(values: Tensor, device: torch.device) -> Tensor:
     """A few values of the host's on ``device``, for which the host does not wait either."""
-    if device.type != "cuda" or _is_traced(values):
+    if device.type != "cuda" or is_traced(values):
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
@@ -34,7 +34,7 @@ def filled(value: float, like: Tensor) -> Tensor:
 
     On a GPU it is made once, as it costs as much to ask for as a pass over a small map.
     """
-    if not like.is_cuda or _is_traced(like):
+    if not like.is_cuda or is_traced(like):
         return torch.full_like(like, value)
     return _kept(value, like.shape, like.dtype, like.device)
 
@@ -48,6 +48,6 @@ def _kept(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.dev
     return made
 
 
-def _is_traced(values: Tensor) -> bool:
+def is_traced(values: Tensor) -> bool:
     """Whether what is done with ``values`` is recorded: pinned memory is nothing that can be compiled."""
     return is_fake(values) or isinstance(values, FunctionalTensor)

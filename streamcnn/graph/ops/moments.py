@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import dense
 from streamcnn.graph.ops import channel_kernels
-from streamcnn.graph.ops.constants import brought
+from streamcnn.graph.ops.constants import brought, is_traced
 from streamcnn.graph.ops.reduction_types import Partials, Reduction, stacked, statistics_dtype
 
 
@@ -29,13 +30,32 @@ class Moments(Reduction):
         num_values = math.prod(x.shape[dim] for dim in self.dims)
         # On the host, where it takes no kernel.
         count = torch.tensor(float(num_values), dtype=torch.float64)
-        if self._is_per_channel and (channel_kernels.fits(x) or channel_kernels.has_host_moments(x)):
+        if self._is_per_channel and channel_kernels.fits(x):
             return (count, *channel_kernels.moments(x))
+        if self._is_per_channel and channel_kernels.has_host_moments(x):
+            return (count, *self._exact_where_equal(x, *channel_kernels.moments(x)))
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         deviation = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype)
         # Squared last: the sum of squares may be beyond float32.
         deviation = deviation / math.sqrt(num_values)
-        return (count, mean.reshape(deviation.shape), deviation.square())
+        return (count, *self._exact_where_equal(x, mean.reshape(deviation.shape), deviation.square()))
+
+    def _exact_where_equal(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``variance``, but that value and 0 where all of a tile's values are equal.
+
+        A mean that is a sum over a count is off by a rounding there, and so is the variance; ATen's are not,
+        by Welford's algorithm, and the deviation's gradient is 0 where the deviation is.
+        """
+        if x.device.type == "cpu" and not is_traced(x) and get_proxy_mode() is None:
+            # Hardly ever, and not where it is recorded: what spares reading the tile once more.
+            even = variance <= (math.sqrt(torch.finfo(mean.dtype).eps) * mean).abs().square()
+            if not even.any():
+                return mean, variance
+        first = x
+        for dim in self.dims:
+            first = first.narrow(dim, 0, 1)
+        equal = (x == first).all(self.dims)
+        return torch.where(equal, first.reshape(mean.shape), mean), torch.where(equal, 0, variance)
 
     def merge(self, parts: Sequence[Partials]) -> Partials:
         counts, means, variances = stacked(parts)
