@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_streamed_equals_plain, traced
+from helpers import all_in_tiles, assert_streamed_equals_plain, traced
 from operator_cases import SHAPE, WIDTH, Applied, Function, after_convolution, assert_streams, by_name
 from operator_counts import count_operators
 from torch import Tensor, nn
@@ -214,6 +214,15 @@ def test_places_of_adaptive_maxima(size: tuple[int, int]) -> None:
         return values, x.flatten(2).gather(2, indices.flatten(2)) + indices.flatten(2)
 
     assert_streams(places, resident=None)
+
+
+@pytest.mark.parametrize("size", [(10, 10), (49, 49), (17, 9), (3, 2), (40, 5)])
+def test_adaptive_means_of_whole_numbers_are_those_of_aten(size: tuple[int, int]) -> None:
+    """Sums over counts: how much of a window a mask covers is 1 where it covers all."""
+    torch.manual_seed(0)
+    pool, ones = nn.AdaptiveAvgPool2d(size), torch.ones(1, 2, 199, 133)
+    for image in (ones, ones.double(), torch.randint_like(ones, -4, 5).double()):
+        assert torch.equal(all_in_tiles(pool)(image), pool(image))
 
 
 @pytest.mark.parametrize("size", [(None, 1), (1, None), (None, 3), (2, None)])

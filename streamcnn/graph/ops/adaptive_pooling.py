@@ -22,7 +22,8 @@ from streamcnn.graph.costs import (
     declare,
     windows,
 )
-from streamcnn.graph.ops.gathering import gather_positions
+from streamcnn.graph.ops.constants import numbers
+from streamcnn.graph.ops.gathering import gather_positions, gather_unrounded
 from streamcnn.graph.ops.pooling import avg_pool, max_pool
 from streamcnn.graph.ops.reduction_types import Sum
 from streamcnn.graph.ops.reductions import reduced
@@ -30,7 +31,7 @@ from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.ops.taps import Taps
 from streamcnn.graph.ops.window_places import largest_in
-from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows
+from streamcnn.graph.ops.window_reductions import WindowMaxima, WindowMeans, Windows, window_sizes
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
@@ -121,9 +122,17 @@ def _record(
 
 
 def window_means(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
-    """Means of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map."""
-    taps = (_shares(axes[0]), _shares(axes[1]))
-    return gather_positions(x, taps, (x.dim() - 2, x.dim() - 1), out=out, origin=origin)
+    """Means of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map.
+
+    They are sums over counts: shares of one over a count need not add up to one.
+    """
+    taps = (_members(axes[0]), _members(axes[1]))
+    means = gather_unrounded(x, taps, (x.dim() - 2, x.dim() - 1), out=out, origin=origin)
+    rows, cols = (
+        numbers(window_sizes(axis)[wanted.start : wanted.stop], means.dtype, beside=means)
+        for axis, wanted in zip(axes, out, strict=True)
+    )
+    return means.div_(rows[:, None]).div_(cols).to(x.dtype)
 
 
 def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
@@ -180,11 +189,10 @@ declare(window_places, cost=Cost(operations=windows, workspace=_maxima_workspace
 
 
 @lru_cache(256)
-def _shares(axis: Adaptive) -> Taps:
-    """The means of all windows as sums of positions with weights, those beyond a window's end being zero."""
-    places = _places(axis)
-    sizes = [axis.window(Interval(i, i + 1)).size for i in range(axis.count)]
-    weights = (tuple(1 / size if tap < size else 0.0 for size in sizes) for tap in range(len(places)))
+def _members(axis: Adaptive) -> Taps:
+    """The sums of all windows as sums of positions with weights, those beyond a window's end being zero."""
+    places, sizes = _places(axis), window_sizes(axis)
+    weights = (tuple(float(tap < size) for size in sizes) for tap in range(len(places)))
     return Taps(places, tuple(weights))
 
 

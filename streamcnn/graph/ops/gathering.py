@@ -35,6 +35,13 @@ def gather_positions(
     x: Tensor, taps: tuple[Taps, Taps], axes: Axes, *, out: Region, origin: Region
 ) -> Tensor:
     """Positions ``out`` of a gathered map, from ``x`` which covers ``origin`` of its operand."""
+    return gather_unrounded(x, taps, axes, out=out, origin=origin).to(x.dtype)
+
+
+def gather_unrounded(
+    x: Tensor, taps: tuple[Taps, Taps], axes: Axes, *, out: Region, origin: Region
+) -> Tensor:
+    """The same in the type that is summed in: in half precision float32, which is rounded once at the end."""
     along = list(zip(axes, taps, out, origin, strict=True))
     # First the axis that becomes shorter: what lies between is no larger than operand or result.
     for axis, each, wanted, at_hand in sorted(along, key=lambda one: one[2].size / one[3].size):
@@ -55,7 +62,7 @@ def _gather_along(x: Tensor, axis: int, taps: Taps, wanted: Interval, at_hand: I
 class _WeightedSum(torch.autograd.Function):
     """Sums of positions along an axis times their weights, tap after tap: each is let go of before the next.
 
-    In half precision they are summed in float32, and rounded once.
+    In half precision they are summed in float32, and not rounded.
     """
 
     @staticmethod
@@ -63,7 +70,7 @@ class _WeightedSum(torch.autograd.Function):
         ctx: Any, x: Tensor, axis: int, places: list[list[int]], weights: list[tuple[float, ...]]
     ) -> Tensor:
         ctx.taps = (axis, places, weights)
-        ctx.extent = x.shape[axis]
+        ctx.extent, ctx.dtype = x.shape[axis], x.dtype
         shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
         dtype = _sum_dtype(x.dtype)
         total = None
@@ -75,7 +82,7 @@ class _WeightedSum(torch.autograd.Function):
             else:
                 total.addcmul_(_take(x, axis, each), factor)
         assert total is not None
-        return total.to(x.dtype)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,7 +95,7 @@ class _WeightedSum(torch.autograd.Function):
         for each, factors in zip(places, weights, strict=True):
             factor = numbers(factors, dtype, beside=gradient).reshape(shape)
             _add_to(total, axis, each, gradient * factor)
-        return total.to(gradient.dtype), None, None, None
+        return total.to(ctx.dtype), None, None, None
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -55,13 +55,13 @@ class WindowMeans(Reduction):
         return added(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return ((parts[0] / self._counts(parts[0])).to(dtype),)
+        return (self._divided(parts[0]).to(dtype),)
 
     def gradient_terms(
         self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
-        return ((grads[0] / self._counts(grads[0])).to(dtype),)
+        return (self._divided(grads[0].to(statistics_dtype(dtype))).to(dtype),)
 
     def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         (spread,) = terms
@@ -69,17 +69,15 @@ class WindowMeans(Reduction):
             spread = _spread(spread, dim, windows, positions)
         return spread
 
-    def _counts(self, like: Tensor) -> Tensor:
-        """Positions in each window, (rows, columns)."""
-        rows, cols = (
-            numbers(
-                [windows.window(Interval(i, i + 1)).size for i in range(windows.count)],
-                like.dtype,
-                beside=like,
-            )
-            for windows in self.windows
-        )
-        return rows[:, None] * cols
+    def _divided(self, sums: Tensor) -> Tensor:
+        """Values of every window over its positions: by its rows and then by its columns, as in ATen."""
+        rows, cols = (numbers(window_sizes(axis), sums.dtype, beside=sums) for axis in self.windows)
+        return sums / rows[:, None] / cols
+
+
+def window_sizes(windows: Adaptive) -> list[int]:
+    """Positions in each window along an axis."""
+    return [windows.window(Interval(i, i + 1)).size for i in range(windows.count)]
 
 
 def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
