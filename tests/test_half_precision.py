@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomized, traced
+from helpers import all_in_tiles, randomized, traced
 from operator_counts import count_operators
 from torch import Tensor, nn
 
@@ -141,6 +141,19 @@ class Shared(nn.Module):
         with torch.autocast("cpu", enabled=False):
             exact = self.exact(x.to(self.exact.weight.dtype))
         return self.once(x) + exact
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("value", [0.1, 3000.0])
+def test_average_pooling_divides_sums_in_float32(value: float, dtype: torch.dtype) -> None:
+    """A sum in half precision is rounded, or beyond float16."""
+    image = torch.full((1, 2, 37, 45), value, dtype=dtype)
+    for pool in (
+        nn.AvgPool2d(7, 2, 3, count_include_pad=False),
+        nn.AvgPool2d(5, 2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d((11, 10)),
+    ):
+        assert (all_in_tiles(pool)(image) == image[0, 0, 0, 0]).all()
 
 
 def test_a_parameter_is_cast_once_a_phase() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamcnn.graph.costs import Cost, Operation, Saves, declare
 from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.norm_pass import normalize, normalize_images, scale_and_shift
-from streamcnn.graph.ops.pointwise import per_position, pointwise, trailing_norm
+from streamcnn.graph.ops.pointwise import cast, per_position, pointwise, trailing_norm
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
@@ -278,13 +278,13 @@ def layer_norm(tracer: Tracer, call: Call) -> Any:
     if not is_of_images(tracer, ref) or len(shape) != 3:
         return trailing_norm(tracer, call)
     dtype = tracer.fake(call).dtype
-    result = _cast(tracer, ref, statistics_dtype(tracer.spec(ref).dtype))
+    result = cast(tracer, ref, statistics_dtype(tracer.spec(ref).dtype))
     result = _grouped(tracer, result, 1, None, None, eps)
     for target, parameter in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if parameter is not None:
             parameter = _as_statistics(tracer, ref, parameter)
             result = pointwise(tracer, Call(target, (result, parameter), {}))
-    return _cast(tracer, result, dtype)
+    return cast(tracer, result, dtype)
 
 
 def _statistics_bytes(operation: Operation) -> int:
@@ -299,13 +299,6 @@ declare(
     # The operand in one piece, or its gradient.
     cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=Saves(operands=True, beside=_statistics_bytes)),
 )
-
-
-def _cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:
-    """A map in another type, so that what follows rounds to its own only at the end."""
-    if tracer.spec(ref).dtype == dtype:
-        return ref
-    return pointwise(tracer, Call(aten.to.dtype, (ref, dtype), {}))
 
 
 def _instance() -> nn.Module:

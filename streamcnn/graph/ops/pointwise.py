@@ -97,6 +97,13 @@ def pointwise(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return tracer.local(call.target, call.args, call.kwargs, like=like, axes=axes, accesses=accesses)
 
 
+def cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:
+    """A map in another type, so that what follows is not rounded to its own before the end."""
+    if tracer.spec(ref).dtype == dtype:
+        return ref
+    return pointwise(tracer, Call(aten.to.dtype, (ref, dtype), {}))
+
+
 @rule(aten._conj.default, aten.conj.default)
 def conjugate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """The conjugate as values of its own: a lazy one cannot be handed to NumPy, by which maps are stored."""

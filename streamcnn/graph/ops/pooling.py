@@ -24,7 +24,8 @@ from streamcnn.graph.costs import (
     windows,
 )
 from streamcnn.graph.ops.constants import brought
-from streamcnn.graph.ops.pointwise import per_position
+from streamcnn.graph.ops.pointwise import cast, per_position
+from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, as_pair, as_triple, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
@@ -261,6 +262,10 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     stride = as_pair(stride or kernel)
     axis_maps = [Sliding(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True)]
     uniform = divisor is not None or (not ceil_mode and (count_padding or padding == (0, 0)))
+    if not uniform:
+        # The sums of half precision may be beyond it, and would be rounded before they are divided.
+        ref = cast(tracer, ref, statistics_dtype(like.dtype))
+        like = like.to(tracer.spec(ref).dtype)
     pooled = tracer.local(
         avg_pool,
         (ref, kernel, stride, divisor if uniform else 1),
@@ -282,7 +287,8 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         mapped = tracer.promote(counted, (2, 3))
         accesses = {pooled.name: Access(), mapped.name: _only(axis)}
         pooled = tracer.local(aten.div.Tensor, (pooled, mapped), like=like, axes=(2, 3), accesses=accesses)
-    return pooled
+    result: Ref = cast(tracer, pooled, tracer.fake(call).dtype)
+    return result
 
 
 @rule(aten.avg_pool3d.default, aten.max_pool3d.default)
