@@ -302,6 +302,34 @@ def test_resizing(case: dict[str, Any]) -> None:
     )
 
 
+def _masked(x: Tensor) -> Tensor:
+    """Some values infinite, as scores are that are to lose every comparison."""
+    return x.masked_fill(x > 2, -torch.inf)
+
+
+INFINITE: dict[str, Function] = {
+    "adaptive windows": lambda x: F.adaptive_avg_pool2d(_masked(x), (19, 23)),
+    "adaptive windows, few": lambda x: F.adaptive_avg_pool2d(_masked(x), (5, 3)),
+    "area": lambda x: F.interpolate(_masked(x), (29, 50), mode="area"),
+    "bilinear": lambda x: F.interpolate(_masked(x), (74, 90), mode="bilinear"),
+    "bilinear, columns": lambda x: F.interpolate(_masked(x), (37, 61), mode="bilinear"),
+    "bilinear, rows, corners": lambda x: F.interpolate(
+        _masked(x), (50, 45), mode="bilinear", align_corners=True
+    ),
+    "antialiased": lambda x: F.interpolate(_masked(x), (19, 23), mode="bilinear", antialias=True),
+    "antialiased, columns": lambda x: F.interpolate(_masked(x), (37, 61), mode="bilinear", antialias=True),
+    "antialiased, cubic, rows": lambda x: F.interpolate(_masked(x), (15, 45), mode="bicubic", antialias=True),
+}
+
+
+@by_name(INFINITE)
+def test_infinite_values_reach_no_result_that_does_not_read_them(case: Function) -> None:
+    image = torch.randn(2, 3, 37, 45, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, expected = all_in_tiles(Applied(case))(image), case(image)
+    assert (expected.isneginf() & found.isneginf()).any() or expected.isnan().any()
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("factors", [(1.04, 1.03), (1.04, 2.0)])
 @pytest.mark.parametrize("antialias", [False, True])
 def test_resizing_that_aten_differentiates_wrongly_is_resident(

@@ -193,7 +193,7 @@ def _members(axis: Adaptive) -> Taps:
     """The sums of all windows as sums of positions with weights, those beyond a window's end being zero."""
     places, sizes = _places(axis), window_sizes(axis)
     weights = (tuple(float(tap < size) for size in sizes) for tap in range(len(places)))
-    return Taps(places, tuple(weights))
+    return Taps(places, tuple(weights), tuple(sizes))
 
 
 @lru_cache(256)

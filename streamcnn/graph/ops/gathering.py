@@ -54,8 +54,10 @@ def _gather_along(x: Tensor, axis: int, taps: Taps, wanted: Interval, at_hand: I
     places = _taken(taps.sources, wanted, at_hand)
     if taps.weights is None:
         return _take(x, axis, places[0])
-    weights = [each[wanted.start : wanted.stop] for each in taps.weights]
-    result: Tensor = _WeightedSum.apply(x, axis, places, weights)  # type: ignore[no-untyped-call]
+    here = slice(wanted.start, wanted.stop)
+    weights = [each[here] for each in taps.weights]
+    missing = [taps.missing(tap, here) for tap in range(len(weights))]
+    result: Tensor = _WeightedSum.apply(x, axis, places, weights, missing)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -67,35 +69,53 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, axis: int, places: list[list[int]], weights: list[tuple[float, ...]]
+        ctx: Any,
+        x: Tensor,
+        axis: int,
+        places: list[list[int]],
+        weights: list[tuple[float, ...]],
+        missing: list[list[bool] | None],
     ) -> Tensor:
-        ctx.taps = (axis, places, weights)
+        ctx.taps = (axis, places, weights, missing)
         ctx.extent, ctx.dtype = x.shape[axis], x.dtype
         shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
         dtype = _sum_dtype(x.dtype)
         total = None
-        for each, factors in zip(places, weights, strict=True):
+        for each, factors, lacks in zip(places, weights, missing, strict=True):
             factor = numbers(factors, dtype, beside=x).reshape(shape)
             # No name for what is taken: it would live until the next tap is taken, too.
             if total is None:
+                # Every result has the first.
                 total = _take(x, axis, each) * factor
-            else:
+            elif lacks is None:
                 total.addcmul_(_take(x, axis, each), factor)
+            else:
+                # Places that are repeated, so that what is taken is a copy; or a single one.
+                taken = _take(x, axis, each)
+                total.addcmul_(_without(taken.clone() if _is_run(each) else taken, lacks, shape), factor)
+                del taken
         assert total is not None
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (axis, places, weights) = grads, ctx.taps
+        (gradient,), (axis, places, weights, missing) = grads, ctx.taps
         shape = [-1 if dim == axis else 1 for dim in range(gradient.dim())]
         dtype = _sum_dtype(gradient.dtype)
         extents = [ctx.extent if dim == axis else extent for dim, extent in enumerate(gradient.shape)]
         device, order = gradient.device, layout(gradient)
         total = torch.empty(extents, dtype=dtype, device=device, memory_format=order).zero_()
-        for each, factors in zip(places, weights, strict=True):
+        for each, factors, lacks in zip(places, weights, missing, strict=True):
             factor = numbers(factors, dtype, beside=gradient).reshape(shape)
-            _add_to(total, axis, each, gradient * factor)
-        return total.to(ctx.dtype), None, None, None
+            given = gradient * factor
+            _add_to(total, axis, each, given if lacks is None else _without(given, lacks, shape))
+            del given
+        return total.to(ctx.dtype), None, None, None, None
+
+
+def _without(values: Tensor, lacks: list[bool], shape: list[int]) -> Tensor:
+    """``values``, with zeros put in where a tap is missing."""
+    return values.masked_fill_(numbers(lacks, torch.bool, beside=values).reshape(shape), 0)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,6 +23,16 @@ class Taps:
     """Of each tap, the position that each result reads."""
     weights: tuple[tuple[float, ...], ...] | None = None
     """Of each tap, its weight in each result; ``None`` where a value is taken as it is."""
+    counts: tuple[int, ...] | None = None
+    """How many of the taps each result has, the others being in no sum; ``None`` where it has all.
+
+    A weight of zero is not enough: with an infinite value it makes NaN.
+    """
+
+    def missing(self, tap: int, results: slice) -> list[bool] | None:
+        """Which of the results lack a tap; ``None`` where none does."""
+        lacks = [] if self.counts is None else [count <= tap for count in self.counts[results]]
+        return lacks if any(lacks) else None
 
     @property
     def access(self) -> Gathered:
@@ -79,8 +89,9 @@ def _nearest(
 def bilinear_taps(num_out: int, size: int, scale: float | None, align_corners: bool) -> Taps:
     """Those of linear interpolation between two neighbours."""
     if num_out == size:
-        # ATen then takes no account of a scale factor that is handed to it.
-        scale = None
+        # ATen then takes no account of a scale factor that is handed to it, and of no neighbour.
+        kept = tuple(range(size))
+        return Taps((kept, kept), ((1.0,) * size, (0.0,) * size))
     places = [max(place, 0.0) for place in _places(num_out, size, scale, align_corners)]
     first = tuple(min(int(place), size - 1) for place in places)
     second = tuple(min(place + 1, size - 1) for place in first)
@@ -134,6 +145,9 @@ def antialiased_taps(
     num_out: int, size: int, scale: float | None, align_corners: bool, kernel: Kernel
 ) -> Taps:
     """Those of a filter that is widened where the result is the coarser grid, as PIL does it."""
+    if num_out == size:
+        # ATen leaves out such an axis, and with it neighbours of weight zero, which may be infinite.
+        return Taps((tuple(range(size)),))
     filtered, reach = kernel
     step = _step(num_out, size, scale, align_corners)
     widening = max(step, 1.0)
@@ -151,4 +165,5 @@ def antialiased_taps(
     return Taps(
         tuple(tuple(window[min(tap, len(window) - 1)] for window in windows) for tap in range(longest)),
         tuple(tuple(each[tap] if tap < len(each) else 0.0 for each in weights) for tap in range(longest)),
+        tuple(map(len, windows)),
     )
