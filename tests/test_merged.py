@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from einops import rearrange
-from helpers import streaming_plan, traced
+from helpers import all_in_tiles, streaming_plan, traced
 from operator_cases import SHAPE, TILE, WIDTH, Applied, after_convolution, assert_streams, by_name
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -238,6 +238,20 @@ RESIDENT: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
 @by_name(RESIDENT)
 def test_other_uses_of_merged_axes_are_resident(case: nn.Module | Callable[[Tensor], Tensor]) -> None:
     assert_streams(case, EVEN, resident=True)
+
+
+@pytest.mark.parametrize("count", [3, 30, 250])
+def test_nan_is_the_last_of_the_smallest_values(count: int) -> None:
+    """Behind infinite ones, and taken only where nothing else is left."""
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 13, 21, dtype=torch.float64)
+
+    def smallest(x: Tensor) -> Tensor:
+        x = x.masked_fill(x > 1.5, torch.inf).masked_fill(x.abs() < 0.2, torch.nan)
+        return x.flatten(2).topk(count, largest=False).values
+
+    found = all_in_tiles(Applied(smallest))(image)
+    torch.testing.assert_close(found, smallest(image), rtol=0, atol=0, equal_nan=True)
 
 
 def test_positions_in_another_order_are_not_paired() -> None:

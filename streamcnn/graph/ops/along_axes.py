@@ -131,7 +131,8 @@ def top_values(tracer: Tracer, ref: Ref, count: int, largest: bool) -> tuple[Ref
     """So many largest or smallest values (..., count) of all positions (..., H, W), and their places."""
     axes = tracer.axes(ref)
     assert axes is not None
-    return _of_sign(tracer, ref, TopPositions(tracer.spec(ref).shape, axes, True, count), largest=largest)
+    reduction = TopPositions(tracer.spec(ref).shape, axes, True, count, nan_first=largest)
+    return _of_sign(tracer, ref, reduction, largest=largest)
 
 
 def _of_sign(tracer: Tracer, ref: Ref, reduction: Selection, *, largest: bool) -> tuple[Ref, Ref]:

@@ -24,6 +24,8 @@ class TopPositions(Selection):
     """
 
     num_values: int
+    nan_first: bool = True
+    """Whether NaN is larger than all, or smaller: it is the last of the smallest of a negated map, too."""
 
     @property
     def needs_values(self) -> bool:
@@ -36,7 +38,7 @@ class TopPositions(Selection):
     def partial(self, x: Tensor, region: Region) -> Partials:
         flat = x.flatten(-2)
         count = min(self.num_values, flat.shape[-1])
-        index = _first_largest(flat, count)
+        index = _first_largest(flat, count, self.nan_first)
         rows = index // region.cols.size + region.rows.start
         places = rows * self.shape[-1] + index % region.cols.size + region.cols.start
         # What a small tile lacks is behind all that there is.
@@ -53,8 +55,15 @@ class TopPositions(Selection):
     def _ordered(self, values: Tensor, places: Tensor) -> Partials:
         """The largest values, largest first, of equal ones those at the first places, and all places."""
         places, order = places.sort(-1)
-        best, by_value = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-        return best[..., : self.num_values], places.gather(-1, by_value)[..., : self.num_values]
+        values = ranked = values.gather(-1, order)
+        if not self.nan_first:
+            # Behind infinite values, and before what stands for none.
+            behind = values.isnan().byte() + 2 * (places == self.nowhere).byte()
+            order = behind.sort(dim=-1, stable=True).indices
+            values, places = values.gather(-1, order), places.gather(-1, order)
+            ranked = values.nan_to_num(-math.inf, math.inf, -math.inf)
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : self.num_values]
+        return values.gather(-1, order), places.gather(-1, order)
 
     def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         places, gradient = terms
@@ -68,10 +77,12 @@ class TopPositions(Selection):
         return found.reshape(*gradient.shape[:-1], height, width)
 
 
-def _first_largest(x: Tensor, count: int) -> Tensor:
+def _first_largest(x: Tensor, count: int, nan_first: bool) -> Tensor:
     """Places along the last axis of so many largest values, in any order; of equal ones the first."""
-    least = x.topk(count, -1).values[..., -1:]
-    rank = torch.where(x.isnan(), 3, torch.where(x > least, 2, torch.where(x == least, 1, 0)))
+    known = x if nan_first else x.nan_to_num(-math.inf, math.inf, -math.inf)
+    least = known.topk(count, -1).values[..., -1:]
+    del known
+    rank = torch.where(x.isnan(), 3 * nan_first, torch.where(x > least, 2, torch.where(x == least, 1, 0)))
     size = x.shape[-1]
     from_behind = torch.arange(size, 0, -1, device=x.device)
     return rank.mul_(size + 1).add_(from_behind).topk(count, -1).indices
