@@ -83,6 +83,16 @@ def test_the_mean_of_equal_values_is_that_value(edge: int) -> None:
         assert merge_rows(Moments(shape, (2, 3), False), 3 * x, height) == (3, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norms_that_are_whole_numbers_are_exact(dtype: torch.dtype) -> None:
+    """Whatever the roots of the tiles' own sums."""
+    for edge, value, height in ((49, 1, 10), (63, 1, 5), (100, 1, 7), (100, 3, 13)):
+        shape = (1, 1, edge, edge)
+        x = torch.full(shape, value, dtype=dtype)
+        assert merge_rows(VectorNorm(shape, (2, 3), False, 2.0), x, height) == (value * edge,)
+        assert merge_rows(VectorNorm(shape, (2, 3), False, 1.0), x, height) == (value * edge**2,)
+
+
 @pytest.mark.parametrize("dims", [(0, 2, 3), (2, 3), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
 def test_equal_values_have_no_variance(dtype: torch.dtype, dims: tuple[int, ...]) -> None:

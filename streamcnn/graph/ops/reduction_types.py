@@ -232,7 +232,7 @@ class Extremum(Placeable):
 
 @dataclass(frozen=True, slots=True)
 class VectorNorm(Placeable):
-    """The p-norm, for finite p >= 1."""
+    """The p-norm, for finite p >= 1, by sums of powers: those of whole numbers are exact, their roots not."""
 
     power: float = 2.0
 
@@ -241,14 +241,16 @@ class VectorNorm(Placeable):
         return (0.0,)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
-        return (torch.linalg.vector_norm(x, self.power, self.dims, dtype=statistics_dtype(x.dtype)),)
+        if x.dtype == torch.float64 and self.power == 2:
+            return (x.square().sum(self.dims),)
+        dtype = torch.complex128 if x.is_complex() else torch.float64
+        return (torch.linalg.vector_norm(x, self.power, self.dims, dtype=dtype).pow(self.power),)
 
     def merge(self, parts: Sequence[Partials]) -> Partials:
-        (norms,) = stacked(parts)
-        return (torch.linalg.vector_norm(norms, self.power, 0, dtype=torch.float64),)
+        return added(parts)
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self._result(parts[0], dtype.to_real()),)
+        return (self._result(parts[0].pow(1 / self.power), dtype.to_real()),)
 
     def gradient_terms(
         self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
