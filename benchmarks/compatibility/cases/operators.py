@@ -730,3 +730,24 @@ class WithProgress(Small):
         for layer in tqdm(self.layers, bar_format="{n}", mininterval=1e9):
             x = torch.tanh(layer(x))
         return x
+
+
+# --- decisions that hang on a rounding ----------------------------------------------------------------
+
+
+def _decided_by_roundings(x: Tensor) -> Tensor:
+    ones = 1 + 0 * x
+    covered = F.adaptive_avg_pool2d(ones, (10, 10)).floor().mean((2, 3), keepdim=True)
+    spread = (0.1 * ones).std((2, 3), keepdim=True)
+    whole = ones.norm(dim=3, keepdim=True).square().amax(2, keepdim=True)
+    return x * covered + x * (spread == 0) + spread * (1 + x) + x * (whole - x.shape[3]).round(decimals=6)
+
+
+def _infinite_scores(x: Tensor) -> Tensor:
+    scores = x.masked_fill(x.detach() > 0.5, -torch.inf)
+    shares = F.interpolate(scores, (9, 11), mode="area").exp()
+    return x * shares.mean((2, 3), keepdim=True) + F.adaptive_avg_pool2d(scores, (10, 9)).exp().mean()
+
+
+CASES.on_map("decisions by coverage, deviation and norm", _decided_by_roundings)
+CASES.on_map("means of scores that are masked by -inf", _infinite_scores)
