@@ -55,8 +55,8 @@ def dynamo_as_wanted() -> Iterator[None]:
                 force_parameter_static_shapes=True,
                 automatic_dynamic_shapes=False,
                 assume_static_by_default=True,
-                # Where they are on, as in PyTorch 2.11, what closures, defaults and flags of parameters are is
-                # not looked at any more if the dicts of modules are as they were.
+                # Where they are on, as in PyTorch 2.11, what closures, defaults and flags of parameters are
+                # is not looked at any more if the dicts of modules are as they were.
                 use_recursive_dict_tags_for_guards=False,
                 skip_guards_on_constant_func_defaults=False,
                 skip_tensor_guards_with_matching_dict_tags=False,
