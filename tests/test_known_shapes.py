@@ -92,6 +92,7 @@ HEADS: dict[str, Head] = {
     "masked_select": lambda net, x: x.mean((2, 3)).masked_select(net.mask),
     "masked_select of a parameter": lambda net, x: x * torch.masked_select(net.scale, net.mask).sum(),
     "masked_select of a map": lambda net, x: torch.masked_select(x, net.mask[:, None, None]),
+    "masked_select by keywords": lambda net, x: torch.masked_select(input=x.mean((2, 3)), mask=net.mask),
     "nonzero": lambda net, x: x[:, torch.nonzero(net.mask).squeeze(1)],
     "nonzero, overwritten": _overwritten,
     "argwhere": lambda net, x: x[:, torch.argwhere(net.mask).flatten()],
@@ -100,6 +101,9 @@ HEADS: dict[str, Head] = {
     "bincount": lambda net, x: x[:, :4] * torch.bincount(net.times)[:, None, None],
     "one_hot": lambda net, x: x.mean((2, 3)) @ F.one_hot(net.times).to(x.dtype),
     "repeat_interleave": lambda net, x: x.repeat_interleave(net.times, 1),
+    "repeat_interleave by keywords": lambda net, x: torch.repeat_interleave(
+        input=x, repeats=net.times, dim=-3
+    ),
     "repeat_interleave of pooled values": lambda net, x: x.mean((0, 2, 3)).repeat_interleave(net.times),
     "repeat_interleave, all as often": lambda net, x: x.mean((0, 2, 3)).repeat_interleave(torch.tensor([2])),
     "repeat_interleave of times": lambda net, x: x[:, torch.repeat_interleave(net.times)],

@@ -82,26 +82,26 @@ class KnownShapes:
         is_array = isinstance(index, np.ndarray) and index.dtype == np.bool_ and index.ndim > 0
         return _beside_the_trace(torch.tensor, index) if is_list or is_array else None
 
-    def _selected(self, x: Tensor, mask: Tensor) -> Any:
-        """``x.masked_select(mask)``."""
+    def _selected(self, input: Tensor, mask: Tensor) -> Any:
+        """``input.masked_select(mask)``."""
         values = self.values_of(mask)
         if values is None:
             return NotImplemented
-        shape = torch.broadcast_shapes(x.shape, values.shape)  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_shapes(input.shape, values.shape)  # type: ignore[no-untyped-call]
         mask = _beside_the_trace(values.expand, shape)
-        return x.expand(shape)[tuple(self._places(mask, x.device))]
+        return input.expand(shape)[tuple(self._places(mask, input.device))]
 
     def _repeated(
-        self, x: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
+        self, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
     ) -> Any:
-        """``x.repeat_interleave(repeats, dim)`` with a number of times for each slice."""
-        times = x if repeats is None else repeats
+        """``input.repeat_interleave(repeats, dim)`` with a number of times for each slice."""
+        times = input if repeats is None else repeats
         values = self.values_of(times) if isinstance(times, Tensor) else None
         if values is None:
             return NotImplemented
         if repeats is None:
             return self._constants(torch.repeat_interleave, values)
-        slices, axis = (x.flatten(), 0) if dim is None else (x, dim)
+        slices, axis = (input.flatten(), 0) if dim is None else (input, dim)
         each = _beside_the_trace(values.expand, slices.shape[axis])
         order = self._constants(torch.repeat_interleave, each)
         return slices.index_select(axis, order)
