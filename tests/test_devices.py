@@ -81,7 +81,7 @@ def test_a_model_of_buffers_alone_is_captured_on_their_device() -> None:
     "make",
     [
         lambda device: dropout.draw_seed(device=device),
-        lambda device: pooling._reciprocal((4, 6), (1, 1, 1, 2), dtype=torch.float32, device=device),
+        lambda device: pooling._numbers((4, 6), (1, 1, 1, 2), dtype=torch.float32, device=device),
         lambda device: constants.brought(torch.rand(3), device),
     ],
     ids=["seed of dropout", "divisors of pooling", "values"],
@@ -123,5 +123,5 @@ def test_a_card_has_a_constant_made_once(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("mode", [FakeTensorMode, FunctionalTensorMode])
 def test_what_is_recorded_to_be_compiled_pins_nothing(mode: Any) -> None:
     with mode():
-        assert constants._is_traced(torch.rand(3))
-    assert not constants._is_traced(torch.rand(3))
+        assert constants.is_traced(torch.rand(3))
+    assert not constants.is_traced(torch.rand(3))

@@ -7,6 +7,7 @@ caller's own hooks, modes and compilers, and what the code does besides computin
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,8 @@ class ForwardPass:
             # Where this fails as well, it is the image or an argument that is wrong.
             if can_try:
                 self._unguardable.add(mode)
+                # What Dynamo leaves of its attempt refers to parameters, which could not be exchanged.
+                gc.collect()
             try:
                 with function_modes_aside():
                     results = run_beside_others(capture.graph, capture.states)

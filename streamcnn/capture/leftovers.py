@@ -196,10 +196,10 @@ def _left_behind(where: str) -> str:
 
 def refuse_remaining(made: list[weakref.ref[Tensor]]) -> None:
     """Raise if a tensor that was made while tracing is still held, by a hook's closure for example."""
-    # The collector was off, so cycles of the trace are in its youngest generation; all others take long.
-    for generation in (0, 2):
-        if any(reference() is not None for reference in made):
-            gc.collect(generation)
+    # The collector was off: cycles of the trace, which refer to parameters, are in its youngest generation.
+    gc.collect(0)
+    if any(reference() is not None for reference in made):
+        gc.collect()
     for reference in made:
         tensor = reference()
         if tensor is not None:
