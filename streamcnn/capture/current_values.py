@@ -53,7 +53,8 @@ class CurrentValues:
     def set(self, node: FxNode, value: Any) -> None:
         """Note what a node has given."""
         self._values[node] = value
-        self._hold(node, value)
+        if isinstance(value, Ref):
+            self._holders[value.name] = node
 
     def set_same(self, node: FxNode, other: FxNode) -> None:
         """Note that a node gives another one's value, whatever that holds."""
@@ -100,10 +101,6 @@ class CurrentValues:
                 new[member] = self._calls.append(node, name, revalued, args, {})
                 self._calls.grad = inside
             unseen = unseen or (self._calls.ambient and is_detached(member))
-
-    def _hold(self, node: FxNode, value: Any) -> None:
-        if isinstance(value, Ref):
-            self._holders[value.name] = node
 
     def unknown_writes(self) -> Iterator[Overwrite]:
         """The writes that autograd does not know of, as those through ``.data``."""

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+
+from streamcnn.capture.known_values import called_on_values
+from streamcnn.graph.flattening import beside_the_trace
 
 _SELECT = frozenset({torch.masked_select, Tensor.masked_select})
 _REPEAT = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})
@@ -54,16 +55,9 @@ class KnownShapes:
         if function in _REPEAT:
             return self._repeated(*args, **kwargs)
         if function in _FIND or (function in _WHERE and len(args) + len(kwargs) == 1):
-            return self._found(function, args, kwargs)
+            found = called_on_values(function, args, kwargs, self.values_of)
+            return pytree.tree_map_only(Tensor, self.constant, found)
         return NotImplemented
-
-    def _found(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        given, structure = pytree.tree_flatten((args, dict(kwargs)))
-        values = [self.values_of(each) if isinstance(each, Tensor) else each for each in given]
-        if any(isinstance(each, Tensor) and value is None for each, value in zip(given, values, strict=True)):
-            return NotImplemented
-        args, kwargs = pytree.tree_unflatten(values, structure)
-        return self._constants(function, *args, **kwargs)
 
     def _indexed(self, x: Tensor, index: Any) -> Any:
         """``x[index]``, with the places that masks pick in place of the masks."""
@@ -116,5 +110,5 @@ class KnownShapes:
 
 
 def _beside_the_trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+    with beside_the_trace():
         return function(*args, **kwargs)

@@ -11,7 +11,7 @@ drawn as when the pass runs, which begins with the generator as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node as FxNode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import may_draw
-from streamcnn.graph.flattening import UPDATING, Whole, proxy_of
+from streamcnn.graph.flattening import UPDATING, Whole, beside_the_trace, proxy_of
 from streamcnn.graph.registry import is_seeded
 
 _MOST_DRAWN = 2**16
@@ -68,8 +67,7 @@ class KnownValues:
         if proxy is None:
             return None
         with (
-            disable_proxy_modes_tracing(),
-            unset_fake_temporarily(),
+            beside_the_trace(),
             torch._C.DisableTorchFunction(),
             torch.no_grad(),
             _generator_kept(),
@@ -100,6 +98,25 @@ class KnownValues:
             return constant if isinstance(constant, Tensor) else None
         known = self._states.get(node.name) if node.op == "placeholder" else None
         return None if known is None else known.value
+
+
+def called_on_values(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values_of: Callable[[Tensor], Tensor | None],
+) -> Any:
+    """What a function gives on the values of traced tensors; ``NotImplemented`` if some are not known.
+
+    ``values_of`` gives those of a tensor, or None.
+    """
+    given, structure = pytree.tree_flatten((args, dict(kwargs)))
+    values = [values_of(each) if isinstance(each, Tensor) else each for each in given]
+    if any(isinstance(each, Tensor) and value is None for each, value in zip(given, values, strict=True)):
+        return NotImplemented
+    args, kwargs = pytree.tree_unflatten(values, structure)
+    with beside_the_trace():
+        return function(*args, **kwargs)
 
 
 def _history(node: FxNode) -> list[FxNode]:

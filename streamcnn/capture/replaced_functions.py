@@ -15,7 +15,6 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph
@@ -28,7 +27,7 @@ from streamcnn.capture.blind import gaussian_nll_loss, observers_blind
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING
+from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, beside_the_trace
 
 
 @contextmanager
@@ -83,7 +82,7 @@ _FROM_NUMPY = torch.from_numpy
 
 def _from_numpy(array: Any) -> Tensor:
     """``torch.from_numpy``, whose result is in the array's memory; while tracing it would be in a copy."""
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+    with beside_the_trace():
         return _FROM_NUMPY(array)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.capture.blind import BLIND
 from streamcnn.capture.known_shapes import KnownShapes
-from streamcnn.capture.known_values import KnownValues
+from streamcnn.capture.known_values import KnownValues, called_on_values
 from streamcnn.capture.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import drawn_between, proxy_of
+from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of
 from streamcnn.graph.in_place import resized
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -35,7 +35,6 @@ _ASKED = _COPIES | {
     getattr(place, name) for place in (torch, Tensor) for name in ("equal", "allclose", "is_nonzero")
 }
 """Functions that give what they have found in values to Python."""
-_UNKNOWN = object()
 _READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
 """Methods that give a tensor's values to Python; the last two, with the memory that they are in."""
 
@@ -92,13 +91,12 @@ class Watch(TorchFunctionMode):
                 "use torch.no_grad() for the block"
             )
         if func in _READS and self._is_from_outside(args[0]):
-            with disable_proxy_modes_tracing(), unset_fake_temporarily():
+            with beside_the_trace():
                 return func(*args, **(kwargs or {}))
         if func in _ASKED:
-            known = pytree.tree_map_only(Tensor, self._values, (args, kwargs or {}))
-            if not any(each is _UNKNOWN for each in pytree.tree_leaves(known)):
-                with disable_proxy_modes_tracing(), unset_fake_temporarily():
-                    return func(*known[0], **known[1])
+            found = called_on_values(func, args, kwargs or {}, self._values)
+            if found is not NotImplemented:
+                return found
         func = BLIND.get(func, func)
         args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -153,11 +151,10 @@ class Watch(TorchFunctionMode):
         """What stands for a tensor that was worked out beside the trace; it is the forward pass's own."""
         return self._traced(tensor).clone()
 
-    def _values(self, tensor: Tensor) -> Any:
-        """The values that a tensor has now, or a mark that they depend on the image."""
+    def _values(self, tensor: Tensor) -> Tensor | None:
+        """The values that a tensor has now, unless they depend on the image."""
         _, stand_in = self.stand_ins.get(id(tensor), (tensor, tensor))
-        found = self.known.of(stand_in)
-        return _UNKNOWN if found is None else found
+        return self.known.of(stand_in)
 
     def _is_from_outside(self, tensor: Tensor) -> bool:
         """Whether a tensor has values, and those that it has where it is read."""

@@ -219,8 +219,15 @@ def proxy_of(tensor: Tensor) -> Any:
 
 def on_meta(tensor: Tensor) -> Tensor:
     """A tensor like ``tensor`` on the meta device, which no mode sees being made."""
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+    with beside_the_trace():
         return _another(tensor, "meta")
+
+
+@contextmanager
+def beside_the_trace() -> Iterator[None]:
+    """A block whose tensors have values, and of which nothing is recorded."""
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        yield
 
 
 def _another(tensor: Tensor, device: torch.device | str) -> Tensor:
