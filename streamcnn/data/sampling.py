@@ -168,7 +168,7 @@ class ResumableSampler(Sampler[int]):
         positions: Sequence[int] = range(self._length)
         if self._labels is not None:
             each = self._drawn_length() // max(1, len(_by_label(self._labels)))
-            positions = balanced_subset(self._labels, each, seed=_seed(f"epoch {self._seed} {epoch}"))
+            positions = balanced_subset(self._labels, each, seed=seed_of(f"epoch {self._seed} {epoch}"))
         order = _shuffled(positions, f"order {self._seed} {epoch}") if self._shuffle else list(positions)
         return order[: len(self)]
 
@@ -208,9 +208,10 @@ def _division_key(seed: int, label: Hashable) -> str:
 
 def _shuffled(positions: Sequence[int], key: str) -> list[int]:
     """``positions`` in an order that ``key`` decides, by raw words of a generator: they never change."""
-    words = np.random.Philox(_seed(key)).random_raw(max(1, len(positions)))
+    words = np.random.Philox(seed_of(key)).random_raw(max(1, len(positions)))
     return [positions[at] for at in np.argsort(words[: len(positions)], kind="stable")]
 
 
-def _seed(key: str) -> int:
+def seed_of(key: str) -> int:
+    """A seed of 128 bits, the same for the same text on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
