@@ -65,9 +65,11 @@ class Optimisation:
         UnsupportedModel
             If one is sparse.
         """
+        if processes.count == 1:
+            return
         parameters = [each for each in self._net.parameters() if each.requires_grad]
         layouts = processes.gathered([_layout_of(each.grad) for each in parameters])
-        if processes.count > 1 and "sparse" in " ".join(chain.from_iterable(layouts)):
+        if "sparse" in " ".join(chain.from_iterable(layouts)):
             raise UnsupportedModel(
                 "the model has sparse gradients, which are not added up among processes: make its embeddings "
                 "with sparse=False, or train in one process"
