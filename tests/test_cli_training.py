@@ -260,6 +260,9 @@ def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run:
     assert log_without_times(workplace / "other") == log_without_times(workplace / "run")
 
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -269,7 +272,8 @@ def test_the_same_command_goes_on_and_another_one_does_not(workplace: Path, run:
         ({"validation-share": 2}, "validation_share=2.0: allowed are shares between 0 and 1"),
         ({"model-option": "width"}, "--model-option: cannot read 'width': allowed is KEY=VALUE"),
         ({"budget": "many"}, "--budget: "),
-        ({"device": "cuda:99x"}, "device='cuda:99x': there is cpu"),
+        ({"device": "cuda:99x"}, "device='cuda:99x': allowed are cpu and cuda"),
+        pytest.param({"device": "cuda"}, "device='cuda': there is cpu here", marks=without_gpu),
         ({"model-option": "depth=3"}, "factories:small cannot be called with depth=3: got an unexpected"),
         ({"schedule": "StepLR"}, "schedule='StepLR' with schedule_options={}: "),
     ],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +22,10 @@ from torch import nn
 
 from streamcnn import StreamingModel, TensorSource
 from streamcnn.data.reader import BatchReader
-from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, StreamError, TrainingDiverged
+from streamcnn.errors import CannotWrite, CorruptImage, RunInUse, RunMismatch, StreamError, TrainingDiverged
 from streamcnn.geometry.regions import Region
 from streamcnn.support.signals import StoppedAtOnce, heeding
-from streamcnn.training import load_run, make_trainer, read_log
+from streamcnn.training import load_run, make_trainer, read_log, write_report
 from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.evaluation import score
 from streamcnn.training.lock import HOLDER, LOCK, holding
@@ -156,6 +158,30 @@ def test_a_run_does_not_go_on_with_the_other_kind_of_place(tmp_path: Path, name:
     with pytest.raises(StreamError, match=rf"{name}.* (cannot be read|is no regular file|Is a directory)"):
         one_more_epoch(folder)
     assert not (folder / HOLDER).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_run_of_a_gpu_is_used_on_a_machine_without_one(tmp_path: Path, run: Run) -> None:
+    folder = make_run(tmp_path)
+    values = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**values, "device": "cuda"}))
+    message = re.escape(
+        "run.json: device='cuda': there is cpu here: give another device, such as --device cpu"
+    )
+    with pytest.raises(RunMismatch, match=message):
+        load_run(folder, trust=[FACTORY])
+    assert load_run(folder, trust=[FACTORY], device="cpu").config.device == "cpu"
+    with pytest.raises(ValueError, match="device='cuda:3': there is cpu here"):
+        load_run(folder, trust=[FACTORY], device="cuda:3")
+    write_report(folder)
+    command = ("evaluate", folder, f"--trust={FACTORY}", "--split=train")
+    assert run(*command)[0] == 1
+    assert run(*command, "--device=cpu")[0] == 0
+    status, _, err = run(*command, "--device=tpu")
+    assert (status, err) == (
+        2,
+        "streamcnn: error: device='tpu': allowed are cpu and cuda, or one GPU of several, such as cuda:1\n",
+    )
 
 
 def one_more_epoch(folder: Path) -> None:

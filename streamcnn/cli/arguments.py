@@ -46,6 +46,7 @@ ChannelsLast = Annotated[
     ),
 ]
 Budget = Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")]
+Device = Annotated[str | None, typer.Option(help="cpu, or cuda; default: the run's.")]
 Inputs = Annotated[
     str | None,
     typer.Option(

@@ -20,18 +20,29 @@ if TYPE_CHECKING:
     from streamcnn.data.dataset import ImageDataset
     from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.training import Score, Task, TrainedRun
+    from streamcnn.training.processes import Processes
 
 
 def print_score(
-    trained: TrainedRun, task: Task[Any], images: ImageDataset, *, batch: int, as_json: bool
+    trained: TrainedRun,
+    task: Task[Any],
+    images: ImageDataset,
+    processes: Processes,
+    *,
+    batch: int,
+    as_json: bool,
 ) -> None:
     """Print loss, accuracy and which images are taken wrongly."""
     from streamcnn.training import score
     from streamcnn.training.batch_sizes import require_one_size_in_order
 
-    images.renumber(trained.classes)
-    require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
-    found = score(trained.model, images, batch_size=batch, device=trained.config.device)
+    with processes.agreeing():
+        images.renumber(trained.classes)
+        require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
+    device = trained.config.device
+    found = score(trained.model, images, batch_size=batch, each=processes.divided, device=device)
+    if not processes.is_first:
+        return
     if as_json:
         mistakes = {
             images.names[at]: prediction
@@ -50,33 +61,43 @@ def predict(
     columns: tuple[str, ...],
     choice: ImageChoice,
     maps: MapOptions,
+    processes: Processes,
     *,
     other_pixels: bool,
     as_json: bool,
 ) -> None:
-    """Print the class of each image and its probability."""
-    if maps.given:
-        exit_for_wrong_usage(
-            f"{', '.join(maps.given)}: the run is of a classifier, whose answers are printed: leave it out"
-        )
+    """Print the class of each image of this process and its probability."""
+    with processes.agreeing():
+        if maps.given:
+            exit_for_wrong_usage(
+                f"{', '.join(maps.given)}: the run is of a classifier, whose answers are printed: leave it "
+                "out"
+            )
+        for at, (path, source, *further) in processes.dealt(enumerate(open_images(images, columns, choice))):
+            if not other_pixels:
+                trained.require_as_trained(source, str(path))
+            _print_class(trained, at, path, source, further, as_json=as_json)
+
+
+def _print_class(
+    trained: TrainedRun, at: int, path: Path, source: ImageSource, further: list[Tensor], *, as_json: bool
+) -> None:
+    """Print the class of the image at a position, and its probability."""
     import torch
 
     from streamcnn.training.evaluation import require_finite
     from streamcnn.training.naming import naming
 
-    for at, (path, source, *further) in enumerate(open_images(images, columns, choice)):
-        if not other_pixels:
-            trained.require_as_trained(source, str(path))
-        with torch.no_grad(), naming("prediction", [at], [str(path)]):
-            logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
-        require_finite(logits, [at], [str(path)])
-        probability, label = logits[0].double().softmax(0).max(0)
-        name = trained.class_name(int(label))
-        if as_json:
-            fields = {"image": str(path), "label": int(label), "class": name}
-            typer.echo(json.dumps({**fields, "probability": float(probability)}))
-        else:
-            typer.echo(printable(f"{path}: {name}, {float(probability):.1%}"))
+    with torch.no_grad(), naming("prediction", [at], [str(path)]):
+        logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
+    require_finite(logits, [at], [str(path)])
+    probability, label = logits[0].double().softmax(0).max(0)
+    name = trained.class_name(int(label))
+    if as_json:
+        fields = {"image": str(path), "label": int(label), "class": name}
+        typer.echo(json.dumps({**fields, "probability": float(probability)}))
+    else:
+        typer.echo(printable(f"{path}: {name}, {float(probability):.1%}"))
 
 
 def open_images(

@@ -18,6 +18,7 @@ from rich.console import Console
 from streamcnn.cli.arguments import (
     Budget,
     ChannelsLast,
+    Device,
     Inputs,
     Level,
     OtherPixels,
@@ -85,6 +86,7 @@ def explain(
     level: Level = None,
     channels_last: ChannelsLast = None,
     budget: Budget = None,
+    device: Device = None,
     trust: Trust = None,
     other_pixels: OtherPixels = False,
 ) -> None:
@@ -99,7 +101,7 @@ def explain(
     options = _options_given(method.value, chosen.options, samples=samples, noise=noise, steps=steps)
     require_new(out)
     parse("--colours", partial(colour_table, is_signed=chosen.is_signed), colours)
-    trained = load_trained(run, budget, trust)
+    trained = load_trained(run, budget, device, trust)
     _require_classifier(run, trained)
     columns = columns_of(trained, inputs)
     choice = choice_of(series, level, channels_last, otherwise=trained.choice)

@@ -21,8 +21,9 @@ from streamcnn.support.units import plural
 
 if TYPE_CHECKING:
     from streamcnn.data.mask_dataset import MaskDataset
-    from streamcnn.data.sources import ImageChoice
+    from streamcnn.data.sources import ImageChoice, ImageSource
     from streamcnn.training import Segmentation, Segmented, TrainedRun
+    from streamcnn.training.processes import Processes
 
 
 class MapKind(StrEnum):
@@ -63,24 +64,34 @@ class MapOptions:
 
 
 def print_score(
-    trained: TrainedRun, task: Segmentation, images: MaskDataset, *, batch: int, as_json: bool
+    trained: TrainedRun,
+    task: Segmentation,
+    images: MaskDataset,
+    processes: Processes,
+    *,
+    batch: int,
+    as_json: bool,
 ) -> None:
     """Print loss, and IoU and Dice of the classes."""
     import torch
 
     from streamcnn.training.batch_sizes import require_one_size_in_order
-    from streamcnn.training.processes import in_turn
 
-    require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
-    task.check(trained.model, {"evaluation": images}, lambda: None)
+    def check() -> None:
+        require_one_size_in_order(images, batch, advice="take one at a time, with --batch 1")
+        task.check(trained.model, {"evaluation": images}, lambda: None)
+
+    processes.first(check)
     found = task.evaluate(
         trained.model,
         images,
         batch_size=batch,
         casting=nullcontext,
-        each=in_turn,
+        each=processes.divided,
         device=torch.device(trained.config.device),
     )
+    if not processes.is_first:
+        return
     if as_json:
         score = found.score
         fields = {
@@ -122,37 +133,49 @@ def predict(
     columns: tuple[str, ...],
     choice: ImageChoice,
     maps: MapOptions,
+    processes: Processes,
     *,
     other_pixels: bool,
     as_json: bool,
 ) -> None:
-    """Write a map of each image, whole or not at all, and print where it is."""
-    if maps.output is None:
-        exit_for_wrong_usage(
-            "--output: the run is of a segmentation: give the folder that maps are written to"
-        )
+    """Write a map of each image of this process, whole or not at all, and print where it is."""
     from streamcnn.data.sources import open_chosen
+
+    # Each looks before any writes.
+    with processes.agreeing():
+        if maps.output is None:
+            exit_for_wrong_usage(
+                "--output: the run is of a segmentation: give the folder that maps are written to"
+            )
+        ending = f".{(maps.format or MapFormat.zarr).value}"
+        places = {maps.output / f"{name}{ending}": path for name, path in _named(images, choice).items()}
+        _require_free(list(places), overwrite=maps.overwrite)
+    with processes.agreeing():
+        for at, (place, path) in processes.dealt(enumerate(places.items())):
+            source = open_chosen(path, choice)
+            if not other_pixels:
+                trained.require_as_trained(source, str(path))
+            _write_map(trained, at, source, path, place, maps)
+            fields = {"image": str(path), "map": str(place), "class_names": trained.classes}
+            typer.echo(json.dumps(fields) if as_json else printable(f"{path}: {place}"))
+
+
+def _write_map(
+    trained: TrainedRun, at: int, source: ImageSource, path: Path, place: Path, maps: MapOptions
+) -> None:
+    """Write the map of the image at a position."""
     from streamcnn.training.naming import naming
 
-    ending = f".{(maps.format or MapFormat.zarr).value}"
-    places = {maps.output / f"{name}{ending}": path for name, path in _named(images, choice).items()}
-    _require_free(list(places), overwrite=maps.overwrite)
-    for at, (place, path) in enumerate(places.items()):
-        source = open_chosen(path, choice)
-        if not other_pixels:
-            trained.require_as_trained(source, str(path))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with naming("prediction", [at], [str(path)]):
-            trained.model.predict_to(
-                source,
-                place,
-                output=(maps.map or MapKind.classes).value,
-                key=trained.config.key,
-                overwrite=maps.overwrite,
-                class_names=trained.classes,
-            )
-        fields = {"image": str(path), "map": str(place), "class_names": trained.classes}
-        typer.echo(json.dumps(fields) if as_json else printable(f"{path}: {place}"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with naming("prediction", [at], [str(path)]):
+        trained.model.predict_to(
+            source,
+            place,
+            output=(maps.map or MapKind.classes).value,
+            key=trained.config.key,
+            overwrite=maps.overwrite,
+            class_names=trained.classes,
+        )
 
 
 def _named(paths: Sequence[Path], choice: ImageChoice) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from streamcnn.cli import classifying, segmenting
 from streamcnn.cli.arguments import (
     Budget,
     ChannelsLast,
+    Device,
     EmptyMasks,
     Inputs,
     Json,
@@ -26,11 +27,12 @@ from streamcnn.cli.arguments import (
     parse_names,
 )
 from streamcnn.cli.option_groups import with_option_groups
+from streamcnn.cli.processes import joined
 from streamcnn.cli.segmenting import MapOptions
 from streamcnn.support.units import parse_bytes
 
 if TYPE_CHECKING:
-    from streamcnn.training import TrainedRun
+    from streamcnn.training import RunConfig, Task, TrainedRun
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train wrote.")]
 Trust = Annotated[
@@ -55,6 +57,7 @@ def evaluate(
     channels_last: ChannelsLast = None,
     split: Annotated[str, typer.Option(help="Images to evaluate.")] = "test",
     budget: Budget = None,
+    device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
     trust: Trust = None,
     other_pixels: OtherPixels = False,
@@ -64,28 +67,24 @@ def evaluate(
 
     Inputs are the columns that it was trained with, and images are read as they were then, unless told
     otherwise.
-    """
-    trained = load_trained(run, budget, trust)
-    columns = columns_of(trained, inputs)
-    from streamcnn.data.tile_store import is_tile_store
 
-    config = trained.config
-    where = config.data if data is None else data
-    # The masks of the run belong to its images.
-    folder = config.masks if data is None and masks is None else masks
-    try:
-        empty = empty_masks or config.empty_masks
-        task = replace(config, data=where, masks=folder, empty_masks=empty, inputs=columns).make_task()
-    except ValueError as error:
-        exit_for_wrong_usage(str(error))
-    # What is in a tile store was read when it was written.
-    as_trained = None if is_tile_store(where) else trained.choice
-    choice = choice_of(series, level, channels_last, otherwise=as_trained)
-    images = task.open_images(where, split, choice=choice)
-    if not other_pixels:
-        # The others are of the same kind, or the data set were refused.
-        trained.require_as_trained(images[0][0], f"{images.names[0]} in {where}")
-    _TASKS[config.task].print_score(trained, task, images, batch=batch, as_json=as_json)
+    Several processes divide the images:
+    torchrun --nproc-per-node 4 -m streamcnn evaluate ...
+    """
+    with joined() as processes:
+        with processes.agreeing():
+            trained = load_trained(run, budget, device, trust)
+            try:
+                config = _with_data(trained.config, data, masks, empty_masks, columns_of(trained, inputs))
+                task = config.make_task()
+            except ValueError as error:
+                exit_for_wrong_usage(str(error))
+            images = _open_images(trained, task, config.data, split, series, level, channels_last)
+            if not other_pixels:
+                # The others are of the same kind, or the data set were refused.
+                trained.require_as_trained(images[0][0], f"{images.names[0]} in {config.data}")
+        print_score = _TASKS[config.task].print_score
+        print_score(trained, task, images, processes, batch=batch, as_json=as_json)
 
 
 @with_option_groups
@@ -104,6 +103,7 @@ def predict(
     level: Level = None,
     channels_last: ChannelsLast = None,
     budget: Budget = None,
+    device: Device = None,
     trust: Trust = None,
     other_pixels: OtherPixels = False,
     as_json: Json = False,
@@ -113,12 +113,51 @@ def predict(
     A classifier that was trained with inputs finds them in a CSV file, in the columns that it was trained
     with unless others are named; labels are not needed. Images are read as in training, unless told
     otherwise.
+
+    Several processes divide the images, each of which prints its lines as they come:
+    torchrun --nproc-per-node 4 -m streamcnn predict ...
     """
-    trained = load_trained(run, budget, trust)
-    columns = columns_of(trained, inputs)
-    choice = choice_of(series, level, channels_last, otherwise=trained.choice)
-    print_or_write = _TASKS[trained.config.task].predict
-    print_or_write(trained, images, columns, choice, maps, other_pixels=other_pixels, as_json=as_json)
+    with joined() as processes:
+        with processes.agreeing():
+            trained = load_trained(run, budget, device, trust)
+            columns = columns_of(trained, inputs)
+            choice = choice_of(series, level, channels_last, otherwise=trained.choice)
+        print_or_write = _TASKS[trained.config.task].predict
+        print_or_write(
+            trained, images, columns, choice, maps, processes, other_pixels=other_pixels, as_json=as_json
+        )
+
+
+def _with_data(
+    config: RunConfig, data: str | None, masks: str | None, empty_masks: bool, columns: tuple[str, ...]
+) -> RunConfig:
+    """A run's config with other images, if they are given; its masks belong to its own."""
+    folder = config.masks if data is None and masks is None else masks
+    return replace(
+        config,
+        data=config.data if data is None else data,
+        masks=folder,
+        empty_masks=empty_masks or config.empty_masks,
+        inputs=columns,
+    )
+
+
+def _open_images(
+    trained: TrainedRun,
+    task: Task[Any],
+    data: str,
+    split: str,
+    series: int | None,
+    level: int | None,
+    channels_last: bool | None,
+) -> Any:
+    """The images to evaluate, read as in training unless told otherwise."""
+    from streamcnn.data.tile_store import is_tile_store
+
+    # What is in a tile store was read when it was written.
+    as_trained = None if is_tile_store(data) else trained.choice
+    choice = choice_of(series, level, channels_last, otherwise=as_trained)
+    return task.open_images(data, split, choice=choice)
 
 
 def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
@@ -135,9 +174,18 @@ def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
     return columns or expected
 
 
-def load_trained(run: Path, budget: str | None, trust: list[str] | None) -> TrainedRun:
-    """The model of a run; wrong text for a budget ends the command as wrong usage."""
+def load_trained(run: Path, budget: str | None, device: str | None, trust: list[str] | None) -> TrainedRun:
+    """The model of a run; wrong text for budget or device ends the command as wrong usage."""
     budget_bytes = parse("--budget", parse_bytes, budget)
+    from streamcnn.support.processes import take_own_gpu
     from streamcnn.training import load_run
+    from streamcnn.training.config import require_device
+    from streamcnn.training.runs import read_run
 
-    return load_run(run, budget=budget_bytes, trust=trust or ())
+    try:
+        if device is not None:
+            require_device(device)
+        take_own_gpu(read_run(run).device if device is None else device)
+    except ValueError as error:
+        exit_for_wrong_usage(str(error))
+    return load_run(run, budget=budget_bytes, device=device, trust=trust or ())

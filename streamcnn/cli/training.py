@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from streamcnn.cli.arguments import Model, exit_for_wrong_usage
 from streamcnn.cli.ending import say_ending, status_of
 from streamcnn.cli.option_groups import with_option_groups
+from streamcnn.cli.processes import joined
 from streamcnn.cli.training_options import RunOptions, SettingsOptions
 from streamcnn.cli.training_progress import TrainingProgress
 from streamcnn.errors import StreamError
@@ -45,33 +45,28 @@ def train(
     torchrun --nproc-per-node 4 -m streamcnn train ...
     """
     make_config = run.config(model, data, settings)
-    try:
-        from streamcnn.support.processes import join, leave, take_own_gpu
-        from streamcnn.training.processes import Processes
+    with joined() as processes:
+        try:
+            from streamcnn.support.processes import take_own_gpu
 
-        join()
-        processes = Processes.present()
-        if not processes.is_first:
-            warnings.simplefilter("ignore")  # the first one's are the same
-        with processes.agreeing():
-            take_own_gpu(run.device)
-            config = make_config()
-            require("matplotlib.figure", extra="plots")  # now rather than after the run
-            from streamcnn.training import make_trainer
+            with processes.agreeing():
+                take_own_gpu(run.device)
+                config = make_config()
+                require("matplotlib.figure", extra="plots")  # now rather than after the run
+                from streamcnn.training import make_trainer
 
-            trainer = make_trainer(config, out, events=tensorboard)
-    except StreamError:
-        raise  # what is on the disk is at fault, not the command
-    except ValueError as error:
-        exit_for_wrong_usage(str(error))
-    # Of several processes the first one says what all do.
-    console = Console(quiet=not processes.is_first)
-    if processes.count > 1:
-        size = trainer.settings.images_per_update
-        console.print(f"{processes.count} processes, updates of {plural(size, 'image')}", highlight=False)
-    result = _run(trainer, config.budget, console)
-    processes.first(lambda: _print_result(trainer, result, out, console))
-    leave()
+                trainer = make_trainer(config, out, events=tensorboard)
+        except StreamError:
+            raise  # what is on the disk is at fault, not the command
+        except ValueError as error:
+            exit_for_wrong_usage(str(error))
+        # Of several processes the first one says what all do.
+        console = Console(quiet=not processes.is_first)
+        if processes.count > 1:
+            size = trainer.settings.images_per_update
+            console.print(f"{processes.count} processes, updates of {plural(size, 'image')}", highlight=False)
+        result = _run(trainer, config.budget, console)
+        processes.first(lambda: _print_result(trainer, result, out, console))
 
 
 def _run(trainer: Trainer, budget: int | None, console: Console) -> TrainResult:

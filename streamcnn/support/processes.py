@@ -6,6 +6,7 @@ import atexit
 import os
 from contextlib import suppress
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 from torch import distributed as dist
@@ -35,6 +36,9 @@ def join() -> None:
     """Work together with the processes that ``torchrun`` has started beside this one, if it has."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return
+    # Its functions have the group of their import as a default, and would keep it beyond `leave`: threads of
+    # the group that are alive when the interpreter ends may abort the process.
+    import_module("torch.distributed.nn")
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=_WAIT)
     atexit.register(leave)  # after an error too, lest threads of the group abort the process

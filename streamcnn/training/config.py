@@ -73,6 +73,7 @@ class RunConfig:
     tile: tuple[int, int] | None = None
     """Height and width in pixels; None leaves it to the planner."""
     device: str = "cpu"
+    """``"cpu"``, ``"cuda"``, or one GPU of several; it need not be here until the model is made."""
     choice: ImageChoice = DEFAULT_CHOICE
     """Which image of each file, in which resolution, and where its channels are."""
     normalise: Normalise = field(default_factory=Normalise)
@@ -89,7 +90,7 @@ class RunConfig:
             raise ValueError(f"tile={self.tile}: allowed are heights and widths of 1 pixel and more, or None")
         require_flat("model_options", self.model_options)
         check_inputs(self.inputs)
-        _require_device(self.device)
+        _require_device_name(self.device)
         self.make_task()
 
     def make_task(self) -> Task[Any]:
@@ -226,12 +227,27 @@ def divides_by_type(values: Mapping[str, Any]) -> bool:
     return isinstance(normalise, dict) and normalise.get("divisor", "type") == "type"
 
 
-def _require_device(name: str) -> None:
-    """Make sure that there is such a device."""
+def require_device(name: str) -> None:
+    """Make sure that there is such a device here.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the text says what there is.
+    """
+    _require_device_name(name)
+    present, device = present_devices(), torch.device(name)
+    if device.type not in present:
+        raise ValueError(f"device={name!r}: there is {' and '.join(present)} here")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+
+
+def _require_device_name(name: str) -> None:
+    """Make sure that a model can be on a device of this name, here or on another machine."""
     try:
         kind = torch.device(name).type
     except RuntimeError:
         kind = ""
-    present = present_devices()
-    if kind not in present:
-        raise ValueError(f"device={name!r}: there is {' and '.join(present)} here")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: allowed are cpu and cuda, or one GPU of several, such as cuda:1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 import torch
@@ -85,6 +85,10 @@ class Processes:
         In the order of the processes they are all items in their order. The first has one, if any has.
         """
         return range(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
+
+    def dealt(self, items: Iterable[T]) -> Iterator[T]:
+        """Those of many items that are this process's: each in turn has the next one."""
+        return islice(items, self.rank, None, self.count)
 
     def meet_in(self, net: nn.Module) -> bool:
         """Whether they wait for each other in the course of a training pass, by synchronised batch norms."""

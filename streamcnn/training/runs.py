@@ -32,7 +32,7 @@ from streamcnn.support.documents import conform, parse_json, read_within
 from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, require_trust
 from streamcnn.support.units import plural
 from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
-from streamcnn.training.config import OF_TASKS, RUN, RunConfig, divides_by_type
+from streamcnn.training.config import OF_TASKS, RUN, RunConfig, divides_by_type, require_device
 from streamcnn.training.records import Listener
 from streamcnn.training.state import progress_of, require_state
 from streamcnn.training.trainer import Trainer
@@ -46,10 +46,11 @@ def make_trainer(
     Raises
     ------
     DatasetMismatch, ValueError
-        If there are no such images, masks or inputs, or no such model.
+        If there are no such images, masks or inputs, no such model, or no such device here.
     RunMismatch
         If the run's file has names of classes that cannot be such.
     """
+    require_device(config.device)
     found = _found(folder)
     config = _named_as_before(config, found, folder / RUN)
     if divides_by_type(found):
@@ -147,7 +148,9 @@ class TrainedRun:
         )
 
 
-def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] = ()) -> TrainedRun:
+def load_run(
+    folder: Path, *, budget: int | None = None, device: str | None = None, trust: Collection[str] = ()
+) -> TrainedRun:
     """The model of the run in ``folder``, by its best checkpoint.
 
     Parameters
@@ -156,6 +159,8 @@ def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] 
         Of a run that is finished or still going on.
     budget
         Bytes that a pass may hold; None takes the run's.
+    device
+        Where the model goes; None takes the run's, which may have been trained on another machine.
     trust
         Factories ``package.module:factory`` that may be called if the run names one. Anyone who can write the
         run's files can name any callable there.
@@ -165,12 +170,20 @@ def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] 
     UntrustedModel
         If the run's model is a factory that is not in ``trust``.
     RunMismatch
-        If there is no run, its file holds something else, or none of its epochs is over.
+        If there is no run, its file holds something else, none of its epochs is over, or it is of a device
+        that is not here.
     DamagedCheckpoint
         If the best checkpoint is damaged, or of another model.
+    ValueError
+        If there is no such ``device`` here.
     """
     config, made = _read(folder)
     require_trust(config.model, trust, folder / RUN)
+    if device is None:
+        _require_its_device(config, folder / RUN)
+    else:
+        require_device(device)
+        config = replace(config, device=device)
     best = CheckpointFolder(folder / "checkpoints").best()
     if best is None:
         raise RunMismatch(f"no epoch of the run in {folder} is over: train it on")
@@ -196,6 +209,20 @@ def load_run(folder: Path, *, budget: int | None = None, trust: Collection[str] 
         progress["update"],
         progress["best_score"],
     )
+
+
+def _require_its_device(config: RunConfig, where: Path) -> None:
+    """Make sure that the device is here that a run was trained on.
+
+    Raises
+    ------
+    RunMismatch
+        If not.
+    """
+    try:
+        require_device(config.device)
+    except ValueError as error:
+        raise RunMismatch(f"{where}: {error}: give another device, such as --device cpu") from None
 
 
 def read_run(folder: Path) -> RunConfig:
