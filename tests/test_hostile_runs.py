@@ -153,7 +153,7 @@ CRAFTED: list[tuple[dict[str, Any], str]] = [
     ({"tile": [1, 2, 3]}, r"tile is \[1, 2, 3\]: allowed is|tile"),
     ({"tile": [0, 4]}, r"tile=\(0, 4\): allowed are heights and widths of 1 pixel and more"),
     ({"tile": "ab"}, "tile is 'ab': allowed is a valid array"),
-    ({"device": "tpu!"}, "device='tpu!': there is cpu"),
+    ({"device": "tpu!"}, "device='tpu!': allowed are cpu and cuda"),
     ({"normalise": {"mean": 0, "std": 0}}, "normalise: std=0.0: allowed are positive numbers"),
     ({"normalise": None}, "normalise is None: allowed is an object"),
     ({"augmentation": {"gains": [1]}}, "augmentation.gains"),

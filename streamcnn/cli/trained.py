@@ -182,10 +182,11 @@ def load_trained(run: Path, budget: str | None, device: str | None, trust: list[
     from streamcnn.training.config import require_device
     from streamcnn.training.runs import read_run
 
+    its_device = read_run(run).device
     try:
         if device is not None:
             require_device(device)
-        take_own_gpu(read_run(run).device if device is None else device)
+        take_own_gpu(its_device if device is None else device)
     except ValueError as error:
         exit_for_wrong_usage(str(error))
     return load_run(run, budget=budget_bytes, device=device, trust=trust or ())
