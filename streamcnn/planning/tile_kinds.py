@@ -42,7 +42,10 @@ def axis_kinds(
     """
     geometry = _Geometry.of(program, stage, axis, own, needed)
     numbers = numbered(np.stack(list(geometry.arrays())))
-    return numbers, tuple(geometry.kind(numbers.index(number)) for number in range(max(numbers) + 1))
+    first: dict[int, int] = {}
+    for tile, number in enumerate(numbers):
+        first.setdefault(number, tile)
+    return numbers, tuple(map(geometry.kind, first.values()))
 
 
 @dataclass(slots=True)
