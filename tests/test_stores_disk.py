@@ -31,6 +31,7 @@ from store_cases import (
     regions_of,
 )
 
+from streamcnn.errors import CannotWrite
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.stores import SpillFolder, StoreSpec, ZarrStore
 from streamcnn.stores.strips import BLOCK_NBYTES, Strips
@@ -91,6 +92,10 @@ class TestZarrStore:
             ZarrStore(NCHW, tmp_path, TILE_HINT, HERE)
         gc.collect()
         assert (tmp_path / "mine").read_text() == "keep"
+
+    def test_a_folder_that_cannot_be_made_is_one_error(self, tmp_path: Path) -> None:
+        with pytest.raises(CannotWrite, match="File name too long"):
+            ZarrStore(NCHW, tmp_path / ("x" * 300), TILE_HINT, HERE)
 
     def test_a_type_zarr_lacks_is_refused(self, spill: SpillFolder) -> None:
         with pytest.raises(

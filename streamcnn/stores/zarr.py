@@ -77,8 +77,8 @@ class ZarrStore(Store):
     OSError
         If the folder exists already. Reading raises it too, when the file was tampered with.
     CannotWrite
-        If the folder cannot be created, then and when writing if the disk is full; a region is then
-        half written.
+        If the folder cannot be created or the disk is full. `write` and `add` raise it too; the region is
+        then half written.
 
     Notes
     -----
@@ -107,10 +107,11 @@ class ZarrStore(Store):
         self._layout: torch.memory_format | None = None
         """That of the tile that came last: maps are read in the layout in which they were written."""
         self._folder = folder
+        if os.path.lexists(folder):
+            # No fault of the disk, and somebody else's: nothing of it is removed.
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         with self._told():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        # What is there already is no fault of the disk.
-        folder.mkdir()
+            folder.mkdir(parents=True)
         self._remove = remove_with(self, folder)
         with self._told():
             (folder / "zarr.json").write_text(json.dumps(_metadata(self._strips), indent=2))
