@@ -22,7 +22,8 @@ from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.global_graph import GlobalGraph
 from streamcnn.execution.interpreter import TileRun
-from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
+from streamcnn.execution.maps import Maps
+from streamcnn.stores import MemoryStore, SpillFolder, StoreSpec, ZarrStore
 
 TOLERANCE = 1e-9
 
@@ -146,6 +147,41 @@ def test_a_failed_backward_pass_changes_nothing(owner: type, method: str, call: 
     for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
     assert_works_as_if_new(model, reference)
+
+
+@pytest.mark.usefixtures("on_disk")
+def test_images_that_cannot_be_released_leave_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise Injected
+
+    monkeypatch.setattr(BatchReader, "release", refuse)
+    model = make_model(tmp_path)
+    with torch.no_grad(), pytest.raises(Injected) as caught:
+        model(make_image())
+    # The error's traceback holds the pass, so nothing is collected here.
+    assert caught.tb is not None
+    model.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_cannot_be_closed_leaves_no_other_open() -> None:
+    class Stuck(MemoryStore):
+        def _free(self) -> None:
+            raise Injected
+
+    spec = StoreSpec((1, 1, 2, 2), torch.float32, (2, 3))
+    stores = {
+        name: kind(spec, torch.device("cpu"))
+        for name, kind in zip("abcd", [MemoryStore, Stuck] * 2, strict=True)
+    }
+    nothing: Any = None
+    maps = Maps(nothing, nothing, {}, {}, nothing)
+    maps._checkpoints.update(stores)
+    with pytest.raises(Injected):
+        maps.close()
+    assert all(store._closed for store in stores.values())
 
 
 def test_a_failed_forward_pass_does_not_free_another_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
@@ -162,10 +163,11 @@ class Maps:
         return read, written
 
     def close(self) -> None:
-        """Free every store. Closing again does nothing."""
-        for stores in (self._checkpoints, self._gradients):
-            while stores:
-                stores.popitem()[1].close()
+        """Free every store, also where one of them fails. Closing again does nothing."""
+        with ExitStack() as closing:
+            for stores in (self._checkpoints, self._gradients):
+                while stores:
+                    closing.callback(stores.popitem()[1].close)
 
     def _open(self, name: str, tier: Tier) -> Store:
         node = self._program.nodes[name]

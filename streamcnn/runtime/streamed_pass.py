@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -300,13 +301,18 @@ class Pass:
         return self.execution.forward()
 
     def close(self) -> None:
-        """Free all stores and their folder, and the decoded images that no other pass waits with."""
+        """Free all stores, their folder, and the decoded images that no waiting pass reads.
+
+        If one of these fails, the others are freed all the same.
+        """
         _waiting.pop(id(self), None)
         used = [source for other in _all_waiting() for batch in other.batches for source in batch.sources]
-        for batch in self.batches:
-            batch.release(but=used)
-        self.execution.close()
-        self.stores.close()
+        # Called in reverse: the stores before their folder.
+        with ExitStack() as closing:
+            closing.callback(self.stores.close)
+            closing.callback(self.execution.close)
+            for batch in self.batches:
+                closing.callback(batch.release, but=used)
 
     def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``run`` returns: enforce the budget, measure, and say so where memory is refused."""
