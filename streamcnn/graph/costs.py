@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Node, Program, TensorSpec, substitute
 from streamcnn.graph.registry import Registry, is_seeded
-from streamcnn.graph.schemas import bound
+from streamcnn.graph.schemas import bound, names_a_collective
 from streamcnn.support.processes import all_processes
 
 
@@ -258,7 +258,7 @@ def meets_others(target: object) -> bool:
 
 def is_collective(target: object) -> bool:
     """Whether it is one of PyTorch's collectives."""
-    return "c10d" in str(target)
+    return names_a_collective(str(target))
 
 
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:

@@ -35,6 +35,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.schemas import names_a_collective
 
 _INLINED = frozenset(
     {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "hints_wrapper", "invoke_subgraph"}
@@ -288,7 +289,7 @@ class Inliner(Interpreter):
         if name == "register_hook" or kwargs.get("dirty_idx"):
             raise CannotFlatten(f"{name}: its side effects are in no graph")
         bodies = tuple(arg for arg in args if isinstance(arg, GraphModule))
-        if any("c10d" in _outline(body) for body in bodies):
+        if any(names_a_collective(_outline(body)) for body in bodies):
             raise CannotFlatten(f"{name}: processes meet in it, and not all that it does backward is in it")
         operands = tuple(arg for arg in args if not isinstance(arg, GraphModule))
         is_body = tuple(isinstance(arg, GraphModule) for arg in args)

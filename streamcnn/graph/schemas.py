@@ -25,6 +25,11 @@ def name_in_library(target: OpOverload) -> str:
     return name
 
 
+def names_a_collective(text: str) -> bool:
+    """Whether a call's name, or a graph's text, names one of PyTorch's collectives."""
+    return "c10d" in text
+
+
 def in_place_form(target: Callable[..., Any]) -> OpOverload:
     """The overload of a pointwise ATen operator that overwrites its first operand, such as itself."""
     assert isinstance(target, OpOverload)
