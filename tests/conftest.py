@@ -99,13 +99,13 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every stored map and its gradient on the disk."""
     original = plan_cache.make_plan
 
-    def spilled(*args: Any) -> tuple[Program, Plan]:
-        program, plan = original(*args)
+    def spilled(*args: Any) -> tuple[Program, Plan, str | None]:
+        program, plan, tail = original(*args)
         stores = {
             name: dataclasses.replace(store, tier=Tier.DISK, gradient_tier=Tier.DISK)
             for name, store in plan.stores.items()
         }
-        return program, dataclasses.replace(plan, stores=stores)
+        return program, dataclasses.replace(plan, stores=stores), tail
 
     monkeypatch.setattr(plan_cache, "make_plan", spilled)
 

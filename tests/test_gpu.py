@@ -257,14 +257,14 @@ def test_stores_away_from_the_device(
     expected = update(copy.deepcopy(net), image)
     original = plan_cache.make_plan
 
-    def away(*args: Any) -> tuple[Program, Plan]:
-        program, plan = original(*args)
+    def away(*args: Any) -> tuple[Program, Plan, str | None]:
+        program, plan, tail = original(*args)
         stores = {
             name: dataclasses.replace(store, tier=tier, gradient_tier=tier)
             for name, store in plan.stores.items()
         }
         parts = {(d, phase.level) for phase in plan.phases for d in ("forward", "backward") if overlaps}
-        return program, dataclasses.replace(plan, stores=stores, overlapped=frozenset(parts))
+        return program, dataclasses.replace(plan, stores=stores, overlapped=frozenset(parts)), tail
 
     monkeypatch.setattr(plan_cache, "make_plan", away)
     model = StreamingModel(net, "3GB", tile=tile)

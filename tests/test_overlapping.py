@@ -84,8 +84,8 @@ def away(
     """Have plans keep maps away from memory, and move them beside."""
     original = plan_cache.make_plan
 
-    def planned(*args: Any) -> tuple[Program, Plan]:
-        program, plan = original(*args)
+    def planned(*args: Any) -> tuple[Program, Plan, str | None]:
+        program, plan, tail = original(*args)
         stores = {
             name: dataclasses.replace(store, tier=choose(name), gradient_tier=choose(name))
             for name, store in plan.stores.items()
@@ -93,9 +93,8 @@ def away(
         again = [phase for phases in plan.rematerialised.values() for phase in phases]
         parts = {(direction, phase.level) for phase in plan.phases for direction in ("forward", "backward")}
         parts |= {("again", phase.level) for phase in again}
-        return program, dataclasses.replace(
-            plan, stores=stores, overlapped=frozenset(filter(overlaps, parts))
-        )
+        moving = frozenset(filter(overlaps, parts))
+        return program, dataclasses.replace(plan, stores=stores, overlapped=moving), tail
 
     monkeypatch.setattr(plan_cache, "make_plan", planned)
 

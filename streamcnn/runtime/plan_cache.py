@@ -18,7 +18,7 @@ from streamcnn.data.map_reader import MapReader
 from streamcnn.execution.compiled import Compiled
 from streamcnn.execution.steps import Steps
 from streamcnn.graph.flattening import OnlyResult, Whole
-from streamcnn.graph.program import Program, differentiated
+from streamcnn.graph.program import Program
 from streamcnn.graph.registry import rules_version
 from streamcnn.plan.plan import Plan, StepShape
 from streamcnn.planning.planner import make_plan
@@ -162,26 +162,10 @@ def _plan(captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
         if found is not None:
             return Planned.of(*found, fuses=fuses)
         began = time.perf_counter()
-        tail, program, plan = _made(trace, spec, machine)
+        program, plan, tail = make_plan(trace.program, spec, machine)
         if time.perf_counter() - began > _WORTH_KEEPING:
             file.write(tail, program, plan)
         return Planned.of(program, plan, fuses=fuses)
-
-
-def _made(trace: Trace, spec: PassSpec, machine: Machine) -> tuple[str | None, Program, Plan]:
-    """The plan, the program that it is for, and where that program's tail begins."""
-    tails: dict[int, tuple[str | None, Program]] = {}
-
-    def program_with(tail: str | None) -> Program:
-        program = trace.program(tail)
-        tails[id(program)] = tail, program
-        return program
-
-    def gradients(program: Program) -> frozenset[str]:
-        return differentiated(program, spec.leaves & program.nodes.keys())
-
-    program, plan = make_plan(program_with, spec, machine, gradients)
-    return tails[id(program)][0], program, plan
 
 
 def module_dtype(net: nn.Module) -> torch.dtype:
