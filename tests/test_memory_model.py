@@ -15,9 +15,10 @@ from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.backends import CpuBackend, Fragmentation
 from streamcnn.planning.backends.cpu import CACHED_KERNELS
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import PeakPoint, peak_points, steps
+from streamcnn.planning.memory_model import PeakPoint, peak_points
 from streamcnn.planning.resident_bytes import ResidentBytes
 from streamcnn.planning.staging import Staging, divide
+from streamcnn.planning.step_bytes import steps
 from streamcnn.planning.tiling import Outline, TiledStage, tile_stage
 
 SHAPE = (2, 3, 40, 60)

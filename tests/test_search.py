@@ -23,11 +23,11 @@ from streamcnn.planning.backends import Backend, CpuBackend
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import PeakPoint, is_differentiated, peak_points
+from streamcnn.planning.memory_model import PeakPoint, peak_points
 from streamcnn.planning.overlapping import moved_beside, overlapped
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import OffloadTier
-from streamcnn.planning.staging import Staging, divide, drop, gathered, recompute
+from streamcnn.planning.staging import Staging, divide, drop, gathered, is_differentiated, recompute
 
 SHAPE = (1, 3, 250, 230)
 MIB = 2**20

@@ -18,9 +18,8 @@ from streamcnn.planning.candidate_scores import CandidateScores, Floats
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers, Traffic, output_traffic
 from streamcnn.planning.global_bytes import GlobalBytes
-from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.overlapping import OnTheWay
-from streamcnn.planning.staging import Stage, Staging
+from streamcnn.planning.staging import Stage, Staging, is_differentiated
 
 _TIERS = {tier: place for place, tier in enumerate(Tier)}
 """Place of each tier in arrays of rates."""

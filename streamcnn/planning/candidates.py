@@ -18,10 +18,9 @@ from streamcnn.planning.cost_model import (
     tile_traffic,
     works_on_tiles,
 )
-from streamcnn.planning.memory_model import is_differentiated, overhead_terms, steps
 from streamcnn.planning.overlapping import OnTheWay, on_the_way
-from streamcnn.planning.resident_bytes import total_bytes
-from streamcnn.planning.staging import Stage
+from streamcnn.planning.staging import Stage, is_differentiated
+from streamcnn.planning.step_bytes import overhead_terms, steps, total_bytes
 from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, most_parts, tile_stage
 
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)

@@ -15,11 +15,11 @@ from streamcnn.planning.attempts import Attempt
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import StageTime, plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
-from streamcnn.planning.memory_model import PeakPoint, is_differentiated, peak_points
+from streamcnn.planning.memory_model import PeakPoint, peak_points
 from streamcnn.planning.overlapping import moved_beside, overlapped
 from streamcnn.planning.search import Solution
 from streamcnn.planning.spec import Machine, PassSpec
-from streamcnn.planning.staging import Staging
+from streamcnn.planning.staging import Staging, is_differentiated
 from streamcnn.planning.tiling import TiledStage, largest_part
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch.utils._pytree import tree_leaves
@@ -21,29 +20,7 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.routines import num_sizes
-
-
-@dataclass(frozen=True, slots=True)
-class StepBytes:
-    """Projected bytes at the worst operator of a step."""
-
-    terms: tuple[MemoryTerm, ...]
-    operator: str
-    """The operator at which most is held."""
-    reusable: int
-    """Bytes in blocks that may be kept for reuse when they are freed."""
-    reading: int = 0
-    """What reading a region of an image takes beside tensors, at another moment of the step perhaps."""
-
-    @property
-    def nbytes(self) -> int:
-        """The sum of the terms."""
-        return total_bytes(self.terms)
-
-
-def total_bytes(terms: Iterable[MemoryTerm]) -> int:
-    """The sum of all terms."""
-    return sum(term.nbytes for term in terms)
+from streamcnn.planning.step_bytes import StepBytes
 
 
 class ResidentBytes:

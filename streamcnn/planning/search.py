@@ -23,10 +23,9 @@ from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.choice import choose
 from streamcnn.planning.cost_model import Tiers
 from streamcnn.planning.global_bytes import GlobalBytes, last_readers, with_gradient_maps
-from streamcnn.planning.memory_model import is_differentiated
 from streamcnn.planning.policies import Policies, Policy
 from streamcnn.planning.spec import OffloadTier
-from streamcnn.planning.staging import Stage, Staging, drop, gathered, recompute
+from streamcnn.planning.staging import Stage, Staging, drop, gathered, is_differentiated, recompute
 from streamcnn.planning.tiling import TiledStage
 from streamcnn.support.recent import Recent
 

@@ -57,6 +57,12 @@ class Staging:
     """In the order in which the backward pass carries them out."""
 
 
+def is_differentiated(stage: Stage, differentiated: Collection[str]) -> bool:
+    """Whether the backward pass differentiates the stage."""
+    given = (*stage.stored, *stage.reductions)
+    return not stage.rematerialises and any(name in differentiated for name in given)
+
+
 def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
     """Divide ``program`` into phases; a new one starts after each node named in ``split_points``."""
     levels = assign_levels(program, split_points)

@@ -13,8 +13,7 @@ from itertools import takewhile
 from streamcnn.graph.program import Kind, Node
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import plain_time
-from streamcnn.planning.memory_model import overhead_terms
-from streamcnn.planning.resident_bytes import total_bytes
+from streamcnn.planning.step_bytes import overhead_terms, total_bytes
 
 TAIL_COPIES = 2
 """Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
