@@ -17,35 +17,20 @@ def explain_plan(plan: Plan) -> str:
     """The plan as text: what it takes, why, and one line per phase."""
     shape = "x".join(map(str, plan.image_shape))
     budget = "no ceiling" if plan.budget is None else f"budget {format_bytes(plan.budget)}"
-    terms = [term for term in plan.terms if term.nbytes]
-    width = max([36, *(len(term.name) + 1 for term in terms)])
     lines = [
         f"image {shape} {plan.dtype}, {'training' if plan.training else 'inference'}, {budget}",
+        *([f"instead of a larger budget, since {plan.limited_by}"] if plan.limited_by else []),
         _verdict(plan),
         f"projected peak {format_bytes(plan.projected_bytes)}, in {plan.worst}, at {plan.worst_operator}",
-        *(f"  {term.name:<{width}}{format_bytes(term.nbytes):>12}" for term in terms),
+        *_terms(plan),
         *_reading(plan),
         _time(plan),
         f"plain PyTorch would need {format_bytes(plan.plain_bytes)}",
         f"{plural(len(plan.phases), 'phase')}, {_stored(plan)}",
         *_phases(plan),
+        *_runs(plan),
+        *_on_whole_maps(plan),
     ]
-    again = [phase for phases in plan.rematerialised.values() for phase in phases]
-    if plan.overlapped:
-        runs = sum(1 + phase.differentiated for phase in plan.phases) + len(again)
-        beside = f"{len(plan.overlapped)} of {plural(runs, 'run')} of a phase"
-        lines.append(f"{beside} move tiles while others are computed")
-    if again:
-        dropped = sum(plan.stores[name].nbytes for phase in again for name in phase.stored)
-        lines.append(
-            f"dropped between the passes and computed again: {format_bytes(dropped)}, in "
-            f"{plural(len(again), 'phase')}"
-        )
-    if plan.limited_by:
-        lines.insert(1, f"instead of a larger budget, since {plan.limited_by}")
-    if plan.num_resident:
-        lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")
-    lines.extend(f"resident: {reason}" for reason in dict.fromkeys(plan.residents))
     return "\n".join(lines)
 
 
@@ -67,6 +52,13 @@ def _verdict(plan: Plan) -> str:
         if plan.bytes_on(tier)
     ]
     return ", ".join([f"{fits} with tiles of {height}x{width} pixels", *(f"up to {each}" for each in away)])
+
+
+def _terms(plan: Plan) -> list[str]:
+    """The terms of the projected peak that are not zero."""
+    terms = [term for term in plan.terms if term.nbytes]
+    width = max([36, *(len(term.name) + 1 for term in terms)])
+    return [f"  {term.name:<{width}}{format_bytes(term.nbytes):>12}" for term in terms]
 
 
 def _reading(plan: Plan) -> list[str]:
@@ -106,6 +98,31 @@ def _phases(plan: Plan) -> list[str]:
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     ]
+
+
+def _runs(plan: Plan) -> list[str]:
+    """Which runs of a phase overlap with moving tiles, and what is rematerialised."""
+    again = [phase for phases in plan.rematerialised.values() for phase in phases]
+    lines = []
+    if plan.overlapped:
+        runs = sum(1 + phase.differentiated for phase in plan.phases) + len(again)
+        beside = f"{len(plan.overlapped)} of {plural(runs, 'run')} of a phase"
+        lines.append(f"{beside} move tiles while others are computed")
+    if again:
+        dropped = sum(plan.stores[name].nbytes for phase in again for name in phase.stored)
+        lines.append(
+            f"dropped between the passes and computed again: {format_bytes(dropped)}, in "
+            f"{plural(len(again), 'phase')}"
+        )
+    return lines
+
+
+def _on_whole_maps(plan: Plan) -> list[str]:
+    """The resident tail, and why other operators are resident."""
+    lines = []
+    if plan.num_resident:
+        lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")
+    return [*lines, *(f"resident: {reason}" for reason in dict.fromkeys(plan.residents))]
 
 
 def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
+from streamcnn.geometry.windows import with_extents
 from streamcnn.stores.transfers import Deferred, Incoming
 
 
@@ -42,9 +43,7 @@ class StoreSpec:
 
     def tile_shape(self, region: Region) -> tuple[int, ...]:
         """``shape`` with the spatial extents of ``region``."""
-        extents = list(self.shape)
-        extents[self.axes[0]], extents[self.axes[1]] = region.size
-        return tuple(extents)
+        return with_extents(self.shape, self.axes, region.size)
 
     def tile_nbytes(self, region: Region) -> int:
         """Bytes of the map inside ``region``."""

@@ -106,7 +106,7 @@ class HostStore(Store):
             return self._frontier.claim(region, lambda part: self._view(whole, part).zero_())
 
     def _view(self, whole: Tensor, region: Region) -> Tensor:
-        return crop(whole, self.spec.axes, Region.whole(self.spec.size), region)
+        return crop(whole, self.spec.axes, self._whole, region)
 
 
 def _combine(target: Tensor, tile: Tensor, *, adds: bool) -> None:
