@@ -85,11 +85,22 @@ def traced_net(name: str) -> tuple[Program, frozenset[str]]:
     return traced(NETS[name](), SHAPE)
 
 
-def searching(name: str, budget: int | None, hardware: HardwareProfile, backend: Backend = BACKEND) -> Search:
+def searching(
+    name: str,
+    budget: int | None,
+    hardware: HardwareProfile,
+    backend: Backend = BACKEND,
+    *,
+    room: int | None = None,
+) -> Search:
     program, wanted = traced_net(name)
-    return Search(
-        TilingCandidates(program, wanted, hardware, None, backend), budget, (OffloadTier(Tier.DISK),)
-    )
+    tilings = TilingCandidates(program, wanted, hardware, None, backend)
+    return Search(tilings, budget, (OffloadTier(Tier.DISK, room),))
+
+
+def on_disk(found: Solution) -> int:
+    """Bytes that are on disk at one time."""
+    return StoredBytes(found.stores, found.staging.levels, Tier.DISK).most
 
 
 def stagings(search: Search) -> Iterator[Staging]:
@@ -305,6 +316,24 @@ def test_a_budget_named_as_enough_is_enough_where_kernels_of_many_shapes_are_kep
     assert not any(each.fits for each in refused)
     assert len({each.nbytes for each in refused}) == 1
     assert found_with(refused[0].nbytes).fits
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_finds_no_room_on_disk_is_computed_again(name: str) -> None:
+    budget = found_by(searching(name, MIB, FAST_DISK)).nbytes + 8 * MIB
+    anywhere = found_by(searching(name, budget, FAST_DISK))
+    needed = on_disk(anywhere)
+    assert needed
+    rooms = [needed * part // 8 for part in range(8, -1, -1)]
+    found = [found_by(searching(name, budget, FAST_DISK, room=room)) for room in rooms]
+    assert found[0].policies == anywhere.policies
+    assert all(each.fits for each in found)
+    for room, each in zip(rooms, found, strict=True):
+        assert (each.excess == 0) == (on_disk(each) <= room)
+        # From half of it on, tiles that compute all between two maps may take more than the budget.
+        assert each.excess == 0 or room < needed // 2
+    for more, less in itertools.pairwise(each.seconds for each in found if not each.excess):
+        assert more <= 1.05 * less
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -54,15 +54,20 @@ class Room:
 
     @property
     def rounded(self) -> int:
-        """``nbytes`` less a sixteenth at most."""
-        step = max(1, (1 << self.nbytes.bit_length()) // (2 * _STEPS))
-        return self.nbytes // step * step
+        """``nbytes``, so rounded that plans for it can be kept."""
+        return rounded_down(self.nbytes)
 
     def __str__(self) -> str:
         return (
             f"{self.name} is {format_bytes(self.limit)}, of which {format_bytes(self.used)} are in use, so "
             f"that {format_bytes(self.nbytes)} can be had: {self.advice}"
         )
+
+
+def rounded_down(nbytes: int) -> int:
+    """``nbytes`` less a sixteenth at most."""
+    step = max(1, (1 << nbytes.bit_length()) // (2 * _STEPS))
+    return nbytes // step * step
 
 
 def host_room(*, cgroups: Path | None = None, membership: Path | None = None) -> Room | None:

@@ -38,10 +38,10 @@ class Attempt:
         return self.solution.seconds + (self.tail.seconds if self.tail else 0.0)
 
     @property
-    def rank(self) -> tuple[bool, float]:
+    def rank(self) -> tuple[bool, int, float]:
         """Smaller is better: what fits by time, what does not by bytes."""
         fits = self.solution.fits
-        return not fits, self.seconds if fits else self.solution.nbytes
+        return not fits, self.solution.excess, self.seconds if fits else self.solution.nbytes
 
 
 @dataclass(frozen=True, slots=True)

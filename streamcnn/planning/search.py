@@ -4,8 +4,9 @@ A solution is a staging (which maps are stored, where stretches are split), the 
 offloaded and that are dropped between the two passes, and whether freed blocks are kept for reuse. Given
 these, phases are independent of each other: each takes the tiles with the least projected time among those
 whose steps fit into what the budget leaves at that moment. What remains is a search over solutions: the
-offloaded maps are first the cheapest ones to offload, as few as let a plan fit or some more; then, one by
-one, an offloaded map is brought back, dropped or recomputed instead, wherever that is faster.
+offloaded maps are first the cheapest ones to offload, as few as let a plan fit or some more; where they have
+no room on disk, see `within_disk`; then, one by one, an offloaded map is brought back, dropped or recomputed
+instead, wherever that is faster.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 
+import numpy as np
+
 from streamcnn.graph.program import Kind
 from streamcnn.plan.hardware import HardwareProfile
+from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
+from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidate_table import CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.choice import choose
 from streamcnn.planning.cost_model import Tiers
+from streamcnn.planning.disk_room import beyond, within_disk
 from streamcnn.planning.global_bytes import GlobalBytes, last_readers, with_gradient_maps
 from streamcnn.planning.policies import Policies, Policy
 from streamcnn.planning.spec import OffloadTier
@@ -63,6 +69,11 @@ class Solution:
     seconds: float
     nbytes: int
     fits: bool
+    """Whether it fits the budget."""
+    on_disk: Ints
+    """Bytes on disk during each phase of both passes; nothing where there is room for any number."""
+    excess: int
+    """Those beyond the room that there is, see `beyond`."""
 
     @property
     def staging(self) -> Staging:
@@ -89,9 +100,9 @@ class Solution:
         )
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
+    def rank(self) -> tuple[bool, int, float, int]:
         """Smaller is better: what fits by time, what does not by bytes."""
-        return not self.fits, self.seconds if self.fits else self.nbytes, self.nbytes
+        return not self.fits, self.excess, self.seconds if self.fits else self.nbytes, self.nbytes
 
 
 class Search:
@@ -106,6 +117,8 @@ class Search:
         self.program = tilings.program
         self.whole = gathered(self.program)
         """Maps that are read whole, which have to be stored."""
+        self.room_on_disk = next((each.capacity for each in offload_tiers if each.tier is Tier.DISK), None)
+        """Bytes that may be on disk at one time; None for any number."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
         """Whether freed blocks are kept for reuse, as far as that makes a difference."""
         kinds = (Kind.GATHER, Kind.RESULT)
@@ -122,12 +135,13 @@ class Search:
         return min((c for staging in stagings for c in self._offloading(staging)), key=lambda c: c.rank)
 
     def improved(self, found: Solution) -> Solution:
-        """``found`` with maps kept elsewhere, dropped or recomputed, wherever that is faster.
+        """``found`` with maps kept elsewhere, dropped or recomputed, for room on disk and for speed.
 
         Where few maps can be stored, pairs of them are moved together too.
         """
         if not found.fits:
             return found
+        found = within_disk(self, found)
         thorough = len(found.base.stored) <= THOROUGH
         # From which solution each move was looked at last: nothing new is to be found from there.
         looked: dict[tuple[str, ...], Solution] = {}
@@ -140,20 +154,27 @@ class Search:
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
                 if looked.get(moved) is not found:
                     looked[moved] = found
-                    found = min((found, *self._moved(found, moved, thorough)), key=lambda c: c.rank)
+                    found = min((found, *self.moved(found, moved, thorough=thorough)), key=lambda c: c.rank)
             if found is before:
                 break
         return found
 
-    def _moved(self, found: Solution, names: tuple[str, ...], thorough: bool) -> Iterator[Solution]:
-        """``found`` with every policy for ``names``, as far as that may pay."""
-        for chosen in product(Policy, repeat=len(names)):
-            policies = dict(zip(names, chosen, strict=True))
-            changed = found.policies.changed(policies)
+    def moved(
+        self,
+        found: Solution,
+        names: tuple[str, ...],
+        *,
+        thorough: bool,
+        policies: Iterable[Policy] = Policy,
+    ) -> Iterator[Solution]:
+        """``found`` with each of the policies for ``names``; unless ``thorough``, as far as that may pay."""
+        for chosen in product(policies, repeat=len(names)):
+            moves = dict(zip(names, chosen, strict=True))
+            changed = found.policies.changed(moves)
             if changed == found.policies and not thorough:
                 # That is ``found`` itself.
                 continue
-            if all(self._is_possible(found, n, policy, thorough) for n, policy in policies.items()):
+            if all(self._is_possible(found, n, policy, thorough) for n, policy in moves.items()):
                 for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
                     yield self.solution(found.base, changed, reuses_blocks=reuses_blocks)
 
@@ -254,6 +275,7 @@ class Search:
             for limit in (table.limits if reuses_blocks else (_ANY,))
         )
         overlaps, choice = min(choices, key=lambda each: each[1].rank)
+        on_disk = self._on_disk(table, tiers)
         return Solution(
             base=base,
             policies=policies,
@@ -265,7 +287,16 @@ class Search:
             seconds=choice.seconds,
             nbytes=choice.nbytes,
             fits=choice.fits,
+            on_disk=on_disk,
+            excess=0 if self.room_on_disk is None else beyond(on_disk, self.room_on_disk),
         )
+
+    def _on_disk(self, table: CandidateTable, tiers: Mapping[str, Tiers]) -> Ints:
+        """Bytes on disk during each phase of the forward pass, then of the backward pass, if that matters."""
+        if self.room_on_disk is None:
+            return np.zeros(0, np.int64)
+        held = StoredBytes(table.stores(tiers), table.staging.levels, Tier.DISK).held
+        return np.concatenate((held.forward.total, held.backward.total))
 
     def _staging(self, base: Staging, policies: Policies) -> Staging:
         recomputed, dropped = policies.recomputed, policies.dropped

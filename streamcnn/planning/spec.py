@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,7 +53,7 @@ class OffloadTier:
 
     tier: Tier
     capacity: int | None = None
-    """Bytes that it takes; None for any number."""
+    """Bytes that it takes; None for any number. On disk these are what is there at one time."""
     buffered: int = 0
     """Bytes on disk that the system takes into RAM, so that nobody waits for the disk."""
 
@@ -68,3 +68,10 @@ class Machine:
     reserved: int
     """Bytes of the budget that the device holds before a pass begins: what no plan allocates itself."""
     backend: Backend
+
+    def with_room_on_disk(self, nbytes: int) -> Machine:
+        """The same machine with room for so many bytes of maps on disk at one time."""
+        tiers = (
+            replace(each, capacity=nbytes) if each.tier is Tier.DISK else each for each in self.offload_tiers
+        )
+        return replace(self, offload_tiers=tuple(tiers))

@@ -24,16 +24,20 @@ from streamcnn.stores import (
 from streamcnn.support.units import format_bytes
 
 
+def room_on_disk(spares: SpareFiles) -> int:
+    """Bytes that maps may take where they are spilled to: what is free, and what earlier passes have left."""
+    # What killed processes have left takes no room from this one.
+    remove_abandoned(spares.parent)
+    return free_bytes(spares.parent) + spares.nbytes
+
+
 def check_disk(plan: Plan, spares: SpareFiles) -> None:
     """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
     needed, spill = plan.bytes_on(Tier.DISK), spares.parent
-    if needed:
-        # What killed processes have left takes no room from this one.
-        remove_abandoned(spill)
-    if needed and needed > (free := free_bytes(spill) + spares.nbytes):
+    if needed and needed > (room := room_on_disk(spares)):
         raise PlanDoesNotFit(
             f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
-            f"{format_bytes(free)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
+            f"{format_bytes(room)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
         )
 
 

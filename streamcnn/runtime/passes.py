@@ -18,20 +18,24 @@ from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.parts import BEFORE, VALUE, parts_of
 from streamcnn.ceiling.device import room_for
 from streamcnn.ceiling.kept_blocks import give_back
+from streamcnn.ceiling.rooms import rounded_down
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.graph.autocast import autocast_state
 from streamcnn.graph.costs import is_collective
 from streamcnn.graph.program import substitute
 from streamcnn.plan.reading import NO_READING, BatchCost
+from streamcnn.plan.storage import Tier
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.autograd_node import Streamed
 from streamcnn.runtime.machines import this_machine
+from streamcnn.runtime.pass_stores import room_on_disk
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
 from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner
 from streamcnn.runtime.transforms import refuse_tangents, refuse_transforms
+from streamcnn.stores import SpareFiles
 from streamcnn.support.interrupts import undoing
 
 
@@ -93,7 +97,8 @@ class Passes:
             spec = _spec(owner, captured, image)
             if machine is not None:
                 return self._plans.plan(captured, spec, machine)
-            return self._plan_here(captured, spec, this_machine(device, spec.computed_in))[0]
+            here = this_machine(device, spec.computed_in)
+            return self._plan_here(captured, spec, here, owner.spare_files)[0]
 
         here = stand_in(image.shape, image.dtype, device, requires_grad=image.requires_grad)
         return call.until_captured(net, here, given.args, given.kwargs, take)
@@ -134,21 +139,36 @@ class Passes:
             vars(here).update((n, value) for n, value in vars(image).items() if not n.startswith("_dynamo"))
         return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
 
-    def _plan_here(self, captured: Captured, spec: PassSpec, machine: Machine) -> tuple[Planned, PassSpec]:
-        """The plan within the budget and the process's other limits, and what it was made for.
+    def _plan_here(
+        self, captured: Captured, spec: PassSpec, machine: Machine, spares: SpareFiles
+    ) -> tuple[Planned, PassSpec, Machine]:
+        """The plan within the budget, the process's other limits and what the disk has room for.
 
-        It is a smaller one where that was refused memory before and a smaller one went through.
+        Also what it was made for, and the machine as far as that may be used. It is a smaller one where that
+        was refused memory before and a smaller one went through.
         """
 
         def present(spec: PassSpec) -> PassSpec:
             return self._smaller.get((captured.settings, spec), spec)
 
-        return self._plans.plan_within(captured, spec, machine, room_for(captured.device), present)
+        def within(machine: Machine) -> tuple[Planned, PassSpec, Machine]:
+            return *self._plans.plan_within(
+                captured, spec, machine, room_for(captured.device), present
+            ), machine
+
+        found = within(machine)
+        needed = found[0].plan.bytes_on(Tier.DISK)
+        if needed and found[0].plan.fits and needed > (room := room_on_disk(spares)):
+            for nbytes in dict.fromkeys((rounded_down(room), room)):
+                found = within(machine.with_room_on_disk(nbytes))
+                if found[0].plan.bytes_on(Tier.DISK) <= room:
+                    break
+        return found
 
     def prepare(self, captured: Captured, spec: PassSpec, owner: Owner) -> tuple[Planned, SmallerPlans]:
         """The plan of a pass that is to be carried out here, and what gives smaller ones."""
         machine = this_machine(captured.device, spec.computed_in)
-        planned, spec = self._plan_here(captured, spec, machine)
+        planned, spec, machine = self._plan_here(captured, spec, machine, owner.spare_files)
         if self._collected is None:
             self._collected = finalize(owner, give_back)
             self._collected.atexit = False
