@@ -33,19 +33,19 @@ class AxisMap(ABC):
 
     @property
     def pointwise(self) -> bool:
-        """Whether neighbouring positions are never read."""
+        """Whether no output reads a neighbouring position."""
         return False
 
     @abstractmethod
     def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
-        """First input position that outputs ``[start, stop)`` read and the one after the last."""
+        """The first input position that outputs ``[start, stop)`` read, and one past the last."""
 
     def window(self, out: Span) -> Span:
         """Input positions that ``out`` reads, those outside the input being padding."""
         return type(out)(*self.bounds(out.start, out.stop))
 
     def required_each(self, out: Intervals, size: int) -> Intervals:
-        """Positions that must be at hand, inside an input of ``size`` positions and at least one."""
+        """The part of the window inside an input of ``size`` positions, at least one position long."""
         first, last = self.bounds(out.start, out.stop)
         start = np.minimum(np.maximum(first, 0), size - 1)
         return Intervals(start, np.maximum(np.minimum(last, size), start + 1))
@@ -151,10 +151,10 @@ class Repeated(AxisMap):
 
 @dataclass(frozen=True, slots=True)
 class Adaptive(AxisMap):
-    """Adaptive pooling: ``count`` windows over ``size`` positions, as even as they can be.
+    """Adaptive pooling: ``count`` windows over ``size`` positions, as even as possible.
 
-    Window i is ``[floor(i * size / count), ceil((i + 1) * size / count))``. Where the size is no multiple,
-    neighbouring windows may share a position; where it is less than the count, they repeat positions.
+    Window i is ``[floor(i * size / count), ceil((i + 1) * size / count))``. If ``size`` is not a multiple of
+    ``count``, neighbouring windows may share a position; if it is smaller, windows repeat positions.
     """
 
     size: int

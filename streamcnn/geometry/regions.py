@@ -89,7 +89,7 @@ class Intervals:
 
     @classmethod
     def evenly(cls, size: int, num_parts: int) -> Intervals:
-        """``num_parts`` disjoint intervals that cover ``[0, size)`` in order, sizes differing by one.
+        """``num_parts`` disjoint intervals that cover ``[0, size)`` in order, sizes differing by one at most.
 
         Raises
         ------
@@ -120,7 +120,7 @@ class Intervals:
         return self is other or all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
     def part(self, where: slice) -> Intervals:
-        """Those at the places ``where``."""
+        """The intervals that the slice ``where`` picks."""
         return Intervals(self.start[where], self.stop[where])
 
     @classmethod

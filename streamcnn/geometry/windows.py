@@ -21,7 +21,7 @@ def with_extents(shape: tuple[int, ...], axes: Axes, extents: tuple[int, int]) -
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The memory format in which a tensor like ``x``, which may be a view cut out of another, is dense."""
+    """The memory format of ``x`` by its strides: a view cut out of a map has that of the map."""
     channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 

@@ -1,4 +1,4 @@
-"""Hardware profiles: how fast a machine computes and moves bytes, which projected times are made of."""
+"""Hardware profiles: how fast a machine computes and moves bytes. Projected times follow from them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class HardwareProfile:
     dense_flops: float
     """Floating-point operations of dense convolutions and matrix products."""
     grouped_flops: float
-    """The same where every channel is convolved by itself."""
+    """The same for depthwise convolutions, where every channel is convolved by itself."""
     memory_bytes: float
     """Bytes that pointwise operators read and write."""
     fresh_bytes: float
     """Bytes of new memory that the operating system hands out, each page zeroed first."""
     operator_seconds: float
-    """What an operator on a tile costs however small the tile is, in seconds."""
+    """Fixed cost of running one operator on a tile, in seconds."""
     read_bytes: Mapping[Tier, float]
     """Bytes read from a store."""
     write_bytes: Mapping[Tier, float]
-    """Bytes written to a store; to one on disk, as they reach the disk."""
+    """Bytes written to a store; of the disk tier, bytes that have reached the disk."""
     buffered_write_bytes: float
-    """Bytes written to a store on disk, as long as the system takes them into RAM."""
+    """Bytes written to a store on disk while the system buffers them in RAM."""
     transfer_seconds: Mapping[Tier, float]
-    """What it costs to read or write a region of a store however small it is, in seconds."""
+    """Fixed cost of reading or writing one region of a store, in seconds."""
 
     def __hash__(self) -> int:
         # Equal profiles have equal figures; mappings themselves have no hash.

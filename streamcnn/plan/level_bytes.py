@@ -34,7 +34,7 @@ class LevelBytes:
         return LevelBytes((*self.terms, *other.terms), self.total + other.total)
 
     def at(self, level: int) -> tuple[MemoryTerm, ...]:
-        """The terms at one level; those that most images do not have only where there is something."""
+        """The terms at one level; those that only some images have are left out where they are zero."""
         found = (MemoryTerm(name, int(nbytes[level])) for name, nbytes in self.terms)
         return tuple(term for term in found if term.nbytes or term.name not in OF_IMAGES)
 

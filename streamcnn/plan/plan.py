@@ -20,12 +20,12 @@ from streamcnn.plan.tiles import AxisKind, AxisStep
 from streamcnn.support.units import format_bytes
 
 StepShape = tuple[str, str, int, int, int]
-"""Of a step, a tile or a segment: ``"phase"`` or ``"segment"``, direction, level, and the tile's shape along
-rows and along columns. Libraries compile their code once for each."""
+"""The shape of a step: ``"phase"`` or ``"segment"``, direction, level, and the tile's shape along rows and
+along columns. Libraries compile their code once for each."""
 PassPart = tuple[str, int]
-"""Of a pass: ``"forward"``, ``"backward"`` or ``"again"`` with the level of a phase; ``"segment forward"`` or
-``"segment backward"`` with that of a segment; ``"read"``, the first read of images that are decoded whole,
-with 0."""
+"""A part of a pass: ``"forward"``, ``"backward"`` or ``"again"`` with the level of a phase;
+``"segment forward"`` or ``"segment backward"`` with that of a segment; ``("read", 0)``, the first read of
+images that are decoded whole."""
 TileKind = tuple[int, int]
 """A tile's kind along rows and along columns: what is computed is the same for all tiles of a kind."""
 
@@ -66,11 +66,11 @@ class Phase:
         return len(self.rows) * len(self.cols)
 
     def kind(self, row: int, col: int) -> TileKind:
-        """What tile (row, col) has in common with tiles that are computed alike."""
+        """The kind of tile (row, col)."""
         return self.rows[row].kind, self.cols[col].kind
 
     def shape(self, direction: str, row: int, col: int) -> StepShape:
-        """What tile (row, col) has in common with tiles that need as many positions of each map."""
+        """The shape of tile (row, col) as a step in ``direction``."""
         return "phase", direction, self.level, self.rows[row].shape, self.cols[col].shape
 
     def own(self, row: int, col: int, name: str) -> Region:
@@ -113,8 +113,8 @@ class Plan:
     """Whether freed blocks are kept for reuse, which is faster and wastes memory; None where the device's
     allocator leaves no choice."""
     kept_bytes: Mapping[PassPart, int] | None
-    """What tensors and freed blocks that are kept for others may take together in each part of a pass, in
-    bytes; None where the device's own allocator decides that."""
+    """Bytes that tensors and kept blocks may take together in each part of a pass; None where the device's
+    own allocator decides that."""
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str
@@ -126,7 +126,7 @@ class Plan:
     projected_seconds: float
     """Projected time of a forward pass and, if the plan trains, its backward pass."""
     plain_seconds: float
-    """The same of plain PyTorch on the whole image at once, were there memory for it."""
+    """The same for plain PyTorch on the whole image at once, if there were memory for it."""
     recomputation: float
     """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
     num_resident: int
@@ -246,6 +246,6 @@ def _by_words(kept_bytes: Mapping[PassPart, int]) -> dict[str, int]:
 
 
 def _in_words(part: PassPart) -> str:
-    """What JSON can have for a part."""
+    """A part of a pass as a key in JSON."""
     kind, level = part
     return f"{kind} {level}"

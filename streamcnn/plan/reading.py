@@ -36,7 +36,7 @@ class ReadingCost:
     """
 
     size: Size
-    """Of the image."""
+    """Extents of the whole image."""
     held: int = 0
     """Kept after the first read: pixels that are decoded whole, or a cache at its limit."""
     opening: int = 0
@@ -52,10 +52,10 @@ class ReadingCost:
     at_once: int | None = None
     """Pieces in memory at the same time, at most; ``None`` for all that the region touches."""
     fixed: int = 0
-    """Whatever the region's size."""
+    """For each read, whatever the region's size."""
 
     def of(self, region: Size) -> ReadingBytes:
-        """The cost of any region of ``region`` pixels, the one that touches most pieces."""
+        """The cost of a region of such a size, placed where it touches the most pieces."""
         rows, cols = map(_touched, region, self.piece, self.size)
         touched = rows * cols * self.layers
         pieces = touched if self.at_once is None else min(touched, self.at_once)
@@ -64,7 +64,7 @@ class ReadingCost:
 
     @property
     def least(self) -> int:
-        """Bytes that reading takes at some moment even with regions of one pixel."""
+        """The peak of reading if all regions were one pixel: no tile makes it less."""
         return self.held + max(self.opening, self.of((1, 1)).transient)
 
     def transposed(self) -> ReadingCost:
@@ -81,7 +81,7 @@ class BatchCost:
     stored_pixel: int = 0
     """Bytes of one pixel as stored, all channels."""
     maps: tuple[tuple[str, BatchCost], ...] = ()
-    """Of an image: the costs of what is read by regions beside it, such as a mask, by node name."""
+    """By node name: the costs of maps that are read by regions beside the image, such as a mask."""
 
     @property
     def held(self) -> int:
@@ -96,11 +96,11 @@ class BatchCost:
 
     @property
     def least(self) -> int:
-        """Bytes that reading takes at some moment even with tiles of one pixel."""
+        """The peak of reading if all tiles were one pixel: no plan makes it less."""
         return self.held + max(self.opening, self.of((1, 1)).transient)
 
     def of_map(self, name: str, region: Size) -> ReadingBytes:
-        """The cost of one region of the image or, if that is the name of one, of a map beside it."""
+        """The cost of one region of the map ``name`` beside the image, or of the image if there is none."""
         return dict(self.maps).get(name, self).of(region)
 
     def of(self, region: Size) -> ReadingBytes:

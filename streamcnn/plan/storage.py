@@ -36,7 +36,7 @@ class StorePlan:
 
 
 OUTPUTS = "outputs in the loss"
-"""The name of the term for what the model gives, whole, beside its loss."""
+"""Name of the term for the model's outputs, which the caller holds whole to compute the loss."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ class AxisStep:
     needed: Mapping[str, Interval]
     """The part of every node and input of the phase that this tile computes or reads."""
     shape: int
-    """Which of the axis's shapes of tile it has: those of a shape need as many positions of each map, so that
+    """Index of its shape along this axis. Tiles of one shape need equally many positions of each map, so that
     libraries compile their code once for all of them."""
     kind: int
-    """Which of the axis's kinds of tile it is, an index: those of a kind are computed alike."""
+    """Index of its kind along this axis. Tiles of one kind are computed alike."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""What a store promises: the contract that every place for a map keeps.
+"""The interface of stores: the contract that every place for a map keeps.
 
 A store holds one map, a checkpoint or a gradient map, and hands out and takes regions of it. It
-knows nothing of phases or tiles; who reads what, and when a store may go, is the executor's affair.
+knows nothing of phases or tiles: the executor decides who reads what, and when a store may go.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ class Store(ABC):
         return tile
 
     def reserve(self, region: Region) -> Incoming:
-        """The same, to be read beside what is computed until it is asked for, where that is possible.
+        """Like :meth:`read`, but the values may arrive while something else is computed.
 
-        What was written before counts. Memory for it is had now; nothing may be written to ``region`` until
-        it has been asked for.
+        They are those that were written before this call. Memory for them is allocated now; nothing may be
+        written to ``region`` until the tile has been asked for.
 
         Raises
         ------
@@ -115,8 +115,8 @@ class Store(ABC):
         Parameters
         ----------
         may_keep
-            Whether nobody changes the values of ``tile`` any more. A store may then keep the tensor itself
-            as the map, if it covers the whole map, and does not change it either.
+            Whether the values of ``tile`` are final. A store may then keep the tensor itself as the map, if
+            it covers the whole map, and must not change it either.
 
         Raises
         ------
@@ -133,8 +133,8 @@ class Store(ABC):
         Parameters
         ----------
         may_keep
-            Whether nobody else reads or changes the memory of ``tile`` any more. A store may then keep the
-            tensor itself as the map, if it covers the whole map, and add to it.
+            Whether the caller gives the memory of ``tile`` up. A store may then keep the tensor itself as the
+            map, if it covers the whole map, and add to it in place.
 
         Raises
         ------

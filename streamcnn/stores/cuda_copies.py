@@ -17,8 +17,8 @@ from streamcnn.stores.transfers import Copies, GpuTransfers, PlainTransfers, Tra
 class CudaCopies:
     """A stream each way beside the one that computes.
 
-    Tensors are all had on the stream that computes, so the caching allocator reuses none of them early, and
-    reserves no memory for other streams. Who lets go of one waits for its copies first.
+    All tensors are allocated on the stream that computes, so the caching allocator holds no memory for other
+    streams. Whoever drops a tensor waits for its copies first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class CudaCopies:
         self._outgoing: cuda.Stream = cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> cuda.Event:
-        """The end of what the GPU has been given to compute."""
+        """The end of the work that is queued on the stream that computes."""
         return _recorded(cuda.current_stream(self.device))
 
     def bring(self, copies: Copies, after: cuda.Event) -> cuda.Event:
@@ -39,15 +39,15 @@ class CudaCopies:
         return _copied(self._outgoing, copies, after)
 
     def hold(self, mark: cuda.Event) -> None:
-        """Have the stream that computes wait."""
+        """Make the stream that computes wait for a mark."""
         cuda.current_stream(self.device).wait_event(mark)
 
     def settle(self, mark: cuda.Event) -> None:
-        """Have the host wait."""
+        """Make the host wait for a mark."""
         mark.synchronize()
 
     def settle_all(self) -> None:
-        """Have the host wait for both streams."""
+        """Make the host wait for both streams."""
         self._incoming.synchronize()
         self._outgoing.synchronize()
 
@@ -84,11 +84,11 @@ class CudaCopies:
 def _error_of(function: str, device: torch.device, *args: int) -> int:
     """Call a function of CUDA's runtime; the number of its error, 0 if there is none."""
     runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
-    # It would make a context on whichever device is current.
+    # Otherwise the call would make a context on whichever device is current.
     with cuda.device(device):
         error = int(getattr(runtime, function)(*args))
     if error:
-        # CUDA keeps the error for whoever asks next, which is the next kernel: have that be this one.
+        # CUDA reports the error once more at the next kernel: let that be this one.
         with suppress(RuntimeError):
             torch.ones(1, device=device)
     return error
@@ -102,7 +102,7 @@ def _recorded(stream: cuda.Stream) -> cuda.Event:
 
 def _copied(stream: cuda.Stream, copies: Copies, after: cuda.Event) -> cuda.Event:
     stream.wait_event(after)
-    # Twice, as an interrupt may keep the inner one from making the stream that computes current again.
+    # Two blocks: an interrupt may keep the inner one from making the stream that computes current again.
     with cuda.stream(cuda.current_stream(stream.device)), cuda.stream(stream):
         for target, source in copies:
             target.copy_(source, non_blocking=True)

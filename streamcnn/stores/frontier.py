@@ -1,9 +1,9 @@
 """Which part of a gradient map has been written, when tiles arrive in row order.
 
-Adding to a position that holds nothing yet is a copy, which saves reading it. What has been written is
-kept as one height per column, in runs of equal ones: everything above it counts as written. Tiles in row
-order, halos included, are described exactly; any other order only makes the answer careful, since adding to
-a zero is right too.
+Adding to a position that holds nothing yet is a copy, which saves reading it. The written part is kept as one
+height per column, in runs of equal heights: everything above a height counts as written. For tiles in row
+order, halos included, this is exact. In any other order it errs on the safe side: a position that counts as
+written without being so is zero, and adding to zero is right too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Frontier:
     def claim(
         self, region: Region, zero: Callable[[Region], object] | None = None
     ) -> list[tuple[Region, bool]]:
-        """``region`` in parts as `split` has it; from now on, all of it may hold something.
+        """Split ``region`` as `split` does, and count all of it as written from now on.
 
-        ``zero`` makes a part zero, where memory does not come so: what counts as written with ``region``.
-        Both are done under the caller's lock: else another thread's region could be taken for skipped.
+        Where memory does not come zeroed, ``zero`` is called with each part that counts as written along with
+        ``region``. The caller holds a lock meanwhile: another thread's region could pass for skipped.
         """
         if self._holds(region):
             return [(region, True)]
@@ -75,11 +75,11 @@ class Frontier:
         self._starts[first:end], self._heights[first:end] = starts, heights
 
     def _holds(self, region: Region) -> bool:
-        """Whether all of ``region`` is known at a glance to be written, as most of what is read is."""
+        """Whether all of ``region`` is written, as far as a quick look shows: most of what is read is."""
         return len(self._heights) == 1 and region.rows.stop <= self._heights[0] and 0 not in region.size
 
     def _runs(self, cols: Interval) -> Iterator[tuple[Interval, int]]:
-        """Runs of columns of equal height, as far as they are within ``cols``, with it."""
+        """The runs of columns of equal height, clipped to ``cols``, each with its height."""
         start, index = cols.start, bisect_right(self._starts, cols.start)
         while start < cols.stop:
             stop = self._starts[index] if index < len(self._starts) else self._width

@@ -17,11 +17,11 @@ from streamcnn.stores.transfers import Deferred, GpuTransfers, Incoming, few_pie
 
 
 class HostStore(Store):
-    """One pinned block that holds the whole map, had when something is first written, in its layout.
+    """One pinned block that holds the whole map, allocated at the first write, in the layout of that.
 
     A region without gaps in memory, such as a band of full rows of one image in ``channels_last``, is copied
-    as it lies, beside what the GPU computes, and so are few large pieces. Others go by way of a pinned
-    buffer, and so does what is added to something that is there.
+    in place while the GPU computes, and so is one of few large pieces. Others go through a pinned buffer, and
+    so does what is added to values that are there already.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class HostStore(Store):
         self._block: PinnedBlock | None = None
         self._map: Tensor | None = None
         self._lock = Lock()
-        """Held where memory is had and where it is noted which part has been written."""
+        """Guards the allocation and the frontier."""
         self._frontier = Frontier(spec.size)
 
     def _read(self, region: Region) -> Tensor:
@@ -58,8 +58,8 @@ class HostStore(Store):
         return self._transfers.bring(shape, dtype, partial(self._source, view), layout(view))
 
     def _source(self, view: Tensor) -> Tensor:
-        """A region of the map in pinned memory, as it lies or in a buffer."""
-        if self._is_copied_as_it_lies(view):
+        """A region of the map in pinned memory: the view itself, or a copy in a buffer."""
+        if self._is_copied_in_place(view):
             return view
         return self._transfers.buffer(view.shape, view.dtype, layout(view)).copy_(view)
 
@@ -74,8 +74,8 @@ class HostStore(Store):
         for part, holds in self._claim(whole, region):
             target = self._view(whole, part)
             share = crop(tile, self.spec.axes, region, part)
-            # What is there already may be on its way still: the host comes after that.
-            if not holds and share.dtype == target.dtype and self._is_copied_as_it_lies(target):
+            # Values that are there may still be on their way; what is taken is finished in order.
+            if not holds and share.dtype == target.dtype and self._is_copied_in_place(target):
                 self._transfers.put(self, share, target, is_final=is_final)
             else:
                 finish = partial(_combine, target, adds=adds and holds)
@@ -88,7 +88,7 @@ class HostStore(Store):
             self._spares.keep(self._block)
             self._block = None
 
-    def _is_copied_as_it_lies(self, view: Tensor) -> bool:
+    def _is_copied_in_place(self, view: Tensor) -> bool:
         assert self._block is not None
         return self._block.is_pinned and few_pieces(view)
 
@@ -101,7 +101,7 @@ class HostStore(Store):
             return self._map
 
     def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
-        """``region`` in parts, each with whether something was written there; from now on, all of it was."""
+        """Split ``region`` by whether something was written there, and count all of it as written."""
         with self._lock:
             return self._frontier.claim(region, lambda part: self._view(whole, part).zero_())
 

@@ -15,7 +15,7 @@ from streamcnn.stores.pinned import fresh_memory, shaped
 
 
 class MemoryStore(Store):
-    """One tensor that holds the whole map, allocated when something is first written, in its layout.
+    """One tensor that holds the whole map, allocated at the first write, in the layout of that.
 
     Parameters
     ----------
@@ -24,8 +24,8 @@ class MemoryStore(Store):
     device
         Where the tensor lives. Reading returns a view and copies nothing.
     zeroed
-        Whether memory comes zeroed. Else it comes from PyTorch's allocator as it is, and what is read before
-        it was written is zeroed then.
+        Whether memory comes zeroed. Otherwise it comes from PyTorch's allocator as it is, and a part that is
+        read before it was written is zeroed then.
 
     Notes
     -----
@@ -45,10 +45,10 @@ class MemoryStore(Store):
         self._zeroed = zeroed
         self._device = device
         self._map: Tensor | None = None
-        self._is_read = False
-        """Whether the map is a tile that others may read, and so is not to be changed."""
+        self._is_shared = False
+        """Whether the map is a tile that others may read, and so must not be changed."""
         self._lock = Lock()
-        """Held where memory is allocated and where it is noted which part has been written."""
+        """Guards the allocation and the frontier."""
         self._frontier = Frontier(spec.size)
 
     def _read(self, region: Region) -> Tensor:
@@ -60,7 +60,7 @@ class MemoryStore(Store):
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         if may_keep and self._can_keep(region, tile):
-            self._keep(tile, is_read=True)
+            self._keep(tile, is_shared=True)
             return
         whole = self._writable(tile)
         self._claim(whole, region)
@@ -69,7 +69,7 @@ class MemoryStore(Store):
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         tile = tile.to(self.spec.dtype)
         if may_keep and self._can_keep(region, tile):
-            self._keep(tile, is_read=False)
+            self._keep(tile, is_shared=False)
             return
         whole = self._writable(tile)
         for part, holds in self._claim(whole, region):
@@ -92,9 +92,9 @@ class MemoryStore(Store):
             and tile.is_contiguous(memory_format=layout(tile))
         )
 
-    def _keep(self, tile: Tensor, *, is_read: bool) -> None:
-        """Have a tile for the map; ``is_read`` if others may read it."""
-        self._map, self._is_read = tile, is_read
+    def _keep(self, tile: Tensor, *, is_shared: bool) -> None:
+        """Make a tile the map; ``is_shared`` if others may read it."""
+        self._map, self._is_shared = tile, is_shared
         self._frontier.mark(self._whole)
 
     def _writable(self, tile: Tensor) -> Tensor:
@@ -103,12 +103,12 @@ class MemoryStore(Store):
             if self._map is None:
                 new = _zeros if self._zeroed else _empty
                 self._map = new(self.spec, self._device, layout(tile))
-            elif self._is_read:
-                self._map, self._is_read = self._map.clone(), False
+            elif self._is_shared:
+                self._map, self._is_shared = self._map.clone(), False
             return self._map
 
     def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
-        """``region`` in parts, each with whether something was written there; from now on, all of it was."""
+        """Split ``region`` by whether something was written there, and count all of it as written."""
         zero = None if self._zeroed else lambda part: self._view(whole, part).zero_()
         with self._lock:
             return self._frontier.claim(region, zero)
@@ -123,9 +123,9 @@ class MemoryStore(Store):
 
 
 def _keeps_tiles(device: torch.device, *, zeroed: bool) -> bool:
-    """Whether a map may be in memory that a tile was computed in.
+    """Whether the memory that a tile was computed in may become the map's.
 
-    In the C library's heap that would leave holes, where tiles around it have gone.
+    In the C library's heap the map would outlive the tiles around it, which leave holes.
     """
     return device.type != "cpu" or not zeroed
 

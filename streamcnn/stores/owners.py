@@ -1,8 +1,8 @@
-"""Which process a temporary folder belongs to, told by its name, so that others see when that is dead.
+"""Which process a temporary folder belongs to: its name says so, and others see when that process is dead.
 
-A process is known by its number and when it started, which are good for one start of one machine and one
-space of process numbers: containers have their own, and hosts may share a disk. A folder whose name tells of
-another place is left alone, whatever has become of its owner.
+A process is known by its number and the time of its start. They identify it on one boot of one machine and
+in one PID namespace: containers have their own, and hosts may share a disk. A folder whose name points to
+another such place is left alone, whatever has become of its owner.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Owner:
     place: str
     number: int
     start: int
-    """Ticks of the clock after the machine's start."""
+    """Clock ticks after the boot."""
 
     @classmethod
     def present(cls) -> Self | None:
-        """This process; None where the kernel does not tell what is needed to know it again."""
+        """This process; None where the kernel does not say what identifies it."""
         place, found = _place(), _state_and_start(os.getpid())
         return None if place is None or found is None else cls(place, os.getpid(), found[1])
 
     @classmethod
     def of(cls, name: str) -> Self | None:
-        """The owner that a folder's name tells of; None if it is no such name."""
+        """The owner that is encoded in a folder's name; None in any other name."""
         found = _NAME.fullmatch(name)
         return None if found is None else cls(found["place"], int(found["number"]), int(found["start"]))
 
@@ -69,7 +69,7 @@ def abandoned(parent: Path) -> list[Path]:
     try:
         names = os.listdir(parent)
     except PermissionError:
-        # A folder may be good for making others in without showing what is there.
+        # Some folders may be written to and not listed.
         return []
     return [parent / name for name in names if _is_abandoned(parent / name)]
 
@@ -87,7 +87,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _place() -> str | None:
-    """This start of this machine and this space of process numbers, as sixteen digits."""
+    """This boot of this machine and this PID namespace, as sixteen hexadecimal digits."""
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         numbers = os.readlink(PROC / "self/ns/pid")
@@ -97,7 +97,7 @@ def _place() -> str | None:
 
 
 def _state_and_start(number: int) -> tuple[str, int] | None:
-    """State and start of a process; None if there is none."""
+    """State and start of a process; None if there is no such process."""
     try:
         text = (PROC / str(number) / "stat").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Host memory of maps that are done with, kept pinned for the next ones.
+"""Pinned host memory, kept from maps that are done with for the next ones.
 
 Pinning takes the kernel some 0.3 s a GiB, many times what filling the memory takes. PyTorch's own allocator
-of pinned memory keeps it too, and rounds up to a power of two: half of a host's RAM may be lost to that.
+of pinned memory keeps it too, but rounds up to a power of two: half of a host's RAM may be lost to that.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 Pin = Callable[[Tensor], Callable[[], None] | None]
-"""Pins memory, and says how to undo it; None if that is not possible."""
+"""Pins memory and returns what undoes that; None if it cannot be pinned."""
 
 _LARGEST_WASTE = 1.25
-"""How much larger than a map the block may be that it lies in."""
+"""The largest block for a map, and the most memory held, over what maps need."""
 HUGE_PAGE_BYTES = 2**25
 """Mappings of at least this many bytes ask for 2 MiB pages, which are zeroed and mapped in fewer steps."""
 
@@ -53,16 +53,16 @@ def _unpin(undo: Callable[[], None], memory: Tensor) -> None:
 
 
 class SparePinned:
-    """Spare blocks. With the maps in use they take no more than a quarter beyond what maps took at once.
+    """Spare blocks. Together with those in use they take at most a quarter more than maps ever took at once.
 
-    A copy has none.
+    A copy starts without any.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._spare: list[PinnedBlock] = []
         self._in_use = WeakSet[PinnedBlock]()
-        """Some go with a store that is collected."""
+        """Weak, since a store that is collected takes its block along."""
         self._most_in_use = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class SparePinned:
             return sum(block.nbytes for block in self._spare)
 
     def take(self, nbytes: int, pin: Pin) -> PinnedBlock:
-        """A block of ``nbytes`` or little more, with anything in it."""
+        """A block of ``nbytes`` or a little more; what is in it is undefined."""
         with self._lock:
             fitting = [b for b in self._spare if nbytes <= b.nbytes <= _LARGEST_WASTE * nbytes]
             found = min(fitting, key=lambda block: block.nbytes, default=None)
@@ -89,18 +89,18 @@ class SparePinned:
         return found
 
     def keep(self, block: PinnedBlock) -> None:
-        """Take a block that nobody uses any more."""
+        """Keep a block that nobody uses any more."""
         with self._lock:
             self._in_use.discard(block)
             self._spare.append(block)
 
     def close(self) -> None:
-        """Give up all that is spare now."""
+        """Drop all spare blocks."""
         with self._lock:
             self._spare.clear()
 
     def _make_room(self, nbytes: int) -> None:
-        """Give up what would go past the bound with a new block, of the smallest blocks first."""
+        """Drop spare blocks, the smallest first, until a new one of ``nbytes`` fits within the bound."""
         used = sum(block.nbytes for block in self._in_use) + nbytes
         excess = sum(block.nbytes for block in self._spare) + used
         excess -= int(_LARGEST_WASTE * max(self._most_in_use, used))
@@ -119,8 +119,8 @@ def fresh_memory(nbytes: int, *, inherited: bool = True) -> Tensor:
     Parameters
     ----------
     inherited
-        Whether a forked child has what is in it; else it has zeros. When a process forks, Linux copies every
-        pinned page; before 5.9 it gave a new page to whoever wrote first, and a GPU kept the old one.
+        Whether a forked child sees what is in it; otherwise it sees zeros. When a process forks, Linux copies
+        every pinned page; before 5.9 it gave a new page to whoever wrote first, and a GPU kept the old one.
     """
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(nbytes, dtype=torch.uint8)

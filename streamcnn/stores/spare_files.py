@@ -1,7 +1,7 @@
 """Files of maps that are done with, kept for the next maps on disk.
 
-A page of a file costs more to get than to write: some 6 µs on a virtual machine, ten times what it takes to
-write it again. So a map's file is not removed but handed on, as allocators keep blocks.
+A new page of a file costs more to allocate than to write: some 6 µs on a virtual machine, ten times what it
+takes to write it again. So a map's file is not removed but handed on, as allocators keep blocks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from streamcnn.stores.spill import SpillFolder
 
 
 class SpareFiles:
-    """Spare files in a folder of their own, which goes with them.
+    """Spare files in a folder of their own.
 
-    They are removed on ``close``, when collected and when the interpreter exits. Together with the maps that
-    are on disk they never take more than maps have taken at once. A copy has none, and a forked child has
-    none of its parent's.
+    Both are removed on ``close``, when collected and when the interpreter exits. Together with the maps that
+    are on disk, spare files never take more than maps have taken at once. A copy starts without any, and so
+    does a forked child.
 
     Parameters
     ----------
@@ -52,9 +52,10 @@ class SpareFiles:
             return sum(self._spare.values())
 
     def take(self, path: Path, nbytes: int) -> bool:
-        """Have a spare file at ``path``, of ``nbytes`` at most and with anything in it, if there is one.
+        """Move a spare file to ``path``; whether there was one.
 
-        Either way ``path`` is about to be a file of ``nbytes``, which counts until it is removed or kept.
+        It has ``nbytes`` at most, and what is in it is undefined. In any case ``path`` counts as a file of
+        ``nbytes`` from now on, until it is removed or kept.
 
         Raises
         ------
@@ -74,7 +75,7 @@ class SpareFiles:
             return found is not None
 
     def keep(self, path: Path) -> None:
-        """Take a file that nobody uses any more.
+        """Keep a file that nobody uses any more.
 
         Raises
         ------
@@ -90,7 +91,7 @@ class SpareFiles:
             self._spare[spare] = spare.stat().st_size
 
     def close(self) -> None:
-        """Remove all that is spare now."""
+        """Remove all spare files."""
         with self._lock:
             self._spare.clear()
             if self._folder is not None:
@@ -109,13 +110,13 @@ class SpareFiles:
             self._reset()
 
     def _note_in_use(self, path: Path, nbytes: int) -> None:
-        # Some have gone with a store that was collected.
+        # A store that was collected took its file along.
         self._in_use = {other: size for other, size in self._in_use.items() if other.exists()}
         self._in_use[path] = nbytes
         self._most_in_use = max(self._most_in_use, sum(self._in_use.values()))
 
     def _make_room(self) -> None:
-        """Give up what would have the disk hold more than it ever did, of the smallest files first."""
+        """Cut spare files, the smallest first, until all take no more than maps have taken at once."""
         excess = sum(self._spare.values()) + sum(self._in_use.values()) - self._most_in_use
         for path, size in sorted(self._spare.items(), key=lambda item: item[1]):
             if excess <= 0:

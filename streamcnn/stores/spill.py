@@ -21,10 +21,10 @@ def free_bytes(parent: str | os.PathLike[str] | None) -> int:
 
 
 def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
-    """Remove spill folders in ``parent`` that processes have left which were killed.
+    """Remove the spill folders in ``parent`` that killed processes have left.
 
-    Only those of this user, of this start of this machine and of this space of process numbers; see
-    ``streamcnn.stores.owners``. What cannot be removed is warned of.
+    Only those of this user, of this boot of the machine and of this PID namespace; see
+    ``streamcnn.stores.owners``. A warning names what cannot be removed.
     """
     for folder in abandoned(Path(parent or tempfile.gettempdir())):
         try:
@@ -42,9 +42,9 @@ def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
 
 
 def remove_with(owner: object, folder: Path) -> weakref.finalize[[Path, int], Any]:
-    """A call that removes ``folder``; made at the latest when ``owner`` or the process ends.
+    """Removes ``folder`` when called, at the latest when ``owner`` is collected or the process ends.
 
-    A forked child inherits the owner, not the folder: its end removes nothing.
+    A forked child inherits the owner and not the folder: its end removes nothing.
     """
     return weakref.finalize(owner, _remove_tree, folder, os.getpid())
 
@@ -59,8 +59,8 @@ class SpillFolder:
     """A temporary folder with a sub-folder per store, removed with everything in it.
 
     Removed on ``close``, at the end of a ``with`` block, when collected and when the interpreter
-    exits, whichever comes first. What a process leaves that is killed, the next one removes when it makes
-    a folder in the same place. All else that is there stays.
+    exits, whichever comes first. What a killed process leaves is removed by the next one that makes a
+    folder in the same place. Everything else there stays.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class SpillFolder:
         return self.path / f"map-{next(self._numbers):06d}"
 
     def close(self) -> None:
-        """Remove the folder and all in it. Closing again does what an interrupted call has left undone."""
+        """Remove the folder and all in it. Closing again completes an interrupted call."""
         self._remove()
         _remove_tree(self.path, self._owner_process)
 

@@ -14,9 +14,9 @@ from streamcnn.geometry.regions import Interval, Region
 from streamcnn.stores.base import StoreSpec
 
 BLOCK_NBYTES = 2**20
-"""Bytes that are moved at once: far more than a call costs, little enough to stay in a core's cache."""
+"""Bytes moved at once: enough that the call costs little, few enough to stay in a core's cache."""
 _STRIPS_PER_TILE = 8
-"""Strips across one tile, unless it is a band of full rows: what a halo reads in vain is at most two more."""
+"""Strips across a tile that is no band of full rows: of these, its halo reads two more in vain at most."""
 _NARROWEST, _WIDEST = 16, 64
 """Columns of a strip: shorter runs are copied slowly, longer ones read more than a halo needs."""
 
