@@ -15,8 +15,8 @@ Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lives:
-    """How large stored maps are, and how long they are needed; arrays have one entry for each map."""
+class Lifetimes:
+    """How large stored maps are, and from when to when they are needed; arrays have an entry for each map."""
 
     nbytes: Ints
     made: Ints
@@ -44,7 +44,7 @@ class Lives:
         backward_end = np.where(again, self.rematerialised + 1, self.made)
 
         def lasting(end: Ints, counted: Flags) -> Ints:
-            """By level: bytes of what lives from its own level on, up to the one before ``end``."""
+            """By level: bytes of what lives from its own level up to the one before ``end``."""
             nbytes, changes = self.nbytes * counted, np.zeros(num_levels + 1, np.int64)
             np.add.at(changes, self.made, nbytes)
             np.subtract.at(changes, end, nbytes)
@@ -65,14 +65,14 @@ class StoredBytes:
         self, stores: Mapping[str, StorePlan], levels: Mapping[str, int], tier: Tier = Tier.MEMORY
     ) -> None:
         each = stores.values()
-        lives = Lives(
+        lifetimes = Lifetimes(
             nbytes=np.array([store.nbytes for store in each], np.int64),
             made=np.array([levels[name] for name in stores], np.int64),
             last_reader=np.array([store.last_reader for store in each], np.int64),
             kept=np.array([store.kept for store in each], np.bool_),
             rematerialised=np.array([store.rematerialised or 0 for store in each], np.int64),
         )
-        self.held = lives.held(
+        self.held = lifetimes.held(
             max(levels.values(), default=0) + 1,
             np.array([store.tier is tier for store in each], np.bool_),
             np.array([store.gradient_tier is tier for store in each], np.bool_),

@@ -1,4 +1,4 @@
-"""What candidates take as arrays: bytes at every peak point, and seconds."""
+"""What candidates take, as arrays: bytes at every peak point, and seconds."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class CandidateScores:
     levels: Ints
     """By stage."""
     peak_levels: Ints
-    """By stage: the level at which its step is carried out, that of a later one if it rematerialises maps."""
+    """By stage: the level at which its step runs, a later one than its own if it rematerialises maps."""
     global_bytes: GlobalBytes
     held: HeldBytes
-    """What is held beside steps but for what the backend keeps."""
+    """What is held beside steps, without what the backend keeps."""
     reuses_blocks: bool
     """Whether freed blocks are kept for reuse."""
 
     def pass_bytes(self, choice: Ints | None, reusable: int) -> PassBytes:
-        """What a pass takes where stages take the candidates of ``choice``, at first of none.
+        """What a pass takes if stages take the candidates of ``choice``; None counts no kernels yet.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""All ways to tile all stages of a staging as arrays, so that a choice of stores is scored in one go."""
+"""All ways to tile all stages of a staging, as arrays, so that a choice of stores is scored in one go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamcnn.graph.program import Kind, Node
 from streamcnn.plan.hardware import HardwareProfile
 from streamcnn.plan.level_bytes import Ints
 from streamcnn.plan.storage import StorePlan, Tier
-from streamcnn.plan.stored_bytes import Flags, Lives
+from streamcnn.plan.stored_bytes import Flags, Lifetimes
 from streamcnn.planning.candidate_scores import CandidateScores, Floats
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers, Traffic, output_traffic
@@ -44,7 +44,7 @@ class StageRow:
     moved: Ints
     """(6, touched x candidates): bytes read, bytes written and transfers of each, and of its gradient."""
     on_the_way: Ints
-    """(3, touched x candidates): bytes of it while a tile is computed, forward, backward and of gradients."""
+    """(3, touched x candidates): its bytes on the way during a tile, forward, backward and of gradients."""
     outputs: Mapping[str, MapTraffic]
     is_differentiated: bool
 
@@ -113,7 +113,7 @@ class CandidateTable:
     """(3, touched, candidates): bytes while a tile is computed, forward, backward and of gradients."""
     maps: tuple[str, ...]
     """Stored maps."""
-    lives: Lives
+    lifetimes: Lifetimes
     """Of each stored map."""
     outputs: Ints
     """Which map is stored, by stage."""
@@ -124,7 +124,7 @@ class CandidateTable:
 
     @classmethod
     def of(cls, staging: Staging, rows: tuple[StageRow, ...], gathers: Collection[Node]) -> CandidateTable:
-        """The table of a staging with the rows of its stages; ``gathers`` take maps whole, or keep them."""
+        """The table of a staging with the rows of its stages; ``gathers`` need maps as a whole."""
         again = staging.rematerialised
         levels = [stage.level for stage in (*staging.stages, *(each.stage for each in again))]
         maps = tuple(name for stage in staging.stages for name in stage.stored)
@@ -154,7 +154,7 @@ class CandidateTable:
             moved=_padded([row.moved for row in rows], is_filled[toucher], (0,) * 6),
             on_the_way=_padded([row.on_the_way for row in rows], is_filled[toucher], (0,) * 3),
             maps=maps,
-            lives=_lives(staging, rows, maps, gathers),
+            lifetimes=_lifetimes(staging, rows, maps, gathers),
             outputs=np.array([places[name] for row in rows for name in row.outputs], np.int64),
             output_bytes=np.array(
                 [(*_numbers(each.values)[:2], *_numbers(each.gradient)[:2]) for each in outputs], np.int64
@@ -164,13 +164,13 @@ class CandidateTable:
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """Bytes of reusable blocks that no step shall hold more of, the values to try, ascending."""
+        """Values to try for the most bytes of reusable blocks that a step may hold, ascending."""
         return _spread(np.unique(self.reusable), len(self.rows))
 
     def stores(self, tiers: Mapping[str, Tiers]) -> dict[str, StorePlan]:
-        """The plan of each stored map, given where it lives; tiles' extents are left at nothing."""
-        lives = self.lives
-        arrays = (lives.nbytes, lives.kept, lives.last_reader, lives.rematerialised)
+        """The plan of each stored map, given where it lives; its ``tile`` is still to be filled in."""
+        lifetimes = self.lifetimes
+        arrays = (lifetimes.nbytes, lifetimes.kept, lifetimes.last_reader, lifetimes.rematerialised)
         return {
             name: StorePlan(
                 tier=tiers[name][0],
@@ -212,7 +212,7 @@ class CandidateTable:
         rates = np.array([(hardware.read_bytes[tier], hardware.write_bytes[tier]) for tier in _TIERS])[places]
         waits = np.array([[hardware.transfer_seconds[tier]] for tier in _TIERS])[places]
         in_memory = places == _TIERS[Tier.MEMORY]
-        stored = self.lives.held(len(global_bytes.num_kernels), in_memory[:, 0], in_memory[:, 1])
+        stored = self.lifetimes.held(len(global_bytes.num_kernels), in_memory[:, 0], in_memory[:, 1])
         slowness = np.concatenate((1 / rates, waits), axis=2)
         forward, backward = self.forward, self.backward
         seconds = self.seconds[int(reuses_blocks)]
@@ -225,7 +225,7 @@ class CandidateTable:
                 self._store_seconds(each * ~in_memory[..., None])
                 for each in (slowness, _asked(hardware, waits))
             )
-            # Where tiles follow each other, whichever takes less is hidden by the other.
+            # Where tiles follow each other, the shorter one is hidden by the longer.
             hidden = np.maximum(computing + asked, beside)
             seconds = np.where(self.num_tiles > 1, hidden, computing + beside)
         else:
@@ -274,10 +274,11 @@ class CandidateTable:
 
 
 def _asked(hardware: HardwareProfile, waits: Floats) -> Floats:
-    """(maps, 2, 3): seconds for a byte read, a byte written and a transfer that nothing hides.
+    """(maps, 2, 3): seconds for a byte read, a byte written and a transfer, as far as nothing hides them.
 
-    A tile that comes or goes beside others is written or read in the device's memory all the same, and who
-    asks for that gives the device its work. So a map is never moved faster than it is read where it is.
+    A tile that comes or goes while others are computed is still written or read in the device's memory, and
+    the thread that asks for this also gives the device its work. So moving a map never takes less time than
+    reading it in the device's memory.
     """
     read, written = (rates[Tier.MEMORY] for rates in (hardware.read_bytes, hardware.write_bytes))
     copied = np.broadcast_to((1 / read, 1 / written), (*waits.shape[:2], 2))
@@ -289,15 +290,15 @@ def _numbers(traffic: Traffic) -> tuple[int, int, int]:
 
 
 def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
-    """Ascending values, or as many of them as are tried, the first and the last among them."""
+    """All of some ascending values, or as many as are tried: spread evenly, with the first and the last."""
     count = min(len(values), max(_FEWEST_LIMITS, _LIMIT_TRIALS // max(num_stages, 1)))
     places = np.linspace(0, len(values) - 1, count).astype(np.int64)
     return tuple(values[places].tolist()) or (0,)
 
 
-def _lives(
+def _lifetimes(
     staging: Staging, rows: Sequence[StageRow], maps: Sequence[str], gathers: Collection[Node]
-) -> Lives:
+) -> Lifetimes:
     made = {name: stage.level for stage in staging.stages for name in stage.stored}
     nbytes, last, needed = dict[str, int](), dict(made), set[str]()
     # Levels of stages ascend, and stages that rematerialise maps come after these.
@@ -311,7 +312,7 @@ def _lives(
         if node.operands[0] in last:
             last[node.operands[0]] = max(last[node.operands[0]], staging.levels[node.name])
     again = {name: each.before for each in staging.rematerialised for name in each.stage.stored}
-    return Lives(
+    return Lifetimes(
         nbytes=np.array([nbytes[name] for name in maps], np.int64),
         made=np.array([made[name] for name in maps], np.int64),
         last_reader=np.array([last[name] for name in maps], np.int64),

@@ -26,13 +26,13 @@ from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, mos
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
 FINE_BYTES = 2**22
-"""No smaller tiles are tried once a step takes no more than this beside what the backend takes: they would
+"""No smaller tiles are tried once a step takes no more than this beside what the backend takes: that would
 save nothing."""
 
 FEW_BANDS = (2, 3)
-"""Bands that are tried beside those of as many as there are square tiles."""
+"""Numbers of bands that are tried in any case; others are the numbers of square tiles."""
 LEAST_ROWS = 256
-"""Input pixels: lower bands are tried beside square tiles even where bands are preferred, for their halo."""
+"""Input pixels: where bands would be lower, square tiles are tried beside them, since halos cost more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,9 +48,9 @@ class TilingCandidate:
     reusable: int
     """Bytes of the larger one in blocks that may be kept for reuse when they are freed."""
     moved: Mapping[str, MapTraffic]
-    """What all tiles move of each stored input; of what they store, the transfers alone."""
+    """What all tiles move of each stored input; of the maps that they store, only the transfers."""
     on_the_way: Mapping[str, OnTheWay]
-    """What is on the way of each while a tile is computed, if tiles are moved beside."""
+    """What is on the way of each map while a tile is computed, if moving tiles overlaps with that."""
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +90,12 @@ class TilingCandidates:
         return found
 
     def _is_same(self, outline: Outline) -> bool:
-        """Whether an outline of another program's stage, which begins alike, is true here."""
+        """Whether another program's outline of this stage holds here: whether the nodes are the same."""
         names = (*outline.stage.nodes, *outline.stage.inputs)
         return all(outline.program.nodes[name] is self.program.nodes[name] for name in names)
 
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
-        # Smaller tiles take no less of that.
+        # What the backend takes is the same for smaller tiles.
         fine = FINE_BYTES + total_bytes(overhead_terms(outline, self.backend, backward=self._visits(outline)))
         grids = list(dict.fromkeys(self._grids(outline)))
         for index, tiled in enumerate(tile_stage(outline, *grids), start=1):
@@ -107,10 +107,10 @@ class TilingCandidates:
                 return
 
     def _grids(self, outline: Outline) -> Iterator[TileCounts]:
-        """Grids of square tiles, each after as many bands of full rows, or those alone.
+        """Grids of square tiles, each after the same number of bands of full rows; or the bands alone.
 
-        Reading and writing a band moves few long runs of memory. Images are stored in chunks, which bands
-        would read more than once.
+        Reading and writing a band moves few long runs of memory. There are no bands where an image is read:
+        images are stored in chunks, which bands would read more than once.
         """
         has_bands = self._tile is None and not set(self.program.images).intersection(outline.stage.inputs)
         most_bands = most_parts(outline)[0] if has_bands else 1

@@ -11,14 +11,14 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.planning.candidate_scores import CandidateScores
 
 _ROUNDS = 16
-"""How often candidates are chosen anew where they do not fit, at most."""
+"""How often the limit is tightened at most."""
 _KEPT_ROUNDS = 4
-"""How often candidates are chosen anew for what the backend keeps of the last ones, at most."""
+"""How often candidates are chosen again, given what the backend keeps of the last choice, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which candidate each stage takes, and what comes of it."""
+    """Which candidate each stage takes, and the time and bytes of that."""
 
     indices: tuple[int, ...]
     seconds: float
@@ -32,11 +32,11 @@ class Choice:
 
 
 def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
-    """For each stage the fastest candidate that fits, where steps hold no more than ``limit`` reusable bytes.
+    """For each stage the fastest candidate that fits, with at most ``limit`` reusable bytes in a step.
 
-    If not all fit, the limit is tightened below what they take until that stops falling; if none fits then,
-    the same begins anew from the smallest candidates. What this ends with does not depend on the budget: a
-    budget that is named as enough is enough.
+    Each candidate is chosen as if it ran alone, so the choice may take more than the budget. Then what it
+    takes is tightened until that stops falling. If it still does not fit, the same begins from the smallest
+    candidates, where the outcome does not depend on the budget: what an error names as enough is enough.
     """
     allowed = math.inf if budget is None else budget
     choice = _tightened(scores, limit, room=allowed, allowed=allowed)
@@ -46,8 +46,10 @@ def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
 
 
 def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> Choice:
-    """The first choice that fits ``allowed``, from those for ``room`` and for ever less than the last takes;
-    if none does, the smallest."""
+    """The first choice that fits ``allowed``, beginning with ``room`` and going on below what the last took.
+
+    If none fits, the smallest.
+    """
     best = _choose_once(scores, limit, room, allowed)
     for _ in range(_ROUNDS):
         if best.nbytes <= allowed:
@@ -60,7 +62,7 @@ def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: flo
 
 
 def _choose_once(scores: CandidateScores, limit: int, room: float, allowed: float) -> Choice:
-    """For each stage the fastest candidate that fits ``room``; what the backend keeps depends on all."""
+    """For each stage the fastest candidate that fits ``room``, given what the backend keeps of them all."""
     found, choice = scores.pass_bytes(None, limit), None
     for _ in range(_KEPT_ROUNDS):
         before, choice = choice, _fastest(scores, scores.peaks(found), limit, room)

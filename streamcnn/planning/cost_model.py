@@ -1,7 +1,7 @@
-"""Projected time of a plan, and its arithmetic: floating-point operations, bytes of memory, stores.
+"""Projected time of a plan, from its arithmetic, the memory it reads and writes, and its stores.
 
-Times are sums of quotients, work over a measured rate, so they are worth as much as the rates are; what they
-are for is to tell the faster of two plans.
+Times are sums of quotients, work over a measured rate, and only as good as the rates. Their purpose is to
+tell the faster of two plans.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from streamcnn.planning.tiling import TiledStage
 BACKWARD_WORK = 2
 """Arithmetic of an operator's backward pass over its forward pass: one product per operand."""
 PARAMETER_PASSES = 6
-"""How often a tile's gradients of parameters are read or written: they are zeroed and made in a layout that
-kernels work in, brought into the parameters' own, and added to those of earlier tiles."""
+"""How often a tile's gradients of parameters are read or written: they are zeroed and computed in the
+kernels' layout, converted to the parameters' own, and added to those of earlier tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class Work:
     """Whether every channel is convolved by itself."""
     num_positions: int
     """Spatial positions of the result."""
-    is_taken_along: bool = False
-    """Whether it is part of the pass that another operator makes over the map."""
+    is_fused: bool = False
+    """Whether it is done in the same pass over the map as the operator before it."""
 
     def seconds(self, hardware: HardwareProfile) -> float:
-        """Projected time in memory that the process has already."""
+        """Projected time, without taking new memory from the operating system."""
         rate = hardware.grouped_flops if self.grouped else hardware.dense_flops
         return self.flops / rate + self.nbytes / hardware.memory_bytes
 
@@ -84,7 +84,7 @@ def resident_time(
     *,
     keeps_blocks: bool,
 ) -> StageTime:
-    """Time of all operators on whole maps, forward and backward: the same whatever is cut into tiles.
+    """Time of all operators that run on whole maps in any plan, forward and backward.
 
     ``keeps_blocks`` is as for `plain_time`.
     """
@@ -104,7 +104,7 @@ class StageTime:
     seconds: float
     """Where freed blocks are reused; stores left out."""
     fresh_seconds: float
-    """What it costs more if all memory comes from the operating system anew."""
+    """What is added if all memory comes fresh from the operating system."""
     flops: int
 
     def __add__(self, other: StageTime) -> StageTime:
@@ -121,8 +121,8 @@ def stage_time(
     *,
     backward: bool,
 ) -> StageTime:
-    """Time of a stage; with its backward pass, in which all but the skipped operators are run again."""
-    seconds = asked = fresh = flops = 0.0
+    """Time of a stage; ``backward`` adds its backward pass, which runs all but skipped operators again."""
+    seconds = launches = fresh = flops = 0.0
     skipped, num_tiles = frozenset(tiled.outline.skipped), tiled.num_tiles
     for name in tiled.stage.nodes:
         each, passes = works[name], 1.0
@@ -131,8 +131,8 @@ def stage_time(
         repeated = passes * tiled.covered(name) / each.num_positions
         zeroing = 0.0 if backend.keeps_blocks else repeated * each.made / hardware.fresh_bytes
         seconds += repeated * each.seconds(hardware)
-        if not each.is_taken_along:
-            asked += passes * num_tiles * hardware.operator_seconds
+        if not each.is_fused:
+            launches += passes * num_tiles * hardware.operator_seconds
         if repeated * each.made >= passes * num_tiles * backend.reusable_bytes:
             seconds += zeroing
         else:
@@ -140,12 +140,12 @@ def stage_time(
         flops += repeated * each.flops
     if backward:
         seconds += PARAMETER_PASSES * num_tiles * tiled.outline.parameter_bytes / hardware.memory_bytes
-    return StageTime(_together(seconds, asked, backend), fresh, int(flops))
+    return StageTime(_together(seconds, launches, backend), fresh, int(flops))
 
 
-def _together(seconds: float, asked: float, backend: Backend) -> float:
-    """Seconds of operators and of asking for them."""
-    return max(seconds, asked) if backend.runs_ahead else seconds + asked
+def _together(seconds: float, launches: float, backend: Backend) -> float:
+    """Seconds of operators and of launching them, which may overlap."""
+    return max(seconds, launches) if backend.runs_ahead else seconds + launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class MapTraffic:
 
 
 def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, MapTraffic]:
-    """What the tiles of a stage move of each stored input, and the transfers alone of what they store."""
+    """What the tiles of a stage move of each stored input; of maps that they store, only the transfers."""
     found, num_tiles = {}, tiled.num_tiles
     for name in tiled.stage.inputs:
         node = tiled.program.nodes[name]
@@ -212,7 +212,7 @@ def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, MapTraffic]:
 
 
 def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, MapTraffic]:
-    """What a stage moves of each map that it stores, however it is tiled; transfers are left out."""
+    """What a stage moves of each map that it stores, whatever its tiles; transfers are left out."""
     found = {}
     for name, times_read in _times_read(program, stage, backward=backward).items():
         nbytes = program.nodes[name].nbytes
@@ -223,7 +223,7 @@ def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[st
 
 
 class _TimesRead(NamedTuple):
-    """How often a stage itself reads a map that it writes, and the gradient of it."""
+    """How often a stage itself reads a map that it writes, and that map's gradient."""
 
     values: int
     gradient: int
@@ -246,20 +246,19 @@ def plain_time(
     backward: bool,
     keeps_blocks: bool,
 ) -> StageTime:
-    """Operators on whole maps, as in plain PyTorch: every one once forward and once backward.
+    """Time of operators on whole maps, as in plain PyTorch: each once forward and once backward.
 
-    Unless ``keeps_blocks``, as a pass of a backend that does, large results take memory from the operating
-    system anew, as in plain PyTorch.
+    Unless ``keeps_blocks``, large results take fresh memory from the operating system, as in plain PyTorch.
     """
     seconds = flops = 0.0
     passes = 1 + BACKWARD_WORK * backward
-    asked = passes * len(works) * hardware.operator_seconds
+    launches = passes * len(works) * hardware.operator_seconds
     for each in works.values():
         seconds += passes * each.seconds(hardware)
         if each.made >= backend.reusable_bytes and not keeps_blocks:
             seconds += passes * each.made / hardware.fresh_bytes
         flops += passes * each.flops
-    return StageTime(_together(seconds, asked, backend), 0.0, int(flops))
+    return StageTime(_together(seconds, launches, backend), 0.0, int(flops))
 
 
 def all_works(program: Program) -> dict[str, Work]:
@@ -268,7 +267,7 @@ def all_works(program: Program) -> dict[str, Work]:
 
 
 def works_on_tiles(program: Program, works: Mapping[str, Work], backend: Backend) -> Mapping[str, Work]:
-    """The work of every local operator on tiles, where some are taken along with others."""
+    """The work of every local operator on tiles, where the backend fuses some with the one before."""
     if not backend.fuses_norms:
         return works
     nodes = program.nodes
@@ -277,5 +276,5 @@ def works_on_tiles(program: Program, works: Mapping[str, Work], backend: Backend
     for run in runs([nodes[name] for name in works], seen.union(program.output_names)):
         for before, node in pairwise(run):
             read = sum(nodes[name].nbytes for name in node.operands if name != before.name)
-            found[node.name] = replace(works[node.name], nbytes=read, made=0, is_taken_along=True)
+            found[node.name] = replace(works[node.name], nbytes=read, made=0, is_fused=True)
     return found

@@ -16,9 +16,9 @@ from streamcnn.planning.resident_bytes import ResidentBytes
 from streamcnn.planning.staging import Staging
 
 RUN_TIME = "reserved for the run time"
-"""The name of the term of what a pass takes the first time that it runs, beside tensors."""
+"""Name of the term for what the first pass takes beside tensors, such as library code."""
 LOSS_COPIES = 3
-"""Bytes of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
+"""Copies of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
 
 
 class GlobalBytes:
@@ -53,7 +53,7 @@ class GlobalBytes:
         for level, each in by_level.items():
             staying[level] = each.staying
         for name, kinds in readers.items():
-            # The gradients of those that are promoted are counted as such.
+            # The gradients of promoted values are gradient maps, counted below.
             if name in differentiated and kinds != {Kind.PROMOTED}:
                 arriving[staging.levels[name]] += nodes[name].tensor.gradient_bytes
         self.held = self._held(program, staging, staying, arriving)
@@ -72,7 +72,7 @@ class GlobalBytes:
         )
 
     def kept(self, num_kernels: Ints) -> HeldBytes:
-        """What the backend keeps where phases have so many different convolutions by level."""
+        """What the backend keeps, given the number of different convolutions in each level's phase."""
         return self.backend.kept(self.num_kernels + num_kernels, training=bool(self.differentiated))
 
     def _held(self, program: Program, staging: Staging, staying: Ints, arriving: Ints) -> HeldBytes:
@@ -108,8 +108,8 @@ class GlobalBytes:
     def _gradient_maps(self, program: Program, staging: Staging) -> tuple[LevelBytes, LevelBytes]:
         """Gradients of the image and of promoted values, which are always in memory.
 
-        They are there while phases of each level run backward, and while the global values of each level are
-        differentiated: there each is copied out of its store in the end.
+        The first result is what they take while phases run backward, the second while global values are
+        differentiated: each gradient map is copied out of its store there.
         """
         num_levels, nodes = len(self.num_kernels), program.nodes
         flowing, taken = np.zeros(num_levels, np.int64), np.zeros(num_levels, np.int64)
@@ -123,14 +123,14 @@ class GlobalBytes:
         return LevelBytes.of(num_levels, (term, flowing)), LevelBytes.of(num_levels, (term, taken))
 
     def _always(self, num_levels: int) -> tuple[tuple[str, Ints], ...]:
-        """At every moment."""
+        """The terms that are the same at every moment."""
         return (
             (RUN_TIME, np.full(num_levels, self.backend.runtime_bytes)),
             (HELD, np.full(num_levels, self.reading.held)),
         )
 
     def _whole_image(self, program: Program, levels: Mapping[str, int]) -> Ints:
-        """By level: for an image as a whole, where an operator on whole maps reads it."""
+        """By level: bytes of reading an image as a whole, where an operator on whole maps does so."""
         nbytes = np.zeros(len(self.num_kernels), np.int64)
         for node in program.nodes.values():
             if node.kind is Kind.GATHER and (read := node.operands[0]) in program.images:
@@ -140,7 +140,7 @@ class GlobalBytes:
 
 
 def with_gradient_maps(program: Program, differentiated: Collection[str]) -> frozenset[str]:
-    """The image and values that are promoted to maps, as far as they have gradients."""
+    """The image and the values promoted to maps, those of them that have gradients."""
     promoted = (node.name for node in program.nodes.values() if node.kind is Kind.PROMOTED)
     return frozenset((program.image, *promoted)).intersection(differentiated)
 
@@ -156,7 +156,7 @@ def last_readers(program: Program, staging: Staging, names: Collection[str]) -> 
 
 
 def _readers_elsewhere(program: Program, levels: Mapping[str, int]) -> dict[str, set[Kind]]:
-    """By global value that maps read, or segments other than its own: the kinds of these readers."""
+    """By global value that maps or other segments read: the kinds of these readers."""
     nodes, found = program.nodes, dict[str, set[Kind]]()
     for node in nodes.values():
         for name in node.operands:

@@ -42,7 +42,7 @@ class PeakPoint:
     """The operator at which most is held."""
     terms: tuple[MemoryTerm, ...]
     reading: int
-    """Bytes that reading a region of an image takes beside tensors, then or at another moment of the step."""
+    """Bytes that reading a region of an image takes beside tensors, at this or another moment of the step."""
 
     @property
     def nbytes(self) -> int:
@@ -50,22 +50,22 @@ class PeakPoint:
         return total_bytes(self.terms)
 
     def beside_tensors(self, names: Collection[str]) -> int:
-        """The most bytes of the terms of these ``names`` at any moment of the step, and of what is read."""
+        """The most bytes of the terms ``names``, and of reading images, at any moment of the step."""
         others = total_bytes(term for term in self.terms if term.name in names and term.name != READING)
         return others + self.reading
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassBytes:
-    """Projected bytes at any point of a pass: in numbers for the search, and with their terms for the plan.
+    """Projected bytes at any point of a pass: as numbers for the search, and term by term for the plan.
 
-    Either is what is held beside a step at its level, the step itself, and what the allocator loses.
+    Both add up what is held beside steps at the point's level, the step itself, and what the allocator loses.
     """
 
     backend: Backend
     held: HeldBytes
     holes: int | None
-    """What is lost at every point where freed blocks are kept for reuse; None where they are given back."""
+    """Bytes lost at every point if freed blocks are kept for reuse; None if they are given back."""
 
     @classmethod
     def of(
@@ -81,11 +81,11 @@ class PassBytes:
         Parameters
         ----------
         others
-            What is held beside steps but for what the backend keeps.
+            What is held beside steps, without what the backend keeps.
         num_kernels
             By level: different convolutions of its phase.
         reusable
-            The most bytes of a step in blocks that are kept for reuse; None where they are given back.
+            The most bytes of a step in blocks that are kept for reuse; None if they are given back.
         """
         backend = global_bytes.backend
         holes = (
@@ -98,7 +98,7 @@ class PassBytes:
         return self.backend.returning.of_step(nbytes) if self.holes is None else self.holes
 
     def at(self, held: LevelBytes, levels: Ints | int, steps: Bytes) -> Ints:
-        """The sums at points of ``levels`` with steps of so many bytes; broadcast against each other."""
+        """The sums at ``levels`` with steps of ``steps`` bytes; the two are broadcast."""
         sums: Ints = held.total[levels] + steps + self.lost(steps)
         return sums
 

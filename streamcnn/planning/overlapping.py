@@ -1,7 +1,7 @@
-"""What moving tiles while others are computed takes: the inputs of the next one, and the results of the last.
+"""What moving tiles while others are computed takes: the next one's inputs, and the last one's results.
 
-Bytes are those of a stage's largest tile, by map; which of its maps are away from the device's memory is for
-whoever asks.
+Bytes are those of a stage's largest tile, by map. The caller knows which maps are away from the device's
+memory.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class OnTheWay:
     """Bytes of one map that are moved for a tile."""
 
     forward: int = 0
-    """Read or written in the forward pass, if the map is away, and held beyond what the step counts."""
+    """In the forward pass, if the map is away: read or written, and not counted in the step itself."""
     backward: int = 0
-    """Read in the backward pass, if it is."""
+    """In the backward pass, if the map is away: read."""
     gradient: int = 0
-    """Read or given of its gradient, if that is away."""
+    """Of its gradient map, if that is away: read or added."""
 
 
 def on_the_way(tiled: TiledStage) -> dict[str, OnTheWay]:
-    """By stored input and by map that the stage stores; nothing where there is one tile."""
+    """For each map that the stage reads or stores; nothing if there is a single tile."""
     if tiled.num_tiles == 1:
         return {}
     found = {}
@@ -81,7 +81,7 @@ def _forward(moved: Mapping[str, OnTheWay], away: Collection[str]) -> int:
 def overlapped(
     points: Sequence[PeakPoint], moved: Mapping[PassPart, int], backend: Backend, room: int | None
 ) -> frozenset[PassPart]:
-    """The parts of a pass that leave memory for what is on the way.
+    """The parts of a pass that leave room for tiles on the way.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ class Policy(Enum):
 
     KEEP = "keep"
     OFFLOAD_VALUES = "offload values"
-    """Offloaded, but for the gradient map, which lives for a few phases only."""
+    """Offloaded without its gradient map, which lives for a few phases only."""
     OFFLOAD = "offload"
     DROP = "drop"
     """Stored in the forward pass, and rematerialised in the backward pass."""
@@ -26,12 +26,12 @@ class Policies:
 
     offloaded: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
-    """Those of them whose gradient maps are offloaded, too."""
+    """Those of the offloaded maps whose gradient maps are offloaded too."""
     dropped: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()
 
     def changed(self, policies: Mapping[str, Policy]) -> Policies:
-        """The same but for the maps that ``policies`` names."""
+        """The same, with other policies for the maps that ``policies`` names."""
 
         def named(before: frozenset[str], *chosen: Policy) -> frozenset[str]:
             return before.difference(policies).union(n for n, each in policies.items() if each in chosen)

@@ -1,9 +1,9 @@
 """Projected bytes of operators on whole values: what ordinary PyTorch holds while it runs them.
 
-Values live until their last reader has run, and as long as autograd has saved them, see
-:class:`~streamcnn.graph.costs.Saves`. On the way back what autograd has saved gives way to the gradients of
-the parameters, and the gradient of a value is there from its last reader to the operator that made it. Views
-and the parts of a tuple are no memory of their own.
+Values live until their last reader has run, or longer if autograd has saved them, see
+:class:`~streamcnn.graph.costs.Saves`. Backward, what autograd has saved is freed bit by bit while the
+parameters' gradients appear, and a value's gradient lives from its last reader to the operator that made the
+value. Views and the elements of a tuple take no memory of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streamcnn.planning.step_bytes import StepBytes
 
 
 class ResidentBytes:
-    """Bytes of operators that run one after another on whole values and are differentiated in reverse.
+    """Bytes of operators that run one after another on whole values, and are differentiated in reverse.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class ResidentBytes:
     differentiated
         All nodes that a gradient passes through; none without a backward pass.
     asked
-        Those of the values that are read elsewhere too, or given out: they stay.
+        The values among these that are also read elsewhere, or are results: they stay.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class ResidentBytes:
         self.differentiated = frozenset(differentiated)
         self._places = {name: place for place, name in enumerate(names)}
         self._owners = {name: self._owner(name) for name in names}
-        """By value: the one in whose memory it is, which may come from before."""
+        """By value: the one whose memory it is in, which may have been made before these operators."""
         self._last = dict(self._places)
         """By value: the place of the last operator that reads its memory."""
         self._saved: dict[str, int] = {}
-        """By value whose memory autograd keeps: the place of the first operator for whose backward pass."""
+        """By value that autograd keeps: the place of the first operator whose backward pass needs it."""
         for place, name in enumerate(names):
             operands = (self._owners[o] for o in program.nodes[name].operands if o in self._places)
             self._last.update(dict.fromkeys((*operands, self._owners[name]), place))
@@ -62,12 +62,12 @@ class ResidentBytes:
                 self._saved.setdefault(value, place)
         self._asked = {self._owners[name] for name in asked if name in self._places}
         self._beside = self._array({name: self._saved_beside(name) for name in names})
-        """By operator: what autograd saves that is neither operand nor result."""
+        """By operator: bytes that autograd saves beside operands and result."""
 
     @property
     def staying(self) -> int:
         """Bytes that are held when all operators have run."""
-        # Results of reductions are looked at again when these are differentiated.
+        # Results of reductions are needed again when the reductions are differentiated.
         reduced = {name for name in self.names if self.program.nodes[name].kind is Kind.REDUCTION}
         return sum(map(self._size, self._saved.keys() | self._asked | reduced)) + int(self._beside.sum())
 
@@ -118,7 +118,7 @@ class ResidentBytes:
         return name
 
     def _size(self, name: str) -> int:
-        """Bytes of memory that a value has of its own, if it is made here; of a tuple each result has its."""
+        """Bytes of a value's own memory if it is made here; those of a tuple are counted at its elements."""
         node = self.program.nodes[name]
         is_tuple = node.kind is Kind.GLOBAL and isinstance(node.spec, tuple)
         return node.nbytes if self._owners.get(name) == name and not is_tuple else 0
@@ -133,7 +133,7 @@ class ResidentBytes:
         return changes[:-1].cumsum()
 
     def _saved_bytes(self) -> dict[str, int]:
-        """Bytes that autograd keeps, by the first operator for whose backward pass it does."""
+        """Bytes that autograd keeps, by the first operator whose backward pass needs them."""
         found: dict[str, int] = {}
         for value, place in self._saved.items():
             found[self.names[place]] = found.get(self.names[place], 0) + self._size(value)
@@ -145,7 +145,7 @@ class ResidentBytes:
     # --- one operator --------------------------------------------------------------------------------
 
     def _saved_by(self, name: str) -> Iterator[str]:
-        """The values made here whose memory autograd keeps for an operator's backward pass."""
+        """The values made here that autograd keeps for an operator's backward pass."""
         node, nodes = self.program.nodes[name], self.program.nodes
         if node.target is operator.getitem:
             if node.operands[0] in self._saved:
@@ -168,7 +168,7 @@ class ResidentBytes:
         return beside(self._call(name)) if beside and name in self.differentiated else 0
 
     def _inner(self, name: str) -> int:
-        """Bytes of what a call makes besides its result and forgets again."""
+        """Bytes of what a call computes beside its result and drops again."""
         inner = cost_of(self.program.nodes[name].target).inner
         return inner(self._call(name)) if inner else 0
 
@@ -181,14 +181,14 @@ class ResidentBytes:
         node, nodes = self.program.nodes[name], self.program.nodes
         operands = (nodes[n] for n in node.operands)
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
-        # Maps that a reduction or a gather looks at are in their stores, and never here as a whole.
+        # Maps that a reduction or a gather reads are in their stores, never here as a whole.
         values = sum(n.nbytes for n in operands if n.kind is not Kind.STATE and not n.is_map)
         itemsize = max((spec.dtype.itemsize for spec in node.specs), default=1)
         nbytes, cost = CallBytes(values, node.nbytes, 2 * weights, itemsize), cost_of(node.target)
         return (self.backend.backward_workspace if backward else self.backend.workspace)(cost, nbytes)
 
     def _gradient_copies(self, name: str) -> int:
-        """Bytes of gradients beside one of each value: an operator adds to those that are there already."""
+        """Bytes of gradients beyond one of each value: an operator's is added to one that is there."""
         if name not in self.differentiated:
             return 0
         node, nodes, place = self.program.nodes[name], self.program.nodes, self._places[name]

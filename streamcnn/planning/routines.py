@@ -1,4 +1,4 @@
-"""How many different sizes of convolutions and matrix products there are, by which backends take memory."""
+"""Numbers of convolutions and matrix products of different sizes: backends take memory for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamcnn.graph.program import Program
 
 
 def num_sizes(program: Program, names: Iterable[str], routine: Routine) -> int:
-    """How many of the operators ``names`` that are of one kind differ in their operands' or result's size."""
+    """How many sizes of operands and result the operators among ``names`` have that are of one routine."""
     nodes = program.nodes
     return len(
         {

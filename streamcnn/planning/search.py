@@ -3,10 +3,10 @@
 A solution is a staging (which maps are stored, where stretches are split), the sets of stored maps that are
 offloaded and that are dropped between the two passes, and whether freed blocks are kept for reuse. Given
 these, phases are independent of each other: each takes the tiles with the least projected time among those
-whose steps fit into what the budget leaves at that moment. What remains is a search over solutions: the
-offloaded maps are first the cheapest ones to offload, as few as let a plan fit or some more; where they have
-no room on disk, see `within_disk`; then, one by one, an offloaded map is brought back, dropped or recomputed
-instead, wherever that is faster.
+whose steps fit into what the budget leaves at that moment. What remains is a search over solutions. First the
+maps that are cheapest to offload are, as few as make a plan fit or some more. Where they have no room on disk,
+`within_disk` takes some off it. Then, one by one, an offloaded map is brought back, dropped or recomputed instead,
+wherever that is faster.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from streamcnn.planning.tiling import TiledStage
 from streamcnn.support.recent import Recent
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
-"""How many times the fewest offloaded maps are tried: more of them leave room for larger tiles."""
+"""Multiples of the fewest offloaded maps that are tried: more of them leave room for larger tiles."""
 ROUNDS = 2
-"""How often all offloaded maps are looked at once more."""
+"""How often all offloaded maps are tried again."""
 THOROUGH = 8
 """Up to so many stored maps, every count of offloaded ones and every pair of moves is tried."""
 _RECOMPUTED_BACKWARD = 4
-"""Passes over a map's operators that are added where its readers differentiate them too, at least."""
+"""Passes over a map's operators that are added at least, if its readers differentiate them too."""
 _ANY = 2**62
 _TABLES = 16
-"""Tables kept; the search goes to and fro between a staging and one with a map less."""
+"""Tables that are kept, as the search goes back and forth between a staging and one with a map less."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,11 +116,11 @@ class Search:
         self.offload_tiers = offload_tiers
         self.program = tilings.program
         self.whole = gathered(self.program)
-        """Maps that are read whole, which have to be stored."""
+        """Maps that are read as a whole, and so must be stored."""
         self.room_on_disk = next((each.capacity for each in offload_tiers if each.tier is Tier.DISK), None)
         """Bytes that may be on disk at one time; None for any number."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
-        """Whether freed blocks are kept for reuse, as far as that makes a difference."""
+        """What to try for whether freed blocks are kept for reuse."""
         kinds = (Kind.GATHER, Kind.RESULT)
         self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
         self._results = frozenset(self.program.results.values())
@@ -143,7 +143,7 @@ class Search:
             return found
         found = within_disk(self, found)
         thorough = len(found.base.stored) <= THOROUGH
-        # From which solution each move was looked at last: nothing new is to be found from there.
+        # By move: the solution from which it was tried last. From the same one it finds nothing new.
         looked: dict[tuple[str, ...], Solution] = {}
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
@@ -172,14 +172,14 @@ class Search:
             moves = dict(zip(names, chosen, strict=True))
             changed = found.policies.changed(moves)
             if changed == found.policies and not thorough:
-                # That is ``found`` itself.
+                # This is ``found`` itself.
                 continue
             if all(self._is_possible(found, n, policy, thorough) for n, policy in moves.items()):
                 for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
                     yield self.solution(found.base, changed, reuses_blocks=reuses_blocks)
 
     def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
-        """Whether a map may have a policy; unless the search is thorough, whether that may pay too."""
+        """Whether a map may have a policy and, unless the search is thorough, whether that may pay."""
         match policy:
             case Policy.KEEP:
                 return True
@@ -195,7 +195,7 @@ class Search:
                 return name not in self.whole and (thorough or self._may_pay(found, name, once=False))
 
     def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
-        """Whether a map is computed again, ``once`` or in each reader, faster than moved, halos left out."""
+        """Whether computing a map again, ``once`` or in each reader, beats moving it; halos left out."""
         nodes, hardware = self.program.nodes, self._hardware(found.tiers)
         pending, chain = [name], dict[str, None]()
         while pending:
@@ -211,7 +211,7 @@ class Search:
             for traffic in (tiling.moved.get(name), row.outputs.get(name)):
                 moved += 0.0 if traffic is None else traffic.seconds(hardware, found.tiers[name])
             if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions and not once:
-                # Its own phase stays, and differentiates it for the reduction as its readers do for theirs.
+                # Its own phase stays for the reduction, and differentiates the map as its readers do.
                 passes = _RECOMPUTED_BACKWARD
         return passes * recomputed < moved
 
@@ -236,13 +236,13 @@ class Search:
             yield offload(count)
 
     def _offload_order(self, staging: Staging) -> list[str]:
-        """Stored maps, those first that free most bytes for the time that moving them takes."""
+        """Stored maps, first those that free the most bytes for the time that moving them takes."""
         moved, tier = self.table(staging).traffic(), self.offload_tiers[-1].tier
 
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
             seconds = moved[name].seconds(self.tilings.hardware, (tier, tier))
-            # Rounded, so that of equally dear ones the larger comes first.
+            # Rounded, so that among equally expensive maps the larger comes first.
             return float(f"{seconds / nbytes:.3g}"), -nbytes, name
 
         return sorted(staging.stored, key=price)
@@ -255,15 +255,15 @@ class Search:
         policies
             What becomes of the maps that ``base`` stores.
         reuses_blocks
-            Whether freed blocks may be kept for reuse where that is a choice. Where maps are offloaded they
-            may not.
+            Whether freed blocks may be kept for reuse, if that is a choice. They never are if maps are
+            offloaded.
         """
         reuses_blocks = reuses_blocks and reuses_blocks in self._ways and not policies.offloaded
         staging = self._staging(base, policies)
         table, global_bytes = self.table(staging), self.global_bytes(staging)
         tiers = self._tiers(staging, policies)
         hardware = self._hardware(tiers)
-        # Moving tiles beside others is faster and takes memory.
+        # Moving tiles while others are computed is faster, and takes memory.
         ways = (True, False) if self.tilings.backend.overlaps and policies.offloaded else (False,)
         all_scores = [
             table.score(tiers, global_bytes, hardware, reuses_blocks=reuses_blocks, overlaps=overlaps)
@@ -349,7 +349,7 @@ class Search:
         return tiers
 
     def _hardware(self, tiers: Mapping[str, Tiers]) -> HardwareProfile:
-        """The rates where maps live in ``tiers``: some of what is written to files is taken by RAM."""
+        """The rates if maps live in ``tiers``: RAM buffers a part of what is written to files."""
         hardware = self.tilings.hardware
         nbytes = sum(each.count(Tier.DISK) * self.program.nodes[name].nbytes for name, each in tiers.items())
         buffered = min(nbytes, sum(each.buffered for each in self.offload_tiers))
@@ -360,7 +360,7 @@ class Search:
         return replace(hardware, write_bytes={**hardware.write_bytes, Tier.DISK: nbytes / seconds})
 
     def global_bytes(self, staging: Staging) -> GlobalBytes:
-        """What is not cut into tiles, worked out once for a staging and all that recompute more of it."""
+        """What is not cut into tiles, computed once for a staging and all those that recompute more of it."""
         # Recomputing a map changes stages, not levels or segments.
         readers = last_readers(self.program, staging, self._with_gradient_maps)
         known = self._global_bytes
@@ -374,7 +374,7 @@ class Search:
 
 
 def _fewest(most: int, fits: Callable[[int], bool]) -> int:
-    """The smallest count up to ``most`` that fits, given that more always fit better; else ``most``."""
+    """The smallest count up to ``most`` that fits, else ``most``; a larger count is taken to fit better."""
     if fits(0):
         return 0
     low, high = 0, most

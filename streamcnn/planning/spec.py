@@ -30,11 +30,11 @@ class PassSpec:
     target: int | None = None
     """Bytes to plan for, where that is less than the budget."""
     tail: bool = True
-    """Whether what is left at the end may run whole."""
+    """Whether the last operators may run on whole maps, as a resident tail."""
     keeps_results: bool = False
-    """Whether results that are maps stay stored, for the caller to read, instead of being made whole."""
+    """Whether results that are maps stay in stores for the caller to read, and are not made whole."""
     reading: BatchCost = NO_READING
-    """What reading the batch takes in the memory that the budget is of."""
+    """What reading the batch takes of the memory that the budget limits."""
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -49,18 +49,18 @@ class PassSpec:
 
 @dataclass(frozen=True, slots=True)
 class OffloadTier:
-    """Where maps go that the device's memory has no room for."""
+    """A place for maps that the device's memory has no room for."""
 
     tier: Tier
     capacity: int | None = None
     """Bytes that it takes; None for any number. On disk these are what is there at one time."""
     buffered: int = 0
-    """Bytes on disk that the system takes into RAM, so that nobody waits for the disk."""
+    """Bytes written to disk that the system buffers in RAM, so that nobody waits for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan is made for: of equal machines plans are the same."""
+    """What a plan is made for: equal machines have equal plans."""
 
     hardware: HardwareProfile
     offload_tiers: tuple[OffloadTier, ...]

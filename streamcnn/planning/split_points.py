@@ -75,7 +75,7 @@ def _reaches(program: Program, levels: Mapping[str, int]) -> dict[str, float]:
 
 
 def _growth(axis_map: AxisMap, num_out: int, size: int) -> float:
-    """Operand positions that a run of outputs reads beyond its even share."""
+    """Operand positions that a stretch of outputs reads beyond its even share."""
     if axis_map.pointwise:
         return 0.0
     probe = min(_PROBE, num_out)
@@ -84,7 +84,7 @@ def _growth(axis_map: AxisMap, num_out: int, size: int) -> float:
 
 
 def _crossing_bytes(program: Program) -> dict[str, int]:
-    """Bytes of local maps made up to each node and read after it."""
+    """By local node: bytes of local maps that are made up to it and read after it."""
     order = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
     last = {node.name: index for index, node in enumerate(order)}
     for index, node in enumerate(order):

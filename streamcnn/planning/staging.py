@@ -1,9 +1,9 @@
 """Staging: which maps are stored, and which operators run in which phase.
 
 Every node gets a level. A map that uses a reduction's result is one level above it, since every position
-of the reduced map must have been seen first; what a level's maps need is a phase, and the global values of
-a level are computed after it. A split point raises the level for every later map, so that long stretches
-without a barrier do not pile up halo.
+of the reduced map must have been seen first. The operators that a level's maps need are a phase, and the
+level's global values are computed after it. A split point raises the level for every later map, so
+that long stretches without a barrier do not pile up halo.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Stage:
     """Whether it only computes again, in the backward pass, maps that were stored and dropped."""
 
     def owned(self, program: Program) -> tuple[str, ...]:
-        """Maps of which each tile owns a part: those stored and those reduced, each once."""
+        """Maps of which each tile owns a part: those that are stored or reduced, each once."""
         reduced = (program.nodes[name].operands[0] for name in self.reductions)
         return tuple(dict.fromkeys((*self.stored, *reduced)))
 
@@ -86,7 +86,7 @@ def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
 
 
 def recompute(program: Program, staging: Staging, name: str) -> Staging:
-    """The same staging but that checkpoint ``name`` is recomputed by every phase that reads it.
+    """The same staging, but with checkpoint ``name`` recomputed by every phase that reads it.
 
     A barrier between the map and what it is computed from is passed with its finished result, so its
     phase becomes longer by local operators only. A map that an operator takes whole must be stored.
@@ -107,11 +107,11 @@ def recompute(program: Program, staging: Staging, name: str) -> Staging:
 def drop(
     program: Program, staging: Staging, names: Collection[str], is_visited: Callable[[Stage], bool]
 ) -> Staging:
-    """The same staging but that checkpoints ``names`` are dropped between the two passes.
+    """The same staging, but with checkpoints ``names`` dropped between the two passes.
 
     They are freed after their last forward reader, and rematerialised before the first backward phase that
     needs them: one that reads them, looks at their values for a reduction, or rematerialises a map from them.
-    So of a stretch of dropped maps each is computed once more, whatever its length.
+    So each map in a stretch of dropped ones is computed once more, however long the stretch is.
 
     Parameters
     ----------
@@ -168,10 +168,11 @@ def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[
 
 
 def _delay(program: Program, levels: dict[str, int]) -> None:
-    """Work out what follows from parameters alone only when it is needed, as plain PyTorch does.
+    """Compute what follows from parameters alone only when it is needed, as plain PyTorch does.
 
-    Such values can be as large as maps: the biases of attention by relative position are. Later ones are not
-    there in earlier phases, nor are the gradients of earlier ones in the backward pass of later phases.
+    Such values can be as large as maps, as the relative position biases of attention are. This way
+    later ones take no memory in earlier phases, nor do gradients of earlier ones in the backward pass of
+    later phases.
     """
     free: set[str] = set()
     for node in program.nodes.values():
@@ -183,7 +184,7 @@ def _delay(program: Program, levels: dict[str, int]) -> None:
         level = levels[node.name]
         if node.name in free:
             level = latest.get(node.name, level)
-            # The results of an operator stay together, see below.
+            # An operator's results stay together, see below.
             if node.target is not operator.getitem:
                 levels[node.name] = level
         # A map, and what is reduced, reads what an earlier level has made.
@@ -239,7 +240,7 @@ def _used_late(program: Program, levels: Mapping[str, int]) -> set[str]:
 
 
 def gathered(program: Program) -> set[str]:
-    """Maps that an operator, or who reads the results, takes from a store."""
+    """Maps that an operator on whole maps, or the reader of the results, takes from a store."""
     kinds = (Kind.GATHER, Kind.RESULT)
     return {node.operands[0] for node in program.nodes.values() if node.kind in kinds}
 
@@ -268,7 +269,7 @@ def _stage(
     *,
     rematerialises: bool = False,
 ) -> Stage:
-    """Walk backwards from what the phase of ``level`` has to give to what is at hand."""
+    """The stage of a level: walk backwards from its outputs to stored maps and other inputs."""
     pending = [*kept, *(program.nodes[name].operands[0] for name in reductions)]
     inside: set[str] = set()
     inputs: set[str] = set()

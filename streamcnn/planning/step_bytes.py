@@ -27,7 +27,7 @@ class StepBytes:
     reusable: int
     """Bytes in blocks that may be kept for reuse when they are freed."""
     reading: int = 0
-    """What reading a region of an image takes beside tensors, at another moment of the step perhaps."""
+    """What reading a region of an image takes beside tensors, perhaps at another moment of the step."""
 
     @property
     def nbytes(self) -> int:
@@ -49,8 +49,8 @@ def steps(
 
 
 def overhead_terms(outline: Outline, backend: Backend, *, backward: bool) -> tuple[MemoryTerm, ...]:
-    """What the backend takes for a tile whatever its size, for its values and, backward, their gradients."""
-    # The products of gradients mostly find buffers of their sizes there.
+    """What the backend takes for a tile of any size, for its values and, if ``backward``, their gradients."""
+    # Gradients' matrix products mostly find buffers of their sizes.
     return backend.step_terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
 
 
@@ -91,7 +91,7 @@ def _backward_step(tile: _LargestTile) -> StepBytes:
             most.offer(name, 0, tile.workspaces[name])
         most.offer(name, tile.nbytes[name] + tile.operands[name], tile.backward_workspaces[name])
     own = [tile.own(name) for name in tiled.outline.owned]
-    # What arrives at the tile is worked out before anything flows back.
+    # The gradients that arrive are computed before anything flows back.
     most.offer(most.operator, 0, max(map(tile.observed, tiled.outline.owned), default=0))
     before = (
         MemoryTerm("input regions and their gradients", 2 * tile.reads()),
@@ -165,13 +165,13 @@ class _LargestTile:
         return self.tiled.outline.position_bytes[name] * math.prod(self.tiled.largest_own(name))
 
     def observed(self, name: str) -> int:
-        """Bytes taken while an output's own part is reduced, or its gradient is put together."""
+        """Bytes taken while an output's own part is reduced, or its gradient is computed."""
         own, itemsize = self.own(name), self.program.nodes[name].tensor.dtype.itemsize
         fed = [rule.workspace(own // itemsize, itemsize) for rule in self.tiled.outline.fed.get(name, ())]
         return max((REDUCTION_COPIES * own, *fed))
 
     def saved_beside(self, name: str) -> int:
-        """Bytes of what autograd saves of an operator that is neither operand nor result."""
+        """Bytes that autograd saves for an operator beside operands and result."""
         rows, cols = self.tiled.largest(name)
         return self.tiled.outline.beside_bytes[name] * rows * cols
 
@@ -182,7 +182,7 @@ class _LargestTile:
         return 0 if local.pointwise or local.fill is None else self.operands[name]
 
     def reads(self) -> int:
-        """Bytes of the input regions: stored ones are read or made contiguous, others converted too."""
+        """Bytes of the input regions: stored ones are read or made contiguous, others also converted."""
         nodes = self.program.nodes
         return sum(
             self.nbytes[name] * (1 if nodes[name].kind is Kind.LOCAL else 2)
@@ -196,7 +196,7 @@ class _LargestTile:
         return any(image in local.accesses for image in self.images)
 
     def or_reading(self, step: StepBytes, beside: tuple[MemoryTerm, ...], *, backward: bool) -> StepBytes:
-        """The step with what is read of images, at the moment of reading if that takes more.
+        """The step, or the moment in it when a region of an image is read, if that takes more.
 
         Parameters
         ----------
@@ -213,12 +213,12 @@ class _LargestTile:
         return replace(read if read.nbytes > step.nbytes else step, reading=nbytes)
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> StepBytes:
-        """A step of these terms and of what it takes beside tensors."""
+        """A step of these terms and what the backend takes."""
         overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
         return StepBytes((*terms, *overhead), operator, int(self._reusable_share() * total_bytes(terms)))
 
     def _reusable_share(self) -> float:
-        """The share of the tile's bytes that is in blocks which may be kept when they are freed."""
+        """The share of the tile's bytes in blocks that may be kept when they are freed."""
         sizes = self.nbytes.values()
         total, largest = sum(sizes), self.backend.reusable_bytes
         return sum([size for size in sizes if size < largest]) / total if total else 0.0

@@ -1,7 +1,7 @@
 """Kinds of tiles along one axis: which tiles of a stage are computed alike, and how.
 
-Tiles are of a kind if they need as many positions of every map, pad as much before and after, and read from
-the same places of what they have. Where a tile lies in the whole map counts only where something computes
+Tiles are of one kind if they need equally many positions of every map, pad equally much before and after, and
+read the same parts of what they have. Where a tile lies in the whole map counts only if something computes
 with positions. All tiles of an axis are worked out at once.
 """
 
@@ -19,7 +19,7 @@ from streamcnn.planning.staging import Stage
 
 
 def numbered(table: Indices) -> list[int]:
-    """A number for each tile, a column of the table: equal ones share theirs, counted as they come."""
+    """A number for each tile, a column of the table, 0, 1, … as they come; equal columns share one."""
     found: dict[bytes, int] = {}
     columns, length = table.T.tobytes(), len(table) * table.itemsize
     return [
@@ -94,7 +94,7 @@ class _Geometry:
         self.results[node.name] = result.shift(-out.start)
 
     def arrays(self) -> Iterator[Indices]:
-        """Every number of every tile's, one array for each."""
+        """All numbers, as arrays with one entry for each tile."""
         yield from self.extents.values()
         yield from self.starts.values()
         operands = (each for group in (self.parts, self.windows) for each in group.values())
@@ -129,7 +129,7 @@ def _map_operands(node: Node) -> list[tuple[str, Access]]:
 
 
 def _positional(program: Program, stage: Stage) -> set[str]:
-    """Maps whose places in the whole are computed with, by the operator itself or by one that reads them."""
+    """Maps with whose positions an operator or reduction computes: its result, or what it reads."""
     found = set()
     for name in stage.nodes:
         node = program.nodes[name]

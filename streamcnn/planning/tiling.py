@@ -47,7 +47,7 @@ class Outline:
     num_products: int
     """Matrix products of different sizes, linear layers among them."""
     overwriting: Mapping[str, str]
-    """Operators that may overwrite their first operand, and that operand, if they are on one region."""
+    """Operators that may overwrite their first operand, and that, if a tile needs one region of both."""
     square: bool
     """Whether rows and columns have the same sizes and rules."""
     costs: Mapping[str, Cost]
@@ -65,7 +65,7 @@ class Outline:
     position_elements: Mapping[str, int]
     """The same, in elements."""
     beside_bytes: Mapping[str, int]
-    """For each operator, the same of what autograd saves that is neither operand nor result."""
+    """For each operator, bytes of one position of what autograd saves beside operands and result."""
     fed: Mapping[str, tuple[Reduction, ...]]
     """By map, the reductions of the stage that it feeds."""
 
@@ -132,11 +132,11 @@ class AxisGrid:
     total: Mapping[str, int]
     """Positions of a map that all tiles together need, repeated ones counted each time."""
     shapes: Sequence[int]
-    """Each tile's shape, as a number: tiles of a shape need as many positions of each map."""
+    """Each tile's shape, as a number: tiles of one shape need equally many positions of each map."""
 
     @classmethod
     def each(cls, outline: Outline, axis: int, counts: Sequence[int]) -> Iterator[AxisGrid]:
-        """The grids of so many tiles each, all worked out at once.
+        """A grid of each number of tiles in ``counts``, all worked out at once.
 
         Walk backwards from the owned parts; a map with several consumers needs the hull.
         """
@@ -157,7 +157,7 @@ class AxisGrid:
         largest = np.maximum.reduceat(sizes, bounds[:-1], axis=1).T.tolist()
         total = np.add.reduceat(sizes, bounds[:-1], axis=1).T.tolist()
         for index, where in enumerate(map(slice, bounds[:-1].tolist(), bounds[1:].tolist())):
-            # Maps that share their intervals go on doing so.
+            # Maps that share their intervals still do.
             parts = {intervals: intervals.part(where) for intervals in needed.values()}
             yield cls(
                 num_parts=counts[index],
@@ -215,7 +215,7 @@ class TiledStage:
 
     @property
     def num_kernels(self) -> int:
-        """Different convolutions of a forward pass: of each one for each shape of tile."""
+        """Different convolutions of a forward pass: each of them once for each shape of tile."""
         return self.outline.num_convolutions * self.rows.num_shapes * self.cols.num_shapes
 
     def largest(self, name: str) -> tuple[int, int]:
@@ -223,7 +223,7 @@ class TiledStage:
         return self.rows.largest[name], self.cols.largest[name]
 
     def largest_nbytes(self, name: str) -> int:
-        """Bytes of that."""
+        """Bytes of ``name`` in the largest part that a tile needs of it."""
         return self.outline.position_bytes[name] * math.prod(self.largest(name))
 
     @property
@@ -292,7 +292,7 @@ def most_parts(outline: Outline) -> TileCounts:
 
 
 def tile_stage(outline: Outline, *grids: TileCounts) -> Iterator[TiledStage]:
-    """A stage in each of ``grids`` of tiles, in turn; those of very many wait until they are asked for."""
+    """A stage in each of ``grids`` of tiles, in turn; many tiles are worked out only when asked for."""
     together: list[TileCounts] = []
     num_parts = 0
     for parts in grids:
@@ -334,7 +334,7 @@ def _accesses(program: Program, name: str) -> Mapping[str, Access]:
 
 
 def _beside_bytes(program: Program, node: Node, cost: Cost) -> int:
-    """Bytes for each position of what autograd saves beside operands and result."""
+    """Bytes of one position of what autograd saves beside operands and result."""
     if cost.saves.beside is None:
         return 0
     return -(-cost.saves.beside(Operation.of(program, node)) // math.prod(node.size))

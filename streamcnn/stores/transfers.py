@@ -1,14 +1,14 @@
 """Tiles on their way between host memory and the compute device.
 
-Where the host itself computes, there is nothing to move. A GPU has copy engines, which work beside its
-computation: the tile that is computed next is brought while this one is computed, and the last one's results
-are taken away. The host's own part, which may be a file, falls into the same time, since a GPU is given its
-work ahead of doing it. So no thread is needed, and nothing waits for the GPU but what needs its results.
+Where the host itself computes, there is nothing to move. A GPU has copy engines, which work while it
+computes: during each tile the next one's inputs are brought and the last one's results are taken away. The
+host's own part of that, such as reading a file, overlaps too, since the GPU's work is queued ahead. So no
+thread is needed, and only what needs the GPU's results waits for them.
 
 Three rules make that safe. A tile's memory is allocated before the tile ahead of it is computed, and its
-copy waits for all that the GPU had been given to do by then: nothing else uses that memory any more. A tile
-that is taken away is held until its copy is done. A store's memory goes to another one only when no copy uses
-it; where a pass fails, the host waits for that.
+copy waits for all work that was queued by then: nothing else uses that memory any more. A tile that is taken
+away is held until its copy is done. A store's memory goes to another store only when no copy uses it; where a
+pass fails, the host waits for that.
 """
 
 from __future__ import annotations
@@ -28,59 +28,59 @@ from torch import Tensor
 from streamcnn.geometry.windows import dense, layout
 
 Mark = Any
-"""A point in what an engine, or the GPU that computes, has been given to do; only engines know what it is."""
+"""A point in the queue of an engine or of the GPU's computation; only engines know what it is."""
 Copies = Sequence[tuple[Tensor, Tensor]]
 """Targets and sources, of equal shape, type and order of axes, none with gaps in memory."""
 
 _MOST_PIECES = 64
-"""Pieces in which a region of a map is copied as it lies; more of them, if each is large."""
+"""Pieces in which a region of a map is copied in place, at most, unless they are large."""
 _LARGE_PIECE = 2**18
-"""Bytes of a piece that takes longer than it takes to ask for it."""
+"""Bytes of a piece whose copy takes longer than its launch."""
 
 
 class CopyEngine(Protocol):
-    """Copies of a GPU, in two queues beside that of its computation; the host waits for none."""
+    """A GPU's copies, in two queues beside that of its computation; the host does not wait for them."""
 
     device: torch.device
 
     def mark(self) -> Mark:
-        """The end of what the GPU has been given to compute."""
+        """The end of the work that is queued for computation."""
 
     def bring(self, copies: Copies, after: Mark) -> Mark:
-        """Copy from pinned host memory, after the computation up to a mark; the end of that."""
+        """Queue copies from pinned host memory, to begin after a mark; the mark of their end."""
 
     def take(self, copies: Copies, after: Mark) -> Mark:
-        """Copy to pinned host memory, after the computation up to a mark; the end of that."""
+        """Queue copies to pinned host memory, to begin after a mark; the mark of their end."""
 
     def hold(self, mark: Mark) -> None:
-        """Have all that is given to compute from now on wait for a mark."""
+        """Make all computation that is queued from now on wait for a mark."""
 
     def settle(self, mark: Mark) -> None:
         """Wait on the host until a mark is reached."""
 
     def settle_all(self) -> None:
-        """Wait on the host for all copies: also for those that an interrupt left nobody the mark of."""
+        """Wait on the host for all copies, also for those whose mark was lost to an interrupt."""
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """An uninitialised tensor in pinned memory, which is not reused before copies of it are done."""
 
     def pin(self, block: Tensor) -> Callable[[], None] | None:
-        """Pin memory of the host's; how to undo it, or None if there is no more of it to be had."""
+        """Pin host memory; what undoes that, or None if no more can be pinned."""
 
 
 class Incoming(Protocol):
     """A tile that comes to the compute device."""
 
     def fetch(self) -> None:
-        """Do the host's part, and have the rest done beside what is computed."""
+        """Do the host's part now; the copy runs while something else is computed."""
 
     def tile(self) -> Tensor:
-        """The tile, for what is computed from now on; fetched now if it was not yet."""
+        """The tile, for what is computed from now on; fetched now if it was not before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """A tile that is read when it is asked for, as there is nothing to gain before."""
+    """A tile that is read when it is asked for, where reading ahead gains nothing."""
 
     read: Callable[[], Tensor]
 
@@ -95,7 +95,7 @@ class Deferred:
 Source = Callable[[], Tensor]
 """Gives a tile in host memory, pinned where it goes to a GPU."""
 Finish = Callable[[Tensor], object]
-"""Does on the host what is to be done with a tile that has come there."""
+"""Does the rest on the host, once a tile has arrived there."""
 
 
 class Transfers(ABC):
@@ -116,7 +116,7 @@ class Transfers(ABC):
         dtype: torch.dtype,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
-        """An uninitialised tile in host memory, from which it is brought fastest."""
+        """An uninitialised tile in the host memory that tiles are brought from fastest."""
 
     @abstractmethod
     def bring(
@@ -127,9 +127,9 @@ class Transfers(ABC):
         memory_format: torch.memory_format = torch.contiguous_format,
         wanted: torch.memory_format | None = None,
     ) -> Incoming:
-        """A tile of such a shape; ``source`` is asked for it when it is fetched.
+        """A tile of such a shape; ``source`` is called for it when it is fetched.
 
-        A GPU, whose kernels mind it more and change it faster, gives it in the layout that is ``wanted``.
+        A GPU hands it out in the layout that is ``wanted``: kernels depend on that, and it converts faster.
         """
 
     @abstractmethod
@@ -144,28 +144,28 @@ class Transfers(ABC):
 
     @abstractmethod
     def settle(self, owner: object) -> None:
-        """Finish what was taken for a store: it is about to be read."""
+        """Finish what was taken for a store, which is about to be read."""
 
     @abstractmethod
     def advance(self) -> None:
-        """A tile was computed: finish what was taken of those before it."""
+        """Finish what was taken of earlier tiles; called when the present one's work is queued."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Finish all that was taken, and wait until no copy uses memory of a store any more."""
+        """Finish all that was taken, and wait until no copy uses a store's memory."""
 
     @contextmanager
     def overlapping(self, *, wanted: bool) -> Iterator[None]:
-        """A stretch of tiles; whether what is taken of one may be finished while others are computed.
+        """A block of tiles; if ``wanted``, what is taken of one is finished while others are computed.
 
-        All of it is finished at the end. If that ends in an error, what is not finished by then is dropped.
+        At the end of the block all of it is finished, or dropped if the block ends in an error.
         """
         del wanted
         yield
 
 
 class PlainTransfers(Transfers):
-    """To and from a device that does nothing beside, such as the host itself.
+    """To and from a device that copies nothing while it computes, such as the host itself.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ class _Taken:
     owner: object
     done: Mark
     copies: Copies
-    """Kept until they are done: on their way, its memory is not to be used for anything else."""
+    """Kept until they are done, so that their memory is used for nothing else before."""
     finish: Callable[[], object]
 
 
@@ -231,7 +231,7 @@ class GpuTransfers(Transfers):
         self.compute_device = engine.device
         self._taken: deque[_Taken] = deque()
         self._num_earlier = 0
-        """How many of those are of tiles before the present one."""
+        """How many of them are of tiles before the present one."""
         self._overlaps = False
 
     def buffer(
@@ -261,13 +261,13 @@ class GpuTransfers(Transfers):
         """Copy it to a pinned buffer, and finish it when that is done."""
         found = dense(_plain(tile))
         buffer = self.engine.buffer(found.shape, found.dtype, layout(found))
-        # What was made so is a copy that nobody else has.
+        # If that made a copy, nobody else has it.
         is_final = is_final or found is not tile
-        # A conversion on the GPU would take its memory.
+        # Converted on the host, as on the GPU that would take memory.
         self._send(owner, [(buffer, found)], lambda: finish(buffer.to(dtype)), is_final=is_final)
 
     def put(self, owner: object, tile: Tensor, target: Tensor, *, is_final: bool) -> None:
-        """Copy a tile to pinned memory as it lies there; both of one type."""
+        """Copy a tile straight to its place in pinned memory; both are of one type."""
         found = _plain(tile).contiguous(memory_format=layout(target))
         self._send(owner, pieces(target, found), lambda: None, is_final=is_final or found is not tile)
 
@@ -292,7 +292,7 @@ class GpuTransfers(Transfers):
         self._num_earlier = len(self._taken)
 
     def drain(self) -> None:
-        """Finish all that was taken; nothing is brought any more."""
+        """Finish all that was taken, and wait for all copies."""
         self._finish(len(self._taken))
         self._num_earlier = 0
         self.engine.settle_all()
@@ -327,7 +327,7 @@ class GpuTransfers(Transfers):
 
 
 class _Brought:
-    """A tile whose memory is there."""
+    """A tile whose memory is allocated, and which is copied there when it is fetched."""
 
     def __init__(
         self, engine: CopyEngine, tile: Tensor, source: Source, wanted: torch.memory_format, free: Mark
@@ -337,11 +337,11 @@ class _Brought:
         self._wanted = wanted
         self._source: Source | None = source
         self._free = free
-        """From when on nothing that was given to the GPU earlier uses the memory."""
+        """From here on nothing that was queued earlier uses the memory."""
         self._done: Mark | None = None
 
     def fetch(self) -> None:
-        """Have it copied."""
+        """Ask the source for the tile, and queue the copy."""
         if self._source is not None:
             source, self._source = self._source(), None
             self._done = self._engine.bring(pieces(self._tile, source), self._free)
@@ -354,14 +354,14 @@ class _Brought:
 
 
 def _plain(tile: Tensor) -> Tensor:
-    """The tile, conjugated if it is to be: PyTorch would do so on the host before the copy is there."""
+    """The tile with no conjugation or negation pending, which PyTorch would do on the host, too early."""
     return tile.resolve_conj().resolve_neg()
 
 
 def pieces(target: Tensor, source: Tensor) -> Copies:
-    """Two tensors in pieces that lie in memory without gaps.
+    """Two tensors in pieces, none of which has gaps in memory.
 
-    Axes of both have the same order in memory, and one of them no gaps at all.
+    Both have their axes in the same order in memory, and one of them has no gaps at all.
     """
     axes = sorted({*_cut_axes(target), *_cut_axes(source)})
     if not axes:
@@ -371,7 +371,7 @@ def pieces(target: Tensor, source: Tensor) -> Copies:
 
 
 def few_pieces(view: Tensor) -> bool:
-    """Whether a region of a map is copied faster as it lies than by way of memory without gaps."""
+    """Whether a region of a map is copied faster in place than through memory without gaps."""
     count = math.prod(view.shape[axis] for axis in _cut_axes(view))
     return count <= _MOST_PIECES or view.nbytes >= count * _LARGE_PIECE
 

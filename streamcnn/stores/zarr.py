@@ -1,9 +1,9 @@
-"""A map on disk, as an uncompressed Zarr v3 array: its bytes, not how they are cut.
+"""A map on disk, as an uncompressed Zarr v3 array; ``stores.strips`` says where a region's bytes are.
 
-Any Zarr library can open the folder; none is needed to write it. The array is one shard, so one file, whose
-chunks are the strips, all at the places that the index at its end names. The file is read and written here
-because rows of a strip can be had by themselves, and because the Zarr library's threads and whole-chunk
-buffers take 150 to 240 MB of a limited data segment and three to ten times as long.
+Any Zarr library can open the folder; none is needed to write it. The array is one shard, so one file: its
+chunks are the strips, and the index at its end says where they are. The file is read and written here so that
+rows of a strip can be read by themselves, and because the Zarr library's threads and whole-chunk buffers take
+150 to 240 MB of a limited data segment and three to ten times as long.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _STORED_AS = {
 class ZarrStore(Store):
     """One map in one file, with about 1 MiB of it in memory per call beside the tile.
 
-    A strip holds all rows and channels of all columns, if tiles are bands of full rows, or of an eighth of a
-    tile's columns (16 to 64). What was never written takes no room, unless the file was another map's.
+    A strip holds all rows and channels of some columns: of all if tiles are bands of full rows, else of an
+    eighth of a tile's (16 to 64). What was never written takes no room, unless the file was another map's.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class ZarrStore(Store):
     Notes
     -----
     Regions that do not overlap may share a strip's rows. Writers wait for each other. A reader may meet
-    rows that are being rewritten: the bytes of its own region are then rewritten with what they were.
+    rows that are being rewritten: the bytes of its own region are then rewritten with the same values.
     """
 
     def __init__(
@@ -105,15 +105,15 @@ class ZarrStore(Store):
         self._frontier = Frontier(spec.size)
         self._writing = RLock()
         self._layout: torch.memory_format | None = None
-        """That of the tile that came last: maps are read in the layout in which they were written."""
+        """That of the tile written last: maps are read in the layout in which they were written."""
         self._folder = folder
         if os.path.lexists(folder):
             # No fault of the disk, and somebody else's: nothing of it is removed.
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
-        with self._told():
+        with self._naming_the_disk():
             folder.mkdir(parents=True)
         self._remove = remove_with(self, folder)
-        with self._told():
+        with self._naming_the_disk():
             (folder / "zarr.json").write_text(json.dumps(_metadata(self._strips), indent=2))
             index, start = _index(self._strips), self._strips.count * self._strips.nbytes
             self._path, self._spares = folder / _file_name(spec), spares
@@ -224,11 +224,11 @@ class ZarrStore(Store):
             raise
 
     def _save(self, block: Block, scratch: Tensor) -> None:
-        with self._told():
+        with self._naming_the_disk():
             _write_fully(self._file, self._bytes_of(block, scratch), block.offset)
 
-    def _told(self) -> AbstractContextManager[None]:
-        """Say of an error in writing which disk it was, and how large the whole map is."""
+    def _naming_the_disk(self) -> AbstractContextManager[None]:
+        """Have an error in writing say which disk it was, and how large the whole map is."""
         return writing(self._folder, needed=self.spec.nbytes)
 
 
