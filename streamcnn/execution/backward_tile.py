@@ -32,9 +32,9 @@ class BackwardTile:
         self.leaves: dict[Output, Tensor] = {}
         """What is differentiated with respect to."""
         self.roots: list[tuple[Tensor, Tensor]] = []
-        """Values that gradients come to, with those."""
+        """Values that gradients arrive at, each with its gradient."""
         self.taps: list[Tensor] = []
-        """Values that gradients from outside the tile's graph join, in order."""
+        """Values inside the graph at which gradients from outside are added, in order."""
 
     def differentiate(self) -> list[Tensor | None]:
         """Recompute and differentiate; the gradients in the order of the step's outputs."""
@@ -45,7 +45,7 @@ class BackwardTile:
         if not self.roots or not leaves:
             return [None] * len(leaves)
         outputs, gradients = zip(*self.roots, strict=True)
-        # The taps' graph nodes know this object: let go of the graph, or only the collector would free it.
+        # The taps' graph nodes refer to this object: without this, only the collector would free the graph.
         self.roots.clear()
         self.taps.clear()
         with autocast(leaves[0].device, None):
@@ -73,7 +73,7 @@ class BackwardTile:
         }
 
     def _input_parts(self) -> dict[tuple[str, Region], Tensor]:
-        """A leaf per input and part: a slice inside the graph would cost a zero-filled copy."""
+        """A leaf for each input and part, since a slice inside the graph would cost a zero-filled copy."""
         parts = {}
         for name, operands in self.step.parts.items():
             whole = self.given.pop(Input(Source.MAP, name))
@@ -83,7 +83,7 @@ class BackwardTile:
         return parts
 
     def _leaf(self, output: Output, value: Tensor) -> Tensor:
-        """A value that autograd ends at, if its gradient is among the step's outputs."""
+        """A value at which autograd stops, if its gradient is among the step's outputs."""
         if output not in self.wanted:
             return value
         self.leaves[output] = value.detach().requires_grad_()
@@ -99,7 +99,7 @@ class BackwardTile:
         share = crop(value.detach(), part.axes, part.covered, part.own)
 
         def add(gradient: Tensor) -> Tensor:
-            # The engine may hand the same tensor to another consumer, so it is not changed in place.
+            # Autograd may hand the same tensor to another consumer, so it is not changed in place.
             if part.own == part.covered:
                 return self.arriving(name, share, gradient)
             total = gradient.clone()
@@ -115,9 +115,9 @@ class BackwardTile:
             self.roots.append((value, self.arriving(name, value.detach())))
 
     def arriving(self, name: str, share: Tensor, total: Tensor | None = None) -> Tensor:
-        """``total`` and what comes to the tile's own part of a map from outside the tile.
+        """``total``, if any, plus the gradient that the tile's own part of a map gets from outside.
 
-        The values of that part are ``share``; neither they nor ``total`` are changed.
+        ``share`` are the values of that part. Neither they nor ``total`` are changed.
         """
         part = self.step.owned[name]
         if part.has_gradient:
@@ -134,7 +134,7 @@ class BackwardTile:
         return total
 
     def _reach_taps(self) -> None:
-        """Make a root of each tap that no root leads to, since its readers stop the gradient."""
+        """Make each tap a root that no root leads to, because its readers stop the gradient."""
         reached: set[Any] = set()
         for root, _ in self.roots:
             _walk(root.grad_fn, reached)
@@ -146,10 +146,10 @@ class BackwardTile:
 
 
 def told_apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, each a tensor of its own in the same memory where somebody else has it too.
+    """The gradients; where somebody else holds the tensor too, a new tensor in the same memory.
 
-    Its memory then tells that it is shared, and is not added to in place. Autograd may give the same tensor
-    for several leaves, and a user's function may keep what it returns.
+    The memory's use count then shows that it is shared, so that nothing is added to it in place. Autograd may
+    return one tensor for several leaves, and a user's function may keep what it returns.
     """
     (alone,) = _num_holders([torch.empty(0)])
     holders = _num_holders(gradients)

@@ -17,12 +17,12 @@ from streamcnn.plan.tiles import AxisKind
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """The gradients that have come to a phase when its backward pass begins: all that it will get."""
+    """The gradients that a phase has received when its backward pass begins: all that it will get."""
 
     maps: frozenset[str] = frozenset()
     """Stored maps with a gradient."""
     num_terms: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """For each reduction whose results have a gradient, the terms of that."""
+    """For each reduction whose results have a gradient, the number of its terms."""
 
 
 def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
@@ -98,7 +98,7 @@ class _Tile:
 
     @classmethod
     def of(cls, program: Program, phase: Phase, kind: TileKind) -> _Tile:
-        """The kind that an index of rows and one of columns name."""
+        """The kind with these indices along rows and columns."""
         return cls(program, phase, phase.row_kinds[kind[0]], phase.col_kinds[kind[1]])
 
     def covered(self, name: str) -> Region:
@@ -152,7 +152,7 @@ class _Tile:
     def owned(
         self, fed: Mapping[str, Mapping[str, Reduction]], others: Collection[str], arrivals: Arrivals
     ) -> dict[str, OwnPart]:
-        """The tile's own parts of maps that feed reductions and of others, in the order of their making."""
+        """The tile's own parts of maps that feed reductions and of ``others``, in the order they are made."""
         return {
             name: self._own_part(name, fed.get(name, {}), arrivals)
             for name in (*self.phase.inputs, *self.phase.nodes)
@@ -179,10 +179,10 @@ _Padding = tuple[int | None, int | None]
 
 
 def _padding(node: Node, operands: Mapping[str, Operand]) -> _Padding | None:
-    """What the target of a node can pad by itself where a window leaves the map; None if nothing.
+    """The padding that a node's target can do itself where a window leaves the map; None if nothing.
 
-    A window that is padded along rows alone has whole rows: where channels lie beside each other it is copied
-    in one piece, and what is cut out of its gradient has no gaps.
+    If only rows are left to pad here, the window has whole rows: in channels_last it is copied in one piece,
+    and what is cut out of its gradient has no gaps.
     """
     assert node.local is not None
     if not cost_of(node.target).pads:
@@ -194,7 +194,7 @@ def _padding(node: Node, operands: Mapping[str, Operand]) -> _Padding | None:
 
 
 def _padded_by_target(operand: Operand, padding: _Padding) -> Operand:
-    """An operand whose window is the target's affair along the axes that it pads."""
+    """An operand with its window not padded along the axes that the target pads."""
     axes = zip(padding, operand.part, operand.window, strict=True)
     rows, cols = (window if own is None else part for own, part, window in axes)
     return replace(operand, window=Region(rows, cols))
@@ -204,7 +204,7 @@ def _padding_along(access: AxisMap, part: Interval, window: Interval) -> int | N
     """Positions before ``part`` up to the window, if as many behind it change nothing; else None."""
     assert isinstance(access, Sliding)
     before, behind = part.start - window.start, window.stop - part.stop
-    # As long as what is too much behind is no whole step, the operator yields no further position.
+    # Padding too much behind gives no further position as long as it is less than the stride.
     return before if 0 <= before - behind < access.stride and behind >= 0 else None
 
 
@@ -230,7 +230,7 @@ def _read(phase: Phase, operators: Sequence[Operator]) -> tuple[Input, ...]:
 
 
 def _outputs_of(name: str, part: OwnPart) -> Iterator[Output]:
-    """What a forward step gives of a map."""
+    """The outputs of a forward step for a map."""
     if part.is_stored:
         yield Output(Sink.SHARE, name)
     for reduction in part.reductions:
@@ -238,7 +238,7 @@ def _outputs_of(name: str, part: OwnPart) -> Iterator[Output]:
 
 
 def _arriving(name: str, part: OwnPart) -> Iterator[Input]:
-    """What a backward step takes to work out the gradient that comes to a map from outside the tile."""
+    """The inputs from which a backward step computes the gradient that a map gets from outside the tile."""
     if part.has_gradient:
         yield Input(Source.GRADIENT, name)
     if part.reads_values:
@@ -249,7 +249,7 @@ def _arriving(name: str, part: OwnPart) -> Iterator[Input]:
 
 
 def _with_inputs(phase: Phase, operators: Sequence[Operator]) -> dict[str, tuple[str, ...]]:
-    """What is read for the last time by each operator, input maps included."""
+    """For each operator, the values that nothing after it reads, input maps included."""
     last = {name: each.node.name for each in operators for name in each.operands if name in phase.inputs}
     releases = dict(phase.releases)
     for name, reader in last.items():

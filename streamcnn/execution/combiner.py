@@ -1,4 +1,4 @@
-"""In which order a phase's tiles run, and how what they give becomes one result."""
+"""The order in which a phase's tiles run, and how their outputs are combined."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from streamcnn.plan.plan import Phase
 _MOST_PARTIALS = 64
 """Tiles whose partial results of a reduction are merged at once."""
 _MOST_BYTES = 2**18
-"""The same in bytes of partial results, for those that are large."""
+"""Bytes of partial results from which on fewer are merged at once."""
 
 
 class Combiner:
-    """Runs all tiles in this process, in row order, and adds what each one gives to what is there.
+    """Runs all tiles in this process, in row order, and adds each one's outputs to those before.
 
     Nothing else knows that order or adds anything up.
     """
@@ -37,7 +37,7 @@ class Combiner:
         return ((row, col) for row in range(len(phase.rows)) for col in range(len(phase.cols)))
 
     def merge(self, name: str, partial: Partials) -> None:
-        """Merge partial results of a reduction with those of earlier tiles, once they are enough."""
+        """Keep partial results of a reduction; merge them with those of earlier tiles once they are many."""
         known = self._partials.setdefault(name, [])
         known.append(partial)
         nbytes = len(known) * sum(each.nbytes for each in partial)
@@ -45,7 +45,7 @@ class Combiner:
             self._partials[name] = [self._merged(name, known)]
 
     def take_merged(self, name: str) -> Partials:
-        """The merged partial results of all tiles, which are forgotten here."""
+        """The merged partial results of all tiles; they are dropped here."""
         return self._merged(name, self._partials.pop(name))
 
     def _merged(self, name: str, parts: Sequence[Partials]) -> Partials:
@@ -64,7 +64,7 @@ class Combiner:
 
 
 def _is_unshared(tensor: Tensor) -> bool:
-    """Whether no other tensor is in the memory of ``tensor``, such as one that its graph has saved."""
+    """Whether no other tensor uses the memory of ``tensor``, such as one that autograd has saved."""
     return _num_uses(tensor) == _num_uses(torch.empty(1))
 
 

@@ -1,7 +1,7 @@
 """What of a plan is compiled: steps of its phases, and segments.
 
-How tensors lie in memory is known when they have been computed. So the first pass of a plan runs operator by
-operator and notes what it meets. Before the next one that is compiled, where no limit on memory holds.
+The layouts of tensors are known only once they have been computed. So the first pass of a plan runs operator
+by operator and notes what it meets. That is compiled before the next pass, while no limit on memory holds.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Compiled:
 
     @property
     def num_parts(self) -> int:
-        """Steps and segments that are compiled, counted for each way in which their inputs lie."""
+        """Compiled steps and segments, counted once for each layout of their inputs."""
         return self.steps.num_compiled + self.segments.num_compiled
 
     def prepare(self, device: torch.device, casts: torch.dtype | None) -> None:
         """Compile what earlier passes have met.
 
-        What cannot be compiled goes on operator by operator, and a warning tells of it. Where nothing can be
-        compiled at all, for want of a compiler, nothing more is tried.
+        What cannot be compiled still runs operator by operator, and a warning says so. If there is no
+        compiler, nothing more is tried.
 
         Parameters
         ----------
@@ -61,7 +61,7 @@ class Compiled:
                 if self._is_over:
                     break
         if failures:
-            warnings.warn(_told(failures, len(candidates), nothing_more=self._is_over), stacklevel=2)
+            warnings.warn(_warning(failures, len(candidates), nothing_more=self._is_over), stacklevel=2)
 
     def refuse(self, reason: str) -> None:
         """Compile nothing, and have every pass say why."""
@@ -75,8 +75,8 @@ class Compiled:
         return was_compiled
 
 
-def _told(failures: Sequence[tuple[Candidate, Exception]], num_tried: int, *, nothing_more: bool) -> str:
-    """What a user is told of what could not be compiled."""
+def _warning(failures: Sequence[tuple[Candidate, Exception]], num_tried: int, *, nothing_more: bool) -> str:
+    """The warning about what could not be compiled."""
     (first, error), *_ = failures
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if nothing_more:

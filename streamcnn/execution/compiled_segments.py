@@ -1,4 +1,4 @@
-"""Segments compiled as functions of what they read, which autograd differentiates like any other operator."""
+"""Segments compiled as functions of their inputs, which autograd differentiates like any other operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.plan import Segment
 
 _MOST = 4
-"""Ways in which a segment's inputs lie that it is compiled for."""
+"""Layouts of its inputs that a segment is compiled for, at most."""
 
 
 class _Kind(NamedTuple):
@@ -42,7 +42,7 @@ class CompiledSegments:
 
     @property
     def num_compiled(self) -> int:
-        """Segments that are compiled, counted for each way in which their inputs lie."""
+        """Compiled segments, counted once for each layout of their inputs."""
         return len(self._compiled)
 
     def call(self, segment: Segment) -> SegmentCall | None:
@@ -50,7 +50,7 @@ class CompiledSegments:
         return self._calls.get((segment.level, torch.is_grad_enabled())) if self._compiled else None
 
     def run(self, segment: Segment, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """The results of a segment; ``None`` if it is not compiled for inputs that lie like these."""
+        """The results of a segment; ``None`` if it is not compiled for inputs of these layouts."""
         run = self._compiled.get(_kind(segment, inputs))
         if run is None:
             return None
@@ -66,13 +66,13 @@ class CompiledSegments:
             self._met.add(kind)
 
     def candidates(self, device: torch.device, casts: torch.dtype | None) -> list[Candidate]:
-        """What has been met since this was asked last; arguments as of steps."""
+        """What was met since the last call; arguments as of `CompiledSteps.candidates`."""
         met = sorted(self._met, key=lambda kind: kind.level)
         self._met.clear()
         return [Candidate(f"segment {k.level}", partial(self._compile_one, k, device, casts)) for k in met]
 
     def drop(self) -> None:
-        """Let go of everything that is compiled."""
+        """Drop everything that is compiled."""
         self._compiled.clear()
 
     def _compile_one(self, kind: _Kind, device: torch.device, casts: torch.dtype | None) -> None:

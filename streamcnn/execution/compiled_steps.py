@@ -1,4 +1,4 @@
-"""Steps of phases compiled as they are: functions of tensors, recorded as one graph of ATen's operators."""
+"""Steps of phases compiled as functions of tensors, each recorded as one graph of ATen's operators."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from streamcnn.graph.autocast import autocast
 from streamcnn.graph.schemas import operator_name
 
 _KINDS = 4
-"""Kinds of tiles that are compiled of a phase in one direction, the commonest: the others are few tiles."""
+"""Kinds of tiles compiled for each phase and direction, the commonest: the others are few tiles."""
 _MOST = 1024
-"""Steps that are known: there are more only where each tile is of its own kind."""
+"""Steps that are tracked: there are more only where each tile is a kind of its own."""
 
 
 class CompiledSteps:
-    """Gives what carries out the steps of one plan, in the place of :func:`compute_eagerly`."""
+    """Makes what carries out the steps of one plan, in place of :func:`compute_eagerly`."""
 
     def __init__(self, compile_module: Compile) -> None:
         self._compile = compile_module
         self._kinds: dict[int, _Kind] = {}
 
     def __call__(self, step: Step) -> Compute:
-        """What carries out a step: compiled, if that was done for inputs that lie alike."""
-        # By identity: steps are kept with the plan, and comparing them would take longer than many a tile.
+        """What carries out a step: the compiled form, if there is one for its inputs' layouts."""
+        # By identity: steps are kept with the plan, and comparing them may take longer than a tile.
         if id(step) not in self._kinds and len(self._kinds) >= _MOST:
             return compute_eagerly(step)
         return self._kinds.setdefault(id(step), _Kind(step)).compute
 
     @property
     def num_compiled(self) -> int:
-        """Steps that are compiled, counted for each way in which their inputs lie."""
+        """Compiled steps, counted once for each layout of their inputs."""
         return sum(len(kind.compiled) for kind in self._kinds.values())
 
     def candidates(self, device: torch.device, casts: torch.dtype | None) -> list[Candidate]:
-        """What is worth compiling of what has been met since this was asked last.
+        """What is worth compiling of what was met since the last call.
 
         Parameters
         ----------
@@ -67,7 +67,7 @@ class CompiledSteps:
         ]
 
     def drop(self) -> None:
-        """Let go of everything that is compiled."""
+        """Drop everything that is compiled."""
         for kind in self._kinds.values():
             kind.compiled.clear()
 
@@ -78,7 +78,7 @@ class _Kind:
 
     step: Step
     met: Counter[Placements] = field(default_factory=Counter)
-    """How often it was carried out on inputs that it is not compiled for yet."""
+    """How often it met inputs of layouts that it is not compiled for yet."""
     tried: set[Placements] = field(default_factory=set)
     compiled: dict[Placements, Compute] = field(default_factory=dict)
 
@@ -94,13 +94,13 @@ class _Kind:
     def compile(
         self, inputs: Placements, device: torch.device, casts: torch.dtype | None, compile_module: Compile
     ) -> None:
-        """Have it compiled for inputs that lie as ``inputs`` do; tried once, whatever comes of it."""
+        """Compile it for inputs of these layouts. That is tried once, whether it succeeds or not."""
         self.tried.add(inputs)
         self.compiled[inputs] = _compiled(self.step, inputs, device, casts, compile_module)
 
 
 def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Placements]]:
-    """What came up most often of one phase and direction, as far as not enough was tried before."""
+    """What one phase met most often in one direction, up to the number that is compiled."""
     met = [(count, kind, inputs) for kind in kinds for inputs, count in kind.met.items()]
     for kind in kinds:
         kind.met.clear()
@@ -118,8 +118,8 @@ def _compiled(
 ) -> Compute:
     """A step as one compiled function.
 
-    It is recorded without memory, so operators that have other forms for real tensors are recorded in their
-    plain form, which can be compiled together with their neighbours.
+    It is recorded on tensors without memory, so operators with a faster form for real tensors are recorded in
+    their plain form, which can be compiled together with their neighbours.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def _compiled(
             graph = make_fx(run_step)(*empty)
         is_there = [output is not None for output in outputs]
         constants = _take_constants(graph)
-        # What is cast is in the graph.
+        # The graph already contains the casts.
         with autocast(device, None):
             run = compile_module(graph, empty)
 
@@ -152,7 +152,7 @@ def _compiled(
         values = iter([next(found) if constant is None else constant for constant in constants])
         results = pytree.tree_unflatten([next(values) if there else None for there in is_there], structure)
         del found, values
-        # One by one: what was handed over is let go of.
+        # One by one, so that each can be freed once it was handed over.
         while results:
             yield results.pop(0)
 
@@ -160,7 +160,7 @@ def _compiled(
 
 
 def _take_constants(graph: GraphModule) -> list[Tensor | None]:
-    """Take results that are tensors of the code's own out of a graph.
+    """Take results that are constants out of a graph.
 
     Returns
     -------
@@ -176,7 +176,7 @@ def _take_constants(graph: GraphModule) -> list[Tensor | None]:
 
 
 def _constant(graph: GraphModule, result: FxNode) -> Tensor | None:
-    """What a result is that was written as a number, such as how many elements a tile has."""
+    """The value of a result that is a constant, such as the number of a tile's elements; else None."""
     if operator_name(result.target) != "lift_fresh_copy":
         return None
     (origin,) = result.all_input_nodes

@@ -1,4 +1,4 @@
-"""What compiles a function of tensors, and for tensors that lie how."""
+"""What compiles a function of tensors, and the layouts that it is compiled for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamcnn.graph.program import Node
 
 
 class Placement(NamedTuple):
-    """How a tensor lies in memory, and whether autograd follows it."""
+    """A tensor's layout in memory, and whether autograd follows it."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -28,7 +28,7 @@ class Placement(NamedTuple):
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
 
     def empty(self) -> Tensor:
-        """A tensor that lies so."""
+        """An uninitialised tensor of this layout."""
         return torch.empty_strided(
             self.shape, self.stride, dtype=self.dtype, device=self.device, requires_grad=self.requires_grad
         )
@@ -36,7 +36,7 @@ class Placement(NamedTuple):
 
 Placements: TypeAlias = tuple[Placement, ...]
 Run: TypeAlias = Callable[..., Sequence[Tensor]]
-"""Takes tensors one by one and gives a list or tuple of them."""
+"""Takes tensors as arguments and returns a list or tuple of tensors."""
 Compile: TypeAlias = Callable[[nn.Module, list[Tensor]], Run]
 """Compiles a module that is a :data:`Run`, for inputs like those given, which have no memory."""
 
@@ -46,7 +46,7 @@ class Candidate:
     """Something that can be compiled."""
 
     name: str
-    """As a user may be told of it."""
+    """For messages to the user."""
     compile: Callable[[], None]
 
 
@@ -55,7 +55,7 @@ class CannotCompile(Exception):
 
 
 def refuse_opaque(nodes: Iterable[Node]) -> None:
-    """Refuse what a recording of operators would leave out a part of.
+    """Refuse operators of which a recording would miss a part.
 
     Raises
     ------
@@ -73,8 +73,8 @@ def by_inductor(module: nn.Module, inputs: list[Tensor]) -> Run:
     Its random numbers are those that PyTorch draws without a compiler. Where inputs have gradients, so have
     its results, and its backward pass, which takes place outside of autocast, is compiled with it.
 
-    On a GPU kernels would be timed in several forms when they first run: in a pass, beside its maps and
-    within its limit, with a buffer of the cache's size and copies of what they overwrite. Each has one form.
+    Autotuning is off. On a GPU it would time several forms of each kernel when that first runs: in a pass,
+    beside its maps and within its limit, with a buffer of the cache's size and copies of what it overwrites.
     """
     from torch._functorch import config
     from torch._inductor import compile as compile_graph
@@ -89,7 +89,7 @@ def by_inductor(module: nn.Module, inputs: list[Tensor]) -> Run:
 
 
 def lacks_a_compiler(error: Exception) -> bool:
-    """Whether an error says that nothing at all can be compiled here."""
+    """Whether an error says that nothing can be compiled here."""
     from torch._inductor import exc
 
     reason = getattr(error, "inner_exception", error)

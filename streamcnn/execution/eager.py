@@ -1,4 +1,4 @@
-"""The implementation of a step's computation that is used unless another one is given."""
+"""The default implementation of a step's computation."""
 
 from __future__ import annotations
 

@@ -54,16 +54,16 @@ class Exchange:
         """Global values in another type, for the tiles of a phase."""
 
     def gather(self, step: Step, tile: Tile, ahead: Sequence[Incoming] = ()) -> list[Tensor]:
-        """The step's inputs for a tile, which are the caller's; their memory may be a store's.
+        """The step's inputs for a tile, in a list that the caller may change; their memory may be a store's.
 
-        ``ahead`` is what was prepared of them.
+        ``ahead`` are the same inputs, if they were prepared.
         """
         if ahead:
             return [each.tile() for each in ahead]
         return [self._input(each, tile, step) for each in step.inputs]
 
     def prepare(self, step: Step, tile: Tile) -> list[Incoming]:
-        """The step's inputs for a tile, to be read beside what is computed before it."""
+        """The step's inputs for a tile, to be read while the tile before it is computed."""
         return [self._incoming(each, tile, step) for each in step.inputs]
 
     def _incoming(self, wanted: Input, tile: Tile, step: Step) -> Incoming:
@@ -79,7 +79,7 @@ class Exchange:
                 return Deferred(partial(self._input, wanted, tile, step))
 
     def end_phase(self) -> None:
-        """Let go of what only the tiles of one phase need."""
+        """Drop what only the tiles of one phase need."""
         self._cast.clear()
 
     def _input(self, wanted: Input, tile: Tile, step: Step) -> Tensor:
@@ -106,7 +106,7 @@ class Exchange:
         return self._cast[name]
 
     def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
-        """Hand on what was computed for a tile, each output before the next one is asked for."""
+        """Pass on what was computed for a tile, each output before the next one is asked for."""
         made = iter(outputs)
         for output in step.outputs:
             self._hand_on(output, tile, next(made))
@@ -126,7 +126,7 @@ class Exchange:
 
 
 def fetch(incoming: Iterable[Incoming]) -> None:
-    """Have inputs come that were prepared."""
+    """Start to bring prepared inputs."""
     for each in incoming:
         each.fetch()
 

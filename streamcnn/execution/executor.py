@@ -36,10 +36,11 @@ from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
 from streamcnn.stores import Incoming, PlainTransfers, Store, Transfers
 
 _STEPS = 64
-"""Steps of a phase that are kept: there are more kinds of tiles only where each tile is of its own."""
+"""Steps of a phase that are kept: there are more kinds of tiles only where each is a kind of its own."""
 
 
 AGAIN = "phase again"
+"""The part of an event in which a phase rematerialises maps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class PassEvent:
     """A part of a pass begins or ends; parts do not overlap."""
 
     part: str
-    """``"phase"``; `AGAIN`, if a phase of the forward pass is run again in the backward pass for what was
+    """``"phase"``; `AGAIN`, if the backward pass runs a phase of the forward pass again for maps that were
     dropped; or ``"segment"``, the global values of a level, the resident tail among them."""
     level: int
     direction: str
@@ -73,18 +74,35 @@ class PhaseReport:
 
 
 def _nothing(of: PassPart | StepShape) -> None:
-    """What is done before a phase or after a step where nobody wants to know."""
+    """What is done before a part or after a step by default."""
 
 
 class Execution:
-    """One forward pass of a plan and, if it records, the backward pass that belongs to it.
+    """One forward pass of a plan and, if the plan trains, the backward pass that belongs to it.
 
-    ``before_part`` is called before the tiles of a phase and before a segment, in each direction.
-    ``after_step`` is called with the step's shape after each tile of a phase and after each segment, and ends
-    the pass by raising. ``make_compute`` gives what carries out a step, ``runner`` carries out segments where
-    it can. ``steps`` are those of the plan, if an earlier pass has made some. ``transfers`` are those of the
-    stores that ``open_store`` opens. ``images`` are the image and
-    what is read by regions beside it, by node.
+    Parameters
+    ----------
+    states
+        Parameters, buffers and other tensors that the program reads, by node name.
+    images
+        The image, and maps that are read by regions beside it, by node name.
+    open_store
+        Opens the stores of the pass.
+    transfers
+        What moves tiles to and from these stores; nothing overlaps by default.
+    steps
+        The plan's steps, if an earlier pass has made some.
+    make_compute
+        Makes what carries out a step.
+    runner
+        Carries out segments where it can; else they run operator by operator.
+    before_part
+        Called before the tiles of a phase and before a segment, in each direction.
+    after_step
+        Called with the step's shape after each tile of a phase and after each segment. It may end the pass by
+        raising.
+    observer
+        Told when parts of the pass begin and end.
     """
 
     def __init__(
@@ -209,7 +227,7 @@ class Execution:
         self._maps.free(phase.stored)
 
     def _arrivals(self, phase: Phase) -> Arrivals:
-        """The gradients that the call has brought to a phase. All later phases are done: none is to come."""
+        """The gradients that have come to a phase: all of them, as all later phases are done."""
         with_gradient, terms = self._maps.with_gradient, self.global_graph.gradient_terms
         return Arrivals(
             maps=frozenset(name for name in phase.stored if name in with_gradient),
@@ -240,8 +258,8 @@ class Execution:
                         ahead = self._exchange.prepare(prepared(following.kind)[0], following)
                     self._exchange.scatter(step, tile, compute(inputs))
                     if overlaps:
-                        # The host's part of moving others, now that a GPU has this one to compute. The next
-                        # one's inputs come first: they wait for no copy, and come while the host adds.
+                        # The host's part of moving other tiles, while a GPU computes this one. The next one's
+                        # inputs come first: they wait for no copy, and arrive while the host adds.
                         fetch(ahead)
                         self._transfers.advance()
                     self._after_step(phase.shape(direction, tile.row, tile.col))
@@ -249,7 +267,7 @@ class Execution:
 
     @property
     def results(self) -> dict[str, Store]:
-        """Where the results are that stay stored when the forward pass is over, until this is closed."""
+        """The stores of results that stay stored after the forward pass, until this is closed."""
         return {name: self._maps.store(operand) for name, operand in self.program.results.items()}
 
     @property
@@ -281,7 +299,7 @@ class Execution:
 
     @contextmanager
     def _observed(self, part: str, level: int, direction: str) -> Iterator[None]:
-        """Tell the observer when a part begins, and when it ends or fails; late checks are made then."""
+        """Tell the observer when a part begins and when it ends or fails; late checks are made at the end."""
         if self._observer is None:
             with checked_at_the_end():
                 yield

@@ -1,7 +1,7 @@
-"""Steps whose operators are taken together where one pass over a map gives what several would.
+"""Steps with fused operators, where one pass over a map replaces several.
 
-It is done to steps and not to the program: what a plan stores, computes again and holds is that of single
-operators, and a fused one holds no more than those that it stands for.
+Steps are fused and not the program: what a plan stores, computes again and holds is that of single operators,
+and a fused one holds no more than those that it replaces.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The global values of a pass: evaluated once, differentiated segment by segment.
 
 A segment holds the global values of one level. Within it ordinary autograd runs; what enters it from
-elsewhere is a leaf, so that in the backward pass a segment can be differentiated as soon as all later
-phases have delivered their gradients, and before any earlier one has.
+elsewhere is a leaf, so that in the backward pass a segment can be differentiated once all later phases have
+delivered their gradients, before any earlier one does.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ class SegmentCall(NamedTuple):
     nodes: tuple[str, ...]
     """What it computes, in order."""
     results: tuple[str, ...]
-    """What is read of that outside of the segment."""
+    """Those of its values that are read outside of the segment."""
     gathered: tuple[str, ...]
-    """Gathered maps that are read outside of it."""
+    """Gathered maps that are read outside of the segment."""
 
 
 class SegmentRunner(Protocol):
     """Carries out segments in another way than operator by operator, where it can."""
 
     def call(self, segment: Segment) -> SegmentCall | None:
-        """What it reads and gives; ``None`` if it cannot be carried out so in the present grad mode."""
+        """What it reads and gives; ``None`` if it cannot run here in the present grad mode."""
 
     def run(self, segment: Segment, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """The results, given leaves and results of barriers; ``None`` if it is not for such as these."""
+        """The results, given leaves and results of barriers; ``None`` if it cannot run on such as these."""
 
     def note(self, segment: Segment, call: SegmentCall, inputs: Sequence[Tensor]) -> None:
-        """It was carried out operator by operator."""
+        """A segment was carried out operator by operator."""
 
 
 def evaluate(node: Node, value_of: Callable[[str], Any]) -> Any:
-    """What a node that computes global values gives, given the values of others by name."""
+    """The result of a node that computes global values, given the values of others by name."""
     assert node.target is not None
     args, kwargs = substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
     target = cost_of(node.target).on_whole or node.target
@@ -72,7 +72,7 @@ class _Record:
 
 
 class _Ending(torch.autograd.Function):
-    """A value whose gradient is that of a tensor of its shape without memory of its own."""
+    """A value whose gradient goes to ``end``, a tensor of its shape that takes no memory."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, end: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ class GlobalGraph:
         """Detached values by node name; states included."""
         self.gradients: dict[str, Tensor] = {}
         self.gradient_terms: dict[str, Results] = {}
-        """For the reductions whose results have gradients and whose segment has been differentiated: what
-        their gradients at tiles are worked out from."""
+        """By reduction whose results have gradients, once its segment has been differentiated: what tiles
+        compute their gradients from."""
         self._last_uses = _last_uses(program, levels)
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
@@ -135,7 +135,7 @@ class GlobalGraph:
         return evaluate(node, value_of)
 
     def _reached(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
-        """The results of a reduction or gather, which autograd ends at."""
+        """The results of a reduction or gather, at which autograd stops."""
         if node.kind is Kind.GATHER and self._runner is None:
             return self._gathered(node, current, barrier)
         if node.name not in current.barriers:
@@ -144,20 +144,20 @@ class GlobalGraph:
         return current.barriers[node.name]
 
     def _gathered(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
-        """A whole map, which nothing but its readers and what autograd saves for them keeps."""
+        """A whole map, kept alive only by its readers and what autograd saves for them."""
         (whole,) = barrier(node)
         end = self._leaf(node.name, whole.new_empty(()).expand(whole.shape))
         current.barriers[node.name] = (end,)
         return (_Ending.apply(whole, end) if end.requires_grad else whole,)  # type: ignore[no-untyped-call]
 
     def _read(self, name: str, current: _Record) -> Tensor:
-        """A value of another segment, which autograd ends at."""
+        """A value of another segment, at which autograd stops."""
         if name not in current.leaves:
             current.leaves[name] = self._leaf(name, self.values[name])
         return current.leaves[name]
 
     def _run_otherwise(self, segment: Segment, current: _Record, barrier: Callable[[Node], Results]) -> bool:
-        """Have the segment's runner carry it out; whether it did."""
+        """Let the runner carry the segment out, if it can; whether it did."""
         call = None if self._runner is None else self._runner.call(segment)
         if self._runner is None or call is None:
             return False
@@ -172,7 +172,7 @@ class GlobalGraph:
         return found is not None
 
     def _note(self, segment: Segment, current: _Record) -> None:
-        """Tell the runner what was carried out without it."""
+        """Tell the runner about a segment that was carried out without it."""
         if self._runner is None:
             return
         kinds = {name: self.program.nodes[name].kind for name in segment.nodes}
@@ -201,13 +201,13 @@ class GlobalGraph:
         elif name in self._summed:
             known.add_(gradient)
         else:
-            # The first one may be shared with whoever handed it over, so it is not added to in place.
-            # Nor in half precision: many tiles' shares would lose what each adds to the sum.
+            # The first one may be shared with whoever passed it, so it is not added to in place. Nor is it
+            # summed in half precision, which would lose the shares of many tiles.
             self.gradients[name] = known.to(sum_dtype(known.dtype)) + gradient
             self._summed.add(name)
 
     def take(self, name: str) -> Tensor:
-        """The gradient of a global value, which is forgotten here."""
+        """The gradient of a global value; it is dropped here."""
         gradient = self.gradients.pop(name)
         self._summed.discard(name)
         spec = self.program.nodes[name].spec
@@ -237,7 +237,7 @@ class GlobalGraph:
         if not ends or not inputs:
             return {}
         outputs, gradients = zip(*ends, strict=True)
-        # What autograd has saved can then go as soon as it has been used.
+        # So that what autograd has saved can be freed as soon as it has been used.
         record.values.clear()
         ends.clear()
         found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
@@ -261,9 +261,9 @@ def _inputs(record: _Record) -> list[Tensor]:
 
 
 def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """For each global value, those that it is the last to read and that nothing else asks for.
+    """For each global value, those that it is the last to read and that nothing else needs.
 
-    What a map reads too, or the model gives out, stays until the backward pass is there.
+    What a map reads too, or the model returns, stays until the backward pass.
     """
     asked = {*program.output_names, *program.updates.values()}
     last: dict[str, str] = {}

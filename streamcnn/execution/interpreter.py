@@ -26,12 +26,12 @@ class TileRun:
 
     step: Step
     values: dict[str, Tensor]
-    """What operators read: at first what the step was given, then their own values too."""
+    """What operators read: at first the step's inputs, then their own values too."""
     parts: Mapping[tuple[str, Region], Tensor] = field(default_factory=dict)
-    """Parts of input maps that are cut out already."""
+    """Parts of input maps that have been cut out already."""
 
     def evaluate(self) -> Iterator[str]:
-        """Evaluate the operators in order; the name of each, whose value is then among the values.
+        """Evaluate the operators in order, and yield the name of each once its value is among the values.
 
         Each value is dropped after its last use.
         """
@@ -78,7 +78,7 @@ class TileRun:
 def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Computed]:
     """The outputs of a forward step, each as soon as it is made.
 
-    A value is dropped after its last use, so what is yielded should be let go of before the next one.
+    A value is dropped after its last use, so the caller should drop each output before it asks for the next.
     """
     values = {slot.name: tensor for slot, tensor in zip(step.inputs, inputs, strict=True)}
     inputs.clear()

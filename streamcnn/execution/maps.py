@@ -1,4 +1,4 @@
-"""The maps of one pass, by name and region: where they are read from, and written and added to."""
+"""The maps of one pass, by name and region: where they are read, written and added to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageReader(Protocol):
         """The pixels of ``region``, such as (N, C, h, w), in the model's dtype on the compute device."""
 
     def settle(self) -> None:
-        """Raise what was wrong with pixels that were read, where that is not told at once."""
+        """Raise errors in pixels that were read, where these do not show at once."""
 
 
 OpenStore = Callable[[StoreSpec, Tier, tuple[int, int]], Store]
@@ -43,7 +43,7 @@ class Maps:
     images
         By node name: the image, and what is read by regions beside it.
     values
-        The global values of the pass, as they come to be known.
+        The global values of the pass, as far as they are known.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Maps:
         return self._checkpoints[name].read(part)
 
     def reserve(self, name: str, part: Region) -> Incoming:
-        """The same, later: read beside what is computed until then, where that is possible."""
+        """The same, but the values may arrive while something else is computed."""
         if name in self._checkpoints:
             return self._checkpoints[name].reserve(part)
         return Deferred(partial(self.read, name, part))
 
     def settle_images(self) -> None:
-        """Raise what was wrong with pixels that were read, where that is not told at once."""
+        """Raise errors in pixels that were read, where these do not show at once."""
         for image in self._images.values():
             image.settle()
 
@@ -88,7 +88,7 @@ class Maps:
         return self.read(name, Region.whole(self._program.nodes[name].size))
 
     def open_checkpoint(self, name: str) -> None:
-        """Make ready for a checkpoint to be written."""
+        """Open the store of a checkpoint, to be written."""
         self._checkpoints[name] = self._open(name, self._plan.stores[name].tier)
 
     def write(self, name: str, part: Region, tile: Tensor) -> None:
@@ -97,7 +97,7 @@ class Maps:
 
     @property
     def with_gradient(self) -> list[str]:
-        """The maps to which a gradient has come."""
+        """The maps that a gradient has come to."""
         return list(self._gradients)
 
     def read_gradient(self, name: str, part: Region) -> Tensor:
@@ -105,7 +105,7 @@ class Maps:
         return self._gradients[name].read(part)
 
     def reserve_gradient(self, name: str, part: Region) -> Incoming:
-        """The same, later: read beside what is computed until then, where that is possible."""
+        """The same, but the values may arrive while something else is computed."""
         return self._gradients[name].reserve(part)
 
     def add_gradient(self, name: str, part: Region, gradient: Tensor, *, may_keep: bool = False) -> None:
@@ -120,14 +120,14 @@ class Maps:
         self.add_gradient(name, Region.whole(self._program.nodes[name].size), gradient)
 
     def take_gradient(self, name: str) -> Tensor:
-        """The whole gradient of a map, which is forgotten here."""
+        """The whole gradient of a map; it is dropped here."""
         store = self._gradients.pop(name)
         gradient = store.read(Region.whole(self._program.nodes[name].size)).clone()
         store.close()
         return gradient
 
     def store(self, name: str) -> Store:
-        """Where a checkpoint is."""
+        """The store of a checkpoint."""
         return self._checkpoints[name]
 
     def free_read(self, level: int) -> None:
@@ -147,7 +147,7 @@ class Maps:
     @property
     def held_bytes(self) -> int:
         """Bytes of memory that the checkpoints take."""
-        # A copy: passes in other threads ask, too.
+        # A copy, since passes in other threads ask too.
         stores = list(self._checkpoints.items())
         return sum(s.spec.nbytes for name, s in stores if self._plan.stores[name].tier is not Tier.DISK)
 
@@ -155,7 +155,7 @@ class Maps:
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes read and written so far, of the stores that are open."""
         read = written = 0
-        # A plain loop: it runs around every phase.
+        # A plain loop, since it runs around every phase.
         for stores in (self._checkpoints, self._gradients):
             for store in stores.values():
                 read += store.bytes_read

@@ -37,7 +37,7 @@ class Source(Enum):
     STORED = "stored values"
     """A stored map itself, on the tile's own part."""
     TERM = "term of a gradient"
-    """What the gradient of a reduction's results is worked out from, the same at every tile."""
+    """What a reduction's gradient is computed from, the same at every tile."""
 
 
 class Sink(Enum):
@@ -57,14 +57,14 @@ class Input:
 
     source: Source
     name: str
-    """The node that it is, or belongs to."""
+    """The node whose value it is, or that it belongs to."""
     index: int = 0
     """Which term."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a step gives at one place."""
+    """One output of a step."""
 
     sink: Sink
     name: str
@@ -77,12 +77,12 @@ Computed = Tensor | tuple[Tensor, ...] | None
 Compute = Callable[[list[Tensor]], Iterable[Computed]]
 """Turns a step's inputs into its outputs, both in the step's order.
 
-It is a function of the inputs: called again with the same ones it gives the same. It owns the list, and may
-empty it so that an input's memory can go before the last output is there. It may also hand over outputs one
-by one, as they are made. It is called in ``no_grad`` mode, with autocast as it was when the pass began.
+It is a function of the inputs: called again with the same ones, it gives the same. It owns the list, and may
+empty it so that an input can be freed before the last output is there. It may also yield outputs one by one,
+as they are made. It is called in ``no_grad`` mode, with autocast as it was when the pass began.
 """
 MakeCompute = Callable[["Step"], Compute]
-"""Gives what carries out a step; asked once in a pass for each kind of tile that comes up."""
+"""Makes what carries out a step; called once in a pass for each kind of tile that comes up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,10 @@ class Operator:
     positions: Mapping[str, Region]
     """Where in the whole map the tile lies, for targets that compute with it: more keyword arguments."""
     padding: tuple[int, int] | None
-    """What the target pads by itself on either side, rows and columns, beside what windows are padded for
-    it; None if it is not told to pad."""
+    """What the target itself pads on either side, of rows and columns, in addition to the padding of windows;
+    None if it is not told to pad."""
     is_skipped: bool
-    """Whether it is a convolution whose value is stored already, and that no operator of the phase reads."""
+    """Whether it is a convolution whose value is stored already, and read by no operator of the phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class OwnPart:
 
     @property
     def reads_values(self) -> bool:
-        """Whether gradients of reductions are worked out with the stored values."""
+        """Whether the gradients of reductions are computed from the stored values."""
         return self.is_stored and any(rule.needs_values for rule in self.reductions.values())
 
 
@@ -161,6 +161,6 @@ class Step:
     consumed: frozenset[str]
     """Operators whose value another operator of the phase reads."""
     casts: Mapping[str, torch.dtype]
-    """Global values that are handed over in another type: the one that autocast would cast them to."""
+    """Global values that are passed in another type: the one that autocast would cast them to."""
     parts: Mapping[str, tuple[Operand, ...]]
-    """Backward, the different parts of each input map that are read: gradients are worked out of each."""
+    """Backward, the different parts of each input map that are read: each has a gradient of its own."""

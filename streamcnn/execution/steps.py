@@ -13,16 +13,16 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase, Plan, TileKind
 
 _KEPT = 512
-"""Steps that are kept in each direction: there are more only where every tile is of its own kind."""
+"""Steps that are kept in each direction: there are more only where every tile is a kind of its own."""
 
 
 class Steps:
-    """Makes the steps of one plan when they are first asked for.
+    """Makes each step of one plan when it is first asked for.
 
     Parameters
     ----------
     fuses
-        Whether operators are taken together where one pass over a map does for several.
+        Whether operators are fused where one pass over a map replaces several.
     """
 
     def __init__(self, program: Program, plan: Plan, *, fuses: bool = False) -> None:

@@ -34,9 +34,10 @@ class Choice:
 def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
     """For each stage the fastest candidate that fits, with at most ``limit`` reusable bytes in a step.
 
-    Each candidate is chosen as if it ran alone, so the choice may take more than the budget. Then what it
-    takes is tightened until that stops falling. If it still does not fit, the same begins from the smallest
-    candidates, where the outcome does not depend on the budget: what an error names as enough is enough.
+    What the backend keeps depends on all choices, so together they may take more than the budget. They are
+    then made again for less than that, until it stops falling. If they still do not fit, the same begins from
+    the smallest candidates, where the outcome does not depend on the budget: what an error names as enough is
+    enough.
     """
     allowed = math.inf if budget is None else budget
     choice = _tightened(scores, limit, room=allowed, allowed=allowed)
