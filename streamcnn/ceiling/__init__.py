@@ -1,1 +1,1 @@
-"""What enforces a budget and measures what was used."""
+"""Enforcing a budget, and measuring what was used."""

@@ -1,4 +1,4 @@
-"""The allocators of the C library and of MKL, and PyTorch's threads: what memory is limited with."""
+"""Settings of the C library's and MKL's allocators, and of PyTorch's threads, for a process under a limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PARALLEL_GRAIN = 2**15
 
 
 def set_mmap_threshold(*, reuse: bool = False) -> bool:
-    """Have large blocks come from the kernel and go back to it; True if that took effect.
+    """Have large blocks come from the kernel and go back to it; whether that took effect.
 
     Large are 256 KiB and more, or with ``reuse`` 32 MiB and more: smaller ones then stay in the heap.
 
@@ -80,9 +80,9 @@ def _start_autograd() -> None:
 
 
 def cache_thread_stack() -> None:
-    """Have the C library hold the stack of a thread that has ended, for the next one that starts.
+    """Have the C library keep the stack of a thread that has ended, for the next one that starts.
 
-    A stack of 8 MiB that is there already when a limit is set is no part of what the limit counts.
+    A stack of 8 MiB that is there when a limit is set does not count towards the limit.
     """
     thread = Thread(target=bool, name="streamcnn-stack", daemon=True)
     thread.start()

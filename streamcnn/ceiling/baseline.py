@@ -1,4 +1,4 @@
-"""What the process held at one moment; what an update takes on the host is counted from there."""
+"""What the process held at one moment, from which an update's memory on the host is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamcnn.ceiling.kept_blocks import KeptBlocks, free_block_bytes, resident
 from streamcnn.ceiling.process import status_bytes, untouched_code_bytes
 
 HEAP_LEAST = 2**24
-"""Bytes that a heap may hold free whatever the budget."""
+"""Bytes that a heap may hold free under any budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +27,20 @@ class Baseline:
     """
 
     data_bytes: int | None
-    """Data segment less free kept blocks and compiled code that is not touched; None if unknown."""
+    """Data segment without free kept blocks and untouched compiled code; None if unknown."""
     resident_bytes: int | None
-    """Resident memory less free kept blocks; None if unknown."""
+    """Resident memory without free kept blocks; None if unknown."""
     free_bytes: int = 0
-    """Part of the data segment that the heap holds free and hands out again."""
+    """Bytes of the data segment that the heap holds free and will hand out again."""
     file_bytes: int | None = None
     """Resident pages of files, library code above all; None if unknown."""
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
-    """Keeps the rest of it from being handed out, for as long as the baseline is referred to."""
+    """Keeps the heap's larger holes from being handed out, as long as the baseline is referred to."""
     others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
     """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
     key: object = field(default_factory=object, repr=False, compare=False)
     passes: list[KeptBlocks] = field(default_factory=list, repr=False, compare=False)
-    """The part of this update that kept blocks count for, if any: its tensors are the next one's."""
+    """The direction of this update that kept blocks count for, if any: the next takes over its tensors."""
 
     @classmethod
     def now(cls, *, fill_holes: bool = True) -> Baseline:
@@ -49,7 +49,7 @@ class Baseline:
         Parameters
         ----------
         fill_holes
-            Whether the calling thread's heap is to be as in a fresh process, without large holes.
+            Whether to leave the calling thread's heap without large holes, as in a fresh process.
         """
         start_thread_pool()
         cache_thread_stack()

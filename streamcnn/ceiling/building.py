@@ -1,6 +1,6 @@
 """Building the package's own C++ on the user's machine, once for every version of PyTorch.
 
-PyTorch's interface to C++ is that of one version, so a library is built where it is used, as Triton and
+PyTorch's C++ interface differs between versions, so a library is built where it is used, as Triton and
 Inductor build theirs, and kept in the user's cache folder.
 """
 
@@ -22,11 +22,11 @@ from streamcnn.support.cache import cache_folder
 _COMPILERS = ("g++", "c++", "clang++")
 _FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared")
 _SECONDS = 300
-"""After which a compiler is not waited for any more; it takes four."""
+"""Seconds to wait for the compiler at most; it takes four."""
 
 
 class CannotBuild(Exception):
-    """There is no compiler, it fails, or there is no place for what it makes."""
+    """There is no compiler, it fails, or there is no place for its result."""
 
 
 def built(source: Path) -> Path:
@@ -57,7 +57,7 @@ def built(source: Path) -> Path:
 
 
 def _folder(source: Path) -> Path:
-    """Where a source's library is kept: another folder for all that makes another library."""
+    """Where a source's library is kept: the folder depends on all that the library depends on."""
     parts = (
         *(torch.__version__, str(torch._C._GLIBCXX_USE_CXX11_ABI), platform.machine(), *platform.libc_ver()),
         *_FLAGS,

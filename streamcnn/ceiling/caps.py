@@ -1,7 +1,7 @@
 """Caps that overlap: the lowest one holds, and what held before the first comes back after the last.
 
-``KeyboardInterrupt`` may come at any line. What is done here is done again by whoever cleans up, so every
-change may be made twice, and no interrupt leaves the lock taken.
+``KeyboardInterrupt`` may come at any line. Whoever cleans up makes the changes here again, so each may be
+made twice, and no interrupt leaves the lock taken.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ N = TypeVar("N", bound=float)
 class LowestCap(Generic[N]):
     """The caps that are in force at a time, on all threads, and the user's own among them.
 
-    A forked child has none of them: its own cap is the user's. So is that of a program, if ``begin_start`` is
-    told of its start: no cap is in force while it is being started.
+    A forked child has none of them: its cap is the user's own. The same holds for a program that
+    ``begin_start`` is told of: no cap is in force while it is being started.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class LowestCap(Generic[N]):
         self._lock: Any = RLock()
         self._caps: dict[object, N] = {}
         self._own: N | None = None
-        """The user's; None while there are no others, when it is the system's present one."""
+        """The user's own cap; None while there are no others, when it is the system's present one."""
         self._starts: list[Start] = []
         """Programs that are being started."""
         _all.add(self)
@@ -67,16 +67,16 @@ class LowestCap(Generic[N]):
         self._exclusively(change)
 
     def drop(self, owner: object) -> None:
-        """Take ``owner``'s cap away. Doing so again does nothing."""
+        """Remove ``owner``'s cap. Doing so again does nothing."""
         self._exclusively(lambda: self._caps.pop(owner, None))
 
     def settle(self) -> None:
-        """Have the lowest cap in force again after a program's start. To be called every few milliseconds."""
+        """Restore the lowest cap once a program has been started. To be called every few milliseconds."""
         if self._starts:
             self._exclusively(lambda: None)
 
     def begin_start(self, start: Start) -> None:
-        """Have no cap in force until a program has been started."""
+        """Lift all caps until a program has been started."""
         if self._caps:
             self._exclusively(lambda: self._starts.append(start))
 
@@ -96,7 +96,7 @@ class LowestCap(Generic[N]):
                 self._lock.release()
 
     def _apply(self) -> None:
-        """Have the system's cap be the lowest one."""
+        """Set the system's cap to the lowest one."""
         if self._own is None:
             return
         self._starts = [start for start in self._starts if not start.is_over()]
@@ -108,11 +108,11 @@ class LowestCap(Generic[N]):
             self._starts.clear()
 
     def _forget(self) -> None:
-        """Give a forked child the user's own cap; other threads, which may hold the lock, are not there."""
+        """Give a forked child the user's own cap. Threads that may have held the lock do not exist there."""
         self._lock = RLock()
         self._caps.clear()
         self._starts.clear()
-        # There is no CUDA in a child, and PyTorch refuses to tell or change anything of a card there.
+        # There is no CUDA in a child: PyTorch refuses to read or change a card's settings there.
         with suppress(RuntimeError):
             self._apply()
 

@@ -1,9 +1,9 @@
-"""Programs that are started while a cap is in force, which are to have the user's own.
+"""Programs that are started while a cap is in force, and should get the user's own cap.
 
-A program inherits the soft limits that hold where it is started, and keeps them. Python tells of a start just
-before it (an audit event), on the thread that makes it, and not when it is over: that is seen from the calls
-that this thread is in. Not told of, and so not seen, are the programs that ``multiprocessing`` starts for its
-methods *spawn* and *forkserver*, and those that compiled code starts.
+A program inherits the soft limits in force when it is started, and keeps them. Python announces a start just
+before it, by an audit event on the starting thread, but not its end: that is seen from the thread's call
+stack. Python does not announce the programs that ``multiprocessing`` starts for its methods *spawn* and
+*forkserver*, nor those that compiled code starts, so these are not seen.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from types import FrameType
 from typing import Any
 
 _STARTS = {"subprocess.Popen": True, "os.posix_spawn": False, "os.system": False}
-"""Events, and whether the call that tells of the start goes on to make it; else what it calls next does."""
+"""Events, and whether the function that raises the event also starts the program; else its next call does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A program's start, which a thread is at."""
+    """A program's start, in progress on a thread."""
 
     thread: int
     caller: FrameType
     instruction: int | None
-    """Where the caller was, if the start is over as soon as it goes on; None if only its end tells."""
+    """Where the caller was, if the start is over once the caller moves on; None if once it returns."""
 
     def is_over(self) -> bool:
         """Whether the program has been started, or has failed to."""

@@ -1,12 +1,12 @@
-"""The ceiling on host memory: the kernel refuses what goes past the budget, and tells the peak.
+"""The ceiling on host memory: the kernel refuses what goes past the budget, and reports the peak.
 
-Two different numbers, both the kernel's own. The *limit* counts the data segment: every private
-writable page that was asked for, touched or not, and thread stacks at full length. The *peak*
-counts resident memory: pages that were touched, those of library code among them that runs for the first
-time, some 10 MB for a first convolution. They are taken off the limit once a step has run it, and until then
-the peak may pass the budget by them. Memory from ``calloc`` that nobody wrote to is refused by the first and
-unknown to the second. Enforcing the limit does not depend on the peak; see ``streamcnn.ceiling.peak`` for
-what is known of that.
+The two are different numbers, both the kernel's own. The *limit* counts the data segment: every private
+writable page that was asked for, touched or not, and thread stacks at full length. The *peak* counts resident
+memory: pages that were touched, among them those of library code that runs for the first time, some 10 MB for
+a first convolution. Such code is taken off the limit once a step has run it, and until then the peak may pass
+the budget by that much. Memory from ``calloc`` that nobody wrote to counts towards the limit and not towards
+the peak. Enforcing the limit does not depend on the peak; see ``streamcnn.ceiling.peak`` for what is known
+of that.
 
 Memory that the heap holds free is handed out again without the kernel being asked. Its large holes are
 filled while a baseline is in use (``streamcnn.ceiling.heap``), and small ones count as taken. Where those
@@ -15,14 +15,13 @@ which never come from there: the limit is then laxer than the budget, and ``Data
 peak, as it is known, against it after every step.
 
 Tensors may be taken from kept blocks (``streamcnn.ceiling.kept_blocks``), which refuse what goes past the
-budget by themselves. Blocks that they hold free are no part of what a baseline has taken: they count towards
-the budget. The limit is then for all that is no tensor.
+budget by themselves. Free blocks are not part of a baseline: they count towards the budget. The limit is then
+for everything but tensors.
 
 Compiled code is left out of the limit, but for the part that is touched: oneDNN compiles kernels for every
 new shape of a convolution's operands and keeps about a megabyte of address space for each.
 
-How much is too much is not decided here; see ``streamcnn.ceiling.allocator`` for what makes the
-process fit to be limited.
+The budget is not decided here; see ``streamcnn.ceiling.allocator`` for how a process is prepared for a limit.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
 
 _HEAP_SHARE = 8
-"""What is taken off a budget for bytes that the heap holds free, at most: one in so many of the budget's, or
+"""What is taken off a budget for bytes that the heap holds free, at most: the budget divided by this, or
 ``HEAP_LEAST`` if that is more."""
 
 _MOST_LIBRARIES = 3 * 2**23
@@ -57,14 +56,15 @@ HIGH_WATER, SAMPLED = "VmHWM", "VmRSS, sampled"
 class DataLimit:
     """A ``with`` block in which the process may take ``budget`` bytes beyond a baseline.
 
-    An allocation past the ceiling fails as it would on a full machine, and ``is_out_of_memory``
-    knows the errors; the process lives on. Blocks may overlap, nested or on several threads: the ceiling is
-    the whole process's, whichever thread allocates, the lowest one holds, and the user's own limit is back
-    after the last. Only where tensors come from kept blocks on several threads, each block has its budget for
-    itself. A thread whose first parallel PyTorch operator runs inside the block needs stacks for a
-    thread pool of its own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that
-    thread first. Forked children have the user's own limit, and so have programs: no ceiling is in force for
-    the few milliseconds in which one is started (``streamcnn.ceiling.children``).
+    An allocation past the ceiling fails as it would on a full machine, with errors that ``is_out_of_memory``
+    knows; the process lives on. Blocks may overlap, nested or on several threads. The ceiling is the whole
+    process's, whichever thread allocates: the lowest one is in force, and the user's own limit is back after
+    the last. But where tensors come from kept blocks on several threads, each block has its own budget.
+
+    A thread whose first parallel PyTorch operator runs inside the block needs stacks for a thread pool of its
+    own, and OpenMP ends the process if it gets none: call ``start_thread_pool`` on that thread first. Forked
+    children have the user's own limit, and so have programs: no ceiling is in force for the few milliseconds
+    in which one is started (``streamcnn.ceiling.children``).
 
     Parameters
     ----------
@@ -75,10 +75,10 @@ class DataLimit:
     reuse_heap
         Whether the C library may keep blocks of up to 32 MiB for reuse: faster, and wasteful.
     must_hold
-        Whether a kernel that does not enforce the budget is an error; else there is none then.
+        Whether a kernel that does not enforce the budget is an error; else there is no budget then.
     kept
-        Bytes that this thread's tensors and the free blocks kept for them may take together; what goes past
-        the budget is refused. None to leave PyTorch's allocator as it is.
+        Bytes that this thread's tensors and the free blocks kept for them may take together; tensors past the
+        budget are refused. None leaves PyTorch's allocator as it is.
 
     Raises
     ------
@@ -171,19 +171,19 @@ class DataLimit:
         entered_limits.pop(self, None)
 
     def keep_blocks(self, nbytes: int) -> None:
-        """Have tensors and free blocks take so many bytes together: what is free beyond them goes back."""
+        """Let tensors and free blocks take so many bytes together; free blocks beyond that go back."""
         if self._blocks is not None:
             self._blocks.keep(nbytes)
 
     def check(self, *, compiled: bool = True) -> None:
-        """Let go of what libraries keep without need, and see what the limit does not refuse.
+        """Free what libraries keep without need, and look for what the limit does not refuse.
 
-        Code that was compiled since it was set is left out of it from now on.
+        Code that was compiled since the limit was set no longer counts towards it.
 
         Parameters
         ----------
         compiled
-            Whether there may be any. To look for it takes the kernel a millisecond.
+            Whether there may be such code. Looking for it takes the kernel a millisecond.
 
         Raises
         ------
@@ -211,15 +211,15 @@ class DataLimit:
         self._baseline = self._given_baseline or Baseline.now(fill_holes=self._budget is not None)
         self._join_others()
         if self._baseline.resident_bytes is not None and resident_bytes() is not None:
-            # Before the limit, which is not to refuse a thread: Python waits for ever for one that dies of
-            # that as it begins. Under another block's limit the readings after every step have to do.
+            # Before the limit, which must not refuse the thread: Python waits forever for one that fails to
+            # begin. Under another block's limit there is no thread, only the readings after every step.
             self._gauge.open(threaded=not self._is_shared)
         if self._blocks is not None:
-            # What the forward pass has left counts against the backward pass.
+            # What the forward pass has left counts towards the backward pass.
             for part in self._baseline.passes:
                 self._blocks.inherit(part)
             self._baseline.passes[:] = [self._blocks]
-            # Before the limit: free blocks of which there are too many go back.
+            # Before the limit, since this gives excess free blocks back.
             self._blocks.enter()
         if self._budget is not None:
             try:
@@ -232,7 +232,7 @@ class DataLimit:
         return self
 
     def _join_others(self) -> None:
-        """Be one of the blocks that are entered. A forked child has none of its parent's."""
+        """Register among the blocks that are entered. A forked child has none of its parent's."""
         entered_limits[self] = os.getpid()
         for each, process in list(entered_limits.items()):
             if process == os.getpid() and each is not self:
@@ -241,7 +241,7 @@ class DataLimit:
                 each._leave_room(self)
 
     def _leave_room(self, other: DataLimit) -> None:
-        """Let another thread's tensors, which their block holds within its budget, come on top of this."""
+        """Make room for another thread's tensors, which that thread's block holds within its own budget."""
         if self._blocks is None or other._blocks is None or self._thread == other._thread:
             return
         if self._budget is not None and other._budget is not None:
@@ -261,7 +261,7 @@ class DataLimit:
             raise not_enforced()
 
     def _move(self, budget: int) -> None:
-        """Have the limit be the present ceiling, if it is set; another thread may change that meanwhile."""
+        """Set the limit to the present ceiling, if it is in force; other threads may change it meanwhile."""
         found = None
         while found != (others := sum(self._baseline.others.values())):
             found = others
@@ -285,7 +285,7 @@ class DataLimit:
         return 0 if before is None or now is None else min(max(0, now - before), _MOST_LIBRARIES)
 
     def _peak(self) -> Peak | None:
-        """The peak less what the baseline had, and never less than nothing."""
+        """The peak beyond the baseline, never negative."""
         before, peak = self._baseline.resident_bytes, self._gauge.peak()
         if before is None or peak is None:
             return None

@@ -2,10 +2,10 @@
 
 The budget is what the whole process may hold on the card: CUDA's context, loaded libraries, weights and
 optimiser included. What lies outside PyTorch's allocator (the *overhead*) is measured, and the allocator
-is capped at the rest, less a margin. The cap refuses before memory is taken; the measurement, made all
-through a pass, finds what the cap cannot see.
+is capped at the rest, less a margin. The cap refuses before memory is taken; the measurement, which goes on
+throughout a pass, finds what the cap cannot see.
 
-How much is too much is not decided here; ``streamcnn.ceiling.nvml`` says where readings come from.
+The budget is not decided here; ``streamcnn.ceiling.nvml`` says where readings come from.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
 
 MARGIN_BYTES = 2**27
-"""Kept free below the budget: some kernels are loaded only when they first run, after the measurement."""
+"""Bytes left free below the budget, for kernels that are loaded only when they first run, after measuring."""
 RESERVED_STEP = 2**26
-"""What is held already is rounded up to a multiple of it, so that a few bytes more make no new plan."""
+"""What is held already is rounded up to a multiple of this, so that a few bytes more make no new plan."""
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables with the user's settings of PyTorch's allocator."""
@@ -41,7 +41,7 @@ class CudaLimit:
     """A ``with`` block in which the process may hold ``budget`` bytes on a card, all told.
 
     An allocation past the cap raises ``torch.OutOfMemoryError``. At the end of the block, and whenever
-    ``check`` is called in it, memory that was taken past the cap is found by measurement.
+    ``check`` is called in it, measurements reveal memory that was taken past the cap.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class CudaLimit:
 
     @property
     def at_most_bytes(self) -> int | None:
-        """The same: where samples have missed a peak, the allocator's own is taken."""
+        """The same as ``peak_bytes``: where samples missed a peak, the allocator's own is taken."""
         return self.peak_bytes
 
     @property
@@ -97,7 +97,7 @@ class CudaLimit:
         return self._sampler.samples
 
     def sample(self) -> None:
-        """Read the card now, besides the thread that does so."""
+        """Read the card now, in addition to the thread that does so."""
         self._sampler.sample()
 
     def check(self) -> None:
@@ -147,7 +147,7 @@ class CudaLimit:
         others = list(_active)
         if self._budget is not None:
             self._gauge.cap(self, self._budget - self._overhead.nbytes - MARGIN_BYTES)
-        # After the cap has had cached memory given back that was held before the pass.
+        # After the cap, for which memory cached before the pass may have been given back.
         for other in others:
             other._note_peak()
             other._is_shared = True
@@ -173,11 +173,11 @@ class CudaLimit:
 
 
 _active: list[CudaLimit] = []
-"""Blocks entered and not left, outermost first; a card's peak is the process's, not theirs."""
+"""Blocks that are entered, outermost first: they share a card's peak, which is the process's."""
 
 
 class CudaCeiling:
-    """The limits of one pass after the other on one card, and what planning has to know of it.
+    """The limits of passes on one card, and what planning has to know of the card.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ class CudaCeiling:
         return False
 
     def limit(self, budget: int | None, *, reuse_heap: bool = False, kept: int | None = None) -> CudaLimit:
-        """The limit for one direction of a pass; ``reuse_heap`` and ``kept`` are host allocators' affair."""
+        """The limit for one direction of a pass; ``reuse_heap`` and ``kept`` only concern host memory."""
         self._limit = CudaLimit(self.gauge, budget, interval=self._interval)
         return self._limit
 
@@ -243,8 +243,8 @@ def cuda_ceiling(device: torch.device) -> CudaCeiling:
 def record_idle_memory(*, cuda: Any = torch.cuda) -> None:
     """Remember what is in use on every card, while this process holds nothing there.
 
-    That tells this process's memory from others' where NVML knows no processes. Once PyTorch has a CUDA
-    context it is too late, and nothing is done.
+    This is how the process's memory is told from others' where NVML cannot see processes. Once PyTorch has a
+    CUDA context it is too late, and nothing is done.
     """
     session = nvml_session()
     if session is not None and not cuda.is_initialized():
@@ -274,14 +274,14 @@ def let_segments_grow(environ: Mapping[str, str] = os.environ, *, api: Any = tor
     give back, was planned again for 8.2 GB and held 10.9 all the same. With growing segments the same plan
     held 0.3 % more than its live tensors (torch 2.11, H100). The setting is the process's and stays.
     """
-    # PyTorch 2.11 does not tell what was set while the process ran.
-    told = getattr(api, "_accelerator_getAllocatorSettings", str)()
-    if not told and not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
+    # PyTorch 2.11 does not report settings that were made while the process ran.
+    user_settings = getattr(api, "_accelerator_getAllocatorSettings", str)()
+    if not user_settings and not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
         api._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def warm_up(device: torch.device) -> None:
-    """Have CUDA's context and the libraries of a CNN loaded: a tiny one, forward and backward.
+    """Load CUDA's context and the libraries of a CNN, by running a tiny one forward and backward.
 
     Random numbers, autocast and the grad mode are left as they are.
     """

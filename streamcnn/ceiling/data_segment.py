@@ -16,7 +16,7 @@ def own_data_limit() -> int:
 
 
 def soft_limit() -> int:
-    """The soft limit on the data segment; no limit is larger than any number of bytes."""
+    """The soft limit on the data segment now; ``sys.maxsize`` for none."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -37,7 +37,7 @@ watch_starts(data_caps.begin_start)
 
 
 def is_enforced() -> bool:
-    """Whether the kernel refuses a mapping as large as the limit; other threads may move that meanwhile."""
+    """Whether the kernel refuses a mapping as large as the limit, which other threads may move meanwhile."""
     while True:
         limit = soft_limit()
         if _is_refused(limit):

@@ -25,8 +25,8 @@ class Limit(Protocol):
 
     @property
     def at_most_bytes(self) -> int | None:
-        """What the most bytes held since entry cannot exceed; more than ``peak_bytes`` if samples may have
-        missed a peak, None if unknown."""
+        """An upper bound of the most bytes held since entry: more than ``peak_bytes`` if samples may have
+        missed a peak; None if unknown."""
 
     @property
     def is_shared(self) -> bool:
@@ -55,7 +55,7 @@ class Limit(Protocol):
 
 
 class Ceiling(Protocol):
-    """Enforces a budget on one pass, direction by direction."""
+    """Enforces the budget of one pass, direction by direction."""
 
     @property
     def baseline_bytes(self) -> int | None:
@@ -93,7 +93,7 @@ class Ceiling(Protocol):
         """
 
     def keep_blocks(self, nbytes: int) -> None:
-        """Have tensors and free blocks kept for them take so many bytes from now on, if a limit was to."""
+        """Let tensors and kept blocks take so many bytes from now on, if ``limit`` was given ``kept``."""
 
     def empty_cache(self) -> None:
         """Return cached memory to the device, before a pass is begun again."""
@@ -105,7 +105,7 @@ class HostCeiling:
     Parameters
     ----------
     counted
-        Bytes of that which count towards the budget all the same.
+        Bytes held at first that still count towards the budget.
     """
 
     counts_code = True
@@ -131,7 +131,7 @@ class HostCeiling:
         return self._limit
 
     def check(self, *, compiled: bool = True) -> None:
-        """See :meth:`DataLimit.check`; nearly all that goes past the limit has been refused."""
+        """See :meth:`DataLimit.check`; nearly everything past the limit has been refused by then."""
         if self._limit is not None:
             self._limit.check(compiled=compiled)
 
@@ -141,13 +141,13 @@ class HostCeiling:
             self._limit.keep_blocks(nbytes)
 
     def empty_cache(self) -> None:
-        """Free kept blocks, and the heap's free pages, which are resident until then."""
+        """Give back free kept blocks, and the heap's free pages, which stay resident until then."""
         give_back()
         trim_heap()
 
 
 class NoCeiling:
-    """A device whose memory can be neither limited nor measured; it is its own limit."""
+    """A device whose memory can be neither limited nor measured: both a ceiling and its limits."""
 
     baseline_bytes: int | None = None
     peak_bytes: int | None = None
@@ -205,7 +205,7 @@ def ceiling_for(device: torch.device, *, counted: int = 0) -> Ceiling:
     Parameters
     ----------
     counted
-        Bytes of host memory that are held already and count towards a budget of it all the same.
+        Bytes of host memory that are held already and still count towards its budget.
     """
     if device.type == "cuda":
         return cuda_ceiling(device)

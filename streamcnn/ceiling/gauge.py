@@ -21,7 +21,7 @@ class Overhead:
 
     nbytes: int
     source: Source
-    """What a reading is called that is this plus the allocator's peak."""
+    """The name of a reading that adds this to the allocator's peak."""
 
 
 class Gauge:
@@ -68,8 +68,8 @@ class Gauge:
     def overhead(self) -> Overhead:
         """Bytes that the process holds outside PyTorch's allocator, at present.
 
-        Where NVML does not know this process, all that is in use on the device counts as its own: too much
-        if others use it too, and never too little.
+        Where NVML does not know this process, everything in use on the device counts as its own: too much if
+        others use the device too, and never too little.
         """
         reserved = self.reserved()
         reading = self.read()
@@ -78,7 +78,7 @@ class Gauge:
         free, total = self._cuda.mem_get_info(self.device)
         if total - free > reserved:
             return Overhead(total - free - reserved, Source.ALLOCATOR_BOUND)
-        # A context is never nothing: where the device says so, it does not tell.
+        # A context takes memory: a device that shows none does not report it.
         return Overhead(ASSUMED_OVERHEAD, Source.ALLOCATOR_ASSUMED)
 
     def reserved(self) -> int:
@@ -94,7 +94,7 @@ class Gauge:
         return self._statistic("reserved_bytes", "peak")
 
     def reset_peak(self) -> None:
-        """Start the allocator's peaks anew at what it holds now, for everybody who reads them."""
+        """Reset the allocator's peaks to what it holds now, for everybody who reads them."""
         self._cuda.reset_peak_memory_stats(self.device)
 
     def _statistic(self, name: str, which: str) -> int:
@@ -119,7 +119,7 @@ class Gauge:
         self._fractions.put(owner, min(1.0, max(0, nbytes) / self._total()))
 
     def uncap(self, owner: object) -> None:
-        """Take an owner's cap away. Doing so again does nothing."""
+        """Remove an owner's cap. Doing so again does nothing."""
         self._fractions.drop(owner)
 
     def _total(self) -> int:

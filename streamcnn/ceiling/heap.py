@@ -1,9 +1,8 @@
-"""What the C library's heap holds free, and how to keep a pass from taking that.
+"""What the C library's heap holds free, and how to keep a pass from taking it.
 
 In a process that has run plain PyTorch the heap may hold a gigabyte free, in holes. Blocks of any size then
-come from there: the kernel is not asked, so it refuses nothing, and what is freed stays resident, so
-tiles' tensors of many sizes spread over all of it. With the holes filled, a pass finds the heap of a fresh
-process.
+come from there. The kernel is not asked, so it refuses nothing; and what is freed stays resident, so tiles'
+tensors of many sizes spread over all of it. With the holes filled, a pass finds the heap of a fresh process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from streamcnn.ceiling.allocator import libc, set_mmap_threshold
 LEAST_HOLE = 2**18
 """Bytes of the smallest hole that is filled: smaller blocks come from the heap in a fresh process too."""
 _STEP = 8
-"""Holes are tried with blocks that get smaller by one in so many."""
+"""The blocks that holes are tried with shrink by one part in so many."""
 _IS_MMAPPED = 2
 """The flag in the word before a block of glibc's that did not come from the heap."""
 _WORD = ctypes.sizeof(ctypes.c_size_t)
@@ -27,8 +26,8 @@ _WORD = ctypes.sizeof(ctypes.c_size_t)
 def free_heap_bytes() -> int:
     """Bytes that the main heap holds free and will hand out without asking the kernel; 0 if unknown.
 
-    The heaps that glibc gives to other threads are left out: this thread cannot take from them, and what
-    those threads hold free they need again for what they did before, such as decoding chunks.
+    The heaps that glibc gives to other threads are left out: this thread cannot take from them, and those
+    threads need what they hold free for their own work, such as decoding chunks.
     """
     library = libc()
     if library is None:
@@ -52,7 +51,7 @@ class HoleFiller:
         library = libc()
         if library is None:
             return
-        # No Python code, which an interrupt could end: what a finalizer raises is lost.
+        # No Python code, which an interrupt could end: errors in finalizers are lost.
         finalize(self, deque[None](maxlen=0).extend, map(library.free, self._blocks)).atexit = False
         free = _free_in(_malloc_info(library).rpartition("</heap>")[2])
         if free >= max(at_least, LEAST_HOLE) and set_mmap_threshold():
@@ -68,7 +67,7 @@ class HoleFiller:
         while size >= LEAST_HOLE:
             self._blocks.append(library.malloc(ctypes.c_size_t(size - _WORD)) or 0)
             if not self._blocks[-1] or _header(self._blocks[-1]) & _IS_MMAPPED:
-                # No hole is so large.
+                # No hole is that large.
                 library.free(self._blocks.pop())
                 size -= max(16, size // _STEP // 16 * 16)
 
@@ -79,7 +78,7 @@ def _header(block: int) -> int:
 
 
 def _free_in(description: str) -> int:
-    """Free bytes that a part of glibc's description tells of."""
+    """Free bytes according to a part of glibc's description."""
     sizes = re.findall(r'<total type="(?:fast|rest)" count="\d+" size="(\d+)"', description)
     return sum(map(int, sizes))
 

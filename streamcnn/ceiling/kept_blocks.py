@@ -1,8 +1,8 @@
-"""PyTorch's CPU allocator while a pass runs: blocks are kept from tile to tile, counted and refused.
+"""PyTorch's CPU allocator while a pass runs: blocks are kept from tile to tile, counted, and capped.
 
 glibc gives large blocks back to the kernel when they are freed, or keeps them in a heap that holes fill: the
 first costs page faults, the second memory. ``kept_blocks.cpp`` does neither; here it is built, loaded and
-called. Without it everything works, and slower.
+called. Without it everything works, but slower.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from weakref import finalize
 from streamcnn.ceiling.building import CannotBuild, built
 
 VARIABLE = "STREAMCNN_KEEP_BLOCKS"
-"""The environment variable that is ``0`` where PyTorch's allocator is to be left as it is."""
+"""Environment variable: ``0`` leaves PyTorch's allocator as it is."""
 SOURCE = Path(__file__).with_name("kept_blocks.cpp")
 LEAST_BYTES = 2**16
 """The smallest block that is kept."""
 
 
 class KeptBlocks:
-    """A pass whose tensors are taken from kept blocks, on the threads that have entered it.
+    """A pass whose tensors come from kept blocks, on the threads that have entered it.
 
     Parameters
     ----------
     cap
-        Bytes that its tensors may hold; None for no limit. What goes past it is refused with PyTorch's own
+        Bytes that its tensors may hold; None for no limit. Tensors past it are refused with PyTorch's own
         error, before the kernel is asked.
     keep
         Bytes that its tensors and free blocks may hold together; None for no limit. Past it, free blocks go
@@ -57,11 +57,11 @@ class KeptBlocks:
         self._library.kept_blocks_enter(self._pass)
 
     def keep(self, nbytes: int) -> None:
-        """Change what tensors and free blocks may hold together. What is free beyond it goes back now."""
+        """Change what tensors and free blocks may hold together. Free blocks beyond that go back now."""
         self._library.kept_blocks_keep(self._pass, _bytes(nbytes))
 
     def inherit(self, other: KeptBlocks) -> None:
-        """Have the tensors of another pass, such as an earlier part of this one, count here from now on."""
+        """Count the tensors of another pass, such as an earlier part of this one, here from now on."""
         self._library.kept_blocks_inherit(self._pass, other._pass)
 
     def leave(self) -> None:
@@ -95,7 +95,7 @@ def free_block_bytes() -> int:
 
 
 def resident_free_block_bytes() -> int:
-    """The part of them that is resident: what was touched."""
+    """Bytes of free blocks that are resident, since they were touched."""
     library = _loaded()
     return 0 if library is None else int(library.kept_blocks_resident())
 
@@ -108,7 +108,7 @@ def give_back(*, but: int = 0) -> None:
 
 
 def extents() -> list[tuple[int, int, int]]:
-    """What the range of addresses is made of: start, bytes, and 0 for no memory, 1 for free, 2 for used."""
+    """The extents of the range of addresses: start, bytes, and 0 for no memory, 1 for free, 2 for used."""
     library = _loaded()
     if library is None:
         return []
@@ -129,7 +129,7 @@ def _loaded() -> ctypes.CDLL | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library, from now on in front of PyTorch's allocator; None if that is not possible."""
+    """The library, put in front of PyTorch's allocator; None if that is not possible."""
     if sys.platform != "linux":
         return None
     try:

@@ -1,4 +1,4 @@
-"""What NVML, the driver's own interface, says of a card's memory; the only place that knows it.
+"""A card's memory according to NVML, the driver's own interface; the only module that uses it.
 
 NVML may be missing, forbidden, or blind to processes, as it is in many containers. A reading that is
 zero, missing or impossible is *unknown* here, never a small number.
@@ -42,12 +42,12 @@ class Nvml:
 
     Notes
     -----
-    The session is not closed: NVML counts them, and other libraries of the process have theirs.
+    The session is never closed: NVML counts sessions, and other libraries of the process have theirs.
     """
 
     def __init__(self, api: Any) -> None:
         self._api = api
-        # A call that the installed driver is too old for raises what is no NVMLError, in later packages.
+        # In later packages, calls that the driver is too old for raise something else than an NVMLError.
         self._errors = (api.NVMLError, getattr(api, "NVMLLibraryMismatchError", api.NVMLError))
         api.nvmlInit()
 
@@ -92,7 +92,7 @@ class Nvml:
         return None
 
     def _slice(self, card: Any, entry: str) -> Any | None:
-        """The slice of ``card`` that the process uses: the one whose UUID begins so, or the only one."""
+        """The slice of ``card`` in use here: the one whose UUID begins with ``entry``, or the only one."""
         slices = list(self._slices(card))
         if entry.startswith("MIG-"):
             slices = [handle for handle in slices if str(self.uuid(handle)).startswith(entry)]
@@ -121,7 +121,7 @@ class Nvml:
         return None if memory is None or not memory.used else int(memory.used)
 
     def used_everywhere(self) -> dict[str, int]:
-        """Bytes in use by UUID of every card and slice that tells; needs no CUDA context, nor makes one."""
+        """By UUID, bytes in use on all cards and slices that report them; works without a CUDA context."""
         found = {}
         for handle in self._devices():
             uuid, used = self.uuid(handle), self.used(handle)
@@ -144,8 +144,8 @@ class Nvml:
         idle
             Bytes in use before this process took any; None if unknown.
         at_least
-            Bytes that the process is known to hold. A smaller reading is not this process's: inside a
-            container its own process number may be another's outside.
+            Bytes that the process is known to hold. A smaller reading is another process's, which may have
+            this one's number outside of a container.
         """
         used = self.used(handle) if idle is not None else None
         candidates = (
@@ -175,6 +175,6 @@ class Nvml:
 
 
 def _sum(sizes: list[int | None]) -> int | None:
-    """Bytes of a process's contexts together; None if one is not told."""
+    """Bytes of a process's contexts together; None if one is unknown."""
     known = [size for size in sizes if size]
     return sum(known) if len(known) == len(sizes) else None

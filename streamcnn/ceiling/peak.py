@@ -1,11 +1,10 @@
-"""The peak of a process's resident memory, as well as the kernel tells it.
+"""The peak of a process's resident memory, as exactly as the kernel reports it.
 
-The kernel keeps one high-water mark (``VmHWM``) of a process's resident memory, over its whole life. It
-belongs to the user, who may read it too, so it is never reset here, and it tells the peak of a block only
-if it has risen in that block: then it is that peak. Otherwise the process has held as much before, and the
-mark is no more than an upper bound. The peak is then the largest of the readings of resident memory
-(``VmRSS``) that a thread takes every few milliseconds and ``DataLimit.check`` after every step. That is a
-lower bound: a spike between two samples is missed.
+The kernel keeps one high-water mark (``VmHWM``) of a process's resident memory, over its whole life. The user
+may read it too, so it is never reset here. If it rises during a block, it is that block's peak. Otherwise the
+process has held as much before, and the mark is only an upper bound. The peak is then the largest
+of the readings of resident memory (``VmRSS``) that a thread takes every few milliseconds and
+``DataLimit.check`` after every step. That is a lower bound: a spike between two samples is missed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _INTERVAL = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bounds of the most bytes that were resident: equal if that is known."""
+    """Bounds of the most bytes that were resident; equal if the peak is known."""
 
     at_least: int
     at_most: int
@@ -37,7 +36,7 @@ class _Resident:
 
 
 class PeakGauge:
-    """Knows the peak of resident memory between ``open`` and ``close``.
+    """Measures the peak of resident memory between ``open`` and ``close``.
 
     Closing again does what an interrupted call has left undone.
 
@@ -81,7 +80,7 @@ class PeakGauge:
         self._sampler.start(threaded=threaded)
 
     def close(self) -> None:
-        """End with a last reading, and leave the stack of the thread that took them to the next one's."""
+        """Take a last reading, and end the thread, so that the next one can use its stack."""
         if self._final is None:
             self.sample()
             self._final = self.peak()

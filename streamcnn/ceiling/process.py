@@ -1,4 +1,4 @@
-"""What the kernel says of this process's memory; the only place that reads it."""
+"""This process's memory according to the kernel; the only module that reads it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def status_bytes(name: str) -> int | None:
 
 
 class ResidentFile:
-    """Resident memory, read from a file that is kept open: to open it takes longer than to read it."""
+    """Resident memory, read from a file that is kept open, since opening it takes longer than reading it."""
 
     def __init__(self) -> None:
         self._file = FileIO(_PAGES)
 
     def read(self) -> int:
         """Resident memory now, in bytes."""
-        # At an offset: several threads read it.
+        # At an offset, since several threads read the file.
         return int(os.pread(self._file.fileno(), 128, 0).split()[1]) * mmap.PAGESIZE
 
     def close(self) -> None:
@@ -51,12 +51,12 @@ class ResidentFile:
 
 
 def untouched_code_bytes() -> int:
-    """Address space of code that was compiled in this process, less what is touched of it."""
+    """Bytes of address space of code that was compiled in this process and not touched."""
     nbytes = 0
     *mappings, _ = _MAPS.read_bytes().split(_WRITABLE_CODE)
     for mapping in mappings:
         span = mapping[mapping.rfind(b"\n") + 1 :]
-        if b" " not in span:  # else it was in the path of a file
+        if b" " not in span:  # else the flags were part of a file's path
             start, end = (int(edge, 16) for edge in span.split(b"-"))
             nbytes += _absent_bytes(start, end - start)
     return nbytes
@@ -67,6 +67,6 @@ def _absent_bytes(start: int, nbytes: int) -> int:
     pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
     library = libc()
     if library is None or library.mincore(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), pages):
-        # Or it has gone since it was listed.
+        # The mapping may also have gone since it was listed.
         return 0
     return pages.raw.count(b"\0") * mmap.PAGESIZE

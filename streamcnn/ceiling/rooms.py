@@ -1,6 +1,6 @@
-"""What limits of others leave this process of host memory: its own ones, and those of its control groups.
+"""Host memory that limits besides the budget leave: the process's own limits, and its control groups'.
 
-The kernel refuses what goes past ``RLIMIT_DATA`` and ``RLIMIT_AS``. A control group's limit, by which
+The kernel refuses allocations past ``RLIMIT_DATA`` and ``RLIMIT_AS``. A control group's limit, by which
 containers, systemd and Slurm limit memory, ends the process without a word.
 """
 
@@ -22,7 +22,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 VIRTUAL_MEMORY = Path("/proc/sys/vm")
 _OFFLOAD_SHARE = 0.75
-"""The part of the host's RAM that maps or files may take: the rest is for whatever else there is."""
+"""The part of the host's RAM that maps or files may take; the rest is for everything else."""
 _NO_LIMIT = 2**62
 """From here on a control group's limit of the first version means none."""
 _KERNELS_SHARE = 64
@@ -30,7 +30,7 @@ _KERNELS_SHARE = 64
 _LIBRARIES = 2**25
 """Address space that is left for libraries' code and threads' stacks, which no plan counts."""
 _STEPS = 16
-"""How finely a room is told apart, so that a few bytes more or less make no new plan."""
+"""How finely rooms are distinguished, so that a few bytes more or less make no new plan."""
 _RAISE_GROUPS = (
     "raise it (docker run --memory, resources.limits.memory of Kubernetes, MemoryMax= of systemd, --mem of "
     "Slurm) or end other processes in the group"
@@ -47,7 +47,7 @@ class Room:
     limit: int
     """Bytes."""
     used: int
-    """Bytes that are in use of it, those left out that can be taken back."""
+    """Bytes of it that are in use and cannot be taken back."""
     advice: str
     is_enforced: bool
     """Whether the kernel refuses what goes past it, rather than end the process."""
@@ -82,7 +82,7 @@ def host_room(*, cgroups: Path | None = None, membership: Path | None = None) ->
     """
     rooms = list(_rooms(cgroups or CGROUPS, membership or MEMBERSHIP))
     if rooms:
-        # What every pass needs first is no part of its plan.
+        # Every pass does this first, so it is no part of a plan.
         start_thread_pool()
         cache_thread_stack()
         trim_heap()
@@ -124,8 +124,8 @@ def buffered_file_bytes(
 
     Notes
     -----
-    Whoever writes more than halfway from ``dirty_background_bytes`` to ``dirty_bytes``, or the ratios, waits
-    for the disk (Linux, Documentation/admin-guide/sysctl/vm.rst). None are taken where there is no such file.
+    Writers past halfway from ``dirty_background_bytes`` to ``dirty_bytes``, or the ratios, wait for the disk
+    (Linux, Documentation/admin-guide/sysctl/vm.rst). Without these files it is 0.
     """
     settings = settings or VIRTUAL_MEMORY
     memory = host_offload_bytes(cgroups=cgroups, membership=membership)
@@ -163,12 +163,12 @@ def _own_rooms() -> Iterator[Room]:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """How one version of control groups calls things."""
+    """The files of one version of control groups."""
 
     limit: str
     used: str
     cached: tuple[str, ...]
-    """Lines of ``memory.stat`` with pages of files, which the kernel takes back where memory is short."""
+    """Lines of ``memory.stat`` with pages of files, which the kernel takes back when memory is short."""
 
 
 _FIRST = _Files(

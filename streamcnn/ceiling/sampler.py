@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 INTERVAL = 0.02
 """Seconds between samples of a GPU's memory: a reading takes about a millisecond."""
 MOST_SAMPLES = 4096
-"""Samples kept at once; then every other one is dropped and they are taken half as often into the series."""
+"""Samples kept at most; then every other one is dropped, and half as many new ones are kept."""
 _LONGEST_START = 0.5
 """Seconds to wait at most for a thread to begin."""
 
@@ -30,9 +30,9 @@ R = TypeVar("R", bound=Sized)
 class Sampler(Generic[R]):
     """Calls ``read`` on a thread of its own from ``start`` until ``close``; a ``with`` block does both.
 
-    A block's begin and end are read too. The thread ends with the block, whatever happens in it. What
-    ``read`` raises ends the sampling, and the block raises it if nothing else went wrong. A sample that finds
-    no memory for itself is left out: under a limit that is nearly reached, the block's own work decides
+    The begin and end of a block are sampled too. The thread ends with the block, whatever happens in it. An
+    error of ``read`` ends the sampling, and the block raises it if nothing else went wrong. A sample that
+    finds no memory for itself is left out: under a limit that is nearly reached, the block's own work decides
     whether there is enough.
 
     Nothing here waits for a Python lock that ``KeyboardInterrupt`` could leave taken.
@@ -109,7 +109,7 @@ class Sampler(Generic[R]):
         if self._running.locked():
             self._running.release()
         if not _shows_up(thread):
-            # Interrupted before it was there; it takes itself off the list of those that are to come.
+            # Interrupted before it ran; started, it leaves the list of threads that are to come.
             thread.start()
         thread.join()
 
@@ -120,7 +120,7 @@ class Sampler(Generic[R]):
 
     def _run(self) -> None:
         try:
-            # Taken by now only if it is to end.
+            # It can be acquired only once the thread is to end.
             while not self._running.acquire(timeout=self._interval):
                 with suppress(MemoryError):
                     self.sample()
@@ -129,7 +129,7 @@ class Sampler(Generic[R]):
 
 
 def _shows_up(thread: Thread) -> bool:
-    """Whether a thread runs or has run, given a moment for it to begin."""
+    """Whether a thread runs or has run, after waiting a moment for it to begin."""
     until = time.monotonic() + _LONGEST_START
     while thread.ident is None and time.monotonic() < until:
         time.sleep(0)

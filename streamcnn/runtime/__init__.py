@@ -1,1 +1,1 @@
-"""A user's module streamed: captures and plans that are kept, passes, reports."""
+"""A user's module, streamed: kept captures and plans, passes, reports."""

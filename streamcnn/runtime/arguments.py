@@ -1,4 +1,4 @@
-"""What goes into a module beside the image: sources are stood in for, and read by regions."""
+"""A module's arguments beside the image: stand-ins take the places of sources, which are read by regions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamcnn.data.sources import ImageSource
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arguments:
-    """Arguments of a call after the image, a tensor without memory in the place of each source.
+    """The arguments of a call after the image, with a tensor without memory in place of each source.
 
     A source, or a list of sources as a batch, may be anywhere among them.
     """
@@ -25,9 +25,9 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     maps: Mapping[str, MapReader]
-    """What is read by regions, by the key of its argument."""
+    """What is read by regions, by its argument's key."""
     passed: Mapping[int, Any]
-    """The same as it was passed, by the identity of what stands in for it."""
+    """The sources as they were passed, by the identity of their stand-ins."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> Arguments:
@@ -36,7 +36,7 @@ class Arguments:
         Raises
         ------
         DatasetMismatch
-            If sources of a list are no batch.
+            If the sources in a list do not make a batch.
         """
         readers: dict[int, MapReader] = {}
         passed: dict[int, Any] = {}
@@ -49,7 +49,7 @@ class Arguments:
             readers[id(tensor)], passed[id(tensor)] = reader, value
             return tensor
 
-        # One by one: the arguments together are no batch.
+        # One by one: a tuple of arguments is not a batch.
         args = tuple(pytree.tree_map(stood_in, each, is_leaf=_is_map) for each in args)
         named = pytree.tree_map(stood_in, dict(kwargs), is_leaf=_is_map)
         keys = {key: id(tensor) for key, tensor in named_arguments((args, named))}
@@ -57,7 +57,7 @@ class Arguments:
         return cls(args, named, maps, passed)
 
     def restored(self, result: Any) -> Any:
-        """What a module returns, sources that it returns being those that were passed."""
+        """What a module returns, with the sources themselves in place of their stand-ins."""
         if not self.passed:
             return result
         return pytree.tree_map(lambda each: self.passed.get(id(each), each), result)

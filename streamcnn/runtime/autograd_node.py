@@ -18,7 +18,7 @@ class Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
-        # Hooks of the caller are for what this node saves, not for the graphs inside of it.
+        # The caller's hooks are for what this node saves, not for the graphs inside it.
         with saved_tensors_hooks_aside():
             values = run.forward()
         names = run.output_names
@@ -28,7 +28,7 @@ class Streamed(torch.autograd.Function):
         ctx.places = [anchor.data_ptr() for anchor in run.anchors]
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
-        # What the user does to a result is no matter to what is computed from it later.
+        # What the user does to a result must not change what is computed from it later.
         read = {operand for node in run.program.nodes.values() for operand in node.operands}
         outputs |= {n: outputs[n].clone() for n in names if run.present_name(n) in read}
         constant = (n for n in names if run.present_name(n) not in run.plan.differentiated)
@@ -74,5 +74,5 @@ class Streamed(torch.autograd.Function):
 
 
 def _changed(before: list[tuple[str, bytes]], present: list[tuple[str, bytes]]) -> str:
-    """The name of the first array whose pixels are others."""
+    """The name of the first array whose pixels have changed."""
     return next(name for (name, was), (_, now) in zip(before, present, strict=True) if was != now)

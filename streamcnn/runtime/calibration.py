@@ -30,22 +30,21 @@ from streamcnn.support.documents import conform, parse_json, read_regular
 VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _LEAST = 1e-18
-"""Of all rates and seconds; one over it is the most."""
+"""The least of all rates and seconds; the most is one over it."""
 _METHOD = 9
 """Counts up when what is timed changes: profiles that an earlier version kept are then measured again."""
 
 
 def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -> HardwareProfile:
-    """The hardware profile of ``device`` for convolutions in ``dtype``: that kept for it, or measured now and
-    kept.
+    """The hardware profile of ``device`` for convolutions in ``dtype``: kept, or measured now.
 
-    With the environment variable ``STREAMCNN_CALIBRATION`` set to ``off`` it is the nominal one. Rates in
-    the file that are none, such as those of a file that was cut off, are measured again.
+    If the environment variable ``STREAMCNN_CALIBRATION`` is ``off``, it is the nominal one. Rates that make
+    no sense, such as those of a file that was cut off, are measured again.
 
     Raises
     ------
     RatesUnusable
-        If the file cannot be read or written, or is no regular file.
+        If the file cannot be read or written, or is not a regular file.
     """
     choice = os.environ.get(VARIABLE, "")
     if choice == "off":
@@ -56,7 +55,7 @@ def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -
     rates = _rates(known.get(key), path)
     if rates is None:
         rates = measured_rates(device, dtype, key)
-        # Plans do not know of memory that was kept after it.
+        # Plans do not count the memory that measuring has left cached.
         ceiling_for(device).empty_cache()
         _write(path, {**known, key: asdict(rates)})
     return rates
@@ -69,7 +68,7 @@ def hardware_key(device: torch.device, dtype: torch.dtype) -> str:
     threads = torch.get_num_threads()
     element = str(dtype).removeprefix("torch.")
     if device.type == "cuda" and dtype == torch.float32:
-        # Rounded to TF32 it is multiplied several times as fast.
+        # Multiplied as TF32 it is several times as fast.
         cudnn: Any = torch.backends.cudnn
         element = f"{element} multiplied as {cudnn.conv.fp32_precision}"
     return f"{name}, {element}, {threads} threads{blocks}, method {_METHOD}, torch {torch.__version__}"
@@ -77,7 +76,7 @@ def hardware_key(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def processor() -> str:
-    """The processor's name; asked for by every pass."""
+    """The processor's name; cached, since every pass asks for it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -95,12 +94,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(path: Path, *version: int) -> dict[str, Any]:
-    """What a version of the file says: passes ask one after the other, and it hardly ever changes."""
+    """What a version of the file says; cached, since every pass asks and it hardly ever changes."""
     try:
         content = read_regular(path, error=RatesUnusable)
         known = parse_json(content, path, error=_NoRates)
     except (FileNotFoundError, _NoRates):
-        # A cache that was cut off is measured again.
+        # Rates in a file that was cut off are measured again.
         return {}
     return known if isinstance(known, dict) else {}
 
@@ -112,7 +111,7 @@ def _write(path: Path, known: dict[str, Any]) -> None:
 
 
 def _rates(values: Any, path: Path) -> HardwareProfile | None:
-    """Rates as the file has them; None where they are none."""
+    """Rates as the file has them; None if they make no sense."""
     try:
         known = conform(_Measured, values, path, error=_NoRates)
     except _NoRates:
@@ -121,12 +120,12 @@ def _rates(values: Any, path: Path) -> HardwareProfile | None:
 
 
 class _NoRates(StreamError):
-    """What the file holds are no rates; they are measured then."""
+    """The file does not hold rates; they are then measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured(HardwareProfile):
-    """A profile in the file: of rates that there may be, for every tier."""
+    """A profile in the file, with plausible rates for every tier."""
 
     def __post_init__(self) -> None:
         numbers = [self.dense_flops, self.grouped_flops, self.memory_bytes, self.fresh_bytes]
@@ -140,7 +139,7 @@ class _Measured(HardwareProfile):
 
 @contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """Turn what the system says of the file into one error."""
+    """Turn the system's errors about the file into one error of ours."""
     try:
         yield
     except RatesUnusable:

@@ -19,11 +19,11 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import TRACING
 
 _MARK = 9
-"""Axes of extent 1 before those of a result, by which it is told from what hooks keep of a pass."""
+"""Axes of extent 1 put before a result's own, to tell it from what hooks keep of a pass."""
 
 
 class _OneTensor(nn.Module):
-    """A module whose result is one tensor, or has one under a key, marked."""
+    """A module with the one tensor that it returns, or has under a key in its result, marked."""
 
     def __init__(self, net: nn.Module, key: str | None) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _OneTensor(nn.Module):
         result = self.net(image, *args)
         if self.key is not None:
             result = result.get(self.key) if isinstance(result, Mapping) else None
-        # An error would have the model run once more, on tensors that its hooks may keep.
+        # An error would make the model run once more, on tensors that its hooks may keep.
         return result[(None,) * _MARK] if isinstance(result, Tensor) else image
 
 
@@ -48,15 +48,15 @@ def captured_result(
 ) -> Tensor | None:
     """The tensor that ``net`` returns for an image of ``shape``, without values, as a pass would capture it.
 
-    Hooks are followed, as parts of the model, and nothing is run. None if it has none, since
-    :func:`fake_result` is faster then, if it returns no tensor, or none under ``key``, or if it cannot be
+    Hooks are followed, as parts of the model, and nothing is run. None if there are no hooks, when
+    :func:`fake_result` is faster; if the model returns no tensor, or none under ``key``; or if it cannot be
     captured.
     """
     if not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):
         return None
     device = device_of(net)
     probe = _OneTensor(net, key)
-    # Unlike train(), which would reach all parts.
+    # Unlike train(), this leaves the model's parts alone.
     probe.training = net.training
 
     def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Tensor | None:
@@ -82,7 +82,7 @@ def fake_result(
     *,
     prepare: Callable[[nn.Module], None] = lambda bare: None,
 ) -> Any:
-    """What ``net`` returns for an image of ``shape`` (N, C, H, W), of tensors without values.
+    """What ``net`` returns for an image of ``shape`` (N, C, H, W), with tensors without values.
 
     It neither runs nor changes the module: a copy without values and without the caller's hooks is called, so
     hooks that change a result are not followed; :func:`captured_result` follows them.
@@ -92,7 +92,7 @@ def fake_result(
     args
         What else goes into the module after the image.
     prepare
-        Called with the copy before it is.
+        Called with the copy before it runs.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def fake_result(
         with FakeCopyMode(mode):
             bare: nn.Module = copy.deepcopy(net)
         for module in bare.modules():
-            # The caller's own may keep what they see, which has no values here.
+            # The caller's hooks may keep what they see, which has no values here.
             module._forward_hooks.clear()
         prepare(bare)
         further = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args))

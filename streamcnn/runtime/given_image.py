@@ -15,12 +15,12 @@ from streamcnn.data.reader import Image
 
 
 def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dict[str, Any]]:
-    """The image that was passed under the name that the module gives it, and what else was passed.
+    """The image that was passed by the module's own name for it, and the other arguments.
 
     Raises
     ------
     TypeError
-        If it was not.
+        If no image was passed so.
     """
     name = next(iter(inspect.signature(net.forward).parameters), "")
     if name not in kwargs:
@@ -29,17 +29,17 @@ def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dic
 
 
 def is_image(image: tuple[int, int, int, int] | Image) -> TypeGuard[Image]:
-    """Whether it is no numbers, which are a shape."""
+    """Whether it is an image, and not the numbers of a shape."""
     return not isinstance(image, (tuple, list)) or not any(isinstance(each, Integral) for each in image)
 
 
 def as_shape(shape: Any) -> tuple[int, int, int, int]:
-    """A shape (N, C, H, W) that is one.
+    """``shape`` as whole numbers (N, C, H, W).
 
     Raises
     ------
     ValueError
-        If it is none.
+        If it is not a shape of images.
     """
     if len(shape) != 4 or any(not isinstance(each, Integral) or each < 1 for each in shape):
         raise ValueError(
@@ -51,9 +51,9 @@ def as_shape(shape: Any) -> tuple[int, int, int, int]:
 
 
 def like_image(image: Image, results: Any) -> Any:
-    """The results of a module as plain PyTorch gives them for an image of a subclass of Tensor.
+    """The results of a module, as tensors of the image's class if that is a subclass of Tensor.
 
-    Inside of a pass some are of that class and some are not, since stored maps are plain tensors.
+    Plain PyTorch returns them so. In a pass some are of that class and some, read from stores, are not.
     """
     kind: Any = type(image)
     if not isinstance(image, Tensor) or kind is Tensor or has_own_functions(kind):

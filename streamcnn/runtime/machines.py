@@ -19,14 +19,14 @@ CONTEXT_BYTES = 960 * 2**20
 """What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
 an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
 _MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""Element types that convolutions are timed in; others are taken to be as fast as the first."""
+"""Element types in which convolutions are timed; others are assumed to be as fast as the first."""
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
-    """This machine, computing on ``device`` in ``dtype``; it is measured how fast it is if it never was."""
+    """This machine, computing on ``device`` in ``dtype``; its speed is measured if it never was."""
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK, buffered=_share(buffered_file_bytes())),)
     if device.type == "cuda":
-        # What is left of the host's RAM when maps come to the disk is not for files.
+        # When maps go to the disk, maps have taken the RAM that would buffer files.
         host = OffloadTier(Tier.HOST, _share(host_offload_bytes()))
         offload_tiers = (host, OffloadTier(Tier.DISK))
     hardware = hardware_profile(device, dtype if dtype in _MEASURED else _MEASURED[0])
@@ -34,12 +34,12 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Ma
 
 
 def _share(nbytes: int) -> int:
-    """What a process may take of the host's RAM, of which those that work with it here take as much each."""
+    """This process's share of the host's RAM, split evenly among the processes that work together here."""
     return nbytes // processes_here()
 
 
 def backend_of(device: torch.device) -> Backend:
-    """What planning knows of ``device``; of one without a backend of its own, what it knows of the host."""
+    """The backend of ``device``; the host's if it has none of its own."""
     if device.type == "cuda":
         return CudaBackend()
     return CpuBackend.on(torch.get_num_threads(), keeps_blocks=keeps_blocks(device))

@@ -21,14 +21,14 @@ _SHARED = (
 class ModuleFacade(nn.Module):
     """Has another module's parameters, buffers, ``state_dict`` keys, mode and attributes.
 
-    It shares the registries of ``net``, so that names, keys and moves are its own, and leaves to ``net`` the
-    methods that modules often have of their own. What a subclass has set before it calls ``__init__`` is the
-    subclass's, whatever ``net`` has under that name; other attributes are those of ``net``.
+    It shares the registries of ``net``, so that names, keys and moves are the same, and forwards to ``net``
+    the methods that modules often override. Attributes that a subclass sets before it calls ``__init__`` are
+    the subclass's own, whatever ``net`` has under these names; all others are those of ``net``.
 
     Raises
     ------
     ValueError
-        If ``net`` is no module.
+        If ``net`` is not a module.
     """
 
     net: nn.Module
@@ -54,7 +54,7 @@ class ModuleFacade(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         net = self.__dict__.get("net")
         if net is None or name in self.__dict__ or hasattr(type(self), name):
-            # Not as modules do it: one that is an option would be registered with ``net``.
+            # Not as modules do: a module that is an option would be registered with ``net``.
             object.__setattr__(self, name, value)
         else:
             setattr(net, name, value)
@@ -67,12 +67,12 @@ class ModuleFacade(nn.Module):
 
     @property
     def training(self) -> bool:
-        """The mode that ``net`` is in, whoever has set it."""
+        """The mode of ``net``, whoever has set it."""
         return self.net.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        # Modules set it before they have anything.
+        # ``nn.Module.__init__`` sets it before there is a ``net``.
         if "net" in self.__dict__:
             self.net.training = mode
 

@@ -1,4 +1,4 @@
-"""What of a model is streamed, what runs on whole maps, what stops it there, and what one does about that."""
+"""Which parts of a model are streamed and which run on whole maps, for what reason, with what remedy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ REMEDIES = {
     "it is applied to complex values": "apply it to the real and the imaginary part",
     "it fills with a value that is a map": "use torch.where",
 }
-"""What one usually does, by how the reason begins."""
+"""The usual remedy, by the beginning of the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Obstacle:
     operator: str
     reason: str
     remedy: str
-    """What one usually does about it."""
+    """The usual remedy."""
     module: str
     """The part of the model that calls it, and its class."""
     line: str
@@ -99,18 +99,18 @@ class Obstacle:
     count: int
     """How often it is called there."""
     nbytes: int
-    """Of the whole maps that it reads, and of what it gives."""
+    """Bytes of the whole maps that it reads, and of its results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Streamability:
-    """What of a model is streamed, for images of one shape in training."""
+    """Which parts of a model are streamed, for images of one shape in training."""
 
     shape: tuple[int, int, int, int]
     num_streamed: int
     """Operators that run tile by tile."""
     num_following: int
-    """Operators on whole maps for no other reason than that an obstacle comes before them."""
+    """Operators on whole maps only because an obstacle comes before them."""
     obstacles: tuple[Obstacle, ...]
     """In the order of the forward pass."""
     plain_bytes: int
@@ -118,7 +118,7 @@ class Streamability:
 
 
 def streamability(net: nn.Module, shape: tuple[int, int, int, int]) -> Streamability:
-    """What of ``net``, in its present mode, is streamed for an image of ``shape`` (N, C, H, W); runs nothing.
+    """Which parts of ``net``, in its present mode, are streamed for images of ``shape``; runs nothing.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def streamability(net: nn.Module, shape: tuple[int, int, int, int]) -> Streamabi
         If the module cannot be captured at this shape.
     """
     model = StreamingModel(net)
-    # Small maps may run whole for speed's sake; here it is asked what could not do otherwise.
+    # Small maps may run whole for speed; here the question is what has to.
     model.resident_tail = False
     with torch.enable_grad():
         planned = model.planned(shape, module_dtype(net), image_gradient=False)
@@ -163,7 +163,7 @@ def _obstacles(program: Program, stopped: Iterable[Node]) -> Iterable[Obstacle]:
 
 
 def _itself(program: Program, name: str) -> Node:
-    """A value, or what it is another shape of."""
+    """A value, or the one that it is a reshaped form of."""
     node = program.nodes[name]
     while node.kind is Kind.GLOBAL and node.target is torch.Tensor.reshape:
         node = program.nodes[node.operands[0]]
@@ -171,6 +171,6 @@ def _itself(program: Program, name: str) -> Node:
 
 
 def remedy_for(reason: str) -> str:
-    """What one usually does about an operator that is not streamed for ``reason``."""
+    """The usual remedy for an operator that is not streamed for ``reason``."""
     matching = (remedy for begins, remedy in REMEDIES.items() if reason.startswith(begins))
     return next(matching, _ON_SMALL_MAPS)

@@ -1,4 +1,4 @@
-"""Options of a model in the forms that they are given in, and what makes one of them."""
+"""A model's options, in each form that users may give, brought to one form."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
 OPTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {"budget": parse_bytes, "tile": as_tile, "spill": as_folder}
 )
-"""What makes one form of an option, by its name."""
+"""By name: what brings an option to its one form."""

@@ -1,4 +1,4 @@
-"""The stores of one pass: where each of its stored maps is kept, and whether the disk has room for them."""
+"""The stores of one pass: where each stored map is kept, and whether the disk has room for all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_disk(plan: Plan, spares: SpareFiles) -> None:
 
 
 class PassStores:
-    """Opens the stores of one pass. It does not know the pass, so that dropping that frees them at once."""
+    """Opens the stores of one pass. It has no reference to the pass, so that dropping the pass frees them."""
 
     def __init__(
         self, spares: SpareFiles, pinned: SparePinned, device: torch.device, *, zeroed: bool

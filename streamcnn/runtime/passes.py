@@ -1,4 +1,4 @@
-"""Passes of one model: captured, planned and carried out, each plan kept for the next pass of its kind."""
+"""Passes of one model: captured, planned and carried out; plans are kept for the next pass of their kind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Owner(PassOwner, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """What is known of an image before it is there."""
+    """What planning knows of an image."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -58,25 +58,25 @@ class ImageSpec:
 
 
 def wants_gradient(image: Image) -> bool:
-    """Whether a pass is to give the gradient of an image, too."""
+    """Whether a pass has to give the gradient of the image too."""
     return isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
 
 
 class Passes:
     """Plans and carries out calls of modules for one model, which each call names.
 
-    It does not hold the model itself, whose memory is free as soon as nobody else does.
+    It holds no reference to the model, whose memory is freed as soon as nobody else does.
     """
 
     def __init__(self) -> None:
         self._plans = PlanCache()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
-        """What went through instead of a spec that was refused memory, by what was captured and the spec."""
+        """By what was captured and a spec that was refused memory: the smaller one that went through."""
         self._collected: finalize[[], Any] | None = None
-        """Gives kept blocks back when the model is collected; None before its first pass."""
+        """Gives kept blocks back when the model is collected; None before the first pass."""
 
     def call_collectives(self) -> bool:
-        """Whether one that is planned calls ``torch.distributed``, by its module's own code."""
+        """Whether a planned module calls ``torch.distributed`` in its own code."""
         nodes = chain.from_iterable(program.nodes.values() for program in self._plans.programs())
         return any(is_collective(node.target) for node in nodes)
 
@@ -90,7 +90,7 @@ class Passes:
         device: torch.device,
         machine: Machine | None,
     ) -> Planned:
-        """What was captured of a call, and the plan for it on a machine; ``None`` for this one."""
+        """What was captured of a call, and its plan for ``machine``; ``None`` is this one."""
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device, given.maps)
@@ -113,7 +113,7 @@ class Passes:
         given: Arguments,
         keep: Keep | None,
     ) -> Any:
-        """What ``net`` returns for whole images; with ``keep`` maps among it are what that makes of them."""
+        """What ``net`` returns for whole images; ``keep`` gives what stands for maps among the results."""
         refuse_transforms()
         image_gradient = wants_gradient(image)
         if image_gradient and owner.preprocess is not None:
@@ -135,7 +135,7 @@ class Passes:
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
         if type(image) in (Tensor, nn.Parameter):
-            # What the caller has set on it, and not PyTorch.
+            # Attributes that the caller has set on it, and not PyTorch.
             vars(here).update((n, value) for n, value in vars(image).items() if not n.startswith("_dynamo"))
         return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
 
@@ -144,8 +144,8 @@ class Passes:
     ) -> tuple[Planned, PassSpec, Machine]:
         """The plan within the budget, the process's other limits and what the disk has room for.
 
-        Also what it was made for, and the machine as far as that may be used. It is a smaller one where that
-        was refused memory before and a smaller one went through.
+        Also the spec and the machine that it was made for. Where a plan was refused memory before and a smaller
+        one went through, it is the smaller one.
         """
 
         def present(spec: PassSpec) -> PassSpec:
@@ -166,7 +166,7 @@ class Passes:
         return found
 
     def prepare(self, captured: Captured, spec: PassSpec, owner: Owner) -> tuple[Planned, SmallerPlans]:
-        """The plan of a pass that is to be carried out here, and what gives smaller ones."""
+        """The plan of a pass that is to run here, and what makes smaller ones."""
         machine = this_machine(captured.device, spec.computed_in)
         planned, spec, machine = self._plan_here(captured, spec, machine, owner.spare_files)
         if self._collected is None:
@@ -205,12 +205,12 @@ class _Running:
     owner: Owner
     reader: BatchReader
     image: Any
-    """One that wants a gradient."""
+    """The image if its gradient is wanted, else None."""
     caller_modes: CallerModes
     keep: Keep | None
 
     def in_parts(self, captured: Captured) -> Sequence[Any]:
-        """Carry out a captured forward pass, where results depend on each other in parts; its results."""
+        """The results of a captured forward pass, run in parts where results depend on each other."""
         graph = captured.graph
         differentiates = self.keep is None and (torch.is_grad_enabled() or graph.enables_grad)
         parts = parts_of(graph) if differentiates else ()
@@ -238,7 +238,7 @@ class _Running:
         return undoing(run, undo)
 
     def _whole(self, captured: Captured) -> Sequence[Any]:
-        """Plan and carry out a captured forward pass; its results."""
+        """The results of a captured forward pass, planned and run as a whole."""
         reader = self.reader
         image = ImageSpec(reader.shape, reader.dtype, self.image is not None, reader.reading)
         spec = _spec(self.owner, captured, image, keeps_results=self.keep is not None)
@@ -254,7 +254,7 @@ class _Running:
         return results
 
     def _outputs(self, run: Pass) -> tuple[Tensor, ...]:
-        """Run a pass forward; what the model returns of it, in order."""
+        """Run a pass forward; the tensors among the model's results, in order."""
         if not run.plan.training:
             with self.caller_modes.restored():
                 values = run.forward()
@@ -268,6 +268,6 @@ class _Running:
 
 
 def _undo(run: Pass, grad: bool) -> None:
-    """Leave nothing of a pass that has failed or was interrupted."""
+    """Clean up after a pass that has failed or was interrupted."""
     run.close()
     torch.set_grad_enabled(grad)

@@ -1,4 +1,4 @@
-"""From a captured forward pass to its plan, each thing once."""
+"""From a captured forward pass to its plan, which is made once and kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Planned:
     steps: Steps
     compiled: Compiled
     carried_out: set[StepShape] = field(default_factory=set)
-    """Shapes of steps that have been carried out: what libraries compile for them once is there."""
+    """Shapes of steps that have been carried out: libraries have compiled their code for these."""
 
     @classmethod
     def of(cls, program: Program, plan: Plan, *, fuses: bool) -> Planned:
@@ -54,19 +54,19 @@ class Planned:
 
 
 class PlanCache:
-    """The plans of one module's captured forward passes, the most recently used ones."""
+    """The most recently used plans of one module's captured forward passes."""
 
     def __init__(self) -> None:
         self._plans = Recent[Any, tuple[RawGraph, Planned]](_NODES, size=_num_nodes, least=_PLANS)
 
     def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
-        """The plan for what was captured, whatever mode the module is in by now."""
+        """The plan for what was captured, whatever mode the module is in now."""
         key = (captured.settings, spec, machine, rules_version())
         graph, planned = self._plans.get(key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
     def programs(self) -> list[Program]:
-        """What the plans are for."""
+        """The programs of all plans that are kept."""
         return [planned.program for _, planned in self._plans.values()]
 
     def plan_within(
@@ -77,9 +77,9 @@ class PlanCache:
         room: Room | None,
         present: Callable[[PassSpec], PassSpec],
     ) -> tuple[Planned, PassSpec]:
-        """The plan within the budget and what other limits leave, whichever is less; what it was made for.
+        """The plan within the budget and what other limits leave, and the spec that it was made for.
 
-        ``present`` tells what is planned for instead of a specification that was refused memory before.
+        ``present`` gives the spec to plan for in place of one that was refused memory before.
         """
         planned = self.plan(captured, present(spec), machine)
         if (
@@ -101,7 +101,7 @@ def _num_nodes(planned: tuple[RawGraph, Planned]) -> int:
 
 
 def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
-    """What was planned for one graph, with the user's own functions and constants of an equal one."""
+    """What was planned for one graph, with the user's functions and constants of an equal graph."""
     targets = {
         old.target: new.target
         for old, new in zip(known.nodes, graph.nodes, strict=True)
@@ -138,7 +138,7 @@ class Captured:
     maps: Mapping[str, MapReader] = field(default_factory=dict)
     """Further arguments that are read by regions, by key; ``states`` has stand-ins for them."""
     settings: tuple[Any, ...] = field(init=False)
-    """What a plan is a function of, besides the specification and the machine."""
+    """All that a plan depends on besides the spec and the machine."""
 
     def __post_init__(self) -> None:
         settings = (self.device, self.graph.key, _specs(self.states), tuple(self.maps))

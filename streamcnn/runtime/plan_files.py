@@ -1,10 +1,9 @@
-"""Plans on disk, in the user's cache folder: a search that one process has done, no other one repeats.
+"""Plans on disk, in the user's cache folder: what one process has searched for, no other one does again.
 
-A plan is a function of the captured graph, the specification, the machine and the code that plans. A file is
-named by a digest of all of these, so that it is found by whoever would make the same plan.
-What is found is read by its schema, and holds if it is for the program that the graph is traced to here:
-operators of the user's have their names in the graph, and what they give may have changed since. A file that
-holds something else is made anew.
+A plan is a function of the captured graph, the specification, the machine and the code that plans. A digest
+of all of these is the file's name, so whoever would make the same plan finds it. The file is read by its
+schema, and used only if it is for the program that the graph is traced to here: the graph only names the
+user's own operators, and what they compute may have changed since. Any other file is replaced.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ VARIABLE = "STREAMCNN_PLANS"
 """Environment variable: a folder to keep plans in, or "off" for none."""
 _SUFFIX = ".plan"
 _NAMES = f"{'[0-9a-f]' * 64}{_SUFFIX}"
-"""Of the files; the user's own in the same folder are none of ours."""
+"""Pattern of the files' names: the user may have other files in the same folder."""
 _MOST_FILES = 512
 """Files that are kept, the most recently used ones: 30 to 130 kB each for a network of the usual size."""
 _ABANDONED = 3600.0
-"""Seconds after which a part of a file is one whose writer was killed: writing takes milliseconds."""
+"""Seconds after which a partial file counts as left by a killed writer: writing takes milliseconds."""
 _ROOMS = ("capture", "geometry", "graph", "plan", "planning")
 """The code that plans depend on."""
 
@@ -53,12 +52,12 @@ class KeptPlan:
     """A plan as a file has it."""
 
     tail: str | None
-    """The captured call from which on the program that it is for runs on whole maps."""
+    """The captured call that its program's tail begins with; None for no tail."""
     program: str
     """A digest of that program."""
     plan: Plan
     kept_bytes: tuple[tuple[str, int, int], ...] | None
-    """Those of the plan, whose keys JSON does not have: kind and level of a part, and bytes."""
+    """``Plan.kept_bytes`` as JSON can hold it: kind and level of a part, and bytes."""
 
     @classmethod
     def of(cls, tail: str | None, program: Program, plan: Plan) -> KeptPlan:
@@ -68,12 +67,12 @@ class KeptPlan:
         return cls(tail, _outline(program), replace(plan, kept_bytes=None), pairs)
 
     def restored(self, program: Program) -> Plan:
-        """The plan as it was.
+        """The plan that was written.
 
         Raises
         ------
         _NoPlan
-            If it is not for ``program``.
+            If it is for another program.
         """
         if self.program != _outline(program):
             raise _NoPlan
@@ -110,14 +109,14 @@ class PlanFile:
             program = program_with(found.tail)
             plan = found.restored(program)
         except (OSError, zlib.error, ValidationError, LookupError, _NoPlan):
-            # A tail that the graph has not is a LookupError.
+            # A tail that is not in the graph is a LookupError.
             return None
         with suppress(OSError):
             os.utime(self._path)
         return program, plan
 
     def write(self, tail: str | None, program: Program, plan: Plan) -> None:
-        """Keep a plan; where that cannot be, a warning says so."""
+        """Keep a plan; a warning says so if that fails."""
         if self._path is None:
             return
         content = zlib.compress(_adapter().dump_json(KeptPlan.of(tail, program, plan)), level=1)
@@ -134,11 +133,11 @@ class PlanFile:
 
 
 class _NoPlan(StreamError):
-    """The file is none that a plan is kept in; one is made then."""
+    """The file does not hold the plan, which is then made."""
 
 
 def _folder() -> Path | None:
-    """Where plans are kept; None if they are not, or were made by rules that no digest knows."""
+    """Where plans are kept; None if they are not, or depend on rules that are not in the digest."""
     choice = os.environ.get(VARIABLE, "")
     if choice == "off" or not all_are_built_in():
         return None
@@ -151,9 +150,9 @@ def _folder() -> Path | None:
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Remove files beyond the most that are kept, those first that were not used for longest.
+    """Remove the least recently used files beyond the most that are kept.
 
-    So are parts of files whose writers were killed.
+    Partial files whose writers were killed are removed too.
     """
     oldest = [path for _, path in _by_age(folder, _NAMES)[:-_MOST_FILES]]
     before = time.time() - _ABANDONED
@@ -190,7 +189,7 @@ def _code() -> str:
 
 
 def _outline(program: Program) -> str:
-    """A digest of what makes a plan one for a program: its values, and what is read for parts of them."""
+    """A digest of what a plan depends on in a program: its values, and what parts of them read."""
     found = hashlib.sha256()
     for node in program.nodes.values():
         reads = (node.operands, node.local, node.reduction)
@@ -199,7 +198,7 @@ def _outline(program: Program) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value in words that are the same in every process, which the order of a set is not."""
+    """A value as text that is the same in every process; a set is sorted."""
     return "".join(_words(value))
 
 

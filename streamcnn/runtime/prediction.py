@@ -1,4 +1,4 @@
-"""Maps that a module gives, written to files piece by piece."""
+"""A module's maps, written to files piece by piece."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BYTES = 255
 
 
 class Predicting(nn.Module):
-    """A module whose result is made what is written of it.
+    """A module with its result turned into the map that is written.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class Predicting(nn.Module):
         ``"values"`` for its result as it is; ``"classes"`` for the channel that is largest, or of one channel
         whether it is positive; ``"softmax"`` and ``"sigmoid"`` for probabilities as bytes, 255 being 1.
     key
-        Which of several results it is; ``None`` if it is the only one.
+        Which of several results is taken; ``None`` if there is only one.
     dtype
         Of values.
     """
@@ -50,7 +50,7 @@ class Predicting(nn.Module):
         self.dtype = dtype
 
     def forward(self, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The map (N, C, H, W) that is written of a whole image."""
+        """The map (N, C, H, W) to write for a whole image."""
         result = self.net(image, *args, **kwargs)
         scores = result if self.key is None else result[self.key]
         if not isinstance(scores, Tensor) or scores.dim() != 4:
@@ -69,7 +69,7 @@ class Predicting(nn.Module):
 
 @dataclass(slots=True)
 class PredictionCalls:
-    """The captured calls of one module by what is made of its result."""
+    """The captured calls of one module, by what its result is turned into."""
 
     _known: dict[tuple[Output, Key, torch.dtype], tuple[Predicting, ForwardPass]] = field(
         default_factory=dict
@@ -78,12 +78,12 @@ class PredictionCalls:
     def of(
         self, net: nn.Module, output: Output, key: Key, dtype: torch.dtype
     ) -> tuple[Predicting, ForwardPass]:
-        """``net`` with that made of its result, and its calls.
+        """``net`` with its result turned into such a map, and the calls of that.
 
         Raises
         ------
         ValueError
-            If ``output`` or ``dtype`` is none that is allowed.
+            If ``output`` or ``dtype`` is not allowed.
         """
         if output not in get_args(Output):
             raise ValueError(f"output={output!r}: allowed are {', '.join(map(repr, get_args(Output)))}")
@@ -103,7 +103,7 @@ class MapWriter:
     CannotWrite
         If something is at ``place`` already and is not to be overwritten.
     DatasetMismatch
-        If it is not one image.
+        If ``image`` is not exactly one.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class MapWriter:
         self._is_written = False
 
     def keep(self, store: Store) -> Tensor:
-        """Write a stored map; what the module is told that its result is."""
+        """Write a stored map; a stand-in for it, as the module's result."""
         found = _as_stored_map(store)
         placement = _placement_of(self._image).of_map(found.shape[1:])
         write_map(self._place, found, placement, class_names=self._class_names)
@@ -125,7 +125,7 @@ class MapWriter:
         return stand_in(store.spec.shape, store.spec.dtype, torch.device("cpu"))
 
     def finished(self, result: Tensor) -> Path:
-        """The path of the map, written now if the pass has made it whole."""
+        """The path of the map, which is written now if the pass has returned it whole."""
         if not self._is_written:
             self.keep(_whole_map(result))
         return self._place
@@ -146,12 +146,12 @@ class StoredMap(ImageSource):
 
 
 def _as_stored_map(store: Store) -> StoredMap:
-    """The map that is written.
+    """A stored result as the map to write.
 
     Raises
     ------
     UnsupportedModel
-        If it is none of one image (1, C, H, W).
+        If it is not the map (1, C, H, W) of one image.
     """
     shape, axes = store.spec.shape, store.spec.axes
     if len(shape) != 4 or shape[0] != 1 or axes != (2, 3):
@@ -164,7 +164,7 @@ def _no_map(found: str) -> UnsupportedModel:
 
 
 def _require_one_image(image: Image) -> None:
-    """Make sure that it is one, before it is read.
+    """Check the number of images before one is read.
 
     Raises
     ------
@@ -177,19 +177,19 @@ def _require_one_image(image: Image) -> None:
 
 
 def _placement_of(image: Image) -> Placement:
-    """Where the pixels of one image lie."""
+    """Where the pixels of one image are in space."""
     if isinstance(image, Tensor):
         return Placement((image.shape[2], image.shape[3]))
     return as_sources(image)[0].placement
 
 
 def _whole_map(result: Tensor) -> Store:
-    """A result that was made whole, because an operator without a rule gives it.
+    """A store of a result that was made whole, as an operator without a rule does.
 
     Raises
     ------
     UnsupportedModel
-        If it is no map (1, C, H, W).
+        If it is not a map (1, C, H, W).
     """
     if result.dim() != 4:
         raise _no_map(f"has shape {tuple(result.shape)}")
@@ -200,7 +200,7 @@ def _whole_map(result: Tensor) -> Store:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Have all parts of a module in eval mode, and afterwards as they were."""
+    """Put all parts of a module in eval mode, and back afterwards."""
     training: Sequence[nn.Module] = [module for module in net.modules() if module.training]
     net.eval()
     try:

@@ -1,7 +1,7 @@
-"""How fast a machine is, measured on work of the kinds that networks do.
+"""How fast a machine is, measured on the kinds of work that networks do.
 
-Convolutions and a batch norm with its activation are timed forward and backward, as plans count them; so are
-new memory from the operating system, small operators, and the stores, through the store classes themselves.
+Timed are convolutions, and a batch norm with its activation, forward and backward, as plans count them; fresh
+memory from the operating system; small operators; and the stores, through the store classes themselves.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from streamcnn.stores import (
 
 _REPEATS = 4
 _ENOUGH = 0.5
-"""Seconds after which work is not timed once more: what takes that long is not slow because it is new."""
+"""Seconds after which work is not timed again: what takes that long is not slow only the first time."""
 _INTERPRETED = 20
-"""What an operator on a tile costs over a small operator alone: it is looked up, its operands are cut."""
+"""Cost of an operator on a tile over that of a small operator alone: look-up, cropping of operands."""
 _MAP = (1, 64, 512, 512)
 """The map that is moved: 64 MiB of float32, more than most caches hold."""
 _BANDS = tuple(Region(Interval(top, top + 128), Interval(0, _MAP[3])) for top in range(0, _MAP[2], 128))
-"""What is moved of it at a time: 16 MiB, a tile of usual size."""
+"""The regions that are moved at a time: 16 MiB each, a tile of usual size."""
 _LARGE = 2**24
-"""Elements of a map that no cache holds."""
+"""Elements of a map that fits into no cache."""
 _SMALL = Region(Interval(8, 12), Interval(8, 12))
-"""A region that is hardly anything to move."""
+"""A region with next to nothing to move."""
 _FLUSHED_BYTES = 2**27
 """Bytes that are written through to the disk, to see how fast it is."""
 _PASSES = 3
-"""What a convolution does in both passes over its forward pass: one product more for each operand."""
+"""Arithmetic of a convolution's two passes over its forward pass: one more product for each operand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,11 @@ class _Work:
     convolved: int
     """Bytes of a map of 64 channels that is convolved."""
     times: int
-    """How often it is done before it is waited for."""
+    """How often it is queued before the device is waited for."""
 
 
 _GPU_WORK = _Work(2**27, 2**25, 8)
-"""A GPU is to have more to do than is asked for, and more to read than its cache holds."""
+"""Enough that a GPU computes longer than launching takes, on more than its cache holds."""
 _OTHER_WORK = _Work(2**24, 2**22, 1)
 
 
@@ -97,7 +97,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
     Random numbers that the caller draws later are as if nothing had been measured.
     """
     fresh = _fresh(device)
-    # Rates are kept: that the first pass casts is no matter to the next one.
+    # Without autocast: the rates are kept, and later passes may not cast.
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
@@ -123,7 +123,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
         fresh_bytes=fresh,
         operator_seconds=_INTERPRETED * small,
         read_bytes=read,
-        # Maps that are many outgrow what RAM takes.
+        # Many maps are more than RAM buffers.
         write_bytes={**written, Tier.DISK: min(written[Tier.DISK], flushed)},
         buffered_write_bytes=written[Tier.DISK],
         transfer_seconds=transfers,
@@ -154,7 +154,7 @@ def keeps_blocks(device: torch.device) -> bool:
 
 
 def _random(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A map or a weight, channels_last on a GPU, as in a model that is made for speed."""
+    """A map or a weight, channels_last on a GPU, as in a model set up for speed."""
     order = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return torch.rand(shape, device=device, dtype=dtype).contiguous(memory_format=order)
 
@@ -168,7 +168,7 @@ def _map(device: torch.device, dtype: torch.dtype, channels: int, nbytes: int) -
 def _memory_rate(device: torch.device, dtype: torch.dtype, work: _Work) -> float:
     """Bytes per second that a batch norm and its activation read and write, forward and backward."""
     x = _map(device, dtype, 64, work.normalised).requires_grad_()
-    # Where maps are cast, scales are not.
+    # Autocast casts maps and not scales.
     scale, shift = (
         torch.ones(64, device=device, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
         for _ in range(2)
@@ -200,7 +200,7 @@ def _flops_rate(
         total += _seconds(device, partial(_both_passes, layer, x, weight, y), times=work.times)
         flops += _PASSES * 2 * weight[0].numel() * y.numel()
         moved += _PASSES * (x.nbytes + y.nbytes) / memory
-    # Small maps stay in caches, and moving them can look as dear as all of it.
+    # Small maps stay in caches, so the time of moving them may be overestimated.
     return flops / max(total - moved, total / 2)
 
 
@@ -211,9 +211,9 @@ def _both_passes(layer: _Convolution, x: Tensor, weight: Tensor, gradient: Tenso
 
 
 def _stores(device: torch.device, work: _Work, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
-    """Bytes per second read from and written to a store at every place, and seconds of a small transfer.
+    """By tier, bytes per second read from and written to a store, and seconds of a small transfer.
 
-    A store in the device's memory hands out views, which operators make contiguous. It takes new memory,
+    A store in the device's memory hands out views, which operators make contiguous. It takes fresh memory
     unless blocks are kept.
     """
     spec = StoreSpec(_MAP, torch.float32, (2, 3))
@@ -226,8 +226,7 @@ def _stores(device: torch.device, work: _Work, memory: float, fresh: float) -> t
             Tier.DISK: lambda: ZarrStore(spec, folder.new_folder(), _BANDS[0].size, moved),
         }
         for tier, new in tiers.items():
-            # A map beside a GPU is written once, for the most part, and what is there already is written
-            # more slowly.
+            # A map beside a GPU is mostly written once; overwriting is slower.
             once = tier is Tier.HOST and isinstance(moved, GpuTransfers)
             read[tier], written[tier], transfers[tier] = _store(device, work, new, once=once)
     read[Tier.MEMORY] = memory
@@ -259,7 +258,7 @@ def _store(
 ) -> tuple[float, float, float]:
     """Bytes per second read from and written to one store, and seconds of a small transfer.
 
-    ``once`` has each map be written once, to a store of its own.
+    With ``once`` each map is written once, to a store of its own.
     """
 
     def write(store: Store) -> None:
@@ -280,16 +279,16 @@ def _store(
         write(store)
         writing = _seconds(device, write_new if once else partial(write, store))
         reading = _seconds(device, read)
-        # Small ones are asked for ahead, like operators.
+        # Small transfers are queued ahead, like operators.
         adding = _seconds(device, lambda: store.add(_SMALL, small), times=work.times)
         fetching = _seconds(device, lambda: store.read(_SMALL).clone(), times=work.times)
     return nbytes / reading, nbytes / writing, (adding + fetching) / 2
 
 
 def _fresh(device: torch.device) -> float:
-    """Bytes per second of memory that is new to the process, beyond what writing them costs."""
+    """Bytes per second of memory that is new to the process, without the cost of writing to it."""
     if device.type == "cuda":
-        # Blocks are cached by PyTorch: after the first tiles none is new.
+        # PyTorch caches blocks, so none is new after the first tiles.
         return NOMINAL["cuda"].fresh_bytes
     known = torch.zeros(_LARGE)
     new_seconds = _seconds(device, lambda: torch.empty(_LARGE).fill_(1.0))
@@ -298,9 +297,9 @@ def _fresh(device: torch.device) -> float:
 
 
 def _seconds(device: torch.device, action: Callable[[], object], *, times: int = 1) -> float:
-    """Seconds of an action at its fastest: whatever else the machine does only adds to them.
+    """Seconds of an action at its fastest, as whatever else the machine does only adds to them.
 
-    It is done so many ``times`` before it is waited for.
+    It is queued so many ``times`` before the device is waited for.
     """
     seconds = []
     for _ in range(_REPEATS + 1):

@@ -1,4 +1,4 @@
-"""What a backward pass reads once more of the user's: it has to be as the forward pass found it."""
+"""What a backward pass reads again of the user's data, which must not change after the forward pass."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from streamcnn.runtime.streamed_pass import Pass
 
 
 def tensors_read_again(run: Pass) -> list[Tensor]:
-    """States without a gradient, and images, that the backward pass of ``run`` reads once more."""
+    """States without a gradient, and images, that the backward pass of ``run`` reads again."""
     read = _read_again(run)
     states = [run.states[n] for n in run.program.states if n in read and n not in run.leaf_states]
     images = chain(*(batch.shared_tensors for batch in _batches_of(run, read)))
-    # Tensors made in inference mode have no version that could be compared.
+    # Tensors made in inference mode have no version counter.
     return [*states, *(image for image in images if not image.is_inference())]
 
 
 def arrays_read_again(run: Pass) -> list[tuple[str, bytes]]:
-    """Names and some pixels of the caller's arrays that the backward pass of ``run`` reads once more."""
+    """Names and some pixels of the caller's arrays that the backward pass of ``run`` reads again."""
     return list(chain(*(batch.samples() for batch in _batches_of(run, _read_again(run)))))
 
 
 def _read_again(run: Pass) -> set[str]:
-    """What operators of the backward pass's recomputation read."""
+    """What operators read that the backward pass runs again."""
     differentiated = (phase for phase in run.plan.phases if phase.differentiated)
     return {
         operand
@@ -37,7 +37,7 @@ def _read_again(run: Pass) -> set[str]:
 
 
 def _batches_of(run: Pass, names: Collection[str]) -> list[SourceBatch]:
-    """The images and maps among these."""
+    """The images and maps among ``names``."""
     batches: dict[str, SourceBatch] = {run.program.image: run.reader}
     batches |= {name: run.maps[key] for name, key in run.program.maps.items()}
     return [batch for name, batch in batches.items() if name in names]

@@ -1,4 +1,4 @@
-"""What a user is told whose pass was refused memory."""
+"""What a user is told when a pass was refused memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _TOGETHER = "a pass in which processes meet is not begun again with smaller ones
 
 
 def refusal(plan: Plan, direction: str, error: BaseException, room: Room | None, *, is_alone: bool) -> str:
-    """What the user is told when memory was refused, or taken past the budget, and the pass is given up.
+    """The error's text when memory was refused or the budget passed, and the pass is given up.
 
     Parameters
     ----------
     room
         What another limit left, if that was less than the budget.
     is_alone
-        Whether it could have been begun again: processes that meet in the course of it cannot.
+        Whether the pass could have been begun again: processes that wait for each other cannot.
     """
     budget = "no budget" if plan.budget is None else f"budget {format_bytes(plan.budget)}"
     what = f"an allocation in the {direction} pass was refused: {budget}"

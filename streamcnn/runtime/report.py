@@ -21,7 +21,7 @@ class Report:
     reading: str
     """Which counter ``measured_bytes`` comes from: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
     seconds: float
-    """Until all work was handed over: a GPU may compute on after that. So it is for each phase."""
+    """Until all work was queued: a GPU may still be computing. The same holds for each phase."""
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
     """How often memory was refused and the pass begun again, by the same plan or a smaller one."""
@@ -31,17 +31,17 @@ class Report:
     baseline_bytes: int | None = None
     """Resident memory of the process when the forward pass began; ``None`` if it cannot be read."""
     waiting_bytes: int = 0
-    """Bytes of stores that other forward passes hold which still wait for their backward pass; not part of
-    the budget of this one."""
+    """Bytes of stores held by other forward passes that still wait for their backward pass; not part of this
+    one's budget."""
     is_shared: bool = False
-    """Whether another pass of this process ran at the same time: ``measured_bytes`` is the process's, so what
-    that one held counts too, and the lower ceiling of both held."""
+    """Whether another pass of this process ran at the same time. ``measured_bytes`` are the process's, so the
+    other pass's count too, and the lower of both ceilings was in force."""
     num_compiled: int | None = None
-    """Parts of the pass that are compiled, as ``compile=True`` asks for; ``None`` without it. A first pass
-    has none: what it meets is compiled before the next one."""
+    """Parts of the pass that are compiled; ``None`` without ``compile=True``. A first pass has none: what it
+    meets is compiled before the next one."""
     num_smaller_plans: int = 0
-    """Those of the retries that went by a plan for less memory, with smaller tiles for the most part. Others
-    go by the same plan: without compiled parts, or with what libraries compile counted anew."""
+    """Retries with a plan for less memory, which mostly has smaller tiles. Others repeat the plan: without
+    compiled parts, or with what libraries compile counted again."""
 
     @property
     def bytes_moved(self) -> int:

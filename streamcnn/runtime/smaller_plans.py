@@ -1,4 +1,4 @@
-"""What a pass is planned again for that was refused memory."""
+"""Smaller plans for a pass that was refused memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 SMALLEST_TILE = 32
 """Edge in pixels; below it, halos are nearly all of the work."""
 _LESS_PERCENT = (75, 85, 93)
-"""What a pass that was refused memory is planned again for, in percent of what was projected."""
+"""Targets of the next plans after a refusal, in percent of what was projected."""
 
 
 class SmallerPlans:
-    """Plans the pass that begins now again, whenever that is; by then the module may be in another mode."""
+    """Plans again, in the modes of now, a pass that begins now: later the module may be in another mode."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class SmallerPlans:
         return None
 
     def keep(self) -> None:
-        """Have later passes of the same kind begin with what was found."""
+        """Have later passes of the same kind begin with the plan that was found."""
         if self._found is not None:
             self._kept[self._captured.settings, self._spec] = self._found
 
 
 def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
-    """What to ask for after ``plan`` was refused memory: tiles of half its size, or a plan for less."""
+    """What to plan for after ``plan`` was refused memory: less memory, or tiles of half its size."""
     if spec.tile is None and spec.budget is not None:
         for percent in _LESS_PERCENT:
             yield replace(spec, target=plan.projected_bytes * percent // 100)
@@ -65,7 +65,7 @@ def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
 
 
 def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:
-    """Half of a tile, or None where that would be of no use."""
+    """Half of a tile; None if it cannot get smaller."""
     height, width = tile
     smaller = (min(height, max(SMALLEST_TILE, height // 2)), min(width, max(SMALLEST_TILE, width // 2)))
     return None if smaller == tile else smaller

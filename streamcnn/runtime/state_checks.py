@@ -1,4 +1,4 @@
-"""What a pass may not change: the caller's image, and memory that is seen under two names."""
+"""What a pass may not change: the caller's image, and memory that two states share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streamcnn.errors import UnsupportedModel
 
 
 def refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
-    """Make sure that no state that the pass changes is seen through another one.
+    """Make sure that no state that the pass changes shares memory with another one.
 
     Raises
     ------
     UnsupportedModel
-        If one is, naming both.
+        If one does, naming both.
     """
     by_memory: dict[int, list[str]] = {}
     known = {**graph.constants, **states}
@@ -36,7 +36,7 @@ def refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one storage have memory in common, as far as their extents tell."""
+    """Whether two tensors of one storage may have elements in common, going by their first and last."""
     starts = (first.storage_offset(), second.storage_offset())
     ends = (
         start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -51,7 +51,7 @@ def as_before(key: str, state: Tensor) -> Tensor:
     Raises
     ------
     UnsupportedModel
-        If it requires a gradient, which the copy would have no part in.
+        If it requires a gradient, which would not reach the copy.
     """
     if state.requires_grad:
         raise UnsupportedModel(

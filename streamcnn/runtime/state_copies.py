@@ -1,4 +1,4 @@
-"""Copies of many small tensors at once: on a GPU they are as many launches one by one."""
+"""Copies of many small tensors at once, since on a GPU each copy would be a launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors by name. Those of a kind share one piece of memory, and have no gaps."""
+    """Copies of tensors by name, without gaps; those of one type and device share one piece of memory."""
     found: dict[str, Tensor] = {}
     for names in _alike(tensors, lambda name: _kind(tensors[name])):
         each = [tensors[name].detach() for name in names]
@@ -40,6 +40,6 @@ def _alike(names: Iterable[str], kind: Callable[[str], Hashable]) -> list[list[s
 
 
 def _kind(tensor: Tensor) -> Hashable:
-    """What tensors have in common that can be copied at once; any that is of a class of its own has none."""
+    """Equal for tensors that can be copied together; tensors of other classes are copied alone."""
     is_plain = type(tensor) in (Tensor, nn.Parameter)
     return (tensor.device, tensor.dtype) if is_plain else id(tensor)

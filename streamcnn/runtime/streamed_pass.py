@@ -37,7 +37,7 @@ from streamcnn.support.interrupts import cleaning_up, undoing
 
 
 class PassOwner(Protocol):
-    """Whom a pass reports to, and where it may spill."""
+    """The model that a pass reports to, and its options."""
 
     budget: int | None
     spill: Path | None
@@ -47,15 +47,15 @@ class PassOwner(Protocol):
 
     @property
     def spare_files(self) -> SpareFiles:
-        """What earlier passes have left for maps that this one spills."""
+        """Files that earlier passes have left for maps that this one spills."""
 
     @property
     def spare_pinned(self) -> SparePinned:
-        """What they have left for maps that it keeps in host memory beside a GPU."""
+        """Memory that they have left for maps that it keeps on the host beside a GPU."""
 
 
 Keep = Callable[[Store], Tensor]
-"""Reads a result that is stored, and gives what stands in for it."""
+"""Reads a stored result, and returns a stand-in for it."""
 
 
 _waiting: WeakValueDictionary[int, Pass] = WeakValueDictionary()
@@ -70,9 +70,9 @@ def _all_waiting() -> list[Pass]:
 class Pass:
     """One pass: an execution under its ceiling, and the report of both directions.
 
-    A direction that is refused memory is begun again with smaller tiles, which gives the same result: until
-    it succeeds, nothing outside has been changed. A backward pass needs the stored maps of its own tiles, so
-    its forward pass is repeated first, with the random numbers that it had.
+    A direction that is refused memory is begun again with smaller tiles, with the same result: until it
+    succeeds, it changes nothing outside. A backward pass needs stored maps of its own tiles, so the forward
+    pass is repeated first, with the random numbers that it had.
     """
 
     def __init__(
@@ -88,20 +88,20 @@ class Pass:
         self.keep = keep
         self.known = captured.states
         self.before: dict[str, Tensor] = {}
-        """Copies of the states that the pass changes: what it reads, now and when it computes again."""
+        """Copies of the states that the pass changes, from which it reads, now and when it recomputes."""
         self.is_spent = False
-        """Whether a backward pass has used the stored maps up."""
+        """Whether a backward pass has consumed the stored maps."""
         self.reader = reader
         self.maps = captured.maps
         """What is read by regions beside the image, by key."""
         self.batches: tuple[SourceBatch, ...] = (reader, *self.maps.values())
         self.shrink = shrink
-        # Before the baseline: threads that read images are no part of the pass, and their stacks are large.
+        # Before the baseline: threads that read images, with their large stacks, are no part of the pass.
         for batch in self.batches:
             batch.start()
         self.execution: Execution
         self.waiting_bytes = sum(other.execution.held_bytes for other in _all_waiting())
-        # What images hold already is planned for as if they were yet to be decoded, and counts as that.
+        # Plans count images as if they were still to be decoded, so what they hold already counts too.
         held = sum(batch.held_bytes for batch in self.batches)
         self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
@@ -113,7 +113,7 @@ class Pass:
         """Make ready to run a plan from its start."""
         self.planned = planned
         self.program, self.plan = planned.program, planned.plan
-        # Some code is taken to be there.
+        # Steps that have run before are assumed not to compile code again.
         self.is_trusting = self.ceiling.counts_code and bool(planned.carried_out)
         read = set(self.program.states.values())
         changing = [q for q in self.program.updates if q in read and q not in self.before]
@@ -167,11 +167,11 @@ class Pass:
 
     @property
     def meets_others(self) -> bool:
-        """Whether processes wait for each other in the course of it."""
+        """Whether processes wait for each other during the pass."""
         return any(meets_others(node.target) for node in self.program.nodes.values())
 
     def present_name(self, output: str) -> str:
-        """An output's name in the present program: where another tail is resident, nodes have other names."""
+        """An output's name in the present program: with another resident tail, nodes have other names."""
         return self._present_names[output]
 
     def forward(self) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class Pass:
             except BudgetExceeded as error:
                 _set_random_state(state, self.execution.device)
                 self._begin_again(error)
-            # Not before the error is let go of: its traceback holds the tile's tensors.
+            # Only once the error is gone: its traceback holds the tile's tensors.
             self.ceiling.empty_cache()
         self.shrink.keep()
         if self.keep is not None:
@@ -210,7 +210,7 @@ class Pass:
         return self.updated(values, outputs)
 
     def updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``outputs``, the states that the module changes having their new values: all of them, or none."""
+        """``outputs``, once the states that the module changes have their new values: all, or none."""
         updates = self.program.updates
         unread = copied({q: self.known[q] for q in updates if q not in self.before})
         before = {q: unread[q] if q in unread else self.before[q] for q in updates}
@@ -258,11 +258,11 @@ class Pass:
         return found
 
     def _begin_again(self, error: BudgetExceeded) -> None:
-        """Begin with smaller tiles, or raise ``error`` if there are none.
+        """Begin again with smaller tiles, or raise ``error`` if there are none.
 
-        If code was not looked for, begin as before, and look: only so much of it is kept, and some may have
-        been dropped for another model's. If parts were compiled, begin without: a plan knows what operators
-        take one by one. What is done together with other processes can only be done once.
+        If steps were trusted to compile no code, begin with the same plan and count code: libraries keep only
+        so much, and may have dropped some for another model's. If parts were compiled, begin without: plans
+        count what operators take one by one. What processes do together can only be done once.
         """
         if self.meets_others:
             raise error
@@ -295,7 +295,7 @@ class Pass:
         cleaning_up(repeat, lambda: _set_random_state(present, self.reader.device))
 
     def _run_forward(self) -> dict[str, Tensor]:
-        """Read what is decoded whole and carry out the forward pass, both under the ceiling."""
+        """Decode images that are only decoded whole, and run the forward pass, both under the ceiling."""
         for batch in self.batches:
             batch.open()
         return self.execution.forward()
@@ -315,7 +315,7 @@ class Pass:
                 closing.callback(batch.release, but=used)
 
     def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``run`` returns: enforce the budget, measure, and say so where memory is refused."""
+        """What ``run`` returns, with the budget enforced, memory measured, and refusals explained."""
         start = time.perf_counter()
         limit = self.ceiling.limit(
             self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks), kept=self._kept_at_first()
@@ -335,7 +335,7 @@ class Pass:
         return found
 
     def _within(self, limit: Limit, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``run`` returns under a limit; where it fails or is interrupted, nothing of either is left."""
+        """What ``run`` returns under a limit; if it fails or is interrupted, both are cleaned up."""
 
         def in_block() -> dict[str, Tensor]:
             with limit:
@@ -344,7 +344,7 @@ class Pass:
         def close() -> None:
             limit.close()
             self.close()
-            # The disk may be full.
+            # In case the disk is full.
             self.stores.spares.close()
 
         return undoing(in_block, close)
@@ -365,15 +365,15 @@ class Pass:
 
 
 def _positions(outputs: Any) -> list[str]:
-    """The name at each place of a model's result; the same one again where it is returned again."""
+    """The name at each place of a model's result; a value that is returned twice comes twice."""
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
 
 
 def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
-    """Called before a part of a pass: have as many free blocks be kept as it leaves room for.
+    """Called before a part of a pass: keep as many free blocks as that leaves room for.
 
-    It does not know the pass, which is to be freed when nobody knows it any more.
+    It has no reference to the pass, which is to be freed as soon as nobody else has one.
     """
 
     def keep(part: PassPart) -> None:
@@ -384,7 +384,7 @@ def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
 
 
 def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepShape], None]:
-    """What is done after a step of some shape. It does not know the pass, as the stores do not."""
+    """Called after a step. It has no reference to the pass, as the stores have none."""
 
     def after_step(shape: StepShape) -> None:
         ceiling.check(compiled=shape not in carried_out)

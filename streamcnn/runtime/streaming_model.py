@@ -1,8 +1,8 @@
 """StreamingModel: the user's module, trained on whole images tile by tile.
 
-It joins the two halves: capture and planning on one side, the executor under a ceiling on the other. To
-the user's training loop it is the module itself: same parameters, same ``state_dict`` keys, and an output
-whose ``backward()`` fills the same gradients.
+It joins the two halves: capture and planning on one side, the executor under a ceiling on the other. To the
+user's training loop it is the module itself: the same parameters, the same ``state_dict`` keys, and an output
+whose ``backward()`` fills in the same gradients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from streamcnn.runtime.plan_cache import Planned, module_dtype
 from streamcnn.runtime.prediction import Key, MapWriter, Output, PredictionCalls, evaluating
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
-from streamcnn.runtime.target_errors import telling
+from streamcnn.runtime.target_errors import explaining
 from streamcnn.runtime.with_loss import Loss, LossCalls
 from streamcnn.stores import SpareFiles, SparePinned
 from streamcnn.support.units import format_bytes, parse_bytes
@@ -55,8 +55,8 @@ class StreamingModel(ModuleFacade):
     tile
         Largest edge of a tile in input pixels, one number or (h, w). ``None`` leaves it to the planner.
     spill
-        Existing folder under which stored maps go that memory has no room for; they are removed at the end of
-        the pass. ``None`` takes the system's temporary folder.
+        Existing folder for stored maps that memory has no room for; they are removed at the end of the pass.
+        ``None`` takes the system's temporary folder.
     preprocess
         A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes. It is
         called with tiles on the model's device, whose integers stay integers until it makes floats of them:
@@ -66,9 +66,9 @@ class StreamingModel(ModuleFacade):
     device
         Where to compute; the module is moved there. ``None`` leaves it where it is.
     compile
-        Whether what is computed for tiles is compiled by Inductor, as ``torch.compile`` does for whole
-        modules. A plan's first pass runs as it is; before the second one what it has met is compiled, which
-        may take minutes. Results are the same up to rounding. What cannot be compiled runs as it is, with a
+        Whether Inductor compiles what is computed for tiles, as ``torch.compile`` does for whole modules. A
+        plan's first pass runs uncompiled; before the second one everything that it met is compiled, which may
+        take minutes. Results are the same up to rounding. What cannot be compiled runs uncompiled, with a
         warning.
 
     Raises
@@ -120,12 +120,12 @@ class StreamingModel(ModuleFacade):
             self.to(device)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Options may be set between passes as they are given at first.
+        # Options may be set between passes, in the same forms as in the constructor.
         understood = OPTIONS.get(name)
         super().__setattr__(name, value if understood is None else understood(value))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Captured graphs hold operators, which cannot be copied; they are made again when needed.
+        # Captured graphs hold operators, which cannot be copied; they are captured again when needed.
         # An observer belongs to whoever set it.
         emptied: dict[str, Any] = {
             "_spare_files": SpareFiles(),
@@ -265,7 +265,7 @@ class StreamingModel(ModuleFacade):
         machine: Machine | None = None,
         reading: BatchCost = NO_READING,
     ) -> Planned:
-        """What was captured of a call, and the plan for it; the call ends where that would be carried out.
+        """What was captured of a call, and its plan; the call ends where the plan would be carried out.
 
         Parameters
         ----------
@@ -299,8 +299,8 @@ class StreamingModel(ModuleFacade):
     def release(self) -> None:
         """Give back the memory and the files on disk that passes have kept for the next one.
 
-        It is no more than passes have taken. What tensors hold stays; other models' passes on the CPU find no
-        memory kept either. It happens by itself when the model is collected.
+        That is never more than passes have taken. Memory of live tensors stays; other models' passes on the
+        CPU lose their kept memory too. It happens by itself when the model is collected.
         """
         give_back()
         self._spare_files.close()
@@ -320,8 +320,8 @@ class StreamingModel(ModuleFacade):
     def forward(self, image: Image | None = None, *args: Any, **kwargs: Any) -> Any:
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
 
-        What else the module takes goes with it, by place or by name: tensors on its device, small ones and
-        maps, with gradients, and anything else. A source, or a list of sources, is a map that is read by
+        The module's other arguments are passed along, by place or by name: tensors on its device, small ones
+        and maps, with gradients, and anything else. A source, or a list of sources, is a map that is read by
         regions: (N, H, W) if it has one channel, else (N, C, H, W), and int64 if it holds integers.
 
         Raises
@@ -355,7 +355,7 @@ class StreamingModel(ModuleFacade):
             of one channel as (N, H, W), others as (N, C, H, W), integers as int64.
         loss
             A function or module, such as ``torch.nn.functional.cross_entropy``, with options bound by
-            ``functools.partial``. What it has been captured for is kept as long as it is the same one.
+            ``functools.partial``. Captures are kept for as long as it is the same one.
         maps
             What else the loss takes, by name, such as weights of pixels: tensors and sources as ``target``.
 
@@ -364,10 +364,10 @@ class StreamingModel(ModuleFacade):
         PlanDoesNotFit, BudgetExceeded, UnsupportedModel, CorruptImage
             As from the model itself.
         DatasetMismatch
-            If a mask that is read from a source does not fit the output, or holds a class that it has not.
+            If a mask read from a source does not fit the output, or holds a class that the output lacks.
         """
         module, call = self._losses.of(self.net, loss)
-        with telling(image, target):
+        with explaining(image, target):
             result: Tensor = self._streamed(module, call, image, (target, maps), {})
         return result
 
@@ -387,8 +387,8 @@ class StreamingModel(ModuleFacade):
     ) -> Path:
         """Write the map that the module gives for one image to a file; the path of that.
 
-        The module runs in eval mode. The map goes to the disk tile by tile, to a temporary place first (see
-        ``spill``), and is never whole in memory. What is written has its name when it is whole.
+        The module runs in eval mode. The map goes to disk tile by tile, to a temporary place first (see
+        ``spill``), and is never whole in memory. The file gets its name only when it is complete.
 
         Parameters
         ----------
@@ -439,9 +439,9 @@ class StreamingModel(ModuleFacade):
         kwargs: dict[str, Any],
         keep: Keep | None = None,
     ) -> Any:
-        """What ``net`` returns for whole images, ``net`` being the module or what has it inside.
+        """What ``net``, the module or one that contains it, returns for whole images.
 
-        With ``keep`` results that are maps stay stored, and are what it makes of them.
+        With ``keep`` results that are maps stay stored, and what it makes of them takes their places.
         """
         reader = BatchReader(image, self.computing_device(), self.preprocess)
         given = Arguments.of(args, kwargs, reader.device)

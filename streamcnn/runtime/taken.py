@@ -1,4 +1,4 @@
-"""What a pass takes, as its limits measure it, until both directions are over."""
+"""Time and memory that a pass takes, as its limits measure them, over both directions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streamcnn.runtime.report import Report
 
 @dataclass(slots=True)
 class Taken:
-    """Time and memory of one pass so far, what was begun again included."""
+    """Time and memory of one pass so far, retries included."""
 
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     peak: int | None = None
-    """Bytes, of the direction with more; None where none was measured."""
+    """Bytes, in the direction with more; None if none was measured."""
     reading: str = "unknown"
     """Which counter the peak comes from."""
     is_shared: bool = False
@@ -32,7 +32,7 @@ class Taken:
         """Add what the limit of one direction has measured."""
         peak, at_most = limit.peak_bytes, limit.at_most_bytes
         if peak is not None and at_most is not None:
-            # Also where the other direction's peak is larger, but samples may have missed one that was not.
+            # This direction may be the one with more, as samples may have missed its peak.
             if self.peak is None or at_most > self.peak:
                 self.reading = limit.reading
             self.peak = max(self.peak or 0, peak)

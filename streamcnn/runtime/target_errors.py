@@ -1,4 +1,4 @@
-"""What a loss says of a target that does not fit, with the file and the place."""
+"""Errors of a loss about a target that does not fit, with the file and the place in it."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ _ROWS = 64
 
 
 def sources_of(value: Any) -> Sequence[ImageSource]:
-    """The sources that a value is; none of a tensor."""
+    """The sources among a value, which may be one or a list; none in a tensor."""
     each = list(value) if isinstance(value, (list, tuple)) else [value]
     return [source for source in each if isinstance(source, ImageSource)]
 
 
 @contextmanager
-def telling(image: Image, target: Any) -> Iterator[None]:
+def explaining(image: Image, target: Any) -> Iterator[None]:
     """A block in which a loss of the model's output for ``image`` takes ``target``, read from sources or not.
 
     Raises
     ------
     DatasetMismatch
-        If what the loss says is about a mask; any other error comes as it is.
+        If the loss's error is about a mask; any other error is raised as it came.
     """
     try:
         yield
     except IndexError as error:
-        _raise_told(_unknown_class(error, target), error)
+        _raise_better(_unknown_class(error, target), error)
     except UnsupportedModel as error:
-        _raise_told(_other_size(error, image, target), error)
+        _raise_better(_other_size(error, image, target), error)
     except RuntimeError as error:
-        _raise_told(_classes_beyond(error, target), error)
+        _raise_better(_classes_beyond(error, target), error)
 
 
-def _raise_told(told: DatasetMismatch | None, error: Exception) -> NoReturn:
-    """Raise what ``error`` means, or the error itself as it came, with its own cause."""
-    if told is None:
+def _raise_better(better: DatasetMismatch | None, error: Exception) -> NoReturn:
+    """Raise the better error, or else the error as it came, with its own cause."""
+    if better is None:
         raise error
-    raise told from error
+    raise better from error
 
 
 def _unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
-    """Where a target read from sources holds the class that a loss does not know; None if that is not it."""
+    """Where a target read from sources holds a class that the loss does not know; None for other errors."""
     found = _UNKNOWN_CLASS.search(str(error))
     if found is None:
         return None
@@ -71,7 +71,7 @@ def _unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
 
 
 def _classes_beyond(error: RuntimeError, target: Any) -> DatasetMismatch | None:
-    """Which classes targets read from sources hold, if a loss does not know one of them; None if it does."""
+    """Which classes targets read from sources hold, if the loss does not know them all; else None."""
     if _NOT_ONE_HOT not in str(error):
         return None
     found = [
@@ -98,7 +98,7 @@ def _place_of(source: ImageSource, value: int) -> tuple[int, int] | None:
 
 
 def _other_size(error: Exception, image: Image, target: Any) -> DatasetMismatch | None:
-    """Which mask has another size than its image, where a loss has refused it; None if none has."""
+    """The mask that differs in size from its image, if the loss has refused it; None if there is none."""
     images, masks = sources_of(image), sources_of(target)
     size = images[0].shape[1:] if images else tuple(image.shape[2:])  # type: ignore[union-attr]
     for mask in masks:

@@ -1,6 +1,6 @@
-"""What a streamed pass has no part in, each refused by its name.
+"""What a streamed pass does not support, each refused by name.
 
-They are forward mode, transforms of ``torch.func``, many gradients of the outputs at once, and traces of
+These are forward mode, transforms of ``torch.func``, batches of gradients of the outputs, and traces of
 ``torch.jit``.
 """
 
@@ -16,7 +16,7 @@ from streamcnn.errors import UnsupportedModel
 
 
 def refuse_transforms() -> None:
-    """Make sure that no transform of ``torch.func`` is around a call, and that it is not traced.
+    """Make sure that a call is not inside a transform of ``torch.func`` or a trace.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def _refuse_tracing() -> None:
 
 
 def refuse_tangents(image: object, states: Mapping[str, Tensor]) -> None:
-    """Make sure that nothing that goes into a pass has a tangent, of forward-mode differentiation.
+    """Make sure that no input of a pass has a tangent, as in forward-mode differentiation.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def _tangent(value: Tensor) -> Tensor | None:
 
 
 def refuse_many_gradients(gradients: Iterable[Tensor | None]) -> None:
-    """Make sure that gradients of outputs are no batch of such.
+    """Make sure that gradients of outputs are not batches of gradients.
 
     Raises
     ------

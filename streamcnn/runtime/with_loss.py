@@ -1,4 +1,4 @@
-"""A module with a loss behind it: what a streamed loss is the forward pass of."""
+"""A module with a loss behind it, whose forward pass is a streamed loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEPT = 8
 """Losses whose captures are kept, the most recently used ones."""
 
 Loss = Callable[..., Tensor]
-"""What a model gives and a target, and maybe further maps by name, to a scalar tensor."""
+"""From a model's output, a target and further maps by name to a scalar tensor."""
 
 
 class WithLoss(nn.Module):
@@ -38,15 +38,15 @@ class LossCalls:
         self._known = Recent[Hashable, tuple[WithLoss, ForwardPass]](_KEPT)
 
     def of(self, net: nn.Module, loss: Loss) -> tuple[WithLoss, ForwardPass]:
-        """``net`` with ``loss`` behind it, and its calls: those of before if the loss is the same."""
+        """``net`` with ``loss`` behind it, and its calls; the same ones for an equal loss."""
         found, call = self._known.get(_key(loss), lambda: (WithLoss(net, loss), ForwardPass()))
-        # Unlike train(), which would reach the parts of both.
+        # Unlike train(), this leaves the parts of both alone.
         found.training = net.training
         return found, call
 
 
 def _key(loss: Loss) -> Hashable:
-    """Equal for equal losses: a partial function that is made anew at each update is the same one."""
+    """Equal for equal losses, such as a partial function that is made anew at each update."""
     key: Hashable = loss
     if isinstance(loss, partial):
         key = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))

@@ -20,23 +20,23 @@ Bytes = TypeVar("Bytes", int, Ints)
 
 @dataclass(frozen=True, slots=True)
 class Fragmentation:
-    """Bytes that an allocator loses to holes, as it treats freed blocks in one of its ways."""
+    """Bytes that an allocator loses to holes, in one of its ways of treating freed blocks."""
 
     step_percent: int = 0
     """Percent of what a step holds."""
     fixed: int = 0
-    """Bytes in any case."""
+    """Bytes lost in any case."""
     per_stage: int = 0
-    """Bytes for every stage, whose small values stay and cut holes up."""
+    """Bytes for every stage, whose small values stay and divide holes."""
     held: float = 0.0
-    """The share of the largest step's reusable blocks; its holes are there at every other moment."""
+    """The share of the largest step's reusable blocks, which leave holes at every other moment."""
 
     def of_step(self, nbytes: Bytes) -> Bytes:
         """What is lost while a step of ``nbytes`` runs."""
         return nbytes * self.step_percent // 100
 
     def of_pass(self, steps: int, tail: int, num_stages: int) -> int:
-        """What is lost at any moment, where steps and the tail hold so many bytes in reusable blocks."""
+        """What is lost at any moment, if steps and the tail hold so many bytes in reusable blocks."""
         largest = max(int(self.held * steps), tail) if self.held else 0
         return self.fixed + self.per_stage * num_stages + largest
 
@@ -46,34 +46,33 @@ class Backend(ABC):
     """One kind of device."""
 
     runtime_bytes: int
-    """Reserved for what a pass takes the first time that it runs, beside tensors."""
+    """Reserved for what the first pass takes beside tensors."""
     reusable_bytes: int
     """Freed blocks below this size may be kept for reuse; others always go back."""
     keeping: Fragmentation
-    """Where freed blocks are kept, which is faster."""
+    """What is lost if freed blocks are kept, which is faster."""
     returning: Fragmentation
-    """Where they are given back. So they are where maps are offloaded: memory is short then, and what kept
-    blocks lose is known too roughly."""
+    """What is lost if freed blocks are given back. That is done if maps are offloaded: memory is short then,
+    and what kept blocks lose is known too roughly."""
     fragmentation: str
     """The name of the plan's term for either."""
     has_choice: bool
     """Whether a pass can be told to keep freed blocks or not."""
     keeps_blocks: bool = False
-    """Whether freed blocks are kept up to a number of bytes that the plan says: they then cost no more than
-    ``returning``, and no block comes from the operating system anew."""
+    """Whether freed blocks are kept up to a number of bytes in the plan: they then lose no more than
+    ``returning``, and no block comes fresh from the operating system."""
     beside_tensors: frozenset[str] = frozenset()
     """Names of the backend's terms that are no tensors."""
     overlaps: bool = False
     """Whether tiles are moved to and from other tiers while others are computed."""
     runs_ahead: bool = False
-    """Whether the host asks for operators while earlier ones are carried out, so that what takes longer
-    counts."""
+    """Whether the host launches operators while earlier ones run: then only the longer of the two counts."""
     fuses_norms: bool = False
-    """Whether a norm takes along an activation and a sum that come behind it."""
+    """Whether a norm is fused with an activation and a sum behind it."""
     fuses_attention: bool
-    """Whether attention is one kernel whatever its options."""
+    """Whether attention is a single kernel for all its options."""
     prefers_bands: bool
-    """Whether tiles of whole rows are better than square ones of as many pixels."""
+    """Whether tiles of whole rows are better than square ones with as many pixels."""
     most_elements: int = sys.maxsize
     """Elements of the largest tile of a map that kernels are made for."""
 
@@ -97,7 +96,7 @@ class Backend(ABC):
         Parameters
         ----------
         num_kernels
-            By level, how many different convolutions the forward pass runs: another shape is another one.
+            By level, how many different convolutions the forward pass runs; each shape counts.
         training
             Whether a backward pass follows.
         """

@@ -16,14 +16,14 @@ CACHED_KERNELS = 1024
 RUNTIME_BYTES = 3 * 2**23
 """Threads' buffers, the interpreter's own growth and library code that runs for the first time."""
 KEEPING = Fragmentation(fixed=3 * 2**24, per_stage=5 * 2**18, held=1.25)
-"""What the C library loses if its heap keeps freed blocks: it never shrinks. Beyond the other terms and the
-share (torch 2.13, glibc 2.36), EfficientNet-B0 with 66 stages and DenseNet-121 with 122 needed some 110 MiB,
-U-Net with 14 between 53 and 65, ResNet-18 and ConvNeXt-T nothing."""
+"""What the C library loses if its heap, which never shrinks, keeps freed blocks. Beyond the other terms and
+the share (torch 2.13, glibc 2.36), EfficientNet-B0 with 66 stages and DenseNet-121 with 122 needed some
+110 MiB, U-Net with 14 between 53 and 65, ResNet-18 and ConvNeXt-T nothing."""
 RETURNING = Fragmentation(step_percent=10)
-"""The same if it gives freed blocks back."""
+"""What it loses if it gives freed blocks back."""
 ROUNDING = Fragmentation(step_percent=3)
-"""The same where blocks are kept by an allocator of the project's own: whole pages are handed out, and small
-blocks still come from the C library. Its holes cost time alone."""
+"""What the project's own allocator loses, which keeps blocks: it hands out whole pages, and small blocks
+still come from the C library. Its holes only cost time."""
 _KERNELS, _CODE, _PRODUCTS = (
     "compiled kernels",
     "address space of compiled code",
@@ -41,9 +41,9 @@ class CpuBackend(Backend):
     """
 
     kernel_bytes: int
-    """Kept of every compiled kernel, with the code that is touched."""
+    """Bytes kept for every compiled kernel, with the code that is touched."""
     code_bytes: int
-    """Address space of a kernel's code: part of the limit until the step is over that compiled it."""
+    """Address space of a kernel's code, which counts until the step that compiled it is over."""
     matrix_bytes: int
     """Address space of the buffers of one matrix product."""
     runtime_bytes: int = RUNTIME_BYTES

@@ -11,7 +11,7 @@ from streamcnn.planning.backends.base import Backend, Fragmentation
 KEEPING = Fragmentation(fixed=3 * 2**24, per_stage=5 * 2**18, held=1.25)
 """The caching allocator keeps freed blocks, rounds sizes up and splits blocks that are too large."""
 RETURNING = Fragmentation(step_percent=10)
-"""Where memory is short, what it has kept is given back, and a step's own blocks remain."""
+"""When memory is short, it gives kept blocks back, and only a step's own remain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,6 @@ class CudaBackend(Backend):
         return ()
 
     def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
-        """Nothing: kernels are reserved for."""
+        """Nothing: memory for kernels is reserved before a pass."""
         nothing = LevelBytes.of(len(num_kernels))
         return HeldBytes(nothing, nothing, nothing)
