@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,7 +22,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from streamcnn import StreamingModel
+from streamcnn.execution import compiled_steps
 from streamcnn.execution.compiled import Compiled
+from streamcnn.execution.compiled_steps import CompiledSteps
 from streamcnn.execution.compiler import Compile, Run, by_inductor
 from streamcnn.graph.ops import samples
 from streamcnn.graph.ops.rules import Sample
@@ -143,6 +147,24 @@ def test_inference_is_compiled_too(compile_by: Callable[[Compile], None]) -> Non
         with torch.no_grad():
             assert_close({"output": compiling(image)}, {"output": plain(image)})
     assert num_compiled(compiling)
+
+
+def test_another_threads_pass_may_meet_new_steps_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many, so that the threads do meet.
+    monkeypatch.setattr(compiled_steps, "_MOST", 20_000)
+    steps = CompiledSteps(traced)
+    known: list[Any] = [SimpleNamespace(level=level % 9, direction="forward") for level in range(20_000)]
+    meeting = threading.Thread(target=lambda: [steps(step) for step in known])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        meeting.start()
+        while meeting.is_alive():
+            assert steps.num_compiled == 0
+            assert steps.candidates(torch.device("cpu"), None) == []
+    finally:
+        sys.setswitchinterval(interval)
+        meeting.join()
 
 
 def test_only_the_commonest_kinds_of_tiles_are_compiled(compile_by: Callable[[Compile], None]) -> None:

@@ -47,7 +47,7 @@ class CompiledSteps:
     @property
     def num_compiled(self) -> int:
         """Compiled steps, counted once for each layout of their inputs."""
-        return sum(len(kind.compiled) for kind in self._kinds.values())
+        return sum(len(kind.compiled) for kind in self._all_kinds())
 
     def candidates(self, device: torch.device, casts: torch.dtype | None) -> list[Candidate]:
         """What is worth compiling of what was met since the last call.
@@ -58,7 +58,7 @@ class CompiledSteps:
             Where steps run, and what autocast casts to there; ``None`` for no casts.
         """
         groups: dict[str, list[_Kind]] = {}
-        for kind in self._kinds.values():
+        for kind in self._all_kinds():
             groups.setdefault(f"phase {kind.step.level} {kind.step.direction}", []).append(kind)
         return [
             Candidate(name, partial(kind.compile, inputs, device, casts, self._compile))
@@ -68,8 +68,12 @@ class CompiledSteps:
 
     def drop(self) -> None:
         """Drop everything that is compiled."""
-        for kind in self._kinds.values():
+        for kind in self._all_kinds():
             kind.compiled.clear()
+
+    def _all_kinds(self) -> list[_Kind]:
+        # A copy: a pass in another thread may meet new kinds meanwhile.
+        return list(self._kinds.values())
 
 
 @dataclass(slots=True)
@@ -101,7 +105,7 @@ class _Kind:
 
 def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Placements]]:
     """What one phase met most often in one direction, up to the number that is compiled."""
-    met = [(count, kind, inputs) for kind in kinds for inputs, count in kind.met.items()]
+    met = [(count, kind, inputs) for kind in kinds for inputs, count in list(kind.met.items())]
     for kind in kinds:
         kind.met.clear()
     room = max(0, _KINDS - sum(len(kind.tried) for kind in kinds))
