@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,16 @@ class TestSpareFiles:
                 most = max(most, in_use)
                 assert in_use + spares.nbytes <= most
                 assert sum(path.stat().st_size for path in files(folder)) == in_use + spares.nbytes
+
+    def test_files_that_somebody_else_removed_are_forgotten(self, spares: SpareFiles, tmp_path: Path) -> None:
+        keep(spares, tmp_path, 20, 10)
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+        assert not spares.take(tmp_path / "new", 10)
+        (tmp_path / "new").write_bytes(b"\x42" * 10)
+        spares.keep(tmp_path / "new")
+        assert spares.nbytes == 10
+        assert spares.take(tmp_path / "newer", 10)
 
     def test_they_go_when_closed_or_collected(self, tmp_path: Path) -> None:
         spares = SpareFiles(tmp_path)

@@ -64,6 +64,8 @@ class SpareFiles:
         """
         with self._lock:
             self._forget_other_process()
+            # Somebody else may clean up the folder, as the system does with old temporary files.
+            self._spare = {spare: size for spare, size in self._spare.items() if spare.exists()}
             found = self._best(nbytes)
             if found is not None:
                 size = self._spare.pop(found)
@@ -84,7 +86,8 @@ class SpareFiles:
         """
         with self._lock:
             self._forget_other_process()
-            self._folder = self._folder or SpillFolder(self.parent)
+            if self._folder is None or not self._folder.path.exists():
+                self._folder = SpillFolder(self.parent)
             spare = self._folder.path / f"spare-{next(self._numbers):06d}"
             os.replace(path, spare)
             self._in_use.pop(path, None)
