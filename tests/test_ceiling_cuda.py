@@ -47,6 +47,17 @@ def test_a_child_forked_within_a_block_is_told_nothing_of_the_card(monkeypatch: 
         monkeypatch.undo()
 
 
+def test_only_blocks_of_one_card_share_their_peak() -> None:
+    first, second = (Gauge(torch.device("cuda", index), None, {}, cuda=FakeCuda()) for index in range(2))
+    with CudaLimit(first, BUDGET) as one, CudaLimit(second, BUDGET) as other:
+        assert not one.is_shared
+        assert not other.is_shared
+        with CudaLimit(first, BUDGET) as inner:
+            assert inner.is_shared
+        assert one.is_shared
+        assert not other.is_shared
+
+
 class TestOverhead:
     def test_is_what_nvml_counts_beyond_the_allocator(self) -> None:
         fake, gauge = make_card(others=5 * GB)

@@ -88,7 +88,7 @@ class CudaLimit:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other blocks were entered at the same time: their memory is part of the peak."""
+        """Whether other blocks of this card were entered at the same time: the peak has their memory too."""
         return self._is_shared
 
     @property
@@ -144,7 +144,7 @@ class CudaLimit:
 
     def _enter(self) -> Self:
         self._overhead = self._gauge.overhead()
-        others = list(_active)
+        others = [each for each in _active if each._gauge.device == self._gauge.device]
         if self._budget is not None:
             self._gauge.cap(self, self._budget - self._overhead.nbytes - MARGIN_BYTES)
         # After the cap, for which memory cached before the pass may have been given back.
@@ -173,7 +173,7 @@ class CudaLimit:
 
 
 _active: list[CudaLimit] = []
-"""Blocks that are entered, outermost first: they share a card's peak, which is the process's."""
+"""Blocks that are entered, outermost first. Those of one card share its peak, which is the process's."""
 
 
 class CudaCeiling:
