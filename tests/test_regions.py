@@ -55,6 +55,12 @@ def test_slice_cuts_an_interval_out_of_an_array(inner: Interval, before: int, af
     assert array[inner.slice_in(outer)] == list(range(inner.start, inner.stop))
 
 
+@pytest.mark.parametrize("outer", [Interval(3, 6), Interval(2, 4)])
+def test_no_slice_cuts_out_what_an_array_does_not_cover(outer: Interval) -> None:
+    with pytest.raises(AssertionError, match="is not inside"):
+        Interval(2, 5).slice_in(outer)
+
+
 @given(intervals(), intervals(), intervals(), intervals())
 def test_regions_are_products(a: Interval, b: Interval, c: Interval, d: Interval) -> None:
     first, second = Region(a, b), Region(c, d)

@@ -52,6 +52,8 @@ class Interval:
 
     def slice_in(self, outer: Interval) -> slice:
         """The slice that cuts this interval out of an array which covers ``outer``."""
+        # A start before the first position would count from the end, and a stop past the last is clipped.
+        assert outer.contains(self), f"{self} is not inside {outer}"
         return slice(self.start - outer.start, self.stop - outer.start)
 
 

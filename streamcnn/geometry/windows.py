@@ -40,6 +40,8 @@ def crop(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
     """The view of ``x``, which covers one region, on a part of it."""
     if covered == part:
         return x
+    # A start before the first position would count from the end.
+    assert covered.contains(part), f"{part} is not inside {covered}"
     for axis, outer, inner in zip(axes, covered, part, strict=True):
         if outer != inner:
             x = x.narrow(axis, inner.start - outer.start, inner.size)
