@@ -70,7 +70,7 @@ def test_an_option_without_meaning(options: dict[str, Any], text: str) -> None:
 def test_options_are_set_between_passes_as_they_are_given_at_first(tmp_path: Path) -> None:
     model = StreamingModel(make_net().eval(), tile=16)
     output = model(make_image())
-    for name, value in {"tile": 24, "budget": "1GiB", "spill": str(tmp_path)}.items():
+    for name, value in {"tile": np.int64(24), "budget": "1GiB", "spill": str(tmp_path)}.items():
         setattr(model, name, value)
     torch.testing.assert_close(model(make_image()), output)
     assert model.plan(tuple(make_image().shape)).tile == (24, 24)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,11 +16,11 @@ def as_tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if tile is None:
         return None
     edges = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
-    if len(edges) != 2 or any(not isinstance(e, int) or isinstance(e, bool) or e < 1 for e in edges):
+    if len(edges) != 2 or any(not isinstance(e, Integral) or isinstance(e, bool) or e < 1 for e in edges):
         raise ValueError(
             f"tile={tile!r}: allowed are a positive whole number of pixels or a pair (h, w) of them"
         )
-    return (edges[0], edges[1])
+    return (int(edges[0]), int(edges[1]))
 
 
 def as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
