@@ -82,6 +82,7 @@ class TestSpareFiles:
         keep(spares, tmp_path, 20, 10)
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
+        assert spares.nbytes == 0
         assert not spares.take(tmp_path / "new", 10)
         (tmp_path / "new").write_bytes(b"\x42" * 10)
         spares.keep(tmp_path / "new")

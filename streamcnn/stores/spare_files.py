@@ -48,7 +48,7 @@ class SpareFiles:
     def nbytes(self) -> int:
         """Bytes of all spare files."""
         with self._lock:
-            self._forget_other_process()
+            self._forget_lost()
             return sum(self._spare.values())
 
     def take(self, path: Path, nbytes: int) -> bool:
@@ -63,9 +63,7 @@ class SpareFiles:
             If it cannot be moved.
         """
         with self._lock:
-            self._forget_other_process()
-            # Somebody else may clean up the folder, as the system does with old temporary files.
-            self._spare = {spare: size for spare, size in self._spare.items() if spare.exists()}
+            self._forget_lost()
             found = self._best(nbytes)
             if found is not None:
                 size = self._spare.pop(found)
@@ -85,7 +83,7 @@ class SpareFiles:
             If it cannot be moved.
         """
         with self._lock:
-            self._forget_other_process()
+            self._forget_lost()
             if self._folder is None or not self._folder.path.exists():
                 self._folder = SpillFolder(self.parent)
             spare = self._folder.path / f"spare-{next(self._numbers):06d}"
@@ -108,9 +106,14 @@ class SpareFiles:
             return min(large, key=large.__getitem__)
         return max(self._spare, key=self._spare.__getitem__, default=None)
 
-    def _forget_other_process(self) -> None:
+    def _forget_lost(self) -> None:
+        """Forget the files of a parent process, and those that somebody else has removed.
+
+        The system cleans up old temporary files, for one.
+        """
         if self._process != os.getpid():
             self._reset()
+        self._spare = {path: size for path, size in self._spare.items() if path.exists()}
 
     def _note_in_use(self, path: Path, nbytes: int) -> None:
         # A store that was collected took its file along.
