@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -289,3 +290,13 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert heap.HoleFiller().nbytes == 0
     assert heap.free_heap_bytes() == 0
     allocator.trim_heap()
+
+
+def test_without_memory_for_its_description_the_heap_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = MagicMock()
+    library.open_memstream.return_value = None
+    monkeypatch.setattr(heap, "libc", lambda: library)
+    assert heap.free_heap_bytes() == 0
+    assert heap.HoleFiller().nbytes == 0
+    # That ends the process where there is no stream to write to.
+    library.malloc_info.assert_not_called()

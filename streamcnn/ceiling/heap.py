@@ -84,10 +84,13 @@ def _free_in(description: str) -> int:
 
 
 def _malloc_info(library: ctypes.CDLL) -> str:
-    """glibc's description of its heaps in XML, the main one first, all together last."""
+    """glibc's description of its heaps in XML, the main one first, all together last; empty if unknown."""
     library.open_memstream.restype = ctypes.c_void_p
     text, size = ctypes.c_void_p(), ctypes.c_size_t()
     stream = ctypes.c_void_p(library.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+    if not stream:
+        # There is no memory for the text, and glibc would write to a null pointer.
+        return ""
     library.malloc_info(0, stream)
     library.fclose(stream)
     try:
