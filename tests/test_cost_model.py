@@ -86,18 +86,18 @@ def test_the_time_of_a_stage() -> None:
     assert both.flops == (1 + BACKWARD_WORK) * works["conv2d"].flops
 
 
-def test_a_card_takes_activations_along() -> None:
+def test_a_card_fuses_activations_with_norms() -> None:
     torch.manual_seed(0)
     program = traced(plain_passes.Plain(8), (1, 8, 24, 24))[0]
     works = all_works(program)
     assert works_on_tiles(program, works, CpuBackend.on(1)) is works
     found = works_on_tiles(program, works, CudaBackend())
-    along = {name for name, work in found.items() if work.is_taken_along}
-    assert along == {"add", "relu"}
+    fused = {name for name, work in found.items() if work.is_fused}
+    assert fused == {"add", "relu"}
     nbytes = 8 * 24 * 24 * 4
     # The norm reads and writes the map for all of them; the sum reads another one.
     assert (found["add"].nbytes, found["relu"].nbytes) == (nbytes, 0)
-    assert all(found[name] == works[name] for name in works.keys() - along)
+    assert all(found[name] == works[name] for name in works.keys() - fused)
     assert all(found[name].flops == works[name].flops for name in works)
 
 

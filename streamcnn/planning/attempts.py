@@ -70,7 +70,7 @@ class Attempts:
             reading=self.spec.reading,
         )
 
-    def attempt(self, tail: Tail | None, untailed: TilingCandidates, most: int | None = None) -> Attempt:
+    def make(self, tail: Tail | None, untailed: TilingCandidates, most: int | None = None) -> Attempt:
         """The best solution that only offloads.
 
         Parameters

@@ -27,24 +27,24 @@ def make_plan(retrace: Retrace, spec: PassSpec, machine: Machine) -> tuple[Progr
     """
     attempts = Attempts(retrace, spec, machine)
     untailed = attempts.tilings(None)
-    plain = attempts.attempt(whole_program(untailed), untailed)
-    best = min(_attempts(attempts, untailed, plain), key=lambda attempt: attempt.rank)
+    plain = attempts.make(whole_program(untailed), untailed)
+    best = min(_all_attempts(attempts, untailed, plain), key=lambda attempt: attempt.rank)
     best = replace(best, solution=best.search.improved(best.solution))
     plan = frozen_plan(best, untailed, plain.solution.nbytes, spec, machine)
     return best.search.program, plan, best.tail.start if best.tail else None
 
 
-def _attempts(attempts: Attempts, untailed: TilingCandidates, plain: Attempt) -> list[Attempt]:
+def _all_attempts(attempts: Attempts, untailed: TilingCandidates, plain: Attempt) -> list[Attempt]:
     """Attempts without a tail and with several, none of which takes more than ``plain``, all as a tail."""
     spec = attempts.spec
     # Where a tile is asked for, there are tiles.
     may_be_plain = spec.tail and spec.tile is None
     most = plain.solution.nbytes if may_be_plain else None
-    first = attempts.attempt(None, untailed, most)
+    first = attempts.make(None, untailed, most)
     found = [first]
     if spec.tail:
         tails = tails_to_try(untailed, first.solution.tilings, _spare_bytes(attempts, first))
-        found += [attempts.attempt(tail, untailed, most) for tail in tails]
+        found += [attempts.make(tail, untailed, most) for tail in tails]
     if most is not None:
         found = [each for each in found if each.solution.nbytes <= most]
         if not found or can_be_whole(untailed):
