@@ -110,7 +110,7 @@ class HostCeiling:
 
     counts_code = True
 
-    def __init__(self, counted: int = 0) -> None:
+    def __init__(self, counted: int) -> None:
         self._baseline = Baseline.now().less(counted)
         self._limit: DataLimit | None = None
         self.room = host_room()

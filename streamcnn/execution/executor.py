@@ -23,7 +23,6 @@ from torch import Tensor
 
 from streamcnn.execution.build_step import Arrivals
 from streamcnn.execution.combiner import Combiner
-from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.exchange import Exchange, Tile, fetch
 from streamcnn.execution.global_graph import GlobalGraph, Results, SegmentRunner
 from streamcnn.execution.maps import ImageReader, Maps, OpenStore
@@ -115,7 +114,7 @@ class Execution:
         *,
         transfers: Transfers | None = None,
         steps: Steps | None = None,
-        make_compute: MakeCompute = compute_eagerly,
+        make_compute: MakeCompute,
         runner: SegmentRunner | None = None,
         before_part: Callable[[PassPart], None] = _nothing,
         after_step: Callable[[StepShape], None] = _nothing,

@@ -92,7 +92,7 @@ class GlobalGraph:
         states: Mapping[str, Tensor],
         differentiated: frozenset[str],
         levels: Mapping[str, int],
-        runner: SegmentRunner | None = None,
+        runner: SegmentRunner | None,
     ) -> None:
         self.program = program
         self._runner = runner

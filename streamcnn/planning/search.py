@@ -43,7 +43,8 @@ THOROUGH = 8
 """Up to so many stored maps, every count of offloaded ones and every pair of moves is tried."""
 _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that are added at least, if its readers differentiate them too."""
-_ANY = 2**62
+_NO_LIMIT = 2**62
+"""More reusable bytes than any step has."""
 _TABLES = 16
 """Tables that are kept, as the search goes back and forth between a staging and one with a map less."""
 
@@ -272,7 +273,7 @@ class Search:
         choices = (
             (overlaps, choose(scores, limit, self.budget))
             for overlaps, scores in zip(ways, all_scores, strict=True)
-            for limit in (table.limits if reuses_blocks else (_ANY,))
+            for limit in (table.limits if reuses_blocks else (_NO_LIMIT,))
         )
         overlaps, choice = min(choices, key=lambda each: each[1].rank)
         on_disk = self._on_disk(table, tiers)

@@ -147,7 +147,7 @@ def drop(
     return replace(staging, rematerialised=tuple(found))
 
 
-def assign_levels(program: Program, split_points: Collection[str] = ()) -> dict[str, int]:
+def assign_levels(program: Program, split_points: Collection[str]) -> dict[str, int]:
     """The level of every node, in topological order."""
     levels: dict[str, int] = {}
     floor = highest = 1

@@ -26,7 +26,6 @@ from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.plan_files import PlanFile
 from streamcnn.support.recent import Recent
 
-_ANY = 2**62
 _NODES = 32_000
 """Nodes of the programs of all plans that are kept. Images of many sizes need a plan each, which takes
 seconds to make, and 2 to 4 MB with the 500 nodes of a ResNet-50: of 64 such plans 250 MB at most."""
@@ -82,11 +81,9 @@ class PlanCache:
         ``present`` gives the spec to plan for in place of one that was refused memory before.
         """
         planned = self.plan(captured, present(spec), machine)
-        if (
-            room is None
-            or planned.plan.projected_bytes <= room.nbytes
-            or room.nbytes >= (spec.budget or _ANY)
-        ):
+        if room is None or planned.plan.projected_bytes <= room.nbytes:
+            return planned, spec
+        if spec.budget is not None and spec.budget <= room.nbytes:
             return planned, spec
         for nbytes in dict.fromkeys((room.rounded, room.nbytes)):
             within = replace(spec, budget=nbytes)

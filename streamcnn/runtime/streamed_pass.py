@@ -82,7 +82,7 @@ class Pass:
         captured: Captured,
         owner: PassOwner,
         shrink: SmallerPlans,
-        keep: Keep | None = None,
+        keep: Keep | None,
     ) -> None:
         self.owner = owner
         self.keep = keep
