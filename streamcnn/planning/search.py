@@ -4,9 +4,9 @@ A solution is a staging (which maps are stored, where stretches are split), the 
 offloaded and that are dropped between the two passes, and whether freed blocks are kept for reuse. Given
 these, phases are independent of each other: each takes the tiles with the least projected time among those
 whose steps fit into what the budget leaves at that moment. What remains is a search over solutions. First the
-maps that are cheapest to offload are, as few as make a plan fit or some more. Where they have no room on disk,
-`within_disk` takes some off it. Then, one by one, an offloaded map is brought back, dropped or recomputed instead,
-wherever that is faster.
+maps that are cheapest to offload are, as few as make a plan fit or some more. Where they have no room on
+disk, `within_disk` takes some off it. Then, one by one, an offloaded map is brought back, dropped or
+recomputed instead, wherever that is faster.
 """
 
 from __future__ import annotations

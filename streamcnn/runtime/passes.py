@@ -144,8 +144,8 @@ class Passes:
     ) -> tuple[Planned, PassSpec, Machine]:
         """The plan within the budget, the process's other limits and what the disk has room for.
 
-        Also the spec and the machine that it was made for. Where a plan was refused memory before and a smaller
-        one went through, it is the smaller one.
+        Also the spec and the machine that it was made for. Where a plan was refused memory before and a
+        smaller one went through, it is the smaller one.
         """
 
         def present(spec: PassSpec) -> PassSpec:
