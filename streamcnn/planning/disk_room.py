@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, product
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from streamcnn.plan.level_bytes import Ints
+from streamcnn.plan.storage import Tier
 from streamcnn.planning.policies import Policy
 
 if TYPE_CHECKING:
     from streamcnn.planning.search import Search, Solution
 
 _COMPUTED_AGAIN = (Policy.DROP, Policy.RECOMPUTE)
+_AWAY_FROM_DISK = (*_COMPUTED_AGAIN, Policy.KEEP, Policy.OFFLOAD_VALUES)
+_DEAR = 1.5
+"""Times what it took before, from where on another way is tried."""
 
 
 def beyond(on_disk: Ints, room: int) -> int:
@@ -28,16 +33,15 @@ def beyond(on_disk: Ints, room: int) -> int:
 def within_disk(search: Search, found: Solution) -> Solution:
     """``found`` with fewer maps on disk, until those that are left have room there or none can go.
 
-    What is kept in memory instead may be what tiles need when maps are computed again from further back, so
-    that is tried without and with it. Where that does not end with room for all, it is tried as if there were
-    none for any: so maps go in another order.
+    Maps are first only computed again. If that does not end with room for all, or takes long, they are kept
+    in memory as well, which may then have no room for tiles that compute maps again from further back. If
+    that fails too, it is tried as if there were no room at all: so maps go in another order.
     """
     best, rooms = found, () if search.room_on_disk is None else (search.room_on_disk, 0)
-    for room in rooms:
-        if not best.excess:
-            break
-        ways = (_with_less_on_disk(search, found, room, policies) for policies in (_COMPUTED_AGAIN, Policy))
-        best = min((best, *ways), key=lambda each: each.rank)
+    for room, policies in product(rooms, (_COMPUTED_AGAIN, _AWAY_FROM_DISK)):
+        is_dear = policies is _AWAY_FROM_DISK and best.seconds > _DEAR * found.seconds
+        if best.excess or (is_dear and room):
+            best = min(best, _with_less_on_disk(search, found, room, policies), key=lambda each: each.rank)
     return best
 
 
@@ -68,13 +72,16 @@ def _cheapest(
     search: Search, found: Solution, name: str, room: int, policies: Iterable[Policy]
 ) -> tuple[float, Solution | None]:
     """``found`` with whichever policy for ``name`` frees bytes fastest, and seconds for each byte."""
-    best: tuple[float, Solution | None] = math.inf, None
-    moved = search.moved(found, (name,), thorough=True, policies=policies)
-    for each in chain(moved, _computed_from_further_back(search, found, name)):
-        freed = beyond(found.on_disk, room) - beyond(each.on_disk, room)
-        if each.fits and freed > 0 and (price := (each.seconds - found.seconds) / freed) < best[0]:
-            best = price, each
-    return best
+
+    def price(less: Solution) -> float:
+        freed = beyond(found.on_disk, room) - beyond(less.on_disk, room)
+        return (less.seconds - found.seconds) / freed if less.fits and freed > 0 else math.inf
+
+    is_there = Tier.DISK in found.tiers.get(name, ())
+    moved = search.moved(found, (name,), thorough=True, policies=policies) if is_there else ()
+    ways = ((price(each), each) for each in chain(moved, _computed_from_further_back(search, found, name)))
+    cost, best = min(ways, key=itemgetter(0), default=(math.inf, None))
+    return cost, best if cost < math.inf else None
 
 
 def _computed_from_further_back(search: Search, found: Solution, name: str) -> Iterator[Solution]:
