@@ -77,8 +77,9 @@ def _cheapest(
         freed = beyond(found.on_disk, room) - beyond(less.on_disk, room)
         return (less.seconds - found.seconds) / freed if less.fits and freed > 0 else math.inf
 
-    is_there = Tier.DISK in found.tiers.get(name, ())
-    moved = search.moved(found, (name,), thorough=True, policies=policies) if is_there else ()
+    # What is kept in memory frees nothing by itself.
+    is_kept = found.tiers.get(name) == (Tier.MEMORY, Tier.MEMORY)
+    moved = () if is_kept else search.moved(found, (name,), thorough=True, policies=policies)
     ways = ((price(each), each) for each in chain(moved, _computed_from_further_back(search, found, name)))
     cost, best = min(ways, key=itemgetter(0), default=(math.inf, None))
     return cost, best if cost < math.inf else None
