@@ -21,7 +21,7 @@ from streamcnn.stores import (
     remove_abandoned,
     transfers_of,
 )
-from streamcnn.support.units import format_bytes
+from streamcnn.support.units import format_bytes, format_duration
 
 
 def room_on_disk(spares: SpareFiles) -> int:
@@ -39,6 +39,17 @@ def check_disk(plan: Plan, spares: SpareFiles) -> None:
             f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
             f"{format_bytes(room)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
         )
+
+
+def gain_of_a_larger_disk(fastest: Plan, taken: Plan, room: int, spares: SpareFiles) -> str:
+    """What a pass would take less by the fastest plan than by that for ``room`` bytes on disk, for a warning."""
+    needed = format_bytes(fastest.bytes_on(Tier.DISK))
+    seconds, less = (format_duration(plan.projected_seconds) for plan in (taken, fastest))
+    return (
+        f"{spares.parent or 'the temporary folder'} has room for {format_bytes(room)}, and the fastest plan "
+        f"spills {needed}: more is computed again instead, and a pass is projected to take {seconds} instead "
+        f"of {less}; pass spill= a folder on a larger disk, or free space"
+    )
 
 
 class PassStores:

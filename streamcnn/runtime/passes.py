@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +24,14 @@ from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.graph.autocast import autocast_state
 from streamcnn.graph.costs import is_collective
 from streamcnn.graph.program import substitute
+from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.plan.storage import Tier
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.autograd_node import Streamed
 from streamcnn.runtime.machines import this_machine
-from streamcnn.runtime.pass_stores import room_on_disk
+from streamcnn.runtime.pass_stores import gain_of_a_larger_disk, room_on_disk
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
@@ -37,6 +39,9 @@ from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner
 from streamcnn.runtime.transforms import refuse_tangents, refuse_transforms
 from streamcnn.stores import SpareFiles
 from streamcnn.support.interrupts import undoing
+
+_MUCH_LONGER = 1.1
+"""Times what a pass would take with any room on disk, from where on users are told."""
 
 
 class Owner(PassOwner, Protocol):
@@ -72,6 +77,8 @@ class Passes:
         self._plans = PlanCache()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
         """By what was captured and a spec that was refused memory: the smaller one that went through."""
+        self._told = set[str]()
+        """What was warned of."""
         self._collected: finalize[[], Any] | None = None
         """Gives kept blocks back when the model is collected; None before the first pass."""
 
@@ -156,14 +163,22 @@ class Passes:
                 captured, spec, machine, room_for(captured.device), present
             ), machine
 
-        found = within(machine)
-        needed = found[0].plan.bytes_on(Tier.DISK)
-        if needed and found[0].plan.fits and needed > (room := room_on_disk(spares)):
+        fastest = found = within(machine)
+        needed = fastest[0].plan.bytes_on(Tier.DISK)
+        if needed and fastest[0].plan.fits and needed > (room := room_on_disk(spares)):
             for nbytes in dict.fromkeys((rounded_down(room), room)):
                 found = within(machine.with_room_on_disk(nbytes))
                 if found[0].plan.bytes_on(Tier.DISK) <= room:
+                    self._tell_of_little_disk(fastest[0].plan, found[0].plan, nbytes, spares)
                     break
         return found
+
+    def _tell_of_little_disk(self, fastest: Plan, taken: Plan, room: int, spares: SpareFiles) -> None:
+        """Say once what a larger disk would save, if that is much."""
+        text = gain_of_a_larger_disk(fastest, taken, room, spares)
+        if taken.projected_seconds > _MUCH_LONGER * fastest.projected_seconds and text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=2)
 
     def prepare(self, captured: Captured, spec: PassSpec, owner: Owner) -> tuple[Planned, SmallerPlans]:
         """The plan of a pass that is to run here, and what makes smaller ones."""
