@@ -50,6 +50,17 @@ def in_two(*arguments: object) -> tuple[int, list[str], list[str]]:
     return found.returncode, found.stdout.splitlines(), said
 
 
+def assert_evaluated_alike(run: Run, folder: Path, trust: str) -> None:
+    """Evaluate a run in one process and in two."""
+    command = ("evaluate", folder, trust, "--json")
+    alone = json.loads(run(*command)[1])
+    status, lines, said = in_two(*command)
+    assert (status, said, len(lines)) == (0, [], 1)
+    together = json.loads(lines[0])
+    assert together.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-6)
+    assert together == alone
+
+
 def test_a_classifier_is_evaluated_and_predicts_as_in_one_process(workplace: Path, run: Run) -> None:
     (workplace / "shared_nets.py").write_text(CLASSIFIER)
     draw = np.random.default_rng(0)
@@ -62,12 +73,7 @@ def test_a_classifier_is_evaluated_and_predicts_as_in_one_process(workplace: Pat
     options = ["--tile=20", "--epochs=1", "--validation-share=0.4"]
     assert run("train", "shared_nets:small", data, f"--out={folder}", *options)[0] == 0
 
-    alone = json.loads(run("evaluate", folder, trust, "--json")[1])
-    status, lines, said = in_two("evaluate", folder, trust, "--json")
-    assert (status, said, len(lines)) == (0, [], 1)
-    together = json.loads(lines[0])
-    assert together.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-6)
-    assert together == alone
+    assert_evaluated_alike(run, folder, trust)
 
     command = ("predict", folder, data / "test", trust, "--json", "--device=cpu")
     _, out, _ = run(*command)
@@ -95,12 +101,7 @@ def test_a_segmentation_is_evaluated_and_its_maps_are_written_as_in_one_process(
     options = ["--task=segmentation", "--validation-split=val", "--ignore-index=255", "--tile=40"]
     assert run("train", FACTORY, workplace / "scenes.csv", f"--out={folder}", *options, "--epochs=1")[0] == 0
 
-    alone = json.loads(run("evaluate", folder, trust, "--json")[1])
-    status, lines, said = in_two("evaluate", folder, trust, "--json")
-    assert (status, said, len(lines)) == (0, [], 1)
-    together = json.loads(lines[0])
-    assert together.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-6)
-    assert together == alone
+    assert_evaluated_alike(run, folder, trust)
 
     images = workplace / "images"
     tifffile.imwrite(images / "0.tif", np.zeros((72, 64, 3), np.uint8), photometric="rgb")

@@ -42,7 +42,7 @@ def check_disk(plan: Plan, spares: SpareFiles) -> None:
 
 
 def gain_of_a_larger_disk(fastest: Plan, taken: Plan, room: int, spares: SpareFiles) -> str:
-    """What a pass would take less by the fastest plan than by that for ``room`` bytes on disk, for a warning."""
+    """The time that a pass would save by the fastest plan, were there more than ``room`` bytes, in words."""
     needed = format_bytes(fastest.bytes_on(Tier.DISK))
     seconds, less = (format_duration(plan.projected_seconds) for plan in (taken, fastest))
     return (
