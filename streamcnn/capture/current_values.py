@@ -12,7 +12,8 @@ from torch.fx import Node as FxNode
 
 from streamcnn.capture.raw_calls import RawCalls
 from streamcnn.capture.saved_values import Overwrite
-from streamcnn.graph.flattening import UPDATING
+from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.flattening import UPDATING, GradientHook
 from streamcnn.graph.in_place import (
     changes_shape,
     exchanges_memory,
@@ -47,6 +48,10 @@ class CurrentValues:
         """Nodes by the names of all values that they have had."""
         self._unknown_writes: list[tuple[FxNode, int, str]] = []
         """Writes that no version counts: whose memory, how many calls came before, and the line."""
+        self._hooked: dict[str, Ref] = {}
+        """Names of values behind hooks on their gradients, with those in front of all hooks."""
+        self._scatters: set[str] = set()
+        """Calls that put what was written to a view into what it views."""
 
     # --- what calls do -------------------------------------------------------------------------------
 
@@ -73,6 +78,7 @@ class CurrentValues:
         self._calls.note_overwritten(self._values[written].name)
         chain = [written]
         while chain[-1] in self._viewed:
+            self._refuse_hooked(node, chain[-1])
             chain.append(self._viewed[chain[-1]])
         if _is_unknown(node, chain):
             self._unknown_writes.append((chain[-1], len(self._calls.nodes), self._calls.line(node)))
@@ -81,6 +87,7 @@ class CurrentValues:
             before = self.read(parent)
             target, args = scattered(view, before, new[view], self._calls.source(node))
             name = self._calls.fresh(f"{node.name}_into")
+            self._scatters.add(name)
             new[parent] = self._calls.append(node, name, target, args, {})
         self._keep_gradients(node, chain, new)
         owner = chain[-1]
@@ -88,6 +95,36 @@ class CurrentValues:
         for member, value in new.items():
             self.set(member, value)
             self._seen[member] = self._writes[owner]
+
+    def set_hook(self, node: FxNode, target: GradientHook) -> None:
+        """Let the gradient of what a node holds now pass through a hook; the first to be set sees it first.
+
+        Whoever reads that value is behind the hook, before it was set as well. What a view's base holds does
+        not come of the view, to autograd.
+        """
+        node = self.itself(node)
+        held = self.read(node)
+        value = self._hooked.get(held.name, held)
+        spared = self._scatters if node in self._viewed else ()
+        hooked, position = self._calls.insert_behind(value, target, spared)
+        self._unknown_writes = [
+            (owner, count + (count > position), line) for owner, count, line in self._unknown_writes
+        ]
+        self._hooked[held.name if held != value else hooked.name] = value
+        self._holders.setdefault(value.name, node)
+        for each, present in list(self._values.items()):
+            if present == value:
+                self.set(each, hooked)
+
+    def _refuse_hooked(self, node: FxNode, view: FxNode) -> None:
+        """Refuse to overwrite a view with a hook: autograd would pass the hook by, and not here."""
+        held = self._values[view]
+        if isinstance(held, Ref) and held.name in self._hooked:
+            raise UnsupportedModel(
+                f"the forward pass sets a hook on the gradient of a view ('{view.name}'), and then "
+                f"overwrites it or a part of it ({self._calls.line(node) or self._calls.source(node)}): set "
+                "the hook afterwards, or on a copy of the view (clone())"
+            )
 
     def _keep_gradients(self, node: FxNode, chain: list[FxNode], new: dict[FxNode, Any]) -> None:
         """A write that autograd does not see changes the values of tensors and not where gradients go."""

@@ -23,7 +23,7 @@ from streamcnn.capture.graph_inputs import GraphInputs
 from streamcnn.capture.raw_calls import RawCalls, is_block
 from streamcnn.capture.saved_values import refuse_saved
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import UPDATING, GradientHook, is_recomputed, on_meta
+from streamcnn.graph.flattening import UPDATING, GradientHook, hook_set, is_recomputed, on_meta
 from streamcnn.graph.in_place import (
     OnCopy,
     asserted,
@@ -43,7 +43,7 @@ def functionalized(
     grad: bool,
     device: torch.device,
     path_of: Callable[[str], str],
-    hooks: Mapping[str, Sequence[Callable[..., Any]]] | None = None,
+    hooks: Mapping[str, Callable[..., Any]] | None = None,
 ) -> RawGraph:
     """A flat graph with no call that changes its arguments.
 
@@ -56,7 +56,7 @@ def functionalized(
     path_of
         The qualified name of a submodule, given its place in the captured call; for messages.
     hooks
-        Hooks on gradients by the name of the node that they are set on.
+        Hooks on gradients by the names of the calls of :func:`hook_set`.
 
     Raises
     ------
@@ -75,7 +75,7 @@ class _Functionalizer:
         flat: GraphModule,
         keys: Sequence[str | None],
         calls: RawCalls,
-        hooks: Mapping[str, Sequence[Callable[..., Any]]],
+        hooks: Mapping[str, Callable[..., Any]],
     ) -> None:
         self.flat = flat
         self.calls = calls
@@ -90,7 +90,7 @@ class _Functionalizer:
         for node in self.flat.graph.nodes:
             if node.op == "placeholder":
                 inputs.add_placeholder(node)
-                self.values.set(node, self._hooked(node, Ref(node.name)))
+                self.values.set(node, Ref(node.name))
             elif node.op == "get_attr":
                 inputs.add_constant(node)
             elif node.op == "call_function":
@@ -127,6 +127,8 @@ class _Functionalizer:
         assert callable(target)
         if is_block(target):
             self.calls.enter_or_leave(node)
+        elif target is hook_set:
+            self._set_hook(node)
         elif _is_check(target):
             self._check(node)
         elif _is_profiling(target):
@@ -153,7 +155,7 @@ class _Functionalizer:
             target, args, kwargs = functional_of(node, self.calls.source(node))
             args, kwargs = self.values.resolve(args), self.values.resolve(kwargs)
         ref = self.calls.append(node, node.name, target, args, kwargs)
-        self.values.set(node, self._hooked(node, ref))
+        self.values.set(node, ref)
         for statistic in statistics:
             self._refuse_twice(node, self.values.itself(statistic))
             new = self.calls.fresh(f"{node.name}_moved")
@@ -187,12 +189,12 @@ class _Functionalizer:
             item = self.calls.append(node, name, operator.getitem, (results, index), {})
             self.values.write(node, value, item)
 
-    def _hooked(self, node: FxNode, ref: Ref) -> Ref:
-        """The value behind hooks on its gradient; the first one to be set sees it first."""
-        for hook in reversed(self.hooks.get(node.name, ())):
-            target = GradientHook(hook, on_meta(node.meta["val"]))
-            ref = self.calls.append(node, self.calls.fresh(f"{node.name}_hooked"), target, (ref,), {})
-        return ref
+    def _set_hook(self, node: FxNode) -> None:
+        """A hook on the gradient of a value, unless it was taken off again."""
+        hook, on = self.hooks.get(node.name), node.args[0]
+        if hook is not None:
+            assert isinstance(on, FxNode)
+            self.values.set_hook(on, GradientHook(hook, on_meta(self.values.itself(on).meta["val"])))
 
     def _check(self, node: FxNode) -> None:
         """A call that raises if a value is not as it should be."""

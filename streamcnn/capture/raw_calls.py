@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx import Node as FxNode
 from streamcnn.capture.capture import RawNode
 from streamcnn.capture.lines import line_of
 from streamcnn.graph.autocast import Casts
-from streamcnn.graph.program import Ref
+from streamcnn.graph.program import Ref, substitute
 
 _BLOCKS = frozenset({"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "lazy_load_decompositions"})
 
@@ -82,6 +82,34 @@ class RawCalls:
             )
         )
         return Ref(name)
+
+    def insert_behind(
+        self, value: Ref, target: Callable[..., Any], spared: Container[str]
+    ) -> tuple[Ref, int]:
+        """Have all calls that read ``value`` read a function of it instead, but for ``spared`` ones by name.
+
+        Returns
+        -------
+        tuple[Ref, int]
+            The function's value, and how many calls come before it.
+        """
+        position = next((i + 1 for i, each in enumerate(self.nodes) if each.name == value.name), 0)
+        made = Ref(self.fresh(f"{value.name}_hooked"))
+        like = self.nodes[position - 1] if position else None
+        grad = self.ambient if like is None else like.grad
+        source, line = ("", "") if like is None else (like.source, like.line)
+        call = RawNode(made.name, target, (value,), {}, source, grad=grad, line=line)
+
+        def read(name: str) -> Ref:
+            return made if name == value.name else Ref(name)
+
+        for place in range(position, len(self.nodes)):
+            node = self.nodes[place]
+            if value.name in node.operands and node.name not in spared:
+                args, kwargs = substitute(node.args, read), substitute(node.kwargs, read)
+                self.nodes[place] = replace(node, args=args, kwargs=kwargs)
+        self.nodes.insert(position, call)
+        return made, position
 
     def note_overwritten(self, name: str) -> None:
         """Note that the last call's result is written in the place of a value."""

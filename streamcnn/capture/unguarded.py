@@ -103,7 +103,6 @@ def _traced_in(
     grad = torch.is_grad_enabled()
     inputs = [like, *(_stand_in_for(tensor, mode) for tensor in states.values())]
     flat = flatten(call.on(tuple(states)), inputs, mode, grad=grad)
-    flat_hooks = {name: tuple(hooks) for name, hooks in call.noted.hooks.items()}
     graph = functionalized(
         flat,
         (None, *states),
@@ -111,7 +110,7 @@ def _traced_in(
         grad=grad,
         device=image.device,
         path_of=str,
-        hooks=flat_hooks,
+        hooks=call.noted.hooks,
     )
     constants = {
         node.target: getattr(flat, node.target) for node in flat.graph.nodes if node.op == "get_attr"

@@ -24,7 +24,7 @@ from streamcnn.capture.known_shapes import KnownShapes
 from streamcnn.capture.known_values import KnownValues, called_on_values
 from streamcnn.capture.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of
+from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of, record_hook
 from streamcnn.graph.in_place import resized
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -43,8 +43,8 @@ _READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
 class Noted:
     """What a forward pass has done."""
 
-    hooks: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
-    """Hooks on gradients by the name of the traced value."""
+    hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Hooks on gradients, by the names of the traced calls that set them."""
     made: list[weakref.ref[Tensor]] = field(default_factory=list)
     """The tensors that functions have returned."""
     marks_image: bool = False
@@ -183,9 +183,9 @@ class Watch(TorchFunctionMode):
                 "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from "
                 "outside: set it once, outside of the forward pass"
             )
-        hooks = self.noted.hooks.setdefault(node.name, [])
-        hooks.append(hook)
-        return _Handle(hooks, hook)
+        name = record_hook(tensor)
+        self.noted.hooks[name] = hook
+        return _Handle(self.noted.hooks, name)
 
 
 class _Recorded:
@@ -244,10 +244,9 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
 class _Handle:
     """What setting a hook returns."""
 
-    hooks: list[Callable[..., Any]]
-    hook: Callable[..., Any]
+    hooks: dict[str, Callable[..., Any]]
+    name: str
 
     def remove(self) -> None:
         """Take the hook off again."""
-        if self.hook in self.hooks:
-            self.hooks.remove(self.hook)
+        self.hooks.pop(self.name, None)

@@ -130,6 +130,19 @@ class GradientHook(Whole):
         return hooked
 
 
+def hook_set(value: Tensor) -> None:
+    """Stands in a graph where a hook is set on the gradient of what a value holds then."""
+    raise AssertionError("it marks a place, and is not called")
+
+
+def record_hook(tensor: Tensor) -> str:
+    """Record that a hook is set on the gradient of ``tensor``; the name of that call."""
+    mode, proxy = get_proxy_mode(), proxy_of(tensor)
+    assert mode is not None
+    name: str = mode.tracer.create_proxy("call_function", hook_set, (proxy,), {}).node.name
+    return name
+
+
 def let_go(mode: FakeTensorMode) -> None:
     """Have a mode whose fake tensors are not needed any more forget what they stand for.
 
@@ -173,7 +186,7 @@ UPDATING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance
 @contextmanager
 def _kept_if_unread() -> Iterator[None]:
     """Keep calls in a graph that do something else than give a result that nobody reads."""
-    added = UPDATING - fx_node._side_effectful_functions
+    added = (UPDATING | {hook_set}) - fx_node._side_effectful_functions
     fx_node._side_effectful_functions.update(added)
     try:
         yield
@@ -431,3 +444,8 @@ def reads_values(target: object) -> bool:
 def is_fake(value: object) -> bool:
     """Whether ``value`` is a tensor without memory, made while tracing."""
     return isinstance(value, FakeTensor)
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Which memory a tensor is in; ``None`` for one that is in several pieces, as sparse ones are."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
