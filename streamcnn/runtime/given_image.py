@@ -53,9 +53,28 @@ def as_shape(shape: Any) -> tuple[int, int, int, int]:
 def like_image(image: Image, results: Any) -> Any:
     """The results of a module, as tensors of the image's class if that is a subclass of Tensor.
 
-    Plain PyTorch returns them so. In a pass some are of that class and some, read from stores, are not.
+    Plain PyTorch returns them so. In a pass some are of that class and some, read from stores, are not. A class
+    that says itself what functions do with it, as MONAI's MetaTensor does, gets each as a function's result.
     """
     kind: Any = type(image)
-    if not isinstance(image, Tensor) or kind is Tensor or has_own_functions(kind):
+    if not isinstance(image, Tensor) or kind is Tensor:
         return results
-    return pytree.tree_map(lambda each: each.as_subclass(kind) if type(each) is Tensor else each, results)
+    own = has_own_functions(kind)
+    return pytree.tree_map_only(
+        Tensor, lambda each: _of_function(image, each) if own else _of_class(kind, each), results
+    )
+
+
+def _of_class(kind: type[Tensor], result: Tensor) -> Tensor:
+    return result.as_subclass(kind) if type(result) is Tensor else result
+
+
+def _of_function(image: Tensor, result: Tensor) -> Any:
+    """What the image's class makes of the result of a function of the image."""
+
+    def streamed(image: Tensor) -> Tensor:
+        return result
+
+    kind: Any = type(image)
+    found: Any = kind.__torch_function__(streamed, (kind,), (image,), {})
+    return result if found is NotImplemented else found
