@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawNode
 from streamcnn.graph.autocast import as_recorded
+from streamcnn.graph.flattening import memory_of
 
 
 class FakeCalls:
@@ -59,7 +61,8 @@ def target_name(raw: RawNode | None) -> str:
 def look(value: Any) -> Any:
     """What the shape and type of a call's result can depend on, in an argument."""
     if isinstance(value, Tensor):
-        return (value.shape, value.stride(), value.dtype, value.device)
+        strides = value.stride() if value.layout is torch.strided else ()
+        return (value.layout, value.shape, strides, value.dtype, value.device)
     if isinstance(value, (list, tuple)):
         return (type(value), *map(look, value))
     if isinstance(value, dict):
@@ -70,7 +73,8 @@ def look(value: Any) -> Any:
 def _shares(result: Any, arguments: Any) -> int | None:
     """Which of the tensors in ``arguments`` has the memory that the first tensor of ``result`` is in."""
     results, tensors = (
-        [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)]
+        [memory_of(leaf) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)]
         for each in (result, arguments)
     )
-    return tensors.index(results[0]) if results and results[0] in tensors else None
+    memory = results[0] if results else None
+    return None if memory is None or memory not in tensors else tensors.index(memory)

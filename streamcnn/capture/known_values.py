@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import may_draw
-from streamcnn.graph.flattening import UPDATING, Whole, beside_the_trace, proxy_of
+from streamcnn.graph.flattening import UPDATING, Whole, beside_the_trace, memory_of, proxy_of
 from streamcnn.graph.registry import is_seeded
 
 _MOST_DRAWN = 2**16
@@ -52,7 +52,7 @@ class KnownValues:
             proxy_of(stand_in).node.name: _Known(stand_in._version, value)
             for stand_in, value in states.items()
             # A source that is passed beside the image is a tensor without memory here.
-            if 0 not in value.stride()
+            if value.layout is not torch.strided or 0 not in value.stride()
         }
 
     def version_of(self, tensor: Tensor) -> int:
@@ -155,8 +155,9 @@ def _history(node: FxNode) -> list[FxNode]:
 def _memory_of(node: FxNode) -> Iterator[int]:
     """Which memory a value is in; views are in that of what they view."""
     for leaf in pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(leaf, Tensor):
-            yield leaf.untyped_storage()._cdata
+        memory = memory_of(leaf) if isinstance(leaf, Tensor) else None
+        if memory is not None:
+            yield memory
 
 
 def _written_by(node: FxNode) -> list[FxNode]:

@@ -143,6 +143,8 @@ class Lowering:
     def _stream(self, call: Call, *, merged: bool) -> Any:
         if self.recording.resident:
             return NotStreamable("")
+        if self.recording.moves(call):
+            return NotStreamable("it moves a map to another device")
         if merged:
             return stream_folded(self.recording, call)
         result = self.recording.stream(call)
@@ -154,7 +156,7 @@ class Lowering:
     def _begin(self, call: Call) -> Any:
         """Stream a call whose first operand was worked out from whole maps: what it gives is a map again."""
         ref = call.args[0]
-        if ref.name not in self.recording.from_whole:
+        if ref.name not in self.recording.from_whole or self.recording.moves(call):
             return NotStreamable("")
         result: Any = NotStreamable("")
         for axes in self._grids(self.recording.spec(ref).shape):

@@ -23,6 +23,9 @@ from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
 from streamcnn.graph.program import Access, Axes, Kind, Local, Node, Ref, TensorSpec, substitute
 
+_LIKE_OTHERS = frozenset({torch.ops.aten.to.other, torch.ops.aten.type_as.default})
+"""Operators whose result is where their second operand is."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecordingMark:
@@ -129,6 +132,16 @@ class Recording:
 
         args, kwargs = pytree.tree_map(fake_of, (call.args, dict(call.kwargs)))
         return self._fake_calls.called(self.raw, call.target, args, kwargs)[0]
+
+    def moves(self, call: Call) -> bool:
+        """Whether a call takes what it works on from the image's device to another one, or finds it there."""
+        here = self._device()
+        leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
+        devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+        asked = call.args[: 2 if call.target in _LIKE_OTHERS else 1]
+        fakes = [self.fakes[ref.name] for ref in asked if isinstance(ref, Ref)]
+        devices += [fake.device for fake in fakes if isinstance(fake, Tensor)]
+        return any(each.type != here.type or each.index not in (None, here.index) for each in devices)
 
     def _made(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device())

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
-from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.flattening import is_fake, memory_of
 from streamcnn.graph.program import Ref
 from streamcnn.graph.schemas import bound, name_in_library, operator_name, places_of_axes
 
@@ -278,11 +278,11 @@ def _is_divided(node: FxNode) -> bool:
 
 def _shares_memory(node: FxNode, parent: FxNode) -> bool:
     """Whether the traced values share memory: ``reshape`` or ``contiguous`` may have copied."""
-    values = [each.meta.get("val") for each in (node, parent)]
-    if not all(isinstance(value, Tensor) for value in values):
+    given, viewed = (each.meta.get("val") for each in (node, parent))
+    if not isinstance(given, Tensor) or not isinstance(viewed, Tensor):
         return True
-    first, second = (value.untyped_storage()._cdata for value in values)  # type: ignore[union-attr]
-    return bool(first == second)
+    memory = memory_of(given)
+    return memory is not None and memory == memory_of(viewed)
 
 
 def scattered(
