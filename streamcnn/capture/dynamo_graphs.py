@@ -15,18 +15,9 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.functional import functionalized
-from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, is_fake, let_go, reads_values
-
-
-class CannotBeGuarded(Exception):
-    """The forward pass holds code that Dynamo does not follow."""
-
-
-def as_image(image: Tensor) -> Tensor:
-    """The image as the model gets it, while its forward pass is captured."""
-    if not is_fake(image):
-        raise CannotBeGuarded("torch.compile is switched off")
-    return image.clone(memory_format=torch.contiguous_format)
+from streamcnn.capture.guarded_image import as_image
+from streamcnn.capture.refused_functions import SPARSE_PIECES
+from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, let_go, reads_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +71,8 @@ def _raw(
     flat = flatten(of_these_sizes, fakes, mode, grad=grad)
     if any(reads_values(node.target) for node in flat.graph.nodes):
         raise CannotFlatten("a number is read from a tensor")
+    if any(getattr(node.target, "_opname", "") in SPARSE_PIECES for node in flat.graph.nodes):
+        raise CannotFlatten("a sparse tensor is taken apart")
     if _has_unknown_sizes(mode):
         raise CannotFlatten("a shape depends on values")
     shape = next((tuple(fake.shape) for fake, key in zip(fakes, keys, strict=True) if key is None), ())

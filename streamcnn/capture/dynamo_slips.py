@@ -8,7 +8,7 @@ raises, and leaves before the first step if it is a generator.
 A parameter that is deleted and set again, as code does that has a layer use another weight for one call, is
 gone from the module after the pass. An attribute that has covered a method of the class for a while is taken
 to have been there before, and deleting it fails. An ``OrderedDict`` whose order alone changes keeps the old
-one.
+one. The ``grad`` of a tensor that the pass has computed, which is None, is taken for a tensor.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 
+from streamcnn.capture.guarded_image import as_image
 from streamcnn.graph.flattening import CannotFlatten
 
 
@@ -28,6 +29,7 @@ def code_followed_as_it_runs() -> Iterator[None]:
     """A block in which Dynamo follows such code as it runs, or not at all."""
     from torch._dynamo.variables import ctx_manager, functions, user_defined
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+    from torch._dynamo.variables.tensor import TensorVariable
 
     grad_mode = ctx_manager.GradModeVariable
     with ExitStack() as patches:
@@ -39,6 +41,8 @@ def code_followed_as_it_runs() -> Iterator[None]:
                 patches.enter_context(patch.object(kind, "call_function", called))
         kept = _keeping_parameters(UnspecializedNNModuleVariable.call_method)
         patches.enter_context(patch.object(UnspecializedNNModuleVariable, "call_method", kept))
+        attribute = _as_autograd_has_it(TensorVariable.var_getattr)
+        patches.enter_context(patch.object(TensorVariable, "var_getattr", attribute))
         ordered = getattr(user_defined, "OrderedDictVariable", None)
         if ordered is not None:
             # PyTorch 2.13 on.
@@ -115,6 +119,22 @@ def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
         return call_method(self, tx, name, args, kwargs)
 
     return call
+
+
+def _as_autograd_has_it(var_getattr: Callable[..., Any]) -> Callable[..., Any]:
+    """An attribute of a tensor: what the pass computes has no ``grad``, and the image has the caller's."""
+
+    def get(self: Any, tx: Any, name: str) -> Any:
+        from torch._dynamo.variables import ConstantVariable
+
+        if self.source is None and name in ("grad", "_grad", "is_leaf"):
+            if self.requires_grad and self.as_proxy().node.target is as_image:
+                raise CannotFlatten(f"the forward pass reads {name} of the image")
+            if name != "is_leaf" and not tx.output.side_effects.has_pending_mutation_of_attr(self, "grad"):
+                return ConstantVariable.create(None)
+        return var_getattr(self, tx, name)
+
+    return get
 
 
 def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,8 +21,8 @@ from streamcnn.capture.batch_norms import traceable_batch_norms
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, device_of, module_states
 from streamcnn.capture.collectives import collectives_as_called, collectives_refused
-from streamcnn.capture.dynamo_graphs import CannotBeGuarded
 from streamcnn.capture.dynamo_settings import silenced
+from streamcnn.capture.guarded_image import CannotBeGuarded
 from streamcnn.capture.guards import GuardedForward, Run
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.scripts import interpreted_scripts

@@ -28,8 +28,9 @@ from torch.fx import GraphModule
 from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_in_time, outline, with_symbols
 from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph
-from streamcnn.capture.dynamo_graphs import CannotBeGuarded, KeyedGraph, as_image, keyed_graph
+from streamcnn.capture.dynamo_graphs import KeyedGraph, keyed_graph
 from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
+from streamcnn.capture.guarded_image import CannotBeGuarded, as_image
 from streamcnn.capture.unseen import Unseen
 from streamcnn.errors import StreamError
 from streamcnn.support.processes import all_processes

@@ -9,11 +9,19 @@ from streamcnn.capture.dynamo_settings import TORCH_FOLDER
 
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<number>\d+), in .*\n    (?P<code>.*)$', re.MULTILINE)
 _NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
+_MOST_LETTERS = 100
+"""Of a line of code in a message."""
 
 
 def is_users(file: str) -> bool:
     """Whether a file of Python code is neither PyTorch's nor this package's."""
     return not file.startswith(_NOT_THE_USERS)
+
+
+def shortened(code: str | None) -> str:
+    """A line of code without its margins, of which long ones keep their beginning."""
+    code = (code or "").strip()
+    return code if len(code) <= _MOST_LETTERS else f"{code[:_MOST_LETTERS].rstrip()} …"
 
 
 def line_of(stack_trace: str | None) -> str:
@@ -26,5 +34,5 @@ def line_of(stack_trace: str | None) -> str:
     """
     for frame in reversed([*_FRAME.finditer(stack_trace or "")]):
         if is_users(frame["file"]):
-            return f"{Path(frame['file']).name}:{frame['number']}: {frame['code'].strip()}"
+            return f"{Path(frame['file']).name}:{frame['number']}: {shortened(frame['code'])}"
     return ""

@@ -8,12 +8,16 @@ from pathlib import Path
 from types import FrameType
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from streamcnn.capture.dynamo_settings import first_line
-from streamcnn.capture.lines import is_users
+from streamcnn.capture.lines import is_users, shortened
 from streamcnn.errors import UnsupportedModel
 from streamcnn.support.units import plural
 
@@ -21,9 +25,15 @@ _ALLOWED = (
     "Allowed are modules whose forward takes the image first and does not branch on its values; check that "
     "the plain model accepts this shape and arguments"
 )
-_READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an if or a loop on a tensor)"
+_READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an f-string, an if or a loop)"
 _NO_RESULT = "argument of type:"
 """How ``torch.fx`` begins to say that it knows no results of some class."""
+_NUMPY = ".numpy() is not supported for tensor subclasses"
+_FORMAT = "unsupported format string passed to FakeTensor"
+_MOVED = "_apply(): Couldn't swap "
+"""How PyTorch says that tensors without values have no numbers, cannot be printed or be moved."""
+_SUBCLASS = "Creating a new Tensor subclass "
+"""How PyTorch begins to say that a tensor without values cannot be of another class."""
 _FUNCTIONAL = "torch/_functorch/"
 """Where the transforms of ``torch.func`` are."""
 _OBSERVER = "ObserverBase"
@@ -113,6 +123,19 @@ def _reason(error: Exception) -> str:
     said = first_line(error).rstrip(".")
     if "TorchScript interpreter" in said:
         return _of_script(str(error))
+    if isinstance(error, UnsupportedOperatorException):
+        return f"it calls {said}, which does not say what it gives without computing it"
+    if _NUMPY in said:
+        return "it gives a tensor's values to NumPy, and what is computed from the image has none yet"
+    if _FORMAT in said:
+        return _READS_VALUE
+    if said.startswith(_MOVED):
+        return "it makes or moves layers with parameters (Module.to): do so outside of the forward pass"
+    if said.startswith(_SUBCLASS):
+        return (
+            f"it makes a tensor of class {said.removeprefix(_SUBCLASS).split()[0]}, and holds code that can "
+            "only be captured without values: use tensors of torch.Tensor within it"
+        )
     if said.startswith(_NO_RESULT):
         return (
             f"it returns an object of {said.removeprefix(_NO_RESULT).strip()}, and holds code that can only "
@@ -141,4 +164,4 @@ def _line_of(error: Exception) -> str:
     none, or only generated code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.line and is_users(frame.filename)]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {shortened(own[-1].line)})" if own else ""

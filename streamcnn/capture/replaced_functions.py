@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import graph as autograd_graph
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph
@@ -24,10 +25,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from streamcnn.capture.blind import gaussian_nll_loss, observers_blind
+from streamcnn.capture.refused_functions import refuse_multi_grad_hook
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, beside_the_trace
+from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, beside_the_trace, is_fake
 
 
 @contextmanager
@@ -39,7 +41,9 @@ def functions_replaced() -> Iterator[None]:
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         observers_blind(),
         replaced_here(torch, "from_numpy", _from_numpy),
+        replaced_here(Tensor, "as_subclass", _as_subclass),
         replaced_here(saved_tensors_hooks, "__enter__", _enter_saved_tensors_hooks),
+        replaced_here(autograd_graph, "register_multi_grad_hook", refuse_multi_grad_hook),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         ExitStack() as functions,
     ):
@@ -84,6 +88,17 @@ def _from_numpy(array: Any) -> Tensor:
     """``torch.from_numpy``, whose result is in the array's memory; while tracing it would be in a copy."""
     with beside_the_trace():
         return _FROM_NUMPY(array)
+
+
+_AS_SUBCLASS = Tensor.as_subclass
+
+
+def _as_subclass(tensor: Tensor, cls: type[Tensor]) -> Tensor:
+    """``tensor.as_subclass(cls)``: as a plain tensor, the same values in the same memory."""
+    if cls is not Tensor or not is_fake(tensor):
+        return _AS_SUBCLASS(tensor, cls)
+    viewed: Tensor = torch.ops.aten.alias.default(tensor)
+    return viewed
 
 
 def _refuse_dirty(ctx: Any, *tensors: Tensor) -> None:

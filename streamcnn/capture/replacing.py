@@ -32,7 +32,8 @@ def replaced_here(
     which have seen it; ``replacement`` is then kept.
     """
     make = _lasting if lasting else _for_thread
-    function, place = make(vars(owner)[name], replacement)
+    original = vars(owner)[name] if name in vars(owner) else getattr(owner, name)
+    function, place = make(original, replacement)
     with patch.object(owner, name, function):
         outer, place.is_here = place.is_here, True
         try:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from streamcnn.capture.blind import BLIND
 from streamcnn.capture.known_shapes import KnownShapes
 from streamcnn.capture.known_values import KnownValues, called_on_values
+from streamcnn.capture.refused_functions import refuse_function, refuse_of_image
 from streamcnn.capture.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of, record_hook
@@ -117,11 +118,9 @@ class Watch(TorchFunctionMode):
             return _resized(*args)
         if func is Tensor.requires_grad_ or func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
             self._mark(*args, **kwargs)
-        if func in (Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook):
-            raise UnsupportedModel(
-                f"the forward pass calls {func.__name__}(), and a map that is streamed has no gradient of "
-                "its own: return the map as a further result and ask autograd.grad for its gradient"
-            )
+        refuse_function(func)
+        if args and isinstance(args[0], Tensor) and self._is_image(args[0]) and args[0].requires_grad:
+            refuse_of_image(func)
         refuse_bound((args, kwargs))
         result = self._known_shapes.call(func, args, kwargs)
         if result is NotImplemented:
@@ -160,6 +159,10 @@ class Watch(TorchFunctionMode):
         """Whether a tensor has values, and those that it has where it is read."""
         _, stand_in = self.stand_ins.get(id(tensor), (tensor, None))
         return is_plain_tensor(tensor) and (stand_in is None or stand_in._version == 0)
+
+    def _is_image(self, tensor: Tensor) -> bool:
+        proxy = proxy_of(tensor)
+        return proxy is not None and proxy.node.name == self.image_name
 
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
         """Note that a tensor is frozen or released; only of what goes in does it matter to anybody."""

@@ -1,0 +1,83 @@
+"""Functions of PyTorch's that a forward pass cannot call where it is captured without values, and what to do
+instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from streamcnn.errors import UnsupportedModel
+
+_GRADIENT = (
+    "{name}(), and a map that is streamed has no gradient of its own: return the map as a further result and "
+    "ask autograd.grad for its gradient"
+)
+_COPY = (
+    "copy.copy() or pickles a tensor, which has no values yet: use x.clone() for a copy with a gradient, "
+    "x.detach().clone() for one without; plain PyTorch's copy.copy() lets no gradient through"
+)
+_MEMORY = "{name}() on a tensor that has no memory yet: call it on what goes in, or on the results"
+_PIECES = (
+    "{name}() of a sparse tensor, and how many values that holds is not known yet: work it out outside of "
+    "the forward pass, and keep indices and values as buffers"
+)
+_SPARSE = ("_nnz", "_indices", "_values", "indices", "values", "crow_indices", "col_indices")
+SPARSE_PIECES = frozenset(_SPARSE[1:])
+"""Operators that give the parts of a sparse tensor, whose sizes its values decide."""
+
+_REFUSED: Mapping[Callable[..., Any], str] = MappingProxyType(
+    {
+        Tensor.retain_grad: _GRADIENT,
+        Tensor.register_post_accumulate_grad_hook: _GRADIENT,
+        Tensor.__reduce_ex__: _COPY,
+        Tensor.share_memory_: _MEMORY,
+        **{getattr(Tensor, name): _PIECES for name in (*_SPARSE, "ccol_indices", "row_indices")},
+    }
+)
+_OF_IMAGE = MappingProxyType(
+    {
+        Tensor.grad.__get__: "grad",  # type: ignore[union-attr]
+        Tensor.is_leaf.__get__: "is_leaf",  # type: ignore[attr-defined]
+    }
+)
+
+
+def refuse_function(function: Callable[..., Any]) -> None:
+    """Refuse a function of PyTorch's that the forward pass calls, if it is one of these.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it is.
+    """
+    text = _REFUSED.get(function)
+    if text is not None:
+        raise UnsupportedModel(f"the forward pass calls {text.format(name=function.__name__)}")
+
+
+def refuse_of_image(function: Callable[..., Any]) -> None:
+    """Refuse to tell what is known of the caller's image alone, of one that requires a gradient.
+
+    Raises
+    ------
+    UnsupportedModel
+        If ``function`` reads such an attribute.
+    """
+    name = _OF_IMAGE.get(function)
+    if name is not None:
+        raise UnsupportedModel(
+            f"the forward pass reads .{name} of the image, which the image that it is captured with does not "
+            "share with the caller's: pass to the model, as a further argument, what is to depend on it"
+        )
+
+
+def refuse_multi_grad_hook(*args: Any, **kwargs: Any) -> NoReturn:
+    """What stands for ``torch.autograd.graph.register_multi_grad_hook``."""
+    raise UnsupportedModel(
+        "the forward pass calls register_multi_grad_hook(), and a streamed pass has other nodes in its "
+        "graph: set a hook on each tensor (Tensor.register_hook), or return them as further results and set "
+        "it on those"
+    )

@@ -1,0 +1,133 @@
+"""What a forward pass asks of tensors without values: answered as in plain PyTorch, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_streamed_equals_plain
+from torch import Tensor, nn
+
+from streamcnn import StreamingModel, UnsupportedModel
+from streamcnn.capture.lines import shortened
+
+Body = Callable[[Tensor], Tensor]
+
+
+class Named(Tensor):
+    """A class without functions of its own."""
+
+
+class Net(nn.Module):
+    """``body`` between two convolutions; ``on_image`` runs on the image."""
+
+    def __init__(self, body: Body = lambda x: x, on_image: Body = lambda x: x) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+        self.body, self.on_image = body, on_image
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.body(self.first(self.on_image(x)))).mean((2, 3))
+
+
+def _as_plain(x: Tensor) -> Tensor:
+    return x.as_subclass(Tensor) * 2
+
+
+def _by_its_gradient(x: Tensor) -> Tensor:
+    return x * 2 if x.grad is None else x * 3
+
+
+def _by_whether_it_is_a_leaf(x: Tensor) -> Tensor:
+    return x * 2 if x.is_leaf else x * 3
+
+
+def _elsewhere(x: Tensor) -> Tensor:
+    return x * x.to("meta").shape[2]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("body", [_as_plain, _by_its_gradient, _by_whether_it_is_a_leaf, _elsewhere])
+@pytest.mark.parametrize("unguarded", [False, True])
+def test_as_in_plain_pytorch(body: Body, unguarded: bool) -> None:
+    def run(x: Tensor) -> Tensor:
+        if unguarded:
+            print(end="")
+        return body(x)
+
+    torch.manual_seed(0)
+    assert_streamed_equals_plain(Net(run), (2, 3, 29, 37), tile=16)
+
+
+def _hooked(x: Tensor) -> Tensor:
+    torch.autograd.graph.register_multi_grad_hook((x,), lambda gradients: None)
+    return x
+
+
+def _named(x: Tensor) -> Tensor:
+    print(end="")
+    return x.as_subclass(Named)
+
+
+def _through_numpy(x: Tensor) -> Tensor:
+    print(end="")
+    return torch.from_numpy(x.detach().numpy() + 1)
+
+
+def _formatted(x: Tensor) -> Tensor:
+    print(end=f"{x.detach().mean():.0f}")
+    return x
+
+
+REFUSED: dict[str, tuple[Body, str]] = {
+    "copy": (copy.copy, r"copy\.copy\(\) or pickles a tensor, which has no values yet: use x\.clone\(\)"),
+    "pickle": (lambda x: pickle.loads(pickle.dumps(x)), r"pickles a tensor"),
+    "share_memory_": (lambda x: x.share_memory_(), r"share_memory_\(\) on a tensor that has no memory"),
+    "register_multi_grad_hook": (_hooked, r"register_multi_grad_hook\(\), .* set a hook on each tensor"),
+    "as_subclass": (_named, r"it makes a tensor of class Named, .* use tensors of torch\.Tensor within it"),
+    "numpy": (_through_numpy, "values to NumPy"),
+    "format": (_formatted, "it reads a value of a tensor"),
+    "_nnz": (lambda x: x * x.detach().to_sparse()._nnz(), r"_nnz\(\) of a sparse tensor, .* outside of"),
+    "nested": (
+        lambda x: torch.nested.nested_tensor([x[0], x[1]]).to_padded_tensor(0.0),
+        r"it calls aten\._nested_tensor_from_tensor_list\.default, which does not say what it gives",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    body, text = REFUSED[name]
+    with pytest.raises(UnsupportedModel, match=text):
+        StreamingModel(Net(body))(torch.randn(2, 3, 29, 37))
+
+
+@pytest.mark.parametrize("name", ["grad", "is_leaf"])
+def test_what_only_the_callers_image_tells_is_refused(name: str) -> None:
+    net = Net(on_image=lambda x: x * 2 if getattr(x, name) else x)
+    with pytest.raises(UnsupportedModel, match=rf"reads \.{name} of the image, .* further argument"):
+        StreamingModel(net)(torch.randn(2, 3, 29, 37, requires_grad=True))
+
+
+def test_layers_are_not_made_within() -> None:
+    def body(x: Tensor) -> Tensor:
+        return nn.Conv2d(4, 4, 1, dtype=torch.float32).to(x.dtype)(x)
+
+    with pytest.raises(UnsupportedModel, match=r"it makes or moves layers with parameters \(Module\.to\)"):
+        StreamingModel(Net(body).double())(torch.randn(2, 3, 29, 37, dtype=torch.float64))
+
+
+def test_a_long_line_of_code_is_cut() -> None:
+    assert shortened("    return x\n") == "return x"
+    assert shortened("x" * 500) == "x" * 100 + " …"
+
+
+def test_a_result_may_be_elsewhere() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    net.register_forward_hook(lambda module, inputs, output: output.to("meta"))
+    found = StreamingModel(net, tile=16)(torch.randn(2, 3, 29, 37))
+    assert (found.device.type, found.shape) == ("meta", (2, 4, 27, 35))
