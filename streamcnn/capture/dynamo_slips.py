@@ -9,10 +9,13 @@ A parameter that is deleted and set again, as code does that has a layer use ano
 gone from the module after the pass. An attribute that has covered a method of the class for a while is taken
 to have been there before, and deleting it fails. An ``OrderedDict`` whose order alone changes keeps the old
 one. The ``grad`` of a tensor that the pass has computed, which is None, is taken for a tensor.
+
+Locks it does not enter, although one thread captures at a time, and hooks that keep features hold one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,10 +26,13 @@ import torch
 from streamcnn.capture.guarded_image import as_image
 from streamcnn.graph.flattening import CannotFlatten
 
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
 
 @contextmanager
 def code_followed_as_it_runs() -> Iterator[None]:
     """A block in which Dynamo follows such code as it runs, or not at all."""
+    from torch._dynamo import symbolic_convert
     from torch._dynamo.variables import ctx_manager, functions, user_defined
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
     from torch._dynamo.variables.tensor import TensorVariable
@@ -43,6 +49,9 @@ def code_followed_as_it_runs() -> Iterator[None]:
         patches.enter_context(patch.object(UnspecializedNNModuleVariable, "call_method", kept))
         attribute = _as_autograd_has_it(TensorVariable.var_getattr)
         patches.enter_context(patch.object(TensorVariable, "var_getattr", attribute))
+        translator = symbolic_convert.InstructionTranslatorBase
+        locked = _through_locks(translator.setup_or_before_with)
+        patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
         ordered = getattr(user_defined, "OrderedDictVariable", None)
         if ordered is not None:
             # PyTorch 2.13 on.
@@ -135,6 +144,20 @@ def _as_autograd_has_it(var_getattr: Callable[..., Any]) -> Callable[..., Any]:
         return var_getattr(self, tx, name)
 
     return get
+
+
+def _through_locks(enter: Callable[..., Any]) -> Callable[..., Any]:
+    """Entering a block: of a lock it is one like any other, since one thread captures at a time."""
+
+    def setup_or_before_with(self: Any, inst: Any) -> None:
+        from torch._dynamo.variables.ctx_manager import NullContextVariable
+
+        given = self.stack[-1].realize()
+        if isinstance(getattr(given, "value", None), _LOCKS):
+            self.stack[-1] = NullContextVariable()
+        enter(self, inst)
+
+    return setup_or_before_with
 
 
 def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,11 +28,13 @@ from streamcnn.capture.refusals import refusal
 from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.subclasses import refuse_own_functions, refuse_shards, without_left_bases
 from streamcnn.capture.unguarded import Capture, capture_anew
-from streamcnn.errors import PlanDoesNotFit, StreamError
+from streamcnn.errors import PlanDoesNotFit, StreamError, UnsupportedModel
 from streamcnn.graph.flattening import TRACING, bound_known_fakes
 
 T = TypeVar("T")
 
+_FOR_SUCH_CODE = "holds code that can only be captured without values"
+"""What refusals say which would not be there if Dynamo could follow all of the code."""
 _MOST_BYTES = 2**63 - 1
 """That PyTorch counts."""
 
@@ -42,7 +44,8 @@ class ForwardPass:
 
     def __init__(self) -> None:
         self._guarded = GuardedForward()
-        self._unguardable: set[tuple[bool, bool]] = set()
+        self._unguardable: dict[tuple[bool, bool], str] = {}
+        """Modes in which Dynamo cannot follow the code, with what it says of it."""
 
     def __call__(
         self,
@@ -81,13 +84,19 @@ class ForwardPass:
             mode = (net.training, torch.is_grad_enabled())
             # Attributes of the image would be in no guard.
             can_try = mode not in self._unguardable and not vars(image)
+            said = self._unguardable.get(mode, "")
             if can_try:
-                with suppress(CannotBeGuarded):
+                try:
                     return self._guarded(net, image, args, kwargs, run_beside_others)
-            capture = _captured_anew(net, image, args, kwargs)
+                except CannotBeGuarded as error:
+                    said = str(error)
+            try:
+                capture = _captured_anew(net, image, args, kwargs)
+            except UnsupportedModel as error:
+                raise _naming_code(error, said) from error.__cause__
             # Where this fails as well, it is the image or an argument that is wrong.
             if can_try:
-                self._unguardable.add(mode)
+                self._unguardable[mode] = said
                 # What Dynamo leaves of its attempt refers to parameters, which could not be exchanged.
                 gc.collect()
             try:
@@ -171,6 +180,13 @@ def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs:
         raise
     except Exception as error:
         raise refusal(net, image, error) from error
+
+
+def _naming_code(error: UnsupportedModel, said: str) -> UnsupportedModel:
+    """A refusal for the sake of code that Dynamo cannot follow, with what that is."""
+    if not said or _FOR_SUCH_CODE not in str(error):
+        return error
+    return UnsupportedModel(f"{str(error).rstrip('.')}. What Dynamo says of that code: {said}")
 
 
 @contextmanager

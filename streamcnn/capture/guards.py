@@ -31,6 +31,7 @@ from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.dynamo_graphs import KeyedGraph, keyed_graph
 from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
 from streamcnn.capture.guarded_image import CannotBeGuarded, as_image
+from streamcnn.capture.lines import line_of
 from streamcnn.capture.unseen import Unseen
 from streamcnn.errors import StreamError
 from streamcnn.support.processes import all_processes
@@ -215,7 +216,8 @@ class _Captures:
         except Exception as error:
             if call.has_begun:
                 raise
-            raise CannotBeGuarded(first_line(error)) from error
+            line = line_of(str(error))
+            raise CannotBeGuarded(f"{first_line(error)} ({line})" if line else first_line(error)) from error
 
 
 class _Graphs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from streamcnn.capture.forward_pass import ForwardPass
 from streamcnn.ceiling.cuda import record_idle_memory
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.reader import BatchReader, Image, Preprocess
+from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
 from streamcnn.graph.flattening import TRACING, is_fake
 from streamcnn.plan.plan import Plan
@@ -149,6 +150,13 @@ class StreamingModel(ModuleFacade):
         if isinstance(self.preprocess, nn.Module):
             self.preprocess._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return super()._apply(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` would compile; a streamed pass is no script."""
+        raise UnsupportedModel(
+            "the model is given to torch.jit.script() or to a module that is: give it the module itself, "
+            "which is model.net"
+        )
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
