@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -131,3 +132,58 @@ def test_a_result_may_be_elsewhere() -> None:
     net.register_forward_hook(lambda module, inputs, output: output.to("meta"))
     found = StreamingModel(net, tile=16)(torch.randn(2, 3, 29, 37))
     assert (found.device.type, found.shape) == ("meta", (2, 4, 27, 35))
+
+
+def _tried(x: Tensor) -> Tensor:
+    try:
+        return x * float(x.mean())
+    except Exception:
+        return x * 3
+
+
+def _suppressed(x: Tensor) -> Tensor:
+    factor = 1.0
+    with contextlib.suppress(Exception):
+        factor = x.max().item()
+    return x * factor
+
+
+def _tried_as_array(x: Tensor) -> Tensor:
+    print(end="")
+    try:
+        return x * float(x.detach().numpy().mean())
+    except (RuntimeError, TypeError):
+        return x * 3
+
+
+def _tried_as_mask(x: Tensor) -> Tensor:
+    try:
+        return x + x[x > 0].mean()
+    except Exception:
+        return x
+
+
+def _tried_to_seed(x: Tensor) -> Tensor:
+    try:
+        torch.manual_seed(0)
+    except Exception:
+        return x * 3
+    return x
+
+
+@pytest.mark.parametrize("body", [_tried, _suppressed, _tried_as_array, _tried_as_mask, _tried_to_seed])
+def test_an_error_for_the_lack_of_values_is_not_caught_by_the_code(body: Body) -> None:
+    with pytest.raises(UnsupportedModel, match=r"captured|random state"):
+        StreamingModel(Net(body))(torch.randn(2, 3, 29, 37))
+
+
+def test_an_error_that_plain_pytorch_raises_is_caught_by_the_code() -> None:
+    def body(x: Tensor) -> Tensor:
+        print(end="")
+        try:
+            return x + torch.ones(5, 7)
+        except RuntimeError:
+            return x * 3
+
+    torch.manual_seed(0)
+    assert_streamed_equals_plain(Net(body), (2, 3, 29, 37), tile=16)

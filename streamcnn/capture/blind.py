@@ -63,10 +63,11 @@ def corrcoef(input: Tensor) -> Tensor:
     return found.clip(-1, 1)
 
 
-def observers_blind() -> AbstractContextManager[Any]:
+def observers_blind(forget: Callable[[Exception], None]) -> AbstractContextManager[Any]:
     """A block in which observers of quantisation take it that they have seen something.
 
-    They ask before they compute with it, and they have where what it is depends on the image.
+    They ask before they compute with it, and they have where what it is depends on the image. ``forget`` is
+    told of the error that is met then.
     """
     # PyTorch is to lose it.
     observer = sys.modules.get("torch.ao.quantization.observer")
@@ -77,7 +78,8 @@ def observers_blind() -> AbstractContextManager[Any]:
     def check(least: Tensor, largest: Tensor) -> bool:
         try:
             return bool(asked(least, largest))
-        except DataDependentOutputException:
+        except DataDependentOutputException as error:
+            forget(error)
             torch._assert_async((least <= largest).all(), "an observer's min is not less than its max")
             return True
 

@@ -6,7 +6,7 @@ activation checkpointing are recorded as ordinary ones; what cannot be followed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from typing import Any
@@ -33,25 +33,30 @@ from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, be
 
 
 @contextmanager
-def functions_replaced() -> Iterator[None]:
-    """A block in which this thread calls what stands for them."""
+def functions_replaced(
+    noting: Callable[[Callable[..., Any]], Callable[..., Any]], forget: Callable[[Exception], None]
+) -> Iterator[None]:
+    """A block in which this thread calls what stands for them.
+
+    ``noting`` wraps what may refuse, and ``forget`` is told of errors that are as good as not there.
+    """
     with (
-        replaced_here(torch.autograd.Function, "apply", _apply),
-        replaced_here(FunctionCtx, "mark_dirty", _refuse_dirty),
+        replaced_here(torch.autograd.Function, "apply", noting(_apply)),
+        replaced_here(FunctionCtx, "mark_dirty", noting(_refuse_dirty)),
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
-        observers_blind(),
+        observers_blind(forget),
         replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(Tensor, "as_subclass", _as_subclass),
-        replaced_here(saved_tensors_hooks, "__enter__", _enter_saved_tensors_hooks),
-        replaced_here(autograd_graph, "register_multi_grad_hook", refuse_multi_grad_hook),
+        replaced_here(saved_tensors_hooks, "__enter__", noting(_enter_saved_tensors_hooks)),
+        replaced_here(autograd_graph, "register_multi_grad_hook", noting(refuse_multi_grad_hook)),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         ExitStack() as functions,
     ):
         for module in (torch, torch.random):
             for name in SEEDING:
-                functions.enter_context(replaced_here(module, name, _refuse_seed))
+                functions.enter_context(replaced_here(module, name, noting(_refuse_seed)))
         for name in DEFAULTS:
-            functions.enter_context(replaced_here(torch, name, _refuse_default))
+            functions.enter_context(replaced_here(torch, name, noting(_refuse_default)))
         yield
 
 

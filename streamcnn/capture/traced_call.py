@@ -88,6 +88,14 @@ class TracedCall:
             if id(value) in real:
                 container[key] = real[id(value)]
 
+    def _called(self, image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the module returns, unless its code was given an error that plain PyTorch does not give."""
+        try:
+            return self.net(image, *args, **kwargs)
+        finally:
+            if self.noted.refusal is not None:
+                raise self.noted.refusal
+
     def result(self, values: Sequence[Any]) -> Any:
         """What the module returns, and keeps, given the results of its graph."""
         count = len(values) - len(self.places)
@@ -117,8 +125,8 @@ class TracedCall:
                 Watch(self.mode, proxy_of(image).node.name, known, self.noted),
             ):
                 scripted = [ScriptedAttributes(module) for module in self.net.modules()]
-                with functions_replaced():
-                    result = self.net(image, *args, **kwargs)
+                with functions_replaced(self.noted.noting, self.noted.forget):
+                    result = self._called(image, args, kwargs)
                 self.flags = {key: state.requires_grad for key, state in by_key.items()}
                 self.places = places_of_fakes(self.net, states)
                 self.exchanged = self._exchanged(own, by_key)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -28,6 +34,8 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of, record_hook
 from streamcnn.graph.in_place import resized
 
+T = TypeVar("T")
+
 _PLAIN = (Tensor, nn.Parameter)
 _COPIES = frozenset(
     getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__index__", "__int__")
@@ -38,6 +46,14 @@ _ASKED = _COPIES | {
 """Functions that give what they have found in values to Python."""
 _READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
 """Methods that give a tensor's values to Python; the last two, with the memory that they are in."""
+_WITHOUT_VALUES = (
+    UnsupportedModel,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+"""Errors for which tensors without values, and not the user's code, are the reason."""
 
 
 @dataclass(slots=True)
@@ -50,6 +66,36 @@ class Noted:
     """The tensors that functions have returned."""
     marks_image: bool = False
     """Whether it has changed if the image requires a gradient."""
+    refusal: Exception | None = None
+    """The first error that plain PyTorch would not have raised; the code may have caught it, and gone on
+    otherwise than in plain PyTorch."""
+
+    def note_refusal(self, error: Exception) -> None:
+        """Note such an error."""
+        self.refusal = self.refusal or error
+
+    def forget(self, error: Exception) -> None:
+        """Take an error for one that was not there."""
+        self.refusal = None if self.refusal is error else self.refusal
+
+    def noting(self, function: Callable[..., T]) -> Callable[..., T]:
+        """A function of ours that stands for one of PyTorch's, with its refusals noted."""
+
+        def noted(*args: Any, **kwargs: Any) -> T:
+            try:
+                return function(*args, **kwargs)
+            except UnsupportedModel as error:
+                self.note_refusal(error)
+                raise
+
+        return noted
+
+
+def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call that has failed would have succeeded on a tensor with values."""
+    if func in (Tensor.numpy, Tensor.__array__):
+        return not args[0].requires_grad
+    return func in _READS or func is Tensor.__format__
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
@@ -86,6 +132,14 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        try:
+            return self._called(func, args, kwargs or {})
+        except Exception as error:
+            if isinstance(error, _WITHOUT_VALUES) or _needs_values(func, args):
+                self.noted.note_refusal(error)
+            raise
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_inference_mode_enabled() and not self.infers:
             raise UnsupportedModel(
                 "the forward pass enters torch.inference_mode(), whose tensors have no gradient anywhere: "
@@ -93,13 +147,13 @@ class Watch(TorchFunctionMode):
             )
         if func in _READS and self._is_from_outside(args[0]):
             with beside_the_trace():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
         if func in _ASKED:
-            found = called_on_values(func, args, kwargs or {}, self._values)
+            found = called_on_values(func, args, kwargs, self._values)
             if found is not NotImplemented:
                 return found
         func = BLIND.get(func, func)
-        args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func == Tensor._version.__get__:  # type: ignore[attr-defined]
