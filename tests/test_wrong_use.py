@@ -249,6 +249,7 @@ class Unreadable(TensorSource):
         ([], DatasetMismatch, "a batch of 0 images"),
         ({"image": torch.zeros(1, 3, 8, 8)}, TypeError, "the image is a dict: allowed are a tensor"),
         ("a.png", TypeError, "the image is a str: allowed are a tensor"),
+        (np.zeros((3, 8, 8)), TypeError, "the image is a ndarray: .* a NumPy array in ArraySource"),
         (None, TypeError, r"the image is a NoneType: allowed are a tensor \(N, C, H, W\), an ImageSource"),
     ],
 )

@@ -183,6 +183,13 @@ class FileSource(ImageSource):
         """The pixels ``(C, h, w)`` of a region that holds some, in any memory order and byte order."""
 
 
+_HOW_TO_WRAP = (
+    "wrap a tensor in TensorSource, a NumPy array in ArraySource (numpy.asarray of a PIL image, what "
+    "rasterio or tifffile has read), a zarr array in ZarrSource, and open a file with open_image, all of "
+    "them of streamcnn.data.sources"
+)
+
+
 def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     """The images of a batch as a list, where all have one shape and dtype.
 
@@ -193,11 +200,12 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     TypeError
         If it is no sequence, or something in it is no `ImageSource`.
     """
-    # Of these a list would take the keys or the letters.
-    if not isinstance(image, (ImageSource, Iterable)) or isinstance(image, (Mapping, str, bytes)):
+    # Of these a list would take the keys, the letters or the rows.
+    has_parts = isinstance(image, (Mapping, str, bytes)) or hasattr(image, "__array__")
+    if not isinstance(image, ImageSource) and (has_parts or not isinstance(image, Iterable)):
         raise TypeError(
             f"the image is a {type(image).__name__}: allowed are a tensor (N, C, H, W), an ImageSource, and "
-            "a list of them"
+            f"a list of them; {_HOW_TO_WRAP}"
         )
     sources = [image] if isinstance(image, ImageSource) else list(image)
     if not sources:
@@ -206,7 +214,7 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
         if not isinstance(source, ImageSource):
             raise TypeError(
                 f"image {position} of the batch is a {type(source).__name__}: allowed is an ImageSource; "
-                "wrap a tensor in TensorSource, open a file with open_image"
+                f"{_HOW_TO_WRAP}"
             )
         if (source.shape, source.dtype) != (sources[0].shape, sources[0].dtype):
             raise DatasetMismatch(
