@@ -53,8 +53,9 @@ def as_shape(shape: Any) -> tuple[int, int, int, int]:
 def like_image(image: Image, results: Any) -> Any:
     """The results of a module, as tensors of the image's class if that is a subclass of Tensor.
 
-    Plain PyTorch returns them so. In a pass some are of that class and some, read from stores, are not. A class
-    that says itself what functions do with it, as MONAI's MetaTensor does, gets each as a function's result.
+    Plain PyTorch returns them so. In a pass some are of that class and some, read from stores, are not. A
+    class that says itself what functions do with it, as MONAI's MetaTensor does, gets each as a function's
+    result.
     """
     kind: Any = type(image)
     if not isinstance(image, Tensor) or kind is Tensor:
