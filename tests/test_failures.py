@@ -76,7 +76,7 @@ FORWARD = [
     (BatchReader, "read", 5),
     (ZarrStore, "write", 0),
     (ZarrStore, "write", 4),
-    (ZarrStore, "read", 3),
+    (ZarrStore, "reserve", 3),
     (ZarrStore, "__init__", 0),
     (SpillFolder, "__init__", 0),
     (TileRun, "evaluate_operator", 10),
@@ -86,7 +86,7 @@ FORWARD = [
 ]
 BACKWARD = [
     (BatchReader, "read", 2),
-    (ZarrStore, "read", 2),
+    (ZarrStore, "reserve", 2),
     (ZarrStore, "add", 0),
     (ZarrStore, "add", 3),
     (TileRun, "evaluate_operator", 4),

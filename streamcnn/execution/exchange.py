@@ -58,9 +58,8 @@ class Exchange:
 
         ``ahead`` are the same inputs, if they were prepared.
         """
-        if ahead:
-            return [each.tile() for each in ahead]
-        return [self._input(each, tile, step) for each in step.inputs]
+        incoming = ahead or (self._incoming(each, tile, step) for each in step.inputs)
+        return [each.tile() for each in incoming]
 
     def prepare(self, step: Step, tile: Tile) -> list[Incoming]:
         """The step's inputs for a tile, to be read while the tile before it is computed."""
@@ -75,35 +74,23 @@ class Exchange:
                 return self._maps.reserve_gradient(name, tile.own(name))
             case Source.STORED:
                 return self._maps.reserve(name, tile.own(name))
-            case _:
-                return Deferred(partial(self._input, wanted, tile, step))
-
-    def end_phase(self) -> None:
-        """Drop what only the tiles of one phase need."""
-        self._cast.clear()
-
-    def _input(self, wanted: Input, tile: Tile, step: Step) -> Tensor:
-        name = wanted.name
-        found: Tensor | None
-        match wanted.source:
-            case Source.MAP:
-                found = self._maps.read(name, tile.needed(name))
             case Source.VALUE:
-                found = self._global_graph.values[name] if name not in step.casts else self._as(name, step)
-            case Source.GRADIENT:
-                found = self._maps.read_gradient(name, tile.own(name))
-            case Source.STORED:
-                found = self._maps.read(name, tile.own(name))
+                return Deferred(partial(self._value, name, step))
             case Source.TERM:
-                found = self._global_graph.gradient_terms[name][wanted.index]
-        assert found is not None
-        return found
+                return Deferred(partial(self._term, name, wanted.index))
 
-    def _as(self, name: str, step: Step) -> Tensor:
+    def _value(self, name: str, step: Step) -> Tensor:
         """A global value in the type that a step takes it in."""
+        value: Tensor = self._global_graph.values[name]
+        if name not in step.casts:
+            return value
         if name not in self._cast:
-            self._cast[name] = self._global_graph.values[name].to(step.casts[name])
+            self._cast[name] = value.to(step.casts[name])
         return self._cast[name]
+
+    def _term(self, reduction: str, index: int) -> Tensor:
+        """One of the terms that the gradient of a reduction's results is computed from."""
+        return self._global_graph.gradient_terms[reduction][index]
 
     def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
         """Pass on what was computed for a tile, each output before the next one is asked for."""
@@ -123,6 +110,10 @@ class Exchange:
             case Sink.MAP_GRADIENT:
                 assert output.part is not None
                 self._combiner.add_map_gradient(name, _in_whole(output.part, tile.needed(name)), value)
+
+    def end_phase(self) -> None:
+        """Drop what only the tiles of one phase need."""
+        self._cast.clear()
 
 
 def fetch(incoming: Iterable[Incoming]) -> None:

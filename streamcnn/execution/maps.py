@@ -73,7 +73,7 @@ class Maps:
         return self._checkpoints[name].read(part)
 
     def reserve(self, name: str, part: Region) -> Incoming:
-        """The same, but the values may arrive while something else is computed."""
+        """The same, but the values of a stored map may arrive while something else is computed."""
         if name in self._checkpoints:
             return self._checkpoints[name].reserve(part)
         return Deferred(partial(self.read, name, part))
@@ -100,12 +100,8 @@ class Maps:
         """The maps that a gradient has come to."""
         return list(self._gradients)
 
-    def read_gradient(self, name: str, part: Region) -> Tensor:
-        """A region of a gradient map; not to be written to."""
-        return self._gradients[name].read(part)
-
     def reserve_gradient(self, name: str, part: Region) -> Incoming:
-        """The same, but the values may arrive while something else is computed."""
+        """A region of a gradient map, not to be written to; as of :meth:`reserve`."""
         return self._gradients[name].reserve(part)
 
     def add_gradient(self, name: str, part: Region, gradient: Tensor, *, may_keep: bool = False) -> None:
