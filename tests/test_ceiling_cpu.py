@@ -300,3 +300,14 @@ def test_without_memory_for_its_description_the_heap_is_unknown(monkeypatch: pyt
     assert heap.HoleFiller().nbytes == 0
     # That ends the process where there is no stream to write to.
     library.malloc_info.assert_not_called()
+
+
+def test_a_block_is_over_though_its_measurement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = DataLimit(None)
+    monkeypatch.setattr(limit._gauge, "close", MagicMock(side_effect=OSError("too many open files")))
+    with pytest.raises(OSError, match="too many"), limit:
+        pass
+    monkeypatch.undo()
+    with DataLimit(None) as later:
+        assert not later.is_shared
+    limit.close()

@@ -47,6 +47,21 @@ def test_a_child_forked_within_a_block_is_told_nothing_of_the_card(monkeypatch: 
         monkeypatch.undo()
 
 
+def test_a_block_is_over_though_its_cap_cannot_be_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge = Gauge(GPU, None, {}, cuda=FakeCuda())
+
+    def refuse(owner: object) -> None:
+        raise RuntimeError("the card is lost")
+
+    monkeypatch.setattr(gauge, "uncap", refuse)
+    with pytest.raises(RuntimeError, match="is lost"), CudaLimit(gauge, BUDGET) as limit:
+        pass
+    monkeypatch.undo()
+    with CudaLimit(gauge, BUDGET) as later:
+        assert not later.is_shared
+    limit.close()
+
+
 def test_only_blocks_of_one_card_share_their_peak() -> None:
     first, second = (Gauge(torch.device("cuda", index), None, {}, cuda=FakeCuda()) for index in range(2))
     with CudaLimit(first, BUDGET) as one, CudaLimit(second, BUDGET) as other:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -164,11 +165,13 @@ class DataLimit:
 
     def close(self) -> None:
         """Lift the limit and end the measurement. Closing again does what an interrupt has left undone."""
-        if self._blocks is not None:
-            self._blocks.leave()
-        data_caps.drop(self)
-        self._gauge.close()
-        entered_limits.pop(self, None)
+        # Called in reverse, and each even if another one fails.
+        with ExitStack() as closing:
+            closing.callback(entered_limits.pop, self, None)
+            closing.callback(self._gauge.close)
+            closing.callback(data_caps.drop, self)
+            if self._blocks is not None:
+                closing.callback(self._blocks.leave)
 
     def keep_blocks(self, nbytes: int) -> None:
         """Let tensors and free blocks take so many bytes together; free blocks beyond that go back."""

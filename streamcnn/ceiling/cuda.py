@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -134,11 +135,19 @@ class CudaLimit:
 
     def close(self) -> None:
         """Lift the cap and end the measurement. Closing again does what an interrupt has left undone."""
-        self._sampler.close()
-        self._gauge.uncap(self)
+        # Called in reverse, and each even if another one fails.
+        with ExitStack() as closing:
+            closing.callback(self._leave)
+            closing.callback(self._measure_last)
+            closing.callback(self._gauge.uncap, self)
+            closing.callback(self._sampler.close)
+
+    def _measure_last(self) -> None:
         if self._final is None and self._is_measuring:
             self._sampler.sample()
             self._final = self._peak()
+
+    def _leave(self) -> None:
         while self in _active:
             _active.remove(self)
 
