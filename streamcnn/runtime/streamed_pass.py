@@ -27,6 +27,7 @@ from streamcnn.graph.program import Ref, refs_in
 from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.runtime.pass_stores import PassStores, check_disk
 from streamcnn.runtime.plan_cache import Captured, Planned
+from streamcnn.runtime.random_state import RandomState
 from streamcnn.runtime.refused_memory import refusal
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
@@ -105,7 +106,7 @@ class Pass:
         held = sum(batch.held_bytes for batch in self.batches)
         self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
-        self.random_state = _random_state(reader.device)
+        self.random_state = RandomState.now(reader.device)
         self.taken = Taken()
         self._begin(planned)
 
@@ -176,24 +177,24 @@ class Pass:
 
     def forward(self) -> dict[str, Tensor]:
         """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
-        state = _random_state(self.execution.device)
+        state = RandomState.now(self.execution.device)
 
         def undo() -> None:
             self.close()
-            _set_random_state(state, self.execution.device)
+            state.restore()
 
         return undoing(self._forward, undo)
 
     def _forward(self) -> dict[str, Tensor]:
         """A forward pass, begun again where it is refused memory."""
-        state = _random_state(self.execution.device)
+        state = RandomState.now(self.execution.device)
         while True:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
                 values = self._limited("forward", self._run_forward)
                 break
             except BudgetExceeded as error:
-                _set_random_state(state, self.execution.device)
+                state.restore()
                 self._begin_again(error)
             # Only once the error is gone: its traceback holds the tile's tensors.
             self.ceiling.empty_cache()
@@ -285,14 +286,14 @@ class Pass:
 
     def _repeat_forward(self) -> None:
         """The forward pass once more, for its stored maps: buffers and random state stay."""
-        present = _random_state(self.reader.device)
+        present = RandomState.now(self.reader.device)
 
         def repeat() -> None:
-            _set_random_state(self.random_state, self.reader.device)
+            self.random_state.restore()
             with torch.enable_grad():
                 self._limited("forward", self._run_forward)
 
-        cleaning_up(repeat, lambda: _set_random_state(present, self.reader.device))
+        cleaning_up(repeat, present.restore)
 
     def _run_forward(self) -> dict[str, Tensor]:
         """Decode images that are only decoded whole, and run the forward pass, both under the ceiling."""
@@ -391,14 +392,3 @@ def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepSha
         carried_out.add(shape)
 
     return after_step
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The random states of the host and of the device, if that is another."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
