@@ -35,28 +35,20 @@ class GlobalBytes:
         self.backend = backend
         self.reading = reading
         self.differentiated = differentiated
-        nodes, segments = program.nodes, staging.segments
-        self.last = max(segments, default=0)
+        self.last = max(staging.segments, default=0)
         """The level of the resident tail."""
-        self.num_kernels = np.zeros(max((self.last, *staging.levels.values())) + 1, np.int64)
+        self.num_kernels = _num_kernels(program, staging, max((self.last, *staging.levels.values())) + 1)
         """By level: different convolutions among its global values."""
-        for level, names in segments.items():
-            routines = (cost_of(nodes[name].target).routine for name in names)
-            self.num_kernels[level] = sum(routine is Routine.CONVOLUTION for routine in routines)
         readers = _readers_elsewhere(program, staging.levels)
         asked = {*readers, *program.output_names, *program.updates.values()}
         by_level = {
             level: ResidentBytes(program, names, backend, differentiated, asked)
-            for level, names in {0: (), **segments}.items()
+            for level, names in {0: (), **staging.segments}.items()
         }
-        staying, arriving = np.zeros_like(self.num_kernels), np.zeros_like(self.num_kernels)
+        staying = np.zeros_like(self.num_kernels)
         for level, each in by_level.items():
             staying[level] = each.staying
-        for name, kinds in readers.items():
-            # The gradients of promoted values are gradient maps, counted below.
-            if name in differentiated and kinds != {Kind.PROMOTED}:
-                arriving[staging.levels[name]] += nodes[name].tensor.gradient_bytes
-        self.held = self._held(program, staging, staying, arriving)
+        self.held = self._held(program, staging, staying, self._arriving(program, staging, readers))
         """What of this is held beside the steps of a pass."""
         self.opening = LevelBytes.of(1, *self._always(1), (OPENING, np.array([reading.opening])))
         """While images that are decoded whole are read for the first time, before anything else: its only
@@ -83,7 +75,7 @@ class GlobalBytes:
         staying
             By level: bytes of its global values that are there until they are differentiated.
         arriving
-            By level: bytes of the gradients that later phases and segments bring to these.
+            By level: bytes of the gradients that come to these.
         """
         num_levels = len(self.num_kernels)
         always = LevelBytes.of(num_levels, *self._always(num_levels))
@@ -104,6 +96,15 @@ class GlobalBytes:
         before = LevelBytes.of(num_levels, ("parameter gradients so far", given - states))
         parameters = LevelBytes.of(num_levels, ("parameter gradients", given))
         return HeldBytes(forward, forward + before + others + taken, values + parameters + others + flowing)
+
+    def _arriving(self, program: Program, staging: Staging, readers: Mapping[str, set[Kind]]) -> Ints:
+        """By level: bytes of the gradients that later phases and segments bring to its global values."""
+        arriving = np.zeros_like(self.num_kernels)
+        for name, kinds in readers.items():
+            # Gradients of values that are only promoted are gradient maps, which are counted as such.
+            if name in self.differentiated and kinds != {Kind.PROMOTED}:
+                arriving[staging.levels[name]] += program.nodes[name].tensor.gradient_bytes
+        return arriving
 
     def _gradient_maps(self, program: Program, staging: Staging) -> tuple[LevelBytes, LevelBytes]:
         """Gradients of the image and of promoted values, which are always in memory.
@@ -137,6 +138,15 @@ class GlobalBytes:
                 transient = self.reading.of_map(read, program.nodes[read].size).transient
                 nbytes[levels[node.name]] = max(nbytes[levels[node.name]], transient)
         return nbytes
+
+
+def _num_kernels(program: Program, staging: Staging, num_levels: int) -> Ints:
+    """By level: different convolutions among its global values."""
+    found = np.zeros(num_levels, np.int64)
+    for level, names in staging.segments.items():
+        routines = (cost_of(program.nodes[name].target).routine for name in names)
+        found[level] = sum(routine is Routine.CONVOLUTION for routine in routines)
+    return found
 
 
 def with_gradient_maps(program: Program, differentiated: Collection[str]) -> frozenset[str]:
