@@ -173,13 +173,13 @@ def test_a_tile_that_is_the_map_is_not_changed(monkeypatch: pytest.MonkeyPatch) 
     num_gradients = 0
     original = MemoryStore._keep
 
-    def keep(store: MemoryStore, tile: Tensor, *, is_read: bool) -> None:
+    def keep(store: MemoryStore, tile: Tensor, *, is_shared: bool) -> None:
         nonlocal num_gradients
-        if is_read:
+        if is_shared:
             kept.append((tile, tile.clone()))
         else:
             num_gradients += 1
-        original(store, tile, is_read=is_read)
+        original(store, tile, is_shared=is_shared)
 
     monkeypatch.setattr(memory, "_keeps_tiles", lambda device, zeroed: True)
     monkeypatch.setattr(MemoryStore, "_keep", keep)
