@@ -109,9 +109,10 @@ def test_what_is_decoded_whole_is_in_the_plan_and_in_the_measured_peak(folder: P
     assert source.held_bytes == HELD
     result.sum().backward()
     assert source.held_bytes == 0
-    report = model.last_report
-    assert report is not None
-    assert HELD < report.measured_bytes <= plan.projected_bytes  # type: ignore[operator]
+    assert HELD < model.last_report.measured_bytes <= plan.budget  # type: ignore[union-attr,operator]
+    # Pages of the decoder's code are read in the first pass of a process, and are in no plan.
+    model(source).sum().backward()
+    assert HELD < model.last_report.measured_bytes <= plan.projected_bytes  # type: ignore[union-attr,operator]
     # Pixels that were decoded before the pass count as well.
     source.read(CORNER)
     with torch.no_grad():
