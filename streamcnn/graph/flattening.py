@@ -35,6 +35,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.func_stretches import leaves_stretch, nesting, stretches_of
 from streamcnn.graph.schemas import names_a_collective
 
 _INLINED = frozenset(
@@ -252,7 +253,7 @@ class Inliner(Interpreter):
     """Runs a captured graph, inlining bodies that are part of it and recording others whole."""
 
     def __init__(self, module: GraphModule, through: Callable[..., Any] | None = None) -> None:
-        super().__init__(_with_regions_folded(module), garbage_collect_values=False)
+        super().__init__(_with_stretches_folded(module), garbage_collect_values=False)
         self._through = through
         """A function of the capture itself that stands for its argument."""
         self._node: FxNode | None = None
@@ -371,23 +372,21 @@ def _bound(
 # --- regions under vmap ----------------------------------------------------------------------------------
 
 
-def _with_regions_folded(module: GraphModule) -> GraphModule:
+def _with_stretches_folded(module: GraphModule) -> GraphModule:
     """``module`` with each stretch of calls under a functorch transform as one call."""
-    if not any(_nesting(node) > 0 for node in module.graph.nodes):
+    nodes = list(module.graph.nodes)
+    if not any(nesting(node) > 0 for node in nodes):
         return module
     graph = torch.fx.Graph()
     copies: dict[FxNode, FxNode] = {}
-    region: list[FxNode] = []
-    depth = 0
-    for node in module.graph.nodes:
-        depth += _nesting(node)
-        if depth > 0 or region:
-            region.append(node)
-            if depth == 0:
-                _fold(module, region, graph, copies)
-                region = []
-        else:
+    stretches = stretches_of(nodes)
+    for node in nodes:
+        stretch = stretches.get(node)
+        if stretch is None:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif node is stretch.own[-1]:
+            given = [each for each in stretch.own if leaves_stretch(each, stretches)]
+            _fold(module, stretch.nodes, given, graph, copies)
     return GraphModule(module, graph)
 
 
@@ -395,36 +394,32 @@ def is_plain(module: GraphModule) -> bool:
     """Whether all calls of a captured graph are recorded as what they compute, none as it is, whole."""
     has_bodies = any(isinstance(child, GraphModule) for child in module.children())
     return not has_bodies and not any(
-        isinstance(node.target, Whole) or _nesting(node) for node in module.graph.nodes
+        isinstance(node.target, Whole) or nesting(node) for node in module.graph.nodes
     )
 
 
-def _nesting(node: FxNode) -> int:
-    """1 where a functorch transform begins, -1 where it ends."""
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    if name.endswith(("_increment_nesting", "enter_dual_level")):
-        return 1
-    return -1 if name.endswith(("_decrement_nesting", "exit_dual_level")) else 0
-
-
 def _fold(
-    module: GraphModule, region: Sequence[FxNode], graph: torch.fx.Graph, copies: dict[FxNode, FxNode]
+    module: GraphModule,
+    stretch: Sequence[FxNode],
+    given: Sequence[FxNode],
+    graph: torch.fx.Graph,
+    copies: dict[FxNode, FxNode],
 ) -> None:
-    inside = set(region)
-    taken = dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
-    given = [node for node in region if any(user not in inside for user in node.users)]
+    """Add one call of all of ``stretch`` to ``graph``, and the values that it gives."""
+    inside = set(stretch)
+    taken = dict.fromkeys(n for node in stretch for n in node.all_input_nodes if n not in inside)
     body = torch.fx.Graph()
     inner = {node: body.placeholder(node.name) for node in taken if node.op != "get_attr"}
     for node in taken:
         if node.op == "get_attr":
             inner[node] = body.node_copy(node)
-    for node in region:
+    for node in stretch:
         inner[node] = body.node_copy(node, inner.__getitem__)
     body.output(tuple(inner[node] for node in given))
     operands = tuple(copies[node] for node in taken if node.op != "get_attr")
     whole = Whole("torch.func", GraphModule(module, body))
     call = graph.call_function(whole, operands)
-    call.meta.update(region[0].meta)
+    call.meta.update(stretch[0].meta)
     call.meta["example_value"] = tuple(node.meta["example_value"] for node in given)
     for index, node in enumerate(given):
         copies[node] = graph.call_function(operator.getitem, (call, index))

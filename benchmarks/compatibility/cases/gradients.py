@@ -174,6 +174,31 @@ def _scale_freezes(model: Any, net: Any, record: Record) -> None:
     record.run(model)
 
 
+class Clipped(Function):
+    """Clips at a number that a parameter holds, and quantises below it (PACT)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: Tensor) -> Tensor:
+        ctx.save_for_backward(x, limit)
+        return (x.clamp(0, limit.item()) * (15 / limit)).round() * (limit / 15)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, limit = ctx.saved_tensors
+        inside = (x >= 0) & (x <= limit.item())
+        return gradient * inside, (gradient * (x >= limit)).sum().view(1)
+
+
+@CASES("autograd.Function: it reads a parameter's value (PACT)", passes(2))
+class Quantised(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = nn.Parameter(torch.ones(1))
+
+    def middle(self, x: Tensor) -> Tensor:
+        return Clipped.apply(x, self.limit)
+
+
 @CASES("autograd.Function: ctx.needs_input_grad, once_differentiable", _scale_freezes)
 class NeedsInputGradient(Small):
     def __init__(self) -> None:
@@ -573,3 +598,29 @@ class BackwardInside(Small):
 class FunctionalGradient(Small):
     def late(self, v: Tensor) -> Tensor:
         return v + torch.func.grad(lambda u: torch.tanh(u).pow(3).sum())(v)
+
+
+def _pulled_back(x: Tensor) -> Tensor:
+    y, pull_back = torch.func.vjp(torch.tanh, x)
+    return y + pull_back(x.detach().sin())[0]
+
+
+def _pulled_back_twice(v: Tensor) -> Tensor:
+    _, pull_back, other = torch.func.vjp(lambda a, b: (a * b, a + b), v, v.cos(), has_aux=True)
+    left, right = pull_back(F.layer_norm(other, other.shape[1:]))
+    return left + right + pull_back(v)[1]
+
+
+def _curvature(v: Tensor) -> Tensor:
+    slopes = torch.func.jacrev(lambda u: torch.tanh(u).pow(3).sum(1))(v)
+    return slopes.sum(1) + torch.func.hessian(lambda u: torch.tanh(u).pow(3).sum())(v).sum((0, 1))
+
+
+CASES.on_map("torch.func.vjp inside forward, of a map", _pulled_back)
+CASES.on_vector("torch.func.vjp inside forward, pulled back twice", _pulled_back_twice)
+CASES.on_vector("torch.func.jacrev and hessian inside forward", _curvature)
+CASES.on_vector(
+    "torch.func.vjp inside forward, with random numbers",
+    lambda v: torch.func.vjp(lambda u: F.dropout(u).square(), v)[1](v)[0],
+    expected="draws random numbers in a function that vjp",
+)

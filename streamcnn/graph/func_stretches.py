@@ -1,0 +1,126 @@
+"""Stretches of a graph that Dynamo has made whose calls stand under a transform of ``torch.func``.
+
+A stretch goes from where a transform begins to where it ends, and is carried out in one piece: its tensors
+are wrapped, and mean something inside of it alone. One exception: the function that ``vjp`` returns, and what
+is built on it as ``jacrev`` is, asks for gradients of wrapped tensors after the transform has ended. Such a
+call is a stretch by itself, which begins by carrying out again what it asks for the gradients of.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
+
+from streamcnn.errors import UnsupportedModel
+
+_GRADIENTS = "_autograd_grad"
+"""What PyTorch calls the function that its transforms ask for gradients, given outputs and inputs first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """Calls that are carried out in one piece."""
+
+    own: list[FxNode] = field(default_factory=list)
+    repeats: list[Stretch] = field(default_factory=list)
+    """What is carried out again in front of them, in order."""
+
+    @property
+    def nodes(self) -> list[FxNode]:
+        """All calls, in order."""
+        return [*(node for stretch in self.repeats for node in stretch.own), *self.own]
+
+
+def nesting(node: FxNode) -> int:
+    """1 where a transform begins, -1 where it ends."""
+    name = _name_of(node) if node.op == "call_function" else ""
+    if name.endswith(("_increment_nesting", "enter_dual_level")):
+        return 1
+    return -1 if name.endswith(("_decrement_nesting", "exit_dual_level")) else 0
+
+
+def stretches_of(nodes: Sequence[FxNode]) -> dict[FxNode, Stretch]:
+    """The stretch of each call that stands in one.
+
+    Raises
+    ------
+    UnsupportedModel
+        If calls that would have to be repeated draw random numbers.
+    """
+    found: dict[FxNode, Stretch] = {}
+    depth = 0
+    stretch = Stretch()
+    for node in nodes:
+        inside = depth > 0
+        depth += nesting(node)
+        if inside or depth > 0:
+            found[node] = stretch
+        elif _asks_for_gradients(node):
+            found[node] = Stretch()
+        elif node.target is operator.getitem and _asks_for_gradients(node.args[0]):
+            found[node] = found[node.args[0]]  # type: ignore[index]
+        else:
+            continue
+        found[node].own.append(node)
+        for earlier in _repeated(node, found):
+            _add(found[node], earlier)
+        if inside and depth == 0:
+            stretch = Stretch()
+    return found
+
+
+def leaves_stretch(node: FxNode, stretches: dict[FxNode, Stretch]) -> bool:
+    """Whether something reads the result of a call in a stretch that does not carry it out itself."""
+    own = stretches[node]
+
+    def has_it(user: FxNode) -> bool:
+        other = stretches.get(user)
+        return other is own or (other is not None and own in other.repeats)
+
+    return not all(map(has_it, node.users))
+
+
+def _repeated(node: FxNode, found: dict[FxNode, Stretch]) -> Iterator[Stretch]:
+    """Earlier stretches in which tensors are wrapped that a call asks for gradients of."""
+    if _asks_for_gradients(node):
+        for each in pytree.tree_leaves(node.args[:2]):
+            if isinstance(each, FxNode) and found.get(each, found[node]) is not found[node]:
+                yield found[each]
+
+
+def _add(stretch: Stretch, earlier: Stretch) -> None:
+    for each in (*earlier.repeats, earlier):
+        if each not in stretch.repeats:
+            if any(map(_draws, each.own)):
+                raise UnsupportedModel(
+                    "the forward pass draws random numbers in a function that vjp, jacrev or hessian of "
+                    "torch.func is given: draw them outside, and give them to the function"
+                )
+            stretch.repeats.append(each)
+
+
+def _asks_for_gradients(node: Any) -> bool:
+    return isinstance(node, FxNode) and node.op == "call_function" and _name_of(node) == _GRADIENTS
+
+
+def _name_of(node: FxNode) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _draws(node: FxNode) -> bool:
+    """Whether a call draws random numbers, by its name in Python."""
+    name = _name_of(node)
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    overloads = (getattr(packet, each) for each in packet.overloads()) if packet is not None else ()
+    return "dropout" in name or any(_is_seeded(each) for each in overloads)
+
+
+def _is_seeded(overload: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in overload.tags
