@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -64,6 +65,16 @@ def _why_not_local(tracer: Tracer, call: Call, whole: Whole, like: Tensor) -> st
     if len(operands) != len(call.args):
         return "it takes other operands than tensors"
     inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=like.device) for spec in operands]
+    try:
+        return _why_not_linear(forward, backward, inputs, like)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return "its code reads values"
+
+
+def _why_not_linear(
+    forward: GraphModule, backward: GraphModule, inputs: list[Tensor], like: Tensor
+) -> str | None:
+    """Why it is not certain that both bodies are pointwise, and the second one linear in the gradient."""
     traced = _traced(forward, inputs)
     if not _is_pointwise(traced, like.shape):
         return "its forward pass is not pointwise"
