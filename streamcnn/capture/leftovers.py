@@ -21,6 +21,8 @@ from torch.nn.modules import module as module_hooks
 from streamcnn.capture.scripts import ScriptedAttributes
 from streamcnn.errors import UnsupportedModel
 
+CONTAINERS = (dict, list, deque)
+"""What a forward pass may put tensors into."""
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -56,15 +58,21 @@ def _exchanged(held: Any, path: tuple[int, ...], value: Tensor | None) -> Any:
     return type(held)(*parts) if hasattr(held, "_fields") else type(held)(parts)
 
 
-def places_of_fakes(net: nn.Module, states: Sequence[Tensor]) -> list[Place]:
-    """Where submodules keep traced tensors other than the states that stand in for their own."""
+def places_of_fakes(net: nn.Module, states: Sequence[Tensor], given: Sequence[Any]) -> list[Place]:
+    """Where submodules, and containers that were ``given``, keep traced tensors other than the states that
+    stand in for their own."""
     known = set(map(id, states))
     return [
         Place(container, key, path)
-        for container, key, value in entries(net)
+        for container, key, value in (*entries(net), *entries_of(given))
         for path, held in _in_tuples(value)
         if isinstance(held, FakeTensor) and id(held) not in known
     ]
+
+
+def containers_in(values: Sequence[Any]) -> list[Any]:
+    """The lists and dicts among ``values``, or in tuples there."""
+    return [held for value in values for _, held in _in_tuples(value) if isinstance(held, CONTAINERS)]
 
 
 def _in_tuples(value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
@@ -103,9 +111,14 @@ def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]
 def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
     """Attributes of submodules, and what lists and dicts among them or in tuples hold: container, key and
     value."""
-    seen: set[int] = set()
     scripted = [ScriptedAttributes(module) for module in net.modules()]
-    pending: list[Any] = [*(vars(module) for module in net.modules()), *scripted]
+    return entries_of([*(vars(module) for module in net.modules()), *scripted])
+
+
+def entries_of(containers: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """What containers hold, and what lists and dicts in them do: container, key and value."""
+    seen: set[int] = set()
+    pending = list(containers)
     while pending:
         container = pending.pop()
         if id(container) in seen:
@@ -114,7 +127,7 @@ def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
         for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
             yield container, key, value
             held = (inner for _, inner in _in_tuples(value))
-            pending += [inner for inner in held if isinstance(inner, (dict, list, deque))]
+            pending += [inner for inner in held if isinstance(inner, CONTAINERS)]
 
 
 _NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)
@@ -122,9 +135,9 @@ _NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, ty
 
 
 class Snapshot:
-    """The attributes of all submodules, and the contents of containers among them."""
+    """The attributes of all submodules, and the contents of containers among them and among ``arguments``."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, arguments: Sequence[Any] = ()) -> None:
         self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
         self._scripted = [(module, ScriptedAttributes(module)) for module in net.modules()]
         self._contents: dict[int, tuple[Any, Any]] = {}
@@ -132,6 +145,8 @@ class Snapshot:
         for _, _, attributes in self._modules:
             for value in attributes.values():
                 self._keep(value)
+        for container in containers_in(arguments):
+            self._keep(container)
 
     def _keep(self, value: Any) -> None:
         if isinstance(value, (list, dict, set, deque)) and id(value) not in self._contents:

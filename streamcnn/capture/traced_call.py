@@ -22,8 +22,11 @@ from torch.utils import _pytree as pytree
 from streamcnn.capture.capture import module_states
 from streamcnn.capture.known_values import KnownValues
 from streamcnn.capture.leftovers import (
+    CONTAINERS,
     Place,
+    containers_in,
     entries,
+    entries_of,
     places_of_fakes,
     refuse_new_parameters,
     refuse_scripted_tensors,
@@ -48,6 +51,10 @@ class TracedCall:
     ) -> None:
         self.net = net
         self.arguments = (args, kwargs)
+        self.containers = containers_in((*args, *kwargs.values()))
+        """Among the arguments."""
+        self._given: dict[int, tuple[Any, Any]] = {}
+        """What stands in containers for something that was given, with that, by its identity."""
         self.states = states
         self.mode = mode
         self.keys = {id(tensor): key for key, tensor in states.items()}
@@ -81,11 +88,36 @@ class TracedCall:
             if isinstance(value, Tensor) and id(value) in self.keys and id(value) not in registered:
                 container[key] = fakes[self.keys[id(value)]]
 
+    def _traced_arguments(self, fakes: Mapping[str, Tensor]) -> Any:
+        """Arguments and named ones with stand-ins in the places of tensors.
+
+        Lists and dicts are those that were given, since the call may put something into them.
+        """
+
+        def traced(leaf: Any) -> Any:
+            return fakes[self.keys[id(leaf)]] if id(leaf) in self.keys else leaf
+
+        def whole_or_traced(value: Any) -> Any:
+            return pytree.tree_map(traced, value, is_leaf=lambda each: isinstance(each, CONTAINERS))
+
+        for container, key, value in list(entries_of(self.containers)):
+            exchanged = whole_or_traced(value)
+            if exchanged is not value:
+                container[key] = exchanged
+                self._given[id(exchanged)] = (exchanged, value)
+        args, kwargs = self.arguments
+        return tuple(map(whole_or_traced, args)), {name: whole_or_traced(kwargs[name]) for name in kwargs}
+
     def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
         """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
         real = {id(fake): self.states[key] for fake, key in zip(fakes, keys, strict=True)}
         for container, key, value in entries(self.net):
             if id(value) in real:
+                container[key] = real[id(value)]
+        for container, key, value in list(entries_of(self.containers)):
+            if id(value) in self._given:
+                _, container[key] = self._given[id(value)]
+            elif id(value) in real:
                 container[key] = real[id(value)]
 
     def _called(self, image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -112,10 +144,7 @@ class TracedCall:
         def function(image: Tensor, *states: Tensor) -> tuple[Any, ...]:
             by_key = dict(zip(keys, states, strict=True))
 
-            def traced(leaf: Any) -> Any:
-                return by_key[self.keys[id(leaf)]] if id(leaf) in self.keys else leaf
-
-            args, kwargs = pytree.tree_map(traced, self.arguments)
+            args, kwargs = self._traced_arguments(by_key)
             own = {n: by_key[self.keys[id(state)]] for n, state in module_states(self.net).items()}
             known = KnownValues({state: self.states[key] for key, state in by_key.items()})
             self._put_attributes(by_key)
@@ -128,7 +157,7 @@ class TracedCall:
                 with functions_replaced(self.noted.noting, self.noted.forget):
                     result = self._called(image, args, kwargs)
                 self.flags = {key: state.requires_grad for key, state in by_key.items()}
-                self.places = places_of_fakes(self.net, states)
+                self.places = places_of_fakes(self.net, states, self.containers)
                 self.exchanged = self._exchanged(own, by_key)
                 refuse_new_parameters(self.net, states)
                 refuse_scripted_tensors(self.net, scripted)

@@ -47,7 +47,7 @@ def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: d
         module is as it was then.
     """
     refuse_backward_hooks(net)
-    before = Snapshot(net)
+    before = Snapshot(net, (*args, *kwargs.values()))
     try:
         capture, traced, flags = _traced(net, image, args, kwargs, before)
         before.refuse_fakes()

@@ -49,9 +49,14 @@ class Arguments:
             readers[id(tensor)], passed[id(tensor)] = reader, value
             return tensor
 
+        def without_sources(value: Any) -> Any:
+            # A list or dict without sources goes in as it is: the module may put something into it.
+            leaves = pytree.tree_leaves(value, is_leaf=_is_map)
+            return pytree.tree_map(stood_in, value, is_leaf=_is_map) if any(map(_is_map, leaves)) else value
+
         # One by one: a tuple of arguments is not a batch.
-        args = tuple(pytree.tree_map(stood_in, each, is_leaf=_is_map) for each in args)
-        named = pytree.tree_map(stood_in, dict(kwargs), is_leaf=_is_map)
+        args = tuple(map(without_sources, args))
+        named = {name: without_sources(value) for name, value in kwargs.items()}
         keys = {key: id(tensor) for key, tensor in named_arguments((args, named))}
         maps = {key: readers[place] for key, place in keys.items() if place in readers}
         return cls(args, named, maps, passed)

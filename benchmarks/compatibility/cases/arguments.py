@@ -353,3 +353,31 @@ def _wrong_arguments(model: Any, net: nn.Module, record: Record) -> None:
 
 
 CASES.add("too many arguments", Scaled, _wrong_arguments, expected=SAME_OR_REFUSED)
+
+
+class Filling(Small):
+    """Puts vectors into a list and a dict that the caller gives."""
+
+    def forward(self, x: Tensor, found: list[Tensor], options: dict[str, Any]) -> Tensor:
+        v = F.relu(self.maps(x) * options["weight"]).mean((2, 3))
+        found.append(v)
+        options["count"] += 1
+        options["sine"] = v.detach().sin()
+        return self.head(v)
+
+
+def fill(model: Any, net: nn.Module, record: Record) -> None:
+    """Passes that fill a list and a dict, and gradients of what is in them."""
+    weight = torch.full((1,), 0.5, dtype=record.case.dtype, requires_grad=True)
+    options: dict[str, Any] = {"weight": weight, "count": 0}
+    found: list[Tensor] = []
+    for number in range(3):
+        record.run(model, found, options, backward=False)
+        found[-1].square().sum().backward(retain_graph=True)
+        record(f"list {number}", found)
+        record(f"dict {number}", options)
+        record(f"the same tensor {number}", options["weight"] is weight)
+        record.gradients(f"gradients {number}", options)
+
+
+CASES.add("a list and a dict that forward fills", Filling, fill)

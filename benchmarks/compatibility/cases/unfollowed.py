@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, passes
+from benchmarks.compatibility.cases.arguments import Filling, fill
 
 CASES = Cases("Code that Dynamo does not follow")
 
@@ -289,3 +290,15 @@ class TimedJacobian(Timed):
     def late(self, v: Tensor) -> Tensor:
         jacobians = torch.vmap(torch.func.jacrev(torch.tanh))(v)
         return v + jacobians.square().sum(2)
+
+
+# --- arguments ----------------------------------------------------------------------------------------
+
+
+class TimedFilling(Filling):
+    def maps(self, x: Tensor) -> Tensor:
+        self.began = time.perf_counter() > 0
+        return super().maps(x)
+
+
+CASES.add("a timer, and a list and a dict that forward fills", TimedFilling, fill)
