@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import Given, RawGraph, moved
 from streamcnn.capture.collectives import in_their_order
@@ -88,6 +90,7 @@ class _Functionalizer:
         outputs: tuple[Any, ...] = ()
         inputs = self.inputs
         for node in self.flat.graph.nodes:
+            self._refuse_layout(node)
             if node.op == "placeholder":
                 inputs.add_placeholder(node)
                 self.values.set(node, Ref(node.name))
@@ -121,6 +124,18 @@ class _Functionalizer:
             enables_grad=self.calls.enables_grad,
             changes_image=self.values.is_written(inputs.image),
         )
+
+    def _refuse_layout(self, node: FxNode) -> None:
+        """Sparse tensors, and others without strides, have no memory that could be counted."""
+        value = getattr(self.flat, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+                where = self.calls.line(node) or self.calls.source(node)
+                raise UnsupportedModel(
+                    f"the forward pass holds a tensor of layout {tensor.layout}"
+                    f"{f' in {where!r}' if where else ''}, and dense ones (torch.strided) are allowed: call "
+                    "to_dense() on it, or keep its indices and values apart (index_add, gather)"
+                )
 
     def _call(self, node: FxNode) -> None:
         target = node.target

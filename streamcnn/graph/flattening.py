@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
@@ -417,13 +418,23 @@ def _fold(
         inner[node] = body.node_copy(node, inner.__getitem__)
     body.output(tuple(inner[node] for node in given))
     operands = tuple(copies[node] for node in taken if node.op != "get_attr")
-    whole = Whole("torch.func", GraphModule(module, body))
+    whole = Whole("torch.func", _with_tangents(GraphModule(module, body)))
     call = graph.call_function(whole, operands)
     call.meta.update(stretch[0].meta)
     call.meta["example_value"] = tuple(node.meta["example_value"] for node in given)
     for index, node in enumerate(given):
         copies[node] = graph.call_function(operator.getitem, (call, index))
         copies[node].meta.update(node.meta)
+
+
+def _with_tangents(body: GraphModule) -> Callable[..., Any]:
+    """``body`` with forward-mode differentiation on, as it is where the user calls it and not in a pass."""
+
+    def run(*operands: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return body(*operands)
+
+    return run
 
 
 # --- fake tensors ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -624,3 +624,12 @@ CASES.on_vector(
     lambda v: torch.func.vjp(lambda u: F.dropout(u).square(), v)[1](v)[0],
     expected="draws random numbers in a function that vjp",
 )
+
+
+def _tangent(v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(forward_ad.make_dual(v, v.cos()).tanh())
+        return value + tangent
+
+
+CASES.on_vector("forward_ad inside forward, of features", _tangent)

@@ -562,6 +562,13 @@ class Recurrent(Small):
         return self.cell(x.mean(3).transpose(1, 2))[0].transpose(1, 2)[..., None]
 
 
+CASES.on_vector(
+    "a product with a sparse matrix",
+    lambda v: torch.sparse.mm(torch.eye(WIDTH, dtype=v.dtype).to_sparse(), v.T).T,
+    expected=r"a tensor of layout torch\.sparse_coo",
+)
+
+
 # --- results ------------------------------------------------------------------------------------------
 
 
