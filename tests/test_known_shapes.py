@@ -74,6 +74,23 @@ def _drawn(net: Net, x: Tensor) -> Tensor:
     return x[:, torch.rand(6) > 0.3].sum(1)
 
 
+def _regions(net: Net, x: Tensor) -> Tensor:
+    boxes = torch.stack([net.times, net.times + 5], 1)
+    return torch.stack([x[:, :, box[0] : box[1], box[0] :].amax((2, 3)) for box in boxes])
+
+
+def _filled(net: Net, x: Tensor) -> Tensor:
+    x = x * 1
+    x[:, :, net.times[0] :: net.times[2]] = 0.5
+    return x
+
+
+def _raised(net: Net, x: Tensor) -> Tensor:
+    x = x * 1
+    x[..., net.times[0] + 1] += net.scale[1]
+    return x
+
+
 HEADS: dict[str, Head] = {
     "a mask of channels": lambda net, x: x[:, net.mask],
     "of bytes": lambda net, x: x[:, net.mask.to(torch.uint8)],
@@ -107,6 +124,13 @@ HEADS: dict[str, Head] = {
     "repeat_interleave of pooled values": lambda net, x: x.mean((0, 2, 3)).repeat_interleave(net.times),
     "repeat_interleave, all as often": lambda net, x: x.mean((0, 2, 3)).repeat_interleave(torch.tensor([2])),
     "repeat_interleave of times": lambda net, x: x[:, torch.repeat_interleave(net.times)],
+    "ends of slices": _regions,
+    "ends and a step of a slice that is written": _filled,
+    "a place that is written": _raised,
+    "a place": lambda net, x: x[:, :, net.times[0]],
+    "where to narrow": lambda net, x: x.narrow(2, net.times[0], 7),
+    "a size": lambda net, x: F.interpolate(x, size=(net.times[0] + 9, 11)),
+    "a size and a number": lambda net, x: x.mean((2, 3)).expand(net.times[0], -1, -1) * net.times[0],
 }
 
 
@@ -151,11 +175,12 @@ def test_a_shape_that_known_values_decide_is_that_of_plain_pytorch(head: Head) -
         lambda net, x: x.mean((2, 3))[:, x.mean((0, 2, 3)) > 0],
         lambda net, x: x[:, net.norm.running_mean > 0],
         lambda net, x: torch.unique(x),
+        lambda net, x: x[:, :, : x.mean().long()],
     ],
-    ids=["of a map", "of pooled values", "of a buffer that has moved", "unique"],
+    ids=["of a map", "of pooled values", "of a buffer that has moved", "unique", "a slice"],
 )
 def test_a_shape_that_the_image_decides_is_refused(head: Head) -> None:
     net = Net(head).double()
-    with pytest.raises(UnsupportedModel, match="a shape depends on values"):
+    with pytest.raises(UnsupportedModel, match=r"a shape depends on values|reads a value of a tensor"):
         all_in_tiles(net)(torch.rand(1, 3, 29, 37, dtype=torch.float64))
     assert net.norm.num_batches_tracked == 0

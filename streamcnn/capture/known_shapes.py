@@ -2,6 +2,7 @@
 
 A mask in a buffer picks channels (``x[:, self.mask]``), and so do the places of what is not zero in a
 parameter that was pruned. What such a function finds becomes a constant of this pass, whose shape is known.
+So do numbers in tensors that stand for sizes or places, as in ``x[:, :, box[0] : box[2]]``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -58,6 +60,34 @@ class KnownShapes:
             found = called_on_values(function, args, kwargs, self.values_of)
             return pytree.tree_map_only(Tensor, self.constant, found)
         return NotImplemented
+
+    def with_numbers(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call gives that may take tensors for numbers, as ``x[:, first:last]`` and ``narrow`` do.
+
+        Raises
+        ------
+        DataDependentOutputException
+            If it needs a number of a tensor whose value is not known.
+        """
+        try:
+            return function(*args, **kwargs)
+        except DataDependentOutputException as error:
+            numbered = self._numbered(args), {name: self._numbered(kwargs[name]) for name in kwargs}
+            try:
+                return function(*numbered[0], **numbered[1])
+            except (DataDependentOutputException, TypeError):
+                raise error from None
+
+    def _numbered(self, value: Any) -> Any:
+        """``value`` with numbers in place of tensors of no axes whose values are known."""
+        if isinstance(value, slice):
+            return slice(*map(self._numbered, (value.start, value.stop, value.step)))
+        if type(value) in (tuple, list):
+            return type(value)(map(self._numbered, value))
+        if not isinstance(value, Tensor) or value.dim():
+            return value
+        known = self.values_of(value)
+        return value if known is None else _beside_the_trace(known.item)
 
     def _indexed(self, x: Tensor, index: Any) -> Any:
         """``x[index]``, with the places that masks pick in place of the masks."""

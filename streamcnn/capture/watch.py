@@ -178,7 +178,7 @@ class Watch(TorchFunctionMode):
         refuse_bound((args, kwargs))
         result = self._known_shapes.call(func, args, kwargs)
         if result is NotImplemented:
-            result = func(*args, **kwargs)
+            result = self._known_shapes.with_numbers(func, args, kwargs)
         if isinstance(result, FakeTensor):
             self.noted.made.append(weakref.ref(result))
         return result

@@ -381,3 +381,22 @@ def fill(model: Any, net: nn.Module, record: Record) -> None:
 
 
 CASES.add("a list and a dict that forward fills", Filling, fill)
+
+
+class Boxes(Small):
+    """Pools a box of each image: rows and columns where it begins and ends."""
+
+    def forward(self, x: Tensor, boxes: Tensor) -> Tensor:
+        maps = F.relu(self.maps(x))
+        parts = [part[:, box[0] : box[2], box[1] : box[3]] for part, box in zip(maps, boxes, strict=True)]
+        return self.head(torch.stack([part.amax((1, 2)) for part in parts]) + maps.mean((2, 3)))
+
+
+CASES.add(
+    "boxes, of which the slices of maps are taken",
+    Boxes,
+    given(
+        lambda record: torch.tensor([[2, 3, 20, 30], [0, 5, 9, 17]]),
+        lambda record: torch.tensor([[1, 0, 5, 37], [11, 30, 29, 36]]),
+    ),
+)
