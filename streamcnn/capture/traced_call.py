@@ -119,6 +119,8 @@ class TracedCall:
                 _, container[key] = self._given[id(value)]
             elif id(value) in real:
                 container[key] = real[id(value)]
+        # What is still held is taken for something that the call has left.
+        self._given.clear()
 
     def _called(self, image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the module returns, unless its code was given an error that plain PyTorch does not give."""

@@ -362,6 +362,7 @@ class Filling(Small):
         v = F.relu(self.maps(x) * options["weight"]).mean((2, 3))
         found.append(v)
         options["count"] += 1
+        options["total"].add_(v.detach().sum())
         options["sine"] = v.detach().sin()
         return self.head(v)
 
@@ -369,7 +370,7 @@ class Filling(Small):
 def fill(model: Any, net: nn.Module, record: Record) -> None:
     """Passes that fill a list and a dict, and gradients of what is in them."""
     weight = torch.full((1,), 0.5, dtype=record.case.dtype, requires_grad=True)
-    options: dict[str, Any] = {"weight": weight, "count": 0}
+    options: dict[str, Any] = {"weight": weight, "count": 0, "total": torch.zeros_like(weight)}
     found: list[Tensor] = []
     for number in range(3):
         record.run(model, found, options, backward=False)
