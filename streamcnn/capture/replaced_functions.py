@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import takewhile
 from typing import Any
 from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import graph as autograd_graph
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from streamcnn.capture.blind import gaussian_nll_loss, observers_blind
+from streamcnn.capture.own_parameters import caller_of
 from streamcnn.capture.refused_functions import refuse_multi_grad_hook
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.whole_calls import called_whole
@@ -34,14 +36,16 @@ from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, be
 
 @contextmanager
 def functions_replaced(
-    noting: Callable[[Callable[..., Any]], Callable[..., Any]], forget: Callable[[Exception], None]
+    net: nn.Module,
+    noting: Callable[[Callable[..., Any]], Callable[..., Any]],
+    forget: Callable[[Exception], None],
 ) -> Iterator[None]:
-    """A block in which this thread calls what stands for them.
+    """A block in which this thread calls what stands for them, while ``net`` is being traced.
 
     ``noting`` wraps what may refuse, and ``forget`` is told of errors that are as good as not there.
     """
     with (
-        replaced_here(torch.autograd.Function, "apply", noting(_apply)),
+        replaced_here(torch.autograd.Function, "apply", noting(partial(_apply, net))),
         replaced_here(FunctionCtx, "mark_dirty", noting(_refuse_dirty)),
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         observers_blind(forget),
@@ -129,7 +133,7 @@ def refuse_bound(values: Any) -> None:
             )
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+def _apply(net: nn.Module, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``autograd.Function.apply`` while tracing: one call that is carried out as it is."""
     if cls is checkpoint.CheckpointFunction:
         run, _, *operands = args
@@ -143,12 +147,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_bound((args, kwargs))
     with _nothing_recorded(mode.tracer.graph), disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        # Looked up when it runs: here it is this function's.
-        return cls.apply(*args, **kwargs)
-
-    return called_whole(cls.__name__, function, args, kwargs, like)
+    return called_whole(cls.__name__, caller_of(net, cls, (args, kwargs)), args, kwargs, like)
 
 
 @contextmanager

@@ -156,7 +156,7 @@ class TracedCall:
                 Watch(self.mode, proxy_of(image).node.name, known, self.noted),
             ):
                 scripted = [ScriptedAttributes(module) for module in self.net.modules()]
-                with functions_replaced(self.noted.noting, self.noted.forget):
+                with functions_replaced(self.net, self.noted.noting, self.noted.forget):
                     result = self._called(image, args, kwargs)
                 self.flags = {key: state.requires_grad for key, state in by_key.items()}
                 self.places = places_of_fakes(self.net, states, self.containers)

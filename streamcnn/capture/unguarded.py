@@ -126,7 +126,9 @@ def _traced_in(
         flags.undo()
 
     graph = replace(graph, marks_image=call.noted.marks_image)
-    return Capture(graph, {**states, **outside}, call.result, undo), call.noted.made, flags
+    # What stands in for a state would have no values either, in the closure of a hook for example.
+    traced = [*call.noted.made, *map(weakref.ref, inputs)]
+    return Capture(graph, {**states, **outside}, call.result, undo), traced, flags
 
 
 def _stand_in_for(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

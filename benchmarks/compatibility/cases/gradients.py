@@ -302,6 +302,33 @@ def _without_gradients(model: Any, net: Any, record: Record) -> None:
 CASES.add("autograd.Function: two results, under no_grad", Paired, _without_gradients)
 
 
+class Again(Function):
+    """Checkpointing by hand, as in diffusion models: the layer's parameters are given beside its input."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.layer, ctx.parameters = layer, parameters
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        return None, *torch.autograd.grad(y, (x, *ctx.parameters), gradient, allow_unused=True)
+
+
+@CASES("autograd.Function: a layer is run again backward, its parameters are given", passes(2))
+class RunAgain(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(2, WIDTH))
+
+    def middle(self, x: Tensor) -> Tensor:
+        return Again.apply(self.layer, x, *self.layer.parameters())
+
+
 # --- hooks on gradients -------------------------------------------------------------------------------
 
 
@@ -633,3 +660,12 @@ def _tangent(v: Tensor) -> Tensor:
 
 
 CASES.on_vector("forward_ad inside forward, of features", _tangent)
+
+
+@CASES("a hook's closure holds a weight", passes(2), expected="leaves a tensor")
+class HookWithWeight(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        x, weight = x * 2, self.norm.weight
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * weight.detach()[:, None, None])
+        return x

@@ -302,3 +302,19 @@ class TimedFilling(Filling):
 
 
 CASES.add("a timer, and a list and a dict that forward fills", TimedFilling, fill)
+
+
+def _penalised(model: Any, net: Any, record: Record) -> None:
+    image = record.image()
+    (model(image).sum() + net.penalty()).backward()
+    record.gradients("gradients", image)
+
+
+class TimedClosure(Timed):
+    def late(self, v: Tensor) -> Tensor:
+        weight = self.head.weight
+        self.penalty = lambda: weight.square().sum()
+        return v
+
+
+CASES.add("a timer, and a closure keeps a weight", TimedClosure, _penalised, expected="leaves a tensor")
