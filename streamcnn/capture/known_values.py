@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import may_draw
-from streamcnn.graph.flattening import UPDATING, Whole, beside_the_trace, memory_of, proxy_of
+from streamcnn.graph.flattening import UPDATING, Whole, beside_the_trace, memory_of, proxy_in, proxy_of
 from streamcnn.graph.registry import is_seeded
 
 _MOST_DRAWN = 2**16
@@ -47,7 +47,8 @@ class KnownValues:
     def __init__(self, states: Mapping[Tensor, Tensor]) -> None:
         mode = get_proxy_mode()
         assert mode is not None
-        self._constants: Any = getattr(mode.tracer, "root", None)
+        self._tracer = mode.tracer
+        self._constants: Any = getattr(self._tracer, "root", None)
         self._states = {
             proxy_of(stand_in).node.name: _Known(stand_in._version, value)
             for stand_in, value in states.items()
@@ -63,7 +64,8 @@ class KnownValues:
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """The values that a traced tensor has now, if none of an image have gone into them."""
-        proxy = proxy_of(tensor)
+        # Also within what runs whole, where nothing is recorded: it is given what has been recorded before.
+        proxy = proxy_in(self._tracer, tensor)
         if proxy is None:
             return None
         with (

@@ -228,9 +228,12 @@ def proxy_of(tensor: Tensor) -> Any:
     None is made while what runs whole is run.
     """
     mode = get_proxy_mode()
-    if mode is None:
-        return None
-    return get_proxy_slot(tensor, mode.tracer, None, lambda tracked: tracked.proxy)
+    return None if mode is None else proxy_in(mode.tracer, tensor)
+
+
+def proxy_in(tracer: Any, tensor: Tensor) -> Any:
+    """What stands for a tensor in the graph that ``tracer`` makes; None if that does not know it."""
+    return get_proxy_slot(tensor, tracer, None, lambda tracked: tracked.proxy)
 
 
 def on_meta(tensor: Tensor) -> Tensor:

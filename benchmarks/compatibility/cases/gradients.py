@@ -11,7 +11,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, passes
+from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, between, passes
 
 CASES = Cases("Gradients that code defines")
 
@@ -197,6 +197,26 @@ class Quantised(Small):
 
     def middle(self, x: Tensor) -> Tensor:
         return Clipped.apply(x, self.limit)
+
+
+class Limited(Function):
+    """Clips at a limit, if a parameter says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: Tensor) -> Tensor:
+        ctx.save_for_backward(x, limit)
+        return x.clamp(max=float(limit)) if limit.item() > 0.2 else x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, limit = ctx.saved_tensors
+        return gradient * (x < limit), gradient.sum().view(1)
+
+
+@CASES("autograd.Function: it branches on a parameter's value", between(lambda net: net.limit.data.mul_(0.1)))
+class Limiting(Quantised):
+    def middle(self, x: Tensor) -> Tensor:
+        return Limited.apply(x, self.limit)
 
 
 @CASES("autograd.Function: ctx.needs_input_grad, once_differentiable", _scale_freezes)
