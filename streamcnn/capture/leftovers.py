@@ -64,7 +64,7 @@ def places_of_fakes(net: nn.Module, states: Sequence[Tensor], given: Sequence[An
     known = set(map(id, states))
     return [
         Place(container, key, path)
-        for container, key, value in (*entries(net), *entries_of(given))
+        for container, key, value in entries(net, given)
         for path, held in _in_tuples(value)
         if isinstance(held, FakeTensor) and id(held) not in known
     ]
@@ -108,11 +108,11 @@ def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]
                 )
 
 
-def entries(net: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """Attributes of submodules, and what lists and dicts among them or in tuples hold: container, key and
-    value."""
+def entries(net: nn.Module, given: Sequence[Any] = ()) -> Iterator[tuple[Any, Any, Any]]:
+    """Attributes of submodules, and what lists and dicts among them, in tuples or ``given`` hold: container,
+    key and value."""
     scripted = [ScriptedAttributes(module) for module in net.modules()]
-    return entries_of([*(vars(module) for module in net.modules()), *scripted])
+    return entries_of([*(vars(module) for module in net.modules()), *scripted, *given])
 
 
 def entries_of(containers: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
