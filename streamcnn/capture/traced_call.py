@@ -53,6 +53,8 @@ class TracedCall:
         self.arguments = (args, kwargs)
         self.containers = containers_in((*args, *kwargs.values()))
         """Among the arguments."""
+        self._filled: list[Any] = []
+        """Containers of the module that stand-ins were put into."""
         self._given: dict[int, tuple[Any, Any]] = {}
         """What stands in containers for something that was given, with that, by its identity."""
         self.states = states
@@ -87,6 +89,7 @@ class TracedCall:
         for container, key, value in list(entries(self.net)):
             if isinstance(value, Tensor) and id(value) in self.keys and id(value) not in registered:
                 container[key] = fakes[self.keys[id(value)]]
+                self._filled.append(container)
 
     def _traced_arguments(self, fakes: Mapping[str, Tensor]) -> Any:
         """Arguments and named ones with stand-ins in the places of tensors.
@@ -111,9 +114,11 @@ class TracedCall:
     def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
         """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
         real = {id(fake): self.states[key] for fake, key in zip(fakes, keys, strict=True)}
-        for container, key, value in entries(self.net):
+        # The call may have taken a container out of the module that still holds some.
+        for container, key, value in list(entries(self.net, self._filled)):
             if id(value) in real:
                 container[key] = real[id(value)]
+        self._filled.clear()
         for container, key, value in list(entries_of(self.containers)):
             if id(value) in self._given:
                 _, container[key] = self._given[id(value)]
