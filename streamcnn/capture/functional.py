@@ -36,6 +36,16 @@ from streamcnn.graph.in_place import (
 )
 from streamcnn.graph.program import Ref
 
+_LAYOUTS = (
+    torch.strided,
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
+"""Of tensors that a forward pass may hold."""
+
 
 def functionalized(
     flat: GraphModule,
@@ -126,15 +136,15 @@ class _Functionalizer:
         )
 
     def _refuse_layout(self, node: FxNode) -> None:
-        """Sparse tensors, and others without strides, have no memory that could be counted."""
+        """Tensors that a library has put in order for itself have no memory that could be counted."""
         value = getattr(self.flat, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
         for tensor in pytree.tree_leaves(value):
-            if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            if isinstance(tensor, Tensor) and tensor.layout not in _LAYOUTS:
                 where = self.calls.line(node) or self.calls.source(node)
                 raise UnsupportedModel(
                     f"the forward pass holds a tensor of layout {tensor.layout}"
-                    f"{f' in {where!r}' if where else ''}, and dense ones (torch.strided) are allowed: call "
-                    "to_dense() on it, or keep its indices and values apart (index_add, gather)"
+                    f"{f' in {where!r}' if where else ''}, and dense and sparse ones are allowed: call "
+                    "to_dense() on it"
                 )
 
     def _call(self, node: FxNode) -> None:
