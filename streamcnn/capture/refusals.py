@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DynamicOutputShapeException):
         return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
     said = first_line(error).rstrip(".")
-    if "TorchScript interpreter" in said:
+    if is_of_script(error):
         return _of_script(str(error))
     if isinstance(error, UnsupportedOperatorException):
         return f"it calls {said}, which does not say what it gives without computing it"
@@ -147,6 +147,11 @@ def _reason(error: Exception) -> str:
             f"without values ({said})"
         )
     return said
+
+
+def is_of_script(error: Exception) -> bool:
+    """Whether TorchScript has raised an error, which has lost what it came of."""
+    return "TorchScript interpreter" in first_line(error)
 
 
 def _of_script(text: str) -> str:

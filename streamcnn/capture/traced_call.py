@@ -31,6 +31,7 @@ from streamcnn.capture.leftovers import (
     refuse_new_parameters,
     refuse_scripted_tensors,
 )
+from streamcnn.capture.refusals import is_of_script
 from streamcnn.capture.replaced_functions import functions_replaced, refuse_bound
 from streamcnn.capture.results import taken_apart
 from streamcnn.capture.scripts import ScriptedAttributes
@@ -130,10 +131,14 @@ class TracedCall:
     def _called(self, image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the module returns, unless its code was given an error that plain PyTorch does not give."""
         try:
-            return self.net(image, *args, **kwargs)
-        finally:
-            if self.noted.refusal is not None:
-                raise self.noted.refusal
+            result = self.net(image, *args, **kwargs)
+        except Exception as error:
+            # A script that failed for it says in which of its lines.
+            if self.noted.refusal is None or is_of_script(error):
+                raise
+        if self.noted.refusal is not None:
+            raise self.noted.refusal
+        return result
 
     def result(self, values: Sequence[Any]) -> Any:
         """What the module returns, and keeps, given the results of its graph."""
