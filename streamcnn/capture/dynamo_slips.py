@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -34,6 +34,7 @@ def code_followed_as_it_runs() -> Iterator[None]:
     """A block in which Dynamo follows such code as it runs, or not at all."""
     from torch._dynamo import symbolic_convert
     from torch._dynamo.variables import ctx_manager, functions, user_defined
+    from torch._dynamo.variables import tensor as dynamo_tensors
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
     from torch._dynamo.variables.tensor import TensorVariable
 
@@ -47,8 +48,13 @@ def code_followed_as_it_runs() -> Iterator[None]:
                 patches.enter_context(patch.object(kind, "call_function", called))
         kept = _keeping_parameters(UnspecializedNNModuleVariable.call_method)
         patches.enter_context(patch.object(UnspecializedNNModuleVariable, "call_method", kept))
-        attribute = _as_autograd_has_it(TensorVariable.var_getattr)
-        patches.enter_context(patch.object(TensorVariable, "var_getattr", attribute))
+        # What finds attributes is called otherwise from PyTorch 2.14 on.
+        finder = "var_getattr" if hasattr(TensorVariable, "var_getattr") else "tp_getattro_impl"
+        attribute = _as_autograd_has_it(getattr(TensorVariable, finder))
+        patches.enter_context(patch.object(TensorVariable, finder, attribute))
+        if hasattr(dynamo_tensors, "_ApplyBackwardHook"):
+            # PyTorch 2.11 puts a hook in front of what has overwritten the value by the time that it is set.
+            patches.enter_context(patch.object(TensorVariable, "_method_register_hook", _refuse_hook))
         translator = symbolic_convert.InstructionTranslatorBase
         locked = _through_locks(translator.setup_or_before_with)
         patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
@@ -130,7 +136,7 @@ def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _as_autograd_has_it(var_getattr: Callable[..., Any]) -> Callable[..., Any]:
+def _as_autograd_has_it(found: Callable[..., Any]) -> Callable[..., Any]:
     """An attribute of a tensor: what the pass computes has no ``grad``, and the image has the caller's."""
 
     def get(self: Any, tx: Any, name: str) -> Any:
@@ -141,9 +147,13 @@ def _as_autograd_has_it(var_getattr: Callable[..., Any]) -> Callable[..., Any]:
                 raise CannotFlatten(f"the forward pass reads {name} of the image")
             if name != "is_leaf" and not tx.output.side_effects.has_pending_mutation_of_attr(self, "grad"):
                 return ConstantVariable.create(None)
-        return var_getattr(self, tx, name)
+        return found(self, tx, name)
 
     return get
+
+
+def _refuse_hook(self: Any, tx: Any, name: str, hook: Any) -> NoReturn:
+    raise CannotFlatten(f"{name} of a tensor")
 
 
 def _through_locks(enter: Callable[..., Any]) -> Callable[..., Any]:
