@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.registry import is_seeded
 
 _GRADIENTS = "_autograd_grad"
 """What PyTorch calls the function that its transforms ask for gradients, given outputs and inputs first."""
@@ -119,8 +119,4 @@ def _draws(node: FxNode) -> bool:
     name = _name_of(node)
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     overloads = (getattr(packet, each) for each in packet.overloads()) if packet is not None else ()
-    return "dropout" in name or any(_is_seeded(each) for each in overloads)
-
-
-def _is_seeded(overload: OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in overload.tags
+    return "dropout" in name or any(map(is_seeded, overloads))
