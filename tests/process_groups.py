@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch import distributed as dist
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+"""What starts two processes, which are a group."""
+
+
+def prepare_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have commands in this process and in others find factories in ``folder``, and take a thread each."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path(__file__).parents[1])]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def write_class_folders(folder: Path, splits: tuple[str, str]) -> None:
+    """Three dark and three bright images (34, 30) for each split."""
+    draw = np.random.default_rng(0)
+    for split, name, index in product(splits, ("dark", "bright"), range(3)):
+        path = folder / split / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 120, (34, 30, 3)) + 120 * (name == "bright")
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 def run_in_group(rank: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:

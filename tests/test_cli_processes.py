@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from process_groups import TORCHRUN, prepare_commands, write_class_folders
 from segmentation_runs import FACTORY, write_factories, write_pairs
 from torch import distributed as dist
 
@@ -35,16 +32,13 @@ def small():
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    prepare_commands(tmp_path, monkeypatch)
     return tmp_path
 
 
 def in_two(*arguments: object) -> tuple[int, list[str], list[str]]:
     """Exit status of a command in two processes, its lines, and what it says itself on standard error."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "streamcnn", *map(str, arguments)]
+    command = [*TORCHRUN, "-m", "streamcnn", *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=200)
     said = [line for line in found.stderr.splitlines() if line.startswith("streamcnn: ")]
     return found.returncode, found.stdout.splitlines(), said
@@ -63,12 +57,7 @@ def assert_evaluated_alike(run: Run, folder: Path, trust: str) -> None:
 
 def test_a_classifier_is_evaluated_and_predicts_as_in_one_process(workplace: Path, run: Run) -> None:
     (workplace / "shared_nets.py").write_text(CLASSIFIER)
-    draw = np.random.default_rng(0)
-    for split, name, index in product(("train", "test"), ("dark", "bright"), range(3)):
-        path = workplace / "images" / split / name / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = draw.integers(0, 120, (34, 30, 3)) + 120 * (name == "bright")
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    write_class_folders(workplace / "images", ("train", "test"))
     data, folder, trust = workplace / "images", workplace / "run", "--trust=shared_nets:small"
     options = ["--tile=20", "--epochs=1", "--validation-share=0.4"]
     assert run("train", "shared_nets:small", data, f"--out={folder}", *options)[0] == 0

@@ -8,15 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from process_groups import in_two_processes
+from process_groups import TORCHRUN, in_two_processes, prepare_commands, write_class_folders
 from segmentation_runs import IGNORED, a_config, write_factories, write_pairs
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -281,22 +278,14 @@ def test_the_command_ends_in_several_processes_as_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun hands a signal on to all."""
-    draw = np.random.default_rng(0)
-    for split, name, index in product(("train", "val"), ("dark", "bright"), range(3)):
-        path = tmp_path / "images" / split / name / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = draw.integers(0, 120, (34, 30, 3)) + 120 * (name == "bright")
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    write_class_folders(tmp_path / "images", ("train", "val"))
     (tmp_path / "processes_nets.py").write_text(FACTORY)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    prepare_commands(tmp_path, monkeypatch)
     folder = tmp_path / "run"
     command = ["train", "processes_nets:small", str(tmp_path / "images")]
     options = ["--validation-split=val", "--tile=20", "--save-every=1"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
-        [*torchrun, "-m", "streamcnn", *command, f"--out={folder}", *options, "--epochs=9999"],
+        [*TORCHRUN, "-m", "streamcnn", *command, f"--out={folder}", *options, "--epochs=9999"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
