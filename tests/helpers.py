@@ -13,7 +13,7 @@ from benchmarks.zoo.states import randomized as randomized
 from streamcnn import StreamingModel
 from streamcnn.capture.capture import module_states
 from streamcnn.capture.forward_pass import capture
-from streamcnn.capture.tracing import Trace
+from streamcnn.capture.lowering.tracing import Trace
 from streamcnn.geometry.axis_maps import AxisMap
 from streamcnn.geometry.regions import Interval
 from streamcnn.graph.program import Program, differentiated

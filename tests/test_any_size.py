@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn import StreamingModel
-from streamcnn.capture import any_size, guards
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.capture.guarded import any_size, guards
 from streamcnn.graph import flattening
 
 SIZES = [(64, 64), (96, 64), (80, 112), (200, 72), (65, 67), (112, 112), (33, 40)]

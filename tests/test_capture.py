@@ -13,7 +13,8 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
-from streamcnn.capture import capture, dynamo_graphs, guards
+from streamcnn.capture import capture
+from streamcnn.capture.guarded import dynamo_graphs, guards
 from streamcnn.errors import UnsupportedModel
 from streamcnn.runtime import plan_cache
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streamcnn.capture.folded_shapes import regrouping
-from streamcnn.capture.folding import Folded
+from streamcnn.capture.lowering.folded_shapes import regrouping
+from streamcnn.capture.lowering.folding import Folded
 from streamcnn.graph.program import Ref, on_whole_maps
 
 DIM, HEADS, WINDOW = 8, 2, 4

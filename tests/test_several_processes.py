@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from streamcnn import StreamingModel
-from streamcnn.capture import guards
+from streamcnn.capture.guarded import guards
 from streamcnn.errors import BudgetExceeded, UnsupportedModel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package here")

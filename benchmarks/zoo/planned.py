@@ -14,7 +14,7 @@ from benchmarks.zoo.states import Shape
 from streamcnn import StreamingModel
 from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.forward_pass import stand_in
-from streamcnn.capture.tracing import Trace
+from streamcnn.capture.lowering.tracing import Trace
 from streamcnn.graph.costs import Operation, cost_of, counted
 from streamcnn.graph.program import Kind, Node, Program, on_whole_maps
 from streamcnn.planning.cost_model import resident_work, work

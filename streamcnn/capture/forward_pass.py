@@ -1,7 +1,7 @@
 """A call of the user's module, its operators carried out by somebody else.
 
-The call is captured with guards where its Python code can be followed (:mod:`streamcnn.capture.guards`), and
-anew for each call where not (:mod:`streamcnn.capture.unguarded`). Either way it happens outside of the
+The call is captured with guards where its Python code can be followed (:mod:`streamcnn.capture.guarded`),
+and anew for each call where not (:mod:`streamcnn.capture.unguarded`). Either way it happens outside of the
 caller's own hooks, modes and compilers, and what the code does besides computing happens as in plain PyTorch.
 """
 
@@ -21,13 +21,13 @@ from streamcnn.capture.batch_norms import traceable_batch_norms
 from streamcnn.capture.caller_modes import CallerModes, collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph, device_of, module_states
 from streamcnn.capture.collectives import collectives_as_called, collectives_refused
-from streamcnn.capture.dynamo_settings import silenced
-from streamcnn.capture.guarded_image import CannotBeGuarded
-from streamcnn.capture.guards import GuardedForward, Run
+from streamcnn.capture.guarded.dynamo_settings import silenced
+from streamcnn.capture.guarded.guarded_image import CannotBeGuarded
+from streamcnn.capture.guarded.guards import GuardedForward, Run
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.subclasses import refuse_own_functions, refuse_shards, without_left_bases
-from streamcnn.capture.unguarded import Capture, capture_anew
+from streamcnn.capture.unguarded.capture_anew import Capture, capture_anew
 from streamcnn.errors import PlanDoesNotFit, StreamError, UnsupportedModel
 from streamcnn.graph.flattening import TRACING, bound_known_fakes
 

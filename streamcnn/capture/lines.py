@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from streamcnn.capture.dynamo_settings import TORCH_FOLDER
+import torch
 
+TORCH_FOLDER = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<number>\d+), in .*\n    (?P<code>.*)$', re.MULTILINE)
 _NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
 _MOST_LETTERS = 100

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from streamcnn.capture.dynamo_settings import first_line
 from streamcnn.capture.lines import is_users, shortened
 from streamcnn.errors import UnsupportedModel
 from streamcnn.support.units import plural
@@ -170,3 +169,9 @@ def _line_of(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.line and is_users(frame.filename)]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {shortened(own[-1].line)})" if own else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or what kind of error it is."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawGraph, device_of
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
+from streamcnn.capture.lowering.tracing import Trace
 from streamcnn.capture.refusals import of_channels
-from streamcnn.capture.tracing import Trace
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import TRACING
 

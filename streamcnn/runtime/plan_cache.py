@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamcnn.capture.caller_modes import collector
 from streamcnn.capture.capture import RawGraph
-from streamcnn.capture.tracing import Trace
+from streamcnn.capture.lowering.tracing import Trace
 from streamcnn.ceiling.rooms import Room
 from streamcnn.data.map_reader import MapReader
 from streamcnn.execution.compiled import Compiled

@@ -1,6 +1,7 @@
 """Blocks of a map as columns, ``F.unfold``, and maps that such columns are summed up to, ``F.fold``.
 
-The code sees the blocks' positions as one axis (:mod:`streamcnn.capture.folded_images` records what is here).
+The code sees the blocks' positions as one axis (what is here is recorded by
+:mod:`streamcnn.capture.lowering.folded_images`).
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.blind import BLIND
-from streamcnn.capture.known_shapes import KnownShapes
-from streamcnn.capture.known_values import KnownValues, called_on_values
 from streamcnn.capture.refused_functions import refuse_function, refuse_of_image
-from streamcnn.capture.replaced_functions import refuse_bound
+from streamcnn.capture.unguarded.blind import BLIND
+from streamcnn.capture.unguarded.known_shapes import KnownShapes
+from streamcnn.capture.unguarded.known_values import KnownValues, called_on_values
+from streamcnn.capture.unguarded.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of, record_hook
 from streamcnn.graph.in_place import resized

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawNode
-from streamcnn.capture.fake_calls import FakeCalls, look, target_name
-from streamcnn.capture.folding import Folded
+from streamcnn.capture.lowering.fake_calls import FakeCalls, look, target_name
+from streamcnn.capture.lowering.folding import Folded
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import cost_of
 from streamcnn.graph.flattening import Whole

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from streamcnn.capture.capture import RawGraph, module_states, named_arguments
-from streamcnn.capture.functional import functionalized
-from streamcnn.capture.guarded_image import as_image
+from streamcnn.capture.flat.functional import functionalized
+from streamcnn.capture.guarded.guarded_image import as_image
 from streamcnn.capture.refused_functions import SPARSE_PIECES
 from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, let_go, reads_values
 

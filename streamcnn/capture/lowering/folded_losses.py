@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from streamcnn.capture.folded_axes import alike_folded
-from streamcnn.capture.folding import TRANSLATIONS, Folded, FoldingTracer, as_folded, as_seen
+from streamcnn.capture.lowering.folded_axes import alike_folded
+from streamcnn.capture.lowering.folding import TRANSLATIONS, Folded, FoldingTracer, as_folded, as_seen
 from streamcnn.graph.ops import losses
 from streamcnn.graph.ops.losses import Over
 from streamcnn.graph.ops.rules import Call, NotStreamable

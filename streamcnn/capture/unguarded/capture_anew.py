@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn.capture.capture import RawGraph, named_arguments, outside_key
-from streamcnn.capture.functional import functionalized
-from streamcnn.capture.leftovers import Snapshot, entries, refuse_backward_hooks, refuse_remaining
-from streamcnn.capture.traced_call import TracedCall
-from streamcnn.capture.watch import is_plain_tensor
+from streamcnn.capture.flat.functional import functionalized
+from streamcnn.capture.unguarded.leftovers import Snapshot, entries, refuse_backward_hooks, refuse_remaining
+from streamcnn.capture.unguarded.traced_call import TracedCall
+from streamcnn.capture.unguarded.watch import is_plain_tensor
 from streamcnn.graph.flattening import flatten, let_go
 
 

@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import Given, RawGraph, moved
 from streamcnn.capture.collectives import in_their_order
-from streamcnn.capture.current_values import CurrentValues
-from streamcnn.capture.graph_inputs import GraphInputs
-from streamcnn.capture.raw_calls import RawCalls, is_block
-from streamcnn.capture.saved_values import refuse_saved
+from streamcnn.capture.flat.current_values import CurrentValues
+from streamcnn.capture.flat.graph_inputs import GraphInputs
+from streamcnn.capture.flat.raw_calls import RawCalls, is_block
+from streamcnn.capture.flat.saved_values import refuse_saved
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import UPDATING, GradientHook, hook_set, is_recomputed, on_meta
 from streamcnn.graph.in_place import (

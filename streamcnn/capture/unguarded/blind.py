@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from streamcnn.capture.replacing import replaced_here
-from streamcnn.capture.whole_calls import called_whole
+from streamcnn.capture.unguarded.whole_calls import called_whole
 
 _GAUSSIAN_NLL_LOSS = F.gaussian_nll_loss
 _ASKED = "check_min_max_valid"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from streamcnn.capture.folding import TRANSLATIONS, Folded, FoldingTracer, Runs, as_folded, as_seen
+from streamcnn.capture.lowering.folding import TRANSLATIONS, Folded, FoldingTracer, Runs, as_folded, as_seen
 from streamcnn.graph.ops import shape
 from streamcnn.graph.ops.rules import Call, NotStreamable
 from streamcnn.graph.program import Axes

@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from streamcnn.capture.capture import is_argument, outside_key, spatial_axes
-from streamcnn.capture.current_values import CurrentValues
-from streamcnn.capture.raw_calls import RawCalls
+from streamcnn.capture.flat.current_values import CurrentValues
+from streamcnn.capture.flat.raw_calls import RawCalls
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.windows import Axes
 from streamcnn.graph.flattening import is_fake

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.folding import (
+from streamcnn.capture.lowering.folding import (
     TRANSLATIONS,
     Folded,
     FoldingTracer,

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node as FxNode
 
-from streamcnn.capture.raw_calls import RawCalls
-from streamcnn.capture.saved_values import Overwrite
+from streamcnn.capture.flat.raw_calls import RawCalls
+from streamcnn.capture.flat.saved_values import Overwrite
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import UPDATING, GradientHook
 from streamcnn.graph.in_place import (

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.known_values import called_on_values
+from streamcnn.capture.unguarded.known_values import called_on_values
 from streamcnn.graph.flattening import beside_the_trace
 
 _SELECT = frozenset({torch.masked_select, Tensor.masked_select})

@@ -25,14 +25,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from streamcnn.capture.any_size import MANY_SIZES, check_any_size, given_up_in_time, outline, with_symbols
 from streamcnn.capture.caller_modes import collector, function_modes_aside
 from streamcnn.capture.capture import RawGraph
-from streamcnn.capture.dynamo_graphs import KeyedGraph, keyed_graph
-from streamcnn.capture.dynamo_settings import dynamo_as_wanted, first_line
-from streamcnn.capture.guarded_image import CannotBeGuarded, as_image
+from streamcnn.capture.guarded.any_size import (
+    MANY_SIZES,
+    check_any_size,
+    given_up_in_time,
+    outline,
+    with_symbols,
+)
+from streamcnn.capture.guarded.dynamo_graphs import KeyedGraph, keyed_graph
+from streamcnn.capture.guarded.dynamo_settings import dynamo_as_wanted
+from streamcnn.capture.guarded.guarded_image import CannotBeGuarded, as_image
+from streamcnn.capture.guarded.unseen import Unseen
 from streamcnn.capture.lines import line_of
-from streamcnn.capture.unseen import Unseen
+from streamcnn.capture.refusals import first_line
 from streamcnn.errors import StreamError
 from streamcnn.support.processes import all_processes
 from streamcnn.support.recent import Recent

@@ -20,8 +20,11 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import module_states
-from streamcnn.capture.known_values import KnownValues
-from streamcnn.capture.leftovers import (
+from streamcnn.capture.refusals import is_of_script
+from streamcnn.capture.results import taken_apart
+from streamcnn.capture.scripts import ScriptedAttributes
+from streamcnn.capture.unguarded.known_values import KnownValues
+from streamcnn.capture.unguarded.leftovers import (
     CONTAINERS,
     Place,
     containers_in,
@@ -31,11 +34,8 @@ from streamcnn.capture.leftovers import (
     refuse_new_parameters,
     refuse_scripted_tensors,
 )
-from streamcnn.capture.refusals import is_of_script
-from streamcnn.capture.replaced_functions import functions_replaced, refuse_bound
-from streamcnn.capture.results import taken_apart
-from streamcnn.capture.scripts import ScriptedAttributes
-from streamcnn.capture.watch import Noted, Watch
+from streamcnn.capture.unguarded.replaced_functions import functions_replaced, refuse_bound
+from streamcnn.capture.unguarded.watch import Noted, Watch
 from streamcnn.graph.flattening import proxy_of
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn.capture.capture import RawGraph
-from streamcnn.capture.lowering import Lowering, Mark
+from streamcnn.capture.lowering.calls import Lowering, Mark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
 from streamcnn.graph.flattening import TRACING, GradientHook, OnlyResult, Whole

@@ -7,16 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from streamcnn.capture.dynamo_slips import code_followed_as_it_runs
-from streamcnn.capture.presence import presence_guarded
-
-TORCH_FOLDER = str(Path(torch.__file__).parent)
+from streamcnn.capture.guarded.dynamo_slips import code_followed_as_it_runs
+from streamcnn.capture.guarded.presence import presence_guarded
+from streamcnn.capture.lines import TORCH_FOLDER
 
 
 @contextmanager
@@ -122,9 +120,3 @@ def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
         return ConstantVariable.create(False)
 
     return handle
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or what kind of error it is."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

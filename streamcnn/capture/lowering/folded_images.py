@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from streamcnn.capture.folding import (
+from streamcnn.capture.lowering.folding import (
     TRANSLATIONS,
     Folded,
     FoldingTracer,

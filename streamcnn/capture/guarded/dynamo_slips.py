@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 
-from streamcnn.capture.guarded_image import as_image
+from streamcnn.capture.guarded.guarded_image import as_image
 from streamcnn.graph.flattening import CannotFlatten
 
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))

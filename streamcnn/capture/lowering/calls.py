@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.folded_axes  # these five fill the registry
-import streamcnn.capture.folded_images
-import streamcnn.capture.folded_losses
-import streamcnn.capture.folded_products
-import streamcnn.capture.folded_shapes
+import streamcnn.capture.lowering.folded_axes  # these five fill the registry
+import streamcnn.capture.lowering.folded_images
+import streamcnn.capture.lowering.folded_losses
+import streamcnn.capture.lowering.folded_products
+import streamcnn.capture.lowering.folded_shapes
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved
-from streamcnn.capture.fake_calls import FakeCalls
-from streamcnn.capture.folding import MERGING, Folded, is_folded, stream_folded, unfolded
-from streamcnn.capture.recording import Recording, RecordingMark
+from streamcnn.capture.lowering.fake_calls import FakeCalls
+from streamcnn.capture.lowering.folding import MERGING, Folded, is_folded, stream_folded, unfolded
+from streamcnn.capture.lowering.recording import Recording, RecordingMark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
 from streamcnn.graph.program import Axes, Kind, Ref, refs_in, substitute

@@ -25,11 +25,11 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture.blind import gaussian_nll_loss, observers_blind
-from streamcnn.capture.own_parameters import caller_of
 from streamcnn.capture.refused_functions import refuse_multi_grad_hook
 from streamcnn.capture.replacing import replaced_here
-from streamcnn.capture.whole_calls import called_whole
+from streamcnn.capture.unguarded.blind import gaussian_nll_loss, observers_blind
+from streamcnn.capture.unguarded.own_parameters import caller_of
+from streamcnn.capture.unguarded.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, beside_the_trace, is_fake
 

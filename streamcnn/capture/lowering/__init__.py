@@ -1,0 +1,1 @@
+"""A flat graph as a program: every call lowered by its rule, with axes of space that code has merged."""

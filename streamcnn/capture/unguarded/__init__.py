@@ -1,0 +1,1 @@
+"""A forward pass run on fake tensors, at each call anew: code that Dynamo cannot follow."""
