@@ -330,3 +330,14 @@ def test_when_the_smallest_tiles_are_refused_nothing_has_changed(monkeypatch: py
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_under_a_profiler_it_is_said_that_its_records_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = RefusedOnce(5)
+    around_operators(monkeypatch, refused)
+    model = StreamingModel(make_net(), "1GiB", tile=64)
+    with torch.profiler.profile(), pytest.raises(BudgetExceeded, match="profile with budget=None"):
+        update(model)
+    with torch.profiler.profile() as profiled:
+        update(model)
+    assert any("convolution" in event.key for event in profiled.key_averages())

@@ -28,7 +28,7 @@ from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.runtime.pass_stores import PassStores, check_disk
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.random_state import RandomState
-from streamcnn.runtime.refused_memory import refusal
+from streamcnn.runtime.refused_memory import PROFILED, TOGETHER, refusal
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_copies import assign, copied
@@ -263,9 +263,9 @@ class Pass:
 
         If steps were trusted to compile no code, begin with the same plan and count code: libraries keep only
         so much, and may have dropped some for another model's. If parts were compiled, begin without: plans
-        count what operators take one by one. What processes do together can only be done once.
+        count what operators take one by one.
         """
-        if self.meets_others:
+        if self._why_last_try():
             raise error
         as_before = self.is_trusting or self.planned.compiled.give_up()
         again = self.planned if as_before else self.shrink(self.plan)
@@ -275,6 +275,14 @@ class Pass:
         self._restart(again)
         self.taken.num_retries += 1
         self.taken.num_smaller_plans += not as_before
+
+    def _why_last_try(self) -> str:
+        """Why the pass is not begun again where it is refused memory; empty if it may be."""
+        if self.meets_others:
+            return TOGETHER
+        # A smaller tile is more operators, and so more of its records.
+        is_profiled = self.reader.device.type == "cpu" and torch._C._autograd._profiler_enabled()
+        return PROFILED if is_profiled else ""
 
     def _restart(self, planned: Planned) -> None:
         """Make ready to run the pass once more."""
@@ -326,7 +334,7 @@ class Pass:
         except BaseException as error:
             is_limited = self.plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
-                text = refusal(self.plan, direction, error, self._room(), is_alone=not self.meets_others)
+                text = refusal(self.plan, direction, error, self._room(), why_last=self._why_last_try())
                 raise BudgetExceeded(text) from error
             raise
         finally:
