@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from streamcnn.ceiling import building
-from streamcnn.ceiling.building import CannotBuild, built
+from streamcnn.ceiling.building import CannotBuild, built, loaded
 
 UPDATE = """
 import torch
@@ -145,3 +146,41 @@ def test_a_compiler_that_is_not_there_is_a_reason(source: Path, monkeypatch: pyt
     monkeypatch.setenv("CXX", "no-such-compiler -O0")
     with pytest.raises(CannotBuild, match=r"no C\+\+ compiler was found \(no-such-compiler -O0\)"):
         built(source)
+
+
+MAKES_A_LIBRARY = """
+for last; do :; done
+echo 'int answer() { return 42; }' | cc -x c -shared -fPIC -o "$last" -
+"""
+
+
+@pytest.mark.parametrize("obstacle", ["no folder", "no home", "no code"])
+def test_where_the_cache_cannot_keep_it_a_process_builds_it_for_itself(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, MAKES_A_LIBRARY)))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    if obstacle == "no folder":
+        (tmp_path / "cache").write_text("a file")
+    elif obstacle == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        built(source).write_text("what the system cannot load")
+    assert loaded(source).answer() == 42
+    assert not [*(tmp_path / "temporary").iterdir()]
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_any_place_both_reasons_are_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, MAKES_A_LIBRARY)))
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
+    with pytest.raises(CannotBuild, match=r"cannot be written to.*for this process alone"):
+        loaded(source)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,30 @@ def test_rates_are_kept_in_a_file(
         text = f"cannot keep this machine's rates in {path}: .*STREAMCNN_CALIBRATION, or set it to off"
     with pytest.raises(RatesUnusable, match=text):
         hardware_profile(CPU)
+
+
+@pytest.mark.parametrize("home", ["/proc", "file", None])
+def test_where_no_file_was_named_and_none_can_be_kept_the_process_measures_for_itself(
+    measured: list[HardwareProfile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    monkeypatch.delenv(calibration.VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").write_text("")
+    if home is None:
+        monkeypatch.setattr(Path, "home", _no_home)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.setattr(calibration, "_not_kept", {})
+    with pytest.warns(UserWarning, match="cannot keep this machine's rates.*each process measures them anew"):
+        first = hardware_profile(CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hardware_profile(CPU) is first
+    assert len(measured) == 1
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_nominal_rates_where_nothing_shall_be_measured(

@@ -6,6 +6,7 @@ Inductor build theirs, and kept in the user's cache folder.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -27,6 +28,35 @@ _SECONDS = 300
 
 class CannotBuild(Exception):
     """There is no compiler, it fails, or there is no place for its result."""
+
+
+class _NoPlace(CannotBuild):
+    """There is no folder that can keep what is built."""
+
+
+def loaded(source: Path) -> ctypes.CDLL:
+    """The shared library of a C++ file, as :func:`built` gives it.
+
+    Where the cache folder cannot keep it, or the system loads no code from there, it is built for this
+    process alone, which takes some seconds.
+
+    Raises
+    ------
+    CannotBuild
+        With the reason.
+    """
+    try:
+        return ctypes.CDLL(str(built(source)))
+    except (_NoPlace, OSError) as error:
+        refused = error
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, f"{source.stem}.so")
+            _compile(_compiler(), source, library)
+            # Once it is loaded, its file may go.
+            return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CannotBuild(f"{refused}, and for this process alone: {error}") from error
 
 
 def built(source: Path) -> Path:
@@ -52,7 +82,7 @@ def built(source: Path) -> Path:
             _compile(compiler, source, fresh)
             os.replace(fresh, library)
     except OSError as error:
-        raise CannotBuild(f"{library.parent} cannot be written to: {error}") from error
+        raise _NoPlace(f"{library.parent} cannot be written to: {error}") from error
     return library
 
 
@@ -68,7 +98,7 @@ def _folder(source: Path) -> Path:
     try:
         return cache_folder() / key
     except RuntimeError as error:
-        raise CannotBuild(str(error)) from error
+        raise _NoPlace("there is no home folder to keep it in") from error
 
 
 def _compiler() -> list[str]:

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from weakref import finalize
 
-from streamcnn.ceiling.building import CannotBuild, built
+from streamcnn.ceiling.building import CannotBuild, loaded
 
 VARIABLE = "STREAMCNN_KEEP_BLOCKS"
 """Environment variable: ``0`` leaves PyTorch's allocator as it is."""
@@ -133,8 +133,8 @@ def _library() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
     try:
-        library = ctypes.CDLL(str(built(SOURCE)))
-    except (CannotBuild, OSError) as error:
+        library = loaded(SOURCE)
+    except CannotBuild as error:
         _warn(str(error))
         return None
     for name, result, arguments in _FUNCTIONS:

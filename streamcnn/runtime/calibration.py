@@ -6,10 +6,12 @@ kept, and PyTorch's version; plans made with equal profiles are equal.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,25 +41,59 @@ def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -
     """The hardware profile of ``device`` for convolutions in ``dtype``: kept, or measured now.
 
     If the environment variable ``STREAMCNN_CALIBRATION`` is ``off``, it is the nominal one. Rates that make
-    no sense, such as those of a file that was cut off, are measured again.
+    no sense, such as those of a file that was cut off, are measured again. Where nothing can be kept in the
+    user's cache folder, this process measures for itself, and a warning says so.
 
     Raises
     ------
     RatesUnusable
-        If the file cannot be read or written, or is not a regular file.
+        If the file that the variable names cannot be read or written, or is not a regular file.
     """
     choice = os.environ.get(VARIABLE, "")
     if choice == "off":
         return NOMINAL["cuda" if device.type == "cuda" else "cpu"]
-    path = Path(choice).expanduser() if choice else cache_folder() / "rates.json"
     key = hardware_key(device, dtype)
+    if choice:
+        return _kept(Path(choice).expanduser(), key, device, dtype)
+    if key in _not_kept:
+        return _not_kept[key]
+    try:
+        return _kept(_cache_file(), key, device, dtype)
+    except RatesUnusable as error:
+        warnings.warn(f"{error}. Until then each process measures them anew, for some seconds", stacklevel=2)
+    _not_kept[key] = _measured(key, device, dtype)
+    return _not_kept[key]
+
+
+_not_kept: dict[str, HardwareProfile] = {}
+"""What this process has measured and could not keep."""
+
+
+def _cache_file() -> Path:
+    try:
+        return cache_folder() / "rates.json"
+    except RuntimeError as error:
+        raise RatesUnusable(
+            "cannot keep this machine's rates, since there is no home folder; name a file in the environment "
+            f"variable {VARIABLE}, or set it to off"
+        ) from error
+
+
+def _kept(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> HardwareProfile:
+    """Rates as a file has them; if it has none, they are measured and kept there."""
     known = _read(path)
     rates = _rates(known.get(key), path)
     if rates is None:
-        rates = measured_rates(device, dtype, key)
-        # Plans do not count the memory that measuring has left cached.
-        ceiling_for(device).empty_cache()
+        _check_writable(path)
+        rates = _measured(key, device, dtype)
         _write(path, {**known, key: asdict(rates)})
+    return rates
+
+
+def _measured(key: str, device: torch.device, dtype: torch.dtype) -> HardwareProfile:
+    rates = measured_rates(device, dtype, key)
+    # Plans do not count the memory that measuring has left cached.
+    ceiling_for(device).empty_cache()
     return rates
 
 
@@ -104,9 +140,16 @@ def _parsed(path: Path, *version: int) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _write(path: Path, known: dict[str, Any]) -> None:
+def _check_writable(path: Path) -> None:
+    """Find out whether a file can be written before seconds go into what is to be in it."""
     with _usable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _write(path: Path, known: dict[str, Any]) -> None:
+    with _usable(path):
         replace_file(path, json.dumps(known, indent=2), concurrent=True)
 
 
