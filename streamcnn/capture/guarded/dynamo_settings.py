@@ -32,8 +32,9 @@ def dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(patch.dict(handlers, _plain_answers()))
         settings.enter_context(presence_guarded())
         settings.enter_context(code_followed_as_it_runs())
-        # It would be taken for a setting without effect.
-        settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, "set_materialize_grads"))
+        # They would be taken for settings without effect, the second one until PyTorch 2.11.
+        for setting in ("set_materialize_grads", "mark_dirty"):
+            settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, setting))
         # Its state would be part of the graph and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
         for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):

@@ -8,7 +8,8 @@ raises, and leaves before the first step if it is a generator.
 A parameter that is deleted and set again, as code does that has a layer use another weight for one call, is
 gone from the module after the pass. An attribute that has covered a method of the class for a while is taken
 to have been there before, and deleting it fails. An ``OrderedDict`` whose order alone changes keeps the old
-one. The ``grad`` of a tensor that the pass has computed, which is None, is taken for a tensor.
+one. The ``grad`` of a tensor that the pass has computed, which is None, is taken for a tensor. PyTorch 2.11
+follows ``apply`` of an ``autograd.Function`` into PyTorch's own code where a module has it as an attribute.
 
 Locks it does not enter, although one thread captures at a time, and hooks that keep features hold one.
 """
@@ -26,6 +27,7 @@ import torch
 from streamcnn.capture.guarded.guarded_image import as_image
 from streamcnn.graph.flattening import CannotFlatten
 
+_APPLY = vars(torch.autograd.Function)["apply"].__func__
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
@@ -33,7 +35,7 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 def code_followed_as_it_runs() -> Iterator[None]:
     """A block in which Dynamo follows such code as it runs, or not at all."""
     from torch._dynamo import symbolic_convert
-    from torch._dynamo.variables import ctx_manager, functions, user_defined
+    from torch._dynamo.variables import ctx_manager, dicts, functions, user_defined
     from torch._dynamo.variables import tensor as dynamo_tensors
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
     from torch._dynamo.variables.tensor import TensorVariable
@@ -58,10 +60,11 @@ def code_followed_as_it_runs() -> Iterator[None]:
         translator = symbolic_convert.InstructionTranslatorBase
         locked = _through_locks(translator.setup_or_before_with)
         patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
-        ordered = getattr(user_defined, "OrderedDictVariable", None)
-        if ordered is not None:
-            # PyTorch 2.13 on.
-            patches.enter_context(patch.object(ordered, "call_method", _reordering(ordered.call_method)))
+        # Until PyTorch 2.13 it is a dict like any other.
+        ordered = getattr(user_defined, "OrderedDictVariable", dicts.ConstDictVariable)
+        patches.enter_context(patch.object(ordered, "call_method", _reordering(ordered.call_method)))
+        method = functions.UserMethodVariable
+        patches.enter_context(patch.object(method, "call_function", _applying(method.call_function)))
         yield
 
 
@@ -176,7 +179,20 @@ def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         result = call_method(self, tx, name, args, kwargs)
         if name == "move_to_end":
-            self._base_vt.should_reconstruct_all = True
+            getattr(self, "_base_vt", self).should_reconstruct_all = True
         return result
+
+    return call
+
+
+def _applying(call_function: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a method that was taken from its object: ``apply`` of an ``autograd.Function``, say."""
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        from torch._dynamo.variables.misc import AutogradFunctionVariable
+
+        if self.fn is _APPLY and isinstance(self.obj, AutogradFunctionVariable):
+            return self.obj.call_method(tx, "apply", list(args), kwargs)
+        return call_function(self, tx, args, kwargs)
 
     return call
