@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.geometry.windows import Axes
 from streamcnn.graph.autocast import Casts
-from streamcnn.graph.flattening import Whole
 from streamcnn.graph.program import refs_in
+from streamcnn.graph.whole import Whole
 
 CUMULATIVE = math.nan
 """Stands for batch norm's ``momentum=None`` (a cumulative average) in a captured call."""

@@ -29,7 +29,7 @@ from streamcnn.capture.scripts import interpreted_scripts
 from streamcnn.capture.subclasses import refuse_own_functions, refuse_shards, without_left_bases
 from streamcnn.capture.unguarded.capture_anew import Capture, capture_anew
 from streamcnn.errors import PlanDoesNotFit, StreamError, UnsupportedModel
-from streamcnn.graph.flattening import TRACING, bound_known_fakes
+from streamcnn.graph.fakes import TRACING, bound_known_fakes
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import torch
 from streamcnn.execution.compiled_segments import CompiledSegments
 from streamcnn.execution.compiled_steps import CompiledSteps
 from streamcnn.execution.compiler import Candidate, Compile, by_inductor, lacks_a_compiler
-from streamcnn.graph.flattening import TRACING
+from streamcnn.graph.fakes import TRACING
 from streamcnn.graph.program import Program
 
 

@@ -21,10 +21,10 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Node, Program, TensorSpec, substitute
 from streamcnn.graph.registry import Registry, is_seeded
 from streamcnn.graph.schemas import bound, names_a_collective
+from streamcnn.graph.whole import OnlyResult, Whole
 from streamcnn.support.processes import all_processes
 
 

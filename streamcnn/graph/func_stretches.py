@@ -9,16 +9,19 @@ call is a stretch by itself, which begins by carrying out again what it asks for
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.registry import is_seeded
+from streamcnn.graph.whole import Whole
 
 _GRADIENTS = "_autograd_grad"
 """What PyTorch calls the function that its transforms ask for gradients, given outputs and inputs first."""
@@ -46,7 +49,7 @@ def nesting(node: FxNode) -> int:
     return -1 if name.endswith(("_decrement_nesting", "exit_dual_level")) else 0
 
 
-def stretches_of(nodes: Sequence[FxNode]) -> dict[FxNode, Stretch]:
+def _stretches_of(nodes: Sequence[FxNode]) -> dict[FxNode, Stretch]:
     """The stretch of each call that stands in one.
 
     Raises
@@ -76,7 +79,7 @@ def stretches_of(nodes: Sequence[FxNode]) -> dict[FxNode, Stretch]:
     return found
 
 
-def leaves_stretch(node: FxNode, stretches: dict[FxNode, Stretch]) -> bool:
+def _leaves_stretch(node: FxNode, stretches: dict[FxNode, Stretch]) -> bool:
     """Whether something reads the result of a call in a stretch that does not carry it out itself."""
     own = stretches[node]
 
@@ -120,3 +123,59 @@ def _draws(node: FxNode) -> bool:
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     overloads = (getattr(packet, each) for each in packet.overloads()) if packet is not None else ()
     return "dropout" in name or any(map(is_seeded, overloads))
+
+
+def with_stretches_folded(module: GraphModule) -> GraphModule:
+    """``module`` with each stretch of calls under a functorch transform as one call."""
+    nodes = list(module.graph.nodes)
+    if not any(nesting(node) > 0 for node in nodes):
+        return module
+    graph = torch.fx.Graph()
+    copies: dict[FxNode, FxNode] = {}
+    stretches = _stretches_of(nodes)
+    for node in nodes:
+        stretch = stretches.get(node)
+        if stretch is None:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif node is stretch.own[-1]:
+            given = [each for each in stretch.own if _leaves_stretch(each, stretches)]
+            _fold(module, stretch.nodes, given, graph, copies)
+    return GraphModule(module, graph)
+
+
+def _fold(
+    module: GraphModule,
+    stretch: Sequence[FxNode],
+    given: Sequence[FxNode],
+    graph: torch.fx.Graph,
+    copies: dict[FxNode, FxNode],
+) -> None:
+    """Add one call of all of ``stretch`` to ``graph``, and the values that it gives."""
+    inside = set(stretch)
+    taken = dict.fromkeys(n for node in stretch for n in node.all_input_nodes if n not in inside)
+    body = torch.fx.Graph()
+    inner = {node: body.placeholder(node.name) for node in taken if node.op != "get_attr"}
+    for node in taken:
+        if node.op == "get_attr":
+            inner[node] = body.node_copy(node)
+    for node in stretch:
+        inner[node] = body.node_copy(node, inner.__getitem__)
+    body.output(tuple(inner[node] for node in given))
+    operands = tuple(copies[node] for node in taken if node.op != "get_attr")
+    whole = Whole("torch.func", _with_tangents(GraphModule(module, body)))
+    call = graph.call_function(whole, operands)
+    call.meta.update(stretch[0].meta)
+    call.meta["example_value"] = tuple(node.meta["example_value"] for node in given)
+    for index, node in enumerate(given):
+        copies[node] = graph.call_function(operator.getitem, (call, index))
+        copies[node].meta.update(node.meta)
+
+
+def _with_tangents(body: GraphModule) -> Callable[..., Any]:
+    """``body`` with forward-mode differentiation on, as it is where the user calls it and not in a pass."""
+
+    def run(*operands: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return body(*operands)
+
+    return run

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
-from streamcnn.graph.flattening import is_fake, memory_of
+from streamcnn.graph.fakes import is_fake, memory_of
 from streamcnn.graph.program import Ref
 from streamcnn.graph.schemas import bound, name_in_library, operator_name, places_of_axes
 

@@ -16,7 +16,7 @@ from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.lowering.tracing import Trace
 from streamcnn.capture.refusals import of_channels
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import TRACING
+from streamcnn.graph.fakes import TRACING
 
 _MARK = 9
 """Axes of extent 1 put before a result's own, to tell it from what hooks keep of a pass."""

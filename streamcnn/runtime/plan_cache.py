@@ -17,9 +17,9 @@ from streamcnn.ceiling.rooms import Room
 from streamcnn.data.map_reader import MapReader
 from streamcnn.execution.compiled import Compiled
 from streamcnn.execution.steps import Steps
-from streamcnn.graph.flattening import OnlyResult, Whole
 from streamcnn.graph.program import Program
 from streamcnn.graph.registry import rules_version
+from streamcnn.graph.whole import OnlyResult, Whole
 from streamcnn.plan.plan import Plan, StepShape
 from streamcnn.planning.planner import make_plan
 from streamcnn.planning.spec import Machine, PassSpec

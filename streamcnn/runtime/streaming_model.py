@@ -23,7 +23,7 @@ from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.data.reader import BatchReader, Image, Preprocess
 from streamcnn.errors import UnsupportedModel
 from streamcnn.execution.executor import Observer
-from streamcnn.graph.flattening import TRACING, is_fake
+from streamcnn.graph.fakes import TRACING, is_fake
 from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine

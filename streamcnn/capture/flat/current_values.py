@@ -13,7 +13,7 @@ from torch.fx import Node as FxNode
 from streamcnn.capture.flat.raw_calls import RawCalls
 from streamcnn.capture.flat.saved_values import Overwrite
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import UPDATING, GradientHook
+from streamcnn.graph.flattening import UPDATING
 from streamcnn.graph.in_place import (
     changes_shape,
     exchanges_memory,
@@ -24,6 +24,7 @@ from streamcnn.graph.in_place import (
     scattered,
 )
 from streamcnn.graph.program import Ref
+from streamcnn.graph.whole import GradientHook
 
 
 class CurrentValues:

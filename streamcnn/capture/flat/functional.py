@@ -25,7 +25,7 @@ from streamcnn.capture.flat.graph_inputs import GraphInputs
 from streamcnn.capture.flat.raw_calls import RawCalls, is_block
 from streamcnn.capture.flat.saved_values import refuse_saved
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import UPDATING, GradientHook, hook_set, is_recomputed, on_meta
+from streamcnn.graph.flattening import UPDATING, is_recomputed
 from streamcnn.graph.in_place import (
     OnCopy,
     asserted,
@@ -35,6 +35,7 @@ from streamcnn.graph.in_place import (
     own_name,
 )
 from streamcnn.graph.program import Ref
+from streamcnn.graph.whole import GradientHook, hook_set, on_meta
 
 _LAYOUTS = (
     torch.strided,

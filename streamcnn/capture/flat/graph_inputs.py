@@ -14,7 +14,7 @@ from streamcnn.capture.flat.current_values import CurrentValues
 from streamcnn.capture.flat.raw_calls import RawCalls
 from streamcnn.errors import UnsupportedModel
 from streamcnn.geometry.windows import Axes
-from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.fakes import is_fake
 from streamcnn.graph.program import Ref
 
 

@@ -17,7 +17,8 @@ from streamcnn.capture.capture import RawGraph, module_states, named_arguments
 from streamcnn.capture.flat.functional import functionalized
 from streamcnn.capture.guarded.guarded_image import as_image
 from streamcnn.capture.refused_functions import SPARSE_PIECES
-from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, let_go, reads_values
+from streamcnn.graph.fakes import let_go
+from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, reads_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.fakes import is_fake
 
 
 class CannotBeGuarded(Exception):

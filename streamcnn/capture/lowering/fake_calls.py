@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawNode
 from streamcnn.graph.autocast import as_recorded
-from streamcnn.graph.flattening import memory_of
+from streamcnn.graph.fakes import memory_of
 
 
 class FakeCalls:

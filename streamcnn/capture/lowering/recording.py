@@ -18,10 +18,10 @@ from streamcnn.capture.lowering.fake_calls import FakeCalls, look, target_name
 from streamcnn.capture.lowering.folding import Folded
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import cost_of
-from streamcnn.graph.flattening import Whole
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
 from streamcnn.graph.program import Access, Axes, Kind, Local, Node, Ref, TensorSpec, substitute
+from streamcnn.graph.whole import Whole
 
 _LIKE_OTHERS = frozenset({torch.ops.aten.to.other, torch.ops.aten.type_as.default})
 """Operators whose result is where their second operand is."""

@@ -19,8 +19,9 @@ from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.lowering.calls import Lowering, Mark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
-from streamcnn.graph.flattening import TRACING, GradientHook, OnlyResult, Whole
+from streamcnn.graph.fakes import TRACING
 from streamcnn.graph.program import Axes, Kind, Node, Program, refs_in, substitute
+from streamcnn.graph.whole import GradientHook, OnlyResult, Whole
 
 
 class Trace:

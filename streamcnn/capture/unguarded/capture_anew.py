@@ -22,7 +22,8 @@ from streamcnn.capture.flat.functional import functionalized
 from streamcnn.capture.unguarded.leftovers import Snapshot, entries, refuse_backward_hooks, refuse_remaining
 from streamcnn.capture.unguarded.traced_call import TracedCall
 from streamcnn.capture.unguarded.watch import is_plain_tensor
-from streamcnn.graph.flattening import flatten, let_go
+from streamcnn.graph.fakes import let_go
+from streamcnn.graph.flattening import flatten
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.unguarded.known_values import called_on_values
-from streamcnn.graph.flattening import beside_the_trace
+from streamcnn.graph.whole import beside_the_trace
 
 _SELECT = frozenset({torch.masked_select, Tensor.masked_select})
 _REPEAT = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})

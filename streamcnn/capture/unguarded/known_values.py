@@ -25,8 +25,10 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import may_draw
-from streamcnn.graph.flattening import UPDATING, Whole, beside_the_trace, memory_of, proxy_in, proxy_of
+from streamcnn.graph.fakes import memory_of
+from streamcnn.graph.flattening import UPDATING
 from streamcnn.graph.registry import is_seeded
+from streamcnn.graph.whole import Whole, beside_the_trace, proxy_in, proxy_of
 
 _MOST_DRAWN = 2**16
 """Random numbers of one call that are drawn to know what comes behind them."""

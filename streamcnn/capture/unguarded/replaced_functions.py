@@ -31,7 +31,9 @@ from streamcnn.capture.unguarded.blind import gaussian_nll_loss, observers_blind
 from streamcnn.capture.unguarded.own_parameters import caller_of
 from streamcnn.capture.unguarded.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING, beside_the_trace, is_fake
+from streamcnn.graph.fakes import is_fake
+from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING
+from streamcnn.graph.whole import beside_the_trace
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from streamcnn.capture.unguarded.leftovers import (
 )
 from streamcnn.capture.unguarded.replaced_functions import functions_replaced, refuse_bound
 from streamcnn.capture.unguarded.watch import Noted, Watch
-from streamcnn.graph.flattening import proxy_of
+from streamcnn.graph.whole import proxy_of
 
 
 class TracedCall:

@@ -31,8 +31,9 @@ from streamcnn.capture.unguarded.known_shapes import KnownShapes
 from streamcnn.capture.unguarded.known_values import KnownValues, called_on_values
 from streamcnn.capture.unguarded.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
-from streamcnn.graph.flattening import beside_the_trace, drawn_between, proxy_of, record_hook
+from streamcnn.graph.flattening import drawn_between
 from streamcnn.graph.in_place import resized
+from streamcnn.graph.whole import beside_the_trace, proxy_of, record_hook
 
 T = TypeVar("T")
 

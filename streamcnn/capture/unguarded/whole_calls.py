@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.flattening import Whole, record_whole
+from streamcnn.graph.whole import Whole, record_whole
 
 
 def called_whole(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.fakes import is_fake
 
 
 def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tensor:

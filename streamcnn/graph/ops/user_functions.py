@@ -20,12 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.costs import Cost, declare
-from streamcnn.graph.flattening import GradientHook, OnlyResult, Whole
 from streamcnn.graph.ops.pointwise import align_operands, common_axes, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule, rule_for
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Ref, refs_in
 from streamcnn.graph.schemas import operator_name
+from streamcnn.graph.whole import GradientHook, OnlyResult, Whole
 
 aten = torch.ops.aten
 

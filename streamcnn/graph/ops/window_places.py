@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Interval
-from streamcnn.graph.flattening import is_fake
+from streamcnn.graph.fakes import is_fake
 from streamcnn.graph.ops.constants import numbers
 
 _BAND = 2**18
