@@ -19,8 +19,10 @@ from streamcnn.stores import (
     ZarrStore,
     free_bytes,
     remove_abandoned,
+    spill_place,
     transfers_of,
 )
+from streamcnn.support.disk import lies_in_memory
 from streamcnn.support.units import format_bytes, format_duration
 
 
@@ -33,10 +35,10 @@ def room_on_disk(spares: SpareFiles) -> int:
 
 def check_disk(plan: Plan, spares: SpareFiles) -> None:
     """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
-    needed, spill = plan.bytes_on(Tier.DISK), spares.parent
+    needed = plan.bytes_on(Tier.DISK)
     if needed and needed > (room := room_on_disk(spares)):
         raise PlanDoesNotFit(
-            f"the plan spills {format_bytes(needed)} at a time, and {spill or 'the temporary folder'} has "
+            f"the plan spills {format_bytes(needed)} at a time, and {spill_place(spares.parent)} has "
             f"{format_bytes(room)} left: pass spill= a folder on a larger disk, raise budget=, or free space"
         )
 
@@ -46,9 +48,20 @@ def gain_of_a_larger_disk(fastest: Plan, taken: Plan, room: int, spares: SpareFi
     needed = format_bytes(fastest.bytes_on(Tier.DISK))
     seconds, less = (format_duration(plan.projected_seconds) for plan in (taken, fastest))
     return (
-        f"{spares.parent or 'the temporary folder'} has room for {format_bytes(room)}, and the fastest plan "
+        f"{spill_place(spares.parent)} has room for {format_bytes(room)}, and the fastest plan "
         f"spills {needed}: more is computed again instead, and a pass is projected to take {seconds} instead "
         f"of {less}; pass spill= a folder on a larger disk, or free space"
+    )
+
+
+def memory_beside_the_budget(plan: Plan, spares: SpareFiles) -> str:
+    """What is to be said where a plan spills maps to a folder that lies in memory; nothing elsewhere."""
+    place, nbytes = spill_place(spares.parent), plan.bytes_on(Tier.DISK)
+    if not nbytes or not lies_in_memory(place):
+        return ""
+    return (
+        f"maps are spilled to {place}, which lies in memory itself: up to {format_bytes(nbytes)} there come "
+        "on top of the budget; pass spill= a folder on a disk, or name one in the environment variable TMPDIR"
     )
 
 

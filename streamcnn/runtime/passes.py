@@ -31,7 +31,7 @@ from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.autograd_node import Streamed
 from streamcnn.runtime.machines import this_machine
-from streamcnn.runtime.pass_stores import gain_of_a_larger_disk, room_on_disk
+from streamcnn.runtime.pass_stores import gain_of_a_larger_disk, memory_beside_the_budget, room_on_disk
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
@@ -175,8 +175,12 @@ class Passes:
 
     def _tell_of_little_disk(self, fastest: Plan, taken: Plan, room: int, spares: SpareFiles) -> None:
         """Say once what a larger disk would save, if that is much."""
-        text = gain_of_a_larger_disk(fastest, taken, room, spares)
-        if taken.projected_seconds > _MUCH_LONGER * fastest.projected_seconds and text not in self._told:
+        if taken.projected_seconds > _MUCH_LONGER * fastest.projected_seconds:
+            self._tell(gain_of_a_larger_disk(fastest, taken, room, spares))
+
+    def _tell(self, text: str) -> None:
+        """Warn of something once; of nothing, if there is no text."""
+        if text and text not in self._told:
             self._told.add(text)
             warnings.warn(text, stacklevel=2)
 
@@ -184,6 +188,7 @@ class Passes:
         """The plan of a pass that is to run here, and what makes smaller ones."""
         machine = this_machine(captured.device, spec.computed_in)
         planned, spec, machine = self._plan_here(captured, spec, machine, owner.spare_files)
+        self._tell(memory_beside_the_budget(planned.plan, owner.spare_files))
         if self._collected is None:
             self._collected = finalize(owner, give_back)
             self._collected.atexit = False

@@ -10,6 +10,7 @@ from streamcnn.stores.spare_files import SpareFiles as SpareFiles
 from streamcnn.stores.spill import SpillFolder as SpillFolder
 from streamcnn.stores.spill import free_bytes as free_bytes
 from streamcnn.stores.spill import remove_abandoned as remove_abandoned
+from streamcnn.stores.spill import spill_place as spill_place
 from streamcnn.stores.transfers import Deferred as Deferred
 from streamcnn.stores.transfers import GpuTransfers as GpuTransfers
 from streamcnn.stores.transfers import Incoming as Incoming

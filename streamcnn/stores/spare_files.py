@@ -25,7 +25,7 @@ class SpareFiles:
     Parameters
     ----------
     parent
-        Existing folder to keep them in, on the disk of the maps; the system's temporary folder if None.
+        Existing folder to keep them in, on the disk of the maps; a temporary folder of the system's if None.
     """
 
     def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:

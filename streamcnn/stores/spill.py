@@ -13,11 +13,30 @@ from types import TracebackType
 from typing import Any, Self
 
 from streamcnn.stores.owners import abandoned, new_name
+from streamcnn.support.disk import lies_in_memory
+
+_ON_DISK = Path("/var/tmp")
+"""The system's other temporary folder, for what is large, where the first one lies in memory."""
+
+
+def spill_place(parent: str | os.PathLike[str] | None) -> Path:
+    """Where folders are made: in ``parent``, or in the system's temporary folder if None.
+
+    That may lie in memory, which spilling is to save: then it is ``/var/tmp``, unless the environment names
+    another one or ``/var/tmp`` cannot be used.
+    """
+    if parent is not None:
+        return Path(parent)
+    usual = Path(tempfile.gettempdir())
+    is_named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    if is_named or not lies_in_memory(usual) or lies_in_memory(_ON_DISK):
+        return usual
+    return _ON_DISK if _ON_DISK.is_dir() and os.access(_ON_DISK, os.W_OK | os.X_OK) else usual
 
 
 def free_bytes(parent: str | os.PathLike[str] | None) -> int:
-    """Bytes that can still be written to ``parent``, or to the system's temporary folder if None."""
-    return shutil.disk_usage(parent or tempfile.gettempdir()).free
+    """Bytes that can still be written where folders are made; see :func:`spill_place`."""
+    return shutil.disk_usage(spill_place(parent)).free
 
 
 def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
@@ -26,7 +45,7 @@ def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
     Only those of this user, of this boot of the machine and of this PID namespace; see
     ``streamcnn.stores.owners``. A warning names what cannot be removed.
     """
-    for folder in abandoned(Path(parent or tempfile.gettempdir())):
+    for folder in abandoned(spill_place(parent)):
         try:
             shutil.rmtree(folder)
         except FileNotFoundError:
@@ -65,7 +84,7 @@ class SpillFolder:
     Parameters
     ----------
     parent
-        Existing folder to create it in; the system's temporary folder if None.
+        Existing folder to create it in; for None see :func:`spill_place`.
 
     Raises
     ------
@@ -75,7 +94,7 @@ class SpillFolder:
 
     def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
         remove_abandoned(parent)
-        self.path = (Path(parent or tempfile.gettempdir()) / new_name()).absolute()
+        self.path = (spill_place(parent) / new_name()).absolute()
         self._owner_process = os.getpid()
         self._numbers = itertools.count()
         # Before the folder is there, so that no interrupt in between leaves it.

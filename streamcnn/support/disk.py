@@ -1,4 +1,4 @@
-"""One error for whatever keeps a file from being written."""
+"""Disks: whether a folder is on one at all, and one error for whatever keeps a file from being written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from streamcnn.support.units import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems whose files are in RAM and nowhere else."""
 
 
 @contextmanager
@@ -77,3 +79,22 @@ def mount_point(path: Path) -> Path:
     while not os.path.ismount(place) and place != place.parent:
         place = place.parent
     return place
+
+
+def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether what is written to an existing folder takes RAM, and no disk; False where nothing tells.
+
+    Parameters
+    ----------
+    mounts
+        What is mounted, as Linux tells it: see proc_pid_mountinfo(5).
+    """
+    try:
+        device = folder.stat().st_dev
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # The type of a file system stands behind a hyphen, as there may be any number of fields before.
+    kinds = (line.partition(" - ")[2].split(" ")[0] for line in lines if line.split(" ")[2:3] == [number])
+    return next(kinds, "") in _IN_MEMORY
