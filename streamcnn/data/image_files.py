@@ -72,8 +72,7 @@ def find_images(paths: Sequence[Path], series: int | None = None) -> list[FoundI
     names = distinct_names(relatives)
     by_name: dict[str, FoundImage] = {}
     for name, relative, (_, scan) in zip(names, relatives, found.values(), strict=True):
-        others = tuple(file for file in scan.files if file != scan.path)
-        image = FoundImage(name, scan.path, relative, others)
+        image = FoundImage(name, scan.path, relative, scan.files_beside(scan.path))
         other = by_name.setdefault(name, image)
         if other is not image:
             raise DatasetMismatch(

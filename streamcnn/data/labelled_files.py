@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamcnn.data.class_folders import classes_in_folders
 from streamcnn.data.image_files import find_images
-from streamcnn.data.label_table import Row, read_rows
-from streamcnn.data.scans import scan_of
+from streamcnn.data.label_table import read_rows
+from streamcnn.data.scans import Scan, scan_of
 from streamcnn.data.sources import is_image
 from streamcnn.data.sources.files import is_there
 from streamcnn.data.sources.places import looked_at, resolved_path
@@ -52,8 +52,11 @@ def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) 
             f"{path} names {some([str(paths[at]) for at in missing])}, where there is no image (line "
             f"{rows[missing[0]].line}): give paths from the table's folder"
         )
-    _refuse_rows_twice(path, rows)
-    return list(_labelled(path, rows, paths))
+    scans = distinct_scans(path, [(row.line, row.image) for row in rows], paths)
+    return [
+        LabelledFile(row.image, file, row.label, row.split or UNSPLIT, row.inputs, scan.files_beside(file))
+        for row, file, scan in zip(rows, paths, scans, strict=True)
+    ]
 
 
 def path_in_table(table: Path, text: str, line: int) -> Path:
@@ -75,26 +78,42 @@ def path_in_table(table: Path, text: str, line: int) -> Path:
     return next((path for path in paths if is_there(path)), paths[0])
 
 
-def _refuse_rows_twice(path: Path, rows: Sequence[Row]) -> None:
-    counts = Counter(row.image for row in rows)
+def distinct_scans(table: Path, rows: Sequence[tuple[int, str]], paths: Sequence[Path]) -> list[Scan]:
+    """The scan that each row of a table names, if no two name one image.
+
+    Parameters
+    ----------
+    table
+        For messages.
+    rows
+        The line of each, and what it calls its image.
+    paths
+        Where these images are.
+
+    Raises
+    ------
+    DatasetMismatch
+        Naming the lines of two rows of one image.
+    """
+    _refuse_names_twice(table, rows)
+    scans = [scan_of(path) for path in paths]
+    known: dict[str, tuple[int, str]] = {}
+    for (line, name), scan in zip(rows, scans, strict=True):
+        first_line, first_name = known.setdefault(scan.key, (line, name))
+        if first_line != line:
+            raise DatasetMismatch(
+                f"{table}, line {line}: {name!r} is the same image as line {first_line}, {first_name!r}; "
+                "keep one row of each"
+            )
+    return scans
+
+
+def _refuse_names_twice(table: Path, rows: Sequence[tuple[int, str]]) -> None:
+    counts = Counter(name for _, name in rows)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        lines = ", ".join(str(row.line) for row in rows if row.image == twice[0])
-        raise DatasetMismatch(f"{path} has {some(twice)} in several rows (lines {lines}); keep one of each")
-
-
-def _labelled(path: Path, rows: Sequence[Row], paths: Sequence[Path]) -> Iterator[LabelledFile]:
-    known: dict[str, Row] = {}
-    for row, file in zip(rows, paths, strict=True):
-        scan = scan_of(file)
-        first = known.setdefault(scan.key, row)
-        if first is not row:
-            raise DatasetMismatch(
-                f"{path}, line {row.line}: {row.image!r} is the same image as line {first.line}, "
-                f"{first.image!r}; keep one row of each"
-            )
-        others = tuple(each for each in scan.files if each != file)
-        yield LabelledFile(row.image, file, row.label, row.split or UNSPLIT, row.inputs, others)
+        lines = ", ".join(str(line) for line, name in rows if name == twice[0])
+        raise DatasetMismatch(f"{table} has {some(twice)} in several rows (lines {lines}); keep one of each")
 
 
 def files_in_folders(folder: Path, series: int | None = None) -> list[LabelledFile]:

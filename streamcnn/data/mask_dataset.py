@@ -242,7 +242,7 @@ def _of_table(path: Path) -> list[_Pair]:
 
 def _further(path: Path) -> tuple[Path, ...]:
     """The further files of an image that lies in several."""
-    return tuple(file for file in scan_of(path).files if file != path)
+    return scan_of(path).files_beside(path)
 
 
 def _check_mask(image: ImageSource, mask: ImageSource) -> None:

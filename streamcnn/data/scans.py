@@ -39,6 +39,10 @@ class Scan:
     files: tuple[Path, ...]
     """All files and folders that its pixels lie in."""
 
+    def files_beside(self, file: Path) -> tuple[Path, ...]:
+        """All of them but one."""
+        return tuple(each for each in self.files if each != file)
+
 
 def one_of_each(paths: Sequence[Path]) -> list[Scan]:
     """The scans of images that lie in one folder, in their order; a scan's first file stands for it.
