@@ -105,3 +105,9 @@ def test_a_guess_that_is_not_certain_is_refused(tmp_path: Path, shape: tuple[int
             ArraySource(origin)
         assert ArraySource(origin, channels_last=False).shape == shape
         assert ArraySource(origin, channels_last=True).shape == (shape[2], *shape[:2])
+
+
+def test_reads_single_rows_and_columns_of_an_array_that_is_flipped() -> None:
+    flipped = pixels(1)[:, ::-1, ::-1]
+    for asked in (region(7, 8, 2, 30), region(4, 21, 9, 10), region(5, 6, 5, 6)):
+        assert_reads(ArraySource(flipped), flipped, asked)

@@ -15,6 +15,7 @@ from source_contract import assert_reads, channels_last, cut, pixels, region
 from streamcnn.cli.images import info
 from streamcnn.data.normalisation import Normalise
 from streamcnn.data.sources import TiffSource, as_sources, open_image
+from streamcnn.data.sources.orientation import Orientation
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.geometry.regions import Region
 
@@ -49,6 +50,19 @@ def test_pixels_are_turned_upright(tmp_path: Path, orientation: int, options: di
     source = TiffSource(path)
     assert source.shape == expected.shape
     assert_reads(source, expected, PART)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("options", [{}, {"tile": (32, 48), "compression": "zlib"}])
+def test_single_rows_and_columns_are_turned_upright(
+    tmp_path: Path, orientation: int, options: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.tif"
+    grey = pixels(1)
+    tifffile.imwrite(path, grey[0], extratags=[(274, "H", 1, orientation, True)], **options)
+    expected = Orientation(orientation).upright(grey)
+    for asked in (region(7, 8, 2, 30), region(4, 21, 9, 10), region(5, 6, 5, 6)):
+        assert_reads(TiffSource(path), expected, asked)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2"])

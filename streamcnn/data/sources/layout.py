@@ -246,5 +246,10 @@ def torch_dtype(name: str, dtype: np.dtype[Any]) -> torch.dtype:
 
 
 def to_tensor(pixels: NDArray[Any]) -> Tensor:
-    """The pixels as a tensor; PyTorch takes no foreign byte order and no memory that it may not write."""
-    return torch.from_numpy(np.require(pixels, dtype=pixels.dtype.newbyteorder("="), requirements=["C", "W"]))
+    """The pixels as a tensor of the same shape, copied where PyTorch cannot take them as they lie.
+
+    It takes no foreign byte order, no backward strides and no memory that it may not write to.
+    """
+    ready = np.require(pixels, dtype=pixels.dtype.newbyteorder("="), requirements=["C", "W"])
+    # NumPy takes an axis of one pixel for contiguous whatever its stride is, PyTorch not if it leads back.
+    return torch.from_numpy(ready.copy() if any(stride < 0 for stride in ready.strides) else ready)
