@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -16,6 +16,8 @@ from streamcnn.support.documents import open_regular
 _OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 _TASKS = {"label": "classification", "mask": "segmentation"}
 """Which task needs a column of that name beside the images."""
+_NOTHING = {"#n/a", "<na>", "n/a", "na", "nan", "nat", "null"}
+"""What programs write into a cell that they have nothing for, without regard to case."""
 _MOST_TEXT = 500
 _MANY = 100
 """More values than a column of splits has."""
@@ -128,6 +130,35 @@ def _refuse_other_splits(path: Path, columns: dict[str, set[str]]) -> None:
             raise DatasetMismatch(
                 f"{path} has no column split, and its column {name!r} holds {some(sorted(found))}: call it "
                 "split, or take it out"
+            )
+
+
+def require_filled(where: str, cells: Mapping[str, str], columns: Sequence[str]) -> None:
+    """Make sure that a row has something in each of the columns.
+
+    Raises
+    ------
+    DatasetMismatch
+        Naming the row, as ``where`` does, and a column that is blank.
+    """
+    blank = [column for column in columns if not cells[column]]
+    if blank:
+        raise DatasetMismatch(f"{where}: {blank[0]} is blank; fill it in")
+
+
+def require_said(where: str, cells: Mapping[str, str], columns: Sequence[str]) -> None:
+    """Make sure that none of the columns, of those that there are, has a word for a missing text in a row.
+
+    Raises
+    ------
+    DatasetMismatch
+        Naming the row, as ``where`` does, the column and the word.
+    """
+    for column in columns:
+        if cells.get(column, "").casefold() in _NOTHING:
+            raise DatasetMismatch(
+                f"{where}: {column} is {cells[column]!r}, which stands for a missing one; fill it in, or "
+                "take the row out"
             )
 
 

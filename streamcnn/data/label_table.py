@@ -9,15 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streamcnn.data.csv_columns import read_cells
+from streamcnn.data.csv_columns import read_cells, require_filled, require_said
 from streamcnn.data.splits import canonical
 from streamcnn.errors import DatasetMismatch, some
 
 _COLUMNS = ("image", "label")
 _LARGEST = 3.4e38
 """Of the numbers that float32 has."""
-_NOTHING = {"#n/a", "<na>", "n/a", "na", "nan", "nat", "null"}
-"""What programs write into a cell that they have nothing for, without regard to case."""
 _NUMBER = re.compile(r"[-+]?[0-9]*[.,]?[0-9]*")
 _WHOLE = re.compile(r"[0-9]+([.]0*)?")
 """A label that is a number; pandas writes 1 as 1.0 where one is missing in the column."""
@@ -68,15 +66,8 @@ def read_rows(path: Path, inputs: Sequence[str] = (), *, labelled: bool = True) 
 
 
 def _row(where: str, line: int, cells: dict[str, str], filled: Sequence[str], inputs: Sequence[str]) -> Row:
-    blank = [column for column in filled if not cells[column]]
-    if blank:
-        raise DatasetMismatch(f"{where}: {blank[0]} is blank; fill it in")
-    for column in ("label", "split"):
-        if cells.get(column, "").casefold() in _NOTHING:
-            raise DatasetMismatch(
-                f"{where}: {column} is {cells[column]!r}, which stands for a missing one; fill it in, or "
-                "take the row out"
-            )
+    require_filled(where, cells, filled)
+    require_said(where, cells, ("label", "split"))
     numbers = tuple(_number(cells[column], f"{where}: {column}") for column in inputs)
     label = unicodedata.normalize("NFC", cells.get("label", ""))
     split = cells.get("split")

@@ -14,7 +14,7 @@ from typing import final
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
-from streamcnn.data.csv_columns import read_cells
+from streamcnn.data.csv_columns import read_cells, require_filled
 from streamcnn.data.dataset import OF_CONTENT, digest_of, no_split, will_need
 from streamcnn.data.fingerprints import content_digest
 from streamcnn.data.image_files import FoundImage, find_images
@@ -223,9 +223,7 @@ def _without_ending(relative: str) -> str:
 def _of_table(path: Path) -> list[_Pair]:
     found = []
     for line, cells in read_cells(path, ("image", "mask"), ("split",), ()):
-        for column in ("image", "mask"):
-            if not cells[column]:
-                raise DatasetMismatch(f"{path}, line {line}: {column} is blank; fill it in")
+        require_filled(f"{path}, line {line}", cells, ("image", "mask"))
         image, mask = (path_in_table(path, cells[column], line) for column in ("image", "mask"))
         for file in (image, mask):
             if not is_there(file) or not is_image(file):
