@@ -167,6 +167,34 @@ def test_a_wrong_table_is_an_error_that_names_the_line(
         MaskDataset(table(folders, *rows, header=header))
 
 
+@pytest.mark.parametrize(
+    ("second", "text"),
+    [
+        ("images/a.1.tif,masks/a.2.tiff,val", r"'images/a\.1\.tif' in several rows \(lines 2, 3\)"),
+        ("images/../images/a.1.tif,masks/a.1.tiff,train", r"line 3: .* is the same image as line 2"),
+        ("images/copy.tif,masks/a.1.tiff,val", r"'images/a\.1\.tif' in train and 'images/copy\.tif' in val"),
+        ("images/a.2.tif,masks/a.2.tiff,nan", "line 3: split is 'nan', which stands for a missing one"),
+    ],
+    ids=["row", "path", "copy", "split"],
+)
+def test_an_image_is_in_one_row_and_one_split(folders: Path, second: str, text: str) -> None:
+    size = (60, 60)  # smaller images are not compared
+    write(folders / "images" / "a.1.tif", an_image(0, size))
+    write(folders / "masks" / "a.1.tiff", a_mask(0, size))
+    shutil.copy(folders / "images" / "a.1.tif", folders / "images" / "copy.tif")
+    with pytest.raises(DatasetMismatch, match=text):
+        MaskDataset(table(folders, "images/a.1.tif,masks/a.1.tiff,train", second))
+
+
+def test_a_copy_in_the_same_split_is_told(folders: Path) -> None:
+    write(folders / "images" / "c.tif", an_image(0, (60, 60)))
+    write(folders / "masks" / "c.tiff", a_mask(0, (60, 60)))
+    for folder, ending in (("images", "tif"), ("masks", "tiff")):
+        shutil.copy(folders / folder / f"c.{ending}", folders / folder / f"d.{ending}")
+    with pytest.warns(UserWarning, match=r"byte for byte: 'c\.tif' = 'd\.tif'"):
+        assert len(MaskDataset(folders / "images", masks=folders / "masks")) == 5
+
+
 def test_a_split_that_there_is_not_is_an_error(folders: Path) -> None:
     path = table(folders, "images/a.1.tif,masks/a.1.tiff,train")
     with pytest.raises(DatasetMismatch, match="no images of split 'test'"):

@@ -14,11 +14,12 @@ from typing import final
 from torch.utils.data import Dataset
 
 from streamcnn.data.augmentation import AugmentedSource, RandomAugmentation
-from streamcnn.data.csv_columns import read_cells, require_filled
+from streamcnn.data.copies import check_copies, same_files
+from streamcnn.data.csv_columns import read_cells, require_filled, require_said
 from streamcnn.data.dataset import OF_CONTENT, digest_of, no_split, will_need
 from streamcnn.data.fingerprints import content_digest
 from streamcnn.data.image_files import FoundImage, find_images
-from streamcnn.data.labelled_files import UNSPLIT, path_in_table
+from streamcnn.data.labelled_files import UNSPLIT, distinct_scans, path_in_table
 from streamcnn.data.mask_values import values_of_file
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, is_image, open_chosen, open_image
@@ -79,8 +80,8 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
     ------
     DatasetMismatch
         If there are no such images, an image has no mask, or a mask is of another size than its image, has
-        several channels or no integers; if images differ in channels or types; or if some images lie in
-        folders of splits and others do not.
+        several channels or no integers; if images differ in channels or types, or one is there in two splits
+        or two rows; or if some images lie in folders of splits and others do not.
     CorruptImage
         If a file cannot be opened, or a folder holds no image.
     """
@@ -101,13 +102,15 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         self.choice = choice
         self._missing_chunks: MissingChunks = "fill" if empty_masks else "some"
         every = _pairs(self.path, None if masks is None else local_path(masks), choice)
-        check_alike(self.path, [pair.name for pair in every], [kind_of_file(p.image, choice) for p in every])
+        names, splits = [pair.name for pair in every], [pair.split for pair in every]
+        check_alike(self.path, names, [kind_of_file(pair.image, choice) for pair in every])
+        check_copies(self.path, names, splits, same_files([(pair.image, *pair.others[0]) for pair in every]))
         for pair in every:
             _check_mask(open_chosen(pair.image, choice), self._open_mask(pair))
         wanted = None if split is None else canonical(split)
         pairs = [pair for pair in every if wanted is None or pair.split == wanted]
         if not pairs:
-            raise no_split(self.path, split, (pair.split for pair in every))
+            raise no_split(self.path, split, splits)
         self._pairs = pairs if positions is None else [pairs[position] for position in positions]
         self.names = tuple(pair.name for pair in self._pairs)
         self.augmentation = augmentation
@@ -221,26 +224,46 @@ def _without_ending(relative: str) -> str:
 
 
 def _of_table(path: Path) -> list[_Pair]:
-    found = []
+    rows = []
     for line, cells in read_cells(path, ("image", "mask"), ("split",), ()):
-        require_filled(f"{path}, line {line}", cells, ("image", "mask"))
-        image, mask = (path_in_table(path, cells[column], line) for column in ("image", "mask"))
-        for file in (image, mask):
-            if not is_there(file) or not is_image(file):
-                raise DatasetMismatch(
-                    f"{path}, line {line} names {file}, where there is no image: give paths from the table's "
-                    "folder"
-                )
-        split = canonical(cells.get("split") or UNSPLIT)
-        found.append(_Pair(cells["image"], image, mask, split, (_further(image), _further(mask))))
-    if not found:
+        where = f"{path}, line {line}"
+        require_filled(where, cells, ("image", "mask"))
+        require_said(where, cells, ("split",))
+        rows.append((line, cells))
+    if not rows:
         raise DatasetMismatch(f"{path} has no rows: give one for each image")
-    return found
+    files = [
+        tuple(_file_in_table(path, cells[each], line) for each in ("image", "mask")) for line, cells in rows
+    ]
+    images = distinct_scans(
+        path, [(line, cells["image"]) for line, cells in rows], [image for image, _ in files]
+    )
+    return [
+        _Pair(
+            cells["image"],
+            image,
+            mask,
+            canonical(cells.get("split") or UNSPLIT),
+            (scan.files_beside(image), scan_of(mask).files_beside(mask)),
+        )
+        for (_, cells), (image, mask), scan in zip(rows, files, images, strict=True)
+    ]
 
 
-def _further(path: Path) -> tuple[Path, ...]:
-    """The further files of an image that lies in several."""
-    return scan_of(path).files_beside(path)
+def _file_in_table(table: Path, text: str, line: int) -> Path:
+    """An image or a mask that a line of a table names.
+
+    Raises
+    ------
+    DatasetMismatch
+        If it is not there.
+    """
+    file = path_in_table(table, text, line)
+    if not is_there(file) or not is_image(file):
+        raise DatasetMismatch(
+            f"{table}, line {line} names {file}, where there is no image: give paths from the table's folder"
+        )
+    return file
 
 
 def _check_mask(image: ImageSource, mask: ImageSource) -> None:
