@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from streamcnn.data.augmentation import RandomAugmentation
+from streamcnn.data.normalisation import Normalise
 from streamcnn.errors import UnsupportedModel
-from streamcnn.training import TrainSettings
+from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,11 @@ from streamcnn.training import TrainSettings
         ({"epochs": 0}, "epochs=0: allowed are 1 and more"),
         ({"learning_rate": 0}, "learning_rate=0: allowed are positive numbers"),
         ({"clip_norm": -1.0}, "clip_norm=-1.0: allowed are positive numbers, or None"),
+        ({"clip_norm": math.inf}, "clip_norm=inf: allowed are positive numbers, or None"),
+        (
+            {"optimizer_options": {"betas": [0.9, math.inf]}},
+            "optimizer_options holds inf: allowed are finite",
+        ),
         ({"ema_decay": 1.0}, "ema_decay=1.0: allowed are 0 and more, and less than 1"),
         ({"patience": 0}, "patience=0: allowed are 1 and more, or None"),
         ({"autocast": "int8"}, "autocast='int8': allowed are bfloat16, float16, or None"),
@@ -37,6 +46,22 @@ from streamcnn.training import TrainSettings
 def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(**values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Normalise(mean=math.nan),
+        lambda: Normalise(std=math.inf),
+        lambda: RandomAugmentation(gains=(1, math.inf)),
+        lambda: SegmentationLoss(name="dice", options={"smooth": math.inf}),
+        lambda: RunConfig(model="resnet18", data="", model_options={"drop_rate": math.nan}),
+    ],
+    ids=["mean", "std", "gains", "loss", "model"],
+)
+def test_numbers_that_a_runs_file_cannot_hold_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"(nan|inf)\b.*: allowed (are|is) .*(finite|positive)"):
+        make()
 
 
 def test_a_model_without_anything_to_train_is_refused() -> None:

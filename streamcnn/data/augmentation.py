@@ -9,6 +9,7 @@ deformation, rotation by any angle) is not of this kind.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -146,8 +147,8 @@ class RandomAugmentation:
         if not 0 <= self.inversion <= 1:
             raise ValueError(f"inversion={self.inversion}: allowed are shares from 0 to 1")
         low, high = self.gains
-        if not 0 < low <= high:
-            raise ValueError(f"gains={self.gains}: allowed is (low, high) with 0 < low <= high")
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"gains={self.gains}: allowed is (low, high) with 0 < low <= high, both finite")
 
     def draw(self, *, seed: int, epoch: int, index: int) -> Augmentation:
         """The augmentation of an image in an epoch; a function of the arguments alone."""

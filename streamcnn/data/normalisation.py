@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Normalise:
     Raises
     ------
     ValueError
-        If ``std`` is not positive, or there is no such divisor.
+        If ``mean`` is not finite, ``std`` is not finite and positive, or there is no such divisor.
     """
 
     mean: float = 0.5
@@ -34,7 +35,9 @@ class Normalise:
     """``"type"`` divides by the largest number of the type, whatever images say, as runs from before did."""
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean={self.mean}: allowed are finite numbers")
+        if not 0 < self.std < math.inf:
             raise ValueError(f"std={self.std}: allowed are positive numbers")
         if self.divisor not in DIVISORS:
             raise ValueError(f"divisor={self.divisor!r}: allowed are {' and '.join(DIVISORS)}")

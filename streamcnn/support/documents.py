@@ -207,6 +207,22 @@ def require_flat(name: str, value: Any) -> None:
     raise ValueError(f"{name} is nested more than {MOST_DEPTH} times: allowed are fewer")
 
 
+def require_finite(name: str, value: Any) -> None:
+    """Make sure that all numbers in a value that may be anything are finite: JSON has no others.
+
+    Raises
+    ------
+    ValueError
+        If one is not, or is no number.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{name} holds {value}: allowed are finite numbers, which alone can be kept in a file"
+        )
+    for item in _items(value):
+        require_finite(name, item)
+
+
 def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamcnn.losses import dice_loss, tversky_loss
-from streamcnn.support.documents import require_flat
+from streamcnn.support.documents import require_finite, require_flat
 
 _CROSS_ENTROPY = "cross_entropy"
 _OVERLAPS: Mapping[str, Callable[..., Tensor]] = {"dice": dice_loss, "tversky": tversky_loss}
@@ -68,6 +68,7 @@ class SegmentationLoss:
 
     def _check_options(self) -> None:
         require_flat("options", self.options)
+        require_finite("options", self.options)
         taken = [
             set(inspect.signature(_OVERLAPS[term]).parameters) for term in self.terms if term in _OVERLAPS
         ]

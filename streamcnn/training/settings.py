@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from streamcnn.data.dataset import OF_CONTENT
 from streamcnn.errors import RunMismatch, UnsupportedModel
-from streamcnn.support.documents import require_flat
+from streamcnn.support.documents import require_finite, require_flat
 
 AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_EPOCH = ("epoch", "update")
@@ -76,7 +76,7 @@ class TrainSettings:
             _require_options(name, getattr(self, name))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate}: allowed are positive numbers")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm={self.clip_norm}: allowed are positive numbers, or None")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: allowed are 0 and more, and less than 1")
@@ -251,6 +251,7 @@ def _require_options(name: str, found: object) -> None:
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{name}={found!r}: allowed are values by name")
     require_flat(name, found)
+    require_finite(name, found)
 
 
 def _class_of(module: Any, base: type, name: str, setting: str) -> Any:
