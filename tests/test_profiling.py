@@ -15,7 +15,7 @@ from streamcnn import StreamingModel, cli
 from streamcnn.data.sources import ZarrSource, write_zarr_image
 from streamcnn.errors import BudgetExceeded
 from streamcnn.profiling import ProfileFailed, TileProfile, child, profile_tiles, write_results
-from streamcnn.profiling.figures import FIGURES, memory_figure, time_figure
+from streamcnn.profiling.figures import FIGURES, memory_figure, plan_figure, time_figure
 from streamcnn.profiling.sketch import sketch_plan
 from streamcnn.profiling.tile_profile import fastest
 from streamcnn.support.models import load_model
@@ -182,6 +182,13 @@ def test_figures_of_every_kind_are_written_when_nothing_ran(tmp_path: Path) -> N
     write_results(PROFILES[2:], "resnet18", SHAPE, tmp_path)
     for name in FIGURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_written_above_a_plan_of_few_phases_fits_into_its_figure() -> None:
+    figure = plan_figure(PROFILES, f"resnet18, {'4000x4000x3 image, ' * 6}budget 60.0 MiB")
+    title = figure.axes[0].texts[0].get_window_extent()
+    assert title.x0 >= 0
+    assert title.x1 <= figure.bbox.x1
 
 
 def test_the_figure_names_bytes_that_are_off_its_scale() -> None:

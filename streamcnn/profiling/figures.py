@@ -103,14 +103,11 @@ def plan_figure(profiles: Sequence[TileProfile], title: str) -> Any:
     """
     profile = fastest(profiles) or profiles[0]
     drawing = draw_plan(profile.plan, _COLUMNS_PER_ROW)
-    head = 34
-    width, height = drawing.width + 16, drawing.height + head
-    figure = _new_figure((width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), layout="none")
+    head, margin = 34, 8
+    figure = _new_figure((1, 1), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(-8, drawing.width + 8)
-    axes.set_ylim(drawing.height, -head)
     axes.set_axis_off()
-    axes.text(
+    text = axes.text(
         0,
         -12,
         f"{title}, tiles of {profile.tile} pixels",
@@ -118,6 +115,12 @@ def plan_figure(profiles: Sequence[TileProfile], title: str) -> Any:
         weight="bold",
         parse_math=False,
     )
+    # A plan of few phases is narrower than what is written above it.
+    written = text.get_window_extent().width * _PIXELS_PER_INCH / figure.dpi
+    right, height = max(drawing.width, written) + margin, drawing.height + head
+    figure.set_size_inches((right + margin) / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH)
+    axes.set_xlim(-margin, right)
+    axes.set_ylim(drawing.height, -head)
     _paint(axes, drawing)
     return figure
 
