@@ -93,7 +93,7 @@ def test_ultramnist_shows_any_folder(tmp_path: Path, run: Run, monkeypatch: pyte
     assert f"{tmp_path / SHOWN}: 1 training and 0 test images" in out
     picture = tmp_path / EVIL / "p.png"
     status, out, _ = run("ultramnist", "preview", store, "--output", picture, "--edge", 32)
-    assert (status, out) == (0, f"{tmp_path / SHOWN}/p.png: 1 images of split train\n")
+    assert (status, out) == (0, f"{tmp_path / SHOWN}/p.png: 1 image of split train\n")
 
 
 def test_train_and_predict_show_any_folder(tmp_path: Path, run: Run) -> None:

@@ -136,6 +136,19 @@ def test_a_contact_sheet_shows_every_class(folder: Path, tmp_path: Path) -> None
     assert np.abs(first[28:92, 8:72, 0] - expected).mean() < 40
 
 
+def test_a_contact_sheet_fits_small_images_and_takes_any_spelling_of_a_split(
+    folder: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    path = tmp_path / "sheet.png"
+    assert write_contact_sheet(TileStore(folder), path, split="Training", edge=320) == 28
+    with Image.open(path) as sheet:
+        assert sheet.height == 4 * (96 + 8 + 20) + 8
+        assert 7 * (96 + 8) + 8 <= sheet.width < 7 * (150 + 8) + 8
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_contact_sheet_is_a_picture(
     run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
 ) -> None:

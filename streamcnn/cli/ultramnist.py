@@ -14,7 +14,7 @@ from streamcnn.cli.arguments import FAILED, Json, exit_for_wrong_usage, parse
 from streamcnn.cli.ending import keeping
 from streamcnn.cli.images import progress_bar, verify_store
 from streamcnn.support.text import as_text, printable
-from streamcnn.support.units import format_bytes, format_duration
+from streamcnn.support.units import format_bytes, format_duration, plural
 
 app = typer.Typer(help="Make, check and look at UltraMNIST sets (arXiv 2206.12681).", no_args_is_help=True)
 
@@ -91,4 +91,4 @@ def preview(
 
     parse("--output", require_picture, output)
     count = write_contact_sheet(TileStore(store), output, split=split, edge=edge, boxes=boxes)
-    typer.echo(printable(f"{output}: {count} images of split {split}"))
+    typer.echo(printable(f"{output}: {plural(count, 'image')} of split {split}"))

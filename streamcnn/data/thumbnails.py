@@ -14,7 +14,9 @@ from streamcnn.support.extras import require
 
 PART_PIXELS = 2**22
 """Pixels that are read at a time, at least a block."""
-_BOX_COLOUR = (255, 96, 0)
+_BOX_COLOUR, _ON_BOX = (255, 96, 0), (255, 255, 255)
+_FONT, _TAG = 13, 15
+"""Height in pixels of what is written beside a box, and of the patch under it."""
 
 
 def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = ()) -> Any:
@@ -48,9 +50,16 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
     for known in boxes:
         top, left, bottom, right = (round(at * scale) for at in known["box"])
         draw.rectangle((left - 1, top - 1, right, bottom), outline=_BOX_COLOUR, width=2)
-        above = top - 16 if top >= 16 else bottom + 1
-        draw.text((left, above), str(known["value"]), fill=_BOX_COLOUR, font_size=14, stroke_width=0)
+        _write_tag(draw, str(known["value"]), (left - 1, top - _TAG if top >= _TAG else bottom + 1))
     return picture
+
+
+def _write_tag(draw: Any, text: str, corner: tuple[float, float]) -> None:
+    """Write on a patch of the box's colour, for what lies under it may be of any."""
+    left, top = corner
+    width = draw.textlength(text, font_size=_FONT)
+    draw.rectangle((left, top, left + width + 3, top + _TAG - 1), fill=_BOX_COLOUR)
+    draw.text((left + 2, top + _TAG / 2), text, fill=_ON_BOX, font_size=_FONT, anchor="lm")
 
 
 def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:

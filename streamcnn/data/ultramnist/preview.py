@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from streamcnn.data.splits import canonical
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.data.tile_store import ImageRecord, TileStore
 from streamcnn.errors import DatasetMismatch
+from streamcnn.support.atomic import replace_file
 from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
 
@@ -25,6 +30,10 @@ def write_contact_sheet(
 
     Parameters
     ----------
+    path
+        Replaced if it is there, as a whole or not at all.
+    split
+        However it is spelled, as for ``TileDataset``.
     edge
         Of each image on the sheet, in pixels at most; an image is shrunk by averaging.
     boxes
@@ -44,21 +53,34 @@ def write_contact_sheet(
     pillow = require("PIL.Image", extra="plots")
     require_picture(path)
     records = _one_per_class(store, split)
-    draw = require("PIL.ImageDraw", extra="plots")
-    rows = -(-len(records) // _COLUMNS)
-    columns = min(_COLUMNS, len(records))
-    cell = (edge + _GAP, edge + _GAP + _CAPTION)
-    sheet = pillow.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP), _PAPER)
-    for position, record in enumerate(records):
-        left = _GAP + position % columns * cell[0]
-        top = _GAP + position // columns * cell[1]
-        sheet.paste(_thumbnail(store, record, edge, boxes=boxes), (left, top + _CAPTION))
-        draw.Draw(sheet).text(
-            (left, top), f"{record.label}   {record.name}", fill=_INK, font_size=_CAPTION - 5
-        )
+    pictures = [_thumbnail(store, record, edge, boxes=boxes) for record in records]
+    sheet = _sheet(pictures, [f"{record.label}   {record.name}" for record in records], edge)
+    encoded = io.BytesIO()
+    sheet.save(encoded, format=pillow.registered_extensions()[Path(path).suffix.lower()])
     with writing(Path(path)):
-        sheet.save(path)
+        replace_file(Path(path), encoded.getvalue())
     return len(records)
+
+
+def _sheet(pictures: Sequence[Any], captions: Sequence[str], edge: int) -> Any:
+    """Pictures of Pillow, of ``edge`` pixels at most, in rows under their captions."""
+    pillow, drawing = (require(f"PIL.{name}", extra="plots") for name in ("Image", "ImageDraw"))
+    font = _CAPTION - 5
+    measure = drawing.Draw(pillow.new("RGB", (1, 1))).textlength
+    widest, highest = (max(extents) for extents in zip(*(each.size for each in pictures), strict=True))
+    # Images may be smaller than the edge, and narrower than what is written above them.
+    written = max(math.ceil(measure(caption, font_size=font)) for caption in captions)
+    cell = (min(edge, max(widest, written)) + _GAP, highest + _GAP + _CAPTION)
+    columns = min(_COLUMNS, len(pictures))
+    rows = -(-len(pictures) // _COLUMNS)
+    sheet = pillow.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP), _PAPER)
+    draw = drawing.Draw(sheet)
+    for position, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        row, column = divmod(position, _COLUMNS)
+        left, top = _GAP + column * cell[0], _GAP + row * cell[1]
+        sheet.paste(picture, (left, top + _CAPTION))
+        draw.text((left, top), caption, fill=_INK, font_size=font)
+    return sheet
 
 
 def require_picture(path: str | Path) -> None:
@@ -79,8 +101,8 @@ def require_picture(path: str | Path) -> None:
 
 def _one_per_class(store: TileStore, split: str) -> list[ImageRecord]:
     by_label: dict[int, ImageRecord] = {}
-    for record in store.split(split):
-        if record.label is not None:
+    for record in store.records:
+        if record.label is not None and canonical(record.split) == canonical(split):
             by_label.setdefault(record.label, record)
     if not by_label:
         known = sorted({record.split for record in store.records})
