@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamcnn.data.dataset import ImageDataset, Images, input_shapes
 from streamcnn.data.uniform import ImageKind
@@ -36,7 +36,12 @@ def identity_of(
     net = model if streamed is None else streamed.net
     return {
         **settings.to_dict(),
-        "tensors": {key: f"{t.dtype}{tuple(t.shape)}" for key, t in net.state_dict().items()},
+        # A module's extra state may be anything, and another one later.
+        "tensors": {
+            key: f"{value.dtype}{tuple(value.shape)}"
+            for key, value in net.state_dict().items()
+            if isinstance(value, Tensor)
+        },
         "images": images.fingerprint,
         "validation": validation.fingerprint,
         "budget": streamed and streamed.budget,

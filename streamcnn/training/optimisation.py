@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Optimisation:
         if self._averaged is None:
             yield
             return
-        own = {name: tensor.clone() for name, tensor in self._net.state_dict().items()}
+        own = {name: _copy_of(value) for name, value in self._net.state_dict().items()}
         averaged = self._averaged.module
         assert isinstance(averaged, nn.Module)
         self._net.load_state_dict(averaged.state_dict())
@@ -145,6 +146,11 @@ class Optimisation:
         with restoring(self._restored_from):
             yield
         self._untried.discard(what)
+
+
+def _copy_of(value: Any) -> Any:
+    """A value of a network's state, which is a tensor, or a module's extra state and may be anything."""
+    return value.clone() if isinstance(value, Tensor) else deepcopy(value)
 
 
 def _layout_of(gradient: Tensor | None) -> str:
