@@ -82,18 +82,28 @@ class Optimisation:
         processes.add_up(each.grad for each in summed if each.grad is not None)
 
     def step(self) -> None:
-        """Change the weights by their gradients."""
+        """Change the weights by their gradients, and what follows the weights.
+
+        Gradients that are beyond float16 leave all as it is, but that the next loss is scaled by less.
+        """
         settings = self._settings
         if settings.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._net.parameters(), settings.clip_norm)
         with self._first_use("update"):
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
+            if not self._change_weights():
+                return
             if self._averaged is not None:
                 self._averaged.update_parameters(self._net)
             if self._schedule is not None and settings.schedule_every == "update":
                 self._schedule.step()
+
+    def _change_weights(self) -> bool:
+        """Let the optimiser make its step; whether it has made one."""
+        scale = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return self._scaler.get_scale() >= scale
 
     def end_epoch(self, validation_loss: float) -> None:
         """Let the schedule make its step, if it makes one after each epoch."""
