@@ -177,16 +177,15 @@ def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
 def load_trained(run: Path, budget: str | None, device: str | None, trust: list[str] | None) -> TrainedRun:
     """The model of a run; wrong text for budget or device ends the command as wrong usage."""
     budget_bytes = parse("--budget", parse_bytes, budget)
+    from streamcnn.errors import StreamError
     from streamcnn.support.processes import take_own_gpu
     from streamcnn.training import load_run
-    from streamcnn.training.config import require_device
     from streamcnn.training.runs import read_run
 
-    its_device = read_run(run).device
     try:
-        if device is not None:
-            require_device(device)
-        take_own_gpu(its_device if device is None else device)
+        take_own_gpu(read_run(run).device if device is None else device)
+        return load_run(run, budget=budget_bytes, device=device, trust=trust or ())
+    except StreamError:
+        raise  # what is on the disk is at fault, not the command
     except ValueError as error:
         exit_for_wrong_usage(str(error))
-    return load_run(run, budget=budget_bytes, device=device, trust=trust or ())
