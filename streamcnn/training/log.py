@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,15 +109,17 @@ class RunLog:
                 "it back, or begin another run in another folder"
             )
         self._path, self._events, self._nbytes = path, folder / EVENTS, nbytes
-        with writing(path):
-            # Without a buffer a line that cannot be written fails here, and not once more when it is closed.
-            self._file = path.open("ab", buffering=0)
-            self._file.truncate(nbytes)
+        board = require("torch.utils.tensorboard", extra="train") if events else None
         self._writer: Any = None
-        if events:
-            board = require("torch.utils.tensorboard", extra="train")
-            with writing(self._events):
-                self._writer = board.SummaryWriter(str(self._events), purge_step=update)
+        with ExitStack() as opened:
+            with writing(path):
+                # Without a buffer a line that cannot be written fails here, and not again when it is closed.
+                self._file = opened.enter_context(path.open("ab", buffering=0))
+                self._file.truncate(nbytes)
+            if board is not None:
+                with writing(self._events):
+                    self._writer = board.SummaryWriter(str(self._events), purge_step=update)
+            opened.pop_all()
 
     def write(self, kind: str, values: Mapping[str, Any], update: int) -> None:
         """Add a line of ``values``; numbers among them are events too, named ``kind/name``."""
