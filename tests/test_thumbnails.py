@@ -77,6 +77,14 @@ def test_any_type_and_number_of_channels_is_shown(pixels: torch.Tensor, expected
     assert (found == expected).all()
 
 
+def test_pixels_that_are_no_numbers_are_black_and_leave_others_alone() -> None:
+    pixels = torch.full((1, 4, 4), 1.0)
+    pixels[:, :2, :2] = torch.nan
+    pixels[:, 2, 2], pixels[:, 2, 3] = torch.inf, -torch.inf
+    found = np.asarray(thumbnail(TensorSource(pixels), 2))[..., 0]
+    assert found.tolist() == [[0, 255], [255, 191]]
+
+
 def test_boxes_are_marked_where_they_are() -> None:
     source = TensorSource(torch.zeros(1, 200, 100, dtype=torch.uint8))
     found = np.asarray(thumbnail(source, 100, [{"box": (100, 20, 160, 60), "value": 7}]))

@@ -27,7 +27,8 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
     Parameters
     ----------
     source
-        Integers from 0 to the largest that the image says, or floats from 0 to 1.
+        Integers from 0 to the largest that the image says, or floats from 0 to 1; what is beyond, or NaN, is
+        shown as the nearest of these, and as black.
     edge
         In pixels. A smaller image keeps its size.
     boxes
@@ -91,11 +92,12 @@ def _in_parts(source: ImageSource, factor: int, small: Callable[[Region], NDArra
 
 
 def colours(source: ImageSource, region: Region) -> NDArray[np.float32]:
-    """Red, green and blue of a region from 0 to 255, (3, h, w); see `thumbnail`."""
+    """Red, green and blue of a region from 0 to 255, (3, h, w), 0 where a pixel is NaN; see `thumbnail`."""
     wanted = [0, 1, 2] if source.shape[0] >= 3 else [0, 0, 0]
     pixels = source.read(region).numpy()[wanted]
     scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / (source.largest or 1))
-    return scaled.clip(0, 255)
+    # Pixels that hold nothing would take their whole block with them.
+    return np.nan_to_num(scaled, copy=False, nan=0).clip(0, 255)
 
 
 def block_means(pixels: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
