@@ -69,6 +69,16 @@ def test_the_page_shows_the_best_epoch() -> None:
     assert page.count("src=") == page.count('src="data:image/png;base64,')
 
 
+def test_every_setting_is_on_the_page_once() -> None:
+    page = render_report(CONFIG, [UPDATE, epoch(0, 1.0, [0, 1])], Images(2))
+    found = re.search(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    assert found is not None
+    lines = found[1].splitlines()
+    for line in ("budget: 104857600 (100 MiB)", "epochs: 10", "tile: null", "normalise.mean: 0.5"):
+        assert lines.count(line) == 1
+    assert not [line for line in lines if "settings" in line]
+
+
 def test_there_are_pictures_of_some_mistakes_alone() -> None:
     count = 2 * MAX_MISTAKES
     page = render_report(CONFIG, [UPDATE, epoch(0, 0.0, [1, 0] * MAX_MISTAKES)], Images(count))

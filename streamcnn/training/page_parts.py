@@ -38,7 +38,7 @@ def percentages(epochs: Sequence[Mapping[str, Any]], caption: str, curves: Mappi
     axes, figure = axes_over("epoch")
     for (name, label), color in zip(curves.items(), (BLUE, ORANGE, GREEN), strict=False):
         axes.plot(numbers, [100 * line[name] for line in epochs], ".-", color=color, label=label)
-    axes.set_ylim(0, 102)
+    axes.set_ylim(-2, 102)  # points on the edges are shown whole
     axes.set_ylabel("%")
     add_legend(axes)
     return drawn(caption, figure)

@@ -5,7 +5,8 @@ It is made from the run's folder and its validation images, at the end of a run 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,5 +179,18 @@ def _memory(updates: Sequence[Line], config: RunConfig) -> str:
 
 
 def _settings(config: RunConfig) -> str:
+    """All values, a line each, as JSON has them; one within another goes by both names."""
     values = config.to_dict()
-    return "\n".join(f"{name}: {value}" for name, value in {**values, **values.pop("settings")}.items())
+    values |= values.pop("settings")
+    if config.budget is not None:
+        values["budget"] = f"{config.budget} ({format_bytes(config.budget)})"
+    return "\n".join(f"{name}: {text}" for name, text in _lines(values))
+
+
+def _lines(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _lines(value, f"{within}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield f"{within}{name}", text
