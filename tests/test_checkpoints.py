@@ -10,7 +10,8 @@ from training_runs import damage, make_trainer
 from streamcnn.errors import (
     DamagedCheckpoint,
 )
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 
 
 def test_an_intact_checkpoint_is_not_removed_for_a_damaged_one(tmp_path: Path) -> None:

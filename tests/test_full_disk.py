@@ -26,7 +26,8 @@ from streamcnn.geometry.regions import Region
 from streamcnn.stores import PlainTransfers, StoreSpec, ZarrStore
 from streamcnn.support.disk import writing
 from streamcnn.support.units import format_bytes
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.log import LOG, RunLog, read_log
 
 Run = Callable[..., tuple[int, str, str]]

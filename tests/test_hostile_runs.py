@@ -19,7 +19,8 @@ from hostile import FACTORY, change_json, make_run
 
 from streamcnn.errors import DamagedCheckpoint, RunMismatch, StreamError, UntrustedModel
 from streamcnn.training import RunConfig, TrainSettings, load_run, make_trainer, read_log
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.config import RUN
 from streamcnn.training.runs import read_run
 

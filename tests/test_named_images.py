@@ -18,7 +18,8 @@ from streamcnn.data.dataset import collate
 from streamcnn.data.file_dataset import open_dataset
 from streamcnn.errors import CorruptImage, StreamError, TrainingDiverged
 from streamcnn.training import RunConfig, TrainSettings, make_trainer
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 
 Run = Callable[..., tuple[int, str, str]]
 TRUST = f"--trust={FACTORY}"

@@ -24,7 +24,7 @@ from streamcnn.errors import (
     TrainingDiverged,
 )
 from streamcnn.training import Trainer, TrainSettings, read_log, score
-from streamcnn.training.checkpoints import load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
 
 
 def test_further_inputs_go_into_the_model(tmp_path: Path) -> None:

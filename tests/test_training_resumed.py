@@ -31,7 +31,8 @@ from streamcnn.errors import (
 )
 from streamcnn.plan.plan import Plan
 from streamcnn.training import Terminated, read_log
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.optimisation import Optimisation
 
 

@@ -29,7 +29,7 @@ from streamcnn.data.tile_store import TileStore
 from streamcnn.errors import TrainingDiverged
 from streamcnn.support.extras import require
 from streamcnn.training import Terminated, score
-from streamcnn.training.checkpoints import load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
 from streamcnn.training.evaluation import require_metrics
 from streamcnn.training.runs import best_weights
 

@@ -13,7 +13,8 @@ from benchmarks.harness.method import Datasets, TrainingStage
 from benchmarks.harness.trial import Trial
 from streamcnn.ceiling.device import Limit
 from streamcnn.training import Terminated, Trainer
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.runs import best_weights
 
 

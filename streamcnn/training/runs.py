@@ -31,7 +31,8 @@ from streamcnn.support.disk import writing
 from streamcnn.support.documents import conform, parse_json, read_within
 from streamcnn.support.models import WEIGHT_OPTIONS, is_factory, require_trust
 from streamcnn.support.units import plural
-from streamcnn.training.checkpoints import CheckpointFolder, load_checkpoint
+from streamcnn.training.checkpoint_file import load_checkpoint
+from streamcnn.training.checkpoints import CheckpointFolder
 from streamcnn.training.config import OF_TASKS, RUN, RunConfig, divides_by_type, require_device
 from streamcnn.training.records import Listener
 from streamcnn.training.state import progress_of, require_state
