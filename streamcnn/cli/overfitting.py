@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from streamcnn.data.dataset import TileDataset
 from streamcnn.data.sources import ImageSource
+from streamcnn.data.thumbnails import sampled
 from streamcnn.data.ultramnist import NUM_CLASSES, Recipe, Spec, load_digits
 from streamcnn.data.ultramnist.generate import generate
-from streamcnn.geometry.regions import Region
 from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
@@ -229,7 +229,7 @@ def draw_tiles(image: tuple[ImageSource, int], prediction: int, plan: PlanView, 
     source, label = image
     _, height, width = source.shape
     step = max(1, max(height, width) // _FIGURE_PIXELS)
-    pixels = source.read(Region.whole((height, width)))[0, ::step, ::step].numpy()
+    pixels = sampled(source, step)[0]
     # A Figure of its own rather than pyplot, which keeps figures and looks for a display.
     figure = require("matplotlib.figure", extra="plots").Figure(figsize=(8, 8.4), layout="constrained")
     axes = figure.add_subplot()
