@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +21,8 @@ from training_runs import (
 )
 
 from streamcnn import ImageSource, StreamingModel
-from streamcnn.errors import (
-    DatasetMismatch,
-    TrainingDiverged,
-)
-from streamcnn.training import Trainer, TrainSettings, read_log, score
+from streamcnn.errors import CannotWrite, DatasetMismatch, TrainingDiverged
+from streamcnn.training import Trainer, TrainSettings, log, read_log, score
 from streamcnn.training.checkpoint_file import load_checkpoint
 
 
@@ -196,3 +195,16 @@ def test_tensorboard_finds_the_numbers(tmp_path: Path) -> None:
     lines = [line for line in read_log(tmp_path) if line["kind"] == "update"]
     assert found == pytest.approx({line["update"]: line["loss"] for line in lines})
     assert events.Scalars("epoch/validation_accuracy")
+
+
+def test_a_log_is_closed_where_its_events_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(log, "require", lambda *_, **__: SimpleNamespace(SummaryWriter=refuse))
+    # What is caught keeps all that was there when it was raised, so nothing is closed by being forgotten.
+    with pytest.raises(CannotWrite, match="events: Permission denied"):
+        log.RunLog(tmp_path, events=True)
+    assert str(tmp_path / log.LOG) not in {os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()}
