@@ -349,6 +349,22 @@ class RunAgain(Small):
         return Again.apply(self.layer, x, *self.layer.parameters())
 
 
+class AgainByBackward(Again):
+    """The same for ``backward()`` alone, as libraries of reversible networks ask for."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError("not compatible with .grad()")
+        return Again.backward(ctx, gradient)
+
+
+@CASES("autograd.Function: a layer is run again, in backward() alone", passes(2))
+class RunAgainByBackward(RunAgain):
+    def middle(self, x: Tensor) -> Tensor:
+        return AgainByBackward.apply(self.layer, x, *self.layer.parameters())
+
+
 # --- hooks on gradients -------------------------------------------------------------------------------
 
 

@@ -3,14 +3,17 @@
 Checkpointing by hand does so: its backward pass runs a layer again and asks for the gradients of the
 parameters that were given, so these must be the ones that the layer holds. A streamed pass gives what stands
 in for parameters; they take the parameters' places in the module while the function runs, either way.
+Such a function may also ask PyTorch whether ``backward()`` was called, and not ``grad()``.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
@@ -32,12 +35,10 @@ def caller_of(net: nn.Module, cls: Any, arguments: Any) -> Callable[..., Any]:
     ]
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not places:
-            # Looked up when it runs: here it is another function's.
-            return cls.apply(*args, **kwargs)
-        given = pytree.tree_leaves((args, kwargs))
+        given = pytree.tree_leaves((args, kwargs)) if places else []
         taken = [(owner, given[place]) for place, found in places for owner in found]
         with _in_place(taken):
+            # Looked up when it runs: here it is another function's.
             return _with_own(cls, taken).apply(*args, **kwargs)
 
     return function
@@ -49,7 +50,7 @@ def _with_own(cls: Any, taken: Sequence[tuple[_Owner, Tensor]]) -> Any:
     original = getattr(cls, name)
 
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        with _in_place(taken):
+        with _in_place(taken), _called_by_backward():
             return original(ctx, *gradients)
 
     return type(cls)(cls.__name__, (cls,), {name: staticmethod(backward)})
@@ -66,3 +67,37 @@ def _in_place(taken: Sequence[tuple[_Owner, Tensor]]) -> Iterator[None]:
     finally:
         for module, name, parameter in before:
             module._parameters[name] = parameter
+
+
+class _ByBackward:
+    """What PyTorch answers to functions that ask whether ``backward()`` was called."""
+
+    lock = threading.Lock()
+    num_blocks = 0
+    """Blocks that are open in all threads."""
+    original = staticmethod(torch.autograd._is_checkpoint_valid)
+    here = threading.local()
+
+
+def _is_by_backward() -> bool:
+    return getattr(_ByBackward.here, "is_block", False) or _ByBackward.original()
+
+
+@contextmanager
+def _called_by_backward() -> Iterator[None]:
+    """A block in which PyTorch says that ``backward()`` was called, to this thread.
+
+    A pass differentiates its parts by ``grad()``, whatever the user has called.
+    """
+    with _ByBackward.lock:
+        _ByBackward.num_blocks += 1
+        torch.autograd._is_checkpoint_valid = _is_by_backward
+    outer, _ByBackward.here.is_block = getattr(_ByBackward.here, "is_block", False), True
+    try:
+        yield
+    finally:
+        _ByBackward.here.is_block = outer
+        with _ByBackward.lock:
+            _ByBackward.num_blocks -= 1
+            if not _ByBackward.num_blocks:
+                torch.autograd._is_checkpoint_valid = _ByBackward.original
