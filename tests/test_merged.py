@@ -139,6 +139,13 @@ def sums_over_positions(x: Tensor) -> Tensor:
     return torch.stack([tokens.transpose(1, 2) @ tokens.sin() for tokens in sums])
 
 
+def attention_pooling(x: Tensor) -> tuple[Tensor, ...]:
+    """All tiles of a slide as one bag, weighed and summed, as in multiple-instance learning."""
+    bag = rearrange(x, "n c h w -> (n h w) c")
+    weights = torch.mm(bag, torch.eye(WIDTH, 2).to(x)).t().softmax(1)
+    return torch.mm(weights, bag), torch.mm(bag.sin().t(), bag)
+
+
 MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "layers on tokens": Layers(),
     "attention within windows": Windows(fused=False),
@@ -197,6 +204,7 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "made of a shape": lambda x: tokens_of(x) * torch.empty_like(tokens_of(x)).fill_(2.0),
     "products by equations": products_by_equations,
     "attention of channels first": attention_of_channels_first,
+    "attention pooling of a bag": attention_pooling,
     "linear attention with a column of ones": linear_attention,
     "keys times values of turned tokens": sums_over_positions,
     "attention to a coarser grid": coarser_attention,

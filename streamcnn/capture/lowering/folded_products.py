@@ -142,8 +142,8 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
             translated.append(each.ref)
         else:
             return NotStreamable("its operands have their axes of space merged differently")
-    # The one for batches takes three axes and no more.
-    target = aten.matmul.default if call.target is aten.bmm.default else call.target
+    # Those for batches and for two matrices take three and two axes and no more.
+    target = aten.matmul.default if call.target in (aten.bmm.default, aten.mm.default) else call.target
     call = Call(target, (*translated, *call.args[len(translated) :]), call.kwargs)
     if isinstance(mask, Ref) and tracer.axes(mask) is None:
         call = call.replaced("attn_mask", taken_apart(tracer, mask, first, extents))

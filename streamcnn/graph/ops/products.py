@@ -28,7 +28,7 @@ Labels = Sequence[str]
 """A name for each axis, as in an equation of ``einsum``: axes of a name are one, and run side by side."""
 
 
-@rule(aten.matmul.default, aten.bmm.default)
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matrix_product(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A product over an axis that is not spatial, or matrices at each position."""
     first, second = call.args
