@@ -43,6 +43,17 @@ class KeepsDetachedMap(KeepsMap):
         return x
 
 
+@CASES("self.mean = self.mean.type_as(map)", passes(2))
+class KeepsType(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.full((1, WIDTH, 1, 1), 0.3)
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.mean = self.mean.type_as(x)
+        return x - self.mean
+
+
 @CASES("self.features = vector", passes(2), expected=SAME_OR_REFUSED)
 class KeepsVector(Small):
     features: Any = None

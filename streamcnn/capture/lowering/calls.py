@@ -25,7 +25,7 @@ import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved
 from streamcnn.capture.lowering.fake_calls import FakeCalls
 from streamcnn.capture.lowering.folding import MERGING, Folded, is_folded, stream_folded, unfolded
-from streamcnn.capture.lowering.recording import Recording, RecordingMark
+from streamcnn.capture.lowering.recording import LIKE_OTHERS, Recording, RecordingMark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
 from streamcnn.graph.program import Axes, Kind, Ref, refs_in, substitute
@@ -92,8 +92,21 @@ class Lowering:
         if raw.target is operator.getitem:
             value = self._item(raw, *args)
         else:
-            value = self._called(Call(raw.target, args, kwargs))
+            value = self._called(self._without_model(Call(raw.target, args, kwargs)))
         self.values[raw.name] = self._as_written(raw, value)
+
+    def _without_model(self, call: Call) -> Call:
+        """``x.type_as(y)`` as a cast of ``x``, unless it moves: nothing of ``y`` is read or has a gradient."""
+        if call.target not in LIKE_OTHERS:
+            return call
+        value, other, *rest = call.args
+        given, wanted = self._fake(value), self._fake(other)
+        if given.device != wanted.device:
+            return call
+        return Call(_CAST, (value, wanted.dtype, *rest), call.kwargs)
+
+    def _fake(self, value: Ref | Folded) -> Any:
+        return self.recording.fakes[value.ref.name if isinstance(value, Folded) else value.name]
 
     def _as_written(self, raw: RawNode, value: Any) -> Any:
         """A call's result as it is written: ``x += y`` leaves ``x`` in its type, ``x + y`` would not."""

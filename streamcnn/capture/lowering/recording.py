@@ -23,7 +23,7 @@ from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
 from streamcnn.graph.program import Access, Axes, Kind, Local, Node, Ref, TensorSpec, substitute
 from streamcnn.graph.whole import Whole
 
-_LIKE_OTHERS = frozenset({torch.ops.aten.to.other, torch.ops.aten.type_as.default})
+LIKE_OTHERS = frozenset({torch.ops.aten.to.other, torch.ops.aten.type_as.default})
 """Operators whose result is where their second operand is."""
 
 
@@ -138,7 +138,7 @@ class Recording:
         here = self._device()
         leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
         devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
-        asked = call.args[: 2 if call.target in _LIKE_OTHERS else 1]
+        asked = call.args[: 2 if call.target in LIKE_OTHERS else 1]
         fakes = [self.fakes[ref.name] for ref in asked if isinstance(ref, Ref)]
         devices += [fake.device for fake in fakes if isinstance(fake, Tensor)]
         return any(each.type != here.type or each.index not in (None, here.index) for each in devices)
