@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from helpers import assert_streamed_equals_plain
 from operator_cases import SHAPE, TILE, WIDTH, Function, after_convolution, assert_streams, by_name
@@ -202,3 +203,23 @@ MOVED = {
 @by_name(MOVED)
 def test_channels_moved(case: Function | nn.Module) -> None:
     assert_streams(case)
+
+
+class _OldSwish(torch.autograd.Function):
+    """EfficientNet's activation as old copies have it, by the old name of what is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_variables[0]
+        share = torch.sigmoid(x)
+        return gradients[0] * (share * (1 + x * (1 - share)))
+
+
+@pytest.mark.filterwarnings("ignore:'saved_variables' is deprecated")
+def test_the_old_name_of_saved_tensors_is_known() -> None:
+    assert_streams(_OldSwish.apply)

@@ -79,6 +79,23 @@ def _by_numpy(outside: Outside, x: Tensor) -> Tensor:
     return _by_channel(x, scale)
 
 
+class _Weighed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return _by_channel(x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _by_channel(gradients[0], *ctx.saved_tensors), None
+
+
+def _given_to_a_function(outside: Outside, x: Tensor) -> Tensor:
+    outside.scale.mul_(0.9)
+    weighed: Tensor = _Weighed.apply(x, outside.scale)  # type: ignore[no-untyped-call]
+    return weighed
+
+
 def _read_by_numpy(outside: Outside, x: Tensor) -> Tensor:
     return x * float(outside.scale.numpy().sum())
 
@@ -94,6 +111,7 @@ CHANGES: dict[str, Change] = {
     "through data": _by_data,
     "out=": _by_out,
     "in the memory of an array": _by_numpy,
+    "given to a function": _given_to_a_function,
     "read by NumPy": _read_by_numpy,
     "read as a list": _read_as_list,
 }

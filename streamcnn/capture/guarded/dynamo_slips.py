@@ -11,6 +11,9 @@ to have been there before, and deleting it fails. An ``OrderedDict`` whose order
 one. The ``grad`` of a tensor that the pass has computed, which is None, is taken for a tensor. PyTorch 2.11
 follows ``apply`` of an ``autograd.Function`` into PyTorch's own code where a module has it as an attribute.
 
+``saved_variables``, as ``saved_tensors`` was called once, it does not know. Old copies of EfficientNet's
+activation read it in their gradient.
+
 Locks it does not enter, although one thread captures at a time, and hooks that keep features hold one.
 """
 
@@ -37,6 +40,7 @@ def code_followed_as_it_runs() -> Iterator[None]:
     from torch._dynamo import symbolic_convert
     from torch._dynamo.variables import ctx_manager, dicts, functions, user_defined
     from torch._dynamo.variables import tensor as dynamo_tensors
+    from torch._dynamo.variables.misc import AutogradFunctionContextVariable
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
     from torch._dynamo.variables.tensor import TensorVariable
 
@@ -54,6 +58,8 @@ def code_followed_as_it_runs() -> Iterator[None]:
         finder = "var_getattr" if hasattr(TensorVariable, "var_getattr") else "tp_getattro_impl"
         attribute = _as_autograd_has_it(getattr(TensorVariable, finder))
         patches.enter_context(patch.object(TensorVariable, finder, attribute))
+        saved = _by_present_name(getattr(AutogradFunctionContextVariable, finder))
+        patches.enter_context(patch.object(AutogradFunctionContextVariable, finder, saved))
         if hasattr(dynamo_tensors, "_ApplyBackwardHook"):
             # PyTorch 2.11 puts a hook in front of what has overwritten the value by the time that it is set.
             patches.enter_context(patch.object(TensorVariable, "_method_register_hook", _refuse_hook))
@@ -151,6 +157,15 @@ def _as_autograd_has_it(found: Callable[..., Any]) -> Callable[..., Any]:
             if name != "is_leaf" and not tx.output.side_effects.has_pending_mutation_of_attr(self, "grad"):
                 return ConstantVariable.create(None)
         return found(self, tx, name)
+
+    return get
+
+
+def _by_present_name(found: Callable[..., Any]) -> Callable[..., Any]:
+    """An attribute of the context of an ``autograd.Function``."""
+
+    def get(self: Any, tx: Any, name: str) -> Any:
+        return found(self, tx, "saved_tensors" if name == "saved_variables" else name)
 
     return get
 

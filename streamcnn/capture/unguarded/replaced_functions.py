@@ -39,15 +39,17 @@ from streamcnn.graph.whole import beside_the_trace
 @contextmanager
 def functions_replaced(
     net: nn.Module,
+    traced: Callable[[Tensor], Tensor],
     noting: Callable[[Callable[..., Any]], Callable[..., Any]],
     forget: Callable[[Exception], None],
 ) -> Iterator[None]:
     """A block in which this thread calls what stands for them, while ``net`` is being traced.
 
-    ``noting`` wraps what may refuse, and ``forget`` is told of errors that are as good as not there.
+    ``traced`` gives what stands for a tensor, also for one from outside. ``noting`` wraps what may refuse,
+    and ``forget`` is told of errors that are as good as not there.
     """
     with (
-        replaced_here(torch.autograd.Function, "apply", noting(partial(_apply, net))),
+        replaced_here(torch.autograd.Function, "apply", noting(partial(_apply, net, traced))),
         replaced_here(FunctionCtx, "mark_dirty", noting(_refuse_dirty)),
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         observers_blind(forget),
@@ -135,7 +137,7 @@ def refuse_bound(values: Any) -> None:
             )
 
 
-def _apply(net: nn.Module, cls: Any, *args: Any, **kwargs: Any) -> Any:
+def _apply(net: nn.Module, traced: Callable[[Tensor], Tensor], cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``autograd.Function.apply`` while tracing: one call that is carried out as it is."""
     if cls is checkpoint.CheckpointFunction:
         run, _, *operands = args
@@ -147,6 +149,7 @@ def _apply(net: nn.Module, cls: Any, *args: Any, **kwargs: Any) -> Any:
         _inner.add(cls)
         return original(*args, **kwargs)
     refuse_bound((args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, traced, (args, kwargs))
     with _nothing_recorded(mode.tracer.graph), disable_proxy_modes_tracing():
         like = original(*args, **kwargs)
     return called_whole(cls.__name__, caller_of(net, cls, (args, kwargs)), args, kwargs, like)

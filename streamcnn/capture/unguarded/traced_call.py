@@ -159,14 +159,15 @@ class TracedCall:
             args, kwargs = self._traced_arguments(by_key)
             own = {n: by_key[self.keys[id(state)]] for n, state in module_states(self.net).items()}
             known = KnownValues({state: self.states[key] for key, state in by_key.items()})
+            watch = Watch(self.mode, proxy_of(image).node.name, known, self.noted)
             self._put_attributes(by_key)
             with (
                 _reparametrize_module(self.net, own),
                 _named_submodules(self.net),
-                Watch(self.mode, proxy_of(image).node.name, known, self.noted),
+                watch,
             ):
                 scripted = [ScriptedAttributes(module) for module in self.net.modules()]
-                with functions_replaced(self.net, self.noted.noting, self.noted.forget):
+                with functions_replaced(self.net, watch.traced, self.noted.noting, self.noted.forget):
                     result = self._called(image, args, kwargs)
                 self.flags = {key: state.requires_grad for key, state in by_key.items()}
                 self.places = places_of_fakes(self.net, states, self.containers)

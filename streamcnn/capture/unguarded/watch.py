@@ -154,7 +154,7 @@ class Watch(TorchFunctionMode):
             if found is not NotImplemented:
                 return found
         func = BLIND.get(func, func)
-        args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, self.traced, (args, kwargs))
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func == Tensor._version.__get__:  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ class Watch(TorchFunctionMode):
             self.noted.made.append(weakref.ref(result))
         return result
 
-    def _traced(self, tensor: Tensor) -> Tensor:
+    def traced(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor; for one from outside it is made where it is met first.
 
         As it is, such a tensor would be written to, or read by NumPy, past what is recorded.
@@ -203,7 +203,7 @@ class Watch(TorchFunctionMode):
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor that was worked out beside the trace; it is the forward pass's own."""
-        return self._traced(tensor).clone()
+        return self.traced(tensor).clone()
 
     def _values(self, tensor: Tensor) -> Tensor | None:
         """The values that a tensor has now, unless they depend on the image."""
