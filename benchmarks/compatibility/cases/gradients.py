@@ -365,6 +365,30 @@ class RunAgainByBackward(RunAgain):
         return AgainByBackward.apply(self.layer, x, *self.layer.parameters())
 
 
+class OwnGradient(Function):
+    """A gradient that does not depend on the one that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        found: Tensor = torch.cos(ctx.saved_tensors[0])
+        return found
+
+
+@CASES("autograd.Function: the gradient that arrives is ignored, a convolution behind it", passes(2))
+class OfOwnGradient(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Conv2d(WIDTH, WIDTH, 5)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.after(OwnGradient.apply(x))
+
+
 # --- hooks on gradients -------------------------------------------------------------------------------
 
 

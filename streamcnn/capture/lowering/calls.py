@@ -96,7 +96,7 @@ class Lowering:
         self.values[raw.name] = self._as_written(raw, value)
 
     def _without_model(self, call: Call) -> Call:
-        """``x.type_as(y)`` as a cast of ``x``, unless it moves: nothing of ``y`` is read or has a gradient."""
+        """``x.type_as(y)`` as a cast of ``x``, unless it moves: nothing of ``y`` is read."""
         if call.target not in LIKE_OTHERS:
             return call
         value, other, *rest = call.args

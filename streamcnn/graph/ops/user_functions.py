@@ -114,7 +114,10 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
 
 
 def _is_linear(traced: GraphModule) -> bool:
-    """Whether every result is a multiple of the first input, or does not depend on it."""
+    """Whether every result is a multiple of the first input.
+
+    One that does not depend on it would be added by each of the tiles that overlap.
+    """
     nodes = list(traced.graph.nodes)
     linear: dict[FxNode, bool] = {nodes[0]: True}
     for node in nodes[1:]:
@@ -123,6 +126,8 @@ def _is_linear(traced: GraphModule) -> bool:
             if not _keeps_linear(node, linear):
                 return False
             linear[node] = True
+        elif node.op == "output" and not all(reads):
+            return False
     return True
 
 
