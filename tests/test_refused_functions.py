@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "share_memory_": (lambda x: x.share_memory_(), r"share_memory_\(\) on a tensor that has no memory"),
     "register_multi_grad_hook": (_hooked, r"register_multi_grad_hook\(\), .* set a hook on each tensor"),
     "as_subclass": (_named, r"it makes a tensor of class Named, .* use tensors of torch\.Tensor within it"),
-    "numpy": (_through_numpy, "values to NumPy"),
+    "numpy": (_through_numpy, "values to NumPy.* convert it outside of the model"),
     "format": (_formatted, "it reads a value of a tensor"),
     "_nnz": (lambda x: x * x.detach().to_sparse()._nnz(), r"_nnz\(\) of a sparse tensor, .* outside of"),
     "nested": (

@@ -24,6 +24,11 @@ _ALLOWED = (
     "Allowed are modules whose forward takes the image first and does not branch on its values; check that "
     "the plain model accepts this shape and arguments"
 )
+_CHOOSES = (
+    "Weigh values by the mask instead of choosing them, as in (loss * mask).sum() / mask.sum(), or return "
+    "what is chosen from, and choose outside of the model"
+)
+_CONVERTS = "Return the tensor, and convert it outside of the model"
 _READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an f-string, an if or a loop)"
 _NO_RESULT = "argument of type:"
 """How ``torch.fx`` begins to say that it knows no results of some class."""
@@ -50,7 +55,7 @@ def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel
     reason = (
         of_channels(net, image, error)
         or _of_observer(net, error)
-        or f"{_reason(error)}{_line_of(error)}. {_ALLOWED}"
+        or f"{_reason(error)}{_line_of(error)}. {_advice(error)}"
     )
     return UnsupportedModel(
         f"the model cannot be captured for an image of shape {tuple(image.shape)}: {reason}."
@@ -146,6 +151,13 @@ def _reason(error: Exception) -> str:
             f"without values ({said})"
         )
     return said
+
+
+def _advice(error: Exception) -> str:
+    """What is allowed, or what to do instead."""
+    if isinstance(error, DynamicOutputShapeException):
+        return _CHOOSES
+    return _CONVERTS if _NUMPY in first_line(error) else _ALLOWED
 
 
 def is_of_script(error: Exception) -> bool:
