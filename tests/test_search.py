@@ -18,7 +18,7 @@ from streamcnn.plan.plan import PassPart
 from streamcnn.plan.reading import NO_READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.planning import candidates
+from streamcnn.planning import candidates, search
 from streamcnn.planning.backends import Backend, CpuBackend
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers
@@ -342,3 +342,19 @@ def test_more_memory_is_never_slower(name: str) -> None:
     seconds = [found_by(searching(name, smallest * factor // 10, CPU)).seconds for factor in range(10, 60, 8)]
     for less, more in itertools.pairwise(seconds):
         assert more <= 1.05 * less
+
+
+# timm asks for a deprecated annotation when it is imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_for_long_passes_the_best_of_several_orders_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    program, wanted = traced(timm.create_model("mobilenetv3_large_100"), (1, 3, 1000, 1000))
+    tilings = TilingCandidates(program, wanted, CPU, None, BACKEND)
+
+    def seconds(budget: int, long: float) -> float:
+        monkeypatch.setattr(search, "_LONG", long)
+        return found_by(Search(tilings, budget * MIB, (OffloadTier(Tier.DISK),))).seconds
+
+    both = [(seconds(budget, long=0), seconds(budget, long=1000)) for budget in (180, 200, 230)]
+    assert all(several <= one for several, one in both)
+    assert any(several < one for several, one in both)

@@ -6,7 +6,7 @@ these, phases are independent of each other: each takes the tiles with the least
 whose steps fit into what the budget leaves at that moment. What remains is a search over solutions. First the
 maps that are cheapest to offload are, as few as make a plan fit or some more. Where they have no room on
 disk, `within_disk` takes some off it. Then, one by one, an offloaded map is brought back, dropped or
-recomputed instead, wherever that is faster.
+recomputed instead, wherever that is faster; for long passes in several orders, of which the best one stays.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,8 @@ ROUNDS = 2
 """How often all offloaded maps are tried again."""
 THOROUGH = 8
 """Up to so many stored maps, every count of offloaded ones and every pair of moves is tried."""
+_LONG = 10.0
+"""Seconds of a pass from where on a faster plan is worth seconds more of planning."""
 _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that are added at least, if its readers differentiate them too."""
 _NO_LIMIT = 2**62
@@ -138,11 +141,22 @@ class Search:
     def improved(self, found: Solution) -> Solution:
         """``found`` with maps kept elsewhere, dropped or recomputed, for room on disk and for speed.
 
-        Where few maps can be stored, pairs of them are moved together too.
+        Maps are looked at from the largest to the smallest, for long passes also along the network and
+        against it: what is best for a map depends on those before it, and each order ends elsewhere. Where
+        few maps can be stored, pairs of them are moved together too.
         """
         if not found.fits:
             return found
-        found = within_disk(self, found)
+        start = within_disk(self, found)
+        place, nodes = self.program.position, self.program.nodes
+        best = self._moved_in_order(start, lambda name: (-nodes[name].nbytes, name))
+        if best.seconds > _LONG and len(start.base.stored) > THOROUGH:
+            others = (self._moved_in_order(start, order) for order in (place, lambda name: -place(name)))
+            best = min((best, *others), key=lambda each: each.rank)
+        return best
+
+    def _moved_in_order(self, found: Solution, order: Callable[[str], Any]) -> Solution:
+        """``found`` with each map moved to where that is fastest, one after the other, again and again."""
         thorough = len(found.base.stored) <= THOROUGH
         # By move: the solution from which it was tried last. From the same one it finds nothing new.
         looked: dict[tuple[str, ...], Solution] = {}
@@ -150,7 +164,7 @@ class Search:
             before = found
             names = sorted(
                 found.base.stored if thorough else found.policies.offloaded | found.policies.dropped,
-                key=lambda n: (-self.program.nodes[n].nbytes, n),
+                key=order,
             )
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
                 if looked.get(moved) is not found:
