@@ -12,10 +12,10 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from streamcnn.errors import CannotWrite, RunInUse, RunMismatch
 from streamcnn.support.atomic import replace_file
@@ -66,8 +66,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         try:
             lock.acquire()
         except Timeout:
-            # Where the file system has no locks, the file itself is the lock, and may outlive its process.
-            advice = f"; if it is dead, remove {LOCK} there" if isinstance(lock, SoftFileLock) else ""
+            advice = f"; if it is dead, remove {LOCK} there" if _may_outlive(folder / LOCK) else ""
             raise RunInUse(
                 f"{folder} is in use: {_described(folder)} trains there; wait until it is over, stop it, or "
                 f"give another folder{advice}"
@@ -78,6 +77,16 @@ def _acquire(lock: FileLock, folder: Path) -> None:
             raise CannotWrite(
                 f"cannot lock {folder / LOCK}: {error.strerror}: give a folder on a disk that has file locks"
             ) from error
+
+
+def _may_outlive(lock: Path) -> bool:
+    """Whether a lock may be there without its process.
+
+    Where the file system has no locks, a file that says who holds it is the lock; elsewhere it is empty.
+    """
+    with suppress(OSError):
+        return lock.stat().st_size > 0
+    return False
 
 
 def _remove_traces(folder: Path, *, is_new: bool) -> None:
