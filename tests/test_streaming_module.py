@@ -128,6 +128,8 @@ class WithMask(nn.Module):
 @pytest.mark.parametrize("code", ["plain", "reads a value", "opens a file"])
 def test_parameters_can_be_exchanged_after_a_pass(code: str) -> None:
     """What was captured holds no reference of its own to them, nor anything that only the collector frees."""
+    if code != "plain" and not hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"):
+        pytest.skip("Dynamo keeps references where it cannot follow code, until PyTorch 2.13")
     model = StreamingModel(WithMask(code), tile=16)
     plain = copy.deepcopy(model.net)
     image = make_image()
