@@ -63,14 +63,14 @@ def code_followed_as_it_runs() -> Iterator[None]:
         if hasattr(dynamo_tensors, "_ApplyBackwardHook"):
             # PyTorch 2.11 puts a hook in front of what has overwritten the value by the time that it is set.
             patches.enter_context(patch.object(TensorVariable, "_method_register_hook", _refuse_hook))
+            method = functions.UserMethodVariable
+            patches.enter_context(patch.object(method, "call_function", _applying(method.call_function)))
         translator = symbolic_convert.InstructionTranslatorBase
         locked = _through_locks(translator.setup_or_before_with)
         patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
         # Until PyTorch 2.13 it is a dict like any other.
         ordered = getattr(user_defined, "OrderedDictVariable", dicts.ConstDictVariable)
         patches.enter_context(patch.object(ordered, "call_method", _reordering(ordered.call_method)))
-        method = functions.UserMethodVariable
-        patches.enter_context(patch.object(method, "call_function", _applying(method.call_function)))
         yield
 
 
