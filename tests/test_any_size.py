@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from streamcnn import StreamingModel
 from streamcnn.capture.forward_pass import ForwardPass, stand_in
 from streamcnn.capture.guarded import any_size, guards
-from streamcnn.graph import flattening
+from streamcnn.graph import fakes
 
 SIZES = [(64, 64), (96, 64), (80, 112), (200, 72), (65, 67), (112, 112), (33, 40)]
 Code = Callable[["Net", Tensor], Any]
@@ -287,7 +287,7 @@ def test_graphs_of_many_kinds_of_calls_do_not_pile_up(monkeypatch: pytest.Monkey
 
 
 def test_what_pytorch_knows_of_fake_tensors_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flattening, "_MOST_FAKES", 100)
+    monkeypatch.setattr(fakes, "_MOST_FAKES", 100)
     net, call = Net(lambda net, x: x).double(), ForwardPass()
     known = []
     for height in range(20, 60):
