@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -120,3 +121,8 @@ def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int])
     model.resident_tail = False
     planned = model.planned(shape, torch.float64, image_gradient=True)
     return planned.program, planned.plan
+
+
+def no_home() -> Path:
+    """Stands for ``Path.home`` where there is no home folder."""
+    raise RuntimeError("Could not determine home directory.")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import no_home
 
 from streamcnn.ceiling import building
 from streamcnn.ceiling.building import CannotBuild, built, loaded
@@ -170,10 +171,6 @@ def test_where_the_cache_cannot_keep_it_a_process_builds_it_for_itself(
         built(source).write_text("what the system cannot load")
     assert loaded(source).answer() == 42
     assert not [*(tmp_path / "temporary").iterdir()]
-
-
-def no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
 
 
 def test_without_any_place_both_reasons_are_said(

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from copy_engines import LateCopies
+from helpers import no_home
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -215,7 +216,7 @@ def test_where_no_file_was_named_and_none_can_be_kept_the_process_measures_for_i
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     (tmp_path / "file").write_text("")
     if home is None:
-        monkeypatch.setattr(Path, "home", _no_home)
+        monkeypatch.setattr(Path, "home", no_home)
     else:
         monkeypatch.setenv("HOME", str(tmp_path / home))
     monkeypatch.setattr(calibration, "_not_kept", {})
@@ -225,10 +226,6 @@ def test_where_no_file_was_named_and_none_can_be_kept_the_process_measures_for_i
         warnings.simplefilter("error")
         assert hardware_profile(CPU) is first
     assert len(measured) == 1
-
-
-def _no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
 
 
 def test_nominal_rates_where_nothing_shall_be_measured(

@@ -239,7 +239,7 @@ class TileDataset(ImageDataset):
         seed: int = 0,
     ) -> None:
         self.store = store if isinstance(store, TileStore) else TileStore(store)
-        records = self.store.records if split is None else _of_split(self.store, split)
+        records = self.store.records if split is None else of_split(self.store, split)
         if not records:
             raise no_split(self.store.folder, split, (record.split for record in self.store.records))
         every = self.store.records
@@ -320,7 +320,7 @@ def _checksums(record: ImageRecord) -> Hashable | None:
     return (record.shape, record.dtype, *shards)
 
 
-def _of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:
+def of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:
     """The images of a split, however it is spelled."""
     wanted = canonical(split)
     return tuple(record for record in store.records if canonical(record.split) == wanted)

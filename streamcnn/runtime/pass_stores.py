@@ -56,8 +56,9 @@ def gain_of_a_larger_disk(fastest: Plan, taken: Plan, room: int, spares: SpareFi
 
 def memory_beside_the_budget(plan: Plan, spares: SpareFiles) -> str:
     """What is to be said where a plan spills maps to a folder that lies in memory; nothing elsewhere."""
-    place, nbytes = spill_place(spares.parent), plan.bytes_on(Tier.DISK)
-    if not nbytes or not lies_in_memory(place):
+    nbytes = plan.bytes_on(Tier.DISK)
+    # Every pass asks; most spill nothing, and need not look at what is mounted.
+    if not nbytes or not lies_in_memory(place := spill_place(spares.parent)):
         return ""
     return (
         f"maps are spilled to {place}, which lies in memory itself: up to {format_bytes(nbytes)} there come "

@@ -14,9 +14,7 @@ PROFILED = (
 )
 
 
-def refusal(
-    plan: Plan, direction: str, error: BaseException, room: Room | None, *, why_last: str = ""
-) -> str:
+def refusal(plan: Plan, direction: str, error: BaseException, room: Room | None, *, why_last: str) -> str:
     """The error's text when memory was refused or the budget passed, and the pass is given up.
 
     Parameters

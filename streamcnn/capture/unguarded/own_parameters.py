@@ -87,7 +87,8 @@ def _is_by_backward() -> bool:
 def _called_by_backward() -> Iterator[None]:
     """A block in which PyTorch says that ``backward()`` was called, to this thread.
 
-    A pass differentiates its parts by ``grad()``, whatever the user has called.
+    A pass differentiates its parts by ``grad()``, whatever the user has called. Passes run beside each other,
+    unlike captures, so blocks of several threads may end in any order: the last one puts back what was there.
     """
     with _ByBackward.lock:
         _ByBackward.num_blocks += 1

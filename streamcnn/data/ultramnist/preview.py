@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamcnn.data.splits import canonical
+from streamcnn.data.dataset import of_split
 from streamcnn.data.thumbnails import thumbnail
 from streamcnn.data.tile_store import ImageRecord, TileStore
 from streamcnn.errors import DatasetMismatch
@@ -101,8 +101,8 @@ def require_picture(path: str | Path) -> None:
 
 def _one_per_class(store: TileStore, split: str) -> list[ImageRecord]:
     by_label: dict[int, ImageRecord] = {}
-    for record in store.records:
-        if record.label is not None and canonical(record.split) == canonical(split):
+    for record in of_split(store, split):
+        if record.label is not None:
             by_label.setdefault(record.label, record)
     if not by_label:
         known = sorted({record.split for record in store.records})
