@@ -85,12 +85,12 @@ def _print_class(
     """Print the class of the image at a position, and its probability."""
     import torch
 
-    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.evaluation import require_finite_logits
     from streamcnn.training.naming import naming
 
     with torch.no_grad(), naming("prediction", [at], [str(path)]):
         logits = trained.model([source], *(each[None].to(trained.config.device) for each in further))
-    require_finite(logits, [at], [str(path)])
+    require_finite_logits(logits, [at], [str(path)])
     probability, label = logits[0].double().softmax(0).max(0)
     name = trained.class_name(int(label))
     if as_json:

@@ -266,11 +266,11 @@ def _prediction(model: StreamingModel, subject: _Subject) -> tuple[list[float], 
     """The probabilities of the classes, and the plan of the pass that gave them."""
     import torch
 
-    from streamcnn.training.evaluation import require_finite
+    from streamcnn.training.evaluation import require_finite_logits
     from streamcnn.training.naming import naming
 
     with torch.no_grad(), naming("prediction", [0], [subject.name]):
         logits = model([subject.source], *subject.further)
         plan = model.plan([subject.source], inputs=subject.further)
-    require_finite(logits, [0], [subject.name])
+    require_finite_logits(logits, [0], [subject.name])
     return logits[0].double().softmax(0).tolist(), plan

@@ -207,20 +207,25 @@ def require_flat(name: str, value: Any) -> None:
     raise ValueError(f"{name} is nested more than {MOST_DEPTH} times: allowed are fewer")
 
 
-def require_finite(name: str, value: Any) -> None:
-    """Make sure that all numbers in a value that may be anything are finite: JSON has no others.
+def require_storable(name: str, value: Any) -> None:
+    """Make sure that a value that may be anything can be kept in a file: flat enough, all numbers finite.
 
     Raises
     ------
     ValueError
-        If one is not, or is no number.
+        If it is nested too deeply, or a number in it is infinite or NaN, which JSON does not have.
     """
+    require_flat(name, value)
+    _require_finite(name, value)
+
+
+def _require_finite(name: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(
             f"{name} holds {value}: allowed are finite numbers, which alone can be kept in a file"
         )
     for item in _items(value):
-        require_finite(name, item)
+        _require_finite(name, item)
 
 
 def _items(value: Any) -> Iterable[Any]:

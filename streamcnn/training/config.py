@@ -19,7 +19,7 @@ from streamcnn.data.sampling import divide
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice
 from streamcnn.errors import RunMismatch
 from streamcnn.runtime.streaming_model import StreamingModel
-from streamcnn.support.documents import conform, require_finite, require_flat
+from streamcnn.support.documents import conform, require_storable
 from streamcnn.support.models import is_factory, load_model
 from streamcnn.training.classification import Classification
 from streamcnn.training.segmentation import Segmentation
@@ -88,8 +88,7 @@ class RunConfig:
             raise ValueError(f"budget={self.budget}: allowed are 1 byte and more, or None")
         if self.tile is not None and min(self.tile) < 1:
             raise ValueError(f"tile={self.tile}: allowed are heights and widths of 1 pixel and more, or None")
-        require_flat("model_options", self.model_options)
-        require_finite("model_options", self.model_options)
+        require_storable("model_options", self.model_options)
         check_inputs(self.inputs)
         _require_device_name(self.device)
         self.make_task()

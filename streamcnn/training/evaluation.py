@@ -99,7 +99,7 @@ def score(
                 found = classify(sources, *(each.to(device) for each in inputs))
             require_labels(labels, found)
         logits = found.double().cpu()
-        require_finite(logits, positions, names)
+        require_finite_logits(logits, positions, names)
         return logits
 
     logits = torch.cat(each(classified, range(0, len(images), batch_size)))
@@ -137,7 +137,7 @@ def require_labels(labels: Tensor, logits: Tensor) -> None:
         )
 
 
-def require_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> None:
+def require_finite_logits(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> None:
     """Make sure that a classifier's logits (N, classes) are numbers.
 
     Raises

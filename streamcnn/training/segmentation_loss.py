@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamcnn.losses import dice_loss, tversky_loss
-from streamcnn.support.documents import require_finite, require_flat
+from streamcnn.support.documents import require_storable
 
 _CROSS_ENTROPY = "cross_entropy"
 _OVERLAPS: Mapping[str, Callable[..., Tensor]] = {"dice": dice_loss, "tversky": tversky_loss}
@@ -67,8 +67,7 @@ class SegmentationLoss:
         self._check_options()
 
     def _check_options(self) -> None:
-        require_flat("options", self.options)
-        require_finite("options", self.options)
+        require_storable("options", self.options)
         taken = [
             set(inspect.signature(_OVERLAPS[term]).parameters) for term in self.terms if term in _OVERLAPS
         ]

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from streamcnn.data.dataset import OF_CONTENT
 from streamcnn.errors import RunMismatch, UnsupportedModel
-from streamcnn.support.documents import require_finite, require_flat
+from streamcnn.support.documents import require_storable
 
 AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_EPOCH = ("epoch", "update")
@@ -250,8 +250,7 @@ def _require_options(name: str, found: object) -> None:
     """Make sure that arguments are by name."""
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{name}={found!r}: allowed are values by name")
-    require_flat(name, found)
-    require_finite(name, found)
+    require_storable(name, found)
 
 
 def _class_of(module: Any, base: type, name: str, setting: str) -> Any:
