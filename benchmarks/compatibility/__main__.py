@@ -22,11 +22,14 @@ from benchmarks.compatibility.comparison import Result, compare
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 _HEAD = """# What may stand in a forward pass
 
-`python -m benchmarks.compatibility` writes this page. Every case is a small net with one kind of code in it
-and a script that trains it, run twice: on the plain net and on a `StreamingModel` of it, cut into tiles of 16
-pixels. Compared are all outputs, gradients and buffers, what the module holds afterwards, and what the code
-does outside it. The error is the largest `|a - b| / max(|b|, 1e-6 * largest)`;
-`tests/test_compatibility.py` asks for 1e-9 in float64.
+This page says, case by case, whether code that people write in a forward pass streams exactly or is refused.
+`python -m benchmarks.compatibility` writes it.
+
+Every case is a small net with one kind of code in it, and a script that trains it. The script runs twice: on
+the plain net, and on a `StreamingModel` of it with tiles of 16 pixels. The two runs are compared in all
+outputs, gradients and buffers, in what the module holds afterwards, and in what the code does outside it. The
+error is the largest `|a - b| / max(|b|, 1e-6 * largest)`; `tests/test_compatibility.py` asks for 1e-9 in
+float64.
 
 * **same**: everything agrees.
 * **refused**: the model raises an error that says why; the module is as before.

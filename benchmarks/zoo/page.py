@@ -37,20 +37,23 @@ _COLUMNS = (
 
 _HEAD = f"""# Models of other libraries
 
-`python -m benchmarks zoo` examines one model of every family that timm, torchvision's classifiers and
-segmentation models and segmentation-models-pytorch have, with random weights; `--table` writes this page.
-Programs make the list: of each module file the variant with the fewest parameters, of each decoder a few
-encoders (`benchmarks/zoo/families.py`). Models with fewer than {FEWEST_CONVOLUTIONS} convolutions besides
-the first, transformers and MLPs on patches, are excluded, and so are those that plain PyTorch runs at no
-size that was tried. Each model has a process of its own, and a line in `benchmarks/results/zoo.jsonl`; what
-has one is left out the next time. `--only timm/res` chooses, `--fresh` begins anew, `--jobs 2` examines two
-at a time.
+This page says which models of timm, torchvision (classifiers and segmentation models) and
+segmentation-models-pytorch stream exactly, and what a training step with each is planned to take.
+`python -m benchmarks zoo` examines one model of every family, with random weights;
+`--table` writes this page.
 
-Every model is made in float64, for two images of the first size that plain PyTorch takes: odd, a multiple
-of 32 and one, multiples of 32, square sizes. A forward and a backward pass, streamed in four tiles and
-plain, are compared in train mode and in evaluation mode: outputs, the gradients of all parameters and of
-the image, and all buffers afterwards. What drops values at random is set to drop none. Scales and shifts
-that begin at 0 or 1 are moved, so that no branch is switched off.
+**Which models.** Programs make the list: the variant with the fewest parameters of each module file, and a
+few encoders for each decoder (`benchmarks/zoo/families.py`). Excluded are models with fewer than
+{FEWEST_CONVOLUTIONS} convolutions besides the first (transformers and MLPs on patches), and those that plain
+PyTorch runs at no size that was tried. Each model has a process of its own and a line in
+`benchmarks/results/zoo.jsonl`; a model that has one is left out the next time. `--only timm/res` chooses,
+`--fresh` begins anew, `--jobs 2` examines two at a time.
+
+**Are the gradients right?** Every model is made in float64, for two images of the first size that plain
+PyTorch takes: odd, a multiple of 32 and one, multiples of 32, square sizes. A forward and a backward pass,
+streamed in four tiles, is compared with the plain one in train mode and in evaluation mode: outputs, the
+gradients of all parameters and of the image, and all buffers afterwards. Layers that drop values at random
+are set to drop none. Scales and shifts that begin at 0 or 1 are moved, so that no branch is switched off.
 
 * **{EXACT}**: no error is above {TOLERANCE:.0e}, and every operator on a map streams.
 * **{WITH_RESIDENTS}**: the same, and some operators run on whole maps.
@@ -61,14 +64,14 @@ that begin at 0 or 1 are moved, so that no branch is switched off.
 
 *Error* is the largest `|a - b| / max(|b|, 1e-6 * largest)`. Some models magnify rounding, by batch norm of
 two pooled vectors or by attention that saturates: plain PyTorch then differs from itself when the image
-changes in its last digit. Values for which that is {TOLERANCE / ROUNDING:.0e} and more are *blurred*:
-they are compared with {ROUNDING} times that difference, and left out of the column.
+changes in its last digit. Values for which that difference is more than {TOLERANCE / ROUNDING:.0e} are
+*blurred*: their error may be {ROUNDING} times that difference, and the column leaves them out.
 
-Then a training step on one image of 4000 x 4000, or of the nearest size that the model takes, is planned in
-{BUDGET} of memory on a CPU, in float32, without being run. *Heavy* operators are convolutions and matrix
-products on maps; *heavy streamed* is the share of their arithmetic that streams. *Streamed* and *plain* are
-projected bytes, and *time* is projected with nominal rates. A hybrid multiplies matrices by a softmax, or
-calls PyTorch's attention.
+**What does a step take?** A training step on one image of 4000 x 4000, or of the nearest size that the model
+takes, is planned in {BUDGET} of memory on a CPU, in float32, without being run. *Heavy* operators are
+convolutions and matrix products on maps; *heavy streamed* is the share of their arithmetic that streams.
+*Streamed* and *plain* are projected bytes, and *time* is projected with nominal rates. A *hybrid* multiplies
+matrices by a softmax, or calls PyTorch's attention.
 """
 
 
