@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,8 @@ from torch import nn
 from streamcnn import verify
 from streamcnn.graph.ops import rule
 from streamcnn.graph.ops.rules import rule_for
+from tests.pages import run_page
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding_an_operator.md"
 REPLACED = torch.ops.aten.pixel_unshuffle.default
 
 
@@ -24,13 +22,7 @@ def page() -> Iterator[dict[str, Any]]:
     """What the page's code blocks define, run one after the other."""
     builtin = rule_for(REPLACED)
     assert builtin is not None
-    defined: dict[str, Any] = {}
-    text = PAGE.read_text()
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        # Its own lines, so that an error names the line of the page.
-        before = "\n" * text.count("\n", 0, block.start(1))
-        exec(compile(before + block[1], str(PAGE), "exec"), defined)
-    yield defined
+    yield run_page("docs/adding_an_operator.md")
     rule(REPLACED, replace=True)(builtin)
 
 

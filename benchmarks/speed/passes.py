@@ -85,6 +85,8 @@ class Passes:
         """Give memory back that is free but kept, and the gradients."""
         self.net.zero_grad(set_to_none=True)
         gc.collect()
+        if isinstance(self.net, StreamingModel):
+            self.net.release()
         trim_heap()
         if self._gauge is not None:
             self._gauge.empty_cache()

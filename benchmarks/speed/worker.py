@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from benchmarks.record import resident_bytes
@@ -50,6 +51,8 @@ class Worker:
             env={**os.environ, **(KEPT_HEAP if task.kind.keeps_heap else {})},
         )
         self._before = 0
+        self.readings: list[tuple[float, int]] = []
+        """Seconds since the last command, and bytes of resident memory above that before the first pass."""
 
     def ready(self) -> dict[str, Any]:
         """Wait until it can make passes; its device, threads and versions.
@@ -59,7 +62,7 @@ class Worker:
         Ended
             If it cannot.
         """
-        ready, _ = self._answer()
+        ready = self._answer()
         self._before = self.resident_bytes
         return ready
 
@@ -71,10 +74,11 @@ class Worker:
         Ended
             If memory was refused or the process ended.
         """
-        answer, peak = self._ask("pass")
+        answer = self._ask("pass")
         if "refused" in answer:
             raise Ended("refused", answer["refused"])
-        return {**answer["pass"], "resident_bytes": peak - self._before}, answer["plan"]
+        peak = max(nbytes for _, nbytes in self.readings)
+        return {**answer["pass"], "resident_bytes": peak}, answer["plan"]
 
     def rest(self) -> None:
         """Have it give free memory back."""
@@ -91,7 +95,7 @@ class Worker:
         self._process.communicate()
         self._words.close()
 
-    def _ask(self, command: str) -> tuple[dict[str, Any], int]:
+    def _ask(self, command: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
             print(command, file=self._process.stdin, flush=True)
@@ -99,17 +103,21 @@ class Worker:
             raise self._failed() from None
         return self._answer()
 
-    def _answer(self) -> tuple[dict[str, Any], int]:
-        """The answer to the last command, and the most resident memory until then in bytes."""
+    def _answer(self) -> dict[str, Any]:
+        """The answer to the last command; resident memory is read until it comes."""
         assert self._process.stdout is not None
-        peak = self.resident_bytes
+        start, self.readings = time.perf_counter(), []
+        self._read(start)
         while not select.select([self._process.stdout], [], [], _INTERVAL)[0]:
-            peak = max(peak, self.resident_bytes)
+            self._read(start)
         line = self._process.stdout.readline()
         if not line:
             raise self._failed()
         answer: dict[str, Any] = json.loads(line)
-        return answer, peak
+        return answer
+
+    def _read(self, start: float) -> None:
+        self.readings.append((time.perf_counter() - start, self.resident_bytes - self._before))
 
     def _failed(self) -> Ended:
         """How the process ended, with its last words."""
