@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
@@ -10,7 +10,7 @@ from streamcnn.geometry.axis_maps import AxisMap, Sliding
 from streamcnn.geometry.regions import Interval, Region
 from streamcnn.graph.costs import casts_of, cost_of
 from streamcnn.graph.ops.reduction_types import Reduction
-from streamcnn.graph.program import Node, Program, has_gradient
+from streamcnn.graph.program import Node, Program, fed_reductions, has_gradient
 from streamcnn.plan.plan import Phase, TileKind
 from streamcnn.plan.tiles import AxisKind
 
@@ -28,7 +28,7 @@ class Arrivals:
 def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
     """The step that computes tiles of a kind without autograd."""
     tile = _Tile.of(program, phase, kind)
-    owned = tile.owned(_fed(program, phase.reductions), phase.stored, Arrivals())
+    owned = tile.owned(fed_reductions(program, phase.reductions), phase.stored, Arrivals())
     operators = tile.operators(skipped=())
     return Step(
         level=phase.level,
@@ -56,7 +56,7 @@ def backward_step(
         The nodes whose gradient is wanted or passed on.
     """
     tile = _Tile.of(program, phase, kind)
-    owned = tile.owned(_fed(program, arrivals.num_terms), arrivals.maps, arrivals)
+    owned = tile.owned(fed_reductions(program, arrivals.num_terms), arrivals.maps, arrivals)
     operators = tile.operators(skipped=phase.skipped)
     inputs = _read(phase, operators)
     parts = _parts(phase, operators, owned)
@@ -206,16 +206,6 @@ def _padding_along(access: AxisMap, part: Interval, window: Interval) -> int | N
     before, behind = part.start - window.start, window.stop - part.stop
     # Padding too much behind gives no further position as long as it is less than the stride.
     return before if 0 <= before - behind < access.stride and behind >= 0 else None
-
-
-def _fed(program: Program, reductions: Iterable[str]) -> dict[str, dict[str, Reduction]]:
-    """By map, the reductions that it feeds."""
-    fed: dict[str, dict[str, Reduction]] = {}
-    for name in reductions:
-        node = program.nodes[name]
-        assert node.reduction is not None
-        fed.setdefault(node.operands[0], {})[name] = node.reduction
-    return fed
 
 
 def _read(phase: Phase, operators: Sequence[Operator]) -> tuple[Input, ...]:

@@ -239,6 +239,16 @@ def on_whole_maps(program: Program) -> tuple[Node, ...]:
     return tuple(node for node in nodes if node.kind is Kind.GLOBAL and node.target is not operator.getitem)
 
 
+def fed_reductions(program: Program, names: Iterable[str]) -> dict[str, dict[str, Reduction]]:
+    """By map, the reductions that it feeds, by name; only those among ``names``."""
+    fed: dict[str, dict[str, Reduction]] = {}
+    for name in names:
+        node = program.nodes[name]
+        assert node.reduction is not None
+        fed.setdefault(node.operands[0], {})[name] = node.reduction
+    return fed
+
+
 def has_gradient(dtype: torch.dtype) -> bool:
     """Whether autograd can differentiate values of ``dtype``: floating-point and complex ones."""
     return dtype.is_floating_point or dtype.is_complex

@@ -167,8 +167,8 @@ class _LargestTile:
     def observed(self, name: str) -> int:
         """Bytes taken while an output's own part is reduced, or its gradient is computed."""
         own, itemsize = self.own(name), self.program.nodes[name].tensor.dtype.itemsize
-        fed = [rule.workspace(own // itemsize, itemsize) for rule in self.tiled.outline.fed.get(name, ())]
-        return max((REDUCTION_COPIES * own, *fed))
+        rules = self.tiled.outline.fed.get(name, {}).values()
+        return max((REDUCTION_COPIES * own, *(rule.workspace(own // itemsize, itemsize) for rule in rules)))
 
     def saved_beside(self, name: str) -> int:
         """Bytes that autograd saves for an operator beside operands and result."""

@@ -15,7 +15,7 @@ import numpy as np
 from streamcnn.geometry.regions import Indices, Intervals
 from streamcnn.graph.costs import Cost, Operation, Routine, casts_of, cost_of, makes_new
 from streamcnn.graph.ops.reduction_types import Reduction
-from streamcnn.graph.program import Access, Kind, Node, Program, Ref
+from streamcnn.graph.program import Access, Kind, Node, Program, Ref, fed_reductions
 from streamcnn.plan.plan import Phase
 from streamcnn.plan.tiles import AxisStep
 from streamcnn.planning.routines import num_sizes
@@ -66,8 +66,8 @@ class Outline:
     """The same, in elements."""
     beside_bytes: Mapping[str, int]
     """For each operator, bytes of one position of what autograd saves beside operands and result."""
-    fed: Mapping[str, tuple[Reduction, ...]]
-    """By map, the reductions of the stage that it feeds."""
+    fed: Mapping[str, Mapping[str, Reduction]]
+    """By map, the reductions of the stage that it feeds, by name."""
 
     @classmethod
     def of(cls, program: Program, stage: Stage) -> Outline:
@@ -114,7 +114,7 @@ class Outline:
             position_bytes={node.name: node.nbytes // math.prod(node.size) for node in maps},
             position_elements={node.name: node.tensor.numel // math.prod(node.size) for node in maps},
             beside_bytes={name: _beside_bytes(program, nodes[name], cost) for name, cost in costs.items()},
-            fed=_fed(program, stage),
+            fed=fed_reductions(program, stage.reductions),
         )
 
 
@@ -338,15 +338,6 @@ def _beside_bytes(program: Program, node: Node, cost: Cost) -> int:
     if cost.saves.beside is None:
         return 0
     return -(-cost.saves.beside(Operation.of(program, node)) // math.prod(node.size))
-
-
-def _fed(program: Program, stage: Stage) -> dict[str, tuple[Reduction, ...]]:
-    fed: dict[str, tuple[Reduction, ...]] = {}
-    for name in stage.reductions:
-        node = program.nodes[name]
-        assert node.reduction is not None
-        fed[node.operands[0]] = (*fed.get(node.operands[0], ()), node.reduction)
-    return fed
 
 
 def _readers(program: Program, stage: Stage) -> dict[str, list[str]]:
