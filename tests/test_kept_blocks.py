@@ -322,6 +322,29 @@ def test_an_heir_counts_the_blocks_of_an_earlier_part() -> None:
         second.leave()
 
 
+@pytest.mark.parametrize("is_within", [True, False], ids=["both within", "the heir alone"])
+def test_an_heir_within_another_pass_counts_for_both(is_within: bool) -> None:
+    outer, first, second = KeptBlocks(cap=8 * MIB), KeptBlocks(), KeptBlocks()
+    if is_within:
+        outer.enter()
+    first.enter()
+    left = block(3 * MIB)
+    first.leave()
+    if not is_within:
+        outer.enter()
+    try:
+        second.inherit(first)
+        second.enter()
+        assert [each._counts()[0] for each in (outer, first, second)] == [3 * MIB, 0, 3 * MIB]
+        del left
+        assert [each._counts()[0] for each in (outer, first, second)] == [0, 0, 0]
+        second.leave()
+        assert is_kept(block(8 * MIB))
+    finally:
+        second.leave()
+        outer.leave()
+
+
 def test_what_is_kept_can_be_changed_while_the_pass_runs() -> None:
     blocks = KeptBlocks(8 * MIB, 8 * MIB)
     blocks.enter()

@@ -156,6 +156,8 @@ void kept_blocks_enter(Pass* pass) {
   std::lock_guard<std::mutex> guard(mutex);
   if (pass->is_over || present() == pass) return;
   pass->outer = std::exchange(entered, hold(pass));
+  // What it has inherited will be taken off the passes around it when it is freed.
+  count(pass->outer, pass->in_use);
   last_keep = pass->keep;
   range.give_back(pass->may_be_free(pass->in_use));
 }

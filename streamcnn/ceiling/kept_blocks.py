@@ -25,7 +25,7 @@ LEAST_BYTES = 2**16
 
 
 class KeptBlocks:
-    """A pass whose tensors come from kept blocks, on the threads that have entered it.
+    """A pass whose tensors come from kept blocks, on the thread that has entered it.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class KeptBlocks:
         finalize(self, library.kept_blocks_forget, self._pass).atexit = False
 
     def enter(self) -> None:
-        """Have this thread's tensors come from here, until ``leave``."""
+        """Have this thread's tensors come from here, until ``leave``. A pass is entered once."""
         self._library.kept_blocks_enter(self._pass)
 
     def keep(self, nbytes: int) -> None:
