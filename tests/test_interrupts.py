@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from streamcnn import StreamingModel
 from streamcnn.ceiling import cpu
 from streamcnn.ceiling.cpu import DataLimit
-from streamcnn.runtime import autograd_node, pass_stores, read_again, streamed_pass, taken
+from streamcnn.runtime import autograd_node, pass_stores, plan_run, read_again, streamed_pass, taken
 
 PACKAGE = Path(streamed_pass.__file__).parents[1]
 TRACED = {
     *map(str, (PACKAGE / "ceiling").glob("*.py")),
     str(PACKAGE / "support" / "interrupts.py"),
-    *(module.__file__ for module in (streamed_pass, pass_stores, autograd_node, read_again, taken)),
+    *(
+        each.__file__
+        for each in (streamed_pass, plan_run, pass_stores, autograd_node, read_again, taken)
+    ),
 }
 Place = tuple[str, int]
 

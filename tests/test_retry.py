@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from streamcnn import BudgetExceeded, StreamingModel
 from streamcnn.ceiling.device import HostCeiling
-from streamcnn.runtime.plan_cache import Planned
-from streamcnn.runtime.streamed_pass import Pass
 
 SHAPE = (2, 3, 150, 131)
 
@@ -298,18 +296,11 @@ def test_inference_is_begun_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pass_begun_again_by_the_same_plan_is_told_from_one_by_a_smaller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begin = Pass._begin
-
-    def trust(run: Pass, planned: Planned) -> None:
-        begin(run, planned)
-        # Some code is taken to be there, as after an earlier pass.
-        run.is_trusting = run.taken.num_retries == 0
-
-    monkeypatch.setattr(Pass, "_begin", trust)
-    around_operators(monkeypatch, RefusedOnce(5))
-    net = make_net()
     image = torch.randn(SHAPE, dtype=torch.float64)
-    model = StreamingModel(net, "1GiB", tile=64)
+    model = StreamingModel(make_net(), "1GiB", tile=64)
+    # From now on the code of its steps is taken to be there.
+    model(image)
+    around_operators(monkeypatch, RefusedOnce(5))
     model(image)
     report = model.last_report
     assert report is not None

@@ -29,9 +29,10 @@ class Streamed(torch.autograd.Function):
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
         # What the user does to a result must not change what is computed from it later.
-        read = {operand for node in run.program.nodes.values() for operand in node.operands}
-        outputs |= {n: outputs[n].clone() for n in names if run.present_name(n) in read}
-        constant = (n for n in names if run.present_name(n) not in run.plan.differentiated)
+        program, plan, present = run.current.program, run.current.plan, run.present_names
+        read = {operand for node in program.nodes.values() for operand in node.operands}
+        outputs |= {n: outputs[n].clone() for n in names if present[n] in read}
+        constant = (n for n in names if present[n] not in plan.differentiated)
         ctx.mark_non_differentiable(*(outputs[n] for n in constant))
         ctx.set_materialize_grads(False)
         return tuple(outputs.values())
@@ -66,8 +67,9 @@ class Streamed(torch.autograd.Function):
         arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
         with saved_tensors_hooks_aside():
             found = run.backward(arriving)
-        image = (run.program.image,) if run.program.image in run.plan.differentiated else ()
-        gradients = (found.get(name) for name in (*run.leaf_states, *image))
+        image, current = run.current.program.image, run.current
+        leaves = (*current.leaf_states, *((image,) if image in current.plan.differentiated else ()))
+        gradients = (found.get(name) for name in leaves)
         # The image may be on the host while its gradient was summed where the model is.
         on_device = zip(gradients, anchors, strict=True)
         return None, *(None if g is None else g.to(anchor.device) for g, anchor in on_device)

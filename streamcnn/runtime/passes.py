@@ -33,9 +33,10 @@ from streamcnn.runtime.autograd_node import Streamed
 from streamcnn.runtime.machines import this_machine
 from streamcnn.runtime.pass_stores import gain_of_a_larger_disk, memory_beside_the_budget, room_on_disk
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
+from streamcnn.runtime.plan_run import PassOwner
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
-from streamcnn.runtime.streamed_pass import Keep, Pass, PassOwner
+from streamcnn.runtime.streamed_pass import Keep, Pass
 from streamcnn.runtime.transforms import refuse_tangents, refuse_transforms
 from streamcnn.stores import SpareFiles
 from streamcnn.support.interrupts import undoing
@@ -275,7 +276,7 @@ class _Running:
 
     def _outputs(self, run: Pass) -> tuple[Tensor, ...]:
         """Run a pass forward; the tensors among the model's results, in order."""
-        if not run.plan.training:
+        if not run.current.plan.training:
             with self.caller_modes.restored():
                 values = run.forward()
             return tuple(values[name] for name in run.output_names)

@@ -13,8 +13,8 @@ from streamcnn.runtime.streamed_pass import Pass
 
 def tensors_read_again(run: Pass) -> list[Tensor]:
     """States without a gradient, and images, that the backward pass of ``run`` reads again."""
-    read = _read_again(run)
-    states = [run.states[n] for n in run.program.states if n in read and n not in run.leaf_states]
+    read, current = _read_again(run), run.current
+    states = [current.states[n] for n in current.program.states if n in read and n not in current.leaf_states]
     images = chain(*(batch.shared_tensors for batch in _batches_of(run, read)))
     # Tensors made in inference mode have no version counter.
     return [*states, *(image for image in images if not image.is_inference())]
@@ -27,17 +27,17 @@ def arrays_read_again(run: Pass) -> list[tuple[str, bytes]]:
 
 def _read_again(run: Pass) -> set[str]:
     """What operators read that the backward pass runs again."""
-    differentiated = (phase for phase in run.plan.phases if phase.differentiated)
+    differentiated = (phase for phase in run.current.plan.phases if phase.differentiated)
     return {
         operand
-        for phase in (*differentiated, *chain(*run.plan.rematerialised.values()))
+        for phase in (*differentiated, *chain(*run.current.plan.rematerialised.values()))
         for name in phase.nodes
-        for operand in run.program.nodes[name].operands
+        for operand in run.current.program.nodes[name].operands
     }
 
 
 def _batches_of(run: Pass, names: Collection[str]) -> list[SourceBatch]:
     """The images and maps among ``names``."""
-    batches: dict[str, SourceBatch] = {run.program.image: run.reader}
-    batches |= {name: run.maps[key] for name, key in run.program.maps.items()}
+    batches: dict[str, SourceBatch] = {run.current.program.image: run.reader}
+    batches |= {name: run.maps[key] for name, key in run.current.program.maps.items()}
     return [batch for name, batch in batches.items() if name in names]

@@ -6,54 +6,31 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.ceiling.device import Ceiling, Limit, ceiling_for
+from streamcnn.ceiling.device import Limit, ceiling_for
 from streamcnn.ceiling.refusals import is_out_of_memory
 from streamcnn.ceiling.rooms import Room
 from streamcnn.data.reader import BatchReader
 from streamcnn.data.source_batch import SourceBatch
 from streamcnn.errors import BudgetExceeded
-from streamcnn.execution.eager import compute_eagerly
-from streamcnn.execution.executor import Execution, Observer
 from streamcnn.graph.costs import meets_others
 from streamcnn.graph.program import Ref, refs_in
-from streamcnn.plan.plan import PassPart, Plan, StepShape
-from streamcnn.runtime.pass_stores import PassStores, check_disk
 from streamcnn.runtime.plan_cache import Captured, Planned
+from streamcnn.runtime.plan_run import PassOwner, PlanRun
 from streamcnn.runtime.random_state import RandomState
 from streamcnn.runtime.refused_memory import PROFILED, TOGETHER, refusal
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_copies import assign, copied
 from streamcnn.runtime.taken import Taken
-from streamcnn.stores import SpareFiles, SparePinned, Store
+from streamcnn.stores import Store
 from streamcnn.support.interrupts import cleaning_up, undoing
-
-
-class PassOwner(Protocol):
-    """The model that a pass reports to, and its options."""
-
-    budget: int | None
-    spill: Path | None
-    compiles: bool
-    last_report: Report | None
-    observer: Observer | None
-
-    @property
-    def spare_files(self) -> SpareFiles:
-        """Files that earlier passes have left for maps that this one spills."""
-
-    @property
-    def spare_pinned(self) -> SparePinned:
-        """Memory that they have left for maps that it keeps on the host beside a GPU."""
-
 
 Keep = Callable[[Store], Tensor]
 """Reads a stored result, and returns a stand-in for it."""
@@ -88,6 +65,7 @@ class Pass:
         self.owner = owner
         self.keep = keep
         self.known = captured.states
+        """The caller's tensors by key: parameters, buffers and further arguments."""
         self.before: dict[str, Tensor] = {}
         """Copies of the states that the pass changes, from which it reads, now and when it recomputes."""
         self.is_spent = False
@@ -100,66 +78,29 @@ class Pass:
         # Before the baseline: threads that read images, with their large stacks, are no part of the pass.
         for batch in self.batches:
             batch.start()
-        self.execution: Execution
-        self.waiting_bytes = sum(other.execution.held_bytes for other in _all_waiting())
+        self.waiting_bytes = sum(other.current.execution.held_bytes for other in _all_waiting())
         # Plans count images as if they were still to be decoded, so what they hold already counts too.
         held = sum(batch.held_bytes for batch in self.batches)
         self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
         self.random_state = RandomState.now(reader.device)
         self.taken = Taken()
-        self._begin(planned)
+        self.current: PlanRun = self._run_of(planned)
+        """The plan that is being carried out: another one when the pass is begun again."""
 
-    def _begin(self, planned: Planned) -> None:
-        """Make ready to run a plan from its start."""
-        self.planned = planned
-        self.program, self.plan = planned.program, planned.plan
-        # Steps that have run before are assumed not to compile code again.
-        self.is_trusting = self.ceiling.counts_code and bool(planned.carried_out)
-        read = set(self.program.states.values())
-        changing = [q for q in self.program.updates if q in read and q not in self.before]
-        self.before.update(copied({q: self.known[q] for q in changing}))
+    def _run_of(self, planned: Planned) -> PlanRun:
+        """A plan, ready to be carried out from its start."""
+        program = planned.program
+        read = set(program.states.values())
+        changing = [key for key in program.updates if key in read and key not in self.before]
+        self.before.update(copied({key: self.known[key] for key in changing}))
         present = {**self.known, **self.before}
-        self.states = {name: present[qualified] for name, qualified in self.program.states.items()}
-        self.states.update({name: c.to(self.reader.device) for name, c in self.program.constants.items()})
-        self._present_names = dict(
-            zip(_positions(self.outputs), _positions(self.program.outputs), strict=True)
-        )
-        self.leaf_states = tuple(name for name in self.program.states if name in self.plan.differentiated)
-        spares = self.owner.spare_files
-        check_disk(self.plan, spares)
-        self.stores = PassStores(
-            spares, self.owner.spare_pinned, self.reader.device, zeroed=self.plan.kept_bytes is None
-        )
-        self.execution = Execution(
-            self.program,
-            self.plan,
-            self.states,
-            {
-                self.program.image: self.reader,
-                **{name: self.maps[key] for name, key in self.program.maps.items()},
-            },
-            self.stores.open,
-            transfers=self.stores.transfers,
-            steps=planned.steps,
-            make_compute=planned.compiled.steps if self.owner.compiles else compute_eagerly,
-            runner=planned.compiled.segments if self.owner.compiles else None,
-            before_part=_keeping(self.ceiling, self.plan),
-            after_step=_checked(self.ceiling, planned.carried_out),
-            observer=self.owner.observer,
-        )
-
-    def _kept_at_first(self) -> int | None:
-        """Bytes of tensors and free blocks before the first phase, when images are opened."""
-        known = self.plan.kept_bytes
-        if known is None:
-            return None
-        return min(nbytes for (kind, _), nbytes in known.items() if kind in ("read", "segment forward"))
+        return PlanRun(planned, self.reader, self.maps, present, self.owner, self.ceiling)
 
     @property
     def anchors(self) -> list[Tensor]:
         """The user's own tensors whose gradients the backward pass gives, in order."""
-        return [self.known[self.program.states[name]] for name in self.leaf_states]
+        return [self.known[self.current.program.states[name]] for name in self.current.leaf_states]
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -169,15 +110,17 @@ class Pass:
     @property
     def meets_others(self) -> bool:
         """Whether processes wait for each other during the pass."""
-        return any(meets_others(node.target) for node in self.program.nodes.values())
+        return any(meets_others(node.target) for node in self.current.program.nodes.values())
 
-    def present_name(self, output: str) -> str:
-        """An output's name in the present program: with another resident tail, nodes have other names."""
-        return self._present_names[output]
+    @property
+    def present_names(self) -> dict[str, str]:
+        """Outputs' names in the present program, by name: with another resident tail, nodes have others."""
+        present = _positions(self.current.program.outputs)
+        return dict(zip(_positions(self.outputs), present, strict=True))
 
     def forward(self) -> dict[str, Tensor]:
         """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
-        state = RandomState.now(self.execution.device)
+        state = RandomState.now(self.reader.device)
 
         def undo() -> None:
             self.close()
@@ -187,7 +130,7 @@ class Pass:
 
     def _forward(self) -> dict[str, Tensor]:
         """A forward pass, begun again where it is refused memory."""
-        state = RandomState.now(self.execution.device)
+        state = RandomState.now(self.reader.device)
         while True:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
@@ -200,10 +143,11 @@ class Pass:
             self.ceiling.empty_cache()
         self.shrink.keep()
         if self.keep is not None:
-            stored = {name: self.keep(store) for name, store in self.execution.results.items()}
+            stored = {name: self.keep(store) for name, store in self.current.execution.results.items()}
             values = {**values, **stored}
-        outputs = {name: values[self.present_name(name)] for name in self.output_names}
-        if self.plan.training:
+        present = self.present_names
+        outputs = {name: values[present[name]] for name in self.output_names}
+        if self.current.plan.training:
             _waiting[id(self)] = self
         else:
             self.close()
@@ -212,7 +156,7 @@ class Pass:
 
     def updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """``outputs``, once the states that the module changes have their new values: all, or none."""
-        updates = self.program.updates
+        updates = self.current.program.updates
         unread = copied({q: self.known[q] for q in updates if q not in self.before})
         before = {q: unread[q] if q in unread else self.before[q] for q in updates}
 
@@ -234,7 +178,7 @@ class Pass:
         """A backward pass, begun again where it is refused memory."""
         repeat, self.is_spent = self.is_spent, True
         if repeat:
-            self._restart(self.planned)
+            self._restart(self.current.planned)
         while True:
             try:
                 if repeat:
@@ -248,13 +192,13 @@ class Pass:
             self.ceiling.empty_cache()
 
     def _differentiate(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.execution.backward(self._arriving(gradients))
+        return self.current.execution.backward(self._arriving(gradients))
 
     def _arriving(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs' gradients by their present names, of which two outputs may share one."""
-        found: dict[str, Tensor] = {}
+        found, present = dict[str, Tensor](), self.present_names
         for output, gradient in gradients.items():
-            name = self.present_name(output)
+            name = present[output]
             found[name] = found[name] + gradient if name in found else gradient
         return found
 
@@ -267,9 +211,10 @@ class Pass:
         """
         if self._why_last_try():
             raise error
-        as_before = self.is_trusting or self.planned.compiled.give_up()
-        again = self.planned if as_before else self.shrink(self.plan)
-        self.planned.carried_out.clear()
+        planned = self.current.planned
+        as_before = self.current.is_trusting or planned.compiled.give_up()
+        again = planned if as_before else self.shrink(planned.plan)
+        planned.carried_out.clear()
         if again is None:
             raise error
         self._restart(again)
@@ -286,11 +231,10 @@ class Pass:
 
     def _restart(self, planned: Planned) -> None:
         """Make ready to run the pass once more."""
-        leaf_states, autocast = self.leaf_states, self.execution.autocast
-        self._begin(planned)
+        before, self.current = self.current, self._run_of(planned)
         # The ambient autocast of a backward pass is not that of its forward pass.
-        self.execution.autocast = autocast
-        assert self.leaf_states == leaf_states
+        self.current.execution.autocast = before.execution.autocast
+        assert self.current.leaf_states == before.leaf_states
 
     def _repeat_forward(self) -> None:
         """The forward pass once more, for its stored maps: buffers and random state stay."""
@@ -307,7 +251,7 @@ class Pass:
         """Decode images that are only decoded whole, and run the forward pass, both under the ceiling."""
         for batch in self.batches:
             batch.open()
-        return self.execution.forward()
+        return self.current.execution.forward()
 
     def close(self) -> None:
         """Free all stores, their folder, and the decoded images that no waiting pass reads.
@@ -316,25 +260,24 @@ class Pass:
         """
         _waiting.pop(id(self), None)
         used = [source for other in _all_waiting() for batch in other.batches for source in batch.sources]
-        # Called in reverse: the stores before their folder.
         with ExitStack() as closing:
-            closing.callback(self.stores.close)
-            closing.callback(self.execution.close)
+            closing.callback(self.current.close)
             for batch in self.batches:
                 closing.callback(batch.release, but=used)
 
     def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``run`` returns, with the budget enforced, memory measured, and refusals explained."""
         start = time.perf_counter()
+        plan = self.current.plan
         limit = self.ceiling.limit(
-            self.plan.budget, reuse_heap=bool(self.plan.reuses_blocks), kept=self._kept_at_first()
+            plan.budget, reuse_heap=bool(plan.reuses_blocks), kept=self.current.kept_at_first
         )
         try:
             found = self._within(limit, run)
         except BaseException as error:
-            is_limited = self.plan.budget is not None or self.ceiling.room is not None
+            is_limited = plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
-                text = refusal(self.plan, direction, error, self._room(), why_last=self._why_last_try())
+                text = refusal(plan, direction, error, self._room(), why_last=self._why_last_try())
                 raise BudgetExceeded(text) from error
             raise
         finally:
@@ -354,7 +297,7 @@ class Pass:
             limit.close()
             self.close()
             # In case the disk is full.
-            self.stores.spares.close()
+            self.current.stores.spares.close()
 
         return undoing(in_block, close)
 
@@ -365,11 +308,11 @@ class Pass:
 
     def _report(self) -> Report:
         return self.taken.report(
-            self.plan,
-            phases=tuple(self.execution.reports),
+            self.current.plan,
+            phases=tuple(self.current.execution.reports),
             baseline_bytes=self.ceiling.baseline_bytes,
             waiting_bytes=self.waiting_bytes,
-            num_compiled=self.planned.compiled.num_parts if self.owner.compiles else None,
+            num_compiled=self.current.planned.compiled.num_parts if self.owner.compiles else None,
         )
 
 
@@ -377,26 +320,3 @@ def _positions(outputs: Any) -> list[str]:
     """The name at each place of a model's result; a value that is returned twice comes twice."""
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
-
-
-def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
-    """Called before a part of a pass: keep as many free blocks as that leaves room for.
-
-    It has no reference to the pass, which is to be freed as soon as nobody else has one.
-    """
-
-    def keep(part: PassPart) -> None:
-        if plan.kept_bytes is not None:
-            ceiling.keep_blocks(plan.kept_bytes[part])
-
-    return keep
-
-
-def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepShape], None]:
-    """Called after a step. It has no reference to the pass, as the stores have none."""
-
-    def after_step(shape: StepShape) -> None:
-        ceiling.check(compiled=shape not in carried_out)
-        carried_out.add(shape)
-
-    return after_step
