@@ -84,6 +84,7 @@ class Pass:
         self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
         self.random_state = RandomState.now(reader.device)
+        """From where a pass that is begun again draws the same numbers."""
         self.taken = Taken()
         self.current: PlanRun = self._run_of(planned)
         """The plan that is being carried out: another one when the pass is begun again."""
@@ -120,24 +121,22 @@ class Pass:
 
     def forward(self) -> dict[str, Tensor]:
         """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
-        state = RandomState.now(self.reader.device)
 
         def undo() -> None:
             self.close()
-            state.restore()
+            self.random_state.restore()
 
         return undoing(self._forward, undo)
 
     def _forward(self) -> dict[str, Tensor]:
         """A forward pass, begun again where it is refused memory."""
-        state = RandomState.now(self.reader.device)
         while True:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
                 values = self._limited("forward", self._run_forward)
                 break
             except BudgetExceeded as error:
-                state.restore()
+                self.random_state.restore()
                 self._begin_again(error)
             # Only once the error is gone: its traceback holds the tile's tensors.
             self.ceiling.empty_cache()
