@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from streamcnn import StreamingModel
 from streamcnn.ceiling import cpu
 from streamcnn.ceiling.cpu import DataLimit
-from streamcnn.runtime import autograd_node, pass_stores, plan_run, read_again, streamed_pass, taken
+from streamcnn.runtime import autograd_node, pass_meter, pass_stores, plan_run, read_again, streamed_pass
 
 PACKAGE = Path(streamed_pass.__file__).parents[1]
 TRACED = {
@@ -24,7 +24,7 @@ TRACED = {
     str(PACKAGE / "support" / "interrupts.py"),
     *(
         each.__file__
-        for each in (streamed_pass, plan_run, pass_stores, autograd_node, read_again, taken)
+        for each in (streamed_pass, plan_run, pass_stores, autograd_node, read_again, pass_meter)
     ),
 }
 Place = tuple[str, int]

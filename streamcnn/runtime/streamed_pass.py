@@ -21,6 +21,7 @@ from streamcnn.data.source_batch import SourceBatch
 from streamcnn.errors import BudgetExceeded
 from streamcnn.graph.costs import meets_others
 from streamcnn.graph.program import Ref, refs_in
+from streamcnn.runtime.pass_meter import PassMeter
 from streamcnn.runtime.plan_cache import Captured, Planned
 from streamcnn.runtime.plan_run import PassOwner, PlanRun
 from streamcnn.runtime.random_state import RandomState
@@ -28,7 +29,6 @@ from streamcnn.runtime.refused_memory import PROFILED, TOGETHER, refusal
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_copies import assign, copied
-from streamcnn.runtime.taken import Taken
 from streamcnn.stores import Store
 from streamcnn.support.interrupts import cleaning_up, undoing
 
@@ -85,7 +85,7 @@ class Pass:
         self.outputs = planned.program.outputs
         self.random_state = RandomState.now(reader.device)
         """From where a pass that is begun again draws the same numbers."""
-        self.taken = Taken()
+        self.meter = PassMeter()
         self.current: PlanRun = self._run_of(planned)
         """The plan that is being carried out: another one when the pass is begun again."""
 
@@ -217,8 +217,8 @@ class Pass:
         if again is None:
             raise error
         self._restart(again)
-        self.taken.num_retries += 1
-        self.taken.num_smaller_plans += not as_before
+        self.meter.num_retries += 1
+        self.meter.num_smaller_plans += not as_before
 
     def _why_last_try(self) -> str:
         """Why the pass is not begun again where it is refused memory; empty if it may be."""
@@ -280,8 +280,8 @@ class Pass:
                 raise BudgetExceeded(text) from error
             raise
         finally:
-            self.taken.seconds += time.perf_counter() - start
-        self.taken.note(limit)
+            self.meter.seconds += time.perf_counter() - start
+        self.meter.note(limit)
         self.owner.last_report = self._report()
         return found
 
@@ -306,7 +306,7 @@ class Pass:
         return room if room is not None and (budget is None or room.nbytes < budget) else None
 
     def _report(self) -> Report:
-        return self.taken.report(
+        return self.meter.report(
             self.current.plan,
             phases=tuple(self.current.execution.reports),
             baseline_bytes=self.ceiling.baseline_bytes,

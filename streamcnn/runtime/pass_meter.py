@@ -12,7 +12,7 @@ from streamcnn.runtime.report import Report
 
 
 @dataclass(slots=True)
-class Taken:
+class PassMeter:
     """Time and memory of one pass so far, retries included."""
 
     began: float = field(default_factory=time.perf_counter)
