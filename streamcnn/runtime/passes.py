@@ -63,6 +63,18 @@ class ImageSpec:
     reading: BatchCost = NO_READING
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleCall:
+    """A call of a module, but for the image."""
+
+    net: nn.Module
+    """The model's module, or one that contains it."""
+    forward_pass: ForwardPass
+    """What was captured of its earlier calls."""
+    given: Arguments
+    """What goes into it after the image."""
+
+
 def wants_gradient(image: Image) -> bool:
     """Whether a pass has to give the gradient of the image too."""
     return isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
@@ -91,14 +103,13 @@ class Passes:
     def planned(
         self,
         owner: Owner,
-        net: nn.Module,
-        call: ForwardPass,
+        call: ModuleCall,
         image: ImageSpec,
-        given: Arguments,
         device: torch.device,
         machine: Machine | None,
     ) -> Planned:
         """What was captured of a call, and its plan for ``machine``; ``None`` is this one."""
+        given = call.given
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device, given.maps)
@@ -109,19 +120,17 @@ class Passes:
             return self._plan_here(captured, spec, here, owner.spare_files)[0]
 
         here = stand_in(image.shape, image.dtype, device, requires_grad=image.requires_grad)
-        return call.until_captured(net, here, given.args, given.kwargs, take)
+        return call.forward_pass.until_captured(call.net, here, given.args, given.kwargs, take)
 
     def run(
         self,
         owner: Owner,
-        net: nn.Module,
-        call: ForwardPass,
+        call: ModuleCall,
         image: Image,
         reader: BatchReader,
-        given: Arguments,
         keep: Keep | None,
     ) -> Any:
-        """What ``net`` returns for whole images; ``keep`` gives what stands for maps among the results."""
+        """What a call returns for whole images; ``keep`` gives what stands for maps among the results."""
         refuse_transforms()
         image_gradient = wants_gradient(image)
         if image_gradient and owner.preprocess is not None:
@@ -129,7 +138,7 @@ class Passes:
                 "the image requires a gradient and preprocess= is set: the gradient would be that of the "
                 "preprocessed image; preprocess the image yourself, or detach it"
             )
-        caller_modes = CallerModes()
+        given, caller_modes = call.given, CallerModes()
         leaf = image if image_gradient else None
         running = _Running(self, owner, reader, leaf, caller_modes, keep)
 
@@ -145,7 +154,8 @@ class Passes:
         if type(image) in (Tensor, nn.Parameter):
             # Attributes that the caller has set on it, and not PyTorch.
             vars(here).update((n, value) for n, value in vars(image).items() if not n.startswith("_dynamo"))
-        return given.restored(call(net, here, given.args, given.kwargs, run, caller_modes))
+        result = call.forward_pass(call.net, here, given.args, given.kwargs, run, caller_modes)
+        return given.restored(result)
 
     def _plan_here(
         self, captured: Captured, spec: PassSpec, machine: Machine, spares: SpareFiles

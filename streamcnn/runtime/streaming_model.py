@@ -31,7 +31,7 @@ from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.given_image import as_shape, image_by_name, is_image, like_image
 from streamcnn.runtime.module_facade import ModuleFacade
 from streamcnn.runtime.options import OPTIONS, as_folder, as_tile
-from streamcnn.runtime.passes import ImageSpec, Passes, wants_gradient
+from streamcnn.runtime.passes import ImageSpec, ModuleCall, Passes, wants_gradient
 from streamcnn.runtime.plan_cache import Planned, module_dtype
 from streamcnn.runtime.prediction import Key, MapWriter, Output, PredictionCalls, evaluating
 from streamcnn.runtime.report import Report
@@ -221,10 +221,10 @@ class StreamingModel(ModuleFacade):
         DatasetMismatch
             If the images are no batch.
         """
-        module, call = self._losses.of(self.net, loss)
+        module, forward_pass = self._losses.of(self.net, loss)
         device = self.computing_device()
-        given = Arguments.of((target, maps), {}, device)
-        return self._passes.planned(self, module, call, self._image_spec(image), given, device, None).plan
+        call = ModuleCall(module, forward_pass, Arguments.of((target, maps), {}, device))
+        return self._passes.planned(self, call, self._image_spec(image), device, None).plan
 
     def _image_spec(
         self,
@@ -294,9 +294,9 @@ class StreamingModel(ModuleFacade):
             If the module cannot be captured at this shape.
         """
         device = self.computing_device()
-        given = Arguments.of(tuple(inputs), named or {}, device)
+        call = ModuleCall(self.net, self._call, Arguments.of(tuple(inputs), named or {}, device))
         image = ImageSpec(shape, dtype, image_gradient, reading)
-        return self._passes.planned(self, self.net, self._call, image, given, device, machine)
+        return self._passes.planned(self, call, image, device, machine)
 
     def computing_device(self) -> torch.device:
         """Where the module is, and so where images are brought and passes run."""
@@ -374,9 +374,9 @@ class StreamingModel(ModuleFacade):
         DatasetMismatch
             If a mask read from a source does not fit the output, or holds a class that the output lacks.
         """
-        module, call = self._losses.of(self.net, loss)
+        module, forward_pass = self._losses.of(self.net, loss)
         with explaining(image, target):
-            result: Tensor = self._streamed(module, call, image, (target, maps), {})
+            result: Tensor = self._streamed(module, forward_pass, image, (target, maps), {})
         return result
 
     @_disable_dynamo
@@ -431,17 +431,17 @@ class StreamingModel(ModuleFacade):
             As from the model itself; also where the result is no map (1, C, H, W), or images are several.
         """
         place = Path(path)
-        module, call = self._predictions.of(self.net, output, key, dtype)
+        module, forward_pass = self._predictions.of(self.net, output, key, dtype)
         writer = MapWriter(place, image, overwrite=overwrite, class_names=class_names)
         given = (tuple(inputs), dict(named_inputs or {}))
         with evaluating(self.net):
-            result = self._streamed(module, call, image, given, {}, writer.keep)
+            result = self._streamed(module, forward_pass, image, given, {}, writer.keep)
         return writer.finished(result)
 
     def _streamed(
         self,
         net: nn.Module,
-        call: ForwardPass,
+        forward_pass: ForwardPass,
         image: Image,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -452,5 +452,5 @@ class StreamingModel(ModuleFacade):
         With ``keep`` results that are maps stay stored, and what it makes of them takes their places.
         """
         reader = BatchReader(image, self.computing_device(), self.preprocess)
-        given = Arguments.of(args, kwargs, reader.device)
-        return self._passes.run(self, net, call, image, reader, given, keep)
+        call = ModuleCall(net, forward_pass, Arguments.of(args, kwargs, reader.device))
+        return self._passes.run(self, call, image, reader, keep)
