@@ -26,7 +26,7 @@ class StreamError(Exception):
 
 
 def _without_middle(text: str, most: int) -> str:
-    """The text, if it has no more than ``most`` characters; else three quarters of so many, and the last."""
+    """``text``, without its middle where it is longer than ``most`` characters."""
     if len(text) <= most:
         return text
     return f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 + 1 :]}"

@@ -174,7 +174,7 @@ class DataLimit:
                 closing.callback(self._blocks.leave)
 
     def keep_blocks(self, nbytes: int) -> None:
-        """Let tensors and free blocks take so many bytes together; free blocks beyond that go back."""
+        """Let tensors and free blocks take ``nbytes`` together; free blocks beyond that go back."""
         if self._blocks is not None:
             self._blocks.keep(nbytes)
 

@@ -93,7 +93,7 @@ class Ceiling(Protocol):
         """
 
     def keep_blocks(self, nbytes: int) -> None:
-        """Let tensors and kept blocks take so many bytes from now on, if ``limit`` was given ``kept``."""
+        """Let tensors and kept blocks take ``nbytes`` from now on, if ``limit`` was given ``kept``."""
 
     def empty_cache(self) -> None:
         """Return cached memory to the device, before a pass is begun again."""

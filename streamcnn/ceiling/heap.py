@@ -17,7 +17,7 @@ from streamcnn.ceiling.allocator import libc, set_mmap_threshold
 LEAST_HOLE = 2**18
 """Bytes of the smallest hole that is filled: smaller blocks come from the heap in a fresh process too."""
 _STEP = 8
-"""The blocks that holes are tried with shrink by one part in so many."""
+"""A block that fits into no hole is tried again smaller, by one part in this many."""
 _IS_MMAPPED = 2
 """The flag in the word before a block of glibc's that did not come from the heap."""
 _WORD = ctypes.sizeof(ctypes.c_size_t)

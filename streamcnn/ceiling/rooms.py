@@ -26,7 +26,7 @@ _OFFLOAD_SHARE = 0.75
 _NO_LIMIT = 2**62
 """From here on a control group's limit of the first version means none."""
 _KERNELS_SHARE = 64
-"""The part of a control group's room, one in so many bytes, that is left for page tables and the like."""
+"""One byte in this many of a control group's room is left for page tables and the like."""
 _LIBRARIES = 2**25
 """Address space that is left for libraries' code and threads' stacks, which no plan counts."""
 _STEPS = 16

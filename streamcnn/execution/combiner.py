@@ -17,7 +17,7 @@ from streamcnn.plan.plan import Phase
 _MOST_PARTIALS = 64
 """Tiles whose partial results of a reduction are merged at once."""
 _MOST_BYTES = 2**18
-"""Bytes of partial results from which on fewer are merged at once."""
+"""Bytes of partial results beyond which those of fewer tiles are merged."""
 
 
 class Combiner:

@@ -11,7 +11,7 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.planning.candidate_scores import CandidateScores
 
 _ROUNDS = 16
-"""How often the limit is tightened at most."""
+"""How often the room is tightened at most."""
 _KEPT_ROUNDS = 4
 """How often candidates are chosen again, given what the backend keeps of the last choice, at most."""
 
@@ -34,10 +34,10 @@ class Choice:
 def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
     """For each stage the fastest candidate that fits, with at most ``limit`` reusable bytes in a step.
 
-    What the backend keeps depends on all choices, so together they may take more than the budget. They are
-    then made again for less than that, until it stops falling. If they still do not fit, the same begins from
-    the smallest candidates, where the outcome does not depend on the budget: what an error names as enough is
-    enough.
+    What the backend keeps depends on all choices together, so they may take more than the budget. Then they
+    are made again with room for a little less than the last ones took, until that stops falling. If they
+    still do not fit, this starts over from the smallest candidates. The outcome then does not depend on the
+    budget, so the budget that an error names as enough is enough.
     """
     allowed = math.inf if budget is None else budget
     choice = _tightened(scores, limit, room=allowed, allowed=allowed)
@@ -47,7 +47,7 @@ def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
 
 
 def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> Choice:
-    """The first choice that fits ``allowed``, beginning with ``room`` and going on below what the last took.
+    """The first choice that fits ``allowed``: for ``room``, then for less than the last choice took.
 
     If none fits, the smallest.
     """

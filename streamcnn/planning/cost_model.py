@@ -1,7 +1,7 @@
 """Projected time of a plan, from its arithmetic, the memory it reads and writes, and its stores.
 
 Times are sums of quotients, work over a measured rate, and only as good as the rates. Their purpose is to
-tell the faster of two plans.
+tell which of two plans is faster.
 """
 
 from __future__ import annotations

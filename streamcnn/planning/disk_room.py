@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COMPUTED_AGAIN = (Policy.DROP, Policy.RECOMPUTE)
 _AWAY_FROM_DISK = (*_COMPUTED_AGAIN, Policy.KEEP, Policy.OFFLOAD_VALUES)
 _DEAR = 1.5
-"""Times what it took before, from where on another way is tried."""
+"""How many times as long as before a pass may take before another way is tried."""
 
 
 def beyond(on_disk: Ints, room: int) -> int:
@@ -33,9 +33,10 @@ def beyond(on_disk: Ints, room: int) -> int:
 def within_disk(search: Search, found: Solution) -> Solution:
     """``found`` with fewer maps on disk, until those that are left have room there or none can go.
 
-    Maps are first only computed again. If that does not end with room for all, or takes long, they are kept
-    in memory as well, which may then have no room for tiles that compute maps again from further back. If
-    that fails too, it is tried as if there were no room at all: so maps go in another order.
+    At first maps are only computed again. If there is still too little room, or the pass becomes slow, maps
+    may be kept in memory too, which then may have no room for tiles that compute maps again from further
+    back. If that fails as well, both are tried as if the disk had no room at all: maps then leave it in
+    another order.
     """
     best, rooms = found, () if search.room_on_disk is None else (search.room_on_disk, 0)
     for room, policies in product(rooms, (_COMPUTED_AGAIN, _AWAY_FROM_DISK)):
@@ -46,9 +47,9 @@ def within_disk(search: Search, found: Solution) -> Solution:
 
 
 def _with_less_on_disk(search: Search, found: Solution, room: int, policies: Iterable[Policy]) -> Solution:
-    """``found`` with policies for some maps, those first that free most bytes for the time that they take.
+    """``found`` with other policies for some maps, first for those that free the most bytes for their time.
 
-    What a map frees is looked at again when its turn comes: mostly it is less once others are gone.
+    What a map frees is worked out again when its turn comes: mostly it is less once others are gone.
     """
     looked: dict[str, tuple[Solution, Solution | None]] = {}
     before = None

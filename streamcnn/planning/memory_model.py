@@ -76,7 +76,7 @@ class PassBytes:
         num_stages: int,
         reusable: int | None,
     ) -> PassBytes:
-        """A pass in so many stages.
+        """The bytes of a pass of ``num_stages`` stages.
 
         Parameters
         ----------

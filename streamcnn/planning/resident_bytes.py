@@ -72,21 +72,21 @@ class ResidentBytes:
         return sum(map(self._size, self._saved.keys() | self._asked | reduced)) + int(self._beside.sum())
 
     def step(self) -> StepBytes:
-        """The worst moment."""
+        """The peak: the operator, forward or backward, at which most is held."""
         inner = self._array({name: self._inner(name) for name in self.names})
         workspace = self._array({name: self._workspace(name) for name in self.names})
         backward_workspace = self._array({name: self._workspace(name, backward=True) for name in self.names})
         beside = self._beside.cumsum()
         saved = self._living(self._saved.keys(), self._saved) + beside
         values = self._living(self._last.keys() - self._saved.keys(), self._asked)
-        moments = [np.array((saved, np.zeros_like(saved), values + inner, workspace))]
+        directions = [np.array((saved, np.zeros_like(saved), values + inner, workspace))]
         if self.differentiated:
             saved = self._array(self._saved_bytes()).cumsum() + beside
             flow = self._living(self._last.keys() & self.differentiated, ())
             flow += self._array({name: self._gradient_copies(name) for name in self.names}) + 2 * inner
             given = self._array(self._state_bytes())[::-1].cumsum()[::-1]
-            moments.append(np.array((saved, given, flow, backward_workspace)))
-        most = max(moments, key=lambda moment: moment.sum(axis=0).max(initial=0))
+            directions.append(np.array((saved, given, flow, backward_workspace)))
+        most = max(directions, key=lambda terms: terms.sum(axis=0).max(initial=0))
         worst = int(most.sum(axis=0).argmax()) if self.names else None
         held = (0, 0, 0, 0) if worst is None else most[:, worst].tolist()
         kinds = (

@@ -3,10 +3,10 @@
 A solution is a staging (which maps are stored, where stretches are split), the sets of stored maps that are
 offloaded and that are dropped between the two passes, and whether freed blocks are kept for reuse. Given
 these, phases are independent of each other: each takes the tiles with the least projected time among those
-whose steps fit into what the budget leaves at that moment. What remains is a search over solutions. First the
-maps that are cheapest to offload are, as few as make a plan fit or some more. Where they have no room on
-disk, `within_disk` takes some off it. Then, one by one, an offloaded map is brought back, dropped or
-recomputed instead, wherever that is faster; for long passes in several orders, of which the best one stays.
+whose steps fit into what the budget leaves at that point. What remains is a search over solutions. First the
+maps that are cheapest to offload are offloaded: as few as make the plan fit, or a few more. If the disk has
+no room for them, `within_disk` takes some off it. Then offloaded maps are brought back, dropped or recomputed
+instead, one by one, wherever that is faster; for long passes in several orders, of which the best is taken.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 ROUNDS = 2
 """How often all offloaded maps are tried again."""
 THOROUGH = 8
-"""Up to so many stored maps, every count of offloaded ones and every pair of moves is tried."""
+"""Stored maps up to which every count of offloaded ones, and every pair of moves, is tried."""
 _LONG = 10.0
-"""Seconds of a pass from where on a faster plan is worth seconds more of planning."""
+"""Seconds that a pass must take for a faster plan to be worth some more seconds of planning."""
 _RECOMPUTED_BACKWARD = 4
-"""Passes over a map's operators that are added at least, if its readers differentiate them too."""
+"""Passes over a map's operators that recomputing it adds at least, if its readers differentiate them too."""
 _NO_LIMIT = 2**62
 """More reusable bytes than any step has."""
 _TABLES = 16

@@ -70,7 +70,7 @@ class Machine:
     backend: Backend
 
     def with_room_on_disk(self, nbytes: int) -> Machine:
-        """The same machine with room for so many bytes of maps on disk at one time."""
+        """The same machine with room for ``nbytes`` bytes of maps on disk at one time."""
         tiers = (
             replace(each, capacity=nbytes) if each.tier is Tier.DISK else each for each in self.offload_tiers
         )

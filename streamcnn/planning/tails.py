@@ -16,7 +16,7 @@ from streamcnn.planning.cost_model import plain_time
 from streamcnn.planning.step_bytes import overhead_terms, total_bytes
 
 TAIL_COPIES = 2
-"""Bytes of a tail that is tried, in copies of its maps: the value and its gradient."""
+"""Copies of its maps that a tail is taken to hold: values and gradients."""
 
 
 @dataclass(frozen=True, slots=True)

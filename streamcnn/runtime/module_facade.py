@@ -1,4 +1,4 @@
-"""A module that is another one to whoever uses it."""
+"""A module that passes for another one with whoever uses it."""
 
 from __future__ import annotations
 

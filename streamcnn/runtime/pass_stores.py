@@ -55,7 +55,7 @@ def gain_of_a_larger_disk(fastest: Plan, taken: Plan, room: int, spares: SpareFi
 
 
 def memory_beside_the_budget(plan: Plan, spares: SpareFiles) -> str:
-    """What is to be said where a plan spills maps to a folder that lies in memory; nothing elsewhere."""
+    """The warning for a plan that spills maps to a folder that lies in memory; empty for any other plan."""
     nbytes = plan.bytes_on(Tier.DISK)
     # Every pass asks; most spill nothing, and need not look at what is mounted.
     if not nbytes or not lies_in_memory(place := spill_place(spares.parent)):

@@ -42,7 +42,7 @@ from streamcnn.stores import SpareFiles
 from streamcnn.support.interrupts import undoing
 
 _MUCH_LONGER = 1.1
-"""Times what a pass would take with any room on disk, from where on users are told."""
+"""How many times as long as with unlimited room on disk a pass may take before the user is told."""
 
 
 class Owner(PassOwner, Protocol):
@@ -89,9 +89,9 @@ class Passes:
     def __init__(self) -> None:
         self._plans = PlanCache()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
-        """By what was captured and a spec that was refused memory: the smaller one that went through."""
+        """By a capture's settings and a spec that was refused memory: the smaller spec that went through."""
         self._told = set[str]()
-        """What was warned of."""
+        """The warnings that have been given."""
         self._collected: finalize[[], Any] | None = None
         """Gives kept blocks back when the model is collected; None before the first pass."""
 
@@ -162,8 +162,8 @@ class Passes:
     ) -> tuple[Planned, PassSpec, Machine]:
         """The plan within the budget, the process's other limits and what the disk has room for.
 
-        Also the spec and the machine that it was made for. Where a plan was refused memory before and a
-        smaller one went through, it is the smaller one.
+        Also the spec and the machine that it was made for. If a pass of this kind was refused memory before
+        and a smaller plan went through, the plan is that one.
         """
 
         def present(spec: PassSpec) -> PassSpec:
@@ -190,7 +190,7 @@ class Passes:
             self._tell(gain_of_a_larger_disk(fastest, taken, room, spares))
 
     def _tell(self, text: str) -> None:
-        """Warn of something once; of nothing, if there is no text."""
+        """Give a warning once; none if the text is empty."""
         if text and text not in self._told:
             self._told.add(text)
             warnings.warn(text, stacklevel=2)

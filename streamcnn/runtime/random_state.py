@@ -1,4 +1,4 @@
-"""PyTorch's random numbers: where they are at one moment, and back to there."""
+"""PyTorch's random state: taken at one point, and restored later."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def _fresh(device: torch.device) -> float:
 def _seconds(device: torch.device, action: Callable[[], object], *, times: int = 1) -> float:
     """Seconds of an action at its fastest, as whatever else the machine does only adds to them.
 
-    It is queued so many ``times`` before the device is waited for.
+    It is queued ``times`` times before the device is waited for.
     """
     seconds = []
     for _ in range(_REPEATS + 1):

@@ -16,11 +16,11 @@ from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 SMALLEST_TILE = 32
 """Edge in pixels; below it, halos are nearly all of the work."""
 _LESS_PERCENT = (75, 85, 93)
-"""Targets of the next plans after a refusal, in percent of what was projected."""
+"""Targets of the plans that are tried after a refusal, in percent of what the refused one projected."""
 
 
 class SmallerPlans:
-    """Plans again, in the modes of now, a pass that begins now: later the module may be in another mode."""
+    """Makes smaller plans for a pass, in the grad and autocast modes in which it began."""
 
     def __init__(
         self,

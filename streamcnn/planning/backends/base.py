@@ -36,7 +36,7 @@ class Fragmentation:
         return nbytes * self.step_percent // 100
 
     def of_pass(self, steps: int, tail: int, num_stages: int) -> int:
-        """What is lost at any moment, if steps and the tail hold so many bytes in reusable blocks."""
+        """What is lost throughout a pass, given the bytes of steps and of the tail in reusable blocks."""
         largest = max(int(self.held * steps), tail) if self.held else 0
         return self.fixed + self.per_stage * num_stages + largest
 
@@ -87,7 +87,7 @@ class Backend(ABC):
 
     @abstractmethod
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
-        """What a step takes that compiles so many kernels and has matrix products of so many sizes."""
+        """What a step takes for the kernels that it compiles and its matrix products of different sizes."""
 
     @abstractmethod
     def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:

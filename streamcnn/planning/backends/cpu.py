@@ -59,7 +59,7 @@ class CpuBackend(Backend):
 
     @classmethod
     def on(cls, num_threads: int, *, keeps_blocks: bool = False) -> Self:
-        """The backend where operators run on so many threads.
+        """The backend where operators run on ``num_threads`` threads.
 
         With ``keeps_blocks`` tensors come from blocks that are kept and counted outside the C library.
 
