@@ -23,7 +23,7 @@ SHAPE = (2, 3, 32, 40)
 
 @st.composite
 def staged(draw: st.DrawFn) -> tuple[Program, set[str], Staging]:
-    """A program, some places to cut it at, and how it is divided."""
+    """A program, some split points, and how it is divided."""
     program = draw(programs())
     local = [node.name for node in program.nodes.values() if node.kind is Kind.LOCAL]
     split_points = set(draw(st.lists(st.sampled_from(local), max_size=2)))
@@ -44,7 +44,7 @@ def test_levels_never_fall_and_rise_after_reductions(case: tuple[Program, set[st
 
 @some
 @given(staged())
-def test_what_follows_a_cut_is_in_a_later_phase(case: tuple[Program, set[str], Staging]) -> None:
+def test_what_follows_a_split_point_is_in_a_later_phase(case: tuple[Program, set[str], Staging]) -> None:
     program, split_points, staging = case
     local = [node.name for node in program.nodes.values() if node.kind is Kind.LOCAL]
     for place in split_points:
@@ -96,13 +96,13 @@ def test_what_is_gathered_is_stored(case: tuple[Program, set[str], Staging]) -> 
 
 @some
 @given(programs())
-def test_no_cuts_without_a_limit(program: Program) -> None:
+def test_no_split_points_without_a_limit(program: Program) -> None:
     assert choose_split_points(program, float("inf")) == frozenset()
 
 
 @some
 @given(programs(), st.integers(0, 30))
-def test_a_cut_follows_an_operator_of_the_phase_that_it_cuts(program: Program, limit: int) -> None:
+def test_a_split_point_is_an_operator_of_the_phase_that_it_splits(program: Program, limit: int) -> None:
     split_points = choose_split_points(program, limit)
     assert all(program.nodes[name].kind is Kind.LOCAL for name in split_points)
     levels = assign_levels(program, split_points)
