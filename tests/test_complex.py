@@ -171,6 +171,71 @@ def test_complex_output() -> None:
     assert_same_gradients(nn.Sequential(nn.Conv2d(3, 4, 3), _Function(rotated)).double())
 
 
+class Overwritten(nn.Module):
+    """Mixes channels by a complex matrix of which a view was changed in place."""
+
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex128))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.clone()
+        self.change(weight)
+        mixed = (weight.real + 2 * weight.imag)[:, :, None, None]
+        return self.last(nn.functional.conv2d(self.first(x), mixed))
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "adjoint": lambda w: w.adjoint().mul_(2 - 1j),
+    "mH": lambda w: w.mH.mul_(1j),
+    "H": lambda w: w.H.mul_(1j),
+    "a row of the adjoint": lambda w: w.mH[1].mul_(1j),
+    "transposed": lambda w: w.mT.mul_(1j),
+    "a row": lambda w: w[-1].add_(w[0] * 1j),
+    "some rows": lambda w: w[1:].mul_(torch.tensor([[1j], [2], [3 + 1j]])),
+    "every other column": lambda w: w[:, ::2].mul_(1j),
+    "the diagonal": lambda w: w.diagonal().mul_(1j),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_view_of_a_complex_parameter_is_changed(change: Callable[[Tensor], object]) -> None:
+    assert_same_gradients(_double(Overwritten(change)), resident=False)
+
+
+def channels_turned(f: Tensor) -> Tensor:
+    z = rotated(f)
+    z[:, 1:3] *= 1j
+    z[:, 0] = z[:, 3].conj()
+    return z.real + z.imag
+
+
+def rows_turned(f: Tensor) -> Tensor:
+    z = rotated(f)
+    z[:, :, 2:17:3] = z[:, :, 4:9] * 1j
+    return z.real + z.imag
+
+
+def low_frequencies(f: Tensor) -> Tensor:
+    """As Fourier neural operators keep them."""
+    spectrum = torch.fft.rfft2(f)
+    kept = torch.zeros_like(spectrum)
+    kept[:, :, :5, :6] = spectrum[:, :, :5, :6] * (2 - 1j)
+    kept[:, :, -5:, :6] = spectrum[:, :, -5:, :6]
+    return torch.fft.irfft2(kept, s=f.shape[-2:])
+
+
+@pytest.mark.parametrize(
+    ("change", "resident"),
+    [(channels_turned, False), (rows_turned, False), (low_frequencies, True)],
+    ids=["channels", "rows", "low frequencies"],
+)
+def test_a_part_of_a_complex_map_is_assigned(change: Callable[[Tensor], Tensor], resident: bool) -> None:
+    assert_same_gradients(Between(change).double(), resident=resident)
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [

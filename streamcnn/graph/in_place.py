@@ -16,6 +16,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
 from streamcnn.graph.fakes import is_fake, memory_of
 from streamcnn.graph.program import Ref
+from streamcnn.graph.scattering import entry_replaced, slice_replaced
 from streamcnn.graph.schemas import bound, name_in_library, operator_name, places_of_axes
 
 aten = torch.ops.aten
@@ -33,7 +34,12 @@ _PERMUTED = frozenset(
         *("mT", "mH", "adjoint"),
     }
 )
+_ADJOINTS = frozenset({"matrix_H", "mH", "adjoint"})
 _DIVIDED = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
+_SLICE: dict[bool, Callable[..., Any]] = {False: aten.slice_scatter.default, True: slice_replaced}
+"""What replaces a range along an axis, by whether values are complex."""
+_ENTRY: dict[bool, Callable[..., Any]] = {False: aten.select_scatter.default, True: entry_replaced}
+"""What replaces one entry of an axis."""
 _SHAPES = frozenset(
     {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_", "as_strided_"}
 )
@@ -301,12 +307,18 @@ def scattered(
     name, shape = operator_name(view.target).rstrip("_"), _parent_shape(view)
     if name == "view" and view.target._overloadname == "dtype":
         name = "a view of another type"
+    parent = view.args[0]
+    assert isinstance(parent, FxNode)
+    is_complex: bool = parent.meta["val"].is_complex()
+    if name in _ADJOINTS and is_complex:
+        # Values are conjugated too, and the adjoint of the adjoint is the matrix itself.
+        return view.target, (value,)
     if name in _PERMUTED:
         return aten.permute.default, (value, _inverse(view, shape))
     if name in ("slice", "narrow"):
-        return aten.slice_scatter.default, (before, value, *_sliced(view, name, shape))
+        return _SLICE[is_complex], (before, value, *_sliced(view, name, shape))
     if name == "select":
-        return aten.select_scatter.default, (before, value, *_bound(view, "dim", "index"))
+        return _ENTRY[is_complex], (before, value, *_bound(view, "dim", "index"))
     if name == "diagonal":
         return aten.diagonal_scatter.default, (before, value, *_bound(view, "offset", "dim1", "dim2"))
     if name in _SAME_VALUES and _shape(view) == shape:
@@ -356,7 +368,7 @@ def _inverse(view: FxNode, shape: torch.Size) -> list[int]:
 
 
 def _into_part(view: FxNode, before: Ref, value: Ref) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One of the parts of a split, written back."""
+    """One of the parts of a split, written back. Autograd lets nobody change it, so it needs no gradient."""
     parts, index = view.args
     assert isinstance(parts, FxNode)
     assert isinstance(parts.target, OpOverload)

@@ -14,6 +14,7 @@ from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Axes, Ref
+from streamcnn.graph.scattering import entry_replaced, slice_replaced
 
 aten = torch.ops.aten
 
@@ -47,10 +48,13 @@ def fill(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return result
 
 
-@rule(aten.slice_scatter.default)
+@rule(aten.slice_scatter.default, slice_replaced)
 def slice_scatter(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A map with a range along one axis replaced, as by ``x[:, a:b] = y``."""
-    into, part, dim, start, end, step = call.bind("self", "src", "dim", "start", "end", "step")
+    is_own = call.target is slice_replaced
+    into, part, dim, start, end, step = (
+        call.args if is_own else call.bind("self", "src", "dim", "start", "end", "step")
+    )
     shape = tracer.spec(into).shape
     dim = dim % len(shape)
     start, end, step = slice(start, end, step).indices(shape[dim])
@@ -59,10 +63,11 @@ def slice_scatter(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return _replaced(tracer, into, part, axes, (dim, start, step, len(range(start, end, step))))
 
 
-@rule(aten.select_scatter.default)
+@rule(aten.select_scatter.default, entry_replaced)
 def select_scatter(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A map with one entry of an axis replaced, as by ``x[:, 1] = y``."""
-    into, part, dim, index = call.bind("self", "src", "dim", "index")
+    is_own = call.target is entry_replaced
+    into, part, dim, index = call.args if is_own else call.bind("self", "src", "dim", "index")
     shape = tracer.spec(into).shape
     dim = dim % len(shape)
     start = index % shape[dim]
@@ -103,7 +108,8 @@ def _replaced(
     if dim not in axes:
         args = (into, part, dim, first, first + step * (count - 1) + 1, step)
         accesses = {into.name: Access(), part.name: Access()}
-        return tracer.local(aten.slice_scatter.default, args, like=like, axes=axes, accesses=accesses)
+        target = slice_replaced if spec.dtype.is_complex else aten.slice_scatter.default
+        return tracer.local(target, args, like=like, axes=axes, accesses=accesses)
     # Position i of the part is position first + i * step of the result: so does a transposed convolution.
     along = Transposed(1, step, -first, 1)
     access = Access(rows=along) if dim == axes[0] else Access(cols=along)
@@ -128,7 +134,7 @@ def written(
         return into
     inside = part.narrow(dim, start - at_hand.start, stop - start)
     begin = first + start * step - wanted.start
-    return torch.slice_scatter(into, inside, dim, begin, begin + (stop - start - 1) * step + 1, step)
+    return slice_replaced(into, inside, dim, begin, begin + (stop - start - 1) * step + 1, step)
 
 
 # What replaces, where it is not all that is at hand, and its gradient.
