@@ -115,7 +115,7 @@ class Pass:
 
     @property
     def present_names(self) -> dict[str, str]:
-        """Outputs' names in the present program, by name: with another resident tail, nodes have others."""
+        """The outputs' present names by those in the first program: another resident tail renames nodes."""
         present = _positions(self.current.program.outputs)
         return dict(zip(_positions(self.outputs), present, strict=True))
 
