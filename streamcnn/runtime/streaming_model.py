@@ -56,8 +56,9 @@ class StreamingModel(ModuleFacade):
     tile
         Largest edge of a tile in input pixels, one number or (h, w). ``None`` leaves it to the planner.
     spill
-        Existing folder for stored maps that memory has no room for; they are removed at the end of the pass.
-        ``None`` takes the system's temporary folder, or ``/var/tmp`` where that lies in memory itself.
+        Existing folder for stored maps that memory has no room for. Later passes reuse their files, which are
+        removed by :meth:`release`, after a failed pass, and with the model. ``None`` takes the system's
+        temporary folder, or ``/var/tmp`` where that lies in memory itself.
     preprocess
         A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes. It is
         called with tiles on the model's device, whose integers stay integers until it makes floats of them:
