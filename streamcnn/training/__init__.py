@@ -1,4 +1,4 @@
-"""Training on whole images, with checkpoints from which a run goes on exactly."""
+"""Training on whole images, with checkpoints from which a run resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""That images which come into one batch have one size, before anything is done with them."""
+"""Checks, before a run begins, that all images of a batch have one size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from streamcnn.support.units import plural
 
 
 def require_one_size(images: Images, batch_size: int, *, advice: str) -> None:
-    """Make sure that images have one size in each batch, whatever the order, and what is drawn for them.
+    """Make sure that any images may share a batch, in whatever order and however they are augmented.
 
-    ``advice`` says how to have batches of one image.
+    ``advice`` tells the user how to get batches of one image; it becomes part of the error's text.
 
     Raises
     ------
     DatasetMismatch
-        If two have different sizes, or they are turned and not square.
+        If two images have different sizes, or if they are rotated by quarter turns and are not square.
     """
     if batch_size == 1 or len(images) < 2:
         return
@@ -36,12 +36,12 @@ def require_one_size(images: Images, batch_size: int, *, advice: str) -> None:
 
 
 def require_one_size_in_order(images: Images, batch_size: int, *, advice: str) -> None:
-    """Make sure that images that are taken in their order have one size in each batch.
+    """Make sure that each batch has images of one size, where images are taken in their order.
 
     Raises
     ------
     DatasetMismatch
-        If two of a batch have different sizes.
+        If two images of a batch have different sizes.
     """
     if batch_size == 1:
         return
@@ -50,7 +50,9 @@ def require_one_size_in_order(images: Images, batch_size: int, *, advice: str) -
 
 
 def require_enough(sampler: ResumableSampler, num_processes: int, batch_size: int) -> None:
-    """Make sure that processes which meet in their passes have a batch each, and tell of images without.
+    """Make sure that an epoch has a batch for each process, and warn of the images that it leaves out.
+
+    For processes that wait for each other in their passes, as synchronised batch norms make them.
 
     Raises
     ------

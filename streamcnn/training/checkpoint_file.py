@@ -1,8 +1,8 @@
 """One checkpoint: a file of tensors and plain values, and its digest beside it in ``sha256sum -c``'s format.
 
-A file is written under a temporary name, flushed to the disk and renamed, so under its own name it is whole.
-Whoever can write to the folder may have written it: nothing in it is run, and it takes no more memory than it
-has bytes.
+A file is written under a temporary name, flushed to the disk and renamed, so a file with its final name is
+complete. A checkpoint is not trusted, as anybody who can write to the folder may have made it: loading runs
+none of its code, and takes no more memory than the file has bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DIGEST_BYTES = 2**12
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint and its digest, or nothing.
+    """Write a checkpoint and its digest; if that fails, write neither.
 
     Parameters
     ----------
@@ -67,10 +67,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises
     ------
     DamagedCheckpoint
-        If its digest is missing or another one, or it is no archive of tensors and plain values. Code that it
-        names is never run.
+        If its digest is missing or does not match, or the file is not an archive of tensors and plain values.
+        Code that it names is never run.
     FileNotFoundError
-        If it is not there.
+        If there is no such file.
     """
     with reading(path):
         expected = _expected_digest(path)
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def tensor_bytes(state: object) -> int:
-    """Bytes of all tensors in a state, those that share memory counted once."""
+    """Bytes of all tensors in a state; memory that several tensors share counts once."""
     found: dict[int, int] = {}
 
     def count(part: object) -> None:
@@ -114,7 +114,7 @@ def tensor_bytes(state: object) -> int:
 
 
 class _Target:
-    """A file for `torch.save`, whose own error does not say why a write failed."""
+    """A file for `torch.save` that remembers why a write failed, which torch's own error does not say."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -132,7 +132,7 @@ class _Target:
 
 
 def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
-    """Write ``state``; an `OSError` stays what it is."""
+    """Write ``state``; a failed write raises the `OSError` itself, not torch's error about it."""
     target = _Target(file)
     try:
         torch.save(dict(state), target)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say of an error in reading what could not be read; that it is not there, whoever asked says."""
+    """Name the file in an error in reading it; `FileNotFoundError` is left to the caller."""
     try:
         yield
     except (StreamError, FileNotFoundError):
@@ -167,7 +167,7 @@ def _expected_digest(path: Path) -> str:
 
 
 def _require_plain_archive(path: Path) -> None:
-    """Refuse an archive whose tensors take more memory than the file has bytes, or that is none."""
+    """Refuse a file that is no archive, or whose tensors take more memory than the file has bytes."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -181,7 +181,7 @@ def _require_plain_archive(path: Path) -> None:
 def _require_plain_tensors(state: Mapping[str, Any], path: Path) -> None:
     """Refuse tensors whose elements are not the bytes in the file.
 
-    PyTorch reads indices of sparse tensors without looking whether they lie inside, and uses them so.
+    PyTorch checks the bounds of a sparse tensor's indices neither on reading nor on use.
     """
     known: set[int] = set()
     todo: list[Any] = [state]
@@ -199,7 +199,7 @@ def _require_plain_tensors(state: Mapping[str, Any], path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, survive a crash of the machine."""
+    """Flush a file's bytes, or a folder's entries, to the disk, to survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The checkpoints of a run, which a crash at any moment leaves usable.
+"""The checkpoints of a run; they stay usable whenever a crash happens.
 
 No name is used twice, so a file never meets another one's digest. The two newest are kept, so that there is
-one to fall back to where a disk has damaged the other, and the best, which a file of its own names.
+one to fall back to if a disk damages the other, and the best, whose name is in a file of its own.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class CheckpointFolder:
         self.folder = folder
 
     def next_name(self, update: int) -> str:
-        """What the next checkpoint will be called, if it is saved after so many updates."""
+        """File name of the next checkpoint, if it is saved after ``update`` updates."""
         serial = 1 + max((_serial(path) for path in self.paths()), default=0)
         return f"save-{serial:06d}-update-{update:08d}.pt"
 
     def save(self, state: Mapping[str, Any], update: int) -> Path:
-        """Write ``state``, as it is after so many updates, and remove what is not kept any more.
+        """Write ``state``, as it is after ``update`` updates, and remove checkpoints that are no longer kept.
 
         Parameters
         ----------
@@ -89,7 +89,7 @@ class CheckpointFolder:
         return path
 
     def _remove_leftovers(self) -> None:
-        """Remove what processes left that were killed while they saved."""
+        """Remove the temporary files of processes that were killed while saving."""
         for left in self.folder.glob(f"save-*{TEMPORARY}"):
             left.unlink()
         for digest in self.folder.glob(f"save-*.pt{DIGEST}"):
@@ -97,7 +97,7 @@ class CheckpointFolder:
                 digest.unlink()
 
     def mark_best(self, name: str | None) -> None:
-        """Keep the checkpoint of that name as the best, instead of the one before; None marks none.
+        """Keep the checkpoint of that name as the best, instead of the previous best; None marks none.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class CheckpointFolder:
         Raises
         ------
         DamagedCheckpoint
-            If what was marked is no checkpoint's name.
+            If the marker holds something other than a checkpoint's name.
         """
         marker = self.folder / BEST
         try:
@@ -134,12 +134,12 @@ class CheckpointFolder:
         return self.folder / name
 
     def paths(self) -> list[Path]:
-        """The checkpoints that are there, the newest first, the best among them.
+        """All checkpoints in the folder, the newest first; the best is among them.
 
         Raises
         ------
         DamagedCheckpoint
-            If the folder cannot be read, or is none.
+            If the path is not a folder, or the folder cannot be read.
         """
         try:
             with reading(self.folder):
@@ -149,14 +149,14 @@ class CheckpointFolder:
         return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_serial, reverse=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """What the newest intact checkpoint holds; None where there is none at all.
+        """The state in the newest intact checkpoint; None if there is no checkpoint at all.
 
-        A damaged one is passed over with a warning, and renamed, so that it is never taken for one to keep.
+        A damaged checkpoint is skipped with a warning, and renamed so that it does not count as one to keep.
 
         Raises
         ------
         DamagedCheckpoint
-            If there are checkpoints and all are damaged.
+            If there are checkpoints, and all are damaged.
         """
         damaged: dict[Path, str] = {}
         for path in self.paths():
@@ -178,7 +178,7 @@ class CheckpointFolder:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a checkpoint may be called so; such a name leads nowhere else."""
+    """Whether ``name`` has the form of a checkpoint's file name, which cannot lead out of the folder."""
     return _NAME.fullmatch(name) is not None
 
 

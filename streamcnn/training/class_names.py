@@ -1,4 +1,4 @@
-"""What the classes of a segmentation are called, and their scores by these names."""
+"""Names of the classes of a segmentation, and scores printed under these names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _OTHERWISE = "name all classes from 0 on, or leave class_names out; on the comma
 
 
 def require_names(names: Sequence[str]) -> None:
-    """Make sure that classes may be called so; how many there are, the model says.
+    """Make sure that ``names`` can be names of classes; their number is checked against the model later.
 
     Raises
     ------
     ValueError
-        If there is none, or one is blank, no text, or that of two classes.
+        If there are none, or one is blank, not a text, or given to two classes.
     """
     if not names:
         raise ValueError(f"class_names={names!r}: allowed is a name for each class; {_OTHERWISE}")
@@ -58,7 +58,7 @@ def class_label(label: int, names: Sequence[str] | None) -> str:
 
 
 def class_lines(score: SegmentationScore, names: Sequence[str] | None) -> list[str]:
-    """IoU and Dice of each class that is there or found, as lines for a terminal."""
+    """IoU and Dice as lines for a terminal, of each class that is in the masks or the predictions."""
     return [
         printable(f"  {class_label(label, names)}: IoU {iou:.1%}, Dice {dice:.1%}")
         for label, (iou, dice) in enumerate(zip(score.iou.tolist(), score.dice.tolist(), strict=True))
@@ -67,7 +67,7 @@ def class_lines(score: SegmentationScore, names: Sequence[str] | None) -> list[s
 
 
 def _is_text(name: object) -> bool:
-    """Whether a name has something to show, and can be written to files."""
+    """Whether a name is a text that shows something when printed and can be written to files."""
     if not isinstance(name, str) or not name.strip():
         return False
     try:

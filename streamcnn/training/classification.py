@@ -27,7 +27,7 @@ from streamcnn.training.task import Batch, Shown, Task
 
 @dataclass(frozen=True, slots=True)
 class Classification(Task[ImageDataset]):
-    """The model gives logits (N, classes), and cross-entropy is its loss."""
+    """Classification of whole images: a model that gives logits (N, classes), trained by cross-entropy."""
 
     inputs: tuple[str, ...] = ()
     """Columns of the CSV file whose numbers go into the model after the image."""
@@ -39,11 +39,11 @@ class Classification(Task[ImageDataset]):
 
     @property
     def loss_name(self) -> str:
-        """Of the logits."""
+        """The loss's name in texts: it is of the logits."""
         return "cross-entropy"
 
     def identity(self) -> dict[str, Any]:
-        """The columns of inputs."""
+        """The CSV columns that are further inputs of the model."""
         return {"inputs": list(self.inputs) or None}
 
     def open_images(
@@ -68,7 +68,7 @@ class Classification(Task[ImageDataset]):
         )
 
     def groups(self, images: ImageDataset) -> Sequence[int]:
-        """The labels."""
+        """The label of each image."""
         return images.labels
 
     def num_classes(
@@ -78,7 +78,7 @@ class Classification(Task[ImageDataset]):
         return max(images.num_classes, validation.num_classes)
 
     def class_names(self, images: ImageDataset) -> tuple[str, ...] | None:
-        """Those of the labels."""
+        """The names of the labels."""
         return images.classes
 
     def open_batch(self, images: ImageDataset, positions: Sequence[int], where: str) -> Batch:
@@ -86,13 +86,13 @@ class Classification(Task[ImageDataset]):
         return open_batch(images, positions, where)
 
     def require_usable(self, model: nn.Module) -> None:
-        """Scores are by torchmetrics; any module may give logits."""
+        """Make sure that torchmetrics is installed, which computes the scores; any module may give logits."""
         require_metrics()
 
     def check(
         self, model: nn.Module, images: Mapping[str, ImageDataset], before_image: Callable[[], None]
     ) -> None:
-        """Nothing: labels are compared with each batch of logits, whose classes are known then."""
+        """Check nothing: labels are compared with each batch's logits, which have the number of classes."""
 
     def plan(
         self, model: StreamingModel, images: ImageDataset, batch_size: int, device: torch.device
@@ -104,13 +104,13 @@ class Classification(Task[ImageDataset]):
     def loss(
         self, model: nn.Module, sources: list[ImageSource], targets: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy, and the logits."""
+        """The sum of the batch's cross-entropies, and its logits (N, classes), detached."""
         logits = model(sources, *inputs)
         require_labels(targets, logits)
         return F.cross_entropy(logits, targets.to(logits.device), reduction="sum"), logits.detach()
 
     def sums(self, logits: Tensor | None, targets: Tensor) -> dict[str, float]:
-        """The accuracy: how many images' labels are found."""
+        """The number of images of the batch that are classified correctly, as ``accuracy``."""
         assert logits is not None
         return {"accuracy": int((logits.argmax(1).cpu() == targets).sum())}
 
@@ -135,7 +135,7 @@ class Classification(Task[ImageDataset]):
         )
 
     def told_of_classes(self, epoch: Mapping[str, Any]) -> Sequence[str]:
-        """Nothing: an epoch's line has no scores of classes."""
+        """No lines: an epoch's line of the log has no scores of classes."""
         return ()
 
     def shown(
@@ -145,5 +145,5 @@ class Classification(Task[ImageDataset]):
         images: ImageDataset,
         folder: Path | None,
     ) -> Shown:
-        """Accuracy, which class is taken for which, and pictures of images that are taken wrongly."""
+        """The accuracy over the epochs, the confusion matrix, and pictures of misclassified images."""
         return shown(epochs, best, images)

@@ -1,4 +1,4 @@
-"""What a run's page shows of a classifier: what it takes for what, and pictures of what it takes wrongly."""
+"""What a run's page shows of a classifier: the confusion matrix, and pictures of misclassified images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MAX_MISTAKES = 24
 
 
 def shown(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], images: ImageDataset) -> Shown:
-    """Accuracy over the epochs; the best one's confusion and mistakes.
+    """Accuracy over the epochs, and the best epoch's confusion matrix and misclassified images.
 
     Raises
     ------
     RunMismatch
-        If the log is of other images.
+        If the log was written for other validation images.
     """
     predictions = best["predictions"]
     if len(predictions) != len(images):
@@ -47,7 +47,7 @@ def shown(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], images: 
 
 
 def _confusion(predictions: Sequence[int], images: ImageDataset) -> str:
-    """Rows are labels, columns are what they are taken for."""
+    """The confusion matrix as HTML: a row for each label, a column for each prediction."""
     num_classes = max(images.num_classes, 1 + max(predictions))
     counts = [[0] * num_classes for _ in range(num_classes)]
     for label, found in zip(images.labels, predictions, strict=True):

@@ -1,4 +1,4 @@
-"""What a run is of: task, model, data and settings, as its file has them."""
+"""The configuration of a run, as its file holds it: task, model, data and settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OF_TASKS = ("task", "inputs", "masks", "empty_masks", "loss", "key", "class_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """All that a run is a function of, besides the images themselves and the versions of libraries.
+    """Everything that determines a run, besides the images themselves and the versions of libraries.
 
     Raises
     ------
@@ -94,26 +94,26 @@ class RunConfig:
         self.make_task()
 
     def make_task(self) -> Task[Any]:
-        """What the model is trained for.
+        """The task that the model is trained for.
 
         Raises
         ------
         ValueError
-            If there is no such task, or a value is not one of its.
+            If there is no such task, or a value does not belong to it.
         """
         if self.task not in _TASKS:
             raise ValueError(f"task={self.task!r}: allowed are {' and '.join(_TASKS)}")
         return _TASKS[self.task](self)
 
     def datasets(self) -> tuple[Any, Any]:
-        """The images to train on, and those to choose the best weights by.
+        """The training images, and the validation images, by which the best weights are chosen.
 
         Raises
         ------
         DatasetMismatch
-            If a split is not there, an image has no label or mask, or the choice does not apply to an image.
+            If a split is missing, an image has no label or mask, or the choice does not apply to an image.
         ValueError
-            If there are too few images for a share of them to be set aside.
+            If there are too few images to set a share of them aside.
         """
         seed, task = self.settings.seed, self.make_task()
         read = partial(task.open_images, self.data, choice=self.choice)
@@ -137,8 +137,7 @@ class RunConfig:
         Parameters
         ----------
         num_classes, num_channels
-            What a timm model is made for, unless ``model_options`` say otherwise; a factory is told
-            ``model_options`` alone.
+            Passed to timm, unless ``model_options`` say otherwise; a factory gets ``model_options`` alone.
         """
         torch.manual_seed(self.settings.seed)
         return StreamingModel(
@@ -150,7 +149,7 @@ class RunConfig:
         )
 
     def make_net(self, num_classes: int | None, num_channels: int) -> nn.Module:
-        """The network alone, as for ``build``.
+        """The network alone; parameters are as for ``build``.
 
         Raises
         ------
@@ -163,13 +162,13 @@ class RunConfig:
         return load_model(self.model, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """All values by name, as JSON has them."""
+        """All values by name, as JSON types."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str | Path = RUN) -> RunConfig:
-        """The config that ``to_dict`` gave, whatever else there is in ``values``.
+        """The config from the values that ``to_dict`` gave; other entries of ``values`` are ignored.
 
         Raises
         ------
@@ -217,23 +216,23 @@ _TASKS: Mapping[str, Callable[[RunConfig], Task[Any]]] = {
 
 
 def present_devices() -> list[str]:
-    """Kinds of devices that there are to train on, the fastest last."""
+    """The kinds of devices on this machine that can train, the fastest last."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def divides_by_type(values: Mapping[str, Any]) -> bool:
-    """Whether a run is from before pixels were divided by what images say is their largest."""
+    """Whether a run divides pixels by their type's largest value, as runs of earlier versions did."""
     normalise = values.get("normalise")
     return isinstance(normalise, dict) and normalise.get("divisor", "type") == "type"
 
 
 def require_device(name: str) -> None:
-    """Make sure that there is such a device here.
+    """Make sure that this machine has the device.
 
     Raises
     ------
     ValueError
-        If there is none; the text says what there is.
+        If it has not; the text lists the devices that it has.
     """
     _require_device_name(name)
     present, device = present_devices(), torch.device(name)
@@ -244,7 +243,7 @@ def require_device(name: str) -> None:
 
 
 def _require_device_name(name: str) -> None:
-    """Make sure that a model can be on a device of this name, here or on another machine."""
+    """Make sure that ``name`` is a device's name, on this or another machine."""
     try:
         kind = torch.device(name).type
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How a run is asked to end before it is over, and what it then ends with."""
+"""Requests to end a run early, and the errors that such a run ends with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ R = TypeVar("R")
 
 
 class Terminated(Exception):
-    """The run was asked to end, by a signal or by `Trainer.end`; its state is saved.
+    """The run ended because of a signal or `Trainer.end`; its state is saved.
 
     Attributes
     ----------
     signal
-        The number of the signal; None if it was no signal.
+        The signal's number; None if there was no signal.
     """
 
     def __init__(self, text: str, number: int | None = None) -> None:
@@ -27,11 +27,11 @@ class Terminated(Exception):
 
 
 class EndAsked(Exception):
-    """The run was asked to end during validation; what is saved is the state before it."""
+    """The run was asked to end during validation; the state from before the validation is saved."""
 
 
 class EndRequest:
-    """Whether a process was asked to end the run, which looks between two updates and validation batches."""
+    """A request to end the run, made to this process; the run looks at it between updates and batches."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -41,11 +41,11 @@ class EndRequest:
 
     @property
     def is_made(self) -> bool:
-        """Whether the run is to end."""
+        """Whether there is such a request."""
         return self.reason is not None
 
     def require_none(self) -> None:
-        """End what may not go on once the run was asked to end.
+        """Raise if the run was asked to end.
 
         Raises
         ------
@@ -56,16 +56,16 @@ class EndRequest:
             raise EndAsked
 
     def of_any(self, processes: Processes) -> EndRequest | None:
-        """The first request that was made in any process, the same in all; None if none was."""
+        """The request of the first process that has one, the same in all processes; None if none has."""
         return next((each for each in processes.gathered(self) if each.is_made), None)
 
     def divided(self, processes: Processes, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Results for all items, which processes divide, unless one is asked to end meanwhile.
+        """Results of ``work`` for all items, in their order; the processes divide the items among themselves.
 
         Raises
         ------
         EndAsked
-            If one is.
+            If a process is asked to end meanwhile.
         """
         found = processes.divided(lambda item: None if self.is_made else (work(item),), items)
         if self.of_any(processes) is not None:
@@ -73,17 +73,17 @@ class EndRequest:
         return [each[0] for each in found if each is not None]
 
     def checked(self, processes: Processes, check: Callable[[Callable[[], None]], None]) -> None:
-        """Have the first process check something, unless one is asked to end meanwhile.
+        """Have the first process run ``check``.
 
         Parameters
         ----------
         check
-            Calls what it is given now and then.
+            Gets a function that it calls from time to time, which ends the check if the run was asked to end.
 
-        Raises
-        ------
-        Terminated
-            If one is.
+            Raises
+            ------
+            Terminated
+                If any process was asked to end the run.
         """
 
         def check_until_asked() -> None:
@@ -96,6 +96,6 @@ class EndRequest:
             raise asked.to_error(None)
 
     def to_error(self, update: int | None) -> Terminated:
-        """What the run ends with after an update; None if it has not begun."""
+        """The error that ends the run after ``update``; None stands for a run that has not begun."""
         when = "before it began" if update is None else f"after update {update}; the state is saved"
         return Terminated(f"ended by {self.reason} {when}", self.signal)

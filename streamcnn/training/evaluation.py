@@ -1,4 +1,4 @@
-"""How good a classifier is on a set of images."""
+"""Scores of a classifier on a set of images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Classify = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a classifier made of some images."""
+    """A classifier's scores and predictions on a set of images."""
 
     loss: float
     """Mean cross-entropy."""
@@ -44,11 +44,11 @@ class Score:
         return self.accuracy
 
     def to_log(self) -> dict[str, Any]:
-        """Accuracy and predictions."""
+        """The accuracy and the predictions, as an epoch's line of the log has them."""
         return {"validation_accuracy": self.accuracy, "predictions": self.predictions}
 
     def keep(self, folder: Path) -> None:
-        """Nothing: the log has all that the page shows."""
+        """Write nothing: the log has all that the page shows."""
 
 
 def score(
@@ -61,18 +61,18 @@ def score(
     each: Each = in_turn,
     device: torch.device | str = "cpu",
 ) -> Score:
-    """Classify all ``images``, without gradients; modes and weights are the caller's.
+    """Classify all ``images`` without gradients; the caller sets the model's mode and weights.
 
     Parameters
     ----------
     classify, images, batch_size
-        What classifies which images, so many at a time.
+        The classifier, the images, and how many of them go into a batch.
     casting
-        The block in which it does.
+        Makes the context manager in which each batch is classified, such as autocast.
     before_batch
-        Called before each batch; an error of its own ends the classification.
+        Called before each batch; an error that it raises ends the classification.
     each
-        Has all batches classified, here or by several processes.
+        Applies the classification to all batches, in this process or divided among several.
     device
         Where further inputs go.
 
@@ -107,7 +107,7 @@ def score(
 
 
 def require_metrics() -> ModuleType:
-    """The module of torchmetrics that scores are by.
+    """The torchmetrics module with the functions that compute scores.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def require_metrics() -> ModuleType:
 
 
 def require_labels(labels: Tensor, logits: Tensor) -> None:
-    """Make sure that a classifier's logits have an output for each of the ``labels``, and two at least.
+    """Make sure that a classifier's logits have at least two classes, and one for each of the ``labels``.
 
     Raises
     ------
@@ -138,12 +138,12 @@ def require_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def require_finite_logits(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> None:
-    """Make sure that a classifier's logits (N, classes) are numbers.
+    """Make sure that a classifier's logits (N, classes) are finite.
 
     Raises
     ------
     TrainingDiverged
-        If not, naming the images, by their positions and names.
+        If not; the text gives the positions and names of the images.
     """
     found = not_finite(logits, positions, names)
     if found:
@@ -156,12 +156,12 @@ def require_finite_logits(logits: Tensor, positions: Sequence[int], names: Seque
 def require_finite_loss(
     loss: float, update: int, logits: Tensor | None, positions: Sequence[int], names: Sequence[str]
 ) -> None:
-    """Make sure that the loss of a batch is a number; of logits (N, classes), if there are, it tells images.
+    """Make sure that a batch's loss is finite; logits (N, classes), if given, tell which images are at fault.
 
     Raises
     ------
     TrainingDiverged
-        If not, naming the update and the images, by their positions and names.
+        If not; the text gives the update, and the positions and names of the images.
     """
     if math.isfinite(loss):
         return

@@ -1,4 +1,4 @@
-"""What has to be the same for a run to go on, and what is told where it differs."""
+"""A run's identity: what has to be the same for it to be resumed, and warnings about what may differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def identity_of(
     settings: TrainSettings,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What has to be the same, by name."""
+    """What has to be the same for a run to be resumed, by name."""
     streamed = model if isinstance(model, StreamingModel) else None
     net = model if streamed is None else streamed.net
     return {
@@ -51,7 +51,7 @@ def identity_of(
 
 
 def require_no_collectives(model: nn.Module, processes: Processes) -> None:
-    """Make sure that a model, whose pass is planned, does not bring several processes together itself.
+    """Make sure that the forward pass of a planned model calls no collective of its own.
 
     Raises
     ------
@@ -66,12 +66,12 @@ def require_no_collectives(model: nn.Module, processes: Processes) -> None:
 
 
 def require_alike(identity: Mapping[str, Any], processes: Processes) -> None:
-    """Make sure that all processes train the same.
+    """Make sure that all processes have the same model, images and settings.
 
     Raises
     ------
     RunMismatch
-        If one has another model, other images or other settings than the first.
+        If those of one process differ from the first one's.
     """
     of_first = processes.first(lambda: dict(identity))
     with processes.agreeing():
@@ -87,14 +87,14 @@ def require_alike(identity: Mapping[str, Any], processes: Processes) -> None:
 def with_present_fingerprints(
     saved: Mapping[str, Any], present: Mapping[str, Any], images: Mapping[str, Images]
 ) -> dict[str, Any]:
-    """A checkpoint's identity, with the fingerprints of today for images that older ones tell as well.
+    """A checkpoint's identity, with older fingerprints of unchanged images replaced by present ones.
 
     Parameters
     ----------
     saved, present
-        The identity then and now.
+        The identity in the checkpoint, and that of the present run.
     images
-        The images whose fingerprints they hold, by name.
+        The images whose fingerprints the identities hold, by name.
     """
     found = dict(saved)
     for name, each in images.items():
@@ -105,7 +105,7 @@ def with_present_fingerprints(
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's results depend on."""
+    """Versions of the packages that a run's results depend on, by name."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -123,21 +123,21 @@ def plan_digest(
     device: torch.device,
     casting: Callable[[], AbstractContextManager[None]],
 ) -> str | None:
-    """The fingerprint of the plan that updates are carried out by; None if the model is not streamed.
+    """The fingerprint of the plan that carries out updates; None if the model is not streamed.
 
     Parameters
     ----------
     task, model, images, batch_size
-        What is trained for what, on which images, so many at a time; the plan is that of the first.
+        The task, its model and images, and how many go into a batch; the plan is made for the first image.
     device
         Where further inputs go.
     casting
-        The block in which updates are made.
+        Makes the context manager in which updates run, such as autocast.
 
     Raises
     ------
     PlanDoesNotFit
-        If it cannot be carried out.
+        If no plan stays within the budget.
     """
     if not isinstance(model, StreamingModel):
         return None
@@ -152,7 +152,7 @@ def plan_digest(
 
 
 def tell_differences(saved: Mapping[str, Any], plan: str | None) -> None:
-    """Warn of what may make a run end differently: versions and plans that are not as they were."""
+    """Warn of versions and plans that have changed, which may make a resumed run end differently."""
     present = {**versions(), "plan": plan}
     for name, value in {**saved["versions"], "plan": saved["plan"]}.items():
         if value != present.get(name):
@@ -164,12 +164,12 @@ def tell_differences(saved: Mapping[str, Any], plan: str | None) -> None:
 
 
 def require_same_inputs(images: Images, validation: Images) -> None:
-    """Make sure that what a model is trained on is what it will be validated by.
+    """Make sure that training and validation images are of one kind.
 
     Raises
     ------
     DatasetMismatch
-        If their first images have other further inputs, channels, or pixels of another type or range.
+        If the first images differ in further inputs, channels, or the type or range of pixels.
     """
     of_training, of_validation = (ImageKind.of(found[0][0]) for found in (images, validation))
     if of_training.channels != of_validation.channels or not of_training.has_values_of(of_validation):

@@ -1,8 +1,8 @@
 """One process at a time in a run's folder.
 
-The lock is the operating system's, on an open file: it is gone with its process, in whatever way that ends,
-and after a restart of the machine. On a shared disk the file server decides; it frees the lock of a machine
-that it does not hear from any more.
+The lock is the operating system's, on an open file: it is gone once its process has ended, however it ended,
+and after a restart of the machine. On a shared disk the file server holds the locks; it frees those of a
+machine that no longer answers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 def holding(folder: Path) -> Iterator[None]:
     """Keep other processes from training in ``folder`` during the block.
 
-    The folder is made if it is not there, and removed again if the block leaves nothing in it.
+    A missing folder is created, and removed again if the block leaves nothing in it.
 
     Raises
     ------
     RunInUse
-        If another process does; the text names it.
+        If another process trains there; the text names it.
     CannotWrite
         If the folder may not be written to, or is on a disk without locks.
     """
@@ -80,9 +80,9 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 
 def _may_outlive(lock: Path) -> bool:
-    """Whether a lock may be there without its process.
+    """Whether a lock may outlive its process.
 
-    Where the file system has no locks, a file that says who holds it is the lock; elsewhere it is empty.
+    Where the file system has no locks, the lock is a file that names its holder; elsewhere the file is empty.
     """
     with suppress(OSError):
         return lock.stat().st_size > 0
@@ -99,7 +99,7 @@ def _remove_traces(folder: Path, *, is_new: bool) -> None:
 
 
 def _warn_of_other_machine(folder: Path) -> None:
-    """Say that the process of another machine is taken for dead, whose lock may be known there alone."""
+    """Warn that another machine's process is taken for dead: its lock may be known on that machine alone."""
     holder = _holder(folder)
     if holder is not None and holder[1] != platform.node():
         warnings.warn(
@@ -110,7 +110,7 @@ def _warn_of_other_machine(folder: Path) -> None:
 
 
 def _described(folder: Path) -> str:
-    """The process that holds the lock, or was killed while it did."""
+    """A text that names the process that holds the lock, or was killed while it held it."""
     holder = _holder(folder)
     if holder is None:  # it has only just begun
         return "another process"
@@ -119,7 +119,7 @@ def _described(folder: Path) -> str:
 
 
 def _holder(folder: Path) -> tuple[str, str] | None:
-    """The process that is noted in a run's folder, and its machine."""
+    """The process that a run's folder names as its trainer, and that process's machine."""
     try:
         content = read_within(folder, folder / HOLDER, error=RunMismatch, most_bytes=_HOLDER_BYTES)
     except FileNotFoundError:

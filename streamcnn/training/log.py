@@ -24,7 +24,7 @@ _MOST_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """What a line of an update has at least."""
+    """The fields that every line of an update has."""
 
     update: int
     seconds: float
@@ -35,7 +35,7 @@ class _Update:
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """What a line of an epoch has at least, of a classifier."""
+    """The fields that every line of a classifier's epoch has."""
 
     epoch: int
     loss: float
@@ -50,7 +50,7 @@ class _Epoch:
 
 @dataclass(frozen=True, slots=True)
 class _SegmentationEpoch:
-    """What a line of an epoch has at least, of a segmentation."""
+    """The fields that every line of a segmentation's epoch has."""
 
     epoch: int
     loss: float
@@ -73,17 +73,17 @@ _LINES: dict[str, type[Any]] = {"update": _Update, "epoch": _Epoch}
 
 
 class RunLog:
-    """The log of a run, opened for the rest of it.
+    """The log of a run, open for appending.
 
     Parameters
     ----------
     folder
-        Of the run; it exists.
+        The run's folder, which exists.
     nbytes
-        Length of the lines that a checkpoint knows of; later ones, of updates that will be made again, are
-        cut off.
+        Length of the log when the checkpoint was written; later lines, of updates that will be made again,
+        are cut off.
     update
-        The update that the checkpoint is of.
+        The number of updates before the checkpoint.
     events
         Whether to write TensorBoard events.
 
@@ -94,7 +94,7 @@ class RunLog:
     RunMismatch
         If the log is shorter than ``nbytes``, or a link that leads out of the folder.
     CannotWrite
-        If it may not be written to, or there is no room; then and later.
+        If the log may not be written to, or the disk is full; also from later calls.
     """
 
     def __init__(self, folder: Path, *, nbytes: int = 0, update: int = 0, events: bool = False) -> None:
@@ -122,7 +122,7 @@ class RunLog:
             opened.pop_all()
 
     def write(self, kind: str, values: Mapping[str, Any], update: int) -> None:
-        """Add a line of ``values``; numbers among them are events too, named ``kind/name``."""
+        """Append a line of ``values``; numbers among them become events too, named ``kind/name``."""
         line = json.dumps({"kind": kind, "update": update, **values}, allow_nan=True)
         self._append(line.encode() + b"\n")
         if self._writer is not None:
@@ -132,7 +132,7 @@ class RunLog:
                         self._writer.add_scalar(f"{kind}/{name}", value, update)
 
     def _append(self, line: bytes) -> None:
-        """Write a line, or nothing of it."""
+        """Append a line; if that fails, leave no part of it."""
         with writing(self._path, needed=len(line)):
             try:
                 left = line
@@ -144,7 +144,7 @@ class RunLog:
         self._nbytes += len(line)
 
     def flush(self) -> int:
-        """Bring all lines to the disk; their length in bytes."""
+        """Flush all lines to the disk, and return their length in bytes."""
         with writing(self._path):
             os.fsync(self._file.fileno())
         if self._writer is not None:
@@ -173,7 +173,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     Raises
     ------
     RunMismatch
-        If it is not there, or a line is no JSON object with a kind.
+        If there is no log, or a line is not a JSON object with a kind.
     """
     path = folder / LOG
     try:

@@ -1,4 +1,4 @@
-"""Which images an error is about."""
+"""Errors that name the images they are about."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST = 5
 
 
 def listed(positions: Sequence[int], names: Sequence[str], text: str = "") -> str:
-    """Images by position and name, the first five; names that are in ``text`` already are left out."""
+    """The first five images by position and name, without names that ``text`` already has."""
     shown = [
         f"{position}" if name in text else f"{position} ({name})"
         for position, name in zip(positions[:_MOST], names, strict=False)
@@ -27,21 +27,21 @@ def listed(positions: Sequence[int], names: Sequence[str], text: str = "") -> st
 
 
 def not_finite(logits: Tensor, positions: Sequence[int], names: Sequence[str]) -> str:
-    """The images whose logits (N, classes) have NaN or infinity among them; empty if there is none."""
+    """The images with NaN or infinity among their logits (N, classes), as text; empty if there are none."""
     bad = [at for at, row in enumerate(logits) if not torch.isfinite(row).all()]
     return listed([positions[at] for at in bad], [names[at] for at in bad]) if bad else ""
 
 
 @contextmanager
 def naming(where: str, positions: Sequence[int], names: Sequence[str]) -> Iterator[None]:
-    """Add to the text of a `StreamError` of the block which images it is about.
+    """Add the images to the text of a `StreamError` that the block raises.
 
     Parameters
     ----------
     where
         What was done with them, such as "update 3 of epoch 1".
     positions, names
-        Of the images in their data set; an error in opening one has its name already.
+        Positions and names of the images in their data set; errors in opening an image name it already.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def naming(where: str, positions: Sequence[int], names: Sequence[str]) -> Iterat
 def open_batch(
     images: LabelledImages, positions: Sequence[int], where: str
 ) -> tuple[list[ImageSource], Tensor, *tuple[Tensor, ...]]:
-    """The images at ``positions`` as `collate` gives them; errors name the image."""
+    """The images at ``positions`` as a batch, as `collate` makes it; errors name the image."""
     samples: list[Sample] = []
     for position in positions:
         with naming(where, [position], [""]):

@@ -1,4 +1,4 @@
-"""What changes the weights: optimiser, schedule, loss scaling and averaged weights."""
+"""Updates of the weights: optimiser, learning-rate schedule, loss scaling and averaged weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from streamcnn.training.state import restoring
 
 
 class Optimisation:
-    """Changes the weights of a network by their gradients.
+    """Updates the weights of a network from their gradients.
 
     Parameters
     ----------
     net
-        Whose weights.
+        The network to train.
     settings
-        How.
+        Of the run.
     device
         Where the network is.
     """
@@ -47,24 +47,24 @@ class Optimisation:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step, of the first parameter group."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def clear_gradients(self) -> None:
-        """Forget the gradients of the update before."""
+        """Clear the gradients of the previous update."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, a scalar, scaled where it is of half precision."""
+        """Add the gradients of a scalar loss, which is scaled first under float16 autocast."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def add_up(self, processes: Processes) -> None:
-        """Add the gradients that several processes have; those that none has stay none.
+        """Sum each gradient over all processes; a gradient that no process has stays None.
 
         Raises
         ------
         UnsupportedModel
-            If one is sparse.
+            If a gradient is sparse.
         """
         if processes.count == 1:
             return
@@ -82,9 +82,9 @@ class Optimisation:
         processes.add_up(each.grad for each in summed if each.grad is not None)
 
     def step(self) -> None:
-        """Change the weights by their gradients, and what follows the weights.
+        """Make one optimiser step, then update the averaged weights and a per-update schedule.
 
-        Gradients that are beyond float16 leave all as it is, but that the next loss is scaled by less.
+        If gradients overflow float16, all of these stay as they are, and the next loss is scaled by less.
         """
         settings = self._settings
         if settings.clip_norm is not None:
@@ -99,21 +99,21 @@ class Optimisation:
                 self._schedule.step()
 
     def _change_weights(self) -> bool:
-        """Let the optimiser make its step; whether it has made one."""
+        """Make one optimiser step; return whether one was made, which float16 overflow prevents."""
         scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return self._scaler.get_scale() >= scale
 
     def end_epoch(self, validation_loss: float) -> None:
-        """Let the schedule make its step, if it makes one after each epoch."""
+        """Advance the schedule, if it moves with each epoch."""
         if self._schedule is not None and self._settings.schedule_every == "epoch":
             with self._first_use("epoch"):
                 self._settings.step_schedule(self._schedule, validation_loss)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Lend the network the averaged weights, if there are any."""
+        """Give the network the averaged weights for the block, if there are any."""
         if self._averaged is None:
             yield
             return
@@ -127,7 +127,7 @@ class Optimisation:
             self._net.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """All states but the network's, by name."""
+        """The states of the optimiser, schedule, loss scaling and averaged weights, by name."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
@@ -136,7 +136,7 @@ class Optimisation:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path) -> None:
-        """Go on from such states, which are from a checkpoint in ``folder``."""
+        """Restore the states of :meth:`state_dict`, which come from a checkpoint in ``folder``."""
         self._optimizer.load_state_dict(saved["optimizer"])
         if self._schedule is not None:
             self._schedule.load_state_dict(saved["schedule"])
@@ -149,7 +149,7 @@ class Optimisation:
 
     @contextmanager
     def _first_use(self, what: str) -> Iterator[None]:
-        """Tell a checkpoint whose states were changed where they are used: loading does not look at all."""
+        """Blame the checkpoint if the first use of its states fails: loading does not check all of them."""
         if self._restored_from is None or what not in self._untried:
             yield
             return
@@ -159,10 +159,10 @@ class Optimisation:
 
 
 def _copy_of(value: Any) -> Any:
-    """A value of a network's state, which is a tensor, or a module's extra state and may be anything."""
+    """A copy of a state's value: a tensor, or a module's extra state, which may be anything."""
     return value.clone() if isinstance(value, Tensor) else deepcopy(value)
 
 
 def _layout_of(gradient: Tensor | None) -> str:
-    """How it lies in memory; nothing for none."""
+    """The gradient's layout as text; empty if there is no gradient."""
     return "" if gradient is None else str(gradient.layout)

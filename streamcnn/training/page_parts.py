@@ -16,7 +16,7 @@ EDGE = 260
 
 
 def axes_over(label: str) -> tuple[Any, Any]:
-    """Matplotlib's axes over whole numbers, and their figure.
+    """A figure of matplotlib and its axes, whose x-axis has whole numbers.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def axes_over(label: str) -> tuple[Any, Any]:
 
 
 def percentages(epochs: Sequence[Mapping[str, Any]], caption: str, curves: Mapping[str, str]) -> str:
-    """A figure of shares over the epochs: names in their lines, and what the legend calls them."""
+    """A figure of percentages over the epochs; ``curves`` maps fields of the log's lines to labels."""
     numbers = [line["epoch"] + 1 for line in epochs]
     axes, figure = axes_over("epoch")
     for (name, label), color in zip(curves.items(), (BLUE, ORANGE, GREEN), strict=False):
@@ -45,19 +45,19 @@ def percentages(epochs: Sequence[Mapping[str, Any]], caption: str, curves: Mappi
 
 
 def add_legend(axes: Any) -> None:
-    """Above the frame, where it covers no curve."""
+    """Add a legend above the frame, where it covers no curve."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, handlelength=1.2)
 
 
 def drawn(caption: str, figure: Any) -> str:
-    """A figure of matplotlib."""
+    """A figure of matplotlib as HTML, with its caption."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
     return f"<figure><figcaption>{escape(caption)}</figcaption>{_embedded(png, 'png', caption)}</figure>"
 
 
 def embedded(picture: Any, description: str, *, kind: str = "png") -> str:
-    """A picture of Pillow, in a format ``"png"`` or ``"jpeg"``."""
+    """A picture of Pillow as an HTML image, embedded as ``"png"`` or ``"jpeg"``."""
     encoded = io.BytesIO()
     picture.save(encoded, format=kind.upper())
     return _embedded(encoded, kind, description)

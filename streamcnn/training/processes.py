@@ -1,7 +1,7 @@
-"""What processes do together that train one model; a single process does the same alone.
+"""Cooperation of the processes that train one model; a single process makes the same calls alone.
 
-All go through the same calls in the same order. What one of them does by itself, its share of the images or
-the writing of files, stands in a call here, so that an error in it ends all of them.
+All processes make the same calls in the same order. What one of them does by itself, such as its share of the
+images or the writing of files, runs inside a call here, so that an error in it ends all of them.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ _BYTES_AT_ONCE = 2**25
 
 
 class Each(Protocol):
-    """Applies a function to each of some items; the results are in their order."""
+    """Applies a function to each of several items; the results are in the order of the items."""
 
     def __call__(self, work: Callable[[T], R], items: Sequence[T], /) -> list[R]: ...
 
 
 def in_turn(work: Callable[[T], R], items: Sequence[T], /) -> list[R]:
-    """Results for all items, worked out here, one after another."""
+    """The results of ``work`` for all items, computed in this process, one after another."""
     return [work(item) for item in items]
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Processes that train one model."""
+    """The processes that train one model."""
 
     rank: int = 0
-    """Of this one, from 0."""
+    """This process's number, from 0."""
     count: int = 1
 
     @classmethod
     def present(cls) -> Processes:
-        """All that PyTorch's distributed package has brought together; this one alone, if it has none."""
+        """The default group of ``torch.distributed``; this process alone if there is none."""
         everyone = all_processes()
         return cls() if everyone is None else cls(dist.get_rank(), everyone[1])
 
     @property
     def is_first(self) -> bool:
-        """Whether this one is the one that writes files."""
+        """Whether this process is the first, which writes the files."""
         return self.rank == 0
 
     def require_usable(self, model: nn.Module) -> None:
-        """Make sure that a model leaves it to its trainer what processes do together.
+        """Make sure that a model leaves gradients and parameters to its trainer to share among processes.
 
         Raises
         ------
         ValueError
-            If it adds up gradients itself, or each process has a part of it.
+            If the model sums gradients over processes itself, or its parameters are divided among processes.
         """
         if self.count == 1:
             return
@@ -80,31 +80,32 @@ class Processes:
             )
 
     def share(self, total: int) -> range:
-        """Which of so many items, in order, are this process's; shares differ by one at most.
+        """The contiguous range of ``total`` items that is this process's share; shares differ by one at most.
 
-        In the order of the processes they are all items in their order. The first has one, if any has.
+        The shares follow the order of the processes. The first process has an item if any has.
         """
         return range(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
 
     def dealt(self, items: Iterable[T]) -> Iterator[T]:
-        """Those of many items that are this process's: each in turn has the next one."""
+        """The items that are this process's, where processes take items in turn."""
         return islice(items, self.rank, None, self.count)
 
     def meet_in(self, net: nn.Module) -> bool:
-        """Whether they wait for each other in the course of a training pass, by synchronised batch norms."""
+        """Whether processes wait for each other within a training pass, in synchronised batch norms."""
         return self.count > 1 and any(isinstance(each, nn.SyncBatchNorm) for each in net.modules())
 
     def divided(self, work: Callable[[T], R], items: Sequence[T], /, *, meets: bool = False) -> list[R]:
         """Results for all items, each worked out by one process; an error in one is one in all.
 
-        Where processes meet in the work, one with an error goes without a word: the others may wait in it.
+        With ``meets``, processes wait for each other within ``work``. One with an error then raises it
+        without telling the others, which may be waiting inside.
         """
         with _others_there() if meets else self.agreeing():
             mine = [work(items[at]) for at in self.share(len(items))]
         return list(chain.from_iterable(self.gathered(mine)))
 
     def first(self, work: Callable[[], R]) -> R:
-        """What ``work`` gives in the first process, which alone does it; an error there is one in all."""
+        """The result of ``work``, which only the first process runs; an error there ends all processes."""
         found: list[R | None] = [None]
         with self.agreeing():
             if self.is_first:
@@ -116,12 +117,12 @@ class Processes:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """A block that ends in an error in all processes if it does in one.
+        """Make an error that ends the block in one process end it in all processes.
 
         Raises
         ------
         OtherProcessFailed
-            In the others, and of several in which it does in all but the first.
+            In processes without an error of their own, and in all but the first of several that have one.
         """
         failed: Exception | None = None
         try:
@@ -140,7 +141,7 @@ class Processes:
         ) from failed
 
     def gathered(self, value: T) -> list[T]:
-        """What each process gives, in their order."""
+        """The values of all processes, in the order of the processes."""
         if self.count == 1:
             return [value]
         found: list[T | None] = [None] * self.count
@@ -149,11 +150,11 @@ class Processes:
         return found  # type: ignore[return-value]
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Give tensors, of the same shapes and types in all processes, the sums over these."""
+        """Replace each tensor by its sum over all processes; shapes and dtypes are the same in all."""
         if self.count == 1:
             return
         for some in _messages(tensors):
-            # In the order of their elements, which lie in memory as suits each process.
+            # As contiguous elements: memory formats may differ between processes.
             joined = torch.cat([each.detach().flatten() for each in some])
             with _others_there():
                 dist.all_reduce(joined)
@@ -161,11 +162,11 @@ class Processes:
                 each.detach().copy_(summed.view(each.shape))
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Give tensors, of the same shapes and types in all processes, the first one's values."""
+        """Replace each tensor by the first process's values; shapes and dtypes are the same in all."""
         if self.count == 1:
             return
         for each in tensors:
-            # As bytes, for some types are none that are sent.
+            # As bytes, since collectives do not take all dtypes.
             sent = each.detach().contiguous().flatten().view(torch.uint8)
             with _others_there():
                 dist.broadcast(sent, 0)
@@ -173,7 +174,7 @@ class Processes:
 
 
 def _messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type each, in order, so many that they are not too large together."""
+    """The tensors in order, in groups of one dtype and of limited size."""
     some: list[Tensor] = []
     nbytes = 0
     for each in tensors:
@@ -188,12 +189,12 @@ def _messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _others_there() -> Iterator[None]:
-    """Say what it means that other processes do not answer.
+    """Turn an error of a collective that other processes do not answer into one that says so.
 
     Raises
     ------
     OtherProcessFailed
-        If they do not.
+        If they do not answer.
     """
     try:
         yield

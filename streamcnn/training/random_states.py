@@ -1,4 +1,4 @@
-"""Everything random that a model or its data may draw from."""
+"""The random states of Python, NumPy and PyTorch, on which a model and its data may draw."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from streamcnn.data.sampling import seed_of
 
 
 def seed_all(seed: int) -> None:
-    """Begin all of it anew."""
+    """Seed all random generators."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def seed_for(*place: object) -> None:
-    """Begin all of it anew in a way that a place in a run decides."""
+    """Seed all random generators by a place in a run, such as an epoch and a batch."""
     # PyTorch takes half of its bits.
     seed_all(seed_of(" ".join(map(str, place))) % 2**64)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """All random states, as plain values and tensors."""
+    """The states of all generators, as plain values and tensors."""
     name, words, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -37,7 +37,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from such states."""
+    """Restore the states that :func:`random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

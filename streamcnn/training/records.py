@@ -1,7 +1,7 @@
 """What a run writes as it goes, into a folder that is locked meanwhile: checkpoints, and its log.
 
-Of several processes the first one writes. All go through the same calls, and a write that fails in it is an
-error in all of them.
+The first process writes. All processes make the same calls, and a write that fails in the first is an error
+in all of them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 
 
 class Records:
-    """Writes what a run is to be resumed from and judged by.
+    """Writes what a run is resumed from (checkpoints) and judged by (the log).
 
     Parameters
     ----------
     folder
-        Of the run.
-    processes
-        That train.
+        The run's folder.
+        processes
+            The processes that train the model.
     """
 
     def __init__(self, folder: Path, processes: Processes) -> None:
@@ -61,7 +61,7 @@ class Records:
             yield
 
     def note(self, kind: str, values: Mapping[str, Any], update: int, listener: Listener | None) -> None:
-        """Add a line to the log, and tell the listener."""
+        """Append a line to the log, and tell the listener."""
 
         def write() -> None:
             self._log.write(kind, values, update)
@@ -78,11 +78,11 @@ class Records:
         return saved
 
     def save(self, state: Callable[[], dict[str, Any]], update: int) -> None:
-        """Write a checkpoint of a state after so many updates, with how long the log is."""
+        """Write a checkpoint of the state after ``update`` updates, together with the length of the log."""
         self._first(lambda: self.checkpoints.save({**state(), "log_bytes": self._log.flush()}, update))
 
     def keep_best(self, found: Evaluation, update: int) -> str:
-        """Write what the page shows of the best weights; what their checkpoint will be called."""
+        """Write what the page shows of the best weights; return the name that their checkpoint will have."""
 
         def keep() -> str:
             found.keep(self.folder)
@@ -97,7 +97,7 @@ class Records:
     def restore_best(self, progress: Progress) -> None:
         """Mark the best checkpoint that a run knows of; if it is gone, the next epoch is taken for the best.
 
-        The run may have been killed before that was marked, or a later one be marked that is passed over.
+        The run may have been killed before it marked this one, or after it marked a later, damaged one.
         """
 
         def is_gone() -> bool:
@@ -119,7 +119,7 @@ class Records:
         Raises
         ------
         DamagedCheckpoint
-            If none is marked.
+            If none is marked, or the marked one is gone.
         """
         best = self._first(self.checkpoints.best)
         if best is None:

@@ -1,6 +1,6 @@
-"""The page of a run: how it went, and what its task shows of the best weights.
+"""The page of a run: its curves, and what its task shows of the best weights.
 
-It is made from the run's folder and its validation images, at the end of a run or at any time before.
+The page is made from the run's folder and its validation images, at the end of a run or at any time before.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Line = Mapping[str, Any]
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of the run in ``folder`` there; its path.
+    """Write the page of the run in ``folder`` into that folder, and return the page's path.
 
     Raises
     ------
     RunMismatch
-        If there is no run, or none of its epochs is over, or its validation images are others now.
+        If there is no run, none of its epochs is over, or its validation images have changed.
     MissingExtra
         If matplotlib is not installed.
     CannotWrite
@@ -49,7 +49,7 @@ def write_report(folder: Path) -> Path:
 
 
 def best_epoch(task: Task[Any], lines: Sequence[Line]) -> Line:
-    """The line of a run's log that is of the epoch with the best weights.
+    """The line of the best epoch in a run's log.
 
     Raises
     ------
@@ -67,23 +67,23 @@ def best_epoch(task: Task[Any], lines: Sequence[Line]) -> Line:
 def render_report(
     config: RunConfig, lines: Sequence[Line], validation: Images, folder: Path | None = None
 ) -> str:
-    """The page as HTML.
+    """The page of a run as HTML.
 
     Parameters
     ----------
     config
-        Of the run.
+        The run's configuration.
     lines
-        Of its log.
+        The lines of its log.
     validation
-        The images that its weights were chosen by.
+        The images by which its weights were chosen.
     folder
-        Of the run, for what it has kept besides the log; None for none.
+        The run's folder, for what it has kept besides the log; None if nothing is kept.
 
     Raises
     ------
     RunMismatch
-        If none of its epochs is over, or the validation images are others.
+        If none of its epochs is over, or the log was written for other validation images.
     MissingExtra
         If matplotlib is not installed.
     """
@@ -179,7 +179,7 @@ def _memory(updates: Sequence[Line], config: RunConfig) -> str:
 
 
 def _settings(config: RunConfig) -> str:
-    """All values, a line each, as JSON has them; one within another goes by both names."""
+    """All settings as text, a line ``name: value`` each, as in JSON; nested names are joined by dots."""
     values = config.to_dict()
     values |= values.pop("settings")
     if config.budget is not None:

@@ -1,8 +1,8 @@
 """Running statistics of batch norms whose images are several processes'.
 
-A pass takes a running value ``r`` to ``a·r + b``, where ``a`` is known, and so do several passes, one after
-another. Each process makes a stretch of an update's passes, from the value that all begin with; from what it
-ends with follows ``b`` of its own. Stretches put behind one another give what one process would have.
+A pass takes a running value ``r`` to ``a·r + b`` with known ``a``, and so does a sequence of passes. Each
+process makes a contiguous part of an update's passes, starting from the common value ``r``; its final value
+then gives its ``b``. Composing these functions in order gives the value that one process would have.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from streamcnn.training.processes import Processes
 
 
 class RunningStatistics:
-    """What the passes of an update do to a network's buffers, which begin now.
+    """Follows a network's buffers through the passes of one update, which begins when this is created.
 
     Parameters
     ----------
     net
-        The network.
-    processes
-        Whose passes they are, in order.
+        The network to train.
+        processes
+            The processes that make the passes, in order.
     """
 
     def __init__(self, net: nn.Module, processes: Processes) -> None:
@@ -38,9 +38,9 @@ class RunningStatistics:
         self._counts = _counts(self._norms)
 
     def merge(self) -> None:
-        """Give each buffer the value that it would have had all passes been one process's.
+        """Set each buffer to the value it would have if one process had made all passes.
 
-        Buffers that are no statistics of batch norms have the first process's value then.
+        Buffers other than batch norms' statistics are set to the first process's values.
         """
         processes = self._processes
         if processes.count == 1:
@@ -57,11 +57,11 @@ class RunningStatistics:
         processes.spread(self._others)
 
     def _make_terms(self, at: int, norm: _BatchNorm, lengths: list[int]) -> None:
-        """Turn a norm's values into what this process adds to them, given the lengths of all stretches."""
+        """Turn a norm's values into this process's term of their sum, given all processes' passes."""
         rank, count, total = self._processes.rank, self._counts[at], sum(lengths)
         own, behind = lengths[rank], sum(lengths[rank + 1 :])
         if norm.momentum is None:
-            # The mean of all passes: each counts as much, whatever comes behind it.
+            # A cumulative mean: all passes count alike, whatever their order.
             of_own, of_all = count / max(count + own, 1), count / (count + total)
             left = (count + own) / (count + total)
         else:
@@ -75,7 +75,7 @@ class RunningStatistics:
 
 
 def _with_own_statistics(net: nn.Module) -> list[_BatchNorm]:
-    """Batch norms that keep statistics of their own process's passes, and keep them alone."""
+    """Batch norms with running statistics that are not synchronised and share no buffer with another norm."""
     found = [
         each
         for each in net.modules()
@@ -89,13 +89,13 @@ def _with_own_statistics(net: nn.Module) -> list[_BatchNorm]:
 
 
 def _of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """A norm's running statistics."""
+    """A norm's running mean and running variance."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return norm.running_mean, norm.running_var
 
 
 def _counts(norms: list[_BatchNorm]) -> list[int]:
-    """Passes that each norm has seen."""
+    """The number of passes that each norm has seen."""
     counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     return torch.stack(counters).tolist() if counters else []

@@ -1,4 +1,4 @@
-"""A run in its folder: what it is of, how it is trained, and the model that came of it.
+"""A run in its folder: its configuration, its trainer, and the trained model.
 
 ::
 
@@ -42,14 +42,14 @@ from streamcnn.training.trainer import Trainer
 def make_trainer(
     config: RunConfig, folder: Path, *, events: bool = False, listener: Listener | None = None
 ) -> Trainer:
-    """The trainer of the run in ``folder``, which will begin, or go on if it is there.
+    """The trainer of the run in ``folder``, which starts the run, or resumes it if it exists.
 
     Raises
     ------
     DatasetMismatch, ValueError
-        If there are no such images, masks or inputs, no such model, or no such device here.
+        If the images, masks, inputs or model do not exist, or this machine does not have the device.
     RunMismatch
-        If the run's file has names of classes that cannot be such.
+        If the run's file has invalid names of classes.
     """
     require_device(config.device)
     found = _found(folder)
@@ -62,10 +62,10 @@ def make_trainer(
     kind = ImageKind.of(source)
     model = config.build(task.num_classes(images, validation), kind.channels)
     values = config.to_dict()
-    # The images are told by more than their place, tasks and settings by their names.
+    # Images, tasks and settings are compared separately: images by fingerprint, the others by name.
     left_out = ("data", "settings", *OF_TASKS)
     identity = {key: value for key, value in values.items() if key not in left_out}
-    # Runs from before there were choices and ranges have none, and go on.
+    # Runs of versions without choices and ranges have none, and can be resumed.
     identity["choice"] = dict(config.choice.made) or None
     identity["normalise"] = {key: identity["normalise"][key] for key in ("mean", "std")}
     is_by_range = config.normalise.divisor == "range" and source.largest != largest_of(source.dtype)
@@ -102,7 +102,7 @@ def make_trainer(
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """What came of a run."""
+    """The model that a run has trained, with what is needed to use it."""
 
     config: RunConfig
     model: StreamingModel
@@ -119,22 +119,22 @@ class TrainedRun:
     """The task's measure of the validation images: accuracy, or mean IoU."""
 
     def class_name(self, label: int) -> str:
-        """What a class is called: its number if it has no name, such as one that no image has."""
+        """The name of a class; its number if it has no name, as a class that no image has."""
         known = self.classes or ()
         return known[label] if label < len(known) else str(label)
 
     def require_as_trained(self, source: ImageSource, name: str) -> None:
-        """Make sure that an image is of the training images' kind, for others are taken wrongly.
+        """Make sure that an image is of the training images' kind; predictions for others would be wrong.
 
         Parameters
         ----------
         source, name
-            The image, and what the error calls it.
+            The image, and its name in the error's text.
 
         Raises
         ------
         DatasetMismatch
-            If it has another number of channels, or pixels of another type or range.
+            If the image has another number of channels, or pixels of another type or range.
         """
         found, trained = ImageKind.of(source), self.kind
         if found.channels != trained.channels:
@@ -152,16 +152,16 @@ class TrainedRun:
 def load_run(
     folder: Path, *, budget: int | None = None, device: str | None = None, trust: Collection[str] = ()
 ) -> TrainedRun:
-    """The model of the run in ``folder``, by its best checkpoint.
+    """Load the model of the run in ``folder`` from its best checkpoint.
 
     Parameters
     ----------
     folder
-        Of a run that is finished or still going on.
+        The folder of a run that is finished or still in progress.
     budget
         Bytes that a pass may hold; None takes the run's.
     device
-        Where the model goes; None takes the run's, which may have been trained on another machine.
+        Device to put the model on; None takes the run's, which may be a device of another machine.
     trust
         Factories ``package.module:factory`` that may be called if the run names one. Anyone who can write the
         run's files can name any callable there.
@@ -171,12 +171,12 @@ def load_run(
     UntrustedModel
         If the run's model is a factory that is not in ``trust``.
     RunMismatch
-        If there is no run, its file holds something else, none of its epochs is over, or it is of a device
-        that is not here.
+        If there is no run, its file is not a run's, none of its epochs is over, or this machine does not have
+        its device.
     DamagedCheckpoint
-        If the best checkpoint is damaged, or of another model.
+        If the best checkpoint is damaged, or holds another model.
     ValueError
-        If there is no such ``device`` here.
+        If this machine does not have ``device``.
     """
     config, made = _read(folder)
     require_trust(config.model, trust, folder / RUN)
@@ -213,7 +213,7 @@ def load_run(
 
 
 def _require_its_device(config: RunConfig, where: Path) -> None:
-    """Make sure that the device is here that a run was trained on.
+    """Make sure that this machine has the device that a run was trained on.
 
     Raises
     ------
@@ -227,18 +227,18 @@ def _require_its_device(config: RunConfig, where: Path) -> None:
 
 
 def read_run(folder: Path) -> RunConfig:
-    """What the run in ``folder`` is of.
+    """The configuration of the run in ``folder``.
 
     Raises
     ------
     RunMismatch
-        If there is none, or its file holds something else.
+        If there is no run, or its file is not a run's.
     """
     return _read(folder)[0]
 
 
 def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's state that a checkpoint was validated by: the averaged one, if there is one."""
+    """The model's state that was validated for a checkpoint: the averaged weights, if there are any."""
     averaged = state.get("averaged")
     if averaged is None:
         return dict(state["model"])
@@ -248,7 +248,7 @@ def best_weights(state: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Made:
-    """What a run's file says of the model that was made for the images."""
+    """The entries of a run's file about the model as it was made for the images."""
 
     num_classes: int
     num_channels: int
@@ -268,7 +268,7 @@ class _Made:
 
 
 def _found(folder: Path) -> Mapping[str, Any]:
-    """What the run's file holds, if it is there; nothing where it is none, for it will be written anew."""
+    """The values in the run's file; empty if there is none or it is invalid, as it will be written anew."""
     try:
         values = parse_json(read_within(folder, folder / RUN, error=RunMismatch), RUN, error=RunMismatch)
     except (OSError, RunMismatch):
@@ -277,7 +277,7 @@ def _found(folder: Path) -> Mapping[str, Any]:
 
 
 def _named_as_before(config: RunConfig, found: Mapping[str, Any], where: Path) -> RunConfig:
-    """The config, with the names of classes that the run's file has, if none are given to go on with."""
+    """The config with the class names of the run's file, if none are given on resuming."""
     names = found.get("class_names")
     if config.class_names is not None or not isinstance(names, list) or found.get("task") != config.task:
         return config
@@ -303,9 +303,9 @@ def _read(folder: Path) -> tuple[RunConfig, _Made]:
 
 
 def _restored(config: RunConfig, made: _Made, weights: Mapping[str, Any], where: Path) -> StreamingModel:
-    """The run's model with weights of a checkpoint."""
+    """Build the run's model, with the weights of a checkpoint."""
     if not is_factory(config.model):
-        # Weights come from the checkpoint: nothing else that the file names is read or downloaded.
+        # Weights come from the checkpoint alone: nothing that the file names is read or downloaded.
         options = {key: found for key, found in config.model_options.items() if key not in WEIGHT_OPTIONS}
         config = replace(config, model_options=options)
     _compare_without_memory(config, made, weights, where)
@@ -316,19 +316,19 @@ def _restored(config: RunConfig, made: _Made, weights: Mapping[str, Any], where:
 
 
 def _compare_without_memory(config: RunConfig, made: _Made, weights: Mapping[str, Any], where: Path) -> None:
-    """Compare the network with a checkpoint before memory is taken: the file may ask for any size."""
+    """Compare the network with a checkpoint before allocating it: the run's file may name any size."""
     try:
         with torch.device("meta"):
             net = config.make_net(made.num_classes, made.num_channels)
     except Exception:
         if not is_factory(config.model):
             raise
-        return  # a factory may look at its weights; one that fails in earnest will do so when it is called
+        return  # a factory may read its weights, which fails here; any other error recurs when it is called
     _require_same_shapes(net, weights, where)
 
 
 def _require_same_shapes(net: nn.Module, weights: Mapping[str, Any], where: Path) -> None:
-    """Make sure that a checkpoint's tensors are those of ``net``."""
+    """Make sure that a checkpoint's tensors have the names and shapes of those of ``net``."""
     wanted, found = (
         {key: list(tensor.shape) for key, tensor in state.items() if isinstance(tensor, Tensor)}
         for state in (net.state_dict(), weights)

@@ -1,4 +1,4 @@
-"""Segmentation: each pixel has a class, which a mask says."""
+"""Segmentation: a mask gives the class of each pixel."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Segmented:
-    """What a model of maps made of some images."""
+    """A model's loss, scores and small predicted maps on a set of images."""
 
     loss: float
     """Mean of the images' losses."""
     score: SegmentationScore
-    """Of all pixels that count together."""
+    """The score over all images' pixels, except the ignored ones."""
     num_images: int
     maps: Mapping[int, Tensor]
     """Small maps of classes (h, w) of some images, by position."""
@@ -51,7 +51,7 @@ class Segmented:
         return self.score.mean_iou
 
     def to_log(self) -> dict[str, Any]:
-        """Scores, and the sums that they are of."""
+        """The scores, and the sums of overlaps that they are computed from."""
         return {
             "validation_mean_iou": self.score.mean_iou,
             "validation_mean_dice": self.score.mean_dice,
@@ -61,19 +61,19 @@ class Segmented:
         }
 
     def keep(self, folder: Path) -> None:
-        """Write the maps, for the page."""
+        """Write the small maps into the run's folder, for its page."""
         keep_maps(folder, self.maps)
 
 
 @dataclass(frozen=True)
 class Segmentation(Task[MaskDataset]):
-    """The model gives a map of scores (N, C, H, W), or (N, 1, H, W) of two classes."""
+    """Segmentation by a model that gives a map of scores (N, C, H, W), or (N, 1, H, W) for two classes."""
 
     masks: str | None = None
     """Folder of the masks; None where a table names them."""
     settings: SegmentationLoss = field(default_factory=SegmentationLoss)
     key: str | None = None
-    """Which of several results of the model the scores are; None if it is the only one."""
+    """Key of the scores in the model's results; None if the scores are the only result."""
     names: tuple[str, ...] | None = None
     """Of the classes 0, 1, …; None where they are numbers."""
     empty_masks: bool = False
@@ -90,16 +90,16 @@ class Segmentation(Task[MaskDataset]):
 
     @property
     def loss_name(self) -> str:
-        """The settings'."""
+        """The loss's name in texts: that of the settings."""
         return self.settings.name
 
     @cached_property
     def _loss(self) -> Callable[[Any, Tensor], Tensor]:
-        """The loss of the model's result: one object, for which a pass is captured once."""
+        """The loss of the model's result; always the same object, so that a pass is captured only once."""
         return _OfResult(self.settings.function(), self.key)
 
     def identity(self) -> dict[str, Any]:
-        """The task and its loss; masks are told by their content, as images are."""
+        """The task and its loss. Masks are compared by content, as images are."""
         settings = self.settings
         return {
             "task": self.name,
@@ -137,17 +137,17 @@ class Segmentation(Task[MaskDataset]):
         )
 
     def groups(self, images: MaskDataset) -> Sequence[None]:
-        """One group: masks are not compared."""
+        """One group for all images: they are set aside for validation whatever their masks hold."""
         return [None] * len(images)
 
     def num_classes(
         self, images: MaskDataset, validation: MaskDataset, model: StreamingModel | None = None
     ) -> int | None:
-        """The channels of the model's result, of which a single one is two classes."""
+        """The number of channels of the model's result; a single channel stands for two classes."""
         return None if model is None else max(self._num_channels(model, images[0][0]), 2)
 
     def class_names(self, images: MaskDataset) -> tuple[str, ...] | None:
-        """Those that were given: masks hold numbers."""
+        """The names that were given; masks hold only numbers."""
         return self.names
 
     def open_batch(self, images: MaskDataset, positions: Sequence[int], where: str) -> Batch:
@@ -161,13 +161,13 @@ class Segmentation(Task[MaskDataset]):
     # --- training ------------------------------------------------------------------------------------
 
     def require_usable(self, model: nn.Module) -> None:
-        """The loss of a whole map is a streaming model's."""
+        """Make sure that the model is a ``StreamingModel``, which alone streams the loss of a map."""
         _streaming(model)
 
     def check(
         self, model: nn.Module, images: Mapping[str, MaskDataset], before_image: Callable[[], None]
     ) -> None:
-        """Compare the classes that all masks hold with the model's channels; all masks are read."""
+        """Read all masks, and compare the classes in them with the model's channels."""
         channels = self._num_channels(_streaming(model), next(iter(images.values()))[0][0])
         num_classes, ignored = max(channels, 2), self.settings.ignore_index
         wrong: dict[int, str] = {}
@@ -192,12 +192,12 @@ class Segmentation(Task[MaskDataset]):
             )
 
     def _num_channels(self, model: StreamingModel, source: ImageSource) -> int:
-        """Channels of the model's result for the first image, which is not computed.
+        """The number of channels of the model's result for the first image, found without computing it.
 
         Raises
         ------
         DatasetMismatch
-            If it is no map of scores, or there are not as many weights or names as classes.
+            If the result is not a map of scores, or the class weights or names are not one for each class.
         """
         with naming("the first image", [0], [source.name]):
             reader = BatchReader([source], next(model.parameters()).device, model.preprocess)
@@ -231,11 +231,11 @@ class Segmentation(Task[MaskDataset]):
         return self.plan_of(model, *images[0], batch_size)
 
     def plan_of(self, model: StreamingModel, image: ImageSource, mask: ImageSource, batch_size: int) -> Plan:
-        """The plan of the streamed loss of so many images like this one."""
+        """The plan of the streamed loss of ``batch_size`` images like this one."""
         try:
             return model.plan_loss([image] * batch_size, [mask] * batch_size, self._loss)
         except UnsupportedModel:
-            # Where the loss does not take the model's result, that is told in other words.
+            # If the loss does not take the model's result, this raises a clearer error.
             self._num_channels(model, image)
             raise
 
@@ -247,7 +247,7 @@ class Segmentation(Task[MaskDataset]):
         return len(sources) * _streaming(model).streamed_loss(sources, targets, self._loss), None
 
     def sums(self, logits: Tensor | None, targets: Any) -> dict[str, float]:
-        """Nothing: scores of maps are those of the validation."""
+        """No sums: maps are scored in validation alone."""
         return {}
 
     def evaluate(
@@ -269,7 +269,7 @@ class Segmentation(Task[MaskDataset]):
                 images.prefetch(positions.stop)
             with casting():
                 loss, overlaps, small = self._judge(streamed, images, positions)
-            # Copies, which hold nothing of the others.
+            # Copies, since views would keep the whole batch.
             return loss, overlaps, {p: small[p - at].clone() for p in positions if p in wanted}
 
         losses, overlaps, maps = zip(*each(judged, range(0, count, batch_size)), strict=True)
@@ -279,7 +279,7 @@ class Segmentation(Task[MaskDataset]):
     def _judge(
         self, model: StreamingModel, images: MaskDataset, positions: Sequence[int]
     ) -> tuple[float, Tensor, Tensor]:
-        """The sum of a batch's losses, overlaps, and small maps of classes (N, h, w)."""
+        """The sum of a batch's losses, its overlaps, and its small maps of classes (N, h, w)."""
         sources, masks, *_ = self.open_batch(images, positions, "segmentation")
         names = [source.name for source in sources]
         judge: Any = partial(
@@ -302,14 +302,14 @@ class Segmentation(Task[MaskDataset]):
     # --- what is told of it --------------------------------------------------------------------------
 
     def told(self, epoch: Mapping[str, Any]) -> str:
-        """Losses, and the scores of the validation."""
+        """The losses, and the validation's scores."""
         return (
             f"loss {epoch['loss']:.4f}; validation {epoch['validation_loss']:.4f}, "
             f"mean IoU {epoch['validation_mean_iou']:.1%}, mean Dice {epoch['validation_mean_dice']:.1%}"
         )
 
     def told_of_classes(self, epoch: Mapping[str, Any]) -> list[str]:
-        """IoU and Dice of each class that is there or found."""
+        """IoU and Dice of each class that is in the masks or the predictions."""
         return class_lines(SegmentationScore(torch.tensor(epoch["overlaps"])), self.names)
 
     def shown(
@@ -319,13 +319,13 @@ class Segmentation(Task[MaskDataset]):
         images: MaskDataset,
         folder: Path | None,
     ) -> Shown:
-        """Curves, scores of each class, and images with their masks and the maps that were kept."""
+        """Curves, each class's scores, and images beside their masks and the predictions that were kept."""
         return shown(epochs, best, images, folder, ignored=self.settings.ignore_index, names=self.names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _OfResult:
-    """A loss of one of a model's results."""
+    """A loss of the result under ``key``, or of the only result."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
     key: str | None
@@ -343,7 +343,7 @@ def _judged(
     ignored: int | None,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, overlaps (3, C), and the classes (N, h, w) of every ``step``-th pixel."""
+    """The loss, the overlaps (3, C), and the predicted classes (N, h, w) at every ``step``-th position."""
     scores = _part(result, key)
     few = scores[:, :, ::step, ::step]
     classes = (few[:, 0] > 0).long() if scores.shape[1] == 1 else few.argmax(1)
@@ -351,7 +351,7 @@ def _judged(
 
 
 def _part(result: Any, key: str | None) -> Any:
-    """The result of that name."""
+    """The result under ``key``, or the only result."""
     return result if key is None else result[key]
 
 
@@ -363,12 +363,12 @@ def _described(result: Any) -> str:
 
 
 def _streaming(model: nn.Module) -> StreamingModel:
-    """The model, which streams losses.
+    """``model``, as the ``StreamingModel`` that segmentation needs.
 
     Raises
     ------
     ValueError
-        If it does not.
+        If it is not one.
     """
     if not isinstance(model, StreamingModel):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Losses of maps of classes by name, as a run's settings have them."""
+"""Segmentation losses by name, as a run's settings have them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHERWISE_SAID = {"y_pred", "y_true", "mode", "from_logits", "ignore_index"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentationLoss:
-    """What a model of maps is trained by.
+    """The loss that a segmentation model is trained by.
 
     Raises
     ------
@@ -37,9 +37,9 @@ class SegmentationLoss:
     ignore_index: int | None = None
     """Value of pixels that count neither in the loss nor in scores."""
     class_weights: tuple[float, ...] | None = None
-    """Of the cross-entropy: one for each class."""
+    """For the cross-entropy: one weight for each class."""
     label_smoothing: float = 0.0
-    """Of the cross-entropy."""
+    """For the cross-entropy."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the losses of overlap, such as ``smooth`` and ``log_loss``."""
 
@@ -79,13 +79,13 @@ class SegmentationLoss:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The names of the losses that are summed."""
+        """The names of the losses in the sum."""
         return tuple(self.name.split("+"))
 
     def function(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss of scores (N, C, H, W), or (N, 1, H, W) of two classes, and classes (N, H, W).
+        """The loss of scores (N, C, H, W), or (N, 1, H, W) for two classes, given classes (N, H, W).
 
-        It is another one at each call, so a streamed pass is captured anew for it: keep it.
+        Each call returns a new function, for which a streamed pass is captured anew: keep it.
         """
         terms: list[Callable[[Tensor, Tensor], Tensor]] = []
         for term in self.terms:

@@ -1,6 +1,6 @@
-"""What the page of a run shows of a segmentation: scores of each class, and masks over images in colours.
+"""What a run's page shows of a segmentation: each class's scores, and masks over images in colours.
 
-The maps on it are made while the run is validated, from the same passes, and kept in the run's folder.
+The predicted maps on it come from the validation's own passes, and are kept in the run's folder.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ _IGNORED = (255, 255, 255)
 
 
 def pictured(num_images: int) -> frozenset[int]:
-    """Positions of the images on the page, evenly spread."""
+    """The evenly spread positions of the images that the page shows."""
     count = min(num_images, MAX_PICTURED)
     return frozenset(at * num_images // count for at in range(count))
 
 
 def keep_maps(folder: Path, maps: Mapping[int, Tensor]) -> None:
-    """Write small maps of classes (h, w) into a run's folder, in place of those that are there.
+    """Write small maps of classes (h, w) into a run's folder, over earlier ones.
 
     Raises
     ------
     CannotWrite
         If there is no room, or the folder may not be written to.
     RunMismatch
-        If the place for them is a link that leads out of it.
+        If the maps' folder is a link that leads out of the run's.
     """
     place = folder / MAPS
     require_within(folder, place, error=RunMismatch)
@@ -74,7 +74,7 @@ def keep_maps(folder: Path, maps: Mapping[int, Tensor]) -> None:
 
 
 def step_of(size: tuple[int, int]) -> int:
-    """Of how many rows and columns of an image (H, W) a map on the page has one: it has `EDGE` at least."""
+    """The step at which an image (H, W) is sampled for the page; `EDGE` positions at least are left."""
     return max(1, max(size) // EDGE)
 
 
@@ -98,14 +98,14 @@ def shown(
     epochs, best, images, folder
         As for `Task.shown`.
     ignored
-        Value of pixels that do not count.
+        Value of pixels to ignore.
     names
-        Of the classes 0, 1, …; None where they are numbers.
+        Names of the classes 0, 1, …; None if they have none.
 
     Raises
     ------
     RunMismatch
-        If the log is of other images.
+        If the log was written for other validation images.
     """
     if best["num_images"] != len(images):
         raise RunMismatch(
@@ -132,7 +132,7 @@ def shown(
 
 
 def _scores(score: SegmentationScore, names: Sequence[str] | None) -> str:
-    """A row for each class: colour, name if it has one, scores, and its share of the pixels that count."""
+    """A table with a row for each class: colour, name if any, scores, and share of the pixels not ignored."""
     named, blank = ("", "") if names is None else ('<th scope="col" class="name">name</th>', "<td></td>")
     heads = '<th scope="col">class</th><th scope="col"></th>' + named
     heads += "".join(f'<th scope="col">{column}</th>' for column in ("IoU", "Dice", "of all pixels"))
@@ -149,14 +149,14 @@ def _scores(score: SegmentationScore, names: Sequence[str] | None) -> str:
 
 
 def _name_cell(label: int, names: Sequence[str] | None) -> str:
-    """A cell of the table with a class's name; none where classes are numbers."""
+    """The table's cell for a class's name; empty if classes have no names."""
     if names is None:
         return ""
     return f'<td class="name">{escape(names[label] if label < len(names) else "")}</td>'
 
 
 def _named_chips(names: Sequence[str] | None) -> str:
-    """What the colours mean, as a line of the page; none where classes are numbers."""
+    """The legend of the colours, as a line of the page; empty if classes have no names."""
     if names is None:
         return ""
     chips = "".join(
@@ -178,7 +178,7 @@ def _percent(share: float) -> str:
 
 
 def _figure(position: int, images: MaskDataset, folder: Path | None, ignored: int | None) -> str:
-    """An image, its mask over it, and the map that was found over it, if that was kept."""
+    """An image, its mask over it, and the predicted map over it, if one was kept."""
     source, mask = images[position]
     name = images.names[position]
     picture = thumbnail(source, EDGE)
@@ -195,13 +195,13 @@ def _figure(position: int, images: MaskDataset, folder: Path | None, ignored: in
 
 
 def _classes(mask: ImageSource) -> NDArray[Any]:
-    """Every so many pixels of a mask, (h, w)."""
+    """A mask (H, W) sampled at the steps of small maps, (h, w)."""
     classes: NDArray[Any] = sampled(mask, step_of(mask.shape[1:]))[0]
     return classes
 
 
 def _over(picture: Any, classes: NDArray[Any], ignored: int | None) -> Any:
-    """A picture of Pillow in grey with a map of classes (h, w) over all of it, in colours."""
+    """A Pillow picture in grey, under a map of classes (h, w) in colours that covers all of it."""
     pillow = require("PIL.Image", extra="plots")
     colours = np.zeros((*classes.shape, 4), np.uint8)
     colours[..., :3] = _COLOURS[(classes.astype(np.int64) - 1) % len(_COLOURS)]

@@ -1,4 +1,4 @@
-"""What a run is made of, and what may differ when it goes on."""
+"""The settings of a run, and which of them may differ when it is resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_EPOCH = ("epoch", "update")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Everything that decides what a run computes.
+    """The settings that decide what a run computes.
 
     Raises
     ------
@@ -35,9 +35,9 @@ class TrainSettings:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     epochs: int = 10
-    """Most passes over the training images."""
+    """Largest number of passes over the training images."""
     batch_size: int = 1
-    """Images of one forward pass."""
+    """Images in one forward pass."""
     accumulate: int = 1
     """Forward passes whose gradients make one update; the last update of an epoch may have fewer."""
     optimizer: str = "Adam"
@@ -50,11 +50,11 @@ class TrainSettings:
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     """Passed on to the schedule."""
     schedule_every: str = "epoch"
-    """When the schedule makes a step: after each ``"epoch"`` or each ``"update"``."""
+    """When the schedule advances: after each ``"epoch"`` or each ``"update"``."""
     clip_norm: float | None = None
     """Largest norm of all gradients together."""
     ema_decay: float | None = None
-    """Share that the averaged weights keep in an update; validation is then by these."""
+    """Factor of the averaged weights in each update; if given, these weights are validated."""
     autocast: str | None = None
     """``"bfloat16"`` or ``"float16"``."""
     balanced: bool = False
@@ -64,7 +64,7 @@ class TrainSettings:
     save_every: int = 100
     """Updates from one checkpoint to the next; there is one after every epoch besides."""
     seed: int = 0
-    """Of the order of images and of all else that is drawn."""
+    """Seed of the order of images and of all other random numbers."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "save_every"):
@@ -93,7 +93,7 @@ class TrainSettings:
         self._try_out()
 
     def _try_out(self) -> None:
-        """Make optimiser and schedule for a convolution's parameters, and let them make a step."""
+        """Check the options of optimiser and schedule by one step on a small convolution's parameters."""
         _class_of(torch.optim, Optimizer, self.optimizer, "optimizer")
         if self.schedule is not None:
             _class_of(torch.optim.lr_scheduler, LRScheduler, self.schedule, "schedule")
@@ -124,16 +124,16 @@ class TrainSettings:
 
     @property
     def images_per_update(self) -> int:
-        """Of whole updates."""
+        """Images in an update, except the last of an epoch, which may have fewer."""
         return self.batch_size * self.accumulate
 
     def casting(self, device: torch.device) -> torch.autocast:
-        """A block under autocast, if that is asked for."""
+        """The context manager in which passes run: autocast, disabled if the settings have none."""
         dtype, enabled = AUTOCAST_TYPES.get(self.autocast or "bfloat16"), self.autocast is not None
         return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
 
     def step_schedule(self, schedule: LRScheduler, validation_loss: float) -> None:
-        """Let a schedule make the step that comes after an epoch."""
+        """Advance a schedule, by the validation loss if it goes by that."""
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(validation_loss)
         else:
@@ -145,7 +145,7 @@ class TrainSettings:
         Raises
         ------
         UnsupportedModel
-            If it has none.
+            If there are none.
         """
         kind = _class_of(torch.optim, Optimizer, self.optimizer, "optimizer")
         parameters = [p for p in net.parameters() if p.requires_grad]
@@ -156,7 +156,7 @@ class TrainSettings:
         return kind(parameters, lr=self.learning_rate, **self.optimizer_options)  # type: ignore[no-any-return]
 
     def make_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
-        """The schedule of an optimiser's learning rate."""
+        """The schedule of an optimiser's learning rate; None if the settings have none."""
         if self.schedule is None:
             return None
         kind = _class_of(torch.optim.lr_scheduler, LRScheduler, self.schedule, "schedule")
@@ -170,13 +170,13 @@ class TrainSettings:
 _MOST_NAMED = 5
 """Differing values of one name that a message shows."""
 _FINGERPRINTS = {"images": "the training images", "validation": "the validation images"}
-"""Values that stand for all that is known of images, and what these are called."""
+"""Names of the fingerprints of images, with texts for messages."""
 MAY_GROW = frozenset({"epochs", "patience", "save_every"})
 """Settings that say when a run ends or is saved, and not what it computes until then."""
 
 
 def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Hold what a run is resumed with against what it began with.
+    """Compare the identity with which a run is resumed, ``found``, to that with which it began.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def _difference(name: str, then: Any, now: Any) -> str:
-    """What of a value is another; of values by name, such as the model's tensors, the first five that are."""
+    """The difference between two values as text; of mappings, the first five entries that differ."""
     if name in _FINGERPRINTS and isinstance(then, str) and isinstance(now, str):
         return f"{_FINGERPRINTS[name]} or their labels, masks or augmentations are others ({then}, now {now})"
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
@@ -216,7 +216,7 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 
 def _about_times(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """That images may be the same although they are told as others."""
+    """A hint that images may be unchanged after all, if an old run told them by their files' times."""
     old = [
         name
         for name in _FINGERPRINTS
@@ -247,14 +247,14 @@ def _require_number(name: str, found: object) -> None:
 
 
 def _require_options(name: str, found: object) -> None:
-    """Make sure that arguments are by name."""
+    """Make sure that a setting is a mapping of arguments by name that a file can hold."""
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{name}={found!r}: allowed are values by name")
     require_storable(name, found)
 
 
 def _class_of(module: Any, base: type, name: str, setting: str) -> Any:
-    """The class of that name in ``module``, which is no base of others."""
+    """The subclass of ``base`` in ``module`` of this name; ``base`` itself is not allowed."""
     known = {
         key: value
         for key, value in vars(module).items()

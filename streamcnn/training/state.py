@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides tensors, and the proof that one does."""
+"""The contents of a checkpoint besides tensors, and their validation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from streamcnn.training.progress import Progress, require_count
 FORMAT = 2
 """Of a checkpoint's contents."""
 _FIRST = 1
-"""The format from before there were other tasks than classification."""
+"""The format of versions that had no task but classification."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a sampler is."""
+    """A sampler's position."""
 
     length: int
     seed: int
@@ -39,7 +39,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """All of a checkpoint that is no tensor and no state of PyTorch's."""
+    """The fields of a checkpoint other than tensors and PyTorch's states."""
 
     format: int
     versions: Mapping[str, str]
@@ -55,14 +55,14 @@ class _Facts:
 
 
 def require_state(state: Mapping[str, Any], where: Path) -> None:
-    """Make sure that ``state`` is what a trainer saves; tensors' shapes are compared by whoever loads them.
+    """Make sure that ``state`` has the fields that a trainer saves; shapes are checked on loading them.
 
     Raises
     ------
     DamagedCheckpoint
-        Naming the checkpoint and the field that is missing or something else.
+        If a field is missing or of another type; the text names the checkpoint and the field.
     RunMismatch
-        If it is of another format.
+        If the checkpoint has a format that this version does not read.
     """
     if isinstance(state.get("format"), int) and state["format"] not in (_FIRST, FORMAT):
         raise RunMismatch(
@@ -87,7 +87,7 @@ def require_state(state: Mapping[str, Any], where: Path) -> None:
 
 
 def progress_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """How far a saved run is, by the names of `Progress`."""
+    """The progress of a saved run, as the fields of `Progress` by name."""
     found = dict(state["progress"])
     if state.get("format") == _FIRST:
         if "best_accuracy" in found:
@@ -105,12 +105,12 @@ _NOT_THEIRS = (
     TypeError,
     ValueError,
 )
-"""What states raise that have been changed, when they are loaded or used for the first time."""
+"""Errors that damaged states raise when they are loaded or first used."""
 
 
 @contextmanager
 def restoring(where: Path) -> Iterator[None]:
-    """Turn what PyTorch, NumPy and Python raise of states that are not theirs into one error."""
+    """Turn the errors that PyTorch, NumPy and Python raise on damaged states into `DamagedCheckpoint`."""
     try:
         yield
     except StreamError:

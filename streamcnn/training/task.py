@@ -1,4 +1,4 @@
-"""What a model is trained for: all that differs from one kind of run to another."""
+"""The task that a model is trained for: whatever differs between kinds of runs."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ from streamcnn.training.processes import Each
 
 I = TypeVar("I", bound=Images)  # noqa: E741
 Batch = tuple[list[ImageSource], Any, *tuple[Tensor, ...]]
-"""Images, what is to be found in them, and what else goes into the model."""
+"""Images, their targets, and further inputs of the model."""
 
 
 class Evaluation(Protocol):
-    """What a model made of some images."""
+    """A model's loss and score on a set of images."""
 
     @property
     def loss(self) -> float:
-        """Mean of the images' losses."""
+        """The mean of the images' losses."""
 
     @property
     def value(self) -> float:
-        """What the best weights are chosen by, from 0 to 1: the task's measure."""
+        """The score by which the best weights are chosen, from 0 to 1: the task's measure."""
 
     def to_log(self) -> dict[str, Any]:
-        """What an epoch's line of the log has of it, besides the loss."""
+        """The values for the epoch's line of the log, besides the loss."""
 
     def keep(self, folder: Path) -> None:
-        """Write what the run's page shows besides the log into the run's folder."""
+        """Write what the run's page needs besides the log into the run's folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a run's page shows of a task, as HTML."""
+    """The parts of a run's page that the task makes, as HTML."""
 
     curves: str
     """Figures over the epochs."""
     results: str
-    """Of the best epoch."""
+    """Results of the best epoch."""
 
 
 class Task(ABC, Generic[I]):
-    """What a model is trained for. The rest of a run, such as checkpoints, is the same for all tasks."""
+    """The task that a model is trained for; the rest of a run, such as checkpoints, is the same for all."""
 
     name: ClassVar[str]
     measure: ClassVar[str]
-    """What the best weights are chosen by, as texts say it."""
+    """The name in texts of the score by which the best weights are chosen."""
     logged: ClassVar[str]
-    """Its name in an epoch's line of the log."""
+    """The name of that score in an epoch's line of the log."""
     detail: ClassVar[str]
-    """What no other task's lines have: what the page is made of."""
+    """A field of an epoch's line that no other task has, from which the page is made."""
 
     @property
     @abstractmethod
     def loss_name(self) -> str:
-        """What the loss is the mean of, as texts say it."""
+        """The name in texts of the loss."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on; what earlier versions had not is None by default."""
+        """What has to be the same for a run to be resumed; by default, what older runs lack is None."""
 
     # --- data ----------------------------------------------------------------------------------------
 
@@ -85,40 +85,40 @@ class Task(ABC, Generic[I]):
         augmentation: RandomAugmentation | None = None,
         seed: int = 0,
     ) -> I:
-        """The images of a split.
+        """Open the images of a split.
 
         Raises
         ------
         DatasetMismatch
-            If they are not there, or are none of the task's.
+            If there are no such images, or they are not of the task's kind.
         """
 
     @abstractmethod
     def groups(self, images: I) -> Sequence[Hashable]:
-        """What is shared out evenly when images are set aside for validation: a value for each image."""
+        """A group for each image; images set aside for validation are the same share of every group."""
 
     @abstractmethod
     def num_classes(self, images: I, validation: I, model: StreamingModel | None = None) -> int | None:
-        """How many classes the model tells apart; None where it alone says that, and is not there yet."""
+        """The number of classes of the model; None if only the model tells it and there is none yet."""
 
     @abstractmethod
     def class_names(self, images: I) -> tuple[str, ...] | None:
-        """Names of the classes 0, 1, …; None where they are numbers."""
+        """Names of the classes 0, 1, …; None if they have none."""
 
     @abstractmethod
     def open_batch(self, images: I, positions: Sequence[int], where: str) -> Batch:
-        """The images at ``positions``; errors name the image, and ``where`` it was needed."""
+        """Open the images at ``positions`` as a batch; errors name the image, and ``where`` it was needed."""
 
     # --- training ------------------------------------------------------------------------------------
 
     @abstractmethod
     def require_usable(self, model: nn.Module) -> None:
-        """Make sure that what the task needs is there, before anything is read.
+        """Make sure that the model and the installed packages suit the task, before anything is read.
 
         Raises
         ------
         ValueError
-            If the model is none for the task.
+            If the model is not of the kind that the task needs.
         MissingExtra
             If a package is not installed.
         """
@@ -130,29 +130,29 @@ class Task(ABC, Generic[I]):
         Parameters
         ----------
         model, images
-            The model, and its sets of images by what they are for.
+            The model, and its sets of images by purpose: ``"training"`` and ``"validation"``.
         before_image
-            Called before each image that is read; an error of its own ends the check.
+            Called before each image that is read; an error that it raises ends the check.
 
-        Raises
-        ------
-        DatasetMismatch
-            If it does not.
+            Raises
+            ------
+            DatasetMismatch
+                If the model does not fit.
         """
 
     @abstractmethod
     def plan(self, model: StreamingModel, images: I, batch_size: int, device: torch.device) -> Plan:
-        """How updates are carried out, in the model's present mode; the plan is that of the first image."""
+        """The plan of an update's passes, in the model's present mode, for batches of the first image."""
 
     @abstractmethod
     def loss(
         self, model: nn.Module, sources: list[ImageSource], targets: Any, *inputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The sum of a batch's losses, and the logits (N, classes) if there are such, detached."""
+        """The sum of a batch's losses, and its logits (N, classes), detached, or None for other tasks."""
 
     @abstractmethod
     def sums(self, logits: Tensor | None, targets: Any) -> dict[str, float]:
-        """Sums over a batch, whose means over images the log has by these names."""
+        """Sums over a batch by name; the log has their means over images under these names."""
 
     @abstractmethod
     def evaluate(
@@ -165,24 +165,24 @@ class Task(ABC, Generic[I]):
         each: Each,
         device: torch.device,
     ) -> Evaluation:
-        """What a model makes of ``images``, without gradients; modes and weights are the caller's.
+        """Evaluate a model on ``images`` without gradients; the caller sets the model's mode and weights.
 
         Parameters
         ----------
         model, images, batch_size
-            What is evaluated on which images, so many at a time.
+            The model, the images, and how many of them go into a batch.
         casting
-            The block in which it is.
+            Makes the context manager in which each batch is evaluated, such as autocast.
         each
-            Evaluates each batch, here or in another process, and gives what came of all of them, in order:
-            what can be pickled, on the CPU.
+            Evaluates each batch, in this or another process, and returns all results in order. Results are
+            on the CPU and can be pickled.
         device
-            Where the model is.
+            The model's device.
 
-        Raises
-        ------
-        DatasetMismatch
-            If what is known of an image does not fit what the model gives.
+            Raises
+            ------
+            DatasetMismatch
+                If an image's target does not fit the model's result.
         TrainingDiverged
             If the model gives NaN or infinity for an image; the text names it.
         """
@@ -191,7 +191,7 @@ class Task(ABC, Generic[I]):
 
     @abstractmethod
     def told(self, epoch: Mapping[str, Any]) -> str:
-        """An epoch's line of the log in a few words."""
+        """A one-line summary of an epoch's line of the log."""
 
     @abstractmethod
     def told_of_classes(self, epoch: Mapping[str, Any]) -> Sequence[str]:
@@ -201,19 +201,19 @@ class Task(ABC, Generic[I]):
     def shown(
         self, epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], images: I, folder: Path | None
     ) -> Shown:
-        """What the run's page shows.
+        """The task's parts of the run's page.
 
         Parameters
         ----------
         epochs, best
-            Lines of the log, and which of these is of the best weights.
+            The epochs' lines of the log, and that of the best weights.
         images
             The validation images.
         folder
-            Of the run; None if nothing is kept.
+            The run's folder; None if nothing is kept.
 
         Raises
         ------
         RunMismatch
-            If the images are others than those of the log.
+            If the log was written for other images.
         """

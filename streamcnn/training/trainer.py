@@ -1,11 +1,11 @@
-"""The training loop: a run that was killed goes on, and ends as if it had not been.
+"""The training loop. A run that was killed and resumed ends as if it had not been killed.
 
-A checkpoint is taken between two updates and holds all that the rest of the run depends on: weights,
+A checkpoint is taken between two updates and holds everything that the rest of the run depends on: weights,
 optimiser, schedule, loss scaling, averaged weights, every random state, the place in the order of images, the
-sums of the epoch so far, and how long the log was. What came after it is done again, in the same way.
+sums of the epoch so far, and the length of the log. Whatever came after it is repeated identically.
 
-Several processes that PyTorch has brought together train one model: they divide the forward passes of each
-update, and the batches of each validation, and all else is as in one process.
+The processes of a ``torch.distributed`` group train one model. They divide the forward passes of each update
+and the batches of each validation; everything else is as in one process.
 """
 
 from __future__ import annotations
@@ -58,43 +58,43 @@ R = TypeVar("R")
 
 
 class Trainer:
-    """Trains a model on whole images, together with other processes if PyTorch's distributed package has any.
+    """Trains a model on whole images, together with the other processes of ``torch.distributed``, if any.
 
     Parameters
     ----------
     model
-        Of a classifier: takes a list of image sources and gives logits ``(N, classes)``, as a
-        ``StreamingModel`` does. Where images have further inputs, it takes those of the batch after the
-        sources. Of a segmentation: a ``StreamingModel`` that gives a map of scores (N, C, H, W).
+        For classification, a module that takes a list of image sources and returns logits ``(N, classes)``,
+        as a ``StreamingModel`` does; if images have further inputs, it takes the batch's inputs after the
+        sources. For segmentation, a ``StreamingModel`` that returns a map of scores (N, C, H, W).
     images, validation
-        What to train on, and what to choose the best weights by: labelled images, or those of a
+        Images to train on, and images by which the best weights are chosen: labelled ones, or those of a
         ``MaskDataset``.
     settings
-        What to do with them. Of several processes each makes ``accumulate`` forward passes for an update; the
-        attribute of this name has the passes of all together.
+        The settings for one process: each process makes ``accumulate`` forward passes for an update. In the
+        attribute of this name, ``accumulate`` counts the passes of all processes.
     folder
-        Of the run: checkpoints and log. If there are checkpoints, the run goes on from the newest.
+        The run's folder, for checkpoints and log. If it has checkpoints, the run resumes from the newest.
     task
-        What the model is trained for; None for classification.
+        The task; None for classification.
     identity
-        What else has to be the same for the run to go on, by name, such as the model's own; task, settings,
-        data and the shapes of tensors always have. Numbers, texts, lists and dicts.
+        Further values, by name, that have to be the same for the run to be resumed: numbers, texts, lists
+        and dicts. Task, settings, data and the shapes of tensors always have to be.
     events
         Whether to write TensorBoard events too.
     listener
-        Told of every update and epoch as the log is.
+        Called with each update and epoch as the log gets it.
     on_start
-        Called when it is certain that the run begins or goes on.
+        Called when it is certain that the run begins or resumes.
     on_end
-        Called with the reason, and the signal's number or None, as soon as the run is asked to end: in the
-        signal's handler, if a signal asks.
+        Called with the reason, and the signal's number or None, as soon as the run is asked to end; for a
+        signal, in its handler.
 
     Raises
     ------
     ValueError
-        If there are no images, or the model is none for the task, or one that adds up gradients itself.
-    MissingExtra
-        If a package is not installed that the task needs.
+        If there are no images, or the model does not suit the task, or it sums gradients itself.
+        MissingExtra
+            If a package that the task needs is not installed.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Trainer:
         self.model = model
         self.images = images
         self.validation = validation
-        # Those of the one process that would do the same.
+        # The settings with which one process would do the same.
         self.settings = replace(settings, accumulate=settings.accumulate * self.processes.count)
         self.folder = folder
         self.identity = dict(identity or {})
@@ -139,37 +139,37 @@ class Trainer:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Steps of the optimiser in a whole epoch."""
+        """Number of optimiser steps in a whole epoch."""
         return math.ceil(len(self._make_sampler()) / self.settings.images_per_update)
 
     def run(self) -> TrainResult:
         """Train, from the newest checkpoint if there is one, until the run is over.
 
-        At SIGINT, SIGTERM or SIGHUP the run ends after the present update or validation batch, its state
-        saved; at a second one it ends at once. What one of several processes raises ends all of them.
+        After SIGINT, SIGTERM or SIGHUP the run finishes the present update or validation batch, saves its
+        state and ends; after a second signal it ends at once. An error in one process ends all processes.
 
         Raises
         ------
         RunMismatch
-            If the checkpoints are of another model, other data or other settings, or the log is shorter than
-            it was when the newest was written.
+            If the checkpoints belong to another model, other data or other settings, or the log is shorter
+            than it was when the newest checkpoint was written.
         DamagedCheckpoint
-            If there are checkpoints and none can be read, or the best one is gone.
+            If there are checkpoints and all are damaged, or the best one is gone.
         DatasetMismatch
-            If images to train on and to validate by have different further inputs or pixels, if images of a
-            batch would have different sizes, or masks hold classes that the model does not tell apart.
+            If training and validation images differ in kind, images of a batch would have different sizes, or
+            masks hold classes that the model has no channel for.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         TrainingDiverged
-            If the loss is no number any more.
+            If the loss becomes NaN or infinite.
         RunInUse
             If another process trains in the folder.
         CannotWrite
             If the disk is full, or the folder may not be written to.
         Terminated
-            After a signal or `end`, when the state is saved.
+            After a signal or `end`, once the state is saved.
         StoppedAtOnce
-            After a second signal; the newest checkpoint is the one before.
+            After a second signal; the newest checkpoint is then the last one saved before it.
         OtherProcessFailed
             If an error has ended another process.
         """
@@ -179,7 +179,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> TrainResult:
-        """As `run`, in a folder that is this process's."""
+        """Train in the locked folder; see :meth:`run`."""
         saved = self.records.newest()
         if saved is not None and not saved["progress"]["update"] and saved["identity"] != self._identity:
             saved = None  # nothing was trained, so nothing is lost
@@ -203,12 +203,12 @@ class Trainer:
         return self.progress.to_result(self.records.best())
 
     def end(self, reason: str) -> None:
-        """Have the run end after the present update or validation batch, its state saved.
+        """Ask the run to save its state and end after the present update or validation batch.
 
         Parameters
         ----------
         reason
-            What ended it, for the error's text.
+            What ends it, for the error's text.
         """
         self._end_request.reason = reason
         self.on_end(reason, self._end_request.signal)
@@ -220,13 +220,13 @@ class Trainer:
     # --- state ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Make everything as it is before the first update; `run` does, and goes on from a checkpoint then.
+        """Set everything to its state before the first update; `run` calls this before it loads a checkpoint.
 
         Raises
         ------
         DatasetMismatch
-            If images to train on and to validate by have different further inputs or pixels, or if images
-            of a batch would have different sizes.
+            If training and validation images differ in kind, or images of a batch would have different
+            sizes.
         PlanDoesNotFit
             If the first image cannot be streamed within the budget.
         """
@@ -237,11 +237,11 @@ class Trainer:
         self.processes.spread(chain(self.net.parameters(), self.net.buffers()))
         with self.processes.agreeing():
             self.optimisation = Optimisation(self.net, self.settings, self.device)
-            self._find_plan_digest()  # so that a plan that does not fit is told before anything is written
+            self._find_plan_digest()  # raises for a plan that does not fit before anything is written
             require_no_collectives(self.model, self.processes)
 
     def _begin(self) -> None:
-        """Make what the weights do not matter for."""
+        """Set the state that does not depend on the weights."""
         self.sampler = self._make_sampler()
         self.progress = Progress()
         require_same_inputs(self.images, self.validation)
@@ -256,7 +256,7 @@ class Trainer:
             require_enough(self.sampler, self.processes.count, size)
 
     def _check(self) -> None:
-        """Compare the model with all that it is to be trained for."""
+        """Check that the model fits all training and validation images; see `Task.check`."""
         images = {"training": self.images, "validation": self.validation}
         self._end_request.checked(
             self.processes, lambda before_image: self.task.check(self.model, images, before_image)
@@ -282,15 +282,15 @@ class Trainer:
             **self.optimisation.state_dict(),
             "sampler": self.sampler.state_dict(),
             "random": random_states(self.device),
-            # Not that of the beginning: it is another once memory was refused.
+            # Not the plan of the beginning: after a refused allocation there is another.
             "plan": self._find_plan_digest(),
         }
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint holds."""
+        """Restore the state in a checkpoint."""
         images = {"images": self.images, "validation": self.validation}
         require_same(self._identity, with_present_fingerprints(saved["identity"], self._identity, images))
-        # As when it was saved: an augmentation that turns the first image has another plan.
+        # Augmented as when it was saved: if the first image is rotated, its plan differs.
         place = saved["sampler"]
         self.images.set_epoch(place["epoch"] if place["position"] else max(place["epoch"] - 1, 0))
         tell_differences(saved, self._find_plan_digest())
@@ -303,14 +303,14 @@ class Trainer:
         self._decide_whether_over()
 
     def _find_plan_digest(self) -> str | None:
-        """The fingerprint of the plan that updates are carried out by, if the model is streamed."""
+        """The fingerprint of the plan that carries out updates; None if the model is not streamed."""
         size = self.settings.batch_size
         return plan_digest(self.task, self.model, self.images, size, self.device, self.casting)
 
     # --- updates -------------------------------------------------------------------------------------
 
     def _train_epoch(self) -> None:
-        """The rest of the present epoch."""
+        """Train for the rest of the present epoch."""
         self.model.train()
         self.images.set_epoch(self.sampler.epoch)
         for positions in self.sampler.groups(self.settings.images_per_update, self._announce):
@@ -321,20 +321,20 @@ class Trainer:
                 self._end_if_asked()
 
     def _announce(self, position: int) -> None:
-        """Prepare for the next image in order, if this process will read it."""
+        """Prefetch the next image in order, if this process will read it."""
         batch = self.sampler.position % self.settings.images_per_update // self.settings.batch_size
         if batch in self.processes.share(self.settings.accumulate):
             self.images.prefetch(position)
 
     def _end_if_asked(self) -> None:
-        """Save and end, if that was asked for."""
+        """Save the state and end the run, if a process was asked to."""
         asked = self._end_request.of_any(self.processes)
         if asked is not None:
             self._save()
             raise asked.to_error(self.progress.update)
 
     def _update(self, positions: list[int]) -> None:
-        """One step of the optimiser, on the gradients of all ``positions``."""
+        """Make one optimiser step, on the mean gradient of the images at ``positions``."""
         size, record = self.settings.batch_size, UpdateRecord()
         learning_rate = self.optimisation.learning_rate
         statistics = RunningStatistics(self.net, self.processes)
@@ -368,21 +368,21 @@ class Trainer:
     def differentiate(
         self, sources: list[ImageSource], targets: Any, weight: float, *inputs: Tensor
     ) -> tuple[float, Tensor | None]:
-        """Add the gradients of a batch, for subclasses whose model needs more than one pass.
+        """Add the gradients of a batch; a hook for subclasses whose model needs more than one pass.
 
         Parameters
         ----------
         sources, targets
-            Of the batch; targets are labels ``(N,)``, int64, or a list of masks.
+            The batch's sources, and its targets: labels ``(N,)``, int64, or a list of masks.
         weight
-            Factor of the sum of its losses.
+            Factor by which the sum of its losses is multiplied.
         *inputs
-            What goes into the model after the sources, (N, …) each, on its device.
+            Further inputs of the model, after the sources: (N, …) each, on its device.
 
         Returns
         -------
-        The sum of the images' losses, without the factor, and of a classifier their logits ``(N, classes)``,
-        detached.
+        The sum of the images' losses, without the factor, and a classifier's logits ``(N, classes)``,
+        detached; None for other tasks.
         """
         with self.casting():
             loss, logits = self.task.loss(self.model, sources, targets, *inputs)
@@ -391,18 +391,18 @@ class Trainer:
 
     def _note(self, kind: str, values: Mapping[str, Any]) -> None:
         """Tell the log and the listener."""
-        # After a signal the terminal that the listener writes to may be gone, and the state is to be saved.
+        # After a signal the listener's terminal may be gone, and an error would prevent saving the state.
         listener = self.listener if self._end_request.signal is None else None
         self.records.note(kind, values, self.progress.update, listener)
 
     def casting(self) -> AbstractContextManager[None]:
-        """A block under autocast, as the settings say."""
+        """The context manager in which passes run: autocast, as the settings say."""
         return self.settings.casting(self.device)
 
     # --- epochs --------------------------------------------------------------------------------------
 
     def _validate(self) -> Evaluation:
-        """Evaluate the validation images by the averaged weights, or by the present ones if none are kept."""
+        """Evaluate the averaged weights, or else the present ones, on the validation images."""
         self.model.eval()
         self.validation.set_epoch(0)
         try:
@@ -416,12 +416,12 @@ class Trainer:
                     device=self.device,
                 )
         except EndAsked:
-            # With the model's own weights again.
+            # The model has its own weights again.
             self._end_if_asked()
             raise
 
     def _each(self, work: Callable[[T], R], items: Sequence[T], /) -> list[R]:
-        """What validation gives for all batches."""
+        """Apply ``work`` to all validation batches, each with its own seed, divided among processes."""
 
         def seeded(item: T) -> R:
             seed_for(self.settings.seed, "validation", self.progress.epoch, item)
@@ -430,7 +430,7 @@ class Trainer:
         return self._end_request.divided(self.processes, seeded, items)
 
     def _end_epoch(self, found: Evaluation) -> None:
-        """Note the validation, decide what comes next, and save."""
+        """Log the validation, decide whether the run is over, and save."""
         progress = self.progress
         self.optimisation.end_epoch(found.loss)
         values = {"validation_loss": found.loss, **found.to_log()}

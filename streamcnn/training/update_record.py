@@ -1,4 +1,4 @@
-"""What an update was measured at, as the log has it."""
+"""The measurements of an update, as the log has them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from streamcnn.runtime.report import Report
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """What a batch gives."""
+    """Sums and measurements of one batch."""
 
     num_images: int
     num_pixels: int
     loss: float
     """Sum of its images' losses."""
     sums: Mapping[str, float]
-    """Of what the task tells of each image, by name."""
+    """Sums of the task's measures of each image, by name."""
     measured_bytes: int | None = None
     projected_bytes: int | None = None
     num_retries: int = 0
@@ -30,7 +30,7 @@ class BatchRecord:
     def of(
         cls, sources: Sequence[ImageSource], loss: float, sums: Mapping[str, float], report: Report | None
     ) -> BatchRecord:
-        """That of some images, with what their streamed pass measured."""
+        """The record of a batch of images, with the bytes in the report of their streamed pass, if any."""
         return cls(
             len(sources),
             sum(math.prod(source.shape[1:]) for source in sources),
@@ -41,7 +41,7 @@ class BatchRecord:
 
 
 class UpdateRecord:
-    """Adds up what the batches of an update give; its time begins when it is made."""
+    """Sums over the batches of an update; its time runs from when it is created."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -53,24 +53,24 @@ class UpdateRecord:
 
     @property
     def num_images(self) -> int:
-        """Of all batches."""
+        """Images in all batches."""
         return sum(batch.num_images for batch in self._batches)
 
     @property
     def loss_sum(self) -> float:
-        """Of the losses of all images."""
+        """The sum of all images' losses."""
         return sum(batch.loss for batch in self._batches)
 
     @property
     def sums(self) -> dict[str, float]:
-        """Of what the task tells of each image, by name."""
+        """Sums of the task's measures of each image, by name."""
         found: dict[str, float] = {}
         for batch in self._batches:
             add_to(found, batch.sums)
         return found
 
     def values(self, *, epoch: int, learning_rate: float) -> dict[str, Any]:
-        """The update's line of the log; its time ends now."""
+        """The values of the update's line of the log; its time ends with this call."""
         seconds = time.perf_counter() - self._start
         return {
             "epoch": epoch,
@@ -85,11 +85,11 @@ class UpdateRecord:
         }
 
     def _known(self, name: str) -> Iterator[int]:
-        """A value of all batches that have it."""
+        """The values of the field ``name`` in all batches that have it."""
         return (found for batch in self._batches if (found := getattr(batch, name)) is not None)
 
 
 def add_to(sums: dict[str, float], further: Mapping[str, float]) -> None:
-    """Add values by name to sums of such."""
+    """Add each value of ``further`` to the sum of the same name."""
     for name, value in further.items():
         sums[name] = sums.get(name, 0) + value
