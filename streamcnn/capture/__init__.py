@@ -1,1 +1,1 @@
-"""From a user's forward pass to a program, under guards."""
+"""Capture: from a user's forward pass to a program, reused for as long as guards hold."""

@@ -1,6 +1,6 @@
-"""Batch norms whose own forward passes cannot be traced, as ones that can, for the thread that captures.
+"""Traceable forward passes for batch norms whose own cannot be traced, in the thread that captures.
 
-With ``momentum=None`` a norm reads its counter's value, and a synchronised one talks with other processes.
+With ``momentum=None`` a norm reads its counter's value, and a synchronised norm communicates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def traceable_batch_norms(module: nn.Module) -> Iterator[None]:
 
 @lru_cache(8)
 def _together(everyone: Group | None) -> Callable[[Any, Tensor], Tensor]:
-    """``SyncBatchNorm.forward`` where these are all processes."""
+    """``SyncBatchNorm.forward`` whose default process group is ``everyone``."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         return _normalise_together(self, input, everyone)
@@ -49,7 +49,7 @@ def _normalise_together(self: Any, input: Tensor, everyone: Group | None) -> Ten
     """``SyncBatchNorm.forward``, on any device."""
     self._check_input_dim(input)
     self._check_non_zero_input_channels(input)
-    # A number is what a process has for a group that only others are in.
+    # For a group that this process is not in, ``torch.distributed`` gives a number.
     if everyone is None or isinstance(self.process_group, int):
         return _normalise(self, input)
     group, size = everyone
@@ -61,7 +61,7 @@ def _normalise_together(self: Any, input: Tensor, everyone: Group | None) -> Ten
 
 
 def _normalise(self: Any, input: Tensor) -> Tensor:
-    """``_BatchNorm.forward``, which says :data:`CUMULATIVE` where that would read the counter."""
+    """``_BatchNorm.forward`` with :data:`CUMULATIVE` as the factor where the original reads the counter."""
     self._check_input_dim(input)
     factor = 0.0 if self.momentum is None else self.momentum
     if self.training and self.track_running_stats and self.num_batches_tracked is not None:

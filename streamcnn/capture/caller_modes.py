@@ -1,4 +1,4 @@
-"""What a caller has around a call of the model: hooks on saved tensors, and dispatch modes.
+"""The caller's modes around a call of the model: hooks on saved tensors, and dispatch modes.
 
 Capture and planning are no part of the caller's computation: activation checkpointing must not count
 their tensors, and a profiler's mode must not see their operators. The pass itself runs under both.
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_
 
 
 class CallerModes:
-    """The caller's hooks and modes, which can be set aside and restored within."""
+    """The caller's hooks and modes, which one block removes and a block inside it restores."""
 
     def __init__(self) -> None:
         self._hooks: list[tuple[Any, Any]] = []
@@ -29,7 +29,7 @@ class CallerModes:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Run a block without them."""
+        """Run a block without the caller's hooks and modes."""
         self._hooks, self._modes = _take_hooks(), _take_modes()
         try:
             with _trackers_aside():
@@ -40,7 +40,7 @@ class CallerModes:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Run a block inside :meth:`aside` with them."""
+        """Run a block inside :meth:`aside` with the caller's hooks and modes."""
         _put_hooks(self._hooks)
         _put_modes(self._modes)
         try:
@@ -51,7 +51,7 @@ class CallerModes:
 
 
 class _Collector:
-    """Keeps Python's cyclic collector off while some thread is in a block of its."""
+    """Keeps Python's cyclic garbage collector off while any thread is inside a block of :meth:`off`."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -62,8 +62,8 @@ class _Collector:
     def off(self) -> Iterator[None]:
         """Run a block with the collector off.
 
-        Capture and planning make a great many objects, which stay, in a few seconds: the collector would walk
-        all of them and all of PyTorch's again and again, for a quarter of that time.
+        Capture and planning create many long-lived objects within a few seconds. The collector would walk all
+        of them and all of PyTorch's repeatedly, which takes a quarter of that time.
         """
         with self._lock:
             if not self._num_blocks:
@@ -84,7 +84,7 @@ collector = _Collector()
 
 @contextmanager
 def function_modes_aside() -> Iterator[None]:
-    """Run a block whose calls the caller's function modes have seen already, when they were captured."""
+    """Run a block without the caller's function modes, which saw its calls when they were captured."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     for _ in modes:
         _pop_function_mode()  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ def function_modes_aside() -> Iterator[None]:
 
 @contextmanager
 def saved_tensors_hooks_aside() -> Iterator[None]:
-    """Run a block whose autograd graphs are nobody else's business."""
+    """Run a block without the caller's hooks on saved tensors, for autograd graphs of our own."""
     hooks = _take_hooks()
     try:
         yield
@@ -132,7 +132,7 @@ def _put_modes(modes: list[Any]) -> None:
 
 @contextmanager
 def _trackers_aside() -> Iterator[None]:
-    """Take off the hooks by which PyTorch's own tools follow which module is at work."""
+    """Run a block without the global hooks by which PyTorch's own tools track the running module."""
     taken = [
         (registry, key, registry.pop(key))
         for registry in (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks)

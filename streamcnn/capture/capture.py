@@ -1,8 +1,8 @@
 """A captured forward pass: a flat list of functional ATen calls.
 
-:class:`RawGraph` is what tracing and planning start from: in-place operators are functional calls, changes of
-states are named results, and each call knows the blocks that it stands in. It decides nothing about
-streaming, and holds nothing of the user's Python but functions that run whole.
+Tracing and planning start from a :class:`RawGraph`: in-place operators are functional calls, changes of
+states are named results, and each call knows the ``no_grad`` and autocast blocks around it. The graph decides
+nothing about streaming, and of the user's Python it holds only functions that run whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CUMULATIVE = math.nan
 
 @dataclass(frozen=True, slots=True)
 class RawNode:
-    """One functional call."""
+    """One functional call of a captured graph."""
 
     name: str
     target: Callable[..., Any]
@@ -37,17 +37,17 @@ class RawNode:
     kwargs: dict[str, Any]
     source: str
     in_place: Callable[..., Any] | None = None
-    """The call as the user's model has it, if that overwrites its first argument."""
+    """The user's own operator, if it overwrites its first argument."""
     overwrites: str = ""
-    """The value in whose place its result is written, in that one's type; empty for none."""
+    """The value that the result overwrites, in that value's dtype; empty for none."""
     grad: bool = True
-    """Whether autograd would record it."""
+    """Whether autograd would record the call."""
     casts: Casts | None = None
     """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
     line: str = field(default="", compare=False)
-    """Of the user's code, with its file; empty where that is not known."""
+    """The line of the user's code, with its file; empty if unknown."""
     operands: tuple[str, ...] = field(init=False, compare=False)
-    """Names of the values it reads, each once."""
+    """Names of the values that the call reads, each once."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operands", refs_in((self.args, dict(self.kwargs))))
@@ -55,7 +55,7 @@ class RawNode:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A result of the model that is one of the tensors that went in."""
+    """A result of the model that is one of its input tensors."""
 
     key: str
 
@@ -76,15 +76,15 @@ class RawGraph:
     outputs: tuple[Any, ...]
     """The results: refs, :class:`Given` ones, and plain values; then values that are checked."""
     updates: Mapping[str, str]
-    """Key of a state that the pass changes to the node that holds its new value."""
+    """Key of each state that the pass changes, to the node that holds its new value."""
     enables_grad: bool = False
-    """Whether a block of the model turns gradients on where they were off."""
+    """Whether a block of the model enables gradients inside one that disables them."""
     num_checks: int = 0
-    """How many of the results, the last ones, are values that the model only asserts something of."""
+    """Number of the last results that are values which the model only makes assertions about."""
     changes_image: bool = False
     """Whether the model overwrites the image, as ``x.sub_(mean)`` does."""
     marks_image: bool = False
-    """Whether the model changes if the image requires a gradient, as ``x.requires_grad_()`` does."""
+    """Whether the model changes ``requires_grad`` of the image, as ``x.requires_grad_()`` does."""
     key: str = field(init=False, compare=False)
     """Equal for graphs that are planned alike."""
 
@@ -98,14 +98,16 @@ class RawGraph:
 
 
 def _text(target: Callable[..., Any]) -> str:
-    """A target as part of a graph's key: of the user's functions, all that plans depend on."""
+    """A target as part of a graph's key; for a user's function, everything that plans depend on."""
     if isinstance(target, Whole):
         return target.outline
     return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
 def moved(statistic: Tensor, normalised: Tensor) -> Tensor:
-    """A running statistic as the norm that gives ``normalised`` has moved it; the norm's rule computes it."""
+    """A placeholder for a running statistic as updated by the norm that returned ``normalised``.
+
+    The norm's rule computes the value; this function is never called."""
     raise AssertionError("it stands for a value, and is not called")
 
 
@@ -114,20 +116,20 @@ ARGUMENT = "argument "
 
 
 def named_arguments(arguments: Any) -> Iterator[tuple[str, Tensor]]:
-    """Keys and tensors of a call's further arguments, which are its ``(args, kwargs)``."""
+    """Keys and tensors among a call's further arguments, given as ``(args, kwargs)``."""
     for path, leaf in pytree.tree_leaves_with_path(arguments):
         if isinstance(leaf, Tensor):
             yield f"{ARGUMENT}{pytree.keystr(path[1:])}", leaf
 
 
 def module_states(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names: tied ones have several."""
+    """Parameters and buffers by qualified name; a tied one appears under each of its names."""
     parameters = net.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(net.named_buffers(remove_duplicate=False))}
 
 
 def device_of(net: nn.Module) -> torch.device:
-    """Where a module's first parameter or buffer is, and so the image of a pass; the CPU if it has none."""
+    """The device of a module's first parameter or buffer, for the image of a pass; the CPU if it has none."""
     first = next(chain(net.parameters(), net.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -138,12 +140,12 @@ def is_argument(key: str) -> bool:
 
 
 def outside_key(name: str) -> str:
-    """The key of a tensor that the pass changes and that was not known to go in, by its name in the graph."""
+    """The key of a tensor outside the module that the pass changes, from its name in the graph."""
     return f"a tensor from outside of the module ({name})"
 
 
 def spatial_axes(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Axes | None:
-    """The spatial axes of an argument of the image's size, or of four axes as an image has them."""
+    """The spatial axes of an argument: those with the image's size, or the last two of four axes."""
     size = image_shape[2:]
     for first in (len(shape) - 2, len(shape) - 3):
         if first >= 0 and shape[first : first + 2] == size and size != (1, 1):

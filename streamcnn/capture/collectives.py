@@ -1,7 +1,7 @@
-"""What processes do together within a forward pass.
+"""Collectives of ``torch.distributed`` within a forward pass.
 
-A graph says what is computed, and a plan carries out what does not depend on each other in whatever order
-suits it. What processes do together they have to do in one order, whatever plans they have.
+A plan may run independent calls in any order. All processes must run their collectives in the same order,
+whatever their plans are.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _IN_PLACE = (
 
 @contextmanager
 def collectives_as_called() -> Iterator[None]:
-    """A block in which this thread's collectives have the gradients that they have outside of a trace.
+    """Let this thread's collectives have the same gradients as outside of a trace, for the block.
 
-    Those that overwrite tensors are out of autograd's sight: a gradient passes by as if nothing had been
-    written. Dynamo's stand-ins for them would send it through all processes.
+    Autograd does not see collectives that overwrite tensors: gradients pass as if nothing had been written.
+    Dynamo's replacements for them would reduce the gradient over all processes.
     """
     with ExitStack() as replaced:
         if all_processes() is not None:
@@ -51,7 +51,7 @@ def collectives_as_called() -> Iterator[None]:
             for name, collective in by_name.items():
                 unseen = _out_of_sight(collective)
                 replaced.enter_context(replaced_here(functional, name, unseen, lasting=True))
-            # PyTorch 2.11's Dynamo has the functions themselves in its table, later ones what calls them.
+            # PyTorch 2.11's Dynamo has the functions themselves in its table, later versions their callers.
             known = functional.traceable_collective_remaps
             present = {
                 called: vars(functional)[stand_in.__name__]
@@ -71,9 +71,9 @@ _NOT_FOLLOWED = (
 
 @contextmanager
 def collectives_refused() -> Iterator[None]:
-    """A block in which this thread's collectives are errors, but in functions that are recorded whole.
+    """Make this thread's collectives errors for the block, except in functions that are recorded whole.
 
-    Traced call by call they would be made now, by nobody else, and have no values.
+    Traced call by call, a collective would run at once, without values and without the other processes.
     """
     with ExitStack() as replaced:
         if all_processes() is not None:
@@ -105,7 +105,7 @@ def _out_of_sight(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_their_order(nodes: Iterable[RawNode]) -> Iterator[RawNode]:
-    """The calls of a graph, each that processes make together taking something of the one before."""
+    """The calls of a graph, each collective made to depend on the previous one, which fixes their order."""
     before: RawNode | None = None
     for node in nodes:
         if node.target is not SYNCHRONISED:

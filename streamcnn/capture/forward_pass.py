@@ -1,8 +1,8 @@
-"""A call of the user's module, its operators carried out by somebody else.
+"""A call of the user's module whose captured operators are run by the caller.
 
-The call is captured with guards where its Python code can be followed (:mod:`streamcnn.capture.guarded`),
-and anew for each call where not (:mod:`streamcnn.capture.unguarded`). Either way it happens outside of the
-caller's own hooks, modes and compilers, and what the code does besides computing happens as in plain PyTorch.
+If Dynamo can follow the Python code, the call is captured with guards (:mod:`streamcnn.capture.guarded`);
+otherwise each call is captured anew (:mod:`streamcnn.capture.unguarded`). Capture happens outside of the
+caller's hooks, modes and compilers. Side effects of the code happen as in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _MOST_BYTES = 2**63 - 1
 
 
 class ForwardPass:
-    """Calls of one module."""
+    """Captures the calls of one module, and keeps what later calls can use again."""
 
     def __init__(self) -> None:
         self._guarded = GuardedForward()
         self._unguardable: dict[tuple[bool, bool], str] = {}
-        """Modes in which Dynamo cannot follow the code, with what it says of it."""
+        """Modes (training, gradients) in which Dynamo cannot follow the code, with its reason."""
 
     def __call__(
         self,
@@ -59,7 +59,7 @@ class ForwardPass:
         """What ``net(image, *args, **kwargs)`` returns, given that ``run`` carries out its operators.
 
         ``image`` is a stand-in of the image's shape, dtype and device; see :func:`stand_in`. ``run`` is
-        called with their modes set aside.
+        called without the caller's hooks and modes.
 
         Raises
         ------
@@ -82,7 +82,7 @@ class ForwardPass:
                 return run(graph, states)
 
             mode = (net.training, torch.is_grad_enabled())
-            # Attributes of the image would be in no guard.
+            # No guard covers attributes of the image.
             can_try = mode not in self._unguardable and not vars(image)
             said = self._unguardable.get(mode, "")
             if can_try:
@@ -94,10 +94,10 @@ class ForwardPass:
                 capture = _captured_anew(net, image, args, kwargs)
             except UnsupportedModel as error:
                 raise _naming_code(error, said) from error.__cause__
-            # Where this fails as well, it is the image or an argument that is wrong.
+            # Reached only if the second capture succeeds; if both fail, the image or an argument is at fault.
             if can_try:
                 self._unguardable[mode] = said
-                # What Dynamo leaves of its attempt refers to parameters, which could not be exchanged.
+                # Dynamo's remains refer to parameters, which could not be exchanged while they do.
                 gc.collect()
             try:
                 with function_modes_aside():
@@ -115,7 +115,7 @@ class ForwardPass:
         kwargs: dict[str, Any],
         take: Callable[[RawGraph, Mapping[str, Tensor]], T],
     ) -> T:
-        """What ``take`` makes of a call's graph and its states; the call ends there and leaves nothing.
+        """Return ``take(graph, states)`` for a call, which ends there and has no effects.
 
         Raises
         ------
@@ -134,18 +134,18 @@ class ForwardPass:
 
 
 class _Taken(Exception):
-    """Ends a call whose graph is all that is wanted."""
+    """Ends a call of which only the graph is wanted."""
 
 
 def stand_in(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, requires_grad: bool = False
 ) -> Tensor:
-    """A tensor of ``shape`` that takes the memory of one element.
+    """A stand-in for an image: a tensor of ``shape`` in the memory of one element.
 
     Raises
     ------
     PlanDoesNotFit
-        If PyTorch cannot count its bytes.
+        If the shape has 2^63 bytes or more, which PyTorch cannot count.
     """
     if math.prod(shape) * dtype.itemsize > _MOST_BYTES:
         raise PlanDoesNotFit(
@@ -153,15 +153,15 @@ def stand_in(
             "give a smaller one"
         )
     element = torch.zeros(1, dtype=dtype, device=device)
-    # No view: of a view's fake tensor Dynamo makes a cycle that the collector does not see, and what was
-    # captured would stay, with weak references to the parameters.
+    # Not a view: from a view's fake tensor Dynamo makes a cycle that the collector does not see, so that
+    # captures would stay, with weak references to the parameters.
     image = torch.empty(0, dtype=dtype, device=device)
     image.set_(element.untyped_storage(), 0, shape, (0,) * len(shape))
     return image.requires_grad_(requires_grad)
 
 
 def capture(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> RawGraph:
-    """The graph of ``module`` for an image of ``shape`` (N, C, H, W), in its present mode; nothing is run.
+    """Capture ``module`` for an image of ``shape`` (N, C, H, W) in its present mode, without running it.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def _captured_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs:
 
 
 def _naming_code(error: UnsupportedModel, said: str) -> UnsupportedModel:
-    """A refusal for the sake of code that Dynamo cannot follow, with what that is."""
+    """``error``, with Dynamo's reason added if code that Dynamo cannot follow is the cause."""
     if not said or _FOR_SUCH_CODE not in str(error):
         return error
     return UnsupportedModel(f"{str(error).rstrip('.')}. What Dynamo says of that code: {said}")
@@ -193,7 +193,7 @@ def _naming_code(error: UnsupportedModel, said: str) -> UnsupportedModel:
 def _quiet() -> Iterator[None]:
     """Keep PyTorch's own log of a failed trace off the terminal; its reason is in our error.
 
-    Modules and functions that the user has compiled run as they are, without a word about tracing's hooks.
+    Modules and functions that the user has compiled run as they are, without warnings about our hooks.
     """
     from torch._dynamo import config
 

@@ -1,4 +1,4 @@
-"""Which code is the user's, and which line of it a recorded call comes from."""
+"""The user's code, and the line of it that made a recorded call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TORCH_FOLDER = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<number>\d+), in .*\n    (?P<code>.*)$', re.MULTILINE)
 _NOT_THE_USERS = (TORCH_FOLDER, str(Path(__file__).parents[1]))
 _MOST_LETTERS = 100
-"""Of a line of code in a message."""
+"""Letters of a line of code in a message."""
 
 
 def is_users(file: str) -> bool:
@@ -20,7 +20,7 @@ def is_users(file: str) -> bool:
 
 
 def shortened(code: str | None) -> str:
-    """A line of code without its margins, of which long ones keep their beginning."""
+    """A line of code without indentation, cut at the end if it is long."""
     code = (code or "").strip()
     return code if len(code) <= _MOST_LETTERS else f"{code[:_MOST_LETTERS].rstrip()} …"
 

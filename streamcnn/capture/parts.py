@@ -1,9 +1,9 @@
 """Results that depend on each other: one captured graph as a chain of graphs.
 
-A model that returns its features beside its logits lets the user ask for the gradient of one with respect
-to the other. To autograd a streamed pass is one node, and one result of a node is no function of
-another. So what comes after a result that others depend on is a pass of its own, which takes that result as
-an input; what else it needs of the values before it is handed over in the same way.
+The user of a model that returns features beside its logits may ask for the gradient of the logits with
+respect to the features. To autograd, a streamed pass is one node, whose results do not depend on each other.
+So the calls after a result that others depend on form a pass of their own, with that result as an input.
+Other values from before that they need become inputs in the same way.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ BEFORE = "before "
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some calls of a graph, which are carried out in one pass."""
+    """The calls of a graph that one pass carries out."""
 
     nodes: tuple[RawNode, ...]
     taken: tuple[str, ...]
-    """Values of earlier parts that it reads."""
+    """Names of the values of earlier parts that this part reads."""
     given: tuple[str, ...]
-    """Values that it hands over: results of the model, and what later parts read."""
+    """Names of the values that this part returns: results of the model, and inputs of later parts."""
 
     def graph(self, whole: RawGraph, taken: Mapping[str, Tensor]) -> RawGraph:
-        """The part as a graph that takes the tensors ``taken``."""
+        """The part as a graph with the tensors ``taken`` as inputs."""
         axes = {name: spatial_axes(tuple(value.shape), whole.image_shape) for name, value in taken.items()}
         inside = {node.name for node in self.nodes}
-        # A part before may have changed a state by now; what this one reads of it is what it was.
+        # An earlier part may have changed a state; this part reads the value from before the pass.
         states = {n: f"{BEFORE}{key}" if key in whole.updates else key for n, key in whole.states.items()}
         return replace(
             whole,
@@ -54,7 +54,7 @@ class Part:
 
 
 def parts_of(graph: RawGraph) -> tuple[Part, ...]:
-    """The parts of a graph in order; none where no result depends on another."""
+    """The parts of a graph in order; empty if no result depends on another."""
     depths = _depths(graph)
     if len(set(depths.values())) < 2:
         return ()
@@ -86,11 +86,11 @@ def parts_of(graph: RawGraph) -> tuple[Part, ...]:
 
 
 def _depths(graph: RawGraph) -> dict[str, int]:
-    """For each result that a call makes, how many others it depends on, one after another."""
+    """For each result, the length of the longest chain of other results that it depends on."""
     results = {each.name for each in graph.outputs if isinstance(each, Ref)}
     depths: dict[str, int] = {}
     behind: dict[str, int] = {}
-    """For each call, the depth of what it hands on."""
+    """For each call, the depth that its readers have."""
     for node in graph.nodes:
         depth = max((behind.get(operand, 0) for operand in node.operands), default=0)
         if node.name in results:
@@ -112,7 +112,7 @@ def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
 
 
 def _place_draws(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str, int]) -> None:
-    """Put random numbers that depend on nothing into the first part, in the order of being drawn."""
+    """Put draws that do not depend on the image into the first part, in their order."""
     for node in graph.nodes:
         if draws(node.target):
             needed = _needed(nodes, [node.name])
@@ -121,9 +121,9 @@ def _place_draws(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str,
 
 
 def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str, int]) -> None:
-    """Put what only changes states where it can be computed first.
+    """Put calls that only change states into the first part that can compute them.
 
-    A counter of batches has then moved before the norm that reads it, in whichever part that is.
+    A batch counter is then updated before the norm that reads it, whichever part that is in.
     """
     changed = set(graph.updates.values())
     for node in graph.nodes:
@@ -135,7 +135,7 @@ def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[st
 
 
 def _keep_together(graph: RawGraph, where: dict[str, int]) -> None:
-    """Put the items of several results, and statistics that a norm moves, into the part that makes them."""
+    """Put items of a call's results, and statistics that a norm updates, into the part of that call."""
     for node in graph.nodes:
         if node.name in where and node.target is moved:
             where[node.name] = where[node.args[1].name]

@@ -51,7 +51,7 @@ _CHANNELS: dict[type[nn.Module], str] = {
 
 
 def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel:
-    """What to raise where ``error`` has ended the capture of ``net(image)``."""
+    """The error to raise after ``error`` has ended the capture of ``net(image)``."""
     reason = (
         of_channels(net, image, error)
         or _of_observer(net, error)
@@ -63,8 +63,8 @@ def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel
 
 
 def of_channels(net: nn.Module, image: Tensor, error: Exception) -> str:
-    """What is wrong and what to do, if the image has other channels than the first layer that has a number
-    of them; else an empty text."""
+    """The fault and the remedy, if the image's channels do not match the first layer that has a number of
+    them; else an empty text."""
     layers = ((name, layer, _channels_of(layer)) for name, layer in net.named_modules())
     name, first, allowed = next((found for found in layers if found[2]), ("", None, 0))
     found = image.shape[1]
@@ -82,13 +82,13 @@ def of_channels(net: nn.Module, image: Tensor, error: Exception) -> str:
 
 
 def _channels_of(layer: nn.Module) -> int:
-    """How many channels a layer was made for; 0 if it does not say."""
+    """The number of input channels of a layer; 0 if it has none."""
     names = (name for kind, name in _CHANNELS.items() if isinstance(layer, kind))
     return next((int(getattr(layer, name)) for name in names), 0)
 
 
 def _of_observer(net: nn.Module, error: Exception) -> str:
-    """What is wrong and what to do, if an observer of quantisation was being called; else an empty text."""
+    """The fault and the remedy, if a quantisation observer was being called; else an empty text."""
     called = [module for module, _ in _calls(error) if _OBSERVER in map(_name_of, type(module).__mro__)]
     if not called:
         return ""
@@ -106,7 +106,7 @@ def _name_of(kind: type) -> str:
 
 
 def _calls(error: Exception) -> Iterator[tuple[nn.Module, Tensor]]:
-    """The modules that were being called when an error was raised, with what each was given first."""
+    """The modules that were running when an error was raised, each with its first argument, if a tensor."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         match _first_arguments(frame):
             case nn.Module() as module, Tensor() as given:
@@ -119,7 +119,7 @@ def _first_arguments(frame: FrameType) -> tuple[object, ...]:
 
 
 def _reason(error: Exception) -> str:
-    """Why tracing has failed."""
+    """The reason why tracing failed, as text."""
     if isinstance(error, DataDependentOutputException):
         return _READS_VALUE
     if isinstance(error, DynamicOutputShapeException):
@@ -154,36 +154,36 @@ def _reason(error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str:
-    """What is allowed, or what to do instead."""
+    """The remedy, as text: what is allowed, or what to do instead."""
     if isinstance(error, DynamicOutputShapeException):
         return _CHOOSES
     return _CONVERTS if _NUMPY in first_line(error) else _ALLOWED
 
 
 def is_of_script(error: Exception) -> bool:
-    """Whether TorchScript has raised an error, which has lost what it came of."""
+    """Whether TorchScript raised an error, which then has lost its original type."""
     return "TorchScript interpreter" in first_line(error)
 
 
 def _of_script(text: str) -> str:
-    """Why a script has failed, and in which of its lines, from TorchScript's own account of it."""
+    """The reason why a script failed, and its line, from TorchScript's own text."""
     before, mark, _ = text.partition("<--- HERE")
     lines = [line.strip() for line in before.splitlines()]
     line = f" in '{lines[-2]}'" if mark and len(lines) > 1 else ""
-    # Errors that only say that there is no value lose their text on the way.
+    # Errors about missing values have lost their text.
     said = text.rpartition("Error:")[2].strip().partition("\n")[0].rstrip(".")
     return f"a script{line}: {said or _READS_VALUE}"
 
 
 def _line_of(error: Exception) -> str:
-    """The last line of code outside PyTorch and this package that an error passed through; empty if there is
-    none, or only generated code."""
+    """The last line of code outside PyTorch and this package in an error's traceback, as text; empty if there
+    is none, or only generated code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.line and is_users(frame.filename)]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {shortened(own[-1].line)})" if own else ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or what kind of error it is."""
+    """The first line of an error's text, or its class's name if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

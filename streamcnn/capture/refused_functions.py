@@ -46,12 +46,12 @@ _OF_IMAGE = MappingProxyType(
 
 
 def refuse_function(function: Callable[..., Any]) -> None:
-    """Refuse a function of PyTorch's that the forward pass calls, if it is one of these.
+    """Refuse ``function`` if a captured forward pass cannot call it.
 
     Raises
     ------
     UnsupportedModel
-        If it is.
+        If it cannot.
     """
     text = _REFUSED.get(function)
     if text is not None:
@@ -59,7 +59,7 @@ def refuse_function(function: Callable[..., Any]) -> None:
 
 
 def refuse_of_image(function: Callable[..., Any]) -> None:
-    """Refuse to tell what is known of the caller's image alone, of one that requires a gradient.
+    """Refuse to read attributes of an image with a gradient that only the caller's own image has.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def refuse_of_image(function: Callable[..., Any]) -> None:
 
 
 def refuse_multi_grad_hook(*args: Any, **kwargs: Any) -> NoReturn:
-    """What stands for ``torch.autograd.graph.register_multi_grad_hook``."""
+    """Replace ``torch.autograd.graph.register_multi_grad_hook``, which is refused."""
     raise UnsupportedModel(
         "the forward pass calls register_multi_grad_hook(), and a streamed pass has other nodes in its "
         "graph: set a hook on each tensor (Tensor.register_hook), or return them as further results and set "

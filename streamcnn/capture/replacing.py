@@ -1,6 +1,6 @@
-"""Functions of PyTorch's that are replaced while a call is captured, for the thread that captures it.
+"""Replacement of PyTorch's functions while a call is captured, in the capturing thread alone.
 
-Other threads find them as they are: passes are carried out, and the user's other models run, meanwhile.
+Other threads, which carry out passes and run the user's other models meanwhile, get the original functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 class _Place(threading.local):
-    """Where a function is replaced: in the threads that are within a block."""
+    """Whether this thread is inside a block that replaces a function."""
 
     is_here = False
 
@@ -26,10 +26,10 @@ class _Place(threading.local):
 def replaced_here(
     owner: Any, name: str, replacement: Callable[..., Any], *, lasting: bool = False
 ) -> Iterator[None]:
-    """A block in which an attribute of a module or class, a function, is another one for this thread.
+    """Replace the function ``name`` of a module or class, for this thread and the block.
 
-    If ``lasting``, what stands there is the same object each time and in each thread, so that guards hold
-    which have seen it; ``replacement`` is then kept.
+    With ``lasting``, the same object is put there each time and in each thread, so that guards on it stay
+    valid; ``replacement`` is then kept.
     """
     make = _lasting if lasting else _for_thread
     original = vars(owner)[name] if name in vars(owner) else getattr(owner, name)
@@ -43,18 +43,18 @@ def replaced_here(
 
 
 def _for_thread(original: Any, replacement: Callable[..., Any]) -> tuple[Any, _Place]:
-    """``replacement`` for threads in the place that comes with it, and the original for all others."""
+    """A function that calls ``replacement`` in threads inside the returned place, else the original."""
     place = _Place()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_here() -> bool:
-        # Dynamo asks this itself: it cannot follow how.
+        # Dynamo calls this itself, as it cannot follow it.
         return place.is_here
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return (replacement if is_here() else original)(*args, **kwargs)
 
-    # Dynamo looks some up by their names.
+    # Dynamo looks some functions up by name.
     function.__name__ = original.__name__
 
     def method(cls: type, *args: Any, **kwargs: Any) -> Any:

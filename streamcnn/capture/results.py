@@ -1,4 +1,4 @@
-"""Results of a model taken apart into leaves and put together again, whatever they are nested in."""
+"""Flattening of a model's results into leaves, and rebuilding them, for any nesting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 
 def taken_apart(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The leaves of nested containers and dataclasses, and a function that puts others in their places."""
+    """The leaves of nested containers and dataclasses, and a function that rebuilds these from leaves."""
     leaves, spec = pytree.tree_flatten(value)
     inner: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
     flat: list[Any] = []
@@ -42,7 +42,7 @@ def _only(values: Sequence[Any]) -> Any:
 def _with_fields(
     original: Any, names: Sequence[str], put: Callable[[Sequence[Any]], Any]
 ) -> Callable[[Sequence[Any]], Any]:
-    # Without its fields: they hold tensors of the pass that is taken apart.
+    # Without its fields, which hold tensors of the captured pass.
     emptied = copy.copy(original)
     for name in names:
         object.__setattr__(emptied, name, None)

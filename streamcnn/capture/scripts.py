@@ -1,7 +1,7 @@
 """TorchScript while a call is captured: interpreted as written, operator by operator.
 
-PyTorch compiles a script when it has run a few times. Stretches of it then bring a gradient of their own and
-run on detached tensors, so that tracing would see no gradient pass through them.
+PyTorch compiles a script after a few runs. Parts of it then define gradients of their own and run on detached
+tensors, so that tracing would see no gradient pass through them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _call_function = vars(_FUNCTION)["__call__"]
 
 @contextmanager
 def interpreted_scripts() -> Iterator[None]:
-    """A block in which this thread's scripts, modules and functions, run without being compiled."""
+    """Run this thread's scripted modules and functions in the block without compiling them."""
     with (
         torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         replaced_here(_METHOD, "__call__", _method),
@@ -36,28 +36,28 @@ def interpreted_scripts() -> Iterator[None]:
 def _method(script: Any, *args: Any, **kwargs: Any) -> Any:
     given = _arguments(script.schema.arguments[1:], args, kwargs)
     if given is None:
-        return _call_method(script, *args, **kwargs)  # It says what is wrong.
+        return _call_method(script, *args, **kwargs)  # It raises an error that says what is wrong.
     return _call_function(_uncompiled(script), script.owner, *given)
 
 
 def _function(script: Any, *args: Any, **kwargs: Any) -> Any:
     given = _arguments(script.schema.arguments, args, kwargs)
     if given is None:
-        return _call_function(script, *args, **kwargs)  # It says what is wrong.
+        return _call_function(script, *args, **kwargs)  # It raises an error that says what is wrong.
     return _call_function(_uncompiled(script), *given)
 
 
 def _uncompiled(script: Any) -> Any:
-    """A copy of a script as a function, which has not run before; a method's takes the module as well."""
+    """A fresh copy of a script as a function; that of a method takes the module as its first argument."""
     graph = script.inlined_graph.copy()
     _refuse_blocks(graph)
-    # What is forked would run in a thread of its own, and be recorded in any order.
+    # A forked call would run in a thread of its own, and be recorded in any order.
     torch._C._jit_pass_inline_fork_wait(graph)
     return torch._C._create_function_from_graph(script.name, graph)
 
 
 def _refuse_blocks(graph: Any) -> None:
-    """Refuse what changes modes out of sight: blocks without gradients or under autocast.
+    """Refuse scripts with blocks such as ``no_grad`` and autocast, which tracing cannot see.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def _refuse_blocks(graph: Any) -> None:
 
 
 def _arguments(declared: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
-    """The values of all declared arguments in order; None if some are missing, or more are given."""
+    """The values of all declared arguments in order; None if some are missing or undeclared."""
     named, found = dict(kwargs), list(args)
     for argument in declared[len(args) :]:
         if argument.name in named:
@@ -88,9 +88,9 @@ def _arguments(declared: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 class ScriptedAttributes(dict[str, Any]):
-    """What a scripted module keeps, buffers and parameters included; empty if it is not scripted.
+    """The attributes of a scripted module, with buffers and parameters; empty if it is not scripted.
 
-    An assigned entry is assigned to the module's attribute.
+    Assigning an entry assigns the module's attribute.
     """
 
     def __init__(self, module: nn.Module) -> None:

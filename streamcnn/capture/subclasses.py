@@ -1,8 +1,8 @@
 """Parameters and buffers of subclasses of Tensor.
 
-To autograd ``nn.Parameter`` of a subclass is a view, and so may a buffer be. After ``.double()`` or
-``tensor.data = other`` such a tensor lies in memory of its own, but is still said to be a view of what it was
-made of, by which PyTorch makes its stand-in and fails. While a call is captured it is said to be none.
+To autograd, an ``nn.Parameter`` of a subclass is a view, and a buffer may be one. After ``.double()`` or
+``tensor.data = other`` such a tensor has memory of its own, but still counts as a view of its former base.
+PyTorch then fails to make a fake tensor of it. While a call is captured, it does not count as a view.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IS_VIEW = Tensor._is_view
 
 
 def has_own_functions(kind: type[Tensor]) -> bool:
-    """Whether a subclass of Tensor says itself what functions of PyTorch's do with it."""
+    """Whether a subclass of Tensor overrides what PyTorch's functions do with it."""
     found: Any = kind.__torch_function__
     default: Any = Tensor.__torch_function__
     return found is not torch._C._disabled_torch_function_impl and (
@@ -33,15 +33,15 @@ def has_own_functions(kind: type[Tensor]) -> bool:
 
 
 def refuse_own_functions(states: Mapping[str, Tensor]) -> None:
-    """Refuse parameters and buffers, by name, of a class that changes what functions of PyTorch's do.
+    """Refuse parameters and buffers, given by name, of a class that overrides PyTorch's functions.
 
-    Results are of that class in plain PyTorch, and not where a forward pass is captured. Those around other
-    tensors are followed, as they give results that are none of theirs.
+    In plain PyTorch results are of that class too; in a captured forward pass they would not be. Wrappers
+    around other tensors are allowed, as their results are not of their class.
 
     Raises
     ------
     UnsupportedModel
-        If there are some.
+        If there are any.
     """
     for name, state in states.items():
         if has_own_functions(type(state)) and not is_traceable_wrapper_subclass(state):
@@ -60,12 +60,12 @@ def refuse_own_functions(states: Mapping[str, Tensor]) -> None:
 
 
 def refuse_shards(states: Mapping[str, Tensor]) -> None:
-    """Refuse a module whose parameters are divided among processes, by the name of the first.
+    """Refuse parameters that are divided among processes; the error names the first.
 
     Raises
     ------
     UnsupportedModel
-        If there are such.
+        If there are any.
     """
     if all_processes() is None:
         return
@@ -81,7 +81,7 @@ def refuse_shards(states: Mapping[str, Tensor]) -> None:
 
 
 def without_left_bases(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """A block in which tensors that have left their base are no views, if some of these have."""
+    """Let tensors that no longer share memory with their base not count as views, for the block."""
     if not any(map(_has_left, tensors)):
         return nullcontext()
     here = threading.get_ident()
@@ -93,7 +93,7 @@ def without_left_bases(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]
 
 
 def _has_left(tensor: Tensor) -> bool:
-    """Whether a view is in other memory than its base."""
+    """Whether a view has other memory than its base."""
     with torch._C.DisableTorchFunctionSubclass():
         base = tensor._base if _IS_VIEW(tensor) else None
         if base is None or {tensor.layout, base.layout} != {torch.strided}:

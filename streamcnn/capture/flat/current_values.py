@@ -1,4 +1,4 @@
-"""What the values of a flat graph hold, where calls overwrite memory and several views share it."""
+"""The current contents of a flat graph's values, where calls overwrite memory and views share it."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ from streamcnn.graph.whole import GradientHook
 class CurrentValues:
     """Values by the node of the flat graph that made them, as they are after the calls so far.
 
-    Every value knows whose memory it views. A write to a view is scattered into what it views, up to the
-    tensor that owns the memory; another view of that is taken anew when it is read the next time.
+    Every view knows its base. A write to a view is scattered into its base, and so on up to the tensor that
+    owns the memory; other views of that tensor are taken again when they are next read.
     """
 
     def __init__(self, calls: RawCalls) -> None:
         self._calls = calls
         self._values: dict[FxNode, Any] = {}
-        """What reading a node gives now."""
+        """The present value of each node."""
         self._same: dict[FxNode, FxNode] = {}
-        """In-place calls and the value that they return."""
+        """In-place calls, and the value that each returns."""
         self._viewed: dict[FxNode, FxNode] = {}
-        """Views and what they view."""
+        """Views, and the base of each."""
         self._seen: dict[FxNode, int] = {}
-        """How often the memory of a node had been written to when its value was taken."""
+        """The number of writes to a node's memory when its value was taken."""
         self._writes: dict[FxNode, int] = {}
         self._holders: dict[str, FxNode] = {}
-        """Nodes by the names of all values that they have had."""
+        """The node that each value belongs or belonged to, by the value's name."""
         self._unknown_writes: list[tuple[FxNode, int, str]] = []
-        """Writes that no version counts: whose memory, how many calls came before, and the line."""
+        """Writes that no version counts: the memory's owner, the number of earlier calls, and the line."""
         self._hooked: dict[str, Ref] = {}
-        """Names of values behind hooks on their gradients, with those in front of all hooks."""
+        """Values behind hooks on their gradients, by name, and the value in front of all hooks."""
         self._scatters: set[str] = set()
-        """Calls that put what was written to a view into what it views."""
+        """Calls that scatter a write to a view into its base."""
 
     # --- what calls do -------------------------------------------------------------------------------
 
     def set(self, node: FxNode, value: Any) -> None:
-        """Note what a node has given."""
+        """Set a node's value."""
         self._values[node] = value
         if isinstance(value, Ref):
             self._holders[value.name] = node
 
     def set_same(self, node: FxNode, other: FxNode) -> None:
-        """Note that a node gives another one's value, whatever that holds."""
+        """Note that a node always has the value of another one."""
         self._same[node] = other
 
     def note_view(self, node: FxNode) -> None:
-        """Note whose memory a node views, if any."""
+        """Note a node's base, if the node is a view."""
         parent = is_view(node)
         if parent is not None:
             parent = self.itself(parent)
@@ -75,7 +75,7 @@ class CurrentValues:
             self._seen[node] = self._writes.get(self.owner(parent), 0)
 
     def write(self, node: FxNode, written: FxNode, ref: Ref) -> None:
-        """Give ``written`` a new value, that of the last call, and everything that it is a view of."""
+        """Give ``written`` the value ``ref``, which the last call made, and scatter it into its bases."""
         self._calls.note_overwritten(self._values[written].name)
         chain = [written]
         while chain[-1] in self._viewed:
@@ -98,10 +98,10 @@ class CurrentValues:
             self._seen[member] = self._writes[owner]
 
     def set_hook(self, node: FxNode, target: GradientHook) -> None:
-        """Let the gradient of what a node holds now pass through a hook; the first to be set sees it first.
+        """Pass the gradient of a node's present value through a hook; the hook set first is called first.
 
-        Whoever reads that value is behind the hook, before it was set as well. What a view's base holds does
-        not come of the view, to autograd.
+        The hook applies to all readers of the value, also to those from before it was set. It does not apply
+        to a view's base, which to autograd does not depend on the view.
         """
         node = self.itself(node)
         held = self.read(node)
@@ -118,7 +118,7 @@ class CurrentValues:
                 self.set(each, hooked)
 
     def _refuse_hooked(self, node: FxNode, view: FxNode) -> None:
-        """Refuse to overwrite a view with a hook: autograd would pass the hook by, and not here."""
+        """Refuse to overwrite a view that has a hook: autograd would then skip the hook, and we would not."""
         held = self._values[view]
         if isinstance(held, Ref) and held.name in self._hooked:
             raise UnsupportedModel(
@@ -128,7 +128,7 @@ class CurrentValues:
             )
 
     def _keep_gradients(self, node: FxNode, chain: list[FxNode], new: dict[FxNode, Any]) -> None:
-        """A write that autograd does not see changes the values of tensors and not where gradients go."""
+        """Make a write that autograd does not see change values only, and not the flow of gradients."""
         unseen = self._calls.ambient and not self._calls.grad
         for member in chain:
             value = member.meta.get("val")
@@ -141,7 +141,7 @@ class CurrentValues:
             unseen = unseen or (self._calls.ambient and is_detached(member))
 
     def unknown_writes(self) -> Iterator[Overwrite]:
-        """The writes that autograd does not know of, as those through ``.data``."""
+        """The writes that autograd does not see, such as those through ``.data``."""
         for owner, position, line in self._unknown_writes:
             memory = {name for name, node in self._holders.items() if self.owner(node) is owner}
             yield Overwrite(memory, position, line)
@@ -149,7 +149,7 @@ class CurrentValues:
     # --- reading -------------------------------------------------------------------------------------
 
     def owns_memory(self, node: FxNode) -> bool:
-        """Whether a value is in memory of its own, and not in another's."""
+        """Whether a value owns its memory, rather than being a view."""
         return node not in self._viewed
 
     def is_written(self, node: FxNode) -> bool:
@@ -163,13 +163,13 @@ class CurrentValues:
         return node
 
     def owner(self, node: FxNode) -> FxNode:
-        """The value whose memory it is in the end."""
+        """The value that owns a node's memory."""
         while node in self._viewed:
             node = self._viewed[node]
         return node
 
     def read(self, node: FxNode) -> Any:
-        """What ``node`` holds now; a view is taken again if what it views has been written to since."""
+        """The present value of ``node``; a view is taken again if its memory was written to since."""
         node = self.itself(node)
         if node in self._viewed:
             writes = self._writes.get(self.owner(node), 0)
@@ -191,13 +191,13 @@ class CurrentValues:
         return self._calls.append(node, self._calls.fresh(node.name), target, args, kwargs)
 
     def resolved(self, node: FxNode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A call's arguments, with what they hold now."""
+        """A call's arguments, with nodes replaced by their present values."""
         args: tuple[Any, ...] = self.resolve(node.args)
         kwargs: dict[str, Any] = self.resolve(node.kwargs)
         return args, dict(kwargs)
 
     def resolve(self, value: Any) -> Any:
-        """An argument, with what the nodes in it hold now."""
+        """An argument, with the nodes in it replaced by their present values."""
         if isinstance(value, FxNode):
             return self.read(value)
         if isinstance(value, list):
@@ -210,7 +210,7 @@ class CurrentValues:
 
 
 def _is_unknown(node: FxNode, chain: list[FxNode]) -> bool:
-    """Whether autograd does not notice a write: through ``.data``, by ``x.data = y``, or a norm's."""
+    """Whether autograd does not see a write: through ``.data``, by ``x.data = y``, or of statistics."""
     if exchanges_memory(node):
         return chain[-1].op == "placeholder"
     return node.target in UPDATING or any(map(is_detached, chain))

@@ -1,4 +1,4 @@
-"""Functionalisation: a flat graph, in which calls overwrite tensors, as one in which none does.
+"""Functionalisation: turns a flat graph whose calls overwrite tensors into one in which none does.
 
 In-place operators become functional ones, and a write to a view is scattered into what it views. Norms write
 their statistics like any other call. Reads and writes of the user's tensors keep their order.
@@ -58,16 +58,16 @@ def functionalized(
     path_of: Callable[[str], str],
     hooks: Mapping[str, Callable[..., Any]] | None = None,
 ) -> RawGraph:
-    """A flat graph with no call that changes its arguments.
+    """Rewrite a flat graph so that no call changes its arguments.
 
     Parameters
     ----------
     keys
-        For each input of the graph the key of a state, or ``None`` for the image.
+        For each input of the graph, the key of a state, or ``None`` for the image.
     grad, device
-        Whether gradients are on where the pass begins, and where it computes.
+        Whether gradients are enabled when the pass begins, and the device it computes on.
     path_of
-        The qualified name of a submodule, given its place in the captured call; for messages.
+        Gives a submodule's qualified name from its place in the captured call, for messages.
     hooks
         Hooks on gradients by the names of the calls of :func:`hook_set`.
 
@@ -137,7 +137,7 @@ class _Functionalizer:
         )
 
     def _refuse_layout(self, node: FxNode) -> None:
-        """Tensors that a library has put in order for itself have no memory that could be counted."""
+        """Refuse tensors in a library's private layout, whose memory cannot be counted."""
         value = getattr(self.flat, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
         for tensor in pytree.tree_leaves(value):
             if isinstance(tensor, Tensor) and tensor.layout not in _LAYOUTS:
@@ -166,7 +166,7 @@ class _Functionalizer:
         elif written:
             self._write_several(node, [each for part in written for each in _as_tuple(part)])
         elif node.users or "val" in node.meta:
-            # A call without either has failed, and the model has caught the error.
+            # A call without users and without a value raised an error, which the model caught.
             self._plain(node)
 
     def _plain(self, node: FxNode) -> None:
@@ -192,7 +192,7 @@ class _Functionalizer:
             )
 
     def _write_several(self, node: FxNode, written: list[FxNode]) -> None:
-        """A call that overwrites several values, in a list or one each."""
+        """Record a call that overwrites several values, given in a list or as arguments of their own."""
         functional, args, kwargs = functional_of(node, self.calls.source(node))
         values = [self.values.itself(each) for each in written]
         for value in values:
@@ -216,30 +216,30 @@ class _Functionalizer:
             self.values.write(node, value, item)
 
     def _set_hook(self, node: FxNode) -> None:
-        """A hook on the gradient of a value, unless it was taken off again."""
+        """Set a hook on the gradient of a value, unless the code has removed it again."""
         hook, on = self.hooks.get(node.name), node.args[0]
         if hook is not None:
             assert isinstance(on, FxNode)
             self.values.set_hook(on, GradientHook(hook, on_meta(self.values.itself(on).meta["val"])))
 
     def _check(self, node: FxNode) -> None:
-        """A call that raises if a value is not as it should be."""
+        """Record an assertion about a value, to be checked when the pass runs."""
         value, *rest = self.values.resolve(node.args)
         if not isinstance(value, Ref) or "_async" not in str(node.target):
-            return  # It says what is known already.
+            return  # A check of what is known at capture has passed already.
         message = next((each for each in rest if isinstance(each, str)), "")
         name = self.calls.fresh(f"{node.name}_asserted")
         self.checks.append(self.calls.append(node, name, asserted, (value, message), {}))
 
     def _write_in_place(self, node: FxNode, written: FxNode) -> None:
-        """A call that overwrites ``written`` and returns it."""
+        """Record a call that overwrites ``written`` and returns it."""
         written = self.values.itself(written)
         self._refuse_twice(node, written)
         functional, args, kwargs = functional_of(node, self.calls.source(node))
         if isinstance(functional, OnCopy) and functional.num_results > 0:
             self._write_beside_results(node, [written], functional, args, kwargs)
             return
-        # Only then does the call as it is do on a tile what the functional one does.
+        # Only then does the in-place operator compute on a tile what the functional one does.
         is_plain = self.values.owns_memory(written) and args == node.args and own_name(node.target)
         args, kwargs = self.values.resolve(args), self.values.resolve(kwargs)
         ref = self.calls.append(
@@ -261,7 +261,7 @@ class _Functionalizer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """A call that overwrites ``written`` and returns something else, or nothing."""
+        """Record a call that overwrites ``written`` and returns something else, or nothing."""
         count = functional.num_results
         name = self.calls.fresh(f"{node.name}_all")
         every = self.calls.append(
@@ -277,7 +277,7 @@ class _Functionalizer:
             self.values.write(node, each, new)
 
     def _refuse_twice(self, node: FxNode, written: FxNode) -> None:
-        """Activation checkpointing runs its calls again, so that they change a state twice."""
+        """Refuse a change of a state under activation checkpointing, which would run it twice."""
         owner = self.values.owner(written)
         if is_recomputed(node) and owner.op in ("placeholder", "get_attr") and self.calls.ambient:
             raise UnsupportedModel(
@@ -300,7 +300,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _statistics(node: FxNode) -> tuple[FxNode, ...]:
-    """The running statistics that a norm moves."""
+    """The running statistics that a norm updates."""
     if node.target not in UPDATING or not node.args[5]:
         return ()
     return tuple(each for each in node.args[3:5] if isinstance(each, FxNode))

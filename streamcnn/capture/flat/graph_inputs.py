@@ -1,4 +1,4 @@
-"""What a flat graph reads: the image, states by their keys, and constants."""
+"""The inputs of a flat graph: the image, states by their keys, and constants."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from streamcnn.graph.program import Ref
 
 
 class GraphInputs:
-    """The inputs of ``flat``, as they are met; ``keys`` are those of its placeholders, None for the image."""
+    """Collects the inputs of ``flat``; ``keys`` are those of its placeholders, None for the image."""
 
     def __init__(
         self, flat: GraphModule, keys: Sequence[str | None], calls: RawCalls, values: CurrentValues
     ) -> None:
         self.image: FxNode | None = None
         self.states: dict[str, str] = {}
-        """Keys by the names of nodes."""
+        """Keys of states by the names of their nodes."""
         self.constants: dict[str, Tensor] = {}
         self._flat = flat
         self._keys = iter(keys)
         self._calls = calls
         self._values = values
         self._first_reads: dict[str, FxNode] = {}
-        """By the name of a constant in the flat graph, the node that reads it first."""
+        """The first node that reads each constant, by the constant's name in the flat graph."""
 
     def add_placeholder(self, node: FxNode) -> None:
-        """Take the next input."""
+        """Add the next placeholder, as the image or a state."""
         key = next(self._keys)
         if key is None:
             self.image = node
@@ -44,12 +44,12 @@ class GraphInputs:
             self.states[node.name] = key
 
     def add_constant(self, node: FxNode) -> None:
-        """Take a tensor from outside, if it is one that may be read.
+        """Add a tensor from outside the module that the graph reads.
 
         Raises
         ------
         UnsupportedModel
-            If it has no values, or requires a gradient.
+            If the tensor has no values, or requires a gradient while gradients are enabled.
         """
         if not node.users:
             return
@@ -64,7 +64,7 @@ class GraphInputs:
                 "the forward pass reads a tensor from outside that requires a gradient "
                 f"({self._calls.source(node)}): register it as a parameter, or pass it to the model"
             )
-        # A tensor has a node at each place where it is read.
+        # The flat graph has a node for each read of a tensor.
         first = self._first_reads.setdefault(str(node.target), node)
         if first is not node:
             self._values.set_same(node, first)
@@ -73,14 +73,14 @@ class GraphInputs:
         self._values.set(node, Ref(node.name))
 
     def take_changed_constants(self) -> None:
-        """Count tensors from outside among the states if the pass changes them."""
+        """Make states of the constants that the pass changes."""
         for node in self._first_reads.values():
             if self._values.is_written(node):
                 del self.constants[node.name]
                 self.states[node.name] = outside_key(str(node.target))
 
     def maps(self, image_shape: tuple[int, ...]) -> dict[str, Axes]:
-        """Further arguments with spatial extent."""
+        """The further arguments that are maps and are not overwritten, with their spatial axes."""
         found = {}
         for node in self._flat.graph.nodes:
             if is_argument(self.states.get(node.name, "")):
@@ -90,7 +90,7 @@ class GraphInputs:
         return found
 
     def counter_of(self, running: FxNode) -> Any:
-        """The counter of batches that belongs to a running mean, as it is now."""
+        """The present value of the batch counter that belongs to a running mean."""
         key = self.states.get(self._values.itself(running).name, "")
         wanted = f"{key.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
         for node in self._flat.graph.nodes:

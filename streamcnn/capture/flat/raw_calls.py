@@ -1,4 +1,4 @@
-"""The calls of a raw graph as they are recorded: named, and each with the blocks that it stands in."""
+"""Recording of a raw graph's calls, each with a name and with the blocks around it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BLOCKS = frozenset({"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "
 
 
 def is_block(target: object) -> bool:
-    """Whether a call enters or leaves a block of the model, or does nothing."""
+    """Whether a call only enters or leaves a block of the model, or does nothing."""
     return getattr(target, "__name__", "") in _BLOCKS and not isinstance(target, OpOverload)
 
 
 class RawCalls:
-    """Calls that come of those of ``flat``; for the other parameters see ``functionalized``."""
+    """The calls recorded for those of ``flat``; other parameters are as for ``functionalized``."""
 
     def __init__(
         self, flat: GraphModule, grad: bool, device: torch.device, path_of: Callable[[str], str]
@@ -41,7 +41,7 @@ class RawCalls:
         self._names = {node.name for node in flat.graph.nodes}
 
     def enter_or_leave(self, node: FxNode) -> None:
-        """Enter or leave a block of the model."""
+        """Enter or leave a block of the model, such as ``no_grad`` or autocast."""
         name = getattr(node.target, "__name__", "")
         if name == "_set_grad_enabled":
             self.grad = bool(node.args[0])
@@ -67,7 +67,7 @@ class RawCalls:
         *,
         in_place: Any = None,
     ) -> Ref:
-        """Record a call that comes of ``node``."""
+        """Record a call that stems from ``node``, and return its value."""
         self.nodes.append(
             RawNode(
                 name=name,
@@ -86,12 +86,12 @@ class RawCalls:
     def insert_behind(
         self, value: Ref, target: Callable[..., Any], spared: Container[str]
     ) -> tuple[Ref, int]:
-        """Have all calls that read ``value`` read a function of it instead, but for ``spared`` ones by name.
+        """Make all calls that read ``value`` read ``target(value)`` instead, except ``spared`` ones, by name.
 
         Returns
         -------
         tuple[Ref, int]
-            The function's value, and how many calls come before it.
+            The new value, and the number of calls before it.
         """
         position = next((i + 1 for i, each in enumerate(self.nodes) if each.name == value.name), 0)
         made = Ref(self.fresh(f"{value.name}_hooked"))
@@ -112,11 +112,11 @@ class RawCalls:
         return made, position
 
     def note_overwritten(self, name: str) -> None:
-        """Note that the last call's result is written in the place of a value."""
+        """Note that the last call's result overwrites the value ``name``."""
         self.nodes[-1] = replace(self.nodes[-1], overwrites=name)
 
     def fresh(self, base: str) -> str:
-        """A name that no call has yet."""
+        """A new name that no call has, derived from ``base``."""
         name, count = base, 0
         while name in self._names:
             count += 1
@@ -125,11 +125,11 @@ class RawCalls:
         return name
 
     def line(self, node: FxNode) -> str:
-        """Line of the user's code, if known."""
+        """Line of the user's code that made ``node``; empty if unknown."""
         return line_of(node.meta.get("stack_trace"))
 
     def source(self, node: FxNode) -> str:
-        """Module path in the user's model, if known."""
+        """Path and class of the submodule that made ``node``; empty if unknown."""
         stack = node.meta.get("nn_module_stack")
         if not stack:
             return ""

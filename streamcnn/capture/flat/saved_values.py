@@ -1,8 +1,7 @@
-"""Values that autograd has saved for the backward pass and that code overwrites without its knowledge.
+"""Values that autograd saves for the backward pass and that the code overwrites behind its back.
 
-Written through ``.data``, or moved by a norm, such a value changes no version, so that plain PyTorch takes
-the new one for its gradient and says nothing. A streamed pass would take the one that was there when it was
-used.
+A write through ``.data``, or a norm's update of its statistics, changes no version counter, so plain PyTorch
+silently computes gradients with the new value. A streamed pass would use the value from before the write.
 """
 
 from __future__ import annotations
@@ -23,25 +22,27 @@ from streamcnn.graph.program import Ref, refs_in
 
 @dataclass(frozen=True, slots=True)
 class Overwrite:
-    """A write that autograd does not know of."""
+    """A write that autograd does not see."""
 
     memory: Collection[str]
-    """Names of all values in the memory that is written to."""
+    """Names of all values in the overwritten memory."""
     position: int
-    """How many calls come before it."""
+    """Number of calls before the write."""
     line: str
-    """Of the user's code; empty where it is not known."""
+    """Line of the user's code; empty if unknown."""
 
 
 def refuse_saved(
     nodes: Sequence[RawNode], outputs: Any, overwrites: Iterable[Overwrite], examples: Mapping[str, Tensor]
 ) -> None:
-    """Raise if one of ``overwrites`` changes a value that a gradient needs; ``examples`` have types by name.
+    """Make sure that none of ``overwrites`` changes a value that a gradient needs.
+
+    ``examples`` are fake tensors by name, read for their dtypes.
 
     Raises
     ------
     UnsupportedModel
-        It names the operator.
+        If one does; the text names the operator whose gradient needs the value.
     """
     reached: set[str] | None = None
     for overwrite in overwrites:
@@ -60,7 +61,7 @@ def refuse_saved(
 
 
 def _saves(node: RawNode, memory: Collection[str]) -> bool:
-    """Whether autograd keeps a value in ``memory`` for the gradient of a call."""
+    """Whether autograd saves a value in ``memory`` for the gradient of a call."""
     if not node.grad or node.target in (revalued, moved) or is_view(node.target):
         return False
     saves = cost_of(node.target).saves
@@ -84,7 +85,7 @@ def _num_operands(node: RawNode) -> int:
 
 
 def _reached_backward(nodes: Sequence[RawNode], outputs: Any, examples: Mapping[str, Tensor]) -> set[str]:
-    """Names of the values to which a gradient of ``outputs`` may come."""
+    """Names of the values that a gradient of ``outputs`` may reach."""
     reached = set(refs_in(outputs))
     for node in reversed(nodes):
         if node.name not in reached or not node.grad or cost_of(node.target).detaches:

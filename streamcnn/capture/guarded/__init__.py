@@ -1,1 +1,1 @@
-"""A forward pass as Dynamo follows it, used again for as long as its guards hold."""
+"""A forward pass captured by Dynamo, and reused for as long as its guards hold."""

@@ -1,13 +1,13 @@
 """Captures that hold for images of any height and width, where sizes keep changing.
 
-Dynamo puts symbols in the place of height and width. The graph that it gives is then lowered for each size
-that comes, which takes a fraction of the time that following the code takes. It holds where the code looks at
-no height or width, as most convolutional networks do not. Dynamo would follow code that does, too; but what
-it makes of a symbol is not always what Python makes of its number (``64 in x.shape``, ``int(-h / 3)``,
-``h % 1.5``, ``is``), and it says nothing where it is not.
+Dynamo replaces height and width by symbols. Its graph is then lowered for each new size, which takes a
+fraction of the time of following the code. This is exact if the code looks at no height or width, as most
+convolutional networks do not. Dynamo would follow code that does, but what it computes with a symbol is not
+always what Python computes with the number (``64 in x.shape``, ``int(-h / 3)``, ``h % 1.5``, ``is``), and it
+does not say so.
 
-With symbols Dynamo takes two or three times as long as without, and longer where sizes go through many
-layers: so it is tried once there have been several sizes, and given up in time.
+With symbols Dynamo takes two or three times as long as without, and longer if sizes pass through many
+layers. So symbols are tried only after several sizes, and under a time limit.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _AT_LEAST = 10.0
 
 
 class NotOfAnySize(Exception):
-    """A capture holds for one size alone, or takes too long with symbols for sizes."""
+    """The capture is valid for one size alone, or takes too long with symbols for sizes."""
 
 
 def outline(image: Tensor, arguments: Any) -> tuple[Any, ...]:
-    """What a call's image and further arguments are, but for values of tensors and the image's size."""
+    """A description of a call's image and further arguments, without tensors' values and the image's size."""
     leaves, structure = pytree.tree_flatten(arguments)
     rest = tuple(_outline(leaf, image) for leaf in leaves)
     return image.shape[:2], image.dtype, image.device, image.requires_grad, structure, rest
@@ -64,7 +64,7 @@ def _axes_of_the_size(argument: Tensor, image: Tensor) -> Axes | None:
 
 @contextmanager
 def with_symbols(image: Tensor, arguments: Any) -> Iterator[None]:
-    """A block in which Dynamo puts symbols in the place of the image's height and width, if it can."""
+    """Let Dynamo replace the image's height and width by symbols, where it can, for the block."""
     import torch._dynamo
 
     marked = [(image, (2, 3))]
@@ -74,7 +74,7 @@ def with_symbols(image: Tensor, arguments: Any) -> Iterator[None]:
     before = [(tensor, _marks(tensor)) for tensor, _ in marked]
     try:
         for tensor, axes in marked:
-            # A firmer mark would make an error of code that fixes a size.
+            # A stronger mark would turn code that fixes a size into an error.
             torch._dynamo.maybe_mark_dynamic(tensor, list(axes))
         yield
     finally:
@@ -91,14 +91,14 @@ def _marks(tensor: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def given_up_in_time(seconds: float) -> Iterator[None]:
-    """A block in which code is followed as long as it looks at no symbol, and not for long.
+    """Stop following code in the block once it looks at a symbol, or takes too long.
 
-    ``seconds`` is what that takes without symbols.
+    ``seconds`` is the time of a capture without symbols, from which the limit is derived.
 
     Raises
     ------
     NotOfAnySize
-        Within Dynamo, where the code gets a symbol, or at the first instruction after too long.
+        Inside Dynamo, when the code gets a symbol, or at the first instruction after the limit.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
     from torch._dynamo.variables.tensor import SymNodeVariable
@@ -124,13 +124,13 @@ def given_up_in_time(seconds: float) -> Iterator[None]:
 
 
 def check_any_size(module: GraphModule) -> None:
-    """Refuse a graph that does not say all that it does for images of any size.
+    """Make sure that a graph is valid for images of any size.
 
     Raises
     ------
     NotOfAnySize
-        If a size is fixed, others than those of the image and of arguments as large go in, or calls have
-        bodies of their own.
+        If a size is fixed, the graph reads sizes other than those of its input tensors, or a call has a
+        graph of its own as its body.
     """
     if not is_plain(module):
         raise NotOfAnySize("some calls have bodies of their own")

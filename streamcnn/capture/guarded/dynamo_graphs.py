@@ -1,4 +1,4 @@
-"""Dynamo's graph of a call as a raw one: flat, functional, its inputs known by the keys of states."""
+"""Conversion of Dynamo's graph of a call to a raw graph, whose inputs have the keys of states."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from streamcnn.graph.flattening import CannotFlatten, Inliner, flatten, reads_va
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyedGraph:
-    """A raw graph, and what goes into Dynamo's."""
+    """A raw graph, and the keys of the inputs of Dynamo's graph."""
 
     graph: RawGraph
     keys: tuple[str | None, ...]
-    """For each input that is a tensor the key of a state, or None for the image."""
+    """For each input that is a tensor, the key of a state, or None for the image."""
 
     def states(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
-        """The states among the inputs of a call."""
+        """The states among the inputs of a call, by key."""
         tensors = (given for given in inputs if isinstance(given, Tensor))
         return {key: given for key, given in zip(self.keys, tensors, strict=True) if key is not None}
 
 
 def keyed_graph(net: nn.Module, arguments: Any, module: GraphModule, inputs: Sequence[Any]) -> KeyedGraph:
-    """Dynamo's graph ``module`` of a call as a raw one, for inputs of these sizes; ints among them are sizes.
+    """Convert Dynamo's graph ``module`` of a call of ``net``, for inputs of these sizes; ints are sizes.
 
-    ``arguments`` are the further ones of the call of ``net``, as ``(args, kwargs)``.
+    ``arguments`` are the call's further arguments, as ``(args, kwargs)``.
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     images = {
@@ -82,13 +82,13 @@ def _raw(
 
 
 def _has_unknown_sizes(mode: FakeTensorMode) -> bool:
-    """Whether a call that was traced has given a tensor of a size that only values tell."""
+    """Whether a traced call returned a tensor whose size depends on values."""
     sizes = () if mode.shape_env is None else mode.shape_env.var_to_range
     return any(symbol_is_type(size, SymT.UNBACKED_INT) for size in sizes)
 
 
 def _fake_of(node: torch.fx.Node, given: Tensor, *, is_image: bool) -> Tensor:
-    """What an input is while its graph is flattened."""
+    """The fake tensor that stands for an input while its graph is flattened."""
     fake: Tensor = node.meta["example_value"]
     has_symbols = any(isinstance(size, torch.SymInt) for size in fake.shape)
     if not is_image and not has_symbols:
@@ -101,7 +101,7 @@ def _fake_of(node: torch.fx.Node, given: Tensor, *, is_image: bool) -> Tensor:
 
 
 def _names(net: nn.Module, arguments: Any) -> dict[int, str]:
-    """Keys of tensors by their identity: qualified names, or the place among further arguments."""
+    """Keys of tensors by ``id``: qualified names, or places among further arguments."""
     named: dict[int, str] = {}
     for key, tensor in (*named_arguments(arguments), *module_states(net).items()):
         named.setdefault(id(tensor), key)

@@ -1,4 +1,4 @@
-"""Dynamo with what we need of it, whatever the user has set for its own sake, and silent."""
+"""Dynamo with the settings that captures need, whatever the user has set, and without log output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamcnn.capture.lines import TORCH_FOLDER
 
 @contextmanager
 def dynamo_as_wanted() -> Iterator[None]:
-    """A block in which Dynamo follows code as captures want it."""
+    """Give Dynamo the settings that captures need, for the block."""
     from torch._dynamo import config, guards, symbolic_convert
     from torch._dynamo.variables.misc import RandomVariable
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
@@ -32,14 +32,14 @@ def dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(patch.dict(handlers, _plain_answers()))
         settings.enter_context(presence_guarded())
         settings.enter_context(code_followed_as_it_runs())
-        # They would be taken for settings without effect, the second one until PyTorch 2.11.
+        # Dynamo would ignore them, the second one until PyTorch 2.11.
         for setting in ("set_materialize_grads", "mark_dirty"):
             settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, setting))
-        # Its state would be part of the graph and of no guard.
+        # The generator's state would be part of the graph, and of no guard.
         settings.enter_context(patch.object(RandomVariable, "is_supported_random_obj", _never))
         for name in ("torch._dynamo", "torch._subclasses.fake_tensor"):
             settings.enter_context(silenced(name))
-        # It parses whole files for the sake of a line of the log.
+        # It parses whole files for a line of the log.
         settings.enter_context(patch.object(symbolic_convert, "get_funcname", _unnamed))
         # For another line it fills a buffer larger than the processor's caches, and times the guards.
         settings.enter_context(patch.object(guards, "profile_guard_manager", _untimed))
@@ -48,33 +48,33 @@ def dynamo_as_wanted() -> Iterator[None]:
                 recompile_limit=many,
                 accumulated_recompile_limit=many,
                 suppress_errors=False,
-                # What a capture leaves is collected when the caller's own garbage is.
+                # A capture's garbage is collected together with the caller's.
                 run_gc_after_compile=False,
                 skip_nnmodule_hook_guards=False,
                 force_parameter_static_shapes=True,
                 automatic_dynamic_shapes=False,
                 assume_static_by_default=True,
-                # Where they are on, as in PyTorch 2.11, what closures, defaults and flags of parameters are
-                # is not looked at any more if the dicts of modules are as they were.
+                # Where they are on, as in PyTorch 2.11, unchanged dicts of modules skip the guards on
+                # closures, defaults and flags of parameters.
                 use_recursive_dict_tags_for_guards=False,
                 skip_guards_on_constant_func_defaults=False,
                 skip_tensor_guards_with_matching_dict_tags=False,
             )
         )
         if hasattr(config, "invalidate_compile_context_weakrefs"):
-            # PyTorch 2.13 on; where code cannot be followed, nothing else drops its references to parameters.
+            # From PyTorch 2.13 on, only this drops references to parameters of code that cannot be followed.
             settings.enter_context(config.patch(invalidate_compile_context_weakrefs=True))
         yield
 
 
 def _unfollowed(owner: type, name: str) -> AbstractContextManager[Any]:
-    """A block in which Dynamo does not follow code that calls a method of PyTorch's."""
+    """Keep Dynamo from following code that calls this method of PyTorch, for the block."""
     return patch.object(owner, name, torch._dynamo.disable(vars(owner)[name]))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def silenced(name: str) -> Iterator[None]:
-    """Keep one of PyTorch's loggers off the terminal."""
+    """Silence one of PyTorch's loggers for the block."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -98,7 +98,7 @@ def _untimed(*_: Any) -> float:
 
 @cache
 def _plain_answers() -> dict[Any, Callable[..., Any]]:
-    """Handlers of the functions that say whether code is being compiled; every pass has them in place."""
+    """Dynamo's handlers for functions that tell whether code is being compiled; the user's code gets no."""
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     return {
@@ -109,9 +109,9 @@ def _plain_answers() -> dict[Any, Callable[..., Any]]:
 
 
 def _said_to_torch_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo's answer to whether it is compiling, as PyTorch's own code gets it: to the user's it is no.
+    """A handler that answers PyTorch's own code as Dynamo does, and the user's code with no.
 
-    The user's forward pass is to be the one that plain PyTorch would run.
+    The user's code then takes the branches that it takes in plain PyTorch.
     """
     from torch._dynamo.variables import ConstantVariable
 

@@ -1,20 +1,19 @@
 """Code that Dynamo follows otherwise than it runs: blocks such as ``no_grad``, and parameters that come back.
 
-As PyTorch 2.13 has it, Dynamo leaves ``no_grad`` and ``enable_grad`` for the mode in which they were made,
-and not the one in which they were entered: a function that is decorated outside of a block and called inside
-of it ends the block. The block of a function that is decorated in the forward pass it never leaves if that
-raises, and leaves before the first step if it is a generator.
+In PyTorch 2.13, Dynamo leaves a ``no_grad`` or ``enable_grad`` block with the mode in which the object was
+made, not the mode in which the block was entered. So a function that is decorated outside of a block and
+called inside it ends the block. If a function that is decorated in the forward pass raises, Dynamo never
+leaves its block; if the function is a generator, Dynamo leaves the block before the first step.
 
-A parameter that is deleted and set again, as code does that has a layer use another weight for one call, is
-gone from the module after the pass. An attribute that has covered a method of the class for a while is taken
-to have been there before, and deleting it fails. An ``OrderedDict`` whose order alone changes keeps the old
-one. The ``grad`` of a tensor that the pass has computed, which is None, is taken for a tensor. PyTorch 2.11
-follows ``apply`` of an ``autograd.Function`` into PyTorch's own code where a module has it as an attribute.
+A parameter that code deletes and sets again, to use another weight for one call, is missing from the module
+after the pass. Dynamo takes an attribute that hid a method of the class for a while to have existed before,
+and fails to delete it. An ``OrderedDict`` of which only the order changes keeps its old order. Dynamo takes
+the ``grad`` of a computed tensor, which is None, for a tensor. PyTorch 2.11 follows ``apply`` of an
+``autograd.Function`` into PyTorch's own code if it is an attribute of a module.
 
-``saved_variables``, as ``saved_tensors`` was called once, it does not know. Old copies of EfficientNet's
-activation read it in their gradient.
-
-Locks it does not enter, although one thread captures at a time, and hooks that keep features hold one.
+Dynamo does not know ``saved_variables``, the old name of ``saved_tensors``, which old copies of
+EfficientNet's activation read in their gradient. It does not enter locks, such as those of hooks that keep
+features.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 @contextmanager
 def code_followed_as_it_runs() -> Iterator[None]:
-    """A block in which Dynamo follows such code as it runs, or not at all."""
+    """Make Dynamo follow such code as Python runs it, or refuse it, for the block."""
     from torch._dynamo import symbolic_convert
     from torch._dynamo.variables import ctx_manager, dicts, functions, user_defined
     from torch._dynamo.variables import tensor as dynamo_tensors
@@ -54,21 +53,21 @@ def code_followed_as_it_runs() -> Iterator[None]:
                 patches.enter_context(patch.object(kind, "call_function", called))
         kept = _keeping_parameters(UnspecializedNNModuleVariable.call_method)
         patches.enter_context(patch.object(UnspecializedNNModuleVariable, "call_method", kept))
-        # What finds attributes is called otherwise from PyTorch 2.14 on.
+        # The method that finds attributes has another name from PyTorch 2.14 on.
         finder = "var_getattr" if hasattr(TensorVariable, "var_getattr") else "tp_getattro_impl"
         attribute = _as_autograd_has_it(getattr(TensorVariable, finder))
         patches.enter_context(patch.object(TensorVariable, finder, attribute))
         saved = _by_present_name(getattr(AutogradFunctionContextVariable, finder))
         patches.enter_context(patch.object(AutogradFunctionContextVariable, finder, saved))
         if hasattr(dynamo_tensors, "_ApplyBackwardHook"):
-            # PyTorch 2.11 puts a hook in front of what has overwritten the value by the time that it is set.
+            # PyTorch 2.11 puts a hook in front of writes to the value that came before the hook was set.
             patches.enter_context(patch.object(TensorVariable, "_method_register_hook", _refuse_hook))
             method = functions.UserMethodVariable
             patches.enter_context(patch.object(method, "call_function", _applying(method.call_function)))
         translator = symbolic_convert.InstructionTranslatorBase
         locked = _through_locks(translator.setup_or_before_with)
         patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
-        # Until PyTorch 2.13 it is a dict like any other.
+        # Until PyTorch 2.13, Dynamo treats it like any other dict.
         ordered = getattr(user_defined, "OrderedDictVariable", dicts.ConstDictVariable)
         patches.enter_context(patch.object(ordered, "call_method", _reordering(ordered.call_method)))
         yield
@@ -77,8 +76,8 @@ def code_followed_as_it_runs() -> Iterator[None]:
 def _methods_of(grad_mode: Any) -> dict[str, Any]:
     """What stands for methods of Dynamo's variable for ``no_grad``, ``enable_grad`` and ``set_grad_enabled``.
 
-    The modes in which it was entered are on a stack: a decorated function may call itself. What is set where
-    it is made, as by ``with set_grad_enabled(flag)``, has nothing to be put there.
+    A stack holds the modes in which the block was entered, as a decorated function may call itself. A mode
+    that is set on creation, as by ``with set_grad_enabled(flag)``, needs no entry.
     """
     create, enter, leave, decorate = (
         getattr(grad_mode, name) for name in ("create", "enter", "exit", "call_function")
@@ -113,7 +112,7 @@ def _methods_of(grad_mode: Any) -> dict[str, Any]:
 
 
 def _left_in_any_case(call_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a function that was decorated in the forward pass."""
+    """Wrap the call of a function decorated in the forward pass: leave its block also if it raises."""
 
     def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
@@ -131,7 +130,7 @@ def _left_in_any_case(call_function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a module's method, unless it deletes what Dynamo does not bring back."""
+    """Wrap the call of a module's method: refuse to delete what Dynamo does not restore."""
 
     def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name == "__delattr__" and args[0].is_python_constant():
@@ -146,7 +145,7 @@ def _keeping_parameters(call_method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_autograd_has_it(found: Callable[..., Any]) -> Callable[..., Any]:
-    """An attribute of a tensor: what the pass computes has no ``grad``, and the image has the caller's."""
+    """Wrap reading a tensor's attribute: a computed tensor's ``grad`` is None, the image's is refused."""
 
     def get(self: Any, tx: Any, name: str) -> Any:
         from torch._dynamo.variables import ConstantVariable
@@ -162,7 +161,7 @@ def _as_autograd_has_it(found: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _by_present_name(found: Callable[..., Any]) -> Callable[..., Any]:
-    """An attribute of the context of an ``autograd.Function``."""
+    """Wrap reading an attribute of a Function's context: ``saved_variables`` is ``saved_tensors``."""
 
     def get(self: Any, tx: Any, name: str) -> Any:
         return found(self, tx, "saved_tensors" if name == "saved_variables" else name)
@@ -175,7 +174,7 @@ def _refuse_hook(self: Any, tx: Any, name: str, hook: Any) -> NoReturn:
 
 
 def _through_locks(enter: Callable[..., Any]) -> Callable[..., Any]:
-    """Entering a block: of a lock it is one like any other, since one thread captures at a time."""
+    """Wrap entering a block: enter locks like other blocks, since one thread captures at a time."""
 
     def setup_or_before_with(self: Any, inst: Any) -> None:
         from torch._dynamo.variables.ctx_manager import NullContextVariable
@@ -189,7 +188,7 @@ def _through_locks(enter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of an ``OrderedDict``'s method: what is moved to an end is written back."""
+    """Wrap the call of an ``OrderedDict``'s method: write an entry that is moved to an end back."""
 
     def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         result = call_method(self, tx, name, args, kwargs)
@@ -201,7 +200,7 @@ def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _applying(call_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a method that was taken from its object: ``apply`` of an ``autograd.Function``, say."""
+    """Wrap the call of a bound method, such as ``apply`` of an ``autograd.Function``."""
 
     def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         from torch._dynamo.variables.misc import AutogradFunctionVariable

@@ -9,7 +9,7 @@ from streamcnn.graph.fakes import is_fake
 
 
 class CannotBeGuarded(Exception):
-    """The forward pass holds code that Dynamo does not follow."""
+    """The forward pass has code that Dynamo does not follow."""
 
 
 def as_image(image: Tensor) -> Tensor:

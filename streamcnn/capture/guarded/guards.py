@@ -1,14 +1,14 @@
 """Guarded capture: a captured forward pass that is used again for exactly as long as it holds.
 
-What a forward pass reads besides tensors (attributes of any kind, hooks, methods, globals, modes) is part
-of its capture. Dynamo, the front half of ``torch.compile``, follows the Python code of a call, gives the
-tensor operations as a graph whose inputs are the parameters and buffers, and checks at each later call,
-within a millisecond, that nothing that it has read is different. What the code does besides computing
-(counters, attributes, lists) is left to it as well: it happens after the graph has been carried out.
+Whatever a forward pass reads besides tensors (attributes of any kind, hooks, methods, globals, modes) is
+part of its capture. Dynamo, the front half of ``torch.compile``, follows the Python code of a call and
+returns the tensor operations as a graph whose inputs are the parameters and buffers. At each later call it
+checks, within milliseconds, that nothing the code has read has changed. Dynamo also replays the code's side
+effects (counters, attributes, lists), after the graph has been carried out.
 
-The graph is handed to us as to any compiler. The image is stood in for by one element expanded to the
-image's shape, which takes no memory. Each size of images is captured by itself, until there have been
-several: then for all further ones at once, where that can be (:mod:`any_size`).
+Dynamo hands the graph to us as to any compiler. One element, expanded to the image's shape, stands for the
+image and takes no memory. The first sizes of images are captured one by one; after several, one capture
+serves all further sizes where possible (:mod:`any_size`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ Run = Callable[[RawGraph, Mapping[str, Tensor]], Sequence[Any]]
 that are only checked."""
 
 MOST_GRAPHS = 32
-"""Graphs captured for images of one size each that are kept."""
+"""Number of graphs kept that are captured for one image size each."""
 _MOST_OF_ANY_SIZE = 4
-"""Graphs that are captured for images of all further sizes; where more are needed, as of code that is
-different in each pass, each size is captured by itself."""
+"""Number of graphs kept for a kind of call that serve all further sizes; code that needs more, as it differs
+in each pass, is captured for each size."""
 _MOST_KINDS = 16
-"""Kinds of calls that such graphs are kept for."""
+"""Number of kinds of calls for which such graphs are kept."""
 _MOST_SIZES = 64
-"""Sizes that the raw graphs of each are kept for."""
+"""Number of sizes for which raw graphs of such a graph are kept."""
 
 
 def _forward(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def _forward(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[
 
 
 class _Present(threading.local):
-    """The call that is being made in this thread."""
+    """This thread's present call."""
 
     call: _GuardedCall | None = None
 
@@ -73,14 +73,14 @@ _present = _Present()
 
 
 class GuardedForward:
-    """The captured forward passes of one module, each with the guards under which it holds."""
+    """The captured forward passes of one module, each with its guards."""
 
     def __init__(self) -> None:
         self._of_size: OrderedDict[tuple[_Kind, tuple[int, ...]], _Captures] = OrderedDict()
-        """What was captured for images of one size, the most recently used last."""
+        """Captures for images of one size, the most recently used last."""
         self._of_any_size: OrderedDict[_Kind, _Captures | None] = OrderedDict()
-        """What was captured for those of all further sizes, the most recently used kind last; None where each
-        is captured by itself."""
+        """Captures for all further sizes, the most recently used kind last; None for kinds whose sizes are
+        captured one by one."""
         self._unseen = Unseen((), {})
 
     def __call__(
@@ -91,9 +91,9 @@ class GuardedForward:
         kwargs: dict[str, Any],
         run: Run,
     ) -> Any:
-        """What ``net(image, *args, **kwargs)`` returns, its operators carried out by ``run``.
+        """Return ``net(image, *args, **kwargs)``, with the operators carried out by ``run``.
 
-        ``image`` stands in for the image: its values are not read.
+        ``image`` is a stand-in, whose values are not read.
 
         Raises
         ------
@@ -121,7 +121,7 @@ class GuardedForward:
         try:
             return _called(call, captures, image)
         finally:
-            # Where it cannot be captured by itself either, it is this image that is wrong.
+            # If this size cannot be captured by itself either, the image is at fault.
             if needs_size and call.has_begun:
                 self._of_any_size[kind] = None
             if not captures.count:
@@ -129,11 +129,11 @@ class GuardedForward:
 
     @property
     def count(self) -> int:
-        """How many graphs are kept."""
+        """Number of graphs kept."""
         return _count((*self._of_size.values(), *self._of_any_size.values()))
 
     def _for_size(self, kind: _Kind, size: tuple[int, ...]) -> _Captures:
-        """Where what is captured for one size goes, or is found; what was used long ago is dropped."""
+        """The captures of one size, created if there are none; the least recently used sizes are dropped."""
         captures = self._of_size.setdefault((kind, size), _Captures(check=None))
         if captures.count >= MOST_GRAPHS:
             captures = self._of_size[kind, size] = _Captures(check=None)
@@ -143,7 +143,7 @@ class GuardedForward:
         return captures
 
     def _for_further_sizes(self, kind: _Kind) -> _Captures | None:
-        """Where what is captured for all of them goes; None if each is to be captured by itself."""
+        """The captures for all further sizes; None if sizes of this kind are to be captured one by one."""
         if kind not in self._of_any_size:
             if sum(known == kind for known, _ in self._of_size) < MANY_SIZES:
                 return None
@@ -157,7 +157,7 @@ class GuardedForward:
         return captures
 
     def _seconds(self, kind: _Kind) -> float:
-        """The longest that a capture of one size took."""
+        """Seconds of the slowest capture of one size."""
         of_kind = (captures.seconds for (known, _), captures in self._of_size.items() if known == kind)
         return max(of_kind, default=0.0)
 
@@ -167,7 +167,7 @@ def _count(kept: Iterable[_Captures | None]) -> int:
 
 
 _Kind = tuple[Any, ...]
-"""What calls have in common that are alike but for the image's size."""
+"""Equal for calls that differ in the image's size at most."""
 
 
 def _kind(net: nn.Module, image: Tensor, arguments: Any) -> _Kind:
@@ -177,7 +177,7 @@ def _kind(net: nn.Module, image: Tensor, arguments: Any) -> _Kind:
 def _called(
     call: _GuardedCall, captures: _Captures, image: Tensor, *settings: AbstractContextManager[None]
 ) -> Any:
-    """The result of a call, by what was captured before, or is now under further ``settings``."""
+    """The result of a call, by an earlier capture or by a new one under further ``settings``."""
     with call.settings:
         for each in (dynamo_as_wanted(), collector.off(), *settings):
             call.settings.enter_context(each)
@@ -192,9 +192,9 @@ def _called(
 
 
 class _Captures:
-    """Graphs captured of one module's code: Dynamo's function of it, and the backend that it hands them to.
+    """Graphs captured from one module's code: Dynamo's compiled function, and the backend that gets them.
 
-    ``check`` refuses graphs that do not hold for what they are to serve.
+    ``check`` raises for graphs that are not valid for the calls they are to serve.
     """
 
     def __init__(self, check: Callable[[GraphModule], None] | None) -> None:
@@ -203,16 +203,16 @@ class _Captures:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of graphs."""
         return self._graphs.count
 
     @property
     def seconds(self) -> float:
-        """The longest that one has taken to be captured."""
+        """Seconds of the slowest capture."""
         return self._graphs.seconds
 
     def followed(self, call: _GuardedCall, image: Tensor) -> Any:
-        """The result of a call, or the news that Dynamo cannot follow its code."""
+        """The result of a call; raises `CannotBeGuarded` if Dynamo cannot follow its code."""
         if self._compiled is None:
             self._compiled = _compiled(self._graphs)
         self._graphs.began = time.perf_counter()
@@ -228,7 +228,7 @@ class _Captures:
 
 
 class _Graphs:
-    """Dynamo's backend. It does not know its owner: the collector does not see into Dynamo's cache."""
+    """Dynamo's backend. It has no reference to its owner, as the collector does not see Dynamo's cache."""
 
     def __init__(self, check: Callable[[GraphModule], None] | None) -> None:
         self._check = check
@@ -248,23 +248,23 @@ def _compiled(graphs: _Graphs) -> Callable[..., Any]:
     import torch._dynamo
 
     torch._dynamo.allow_in_graph(as_image)  # type: ignore[no-untyped-call]
-    # Captured graphs belong to a code object, and their names to its globals. Those of its own go with it.
+    # Dynamo keeps graphs with a code object, and names in its globals. A copy's own are freed with it.
     own = types.FunctionType(_forward.__code__.replace(), {**_forward.__globals__}, "forward")
-    # Whether sizes are fixed is marked on images, and decided by settings for all else.
+    # Marks on images say whether their sizes are symbols; for all else settings do.
     return torch.compile(own, backend=graphs, fullgraph=True)
 
 
 class _Captured:
-    """What Dynamo calls in place of a graph's operations."""
+    """The function that Dynamo calls instead of a graph's operations."""
 
-    # Dynamo wraps it in functions that get a copy of whatever its ``__dict__`` holds at first: its graph
-    # would stay, and with it fake tensors and their weak references to the parameters.
+    # Dynamo wraps it in functions that get a copy of its initial ``__dict__``. With one, the graph would
+    # stay, with fake tensors and their weak references to the parameters.
     __slots__ = ("_keyed", "_module")
 
     def __init__(self, module: GraphModule) -> None:
         self._module: GraphModule | None = module
         self._keyed = Recent[tuple[int, ...], KeyedGraph](_MOST_SIZES)
-        """By the sizes that are not fixed."""
+        """Raw graphs by the sizes that are symbols."""
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         with function_modes_aside():
@@ -281,7 +281,7 @@ class _Captured:
 
         keyed = self._keyed.get(sizes, make)
         if not sizes:
-            # There will be no other.
+            # Without symbols there is one raw graph only.
             self._module = None
         call.has_begun = True
         call.settings.close()
@@ -296,5 +296,5 @@ class _GuardedCall:
         self.arguments = (args, kwargs)
         self.run = run
         self.settings = ExitStack()
-        """What holds while the call is captured, and no longer when its operators are carried out."""
+        """Contexts that are active during capture, and left before the operators run."""
         self.has_begun = False

@@ -1,10 +1,10 @@
 """What Dynamo has no guards for: which attributes there are, methods, and what is in a dict in which order.
 
-Dynamo guards what it finds. Where code looks for what is not there (``"scale" in vars(self)``, ``hasattr`` of
-a module or function, ``except AttributeError``, ``if self.options``), it often guards nothing, and a capture
-would be used on when that has come. Methods it takes from an object's class without a guard, and of an
-``OrderedDict`` it does not know that the order may change. So everything that Dynamo reads under a name gets
-one more guard.
+Dynamo guards what it finds. Where code looks for something that is absent (``"scale" in vars(self)``,
+``hasattr`` of a module or function, ``except AttributeError``, ``if self.options``), it often adds no guard,
+and a capture would still be used once the thing is there. Dynamo reads methods from an object's class without
+a guard, and ignores that the order of an ``OrderedDict`` may change. So everything that Dynamo reads under a
+name gets one more guard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEAP_TYPE = 1 << 9
 
 @contextmanager
 def presence_guarded() -> Iterator[None]:
-    """A block in which Dynamo also guards attributes that may come, methods, and what dicts have."""
+    """Make Dynamo also guard absent attributes, methods, and dicts' entries and order, for the block."""
     from torch._dynamo.variables.builder import VariableBuilder
 
     wrap = VariableBuilder.__call__
@@ -40,7 +40,7 @@ def presence_guarded() -> Iterator[None]:
         asked = self.source
         found = wrap(self, value)
         if self.source is not asked:
-            # Guards are now those of what it has inside: of a compiled module, the module.
+            # Guards now apply to the wrapped value, such as the module inside a compiled one.
             value = getattr(value, "_orig_mod", None)
         look = _look_of(value)
         name = self.source.name
@@ -54,7 +54,7 @@ def presence_guarded() -> Iterator[None]:
 
 
 def _look_of(value: Any) -> Callable[[Any], Any] | None:
-    """What to compare of a value at each call; None for nothing."""
+    """The function of a value to compare at each call; None for nothing."""
     if isinstance(value, OrderedDict):
         return _keys
     if isinstance(value, dict):
@@ -69,14 +69,14 @@ def _look_of(value: Any) -> Callable[[Any], Any] | None:
 
 
 def _is_torchs(value: Any) -> bool:
-    """Whether it is a module or function of PyTorch's own."""
+    """Whether a value is one of PyTorch's own Python modules or functions."""
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
     is_code = isinstance(value, (types.ModuleType, types.FunctionType))
     return is_code and str(name).partition(".")[0] == torch.__name__
 
 
 def _is_users(kind: type) -> bool:
-    """Whether a class may be changed, and nobody else looks at it, as it is done for modules."""
+    """Whether a class may change and is not checked elsewhere, as classes of modules are."""
     return _is_made(kind) and not issubclass(kind, nn.Module)
 
 
@@ -94,7 +94,7 @@ def _attributes_and_methods(value: Any) -> tuple[Any, ...]:
 
 
 def _methods(value: Any) -> tuple[Any, ...]:
-    """Methods and properties of an object's class and those that it is derived from."""
+    """Methods and properties of an object's class and its bases."""
     members = chain.from_iterable(vars(kind).values() for kind in type(value).__mro__ if _is_made(kind))
     return tuple(member for member in members if hasattr(type(member), "__get__"))
 
@@ -108,7 +108,7 @@ def _attributes(value: Any) -> tuple[str, ...]:
 
 
 def _guard(builder: Any, guard: Any, *, look: Callable[[Any], Any], seen: Any) -> None:
-    """Add a guard that compares ``look`` of a value with what was ``seen``."""
+    """Add a guard that ``look`` of the value still equals ``seen``."""
     from torch._dynamo.guards import _get_closure_vars
 
     def is_same(value: Any) -> bool:
@@ -116,7 +116,7 @@ def _guard(builder: Any, guard: Any, *, look: Callable[[Any], Any], seen: Any) -
 
     manager = builder.get_guard_manager(guard)
     what = [f"{look.__name__}({guard.name})"]
-    # Those of dicts compare the number of entries, and take no further guards.
+    # Guard managers of dicts compare the number of entries, and accept no lambda guards.
     if not isinstance(manager, DictGuardManager):
         manager.add_lambda_guard(is_same, what, None)
     elif look is _keys:

@@ -1,4 +1,4 @@
-"""What a forward pass may read that Dynamo has no guards for."""
+"""State that a forward pass may read and that Dynamo does not guard."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unseen:
-    """What modules' classes hold, hooks of all modules, and the environment's variables."""
+    """The members of modules' classes, the global module hooks, and the environment variables."""
 
     members: tuple[Any, ...]
     environment: Mapping[str, str]
 
     @classmethod
     def by(cls, net: nn.Module) -> Unseen:
-        """As it is now."""
+        """Take the present state, for the modules of ``net``."""
         kinds = dict.fromkeys(kind for module in net.modules() for kind in type(module).__mro__)
-        # Dynamo itself patches the base class when it is used first, and not what a call goes through.
+        # Dynamo patches the base class on first use, but not the methods that a call goes through.
         own = (vars(kind).values() for kind in kinds if kind not in (nn.Module, object))
         calls = (getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__"))
         hooks = (hook for kind in _GLOBAL_HOOKS for hook in getattr(module_hooks, kind).values())
         return cls((*chain.from_iterable(own), *calls, *hooks), dict(os.environ))
 
     def is_same(self, other: Unseen) -> bool:
-        """Whether nothing has changed in between."""
+        """Whether nothing has changed between the two."""
         return (
             len(self.members) == len(other.members)
             and all(map(operator.is_, self.members, other.members))

@@ -1,1 +1,1 @@
-"""A flat graph as a program: every call lowered by its rule, with axes of space that code has merged."""
+"""Lowering of a flat graph to a program, by the operators' rules, also where code merges spatial axes."""

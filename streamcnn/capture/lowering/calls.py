@@ -1,7 +1,7 @@
-"""Captured calls lowered one by one: by their rules while they stream, on whole maps where they do not.
+"""Lowering of captured calls, one by one: by rules while they stream, else on whole maps.
 
-A call with a map among its operands is given to its rule; without one, or if the rule refuses, the maps are
-gathered and the call becomes a global value.
+A call with a map among its operands is given to its operator's rule. If there is no rule, or it refuses, the
+maps are gathered and the call becomes a global value.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _LEAST_POSITIONS = 64
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How much had been lowered at some point."""
+    """A point in a lowering, to which it can be forked back."""
 
     recorded: RecordingMark
     values: int
 
 
 class Lowering:
-    """What a captured graph's calls have become, so far."""
+    """The lowering of a captured graph's calls, so far."""
 
     def __init__(self, recording: Recording | None = None) -> None:
         self.recording = Recording(FakeCalls()) if recording is None else recording
         self.values: dict[str, Any] = {}
-        """Captured node name to a ref, one with merged axes, a tuple of those, or a plain value."""
+        """Captured node name to a ref, a :class:`Folded` ref, a tuple of those, or a plain value."""
         self._num_images = 0
 
     def mark(self) -> Mark:
-        """How much has been lowered."""
+        """The present point, for :meth:`forked`."""
         return Mark(self.recording.mark(), len(self.values))
 
     def forked(self, mark: Mark) -> Lowering:
-        """What had been lowered at ``mark``, to go on resident."""
+        """A copy of the lowering as it was at ``mark``, in which further calls run on whole maps."""
         fork = Lowering(self.recording.forked(mark.recorded))
         fork.values = dict(islice(self.values.items(), mark.values))
         return fork
@@ -69,14 +69,14 @@ class Lowering:
         self.values[name] = self.recording.add(name, image, kind=Kind.IMAGE, axes=(2, 3))
 
     def add_map(self, name: str, tensor: Tensor, axes: Axes) -> None:
-        """A further map that is read by regions."""
+        """Add a further input that is a map, read by regions."""
         self.values[name] = self.recording.add(name, _like(tensor), kind=Kind.IMAGE, axes=axes)
 
     def add_state(self, name: str, tensor: Tensor) -> None:
         self.values[name] = self.recording.add(name, _like(tensor), kind=Kind.STATE)
 
     def read_as_map(self, name: str, axes: Axes) -> None:
-        """Take a state for a map from here on."""
+        """Treat a state as a map from here on."""
         self.values[name] = self.recording.promote(self.values[name], axes)
 
     # --- calls ---------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Lowering:
         self.values[raw.name] = self._as_written(raw, value)
 
     def _without_model(self, call: Call) -> Call:
-        """``x.type_as(y)`` as a cast of ``x``, unless it moves: nothing of ``y`` is read."""
+        """Make ``x.type_as(y)`` a cast of ``x`` if both are on one device: no value of ``y`` is read."""
         if call.target not in LIKE_OTHERS:
             return call
         value, other, *rest = call.args
@@ -109,10 +109,10 @@ class Lowering:
         return self.recording.fakes[value.ref.name if isinstance(value, Folded) else value.name]
 
     def _as_written(self, raw: RawNode, value: Any) -> Any:
-        """A call's result as it is written: ``x += y`` leaves ``x`` in its type, ``x + y`` would not."""
+        """A call's result in the dtype of the value it overwrites: ``x += y`` keeps the dtype of ``x``."""
         before = self.values.get(raw.overwrites)
         if before is None:
-            # Nothing is overwritten, or nothing else reads it, as where all of it is copied over.
+            # Nothing is overwritten, or nothing reads the old value.
             return value
         dtype = self._type_of(before)
         return value if self._type_of(value) == dtype else self._called(Call(_CAST, (value, dtype), {}))
@@ -167,7 +167,7 @@ class Lowering:
         return result
 
     def _begin(self, call: Call) -> Any:
-        """Stream a call whose first operand was worked out from whole maps: what it gives is a map again."""
+        """Stream a call whose first operand was computed from whole maps; its result is a map again."""
         ref = call.args[0]
         if ref.name not in self.recording.from_whole or self.recording.moves(call):
             return NotStreamable("")
@@ -180,9 +180,9 @@ class Lowering:
         return result
 
     def _grids(self, shape: tuple[int, ...]) -> Iterator[Axes]:
-        """Which axes of a tensor may be those of a map again; any would be exact.
+        """Candidates for a tensor's spatial axes when it becomes a map again; any would be exact.
 
-        With channels last they have a known map's extents. Of few positions nothing is gained.
+        Axes of channels-last tensors need the extents of a known map. Small maps are not worth streaming.
         """
         if len(shape) != 4 or shape[0] != self._num_images:
             return
@@ -196,7 +196,7 @@ class Lowering:
         return Call(call.target, args, kwargs)
 
     def _whole(self, value: Any) -> Any:
-        """A map as a global value; anything else as it is."""
+        """A map gathered to a global value; anything else unchanged."""
         if isinstance(value, Folded):
             return unfolded(self.recording, value)
         is_map = isinstance(value, Ref) and self.recording.axes(value) is not None
@@ -205,7 +205,7 @@ class Lowering:
     # --- what comes out ------------------------------------------------------------------------------
 
     def result(self, name: str, *, keeps_maps: bool = False) -> Any:
-        """A result of the model: whole, or with ``keeps_maps`` stored if it is a map computed in tiles."""
+        """A result of the model: whole, or with ``keeps_maps`` a stored map if it is computed in tiles."""
         value = self.values[name]
         recording = self.recording
         if keeps_maps and isinstance(value, Ref) and recording.nodes[value.name].kind is Kind.LOCAL:

@@ -1,6 +1,6 @@
-"""What calls give on fake tensors, for shapes and types: each kind of call is worked out once.
+"""Results of calls on fake tensors, for shapes and dtypes; each kind of call is run once.
 
-Networks repeat their blocks, so most calls look like one before.
+Networks repeat their blocks, so most calls are like an earlier one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from streamcnn.graph.fakes import memory_of
 
 
 class FakeCalls:
-    """Results that are known, by what they are functions of."""
+    """A cache of fake results, by everything that a result's shape and dtype depend on."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
@@ -27,9 +27,9 @@ class FakeCalls:
     def called(
         self, raw: RawNode | None, target: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Any, int | None]:
-        """A call's fake result, and which of the tensors among its arguments has the memory that it is in.
+        """A call's fake result, and the index of the tensor argument whose memory it shares; None if none.
 
-        ``raw`` is the captured call that it belongs to.
+        ``raw`` is the captured call, whose autocast block applies.
         """
 
         def call() -> tuple[Any, int | None]:
@@ -43,7 +43,7 @@ class FakeCalls:
         return found
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, made once for each key that can be one."""
+        """The result of ``make()``, cached by ``key`` if that is hashable."""
         try:
             if key not in self._known:
                 self._known[key] = make()
@@ -59,7 +59,7 @@ def target_name(raw: RawNode | None) -> str:
 
 
 def look(value: Any) -> Any:
-    """What the shape and type of a call's result can depend on, in an argument."""
+    """The properties of an argument that the shape and dtype of a result can depend on."""
     if isinstance(value, Tensor):
         strides = value.stride() if value.layout is torch.strided else ()
         return (value.layout, value.shape, strides, value.dtype, value.device)
@@ -71,7 +71,7 @@ def look(value: Any) -> Any:
 
 
 def _shares(result: Any, arguments: Any) -> int | None:
-    """Which of the tensors in ``arguments`` has the memory that the first tensor of ``result`` is in."""
+    """The index of the tensor in ``arguments`` that shares memory with the first tensor of ``result``."""
     results, tensors = (
         [memory_of(leaf) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)]
         for each in (result, arguments)

@@ -1,4 +1,4 @@
-"""Operators that leave merged axes as they are: those of single positions, and those along other axes."""
+"""Translations of operators that leave merged axes alone: pointwise ones, and those along other axes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ aten = torch.ops.aten
 
 
 def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
-    """An operator that treats every position alike."""
+    """Translate an operator that treats every position alike."""
     like = tracer.fake_seen(call)
     folded = [value for value in values_of(call) if isinstance(value, Folded)]
     if not isinstance(like, Tensor):
@@ -64,7 +64,7 @@ def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _trailing(tracer: FoldingTracer, call: Call) -> Any:
-    """The last axes: linear layers and norms."""
+    """Translate operators along the last axes: linear layers and norms."""
     value = as_folded(tracer, call.args[0])
     count = 1 if rule_for(call.target) is pointwise.linear else len(call.args[1])
     if any(isinstance(other, Folded) for other in values_of(call)[1:]):
@@ -76,14 +76,14 @@ def _trailing(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _everywhere(tracer: FoldingTracer, call: Call) -> Any:
-    """No axis in particular, or a tensor of a shape of its own."""
+    """Translate operators that name no axis."""
     value: Folded = call.args[0]
     result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
     return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
 def _along(tracer: FoldingTracer, call: Call) -> Any:
-    """Axes that are not merged: joined, split, selected, sorted, normalised."""
+    """Translate operators along axes that are not merged: concat, split, select, sort, softmax."""
     like = tracer.fake_seen(call)
     parts = like if isinstance(like, (tuple, list)) else (like,)
     values = values_of(call)
@@ -123,7 +123,7 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _select(tracer: FoldingTracer, call: Call, value: Folded, merged: int, likes: Sequence[Tensor]) -> Any:
-    """The largest or smallest of all positions, or some of them, and their places among them."""
+    """Select the largest or smallest values over all positions, with their indices."""
     if tracer.spec(value.ref).dtype in (torch.bool, torch.int64):
         return NotStreamable("it finds the place of truth values or of whole numbers of 64 bits")
     axes = tracer.axes(value.ref)
@@ -147,7 +147,7 @@ def _unmerged(value: Any) -> Any:
 
 
 def _indexed(tracer: FoldingTracer, call: Call) -> Any:
-    """Entries that a tensor names, of one axis that is not merged."""
+    """Translate indexing by a tensor along one axis that is not merged."""
     value, indices = call.bind("self", "indices")
     named = [axis for axis, index in enumerate(indices) if index is not None]
     if not isinstance(value, Folded) or len(named) != 1 or value.runs[named[0]] > 1:
@@ -162,7 +162,7 @@ def _indexed(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _reduce(tracer: FoldingTracer, call: Call) -> Any:
-    """Sums, means and the like, over merged axes or beside them."""
+    """Translate reductions such as sums and means, over merged or other axes."""
     value: Folded = call.args[0]
     like, ndim = tracer.fake_seen(call), len(value.runs)
     if not isinstance(like, Tensor):

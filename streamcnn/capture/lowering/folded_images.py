@@ -1,7 +1,7 @@
-"""Operators on images (N, C, ...), where the code has merged axes of space into one of theirs.
+"""Translations of operators on images (N, C, ...), where the code has merged spatial axes into one of theirs.
 
-Merged into that of the channels' positions, as in tokens (N, C, H * W), the map is the image. Merged into
-that of the images, as in a batch of windows, every position of the map is an image by itself.
+If they are merged into one axis of positions, as in tokens (N, C, H * W), the map is the image. If they are
+merged into the batch, as in a batch of windows, every position of the map holds an image of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NO_IMAGES = NotStreamable("it is not applied to images or tokens")
 
 
 def _by_image(tracer: FoldingTracer, call: Call) -> Any:
-    """Images that lie at every position of the map, each by itself."""
+    """Translate an operator on images that lie at the map's positions, to one on each image by itself."""
     value = _first_of(tracer, call)
     if isinstance(value, NotStreamable):
         return value
@@ -55,7 +55,7 @@ def _by_image(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _along_one_axis(tracer: FoldingTracer, call: Call) -> Any:
-    """An operator on (N, C, L): a convolution, the mean of all tokens, or one of each image by itself."""
+    """Translate an operator on (N, C, L): a convolution, the mean of all tokens, or one on each image."""
     if call.target in (aten.conv1d.default, aten.conv1d.padding):
         return _convolution(tracer, call)
     value = as_folded(tracer, call.args[0])
@@ -66,7 +66,7 @@ def _along_one_axis(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _convolution(tracer: FoldingTracer, call: Call) -> Any:
-    """A convolution of each image by itself, or one that mixes the channels of each position alone."""
+    """Translate a convolution of each image by itself, or one whose kernel has one position."""
     value = _first_of(tracer, call)
     if isinstance(value, NotStreamable) or _lies_in_batch(tracer, value):
         return _by_image(tracer, call)
@@ -84,12 +84,12 @@ def _convolution(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _pads(padding: Any) -> bool:
-    """Whether a convolution whose kernel has one position pads: by name it does not."""
+    """Whether a convolution pads whose kernel has one position; "same" and "valid" do not pad it."""
     return not isinstance(padding, str) and any(padding)
 
 
 def _norm(tracer: FoldingTracer, call: Call) -> Any:
-    """Statistics of each channel: over all other axes, or over those of each image."""
+    """Translate norms of each channel, over the whole batch or over each image."""
     value = _first_of(tracer, call)
     if isinstance(value, NotStreamable):
         return value
@@ -122,7 +122,7 @@ def _norm(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _normalises_over_batch(call: Call) -> bool:
-    """Whether all images have the same statistics."""
+    """Whether a norm has the same statistics for all images."""
     rule = rule_for(call.target)
     if rule is normalization.instance_norm:
         return not call.bind("use_input_stats")[0]
@@ -130,7 +130,7 @@ def _normalises_over_batch(call: Call) -> bool:
 
 
 def _pad(tracer: FoldingTracer, call: Call) -> Any:
-    """Constants around axes that are not merged, as a column of ones beside the values of each token."""
+    """Translate padding of axes that are not merged, such as a column of ones beside each token's values."""
     value, pads = call.bind("self", "pad")
     constant = call.target is aten.constant_pad_nd.default or call.bind("mode")[0] == "constant"
     if not constant:
@@ -146,7 +146,7 @@ def _pad(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _blocks(tracer: FoldingTracer, call: Call) -> Any:
-    """Blocks of a map, with their positions as one axis."""
+    """Translate ``unfold``: the blocks of a map, with their positions as one axis."""
     ref = call.args[0]
     if isinstance(ref, Folded):
         return _by_image(tracer, call)
@@ -167,7 +167,7 @@ def _sum_of_blocks(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _first_of(tracer: FoldingTracer, call: Call) -> Folded | NotStreamable:
-    """The first operand, if it is the only map."""
+    """The first operand, if it is the only map; else the reason why the call cannot be streamed."""
     first, *others = (as_folded(tracer, each) for each in values_of(call))
     if tracer.axes(first.ref) is None or any(tracer.axes(each.ref) is not None for each in others):
         return NotStreamable("its parameters depend on the position")
@@ -175,7 +175,7 @@ def _first_of(tracer: FoldingTracer, call: Call) -> Folded | NotStreamable:
 
 
 def _lies_in_batch(tracer: FoldingTracer, value: Folded) -> bool:
-    """Whether every position of the map has images of its own."""
+    """Whether the spatial axes are merged into the batch, so that every position holds images of its own."""
     axes = tracer.axes(value.ref)
     return axes is not None and set(axes) <= set(value.span(0))
 
@@ -189,7 +189,7 @@ def _as_image(
 ) -> Any:
     """Carry out a call on the map as images (N, C, H, W).
 
-    The axes ``beside`` go behind the channels and become one with them, all others in front.
+    The axes ``beside`` are merged into the channels, behind them; all other axes are merged into the batch.
     """
     axes, ndim, channels = tracer.axes(value.ref), sum(value.runs), value.starts[1]
     assert axes is not None

@@ -1,6 +1,6 @@
-"""Losses of maps whose rows and columns the code has merged into one axis, as losses are often written.
+"""Translations of losses of maps whose rows and columns are merged into one axis.
 
-Cross-entropy of ``logits.flatten(2)``, or of scores (P, C) with channels last, is that of the map itself.
+Cross-entropy of ``logits.flatten(2)``, or of scores (P, C) with channels last, is computed on the map itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DIFFERENT = NotStreamable("its operands have their axes of space merged differe
 
 
 def _of_values(tracer: FoldingTracer, call: Call) -> Any:
-    """A loss of each value by itself, which is summed where the code wants that."""
+    """Translate a loss of each value by itself, with its reduction."""
     over = Over(call.bind("reduction")[0])
     each = alike_folded(tracer, call.replaced("reduction", int(Over.NONE)))
     if isinstance(each, NotStreamable) or over is Over.NONE:
@@ -31,14 +31,14 @@ def _of_values(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _of_classes(tracer: FoldingTracer, call: Call) -> Any:
-    """A loss of scores (N, C, P) with classes (N, P), or of scores (P, C) with classes (P,)."""
+    """Translate a loss of scores (N, C, P) with classes (N, P), or of scores (P, C) with classes (P,)."""
     operands = call.bind("self", "target")
     scores, target = (as_folded(tracer, each) for each in operands)
     if any(tracer.axes(each.ref) is None for each in (scores, target)):
         return _DIFFERENT
     first, second = scores.ref, target.ref
     if target.runs == (2,):
-        # Of one image, whose axis is gone.
+        # One image, without its batch axis.
         first, second = (
             tracer.stream(Call(aten.unsqueeze.default, (each, 0), {})) for each in (first, second)
         )
@@ -55,14 +55,14 @@ def _of_classes(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _one_hot(tracer: FoldingTracer, call: Call) -> Any:
-    """Classes along a new last axis."""
+    """Translate ``one_hot``, which puts classes along a new last axis."""
     value: Folded = call.args[0]
     result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
     return as_seen(tracer, result, (*value.runs, 1), tracer.fake_seen(call).shape)
 
 
 def _broadcast(tracer: FoldingTracer, call: Call) -> Any:
-    """Values of one shape as they are."""
+    """Translate ``broadcast_tensors`` of values of one shape, which stay as they are."""
     (values,) = call.args
     shapes = {value.seen(tracer.spec(value.ref).shape) for value in values if isinstance(value, Folded)}
     is_same = len(shapes) == 1 and all(isinstance(value, Folded) for value in values)

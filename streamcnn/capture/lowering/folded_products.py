@@ -1,4 +1,4 @@
-"""Products of matrices and attention whose rows, columns or batches are positions."""
+"""Translations of matrix products and attention whose rows, columns or batches are positions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ aten = torch.ops.aten
 
 
 def _product(tracer: FoldingTracer, call: Call) -> Any:
-    """A product in which positions are rows, columns, or images of a batch.
+    """Translate a product in which positions are rows, columns, or images of a batch.
 
-    Where every row or column meets every position, as queries meet keys, the other operand is whole.
+    Where every row or column meets every position, as queries meet keys, the other operand is gathered whole.
     """
     first, second = (as_folded(tracer, value) for value in call.args[:2])
     if min(len(first.runs), len(second.runs)) < 2:
@@ -49,7 +49,7 @@ def _product(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any:
-    """A product that sums over the positions, as keys and values of linear attention."""
+    """Translate a product that sums over positions, such as keys by values in linear attention."""
     ndim = len(first.runs)
     turned = (*range(ndim - 2), *first.span(-1), ndim - 2)
     columns = tracer.stream(Call(aten.permute.default, (first.ref, turned), {}))
@@ -60,7 +60,7 @@ def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any
 
 
 def _einsum(tracer: FoldingTracer, call: Call) -> Any:
-    """A product by an equation, with a letter for each of the map's axes."""
+    """Translate ``einsum``, with a letter for each of the map's axes."""
     equation, operands = call.bind("equation", "tensors")
     named = products.terms_of(equation)
     if isinstance(named, NotStreamable):
@@ -94,7 +94,7 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _attention(tracer: FoldingTracer, call: Call) -> Any:
-    """Attention whose queries are positions, or within each image of a batch of windows."""
+    """Translate attention whose queries are positions, or attention within each image of a batch."""
     query, key, value = (as_folded(tracer, each) for each in call.args[:3])
     (mask,) = call.bind("attn_mask")
     places = [_place(tracer, each) for each in (query, key, value)]
@@ -114,7 +114,7 @@ def _attention(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:
-    """A mask with a row for each position, as a map; or one row for all, with axes of one position."""
+    """A mask with a row for each position as a map; a mask with one row as a global value that broadcasts."""
     extents, before = tracer.spec(query.ref).shape, tracer.spec(mask).shape
     if before[-2] == 1:
         return reshaped(tracer, mask, (*before[:-2], *((1,) * query.runs[-2]), before[-1]))
@@ -127,7 +127,7 @@ def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:
 
 
 def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mask: Any = None) -> Any:
-    """Matrices of each image of a batch: the axes of space stay in front of theirs."""
+    """Translate a product within each image of a batch: spatial axes stay in front of the matrices'."""
     like = tracer.fake_seen(call)
     first = max(operands, key=lambda each: (_place(tracer, each) is not None, len(each.runs)))
     place = _place(tracer, first)
@@ -142,7 +142,7 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
             translated.append(each.ref)
         else:
             return NotStreamable("its operands have their axes of space merged differently")
-    # Those for batches and for two matrices take three and two axes and no more.
+    # ``bmm`` and ``mm`` take exactly three and two axes.
     target = aten.matmul.default if call.target in (aten.bmm.default, aten.mm.default) else call.target
     call = Call(target, (*translated, *call.args[len(translated) :]), call.kwargs)
     if isinstance(mask, Ref) and tracer.axes(mask) is None:
@@ -155,9 +155,9 @@ def _by_batch(tracer: FoldingTracer, call: Call, operands: Sequence[Folded], mas
 
 
 def _place(tracer: FoldingTracer, value: Folded) -> int | None:
-    """Which axis that the code sees holds those of space, counted from the end.
+    """The axis, as the code sees it, that holds the spatial axes, counted from the end.
 
-    None for a global value, 0 for a map whose axes of space are apart, or that has others merged.
+    None for a global value, 0 for a map whose spatial axes are apart, or that has other merged axes.
     """
     axes = tracer.axes(value.ref)
     if axes is None:

@@ -1,4 +1,4 @@
-"""Operators that regroup axes: how axes of space are merged, split and put in another order."""
+"""Translations of operators that merge, split and permute spatial axes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def _reshape(tracer: FoldingTracer, call: Call) -> Any:
 def regrouping(
     before: Sequence[int], axes: Axes, after: Sequence[int]
 ) -> tuple[tuple[int, ...], Runs] | None:
-    """A map's extents and its runs for a reshape of what the code sees to ``after``; None if it has none.
+    """The extents and runs of a map after a reshape of its shape ``before`` to ``after``; None if impossible.
 
-    Both shapes are cut into the shortest stretches of axes that hold the same elements. Where no axis of
-    space is involved, the map takes the new axes. Where axes of space and others become one, they stay, as
-    a run. An axis of space that is split, or merged with others after it, is left to the rule of reshape.
+    Both shapes are cut into the shortest groups of axes with equally many elements. A group without spatial
+    axes takes the new axes. A group whose spatial axes become one axis with others stays, as a run. A spatial
+    axis that is split, or merged with axes after it, is left to the rule of reshape.
     """
     extents: list[int] = []
     runs: list[int] = []
@@ -50,9 +50,9 @@ def regrouping(
     while i < len(before) or k < len(after):
         first, start = i, k
         if k < len(after) and after[k] == 1 and (i == len(before) or before[i] != 1):
-            k += 1  # an axis of one position is put in
+            k += 1  # insert an axis of one position
         elif i < len(before) and before[i] == 1 and i not in axes and (k == len(after) or after[k] != 1):
-            i += 1  # or taken out
+            i += 1  # or remove one
         elif i == len(before) or k == len(after):
             return None
         else:
@@ -72,7 +72,7 @@ def regrouping(
             inner = math.prod(after[start + 1 : k])
             if spatial != [i - 1] or before[i - 1] % inner:
                 return None
-            # Its outer part goes with what is before it, its inner part is of other axes.
+            # The outer part is merged with the axes before it; the inner part becomes other axes.
             extents += (*before[first : i - 1], before[i - 1] // inner, *after[start + 1 : k])
             runs += [i - first] + [1] * (k - start - 1)
         else:

@@ -1,9 +1,9 @@
 """Axes of space that a reshape has merged: tokens, and windows as a longer batch.
 
-Transformers see a map (N, C, H, W) as tokens (N, H * W, C), or windows of it as images of their own. No value
-moves by that, so the map keeps its axes; what is remembered is how many of them each axis that the code sees
-is made of. A call on what the code sees is translated to one on the map, which the rules of the operators
-then stream like any other. Modules ``folded_*`` say how, one for each family of operators.
+Transformers treat a map (N, C, H, W) as tokens (N, H * W, C), or its windows as images of their own. That
+moves no value, so the map keeps its axes, and we record how many of them make up each axis that the code
+sees. A call on the merged axes is translated to a call on the map, which the operators' rules stream like any
+other. The modules ``folded_*`` hold the translations, one module for each family of operators.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Ref
 
 Runs = tuple[int, ...]
-"""By axis that the code sees: how many consecutive axes of the map it is made of."""
+"""For each axis that the code sees, the number of consecutive axes of the map that make it up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A map as the code sees it."""
+    """A map with merged axes, as the code sees it."""
 
     ref: Ref
     runs: Runs
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """By axis that the code sees: the first of the map's axes."""
+        """For each axis that the code sees, the first of the map's axes that make it up."""
         return tuple(accumulate(self.runs, initial=0))[:-1]
 
     def span(self, axis: int) -> range:
-        """The map's axes behind one that the code sees."""
+        """The map's axes that make up one axis that the code sees."""
         start = self.starts[axis]
         return range(start, start + self.runs[axis])
 
     def seen(self, extents: Sequence[int]) -> tuple[int, ...]:
-        """The shape that the code sees, of a map or a tile of these extents."""
+        """The shape that the code sees of a map, or of a tile, with these extents."""
         return tuple(math.prod(extents[i] for i in self.span(axis)) for axis in range(len(self.runs)))
 
 
 class FoldingTracer(Tracer, Protocol):
-    """What is asked of the tracer here besides what rules may ask."""
+    """The tracer's interface for translations, beyond that for rules."""
 
     def stream(self, call: Call) -> Any:
-        """What the call's rule answers."""
+        """The result of the operator's rule for a call."""
 
     def gather(self, ref: Ref) -> Ref:
         """The whole of a map as a global value, recorded once."""
@@ -63,10 +63,10 @@ class FoldingTracer(Tracer, Protocol):
 Translation = Callable[[FoldingTracer, Call], Any]
 
 TRANSLATIONS: dict[Any, Translation] = {}
-"""How a call is translated, by the rule that its operator has."""
+"""The translation of a call, by its operator's rule."""
 
 MERGING = (shape.reshape, products.matrix_product, products.attention, sliding_blocks.blocks)
-"""Rules of operators whose operands are whole maps, and that stream more than their rule does here."""
+"""Rules of operators of which translations stream some calls on plain maps that the rule refuses."""
 
 
 def is_folded(call: Call) -> bool:
@@ -75,9 +75,9 @@ def is_folded(call: Call) -> bool:
 
 
 def stream_folded(tracer: FoldingTracer, call: Call) -> Any:
-    """Carry out a call that merges axes of space, or whose operands have merged ones, on the map itself.
+    """Record a call that merges spatial axes, or whose operands have merged ones, on the map itself.
 
-    The result is a ref, a :class:`Folded` one, a tuple of those, or :class:`NotStreamable`.
+    The result is a ref, a :class:`Folded` ref, a tuple of those, or :class:`NotStreamable`.
     """
     translate = TRANSLATIONS.get(rule_for(call.target))
     if translate is None:
@@ -86,7 +86,7 @@ def stream_folded(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def unfolded(tracer: FoldingTracer, value: Folded) -> Ref:
-    """The whole of a map as a global value, as the code sees it."""
+    """The whole map as a global value, in the shape that the code sees."""
     whole = tracer.gather(value.ref)
     return reshaped(tracer, whole, value.seen(tracer.spec(value.ref).shape))
 
@@ -95,12 +95,12 @@ def unfolded(tracer: FoldingTracer, value: Folded) -> Ref:
 
 
 def as_folded(tracer: FoldingTracer, value: Ref | Folded) -> Folded:
-    """A value as one with merged axes, if only in runs of one."""
+    """``value`` as a :class:`Folded` ref, with runs of one axis if none are merged."""
     return value if isinstance(value, Folded) else Folded(value, (1,) * len(tracer.spec(value).shape))
 
 
 def as_seen(tracer: FoldingTracer, result: Any, runs: Runs, shape: Sequence[int]) -> Any:
-    """A map or a global value as the code sees it, or why there is none."""
+    """A map with ``runs``, or a global value with ``shape``, as the code sees it; a refusal stays one."""
     if isinstance(result, NotStreamable):
         return result
     if tracer.axes(result) is None:
@@ -125,9 +125,9 @@ def values_of(call: Call) -> list[Ref | Folded]:
 
 
 def is_merged_like(tracer: FoldingTracer, value: Folded, first: Folded) -> bool:
-    """Whether a map has the axes merged that ``first`` has, of the same extents or of one position.
+    """Whether ``value`` has the same axes merged as ``first``, of the same extents or of one position.
 
-    As many positions can be of other extents: those of a map that was turned.
+    Equally many positions may have other extents, as those of a transposed map.
     """
     before = len(first.runs) - len(value.runs)
     pairs = [
@@ -141,13 +141,13 @@ def is_merged_like(tracer: FoldingTracer, value: Folded, first: Folded) -> bool:
 
 
 def parts_of(tracer: FoldingTracer, value: Folded, axis: int) -> tuple[int, ...]:
-    """The extents of the map's axes behind one that the code sees."""
+    """The extents of the map's axes that make up one axis that the code sees."""
     extents = tracer.spec(value.ref).shape
     return tuple(extents[i] for i in value.span(axis))
 
 
 def taken_apart(tracer: FoldingTracer, ref: Ref, beside: Folded, extents: Sequence[int]) -> Ref:
-    """A global value that meets a map of these extents, with the axes apart that are merged there."""
+    """Reshape a global value so that it broadcasts with ``beside``, a map of these ``extents``, unmerged."""
     before = tracer.spec(ref).shape
     after: list[int] = []
     for axis, extent in zip(reversed(range(len(beside.runs))), reversed(before), strict=False):

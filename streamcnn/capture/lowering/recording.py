@@ -1,4 +1,4 @@
-"""A program's nodes as they are recorded, and what rules may ask of them."""
+"""Recording of a program's nodes, and the interface that rules get."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from streamcnn.graph.program import Access, Axes, Kind, Local, Node, Ref, Tensor
 from streamcnn.graph.whole import Whole
 
 LIKE_OTHERS = frozenset({torch.ops.aten.to.other, torch.ops.aten.type_as.default})
-"""Operators whose result is where their second operand is."""
+"""Operators whose result is on the device of their second operand."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordingMark:
-    """How much was recorded at some point: lengths of what only grows."""
+    """A point in a recording, as the lengths of mappings that only grow."""
 
     nodes: int
     gathered: int
@@ -38,7 +38,7 @@ class RecordingMark:
 
 
 class Recording:
-    """Nodes and their fake values; see :class:`streamcnn.graph.ops.rules.Tracer` for what rules may call.
+    """Nodes and their fake values; rules call the methods of :class:`streamcnn.graph.ops.rules.Tracer`.
 
     ``fake_calls`` is shared among recordings of one graph.
     """
@@ -47,22 +47,22 @@ class Recording:
         self.nodes: dict[str, Node] = {}
         self.fakes: dict[str, Any] = {}
         self.moved: dict[str, Ref] = {}
-        """Statistics as norms have moved them, by the name of what they were."""
+        """New values of statistics that norms update, by the name of the old value."""
         self.raw: RawNode | None = None
         """The captured call that is being recorded."""
         self.note = ""
-        """Why it runs on whole maps, for the next global value."""
+        """Reason why the next global value runs on whole maps."""
         self.resident = False
         self.sizes: set[tuple[int, ...]] = set()
-        """Extents of all maps."""
+        """The sizes (h, w) of all maps."""
         self.from_whole: set[str] = set()
-        """Global values that were worked out from whole maps."""
+        """Global values that are computed from whole maps."""
         self._gathered: dict[str, Ref] = {}
         self._promoted: dict[tuple[str, Axes], Ref] = {}
         self._fake_calls = fake_calls
 
     def mark(self) -> RecordingMark:
-        """How much has been recorded."""
+        """The present point, for :meth:`forked`."""
         return RecordingMark(
             nodes=len(self.nodes),
             gathered=len(self._gathered),
@@ -71,7 +71,7 @@ class Recording:
         )
 
     def forked(self, mark: RecordingMark) -> Recording:
-        """What this one held at ``mark``, to go on resident."""
+        """A copy of the recording as it was at ``mark``, in which further calls run on whole maps."""
         fork = Recording(self._fake_calls)
         fork.nodes = dict(islice(self.nodes.items(), mark.nodes))
         fork.fakes = {name: self.fakes[name] for name in fork.nodes}
@@ -103,7 +103,7 @@ class Recording:
         return self._called(call)[0]
 
     def _called(self, call: Call) -> tuple[Any, str]:
-        """A call's fake result, and the operand in whose memory it is; empty if it has its own."""
+        """A call's fake result, and the operand whose memory it shares; empty if none."""
         if isinstance(call.target, Whole):
             return pytree.tree_map_only(Tensor, self._made, call.target.like), ""
 
@@ -113,13 +113,13 @@ class Recording:
         args, kwargs = substitute(call.args, fake_of), substitute(dict(call.kwargs), fake_of)
         result, place = self._fake_calls.called(self.raw, call.target, args, kwargs)
         if call.target is operator.getitem:
-            # The results of an operator are tensors of their own, unless it divides an operand into parts.
+            # An item shares its operator's memory only if the operator splits an operand into views.
             whole = self.nodes[call.args[0].name]
             return result, whole.view_of if whole.kind is Kind.GLOBAL else whole.name
         if place is None:
             return result, ""
         refs = (leaf for leaf in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref))
-        # Of several results each is a leaf.
+        # A value of several results has one leaf for each.
         names = [ref.name for ref in refs for _ in pytree.tree_leaves(self.fakes[ref.name])]
         return result, names[place]
 
@@ -134,7 +134,7 @@ class Recording:
         return self._fake_calls.called(self.raw, call.target, args, kwargs)[0]
 
     def moves(self, call: Call) -> bool:
-        """Whether a call takes what it works on from the image's device to another one, or finds it there."""
+        """Whether a call moves its operand to or from a device other than the image's."""
         here = self._device()
         leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
         devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
@@ -211,7 +211,7 @@ class Recording:
         fake = self.fakes[ref.name]
 
         def finished() -> tuple[Tensor, ...]:
-            # Partial results have one shape whatever the tile, and the smallest meets the fewest windows.
+            # A partial result's shape does not depend on the tile; the smallest tile costs the least.
             assert node.axes is not None
             corner = functools.reduce(lambda x, axis: x.narrow(axis, 0, 1), node.axes, fake)
             partial = reduction.partial(corner, Region.whole((1, 1)))
@@ -245,7 +245,7 @@ class Recording:
         return name
 
     def add(self, name: str, fake: Any, *, kind: Kind, **fields: Any) -> Ref:
-        """Record a node of the present captured call; ``fields`` are further ones of a `Node`."""
+        """Record a node for the present captured call; ``fields`` are further fields of a `Node`."""
         spec = tuple(map(_spec_of, fake)) if isinstance(fake, tuple) else _spec_of(fake)
         defaults: dict[str, Any] = {"target": None, "args": (), "kwargs": {}}
         source, line = (self.raw.source, self.raw.line) if self.raw is not None else ("", "")
@@ -255,7 +255,7 @@ class Recording:
             self.note = ""
         grad, casts = (True, None) if self.raw is None else (self.raw.grad, self.raw.casts)
         grad = grad and not cost_of(fields.get("target")).detaches
-        # What only moves a value between maps and global values serves readers inside and outside of blocks.
+        # A node that only moves a value between maps and global values has readers in any block.
         grad = grad or kind in (Kind.GATHER, Kind.PROMOTED)
         self.nodes[name] = node = Node(
             name=name,

@@ -1,7 +1,7 @@
 """From a captured graph to a :class:`Program`: every call lowered by its rule and classified.
 
-The trace carries fake tensors along, under the autocast state that the model will run in, so every
-node's shape and dtype is what running it would give.
+The trace computes on fake tensors, under the autocast state of the pass, so every node has the shape and
+dtype that it will have in the pass.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Trace:
     states
         The module's parameters and buffers by qualified name; only shape, dtype and device are used.
     dtype, device
-        Those of the image.
+        The image's dtype and device.
     read
-        Keys of further arguments that are maps to be read by regions, with their spatial axes.
+        Keys of further arguments that are read by regions, with their spatial axes.
     keeps_results
-        Whether results that are maps stay stored, rather than being made whole.
+        Whether results that are maps stay in their stores, rather than being gathered.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Trace:
         self._keeps_results = keeps_results
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._maps = {name: key for name, key in graph.states.items() if key in read}
-        """What is read by regions beside the image."""
+        """Inputs that are read by regions, besides the image."""
         self._marks: dict[str, Mark] = {}
-        """What had been lowered before each captured call."""
+        """The point in the lowering before each captured call."""
         with self._on_fakes():
             self._lowering = lowering = Lowering()
             lowering.add_image(graph.image, torch.empty(graph.image_shape, dtype=dtype, device=device))
@@ -76,7 +76,7 @@ class Trace:
     def program(self, tail: str | None = None) -> Program:
         """The program in which everything from the captured call ``tail`` on runs resident, on whole maps.
 
-        Programs share the nodes before their tails. ``None`` stands for no tail.
+        Programs share the nodes before their tails. With ``None`` there is no tail.
         """
         lowering = self._lowering
         if tail is not None:
@@ -90,12 +90,12 @@ class Trace:
 
     @contextmanager
     def _on_fakes(self) -> Iterator[None]:
-        """A block in which calls are carried out without values."""
+        """Run calls in the block on fake tensors, without values."""
         with TRACING, self._mode, torch.no_grad():
             yield
 
     def _made_of(self, lowering: Lowering) -> Program:
-        """The program of all calls, without nodes that nothing needs."""
+        """The program of all calls, without unused nodes."""
         graph = self._graph
         outputs = substitute(graph.outputs, partial(lowering.result, keeps_maps=self._keeps_results))
         updates = {key: lowering.result(name).name for key, name in graph.updates.items()}
@@ -126,8 +126,8 @@ def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
 
 
 def _run_if_unread(nodes: Mapping[str, Node]) -> Iterator[str]:
-    """Small draws that nobody may read, and functions of the user's, which may draw: they move the random
-    state."""
+    """Nodes that run even if nothing reads them, since they change the random state: small draws, and the
+    user's functions, which may draw."""
     for node in nodes.values():
         target = node.target
         is_users = isinstance(target, (Whole, OnlyResult)) and not isinstance(target, GradientHook)

@@ -1,1 +1,1 @@
-"""A forward pass run on fake tensors, at each call anew: code that Dynamo cannot follow."""
+"""Capture by running on fake tensors, anew at each call, for code that Dynamo cannot follow."""

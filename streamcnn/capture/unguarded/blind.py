@@ -1,4 +1,4 @@
-"""Functions of PyTorch's that look at values for an error or a warning, for tensors without values."""
+"""Replacements for PyTorch functions that check values of tensors, for tensors without values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_REDUCTION = 0
 
 
 def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-    """``F.gaussian_nll_loss``, whose look at the signs of variances becomes a check when the pass runs."""
+    """``F.gaussian_nll_loss``, with its check for negative variances made when the pass runs."""
     if not isinstance(var, Tensor) or torch._C._is_torch_function_mode_enabled():
         return _GAUSSIAN_NLL_LOSS(input, target, var, *args, **kwargs)
     torch._assert_async(~torch.any(var < 0), "var has negative entry/entries")
@@ -36,9 +36,9 @@ def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor | float, *args:
 def cov(
     input: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None
 ) -> Tensor:
-    """``torch.cov``, which asks whether the weights and what it divides by are positive.
+    """``torch.cov`` without its check that the divisor is positive, which reads a value.
 
-    With weights of observations it asks their values, and is left as it is.
+    Calls with weights of observations go to ``torch.cov`` itself.
     """
     if fweights is not None or aweights is not None or input.dim() > 2:
         return torch.cov(input, correction=correction, fweights=fweights, aweights=aweights)
@@ -51,7 +51,7 @@ def cov(
 
 
 def corrcoef(input: Tensor) -> Tensor:
-    """``torch.corrcoef``, which asks what :func:`cov` does."""
+    """``torch.corrcoef``, computed from :func:`cov`."""
     found = cov(input)
     if found.dim() == 0:
         return found / found
@@ -64,12 +64,12 @@ def corrcoef(input: Tensor) -> Tensor:
 
 
 def observers_blind(forget: Callable[[Exception], None]) -> AbstractContextManager[Any]:
-    """A block in which observers of quantisation take it that they have seen something.
+    """Let quantisation observers assume, for the block, that they have observed values.
 
-    They ask before they compute with it, and they have where what it is depends on the image. ``forget`` is
-    told of the error that is met then.
+    They check this before they compute with the values, and it is true if the values depend on the image.
+    ``forget`` is called with the error of a check that needs values.
     """
-    # PyTorch is to lose it.
+    # PyTorch will remove this module.
     observer = sys.modules.get("torch.ao.quantization.observer")
     if not hasattr(observer, _ASKED):
         return nullcontext()
@@ -87,9 +87,9 @@ def observers_blind(forget: Callable[[Exception], None]) -> AbstractContextManag
 
 
 def _ctc_loss(function: Callable[..., Tensor], log_probs: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A CTC loss, whose work depends on the lengths of what it compares: those are read when it runs."""
+    """A CTC loss, recorded as one call, since its computation depends on lengths that only the pass knows."""
     given = inspect.signature(F.ctc_loss).bind(log_probs, *args, **kwargs).arguments
-    # PyTorch's signature of torch.ctc_loss says that it takes the mean, and it does not.
+    # By PyTorch's signature torch.ctc_loss takes the mean; in fact it does not reduce.
     reduction = given.get("reduction", "none" if function is torch.ctc_loss else "mean")
     shape = log_probs.shape[1:-1] if reduction in ("none", _NO_REDUCTION) else ()
     casts = torch.is_autocast_enabled(log_probs.device.type)
@@ -107,4 +107,4 @@ BLIND: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         F.ctc_loss: partial(_ctc_loss, F.ctc_loss),
     }
 )
-"""By the function that a mode is told of."""
+"""Replacements by the function that a ``TorchFunctionMode`` sees."""

@@ -1,9 +1,9 @@
-"""Capture anew for each pass, of forward passes that hold code which cannot be guarded.
+"""Capture anew at each pass, for forward passes with code that cannot be guarded.
 
-The user's Python runs on fake tensors, as often as the model is called, and its operators are recorded; so
-what it prints, draws or counts happens as in plain PyTorch. Nothing that it reads can be out of date. A fake
-tensor that it leaves in an attribute, or in a list, dict or tuple there, gives way to the real one after it.
-Anywhere else it is found: then the pass is refused, and the module put back as it was.
+The user's Python runs on fake tensors at each call of the model, and its operators are recorded. So printing,
+random numbers and counters work as in plain PyTorch, and nothing that the code reads can be out of date. A
+fake tensor that it leaves in an attribute, or in a list, dict or tuple there, is replaced by the real one
+after the pass. If one is found anywhere else, the pass is refused, and the module restored.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Capture:
     graph: RawGraph
     states: Mapping[str, Tensor]
     result: Callable[[Sequence[Any]], Any]
-    """What the module returns, given the results of the graph."""
+    """Makes the module's return value from the results of the graph."""
     undo: Callable[[], None]
-    """Put the module's attributes back as they were before the call."""
+    """Restores the module's attributes to what they were before the call."""
 
 
 def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-    """Run ``net(image, *args, **kwargs)`` on fake tensors; ``image`` stands in for the image.
+    """Capture ``net(image, *args, **kwargs)`` by running it on fake tensors; ``image`` is a stand-in.
 
     Raises
     ------
     UnsupportedModel
-        If the forward pass cannot be followed, or leaves a tensor behind that would have no values; the
-        module is as it was then.
+        If the forward pass cannot be followed, or leaves a tensor without values behind; the module is
+        then as it was.
     """
     refuse_backward_hooks(net)
     before = Snapshot(net, (*args, *kwargs.values()))
@@ -62,17 +62,17 @@ def capture_anew(net: nn.Module, image: Tensor, args: tuple[Any, ...], kwargs: d
 
 @dataclass(frozen=True, slots=True)
 class _Flags:
-    """Which states the forward pass has frozen or released (``requires_grad``), and what it made of them."""
+    """The states whose ``requires_grad`` the forward pass has changed, with the new values."""
 
     wanted: tuple[tuple[Tensor, bool], ...]
 
     def set(self) -> None:
-        """Do to the states what was done to their stand-ins."""
+        """Apply the changes to the states."""
         for state, flag in self.wanted:
             state.requires_grad_(flag)
 
     def undo(self) -> None:
-        """Put the states back as they were."""
+        """Undo the changes."""
         for state, flag in self.wanted:
             state.requires_grad_(not flag)
 
@@ -127,13 +127,13 @@ def _traced_in(
         flags.undo()
 
     graph = replace(graph, marks_image=call.noted.marks_image)
-    # What stands in for a state would have no values either, in the closure of a hook for example.
+    # A stand-in for a state must not stay either, in the closure of a hook for example.
     traced = [*call.noted.made, *map(weakref.ref, inputs)]
     return Capture(graph, {**states, **outside}, call.result, undo), traced, flags
 
 
 def _stand_in_for(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A fake tensor with what the user has set on ``tensor``."""
+    """A fake tensor for ``tensor``, with the attributes that the user has set on it."""
     fake = mode.from_tensor(tensor)
     if is_plain_tensor(tensor):
         vars(fake).update(vars(tensor))
@@ -141,7 +141,7 @@ def _stand_in_for(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 def _states(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors that a call is known to read, each once, by key."""
+    """All tensors that a call may read, each once, by key: states, arguments and plain attributes."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         found.setdefault(id(tensor), (name, tensor))

@@ -1,8 +1,8 @@
-"""Functions whose results have a shape that depends on values, where those are known as the pass is traced.
+"""Functions whose result's shape depends on values, for values that are known while tracing.
 
-A mask in a buffer picks channels (``x[:, self.mask]``), and so do the places of what is not zero in a
-parameter that was pruned. What such a function finds becomes a constant of this pass, whose shape is known.
-So do numbers in tensors that stand for sizes or places, as in ``x[:, :, box[0] : box[2]]``.
+Examples are a mask in a buffer that picks channels (``x[:, self.mask]``), and the indices of non-zero entries
+of a pruned parameter. The indices found become a constant of this pass, with a known shape. Tensors used as
+numbers, as in ``x[:, :, box[0] : box[2]]``, become numbers.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _FIND = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class KnownShapes:
-    """Carries out such functions, of a pass that is being traced."""
+    """Carries out such functions while a pass is traced."""
 
     values_of: Callable[[Tensor], Tensor | None]
-    """The values that a traced tensor has, if they are known."""
+    """Gives the values of a traced tensor, or None if they are not known."""
     constant: Callable[[Tensor], Tensor]
-    """What stands in the trace for a tensor with values."""
+    """Gives the traced tensor that stands for a tensor with values."""
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a call gives, on traced tensors, if its shape depends on values and those are known.
+        """Carry out a call on traced tensors, if its result's shape depends on values and these are known.
 
         Returns
         -------
         Any
-            The result; ``NotImplemented`` where the call is to be traced like any other.
+            The result; ``NotImplemented`` if the call is to be traced like any other.
         """
         if function is Tensor.__getitem__:
             return self._indexed(*args, **kwargs)
@@ -62,12 +62,12 @@ class KnownShapes:
         return NotImplemented
 
     def with_numbers(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a call gives that may take tensors for numbers, as ``x[:, first:last]`` and ``narrow`` do.
+        """Carry out a call that may use tensors as numbers, such as ``x[:, first:last]`` and ``narrow``.
 
         Raises
         ------
         DataDependentOutputException
-            If it needs a number of a tensor whose value is not known.
+            If it needs the value of a tensor that is not known.
         """
         try:
             return function(*args, **kwargs)
@@ -79,7 +79,7 @@ class KnownShapes:
                 raise error from None
 
     def _numbered(self, value: Any) -> Any:
-        """``value`` with numbers in place of tensors of no axes whose values are known."""
+        """``value`` with scalar tensors replaced by numbers where their values are known."""
         if isinstance(value, slice):
             return slice(*map(self._numbered, (value.start, value.stop, value.step)))
         if type(value) in (tuple, list):
@@ -90,7 +90,7 @@ class KnownShapes:
         return value if known is None else _beside_the_trace(known.item)
 
     def _indexed(self, x: Tensor, index: Any) -> Any:
-        """``x[index]``, with the places that masks pick in place of the masks."""
+        """``x[index]``, with masks replaced by the indices that they pick."""
         parts = list(index) if isinstance(index, tuple) else [index]
         masks = [(place, mask) for place, each in enumerate(parts) if (mask := self._mask(each)) is not None]
         for place, mask in reversed(masks):
@@ -98,7 +98,7 @@ class KnownShapes:
         return x[tuple(parts)] if masks else NotImplemented
 
     def _mask(self, index: Any) -> Tensor | None:
-        """The values of a mask among indices, if it is one and they are known."""
+        """The values of an index that is a mask; None if it is not one, or they are not known."""
         if isinstance(index, Tensor):
             is_mask = index.dtype in (torch.bool, torch.uint8) and index.dim() > 0
             return self.values_of(index) if is_mask else None
@@ -118,7 +118,7 @@ class KnownShapes:
     def _repeated(
         self, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
     ) -> Any:
-        """``input.repeat_interleave(repeats, dim)`` with a number of times for each slice."""
+        """``input.repeat_interleave(repeats, dim)`` with a count for each slice."""
         times = input if repeats is None else repeats
         values = self.values_of(times) if isinstance(times, Tensor) else None
         if values is None:
@@ -131,11 +131,11 @@ class KnownShapes:
         return slices.index_select(axis, order)
 
     def _places(self, mask: Tensor, device: torch.device) -> list[Tensor]:
-        """Where a mask holds, along each of its axes, for a tensor on ``device``."""
+        """The indices along each axis where a mask is true, on ``device``."""
         return list(self._constants(lambda: mask.to(device).nonzero(as_tuple=True)))
 
     def _constants(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a function gives on values."""
+        """The result of a function of real values, as constants in the trace."""
         return pytree.tree_map_only(Tensor, self.constant, _beside_the_trace(function, *args, **kwargs))
 
 

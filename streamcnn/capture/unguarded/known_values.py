@@ -1,11 +1,11 @@
-"""Values that are known while a pass is traced on fake tensors: those of states, of constants, of random
+"""Values that are known while a pass is traced on fake tensors: those of states, constants and random
 numbers, and of functions of them.
 
-A flag or counter in a buffer decides what a pass does (``if not self.initialized``, ``int(self.pointer)``),
-and so does a tensor that the code makes of numbers (``(torch.tensor(sigma) > 0).all()``) or draws
-(``if torch.rand(1) < 0.1``). All that the pass has done with such tensors is done again on their values, so
-that a value which it has changed, through a view or in place, is known as it is now. The same numbers are
-drawn as when the pass runs, which begins with the generator as it is.
+The code may branch on a flag or counter in a buffer (``if not self.initialized``, ``int(self.pointer)``), on
+a tensor made from numbers (``(torch.tensor(sigma) > 0).all()``) or on a draw (``if torch.rand(1) < 0.1``). We
+repeat all operations of the pass on such tensors with their values, so that a value changed in place or
+through a view is up to date. Draws give the same numbers as in the pass, which starts from the same generator
+state.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _MOST_DRAWN = 2**16
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A state."""
+    """A state with its value."""
 
     version: int
-    """That of its stand-in before the pass."""
+    """The version of its stand-in before the pass."""
     value: Tensor
 
 
 class KnownValues:
-    """The values of a pass's states, given what stands for each in the trace that has just begun."""
+    """Known values in a trace that has just begun; ``states`` maps each stand-in to its state."""
 
     def __init__(self, states: Mapping[Tensor, Tensor]) -> None:
         mode = get_proxy_mode()
@@ -54,19 +54,19 @@ class KnownValues:
         self._states = {
             proxy_of(stand_in).node.name: _Known(stand_in._version, value)
             for stand_in, value in states.items()
-            # A source that is passed beside the image is a tensor without memory here.
+            # A source passed beside the image is a tensor without memory here.
             if value.layout is not torch.strided or 0 not in value.stride()
         }
 
     def version_of(self, tensor: Tensor) -> int:
-        """How often a traced tensor was overwritten: of a state, in all its time."""
+        """The version of a traced tensor; of a state, the real tensor's plus this pass's writes."""
         proxy = proxy_of(tensor)
         known = None if proxy is None else self._states.get(proxy.node.name)
         return tensor._version + (0 if known is None else known.value._version - known.version)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The values that a traced tensor has now, if none of an image have gone into them."""
-        # Also within what runs whole, where nothing is recorded: it is given what has been recorded before.
+        """The present values of a traced tensor; None if they depend on the image or are not known."""
+        # Also inside functions that run whole, which are not recorded: their arguments are.
         proxy = proxy_in(self._tracer, tensor)
         if proxy is None:
             return None
@@ -88,7 +88,7 @@ class KnownValues:
                 args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
                 values[each] = each.target(*args, **kwargs)
             elif (given := self._given(each)) is not None:
-                # What the pass overwrites is overwritten here.
+                # Overwrites are repeated here, so on copies.
                 values[each] = given.clone() if overwrites else given
             else:
                 return None
@@ -110,9 +110,9 @@ def called_on_values(
     kwargs: Mapping[str, Any],
     values_of: Callable[[Tensor], Tensor | None],
 ) -> Any:
-    """What a function gives on the values of traced tensors; ``NotImplemented`` if some are not known.
+    """The result of a function on the values of traced tensors; ``NotImplemented`` if some are not known.
 
-    ``values_of`` gives those of a tensor, or None.
+    ``values_of`` gives the values of a tensor, or None.
     """
     given, structure = pytree.tree_flatten((args, dict(kwargs)))
     values = [values_of(each) if isinstance(each, Tensor) else each for each in given]
@@ -124,8 +124,8 @@ def called_on_values(
 
 
 def _history(node: FxNode) -> list[FxNode]:
-    """The calls that have made ``node`` what it is now, in order: what it is computed from, and what has
-    overwritten any of that."""
+    """The calls that determine the present value of ``node``, in order: those it is computed from, and those
+    that have overwritten any of their values."""
     found: set[FxNode] = set()
     memory: set[int] = set()
 
@@ -140,7 +140,7 @@ def _history(node: FxNode) -> list[FxNode]:
 
     def lacking() -> list[FxNode]:
         more = [each for each, places in writing.items() if places & memory]
-        # Numbers depend on how many were drawn before them.
+        # A draw depends on the draws before it.
         last = max((place for place, each in enumerate(drawing) if each in found), default=-1)
         return [each for each in (*more, *drawing[: last + 1]) if each not in found]
 
@@ -157,7 +157,7 @@ def _history(node: FxNode) -> list[FxNode]:
 
 
 def _memory_of(node: FxNode) -> Iterator[int]:
-    """Which memory a value is in; views are in that of what they view."""
+    """Identifiers of the memory that a value uses; a view has its base's."""
     for leaf in pytree.tree_leaves(node.meta.get("val")):
         memory = memory_of(leaf) if isinstance(leaf, Tensor) else None
         if memory is not None:
@@ -179,20 +179,20 @@ def _written_by(node: FxNode) -> list[FxNode]:
 
 
 def _can_be_repeated(node: FxNode) -> bool:
-    """Whether a call does the same again, and nothing besides to anything but its operands."""
+    """Whether repeating a call gives the same result and has no effects except on its operands."""
     target = node.target
     if target is operator.getitem or isinstance(target, Whole):
         return True
     if not isinstance(target, OpOverload) or target in UPDATING:
         return False
     if is_seeded(target):
-        # Another generator would go on by it.
+        # Repeating it would advance a generator of the user's.
         return _is_small(node) and node.kwargs.get("generator") is None
     return target.namespace in ("aten", "prim") or not target._schema.is_mutable
 
 
 def _draws(node: FxNode) -> bool:
-    """Whether a call may take numbers from a generator; dropout need not."""
+    """Whether a call may draw from a generator; some calls of dropout do not."""
     if not may_draw(node.target):
         return False
     probability, train = (*node.args[1:3], None, None)[:2]
@@ -200,7 +200,7 @@ def _draws(node: FxNode) -> bool:
 
 
 def _is_small(node: FxNode) -> bool:
-    """Whether a result is on the host, and no map's that should not be there whole."""
+    """Whether a result is on the CPU, and small enough not to be a whole map."""
     leaves = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
     return all(leaf.device.type == "cpu" and leaf.numel() <= _MOST_DRAWN for leaf in leaves)
 

@@ -1,4 +1,4 @@
-"""What a forward pass has left in a module that ran on fake tensors: found, put back, or refused by name."""
+"""Fake tensors that a forward pass leaves in a module: found, replaced by real ones, or refused by name."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Place:
     container: Any
     key: Any
     path: tuple[int, ...] = ()
-    """Where in a tuple there."""
+    """Indices of the tensor within nested tuples there."""
 
     def take(self) -> Tensor:
-        """What is there, which goes until its values are known."""
+        """Remove and return the tensor that is there, until its values are known."""
         value = self.container[self.key]
         for index in self.path:
             value = value[index]
@@ -45,12 +45,12 @@ class Place:
         return value
 
     def put(self, value: Tensor | None) -> None:
-        """Have ``value`` there."""
+        """Put ``value`` there."""
         self.container[self.key] = _exchanged(self.container[self.key], self.path, value)
 
 
 def _exchanged(held: Any, path: tuple[int, ...], value: Tensor | None) -> Any:
-    """``held`` with ``value`` at a place in tuples, or in place of it."""
+    """``held`` with ``value`` at ``path`` within nested tuples; ``value`` itself if the path is empty."""
     if not path:
         return value
     parts = list(held)
@@ -59,8 +59,8 @@ def _exchanged(held: Any, path: tuple[int, ...], value: Tensor | None) -> Any:
 
 
 def places_of_fakes(net: nn.Module, states: Sequence[Tensor], given: Sequence[Any]) -> list[Place]:
-    """Where submodules, and containers that were ``given``, keep traced tensors other than the states that
-    stand in for their own."""
+    """The places in submodules, and in containers that were ``given``, of traced tensors other than the
+    stand-ins for ``states``."""
     known = set(map(id, states))
     return [
         Place(container, key, path)
@@ -71,12 +71,12 @@ def places_of_fakes(net: nn.Module, states: Sequence[Tensor], given: Sequence[An
 
 
 def containers_in(values: Sequence[Any]) -> list[Any]:
-    """The lists and dicts among ``values``, or in tuples there."""
+    """The lists and dicts among ``values``, also within tuples."""
     return [held for value in values for _, held in _in_tuples(value) if isinstance(held, CONTAINERS)]
 
 
 def _in_tuples(value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """A value, or what tuples hold, with the way there."""
+    """A value, or the items of nested tuples, each with its path."""
     if not isinstance(value, tuple):
         yield (), value
         return
@@ -97,7 +97,7 @@ def refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
 
 
 def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]) -> None:
-    """Raise if a script has put another tensor into an attribute; ``before`` is what all modules had."""
+    """Raise if a script has assigned a tensor to an attribute; ``before`` has all modules' attributes."""
     for (name, module), had in zip(net.named_modules(), before, strict=True):
         for attribute, value in ScriptedAttributes(module).items():
             if isinstance(value, FakeTensor) and value is not had[attribute]:
@@ -109,14 +109,14 @@ def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]
 
 
 def entries(net: nn.Module, given: Sequence[Any] = ()) -> Iterator[tuple[Any, Any, Any]]:
-    """Attributes of submodules, and what lists and dicts among them, in tuples or ``given`` hold: container,
-    key and value."""
+    """Container, key and value of all attributes of submodules, and of the entries of lists and dicts among
+    them, within tuples, or ``given``."""
     scripted = [ScriptedAttributes(module) for module in net.modules()]
     return entries_of([*(vars(module) for module in net.modules()), *scripted, *given])
 
 
 def entries_of(containers: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """What containers hold, and what lists and dicts in them do: container, key and value."""
+    """Container, key and value of all entries of containers, and of lists and dicts within them."""
     seen: set[int] = set()
     pending = list(containers)
     while pending:
@@ -131,7 +131,7 @@ def entries_of(containers: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
 
 
 _NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)
-"""What is not taken for an object whose attributes a forward pass may change."""
+"""Types of objects whose attributes are not restored after a failed pass."""
 
 
 class Snapshot:
@@ -157,7 +157,7 @@ class Snapshot:
             self._keep(vars(value))
 
     def restore(self) -> None:
-        """Put everything back, the numbers that Python and NumPy will draw included."""
+        """Restore everything, and the random states of Python and NumPy."""
         random.setstate(self._random[0])
         np.random.set_state(self._random[1])
         for _, module, attributes in self._modules:
@@ -173,7 +173,7 @@ class Snapshot:
             (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
 
     def refuse_fakes(self) -> None:
-        """Raise if an attribute holds a tensor that was made while tracing."""
+        """Raise if an attribute holds a fake tensor."""
         for name, module, _ in self._modules:
             for attribute, value in vars(module).items():
                 for place, held in _named_values(attribute, value):
@@ -182,7 +182,7 @@ class Snapshot:
 
 
 def _named_values(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """A value and what containers hold, with names for messages."""
+    """A value and the items of nested containers, with names for messages."""
     yield name, value
     if depth and isinstance(value, dict):
         for key, inner in value.items():
@@ -211,7 +211,7 @@ def _left_behind(where: str) -> str:
 
 def refuse_remaining(made: list[weakref.ref[Tensor]]) -> None:
     """Raise if a tensor that was made while tracing is still held, by a hook's closure for example."""
-    # The collector was off: cycles of the trace, which refer to parameters, are in its youngest generation.
+    # The collector was off, so the trace's cycles, which refer to parameters, are in the youngest generation.
     gc.collect(0)
     if any(reference() is not None for reference in made):
         gc.collect()

@@ -1,9 +1,9 @@
-"""A user's ``autograd.Function`` that is given parameters which it reads from their module as well.
+"""A user's ``autograd.Function`` that gets parameters as arguments and also reads them from their module.
 
 Checkpointing by hand does so: its backward pass runs a layer again and asks for the gradients of the
-parameters that were given, so these must be the ones that the layer holds. A streamed pass gives what stands
-in for parameters; they take the parameters' places in the module while the function runs, either way.
-Such a function may also ask PyTorch whether ``backward()`` was called, and not ``grad()``.
+parameters that it was given, so the layer must hold those. A streamed pass gives the function stand-ins for
+parameters. We put them into the module while the function runs, forward and backward. Such a function may
+also ask PyTorch whether ``backward()`` was called rather than ``grad()``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _Owner = tuple[nn.Module, str]
 
 
 def caller_of(net: nn.Module, cls: Any, arguments: Any) -> Callable[..., Any]:
-    """``cls.apply`` as a function, for calls with these ``arguments`` (args, kwargs), now in ``net``."""
+    """``cls.apply`` as a function that puts its arguments in the places of parameters of ``net``.
+
+    ``arguments`` (args, kwargs) of the present call tell which of them are parameters."""
     owners: dict[int, list[_Owner]] = {}
     for module in net.modules():
         for name, parameter in module._parameters.items():
@@ -38,14 +40,14 @@ def caller_of(net: nn.Module, cls: Any, arguments: Any) -> Callable[..., Any]:
         given = pytree.tree_leaves((args, kwargs)) if places else []
         taken = [(owner, given[place]) for place, found in places for owner in found]
         with _in_place(taken):
-            # Looked up when it runs: here it is another function's.
+            # ``apply`` is looked up when this runs, as it is replaced during capture.
             return _with_own(cls, taken).apply(*args, **kwargs)
 
     return function
 
 
 def _with_own(cls: Any, taken: Sequence[tuple[_Owner, Tensor]]) -> Any:
-    """``cls`` with a backward pass during which what was given is in the module."""
+    """``cls`` with a backward pass during which the modules hold the given tensors."""
     name = "backward" if cls.vjp is Function.vjp else "vjp"
     original = getattr(cls, name)
 
@@ -58,7 +60,7 @@ def _with_own(cls: Any, taken: Sequence[tuple[_Owner, Tensor]]) -> Any:
 
 @contextmanager
 def _in_place(taken: Sequence[tuple[_Owner, Tensor]]) -> Iterator[None]:
-    """A block in which tensors are in the places of their modules' parameters."""
+    """Put tensors in the places of their modules' parameters, for the block."""
     before = [(module, name, module._parameters[name]) for (module, name), _ in taken]
     try:
         for (module, name), tensor in taken:
@@ -70,11 +72,11 @@ def _in_place(taken: Sequence[tuple[_Owner, Tensor]]) -> Iterator[None]:
 
 
 class _ByBackward:
-    """What PyTorch answers to functions that ask whether ``backward()`` was called."""
+    """State of the replaced function by which PyTorch tells whether ``backward()`` was called."""
 
     lock = threading.Lock()
     num_blocks = 0
-    """Blocks that are open in all threads."""
+    """Number of open blocks in all threads."""
     original = staticmethod(torch.autograd._is_checkpoint_valid)
     here = threading.local()
 
@@ -85,10 +87,11 @@ def _is_by_backward() -> bool:
 
 @contextmanager
 def _called_by_backward() -> Iterator[None]:
-    """A block in which PyTorch says that ``backward()`` was called, to this thread.
+    """Let PyTorch tell this thread, for the block, that ``backward()`` was called.
 
-    A pass differentiates its parts by ``grad()``, whatever the user has called. Passes run beside each other,
-    unlike captures, so blocks of several threads may end in any order: the last one puts back what was there.
+    A pass differentiates its parts by ``grad()``, whatever the user has called. Unlike captures, passes run
+    in parallel, so blocks of several threads may end in any order: the last one restores the original
+    function.
     """
     with _ByBackward.lock:
         _ByBackward.num_blocks += 1

@@ -1,7 +1,7 @@
-"""What stands for functions of PyTorch while a forward pass runs on fake tensors.
+"""Replacements for PyTorch functions while a forward pass runs on fake tensors.
 
-The user's ``autograd.Function`` is recorded whole, since what it computes backward is its own; calls under
-activation checkpointing are recorded as ordinary ones; what cannot be followed is refused.
+The user's ``autograd.Function`` is recorded whole, since it defines its own backward pass. Calls under
+activation checkpointing are recorded as ordinary calls. Functions that cannot be followed are refused.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def functions_replaced(
     noting: Callable[[Callable[..., Any]], Callable[..., Any]],
     forget: Callable[[Exception], None],
 ) -> Iterator[None]:
-    """A block in which this thread calls what stands for them, while ``net`` is being traced.
+    """Replace them for this thread and the block, in which ``net`` is traced.
 
-    ``traced`` gives what stands for a tensor, also for one from outside. ``noting`` wraps what may refuse,
-    and ``forget`` is told of errors that are as good as not there.
+    ``traced`` gives the stand-in for a tensor, also for one from outside. ``noting`` wraps functions that may
+    refuse a call, and ``forget`` is called with errors to ignore.
     """
     with (
         replaced_here(torch.autograd.Function, "apply", noting(partial(_apply, net, traced))),
@@ -73,7 +73,7 @@ def _refuse_seed(*args: Any, **kwargs: Any) -> None:
 
 
 def _refuse_default(*args: Any) -> None:
-    """Operators are carried out later, with the type that is the default then."""
+    """Operators run after capture, with the default dtype of that time, so the pass cannot change it."""
     raise UnsupportedModel(
         "the forward pass sets the default dtype (set_default_dtype): set it outside, or give dtype= where "
         "tensors are made"
@@ -84,7 +84,7 @@ _ENTER = saved_tensors_hooks.__enter__
 
 
 def _enter_saved_tensors_hooks(hooks: saved_tensors_hooks) -> None:
-    """Begin a block whose hooks see what autograd saves: PyTorch's own give back what they are given."""
+    """Enter a block of hooks on saved tensors if they are PyTorch's own, which return what they get."""
     if not type(hooks).__module__.startswith("torch.") or type(hooks) is saved_tensors_hooks:
         raise UnsupportedModel(
             "the forward pass sets hooks on what autograd saves (saved_tensors_hooks), and a streamed pass "
@@ -98,7 +98,7 @@ _FROM_NUMPY = torch.from_numpy
 
 
 def _from_numpy(array: Any) -> Tensor:
-    """``torch.from_numpy``, whose result is in the array's memory; while tracing it would be in a copy."""
+    """``torch.from_numpy`` beside the trace, so that its result shares the array's memory."""
     with beside_the_trace():
         return _FROM_NUMPY(array)
 
@@ -107,7 +107,7 @@ _AS_SUBCLASS = Tensor.as_subclass
 
 
 def _as_subclass(tensor: Tensor, cls: type[Tensor]) -> Tensor:
-    """``tensor.as_subclass(cls)``: as a plain tensor, the same values in the same memory."""
+    """``tensor.as_subclass(cls)``; as a plain tensor, a view of the same memory."""
     if cls is not Tensor or not is_fake(tensor):
         return _AS_SUBCLASS(tensor, cls)
     viewed: Tensor = torch.ops.aten.alias.default(tensor)
@@ -123,11 +123,11 @@ def _refuse_dirty(ctx: Any, *tensors: Tensor) -> None:
 
 _APPLY = vars(torch.autograd.Function)["apply"]
 _inner: WeakSet[type[torch.autograd.Function]] = WeakSet()
-"""Functions by which custom operators are differentiated: those are recorded above them."""
+"""Functions that differentiate custom operators; the operators themselves are recorded."""
 
 
 def refuse_bound(values: Any) -> None:
-    """Refuse results of an ``apply`` that was taken from a function before the pass, past our own."""
+    """Refuse results of an ``apply`` that the code bound before the pass, which bypasses our own."""
     for leaf in pytree.tree_leaves(values):
         cls = getattr(leaf.grad_fn, "_forward_cls", None) if isinstance(leaf, Tensor) else None
         if cls is not None and cls not in _inner:
@@ -138,7 +138,7 @@ def refuse_bound(values: Any) -> None:
 
 
 def _apply(net: nn.Module, traced: Callable[[Tensor], Tensor], cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``autograd.Function.apply`` while tracing: one call that is carried out as it is."""
+    """``autograd.Function.apply`` while tracing: record one call that runs the function whole."""
     if cls is checkpoint.CheckpointFunction:
         run, _, *operands = args
         with _recomputed():
@@ -157,10 +157,10 @@ def _apply(net: nn.Module, traced: Callable[[Tensor], Tensor], cls: Any, *args: 
 
 @contextmanager
 def _nothing_recorded(graph: Graph) -> Iterator[None]:
-    """A block whose own blocks, such as ``no_grad``, are no part of ``graph``.
+    """Remove from ``graph`` what is recorded in the block: entering and leaving of ``no_grad`` and the like.
 
-    They are recorded although operators are not. Leaving ``no_grad`` in a Function's forward, where gradients
-    are off already, would leave them off for the rest of the pass.
+    These are recorded even when operators are not. Leaving ``no_grad`` in a Function's forward, where
+    gradients are off already, would leave them off for the rest of the pass.
     """
     last = next(iter(reversed(graph.nodes)))
     yield
@@ -170,7 +170,7 @@ def _nothing_recorded(graph: Graph) -> Iterator[None]:
 
 @contextmanager
 def _recomputed() -> Iterator[None]:
-    """Note on each recorded call that activation checkpointing would run it twice."""
+    """Mark each call recorded in the block as one that activation checkpointing would run twice."""
     before = fx_traceback.current_meta.get("custom")
     fx_traceback.current_meta["custom"] = {RECOMPUTED: True}
     try:

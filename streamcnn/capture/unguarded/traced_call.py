@@ -1,7 +1,7 @@
-"""One call of the user's module as a function of tensors, while it is traced on fake ones.
+"""One call of the user's module as a function of tensors, traced on fake tensors.
 
-What the module holds of its own gives way to stand-ins for the time of the call, and what the call leaves in
-the module's attributes is taken out until its values are known.
+Stand-ins replace the module's own tensors during the call. Tensors that the call leaves in the module's
+attributes are taken out until their values are known.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from streamcnn.graph.whole import proxy_of
 
 
 class TracedCall:
-    """A call of ``net`` that reads ``states``, by key; :meth:`on` is the function to be traced, once."""
+    """A call of ``net`` that reads ``states``, by key; :meth:`on` gives the function to trace, once."""
 
     def __init__(
         self,
@@ -53,19 +53,19 @@ class TracedCall:
         self.net = net
         self.arguments = (args, kwargs)
         self.containers = containers_in((*args, *kwargs.values()))
-        """Among the arguments."""
+        """Lists and dicts among the arguments."""
         self._filled: list[Any] = []
-        """Containers of the module that stand-ins were put into."""
+        """The module's containers into which stand-ins were put."""
         self._given: dict[int, tuple[Any, Any]] = {}
-        """What stands in containers for something that was given, with that, by its identity."""
+        """Stand-ins in containers among the arguments, with the originals, by ``id`` of the stand-in."""
         self.states = states
         self.mode = mode
         self.keys = {id(tensor): key for key, tensor in states.items()}
         self.noted = Noted()
         self.places: list[Place] = []
-        """Where the module keeps tensors that its forward pass has made."""
+        """Places in the module that keep tensors of the forward pass."""
         self.exchanged: list[tuple[dict[str, Any], str, Tensor | None]] = []
-        """Registered tensors that the forward pass has replaced by others that were there, or by nothing."""
+        """Parameters and buffers that the forward pass has replaced by other states, or by None."""
         self.flags: dict[str, bool] = {}
         """Whether states require gradients at the end, by key."""
         self.rebuild: Callable[[Sequence[Any]], Any] | None = None
@@ -73,7 +73,7 @@ class TracedCall:
     def _exchanged(
         self, own: Mapping[str, Tensor], fakes: Mapping[str, Tensor]
     ) -> list[tuple[dict[str, Any], str, Tensor | None]]:
-        """Where parameters and buffers are not ``own``, stand-ins by qualified name, and what is there."""
+        """Registry, name and present state of parameters and buffers that are not ``own``, the stand-ins."""
         real = {id(fake): self.states[key] for key, fake in fakes.items()}
         found: list[tuple[dict[str, Any], str, Tensor | None]] = []
         for prefix, module in self.net.named_modules(remove_duplicate=False):
@@ -85,7 +85,7 @@ class TracedCall:
         return found
 
     def _put_attributes(self, fakes: Mapping[str, Tensor]) -> None:
-        """Let stand-ins take the places of tensors that are plain attributes."""
+        """Replace tensors in plain attributes by their stand-ins."""
         registered = {id(tensor) for tensor in (*self.net.parameters(), *self.net.buffers())}
         for container, key, value in list(entries(self.net)):
             if isinstance(value, Tensor) and id(value) in self.keys and id(value) not in registered:
@@ -93,9 +93,9 @@ class TracedCall:
                 self._filled.append(container)
 
     def _traced_arguments(self, fakes: Mapping[str, Tensor]) -> Any:
-        """Arguments and named ones with stand-ins in the places of tensors.
+        """Arguments and named ones, with tensors replaced by stand-ins.
 
-        Lists and dicts are those that were given, since the call may put something into them.
+        Lists and dicts are the given ones, since the call may change them.
         """
 
         def traced(leaf: Any) -> Any:
@@ -113,9 +113,9 @@ class TracedCall:
         return tuple(map(whole_or_traced, args)), {name: whole_or_traced(kwargs[name]) for name in kwargs}
 
     def _put_states_back(self, fakes: Sequence[Tensor], keys: Sequence[str]) -> None:
-        """Take stand-ins of states out of lists of the module's own, as recurrent layers have them."""
+        """Replace stand-ins by states in containers of the module, such as lists of recurrent layers."""
         real = {id(fake): self.states[key] for fake, key in zip(fakes, keys, strict=True)}
-        # The call may have taken a container out of the module that still holds some.
+        # The call may have removed a container from the module that still holds stand-ins.
         for container, key, value in list(entries(self.net, self._filled)):
             if id(value) in real:
                 container[key] = real[id(value)]
@@ -125,15 +125,15 @@ class TracedCall:
                 _, container[key] = self._given[id(value)]
             elif id(value) in real:
                 container[key] = real[id(value)]
-        # What is still held is taken for something that the call has left.
+        # References kept here would look like tensors that the call has left behind.
         self._given.clear()
 
     def _called(self, image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the module returns, unless its code was given an error that plain PyTorch does not give."""
+        """The module's return value; raises if its code met an error that plain PyTorch does not raise."""
         try:
             result = self.net(image, *args, **kwargs)
         except Exception as error:
-            # A script that failed for it says in which of its lines.
+            # A script that failed because of it names its line.
             if self.noted.refusal is None or is_of_script(error):
                 raise
         if self.noted.refusal is not None:
@@ -141,7 +141,7 @@ class TracedCall:
         return result
 
     def result(self, values: Sequence[Any]) -> Any:
-        """What the module returns, and keeps, given the results of its graph."""
+        """The module's return value, given its graph's results, some of which are put into its attributes."""
         count = len(values) - len(self.places)
         for place, value in zip(self.places, values[count:], strict=True):
             place.put(value)
@@ -185,7 +185,7 @@ class TracedCall:
 
 @contextmanager
 def _named_submodules(net: nn.Module) -> Iterator[None]:
-    """Note on each recorded call which submodule makes it."""
+    """Note on each call recorded in the block which submodule makes it."""
     paths: dict[nn.Module, str] = {module: name for name, module in net.named_modules()}
     outer: list[Any] = []
     here = threading.get_ident()

@@ -1,4 +1,4 @@
-"""What tracing alone would not see of a forward pass on fake tensors: followed, noted, or refused."""
+"""A mode that follows, notes or refuses what tracing alone would miss of a forward pass on fake tensors."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _COPIES = frozenset(
 _ASKED = _COPIES | {
     getattr(place, name) for place in (torch, Tensor) for name in ("equal", "allclose", "is_nonzero")
 }
-"""Functions that give what they have found in values to Python."""
+"""Functions that return to Python what they find in values."""
 _READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
-"""Methods that give a tensor's values to Python; the last two, with the memory that they are in."""
+"""Methods that return a tensor's values to Python; the last two share its memory."""
 _WITHOUT_VALUES = (
     UnsupportedModel,
     DataDependentOutputException,
@@ -54,33 +54,33 @@ _WITHOUT_VALUES = (
     UnsupportedOperatorException,
     NotImplementedError,
 )
-"""Errors for which tensors without values, and not the user's code, are the reason."""
+"""Errors that are due to missing values, and not to the user's code."""
 
 
 @dataclass(slots=True)
 class Noted:
-    """What a forward pass has done."""
+    """Notes on what a forward pass has done."""
 
     hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Hooks on gradients, by the names of the traced calls that set them."""
     made: list[weakref.ref[Tensor]] = field(default_factory=list)
-    """The tensors that functions have returned."""
+    """Tensors that functions have returned."""
     marks_image: bool = False
-    """Whether it has changed if the image requires a gradient."""
+    """Whether the pass has changed ``requires_grad`` of the image."""
     refusal: Exception | None = None
-    """The first error that plain PyTorch would not have raised; the code may have caught it, and gone on
-    otherwise than in plain PyTorch."""
+    """The first error that plain PyTorch would not have raised; the code may have caught it, and then have
+    continued differently from plain PyTorch."""
 
     def note_refusal(self, error: Exception) -> None:
-        """Note such an error."""
+        """Note an error that plain PyTorch would not have raised, unless there is one."""
         self.refusal = self.refusal or error
 
     def forget(self, error: Exception) -> None:
-        """Take an error for one that was not there."""
+        """Ignore an error that was noted."""
         self.refusal = None if self.refusal is error else self.refusal
 
     def noting(self, function: Callable[..., T]) -> Callable[..., T]:
-        """A function of ours that stands for one of PyTorch's, with its refusals noted."""
+        """Wrap a replacement for a PyTorch function so that its refusals are noted."""
 
         def noted(*args: Any, **kwargs: Any) -> T:
             try:
@@ -93,30 +93,30 @@ class Noted:
 
 
 def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call that has failed would have succeeded on a tensor with values."""
+    """Whether a failed call would have succeeded on a tensor with values."""
     if func in (Tensor.numpy, Tensor.__array__):
         return not args[0].requires_grad
     return func in _READS or func is Tensor.__format__
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is of no class of its own."""
+    """Whether a tensor is a plain ``Tensor`` or ``Parameter``, and of no subclass."""
     return type(tensor) in _PLAIN
 
 
 class Watch(TorchFunctionMode):
-    """Sees each function of PyTorch that the forward pass calls.
+    """A mode that sees each PyTorch function that the forward pass calls.
 
     Parameters
     ----------
     mode
-        Of the fake tensors.
-    image_name
-        The image in the trace.
+        The mode of the fake tensors.
+        image_name
+            Name of the image in the trace.
     known
-        The values of the states that go in.
-    noted
-        Where to note what the pass does.
+        The values of the pass's states.
+        noted
+            Collects what the pass does.
     """
 
     def __init__(self, mode: FakeTensorMode, image_name: str, known: KnownValues, noted: Noted) -> None:
@@ -127,7 +127,7 @@ class Watch(TorchFunctionMode):
         self.noted = noted
         self.infers = torch.is_inference_mode_enabled()
         self.stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
-        """Tensors from outside, each with what stands for it, by identity."""
+        """Tensors from outside, each with its stand-in, by ``id``."""
         self._known_shapes = KnownShapes(known.of, self._constant)
 
     def __torch_function__(
@@ -185,15 +185,15 @@ class Watch(TorchFunctionMode):
         return result
 
     def traced(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor; for one from outside it is made where it is met first.
+        """The stand-in for a tensor; for one from outside, it is made at first use.
 
-        As it is, such a tensor would be written to, or read by NumPy, past what is recorded.
+        Otherwise writes to such a tensor, and reads by NumPy, would bypass the trace.
         """
         mode = get_proxy_mode()
         if mode is None or not is_plain_tensor(tensor):
             return tensor
         if id(tensor) not in self.stand_ins:
-            # What makes it is no part of the forward pass.
+            # Making it is not part of the forward pass.
             with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
                 fake = self.mode.from_tensor(tensor)
             node: Any = mode.tracer.create_arg(tensor)
@@ -202,16 +202,16 @@ class Watch(TorchFunctionMode):
         return self.stand_ins[id(tensor)][1]
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor that was worked out beside the trace; it is the forward pass's own."""
+        """A traced copy of a tensor that was computed beside the trace."""
         return self.traced(tensor).clone()
 
     def _values(self, tensor: Tensor) -> Tensor | None:
-        """The values that a tensor has now, unless they depend on the image."""
+        """The present values of a tensor; None if they depend on the image."""
         _, stand_in = self.stand_ins.get(id(tensor), (tensor, tensor))
         return self.known.of(stand_in)
 
     def _is_from_outside(self, tensor: Tensor) -> bool:
-        """Whether a tensor has values, and those that it has where it is read."""
+        """Whether a tensor comes from outside, and the pass has not overwritten it."""
         _, stand_in = self.stand_ins.get(id(tensor), (tensor, None))
         return is_plain_tensor(tensor) and (stand_in is None or stand_in._version == 0)
 
@@ -220,7 +220,7 @@ class Watch(TorchFunctionMode):
         return proxy is not None and proxy.node.name == self.image_name
 
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
-        """Note that a tensor is frozen or released; only of what goes in does it matter to anybody."""
+        """Note a change of ``requires_grad`` of the image; refuse one of a state after its first use."""
         proxy = proxy_of(tensor)
         node = None if proxy is None else proxy.node
         if node is None or node.op != "placeholder" or tensor.requires_grad == requires_grad:
@@ -247,7 +247,7 @@ class Watch(TorchFunctionMode):
 
 
 class _Recorded:
-    """What a tensor's ``grad_fn`` gives while tracing: the node itself, but for hooks on it."""
+    """A tensor's ``grad_fn`` while tracing: the node itself, on which hooks are refused."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
@@ -266,7 +266,7 @@ def _without_hooks(node: Any) -> _Recorded | None:
 
 
 def _resized(tensor: Tensor, *size: Any) -> Tensor:
-    """``tensor.resize_(size)``, which observers of quantisation call each time."""
+    """``tensor.resize_(size)``, which quantisation observers call each time."""
     wanted = tuple(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
     if wanted == tuple(tensor.shape):
         return tensor
@@ -276,7 +276,7 @@ def _resized(tensor: Tensor, *size: Any) -> Tensor:
 
 
 def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """What ``copy.deepcopy`` makes of a tensor: one of the same values that nothing ties to it."""
+    """``copy.deepcopy`` of a tensor: a detached copy of its values."""
     if id(tensor) in memo:
         found: Tensor = memo[id(tensor)]
         return found
@@ -300,11 +300,11 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
 
 @dataclass(slots=True)
 class _Handle:
-    """What setting a hook returns."""
+    """The handle that setting a hook returns."""
 
     hooks: dict[str, Callable[..., Any]]
     name: str
 
     def remove(self) -> None:
-        """Take the hook off again."""
+        """Remove the hook."""
         self.hooks.pop(self.name, None)

@@ -1,4 +1,4 @@
-"""Calls that are recorded whole while a forward pass is traced: carried out as they are, on whole values."""
+"""Calls that a trace records whole: the pass carries them out as they are, on whole values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamcnn.graph.whole import Whole, record_whole
 def called_whole(
     name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Any
 ) -> Any:
-    """Record ``function(*args, **kwargs)`` as one call; fake results that are like ``like``."""
+    """Record ``function(*args, **kwargs)`` as one call; return fake results like ``like``."""
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         like = pytree.tree_map_only(Tensor, Tensor.detach, like)
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
@@ -38,7 +38,7 @@ def called_whole(
 
 
 def _tensors_of(results: Any) -> Any:
-    """What a function has returned, without the numbers and texts among it."""
+    """The tensors among a function's results, without numbers and texts."""
     leaves = pytree.tree_leaves(results)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     if len(tensors) == len(leaves):
