@@ -1,1 +1,1 @@
-"""The graph that is streamed: programs, the operators' rules, and what ATen says of operators."""
+"""The graph that is streamed: programs, the operators' rules and costs, and facts from ATen's schemas."""

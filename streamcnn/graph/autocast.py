@@ -1,4 +1,4 @@
-"""Autocast as it was when a pass began, for its recomputation later, and as blocks of a model set it."""
+"""Autocast: its state when a pass began, for recomputation, and the state that blocks of a model set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NOTHING = nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class Casts:
-    """Autocast as a block of the user's forward pass sets it, whatever it is around the pass."""
+    """Autocast as set by a block of the user's forward pass, whatever its state around the pass."""
 
     device_type: str
     dtype: torch.dtype | None
-    """What is cast to; ``None`` for no casts."""
+    """The dtype that values are cast to; ``None`` for no casts."""
 
 
 def autocast_state(device: torch.device) -> torch.dtype | None:
@@ -29,19 +29,18 @@ def autocast_state(device: torch.device) -> torch.dtype | None:
 def autocast(
     device: torch.device, dtype: torch.dtype | None, *, cache: bool = True
 ) -> AbstractContextManager[Any]:
-    """Autocast as it was when the pass began, whatever it is now.
+    """Set autocast for the block to its state when the pass began, whatever it is now.
 
-    Without the cache where tiles are differentiated one by one: a cached cast would keep the graph of
-    the tile that made it.
+    Use no cache where tiles are differentiated one by one, as a cached cast would keep its tile's graph.
     """
     if dtype is None and not torch.is_autocast_enabled(device.type):
-        # Entered several times a tile.
+        # This is entered several times for each tile.
         return _NOTHING
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache)
 
 
 def as_recorded(*, grad: bool, casts: Casts | None) -> AbstractContextManager[Any]:
-    """What an operator's own block of the forward pass sets: no gradient, casts of its own."""
+    """Enter the modes of the blocks around an operator in the forward pass: no gradients, its own casts."""
     if grad and casts is None:
         return _NOTHING
     return _blocks(grad, casts)

@@ -1,8 +1,8 @@
-"""What an operator costs, declared beside its rule: operations, workspace, what is saved, what may alias.
+"""Operators' costs, declared beside their rules: operations, workspace, saved values, aliasing.
 
-Planning, the memory model and the interpreter ask here for what a node's target costs; none of them knows
-an operator by name. An operator without a declaration is taken to save its operands and to need no workspace;
-where it runs on whole values, PyTorch's own formulas count its operations.
+Planning, the memory model and the interpreter look up the cost of a node's target here; none of them knows
+an operator by name. An operator without a declaration is assumed to save its operands and to need no
+workspace. If it runs on whole values, PyTorch's own formulas count its operations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Operand:
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The specs of all tensors, where it is the result of an operator with several."""
+        """The specs of all tensors, if this is the result of an operator with several results."""
         return self.spec if isinstance(self.spec, tuple) else (self.spec,)
 
     @property
@@ -55,7 +55,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call as formulas see it: shapes and types in place of tensors."""
+    """One call as formulas see it, with shapes and dtypes in place of tensors."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -97,7 +97,7 @@ class Operation:
 
     @property
     def numel(self) -> int:
-        """Elements of all results."""
+        """Number of elements of all results."""
         return sum(spec.numel for spec in self.results)
 
 
@@ -107,13 +107,13 @@ class CallBytes(NamedTuple):
     operands: int
     result: int
     weights: int
-    """Of parameters, and of their gradients where those are made too."""
+    """Bytes of parameters, and of their gradients if the call makes them."""
     itemsize: int
-    """Of one element of the result."""
+    """Bytes of one element of the result."""
 
     @property
     def is_half(self) -> bool:
-        """Whether it is in half precision, which sums and some other operators turn into float32 first."""
+        """Whether the call is in half precision, which sums and some other operators convert to float32."""
         return self.itemsize == 2
 
 
@@ -122,14 +122,14 @@ Formula = Callable[[Operation], int]
 
 @dataclass(frozen=True, slots=True)
 class Saves:
-    """What autograd keeps of a call until its backward pass; parameters are there in any case."""
+    """What autograd saves of a call until its backward pass, besides parameters, which exist anyway."""
 
     operands: bool = False
     factors: bool = False
-    """Operands of a product, each as far as another one has a gradient."""
+    """Operands of a product, each only if another operand has a gradient."""
     result: bool = False
     beside: Formula | None = None
-    """Bytes of what is neither, such as the places of maxima."""
+    """Bytes of other saved values, such as the indices of maxima."""
 
 
 OPERANDS = Saves(operands=True)
@@ -147,23 +147,23 @@ class Routine(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What is declared of an operator."""
+    """The declared costs of an operator."""
 
     operations: Formula | None = None
     """Floating-point operations of a forward call on whole operands."""
     workspace: Callable[[CallBytes], int] | None = None
     """Bytes that a call takes besides operands, parameters and result; None for none."""
     backward_workspace: Callable[[CallBytes], int] | None = None
-    """Bytes that its backward pass takes besides those, their gradients and what is saved; None for as many
+    """Bytes that its backward pass takes besides those, their gradients and saved values; None for the same
     as ``workspace``."""
     saves: Saves = OPERANDS
     inner: Formula | None = None
-    """Bytes of a value that a call makes besides its result, and whose gradient it makes backward."""
+    """Bytes of an intermediate value of the call that also has a gradient in the backward pass."""
     routine: Routine | None = None
     per_channel: Callable[[Operation], bool] | None = None
-    """Whether it convolves every channel by itself, which hardware does at a rate of its own."""
+    """Whether it is a depthwise convolution, which hardware computes at a rate of its own."""
     makes_new: bool = False
-    """Whether its result is surely in memory of its own, which a later operator may overwrite."""
+    """Whether its result certainly has memory of its own, which a later operator may overwrite."""
     stand_in: Callable[..., Tensor] | None = None
     """Given the result's shape and type, the arguments, and keyword arguments by name: a tensor with the
     result's gradient but without its values, for a backward pass that finds the result stored. None if it
@@ -172,14 +172,14 @@ class Cost:
     """Whether it takes ``padding``, (rows, columns) of its fill value on either side, and needs no padded
     copy then."""
     on_whole: Callable[..., Tensor] | None = None
-    """What is called in its place on whole values, with its arguments, where that is faster."""
+    """A faster function to call instead on whole values, with the same arguments."""
     detaches: bool = False
     """Whether no gradient passes through it."""
     draws: bool = False
     """Whether it takes random numbers from PyTorch's generators, if its tags do not say so."""
     is_opaque: bool = False
-    """Whether its code does more than compute its result, or decides by values: a recording of the operators
-    that it calls would leave that out."""
+    """Whether its code has side effects or branches on values, which a recording of the operators that it
+    calls would leave out."""
     meets_others: bool = False
     """Whether it waits for other processes, and they for it."""
 
@@ -187,7 +187,7 @@ class Cost:
 _OF_TORCH = frozenset({"aten", "prim", "prims"})
 """Namespaces of operators whose tags say whether they draw."""
 INDEX_BYTES = 8
-"""Of a place that an operator returns or saves: one 64-bit integer."""
+"""Bytes of an index that an operator returns or saves: a 64-bit integer."""
 _HALVES = (torch.float16, torch.bfloat16)
 _UNDECLARED = Cost()
 _COSTS = Registry[Cost]("cost")
@@ -202,23 +202,23 @@ def declare(*targets: Any, cost: Cost, replace: bool = False) -> None:
         Keys as of :class:`~streamcnn.graph.registry.Registry`: operators, overloads, or the functions that a
         rule records for them.
     replace
-        Whether a target may have a cost already.
+        Whether to replace the cost of a target that has one.
 
     Raises
     ------
     TypeError, ValueError
-        For a target that is no operator or function, and without ``replace`` for one that has a cost.
+        For a target that is no operator or function, and for one that has a cost, unless ``replace`` is set.
     """
     _COSTS.add(targets, cost, replace=replace)
 
 
 def cost_of(target: object) -> Cost:
-    """What is declared of a node's target, or the default."""
+    """The declared costs of a node's target, or the default."""
     return _COSTS.get(target) or _UNDECLARED
 
 
 def is_view(target: object) -> bool:
-    """Whether a result is in the memory of the first operand."""
+    """Whether the result is a view of the first operand."""
     if target is operator.getitem:
         return True
     return isinstance(target, OpOverload) and any(
@@ -227,28 +227,28 @@ def is_view(target: object) -> bool:
 
 
 def makes_new(target: object) -> bool:
-    """Whether a target surely returns new memory: a view would reach its operand's."""
+    """Whether a target certainly returns new memory, and never a view of an operand."""
     aliases = isinstance(target, OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
     return cost_of(target).makes_new and not aliases
 
 
 def draws(target: object) -> bool:
-    """Whether a call takes random numbers from PyTorch's generators."""
+    """Whether a call draws random numbers from PyTorch's generators."""
     return is_seeded(target) or cost_of(target).draws
 
 
 def may_draw(target: object) -> bool:
-    """Whether a call may take random numbers: code of the user's own need not say so."""
-    # What overwrites its arguments may stand in something that copies them first.
+    """Whether a call may draw random numbers; the user's own code is assumed to."""
+    # An operator that overwrites its arguments may be wrapped in one that copies them first.
     called = getattr(target, "target", target)
     is_other = isinstance(called, OpOverload) and called.namespace not in _OF_TORCH
     return is_other or isinstance(called, (Whole, OnlyResult)) or draws(target)
 
 
 def meets_others(target: object) -> bool:
-    """Whether a call waits for other processes, and they for it. PyTorch's collectives are told by name.
+    """Whether a call waits for other processes, as PyTorch's collectives do, which are recognised by name.
 
-    Functions of the user's own need not say so: where there are other processes, they are taken to.
+    If there are several processes, the user's own functions are assumed to.
     """
     if isinstance(target, (Whole, OnlyResult)):
         everyone = all_processes()
@@ -257,14 +257,14 @@ def meets_others(target: object) -> bool:
 
 
 def is_collective(target: object) -> bool:
-    """Whether it is one of PyTorch's collectives."""
+    """Whether a target is one of PyTorch's collectives."""
     return names_a_collective(str(target))
 
 
 def casts_of(program: Program, operators: Iterable[str]) -> dict[str, torch.dtype]:
-    """Global values in float32 that autocast casts at the one operator that reads them, and to what.
+    """Global float32 values that autocast casts at their only reader, with the dtypes that they are cast to.
 
-    Those of several are left out: each of them has a gradient of its own, which are added in float32.
+    Values with several readers are left out: each reader gives a gradient, and these are added in float32.
     """
     nodes = program.nodes
     found: dict[str, torch.dtype] = {}
@@ -288,15 +288,15 @@ def elements(operation: Operation) -> int:
 
 
 def windows(operation: Operation) -> int:
-    """What pooling over windows takes, of 3 x 3 positions: a product and a sum for each."""
+    """Operations of pooling with 3 x 3 windows: a product and a sum for each position."""
     return 2 * 3 * 3 * operation.numel
 
 
 def counted(operation: Operation) -> int:
-    """Operations of the matrix products and convolutions that a call on whole values is made of.
+    """Operations of the matrix products and convolutions in a call on whole values.
 
-    It is run on tensors without memory while PyTorch's own formulas count. The user's own Python is not: it
-    may print, count, draw numbers or want values.
+    The call runs on meta tensors while PyTorch's own formulas count. The user's Python does not run, as it
+    may print, count, draw numbers or need values: it counts as 0.
     """
     if isinstance(operation.target, Whole) and not operation.target.bodies:
         return 0
@@ -312,13 +312,13 @@ def counted(operation: Operation) -> int:
         try:
             operation.target(*args, **kwargs)
         except (RuntimeError, NotImplementedError, TypeError):
-            # It makes a tensor of its own on another device, or has no form for tensors without memory.
+            # The operator creates a tensor on another device, or has no meta kernel.
             return 0
     return int(counter.get_total_flops())
 
 
 def _drawing_nothing(target: object) -> AbstractContextManager[None]:
-    """A block after which random numbers are as if ``target`` had not been called in it."""
+    """Restore the random state after the block, if ``target`` may draw."""
     if not may_draw(target):
         return nullcontext()
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Fake tensors: those of a trace, which have shapes and types and no memory."""
+"""Fake tensors of a trace, which have shapes and dtypes but no memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 TRACING = RLock()
-"""Held while something is captured or compiled: that changes functions and settings of PyTorch's for all
-threads, and the modes under which it traces above autograd are one stack for all of them, which calls on fake
-tensors set aside for a moment. So they are made with it held too."""
+"""Held during capture and compilation, which change functions and settings of PyTorch for all threads. All
+threads also share one stack of the modes for tracing above autograd, which calls on fake tensors set aside
+for a moment. So those calls hold it too."""
 
 
 def is_fake(value: object) -> bool:
@@ -20,15 +20,16 @@ def is_fake(value: object) -> bool:
 
 
 def memory_of(tensor: Tensor) -> int | None:
-    """Which memory a tensor is in; ``None`` for one that is in several pieces, as sparse ones are."""
+    """An identifier of a tensor's memory; ``None`` for tensors of several pieces, such as sparse ones."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def let_go(mode: FakeTensorMode) -> None:
-    """Have a mode whose fake tensors are not needed any more forget what they stand for.
+    """Drop a mode's references to real tensors, once its fake tensors are no longer needed.
 
-    Its weak references to parameters would keep :func:`torch.utils.swap_tensors` from exchanging them, and it
-    may stay itself until the collector runs, or for ever: that does not see from a view to its base.
+    Its weak references would keep :func:`torch.utils.swap_tensors` from exchanging parameters. The mode
+    itself may live until the collector runs, or forever, as the collector does not see the link from a view
+    to its base.
     """
     described = mode.fake_tensor_converter.meta_converter.describer
     described.lookup_tensor.clear()
@@ -42,6 +43,6 @@ _MOST_FAKES = 2**15
 
 
 def bound_known_fakes() -> None:
-    """Have PyTorch forget what calls on fake tensors give, once that is much: each size adds to it."""
+    """Clear PyTorch's cache of results on fake tensors if it is large: each image size adds to it."""
     if len(FakeTensorMode.cache) > _MOST_FAKES:
         FakeTensorMode.cache_clear()

@@ -1,9 +1,9 @@
 """Flattening: the calls of a forward pass as one flat graph of ATen operators.
 
 The operators are recorded above autograd and autocast, so that a convolution is one call, a
-``no_grad`` or ``autocast`` block is a pair of calls, and nothing is cast yet. What has a body of its own
-that must stay together (a user's ``autograd.Function``, ``torch.cond``, a hook on a gradient, a region
-under ``vmap``) becomes one call of a :class:`Whole`.
+``no_grad`` or ``autocast`` block is a pair of calls, and nothing is cast yet. Code that must stay
+together (a user's ``autograd.Function``, ``torch.cond``, a hook on a gradient, a region under ``vmap``)
+becomes one call of a :class:`Whole`.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ SEEDED = (
 )
 
 DEFAULTS = ("set_default_dtype", "set_default_tensor_type")
-"""Functions of ``torch`` that say which type tensors get that are made without one."""
+"""Functions of ``torch`` that set the default dtype."""
 
 RECOMPUTED = "recomputed"
 
 
 class CannotFlatten(Exception):
-    """A graph does not hold all that the forward pass does."""
+    """The graph cannot represent everything that the forward pass does."""
 
 
 def flatten(
     function: Callable[..., Any], inputs: Sequence[Tensor], mode: FakeTensorMode, *, grad: bool
 ) -> GraphModule:
-    """The flat graph of ``function``, which takes the fake tensors ``inputs``; nothing is computed.
+    """Trace ``function`` of the fake tensors ``inputs`` into a flat graph; nothing is computed.
 
-    ``grad`` says whether gradients are on where it begins.
+    ``grad`` says whether gradients are enabled at its start.
     """
     traced = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)
     with mode, fx_traceback.preserve_node_meta(), torch.set_grad_enabled(grad), _kept_if_unread():
@@ -66,12 +66,12 @@ def flatten(
 
 
 UPDATING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
-"""Operators that move statistics although their schemas do not say so."""
+"""Operators that update running statistics, which their schemas do not say."""
 
 
 @contextmanager
 def _kept_if_unread() -> Iterator[None]:
-    """Keep calls in a graph that do something else than give a result that nobody reads."""
+    """Keep calls with side effects in the graph, even if nothing reads their results."""
     added = (UPDATING | {hook_set}) - fx_node._side_effectful_functions
     fx_node._side_effectful_functions.update(added)
     try:
@@ -86,7 +86,7 @@ class Inliner(Interpreter):
     def __init__(self, module: GraphModule, through: Callable[..., Any] | None = None) -> None:
         super().__init__(with_stretches_folded(module), garbage_collect_values=False)
         self._through = through
-        """A function of the capture itself that stands for its argument."""
+        """A function that returns its argument, which the capture itself calls."""
         self._node: FxNode | None = None
 
     def run_node(self, n: FxNode) -> Any:
@@ -101,7 +101,7 @@ class Inliner(Interpreter):
         return super().call_method(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Carry out a call: an ordinary one, an inlined one, or one that is recorded whole."""
+        """Carry out a call: as it is, inlined, or recorded whole."""
         if target is self._through:
             return args[0]
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
@@ -143,22 +143,22 @@ class Inliner(Interpreter):
 
 
 def drawn_between(tensor: Tensor, low: int, high: int) -> Tensor:
-    """``tensor.random_(low, high)``, which draws the same numbers.
+    """Replace ``tensor.random_(low, high)`` by operators that draw the same numbers.
 
-    Its own overload is ``random_.from``, which no code of a graph can name.
+    Its own overload is ``random_.from``, a name that generated code cannot have.
     """
     return tensor.copy_(torch.randint(low, high, tensor.shape, dtype=tensor.dtype, device=tensor.device))
 
 
 def _inference_mode(target: Any, argument: Any) -> Any:
-    """A block in inference mode, as one without gradients: its tensors are used outside of it."""
+    """Record a block in inference mode as ``no_grad``, since its tensors are used outside."""
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(not argument if target is _enter_inference_mode else argument)
     return before
 
 
 def _autocast(target: Any, *args: Any) -> Any:
-    """A block under autocast. Entered as the user would, it is recorded and in force."""
+    """Enter an autocast block as the user does, so that it is both recorded and in force."""
     if target is _exit_autocast:
         args[0].__exit__(None, None, None)
         return None
@@ -169,7 +169,7 @@ def _autocast(target: Any, *args: Any) -> Any:
 
 
 def mark_recomputed(body: GraphModule) -> None:
-    """Note on the calls of ``body`` that activation checkpointing would run them twice."""
+    """Mark the calls of ``body`` as ones that activation checkpointing would run twice."""
     for node in body.graph.nodes:
         node.meta["custom"] = {**(node.meta.get("custom") or {}), RECOMPUTED: True}
 
@@ -185,9 +185,9 @@ def _bound(
     bodies: tuple[GraphModule, ...],
     kwargs: dict[str, Any],
 ) -> Callable[..., Any]:
-    """``target`` with its bodies in their places, as a function of the other operands."""
+    """``target`` with its bodies bound, as a function of the other operands."""
     if str(target) == "cond":
-        # Called as an operator it would be traced; what it means is this.
+        # The operator itself would be traced; this is its meaning.
         def cond(predicate: Any, operands: Any) -> Any:
             return bodies[0 if bool(predicate) else 1](*operands)
 
@@ -201,7 +201,7 @@ def _bound(
 
 
 def is_plain(module: GraphModule) -> bool:
-    """Whether all calls of a captured graph are recorded as what they compute, none as it is, whole."""
+    """Whether no call of a captured graph has to be recorded whole."""
     has_bodies = any(isinstance(child, GraphModule) for child in module.children())
     return not has_bodies and not any(
         isinstance(node.target, Whole) or nesting(node) for node in module.graph.nodes
@@ -209,7 +209,7 @@ def is_plain(module: GraphModule) -> bool:
 
 
 def reads_values(target: object) -> bool:
-    """Whether a call makes a Python number of a tensor: its value, or how often it was overwritten."""
+    """Whether a call turns a tensor into a Python number: its value or its version."""
     values = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
-    # Registered when Dynamo meets it first.
+    # Registered when Dynamo first sees it.
     return target in values or str(target) == "prims._tensor_version.default"

@@ -1,9 +1,9 @@
-"""Stretches of a graph that Dynamo has made whose calls stand under a transform of ``torch.func``.
+"""Stretches of Dynamo's graph whose calls are under a transform of ``torch.func``.
 
-A stretch goes from where a transform begins to where it ends, and is carried out in one piece: its tensors
-are wrapped, and mean something inside of it alone. One exception: the function that ``vjp`` returns, and what
-is built on it as ``jacrev`` is, asks for gradients of wrapped tensors after the transform has ended. Such a
-call is a stretch by itself, which begins by carrying out again what it asks for the gradients of.
+A stretch goes from the start of a transform to its end, and runs as one call, as its wrapped tensors are
+valid only inside. There is one exception: the function that ``vjp`` returns, and functions built on it such
+as ``jacrev``, ask for gradients of wrapped tensors after the transform has ended. Such a call is a stretch by
+itself, which first repeats the stretches that it asks for gradients of.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from streamcnn.graph.registry import is_seeded
 from streamcnn.graph.whole import Whole
 
 _GRADIENTS = "_autograd_grad"
-"""What PyTorch calls the function that its transforms ask for gradients, given outputs and inputs first."""
+"""The name of PyTorch's function by which transforms ask for gradients; it takes outputs, then inputs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """Calls that are carried out in one piece."""
+    """Calls that run as one."""
 
     own: list[FxNode] = field(default_factory=list)
     repeats: list[Stretch] = field(default_factory=list)
-    """What is carried out again in front of them, in order."""
+    """Earlier stretches that run again before these calls, in order."""
 
     @property
     def nodes(self) -> list[FxNode]:
@@ -42,7 +42,7 @@ class Stretch:
 
 
 def nesting(node: FxNode) -> int:
-    """1 where a transform begins, -1 where it ends."""
+    """1 if a call begins a transform, -1 if it ends one, else 0."""
     name = _name_of(node) if node.op == "call_function" else ""
     if name.endswith(("_increment_nesting", "enter_dual_level")):
         return 1
@@ -50,7 +50,7 @@ def nesting(node: FxNode) -> int:
 
 
 def _stretches_of(nodes: Sequence[FxNode]) -> dict[FxNode, Stretch]:
-    """The stretch of each call that stands in one.
+    """The stretch of each call that is in one.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def _stretches_of(nodes: Sequence[FxNode]) -> dict[FxNode, Stretch]:
 
 
 def _leaves_stretch(node: FxNode, stretches: dict[FxNode, Stretch]) -> bool:
-    """Whether something reads the result of a call in a stretch that does not carry it out itself."""
+    """Whether the result of a call is read outside of the stretches that contain or repeat it."""
     own = stretches[node]
 
     def has_it(user: FxNode) -> bool:
@@ -91,7 +91,7 @@ def _leaves_stretch(node: FxNode, stretches: dict[FxNode, Stretch]) -> bool:
 
 
 def _repeated(node: FxNode, found: dict[FxNode, Stretch]) -> Iterator[Stretch]:
-    """Earlier stretches in which tensors are wrapped that a call asks for gradients of."""
+    """The earlier stretches with the tensors that a call asks for gradients of."""
     if _asks_for_gradients(node):
         for each in pytree.tree_leaves(node.args[:2]):
             if isinstance(each, FxNode) and found.get(each, found[node]) is not found[node]:
@@ -126,7 +126,7 @@ def _draws(node: FxNode) -> bool:
 
 
 def with_stretches_folded(module: GraphModule) -> GraphModule:
-    """``module`` with each stretch of calls under a functorch transform as one call."""
+    """``module`` with each stretch of calls replaced by one call."""
     nodes = list(module.graph.nodes)
     if not any(nesting(node) > 0 for node in nodes):
         return module
@@ -150,7 +150,7 @@ def _fold(
     graph: torch.fx.Graph,
     copies: dict[FxNode, FxNode],
 ) -> None:
-    """Add one call of all of ``stretch`` to ``graph``, and the values that it gives."""
+    """Add one call that runs all of ``stretch`` to ``graph``, and its results."""
     inside = set(stretch)
     taken = dict.fromkeys(n for node in stretch for n in node.all_input_nodes if n not in inside)
     body = torch.fx.Graph()
@@ -172,7 +172,7 @@ def _fold(
 
 
 def _with_tangents(body: GraphModule) -> Callable[..., Any]:
-    """``body`` with forward-mode differentiation on, as it is where the user calls it and not in a pass."""
+    """``body`` with forward-mode differentiation enabled, as in the user's code, but not in a pass."""
 
     def run(*operands: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):

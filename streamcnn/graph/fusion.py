@@ -10,20 +10,20 @@ from streamcnn.graph.ops.rules import Call
 from streamcnn.graph.program import Node
 
 _LONGEST = 3
-"""Operators of a run at most."""
+"""Largest number of operators in a run."""
 
 
 def runs(nodes: Sequence[Node], seen: Collection[str]) -> Iterator[tuple[Node, ...]]:
-    """Runs of nodes that have a fused form: each alone reads the one just before it, at the same positions.
+    """Runs of nodes with a fused form: each is the only reader of the one just before, at the same positions.
 
-    One that is carried out later, past others, would hold on to what it reads while they make their values.
+    Nodes that do not follow each other are not fused: the first one's operands would be held meanwhile.
 
     Parameters
     ----------
     nodes
         Local operators in the order of execution.
     seen
-        Nodes whose values are wanted by others than operators.
+        Nodes whose values are also read by something other than operators.
     """
     num_readers = Counter(name for node in nodes for name in node.operands)
     for first, node in enumerate(nodes):
@@ -44,7 +44,7 @@ def _call(node: Node) -> Call:
 
 
 def _continues(first: Node, second: Node) -> bool:
-    """Whether one operator reads another, and they are alike in all that a fused one has but once."""
+    """Whether ``second`` reads ``first``, and they have the spec, axes and modes in common."""
     assert first.local is not None
     assert second.local is not None
     return (

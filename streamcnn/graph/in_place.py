@@ -1,4 +1,4 @@
-"""In-place operators and views: what a call overwrites, its functional form, how a view is written back."""
+"""In-place operators and views: overwritten values, functional forms, and writes through views."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _STORAGE = frozenset({"set_", "resize_", "resize_as_", "swap_"})
 
 
 def overwritten(node: FxNode) -> tuple[Any, ...]:
-    """The values that a call overwrites; a list of them as a tuple."""
+    """The values that a call overwrites; an argument that is a list gives a tuple."""
     target = node.target
     if not isinstance(target, OpOverload):
         return ()
@@ -69,12 +69,12 @@ def overwritten(node: FxNode) -> tuple[Any, ...]:
 
 
 def changes_shape(target: object) -> bool:
-    """Whether an in-place call makes its argument a view of itself."""
+    """Whether an in-place call changes the shape of its argument, such as ``squeeze_``."""
     return operator_name(target) in _SHAPES
 
 
 def own_name(target: object) -> bool:
-    """Whether a target is the in-place form of an operator, ``relu_``, rather than one with ``out=``."""
+    """Whether a target is an operator's in-place form, such as ``relu_``, rather than one with ``out=``."""
     return isinstance(target, OpOverload) and name_in_library(target).endswith("_")
 
 
@@ -82,12 +82,12 @@ def own_name(target: object) -> bool:
 
 
 def functional_of(node: FxNode, source: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The call that returns what the in-place ``node`` would have written, with its arguments.
+    """Target and arguments of the call that returns what the in-place ``node`` would write.
 
     Raises
     ------
     UnsupportedModel
-        If it changes the memory itself.
+        If the node changes the memory itself.
     """
     target = node.target
     assert isinstance(target, OpOverload)
@@ -113,7 +113,7 @@ def exchanges_memory(node: FxNode) -> bool:
 
 
 def _exchanges_data(node: FxNode) -> bool:
-    """Whether a call is ``x.data = y`` with ``y`` of the same kind."""
+    """Whether a call is ``x.data = y`` with ``y`` of the same shape and dtype."""
     if not exchanges_memory(node):
         return False
     into, given = (arg.meta["val"] for arg in node.args[:2] if isinstance(arg, FxNode))
@@ -121,7 +121,7 @@ def _exchanges_data(node: FxNode) -> bool:
 
 
 def _copy(node: FxNode) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """What ``copy_`` leaves in its target: the source's values in the target's dtype and shape."""
+    """The functional form of ``copy_``: the source's values in the target's dtype and shape."""
     target, source = node.args[0], node.args[1]
     assert isinstance(target, FxNode)
     assert isinstance(source, FxNode)
@@ -139,7 +139,7 @@ def copied(source: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 def _overload_of(target: OpOverload) -> OpOverload | None:
     """The overload that takes the same arguments and returns a new tensor."""
     if operator_name(target) in _DROPOUTS:
-        # Their schemas name the operand otherwise.
+        # Their schemas have another name for the operand.
         return _DROPOUTS[operator_name(target)]
     if operator_name(target).startswith("bernoulli_"):
         return aten.bernoulli.p if target._overloadname == "float" else None
@@ -156,7 +156,7 @@ def _overload_of(target: OpOverload) -> OpOverload | None:
 
 
 def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The node's arguments, with the probability that ``bernoulli_`` leaves out."""
+    """The node's arguments, with the default probability of ``bernoulli_`` filled in."""
     args, kwargs = tuple(node.args), dict(node.kwargs)
     if operator_name(target) == "bernoulli_" and target._overloadname == "float" and len(args) == 1:
         kwargs = {key: value for key, value in kwargs.items() if key != "p"}
@@ -167,7 +167,7 @@ def _with_defaults(node: FxNode, target: OpOverload) -> tuple[tuple[Any, ...], d
 class OnCopy:
     """An in-place operator without a functional form, applied to copies.
 
-    It returns the copy, or the copies; behind other results of the operator's own, if it has any.
+    It returns the operator's own results, if any, and then the copies.
     """
 
     def __init__(self, target: OpOverload) -> None:
@@ -180,7 +180,7 @@ class OnCopy:
             if a.alias_info is not None and a.alias_info.is_write
         )
         self.num_results = sum(each.alias_info is None for each in target._schema.returns)
-        """Results beside what is overwritten."""
+        """Number of results other than overwritten values."""
         self.returns_written = self.num_results < len(target._schema.returns)
         """Whether it returns what it overwrites."""
 
@@ -210,7 +210,7 @@ class OnCopy:
 
 
 def resized(what_changes: str, before: Sequence[int], after: Sequence[int]) -> UnsupportedModel:
-    """What to raise where a tensor that had no elements gets some."""
+    """The error for a call that gives elements to a tensor without any."""
     return UnsupportedModel(
         f"{what_changes} the shape of a tensor from {tuple(before)} to {tuple(after)}, as observers of "
         "quantisation do when they are called first: call the module itself on a small image once"
@@ -231,18 +231,18 @@ class _Revalued(torch.autograd.Function):
 
 
 def revalued(old: Tensor, new: Tensor) -> Tensor:
-    """``old`` after its values were overwritten by ``new`` where autograd did not see it."""
+    """The value of ``new`` with the gradient of ``old``: a write that autograd does not see."""
     result: Tensor = _Revalued.apply(old, new)  # type: ignore[no-untyped-call]
     return result
 
 
 def asserted(condition: Tensor, message: str) -> Tensor:
-    """``condition`` itself.
+    """Return ``condition``, which has to be true.
 
     Raises
     ------
     AssertionError
-        If it does not hold.
+        If it is not.
     """
     if not is_fake(condition) and not bool(condition):
         raise AssertionError(message)
@@ -261,7 +261,7 @@ def is_detached(node: FxNode) -> bool:
 
 
 def is_view(node: FxNode) -> FxNode | None:
-    """The value whose memory a call's result shares, if it is a view of one."""
+    """The base of a call's result, if that is a view; else None."""
     if node.target is operator.getitem:
         parts = node.args[0]
         assert isinstance(parts, FxNode)
@@ -283,7 +283,7 @@ def _is_divided(node: FxNode) -> bool:
 
 
 def _shares_memory(node: FxNode, parent: FxNode) -> bool:
-    """Whether the traced values share memory: ``reshape`` or ``contiguous`` may have copied."""
+    """Whether the traced values share memory, as ``reshape`` and ``contiguous`` may copy."""
     given, viewed = (each.meta.get("val") for each in (node, parent))
     if not isinstance(given, Tensor) or not isinstance(viewed, Tensor):
         return True
@@ -294,12 +294,12 @@ def _shares_memory(node: FxNode, parent: FxNode) -> bool:
 def scattered(
     view: FxNode, before: Ref, value: Ref, source: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The call that gives what ``view`` is a view of, where the view holds ``value`` and the rest ``before``.
+    """The call that writes ``value`` into the base of ``view``, whose other values stay as in ``before``.
 
     Raises
     ------
     UnsupportedModel
-        If the view cannot be written back.
+        If there is no such call for this kind of view.
     """
     if view.target is operator.getitem:
         return _into_part(view, before, value)
@@ -362,7 +362,7 @@ def _sliced(view: FxNode, name: str, shape: torch.Size) -> tuple[int, int, int, 
 
 
 def _inverse(view: FxNode, shape: torch.Size) -> list[int]:
-    """The permutation that undoes a view's."""
+    """The inverse of a view's permutation."""
     assert callable(view.target)
     return places_of_axes(view.target, len(shape), view.args[1:], view.kwargs)
 

@@ -1,7 +1,7 @@
 """A captured model as plain data: one list of operations over maps and global values.
 
-A :class:`Program` is what planning and running share. It holds no tensor: parameters, buffers and
-constants are named and looked up in the user's module when a pass starts.
+Planning and execution share a :class:`Program`. Of the module it holds no tensors: parameters and buffers
+are named, and looked up in the user's module when a pass starts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TensorSpec:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of its gradient while tiles' shares are added up."""
+        """Bytes of its gradient while tiles' contributions are summed, in :func:`sum_dtype`."""
         return self.numel * sum_dtype(self.dtype).itemsize
 
 
@@ -92,9 +92,9 @@ class Access:
 class Local:
     """How a local operator runs on a tile.
 
-    The interpreter cuts each map operand to the window that its access asks for, pads with ``fill`` what lies
-    outside the operand, and calls the node's target. With ``fill=None`` the operand is only cut, and
-    the target's result is cut or zero-padded to the region wanted.
+    The interpreter crops each map operand to the window that its access asks for, pads with ``fill`` outside
+    of the operand, and calls the node's target. With ``fill=None`` the operand is only cropped, and the
+    target's result is cropped or zero-padded to the region wanted.
     """
 
     accesses: Mapping[str, Access]
@@ -127,19 +127,19 @@ class Node:
     local: Local | None = None
     reduction: Reduction | None = None
     source: str = ""
-    """Where in the user's model it comes from."""
+    """The submodule of the user's model that it comes from."""
     line: str = field(default="", compare=False)
-    """Of the user's code, with its file; empty where that is not known."""
+    """The line of the user's code, with its file; empty if unknown."""
     note: str = ""
-    """Why an operator is resident."""
+    """Reason why an operator is resident."""
     in_place: Callable[..., Any] | None = None
-    """The form of ``target`` that overwrites its first operand, where the user's model has that."""
+    """The in-place form of ``target``, if the user's model calls that."""
     grad: bool = True
-    """Whether autograd records it: not inside the model's own ``no_grad`` blocks, nor where it detaches."""
+    """Whether autograd records it: false in the model's ``no_grad`` blocks, and for operators that detach."""
     casts: Casts | None = None
     """Autocast as a block of the model sets it; ``None`` as it is around the pass."""
     view_of: str = ""
-    """The operand in whose memory a global value is; empty where it has memory of its own."""
+    """The operand whose memory a global value shares; empty if it has its own."""
 
     operands: tuple[str, ...] = field(init=False, compare=False)
     """Names of the nodes it reads, each once."""
@@ -147,7 +147,7 @@ class Node:
     nbytes: int = field(init=False, compare=False)
     """Bytes of all results."""
     size: tuple[int, int] = field(init=False, compare=False)
-    """Spatial extents (H, W) of a map; (0, 0) of what is none."""
+    """Spatial extents (H, W) of a map; (0, 0) for other values."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operands", refs_in((self.args, dict(self.kwargs))))
@@ -188,7 +188,7 @@ class Program:
     states: Mapping[str, str]
     """Node name to qualified name in the user's module."""
     maps: Mapping[str, str]
-    """What is read by regions beside the image: node name to the key of the argument."""
+    """Other inputs that are read by regions: node name to the key of the argument."""
     outputs: Any
     """The model's result with a :class:`Ref` for each tensor."""
     updates: Mapping[str, str]
@@ -217,7 +217,7 @@ class Program:
 
     @property
     def results(self) -> dict[str, str]:
-        """Maps that stay stored, by the names that outputs refer to them by."""
+        """Maps that stay stored, by the names under which outputs refer to them."""
         return {node.name: node.operands[0] for node in self.nodes.values() if node.kind is Kind.RESULT}
 
     @property
@@ -227,9 +227,9 @@ class Program:
 
 
 def on_whole_maps(program: Program) -> tuple[Node, ...]:
-    """The resident operators: global values worked out from a whole map, and what follows from those.
+    """The resident operators: global values computed from whole maps, directly or through others.
 
-    Views are among them, and the parts of a tuple are not.
+    Views are included; items of tuples are not.
     """
     found: set[str] = set()
     for node in program.nodes.values():
@@ -255,7 +255,7 @@ def has_gradient(dtype: torch.dtype) -> bool:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that tiles' shares of a gradient of ``dtype`` are added up in: float32 at least."""
+    """The dtype in which tiles' contributions to a gradient of ``dtype`` are summed: at least float32."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
@@ -279,7 +279,7 @@ def refs_in(structure: Any) -> tuple[str, ...]:
 
 
 _ATOMS = (int, float, type(None), torch.dtype)
-"""What has nothing inside."""
+"""Types that hold no refs."""
 
 
 def substitute(structure: Any, value_of: Callable[[str], Any]) -> Any:

@@ -1,7 +1,7 @@
-"""Registries: what is declared of operators, found by what a program's nodes call.
+"""Registries of declarations about operators, looked up by the target of a node.
 
-As in ``torch.utils.flop_counter``, a key of a wrong type and a second entry are refused where they are made.
-A counter of all entries tells a plan that was made by other rules than those of today.
+As in ``torch.utils.flop_counter``, a key of a wrong type and a second entry are refused on registration. A
+counter of all entries identifies plans that were made with other rules.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 _PACKAGE = "streamcnn."
 _ENTERING = frozenset({"streamcnn.graph.costs", "streamcnn.graph.ops.rules"})
-"""Modules whose functions enter what others declare."""
+"""Modules whose functions make entries on behalf of their callers."""
 _registrations = 0
 _from_outside = 0
 
 
 def rules_version() -> int:
-    """How many entries have been made in all registries; it grows when an operator's rule or cost changes."""
+    """Number of entries ever made in all registries, which grows when an operator's rule or cost changes."""
     return _registrations
 
 
@@ -34,7 +34,7 @@ def all_are_built_in() -> bool:
 
 
 class Registry(Generic[T]):
-    """Values by operator; the most particular key wins.
+    """A mapping from operators to values; the most specific key wins.
 
     A key is an overload, an operator with all its overloads (``torch.ops.aten.relu``), a function that a
     rule records in an operator's place, a class of callables for its instances, or a ``torch.Tag`` for all
@@ -43,7 +43,7 @@ class Registry(Generic[T]):
     Parameters
     ----------
     what
-        What a value is, for error messages: ``"rule"``.
+        Name of a value for error messages, such as ``"rule"``.
     """
 
     def __init__(self, what: str) -> None:
@@ -51,12 +51,12 @@ class Registry(Generic[T]):
         self._values: dict[Any, T] = {}
 
     def add(self, keys: Iterable[Any], value: T, *, replace: bool) -> None:
-        """Enter ``value`` under each of ``keys``; all of them or none.
+        """Register ``value`` under all of ``keys``, or under none if one is refused.
 
         Raises
         ------
         TypeError, ValueError
-            For a key that is none, and without ``replace`` for one that has a value already.
+            For an invalid key, and for one that has a value, unless ``replace`` is set.
         """
         global _from_outside, _registrations
         keys = tuple(keys)
@@ -75,20 +75,20 @@ class Registry(Generic[T]):
 
 
 def _is_built_in(frame: FrameType | None) -> bool:
-    """Whether an entry is made by a module of this package: by the one that calls what enters it."""
+    """Whether a module of this package makes an entry, judged by the caller of the registering function."""
     while frame is not None and _module(frame) in _ENTERING:
         frame = frame.f_back
     return frame is not None and _module(frame).startswith(_PACKAGE)
 
 
 def _module(frame: FrameType) -> str:
-    """The module whose code runs; code that was given as text may have none."""
+    """The name of the module that a frame's code belongs to; empty if there is none, as for ``exec``."""
     name: str = frame.f_globals.get("__name__", "")
     return name
 
 
 def _keys(target: object) -> Iterator[Any]:
-    """The keys that stand for a target, the most particular one first."""
+    """The keys that match a target, the most specific first."""
     yield target
     if isinstance(target, OpOverload):
         yield target.overloadpacket
@@ -99,5 +99,5 @@ def _keys(target: object) -> Iterator[Any]:
 
 
 def is_seeded(target: object) -> bool:
-    """Whether its tags say of a target that it takes random numbers from PyTorch's generators."""
+    """Whether a target's tags say that it draws random numbers from PyTorch's generators."""
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())

@@ -1,4 +1,4 @@
-"""What ATen's schemas and shapes say of a call: its operator's name, its arguments by name, where axes go."""
+"""Facts about a call from ATen's schemas: the operator's name, arguments by name, permutations of axes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch._ops import OpOverload
 
 
 def operator_name(target: object) -> str:
-    """The name of an ATen operator without its overload, ``"relu_"``; empty for anything else.
+    """The name of an ATen operator without its overload, such as ``"relu_"``; empty for anything else.
 
-    What another library calls so may do something else.
+    Another library's operator of the same name may do something else.
     """
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return ""
@@ -20,18 +20,18 @@ def operator_name(target: object) -> str:
 
 
 def name_in_library(target: OpOverload) -> str:
-    """The name of an operator, whosever it is, without namespace and overload."""
+    """The name of an operator of any library, without namespace and overload."""
     name: str = target._schema.name.split("::")[1]
     return name
 
 
 def names_a_collective(text: str) -> bool:
-    """Whether a call's name, or a graph's text, names one of PyTorch's collectives."""
+    """Whether a text, such as a call's name or a graph's code, names one of PyTorch's collectives."""
     return "c10d" in text
 
 
 def in_place_form(target: Callable[..., Any]) -> OpOverload:
-    """The overload of a pointwise ATen operator that overwrites its first operand, such as itself."""
+    """The in-place overload of a pointwise ATen operator; an in-place operator is its own."""
     assert isinstance(target, OpOverload)
     packet = getattr(torch.ops.aten, operator_name(target).removesuffix("_") + "_")
     found: OpOverload = getattr(packet, target._overloadname)
@@ -70,7 +70,7 @@ def with_argument(
 def places_of_axes(
     target: Callable[..., Any], ndim: int, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Where a permutation puts each axis of a tensor; ``args`` are those after the tensor."""
+    """The new place of each axis under a permutation; ``args`` are the arguments after the tensor."""
     # Axis d of the probe has d + 1 positions, so the result's shape tells where each axis went.
     probe = torch.empty(tuple(range(1, ndim + 1)), device="meta")
     after = list(target(probe, *args, **kwargs).shape)

@@ -1,4 +1,4 @@
-"""Calls of a graph that are carried out as they are, on whole values, and how they are recorded in it."""
+"""Calls that run whole: as they are, on whole values. Also their recording in a graph."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from streamcnn.errors import UnsupportedModel
 
 
 class Whole:
-    """A call that is carried out as it is, on whole values, with the gradient that it defines itself."""
+    """A call that runs as it is, on whole values, with the gradient that it defines itself."""
 
     def __init__(self, name: str, run: Callable[..., Any], bodies: tuple[GraphModule, ...] = ()) -> None:
         self.name = name
         self.run = run
         self.bodies = bodies
         self.like: Any = None
-        """What it returned while tracing, on the meta device."""
+        """The results of tracing, as meta tensors."""
         self.__name__ = name
 
     def __call__(self, *args: Any) -> Any:
@@ -41,13 +41,13 @@ class Whole:
 
     @property
     def outline(self) -> str:
-        """What plans depend on: kinds of results, and the code of bodies but for values of numbers in it."""
+        """What plans depend on: shapes and dtypes of results, and the bodies' code without its floats."""
         made = [f"{leaf.dtype}{tuple(leaf.shape)}" for leaf in pytree.tree_leaves(self.like)]
         return "\n".join([self.name, *made, *map(outline_of, self.bodies)])
 
 
 class OnlyResult:
-    """A call of a :class:`Whole` that has one result, as that."""
+    """A call of a :class:`Whole` that returns its only result itself."""
 
     def __init__(self, whole: Whole) -> None:
         self.whole = whole
@@ -58,7 +58,7 @@ class OnlyResult:
 
 
 def outline_of(body: GraphModule) -> str:
-    """The code of a body, but for values of numbers in it."""
+    """The code of a body as text, without the values of floats."""
     lines = []
     for node in body.graph.nodes:
         args, kwargs = pytree.tree_map(_without_number, (node.args, dict(node.kwargs)))
@@ -69,12 +69,12 @@ def outline_of(body: GraphModule) -> str:
 
 
 def _without_number(value: Any) -> Any:
-    """A float that may change without a change of what the code does."""
+    """A placeholder for a float whose value does not change what the code does; else ``value``."""
     return "number" if isinstance(value, float) and value != 0 and math.isfinite(value) else value
 
 
 class GradientHook(Whole):
-    """Identity whose gradient passes through a hook that the user has set on the value."""
+    """Identity whose gradient passes through a hook of the user's."""
 
     def __init__(self, hook: Callable[[Tensor], Tensor | None], like: Tensor) -> None:
         super().__init__("Tensor.register_hook", self._hooked)
@@ -89,12 +89,12 @@ class GradientHook(Whole):
 
 
 def hook_set(value: Tensor) -> None:
-    """Stands in a graph where a hook is set on the gradient of what a value holds then."""
+    """Marks the place in a graph where a hook is set on the gradient of a value; never called."""
     raise AssertionError("it marks a place, and is not called")
 
 
 def record_hook(tensor: Tensor) -> str:
-    """Record that a hook is set on the gradient of ``tensor``; the name of that call."""
+    """Record that a hook is set on the gradient of ``tensor``; return the name of the recorded call."""
     mode, proxy = get_proxy_mode(), proxy_of(tensor)
     assert mode is not None
     name: str = mode.tracer.create_proxy("call_function", hook_set, (proxy,), {}).node.name
@@ -102,7 +102,7 @@ def record_hook(tensor: Tensor) -> str:
 
 
 def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
-    """Record one call of ``target`` in the graph that is being made; fake results that are like ``like``."""
+    """Record one call of ``target`` in the graph being traced; return fake results like ``like``."""
     mode = get_proxy_mode()
     assert mode is not None
     tracer = mode.tracer
@@ -121,35 +121,35 @@ def record_whole(target: Whole, args: tuple[Any, ...], like: Any) -> Any:
     with disable_proxy_modes_tracing():
         results = pytree.tree_map_only(Tensor, lambda tensor: _another(tensor, tensor.device), like)
     proxy = tracer.create_proxy("call_function", target, tuple(proxies), {})
-    # What this does with the results is no part of the forward pass.
+    # This is not part of the forward pass.
     with torch._C.DisableTorchFunction():
         track_tensor_tree(results, proxy, constant=None, tracer=tracer)
     return results
 
 
 def proxy_of(tensor: Tensor) -> Any:
-    """What stands for a tensor in the graph that is being made; None if that does not know it.
+    """The proxy of a tensor in the graph being traced; None if there is none.
 
-    None is made while what runs whole is run.
+    While a function runs whole, no graph is traced.
     """
     mode = get_proxy_mode()
     return None if mode is None else proxy_in(mode.tracer, tensor)
 
 
 def proxy_in(tracer: Any, tensor: Tensor) -> Any:
-    """What stands for a tensor in the graph that ``tracer`` makes; None if that does not know it."""
+    """The proxy of a tensor in the graph that ``tracer`` makes; None if there is none."""
     return get_proxy_slot(tensor, tracer, None, lambda tracked: tracked.proxy)
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """A tensor like ``tensor`` on the meta device, which no mode sees being made."""
+    """A tensor like ``tensor`` on the meta device, created without any mode seeing it."""
     with beside_the_trace():
         return _another(tensor, "meta")
 
 
 @contextmanager
 def beside_the_trace() -> Iterator[None]:
-    """A block whose tensors have values, and of which nothing is recorded."""
+    """Run a block on real tensors while tracing, without recording it."""
     with disable_proxy_modes_tracing(), unset_fake_temporarily():
         yield
 

@@ -1,6 +1,6 @@
 """Operator families. Importing this package fills the registries of rules and costs.
 
-What a rule from outside needs stands here too: see ``docs/adding_an_operator.md``.
+It also exports what rules in other packages need: see ``docs/adding_an_operator.md``.
 """
 
 from streamcnn.geometry.axis_maps import (

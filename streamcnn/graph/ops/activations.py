@@ -1,4 +1,4 @@
-"""Activations that kernels for norms take along: which operators they are, and with which numbers."""
+"""Activations that can be fused into kernels of norms, with their parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamcnn.graph.schemas import operator_name
 
 
 class Activation(NamedTuple):
-    """What is applied to each value of a map."""
+    """An activation that is applied to each value of a map."""
 
     kind: str
     low: float = 0.0
@@ -23,7 +23,7 @@ RELU = Activation("relu")
 
 
 def activation_of(call: Call) -> Activation | None:
-    """The activation that a call is, in place or not; ``None`` for any other call."""
+    """The activation that a call computes, in place or not; ``None`` for any other call."""
     match operator_name(call.target).removesuffix("_"):
         case "relu" | "silu" | "hardswish" as kind:
             return Activation(kind)

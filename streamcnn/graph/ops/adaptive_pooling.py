@@ -1,4 +1,4 @@
-"""Adaptive pooling: to many positions in tiles of the result, to few as a reduction of the whole map."""
+"""Adaptive pooling: to many positions as a local operator, to few as a reduction of the whole map."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from streamcnn.graph.program import Access, Ref
 aten = torch.ops.aten
 
 FEW = 8
-"""So many positions along an axis are few: what each reads of a large map is more than a tile should."""
+"""Up to this many positions along an axis, a position's window in a large map may exceed a tile."""
 
 
 @rule(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
 def adaptive_pool(tracer: Tracer, call: Call) -> Any:
-    """Adaptive pooling to any size, its windows equal or not."""
+    """Adaptive pooling to any size, with equal or unequal windows."""
     ref, size = call.bind("self", "output_size")
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     if axes is None or axes != (len(shape) - 2, len(shape) - 1):
@@ -124,7 +124,7 @@ def _record(
 def window_means(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Means of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map.
 
-    They are sums over counts: shares of one over a count need not add up to one.
+    Each is a sum divided by a count, as weights of 1 / count need not add up to 1.
     """
     taps = (_members(axes[0]), _members(axes[1]))
     means = gather_unrounded(x, taps, (x.dim() - 2, x.dim() - 1), out=out, origin=origin)
@@ -138,7 +138,7 @@ def window_means(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Te
 def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
     """Maxima of the windows ``out``, from ``x`` (..., h, w) which covers ``origin`` of the map.
 
-    The gradient goes to the first of several equal ones in row order: to the first column of the first row.
+    Among equal maxima, the gradient goes to the first in row order.
     """
     row, col = _largest(x, axes, out, origin)
     values = x.flatten(-2).gather(-1, (row * x.shape[-1] + col).flatten(-2))
@@ -146,7 +146,7 @@ def window_maxima(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> T
 
 
 def window_places(x: Tensor, axes: Windows, *, out: Region, origin: Region) -> Tensor:
-    """Places in the whole map, counted in row order, of what :func:`window_maxima` finds."""
+    """Indices in the whole map, in row order, of the maxima that :func:`window_maxima` finds."""
     row, col = _largest(x, axes, out, origin)
     return row.add_(origin.rows.start).mul_(axes[1].size).add_(col).add_(origin.cols.start)
 
@@ -162,9 +162,9 @@ def _largest(x: Tensor, axes: Windows, out: Region, origin: Region) -> tuple[Ten
 
 
 def _maxima_workspace(nbytes: CallBytes) -> int:
-    """The operand in one piece; values that lie between the axes, and their places in 32 bits; three indices.
+    """A dense operand; the values between the two axes, with 32-bit places; three indices for each result.
 
-    Those values are no more than operand or result, unless there are fewer rows and more columns.
+    The values between the axes are no more than operand or result, unless rows shrink and columns grow.
     """
     between = max(nbytes.operands, nbytes.result)
     places = (4 * between + 3 * INDEX_BYTES * nbytes.result) // nbytes.itemsize
@@ -190,7 +190,7 @@ declare(window_places, cost=Cost(operations=windows, workspace=_maxima_workspace
 
 @lru_cache(256)
 def _members(axis: Adaptive) -> Taps:
-    """The sums of all windows as sums of positions with weights, those beyond a window's end being zero."""
+    """The sum over each window as a weighted sum of positions, with weight 0 beyond the window's end."""
     places, sizes = _places(axis), window_sizes(axis)
     weights = (tuple(float(tap < size) for size in sizes) for tap in range(len(places)))
     return Taps(places, tuple(weights), tuple(sizes))
@@ -198,14 +198,14 @@ def _members(axis: Adaptive) -> Taps:
 
 @lru_cache(256)
 def _places(axis: Adaptive) -> tuple[tuple[int, ...], ...]:
-    """The first position of every window, the second and so on: shorter windows end in repetitions."""
+    """The first position of every window, the second, and so on; shorter windows repeat their last one."""
     each = [axis.window(Interval(i, i + 1)) for i in range(axis.count)]
     longest = max(window.size for window in each)
     return tuple(tuple(min(window.start + tap, window.stop - 1) for window in each) for tap in range(longest))
 
 
 class _Pyramid(nn.Module):
-    """Pyramid pooling as in PSPNet, each level gating the map by what it sums up."""
+    """Pyramid pooling as in PSPNet, with each level as a gate on the map."""
 
     def forward(self, x: Tensor) -> Tensor:
         levels = [nn.functional.adaptive_avg_pool2d(x, size) for size in (1, 2, 3, 6, (5, 1))]

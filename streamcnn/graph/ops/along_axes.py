@@ -1,4 +1,4 @@
-"""Operators along an axis that is named: if it is no spatial one, each position is worked out by itself."""
+"""Operators along a given axis. If it is not a spatial one, each position is computed by itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _ALONG_DIM = (
 
 @rule(*_ALONG_DIM)
 def along_axis(tracer: Tracer, call: Call) -> Any:
-    """An operator along axes that are not spatial; each of its results is an operation of its own."""
+    """An operator along axes that are not spatial; each of its results is a node of its own."""
     ref = call.args[0]
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     dims = call.bind("dim")[0]
@@ -75,13 +75,13 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
 
 
 EXPONENTIAL = (aten.softmax.int, aten.log_softmax.int, aten.logsumexp.default)
-"""Operators that compare exponentials with their sum along axes, those of space among them."""
+"""Operators on exponentials and their sum along axes, which :func:`exponential` streams over space too."""
 
 
 def exponential(tracer: Tracer, target: object, ref: Ref, dims: Sequence[int], like: Tensor) -> Any:
-    """Softmax, its logarithm or that of the sum, over axes of space and any others.
+    """Softmax, log-softmax or log-sum-exp over spatial axes and any others.
 
-    The largest value and the sum are reductions. ``like`` is what the whole result would be.
+    The maximum and the sum are reductions. ``like`` is a fake tensor of the whole result.
     """
 
     def made(name: Any, *args: Any) -> Any:
@@ -111,13 +111,14 @@ SELECTING: dict[object, int] = {
     aten.argmax.default: 1,
     aten.argmin.default: -1,
 }
-"""Operators that find the largest or the smallest value along an axis, and its place."""
+"""Operators that find the largest (1) or smallest (-1) value along an axis, and its index."""
 
 
 def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) -> tuple[Ref, ...]:
-    """The largest or smallest value of all positions (..., H, W), in row order, and its place, or that alone.
+    """The largest or smallest value over all positions (..., H, W) with its index, or the index alone.
 
-    ``likes`` are what the whole results would be. Of equal values it is the first, which has the gradient.
+    Indices are in row order. ``likes`` are fake tensors of the whole results. Among equal values the first is
+    taken, and gets the gradient.
     """
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     assert axes is not None
@@ -128,7 +129,7 @@ def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) 
 
 
 def top_values(tracer: Tracer, ref: Ref, count: int, largest: bool) -> tuple[Ref, Ref]:
-    """So many largest or smallest values (..., count) of all positions (..., H, W), and their places."""
+    """The largest or smallest values (..., count) over all positions (..., H, W), and their indices."""
     axes = tracer.axes(ref)
     assert axes is not None
     reduction = TopPositions(tracer.spec(ref).shape, axes, True, count, nan_first=largest)
@@ -136,19 +137,19 @@ def top_values(tracer: Tracer, ref: Ref, count: int, largest: bool) -> tuple[Ref
 
 
 def _of_sign(tracer: Tracer, ref: Ref, reduction: Selection, *, largest: bool) -> tuple[Ref, Ref]:
-    """The values and places that a reduction picks as the largest of a map; or those of the smallest."""
+    """The values and indices that a reduction picks as a map's largest, or those of its smallest."""
     x = ref if largest else pointwise(tracer, Call(aten.neg.default, (ref,), {}))
     values, places = tracer.reduce(reduction, x)
     return values if largest else tracer.global_value(aten.neg.default, values), places
 
 
 def offset(largest: Tensor, is_finite: bool) -> Tensor:
-    """What is taken off before exponentials: it makes no difference to the result, nor to its gradient."""
+    """The value to subtract before exponentials, which changes neither the result nor its gradient."""
     return (largest.masked_fill(largest.isinf(), 0) if is_finite else largest).detach()
 
 
 def rounded_as(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A value of all dimensions in another shape and type."""
+    """A value in another shape and dtype."""
     return value.to(dtype).reshape(shape)
 
 
@@ -156,7 +157,7 @@ declare(offset, cost=Cost(saves=NOTHING, detaches=True))
 
 
 def _is_apart(tracer: Tracer, ref: Ref, other: Ref) -> bool:
-    """Whether another operand has positions, and not those of ``ref``."""
+    """Whether another operand has positions that are not those of ``ref``."""
     axes, shape = tracer.axes(ref), tracer.spec(other).shape
     if tracer.axes(other) is None:
         return len(shape) > 1
@@ -171,7 +172,7 @@ def result_of(target: Callable[..., Any], index: int, *args: Any, **kwargs: Any)
 
 
 def _index_bytes(operation: Operation) -> int:
-    """Bytes of where each value comes from, which is kept whether it is read or not."""
+    """Bytes of the indices of values, which autograd saves whether they are read or not."""
     return operation.results[1].nbytes
 
 
@@ -185,7 +186,7 @@ declare(
 )
 declare(
     aten.logsumexp,
-    # Powers of all values, and what they are lowered by; backward once more.
+    # The exponentials of all values, and the maxima subtracted first; backward the same again.
     cost=Cost(
         workspace=lambda nbytes: nbytes.operands + 2 * nbytes.result,
         backward_workspace=lambda nbytes: 2 * nbytes.operands,
@@ -194,10 +195,10 @@ declare(
 declare(aten.diff, cost=Cost(backward_workspace=lambda nbytes: 2 * nbytes.operands, saves=NOTHING))
 declare(
     result_of,
-    # Its other result, and of some operators a copy of what they sort.
+    # The other result, and for some operators a copy of the values to sort.
     cost=Cost(
         workspace=lambda nbytes: nbytes.operands + INDEX_BYTES * nbytes.result // nbytes.itemsize,
-        # In half precision they are put back in float32.
+        # In half precision gradients are scattered in float32.
         backward_workspace=lambda nbytes: 2 * nbytes.operands * nbytes.is_half,
         saves=Saves(beside=lambda operation: INDEX_BYTES * operation.numel),
     ),
@@ -206,7 +207,7 @@ declare(aten.sort, aten.topk, cost=Cost(saves=Saves(beside=_index_bytes)))
 
 
 class _Chosen(nn.Module):
-    """The largest channels of each position, in order, and what they are taken from elsewhere."""
+    """The largest channels of each position, in order, and values gathered by their indices."""
 
     def forward(self, x: Tensor) -> Tensor:
         largest, order = x.topk(3, 1)

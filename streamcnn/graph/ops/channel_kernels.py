@@ -1,12 +1,12 @@
-"""Passes over a map on a CUDA card that read and write every element once, and sum in float32 at least.
+"""Passes over a map on a GPU that read and write every element once, and sum in at least float32.
 
-Maps are (N, C, h, w) tensors whose channels lie beside each other, copied first if they have gaps;
-per-channel values are (C,) and in the type of the map's statistics. What the functions replace takes several
-passes, or a tensor as large as the map in float32, or kernels that start one block a channel and so leave
-most of a card idle where channels are few.
+Maps are (N, C, h, w) tensors in channels last, copied first if they have gaps; per-channel values are (C,),
+in the dtype of the map's statistics. The operators that these functions replace take several passes, or a
+float32 tensor as large as the map, or start one block for each channel, which leaves most of a GPU idle if
+there are few channels.
 
-They are kernels of streamcnn's own where Triton works, which comes with PyTorch for CUDA, and else those that
-ATen has for synchronised batch norm.
+Where Triton works, which comes with PyTorch for CUDA, the passes are kernels of streamcnn's own; elsewhere
+they are ATen's kernels for synchronised batch norm.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from streamcnn.graph.ops.activations import IDENTITY, RELU, Activation
 from streamcnn.graph.ops.constants import filled
 
 VARIABLE = "STREAMCNN_TRITON"
-"""The environment variable that is ``0`` where ATen's kernels are to be called."""
+"""The environment variable that selects ATen's kernels if it is ``0``."""
 _MAX_ELEMENTS = 2**31
 """Positions are 32-bit numbers in the kernels."""
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the functions here can be called with ``x``."""
+    """Whether the functions of this module can be called with ``x``."""
     is_suited = x.is_cuda and x.is_floating_point() and x.numel() < _MAX_ELEMENTS
     return is_suited and is_channels_last(x) and not isinstance(x, FakeTensor)
 
@@ -40,24 +40,25 @@ def fits(x: Tensor) -> bool:
 def has_host_moments(x: Tensor) -> bool:
     """Whether :func:`moments` can be called with ``x`` although it is on a CPU."""
     is_suited = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
-    # The kernel has no form for what has no values: PyTorch would run it on as many zeros.
+    # The kernel has no meta form: PyTorch would run it on as many zeros.
     return is_suited and not isinstance(x, FakeTensor)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels lie beside each other in ``x``, which may be a view cut out of a map."""
+    """Whether ``x`` is in channels last; it may be a crop of a map."""
     return layout(x) is torch.channels_last
 
 
 def takes_activations(x: Tensor) -> bool:
-    """Whether a norm of ``x``, which fits, can take along what comes behind it."""
+    """Whether a norm of ``x``, which :func:`fits`, can be fused with the operators after it."""
     return _own(x) is not None
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel: on a card by Welford's algorithm.
+    """Mean and biased variance (C,) of each channel; on a GPU by Welford's algorithm.
 
-    Where :func:`has_host_moments`, ATen reads ``x`` twice, and makes no tensor as large as it is.
+    On a CPU, for an ``x`` that :func:`has_host_moments`, ATen reads ``x`` twice and allocates no tensor of
+    its size.
     """
     own = _own(x)
     if own is None:
@@ -74,9 +75,9 @@ def normalised(
     activation: Activation = IDENTITY,
     summand: Tensor | None = None,
 ) -> Tensor:
-    """``activation((x - mean) * scale + shift + summand)``, rounded once to the type of ``x``.
+    """``activation((x - mean) * scale + shift + summand)``, rounded once to the dtype of ``x``.
 
-    A summand, which has no gaps, and an activation are for an ``x`` that :func:`takes_activations`.
+    A summand, which is dense, and an activation are allowed only if ``x`` :func:`takes_activations`.
     """
     own = _own(x)
     if own is None:
@@ -90,14 +91,14 @@ def normalised(
 def gradients(
     x: Tensor, gradient: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation = IDENTITY
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`normalised` hands on of a gradient, which is that of what comes behind the summand.
+    """The backward pass of :func:`normalised` without a summand, given the gradient of its result.
 
-    An activation is for an ``x`` that :func:`takes_activations`.
+    An activation is allowed only if ``x`` :func:`takes_activations`.
 
     Returns
     -------
     tuple of Tensor
-        The gradient of ``x``, and (C,) those of the shift and of the scale.
+        The gradients of ``x``, of the shift (C,) and of the scale (C,).
     """
     own = _own(x)
     if own is not None:
@@ -105,7 +106,7 @@ def gradients(
         return found, total, product
     assert activation is IDENTITY
     gradient = _beside(gradient.to(x.dtype))
-    # The kernel's sums are without the inverse deviation, in whose place the scale is.
+    # The kernel's sums do not contain the inverse deviation, in whose place we pass the scale.
     total, product, _, _ = torch.batch_norm_backward_reduce(
         gradient, dense(x), mean, scale, None, True, False, False
     )
@@ -113,7 +114,7 @@ def gradients(
 
 
 class Line(NamedTuple):
-    """What :func:`plus_line` adds."""
+    """The function that :func:`plus_line` adds."""
 
     mean: Tensor
     slope: Tensor
@@ -121,7 +122,7 @@ class Line(NamedTuple):
     one: Tensor
     """Ones, (C,)."""
     minus_one: Tensor
-    """ATen's kernel subtracts sums of gradients over a count: where that is -1, it adds them."""
+    """The count that ATen's kernel divides by before it subtracts sums of gradients; -1 makes it add."""
 
 
 def line(mean: Tensor, slope: Tensor, offset: Tensor) -> Line:
@@ -142,35 +143,35 @@ def plus_line(total: Tensor, x: Tensor, line: Line) -> Tensor:
 
 
 def _beside(value: Tensor) -> Tensor:
-    """A map whose channels lie beside each other, without gaps."""
+    """``value`` as a dense map in channels last."""
     return value.contiguous(memory_format=torch.channels_last)
 
 
 def _own(x: Tensor) -> ModuleType | None:
-    """Streamcnn's own passes for a map like ``x``; ``None`` where ATen's are called."""
+    """Streamcnn's own passes for a map like ``x``; ``None`` if ATen's are to be called."""
     return _passes(x.device, x.dtype) if x.is_cuda else None
 
 
 @lru_cache
 def _passes(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The module of the passes, if they give what plain operators do for maps of a type on a device."""
+    """The module of streamcnn's passes, if they agree with plain operators for this device and dtype."""
     if os.environ.get(VARIABLE) == "0":
         return None
     try:
         from streamcnn.graph.ops import triton_passes
     except ImportError:
-        # A PyTorch that was built without Triton.
+        # This PyTorch was built without Triton.
         return None
     if device.type == "cuda" and triton_passes.IS_INTERPRETED:
-        # Somebody looks into kernels of their own: here a pass would take hours.
+        # The user debugs kernels of their own; a pass under the interpreter would take hours.
         return None
     try:
         wrong = _differing(triton_passes, device, dtype)
     except Exception as error:
         if "out of memory" in str(error):
-            # The allocator's words, the driver's, and Triton's: it may be there the next time.
+            # Out of memory, by the allocator, the driver or Triton: there may be enough the next time.
             raise
-        # Whatever a compiler, its drivers and its tools may raise.
+        # A compiler, its drivers and its tools may raise anything.
         wrong = str(error).strip().partition("\n")[0] or type(error).__name__
     if not wrong:
         return triton_passes
@@ -183,9 +184,9 @@ def _passes(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 
 
 def _differing(passes: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
-    """What a pass gives that plain operators do not, tried once on a small map; empty if there is nothing.
+    """Compare the passes with plain operators on a small map; a text on what differs, empty if nothing does.
 
-    The map's values are made up without the caller's random numbers.
+    The map's values are computed without the caller's random numbers.
     """
     statistics = torch.promote_types(dtype, torch.float32)
     values = torch.arange(2 * 64 * 5 * 7, device=device, dtype=torch.float64)
@@ -210,7 +211,7 @@ def _differing(passes: ModuleType, device: torch.device, dtype: torch.dtype) -> 
         gradient.double() + b * centred + c,
     )
     names = ("mean", "variance", "norm", "gradient", "sum", "product", "line")
-    # One look at the device for all of them.
+    # One synchronisation for all passes.
     errors = torch.stack(
         [(f - e).abs().max() / e.abs().max().clamp_min(1) for f, e in zip(found, expected, strict=True)]
     ).tolist()

@@ -1,4 +1,4 @@
-"""Numbers that an operator's code works out for a tile, as tensors beside the tile."""
+"""Numbers that an operator computes for a tile, as tensors on the tile's device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from streamcnn.graph.fakes import is_fake
 
 
 def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tensor:
-    """``values`` as a tensor of shape (n,) on the device of ``beside``, for which the host does not wait.
+    """``values`` as a tensor of shape (n,) on the device of ``beside``, copied asynchronously.
 
-    From memory that is not pinned it would wait until the device has done all that it was given before.
+    A copy from memory that is not pinned would wait until the device has finished all earlier work.
     """
     if not beside.is_cuda or is_traced(beside):
         return torch.tensor(values, dtype=dtype, device=beside.device)
@@ -23,16 +23,16 @@ def numbers(values: Sequence[float], dtype: torch.dtype, beside: Tensor) -> Tens
 
 
 def brought(values: Tensor, device: torch.device) -> Tensor:
-    """A few values of the host's on ``device``, for which the host does not wait either."""
+    """A small tensor on the host as a tensor on ``device``, copied asynchronously."""
     if device.type != "cuda" or is_traced(values):
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def filled(value: float, like: Tensor) -> Tensor:
-    """A tensor of ``like``'s shape, type and device that is ``value`` everywhere; not to be written to.
+    """A read-only tensor of ``like``'s shape, dtype and device that is ``value`` everywhere.
 
-    On a GPU it is made once, as it costs as much to ask for as a pass over a small map.
+    On a GPU it is cached, as launching its kernel costs as much as a pass over a small map.
     """
     if not like.is_cuda or is_traced(like):
         return torch.full_like(like, value)
@@ -43,11 +43,11 @@ def filled(value: float, like: Tensor) -> Tensor:
 def _kept(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         made = torch.full(shape, value, dtype=dtype, device=device)
-    # It is there for whatever stream asks next.
+    # The tensor is then ready for any stream.
     torch.cuda.synchronize(device)
     return made
 
 
 def is_traced(values: Tensor) -> bool:
-    """Whether what is done with ``values`` is recorded: pinned memory is nothing that can be compiled."""
+    """Whether operations on ``values`` are traced; pinned memory cannot be compiled."""
     return is_fake(values) or isinstance(values, FunctionalTensor)

@@ -1,7 +1,7 @@
 """Convolution and transposed convolution.
 
-The interpreter pads with zeros only where a tile's window leaves the true map, so the convolutions
-recorded here have no padding of their own, unless a tile lacks as much on either side.
+The interpreter pads with zeros only where a tile's window leaves the map, so the convolutions recorded
+here have no padding of their own, except where both sides of a tile need the same padding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def conv2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @rule(aten.conv3d.default, aten.conv3d.padding)
 def conv3d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """3-D convolution of volumes with one axis besides those of space, such as a slice or a few bands."""
+    """3-D convolution of volumes with one axis besides the spatial ones, such as slices or bands."""
     ref, weight, bias, stride, padding, dilation, groups = call.bind(
         "input", "weight", "bias", "stride", "padding", "dilation", "groups"
     )
@@ -78,7 +78,7 @@ def conv3d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 def _padding_before(
     padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """Padding before the first position of each axis; that behind follows from the output's size."""
+    """Padding before the first position of each axis; padding at the end follows from the output's size."""
     if padding == "valid":
         return (0,) * len(kernel)
     if padding == "same":
@@ -101,7 +101,7 @@ def convolve(
 
 
 def convolve_complex(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    """:func:`convolve` of complex values, for which ATen has no single backward operator to skip it with."""
+    """:func:`convolve` of complex values, always recomputed: ATen has no single backward operator for it."""
     return convolve(x, weight, *options)
 
 
@@ -114,7 +114,7 @@ def convolve_volume(
     dilation: tuple[int, int, int],
     groups: int,
 ) -> Tensor:
-    """The convolution of a window ``x`` (N, C, d, h, w), padded along the axis that is not one of space."""
+    """The convolution of a window ``x`` (N, C, d, h, w), padded along the axis that is not spatial."""
     return torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -142,7 +142,7 @@ def conv_transpose2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     )
     if bias is None:
         return result
-    # The bias also reaches positions of output padding, which no input position reaches.
+    # The bias is added at positions of output padding too, which no input position reaches.
     column = tracer.global_value(torch.Tensor.reshape, bias, (1, -1, 1, 1))
     return tracer.local(torch.add, (result, column), like=like, axes=(2, 3), accesses={result.name: Access()})
 
@@ -155,9 +155,9 @@ def convolve_transposed(
 
 
 class StoredConvolution(torch.autograd.Function):
-    """A convolution whose result is stored already: backward without computing it again.
+    """A convolution whose result is already stored: only its backward pass is computed.
 
-    Forward returns a tensor of the right shape and no memory, which must not be read.
+    Forward returns a tensor of the right shape in the memory of one element, which must not be read.
     """
 
     @staticmethod
@@ -192,7 +192,7 @@ class StoredConvolution(torch.autograd.Function):
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
-    """A convolution whose weights' gradient is worked out in pieces."""
+    """A depthwise convolution whose weights' gradient is computed in pieces."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -218,7 +218,7 @@ def convolve_whole(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The convolution of whole values, as ``torch.conv2d`` has it."""
+    """``torch.conv2d`` of whole values, with a faster gradient of large depthwise kernels on a CPU."""
     if (
         isinstance(padding, str)
         or x.dim() != 4
@@ -241,7 +241,7 @@ def _gradients(
     options: tuple[Any, ...],
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of operand, weight and bias that are wanted, given that of the result."""
+    """The wanted gradients of operand, weight and bias, given the gradient of the result."""
     stride, padding, dilation, transposed, groups = options
     in_pieces = wanted[1] and not transposed and has_slow_weights(x, weight, dilation, groups)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
@@ -269,7 +269,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 def stored_convolve(
     shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any], padding: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """Stand-in for ``convolve(*args, padding=padding)`` whose value is stored already."""
+    """Stand-in for ``convolve(*args, padding=padding)`` whose value is already stored."""
     x, weight, bias, *options = args
     result: Tensor = StoredConvolution.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, shape, dtype, *options, False, padding
@@ -278,7 +278,7 @@ def stored_convolve(
 
 
 def stored_convolve_transposed(shape: tuple[int, ...], dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
-    """Stand-in for ``convolve_transposed(*args)`` whose value is stored already."""
+    """Stand-in for ``convolve_transposed(*args)`` whose value is already stored."""
     x, weight, *options = args
     result: Tensor = StoredConvolution.apply(  # type: ignore[no-untyped-call]
         x, weight, None, shape, dtype, *options, True, (0, 0)
@@ -299,13 +299,13 @@ def _operations_transposed(operation: Operation) -> int:
 
 
 def _is_depthwise(operation: Operation) -> bool:
-    """Whether a weight of shape (C_out, 1, h, w) says that every channel is convolved by itself."""
+    """Whether the weight's shape (C_out, 1, h, w) makes the convolution depthwise."""
     (weight,) = operation.bind("weight")
     return len(weight.shape) == 4 and weight.shape[1] == 1
 
 
 def _reordered(nbytes: CallBytes) -> int:
-    """Copies of all that a convolution reads and writes, in layouts that its kernels work in."""
+    """Bytes of copies of a convolution's operands and result, in the layouts that its kernels use."""
     return nbytes.operands + nbytes.result + nbytes.weights
 
 

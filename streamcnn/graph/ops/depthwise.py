@@ -1,10 +1,10 @@
 """The gradient of a depthwise convolution's weights on a CPU.
 
 oneDNN has a fast kernel for it up to 3 x 3; with a larger kernel it takes ten to a hundred times as long as
-the convolution itself (torch 2.13, AVX-512). A larger kernel is cut into pieces of 3 x 3, each of which meets
-a shifted part of the operand. On two cores, with 5 x 5 weights, 672 channels of 64 x 64 take 28 to 45 ms at
-once and 9 in pieces, 120 channels of 500 x 500 take 310 to 480 and 118; with 7 x 7 weights, 96 channels of
-256 x 256 take 130 and 43.
+the convolution itself (torch 2.13, AVX-512). So we divide a larger kernel into pieces of 3 x 3, each of which
+reads a shifted part of the operand. On two cores, with 5 x 5 weights, 672 channels of 64 x 64 take 28 to 45
+ms at once and 9 ms in pieces; 120 channels of 500 x 500 take 310 to 480 ms and 118 ms. With 7 x 7 weights, 96
+channels of 256 x 256 take 130 ms and 43 ms.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from streamcnn.geometry.windows import layout
 _FAST = 3
 """Edge of the largest kernel that is fast."""
 _CACHED_NBYTES = 2**21
-"""Bytes of the operand of which all pieces are worked out before the next: as much as stays in a cache."""
+"""Bytes of the operand for which all pieces are computed before the next part: as much as a cache holds."""
 _CHANNELS = 16
 """Channels that the fast kernel works on at a time."""
 
 
 def has_slow_weights(x: Tensor, weight: Tensor, dilation: Sequence[int], groups: int) -> bool:
-    """Whether the gradient of ``weight`` (C, 1, kh, kw) is better worked out in pieces."""
+    """Whether the gradient of ``weight`` (C, 1, kh, kw) is faster in pieces."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -35,7 +35,7 @@ def has_slow_weights(x: Tensor, weight: Tensor, dilation: Sequence[int], groups:
         and groups == x.shape[1] == weight.shape[0] >= _CHANNELS
         and tuple(dilation) == (1, 1)
         and max(weight.shape[2:]) > _FAST
-        # In channels last its kernel for large weights is no slower than pieces, which are reordered.
+        # In channels last oneDNN's kernel for large weights is no slower than pieces, which are reordered.
         and layout(x) is torch.contiguous_format
     )
 
@@ -45,7 +45,7 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of ``weight`` (C, 1, kh, kw), given that of the result (N, C, oh, ow).
 
-    ``x`` is the operand (N, C, h, w) without its padding, ``padding`` the zeros on either side of it.
+    ``x`` is the operand (N, C, h, w) without padding, ``padding`` the number of zeros on either side.
     """
     found = torch.zeros_like(weight)
     step = max(1, _CACHED_NBYTES // (_CHANNELS * x[:, :1].nbytes)) * _CHANNELS
@@ -59,7 +59,7 @@ def weight_gradient(
 def _bands(
     gradient: Tensor, x: Tensor, kernel: int, stride: Sequence[int], padding: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Bands of rows of the operand, with the padding that they meet, and of the result's gradient."""
+    """Bands of rows of the operand, padded, each with its band of the result's gradient."""
     num_rows, height = gradient.shape[2], x.shape[2]
     step = max(1, _CACHED_NBYTES // (x[:, :, :1].nbytes * stride[0]))
     for start in range(0, num_rows, step):
@@ -88,9 +88,9 @@ def _add_pieces(found: Tensor, x: Tensor, gradient: Tensor, stride: Sequence[int
 
 
 def _pieces(extent: int) -> list[tuple[int, int]]:
-    """Where pieces of a kernel begin along one axis, and how much of each an earlier one has covered.
+    """The start of each piece of a kernel along one axis, and how much of it earlier pieces have covered.
 
-    All are of the same size, since oneDNN compiles and keeps a kernel for each.
+    All pieces have one size, since oneDNN compiles and keeps a kernel for each size.
     """
     starts = [max(0, min(start, extent - _FAST)) for start in range(0, extent, _FAST)]
     return [(start, covered - start) for start, covered in zip(starts, range(0, extent, _FAST), strict=True)]

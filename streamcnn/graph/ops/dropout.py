@@ -1,4 +1,4 @@
-"""Dropout on maps, the same for every tiling and on recomputation.
+"""Dropout on maps, with the same mask for every tiling and on recomputation.
 
 The mask is a hash of a seed drawn once per forward pass, the node and the element's absolute position
 (a counter-based generator, Salmon et al. 2011, with the mixing function of SplitMix64).
@@ -32,12 +32,12 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     if not train or probability in (0, 1):
         return _without_drawing(tracer, ref, probability if train else 0)
     if all(extent == 1 for extent in tracer.spec(ref).shape[2:]):
-        # The head's: drawn as plain PyTorch draws it.
+        # A global value, as in the head: drawn as plain PyTorch draws it.
         if axes is not None:
             return NotStreamable("it has one position")
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     like, accesses = tracer.fake(call), {ref.name: Access()}
-    # A seed per layer, drawn in program order: which layers are resident does not change a mask.
+    # One seed a layer, in program order, so that masks do not depend on which layers are resident.
     seed = tracer.global_value(draw_seed, device=torch.device(like.device))
     arguments = (ref, seed, probability, tracer.spec(ref).shape)
     if axes is None:
@@ -63,7 +63,7 @@ def feature_dropout(tracer: Tracer, call: Call) -> Any:
 
 
 def _without_drawing(tracer: Tracer, ref: Ref, probability: float) -> Any:
-    """Everything kept or everything dropped: as in ATen, the random state stays as it is."""
+    """Keep everything or drop everything, without a draw, as ATen does."""
     call = Call(aten.mul.Scalar, (ref, 0.0), {}) if probability else Call(aten.alias.default, (ref,), {})
     if tracer.axes(ref) is None:
         return tracer.global_value(call.target, *call.args) if probability else ref
@@ -71,14 +71,14 @@ def _without_drawing(tracer: Tracer, ref: Ref, probability: float) -> Any:
 
 
 def draw_seed(*, device: torch.device) -> Tensor:
-    """A seed from PyTorch's generator of the host, shape (); on ``device``, where every tile reads it."""
+    """A seed from PyTorch's CPU generator, shape () int64, on ``device``, where every tile reads it."""
     return brought(torch.randint(2**62, ()), device)
 
 
 def draw_channel_mask(
     shape: tuple[int, ...], probability: float, *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Kept channels as ``1 / (1 - probability)``, dropped ones as 0; drawn on ``device``, as ATen does."""
+    """A mask: ``1 / (1 - probability)`` for kept channels, 0 for dropped ones; drawn on ``device``."""
     kept = torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 - probability)
     return kept / (1 - probability)
 
@@ -96,7 +96,7 @@ def drop_elements(
     out: Region | None = None,
     origin: Region | None = None,
 ) -> Tensor:
-    """A tile ``x`` that covers ``out`` of a map of ``shape``, or the whole of it, with elements dropped."""
+    """Drop elements of ``x``, a tile that covers ``out`` of a map of ``shape``, or the whole map."""
     position = torch.zeros((), dtype=torch.int64, device=x.device)
     for dim, extent in enumerate(shape):
         start, stop = 0, extent
@@ -114,7 +114,7 @@ def drop_elements(
 
 
 def _draw_workspace(nbytes: CallBytes) -> int:
-    """Counters and what they are mixed with, of 64 bits each."""
+    """Bytes of counters and of the values mixed into them, 64 bits each."""
     return 16 * nbytes.result // nbytes.itemsize
 
 
@@ -124,7 +124,7 @@ declare(
         operations=lambda operation: 20 * operation.numel,
         workspace=_draw_workspace,
         backward_workspace=lambda nbytes: nbytes.result,
-        # Which elements are kept, in a byte for each.
+        # The mask of kept elements, a byte each.
         saves=Saves(beside=elements),
         makes_new=True,
     ),
@@ -132,7 +132,7 @@ declare(
 
 
 def mix_(counter: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place: well mixed 64-bit integers from consecutive ones."""
+    """SplitMix64's finaliser, in place: hashes consecutive 64-bit integers."""
     for bits, factor in ((0, -7046029254386353131), (30, -4658895280553007687), (27, -7723592293110705685)):
         if bits:
             counter ^= _shifted(counter, bits)

@@ -1,8 +1,8 @@
-"""Norms that take along what comes behind them: an activation, or a sum with another map and a ReLU.
+"""Norms fused with the operators after them: an activation, or a sum with another map and a ReLU.
 
-On a card such operators spend their time on reading and writing the map. Here they read and write it once,
-each way: what a norm gives before its activation is never written, and worked out again where that is
-differentiated.
+On a GPU such operators spend their time on reading and writing the map. Fused, they read and write it once,
+forward and backward: the value before the activation is never written, and is recomputed in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ aten = torch.ops.aten
 
 
 def fused(names: Sequence[str], calls: Sequence[Call]) -> Call | None:
-    """One call in the place of several, which gives the value of the last one.
+    """One call that computes the last value of several calls.
 
     Parameters
     ----------
     names, calls
-        Each call reads the value of the one before it, which nothing else reads, and may overwrite it.
+        The calls and their values' names. Each call is the only reader of the one before.
 
     Returns
     -------
     Call or None
-        ``None`` if there is no such form.
+        ``None`` if the calls have no fused form.
     """
     norm, *others = calls
     if norm.target is not normalize or not others or norm.kwargs:
@@ -46,7 +46,7 @@ def fused(names: Sequence[str], calls: Sequence[Call]) -> Call | None:
         return None
     if len(others) == 1:
         return Call(ActivatedNorm(activation, last), norm.args, {})
-    # A gradient comes through a ReLU by its result alone, whatever was added before.
+    # A ReLU's gradient depends on its result alone, whatever was added before.
     summand = _summand(others[0], names[0]) if activation == RELU and len(others) == 2 else None
     if summand is None:
         return None
@@ -54,7 +54,7 @@ def fused(names: Sequence[str], calls: Sequence[Call]) -> Call | None:
 
 
 def _summand(call: Call, name: str) -> Ref | None:
-    """What a call adds to the value ``name``, as long as it does no more."""
+    """The value that a call adds to ``name``; None if the call is not such a plain sum."""
     if operator_name(call.target).removesuffix("_") != "add" or len(call.args) != 2 or call.kwargs:
         return None
     others = [each for each in call.args if each != Ref(name)]
@@ -67,15 +67,15 @@ class ActivatedNorm:
 
     activation: Activation
     after: Call
-    """The activation as it is called by itself."""
+    """The call of the activation alone."""
 
     def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         if _is_suited(x):
             found: Tensor = _ActivatedNorm.apply(x, mean, scale, shift, self.activation)  # type: ignore[no-untyped-call]
             return found
         value = normalize(x, mean, scale, shift)
-        # The caller holds x until this returns. Operators that run one by one let go of it after the norm,
-        # unless autograd saves it: so the result goes into the norm's memory.
+        # The caller holds x until this returns. Separate operators would free it after the norm, unless
+        # autograd saves it. So the result goes into the norm's memory.
         target = self.after.target if value.requires_grad else in_place_form(self.after.target)
         result: Tensor = target(value, *self.after.args[1:], **self.after.kwargs)
         return result
@@ -86,9 +86,9 @@ class SummedNorm:
     """``relu(normalize(x, ...) + summand)``."""
 
     name: str
-    """Of what is normalised, among the arguments of the sum."""
+    """Name of the norm's value among the arguments of the sum."""
     sum: Call
-    """The sum as it is called by itself."""
+    """The call of the sum alone."""
 
     def __call__(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, summand: Tensor) -> Tensor:
         if _is_suited(x) and _lies_as(summand, x):
@@ -99,7 +99,7 @@ class SummedNorm:
 
     def _summed(self, value: Tensor, summand: Tensor) -> Tensor:
         if not value.requires_grad:
-            # Into the norm's memory, for the same reason as in an activated norm.
+            # Into the norm's memory, for the same reason as in :class:`ActivatedNorm`.
             return value.add_(summand)
         args = substitute(self.sum.args, lambda name: value if name == self.name else summand)
         result: Tensor = self.sum.target(*args)
@@ -107,18 +107,18 @@ class SummedNorm:
 
 
 def _is_suited(x: Tensor) -> bool:
-    """Whether the norm of ``x`` is one pass with what comes behind it."""
+    """Whether the norm of ``x`` can be one pass with the operators after it."""
     return channel_kernels.fits(x) and channel_kernels.takes_activations(x)
 
 
 def _lies_as(summand: Tensor, x: Tensor) -> bool:
-    """Whether a map can be added to that of ``x`` without a copy, which a sum by itself would not take."""
+    """Whether ``summand`` can be added to a map like ``x`` without a copy."""
     alike = summand.shape == x.shape and summand.dtype == x.dtype
     return alike and summand.is_contiguous(memory_format=torch.channels_last)
 
 
 class _ActivatedNorm(torch.autograd.Function):
-    """The norm and its activation. Of the map it keeps what the norm keeps, and no more."""
+    """The norm and its activation, which together save no more than the norm alone."""
 
     @staticmethod
     def forward(
@@ -153,9 +153,9 @@ class _SummedNorm(torch.autograd.Function):
 
 
 class _Divided(torch.autograd.Function):
-    """Hands on what comes through the ReLU that gave ``result`` to both of its summands.
+    """Passes the gradient through the ReLU that returned ``result`` to both of its summands.
 
-    It is a node of its own, so that the gradient of the result is gone when that of the norm is made.
+    It is a node of its own, so that the result's gradient is freed before the norm's is computed.
     """
 
     @staticmethod

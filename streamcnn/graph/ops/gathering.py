@@ -1,4 +1,4 @@
-"""Maps whose positions are weighted sums of listed positions along each axis: resampling of any kind."""
+"""Maps whose positions are weighted sums of given positions along each axis: resampling of any kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamcnn.graph.program import Access, Axes, Ref
 
 
 def gathered(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes, taps: Sequence[Taps]) -> Ref:
-    """Record a map of which each position is a weighted sum of listed ones of ``ref``, along each axis."""
+    """Record a map each of whose positions is a weighted sum of positions of ``ref``, along each axis."""
     rows, cols = taps
     return tracer.local(
         gather_positions,
@@ -41,9 +41,9 @@ def gather_positions(
 def gather_unrounded(
     x: Tensor, taps: tuple[Taps, Taps], axes: Axes, *, out: Region, origin: Region
 ) -> Tensor:
-    """The same in the type that is summed in: in half precision float32, which is rounded once at the end."""
+    """As :func:`gather_positions`, but not rounded: in float32 for half precision."""
     along = list(zip(axes, taps, out, origin, strict=True))
-    # First the axis that becomes shorter: what lies between is no larger than operand or result.
+    # The axis that becomes shorter first: the intermediate is then no larger than operand or result.
     for axis, each, wanted, at_hand in sorted(along, key=lambda one: one[2].size / one[3].size):
         x = _gather_along(x, axis, each, wanted, at_hand)
     return x
@@ -62,9 +62,9 @@ def _gather_along(x: Tensor, axis: int, taps: Taps, wanted: Interval, at_hand: I
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Sums of positions along an axis times their weights, tap after tap: each is let go of before the next.
+    """Weighted sums of positions along an axis, tap by tap; each tap's values are freed before the next.
 
-    In half precision they are summed in float32, and not rounded.
+    Half precision is summed in float32, and not rounded.
     """
 
     @staticmethod
@@ -83,14 +83,14 @@ class _WeightedSum(torch.autograd.Function):
         total = None
         for each, factors, lacks in zip(places, weights, missing, strict=True):
             factor = numbers(factors, dtype, beside=x).reshape(shape)
-            # No name for what is taken: it would live until the next tap is taken, too.
+            # A name for the taken values would keep them alive until the next tap is taken.
             if total is None:
-                # Every result has the first.
+                # No result lacks the first tap.
                 total = _take(x, axis, each) * factor
             elif lacks is None:
                 total.addcmul_(_take(x, axis, each), factor)
             else:
-                # Places that are repeated, so that what is taken is a copy; or a single one.
+                # Taken values are a copy if places repeat, and a view if they follow each other.
                 taken = _take(x, axis, each)
                 total.addcmul_(_without(taken.clone() if _is_run(each) else taken, lacks, shape), factor)
                 del taken
@@ -114,7 +114,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _without(values: Tensor, lacks: list[bool], shape: list[int]) -> Tensor:
-    """``values``, with zeros put in where a tap is missing."""
+    """Set ``values`` to zero where a tap is missing."""
     return values.masked_fill_(numbers(lacks, torch.bool, beside=values).reshape(shape), 0)
 
 
@@ -123,7 +123,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _gather_workspace(nbytes: CallBytes) -> int:
-    """What lies between the axes and one tap, or its gradient; in half precision either in float32."""
+    """Bytes of the intermediate between the axes and of one tap, or its gradient; halves in float32."""
     return (5 if nbytes.is_half else 2) * max(nbytes.operands, nbytes.result)
 
 
@@ -134,7 +134,7 @@ declare(
 
 
 def _taken(sources: Sequence[Sequence[int]], wanted: Interval, at_hand: Interval) -> list[list[int]]:
-    """What ``wanted`` positions read of an operand, tap by tap, counted from the first ``at_hand``."""
+    """The operand's positions that ``wanted`` positions read, by tap, counted from the first ``at_hand``."""
     return [[place - at_hand.start for place in source[wanted.start : wanted.stop]] for source in sources]
 
 
@@ -150,7 +150,7 @@ def _take(x: Tensor, axis: int, places: list[int]) -> Tensor:
 
 
 def _add_to(x: Tensor, axis: int, places: list[int], values: Tensor) -> None:
-    """Add to ``x`` what :func:`_take` took of it."""
+    """Add ``values`` to ``x`` at the positions that :func:`_take` takes."""
     if _is_run(places):
         x.narrow(axis, places[0], len(places)).add_(values)
     else:

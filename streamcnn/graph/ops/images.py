@@ -1,4 +1,4 @@
-"""Images that lie at every position of a map, as windows do, each worked on by itself."""
+"""Operators on images that lie at every position of a map, as windows do."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ aten = torch.ops.aten
     aten.max_pool1d.default,
 )
 def along_one_axis(tracer: Tracer, call: Call) -> NotStreamable:
-    """Windows along the only axis beside images and channels: never those of a map with both of its own."""
+    """Operators on (N, C, L), which a map with two spatial axes never has, unless they are merged."""
     return NotStreamable("its windows reach along a spatial axis")
 
 
 def each_by_itself(tracer: Tracer, call: Call, ref: Ref, count: int, like: Tensor) -> Ref | NotStreamable:
-    """Record a call that sees the first ``count`` axes of a map, both of space among them, as its batch.
+    """Record a call whose batch axis is the first ``count`` axes of a map, among them both spatial ones.
 
-    ``like`` is what the whole result would be as the call sees it.
+    ``like`` is a fake tensor of the whole result as the call returns it.
     """
     if not isinstance(like, Tensor):
         return NotStreamable("it returns several tensors")
@@ -51,18 +51,18 @@ def each_by_itself(tracer: Tracer, call: Call, ref: Ref, count: int, like: Tenso
 
 
 def of_each_image(target: Callable[..., Tensor], count: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What ``target`` makes of images ``x`` (..., C, h, w), whose first ``count`` axes are its batch."""
+    """Apply ``target`` to images ``x`` (..., C, h, w) whose first ``count`` axes are the batch."""
     result = target(x.flatten(0, count - 1), *args, **kwargs)
     return result.reshape(*x.shape[:count], *result.shape[1:])
 
 
 def _operations(operation: Operation) -> int:
-    """Those of a convolution, or of pooling."""
+    """Operations of a convolution, or of pooling."""
     return max(counted(operation), windows(operation))
 
 
 def _workspace(nbytes: CallBytes) -> int:
-    """The images in one piece, and copies as a convolution has them."""
+    """Bytes of the images as a dense tensor, and of a convolution's copies."""
     return 2 * nbytes.operands + nbytes.result + nbytes.weights
 
 

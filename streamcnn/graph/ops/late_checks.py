@@ -1,4 +1,4 @@
-"""Checks of values on a GPU, for which the host waits once, at the end of a block."""
+"""Checks of values on a GPU, deferred to the end of a block, where the host synchronises once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _pending = _Pending()
 
 @contextmanager
 def checked_at_the_end() -> Iterator[None]:
-    """Run a block in which checks wait for its end; one that fails makes none of them."""
+    """Defer the block's checks to its end; if the block raises, they are dropped."""
     outer, _pending.checks = _pending.checks, []
     try:
         yield
@@ -33,9 +33,10 @@ def checked_at_the_end() -> Iterator[None]:
 
 
 def check_late(values: Tensor, check: Check) -> None:
-    """Call ``check``, which raises if a value is not allowed: at once, or at the end of the block around.
+    """Call ``check``, which raises if a value is not allowed: at once, or at the end of a block around it.
 
-    It is given ``values``, whole numbers (n,), which come from the GPU all together.
+    Its argument is ``values``, integers (n,), which are copied from the GPU together with those of all
+    checks.
     """
     if _pending.checks is None:
         _make([(values, check)])

@@ -1,7 +1,7 @@
-"""Losses on maps: each position's part is local, and their sum or mean a reduction.
+"""Losses of maps: each position's term is local, and their sum or mean is a reduction.
 
-A mean over classes divides by the weights of the pixels that are not ignored: their sum is a reduction of its
-own. Where no pixel counts, the mean is 0 / 0, as in plain PyTorch.
+A mean over classes divides by the sum of the weights of pixels that are not ignored, which is a reduction of
+its own. If all pixels are ignored, the mean is 0 / 0, as in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 class Over(IntEnum):
-    """How a loss combines its positions, as ATen numbers it."""
+    """A loss's reduction over its positions, numbered as in ATen."""
 
     NONE = 0
     MEAN = 1
@@ -49,7 +49,7 @@ class Over(IntEnum):
     aten.soft_margin_loss.default,
 )
 def loss_of_values(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """A loss that compares each value with its target; its mean divides by their number."""
+    """A loss of each value and its target; the mean divides by the number of values."""
     over = Over(call.bind("reduction")[0])
     losses: Ref | NotStreamable = pointwise(tracer, _with(call, reduction=Over.NONE))
     if isinstance(losses, NotStreamable) or over is Over.NONE:
@@ -58,7 +58,7 @@ def loss_of_values(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 def _with(call: Call, **changed: Any) -> Call:
-    """The same call with other values for some of the schema's arguments."""
+    """``call`` with other values for some of the schema's arguments."""
     assert isinstance(call.target, OpOverload)
     arguments = call.target._schema.arguments
     names = [argument.name for argument in arguments]
@@ -91,7 +91,7 @@ def loss_of_classes(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     shapes = tracer.spec(scores).shape, tracer.spec(target).shape
     has_probabilities = shapes[0] == shapes[1]
     if not has_probabilities and shapes[1] != (shapes[0][0], *shapes[0][2:]):
-        # Shape inference alone does not find it, and windows of the two would have nothing in common.
+        # Shape inference alone does not find this, and windows of the two maps would not match.
         raise UnsupportedModel(
             f"a loss compares scores of shape {shapes[0]} with classes of shape {shapes[1]}"
         )
@@ -101,7 +101,7 @@ def loss_of_classes(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     call = _with(call, target=target, reduction=Over.NONE)
     like = tracer.fake(call)
     both = {scores.name: Access(), target.name: Access()}
-    # Sums of a map in half precision are beyond its range.
+    # Sums over a map exceed the range of half precision.
     dtype = like.dtype if over == Over.NONE else statistics_dtype(like.dtype)
     losses = tracer.local(
         class_losses,
@@ -128,7 +128,7 @@ def loss_of_classes(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 def _as_map(tracer: Tracer, target: Ref, axes: Axes) -> Ref | None:
-    """Targets as a map, ``None`` if they are one of other axes."""
+    """Targets as a map with spatial axes ``axes``; ``None`` if they are a map with other axes."""
     found = tracer.axes(target)
     if found is None:
         return tracer.promote(target, axes)
@@ -136,12 +136,12 @@ def _as_map(tracer: Tracer, target: Ref, axes: Axes) -> Ref | None:
 
 
 def class_losses(loss: OpOverload, dtype: torch.dtype, scores: Tensor, target: Tensor, *args: Any) -> Tensor:
-    """The part (N, h, w) of each position in a loss of classes.
+    """The term (N, h, w) of each position in a loss of classes.
 
     Raises
     ------
     IndexError
-        For a class without scores, as on the CPU; on a GPU when the phase ends.
+        For a class without scores; on a GPU when the phase ends.
     """
     if _is_fatal(target):
         target = _known(target, scores.shape[1], args[2])
@@ -150,12 +150,12 @@ def class_losses(loss: OpOverload, dtype: torch.dtype, scores: Tensor, target: T
 
 
 def _is_fatal(target: Tensor) -> bool:
-    """Whether a class without scores would end all work of the process on a GPU."""
+    """Whether a class without scores would fail in a kernel, which ends all use of the GPU by the process."""
     return target.is_cuda and target.dtype == torch.int64
 
 
 def _known(target: Tensor, num_classes: int, ignored: int) -> Tensor:
-    """``target`` (N, h, w) with classes without scores ignored, which a late check refuses."""
+    """``target`` (N, h, w) with classes without scores set to ``ignored``; a late check refuses these."""
     is_known = ((target >= 0) & (target < num_classes)) | (target == ignored)
     extremes = torch.stack(target.masked_fill(is_known, ignored).aminmax())
 
@@ -169,16 +169,16 @@ def _known(target: Tensor, num_classes: int, ignored: int) -> Tensor:
 
 
 def class_weights(target: Tensor, weight: Tensor | None, ignored: int, dtype: torch.dtype) -> Tensor:
-    """By how much each position of ``target`` (N, h, w) counts in a mean: 0 where it is ignored."""
+    """The weight (N, h, w) of each position of ``target`` in a mean: 0 where it is ignored."""
     counts = target != ignored
     if weight is None:
         return counts.to(dtype)
-    # What is beyond is refused with the losses, and on a GPU not before this has run.
+    # Classes without scores are refused with the losses, on a GPU only after this has run.
     classes = torch.where(counts, target, 0).long().clamp(0, len(weight) - 1)
     return torch.where(counts, weight.detach().to(dtype)[classes], 0)
 
 
-# Scores as logarithms of probabilities and, with label smoothing, weighted; the same again as gradients.
+# Log-probabilities and, with label smoothing, their weighted copy; backward the same again.
 declare(
     class_losses,
     cost=Cost(
@@ -186,7 +186,7 @@ declare(
         workspace=lambda nbytes: 2 * nbytes.operands,
     ),
 )
-# The classes, twice, and their weights.
+# The classes, twice, and their weights, twice.
 declare(
     class_weights,
     cost=Cost(workspace=lambda nbytes: 2 * nbytes.operands + 2 * nbytes.result, saves=NOTHING),
@@ -208,13 +208,13 @@ def one_hot(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     )
 
 
-# In half precision what it takes, in float32.
+# In half precision, the gathered values in float32.
 declare(aten.gather, cost=Cost(workspace=lambda nbytes: 2 * nbytes.result * nbytes.is_half))
 
 
 @rule(aten.gather.default)
 def gather_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """At each position the entries of an axis that another map names there."""
+    """``gather`` along an axis that is not spatial, with indices that are a map too."""
     ref, dim, index = call.bind("self", "dim", "index")
     like, axes = tracer.fake(call), tracer.axes(ref)
     shapes = [tracer.spec(each).shape for each in (ref, index)]
@@ -229,7 +229,7 @@ def gather_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @rule(aten.broadcast_tensors.default)
 def broadcast(tracer: Tracer, call: Call) -> tuple[Ref, ...] | NotStreamable:
-    """Maps of one shape as they are, others repeated along their axes of extent 1."""
+    """Maps of the common shape as they are, others expanded along axes of extent 1."""
     (refs,) = call.args
     parts = [_expanded(tracer, ref, like.shape) for ref, like in zip(refs, tracer.fake(call), strict=True)]
     return next((part for part in parts if isinstance(part, NotStreamable)), tuple(parts))
@@ -253,7 +253,7 @@ def _classes(num_classes: int) -> Tensor:
 
 
 class _WithClasses(nn.Module):
-    """Losses of four classes, with and without weights and smoothing, and written out."""
+    """Losses of four classes, with and without weights and smoothing, also written out by operators."""
 
     target: Tensor
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Mean and variance of every channel, or of others: what norms need of a whole map."""
+"""Mean and variance of every channel, or over other axes: the statistics that norms need."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from streamcnn.graph.ops.reduction_types import Partials, Reduction, stacked, st
 class Moments(Reduction):
     """Mean and biased variance, merged by the formula of Chan, Golub and LeVeque (1979).
 
-    The sum of squares is never formed without subtracting the tile's own mean first, since
-    ``E[x^2] - E[x]^2`` loses everything where the mean is large against the deviation.
+    Squares are summed only after subtracting the tile's own mean, since ``E[x^2] - E[x]^2`` loses all
+    precision where the mean is large against the deviation.
     """
 
     def partial(self, x: Tensor, region: Region) -> Partials:
         dtype = statistics_dtype(x.dtype)
         num_values = math.prod(x.shape[dim] for dim in self.dims)
-        # On the host, where it takes no kernel.
+        # On the CPU, where it needs no kernel.
         count = torch.tensor(float(num_values), dtype=torch.float64)
         if self._is_per_channel and channel_kernels.fits(x):
             return (count, *channel_kernels.moments(x))
@@ -36,18 +36,18 @@ class Moments(Reduction):
             return (count, *self._exact_where_equal(x, *channel_kernels.moments(x)))
         mean = x.mean(self.dims, keepdim=True, dtype=dtype)
         deviation = torch.linalg.vector_norm(x - mean, 2, self.dims, dtype=dtype)
-        # Squared last: the sum of squares may be beyond float32.
+        # Squared last: the sum of squares may exceed the range of float32.
         deviation = deviation / math.sqrt(num_values)
         return (count, *self._exact_where_equal(x, mean.reshape(deviation.shape), deviation.square()))
 
     def _exact_where_equal(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``variance``, but that value and 0 where all of a tile's values are equal.
+        """``mean`` and ``variance``, exact where all of a tile's values are equal: that value and 0.
 
-        A mean that is a sum over a count is off by a rounding there, and so is the variance; ATen's are not,
-        by Welford's algorithm, and the deviation's gradient is 0 where the deviation is.
+        A sum divided by a count is off by a rounding there, and so is the variance. Welford's algorithm,
+        which ATen uses, is exact; and the deviation's gradient is 0 only where the deviation is exactly 0.
         """
         if x.device.type == "cpu" and not is_traced(x) and get_proxy_mode() is None:
-            # Hardly ever, and not where it is recorded: what spares reading the tile once more.
+            # Rarely true; the test saves another read of the tile. Not when traced, as it branches on values.
             even = variance <= (math.sqrt(torch.finfo(mean.dtype).eps) * mean).abs().square()
             if not even.any():
                 return mean, variance
@@ -60,9 +60,9 @@ class Moments(Reduction):
     def merge(self, parts: Sequence[Partials]) -> Partials:
         counts, means, variances = stacked(parts)
         count = counts.sum()
-        # What is multiplied by them or compared with the mean becomes float64, too.
+        # Everything combined with these weights becomes float64.
         weights = brought(counts / count, means.device).reshape(-1, *[1] * (means.dim() - 1))
-        # From the first tile's on, so that the mean of equal values is that value and their variance 0.
+        # Relative to the first tile's mean, so that equal values have exactly that mean and variance 0.
         mean = means[0] + (weights * (means - means[0])).sum(0)
         return (count, mean, (weights * (_squared(means - mean) + variances)).sum(0))
 
@@ -95,7 +95,7 @@ class Moments(Reduction):
     def added_gradient(self, total: Tensor, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
         if self._is_per_channel and channel_kernels.fits(x):
             return channel_kernels.plus_line(total, x, channel_kernels.Line(*terms))
-        # Not `super()`: a dataclass with slots is another class than the one it is written in.
+        # Not `super()`: a dataclass with slots is not the class in whose body this is written.
         return Reduction.added_gradient(self, total, x, region, terms)
 
     @property

@@ -1,8 +1,7 @@
-"""The local pass of a norm: a map less its mean, times a scale, plus a shift, with gradients for all of them.
+"""The local pass of a norm: a map minus its mean, times a scale, plus a shift, with their gradients.
 
-It is ATen's own fused eval-mode batch norm. Scale and shift are global values, worked out of statistics and
-affine parameters once for all tiles: the backward pass of a tile gives no more than its two sums for each
-channel.
+It is ATen's own fused eval-mode batch norm. Scale and shift are global values, computed once for all tiles
+from statistics and affine parameters. So the backward pass of a tile returns only two sums for each channel.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ aten = torch.ops.aten
 
 
 class _Normalize(torch.autograd.Function):
-    """``(x - mean) * scale + shift`` with gradients for all but the mean, whose own the shift passes on."""
+    """``(x - mean) * scale + shift`` with gradients for all but the mean, which the shift's covers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -38,8 +37,8 @@ class _Normalize(torch.autograd.Function):
             grad_x, grad_shift, grad_scale = channel_kernels.gradients(x, grads[0], mean, scale, shift)
             return grad_x, None, grad_scale, grad_shift
         saved, one = _no_statistics(x), filled(1, mean)
-        # Of one image the CPU's kernel takes a gradient with its channels beside each other, such as that of
-        # a permuted result, for one that lies as x does.
+        # For one image the CPU's kernel would misread a gradient in channels last, such as that of a
+        # permuted result, as one in the layout of x.
         gradient = grads[0].contiguous(memory_format=layout(x))
         grad_x, grad_scale, grad_shift = aten.native_batch_norm_backward(
             gradient, x, scale, mean, one, saved, saved, False, 0.0, [True, True, True]
@@ -48,9 +47,9 @@ class _Normalize(torch.autograd.Function):
 
 
 def _no_statistics(x: Tensor) -> Tensor | None:
-    """What stands for the saved statistics of an eval-mode norm, whose running ones count.
+    """A placeholder for the saved statistics, which an eval-mode norm does not read.
 
-    On a GPU an empty tensor of the type that is computed in: some of the kernels there insist on a tensor.
+    On a GPU it is an empty tensor in the dtype of the computation, as some kernels there require a tensor.
     """
     if not x.is_cuda:
         return None
@@ -58,17 +57,17 @@ def _no_statistics(x: Tensor) -> Tensor | None:
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``(x - mean) * scale + shift`` of ``x`` (N, C, h, w) by values (C,).
+    """``(x - mean) * scale + shift`` of ``x`` (N, C, h, w), with values (C,) for each channel.
 
-    The mean is taken as a constant: see :func:`scale_and_shift`.
+    The mean counts as a constant: see :func:`scale_and_shift`.
     """
-    # Not through a view: changing a view in place later would copy its whole gradient.
+    # Not as a view: a later in-place change of a view would copy its whole gradient.
     result: Tensor = _Normalize.apply(dense(x), mean, scale, shift)  # type: ignore[no-untyped-call]
     return result
 
 
 def normalize_images(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The same by values of each image, (N*C,)."""
+    """As :func:`normalize`, with values (N*C,) for each channel of each image."""
     per_image = dense(x).reshape(1, -1, *x.shape[2:])
     return normalize(per_image, mean, scale, shift).reshape(x.shape)
 
@@ -76,7 +75,7 @@ def normalize_images(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> T
 declare(
     normalize,
     normalize_images,
-    # On a CPU ATen works out the gradient as in train mode, and then takes the other.
+    # On a CPU, ATen also computes the gradient of train mode, and discards it.
     cost=Cost(operations=elements, backward_workspace=lambda nbytes: nbytes.result, makes_new=True),
 )
 
@@ -84,16 +83,16 @@ declare(
 def scale_and_shift(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """What a map is multiplied by after its mean is taken off, and what is then added: (C,) each.
+    """The scale and the shift (C,) that :func:`normalize` applies.
 
-    The shift is the bias. It also hands on the gradient of the mean, ``-scale`` times its own.
+    The shift is the bias. Its backward pass also gives the mean's gradient, ``-scale`` times the shift's.
     """
     scale, shift = _ScaleAndShift.apply(mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
     return scale, shift
 
 
 class _ScaleAndShift(torch.autograd.Function):
-    """Few values in few operators: on a card each costs as much to ask for as a pass over a small map."""
+    """Scale and shift in few operators: on a GPU, each launch costs as much as a pass over a small map."""
 
     @staticmethod
     def forward(
@@ -101,7 +100,7 @@ class _ScaleAndShift(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inverse = torch.rsqrt(variance + eps)
         scale = inverse if weight is None else inverse * weight
-        # The last two are not looked at: that they were changed is an error, as in plain PyTorch.
+        # The last two are saved only so that changing them is an error, as in plain PyTorch.
         ctx.save_for_backward(inverse, scale, variance, weight)
         return scale, torch.zeros_like(mean) if bias is None else bias.clone()
 

@@ -36,9 +36,10 @@ def normalized(
 
 
 def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | None:
-    """A per-channel value in the type of the statistics of ``ref``, as ATen's kernels want them together.
+    """A per-channel value in the dtype of the statistics of ``ref``, which ATen's kernels require.
 
-    Cast once as a global value: tiles' gradients add up in that type, and the sum alone is rounded.
+    It is cast once, as a global value: tiles' gradients are summed in that dtype, and only the sum is
+    rounded.
     """
     dtype = statistics_dtype(tracer.spec(ref).dtype)
     if parameter is None or tracer.spec(parameter).dtype == dtype:
@@ -48,7 +49,7 @@ def _as_statistics(tracer: Tracer, ref: Ref, parameter: Ref | None) -> Ref | Non
 
 
 def is_of_images(tracer: Tracer, ref: Ref) -> bool:
-    """Whether a map has shape (N, C, H, W), and no further axis behind."""
+    """Whether a map has shape (N, C, H, W)."""
     return tracer.axes(ref) == (2, 3) and len(tracer.spec(ref).shape) == 4
 
 
@@ -57,7 +58,7 @@ def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
     if is_of_images(tracer, ref):
         *given, eps = call.bind("running_mean", "running_var", "weight", "bias", "eps")
         mean, variance, weight, bias = (_as_statistics(tracer, ref, value) for value in given)
-        # A network's running statistics are there.
+        # A network with no batch statistics has running ones.
         assert mean is not None
         assert variance is not None
         return normalized(tracer, ref, mean, variance, weight, bias, eps)
@@ -68,7 +69,7 @@ def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
 
 @rule(aten.batch_norm.default, without_maps=True)
 def batch_norm(tracer: Tracer, call: Call) -> Any:
-    """Batch norm with the statistics of the whole batch of images, or the running ones."""
+    """Batch norm with the statistics of the whole batch of images, or with running statistics."""
     ref, weight, bias, running_mean, running_var, training, momentum, eps = call.bind(
         "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"
     )
@@ -91,12 +92,12 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
 
 
 def _rate(tracer: Tracer, momentum: float | Ref) -> Any:
-    """The weight of the new statistics; a cumulative average has the module's counter for it."""
+    """The weight of the new statistics; for a cumulative average, computed from the module's counter."""
     return tracer.global_value(cumulative_rate, momentum) if isinstance(momentum, Ref) else momentum
 
 
 def cumulative_rate(counter: Tensor) -> Tensor:
-    """One over the number of batches seen, this one included."""
+    """One over the number of batches seen, including this one."""
     return counter.double().reciprocal()
 
 
@@ -112,7 +113,7 @@ def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -
     dtype = torch.promote_types(running.dtype, value.dtype)
     mean = running.detach().to(dtype) * (1 - rate)
     new = value.detach().to(dtype)
-    # In as few small kernels as can be.
+    # As few small kernels as possible.
     mean = mean + new * (factor * rate) if isinstance(rate, Tensor) else mean.add_(new, alpha=factor * rate)
     return mean.to(running.dtype)
 
@@ -152,10 +153,9 @@ def functional_batch_norm(
     rate: float | Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Train-mode batch norm that returns the new running statistics and changes nothing.
+    """Train-mode batch norm that returns the new running statistics, and writes to nothing.
 
-    They have no gradient, and those of an earlier use of the same norm, which an autograd graph may begin
-    at, are to have none.
+    No running statistics get a gradient; those given may come from an earlier use of the same norm.
     """
     running_mean, running_var = running_mean.detach(), running_var.detach()
     enabled = torch.backends.cudnn.enabled
@@ -163,7 +163,7 @@ def functional_batch_norm(
         mean, variance = running_mean.clone(), running_var.clone()
         y = torch.batch_norm(x, weight, bias, mean, variance, True, rate, eps, enabled)
         return y, mean, variance
-    # A rate that is not known on the host mixes what the batch alone would leave behind.
+    # If the rate is a tensor, mix the batch's own statistics, which a rate of 1 gives.
     mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
     y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, enabled)
     return y, mixed(running_mean, mean, rate, 1.0), mixed(running_var, variance, rate, 1.0)
@@ -171,7 +171,7 @@ def functional_batch_norm(
 
 @rule(aten.instance_norm.default, without_maps=True)
 def instance_norm(tracer: Tracer, call: Call) -> Any:
-    """Instance norm with each image's own statistics, or the running ones."""
+    """Instance norm with each image's own statistics, or with running statistics."""
     ref, weight, bias, running_mean, running_var, own_statistics, momentum, eps = call.bind(
         "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"
     )
@@ -222,7 +222,7 @@ def functional_instance_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance norm that returns the new running statistics, without a gradient, and changes nothing."""
+    """Instance norm that returns the new running statistics, without gradients, and writes to nothing."""
     mean, var = running_mean.detach().clone(), running_var.detach().clone()
     enabled = torch.backends.cudnn.enabled
     return torch.instance_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
@@ -273,7 +273,7 @@ def per_channel(statistic: Tensor, channels: int) -> Tensor:
 
 @rule(aten.layer_norm.default)
 def layer_norm(tracer: Tracer, call: Call) -> Any:
-    """Layer norm over trailing axes: per position if they are channels, else over each whole image."""
+    """Layer norm over trailing axes: of each position if they are channels, else of each whole image."""
     ref, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps")
     if not is_of_images(tracer, ref) or len(shape) != 3:
         return trailing_norm(tracer, call)
@@ -296,7 +296,7 @@ def _statistics_bytes(operation: Operation) -> int:
 
 declare(
     aten.layer_norm,
-    # The operand in one piece, or its gradient.
+    # A dense copy of the operand, or its gradient.
     cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=Saves(operands=True, beside=_statistics_bytes)),
 )
 

@@ -49,7 +49,7 @@ def pad(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @rule(aten.roll.default)
 def roll(tracer: Tracer, call: Call) -> Any:
-    """Positions moved along axes, the last ones to the front. A tile at the seam reads an axis as a whole."""
+    """Positions shifted along axes, cyclically. A tile at the seam reads the whole axis."""
     ref, shifts, dims = call.bind("self", "shifts", "dims")
     shifts, dims = ([each] if isinstance(each, int) else list(each) for each in (shifts, dims))
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
@@ -71,12 +71,12 @@ def roll(tracer: Tracer, call: Call) -> Any:
 
 
 def _padded_bytes(operation: Operation) -> int:
-    """Bytes of the operand, which is kept unless it is padded with a constant."""
+    """Bytes of the operand, which autograd saves unless the padding is constant."""
     operand, mode = operation.bind("self", "mode")
     return 0 if mode == "constant" else int(operand.tensor.nbytes)
 
 
-# Sums of what they read, with factors that are known.
+# Weighted sums with constant weights, which save nothing.
 declare(aten.constant_pad_nd, aten.roll, cost=Cost(saves=NOTHING))
 declare(aten.pad, cost=Cost(saves=Saves(beside=_padded_bytes)))
 
@@ -95,7 +95,7 @@ def _before(pads: Sequence[int], ndim: int) -> list[int]:
 
 
 def _of_channels(pads: Sequence[int], ndim: int, axes: Axes) -> list[int]:
-    """The same padding without that of the spatial axes."""
+    """``pads`` without the padding of the spatial axes."""
     return [0 if ndim - 1 - index // 2 in axes else pad for index, pad in enumerate(pads)]
 
 

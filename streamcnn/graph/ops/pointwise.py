@@ -98,7 +98,7 @@ def pointwise(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 def cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:
-    """A map in another type, so that what follows is not rounded to its own before the end."""
+    """A map in another dtype, in which later operators are not rounded before the end."""
     if tracer.spec(ref).dtype == dtype:
         return ref
     return pointwise(tracer, Call(aten.to.dtype, (ref, dtype), {}))
@@ -106,7 +106,7 @@ def cast(tracer: Tracer, ref: Ref, dtype: torch.dtype) -> Any:
 
 @rule(aten._conj.default, aten.conj.default)
 def conjugate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """The conjugate as values of its own: a lazy one cannot be handed to NumPy, by which maps are stored."""
+    """The conjugate, computed at once: NumPy, which stores maps, does not take a lazy one."""
     result: Ref | NotStreamable = pointwise(tracer, Call(aten.conj_physical.default, call.args, call.kwargs))
     return result
 
@@ -233,7 +233,7 @@ declare(aten.linear, cost=Cost(operations=_linear_operations, saves=FACTORS, rou
 
 @rule(aten.prelu.default)
 def prelu(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """PReLU, whose slopes belong to axis 1 whatever the broadcasting rules say."""
+    """PReLU, whose slopes belong to axis 1, against the broadcasting rules."""
     ref, slopes = call.bind("self", "weight")
     if tracer.axes(slopes) is not None or 1 in (tracer.axes(ref) or ()):
         return NotStreamable("its slopes depend on the position")
@@ -256,9 +256,9 @@ def trailing_norm(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     aten.randn_like.default,
 )
 def from_shape(tracer: Tracer, call: Call) -> Ref:
-    """A new tensor that takes only shape, dtype and device from its operand, which need not be whole for it.
+    """A new tensor with the shape, dtype and device of its operand, which is not gathered for that.
 
-    Numbers are drawn as plain PyTorch draws them.
+    Random numbers are drawn as plain PyTorch draws them.
     """
     like = tracer.fake(call)
     created: Ref = tracer.global_value(
@@ -281,7 +281,7 @@ _MADE_OF_SHAPES: dict[Any, OpOverload] = {
     aten.new_full.default,
 )
 def from_metadata(tracer: Tracer, call: Call) -> Ref:
-    """A new tensor that takes only dtype and device from its operand."""
+    """A new tensor with the dtype and device of its operand."""
     like = tracer.fake(call)
     value: Any = call.bind("fill_value")[0] if call.target is aten.new_full.default else 0.0
     if call.target is aten.new_ones.default:
@@ -293,14 +293,14 @@ def from_metadata(tracer: Tracer, call: Call) -> Ref:
 
 
 def _results(count: int) -> Callable[[CallBytes], int]:
-    """Bytes of so many values as large as the result."""
+    """Bytes of ``count`` values as large as the result."""
     return lambda nbytes: count * nbytes.result
 
 
 def _summed_up(count: int) -> Callable[[CallBytes], int]:
-    """Gradients as large as the result that are summed up to smaller operands, in half precision in float32.
+    """Bytes of gradients of the result's size that are summed to smaller operands; halves in float32.
 
-    Of operands that are no smaller the gradients are counted as theirs.
+    Gradients of operands that are not smaller are counted with the operands.
     """
 
     def nbytes_of(nbytes: CallBytes) -> int:
@@ -309,7 +309,7 @@ def _summed_up(count: int) -> Callable[[CallBytes], int]:
     return nbytes_of
 
 
-# Of most, the derivative is worked out operator by operator.
+# Most derivatives are computed operator by operator.
 ELEMENTWISE = Cost(operations=elements, backward_workspace=_results(2), makes_new=True)
 _FUSED = replace(ELEMENTWISE, backward_workspace=_results(0))
 
@@ -337,16 +337,16 @@ declare(
 )
 declare(
     aten.rms_norm,
-    # Step by step, in half precision in float32.
+    # Computed step by step, in float32 for half precision.
     cost=Cost(
         workspace=lambda nbytes: 4 * nbytes.result * nbytes.is_half,
         backward_workspace=lambda nbytes: (9 if nbytes.is_half else 4) * nbytes.result,
     ),
 )
-# Where it takes which of the two, in a byte for each.
+# A mask of which operand is taken, a byte for each element.
 declare(aten.where, cost=replace(ELEMENTWISE, saves=Saves(beside=elements)))
 declare(aten.detach, aten.detach_copy, cost=Cost(saves=NOTHING, detaches=True))
-# They read no values; randint_like is the one that asks for a gradient, which Python's binding takes off it.
+# They read no values. Only randint_like would require a gradient, and Python's binding removes that.
 declare(
     *(aten.empty_like, aten.full_like, aten.ones_like, aten.rand_like, aten.randint_like, aten.randn_like),
     *(aten.zeros_like, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros),

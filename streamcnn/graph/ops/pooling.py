@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 @rule(aten.max_pool2d.default)
 def max_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Max pooling; what lies outside the map is minus infinity."""
+    """Max pooling; positions outside the map count as minus infinity."""
     if tracer.axes(call.args[0]) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     return _max_pooled(tracer, call, tracer.fake(call))
@@ -67,7 +67,7 @@ def _sliding(*windows: Pair) -> Access:
 
 @rule(aten.max_pool2d_with_indices.default)
 def max_pool2d_with_indices(tracer: Tracer, call: Call) -> tuple[Ref, Ref] | NotStreamable:
-    """Max pooling, and where in each plane the maxima lie."""
+    """Max pooling with the indices of the maxima in each plane."""
     if tracer.axes(call.args[0]) != (2, 3):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
     ref, *windows = _pooling_windows(call)
@@ -96,7 +96,7 @@ def places_of_maxima(
     out: Region,
     origin: Region,
 ) -> Tensor:
-    """Where in planes of ``size`` the maxima lie, row by row; ``x`` has minus infinity around."""
+    """Indices of the maxima in planes of ``size``, in row order; ``x`` is padded with minus infinity."""
     found = aten.max_pool2d_with_indices(x.detach(), kernel, stride, 0, dilation)[1]
     rows, cols = found // x.shape[3], found % x.shape[3]
     rows, cols = (
@@ -107,13 +107,13 @@ def places_of_maxima(
 
 
 def _inside(places: Tensor, dilation: int) -> Tensor:
-    """Places, those before the map moved to the first that their windows, all minus infinity, have in it."""
+    """Move a place before the map to its window's first place in the map: all of it is minus infinity."""
     return torch.where(places < 0, places % dilation, places)
 
 
 @rule(aten.max_unpool2d.default)
 def max_unpool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Values put back to where max pooling took its maxima from."""
+    """Values put back at the positions of max pooling's maxima."""
     ref, places, size = call.bind("self", "indices", "output_size")
     made = tracer.recorded(places)
     if made is None or made.target is not places_of_maxima or tracer.axes(ref) != (2, 3):
@@ -147,7 +147,7 @@ def unpooled(
     out: Region,
     origin: Region,
 ) -> Tensor:
-    """Positions ``out`` of a map with ``x`` (N, C, h, w), which covers ``origin``, at its places."""
+    """Positions ``out`` of a map that has ``x`` (N, C, h, w), which covers ``origin``, at ``places``."""
     reach = Region(
         *(
             Transposed(*axis).result(interval, interval)
@@ -176,11 +176,11 @@ def max_pool(
 
 
 class _MaxPool(torch.autograd.Function):
-    """Max pooling on a CPU by ATen's kernel for channels last, which is vectorised.
+    """Max pooling on a CPU by ATen's vectorised kernel for channels last.
 
-    32 MiB with 64 channels on two cores: 35 ms by the kernel for contiguous operands, 2 ms by this one, 14 ms
-    with the reordering of operand and result. Backward there is no such difference, and a gradient in another
-    order than the values that it meets would cost more than all of it.
+    For 32 MiB with 64 channels on two cores, the kernel for contiguous operands takes 35 ms, this one 2 ms,
+    and 14 ms with the reordering of operand and result. Backward there is no such difference, and a gradient
+    in another memory format than the values would cost more than this gains.
     """
 
     @staticmethod
@@ -198,10 +198,10 @@ class _MaxPool(torch.autograd.Function):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A contiguous ``x`` (N, C, h, w) in that memory format."""
+    """A contiguous ``x`` (N, C, h, w) as a copy in channels last."""
     result = torch.empty_like(x, memory_format=torch.channels_last)
     for to, each in zip(result, x, strict=True):
-        # ATen transposes matrices block by block, and any other operand element by element.
+        # ATen transposes matrices block by block, but other operands element by element.
         to.permute(1, 2, 0).flatten(0, 1).copy_(each.flatten(1).t())
     return result
 
@@ -215,13 +215,13 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _places(operation: Operation) -> int:
-    """Bytes of the index of every maximum; one that returns it keeps it as a result."""
+    """Bytes of the indices of the maxima, unless the operator returns them as a result."""
     return INDEX_BYTES * operation.numel if len(operation.results) == 1 else 0
 
 
 declare(
     max_pool,
-    # On a CPU operand, result and places in another order, and the places twice.
+    # On a CPU, operand, result and indices in another memory format, and the indices twice.
     cost=Cost(
         operations=windows,
         workspace=lambda nbytes: (
@@ -234,12 +234,12 @@ declare(
 )
 declare(
     places_of_maxima,
-    # The maxima, their places in the tile, rows and columns, and those again.
+    # The maxima, their indices in the tile, rows and columns, and these twice.
     cost=Cost(operations=windows, workspace=lambda nbytes: 6 * nbytes.result, saves=NOTHING, makes_new=True),
 )
 declare(
     unpooled,
-    # Places within the tile, as rows and columns and at once; zeros, and what they become.
+    # Places within the tile, as rows, columns and indices; zeros, and the result written into them.
     cost=Cost(
         operations=elements,
         workspace=lambda nbytes: 3 * nbytes.operands + 2 * nbytes.result,
@@ -263,7 +263,7 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     axis_maps = [Sliding(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True)]
     uniform = divisor is not None or (not ceil_mode and (count_padding or padding == (0, 0)))
     if not uniform:
-        # The sums of half precision may be beyond it, and would be rounded before they are divided.
+        # Sums of half precision may exceed its range, and would be rounded before the division.
         ref = cast(tracer, ref, statistics_dtype(like.dtype))
         like = like.to(tracer.spec(ref).dtype)
     pooled = tracer.local(
@@ -293,7 +293,7 @@ def avg_pool2d(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @rule(aten.avg_pool3d.default, aten.max_pool3d.default)
 def pool_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Pooling over the axis in front of the spatial ones alone, as local response norm does it."""
+    """Pooling only over the axis before the spatial ones, as in local response norm."""
     ref, kernel, stride, padding = call.bind("self", "kernel_size", "stride", "padding")
     ndim = len(tracer.spec(ref).shape)
     windows = (kernel, stride or kernel, padding)
@@ -329,12 +329,12 @@ def _numbers(
 
 
 def _only(axis: int) -> Access:
-    """Read along one spatial axis, broadcast along the other."""
+    """The access that reads along one spatial axis and broadcasts along the other."""
     return Access(Same(), Broadcast()) if axis == 0 else Access(Broadcast(), Same())
 
 
 class _Unpooled(nn.Module):
-    """What max pooling took, changed and put back, as in SegNet."""
+    """Pooled maxima, changed and put back, as in SegNet."""
 
     def forward(self, x: Tensor) -> Tensor:
         y, places = nn.functional.max_pool2d(x, 2, padding=1, ceil_mode=True, return_indices=True)

@@ -1,7 +1,7 @@
-"""Matrix products and attention: streamed at each position, by rows or by columns, and what they cost.
+"""Matrix products and attention: streamed at each position, by rows or by columns; with their costs.
 
-Matrices that stand at every position are products of each position by itself. Where the positions are rows
-or columns, the other operand is whole: queries are streamed, keys and values are not.
+If every position holds matrices, each position is a product by itself. If positions are rows or columns, the
+other operand is whole: queries are streamed, keys and values are not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streamcnn.graph.program import Access, Axes, Ref
 aten = torch.ops.aten
 
 Labels = Sequence[str]
-"""A name for each axis, as in an equation of ``einsum``: axes of a name are one, and run side by side."""
+"""A name for each axis, as in an equation of ``einsum``; axes of the same name have the same index."""
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
@@ -54,7 +54,7 @@ def einsum(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 def terms_of(equation: str) -> list[str] | NotStreamable:
-    """The letters of each operand's axes in an equation of ``einsum``, and last those of the result."""
+    """The letters of each operand's axes in an equation of ``einsum``, and then those of the result."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     if not arrow or "." in equation:
         return NotStreamable(f"its equation '{equation}' leaves axes unnamed")
@@ -82,7 +82,7 @@ def _product(
 def _axes_of_product(
     tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
 ) -> Axes | NotStreamable:
-    """Where the result has the spatial axes, if all maps have them under the same names."""
+    """The result's spatial axes, if all maps have the same names for theirs."""
     maps = [(ref, labels, axes) for ref, labels in operands if (axes := tracer.axes(ref)) is not None]
     places = {(labels[rows], labels[cols]) for _, labels, (rows, cols) in maps}
     if len(places) != 1:
@@ -109,12 +109,12 @@ declare(
 
 
 def _operand_bytes(operation: Operation) -> int:
-    """Bytes of all tensors that a call takes."""
+    """Bytes of all tensor operands of a call."""
     leaves = tree_leaves((operation.args, dict(operation.kwargs)))
     return sum(spec.nbytes for leaf in leaves if isinstance(leaf, Operand) for spec in leaf.specs)
 
 
-# It reorders its operands' axes, and copies them for that.
+# It copies its operands to reorder their axes.
 _REORDERING = Cost(
     operations=counted,
     workspace=lambda nbytes: nbytes.operands,
@@ -126,7 +126,7 @@ declare(aten.einsum, cost=_REORDERING)
 
 
 def _with_axes(tracer: Tracer, ref: Ref, ndim: int) -> Ref:
-    """A global value with axes of one position in front, as many as broadcasting adds."""
+    """A global value with axes of extent 1 in front, so that it has ``ndim`` axes."""
     shape = tracer.spec(ref).shape
     if tracer.axes(ref) is not None or len(shape) >= ndim:
         return ref
@@ -135,19 +135,19 @@ def _with_axes(tracer: Tracer, ref: Ref, ndim: int) -> Ref:
 
 
 def by_rows(tracer: Tracer, first: Ref, rows: range, second: Ref, like: Tensor) -> Ref:
-    """Record a product with a global value, of a map whose axes ``rows`` are seen as those of rows."""
+    """Record the product of a map, whose axes ``rows`` are the matrix's rows, with a global value."""
     return _merged(tracer, product_of_rows, first, rows, (second,), like, like.dim() - 2)
 
 
 def by_columns(tracer: Tracer, first: Ref, second: Ref, columns: range, like: Tensor) -> Ref:
-    """Record a product of a global value with a map whose axes ``columns`` are seen as those of columns."""
+    """Record the product of a global value with a map, whose axes ``columns`` are the matrix's columns."""
     return _merged(tracer, product_of_columns, second, columns, (first,), like, like.dim() - 1)
 
 
 def _merged(
     tracer: Tracer, target: Any, ref: Ref, run: range, others: tuple[Any, ...], like: Tensor, place: int
 ) -> Ref:
-    """Record a call that sees the axes of ``run`` as one, which is axis ``place`` of the result."""
+    """Record a call for which the axes of ``run`` are one axis, axis ``place`` of the result."""
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     assert axes is not None
     assert set(axes) <= set(run)
@@ -168,9 +168,9 @@ def _is_map(tracer: Tracer, value: Any) -> bool:
 
 
 def over_positions(tracer: Tracer, first: Ref, second: Ref, positions: range) -> Ref:
-    """Record a product that sums over the axes ``positions``, of maps (..., H, W, K) and (..., H, W, M).
+    """Record a product of maps (..., H, W, K) and (..., H, W, M) that sums over the axes ``positions``.
 
-    Both axes of space are among them, in either order, and others may be.
+    These include both spatial axes, in either order, and may include others.
     """
     shape, axes = tracer.spec(first).shape, tracer.axes(first)
     assert axes is not None
@@ -204,21 +204,21 @@ def product_of_columns(x: Tensor, columns: tuple[int, int], matrix: Tensor) -> T
 
 
 def _product_operations(operation: Operation) -> int:
-    """A product and a sum for each result and each of the columns of the first operand."""
+    """A product and a sum for each element of the result and each column of the first operand."""
     matrix = operation.args[-1]
     shared = matrix.shape[-2] if operation.target is product_of_rows else matrix.shape[-1]
     return 2 * operation.numel * int(shared)
 
 
 declare(product_of_rows, cost=Cost(operations=_product_operations, routine=Routine.MATRIX_PRODUCT))
-# It is worked out with rows and columns exchanged, in copies.
+# It is computed with rows and columns exchanged, in copies.
 declare(product_of_columns, cost=replace(_REORDERING, operations=_product_operations))
 
 
 def _at_every_position(
     tracer: Tracer, target: Any, operands: tuple[Ref, ...], options: dict[str, Any], like: Tensor
 ) -> Ref | NotStreamable:
-    """Record a call on matrices, the last two axes of each operand, by position."""
+    """Record a call on matrices, the last two axes of each operand, at each position."""
     found = {axes for ref in operands if (axes := tracer.axes(ref)) is not None}
     axes = found.pop()
     if found or max(axes) >= like.dim() - 2:
@@ -234,7 +234,7 @@ def _at_every_position(
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Attention within the tokens of every position, such as those of a window."""
+    """Attention among the tokens at each position, such as those of a window."""
     query, key, value, mask, dropout, is_causal, scale, groups = call.bind(
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     )
@@ -254,7 +254,7 @@ def attend(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """Attention of (..., L, K) to (..., S, K) and (..., S, V), with any axes in front."""
+    """Attention of queries (..., L, K) to keys (..., S, K) and values (..., S, V)."""
     lead = query.shape[:-3]
 
     def batched(x: Tensor) -> Tensor:
@@ -280,9 +280,9 @@ def attend_by_rows(
     scale: float | None,
     like: Tensor,
 ) -> Ref:
-    """Record attention to whole keys and values, of a map whose axes ``rows`` are seen as queries.
+    """Record attention to whole keys and values, of a map whose axes ``rows`` are the queries.
 
-    A mask is a map whose axes of space are the two before the last.
+    A mask is a map whose spatial axes are the two before the last.
     """
     arguments = (*whole, mask, scale)
     return _merged(tracer, attention_of_rows, query, rows, arguments, like, like.dim() - 2)
@@ -305,20 +305,20 @@ def attention_of_rows(
 
 
 def _attention_operations(operation: Operation) -> int:
-    """The product of queries and keys, and that with the values."""
+    """Operations of the product of queries and keys, and of its product with the values."""
     query, value = operation.args[0], operation.args[2 if operation.target is attend else 3]
     queries, keys = int(math.prod(query.shape[:-1])), int(value.shape[-2])
     return 2 * queries * keys * int(query.shape[-1] + value.shape[-1])
 
 
 _FUSED_AXES = (3, 4) if torch.__version__ >= "2.14" else (4,)
-"""Axes of operands for which attention may be one kernel: before PyTorch 2.14 those with heads alone."""
+"""Numbers of operands' axes for which attention may be one kernel; before PyTorch 2.14 only with heads."""
 
 
 def _attention_bytes(operation: Operation) -> int:
-    """Bytes of the matrix of queries by keys, where attention is not one kernel that never forms it.
+    """Bytes of the matrix of queries by keys; 0 where attention is one kernel that never forms it.
 
-    Strides are not known here: on a CPU the kernel also wants the channels to be dense.
+    On a CPU the kernel also requires dense channels, which is not checked, as strides are not known here.
     """
     query, key, value, mask, dropout = operation.bind("query", "key", "value", "attn_mask", "dropout_p")
     is_fused = len(query.shape) in _FUSED_AXES and query.shape[-1] == value.shape[-1]
@@ -331,9 +331,9 @@ def _attention_bytes(operation: Operation) -> int:
 
 
 def _attention_saved(operation: Operation) -> int:
-    """The matrix's softmax and, with dropout, the mask in the same type and what is left.
+    """Bytes of the matrix's softmax, its dropout's mask and result if any, and the scaled operands.
 
-    Queries and keys are scaled before they are multiplied. One kernel keeps a number for each query instead.
+    A single kernel saves one number for each query instead.
     """
     query, key, dropout = operation.bind("query", "key", "dropout_p")
     matrix = _attention_bytes(operation)
@@ -354,13 +354,13 @@ declare(
 declare(
     attend,
     attention_of_rows,
-    # The operands in one piece each, and the result in another order.
+    # Dense copies of the operands, and the result in another order of axes.
     cost=Cost(operations=_attention_operations, workspace=lambda nbytes: nbytes.operands + nbytes.result),
 )
 
 
 class _Attention(nn.Module):
-    """Every position with every other, by matrix products and by one operator."""
+    """Attention of all positions, by matrix products and by one operator."""
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
@@ -372,7 +372,7 @@ class _Attention(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Channels mixed by products, and attention among the channels of each position."""
+    """Channels mixed by products, and attention among each position's channels."""
 
     def __init__(self) -> None:
         super().__init__()

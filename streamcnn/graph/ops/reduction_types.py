@@ -1,9 +1,9 @@
 """The kinds of reductions: global values that need every position of a map.
 
-Each is computed from partial results of disjoint tiles, merged in a fixed order and finished once; its
+Each is computed from partial results of disjoint tiles, merged in a fixed order and finished once. Its
 gradient at a tile is a local formula of the tile's own values and the finished results. Partial results
-are merged in float64 or complex128, whatever the map's dtype, so that the number of tiles does not matter:
-those of many tiles at once, since each of them is small.
+are merged in float64 or complex128, whatever the map's dtype, so that the number of tiles does not matter.
+As they are small, those of many tiles are merged at once.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ Partials = tuple[Tensor, ...]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics of a map: float32 at least, exact for whole numbers, complex as the map is."""
+    """The dtype of a map's statistics: at least float32, exact for integers, and complex if the map is."""
     if dtype.is_complex:
         return statistics_dtype(dtype.to_real()).to_complex()
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
 
 
 def added(parts: Sequence[Partials]) -> Partials:
-    """Sums of disjoint tiles together, one of each."""
+    """Merge sums by adding them: one sum of each partial result over all tiles."""
     (sums,) = stacked(parts)
     return (sums.sum(0, dtype=torch.complex128 if sums.is_complex() else torch.float64),)
 
 
 def stacked(parts: Sequence[Partials]) -> Iterator[Tensor]:
-    """Each partial result of all tiles in one tensor, tiles first."""
+    """For each partial result, a tensor of all tiles' values, with the tiles as first axis."""
     return (torch.stack(each) for each in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction(ABC):
-    """A reduction over ``dims``, in ascending order, both spatial axes among them or one."""
+    """A reduction over ``dims``, in ascending order, which include one or both spatial axes."""
 
     shape: tuple[int, ...]
     """Shape of the whole map."""
@@ -51,7 +51,7 @@ class Reduction(ABC):
 
     @property
     def count(self) -> int:
-        """Elements behind each result."""
+        """Number of elements that each result reduces."""
         return math.prod(self.shape[dim] for dim in self.dims)
 
     @property
@@ -61,11 +61,11 @@ class Reduction(ABC):
 
     @property
     def positional(self) -> bool:
-        """Whether it depends on where in the map a tile lies."""
+        """Whether partial results depend on the tile's place in the map."""
         return False
 
     def workspace(self, numel: int, itemsize: int) -> int:
-        """Bytes that partial results of so many elements take, or their gradient beside one as large."""
+        """Bytes of workspace for the partial results of ``numel`` elements, or for their gradient."""
         return 2 * numel * max(itemsize, 4)
 
     @abstractmethod
@@ -74,22 +74,22 @@ class Reduction(ABC):
 
     @abstractmethod
     def merge(self, parts: Sequence[Partials]) -> Partials:
-        """Partial results of disjoint tiles together."""
+        """Merge the partial results of disjoint tiles."""
 
     @abstractmethod
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The results for a map of ``dtype``, given what was merged or comes of a single tile."""
+        """The results for a map of ``dtype``, from merged partial results or those of a single tile."""
 
     @abstractmethod
     def gradient_terms(
         self, results: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """What the gradient at every tile of a map of ``dtype`` is worked out from.
+        """The terms from which the gradient at every tile of a map of ``dtype`` is computed.
 
         Parameters
         ----------
         results, grads
-            The finished results and their gradients, one of which is there.
+            The finished results and their gradients, at least one of which is not None.
         """
 
     @abstractmethod
@@ -97,13 +97,13 @@ class Reduction(ABC):
         """The gradient at a tile, given its terms; broadcasts to ``x``'s shape."""
 
     def added_gradient(self, total: Tensor, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
-        """``total``, of the shape of ``x`` and left as it is, plus :meth:`gradient`."""
+        """``total``, of the shape of ``x``, plus :meth:`gradient`; ``total`` is not changed."""
         found = self.gradient(x, region, terms)
-        # What is worked out from values is the tile's own; others may be the terms themselves.
+        # A gradient computed from values is a new tensor; others may be the terms themselves.
         return found.add_(total) if self.needs_values and found.shape == total.shape else total + found
 
     def _result(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """A finished value with the reduced axes kept or not."""
+        """A finished value in ``dtype``, with or without the reduced axes."""
         kept = [1 if dim in self.dims else extent for dim, extent in enumerate(self.shape)]
         left = [extent for dim, extent in enumerate(self.shape) if dim not in self.dims]
         return value.reshape(kept if self.keepdim else left).to(dtype)
@@ -117,22 +117,22 @@ class Reduction(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Placeable(Reduction):
-    """A reduction whose partial results have the shape of the result: a tile's may lie anywhere in it.
+    """A reduction whose partial results have the result's shape: a tile's can be placed anywhere in it.
 
-    The terms of its gradient have the map's axes, of extent 1 where they are reduced.
+    The terms of its gradient have the map's axes, with extent 1 where they are reduced.
     """
 
     @property
     @abstractmethod
     def neutral(self) -> tuple[float, ...]:
-        """What merging leaves out, of each partial result."""
+        """The neutral element of merging, for each partial result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection(Reduction):
-    """Values that are picked, and their places in the whole map, counted in row order of its last two axes.
+    """Picked values, and their indices in the whole map, in row order of its last two axes.
 
-    The gradient of a value goes to its place.
+    A value's gradient goes to its index.
     """
 
     @property
@@ -141,7 +141,7 @@ class Selection(Reduction):
 
     @property
     def nowhere(self) -> int:
-        """Stands for a place where nothing has been seen: behind all others."""
+        """The index for no position, larger than all others."""
         return math.prod(self.shape[-2:])
 
     def finish(self, parts: Partials, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -156,9 +156,9 @@ class Selection(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Sum(Placeable):
-    """Sum over ``divisor``: a mean where that is ``count``.
+    """The sum divided by ``divisor``: a mean if that is ``count``.
 
-    A factor of ``1 / count`` would give less than 1 as the mean of 49 ones.
+    Multiplying by ``1 / count`` would give less than 1 as the mean of 49 ones.
     """
 
     divisor: float = 1
@@ -192,7 +192,7 @@ class Sum(Placeable):
 
 @dataclass(frozen=True, slots=True)
 class Extremum(Placeable):
-    """Largest (or smallest) value; the gradient is shared equally among equal positions, as in ATen."""
+    """The largest or smallest value; equal positions share the gradient equally, as in ATen."""
 
     sign: int = 1
 
@@ -203,7 +203,7 @@ class Extremum(Placeable):
     def partial(self, x: Tensor, region: Region) -> Partials:
         best = (torch.amax if self.sign > 0 else torch.amin)(x, self.dims, keepdim=True)
         ties = (x == best).sum(self.dims)
-        # The sign comes after the type: whole numbers may have none, or no opposite.
+        # Negate after the cast: integers may have no sign, or no negative.
         return (best.reshape(ties.shape).double() * self.sign, ties)
 
     def merge(self, parts: Sequence[Partials]) -> Partials:
@@ -226,13 +226,13 @@ class Extremum(Placeable):
         return (x == best) * share
 
     def workspace(self, numel: int, itemsize: int) -> int:
-        # Which values are the best, in a byte for each: counted in 64 bits, or as factors of their own.
+        # A byte for each value, whether it is the best; these are counted in 64 bits, or used as factors.
         return numel * max(9, 1 + 2 * itemsize)
 
 
 @dataclass(frozen=True, slots=True)
 class VectorNorm(Placeable):
-    """The p-norm, for finite p >= 1, by sums of powers: those of whole numbers are exact, their roots not."""
+    """The p-norm for finite p >= 1, by sums of powers; for integers the sums are exact, their roots not."""
 
     power: float = 2.0
 
@@ -268,14 +268,14 @@ class VectorNorm(Placeable):
 
 @dataclass(frozen=True, slots=True)
 class AlongOneAxis(Reduction):
-    """A reduction over one spatial axis: the results have the extent of the other."""
+    """A reduction over one spatial axis, whose results have the extent of the other axis."""
 
     reduction: Placeable
-    """The same of a whole map."""
+    """The reduction of the whole map."""
     kept: int
-    """The other axis."""
+    """The spatial axis that is kept."""
     side: int
-    """Which of a region's two intervals is that axis's."""
+    """Index of that axis's interval in a region."""
 
     @classmethod
     def of(cls, reduction: Placeable, axes: Axes) -> AlongOneAxis:
@@ -326,9 +326,9 @@ class AlongOneAxis(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class ProductSum(Reduction):
-    """At every position a column times a row, summed: channels of the last axis up to ``split`` by the rest.
+    """The sum over positions of an outer product: the first ``split`` channels of the last axis by the rest.
 
-    With keys and values side by side it is what linear attention knows of all positions.
+    With keys and values side by side, this is the matrix of linear attention.
     """
 
     split: int = 0
@@ -357,6 +357,6 @@ class ProductSum(Reduction):
         return found.reshape(x.shape)
 
     def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both with positions as rows: (..., P, split) and (..., P, rest)."""
+        """Both factors with positions as rows: (..., P, split) and (..., P, rest)."""
         rows = x.flatten(self.dims[0], self.dims[-1])
         return rows[..., : self.split], rows[..., self.split :]

@@ -64,7 +64,7 @@ def mean_or_sum(tracer: Tracer, call: Call) -> Any:
 
     like = tracer.fake(call)
     if like.dtype != tracer.spec(call.args[0]).dtype:
-        # A sum of whole numbers or of a mask is a whole number; dtype= says another one.
+        # A sum of integers or of a mask is an integer, unless dtype= says otherwise.
         counted = pointwise(tracer, Call(aten.to.dtype, (call.args[0], like.dtype), {}))
         call = Call(call.target, (counted, *call.args[1:]), call.kwargs)
     result = _reduce_or_local(tracer, call, dims, keepdim, build)
@@ -81,7 +81,7 @@ declare(
 )
 declare(
     *(aten.amax, aten.amin),
-    # Which values are the largest, in a byte for each, and in 64 bits where they are counted.
+    # A byte for each value, whether it is the largest, and 64 bits where these are counted.
     cost=Cost(backward_workspace=lambda nbytes: 9 * nbytes.operands // nbytes.itemsize),
 )
 declare(
@@ -104,13 +104,13 @@ def extremum(tracer: Tracer, call: Call) -> Any:
 
 @rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
 def truth(tracer: Tracer, call: Call) -> Any:
-    """Whether any value, or every one, is not zero."""
+    """``any`` and ``all``: whether any value, or every value, is not zero."""
     everything = call.target in (aten.any.default, aten.all.default)
     dims, keepdim = (None, False) if everything else call.bind("dim", "keepdim")
     dims = [dims] if isinstance(dims, int) else dims
     ref = call.args[0]
     if dims == [] and not everything:
-        # Over no axes, other than in a sum.
+        # Here no axes mean none, unlike in a sum.
         return pointwise(tracer, call)
     if spatial_dims(tracer, ref, dims) is None:
         return per_position(tracer, call, ref, dropped=dims or ())
@@ -124,13 +124,13 @@ _ANY = (aten.any.default, aten.any.dim, aten.any.dims)
 
 
 def is_true(x: Tensor) -> Tensor:
-    """1 for every value but zero, in bytes."""
+    """1 for every value that is not zero, else 0, as uint8."""
     return (x != 0).to(torch.uint8)
 
 
 @rule(aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
 def count(tracer: Tracer, call: Call) -> Any:
-    """How many values are not zero."""
+    """``count_nonzero``: the number of values that are not zero."""
     dims = call.bind("dim")[0]
     dims = [dims] if isinstance(dims, int) else dims
     if spatial_dims(tracer, call.args[0], dims) is None:
@@ -201,7 +201,7 @@ def variance(tracer: Tracer, call: Call) -> Any:
 
 
 def _rounded(tracer: Tracer, ref: Ref, like: Tensor) -> Ref:
-    """A statistic in the type that ATen gives it: a map in half precision has such statistics too."""
+    """A statistic in the dtype of ATen's result: half precision if the map is."""
     if tracer.spec(ref).dtype == like.dtype:
         return ref
     cast: Ref = tracer.global_value(aten.to.dtype, ref, like.dtype)
@@ -209,7 +209,7 @@ def _rounded(tracer: Tracer, ref: Ref, like: Tensor) -> Ref:
 
 
 def deviation(variance: Tensor) -> Tensor:
-    """The standard deviation. Where it is 0 so is its gradient, as in ATen: that of a root is infinite."""
+    """The standard deviation. Where it is 0 so is its gradient, as in ATen, though the root's is infinite."""
     is_zero = variance == 0
     return variance.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
 
@@ -235,7 +235,7 @@ class _Reductions(nn.Module):
 
 
 class _Strips(nn.Module):
-    """Coordinate attention, and its like of other reductions."""
+    """Coordinate attention, also with other reductions."""
 
     def forward(self, x: Tensor) -> Tensor:
         _, c, h, w = x.shape

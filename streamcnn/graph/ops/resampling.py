@@ -30,14 +30,14 @@ aten = torch.ops.aten
 
 @rule(aten.pixel_shuffle.default)
 def pixel_shuffle(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Channels spread over a finer grid."""
+    """Pixel shuffle: channels spread over a finer grid."""
     ref, factor = call.bind("self", "upscale_factor")
     return _regridded(tracer, call, ref, Repeated(factor))
 
 
 @rule(aten.pixel_unshuffle.default)
 def pixel_unshuffle(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """A coarser grid with the positions of each block as channels."""
+    """Pixel unshuffle: a coarser grid, with the positions of each block as channels."""
     ref, factor = call.bind("self", "downscale_factor")
     return _regridded(tracer, call, ref, Sliding(factor, factor))
 
@@ -52,11 +52,11 @@ def _regridded(tracer: Tracer, call: Call, ref: Ref, axis_map: AxisMap) -> Ref |
 
 @rule(aten.grid_sampler.default)
 def grid_sample(tracer: Tracer, call: Call) -> NotStreamable:
-    """Values at positions that are values themselves, so that any tile may read any other."""
+    """``grid_sample`` is refused: it reads at computed positions, so any tile may read any other."""
     return NotStreamable("where it reads depends on values")
 
 
-# Sums of what they read, with factors that are known.
+# Weighted sums with constant weights, which save nothing.
 declare(
     *(aten.pixel_shuffle, aten.pixel_unshuffle),
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d),
@@ -65,7 +65,7 @@ declare(
 )
 declare(
     *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
-    # What lies between the axes, in another order, too.
+    # The intermediate between the axes, also in another memory format.
     cost=Cost(
         workspace=lambda nbytes: 2 * min(nbytes.operands, nbytes.result),
         backward_workspace=lambda nbytes: 0,
@@ -98,7 +98,7 @@ def upsample_nearest(tracer: Tracer, call: Call) -> Any:
 
 
 def _repeats(taps: Taps, num_out: int, size: int) -> bool:
-    """Whether every position is taken equally often, which the rounding of places may prevent."""
+    """Whether every position is read equally often; rounding of positions may prevent that."""
     factor, rest = divmod(num_out, size)
     return rest == 0 and taps.sources == (tuple(place // factor for place in range(num_out)),)
 
@@ -132,7 +132,7 @@ def upsample_bicubic(tracer: Tracer, call: Call) -> Any:
     without_maps=True,
 )
 def upsample_antialiased(tracer: Tracer, call: Call) -> Any:
-    """Bilinear or bicubic resampling with a filter that is as wide as the coarser grid asks for."""
+    """Antialiased bilinear or bicubic resampling, with a filter widened for a coarser result."""
     (corners,) = call.bind("align_corners")
     if _is_inconsistent(tracer, call):
         return _as_aten_has_it(tracer, call, _INCONSISTENT)
@@ -141,12 +141,12 @@ def upsample_antialiased(tracer: Tracer, call: Call) -> Any:
 
 
 def _is_inconsistent(tracer: Tracer, call: Call) -> bool:
-    """Whether a factor that is not 1 keeps an extent: one of ATen's two passes takes no account of it."""
+    """Whether a factor other than 1 keeps an extent, which only one of ATen's two passes ignores."""
     return any(after == before and step not in (None, 1.0) for after, before, step in _extents(tracer, call))
 
 
 def _extents(tracer: Tracer, call: Call) -> list[tuple[int, int, float | None]]:
-    """Of rows and of columns: the extents of result and operand, and the scale factor handed to ATen."""
+    """For rows and for columns: extents of result and operand, and the scale factor given to ATen."""
     after, before = tracer.fake(call).shape[2:], tracer.spec(call.args[0]).shape[2:]
     return list(zip(after, before, _steps(call), strict=True))
 
@@ -173,9 +173,9 @@ def _resampled(
     Parameters
     ----------
     taps
-        Those along an axis, given the extents of result and operand and the scale factor handed to ATen.
-    by_whole_factors
-        What upsamples a tile to a multiple of its size, and how many neighbours that reads.
+        Makes an axis's taps from the extents of result and operand and the scale factor given to ATen.
+        by_whole_factors
+            A function that upsamples a tile by integer factors, and the number of neighbours it reads.
     """
     if _stays_global(tracer, call):
         return tracer.global_value(call.target, *call.args, **call.kwargs)
@@ -191,9 +191,9 @@ def _resampled(
 
 
 def _stays_global(tracer: Tracer, call: Call) -> bool:
-    """Whether a global value is resized to one.
+    """Whether the result of resizing a global value is a global value.
 
-    One that grows, as a summary of a map does that is laid over it again, becomes a map instead.
+    A global value that grows, such as a pooled map that is upsampled again, becomes a map instead.
     """
     ref = call.args[0]
     if tracer.axes(ref) is not None:
@@ -202,7 +202,7 @@ def _stays_global(tracer: Tracer, call: Call) -> bool:
 
 
 def _as_map(tracer: Tracer, call: Call) -> tuple[Ref, bool]:
-    """The operand as a map, and whether it was one: of a few positions a tile may read less than one."""
+    """The operand as a map, and whether it was one; of a small value a tile may read less than a position."""
     ref = call.args[0]
     was_map = tracer.axes(ref) is not None
     return (ref if was_map else tracer.promote(ref, (2, 3))), was_map
@@ -229,12 +229,12 @@ def repeat_nearest(x: Tensor, factors: tuple[int, int]) -> Tensor:
 
 
 def _are_exact(steps: Sequence[float | None], factors: Sequence[int]) -> bool:
-    """Whether the scale factors handed to ATen, if any, are those of the sizes: 2.03 may double a size."""
+    """Whether scale factors given to ATen equal the ratios of sizes; a factor of 2.03 may double a size."""
     return all(step is None or step == factor for step, factor in zip(steps, factors, strict=True))
 
 
 def _steps(call: Call) -> list[float | None]:
-    """The scale factors handed to ATen, which decide the step where they are given."""
+    """The scale factors given to ATen, which determine the step; None where there are none."""
     names = [a.name for a in call.target._schema.arguments]  # type: ignore[attr-defined]
     if "scale_factors" in names:
         given = call.bind("scale_factors")[0]

@@ -1,9 +1,9 @@
 """How operators are streamed: one rule per operator, kept in a registry.
 
-A rule sees a captured call and records, through a :class:`Tracer`, the nodes that carry it out:
-local operators with their windows, reductions, global values. It answers :class:`NotStreamable` with a reason
-when it cannot, and the operator then runs resident, on whole maps. An operator without a rule is
-resident too: unknown is never assumed pointwise. What the recorded nodes cost is declared beside the rule
+A rule gets a captured call and records, through a :class:`Tracer`, the nodes that carry it out:
+local operators with their windows, reductions, global values. If it cannot, it returns :class:`NotStreamable`
+with a reason, and the operator runs resident, on whole maps. An operator without a rule is resident too:
+unknown is never assumed pointwise. The recorded nodes' costs are declared beside the rule
 (:mod:`streamcnn.graph.costs`).
 """
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NotStreamable:
-    """A rule's answer when the call cannot be streamed."""
+    """A rule's result if the call cannot be streamed, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One captured call with its arguments' nodes already recorded."""
+    """One captured call, whose arguments' nodes are already recorded."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -48,10 +48,10 @@ class Call:
 
 
 class Tracer(Protocol):
-    """What rules may ask about operands and record."""
+    """The interface of rules: what they may ask about operands, and record."""
 
     resident: bool
-    """Whether everything from here on runs on whole values: no map may be made any more."""
+    """Whether everything from here on runs on whole values, so that no more maps may be recorded."""
 
     def spec(self, ref: Ref) -> TensorSpec:
         """Shape and dtype of a recorded value."""
@@ -90,7 +90,7 @@ class Tracer(Protocol):
         """Record that a global value with spatial extent is read as a map."""
 
     def update(self, statistic: Ref, value: Ref) -> None:
-        """Record that the call moves ``statistic``, one of its operands, to ``value``."""
+        """Record that the call updates ``statistic``, one of its operands, to ``value``."""
 
 
 Rule = Callable[[Tracer, Call], Any]
@@ -103,26 +103,26 @@ _BEGINS = Registry[Rule]("rule that begins maps")
 def rule(
     *keys: Any, replace: bool = False, without_maps: bool = False, begins: bool = False
 ) -> Callable[[Rule], Rule]:
-    """Decorate a rule with the operators that it is for.
+    """Register the decorated function as the rule of operators.
 
     Parameters
     ----------
     keys
-        As of :class:`~streamcnn.graph.registry.Registry`, exact overloads as a rule.
+        As for :class:`~streamcnn.graph.registry.Registry`; usually exact overloads.
     replace
-        Whether a key may have a rule already, such as a built-in one. Models that are captured or planned
-        afterwards follow the new rule, plans that were made before are not used any more.
+        Whether to replace the rule of a key that has one, such as a built-in rule. Models that are captured
+        or planned afterwards follow the new rule; plans that were made before are no longer used.
     without_maps
-        Whether the rule also takes calls without any map among their operands, which are recorded as they
-        are otherwise.
+        Whether the rule also gets calls without a map among their operands, which otherwise are recorded as
+        they are.
     begins
-        Whether streaming begins again with the call, where its first operand was worked out from whole maps
-        and has a map's shape: for operators that take most of a network's time or give larger maps.
+        Whether streaming begins again with a call whose first operand was computed from whole maps and has
+        a map's shape: for operators that take most of a network's time, or return larger maps.
 
     Raises
     ------
     TypeError, ValueError
-        For a key that is no operator or function, and without ``replace`` for one that has a rule.
+        For a key that is no operator or function, and for one that has a rule, unless ``replace`` is set.
     """
 
     def register(function: Rule) -> Rule:
@@ -148,7 +148,7 @@ def begins_maps(target: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A small module and an image shape on which a family shows that it streams exactly."""
+    """A small module and an image shape that test whether a family of operators streams exactly."""
 
     name: str
     build: Callable[[], torch.nn.Module]

@@ -1,4 +1,4 @@
-"""What nets are made of on which a family of operators shows that it streams: see :class:`.rules.Sample`."""
+"""Building blocks of test modules for families of operators; see :class:`.rules.Sample`."""
 
 from __future__ import annotations
 

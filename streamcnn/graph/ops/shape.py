@@ -69,10 +69,10 @@ def permute(tracer: Tracer, call: Call) -> Ref:
     aten.reshape_as.default,
 )
 def reshape(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Another grouping of the axes in which each spatial axis stays outermost in its group.
+    """A reshape in which each spatial axis stays outermost in its group of axes.
 
-    Alone, a spatial axis stays as it is. Split, its outer part is the spatial axis and the inner one a
-    channel (space to depth); merged with the axes right after it, both together are (depth to space).
+    A spatial axis that is split becomes its outer part, the inner part being a channel (space to depth). One
+    that is merged with the axes right after it becomes the merged axis (depth to space).
     """
     ref = call.args[0]
     like = tracer.fake(call)
@@ -96,20 +96,20 @@ def reshape(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Where a reshape takes a spatial axis."""
+    """The effect of a reshape on a spatial axis."""
 
     axis: int
-    """Its place before."""
+    """The axis before."""
     place: int
-    """Its place after."""
+    """The axis after."""
     size: int
     """Its extent before."""
     result: int
-    """Its extent after: less by a whole factor where it is split, more where it is merged."""
+    """Its extent after: smaller by an integer factor if the axis is split, larger if it is merged."""
 
     @property
     def access(self) -> AxisMap:
-        """How positions after depend on those before."""
+        """How positions after the reshape depend on those before."""
         if self.result == self.size:
             return Same()
         if self.result < self.size:
@@ -119,10 +119,10 @@ class Move:
 
 
 def moved_axes(before: Sequence[int], after: Sequence[int], axes: Axes) -> tuple[Move, Move] | None:
-    """Where a reshape takes both spatial axes; ``None`` if one is not the outermost of a group of its own.
+    """The effect of a reshape on both spatial axes; ``None`` if one is not outermost in a group of its own.
 
-    A group is the shortest run of axes that holds the same elements before and after. Its tile is reshaped
-    like the whole as long as the spatial axis is the outermost one on either side.
+    A group is the shortest run of axes with the same elements before and after. A tile is reshaped like the
+    whole map if the spatial axis is the outermost one of its group on both sides.
     """
     found: dict[int, Move] = {}
     free, taken = 0, 0
@@ -138,13 +138,13 @@ def moved_axes(before: Sequence[int], after: Sequence[int], axes: Axes) -> tuple
         ]
         if not candidates:
             return None
-        # One that keeps its extent; else of several, where axes of extent 1 are about, the longest.
+        # Prefer one that keeps its extent; else, among several due to axes of extent 1, the longest.
         found[axis], taken, free = max(candidates, key=lambda c: (c[0].result == c[0].size, c[0].result))
     return found[axes[0]], found[axes[1]]
 
 
 def _group(before: Sequence[int], after: Sequence[int], axis: int, place: int) -> list[tuple[int, int]]:
-    """Where the group that begins at ``axis`` and ``place`` ends before and after: one pair, or none."""
+    """The ends, before and after, of the group that begins at ``axis`` and ``place``: one pair, or none."""
     stop, end = axis + 1, place + 1
     held, holds = before[axis], after[place]
     while held != holds:
@@ -211,7 +211,7 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 
 def _joined_to_nothing(tracer: Tracer, call: Call, refs: list[Ref]) -> Any:
-    """What a call joins besides tensors of shape (0,), by which lists are begun: they count for the dtype."""
+    """A concat without operands of shape (0,), with which lists begin; these count for the dtype alone."""
     dtype = tracer.fake(call).dtype
     joined = concatenate(tracer, call.replaced("tensors", refs))
     if isinstance(joined, NotStreamable) or tracer.spec(joined).dtype == dtype:
@@ -226,7 +226,7 @@ declare(
 
 
 def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
-    """A global value among maps, as a map."""
+    """A global value that is joined with maps, as a map."""
     if tracer.axes(ref) is not None:
         return ref
     axes = next(axes for other in refs if (axes := tracer.axes(other)) is not None)
@@ -324,7 +324,7 @@ def flip(tracer: Tracer, call: Call) -> Ref:
 
 @rule(aten.unfold.default)
 def unfold(tracer: Tracer, call: Call) -> Ref:
-    """Windows along an axis, each along a last axis of the result."""
+    """``Tensor.unfold``: windows along an axis, each along a new last axis."""
     ref, dim, size, step = call.bind("self", "dimension", "size", "step")
     axes = _axes(tracer, ref)
     dim = dim % len(tracer.spec(ref).shape)
@@ -335,7 +335,7 @@ def unfold(tracer: Tracer, call: Call) -> Ref:
 
 @rule(aten.channel_shuffle.default, aten.repeat.default, aten.repeat_interleave.self_int)
 def rearrange_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Channels in another order or more than once."""
+    """Channels in another order, or repeated."""
     ref = call.args[0]
     axes, ndim = _axes(tracer, ref), len(tracer.spec(ref).shape)
     if call.target is aten.channel_shuffle.default and 1 in axes:
@@ -353,7 +353,7 @@ def rearrange_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 @rule(aten.index.Tensor)
 def index_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Entries that a tensor names, of one axis that is not spatial: ``x[:, order]``."""
+    """Entries of one axis that is not spatial, by a tensor of indices: ``x[:, order]``."""
     ref, indices = call.bind("self", "indices")
     places = [place for place, index in enumerate(indices) if index is not None]
     if tracer.axes(ref) is None or any(tracer.axes(indices[place]) is not None for place in places):
@@ -367,7 +367,7 @@ def index_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     return tracer.local(call.target, call.args, like=like, axes=(rows, cols), accesses=accesses)
 
 
-# Backward entries are added up in place of copies: in order, and into zeros.
+# Backward, entries are added into zeros, in order.
 declare(aten.index, cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=NOTHING))
 
 

@@ -1,11 +1,12 @@
-"""Batch norm by the statistics of several processes' images, as ``torch.nn.SyncBatchNorm`` has it.
+"""Batch norm with the statistics of several processes' images, as ``torch.nn.SyncBatchNorm`` has it.
 
-A process works out the moments of its own images as for any batch norm, in tiles; then the processes tell
-each other theirs. That is an operator on a few values, and the rest of the norm is local as ever. Processes
-may have images of different sizes and so other plans, but have to meet in one order: each of these operators
-takes a value that the one before has given, so that no plan carries them out in another. It has no gradient:
-a norm whose result has none gives its parameters none. Backward they meet in the opposite order, since levels
-are visited from the last to the first and autograd visits what was computed later first.
+Each process computes the moments of its own images in tiles, as for any batch norm; then the processes
+exchange them. The exchange is an operator on a few values, and the rest of the norm is local as ever.
+Processes may have images of different sizes and so different plans, but must make all exchanges in one order.
+So each exchange takes a value that the one before has returned, and no plan can change the order. That value
+has no gradient, so a norm whose result has none gives none to its parameters. Backward, exchanges run in the
+opposite order, since levels are visited from the last to the first, and autograd visits values computed later
+first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SCHEMA = (
 
 
 def _group(name: str) -> Any:
-    """The process group of a name, as PyTorch's own functional collectives find it."""
+    """The process group of this name, as PyTorch's functional collectives find it."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
@@ -38,19 +39,19 @@ def _group(name: str) -> Any:
 def shared_moments(
     mean: Tensor, variance: Tensor, count: int, group: str, after: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) of all processes' values, given those of this one's ``count`` ones.
+    """Mean and biased variance (C,) over all processes' values, given this process's over ``count`` values.
 
     Parameters
     ----------
     group
-        Name of the process group; every process of it has to call this as often.
-    after
-        The last result of the call that this one follows.
+        Name of the process group; all its processes have to call this equally often.
+        after
+            The last result of the previous call, which fixes the order.
 
     Returns
     -------
     tuple
-        Mean, variance, the number of values behind each as float64 (), and what the next call follows.
+        Mean, variance, the number of values behind each as float64 (), and ``after`` for the next call.
     """
     processes = _group(group)
     own = torch.cat([mean.new_full((1,), count, dtype=torch.float64), mean.double(), variance.double()])
@@ -87,7 +88,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _gradient(
     ctx: Any, grad_mean: Tensor, grad_variance: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of all processes, and of them this one's share by the number of its values."""
+    """Sum the gradients of all processes, and take this process's share, by its number of values."""
     mean, together, total = ctx.saved_tensors
     everyone = torch.stack([grad_mean.double(), grad_variance.double()])
     dist.all_reduce(everyone, group=_group(ctx.group))
@@ -107,7 +108,7 @@ def _on_whole(
     group: str,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The norm of whole values (N, C, ...); with it what `shared_moments` gives."""
+    """The norm of whole values (N, C, ...), and the results of `shared_moments`."""
     dims = [0, *range(2, input.dim())]
     dtype = statistics_dtype(input.dtype)
     variance, mean = torch.var_mean(input.to(dtype), dims, correction=0)
@@ -124,7 +125,7 @@ SYNCHRONISED = torch.ops.streamcnn.synchronised_batch_norm.default
 """``(result, mean, variance, count, after)`` of a map or any values (N, C, ...); see `shared_moments`."""
 SHARED = torch.ops.streamcnn.shared_moments.default
 AFTER = 4
-"""Which of these results it is that the next call follows."""
+"""Index among these results of ``after`` for the next call."""
 
 
 declare(SYNCHRONISED, SHARED, cost=Cost(meets_others=True))
@@ -132,7 +133,7 @@ declare(SYNCHRONISED, SHARED, cost=Cost(meets_others=True))
 
 @rule(SYNCHRONISED)
 def synchronised_batch_norm(tracer: Tracer, call: Call) -> Any:
-    """Batch norm by what the processes of a group have together."""
+    """Batch norm with the statistics of all processes of a group."""
     ref, weight, bias, eps, group, after = call.bind("input", "weight", "bias", "eps", "group", "after")
     if not is_of_images(tracer, ref):
         return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
@@ -145,7 +146,7 @@ def synchronised_batch_norm(tracer: Tracer, call: Call) -> Any:
 
 
 def normalised_together(norm: nn.SyncBatchNorm, input: Tensor, group: str) -> Tensor:
-    """What ``norm`` gives in train mode, its running statistics moved."""
+    """The result of ``norm`` in train mode; its running statistics are updated."""
     normalise = torch.ops.streamcnn.synchronised_batch_norm
     result: Tensor
     result, mean, variance, count, _ = normalise(input, norm.weight, norm.bias, norm.eps, group)
@@ -163,4 +164,4 @@ def normalised_together(norm: nn.SyncBatchNorm, input: Tensor, group: str) -> Te
 
 
 SAMPLES: tuple[Sample, ...] = ()
-"""A sample runs in one process, and it takes several to share anything."""
+"""None, since a sample runs in one process."""

@@ -1,7 +1,7 @@
-"""Blocks of a map as columns, ``F.unfold``, and maps that such columns are summed up to, ``F.fold``.
+"""Blocks of a map as columns (``F.unfold``), and sums of blocks as a map (``F.fold``).
 
-The code sees the blocks' positions as one axis (what is here is recorded by
-:mod:`streamcnn.capture.lowering.folded_images`).
+The code sees the blocks' positions as one axis, so :mod:`streamcnn.capture.lowering.folded_images` calls the
+functions here that record nodes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ aten = torch.ops.aten
 
 @rule(aten.im2col.default)
 def blocks(tracer: Tracer, call: Call) -> NotStreamable:
-    """Blocks (N, C * kh * kw, L), whose positions are always merged."""
+    """Refuse ``unfold`` to blocks (N, C * kh * kw, L), whose positions are always merged."""
     return NotStreamable("it is not applied to a map of shape (N, C, H, W)")
 
 
 @rule(aten.col2im.default)
 def sum_of_blocks(tracer: Tracer, call: Call) -> NotStreamable:
-    """A map (N, C, H, W) from blocks, whose positions are always merged."""
+    """Refuse ``fold`` of blocks to a map (N, C, H, W): their positions are always merged."""
     return NotStreamable("it is not applied to images or tokens")
 
 
 def record_blocks(tracer: Tracer, call: Call, ref: Ref) -> Ref:
-    """Record blocks as a map (N, C * kh * kw, rows, cols), of a map ``ref`` (N, C, H, W)."""
+    """Record the blocks of a map ``ref`` (N, C, H, W) as a map (N, C * kh * kw, rows, cols)."""
     kernel, stride, padding, dilation = _windows(call)
     rows, cols = (Sliding(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True))
     spec = tracer.spec(ref)
@@ -50,7 +50,7 @@ def record_blocks(tracer: Tracer, call: Call, ref: Ref) -> Ref:
 
 
 def record_sum_of_blocks(tracer: Tracer, call: Call, ref: Ref) -> Ref | NotStreamable:
-    """Record the map that blocks sum up to; they are a map ``ref`` (N, C * kh * kw, rows, cols)."""
+    """Record the sum of blocks ``ref`` (N, C * kh * kw, rows, cols) as a map (N, C, H, W)."""
     windows, (size,) = _windows(call), call.bind("output_size")
     kernel, stride, padding, dilation = windows
     spec = tracer.spec(ref)
@@ -77,7 +77,7 @@ def _windows(call: Call) -> tuple[Pair, Pair, Pair, Pair]:
 
 
 def _num_blocks(size: Sequence[int], *windows: Pair) -> Pair:
-    """Rows and columns of blocks, of a map of ``size``."""
+    """Numbers of rows and columns of blocks in a map of ``size``."""
     rows, cols = (
         (extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in zip(size, *windows, strict=True)
     )
@@ -102,7 +102,7 @@ def summed_blocks(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tens
 declare(
     blocks_of,
     summed_blocks,
-    # The operand in one piece; backward the gradient of the result.
+    # A dense copy of the operand; backward of the result's gradient.
     cost=Cost(
         operations=elements,
         workspace=lambda nbytes: nbytes.operands,

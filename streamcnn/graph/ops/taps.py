@@ -1,4 +1,4 @@
-"""Which positions resampling reads along an axis, and with what weights, by ATen's formulas."""
+"""Taps: the positions that resampling reads along an axis, and their weights, by ATen's formulas."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Places = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """What every position of a result reads along one axis: as many positions each."""
+    """The positions that each position of a result reads along one axis, equally many for all."""
 
     sources: tuple[Places, ...]
-    """Of each tap, the position that each result reads."""
+    """For each tap, the position that each result reads."""
     weights: tuple[tuple[float, ...], ...] | None = None
-    """Of each tap, its weight in each result; ``None`` where a value is taken as it is."""
+    """For each tap, its weight in each result; ``None`` if values are taken as they are."""
     counts: tuple[int, ...] | None = None
-    """How many of the taps each result has, the others being in no sum; ``None`` where it has all.
+    """The number of taps that each result has, others being left out; ``None`` if each has all.
 
     A weight of zero is not enough: with an infinite value it makes NaN.
     """
 
     def missing(self, tap: int, results: slice) -> list[bool] | None:
-        """Which of the results lack a tap; ``None`` where none does."""
+        """For each of ``results``, whether it lacks a tap; ``None`` if none does."""
         lacks = [] if self.counts is None else [count <= tap for count in self.counts[results]]
         return lacks if any(lacks) else None
 
     @property
     def access(self) -> Gathered:
-        """The positions from the first tap's to the last's."""
+        """The access to all positions from the smallest to the largest of the taps."""
         return Gathered(tuple(map(min, *self._twice)), tuple(map(max, *self._twice)))
 
     @property
     def _twice(self) -> tuple[Places, ...]:
-        """The sources, more than one, as ``min`` and ``max`` want them."""
+        """The sources, and the first again, since ``min`` and ``max`` need at least two."""
         return (*self.sources, self.sources[0])
 
 
@@ -53,18 +53,18 @@ def nearest_taps(
     centred: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Taps | None:
-    """Those of the nearest neighbour; ``None`` where ATen's kernels do not agree on them.
+    """The taps of the nearest neighbour; ``None`` where ATen's kernels disagree.
 
-    It has two, chosen by extents and memory format, and its gradients are those of the first: by places in
-    float32, without regard to a factor that comes with an extent which is kept or doubled, and by places in
-    the map's own precision.
+    ATen has two kernels, chosen by extents and memory format; gradients follow the first. The first computes
+    positions in float32, and ignores a scale factor if an extent is kept or doubled. The second computes them
+    in the map's dtype.
 
     Parameters
     ----------
     centred
-        Whether places are those of the positions' centres, as "nearest-exact" has it.
-    dtype
-        That of the map.
+        Whether positions are compared by their centres, as in "nearest-exact".
+        dtype
+            The map's dtype.
     """
     picked = _nearest(num_out, size, scale, centred, np.float32)
     if not centred and num_out in (size, 2 * size) and (picked != np.arange(num_out) * size // num_out).any():
@@ -77,19 +77,19 @@ def nearest_taps(
 def _nearest(
     num_out: int, size: int, scale: float | None, centred: bool, dtype: npt.DTypeLike
 ) -> npt.NDArray[np.int64]:
-    """The positions that are nearest, worked out in ``dtype`` step by step as ATen does."""
+    """The nearest positions, computed in ``dtype`` step by step as in ATen."""
     extents = np.array([size, num_out]).astype(dtype)
     step = np.array(1 / scale).astype(dtype) if scale is not None and scale > 0 else extents[0] / extents[1]
     places = (np.arange(num_out).astype(dtype) + np.array(0.5 if centred else 0.0).astype(dtype)) * step
-    # ATen rounds to float32 what it takes the floor of.
+    # ATen rounds to float32 before taking the floor.
     picked: npt.NDArray[np.int64] = np.floor(places.astype(np.float32)).astype(np.int64)
     return np.minimum(picked, size - 1)
 
 
 def bilinear_taps(num_out: int, size: int, scale: float | None, align_corners: bool) -> Taps:
-    """Those of linear interpolation between two neighbours."""
+    """The taps of linear interpolation between two neighbours."""
     if num_out == size:
-        # ATen then takes no account of a scale factor that is handed to it, and of no neighbour.
+        # ATen then ignores scale factor and neighbours.
         kept = tuple(range(size))
         return Taps((kept, kept), ((1.0,) * size, (0.0,) * size))
     places = [max(place, 0.0) for place in _places(num_out, size, scale, align_corners)]
@@ -100,7 +100,7 @@ def bilinear_taps(num_out: int, size: int, scale: float | None, align_corners: b
 
 
 def bicubic_taps(num_out: int, size: int, scale: float | None, align_corners: bool) -> Taps:
-    """Those of cubic convolution (Keys 1981, a = -0.75) over four neighbours."""
+    """The taps of cubic convolution (Keys 1981, a = -0.75) over four neighbours."""
     places = _places(num_out, size, scale, align_corners)
     middle = [min(math.floor(place), size - 1) for place in places]
     rests = [min(max(place - floor, 0.0), 1.0) for place, floor in zip(places, middle, strict=True)]
@@ -111,13 +111,13 @@ def bicubic_taps(num_out: int, size: int, scale: float | None, align_corners: bo
 
 
 def _places(num_out: int, size: int, scale: float | None, align_corners: bool) -> list[float]:
-    """Where each position of the result lies in the operand."""
+    """The coordinate in the operand of each position of the result."""
     step = _step(num_out, size, scale, align_corners)
     return [index * step if align_corners else (index + 0.5) * step - 0.5 for index in range(num_out)]
 
 
 def _step(num_out: int, size: int, scale: float | None, align_corners: bool) -> float:
-    """Positions of the operand to one of the result."""
+    """The distance in the operand between neighbouring positions of the result."""
     if align_corners:
         return (size - 1) / (num_out - 1) if num_out > 1 else 0.0
     return 1 / scale if scale is not None and scale > 0 else size / num_out
@@ -136,7 +136,7 @@ def _triangle(distance: float) -> float:
 
 
 Kernel = tuple[Callable[[float], float], float]
-"""A filter, and the distance at which it ends."""
+"""A filter, and its radius."""
 TRIANGLE: Kernel = (_triangle, 1.0)
 CUBIC: Kernel = (lambda distance: _cubic(distance, -0.5), 2.0)
 
@@ -144,16 +144,16 @@ CUBIC: Kernel = (lambda distance: _cubic(distance, -0.5), 2.0)
 def antialiased_taps(
     num_out: int, size: int, scale: float | None, align_corners: bool, kernel: Kernel
 ) -> Taps:
-    """Those of a filter that is widened where the result is the coarser grid, as PIL does it."""
+    """The taps of a filter that is widened for a coarser result, as in PIL."""
     if num_out == size:
-        # ATen leaves out such an axis, and with it neighbours of weight zero, which may be infinite.
+        # ATen skips such an axis, and so does not read neighbours of weight zero, which may be infinite.
         return Taps((tuple(range(size)),))
     filtered, reach = kernel
     step = _step(num_out, size, scale, align_corners)
     widening = max(step, 1.0)
     windows, weights = [], []
     for index in range(num_out):
-        # ATen's kernel takes the step from aligned corners, but never the places.
+        # ATen's kernel takes the step from aligned corners, but not the coordinates.
         centre = step * (index + 0.5)
         first = max(int(centre - reach * widening + 0.5), 0)
         last = min(int(centre + reach * widening + 0.5), size)

@@ -1,4 +1,4 @@
-"""The largest values of a map's positions, as pooling of the few most telling ones has them."""
+"""The largest values over a map's positions, as in top-k pooling."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.reduction_types import Partials, Selection, stacked
 
 MOST = 4096
-"""Values that are found at most: each tile gives as many."""
+"""Largest number of values; each tile returns as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopPositions(Selection):
-    """The ``num_values`` largest of the last two axes, largest first, and their places in row order.
+    """The ``num_values`` largest values of the last two axes, largest first, with indices in row order.
 
-    Of equal values those at the first places are taken, so that nothing depends on the tiles; ATen takes any.
+    Among equal values the first are taken, so that the result does not depend on tiles; ATen takes any.
     """
 
     num_values: int
     nan_first: bool = True
-    """Whether NaN is larger than all, or smaller: it is the last of the smallest of a negated map, too."""
+    """Whether NaN counts as largest; if not, as smallest, for the smallest values of a negated map."""
 
     @property
     def needs_values(self) -> bool:
         return False
 
     def workspace(self, numel: int, itemsize: int) -> int:
-        # Ranks in 64 bits, three at a time, and what they are of.
+        # Three copies of 64-bit ranks, and the values.
         return numel * (27 + itemsize)
 
     def partial(self, x: Tensor, region: Region) -> Partials:
@@ -41,7 +41,7 @@ class TopPositions(Selection):
         index = _first_largest(flat, count, self.nan_first)
         rows = index // region.cols.size + region.rows.start
         places = rows * self.shape[-1] + index % region.cols.size + region.cols.start
-        # What a small tile lacks is behind all that there is.
+        # Entries that a small tile lacks come after all others.
         missing = (0, self.num_values - count)
         return self._ordered(
             torch.nn.functional.pad(flat.gather(-1, index).double(), missing, value=-math.inf),
@@ -53,11 +53,11 @@ class TopPositions(Selection):
         return self._ordered(values, places)
 
     def _ordered(self, values: Tensor, places: Tensor) -> Partials:
-        """The largest values, largest first, of equal ones those at the first places, and all places."""
+        """The largest values with their indices, largest first, and equal values by index."""
         places, order = places.sort(-1)
         values = ranked = values.gather(-1, order)
         if not self.nan_first:
-            # Behind infinite values, and before what stands for none.
+            # After infinite values, and before placeholders.
             behind = values.isnan().byte() + 2 * (places == self.nowhere).byte()
             order = behind.sort(dim=-1, stable=True).indices
             values, places = values.gather(-1, order), places.gather(-1, order)
@@ -78,7 +78,7 @@ class TopPositions(Selection):
 
 
 def _first_largest(x: Tensor, count: int, nan_first: bool) -> Tensor:
-    """Places along the last axis of so many largest values, in any order; of equal ones the first."""
+    """Indices of the ``count`` largest values along the last axis, in any order; the first of equal ones."""
     known = x if nan_first else x.nan_to_num(-math.inf, math.inf, -math.inf)
     least = known.topk(count, -1).values[..., -1:]
     del known

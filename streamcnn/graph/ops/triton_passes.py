@@ -1,10 +1,10 @@
-"""Passes over a map on a CUDA card as Triton kernels, each of which reads and writes every element once.
+"""Passes over a map on a GPU as Triton kernels, each of which reads and writes every element once.
 
-A map (N, C, h, w) whose channels lie beside each other is a matrix of positions by channels. What is summed
-over positions is summed by each program of a kernel over the positions that it walks over, and then over
-programs, always in the same order. Values are computed with in float32, or in float64 for maps of that.
+A map (N, C, h, w) in channels last is a matrix of positions by channels. Each program of a kernel sums over
+the positions that it visits; then the programs' sums are added, always in the same order. Kernels compute in
+float32, or in float64 for maps of that dtype.
 
-Importing this module imports Triton, so :mod:`streamcnn.graph.ops.channel_kernels` does it on a card alone.
+Importing this module imports Triton, so :mod:`streamcnn.graph.ops.channel_kernels` imports it only on a GPU.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from streamcnn.graph.ops.activations import IDENTITY, Activation
 
 _ELEMENTS = 2048
-"""Of a block, which a program has in registers: 16 for each of its threads."""
+"""Elements of a block, which a program holds in registers: 16 for each of its threads."""
 _CHANNELS = 64
-"""Of a block at most: so many halves are a line of the cache."""
+"""Largest number of channels of a block: so many half-precision values are a cache line."""
 _PROGRAMS = 8
-"""For each multiprocessor, where each program walks over many blocks."""
+"""Programs for each multiprocessor, where each program visits many blocks."""
 _MERGED = {"PROGRAMS": 256, "CHANNELS": 8, "num_warps": 8}
 """Programs and channels of a block where moments are merged: few for each thread, whose steps wait for each
 other."""
@@ -39,13 +39,13 @@ other."""
 
 @triton.jit
 def _number(VALUE: tl.constexpr, v):
-    """A number in the type of ``v``: by itself it is a float32 where values are compared and chosen."""
+    """A number in the dtype of ``v``; alone, it is float32 where values are compared and selected."""
     return tl.full((1, 1), VALUE, v.dtype)
 
 
 @triton.jit
 def _activated(v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    # Comparisons that are false let NaN through.
+    # Comparisons with NaN are false, so NaN passes through.
     if KIND == "relu":
         v = tl.where(v <= 0, 0.0, v)
     elif KIND == "hardtanh":
@@ -62,7 +62,7 @@ def _activated(v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _differentiated(g, v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """What comes through an activation of ``v`` of a gradient ``g``."""
+    """The gradient ``g`` after the backward pass of an activation of ``v``."""
     if KIND == "relu":
         g = tl.where(v <= 0, 0.0, g)
     elif KIND == "hardtanh":
@@ -147,7 +147,7 @@ def _differentiate(
         g = _differentiated(g, v * factor + offset, KIND, LOW, HIGH)
         tl.store(result + place, (g * factor).to(result.dtype.element_ty), inside)
         total += g
-        # Of positions that are none the gradient is zero, and the value finite.
+        # Beyond the last position the gradient is zero and the value finite.
         product += g * v
     at = sums + 2 * program * channels + channel
     tl.store(at, tl.sum(total, 0)[None, :], there)
@@ -169,9 +169,9 @@ def _observe(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = channel < channels
-    # Differences from a value of the channel itself are small, and exact where they matter.
+    # Differences from one of the channel's own values are small, and exact where it matters.
     pivot = tl.load(x + (program * ROWS * channels + channel), there, 0.0).to(TYPE)
-    # Of each row of the blocks by itself, by Welford's algorithm.
+    # For each row of the blocks by itself, by Welford's algorithm.
     count = tl.zeros((ROWS, 1), TYPE)
     mean = tl.zeros((ROWS, CHANNELS), TYPE)
     deviation = tl.zeros((ROWS, CHANNELS), TYPE)
@@ -197,7 +197,7 @@ def _observe(
 def _merge(moments, mean, variance, programs, channels, PROGRAMS: tl.constexpr, CHANNELS: tl.constexpr):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = channel < channels
-    # Of each row of the blocks by itself, by the formula of Chan, Golub and LeVeque (1979).
+    # For each row of the blocks by itself, by the formula of Chan, Golub and LeVeque (1979).
     number = tl.zeros((PROGRAMS, 1), tl.float64)
     middle = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     deviation = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
@@ -234,7 +234,7 @@ def normalised(
     """``activation((x - mean) * scale + shift + summand)``, rounded once.
 
     ``x`` and ``summand`` are dense and channels_last, and the result is a new map like ``x``; per-channel
-    values (C,) are in the type that is computed in.
+    values (C,) are in the dtype of the computation.
     """
     grid, result = _Grid.of(x), torch.empty_like(x)
     with _on(x.device):
@@ -253,13 +253,13 @@ def normalised(
 def gradients(
     x: Tensor, gradient: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`normalised` without a summand hands on of a gradient, which lies as ``x`` does.
+    """The backward pass of :func:`normalised` without a summand; ``gradient`` has the layout of ``x``.
 
     Returns
     -------
     tuple of Tensor
-        The gradient of ``x``, and (C,) the sums over each channel of what comes through the activation, and
-        of that times ``x - mean``.
+        The gradient of ``x``, and for each channel (C,) the sum of the activation's input gradient, and of
+        that times ``x - mean``.
     """
     grid, result = _Grid.of(x), torch.empty_like(x)
     programs = grid.walking(x.device)
@@ -292,38 +292,38 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plus_line(total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """``total + slope * (x - mean) + offset`` in the type of ``x``, which lies as ``total`` does."""
+    """``total + slope * (x - mean) + offset`` in the dtype of ``x``; ``total`` has the layout of ``x``."""
     return normalised(x, mean, slope, offset, IDENTITY, total)
 
 
 class _Grid(NamedTuple):
-    """How a map is divided among programs."""
+    """The division of a map among programs."""
 
     rows: int
     channels: int
     blocks: tuple[int, int]
     """Blocks along positions and along channels."""
     constants: dict[str, Any]
-    """What kernels are compiled for."""
+    """The compile-time constants of kernels."""
 
     @classmethod
     def of(cls, x: Tensor) -> _Grid:
-        """Of a map (N, C, h, w)."""
+        """The grid for a map (N, C, h, w)."""
         return _grid(x.numel() // x.shape[1], x.shape[1], x.dtype)
 
     @property
     def groups(self) -> int:
-        """Channels by so many as are known to divide them."""
+        """Number of groups of ``ALIGNED`` channels."""
         aligned: int = self.constants["ALIGNED"]
         return self.channels // aligned
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that is computed in."""
+        """The dtype of the computation."""
         return torch.float64 if self.constants["TYPE"] is tl.float64 else torch.float32
 
     def walking(self, device: torch.device) -> int:
-        """Programs along positions, as many as are busy at a time, where each walks over many blocks."""
+        """Number of programs along positions that run at a time, where each visits many blocks."""
         down, across = self.blocks
         return max(1, min(down, _PROGRAMS * _multiprocessors(device) // across))
 
@@ -337,7 +337,7 @@ def _grid(rows: int, channels: int, dtype: torch.dtype) -> _Grid:
         "ALIGNED": min(16, channels & -channels),
         "ROWS": down,
         "CHANNELS": across,
-        # Said because what it is by itself changes with Triton 3.10.
+        # Explicit, since the default changes with Triton 3.10.
         "enable_fp_fusion": True,
     }
     return _Grid(rows, channels, (triton.cdiv(rows, down), triton.cdiv(channels, across)), constants)
@@ -346,7 +346,7 @@ def _grid(rows: int, channels: int, dtype: torch.dtype) -> _Grid:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        # Under Triton's interpreter, whose programs run one after the other.
+        # Under Triton's interpreter, programs run one after another.
         return 1
     found: int = torch.cuda.get_device_properties(device).multi_processor_count
     return found

@@ -1,8 +1,8 @@
 """The user's own ``autograd.Function`` on maps: streamed where it treats every position alike.
 
-Tiles that overlap see parts of a position's gradient and their results are added, so the backward
-formula must be linear in the gradient as well as pointwise: a gradient reversal or a straight-through
-estimator is, a clipped gradient is not. Whatever is not certain runs on whole maps.
+Overlapping tiles each get a part of a position's gradient, and their results are added. So the backward
+formula must be pointwise and linear in the gradient: a gradient reversal or a straight-through estimator is,
+a clipped gradient is not. Functions of which this is not certain run on whole maps.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from streamcnn.graph.whole import GradientHook, OnlyResult, Whole
 aten = torch.ops.aten
 
 _SAME_SHAPE = frozenset({"alias", "clone", "detach", "expand", "view", "_unsafe_view", "_to_copy", "view_as"})
-"""Operators that are the identity of positions where they keep the shape."""
+"""Operators that leave every position alone if they keep the shape."""
 _ADDING = frozenset({"add", "sub", "neg"})
 
 
 # The user's own code may print, count or look at values.
 declare(Whole, GradientHook, cost=Cost(is_opaque=True))
-# What it does is worked out operator by operator.
+# It computes operator by operator.
 declare(OnlyResult, cost=Cost(workspace=lambda nbytes: 2 * nbytes.result))
 
 
 @rule(Whole)
 def user_function(tracer: Tracer, call: Call) -> Any:
-    """A function with one result and bodies that are pointwise, and linear backwards."""
+    """A Function with one result whose passes are pointwise, the backward pass linear in the gradient."""
     whole = call.target
     assert isinstance(whole, Whole)
     if whole.name != "autograd_function_apply" or len(whole.bodies) != 2:
@@ -57,7 +57,7 @@ def user_function(tracer: Tracer, call: Call) -> Any:
 
 
 def _why_not_local(tracer: Tracer, call: Call, whole: Whole, like: Tensor) -> str | None:
-    """Why the function cannot run tile by tile, if it cannot."""
+    """The reason why the function cannot run tile by tile; None if it can."""
     forward, backward = whole.bodies
     if any(_names_a_shape(body) for body in whole.bodies):
         return "its code names the shape of a map"
@@ -74,7 +74,7 @@ def _why_not_local(tracer: Tracer, call: Call, whole: Whole, like: Tensor) -> st
 def _why_not_linear(
     forward: GraphModule, backward: GraphModule, inputs: list[Tensor], like: Tensor
 ) -> str | None:
-    """Why it is not certain that both bodies are pointwise, and the second one linear in the gradient."""
+    """The reason to doubt that both bodies are pointwise and the second linear in the gradient, if any."""
     traced = _traced(forward, inputs)
     if not _is_pointwise(traced, like.shape):
         return "its forward pass is not pointwise"
@@ -86,7 +86,7 @@ def _why_not_linear(
 
 
 def _names_a_shape(body: GraphModule) -> bool:
-    """Whether a call has several numbers for an argument, as shapes are given."""
+    """Whether a call has an argument of several numbers, which may be a shape."""
     arguments = (each for node in body.graph.nodes for each in (*node.args, *node.kwargs.values()))
     return any(
         isinstance(each, (tuple, list)) and len(each) > 1 and all(isinstance(item, int) for item in each)
@@ -114,9 +114,9 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
 
 
 def _is_linear(traced: GraphModule) -> bool:
-    """Whether every result is a multiple of the first input.
+    """Whether every result is linear in the first input.
 
-    One that does not depend on it would be added by each of the tiles that overlap.
+    A term that does not depend on it would be added once by each overlapping tile.
     """
     nodes = list(traced.graph.nodes)
     linear: dict[FxNode, bool] = {nodes[0]: True}

@@ -1,4 +1,4 @@
-"""Where the largest values of many windows of a map lie, found along one axis after the other."""
+"""Positions of the largest values in many windows of a map, found along one axis after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamcnn.graph.fakes import is_fake
 from streamcnn.graph.ops.constants import numbers
 
 _BAND = 2**18
-"""Elements that are looked at together: what that takes beside the results is 20 bytes for each."""
+"""Elements that are compared at once, which takes 20 bytes for each besides the results."""
 
 
 def largest_in(
@@ -20,10 +20,10 @@ def largest_in(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The largest value of each window of ``x`` (..., h, w), and its row and column in ``x``.
 
-    A window is one of ``rows`` by one of ``cols``. Of several equal values it is the first in row order, and
-    NaN is larger than all. Work grows with the positions in all windows, not with their number.
+    A window is one of ``rows`` by one of ``cols``. Among equal values the first in row order is taken; NaN
+    counts as largest. The work grows with the windows' total positions, not with their number.
     """
-    # In each row the first column, and then the first row.
+    # The first column in each row, and then the first row.
     values, col = _largest_along(x.detach(), -1, cols)
     values, row = _largest_along(values, -2, rows)
     row = row.long()
@@ -31,9 +31,9 @@ def largest_in(
 
 
 def _largest_along(x: Tensor, dim: int, windows: Sequence[Interval]) -> tuple[Tensor, Tensor]:
-    """The largest value of each window along an axis, the first of equal ones, and its position there.
+    """The largest value of each window along an axis, the first among equal ones, and its position.
 
-    There may be as many results as values, and budgets leave room for two copies of those.
+    There may be as many results as values, and the declared workspace has room for two copies of those.
     """
     longest = max(window.size for window in windows)
     kind = torch.int16 if x.shape[dim] < 2**15 else torch.int32
@@ -59,24 +59,24 @@ def _largest_along(x: Tensor, dim: int, windows: Sequence[Interval]) -> tuple[Te
 def _bands(x: Tensor, dim: int) -> Iterator[tuple[int, int]]:
     """Start and extent of each part of an axis with about `_BAND` elements."""
     whole = x.shape[dim]
-    # What is traced is one part, whose operators are fused or not carried out.
+    # A trace gets one part, whose operators are fused or never run.
     step = whole if is_fake(x) or x.is_meta else max(1, _BAND * whole // max(1, x.numel()))
     for start in range(0, whole, step):
         yield start, min(step, whole - start)
 
 
 def _fill(values: Tensor, places: Tensor, x: Tensor, dim: int, positions: Sequence[Tensor]) -> None:
-    """Write the largest values of all windows at once, and where they are along an axis.
+    """Write the largest values of all windows, and their positions along an axis.
 
-    ``positions`` are the first of all windows, the second of all and so on; shorter windows look at their
-    last position again.
+    ``positions`` are the first positions of all windows, the second ones, and so on; shorter windows repeat
+    their last position.
     """
     shape = (-1,) if dim == -1 else (-1, 1)
     values.copy_(x.index_select(dim, positions[0]))
     places.copy_(positions[0].view(shape))
     for each in positions[1:]:
         found = x.index_select(dim, each)
-        # True where either is NaN, and what was found first stays.
+        # The first is true where either is NaN; a NaN that was found first stays.
         better = (found <= values).logical_not_().logical_and_(values == values)
         places.copy_(torch.where(better, each.to(places.dtype).view(shape), places))
         torch.maximum(values, found, out=values)

@@ -1,7 +1,7 @@
-"""Reductions to a few windows of a map: adaptive pooling to so few positions that each reads much of it.
+"""Reductions over a few windows of a map: adaptive pooling to so few positions that each reads much of it.
 
-A tile gives what it has of each window that it meets, whatever its own place and extents. So the map need not
-be cut at the windows, and a window may be larger than any tile.
+A tile contributes to each window that it overlaps, whatever its own place and extents. So tiles need not
+follow the windows, and a window may be larger than any tile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from streamcnn.graph.ops.reduction_types import (
 from streamcnn.graph.ops.window_places import largest_in
 
 Windows = tuple[Adaptive, Adaptive]
-"""Those of the rows and of the columns, the map's last two axes."""
+"""The windows along rows and along columns, the map's last two axes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class WindowMeans(Reduction):
         return spread
 
     def _divided(self, sums: Tensor) -> Tensor:
-        """Values of every window over its positions: by its rows and then by its columns, as in ATen."""
+        """Divide each window's value by its number of rows and then of columns, as in ATen."""
         rows, cols = (numbers(window_sizes(axis), sums.dtype, beside=sums) for axis in self.windows)
         return sums / rows[:, None] / cols
 
@@ -81,7 +81,7 @@ def window_sizes(windows: Adaptive) -> list[int]:
 
 
 def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
-    """Sums over each window along ``dim``, of which ``x`` has ``positions``: zero where it has none."""
+    """Sums over each window along ``dim`` of ``x``, which covers ``positions``; zero where it has none."""
     met = windows.readers(positions)
     if not _is_kept(windows):
         parts = (part for _, part in _met(windows, positions))
@@ -91,7 +91,7 @@ def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor
 
 
 def _met(windows: Adaptive, positions: Interval) -> list[tuple[int, Interval]]:
-    """The windows that hold any of ``positions``, and which of those, counted from the first."""
+    """The windows that overlap ``positions``, each with the overlap, counted from the first position."""
     met = windows.readers(positions)
     held = (windows.window(Interval(i, i + 1)).intersect(positions) for i in range(met.start, met.stop))
     return [(index, part.shift(-positions.start)) for index, part in enumerate(held, met.start)]
@@ -103,7 +103,7 @@ def _is_kept(windows: Adaptive) -> bool:
 
 
 def _spread(gradient: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor:
-    """The gradients of all windows along ``dim``, added up at each of ``positions``."""
+    """The sum, at each of ``positions`` along ``dim``, of the gradients of its windows."""
     if _is_kept(windows):
         return gradient.narrow(dim, positions.start, positions.size)
     spread = gradient.new_zeros(_with_extent(gradient.shape, dim, positions.size))
@@ -118,7 +118,7 @@ def _with_extent(shape: Sequence[int], dim: int, extent: int) -> tuple[int, ...]
 
 
 def _smallest(values: Tensor) -> Tensor:
-    """The smallest of whole numbers along the first axis; on a CPU ``amin`` takes a hundred times as long."""
+    """The smallest of integers along the first axis; on a CPU ``amin`` takes a hundred times as long."""
     while len(values) > 1:
         half = (len(values) + 1) // 2
         values = torch.minimum(values[:half], values[-half:])
@@ -127,15 +127,15 @@ def _smallest(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class WindowMaxima(Selection):
-    """The largest value of each window and its place in the whole map, counted in row order.
+    """The largest value of each window, and its index in the whole map in row order.
 
-    The gradient goes to the first of several equal ones, as in ATen's pooling.
+    Among equal values the gradient goes to the first, as in ATen's pooling.
     """
 
     windows: Windows
 
     def workspace(self, numel: int, itemsize: int) -> int:
-        # A window may be nearly all of the tile: which of its values is the largest, in a byte for each.
+        # A window may cover most of the tile: a byte for each value, whether it is the largest.
         return numel * (1 + 2 * itemsize)
 
     @property
@@ -154,7 +154,7 @@ class WindowMaxima(Selection):
         return (best, places)
 
     def _met(self, region: Region) -> tuple[Any, ...]:
-        """The windows that a tile meets, as an index."""
+        """The index that selects the windows a tile overlaps."""
         each = (axis.readers(positions) for axis, positions in zip(self.windows, region, strict=True))
         return (..., *(slice(met.start, met.stop) for met in each))
 

@@ -1,4 +1,4 @@
-"""Functional forms of assignments: a map with part of it, or all of it, replaced by other values."""
+"""Functional forms of assignments: a map with some or all of its values replaced."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ aten = torch.ops.aten
 
 @rule(aten.copy.default, without_maps=True)
 def copy(tracer: Tracer, call: Call) -> Any:
-    """Every value replaced by another; only shape and dtype of the first operand remain.
+    """``copy``: all values replaced; only shape and dtype of the first operand matter.
 
-    ATen's own operator has no gradient, so it is replaced among global values too.
+    ATen's own operator has no gradient, so global values do not use it either.
     """
     target, value = call.bind("self", "src")
     if tracer.axes(target) is None and tracer.axes(value) is None:
@@ -41,7 +41,7 @@ declare(aten.copy, cost=Cost(saves=NOTHING))
 
 @rule(aten.fill.Scalar, aten.fill.Tensor, aten.zero.default)
 def fill(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """One value everywhere."""
+    """``fill``: one value everywhere."""
     if any(tracer.axes(ref) is not None for ref in call.args[1:] if isinstance(ref, Ref)):
         return NotStreamable("it fills with a value that is a map")
     result: Ref | NotStreamable = pointwise(tracer, call)
@@ -96,7 +96,7 @@ def _with_one(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 def _replaced(
     tracer: Tracer, into: Ref, part: Ref, axes: Axes, place: tuple[int, int, int, int]
 ) -> Ref | NotStreamable:
-    """``into`` with the entries that ``place`` (axis, first, step, how many) names replaced by ``part``."""
+    """``into`` with the entries at ``place`` (axis, first, step, count) replaced by ``part``."""
     into, part = (tracer.promote(r, axes) if tracer.axes(r) is None else r for r in (into, part))
     if not tracer.axes(into) == tracer.axes(part) == axes:
         return NotStreamable("its operands have their spatial axes at different places")
@@ -126,7 +126,7 @@ def _replaced(
 def written(
     part: Tensor, into: Tensor, dim: int, side: int, first: int, step: int, *, out: Region, origin: Region
 ) -> Tensor:
-    """``into``, which covers ``out``, with the positions that ``part``, which covers ``origin``, replaces."""
+    """``into``, which covers ``out``, with positions replaced by ``part``, which covers ``origin``."""
     wanted, at_hand = out[side], origin[side]
     start = max(at_hand.start, -((first - wanted.start) // step))
     stop = min(at_hand.stop, (wanted.stop - 1 - first) // step + 1)
@@ -137,7 +137,7 @@ def written(
     return slice_replaced(into, inside, dim, begin, begin + (stop - start - 1) * step + 1, step)
 
 
-# What replaces, where it is not all that is at hand, and its gradient.
+# The values written, if they are not all of ``part``, and their gradient.
 declare(written, cost=Cost(workspace=lambda nbytes: nbytes.operands, saves=NOTHING))
 
 
