@@ -1,4 +1,4 @@
-"""Losses of overlap for segmentation, which stream: all that they know of a map are sums over space.
+"""Dice and Tversky losses for segmentation, which stream, since they are functions of sums over space.
 
 Names, arguments and values are those of segmentation-models-pytorch's losses.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 Mode = Literal["binary", "multiclass", "multilabel"]
 _MODES = ("binary", "multiclass", "multilabel")
 _SPACE = (0, 2, 3)
-"""The axes of (N, C, H, W) that a class's overlap is summed over."""
+"""The axes of (N, C, H, W) over which a class's overlap is summed."""
 
 
 def dice_loss(
@@ -37,28 +37,28 @@ def dice_loss(
     y_pred
         Scores (N, C, H, W), one channel in mode ``"binary"``.
     y_true
-        Classes (N, H, W) in mode ``"multiclass"``; else zeros and ones (N, C, H, W), in mode ``"binary"``
-        (N, H, W) too.
+        Integer classes (N, H, W) in mode ``"multiclass"``; otherwise zeros and ones (N, C, H, W), which in
+        mode ``"binary"`` may also be (N, H, W).
     mode
-        ``"multiclass"`` for classes that exclude each other; ``"multilabel"`` and ``"binary"`` where each
-        channel is a question of its own.
+        ``"multiclass"`` for classes that exclude each other; ``"multilabel"`` and ``"binary"`` for channels
+        that are independent of each other.
     classes
-        Those that count; ``None`` for all. A class that no pixel has counts as 0.
+        The classes that count; ``None`` for all. The loss of a class that no pixel has is 0.
     log_loss
-        Whether a class's loss is the negative logarithm of its coefficient.
+        Whether a class's loss is the negative logarithm of its coefficient, instead of one minus it.
     from_logits
-        Whether scores are logits; else they are probabilities.
+        Whether scores are logits, rather than probabilities.
     smooth
-        What is added to intersection and cardinality.
+        Added to the intersection and the cardinality.
     ignore_index
-        Value of pixels that do not count.
+        Value of pixels to ignore.
     eps
-        The least that is divided by, and the least whose logarithm is taken.
+        Lower bound of the divisor, and of the coefficient whose logarithm is taken.
 
     Raises
     ------
     ValueError
-        If ``mode`` or a shape is none of these.
+        If ``mode`` or a shape is not allowed.
     """
     chances, truth = _compared(y_pred, y_true, mode, from_logits, ignore_index)
     both = (chances * truth).sum(_SPACE)
@@ -84,14 +84,14 @@ def tversky_loss(
 ) -> Tensor:
     """One minus the Tversky index of each class over the whole batch, averaged: a scalar.
 
-    ``alpha`` and ``beta`` are the weights of false positives and false negatives, and ``gamma`` is the power
-    that is taken of the mean (focal Tversky loss). The rest is as for :func:`dice_loss`, which it is with the
-    defaults.
+    ``alpha`` and ``beta`` are the weights of false positives and false negatives. The mean is raised to the
+    power ``gamma`` (focal Tversky loss). Other parameters are as for :func:`dice_loss`, which this is with
+    the defaults.
 
     Raises
     ------
     ValueError
-        If ``mode`` or a shape is none of those that are allowed.
+        If ``mode`` or a shape is not allowed.
     """
     chances, truth = _compared(y_pred, y_true, mode, from_logits, ignore_index)
     both = (chances * truth).sum(_SPACE)
@@ -105,7 +105,7 @@ def tversky_loss(
 def _compared(
     y_pred: Tensor, y_true: Tensor, mode: Mode, from_logits: bool, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities and truth (N, C, H, W), both 0 at pixels that are ignored."""
+    """Probabilities and truth (N, C, H, W), both 0 at ignored pixels."""
     if mode not in _MODES:
         raise ValueError(f"mode={mode!r}: allowed are {', '.join(map(repr, _MODES))}")
     num_classes = y_pred.shape[1]

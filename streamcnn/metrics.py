@@ -1,4 +1,4 @@
-"""How well maps of classes fit their masks: sums over space, so that they stream like a loss."""
+"""Scores of segmentations, as functions of sums over space, which stream like a loss."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def class_overlaps(y_pred: Tensor, y_true: Tensor, *, ignore_index: int | None = None) -> Tensor:
-    """Pixels of each class in prediction and truth, in the prediction, and in the truth: (3, C) int64.
+    """Count each class's pixels in prediction and truth, in the prediction, in the truth: (3, C) int64.
 
-    It is a function for ``StreamingModel.streamed_loss``, and its results of several images add up.
+    Pass it to ``StreamingModel.streamed_loss``; results of several images may be added.
 
     Parameters
     ----------
     y_pred
-        Scores (N, C, H, W), of which the largest is taken; of one channel, positive ones are class 1 of two.
+        Scores (N, C, H, W): the largest gives the class. With one channel, positive scores are class 1.
     y_true
         Classes (N, H, W).
     ignore_index
-        Class of pixels that do not count.
+        Class of pixels to ignore.
     """
     num_classes = max(y_pred.shape[1], 2)
     found = (y_pred[:, 0] > 0).long() if y_pred.shape[1] == 1 else y_pred.argmax(1)
@@ -35,10 +35,10 @@ def class_overlaps(y_pred: Tensor, y_true: Tensor, *, ignore_index: int | None =
 
 @dataclass(frozen=True, slots=True)
 class SegmentationScore:
-    """What sums of :func:`class_overlaps` say; nan for classes that are neither predicted nor there."""
+    """Scores from sums of :func:`class_overlaps`; NaN for classes in neither prediction nor truth."""
 
     overlaps: Tensor
-    """(3, C): of all images together."""
+    """(3, C) int64: the sum over all images."""
 
     def __add__(self, other: Self) -> SegmentationScore:
         return SegmentationScore(self.overlaps + other.overlaps)
@@ -57,16 +57,16 @@ class SegmentationScore:
 
     @property
     def mean_iou(self) -> float:
-        """Mean of the classes that are predicted or there."""
+        """Mean over the classes that are in prediction or truth."""
         return float(self.iou.nanmean())
 
     @property
     def mean_dice(self) -> float:
-        """Mean of the classes that are predicted or there."""
+        """Mean over the classes that are in prediction or truth."""
         return float(self.dice.nanmean())
 
     @property
     def accuracy(self) -> float:
-        """Share of the pixels that count whose class is found."""
+        """Share of the pixels, without ignored ones, whose class is predicted correctly."""
         both, _, true = self.overlaps.double().sum(1)
         return float(both / true)

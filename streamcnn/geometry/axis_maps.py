@@ -7,9 +7,9 @@ Each class answers two questions about a half-open interval of output positions:
 ``required_each(out, size)``
     the part of that window inside an input of ``size`` positions, at least one position long.
 
-The window decides what is padding; whether a tile is "the first one" never does. The rule itself,
-``bounds``, is arithmetic that holds for one interval and for arrays of them alike, so that planning can ask
-for all tiles of an axis at once.
+Only the window decides what is padding, never whether a tile is "the first one". The rule itself, ``bounds``,
+is arithmetic that works for one interval and for arrays of intervals, so that planning can compute all tiles
+of an axis at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Span = TypeVar("Span", Interval, Intervals)
 
 
 class AxisMap(ABC):
-    """Dependence of output positions on input positions along one axis."""
+    """How output positions depend on input positions along one axis."""
 
     __slots__ = ()
 
@@ -41,7 +41,7 @@ class AxisMap(ABC):
         """The first input position that outputs ``[start, stop)`` read, and one past the last."""
 
     def window(self, out: Span) -> Span:
-        """Input positions that ``out`` reads, those outside the input being padding."""
+        """Input positions that ``out`` reads; those outside the input are padding."""
         return type(out)(*self.bounds(out.start, out.stop))
 
     def required_each(self, out: Intervals, size: int) -> Intervals:
@@ -51,7 +51,7 @@ class AxisMap(ABC):
         return Intervals(start, np.maximum(np.minimum(last, size), start + 1))
 
     def result(self, at_hand: Span, out: Span) -> Span:
-        """Output positions that the operator yields when run on ``at_hand`` without padding."""
+        """Output positions that the operator computes from inputs ``at_hand``, without padding."""
         return out
 
 
@@ -99,7 +99,7 @@ class Sliding(AxisMap):
     kernel: int = 1
     stride: int = 1
     padding: int = 0
-    """Positions of padding before the first; negative where the first positions are dropped."""
+    """Positions of padding before the first input position; negative if the first positions are dropped."""
     dilation: int = 1
 
     def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
@@ -121,7 +121,7 @@ class Transposed(AxisMap):
         reach = self.dilation * (self.kernel - 1)
         first = -(-(start + self.padding - reach) // self.stride)
         last = (stop - 1 + self.padding) // self.stride
-        # Where the kernel leaves gaps there may be no input at all.
+        # If the kernel leaves gaps, an output may read no input.
         return first, first + _positive(last + 1 - first)
 
     def result(self, at_hand: Span, out: Span) -> Span:
@@ -170,7 +170,7 @@ class Adaptive(AxisMap):
 
 @dataclass(frozen=True, slots=True)
 class Gathered(AxisMap):
-    """Each output reads listed source positions: any resampling, reflecting or repeating padding."""
+    """Each output reads given source positions: any resampling, reflecting or replicating padding."""
 
     first: tuple[int, ...]
     """Smallest source position per output position."""

@@ -38,7 +38,7 @@ class Interval:
         return Interval(min(self.start, other.start), max(self.stop, other.stop))
 
     def intersect(self, other: Interval) -> Interval:
-        """The common part; of size 0 where there is none."""
+        """The common part; an interval of size 0 if there is none."""
         start = max(self.start, other.start)
         return Interval(start, max(start, min(self.stop, other.stop)))
 
@@ -51,7 +51,7 @@ class Interval:
         return Interval(self.start + offset, self.stop + offset)
 
     def slice_in(self, outer: Interval) -> slice:
-        """The slice that cuts this interval out of an array which covers ``outer``."""
+        """The slice that crops an array which covers ``outer`` to this interval."""
         # A start before the first position would count from the end, and a stop past the last is clipped.
         assert outer.contains(self), f"{self} is not inside {outer}"
         return slice(self.start - outer.start, self.stop - outer.start)
@@ -84,7 +84,7 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Intervals:
-    """Many intervals at once, as arrays of equal length: what each tile of a row needs of one map."""
+    """Many intervals at once, as arrays of equal length, such as what each tile of an axis needs of a map."""
 
     start: Indices
     stop: Indices
@@ -105,7 +105,7 @@ class Intervals:
 
     @property
     def sizes(self) -> Indices:
-        """Number of integers in each."""
+        """Number of integers in each interval."""
         return self.stop - self.start
 
     def hull(self, other: Intervals) -> Intervals:

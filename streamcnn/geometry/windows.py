@@ -1,4 +1,4 @@
-"""Cutting a tensor that covers one region to another, and padding it where it ends."""
+"""Cropping a tensor that covers one region to another, and padding it at the map's edges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_extents(shape: tuple[int, ...], axes: Axes, extents: tuple[int, int]) -
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The memory format of ``x`` by its strides: a view cut out of a map has that of the map."""
+    """The memory format of ``x`` by its strides; a crop of a map has the map's."""
     channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -29,7 +29,7 @@ def layout(x: Tensor) -> torch.memory_format:
 def dense(x: Tensor) -> Tensor:
     """``x`` itself if its memory has no gaps, else a copy in the same order of axes.
 
-    ATen's fused kernels fall back to slow element-wise loops on a view that is cut out of a map.
+    ATen's fused kernels fall back to slow element-wise loops on a crop of a map.
     """
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
@@ -37,10 +37,10 @@ def dense(x: Tensor) -> Tensor:
 
 
 def crop(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
-    """The view of ``x``, which covers one region, on a part of it."""
+    """Crop ``x``, which covers the region ``covered``, to ``part``, as a view."""
     if covered == part:
         return x
-    # A start before the first position would count from the end.
+    # A negative start would count from the end.
     assert covered.contains(part), f"{part} is not inside {covered}"
     for axis, outer, inner in zip(axes, covered, part, strict=True):
         if outer != inner:
@@ -49,18 +49,18 @@ def crop(x: Tensor, axes: Axes, covered: Region, part: Region) -> Tensor:
 
 
 def padded(x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) -> Tensor:
-    """``x``, which covers one region, extended by ``fill`` to a window that reaches outside the map."""
+    """Pad ``x``, which covers the region ``covered``, with ``fill`` to a window that leaves the map."""
     if covered == window:
         return x
     if any(outer.intersect(inner).size == 0 for outer, inner in zip(window, covered, strict=True)):
-        # The window lies wholly in the padding: nothing of the map is in it.
+        # The whole window is padding.
         return x.new_full(with_extents(tuple(x.shape), axes, window.size), fill)
     result: Tensor = _Pad.apply(x, axes, covered, window, fill)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Pad(torch.autograd.Function):
-    """Padding that touches each position once; ATen's fills the whole result first."""
+    """Padding that writes each position once; ATen's fills the whole result first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: Axes, covered: Region, window: Region, fill: float) -> Tensor:
@@ -90,7 +90,7 @@ def _frame(outer: Region, inner: Region) -> list[Region]:
 
 
 def placed(x: Tensor, axes: Axes, covered: Region, out: Region) -> Tensor:
-    """``x``, which covers one region, cut or extended by zeros to another."""
+    """Crop ``x``, which covers the region ``covered``, or extend it with zeros, to the region ``out``."""
     kept = Region(*(a.intersect(b) for a, b in zip(covered, out, strict=True)))
     if 0 in kept.size:
         return x.new_zeros(with_extents(tuple(x.shape), axes, out.size))
