@@ -2,9 +2,9 @@
 
 Results go to standard output, errors to standard error. Exit status 0 is success, 1 a run that
 failed, 2 wrong usage, and 130, 143 and 129 are SIGINT (Ctrl-C), SIGTERM and SIGHUP. Commands import
-what they need when they run, so that ``--help`` and wrong usage answer at once, without PyTorch, and
-before they begin anything that a signal would have to clear away. This module imports next to nothing,
-so that signals are seen to first.
+what they need when they run, so that ``--help`` and wrong usage answer at once, without PyTorch. They do so
+before they begin anything that a signal would have to clean up. This module imports next to nothing,
+so that signals are set up first.
 """
 
 from typing import NoReturn
@@ -15,7 +15,7 @@ from streamcnn.support.signals import leave_to_system
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    Until a command runs and once it is done there is nothing to clear away, and signals end the process.
+    Before and after a command there is nothing to clean up, so signals end the process.
     """
     leave_to_system()
     from streamcnn.cli.command_line import run

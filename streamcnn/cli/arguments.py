@@ -1,4 +1,4 @@
-"""What the commands share: arguments, how their text is read, and the end of a command used wrongly."""
+"""Shared by the commands: arguments, parsers of their text, and the end of a command on wrong usage."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def parse_extent(text: str) -> tuple[int, int]:
     Raises
     ------
     ValueError
-        If the text is neither, or a number in it is zero.
+        If the text has another form, or a number in it is zero.
     """
     match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.strip())
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -96,17 +96,17 @@ def parse_extent(text: str) -> tuple[int, int]:
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:
-    """``"age,sex"`` as names, such as of columns."""
+    """``"age,sex"`` as a tuple of names, such as those of columns."""
     return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def parse_numbers(text: str | None) -> tuple[float, ...] | None:
-    """``"1,2.5"`` as numbers.
+    """``"1,2.5"`` as a tuple of numbers.
 
     Raises
     ------
     ValueError
-        If one is none.
+        If a part is not a number.
     """
     if text is None:
         return None
@@ -117,12 +117,12 @@ def parse_numbers(text: str | None) -> tuple[float, ...] | None:
 
 
 def parse_key_values(texts: Sequence[str] | None) -> dict[str, Any]:
-    """``["lr=0.1", "nesterov=true"]`` as values by name; a value that is no JSON is text.
+    """``["lr=0.1", "nesterov=true"]`` as values by name; a value that is not JSON is a string.
 
     Raises
     ------
     ValueError
-        If one is not of that form, or a name comes twice.
+        If a text does not have this form, or a name occurs twice.
     """
     found: dict[str, Any] = {}
     for text in texts or ():
@@ -143,7 +143,7 @@ def parse_key_values(texts: Sequence[str] | None) -> dict[str, Any]:
 def choice_of(
     series: int | None, level: int | None, channels_last: bool | None, *, otherwise: ImageChoice | None = None
 ) -> ImageChoice:
-    """What the options choose; those that are not given are as in ``otherwise``, or by default."""
+    """The choice that the options make; options not given are as in ``otherwise``, or the defaults."""
     from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice
 
     before = otherwise or DEFAULT_CHOICE
@@ -155,7 +155,7 @@ def choice_of(
 
 
 def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
-    """The value of an option; wrong text ends the command as wrong usage."""
+    """The value of an option, read by ``reader``; wrong text ends the command as wrong usage."""
     try:
         return reader(given)
     except ValueError as error:
@@ -165,9 +165,9 @@ def parse(option: str, reader: Callable[[Given], T], given: Given) -> T:
 def load(
     name: str, options: Mapping[str, Any] | None = None, *, num_channels: int | None = None
 ) -> nn.Module:
-    """The model of that name; a wrong name, or options that it does not take, end the command as wrong usage.
+    """Load the model of that name; a wrong name or unknown options end the command as wrong usage.
 
-    One of timm's is made for images of ``num_channels``, as for training, if they are given.
+    A timm model is made for images of ``num_channels`` channels, if given, as for training.
     """
     from streamcnn.support.models import is_factory, load_model
 
@@ -179,6 +179,6 @@ def load(
 
 
 def exit_for_wrong_usage(message: str) -> NoReturn:
-    """End the command with a line on standard error."""
+    """End the command with a line on standard error, and exit status 2."""
     typer.echo(printable(f"streamcnn: error: {message}", keep="\n"), err=True)
     raise typer.Exit(WRONG_USAGE)

@@ -1,4 +1,4 @@
-"""What ``evaluate`` and ``predict`` print of a classifier."""
+"""The output of ``evaluate`` and ``predict`` for a classifier."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def print_score(
     batch: int,
     as_json: bool,
 ) -> None:
-    """Print loss, accuracy and which images are taken wrongly."""
+    """Print loss, accuracy and the misclassified images."""
     from streamcnn.training import score
     from streamcnn.training.batch_sizes import require_one_size_in_order
 
@@ -66,7 +66,7 @@ def predict(
     other_pixels: bool,
     as_json: bool,
 ) -> None:
-    """Print the class of each image of this process and its probability."""
+    """Print the class of each of this process's images, and its probability."""
     with processes.agreeing():
         if maps.given:
             exit_for_wrong_usage(
@@ -103,7 +103,7 @@ def _print_class(
 def open_images(
     paths: list[Path], columns: tuple[str, ...], choice: ImageChoice
 ) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
-    """The images that tables name, with their inputs, and the other images with none."""
+    """Open images: those that tables name, with their inputs, and others without inputs."""
     from streamcnn.data.file_dataset import open_table
     from streamcnn.data.image_files import find_images
     from streamcnn.data.sources import open_chosen
@@ -122,7 +122,7 @@ def open_images(
 
 
 def _print(found: Score, num_images: int, classes: tuple[str, ...] | None) -> None:
-    """The score as text, with the accuracy of each class that there are images of."""
+    """Print the score as text, with the accuracy of each class that has images."""
     typer.echo(f"accuracy {found.accuracy:.1%} of {plural(num_images, 'image')}, loss {found.loss:.4g}")
     for label, row in enumerate(found.confusion):
         if sum(row):

@@ -1,4 +1,4 @@
-"""All commands, and what the errors and signals that end them say."""
+"""All commands, and the messages of the errors and signals that end them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ app = typer.Typer(
 
 
 def run() -> NoReturn:
-    """Run the command line and exit; errors that a user can act on are one line on standard error."""
+    """Run the command line and exit; an error that a user can act on is one line on standard error."""
     _make_logs_printable()
     if "" not in sys.path:
-        # Factories in the present folder, after all that is installed.
+        # For factories in the present folder, searched after all installed packages.
         sys.path.append("")
     with _warnings_as_lines():
         try:
@@ -49,8 +49,8 @@ def run() -> NoReturn:
         except StreamError as error:
             _fail(str(error))
         except OSError as error:
-            # Whoever reads or writes a file says more; what is left are paths that nothing can lie at, and
-            # the output.
+            # Code that reads or writes files raises clearer errors; this leaves impossible paths, and the
+            # output.
             advice = "make room there, or write elsewhere" if is_full(error) else "give another path"
             if error.filename is not None:
                 _fail(f"cannot use {error.filename}: {error.strerror}: {advice}")
@@ -62,7 +62,7 @@ def run() -> NoReturn:
 
 
 def _leave_to_other() -> NoReturn:
-    """End after another process, which says why: whatever has started all ends them with the first."""
+    """Wait for the process that failed, which says why; its launcher then ends all processes."""
     from streamcnn.support.processes import await_end
 
     await_end()
@@ -70,13 +70,13 @@ def _leave_to_other() -> NoReturn:
 
 
 def _run_command() -> None:
-    """Run what the arguments name; a signal ends it with a line, and the status that shells have for it."""
+    """Run the command that the arguments name; a signal ends it with a line, and the shells' exit status."""
     signals: list[int] = []
     try:
         with raising(signals, importers=("streamcnn.cli", "streamcnn.support")):
             app()
     except BaseException:
-        # Typer raises another error, with one status for all signals.
+        # Typer would raise another error, with one status for all signals.
         if not signals:
             raise
         say_ending(signals[0], f"ended by {Signals(signals[0]).name}")
@@ -84,21 +84,21 @@ def _run_command() -> None:
 
 
 class _Printable(logging.Formatter):
-    """What libraries log of files, such as what is wrong with a TIFF's tags, as text that is shown alone."""
+    """Formats libraries' log records about files, such as a TIFF's wrong tags, as safe printable text."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n")
 
 
 def _make_logs_printable() -> None:
-    """Of what nothing else handles, which goes to standard error."""
+    """Make log records printable that have no other handler, and so go to standard error."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Printable())
 
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Each once, although data may be opened several times."""
+    """Print each warning once, as a line, although data may be opened several times."""
     before, shown = warnings.formatwarning, set[str]()
 
     def format_once(
@@ -119,7 +119,7 @@ def _warnings_as_lines() -> Iterator[None]:
 def _warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as the command says it; one that others' code gives has its place."""
+    """A warning as a line; one from other packages' code has its place."""
     ours = Path(filename).is_relative_to(Path(__file__).parents[1])
     place = "" if ours else f" ({category.__name__}, {filename}, line {lineno})"
     return printable(f"streamcnn: warning: {message}{place}", keep="\n") + "\n"

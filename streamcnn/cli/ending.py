@@ -1,4 +1,4 @@
-"""What a command that a signal ends says to whom, and its exit status."""
+"""The message and the exit status of a command that a signal ends."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _OUTPUT, _ERRORS = 1, 2
 
 
 def say_ending(number: int | None, text: str) -> None:
-    """Write a line on standard error, from a signal's handler too.
+    """Write a line on standard error; safe in a signal's handler.
 
-    Not through ``sys.stderr``, which the signal may have interrupted in a write. A terminal that has hung up
-    is written to no more, by whatever is still to come.
+    It does not use ``sys.stderr``, which the signal may have interrupted in a write. If the terminal has hung
+    up, all later output to it is dropped.
     """
     if number == getattr(signal, "SIGHUP", None):
         _leave_terminal()
-    # Whoever read it may be gone, and what is to be saved or cleared away is not to be lost for that.
+    # The reader may be gone, which must not prevent saving and cleaning up.
     with contextlib.suppress(OSError):
         os.write(_ERRORS, printable(f"streamcnn: {text}").encode() + b"\n")
 
 
 @contextmanager
 def keeping(what: str) -> Iterator[None]:
-    """Say what stays of a command that is interrupted in the block."""
+    """Say what remains if a signal interrupts the block."""
     try:
         yield
     except KeyboardInterrupt as ended:
@@ -39,12 +39,12 @@ def keeping(what: str) -> Iterator[None]:
 
 
 def status_of(number: int | None) -> int:
-    """The exit status of a command that a signal ended, as shells have it; 1 if it was no signal."""
+    """The shells' exit status for a command that a signal ended; 1 if there was no signal."""
     return 1 if number is None else BY_SIGNAL + number
 
 
 def leave_output() -> None:
-    """Write nothing more on standard output, which has failed: not even what is left of it."""
+    """Drop all further output to standard output, which has failed, and what is buffered."""
     _leave(_OUTPUT)
 
 

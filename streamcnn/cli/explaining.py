@@ -1,4 +1,4 @@
-"""Commands about why a trained classifier says what it says: ``explain``, and ``view`` for its pages."""
+"""Commands that explain a trained classifier's scores: ``explain``, and ``view`` for its pages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from streamcnn.training import TrainedRun
 
 _MOST_SHOWN = 5
-"""Classes that the page shows the probabilities of."""
+"""Largest number of classes whose probabilities the page shows."""
 
 
 class MethodName(StrEnum):
@@ -155,11 +155,11 @@ class _Quiet(SimpleHTTPRequestHandler):
     """Serves the files of a folder and prints nothing."""
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a page asks for hundreds of tiles."""
+        """Print nothing: a page requests hundreds of tiles."""
 
 
 def _options_given(method: str, allowed: Sequence[str], **options: float | None) -> dict[str, Any]:
-    """The options of methods that are given, which must be ones that this method takes."""
+    """The methods' options that are given; ends the command if this method does not take one of them."""
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in allowed:
@@ -169,7 +169,7 @@ def _options_given(method: str, allowed: Sequence[str], **options: float | None)
 
 
 def _require_classifier(run: Path, trained: TrainedRun) -> None:
-    """End the command if a run is of another task."""
+    """End the command if the run is not a classifier's."""
     if trained.config.task != "classification":
         exit_for_wrong_usage(
             f"RUN: {run} is of the task {trained.config.task}: allowed are classifiers, whose scores have an "
@@ -179,16 +179,16 @@ def _require_classifier(run: Path, trained: TrainedRun) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """The image that is explained."""
+    """The image to explain."""
 
     name: str
     source: ImageSource
     further: tuple[Tensor, ...]
-    """Its inputs as a batch of one, on the model's device."""
+    """Its further inputs as a batch of one, on the model's device."""
 
 
 def _one_image(path: Path, columns: tuple[str, ...], choice: ImageChoice, device: str) -> _Subject:
-    """The only image at a path."""
+    """Open the only image at a path; ends the command if there are several."""
     found = list(islice(open_images([path], columns, choice), 2))
     if len(found) != 1:
         what = "no image" if not found else "several images"
@@ -198,7 +198,7 @@ def _one_image(path: Path, columns: tuple[str, ...], choice: ImageChoice, device
 
 
 def _class_names(found: Survey, trained: TrainedRun) -> list[str]:
-    """What the model's scores are of, in order."""
+    """The names of the classes that the model's scores are for, in order."""
     from streamcnn.attribution.scores import require_target
 
     require_target(found.output, 0)
@@ -220,7 +220,7 @@ def _facts(
     prediction: tuple[list[float], Plan],
     seconds: float,
 ) -> Facts:
-    """What was explained, and how."""
+    """The facts about an explanation, for its files and its page."""
     from streamcnn.attribution.explanation import Facts, tile_borders
     from streamcnn.attribution.methods import METHODS
 
@@ -246,7 +246,7 @@ def _facts(
 
 
 def _label_of(text: str, names: Sequence[str]) -> int:
-    """The number of a class by its name or number.
+    """The number of a class, given its name or number.
 
     Raises
     ------
@@ -263,7 +263,7 @@ def _label_of(text: str, names: Sequence[str]) -> int:
 
 
 def _prediction(model: StreamingModel, subject: _Subject) -> tuple[list[float], Plan]:
-    """The probabilities of the classes, and the plan of the pass that gave them."""
+    """The probabilities of the classes, and the plan of the pass that computed them."""
     import torch
 
     from streamcnn.training.evaluation import require_finite_logits

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from streamcnn.data.tile_store import TileStore
 
 _TILE = 512
-"""Height and width in pixels of the tile whose reading is described."""
+"""Height and width in pixels of the tile for which reading costs are stated."""
 _FOLDERS = 10
-"""Folders that are named at most."""
+"""Largest number of folders that are listed."""
 
 
 def info(
@@ -107,7 +107,7 @@ def convert(
 
 
 def store_facts(store: TileStore) -> dict[str, Any]:
-    """What a tile store holds: counts, balance of the labels, sizes, codec and ratio."""
+    """Facts about a tile store: counts, balance of the labels, sizes, codec and compression ratio."""
     splits = sorted({record.split for record in store.records})
     stored = sum(record.stored_bytes for record in store.records)
     pixels = sum(record.pixel_bytes for record in store.records)
@@ -128,7 +128,7 @@ def store_facts(store: TileStore) -> dict[str, Any]:
 
 
 def verify_store(path: Path, *, as_json: bool) -> bool:
-    """Compare a store with its manifest, print what it holds; whether everything is as it was written."""
+    """Compare a store with its manifest, print its facts, and return whether everything is as written."""
     from streamcnn.data.tile_store import TileStore
 
     store = TileStore(path)
@@ -168,7 +168,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
 
 
 def image_facts(path: Path | str, choice: ImageChoice) -> dict[str, Any]:
-    """What an image is, as JSON has it."""
+    """Facts about an image, as JSON types."""
     from streamcnn.data.sources import ZarrSource, largest_of, open_chosen
     from streamcnn.data.sources.listing import series_of
     from streamcnn.data.sources.series import taken_of
@@ -194,7 +194,7 @@ def image_facts(path: Path | str, choice: ImageChoice) -> dict[str, Any]:
 
 
 def _reading_facts(source: ImageSource) -> dict[str, Any]:
-    """How an image is stored, and what it takes to have its pixels."""
+    """How an image is stored, and the cost of reading its pixels."""
     channels, height, width = source.shape
     takes = source.reading_bytes((min(_TILE, height), min(_TILE, width)))
     return {
@@ -206,7 +206,7 @@ def _reading_facts(source: ImageSource) -> dict[str, Any]:
 
 
 def _folder_facts(folder: Path, choice: ImageChoice) -> dict[str, Any]:
-    """How many images of which kinds there are, and where the first is."""
+    """Facts about a folder: the number of images of each kind, and the path of the first."""
     from streamcnn.data.image_files import find_images
 
     found = find_images([folder], choice.series)
@@ -222,7 +222,7 @@ def _folder_facts(folder: Path, choice: ImageChoice) -> dict[str, Any]:
 
 
 def _balance(counts: Counter[int | None]) -> str:
-    """How many images each label has, in a few words."""
+    """The numbers of images per label, as short text."""
     unlabelled = counts[None]
     labelled = {label: count for label, count in counts.items() if label is not None}
     if not labelled:

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 
 class Task(StrEnum):
-    """What follows the model's result."""
+    """The task that the plan is for, which decides whether a loss is streamed."""
 
     classification = "classification"
     segmentation = "segmentation"
 
 
 class Optimizer(StrEnum):
-    """Optimisers by what they keep for each parameter."""
+    """Optimisers by the state that they keep for each parameter."""
 
     sgd = "sgd"
     momentum = "momentum"
@@ -49,7 +49,7 @@ class Optimizer(StrEnum):
 
     @property
     def copies(self) -> int:
-        """Numbers kept for each parameter."""
+        """Number of values kept for each parameter."""
         return {"sgd": 0, "momentum": 1, "adam": 2}[self.value]
 
 
@@ -139,7 +139,7 @@ def _plan_segmentation(
     loss: str | None,
     key: str | None,
 ) -> Plan:
-    """The plan of a streamed loss, with a mask, and an image if there is none, that take no memory."""
+    """The plan of a streamed loss; a mask, and an image if none is given, are stand-ins without memory."""
     import torch
 
     from streamcnn.data.sources import TensorSource
@@ -153,7 +153,7 @@ def _plan_segmentation(
 
 
 def _refuse_beside_task(task: Task, given: dict[str, Any], *, card: bool) -> None:
-    """End the command if options are of the other task, or ask for what is not there."""
+    """End the command if an option belongs to the other task, or cannot be combined with this one."""
     wrong = [name for name, value in given.items() if value is not None]
     if task is Task.segmentation and card:
         exit_for_wrong_usage("--card: plans no losses: leave it out, or leave --task out")
@@ -162,7 +162,7 @@ def _refuse_beside_task(task: Task, given: dict[str, Any], *, card: bool) -> Non
 
 
 def _refuse_beside_image(image: Path | None, given: dict[str, Any], chosen: dict[str, Any]) -> None:
-    """End the command if options contradict each other: a file has a size, and no file leaves no choice."""
+    """End the command if options contradict each other: sizes with a file, or choices without one."""
     wrong = [name for name, value in (chosen if image is None else given).items() if value is not None]
     if wrong and image is None:
         exit_for_wrong_usage(f"{', '.join(wrong)}: chooses in a file: give it with --image, or leave it out")
@@ -171,7 +171,7 @@ def _refuse_beside_image(image: Path | None, given: dict[str, Any], chosen: dict
 
 
 def _file_line(source: ImageSource) -> str:
-    """What an image is that is planned for, as it is stored."""
+    """A line on how the image that is planned for is stored."""
     channels, height, width = source.shape
     dtype = str(source.dtype).removeprefix("torch.")
     values = dtype if source.largest is None else f"{dtype} up to {source.largest}"

@@ -1,4 +1,4 @@
-"""Groups of options: a command takes a dataclass, and its user the fields of it one by one."""
+"""Groups of options: a command's function gets a dataclass, whose fields are options of their own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, get_type_hints
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for Typer, in which the fields of a dataclass stand where the dataclass did.
+    """A command for Typer in which each parameter that is a dataclass is replaced by its fields.
 
     Parameters
     ----------
     command
-        A function, some of whose parameters are dataclasses. Their fields are annotated as Typer has it.
+        A function with dataclasses among its parameters, whose fields are annotated for Typer.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, type[Any]] = {

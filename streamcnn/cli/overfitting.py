@@ -1,8 +1,8 @@
 """What ``streamcnn demo`` runs: a small CNN learns whole images under a memory budget.
 
-It makes large images, trains a CNN with train-mode batch norm on them, one whole image per
-update, until it knows them by heart, and draws one of them with the tiles that it was cut into.
-Knowing four images by heart proves nothing about the model; it proves that gradients are right.
+It makes large images, overfits a CNN with train-mode batch norm to them, one whole image per
+update, and draws one of them with the plan's tiles. Overfitting to four images proves nothing
+about the model; it proves that gradients are right.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from streamcnn.support.extras import require
 from streamcnn.support.text import as_text
 from streamcnn.support.units import format_bytes, format_count, format_duration, parse_bytes, plural
 
-_FIGURE_PIXELS = 1000  # the figure shows every n-th pixel, so that it has about as many
+_FIGURE_PIXELS = 1000  # edge in pixels of the figure, which shows every n-th pixel
 
 LabelledImages = Sequence[tuple[ImageSource, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
-    """What to train on and under which budget; the defaults take a few minutes on two cores."""
+    """Settings of the demo; with the defaults it takes a few minutes on two cores."""
 
     size: int = 4000
     """Height and width of the images in pixels."""
@@ -49,40 +49,40 @@ class DemoSettings:
     budget: int | str = "384MiB"
     """Bytes that the streamed step may hold, as `streamcnn.support.units.parse_bytes` reads them."""
     seed: int = 0
-    """Of the images and of the network's first weights."""
+    """Seed of the images and of the network's initial weights."""
     learning_rate: float = 3e-3
     output: Path = Path("demo-output")
-    """Folder for the images and the figure; made where it does not exist."""
+    """Folder for the images and the figure; created if missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What came of it."""
+    """The result of the demo."""
 
     losses: tuple[float, ...]
     """Mean cross-entropy of each epoch."""
     labels: tuple[int, ...]
     predictions: tuple[int, ...]
-    """Of each image after training, in eval mode, that is by the running statistics."""
+    """The predicted class of each image after training, in eval mode, so with running statistics."""
     measured_bytes: int | None
-    """The most that any update held; None when the device gave no reading."""
+    """The largest peak of any update; None if the device gave no reading."""
     seconds: float
-    """Of the training alone."""
+    """Seconds of the training alone."""
     figure: Path
 
     @property
     def num_right(self) -> int:
-        """How many images are predicted right."""
+        """Number of images that are classified correctly."""
         return sum(a == b for a, b in zip(self.predictions, self.labels, strict=True))
 
     @property
     def overfitted(self) -> bool:
-        """Whether the network knows every image by heart, as it should."""
+        """Whether the network classifies every image correctly, as it should."""
         return self.num_right == len(self.labels)
 
 
 class PlanView(Protocol):
-    """What the demo needs to know of a plan."""
+    """The part of a plan's interface that the demo uses."""
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -106,7 +106,7 @@ class SqueezeExcite(nn.Module):
 def build_network(size: int) -> nn.Module:
     """A CNN from images ``(N, 1, size, size)`` to logits ``(N, 28)``.
 
-    It halves the image until 3 to 6 pixels are left, so that what it pools has seen all of it:
+    It halves the image until 3 to 6 pixels are left, so that the pooled features depend on all of it:
     ten times from 4000 pixels, with 260,000 parameters.
     """
     num_halvings = max(5, int(math.log2(size / 3)))
@@ -120,7 +120,7 @@ def build_network(size: int) -> nn.Module:
         _conv_norm_relu(32, 32),
         _conv_norm_relu(32, 64, stride=2),
         *(_conv_norm_relu(64, 64, stride=2) for _ in range(num_halvings - 5)),
-        # No norm here: it would give every image's features one mean, which is what is pooled.
+        # No norm here: it would give all images' features the same mean, which is what is pooled.
         last,
         nn.ReLU(inplace=True),
         nn.AdaptiveAvgPool2d(1),
@@ -145,7 +145,7 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
         If the budget is too small, or an optional dependency is missing.
     """
     budget = parse_bytes(settings.budget)
-    require("matplotlib.figure", extra="plots")  # now rather than after minutes of training
+    require("matplotlib.figure", extra="plots")  # fail now rather than after minutes of training
     images = _make_images(settings, console)
     torch.manual_seed(settings.seed)
     net = build_network(settings.size)
@@ -180,7 +180,7 @@ def train(
     tuple of float
         Mean loss of each epoch.
     int or None
-        The most bytes that any update held; None if a single one is unknown.
+        The largest peak of any update in bytes; None if that of any update is unknown.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     losses: list[float] = []
@@ -210,7 +210,7 @@ def train(
 
 
 def predict(model: StreamingModel, images: LabelledImages) -> tuple[int, ...]:
-    """The class of each image in eval mode; the model is left in eval mode."""
+    """Predict the class of each image in eval mode; the model stays in eval mode."""
     model.eval()
     with torch.no_grad():
         return tuple(int(model(source).argmax()) for source, _ in images)
@@ -230,7 +230,7 @@ def draw_tiles(image: tuple[ImageSource, int], prediction: int, plan: PlanView, 
     _, height, width = source.shape
     step = max(1, max(height, width) // _FIGURE_PIXELS)
     pixels = sampled(source, step)[0]
-    # A Figure of its own rather than pyplot, which keeps figures and looks for a display.
+    # A Figure rather than pyplot, which keeps figures and looks for a display.
     figure = require("matplotlib.figure", extra="plots").Figure(figsize=(8, 8.4), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(pixels, cmap="gray", extent=(0, width, height, 0), interpolation="nearest")
@@ -254,7 +254,7 @@ def _conv_norm_relu(channels_in: int, channels_out: int, *, stride: int = 1) -> 
 
 
 def _make_images(settings: DemoSettings, console: Console) -> LabelledImages:
-    # A folder for each kind of image: those of an earlier run are used again.
+    # A folder for each kind of image, so that an earlier run's images can be reused.
     folder = settings.output / f"images-{settings.size}-{settings.seed}"
     spec = Spec(seed=settings.seed, recipe=Recipe.BALANCED, size=settings.size)
     for _ in generate(folder, spec, load_digits("uci"), num_train=settings.num_images, num_test=0, workers=0):
@@ -274,14 +274,14 @@ def _make_images(settings: DemoSettings, console: Console) -> LabelledImages:
 
 @contextmanager
 def _progress(console: Console, num_updates: int) -> Iterator[Progress]:
-    """A progress bar on a terminal; elsewhere only the lines that are printed on its console."""
+    """A progress bar on a terminal; elsewhere only the lines printed on its console."""
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         progress.add_task("training", total=num_updates)
         yield progress
 
 
 def _peak(readings: Sequence[int | None]) -> int | None:
-    """The largest reading; None if one is missing, since an unknown one may be larger."""
+    """The largest reading; None if one is missing, since that may be larger."""
     known = [reading for reading in readings if reading is not None]
     return max(known) if known and len(known) == len(readings) else None
 

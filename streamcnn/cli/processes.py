@@ -1,4 +1,4 @@
-"""Commands that ``torchrun`` has several processes carry out together; one process does the same alone."""
+"""Commands that several processes of ``torchrun`` carry out together; one process does the same alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes of the command, together in the block; warnings are the first one's alone."""
+    """Join the command's processes into a group for the block; only the first one prints warnings."""
     from streamcnn.support.processes import join, leave
     from streamcnn.training.processes import Processes
 
     join()
     processes = Processes.present()
     if not processes.is_first:
-        warnings.simplefilter("ignore")  # the first one's are the same
+        warnings.simplefilter("ignore")  # they are the same as the first one's
     yield processes
     leave()

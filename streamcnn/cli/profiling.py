@@ -51,7 +51,7 @@ def profile(
     shape = (batch, channels, *parse("--size", parse_extent, size))
     edges = parse("--tiles", parse_tiles, tiles)
     options = parse("--model-option", parse_key_values, model_option)
-    load(model, options)  # a wrong name ends here rather than in the first measurement
+    load(model, options)  # a wrong name fails here rather than in the first measurement
     from streamcnn.profiling import make_folder, profile_tiles, write_results
     from streamcnn.support.extras import require
 
@@ -87,7 +87,7 @@ def parse_tiles(text: str) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If the text is something else, or a number in it is zero.
+        If the text has another form, or a number in it is zero.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
@@ -107,7 +107,7 @@ def _print_json(measured: Iterable[TileProfile]) -> list[TileProfile]:
 
 
 def _collect(measured: Iterable[TileProfile], edges: Sequence[int], console: Console) -> list[TileProfile]:
-    """All profiles: on a terminal with progress and a table at the end, elsewhere a line each."""
+    """Collect all profiles; on a terminal show progress and then a table, elsewhere a line for each."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     profiles = []
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -123,7 +123,7 @@ def _collect(measured: Iterable[TileProfile], edges: Sequence[int], console: Con
 
 
 def profile_line(profile: TileProfile) -> str:
-    """What one tile size takes, for a terminal that waits for the others."""
+    """The profile of one tile size as a line for the terminal."""
     from streamcnn.profiling.page import cells
 
     tile, projected, measured, seconds, recomputation, moved, verdict = cells(profile)
@@ -134,7 +134,7 @@ def profile_line(profile: TileProfile) -> str:
 
 
 def profile_table(profiles: Sequence[TileProfile]) -> Table:
-    """What all tile sizes take, a row each."""
+    """The profiles of all tile sizes as a table, a row each."""
     from streamcnn.profiling.page import COLUMNS, cells
 
     table = Table()

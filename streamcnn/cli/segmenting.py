@@ -1,4 +1,4 @@
-"""What ``evaluate`` prints of a segmentation, and the maps that ``predict`` writes."""
+"""The output of ``evaluate`` for a segmentation, and the maps that ``predict`` writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MapKind(StrEnum):
-    """What is written of a map of scores."""
+    """The kinds of maps that are written from a map of scores."""
 
     classes = "classes"
     softmax = "softmax"
@@ -36,7 +36,7 @@ class MapKind(StrEnum):
 
 
 class MapFormat(StrEnum):
-    """What maps are written as, by the ending."""
+    """The formats of written maps, by file ending."""
 
     zarr = "zarr"
     tif = "tif"
@@ -59,7 +59,7 @@ class MapOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options that are given, as they are written."""
+        """The options that are given, as on the command line."""
         return [f"--{name}" for name in self.__slots__ if getattr(self, name)]
 
 
@@ -110,12 +110,12 @@ def print_score(
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:
-    """Scores as JSON has them: null for classes that are neither there nor found."""
+    """Scores as JSON numbers; null for classes in neither mask nor prediction."""
     return [None if math.isnan(value) else value for value in values]
 
 
 def _print(found: Segmented, num_images: int, classes: Sequence[str] | None) -> None:
-    """The scores as text, with those of each class that is there or found."""
+    """Print the scores as text, with those of each class that is in mask or prediction."""
     from streamcnn.training.class_names import class_lines
 
     score = found.score
@@ -138,10 +138,10 @@ def predict(
     other_pixels: bool,
     as_json: bool,
 ) -> None:
-    """Write a map of each image of this process, whole or not at all, and print where it is."""
+    """Write a map of each of this process's images, whole or not at all, and print its path."""
     from streamcnn.data.sources import open_chosen
 
-    # Each looks before any writes.
+    # All processes check before any writes.
     with processes.agreeing():
         if maps.output is None:
             exit_for_wrong_usage(
@@ -163,7 +163,7 @@ def predict(
 def _write_map(
     trained: TrainedRun, at: int, source: ImageSource, path: Path, place: Path, maps: MapOptions
 ) -> None:
-    """Write the map of the image at a position."""
+    """Write the map of the image at position ``at``."""
     from streamcnn.training.naming import naming
 
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -179,12 +179,12 @@ def _write_map(
 
 
 def _named(paths: Sequence[Path], choice: ImageChoice) -> dict[str, Path]:
-    """Images by the names of their maps, which are their paths below what was given.
+    """Images by the names of their maps, which are their paths below the given folder.
 
     Raises
     ------
     DatasetMismatch
-        If two would have one name.
+        If two maps would have the same name.
     """
     from streamcnn.data.image_files import find_images
     from streamcnn.data.labelled_files import files_of_table
@@ -204,12 +204,12 @@ def _named(paths: Sequence[Path], choice: ImageChoice) -> dict[str, Path]:
 
 
 def _require_free(places: Sequence[Path], *, overwrite: bool) -> None:
-    """Make sure, before anything is computed, that nothing is where maps go, unless it is to be replaced.
+    """Make sure, before anything is computed, that no map's path is taken, unless files are to be replaced.
 
     Raises
     ------
     CannotWrite
-        If something is.
+        If one is.
     """
     from streamcnn.errors import CannotWrite, some
 

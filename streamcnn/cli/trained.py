@@ -43,7 +43,7 @@ Trust = Annotated[
     ),
 ]
 _TASKS: dict[str, ModuleType] = {"classification": classifying, "segmentation": segmenting}
-"""What prints scores and predictions."""
+"""The module that prints scores and predictions, by task."""
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def evaluate(
                 exit_for_wrong_usage(str(error))
             images = _open_images(trained, task, config.data, split, series, level, channels_last)
             if not other_pixels:
-                # The others are of the same kind, or the data set were refused.
+                # All images are of one kind, or the data set would have been refused.
                 trained.require_as_trained(images[0][0], f"{images.names[0]} in {config.data}")
         print_score = _TASKS[config.task].print_score
         print_score(trained, task, images, processes, batch=batch, as_json=as_json)
@@ -131,7 +131,7 @@ def predict(
 def _with_data(
     config: RunConfig, data: str | None, masks: str | None, empty_masks: bool, columns: tuple[str, ...]
 ) -> RunConfig:
-    """A run's config with other images, if they are given; its masks belong to its own."""
+    """A run's config with other images, if given; its masks are dropped, as they belong to its own images."""
     folder = config.masks if data is None and masks is None else masks
     return replace(
         config,
@@ -154,14 +154,14 @@ def _open_images(
     """The images to evaluate, read as in training unless told otherwise."""
     from streamcnn.data.tile_store import is_tile_store
 
-    # What is in a tile store was read when it was written.
+    # The images of a tile store were read when it was written.
     as_trained = None if is_tile_store(data) else trained.choice
     choice = choice_of(series, level, channels_last, otherwise=as_trained)
     return task.open_images(data, split, choice=choice)
 
 
 def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
-    """The columns of a table that a trained classifier's inputs are in."""
+    """The columns of a table that hold a trained classifier's inputs."""
     from streamcnn.data.label_table import check_inputs
 
     expected, columns = trained.config.inputs, parse_names(given)
@@ -175,7 +175,7 @@ def columns_of(trained: TrainedRun, given: str | None) -> tuple[str, ...]:
 
 
 def load_trained(run: Path, budget: str | None, device: str | None, trust: list[str] | None) -> TrainedRun:
-    """The model of a run; wrong text for budget or device ends the command as wrong usage."""
+    """Load the model of a run; wrong text for budget or device ends the command as wrong usage."""
     budget_bytes = parse("--budget", parse_bytes, budget)
     from streamcnn.errors import StreamError
     from streamcnn.support.processes import take_own_gpu
@@ -186,6 +186,6 @@ def load_trained(run: Path, budget: str | None, device: str | None, trust: list[
         take_own_gpu(read_run(run).device if device is None else device)
         return load_run(run, budget=budget_bytes, device=device, trust=trust or ())
     except StreamError:
-        raise  # what is on the disk is at fault, not the command
+        raise  # the files are at fault, not the command
     except ValueError as error:
         exit_for_wrong_usage(str(error))

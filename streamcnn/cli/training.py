@@ -52,15 +52,15 @@ def train(
             with processes.agreeing():
                 take_own_gpu(run.device)
                 config = make_config()
-                require("matplotlib.figure", extra="plots")  # now rather than after the run
+                require("matplotlib.figure", extra="plots")  # fail now rather than after the run
                 from streamcnn.training import make_trainer
 
                 trainer = make_trainer(config, out, events=tensorboard)
         except StreamError:
-            raise  # what is on the disk is at fault, not the command
+            raise  # the files are at fault, not the command
         except ValueError as error:
             exit_for_wrong_usage(str(error))
-        # Of several processes the first one says what all do.
+        # The first process prints for all.
         console = Console(quiet=not processes.is_first)
         if processes.count > 1:
             size = trainer.settings.images_per_update
@@ -86,7 +86,7 @@ def _run(trainer: Trainer, budget: int | None, console: Console) -> TrainResult:
 
 
 def _print_result(trainer: Trainer, result: TrainResult, out: Path, console: Console) -> None:
-    """Say what came of a run, and write its page."""
+    """Print a run's result, and write its page."""
     from streamcnn.training import read_log, write_report
     from streamcnn.training.report import best_epoch
 

@@ -1,4 +1,4 @@
-"""Options of ``train``; a default is that of what the option is for, whose import would be PyTorch's."""
+"""Options of ``train``. Defaults repeat those of the settings, whose import would load PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What a run is of, besides model and data: see `RunConfig`."""
+    """Options for a run's configuration, besides model and data: see `RunConfig`."""
 
     task: Annotated[str, typer.Option(help="classification, or segmentation.")] = "classification"
     budget: Budget = None
@@ -85,9 +85,9 @@ class RunOptions:
     ] = None
 
     def config(self, model: str, data: str, settings: SettingsOptions) -> Callable[[], RunConfig]:
-        """What makes the run of a model on some images, or raises `ValueError` if a value has no meaning.
+        """A function that makes the run's config, or raises `ValueError` if a value has no meaning.
 
-        Text that cannot be read ends the command as wrong usage, before anything is imported.
+        Text that cannot be parsed ends the command as wrong usage, before anything is imported.
         """
         model_options = parse("--model-option", parse_key_values, self.model_option)
         budget = parse("--budget", parse_bytes, self.budget)
@@ -128,7 +128,7 @@ class RunOptions:
         return make
 
     def _loss_values(self) -> dict[str, Any]:
-        """What is said of the loss of a segmentation."""
+        """The values of a segmentation's loss that are given."""
         given = {
             "name": self.loss,
             "ignore_index": self.ignore_index,
@@ -141,7 +141,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsOptions:
-    """How a run is trained: see `TrainSettings`."""
+    """Options for a run's settings: see `TrainSettings`."""
 
     epochs: Annotated[int, typer.Option(help="Most passes over the images.")] = 10
     batch: Annotated[int, typer.Option(help="Images of a forward pass, in each process.")] = 1
@@ -161,7 +161,7 @@ class SettingsOptions:
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentations.")] = 0
 
     def values(self) -> dict[str, Any]:
-        """Values of `TrainSettings`; text that cannot be read ends the command as wrong usage."""
+        """Values of `TrainSettings`; text that cannot be parsed ends the command as wrong usage."""
         values = asdict(self)
         return {
             "batch_size": values.pop("batch"),

@@ -21,11 +21,11 @@ class TrainingProgress:
     Parameters
     ----------
     trainer
-        Whose listener this becomes.
+        The trainer, whose listener this becomes.
     budget
         Bytes that a pass may hold, if there is a ceiling.
     console
-        Where to print.
+        The console to print on.
     """
 
     def __init__(self, trainer: Trainer, budget: int | None, console: Console) -> None:
@@ -71,7 +71,7 @@ class TrainingProgress:
         )
 
     def _held(self, values: Mapping[str, Any]) -> str:
-        """Memory that the update held, with a bar against the budget."""
+        """The update's peak memory as text, with a bar against the budget."""
         measured = values["measured_bytes"]
         if measured is None:
             return ""

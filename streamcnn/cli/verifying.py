@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from streamcnn.runtime.obstacles import Obstacle, Streamability
 
 COMPARED_EDGE = 512
-"""Most rows and columns of the image that gradients are compared on: plain PyTorch holds all of it."""
+"""Largest height and width of the image on which gradients are compared: plain PyTorch holds all of it."""
 _PIPED_WIDTH = 120
-"""Characters of a line where the output is no terminal."""
+"""Characters of a line if the output is not a terminal."""
 
 
 def verify(
@@ -67,7 +67,7 @@ def verify(
         _print_streamability(found)
     height, width = (min(edge, COMPARED_EDGE) for edge in extent)
     report = streamcnn.verify(net, (batch, channels, height, width), tile=tile_extent)
-    agrees = report.max_error <= tolerance  # NaN does not
+    agrees = report.max_error <= tolerance  # NaN does not pass
     if as_json:
         fields = {"max_error": report.max_error, "errors": report.errors, "agrees": agrees}
         typer.echo(json.dumps({**fields, "streamability": asdict(found)}))
@@ -81,7 +81,7 @@ def verify(
 
 
 def _print_streamability(found: Streamability) -> None:
-    """In the user's terms; the table only if something is stopped."""
+    """Print the verdict in the user's terms, with a table if something is not streamed."""
     batch, _, height, width = found.shape
     images = "an image" if batch == 1 else f"{batch} images"
     typer.echo(f"{images} of {height}x{width} pixels: {_summary(found)}")
@@ -108,7 +108,7 @@ def _summary(found: Streamability) -> str:
 
 
 def _table(obstacles: tuple[Obstacle, ...]) -> Table:
-    """A row for each place where streaming stops."""
+    """A table with a row for each place where streaming stops."""
     table = Table(box=HORIZONTALS, show_lines=True, header_style="bold", border_style="dim")
     table.add_column("operator", no_wrap=True)
     table.add_column("where", ratio=3, overflow="fold")
