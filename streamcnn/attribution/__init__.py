@@ -1,4 +1,4 @@
-"""Looking inside: which parts of an image a score depends on, at full resolution and within a budget."""
+"""Attribution: which parts of an image a score depends on, at full resolution and within a budget."""
 
 from streamcnn.attribution.grad_cam import LayerGradCam, LayerGradCamPlusPlus
 from streamcnn.attribution.gradient_methods import (

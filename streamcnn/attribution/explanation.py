@@ -1,4 +1,4 @@
-"""An explanation in its folder: numbers for programs, a picture for a paper, a page for looking around.
+"""An explanation in its folder: numbers for programs, a picture for a paper, a page to browse.
 
 ::
 
@@ -36,13 +36,13 @@ from streamcnn.support.extras import require
 
 PAGE, FACTS, OVERLAY, ATTRIBUTION = "index.html", "explanation.json", "overlay.png", "heatmap.ome.zarr"
 _OVERLAY_EDGE = 1600
-"""Longer side of the picture in pixels; of a smaller image, its own."""
+"""Longer side of the picture in pixels; a smaller image keeps its size."""
 _OVERLAY_OPACITY = 0.65
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What was explained, and how."""
+    """The facts of an explanation: what was explained, and how."""
 
     image: str
     shape: tuple[int, int, int]
@@ -50,29 +50,29 @@ class Facts:
     model: str
     method: str
     layer: str | None
-    """Of a class activation map; else None."""
+    """The layer of a class activation map; else None."""
     target: int
     target_name: str
     predictions: Sequence[tuple[str, float]]
     """Names of classes and their probabilities, the most likely first."""
     tile_rows: Sequence[int]
     tile_cols: Sequence[int]
-    """Where the plan's tiles meet, in pixels of the image."""
+    """Columns at which the plan's tiles meet, in pixels of the image."""
     options: dict[str, Any]
-    """Of the method, by name."""
+    """Options of the method, by name."""
     seconds: float
-    """That the attribution took."""
+    """Seconds that the attribution took."""
     budget: int | None
-    """Bytes that a pass was allowed to hold."""
+    """Bytes that a pass was allowed to use."""
 
 
 def require_new(folder: Path) -> None:
-    """Make sure that an explanation can be written to ``folder``, which must not be there.
+    """Make sure that an explanation can be written to ``folder``, which must not exist.
 
     Raises
     ------
     CannotWrite
-        If something is there, or the folder that it would lie in is not.
+        If something is there, or the parent folder does not exist.
     """
     if folder.exists() or folder.is_symlink():
         raise CannotWrite(f"{folder} is there already: give a new folder, nothing is overwritten")
@@ -91,23 +91,23 @@ def write_explanation(
     is_signed: bool,
     colours: str | None = None,
 ) -> None:
-    """Write all of an explanation, or nothing.
+    """Write an explanation; if that fails, leave nothing behind.
 
     Parameters
     ----------
     folder
-        A new one.
+        The folder to create.
     attribution
-        (1, C, h, w) of the image; it covers the image exactly, at whatever resolution.
+        (1, C, h, w), which covers the image exactly, at any resolution.
     is_signed
-        Whether values below zero have a meaning.
+        Whether negative values have a meaning.
     colours
-        A colour map of matplotlib; None for one that fits the signs.
+        Name of a colour map of matplotlib; None for one that fits the signs.
 
     Raises
     ------
     CannotWrite
-        If the folder is there already, or cannot be written.
+        If the folder exists, or cannot be written.
     CorruptImage
         If the image cannot be read.
     MissingExtra
@@ -137,12 +137,12 @@ def write_explanation(
 
 
 def tile_borders(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The rows and the columns of the image at which tiles of the plan's first phase meet."""
+    """The rows and the columns of the image, in pixels, at which tiles of the plan's first phase meet."""
     if not plan.phases:
         return (), ()
     found = []
     for steps, extent in zip((plan.phases[0].rows, plan.phases[0].cols), plan.image_shape[2:], strict=True):
-        # In positions of one of its outputs, which covers the image.
+        # Borders are in positions of one of the phase's outputs, which covers the image.
         output = next(iter(steps[0].own))
         ends = [step.own[output].stop for step in steps]
         found.append(tuple(round(end * extent / ends[-1]) for end in ends[:-1]))
@@ -156,12 +156,12 @@ def _write_attribution(folder: Path, attribution: Tensor, pixel: tuple[float, fl
 
 
 def _write_overlay(path: Path, source: ImageSource, heat: HeatMap, table: Any) -> None:
-    """The image, shrunk, with the heat map over it."""
+    """Write the image, downsampled, with the heat map over it."""
     pillow = require("PIL.Image", extra="plots")
     picture = thumbnail(source, _OVERLAY_EDGE)
     size = picture.height, picture.width
     small = heat.values[None, None]
-    # Averaged where it is larger than the picture, interpolated where it is smaller.
+    # Averaged if it is larger than the picture, interpolated if it is smaller.
     if heat.values.shape[0] > size[0]:
         small = F.adaptive_avg_pool2d(small, size)
     else:

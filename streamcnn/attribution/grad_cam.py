@@ -1,9 +1,9 @@
-"""Class activation maps of any layer: Grad-CAM and Grad-CAM++, without a gradient map of Grad-CAM's.
+"""Class activation maps of any layer, Grad-CAM and Grad-CAM++; Grad-CAM without storing a gradient map.
 
-A map is one streamed forward and backward pass for the weights of the layer's channels, the backward one from
-the score to the layer only, and one more forward pass that ends at the layer and returns nothing but the map.
-The mean gradient at a layer's output is the gradient with respect to an offset (N, C) that is added to the
-output, over the number of its positions.
+A map takes one streamed forward and backward pass for the weights of the layer's channels, backward only from
+the score to the layer, and one more forward pass that ends at the layer and returns only the map. The mean
+gradient at a layer's output is the gradient with respect to an offset (N, C) that is added to the output,
+divided by the number of its positions.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _EPSILON = 1e-6
 
 
 class LayerMethod(ABC):
-    """A class activation map: channels of a layer's output, weighted by what they do for a score, and summed.
+    """A class activation map: the sum of a layer's channels, weighted by their effect on a score.
 
-    The layer's output is meant as the layer returns it, whatever overwrites it later. The model is used in
-    its present mode, which should be ``eval``; parameters get no gradients.
+    The output is taken as the layer returns it, even if it is overwritten later. The model is used in its
+    present mode, which should be ``eval``; parameters get no gradients.
 
     Parameters
     ----------
     model
-        A classifier under its budget.
+        A classifier, whose budget applies.
     layer
-        One of its modules, or the name of one, that is called once and returns a map (N, C, h, w).
+        A submodule of the model, or its name. It has to be called once and return a map (N, C, h, w).
     """
 
     def __init__(self, model: StreamingModel, layer: nn.Module | str) -> None:
@@ -50,7 +50,7 @@ class LayerMethod(ABC):
     def _map(self, inputs: Image, target: Target, additional: Any, *, relu: bool) -> Tensor:
         args = as_arguments(additional)
         if isinstance(inputs, Tensor):
-            inputs = inputs.detach()  # its gradient is not wanted
+            inputs = inputs.detach()  # no gradient of it is wanted
         reader = BatchReader(inputs, self.model.computing_device(), self.model.preprocess)
         found = survey(self.model.net, reader.shape, reader.dtype, args)
         require_target(found.output, target)
@@ -69,7 +69,7 @@ class LayerMethod(ABC):
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What the passes of one map are called with."""
+    """The arguments for the passes of one map."""
 
     model: StreamingModel
     inputs: Image
@@ -97,7 +97,7 @@ class LayerGradCam(LayerMethod):
         additional_forward_args: Any = None,
         relu_attributions: bool = False,
     ) -> Tensor:
-        """``sum_c weight_c * output_c`` (N, 1, h, w), a weight being the channel's mean gradient.
+        """``sum_c weight_c * output_c`` (N, 1, h, w), where a weight is the channel's mean gradient.
 
         Parameters
         ----------
@@ -106,9 +106,9 @@ class LayerGradCam(LayerMethod):
         target
             The class to explain; see :data:`Target`.
         additional_forward_args
-            What else goes into the module after the image: one argument, or a tuple.
+            Further arguments of the module after the image: one argument, or a tuple.
         relu_attributions
-            Whether to set what is negative to zero, as the paper does.
+            Whether to set negative values to zero, as the paper does.
 
         Raises
         ------
@@ -130,7 +130,7 @@ class LayerGradCam(LayerMethod):
 class LayerGradCamPlusPlus(LayerMethod):
     """Grad-CAM++ (Chattopadhyay et al. 2018), as ``pytorch_grad_cam.GradCAMPlusPlus`` defines it.
 
-    The gradient at the layer's output is held as a whole, as many numbers as the output has.
+    The whole gradient of the layer's output is held in memory.
     """
 
     def attribute(self, inputs: Image, target: Target = None, additional_forward_args: Any = None) -> Tensor:
@@ -144,21 +144,21 @@ class LayerGradCamPlusPlus(LayerMethod):
         offset = stand_in(call.shape, call.dtype, call.device, requires_grad=True)
         output, sums = call.run(_Shifted(self.model.net, self.layer, with_sums=True), offset)
         (gradient,) = torch.autograd.grad(selected(output, target).sum(), offset)
-        # By channels, since terms are of the gradient's size.
+        # By channel, since terms are as large as the gradient.
         return torch.stack([_summed_terms(gradient[:, c], sums[:, c]) for c in range(call.shape[1])], 1)
 
 
 def _summed_terms(gradient: Tensor, summed: Tensor) -> Tensor:
-    """The weight (N,) of one channel: gradient (N, h, w) where positive, times the paper's alpha, summed."""
+    """The weight (N,) of one channel: the sum of the positive gradient (N, h, w) times the paper's alpha."""
     square = gradient**2
     alpha = square / (2 * square + summed[:, None, None] * square * gradient + _EPSILON)
     return (gradient.relu() * alpha).sum((1, 2))
 
 
 class _Hooked(nn.Module):
-    """A model that looks at what one of its layers returns, inside of a block of :meth:`hooked`.
+    """A model with a hook on the output of one of its layers, inside a block of :meth:`hooked`.
 
-    The hook is there before a forward pass begins, so that this can be captured with guards.
+    The hook is set before a forward pass begins, so that the pass can be captured with guards.
     """
 
     def __init__(self, net: nn.Module, layer: str) -> None:
@@ -168,7 +168,7 @@ class _Hooked(nn.Module):
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Have the layer call :meth:`hook`."""
+        """Let the layer call :meth:`hook`, for the block."""
         handle = self.net.get_submodule(self.layer).register_forward_hook(self.hook)
         try:
             yield
@@ -176,7 +176,7 @@ class _Hooked(nn.Module):
             handle.remove()
 
     def hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """What the layer is to return instead of ``output``; None for that."""
+        """The value that the layer returns instead of ``output``; None keeps ``output``."""
         raise NotImplementedError
 
 
@@ -190,14 +190,14 @@ class _Shifted(_Hooked):
         self.sums: Tensor | None = None
 
     def forward(self, image: Tensor, offset: Tensor, *args: Any) -> Any:
-        """The model's result, and the sums (N, C) of the layer's output over its positions if wanted."""
+        """The model's result, and if wanted the sums (N, C) of the layer's output over its positions."""
         self.offset = offset[:, :, None, None] if offset.dim() == 2 else offset
         result = self.net(image, *args)
         sums, self.offset, self.sums = self.sums, None, None
         return (result, sums) if self.with_sums else result
 
     def hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Shift the output, once it is summed."""
+        """Add the offset to the output, after summing it."""
         if self.with_sums:
             self.sums = output.sum((2, 3))
         assert self.offset is not None
@@ -205,7 +205,7 @@ class _Shifted(_Hooked):
 
 
 class _WeightedSum(_Hooked):
-    """The layer's output alone, its channels weighted and summed."""
+    """Returns only the layer's output, its channels weighted and summed."""
 
     def __init__(self, net: nn.Module, layer: str, *, relu: bool) -> None:
         super().__init__(net, layer)
@@ -221,6 +221,6 @@ class _WeightedSum(_Hooked):
         return summed.relu() if self.relu else summed
 
     def hook(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Keep a copy: the next layer may overwrite the output."""
+        """Keep a copy, as the next layer may overwrite the output."""
         self.kept = output.clone()
         return None

@@ -1,6 +1,6 @@
-"""Attributions to pixels: names, arguments and definitions are those of captum.
+"""Attributions to pixels, with the names, arguments and definitions of captum.
 
-Each is one number for each channel of each pixel of the image as the model sees it, after ``preprocess``.
+Each is a value for every channel of every pixel of the image as the model gets it, after ``preprocess``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ NOISE_TUNNEL_TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
 class GradientMethod(ABC):
     """An attribution that is computed from gradients with respect to the image.
 
-    The model is used in its present mode, which should be ``eval``: the score of an image then depends on
-    that image alone. Parameters get no gradients.
+    The model is used in its present mode, which should be ``eval``, so that an image's score depends on that
+    image alone. Parameters get no gradients.
 
     Parameters
     ----------
     model
-        A classifier under its budget.
+        A classifier, whose budget applies.
     """
 
     num_copies = 0
@@ -52,7 +52,7 @@ class GradientMethod(ABC):
     def gradients(
         self, inputs: Image, target: Target, additional: Any, *, num_copies: int = 0
     ) -> ImageGradients:
-        """The image as the model sees it, with what computes gradients there; see :class:`ImageGradients`."""
+        """The image as the model gets it, with a function for gradients; see :class:`ImageGradients`."""
         return ImageGradients(self.model, inputs, target, additional, num_copies=self.num_copies + num_copies)
 
 
@@ -73,12 +73,12 @@ class Saliency(GradientMethod):
         abs
             Whether to take absolute values.
         additional_forward_args
-            What else goes into the module after the image: one argument, or a tuple.
+            Further arguments of the module after the image: one argument, or a tuple.
 
         Raises
         ------
         PlanDoesNotFit
-            If image, gradient and pass have no room in the budget together.
+            If image, gradient and pass do not fit in the budget together.
         UnsupportedModel, CorruptImage, ValueError
             For models, images and targets that cannot be used.
         """
@@ -106,19 +106,19 @@ class InputXGradient(GradientMethod):
 
 
 class IntegratedGradients(GradientMethod):
-    """The gradient on the way from a baseline, summed (Sundararajan et al. 2017).
+    """The sum of gradients on the path from a baseline to the image (Sundararajan et al. 2017).
 
-    As ``captum.attr.IntegratedGradients`` defines it. One gradient is computed at a time.
+    Defined as ``captum.attr.IntegratedGradients``. One gradient is computed at a time.
 
     Parameters
     ----------
     model
-        A classifier under its budget.
+        A classifier, whose budget applies.
     multiply_by_inputs
         Whether the sum is multiplied by ``image - baseline``.
     """
 
-    num_copies = 2  # the sum, and the image on its way
+    num_copies = 2  # the sum, and the image on the path
 
     def __init__(self, model: StreamingModel, multiply_by_inputs: bool = True) -> None:
         super().__init__(model)
@@ -140,17 +140,17 @@ class IntegratedGradients(GradientMethod):
         inputs, target, additional_forward_args
             As for :meth:`Saliency.attribute`.
         baselines
-            Where the way begins: a number, or a tensor that broadcasts to the image as the model sees it;
-            None for 0.
+            Start of the path: a number, or a tensor that broadcasts to the image as the model gets it; None
+            for 0.
         n_steps
-            Gradients to compute.
+            Number of gradients to compute.
         method
-            Which positions and weights: one of ``INTEGRATION_METHODS``.
+            Name of the quadrature rule: one of ``INTEGRATION_METHODS``.
 
         Raises
         ------
         PlanDoesNotFit, UnsupportedModel, CorruptImage, ValueError
-            As of :meth:`Saliency.attribute`, and for steps, methods and baselines that are none.
+            As of :meth:`Saliency.attribute`, and for invalid steps, methods and baselines.
         """
         integration_steps(method, n_steps)
         gradients = self.gradients(inputs, target, additional_forward_args)
@@ -175,14 +175,14 @@ class IntegratedGradients(GradientMethod):
 
 
 class NoiseTunnel:
-    """Another method's attributions at noisy images, averaged: SmoothGrad (Smilkov et al. 2017) and its kin.
+    """The average of a method's attributions at noisy images, as SmoothGrad (Smilkov et al. 2017).
 
-    As ``captum.attr.NoiseTunnel`` defines it, but for the seed. One sample is computed at a time.
+    Defined as ``captum.attr.NoiseTunnel``, except for the seed. One sample is computed at a time.
 
     Parameters
     ----------
     attribution_method
-        One with gradients of the image; ``Saliency`` in the paper.
+        The method to average; ``Saliency`` in the paper.
     """
 
     def __init__(self, attribution_method: GradientMethod) -> None:
@@ -200,7 +200,7 @@ class NoiseTunnel:
         additional_forward_args: Any = None,
         **options: Any,
     ) -> Tensor:
-        """The mean of the samples' attributions, of their squares, or their variance, (N, C, H, W).
+        """The mean of the samples' attributions, the mean of their squares, or their variance: (N, C, H, W).
 
         Parameters
         ----------
@@ -209,19 +209,19 @@ class NoiseTunnel:
         nt_type
             ``"smoothgrad"``, ``"smoothgrad_sq"`` or ``"vargrad"``.
         nt_samples
-            Noisy images.
+            Number of noisy images.
         stdevs
-            Standard deviation of the noise, in units of the image as the model sees it.
+            Standard deviation of the noise, in units of the image as the model gets it.
         seed
-            Sample k is drawn by ``torch.randn`` from a generator on the image's device of the seed
-            ``seed + k``.
+            The noise of sample k is drawn by ``torch.randn`` from a generator on the image's device with
+            the seed ``seed + k``.
         **options
-            Of the method, such as ``abs`` or ``n_steps``.
+            Options of the method, such as ``abs`` or ``n_steps``.
 
         Raises
         ------
         PlanDoesNotFit, UnsupportedModel, CorruptImage, ValueError
-            As of :meth:`Saliency.attribute`, and for another type or fewer samples than one.
+            As of :meth:`Saliency.attribute`, and for an unknown type, or less than one sample.
         """
         if nt_type not in NOISE_TUNNEL_TYPES:
             raise ValueError(f"nt_type={nt_type!r}: allowed are {', '.join(NOISE_TUNNEL_TYPES)}")
@@ -242,7 +242,7 @@ class NoiseTunnel:
                 first.add_(found, alpha=1 / nt_samples)
             if second is not None:
                 second.addcmul_(found, found, value=1 / nt_samples)
-            # Not beside the next sample's.
+            # Freed before the next sample's is computed.
             del noisy, found
         if first is None:
             assert second is not None
@@ -251,15 +251,15 @@ class NoiseTunnel:
 
 
 def integration_steps(method: str, n_steps: int) -> list[tuple[float, float]]:
-    """Positions from 0 to 1 on the way, and weights, as ``captum.attr`` has them for its method names.
+    """Positions from 0 to 1 on the path and their weights, as in ``captum.attr`` for its method names.
 
     The trapezoid's ``n_steps`` positions are 1 / (n_steps - 1) apart and weigh 1 / n_steps, half of that at
-    the ends: with few steps the weights' sum is well below 1.
+    the ends; with few steps the weights' sum is well below 1.
 
     Raises
     ------
     ValueError
-        For another method, or too few steps.
+        For an unknown method, or too few steps.
     """
     if method not in INTEGRATION_METHODS:
         raise ValueError(f"method={method!r}: allowed are {', '.join(INTEGRATION_METHODS)}")

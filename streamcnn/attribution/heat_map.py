@@ -1,4 +1,4 @@
-"""An attribution as one number for each position, and as colours."""
+"""Heat maps: an attribution as one number for each position, and as colours."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from torch import Tensor
 from streamcnn.support.extras import require
 
 _BRIGHT_SHARE = 0.995
-"""Share of the positions whose absolute value is at most that of the strongest colour."""
+"""Quantile of the absolute values that gets the strongest colour."""
 _MOST_SAMPLED = 2**22
-"""Positions that this is told by, evenly spread."""
+"""Largest number of positions from which the quantile is computed, evenly spread."""
 SEQUENTIAL, DIVERGING = "turbo", "bwr"
-"""Colour maps of matplotlib, for values from 0 on and for both signs."""
+"""Default colour maps of matplotlib, for non-negative and for signed values."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """What lies over an image: an attribution's channels summed."""
+    """The sum of an attribution's channels, which covers an image."""
 
     values: Tensor
     """(h, w), in float32 on the CPU."""
     image_size: tuple[int, int]
-    """(H, W) in pixels of the image that it covers exactly."""
+    """(H, W) in pixels of the image that the map covers exactly."""
     is_signed: bool
-    """Whether values below zero have a meaning."""
+    """Whether negative values have a meaning."""
 
     @property
     def pixel(self) -> tuple[float, float]:
-        """Height and width of a position in pixels of the image."""
+        """Height and width of one position, in pixels of the image."""
         height, width = self.values.shape
         return self.image_size[0] / height, self.image_size[1] / width
 
     def halvings(self) -> list[Tensor]:
-        """The values, then means of 2x2 of the ones before, down to one."""
+        """The values, then repeated 2 x 2 means of these, down to one value."""
         found = [self.values]
         while max(found[-1].shape) > 1:
             found.append(F.avg_pool2d(found[-1][None], 2, ceil_mode=True)[0])
@@ -46,19 +46,19 @@ class HeatMap:
 
 
 def heat_map(attribution: Tensor, image_size: tuple[int, int], *, is_signed: bool) -> HeatMap:
-    """The map of one image's attribution (1, C, h, w)."""
+    """The heat map of one image's attribution (1, C, h, w)."""
     return HeatMap(attribution[0].detach().sum(0).float().cpu(), image_size, is_signed)
 
 
 def strongest(values: Tensor) -> float:
-    """The absolute value that gets the strongest colour; 1 if all are zero."""
+    """The absolute value that gets the strongest colour; 1 if all values are zero."""
     flat = values.flatten()
     sampled = flat[:: -(-len(flat) // _MOST_SAMPLED)].abs().numpy()
     return float(np.quantile(sampled, _BRIGHT_SHARE)) or float(sampled.max()) or 1.0
 
 
 def coloured(values: Tensor, limit: float, table: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Values (h, w) as red, green, blue and opacity (h, w, 4): zero is transparent, ``limit`` opaque.
+    """Values (h, w) as RGBA colours (h, w, 4), where zero is transparent and ``limit`` opaque.
 
     Parameters
     ----------
@@ -76,14 +76,14 @@ def coloured(values: Tensor, limit: float, table: NDArray[np.uint8]) -> NDArray[
 def colour_table(name: str | None, *, is_signed: bool) -> NDArray[np.uint8]:
     """The colours (n, 4) of matplotlib's map ``name``, more opaque the further they are from zero.
 
-    Of 255 colours the middle one is zero; of 256 the first.
+    A signed map has 255 colours, of which the middle one is zero; an unsigned one has 256, the first zero.
 
     Raises
     ------
     MissingExtra
         If matplotlib is not installed.
     ValueError
-        If it has no such map.
+        If matplotlib has no such map.
     """
     maps: Any = require("matplotlib", extra="plots").colormaps
     name = name or (DIVERGING if is_signed else SEQUENTIAL)

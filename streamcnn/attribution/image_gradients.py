@@ -1,7 +1,7 @@
 """Gradients of a score with respect to the image, streamed.
 
-The image, its gradient and what a method sums are tensors of the image's size in memory, which the budget
-has to have room for: what is planned is a pass within what they leave of it.
+The image, its gradient and a method's sums are tensors of the image's size in memory, for which the budget
+needs room. Passes are planned within the rest of the budget.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from streamcnn.support.units import format_bytes, plural
 
 
 class ImageGradients:
-    """An image as the model sees it, and gradients of the scores of images like it.
+    """An image as the model gets it, with a function for gradients of the scores of images like it.
 
     Parameters
     ----------
     model
-        Whose budget, tile and ``preprocess`` hold.
+        The model, whose budget, tile and ``preprocess`` apply.
     inputs
         The image: a tensor (N, C, H, W), a source, or a list of sources.
     target, additional
-        What is explained, and what goes into the module after the image.
+        The score to explain, and further arguments of the module after the image.
     num_copies
-        Tensors of the image's size that the method holds while a gradient is computed, besides the image.
+        Number of tensors of the image's size, besides the image, that the method holds during a gradient.
 
     Raises
     ------
     PlanDoesNotFit
-        If the budget has no room for a pass beside them; before the image is read.
+        If the budget has no room for a pass beside these tensors; raised before the image is read.
     UnsupportedModel, ValueError
         If the model or the target cannot be used.
     """
@@ -52,20 +52,20 @@ class ImageGradients:
         nbytes = _nbytes(reader.shape, reader.dtype)
         is_own = not isinstance(inputs, Tensor) or model.preprocess is not None
         held = nbytes * (num_copies + is_own)
-        # A budget on a GPU is for all that is there: what is held counts by itself.
+        # On a GPU the budget covers everything there, so held tensors count anyway.
         beside = held if reader.device.type == "cpu" else 0
         budget = None if model.budget is None else model.budget - beside
-        # A budget of nothing has a plan too, which says what would do.
+        # A budget of zero also gives a plan, whose error names the budget that works.
         allowed = None if budget is None else max(1, budget)
         self._streamed = streamed_like(model, model.net, budget=allowed, preprocess=None)
         self._require_room(reader, held, beside, model.budget)
         self.image = reader.read(Region.whole(reader.shape[2:]))
-        """(N, C, H, W), after ``preprocess``, on the model's device; not to be written to."""
+        """(N, C, H, W), after ``preprocess``, on the model's device; read-only."""
         reader.settle()
         reader.release()
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The gradient of the sum of all images' scores at ``image`` (N, C, H, W); a tensor like it."""
+        """The gradient (N, C, H, W), at ``image``, of the sum of all images' scores."""
         image = image.detach().requires_grad_()
         with without_gradients(self._net), torch.enable_grad():
             scores = selected(self._streamed(image, *self._args), self._target)

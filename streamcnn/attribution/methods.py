@@ -1,4 +1,4 @@
-"""The methods by the names that the command line has for them."""
+"""The attribution methods, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from streamcnn.runtime.streaming_model import StreamingModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to be explained."""
+    """A request for an explanation: model, image, score and options."""
 
     model: StreamingModel
     image: Image
     target: Target
     further: tuple[Any, ...] = ()
-    """What goes into the module after the image."""
+    """Further arguments of the module after the image."""
     layer: str | None = None
-    """For a class activation map."""
+    """The layer of a class activation map."""
     samples: int = 10
-    """Noisy images of SmoothGrad."""
+    """Number of noisy images of SmoothGrad."""
     noise: float = 0.3
-    """Their standard deviation, in units of the image as the model sees it."""
+    """Standard deviation of the noise, in units of the image as the model gets it."""
     steps: int = 50
-    """Gradients of integrated gradients."""
+    """Number of gradients of integrated gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Method:
     """A way to explain a score."""
 
     run: Callable[[Request], Tensor]
-    """The attribution (N, C, h, w)."""
+    """Computes the attribution (N, C, h, w)."""
     is_signed: bool = False
-    """Whether values below zero have a meaning."""
+    """Whether negative values have a meaning."""
     of_layer: bool = False
-    """Whether it looks at a layer's output rather than at the image."""
+    """Whether it attributes to a layer's output rather than to the image."""
     options: tuple[str, ...] = ()
-    """Which of a request's numbers it takes."""
+    """Names of the request's numbers that it takes."""
 
 
 def _grad_cam(request: Request) -> Tensor:

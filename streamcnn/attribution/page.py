@@ -1,4 +1,4 @@
-"""The page of an explanation: a viewer of Deep Zoom pyramids in one HTML file, which works from the disk."""
+"""The page of an explanation: a viewer of Deep Zoom pyramids in one HTML file, without a server."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from streamcnn.attribution.explanation import Facts
 
 _STOPS = 16
-"""Colours that the legend is drawn with."""
+"""Number of colours in the legend."""
 
 
 def render_page(
     facts: Facts, image: Pyramid, heat: Pyramid, table: NDArray[np.uint8], *, is_signed: bool
 ) -> str:
-    """The page as HTML, to lie beside the pyramids' files.
+    """The page as HTML, to be stored beside the pyramids' files.
 
     Parameters
     ----------
     table
-        Colours (n, 4) of the heat map, from the least value to the largest.
+        Colours (n, 4) of the heat map, from the smallest value to the largest.
     is_signed
-        Whether the least is as far below zero as the largest is above.
+        Whether the colours range from ``-limit`` to ``limit``, rather than from 0.
     """
     data = {
         "tile": TILE,
@@ -99,7 +99,7 @@ def _controls(facts: Facts) -> str:
 
 
 def _legend(table: NDArray[np.uint8], *, is_signed: bool) -> str:
-    """The colours over white, as they are over a white image."""
+    """The legend as HTML: the colours as they appear over a white image."""
     at = np.linspace(0, len(table) - 1, _STOPS).round().astype(int)
     stops = ",".join(f"rgb({r} {g} {b} / {a / 255:.2f})" for r, g, b, a in table[at])
     ends = ("against", "for it") if is_signed else ("none", "most")

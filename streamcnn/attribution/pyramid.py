@@ -1,7 +1,7 @@
-"""Deep Zoom pyramids: a picture as small files at every resolution, of which a viewer loads what it shows.
+"""Deep Zoom pyramids: a picture as small files at every resolution, of which a viewer loads the visible ones.
 
-Level 0 is one pixel, and each level has twice the pixels of the one before on each side; ``name.dzi`` says
-how large the last is, ``name_files/<level>/<column>_<row>.<ending>`` are its tiles.
+Level 0 is one pixel, and each level has twice the height and width of the one before. ``name.dzi`` gives the
+size of the last level; ``name_files/<level>/<column>_<row>.<ending>`` are the tiles.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from streamcnn.support.extras import require
 TILE = 512
 """Edge of a tile in pixels."""
 _JPEG = {"quality": 90, "subsampling": 0}
-"""Colours as sharp as grey."""
+"""Colours keep full resolution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pyramid:
-    """What a viewer has to know of one."""
+    """The facts about a pyramid that a viewer needs."""
 
     name: str
     ending: str
-    """Of its files: the format of its pictures."""
+    """File ending of its tiles, which is their format."""
     size: tuple[int, int]
     """(H, W) of the last level in pixels."""
 
@@ -47,7 +47,7 @@ class Pyramid:
         return height, width
 
     def region(self, level: int, row: int, col: int) -> Region:
-        """Where a tile lies in its level."""
+        """The region of a tile in its level."""
         height, width = self.size_of(level)
         rows, cols = (
             Interval(at * TILE, min((at + 1) * TILE, extent)) for at, extent in ((row, height), (col, width))
@@ -65,12 +65,12 @@ class Pyramid:
 
 
 def write_image_pyramid(folder: Path, name: str, source: ImageSource) -> Pyramid:
-    """Write an image in JPEG, reading every pixel once and holding a few tiles a level; see `thumbnail`."""
+    """Write an image as JPEG tiles, reading every pixel once and holding a few tiles for each level."""
     pyramid = Pyramid(name, "jpg", source.shape[1:])
     save = _saver(folder, pyramid)
 
     def tile(level: int, row: int, col: int) -> NDArray[np.float32]:
-        """The pixels of a tile (3, h, w), written with all that it is the mean of."""
+        """The pixels (3, h, w) of a tile; writes the tile and all tiles of which it is the mean."""
         if level == pyramid.last:
             pixels = colours(source, pyramid.region(level, row, col))
         else:
@@ -79,7 +79,7 @@ def write_image_pyramid(folder: Path, name: str, source: ImageSource) -> Pyramid
         return pixels
 
     def below(level: int, row: int, col: int) -> NDArray[np.float32]:
-        """Up to four tiles from (row, col) on as one."""
+        """Up to four tiles, from (row, col) on, joined."""
         height, width = pyramid.size_of(level)
         rows = [each for each in (row, row + 1) if each * TILE < height]
         cols = [each for each in (col, col + 1) if each * TILE < width]
@@ -90,7 +90,7 @@ def write_image_pyramid(folder: Path, name: str, source: ImageSource) -> Pyramid
 
 
 def write_heat_pyramid(folder: Path, name: str, heat: HeatMap, table: NDArray[np.uint8]) -> Pyramid:
-    """Write a heat map in PNG, each level in colours of its own range, as means are weaker than peaks."""
+    """Write a heat map as PNG tiles, with each level's own colour range, as means are weaker than peaks."""
     height, width = heat.values.shape
     pyramid = Pyramid(name, "png", (height, width))
     save = _saver(folder, pyramid)
@@ -106,7 +106,7 @@ def write_heat_pyramid(folder: Path, name: str, heat: HeatMap, table: NDArray[np
 
 
 def _saver(folder: Path, pyramid: Pyramid) -> Callable[[int, int, int, NDArray[np.uint8]], None]:
-    """Writes ``name.dzi``, and then a tile (h, w, 3 or 4) at (level, row, column) at a time."""
+    """Write ``name.dzi``; return a function that writes a tile (h, w, 3 or 4) at (level, row, column)."""
     pillow: Any = require("PIL.Image", extra="plots")
     (folder / f"{pyramid.name}.dzi").write_text(pyramid.to_xml())
     files = folder / f"{pyramid.name}_files"

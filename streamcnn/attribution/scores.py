@@ -1,4 +1,4 @@
-"""The number of each image that is explained: one entry of the model's result."""
+"""The score to explain: one entry of the model's result for each image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from streamcnn.errors import UnsupportedModel
 
 Target = int | tuple[int, ...] | Sequence[int] | Tensor | None
-"""Which entry, as in captum: a class for all images; a list or a tensor (N,) of classes, one an image; a
-tuple for the place (class, row, column, …) in a result of more axes; None if there is one number an image."""
+"""The entry to explain, as in captum: a class for all images; a list or a tensor (N,) of classes, one for
+each image; a tuple for an index (class, row, column, …) into further axes; None if there is one number an
+image."""
 
 
 def selected(output: Tensor, target: Target) -> Tensor:
-    """The scores (N,) that ``target`` names in ``output`` (N, …); see :func:`require_target`."""
+    """The scores (N,) that ``target`` selects from ``output`` (N, …); see :func:`require_target`."""
     if target is None:
         return output.reshape(len(output))
     if isinstance(target, (list, Tensor)):
@@ -27,12 +28,12 @@ def selected(output: Tensor, target: Target) -> Tensor:
 
 
 def require_target(output: Any, target: Target) -> None:
-    """Make sure that a model's result, whose values are not known, has the entry that ``target`` names.
+    """Make sure that a model's result, which may be a fake tensor, has the entry that ``target`` selects.
 
     Raises
     ------
     UnsupportedModel
-        If the model returns something else than one tensor (N, …).
+        If the model does not return a single tensor (N, …).
     ValueError
         If there is no such entry; the text says what is allowed.
     """

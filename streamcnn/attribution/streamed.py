@@ -1,4 +1,4 @@
-"""Passes of a model that is looked into: streamed within its budget, its parameters left alone."""
+"""Passes for attribution: streamed within a budget, without gradients of parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamcnn.runtime.streaming_model import StreamingModel
 
 @contextmanager
 def without_gradients(net: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient: no pass then goes back further than what is asked for."""
+    """Freeze all parameters for the block, so that backward passes go only as far as they must."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -28,14 +28,14 @@ def without_gradients(net: nn.Module) -> Iterator[None]:
 def streamed_like(
     model: StreamingModel, net: nn.Module, *, budget: int | None, preprocess: Preprocess | None
 ) -> StreamingModel:
-    """``net`` streamed with the tile, the folder and the observer of ``model``."""
+    """``net`` as a streaming model with the tile, spill folder and observer of ``model``."""
     made = StreamingModel(net, budget, tile=model.tile, spill=model.spill, preprocess=preprocess)
     made.resident_tail, made.observer = model.resident_tail, model.observer
     return made
 
 
 def as_arguments(additional: Any) -> tuple[Any, ...]:
-    """What else goes into the module, as captum takes it: nothing, one argument, or a tuple of several."""
+    """Further arguments of a module as a tuple; as in captum, None, one argument, or a tuple."""
     if additional is None:
         return ()
     return additional if isinstance(additional, tuple) else (additional,)

@@ -1,4 +1,4 @@
-"""What a model's layers give for an image of some size, found without computing it."""
+"""A survey of the shapes that a model's layers return for an image of some size, without computing."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from streamcnn.runtime.streaming_model import StreamingModel
 
 @dataclass(frozen=True, slots=True)
 class LayerOutput:
-    """What one layer returns."""
+    """The output of one layer."""
 
     shape: tuple[int, ...] | None
-    """Of the tensor, at its last call; None if it returns anything else."""
+    """Shape of the tensor that its last call returned; None if that was not a tensor."""
     num_calls: int
-    """How often a forward pass calls the layer."""
+    """Number of calls of the layer in a forward pass."""
 
     @property
     def is_map(self) -> bool:
-        """Whether it is a map (N, C, h, w) that has rows and columns."""
+        """Whether the output is a map (N, C, h, w) with more than one row and more than one column."""
         return self.shape is not None and len(self.shape) == 4 and min(self.shape[2:]) > 1
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A forward pass as its hooks see it."""
+    """The outputs of all layers in a forward pass."""
 
     layers: Mapping[str, LayerOutput]
-    """By qualified name, in the order in which the layers end."""
+    """Outputs by qualified name, in the order in which the layers return."""
     output: Any
-    """The model's result, of tensors without values."""
+    """The model's result, with fake tensors."""
 
     @property
     def last_map(self) -> str:
-        """The layer that ends last of those that return a map: where Grad-CAM looks by default.
+        """The layer that returns a map last: the default for Grad-CAM.
 
         Raises
         ------
@@ -56,12 +56,12 @@ class Survey:
         return maps[-1]
 
     def map_shape(self, layer: str) -> tuple[int, int, int, int]:
-        """(N, C, h, w) of what the layer of that name returns.
+        """The shape (N, C, h, w) of the map that a layer returns.
 
         Raises
         ------
         ValueError
-            If there is no such layer, it is not called once, or it returns no map; the text names others.
+            If there is no such layer, it is not called just once, or returns no map; the text names others.
         """
         if layer not in self.layers:
             near = difflib.get_close_matches(layer, self.layers, n=5, cutoff=0.4) or self._maps()[-5:]
@@ -87,12 +87,12 @@ class Survey:
 
 
 def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Iterable[Any] = ()) -> Survey:
-    """What the layers of ``net`` return for an image of ``shape`` (N, C, H, W); neither runs nor changes it.
+    """Survey the layers of ``net`` for an image of ``shape`` (N, C, H, W), without running or changing it.
 
     Parameters
     ----------
     args
-        What else goes into the module after the image.
+        Further arguments of the module after the image.
 
     Raises
     ------
@@ -116,12 +116,12 @@ def survey(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Ite
 
 
 def survey_of(model: StreamingModel, inputs: Image, args: Iterable[Any] = ()) -> Survey:
-    """The same for images as the model sees them, after ``preprocess``.
+    """Survey a streaming model's layers for images as they are after ``preprocess``.
 
     Raises
     ------
     DatasetMismatch, UnsupportedModel
-        If they are no batch of images, or the model fails for them.
+        If ``inputs`` are not a batch of images, or the model fails for them.
     """
     reader = BatchReader(inputs, model.computing_device(), model.preprocess)
     return survey(model.net, reader.shape, reader.dtype, args)
@@ -133,7 +133,7 @@ def name_of(net: nn.Module, layer: nn.Module | str) -> str:
     Raises
     ------
     ValueError
-        If the module is none of them.
+        If the module is not one of its layers.
     """
     if isinstance(layer, str):
         return layer
