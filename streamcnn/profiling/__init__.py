@@ -1,4 +1,4 @@
-"""What ``streamcnn profile`` runs: peak memory and time of one training update, for several tile sizes."""
+"""Profiles for ``streamcnn profile``: peak memory and time of one training update, by tile size."""
 
 from streamcnn.profiling.figures import write_figures
 from streamcnn.profiling.measure import ProfileFailed, profile_tiles

@@ -23,17 +23,17 @@ class Scale:
     top: float
     """The value at the upper edge: bytes or seconds."""
     width: int = _MEMORY_WIDTH
-    """Of the chart with its margins."""
+    """Width of the chart with its margins."""
 
     def x(self, tile: int) -> float:
-        """Where a tile size is; a single one is in the middle."""
+        """The x-coordinate of a tile size; a single one is in the middle."""
         low, high = math.log2(self.tiles[0]), math.log2(self.tiles[-1])
         share = (math.log2(tile) - low) / (high - low) if high > low else 0.5
         margin = 34
         return _LEFT + margin + share * (self.width - _LEFT - _RIGHT - 2 * margin)
 
     def y(self, value: float) -> float:
-        """Where a value is; what is beyond the top is on it."""
+        """The y-coordinate of a value; one beyond the top is at the top."""
         share = min(value / self.top, 1.0)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
@@ -141,7 +141,7 @@ def _memory_marks(profile: TileProfile, scale: Scale) -> str:
 
 
 def _time_marks(profile: TileProfile, scale: Scale, took: str) -> str:
-    """A dot with its value; words on the axis for what did not run."""
+    """A dot with its value; a note on the axis for a tile size that did not run."""
     x = scale.x(profile.tile)
     y = scale.y(profile.seconds or 0.0)
     text = f'<text class="value" x="{x:.1f}" y="{y - 12:.1f}" text-anchor="middle">{took}</text>'
@@ -153,7 +153,7 @@ def _time_marks(profile: TileProfile, scale: Scale, took: str) -> str:
 
 
 def _label(profile: TileProfile) -> str:
-    """What a screen reader says of a tile size."""
+    """The text of a tile size for a screen reader."""
     measured = "not measured"
     if profile.measured_bytes is not None:
         measured = f"measured {format_bytes(profile.measured_bytes)}"
@@ -161,7 +161,7 @@ def _label(profile: TileProfile) -> str:
 
 
 def _mark(name: str, x: float, nbytes: int, scale: Scale) -> str:
-    """A dot; an arrow head with the number at the top for what is beyond it."""
+    """A dot; for a value beyond the top, an arrow head there with the number."""
     y = scale.y(nbytes)
     if nbytes > scale.top:
         return (

@@ -34,7 +34,7 @@ from streamcnn.support.models import load_model
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """What one update took."""
+    """The measurements of one update."""
 
     report: Report
     timeline: Timeline | None
@@ -48,7 +48,7 @@ def measure(
     repeats: int,
     options: Mapping[str, Any] | None = None,
 ) -> TileProfile:
-    """Updates with tiles of that size in this process, on the images in ``folder``.
+    """Measure updates with tiles of that size in this process, on the images in ``folder``.
 
     The first update is not timed unless it is the only one, but its peak counts.
 
@@ -91,7 +91,7 @@ def measure(
 def _run(
     streamed: StreamingModel, sources: list[ZarrSource], plan: Plan, count: int
 ) -> tuple[str | None, list[_Update]]:
-    """That many updates; or, if the budget does not allow one of them, the reason and none."""
+    """Measure ``count`` updates; if the budget does not allow one, return the reason and no updates."""
     updates = []
     for _ in range(count):
         tail = max(segment.level for segment in plan.segments) if plan.num_resident else None
@@ -109,7 +109,7 @@ def _run(
 
 
 def make_update(streamed: StreamingModel, sources: list[ZarrSource]) -> str | None:
-    """Forward and backward; the reason if the budget does not allow them."""
+    """Make one forward and backward pass; return the reason if the budget does not allow it."""
     try:
         outputs = streamed(sources)
         loss = torch.stack([_mean_square(output) for output in _floats(outputs)]).sum()

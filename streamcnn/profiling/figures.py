@@ -27,9 +27,9 @@ FIGURES = ("memory.png", "time.png", "memory_over_time.png", "plan.png")
 
 _COLORS = {"measured": "#1f6feb", "projected": "#8a94a6", "budget": "#c62828", "plain": "#7b3fb5"}
 _PIXELS_PER_INCH = 96
-"""Of a drawing's pixels."""
+"""Resolution for a drawing's pixels."""
 _COLUMNS_PER_ROW = 20
-"""A plan with more is folded: a picture does not scroll."""
+"""A plan with more columns is folded, as a picture does not scroll."""
 
 
 def memory_figure(profiles: Sequence[TileProfile], title: str) -> Any:
@@ -115,7 +115,7 @@ def plan_figure(profiles: Sequence[TileProfile], title: str) -> Any:
         weight="bold",
         parse_math=False,
     )
-    # A plan of few phases is narrower than what is written above it.
+    # A plan of few phases is narrower than the text above it.
     written = text.get_window_extent().width * _PIXELS_PER_INCH / figure.dpi
     right, height = max(drawing.width, written) + margin, drawing.height + head
     figure.set_size_inches((right + margin) / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH)
@@ -163,7 +163,7 @@ def _bytes_axis(axes: Any, top: int) -> None:
 
 
 def _points(profiles: Sequence[TileProfile], field: str) -> tuple[list[int], list[float]]:
-    """Tile sizes and the values of a field, in order, without what was not measured."""
+    """Tile sizes and the values of a field, in order, without those not measured."""
     known = sorted((p.tile, getattr(p, field)) for p in profiles if getattr(p, field) is not None)
     return [tile for tile, _ in known], [value for _, value in known]
 
@@ -190,7 +190,7 @@ def _mark_beyond(axes: Any, profiles: Sequence[TileProfile], top: int) -> None:
 
 
 def _draw_timeline(axes: Any, profile: TileProfile, timeline: Timeline, top: int) -> None:
-    """One panel: the spans as areas, the limits as lines, the peak named."""
+    """Draw one panel: the spans as areas, the limits as lines, the peak with a label."""
     for color, edge in areas(timeline):
         axes.fill_between(*zip(*edge, strict=True), color=color, linewidth=0.3)
     for name, words, nbytes in limits(profile):
@@ -271,5 +271,5 @@ def _paint_shape(axes: Any, shape: Shape) -> None:
 
 
 def _points_of(pixels: float) -> float:
-    """Points, of which there are 72 to an inch."""
+    """``pixels`` in points, of which an inch has 72."""
     return pixels * 72 / _PIXELS_PER_INCH

@@ -1,7 +1,7 @@
 """Measures training updates with each tile size in a fresh process.
 
-A process of its own per tile size, because the peak of resident memory is a high-water mark: it
-never falls, and memory freed by one update would be reused by the next.
+Each tile size needs a process of its own, because the peak of resident memory is a high-water mark that
+never falls, and because memory freed by one update would be reused by the next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LINES_OF_A_CRASH = 12
 
 
 class ProfileFailed(StreamError, RuntimeError):
-    """A measuring process ended without a measurement for a reason other than the budget."""
+    """A measuring process failed for a reason other than the budget."""
 
 
 def profile_tiles(
@@ -42,31 +42,31 @@ def profile_tiles(
     repeats: int = 1,
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[TileProfile]:
-    """The profile of each tile size, as soon as it is measured, on random images on disk.
+    """Measure each tile size on random images on disk, and yield its profile as soon as it is known.
 
     Parameters
     ----------
     model
         A name as :func:`streamcnn.support.models.load_model` reads it.
     shape
-        Of the batch, ``(N, C, H, W)`` in pixels.
+        Shape of the batch, ``(N, C, H, W)`` in pixels.
     tiles
         Largest edges of a tile in input pixels.
     budget
         Bytes that an update may take above the baseline; ``None`` sets no ceiling. A tile size that does
         not fit has a profile too, with a refusal.
     repeats
-        Updates whose median is the time, after one that bears the costs of first use; 0 for that one alone.
-        The peak is that of all.
+        Number of updates whose median is the time, after one warm-up update; 0 times the warm-up update
+        itself. The peak is the largest of all updates.
     options
-        Arguments of the model, as JSON has them.
+        Arguments of the model, as JSON types.
 
     Raises
     ------
     ValueError
         If there is no tile size, one is not positive, or ``repeats`` is negative.
     ProfileFailed
-        If a measurement ends for another reason than the budget.
+        If a measurement fails for another reason than the budget.
     """
     if not tiles or min(tiles) < 1:
         raise ValueError(f"tiles={list(tiles)}: allowed are one or more positive numbers of pixels")
@@ -77,7 +77,7 @@ def profile_tiles(
 
 
 def _random_bands(shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Random bytes for an image, from above, as many rows at a time as a chunk has."""
+    """Random bytes for an image, from the top, as many rows at a time as a chunk has."""
     channels, height, width = shape
     for row in range(0, height, CHUNK):
         yield torch.randint(256, (channels, min(CHUNK, height - row), width), dtype=torch.uint8)
@@ -85,7 +85,7 @@ def _random_bands(shape: tuple[int, int, int]) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What a fresh process makes a model of."""
+    """The name and arguments from which a fresh process makes the model."""
 
     name: str
     options: str

@@ -1,4 +1,4 @@
-"""The page of a profile: one HTML file that needs nothing else, for a browser without a network."""
+"""The page of a profile: one self-contained HTML file, for a browser without a network."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def describe(profiles: Sequence[TileProfile], model: str, shape: tuple[int, int,
 
 
 def render_page(profiles: Sequence[TileProfile], model: str, shape: tuple[int, int, int, int]) -> str:
-    """The page as HTML; ``#tile=512`` behind its address selects that tile size.
+    """The page as HTML; ``#tile=512`` after its address selects that tile size.
 
     Parameters
     ----------
     profiles
-        One per tile size.
+        One for each tile size.
     model, shape
-        What was profiled: its name, and the batch ``(N, C, H, W)`` in pixels.
+        The model's name, and the shape of the batch, ``(N, C, H, W)`` in pixels.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def _plan(profile: TileProfile) -> str:
 
 
 def _data(profiles: Sequence[TileProfile], selected: int) -> str:
-    """What the script shows, as JSON; ``<`` is escaped, which could end the element."""
+    """The script's data as JSON; ``<`` is escaped, as it could end the element."""
     shown = {
         profile.tile: {
             "values": [*zip(COLUMNS[1:], cells(profile)[1:], strict=True)],

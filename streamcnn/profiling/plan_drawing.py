@@ -1,8 +1,8 @@
-"""The plan drawn: the network from left to right, a column per phase, as shapes.
+"""Drawing of a plan: the network from left to right, with a column for each phase, as shapes.
 
-A pure function of the sketch. Every column has, from above: the operators by kind, the tile grid with the
-tile in the middle and its halo at scale, what the barrier behind the phase waits for, and the maps that are
-stored; below them arrows go from a stored map to the phases that read it.
+It is a pure function of the sketch. Every column has, from the top: the operators by kind, the tile grid with
+the tile in the middle and its halo to scale, the reductions of the barrier after the phase, and the stored
+maps. Below them arrows go from a stored map to the phases that read it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _GUTTER, _MARGIN, _TAIL = 62.0, 8.0, 150.0
 _TOP = 34.0
 """Height of the legend."""
 _OPERATORS, _GLYPH, _BARRIER, _GROUND = 26.0, 94.0, 182.0, 288.0
-"""Where the parts of a row begin; the stored maps stand on the last."""
+"""The y-coordinates of the parts of a row; the last is the ground line of the stored maps."""
 _MAP, _TALLEST, _DEEPEST = 48.0, 60.0, 40.0
 _MOST_LINES, _MOST_CUTS = 4, 16
 _THINNEST = 1.5
-"""A halo thinner than that many pixels is drawn so thick, to be seen at all."""
+"""Smallest drawn thickness of a halo in pixels, so that it can be seen."""
 
 INK, SOFT, RULE, LIT = "#1c2430", "#5b6675", "#dde2e8", "#ffffff"
 TILE, HALO, RESIDENT = "#6ea3ee", "#ffb14a", "#e4f2e7"
@@ -148,14 +148,14 @@ def _map(x: float, y: float, extent: tuple[int, int]) -> list[Shape]:
 
 
 def _frame(x: float, y: float, extent: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Where a map is drawn: its longer edge has the same length in every column."""
+    """The box of a map; its longer edge has the same length in every column."""
     scale = _MAP / max(extent)
     height, width = max(4.0, extent[0] * scale), max(4.0, extent[1] * scale)
     return x + (COLUMN - width) / 2, y + (_MAP - height) / 2, width, height
 
 
 def _tiles(phase: PhaseSketch, x: float, y: float) -> list[Shape]:
-    """The grid, and the tile in the middle on what it reads."""
+    """The grid of tiles, and the tile in the middle on the region that it reads."""
     left, top, width, height = _frame(x, y, phase.extent)
 
     def box(shares: Shares, fill: str, rim: float = 0.0) -> Box:
@@ -176,12 +176,12 @@ def _tiles(phase: PhaseSketch, x: float, y: float) -> list[Shape]:
 
 
 def _cuts(count: int) -> list[float]:
-    """Where the grid's lines are, in shares; a grid too fine to be seen has none."""
+    """The positions of the grid's lines, as shares; empty for a grid too fine to be seen."""
     return [index / count for index in range(1, count)] if count <= _MOST_CUTS else []
 
 
 def _bars(stored: Sequence[StoredMap], x: float, ground: float, most: int) -> Iterator[Shape]:
-    """A bar per stored map, its height in proportion to its bytes, the sum above."""
+    """A bar for each stored map, its height in proportion to its bytes, and their sum above."""
     if not stored:
         return
     width = min(20.0, (COLUMN - 14) / len(stored) - 3)
@@ -194,7 +194,7 @@ def _bars(stored: Sequence[StoredMap], x: float, ground: float, most: int) -> It
 
 
 def _arrows(plan: PlanSketch, places: Sequence[tuple[int, int]]) -> Iterator[Shape]:
-    """From the column where a map is stored to each that reads it; to the tail if none does."""
+    """Arrows from the column that stores a map to each that reads it; to the tail if none does."""
     made = {plan.image: 0}
     read: set[int] = set()
     for index, phase in enumerate(plan.phases, start=1):
@@ -211,31 +211,31 @@ def _arrows(plan: PlanSketch, places: Sequence[tuple[int, int]]) -> Iterator[Sha
 def _arrow(
     places: Sequence[tuple[int, int]], source: tuple[int, int], reader: tuple[int, int]
 ) -> Iterator[Shape]:
-    """Leaves right of the middle and arrives left of it, so that arrows of one column are apart."""
+    """An arrow that leaves right of the middle and arrives left of it; a column's arrows stay apart."""
     (x0, y0), (x1, y1) = _corner(source), _corner(reader)
     start, stop = x0 + COLUMN / 2 + 5, x1 + COLUMN / 2 - 5
     if y0 == y1:
         yield _hanging(start, stop, y0)
     else:
-        # Out at the end of one row, in at the beginning of the other.
+        # Leaving at the end of one row, and arriving at the beginning of the other.
         yield _hanging(start, _right_end(places, source[0]), y0)
         yield _hanging(_GUTTER - 4, stop, y1)
 
 
 def _hanging(start: float, stop: float, top: float) -> Arc:
-    """The longer, the deeper, to a limit."""
+    """A hanging arrow, the deeper the longer it is, up to a limit."""
     sag = min(_DEEPEST, 12 + 12 * math.log2(max(1.0, (stop - start + 10) / COLUMN)))
     ground = top + _GROUND + 8
     return Arc((start, ground), (stop, ground), sag * 4 / 3, "#8a94a6")
 
 
 def _right_end(places: Sequence[tuple[int, int]], row: int) -> float:
-    """Where the last column of a row ends."""
+    """The x-coordinate of the end of a row's last column."""
     return _GUTTER + COLUMN * (1 + max(column for place_row, column in places if place_row == row))
 
 
 def _kinds(kinds: Kinds, x: float, y: float, color: str, most: int, width: float = COLUMN) -> Iterator[Shape]:
-    """At most ``most`` lines, one per kind of operator; the last says how many there are besides."""
+    """At most ``most`` lines, one for each kind of operator; the last counts the kinds left out."""
     shown = kinds if len(kinds) <= most else kinds[: most - 1]
     lines = [name if count == 1 else f"{count} {name}" for name, count in shown]
     if len(shown) < len(kinds):

@@ -1,4 +1,4 @@
-"""Records resident memory over the time of one update, together with what runs."""
+"""Records resident memory over the time of one update, together with the part that runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from streamcnn.execution.executor import PassEvent
 from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Sample, Span, Timeline, thin
 
 _INTERVAL = 0.01
-"""Seconds between readings at first; one takes some 0.1 ms."""
+"""Seconds between readings at first; a reading takes some 0.1 ms."""
 MOST_HELD = 4096
-"""Samples held while recording: their own memory, below 1 MB, is measured too."""
+"""Largest number of samples while recording; their own memory, below 1 MB, is measured too."""
 _MOST_KEPT = 300
-"""Stretches of time that a timeline has one sample of; each span has one all the same."""
+"""Number of intervals with one sample each in a timeline; besides, each span keeps a sample."""
 
 ReadMemory = Callable[[], tuple[int, int] | None]
 
 
 class Recorder:
-    """Samples resident memory while entered; :meth:`observe` is told what runs.
+    """Samples resident memory while entered; :meth:`observe` gets the events of the pass.
 
-    A reading is taken at every event too, so that what was held between two readings belongs to one part.
-    Between them the kernel's high-water mark tells of peaks that are the process's highest so far: where it
-    has changed it is the sample. The kernel counts pages per core and adds them up now and then, so that two
+    Memory is also read at every event, so that the time between two readings belongs to one part. A peak
+    between readings shows in the kernel's high-water mark if it is the process's highest so far; if the mark
+    has risen, it is the sample. The kernel counts pages for each core and adds them only now and then, so two
     readings may differ by some hundred KiB.
 
     Parameters
@@ -35,7 +35,7 @@ class Recorder:
     tail
         Level of the segment that is the resident tail; None if there is none.
     read
-        Resident bytes now and their high-water mark.
+        Returns the resident bytes now and their high-water mark.
     """
 
     def __init__(self, tail: int | None, read: ReadMemory = resident_bytes) -> None:
@@ -62,7 +62,7 @@ class Recorder:
         self._sampler.join()
 
     def observe(self, event: PassEvent) -> None:
-        """A part begins or ends: the observer of a streamed model."""
+        """Note that a part begins or ends; an observer for a streamed model."""
         with self._lock:
             now = time.perf_counter()
             self._began = now if self._began is None else self._began
@@ -76,7 +76,7 @@ class Recorder:
                 self._close(moment)
 
     def timeline(self, baseline_bytes: int) -> Timeline | None:
-        """What was recorded, in bytes above the baseline; None if memory cannot be read."""
+        """The recorded timeline, in bytes above the baseline; None if memory cannot be read."""
         if not self._samples:
             return None
         width = self._spans[-1].stop / _MOST_KEPT or 1.0
@@ -96,7 +96,7 @@ class Recorder:
                 moment = time.perf_counter() - self._began
                 if not self._is_open:
                     if moment - self._spans[-1].stop < self._interval:
-                        continue  # from one part to the next takes a moment, which is no part itself
+                        continue  # the moment between two parts is not a part itself
                     self._open(BETWEEN, self._spans[-1].level, "", self._spans[-1].stop)
                 self._take(moment)
 

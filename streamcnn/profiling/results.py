@@ -1,4 +1,4 @@
-"""The folder of a profile: its lines, figures and page, complete or not there."""
+"""The folder of a profile: its lines, figures and page, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def write_results(
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for the results, so that one that cannot be written to is told before measuring.
+    """Create the folder for the results, so that a folder that cannot be written fails before measuring.
 
     Raises
     ------
     CannotWrite
-        If it cannot be made.
+        If it cannot be created.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where numbers are on an axis, which of them are ticks, and what an axis leaves out."""
+"""The range of an axis, and its ticks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from streamcnn.profiling.tile_profile import TileProfile
 
 _REACH = 2.5
-"""A value beyond so many times what matters is clipped to the top of the chart."""
+"""Values beyond this many times the relevant ones are clipped to the top of the chart."""
 _ROOM = 1.12
 
 
 def upper_edge(profiles: Sequence[TileProfile]) -> int:
-    """Bytes at the upper edge of a chart: room for the budget, what ran and what is little above."""
+    """Bytes at the upper edge of a chart, with room for the budget, the updates that ran, and others near."""
     matters = [p.measured_bytes or 0 for p in profiles] + [profiles[0].budget or 0]
     matters += [p.projected_bytes for p in profiles if p.refusal is None]
     most = max(matters) or max(p.projected_bytes for p in profiles)
@@ -21,18 +21,18 @@ def upper_edge(profiles: Sequence[TileProfile]) -> int:
 
 
 def with_room(matters: int, others: Sequence[int], reach: float = _REACH) -> int:
-    """Bytes at an upper edge with room for what matters, and for the others that are not far above it."""
+    """Bytes at an upper edge, with room for ``matters``, and for ``others`` not far above it."""
     return max(1, int(_ROOM * max(matters, *(value for value in [0, *others] if value <= reach * matters))))
 
 
 def bytes_step(top: int) -> int:
-    """A power of two of bytes, or three quarters of one, that cuts the axis into 3 to 6."""
+    """The step between ticks: a power of two of bytes, or three quarters of one, for 3 to 6 intervals."""
     step = 1 << max(0, (top // 3).bit_length() - 1)
     return step if top // step <= 5 else step * 3 // 2
 
 
 def seconds_step(top: float, most: int = 6) -> float:
-    """1, 2 or 5 times a power of ten of seconds, the least that cuts the axis into at most ``most``."""
+    """The step between ticks: the least of 1, 2 or 5 times a power of ten for at most ``most`` intervals."""
     power = 10.0 ** math.floor(math.log10(top / most))
     return next(factor * power for factor in (1, 2, 5, 10) if top / (factor * power) <= most)
 

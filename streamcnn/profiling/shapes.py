@@ -1,4 +1,4 @@
-"""Drawings as plain data: shapes in pixels, y downwards, drawn as SVG here and as PNG elsewhere."""
+"""Drawings as plain data: shapes in pixels, y downwards; drawn as SVG here, and as PNG in `figures`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle; its place is that of the upper left corner."""
+    """A rectangle; its position is that of its upper left corner."""
 
     x: float
     y: float
@@ -21,7 +21,7 @@ class Box:
     stroke: str = "none"
 
     def to_svg(self) -> str:
-        """The shape as an element."""
+        """The shape as an SVG element."""
         return (
             f'<rect x="{self.x:.1f}" y="{self.y:.1f}" width="{self.width:.1f}" height="{self.height:.1f}" '
             f'fill="{self.fill}" stroke="{self.stroke}"/>'
@@ -37,19 +37,19 @@ class Lines:
     width: float = 1.0
 
     def to_svg(self) -> str:
-        """The shape as an element."""
+        """The shape as an SVG element."""
         path = "".join(f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}" for (x0, y0), (x1, y1) in self.strokes)
         return f'<path d="{path}" fill="none" stroke="{self.color}" stroke-width="{self.width}"/>'
 
 
 @dataclass(frozen=True, slots=True)
 class Arc:
-    """A curve that hangs between two points of the same height, an arrow head at its end."""
+    """A curve that hangs between two points of the same height, with an arrow head at its end."""
 
     start: Point
     stop: Point
     sag: float
-    """How far below the points the curve's handles are."""
+    """Distance of the curve's handles below its end points."""
     color: str
 
     def handles(self) -> tuple[Point, Point, Point, Point]:
@@ -63,7 +63,7 @@ class Arc:
         return (x, y - 3), (x - 3, y + 3), (x + 3, y + 3)
 
     def to_svg(self) -> str:
-        """The shape as elements."""
+        """The shape as SVG elements."""
         a, b, c, d = (f"{x:.1f} {y:.1f}" for x, y in self.handles())
         tip, left, right = (f"{x:.1f} {y:.1f}" for x, y in self.head())
         return (
@@ -74,7 +74,7 @@ class Arc:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """Text; its place is the baseline at its left end or, if centred, in its middle."""
+    """Text; its position is that of the baseline at the left end or, if centred, in the middle."""
 
     x: float
     y: float
@@ -85,7 +85,7 @@ class Label:
     centred: bool = True
 
     def to_svg(self) -> str:
-        """The shape as an element."""
+        """The shape as an SVG element."""
         anchor = "middle" if self.centred else "start"
         weight = ' font-weight="600"' if self.bold else ""
         return (
@@ -99,14 +99,14 @@ Shape = Box | Lines | Arc | Label
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Shapes that belong together; the first one is what is lit when they are pointed at."""
+    """Shapes that belong together; the first one is highlighted when the pointer is on the group."""
 
     shapes: tuple[Shape, ...]
     info: str = ""
-    """What is said of them when they are pointed at."""
+    """The text that is shown when the pointer is on the group."""
 
     def to_svg(self) -> str:
-        """The shapes as an element, which can be reached with the keyboard if there is something to say."""
+        """The shapes as an SVG element, which has keyboard focus if there is a text."""
         inside = "".join(shape.to_svg() for shape in self.shapes)
         said = escape(self.info)
         about = f' class="column" tabindex="0" role="img" aria-label="{said}" data-info="{said}"'
@@ -115,7 +115,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """Groups of shapes, the first ones at the bottom."""
+    """Groups of shapes; later ones are drawn over earlier ones."""
 
     width: float
     height: float

@@ -1,4 +1,4 @@
-"""What a drawing of a plan shows, taken from the plan: small enough for a line of JSON."""
+"""A sketch of a plan: the data of its drawing, small enough for a line of JSON."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from streamcnn.plan.plan import Phase, Plan
 from streamcnn.plan.tiles import AxisStep
 
 Kinds = tuple[tuple[str, int], ...]
-"""Kinds of operators and how many there are of each, in the order of their first."""
+"""Kinds of operators and the number of each, in order of first appearance."""
 
 Shares = tuple[tuple[float, float], tuple[float, float]]
-"""Rows and columns, from and to, in shares of a map."""
+"""Start and stop of rows and of columns, as shares of a map."""
 
 _NUMBER = re.compile(r"_*(?:_\d+)?(?:\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredMap:
-    """A checkpoint."""
+    """A stored map (checkpoint)."""
 
     name: str
     nbytes: int
@@ -32,7 +32,7 @@ class StoredMap:
 
 @dataclass(frozen=True, slots=True)
 class PhaseSketch:
-    """One phase. A tile in the middle stands for all; its place is in shares of the map, 0 to 1."""
+    """One phase. A tile in the middle represents all; its place is given as shares of the map, 0 to 1."""
 
     level: int
     operators: Kinds
@@ -40,22 +40,22 @@ class PhaseSketch:
     """Names of the maps it reads."""
     stored: tuple[StoredMap, ...]
     reductions: Kinds
-    """What it gathers for the barrier behind it."""
+    """Kinds of its reductions, for the barrier after it."""
     grid: tuple[int, int]
     """Tiles along height and width."""
     extent: tuple[int, int]
     """Positions of its largest input."""
     halo: tuple[int, int]
-    """The most rows and columns of an input that a tile needs beyond its even share."""
+    """Largest numbers of rows and columns of an input that a tile needs beyond its even share."""
     own: Shares
-    """Rows and columns that the tile is responsible for, from and to."""
+    """The tile's own share of the output."""
     needed: Shares
-    """Rows and columns of the largest input that the tile reads."""
+    """The region of the largest input that the tile reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSketch:
-    """A plan as it is drawn."""
+    """The sketch of a plan."""
 
     image: str
     """Name of the image among the phases' inputs."""
@@ -66,7 +66,7 @@ class PlanSketch:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> PlanSketch:
-        """The sketch whose fields, as JSON keeps them, these are."""
+        """The sketch from its fields, as loaded from JSON."""
         phases = tuple(_phase_from_fields(phase) for phase in fields["phases"])
         return cls(fields["image"], tuple(fields["image_shape"]), phases, _tuples(fields["tail"]))
 
@@ -85,7 +85,7 @@ def sketch_plan(plan: Plan) -> PlanSketch:
 
 
 def count_kinds(names: Iterable[str]) -> Kinds:
-    """The kinds of operators by the names of their nodes: ``conv2d_3`` is a ``conv2d``."""
+    """Count kinds of operators by the names of their nodes: ``conv2d_3`` is a ``conv2d``."""
     return tuple(Counter(_NUMBER.sub("", name) for name in names).items())
 
 
@@ -110,7 +110,7 @@ def _sketch_phase(plan: Plan, phase: Phase) -> PhaseSketch:
 
 
 def _tail(plan: Plan) -> Kinds:
-    """Operators in the last segment, without the parts that a batch norm was taken apart into."""
+    """Operators in the last segment, without the parts into which a batch norm was split."""
     if not plan.num_resident:
         return ()
     last = max(plan.segments, key=lambda segment: segment.level)

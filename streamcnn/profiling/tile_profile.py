@@ -1,4 +1,4 @@
-"""What is known of one tile size: the line of JSON that a measuring process prints."""
+"""The profile of one tile size: the line of JSON that a measuring process prints."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from streamcnn.profiling.timeline import Timeline
 
 @dataclass(frozen=True, slots=True)
 class TileProfile:
-    """One tile size: what its update was projected to hold and what it held. Sizes are bytes."""
+    """The projected and the measured peak of an update with one tile size. Sizes are in bytes."""
 
     tile: int
-    """Largest edge of a tile in input pixels, as asked for."""
+    """Largest edge of a tile in input pixels, as requested."""
     projected_bytes: int
     measured_bytes: int | None
-    """Peak above the baseline, the largest of all updates; ``None`` if none ran or it cannot be read."""
+    """Largest peak of all updates above the baseline; ``None`` if none ran or it cannot be read."""
     reading: str
-    """Which counter ``measured_bytes`` comes from."""
+    """The counter that ``measured_bytes`` comes from."""
     seconds: float | None
     """Forward and backward, the median of the updates after the first; ``None`` if they did not run."""
     recomputation: float
-    """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
+    """Floating-point operations relative to plain PyTorch: 1 if nothing is recomputed."""
     bytes_moved: int | None
     """Read from and written to stores; ``None`` if the update did not run."""
     budget: int | None
@@ -36,9 +36,9 @@ class TileProfile:
     explanation: str
     """The plan in words."""
     plan: PlanSketch
-    """What a drawing of the plan shows."""
+    """The data of a drawing of the plan."""
     timeline: Timeline | None
-    """Memory over the time of the update that held most; ``None`` if it did not run or cannot be read."""
+    """Memory over the time of the update with the largest peak; ``None`` if none ran or it cannot be read."""
 
     def to_json(self) -> str:
         """The profile as one line of JSON; :meth:`from_json` reads it."""
@@ -47,7 +47,7 @@ class TileProfile:
 
     @classmethod
     def from_json(cls, text: str) -> TileProfile:
-        """The profile that a line of JSON says."""
+        """The profile from a line of JSON."""
         fields = json.loads(text)
         timeline, plan = fields.pop("timeline"), fields.pop("plan")
         return cls(

@@ -1,4 +1,4 @@
-"""Memory over the time of one update, and what ran when: frozen data and how it is thinned."""
+"""Memory over the time of one update, with the parts that ran, as frozen data; and its thinning."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 GLOBAL_VALUES, TAIL, BETWEEN = "global values", "resident tail", "in between"
-"""Parts of an update that are no phase. The last is the loss, and stores that take long to be freed."""
+"""Parts of an update other than phases. The last is the loss, and stores that take long to be freed."""
 
 
 class Sample(NamedTuple):
     """One reading of resident memory."""
 
     span: int
-    """Index of the span in which it was taken."""
+    """Index of the span in which the reading was taken."""
     seconds: float
-    """Since the update's first event."""
+    """Seconds since the update's first event."""
     nbytes: int
-    """The most that was resident since the reading before it in this span."""
+    """Largest resident bytes since the previous reading in this span."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What ran from one moment to another, in seconds since the update's first event."""
+    """A part that ran, from one moment to another, in seconds since the update's first event."""
 
     part: str
     """``"phase"``, ``"phase again"`` or one of the names above."""
     level: int
     direction: str
-    """``"forward"``, ``"backward"``, or nothing for what is in between."""
+    """``"forward"``, ``"backward"``, or empty for what is in between."""
     start: float
     stop: float
 
@@ -48,7 +48,7 @@ class Timeline:
 
     spans: tuple[Span, ...]
     running: tuple[int, ...]
-    """For each sample the index of its span."""
+    """For each sample, the index of its span."""
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
 
@@ -59,11 +59,11 @@ class Timeline:
 
     @property
     def peak(self) -> int:
-        """Index of the sample with most bytes."""
+        """Index of the sample with the most bytes."""
         return max(range(len(self.nbytes)), key=self.nbytes.__getitem__)
 
     def to_columns(self) -> dict[str, list[Any]]:
-        """The timeline as parallel lists, which are shorter as JSON than one object per span."""
+        """The timeline as parallel lists, which are shorter as JSON than an object for each span."""
         return {
             "part": [span.part for span in self.spans],
             "level": [span.level for span in self.spans],
@@ -84,7 +84,7 @@ class Timeline:
 
 
 def thin(samples: Iterable[Sample], width: float) -> list[Sample]:
-    """The largest sample of each stretch of ``width`` seconds and of each span, in order of time.
+    """The largest sample of each interval of ``width`` seconds within each span, in order of time.
 
     Every span that had a sample keeps its peak.
     """

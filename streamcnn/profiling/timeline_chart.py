@@ -1,4 +1,4 @@
-"""Memory over the time of one update as inline SVG, coloured by what ran."""
+"""Memory over the time of one update as inline SVG, coloured by the part that ran."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from streamcnn.support.units import format_bytes
 _WIDTH, _HEIGHT = 1200, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 14, 22, 58
 _REACH = 3.0
-"""A limit beyond so many times the highest peak is off the scale."""
+"""A limit beyond this many times the highest peak is off the scale."""
 
 _PALE_TO_DEEP = {
     "forward": ((190, 214, 250), (29, 78, 190)),
     "backward": ((253, 217, 170), (194, 85, 12)),
 }
 OTHERS = {GLOBAL_VALUES: "#7b3fb5", TAIL: "#58a782", BETWEEN: "#c9d0d9"}
-"""Colours of what is no phase."""
+"""Colours of parts other than phases."""
 
 Areas = list[tuple[str, list[tuple[float, int]]]]
-"""Colours and upper edges."""
+"""Areas of the chart: colour, and upper edge as points of seconds and bytes."""
 
 
 def phase_color(direction: str, share: float) -> str:
-    """The colour of a phase: blue forward, orange backward, deeper the later in the network, 0 to 1."""
+    """The colour of a phase: blue forward, orange backward, deeper with its place in the network, 0 to 1."""
     pale, deep = _PALE_TO_DEEP[direction]
     mixed = (round(low + share * (high - low)) for low, high in zip(pale, deep, strict=True))
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
 def areas(timeline: Timeline) -> Areas:
-    """For each span with samples its colour and its outline's upper edge, in seconds and bytes."""
+    """For each span with samples, its colour and its upper edge, in seconds and bytes."""
     deepest = max(span.level for span in timeline.spans) or 1
     found: Areas = []
     for index, span in enumerate(timeline.spans):
@@ -48,7 +48,7 @@ def areas(timeline: Timeline) -> Areas:
 
 
 def directions(timeline: Timeline) -> list[tuple[str, float, float]]:
-    """The directions that ran, each from when to when, in seconds."""
+    """The directions that ran, each with its start and stop in seconds."""
     found = []
     for name in ("forward", "backward"):
         spans = [span for span in timeline.spans if span.direction == name]
@@ -58,7 +58,7 @@ def directions(timeline: Timeline) -> list[tuple[str, float, float]]:
 
 
 def limits(profile: TileProfile) -> list[tuple[str, str, int]]:
-    """Lines across the chart: kind, words and bytes."""
+    """The limits as lines across the chart: kind, text and bytes."""
     found = [("projected", f"projected {format_bytes(profile.projected_bytes)}", profile.projected_bytes)]
     if profile.budget is not None:
         found.append(("budget", f"budget {format_bytes(profile.budget)}", profile.budget))
@@ -66,21 +66,21 @@ def limits(profile: TileProfile) -> list[tuple[str, str, int]]:
 
 
 def highest(profiles: Sequence[TileProfile]) -> int:
-    """Bytes at the upper edge of the charts of all tile sizes, so that they can be compared."""
+    """Bytes at the upper edge of all tile sizes' charts, which is common so that they can be compared."""
     ran = [(p, p.timeline) for p in profiles if p.timeline is not None]
     most = max((timeline.nbytes[timeline.peak] for _, timeline in ran), default=1)
     return with_room(max(1, most), [nbytes for p, _ in ran for *_, nbytes in limits(p)], _REACH)
 
 
 def peak_label(timeline: Timeline) -> str:
-    """The peak in words."""
+    """The peak as text."""
     peak = timeline.peak
     where = timeline.spans[timeline.running[peak]].label
     return f"peak {format_bytes(timeline.nbytes[peak])} in {where}"
 
 
 def draw_timeline(profile: TileProfile, timeline: Timeline, top: int) -> str:
-    """Memory over time, ``top`` bytes high, as an ``<svg>`` element; ``data-scale`` says where axes are."""
+    """Memory over time, up to ``top`` bytes, as an ``<svg>`` element; ``data-scale`` gives its axes."""
     axes = _Axes(top, timeline.end or 1.0)
     place = {"left": _LEFT, "right": _WIDTH - _RIGHT, "top": _TOP, "bottom": _HEIGHT - _BOTTOM}
     scale = json.dumps({**place, "seconds": axes.end, "nbytes": axes.top}).replace('"', "&quot;")
@@ -98,7 +98,7 @@ def draw_timeline(profile: TileProfile, timeline: Timeline, top: int) -> str:
 
 
 def timeline_data(timeline: Timeline) -> dict[str, Sequence[object]]:
-    """What the page says of a moment: per sample its time, bytes and span, and the spans' names."""
+    """The page's data for the pointer: time, bytes and span of each sample, and the spans' names."""
     return {
         "seconds": [round(moment, 4) for moment in timeline.seconds],
         "words": [format_bytes(max(0, nbytes)) for nbytes in timeline.nbytes],
