@@ -1,1 +1,1 @@
-"""What every room may need and none is about: units, text, files, checks, optional packages."""
+"""Helpers that any package may use: units, text, files, checks, signals, optional packages."""

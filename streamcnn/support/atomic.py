@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import BinaryIO
 
 
 def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concurrent: bool = False) -> None:
-    """Write a file under another name and rename it: whoever reads it has the old one or the new one.
+    """Write a file under another name and rename it, so that readers see the old or the new content.
 
     Parameters
     ----------
     path
-        What to write; its folder is there.
+        The file to write; its folder exists.
     content
-        Text is written as UTF-8.
+        Bytes, or text, which is written as UTF-8.
     flush
-        Have the bytes on the disk before they get their name, so that a crash of the machine loses neither.
+        Flush the bytes to the disk before the renaming, so that a crash of the machine leaves one of the two.
     concurrent
-        Whether others may write the file at the same time. One that is killed then leaves its part behind,
-        which otherwise the next one overwrites.
+        Whether other processes may write the file at the same time. A killed process then leaves its
+        temporary file behind, which otherwise the next one overwrites.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def replace_file(path: Path, content: str | bytes, *, flush: bool = False, concu
 
 
 def flush_files(path: Path) -> None:
-    """Have all bytes of a file, or of those in a folder, on the disk before it gets its name."""
+    """Flush a file, or all files in a folder, to the disk, for instance before a renaming."""
     for each in (path, *path.rglob("*")):
         if each.is_file():
             with each.open("rb") as file:
@@ -51,12 +51,12 @@ def flush_files(path: Path) -> None:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """A new file to write bytes to, in the place of what was there; a link there is replaced, not followed.
+    """Open a new file for writing bytes, in place of any old one; a link is replaced, not followed.
 
     Raises
     ------
     OSError
-        If it cannot be made.
+        If it cannot be created.
     """
     path.unlink(missing_ok=True)
     return path.open("xb")

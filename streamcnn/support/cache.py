@@ -1,4 +1,4 @@
-"""The user's cache folder: what is measured or built once for a machine."""
+"""The user's cache folder, for data that is measured or built once for each machine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where this package keeps such things, as the XDG specification has it; it need not exist.
+    """The package's cache folder, by the XDG specification; it need not exist.
 
     Raises
     ------
     RuntimeError
-        If there is no home folder, and ``XDG_CACHE_HOME`` names no other place.
+        If there is no home folder, and ``XDG_CACHE_HOME`` is not set.
     """
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "streamcnn"

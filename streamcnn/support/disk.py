@@ -1,4 +1,4 @@
-"""Disks: whether a folder is on one at all, and one error for whatever keeps a file from being written."""
+"""Disks: whether a folder is on a disk or in memory, and one error for all failures to write a file."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from streamcnn.support.units import format_bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_MEMORY = ("tmpfs", "ramfs")
-"""File systems whose files are in RAM and nowhere else."""
+"""File systems whose files are in RAM only."""
 
 
 @contextmanager
 def writing(
     path: Path, *, needed: int | None = None, at_most: bool = False, kept: str = ""
 ) -> Iterator[None]:
-    """Turn an `OSError` of the block, which writes ``path``, into one `CannotWrite`.
+    """Turn an `OSError` in the block, which writes ``path``, into `CannotWrite`.
 
     Parameters
     ----------
     path
-        A file or a folder, which need not be there.
+        A file or a folder, which need not exist.
     needed
-        Bytes that are to be written, if they are known.
+        Bytes to write, if known.
     at_most
-        Whether fewer may do, as for what is compressed.
+        Whether ``needed`` is an upper bound, as for compressed data.
     kept
-        What is as it was, for the error's text: a sentence without its full stop.
+        A sentence, without its full stop, for the error's text: what has stayed as it was.
 
     Raises
     ------
     CannotWrite
-        Naming the path, the reason and what to do; where the disk is full, also the disk, the bytes needed
-        and the bytes free.
+        For an `OSError`. The text names the path, the reason and the remedy; for a full disk, also the disk,
+        the bytes needed and the bytes free.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def writing(
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it is an error of a disk, or of a share of one, that has no more room."""
+    """Whether an error says that a disk, or the user's quota on it, is full."""
     return error.errno in _FULL
 
 
@@ -74,7 +74,7 @@ def _reason(path: Path, error: OSError, size: str) -> str:
 
 
 def mount_point(path: Path) -> Path:
-    """Where the disk is mounted that ``path`` is on, or would be."""
+    """The mount point of the disk that ``path`` is on, or would be on."""
     place = path.absolute()
     while not os.path.ismount(place) and place != place.parent:
         place = place.parent
@@ -82,12 +82,12 @@ def mount_point(path: Path) -> Path:
 
 
 def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether what is written to an existing folder takes RAM, and no disk; False where nothing tells.
+    """Whether files in an existing folder are in RAM rather than on a disk; False if unknown.
 
     Parameters
     ----------
     mounts
-        What is mounted, as Linux tells it: see proc_pid_mountinfo(5).
+        Linux's table of mounts: see proc_pid_mountinfo(5).
     """
     try:
         device = folder.stat().st_dev
@@ -95,6 +95,6 @@ def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) ->
     except OSError:
         return False
     number = f"{os.major(device)}:{os.minor(device)}"
-    # The type of a file system stands behind a hyphen, as there may be any number of fields before.
+    # The type of a file system comes after a hyphen, as the number of fields before it varies.
     kinds = (line.partition(" - ")[2].split(" ")[0] for line in lines if line.split(" ")[2:3] == [number])
     return next(kinds, "") in _IN_MEMORY

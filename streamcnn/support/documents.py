@@ -1,7 +1,7 @@
-"""Files that somebody else may have written: read within limits, inside a folder, and by a schema.
+"""Untrusted files: read with size limits, inside a folder, and validated by a schema.
 
-A schema is a dataclass: its annotations say what JSON may hold, and its ``__post_init__`` what values mean.
-Pydantic compares the two; it is imported when the first file is read.
+A schema is a dataclass: its annotations say which JSON is allowed, and its ``__post_init__`` checks values.
+Pydantic validates; it is imported when the first file is read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHOWN = 80
 
 
 def require_within(folder: Path, path: Path, *, error: type[StreamError]) -> None:
-    """Make sure that ``path`` lies in ``folder`` once all links are followed; neither has to exist.
+    """Make sure that ``path`` lies in ``folder`` after following all links; neither has to exist.
 
     Raises
     ------
@@ -52,11 +52,11 @@ def read_within(folder: Path, path: Path, *, error: type[StreamError], most_byte
     Parameters
     ----------
     folder, path
-        Where the file has to lie once all links are followed, and the file.
-    error
-        Kind of the error.
-    most_bytes
-        Its largest size.
+        The file, and the folder in which it has to lie after following all links.
+        error
+            Class of the error.
+        most_bytes
+            Largest size of the file in bytes.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def read_regular(path: Path, *, error: type[StreamError], most_bytes: int = MOST
 
 
 def open_regular(path: Path, *, error: type[StreamError]) -> BinaryIO:
-    """A regular file, opened to be read, wherever it lies.
+    """Open a regular file for reading, wherever it lies.
 
     Raises
     ------
@@ -90,9 +90,9 @@ def open_regular(path: Path, *, error: type[StreamError]) -> BinaryIO:
     OSError
         If it is not there or cannot be read.
     """
-    # A socket cannot be opened, so it is told before.
+    # A socket cannot be opened, so it is refused before.
     _require_regular(path, os.stat(path), error)
-    # Without waiting, as opening a pipe would.
+    # Non-blocking, as opening a pipe would wait.
     file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
     try:
         _require_regular(path, os.fstat(file.fileno()), error)
@@ -103,7 +103,7 @@ def open_regular(path: Path, *, error: type[StreamError]) -> BinaryIO:
 
 
 def size_within(folder: Path, path: Path, *, error: type[StreamError]) -> int:
-    """Bytes of a regular file that lies in ``folder``, for one that something else will read.
+    """Size in bytes of a regular file that lies in ``folder``, for a file that other code will read.
 
     Raises
     ------
@@ -126,23 +126,23 @@ def _require_regular(path: Path, state: os.stat_result, error: type[StreamError]
 def parse_json(
     content: str | bytes, where: str | Path, *, error: type[StreamError], finite: bool = True
 ) -> Any:
-    """What a JSON text holds, if every key comes once and, unless told otherwise, every number is finite.
+    """Parse a JSON text in which every key occurs once and, unless ``finite`` is False, numbers are finite.
 
     Parameters
     ----------
     content
         The text; bytes are UTF-8.
     where
-        What the error calls it.
+        Name of the text in the error.
     error
-        Kind of the error.
+        Class of the error.
     finite
-        False allows NaN and Infinity.
+        Whether NaN and Infinity are refused.
 
     Raises
     ------
     StreamError
-        Of the kind ``error``, if it is no such text.
+        Of the kind ``error``, if the text is not of this form.
     """
     try:
         text = content if isinstance(content, str) else content.decode()
@@ -159,7 +159,7 @@ def parse_json(
 
 
 def conform(kind: type[T], values: Any, where: str | Path, *, error: type[StreamError]) -> T:
-    """Values from JSON as an instance of a dataclass.
+    """Convert values from JSON to an instance of a dataclass, with validation.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def conform(kind: type[T], values: Any, where: str | Path, *, error: type[Stream
     Raises
     ------
     StreamError
-        Of the kind ``error``, that names the file, each wrong field, what it is and what is allowed.
+        Of the kind ``error``; the text names the file and each wrong field, its value and what is allowed.
     """
     from pydantic import ValidationError
 
@@ -192,7 +192,7 @@ def conform(kind: type[T], values: Any, where: str | Path, *, error: type[Stream
 
 
 def require_flat(name: str, value: Any) -> None:
-    """Make sure that a value that may be anything is not nested too deeply to be written again.
+    """Make sure that a value of any type is not nested too deeply to be written again.
 
     Raises
     ------
@@ -208,7 +208,7 @@ def require_flat(name: str, value: Any) -> None:
 
 
 def require_storable(name: str, value: Any) -> None:
-    """Make sure that a value that may be anything can be kept in a file: flat enough, all numbers finite.
+    """Make sure that a value of any type can be stored in a file: not too nested, all numbers finite.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def _finite(text: str) -> float:
 
 
 def _described(problem: ValidationError) -> str:
-    """What is wrong with the first three fields."""
+    """A text on the first three wrong fields."""
     problems = problem.errors(include_url=False)
     texts = [_one(each) for each in problems[:3]]
     if len(problems) > 3:

@@ -1,4 +1,4 @@
-"""Imports of optional dependencies, raised at use with the name of the extra to install."""
+"""Imports of optional dependencies; a missing one raises at use, with the name of the extra to install."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from streamcnn.errors import StreamError
 
 
 class MissingExtra(StreamError, ImportError):
-    """A feature was used whose optional dependency is not installed."""
+    """The optional dependency of a feature in use is not installed."""
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """The imported ``module``, which belongs to the optional dependencies ``extra``.
+    """Import ``module``, which belongs to the optional dependencies ``extra``.
 
     Raises
     ------
     MissingExtra
-        If the module, or one that it needs itself, is not installed.
+        If the module, or one that it imports, is not installed.
     """
     try:
         return importlib.import_module(module)

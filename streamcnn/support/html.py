@@ -1,4 +1,4 @@
-"""The outline of pages that open without a network."""
+"""The frame of HTML pages that open without a network."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from streamcnn.support.text import html_text as escape
 
 
 def html_page(title: str, style: str, body: str, *, also_allowed: str = "") -> str:
-    """A page as one HTML file, which its own policy keeps from asking for anything else.
+    """A page as one HTML file, whose content security policy forbids it to load anything else.
 
     Parameters
     ----------
     title
-        As text.
+        Plain text.
     style, body
-        As CSS and as HTML.
+        CSS and HTML.
     also_allowed
-        What the page may have besides inline styles, as in a content security policy:
+        Allowed besides inline styles, in terms of the content security policy, such as
         ``"img-src data:"``.
     """
     policy = "; ".join(filter(None, ("default-src 'none'", "style-src 'unsafe-inline'", also_allowed)))

@@ -1,8 +1,8 @@
-"""Cleaning up although ``KeyboardInterrupt`` may come at any line, that of the clean-up itself among them.
+"""Clean-up that survives a ``KeyboardInterrupt`` at any line, even within the clean-up itself.
 
-Python runs signal handlers between any two lines of the main thread. A ``finally`` alone is therefore not
-enough: what it does may be interrupted half-way, or before it has begun. So each clean-up can be done twice,
-and is: the second time does what is left of it, most often nothing.
+Python runs signal handlers between any two lines of the main thread. So a ``finally`` alone is not enough: it
+may be interrupted half-way, or before it has begun. Each clean-up is therefore written so that it can run
+twice, and does: the second run finishes the first, and most often does nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def cleaning_up(run: Callable[[], T], clean_up: Callable[[], object]) -> T:
-    """What ``run`` returns; ``clean_up`` is called in any case, and once more."""
+    """Return ``run()``; call ``clean_up`` in any case, twice."""
     try:
         try:
             return run()
@@ -25,7 +25,7 @@ def cleaning_up(run: Callable[[], T], clean_up: Callable[[], object]) -> T:
 
 
 def undoing(run: Callable[[], T], undo: Callable[[], object]) -> T:
-    """What ``run`` returns; if it raises, ``undo`` is called, and once more."""
+    """Return ``run()``; if it raises, call ``undo`` twice."""
     try:
         try:
             return run()

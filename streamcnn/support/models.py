@@ -1,4 +1,4 @@
-"""The model that a name on the command line stands for: a timm model or the user's own factory."""
+"""Loading of models by name, as on the command line: a timm model or the user's own factory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from streamcnn.support import torchvision_import
 from streamcnn.support.extras import require
 
 WEIGHT_OPTIONS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Of timm's ``create_model``: which weights to begin with, and the files and addresses that they are in."""
+"""Options of timm's ``create_model`` that name initial weights, and their files and addresses."""
 
 
 def load_model(name: str, **kwargs: object) -> nn.Module:
-    """A new model, not yet trained.
+    """Create a new model.
 
     Parameters
     ----------
     name : a timm name such as ``"resnet18"``, or ``"package.module:factory"``
-        The factory is any callable that returns a module; its module is imported as by Python,
+        The factory is any callable that returns a module. Its Python module is imported as usual,
         so its folder must be on ``sys.path``.
     **kwargs
         Passed on to timm's ``create_model`` or to the factory.
@@ -36,10 +36,10 @@ def load_model(name: str, **kwargs: object) -> nn.Module:
     Raises
     ------
     ValueError
-        If there is no timm model, module or factory of that name, if it does not take ``kwargs``, or returns
-        no module.
+        If there is no timm model, Python module or factory of that name, or it does not take ``kwargs``, or
+        it returns no ``nn.Module``.
     FactoryFailed
-        If the factory, or the module that it is in, raises.
+        If the factory, or the Python module that it is in, raises.
     MissingExtra
         If it is a timm name and timm is not installed.
     """
@@ -50,17 +50,17 @@ def load_model(name: str, **kwargs: object) -> nn.Module:
 
 
 def is_factory(name: str) -> bool:
-    """Whether a model's name is ``package.module:factory``, which is code that is run, and no timm name."""
+    """Whether a model's name is ``package.module:factory``, whose code is run, rather than a timm name."""
     return ":" in name
 
 
 def require_trust(name: str, trust: Collection[str], where: Path) -> None:
-    """Make sure that a model that a file names may be made: its factory is any callable of any module.
+    """Make sure that the model that a file names is trusted: its factory could be any callable anywhere.
 
     Parameters
     ----------
     name
-        Of the model.
+        Name of the model.
     trust
         Factories that may be called.
     where
@@ -99,13 +99,13 @@ def _call_factory(name: str, kwargs: dict[str, object]) -> object:
 
 
 def _import(module_name: str, name: str) -> ModuleType:
-    """The module that holds the factory of the model called ``name``."""
+    """Import the module with the factory of the model called ``name``."""
     try:
         with _naming_failures(name, None):
             return importlib.import_module(module_name)
     except FactoryFailed as failed:
         error = failed.__cause__
-        # A module missing inside the user's own file is a bug there.
+        # If the user's own file fails to import a module, that is a bug there.
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or not f"{module_name}.".startswith(f"{missing}."):
             raise
@@ -117,11 +117,11 @@ def _import(module_name: str, name: str) -> ModuleType:
 
 @contextmanager
 def _naming_failures(name: str, file: str | None) -> Iterator[None]:
-    """Have whatever the user's code raises in the block name the model, and the line of ``file``."""
+    """Add the model's name, and the line of ``file``, to whatever the user's code raises in the block."""
     try:
         yield
     except (StreamError, MemoryError, torch.OutOfMemoryError):
-        raise  # memory that is refused is told by its type
+        raise  # refused memory is recognised by the type of the error
     except (Exception, SystemExit) as error:
         kind = type(error).__name__
         what = f"{kind}: {error}" if str(error) else kind
@@ -131,7 +131,7 @@ def _naming_failures(name: str, file: str | None) -> Iterator[None]:
 
 
 def _place(error: BaseException, file: str | None) -> str:
-    """The last line of ``file`` that an error passed through, or else the last of all."""
+    """The last line of ``file`` in an error's traceback, or else the last line of all."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The processes that work together, as PyTorch's distributed package knows them."""
+"""Processes that work together in the default group of ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Group = tuple[str, int]
 """Name of a group of processes, and their number."""
 
 _WAIT = timedelta(days=7)
-"""For processes with larger images. One that is gone is told at once."""
+"""Time to wait for processes with larger images; one that has died is noticed at once."""
 
 
 def all_processes() -> Group | None:
-    """The group of all processes, if they are to work together."""
+    """The default group of processes; None if this process works alone."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     world = dist.group.WORLD
@@ -28,24 +28,24 @@ def all_processes() -> Group | None:
 
 
 def processes_here() -> int:
-    """How many processes ``torchrun`` has started on this machine, this one among them."""
+    """Number of processes that ``torchrun`` has started on this machine, including this one."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def join() -> None:
-    """Work together with the processes that ``torchrun`` has started beside this one, if it has."""
+    """Join the other processes of ``torchrun`` in a group, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return
-    # Its functions have the group of their import as a default, and would keep it beyond `leave`: threads of
-    # the group that are alive when the interpreter ends may abort the process.
+    # Imported while there is a group, its functions would keep that as a default, even after `leave`, and
+    # threads of the group that are alive when the interpreter exits may abort the process.
     import_module("torch.distributed.nn")
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=_WAIT)
-    atexit.register(leave)  # after an error too, lest threads of the group abort the process
+    atexit.register(leave)  # after an error too, as threads of the group may abort the process
 
 
 def leave() -> None:
-    """Work alone again."""
+    """Leave the group, if there is one."""
     if all_processes() is not None:
         dist.destroy_process_group()
 
@@ -57,12 +57,12 @@ def await_end() -> None:
 
 
 def take_own_gpu(device: str) -> None:
-    """Have ``"cuda"`` mean the GPU that has this process's number on this machine, if there are several.
+    """Let ``"cuda"`` mean the GPU with this process's local number, if there are several processes.
 
     Raises
     ------
     ValueError
-        If there is no such GPU, or the device is a particular one, which all processes would take.
+        If there is no such GPU, or ``device`` names a particular one, which all processes would take.
     """
     if device == "cpu" or all_processes() is None or not torch.cuda.is_available():
         return

@@ -1,4 +1,4 @@
-"""Values that were asked for last, up to a size: what is dear to make and dear to keep."""
+"""A least-recently-used cache of limited size, for values that are costly to compute and to keep."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def _one(value: object) -> int:
 
 
 class Recent(Generic[K, V]):
-    """Values by key, for several threads. When there is too much, the least recently used value goes.
+    """A thread-safe cache that drops the least recently used values above a size.
 
     Parameters
     ----------
     most
-        What all values that are kept may add up to: their number, or the sum of their sizes.
-    size
-        Of one value.
-    least
-        So many values are kept however large they are.
+        Largest sum of the sizes of kept values; by default, their number.
+        size
+            The size of one value.
+        least
+            Number of values that are kept whatever their size.
     """
 
     def __init__(self, most: int, *, size: Callable[[V], int] = _one, least: int = 1) -> None:
@@ -37,21 +37,21 @@ class Recent(Generic[K, V]):
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy has nothing yet: values may be what cannot be copied, as the lock cannot.
+        # A copy is empty: values, like the lock, may not be copyable.
         return partial(type(self), self._most, size=self._size, least=self._least), ()
 
     def __len__(self) -> int:
         return len(self._values)
 
     def values(self) -> list[V]:
-        """All that are kept."""
+        """All kept values."""
         with self._lock:
             return list(self._values.values())
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """The value of ``key``, made if it is not there.
+        """The value of ``key``, computed by ``make`` if it is not kept.
 
-        It is made without the lock. Where several threads make one for the same key, all get the first.
+        ``make`` runs without the lock. If several threads compute the same key, all get the first result.
         """
         with self._lock:
             if key in self._values:

@@ -1,12 +1,12 @@
-"""What a process does about the signals that ask it to end.
+"""Handling of the signals that ask a process to end.
 
 A signal that the process ignores when a block begins stays ignored, as under ``nohup``, or in the background
-of a shell without job control. Only the main thread can be told; elsewhere nothing is done.
+of a shell without job control. Only the main thread gets signals; in others, the blocks do nothing.
 
-Three things do not bear an exception that comes from outside. zarr works in a thread of its own while the
-main thread waits for it; interrupted there, the work would go on unwatched, in folders that are being cleared
-away. pydantic's compiled part may print the exception and go on. So may compiled modules that are being
-imported, and PyTorch's abort the process. What is raised waits until they return.
+An exception from outside must not be raised in three places. zarr works in a thread of its own while the main
+thread waits: its work would continue unobserved, in folders that are being removed. pydantic's compiled part
+may print the exception and continue. So may compiled modules during import, and PyTorch's may abort the
+process. So we raise only after these have returned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
 )
 BY_SIGNAL = 128
-"""Exit status of a process that a signal ended, less the signal's number."""
+"""Exit status of a process that a signal ended, minus the signal's number."""
 
 _UNINTERRUPTED = ("zarr", "pydantic", "importlib")
 
@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
     Attributes
     ----------
     signal
-        Its number.
+        The signal's number.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -44,25 +44,25 @@ class Stopped(KeyboardInterrupt):
 
 
 class StoppedAtOnce(Stopped):
-    """A second signal came before the run had saved; the newest checkpoint is the one before."""
+    """A second signal came before the run had saved; the newest checkpoint is from before the first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, f"stopped at once by a second signal, {signal.Signals(number).name}")
 
 
 def leave_to_system() -> None:
-    """Have `SIGNALS` end the process, with nothing said or cleared away; Python raises an error at SIGINT."""
+    """Let `SIGNALS` end the process silently and without clean-up; by default Python raises at SIGINT."""
     _set(_heeded(), signal.SIG_DFL)
 
 
 @contextmanager
 def heeding(end: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call ``end`` at the first of `SIGNALS` in the block, and raise at the second.
+    """Call ``end`` on the first of `SIGNALS` in the block, and raise on the second.
 
     Raises
     ------
     StoppedAtOnce
-        At the second signal. A third has the system's own effect.
+        On the second signal. A third has the system's default effect.
     """
     heeded, block = _heeded(), _block()
 
@@ -80,20 +80,20 @@ def heeding(end: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 @contextmanager
 def raising(found: list[int], *, importers: tuple[str, ...] = ()) -> Iterator[None]:
-    """Raise at the first of `SIGNALS` in the block, so that what it began is cleared away.
+    """Raise on the first of `SIGNALS` in the block, so that its clean-up runs.
 
     Parameters
     ----------
     found
-        The signal's number is put into it: whatever catches the error may raise another.
+        Gets the signal's number, as code that catches the error may raise another.
     importers
-        Our packages that import what they need before they begin anything: a signal that comes meanwhile has
-        the system's own effect, at once.
+        Our packages that import what they need before they begin anything: a signal during these imports has
+        the system's default effect, at once.
 
     Raises
     ------
     Stopped
-        At the first signal. A second has the system's own effect.
+        On the first signal. A second has the system's default effect.
     """
     heeded, block = _heeded(), _block()
 
@@ -110,7 +110,7 @@ def raising(found: list[int], *, importers: tuple[str, ...] = ()) -> Iterator[No
 
 
 def _raise_outside(error: Stopped, frame: FrameType | None, block: FrameType) -> None:
-    """Raise ``error`` in ``frame``, where a signal came, or in what called a library at work there."""
+    """Raise ``error`` in ``frame``, where a signal came, or in the caller of a library running there."""
     callers = _callers_of(_UNINTERRUPTED, frame, block)
     if not callers:
         raise error
@@ -119,15 +119,15 @@ def _raise_outside(error: Stopped, frame: FrameType | None, block: FrameType) ->
         sys.settrace(None)
         raise error
 
-    # A frame's own function is called only while something traces.
+    # A frame's trace function is called only while tracing is on.
     callers[0].f_trace = stop
     sys.settrace(lambda *_: None)
 
 
 def _callers_of(packages: Container[str], frame: FrameType | None, block: FrameType) -> list[FrameType]:
-    """What called some packages that are at work in ``frame``, up to the ``block``; none if they are not.
+    """The frames from the callers of ``packages`` running in ``frame`` to ``block``; empty if none runs.
 
-    What runs the block itself does not count, such as the import of a script that trains.
+    Packages that run the block itself do not count, such as the import of a script that trains.
     """
     frames = list(_outwards(frame, block))
     inside = [at for at, each in enumerate(frames[:-1]) if _module(each).partition(".")[0] in packages]
@@ -135,7 +135,7 @@ def _callers_of(packages: Container[str], frame: FrameType | None, block: FrameT
 
 
 def _outwards(frame: FrameType | None, last: FrameType) -> Iterator[FrameType]:
-    """A frame and those that called it, up to the last."""
+    """A frame and its callers, up to ``last``."""
     while frame is not None:
         yield frame
         frame = None if frame is last else frame.f_back
@@ -150,15 +150,15 @@ def _is_ours(module: str) -> bool:
 
 
 def _block() -> FrameType:
-    """The frame of the ``with`` statement, asked of by its context manager."""
+    """The frame of the ``with`` statement whose context manager calls this."""
     return sys._getframe(3)
 
 
 def _heeded() -> list[signal.Signals]:
-    """The signals that this thread can be told of, and that are not ignored."""
+    """The signals that this thread can handle and that are not ignored."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    # None is a handler that was not set from Python and cannot be put back.
+    # None stands for a handler that was not set from Python and cannot be restored.
     return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 

@@ -1,4 +1,4 @@
-"""Text that others chose, such as names of files and classes, made safe to show."""
+"""Escaping of text from outside, such as names of files and classes, so that it is safe to show."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", re.IGNORECASE)
 def printable(text: object, *, keep: str = "") -> str:
     r"""``text`` with every character that a terminal would act on as its escape sequence.
 
-    Escape and control characters, those that change the direction of writing, other invisible ones, and the
-    bytes of file names that are no text become ``\x1b``, ``\u202e`` and so on.
+    Control characters, those that change the writing direction, other invisible ones, and bytes of file names
+    that are not text become ``\x1b``, ``\u202e`` and so on.
 
     Parameters
     ----------
     text
-        What to show.
+        The text to show.
     keep
         Characters to leave as they are, such as ``"\n"`` in a text of several lines.
     """
@@ -36,7 +36,7 @@ def printable(text: object, *, keep: str = "") -> str:
 
 
 def without_secrets(text: str) -> str:
-    """``text`` without the users, passwords and queries of the URLs in it, which let one in."""
+    """``text`` without the users, passwords and queries of URLs in it, which may grant access."""
     if "://" not in text:
         return text
     return _QUERY.sub(r"\1?...", _USER.sub("...@", text))
@@ -48,7 +48,7 @@ def html_text(text: object) -> str:
 
 
 def as_text(text: object) -> Text:
-    """``text`` for a console of rich, which takes brackets in a plain string for markup; lines are kept."""
+    """``text`` for a console of rich, which reads brackets in plain strings as markup; lines are kept."""
     from rich.text import Text
 
     return Text(printable(text, keep="\n"))

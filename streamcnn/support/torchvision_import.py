@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _EXTENSION = "torchvision.extension"
 _OPERATORS = ("nms", "qnms")
-"""Those that get a shape rule whether they exist or not."""
+"""Operators that get a shape rule whether they exist or not."""
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 _libraries: "list[object]" = []
@@ -37,20 +37,20 @@ _libraries: "list[object]" = []
 
 
 def install() -> None:
-    """Have the missing operators defined as soon as torchvision has tried to load its own.
+    """Define the missing operators as soon as torchvision has tried to load its own.
 
-    Does nothing where torchvision is not installed, and may be called again.
+    This does nothing if torchvision is not installed, and may be called again.
     """
     extension = sys.modules.get(_EXTENSION)
     if extension is not None:
-        # It stays where the rest of torchvision's import has failed.
+        # It stays if the rest of torchvision's import has failed.
         _define_missing(extension)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds ``torchvision.extension`` as everybody else would, with something to do after it has run."""
+    """Finds ``torchvision.extension`` as other finders do, and adds a step after it has run."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
@@ -70,7 +70,7 @@ class _Finder:
 
 
 def _define_after(spec: "ModuleSpec") -> None:
-    """Have the module's loader look for the operators once it has run the module."""
+    """Make the module's loader check for the operators after it has run the module."""
     execute = getattr(spec.loader, "exec_module", None)
     if execute is None:
         return
@@ -79,7 +79,7 @@ def _define_after(spec: "ModuleSpec") -> None:
         execute(module)
         _define_missing(module)
 
-    # On the loader of this one module; all else that it does stays as it is.
+    # Only on this module's loader, whose other methods stay as they are.
     setattr(spec.loader, "exec_module", exec_module)  # noqa: B010
 
 
@@ -99,7 +99,7 @@ def _define_missing(extension: "ModuleType") -> None:
 
 
 def _refuse(*arguments: object) -> "NoReturn":
-    """What the operators do when they are called."""
+    """Raise the error of an operator that is called although it did not load."""
     raise RuntimeError(
         "torchvision's compiled operators could not be loaded, so torchvision::nms and torchvision::qnms "
         "cannot run: the installed torchvision is built for another PyTorch, such as one with CUDA. Install "

@@ -31,10 +31,10 @@ _ALLOWED = (
 
 
 def parse_bytes(value: int | str | None) -> int | None:
-    """The number of bytes that ``value`` says; None, which stands for no limit, stays None.
+    """Parse a number of bytes; None, which stands for no limit, stays None.
 
-    ``"11GB"`` is 11 * 10^9, ``"11GiB"`` is 11 * 2^30; a number alone is bytes. Upper and lower
-    case are the same and a fraction of a byte is dropped.
+    ``"11GB"`` is 11 * 10^9, ``"11GiB"`` is 11 * 2^30; a number alone is bytes. Case does not matter, and a
+    fraction of a byte is dropped.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def parse_bytes(value: int | str | None) -> int | None:
     """
     if value is None:
         return None
-    # A flag in the place of a size is a mistake, although bool is an int to Python.
+    # A bool in place of a size is a mistake, although to Python it is an int.
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise _not_bytes(value)
     nbytes = value if isinstance(value, int) else _parse_text(value)
@@ -82,7 +82,7 @@ def _parse_text(text: str) -> int:
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match[2].upper() not in _BYTES_PER_UNIT:
         raise _not_bytes(text)
-    # Exact: 1.1 GB as a float product would be one byte off.
+    # Exact arithmetic: 1.1 GB as a product of floats would be one byte off.
     return int(Fraction(match[1]) * _BYTES_PER_UNIT[match[2].upper()])
 
 
